@@ -1,0 +1,114 @@
+"""The one schema of every converted source.
+
+A converted source is a folder::
+
+    SOURCE/manifest.json                      what it is (Manifest); written last, so its presence means "whole"
+    SOURCE/SPLIT/episodes.jsonl               one Episode a line, in stored order, shared by all cameras
+    SOURCE/SPLIT/CAMERA/index.json, shard.*   mosaicml-streaming MDS, one sample a frame
+
+Frames of an episode are contiguous and in one shard, so frame t+k is sample i+k of the same shard. All cameras of
+a split hold the same episodes in the same order, so sample i is the same moment in each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stamo_dist.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+EPISODES = "episodes.jsonl"
+
+#: MDS columns of one frame. `action` is the action taken *at* this frame, float32, empty where there is none.
+COLUMNS = {
+    "image": "bytes",  # JPEG, RGB, upright
+    "episode": "str",
+    "t": "int",
+    "length": "int",
+    "action": "ndarray:float32",
+    "proprio": "ndarray:float32",
+    "instruction": "str",
+    "source": "str",
+    "camera": "str",
+    "convention": "str",
+}
+
+
+class Episode(BaseModel):
+    """One line of episodes.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    start: int = Field(ge=0)  # first sample of the episode within its split
+    length: int = Field(gt=0)
+    instruction: str = ""
+    task: str = ""
+
+
+class Split(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    episodes: int
+    frames: int
+
+
+class Manifest(BaseModel):
+    """What a converted source is and how it came about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    source_format: str  # e.g. "libero"
+    image_size: int
+    cameras: list[str]
+    splits: dict[str, Split]
+    rate_hz: float
+    action_dim: int
+    proprio_dim: int
+    convention: str  # what the action means and when the image was taken
+    options: dict[str, Any] = {}  # the converter's options
+    source_fingerprint: str = ""  # of the files that were converted
+    checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
+    tool_version: str = ""
+    skipped: list[str] = []  # "EPISODE: reason"
+
+
+def read_manifest(source: Path) -> Manifest:
+    """Read SOURCE/manifest.json.
+
+    Raises:
+        DataError: The folder is missing, empty, unfinished, or of a format this version does not read.
+    """
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder; convert a dataset into it with `stamo data convert`")
+    path = source / MANIFEST
+    if not path.is_file():
+        what = "is empty" if not any(source.iterdir()) else "has no manifest.json, so its conversion never finished"
+        raise DataError(f"{source}: {what}; run `stamo data convert` again, it resumes")
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format_version {version}; this version of stamo reads {FORMAT_VERSION}")
+        return Manifest.model_validate(raw)
+    except (ValidationError, ValueError, AttributeError) as e:
+        raise DataError(f"{path}: not a manifest: {e}") from e
+
+
+def read_episodes(source: Path, split: str) -> list[Episode]:
+    """Read the episode table of one split, in stored order."""
+    path = source / split / EPISODES
+    try:
+        lines = path.read_text().splitlines()
+        return [Episode.model_validate_json(line) for line in lines if line]
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; run `stamo data convert` again") from None
+    except ValidationError as e:
+        raise DataError(f"{path}: not an episode table: {e}") from e

@@ -1,0 +1,277 @@
+"""What a recipe may say. Every field carries its own one-line documentation (`stamo recipe explain FIELD`).
+
+Nothing here imports torch: a login node validates recipes with pydantic alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """One data source of the mixture."""
+
+    path: str = Field(description="Folder or URL (s3://, gs://, …) written by `stamo data convert`.")
+    weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Share of training samples, relative to the other sources' weights; 0 leaves the source out."
+    )
+    split: str = Field("train", description="Which split of the source to train on.")
+    cameras: list[str] | None = Field(None, description="Cameras to use; all of the source's when omitted.")
+
+
+class Shuffle(Section):
+    """Sample order: mosaicml-streaming's, elastic in the number of processes."""
+
+    enabled: bool = Field(True, description="Shuffle the samples; false reads every source in its stored order.")
+    algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field(
+        "py1e", description="streaming's shuffle algorithm."
+    )
+    block_size: PositiveInt = Field(262_144, description="Samples that are shuffled together.")
+    canonical_nodes: PositiveInt = Field(
+        64, description="Pinned canonical node count: the sample order is the same on any number of processes."
+    )
+
+
+class Augment(Section):
+    """Image augmentation, keyed by (seed, epoch, sample): workers and restarts do not change it."""
+
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Smallest side of the random crop relative to the image; 1 turns cropping off."
+    )
+    brightness: Fraction = Field(0.0, description="Largest relative change of brightness.")
+    contrast: Fraction = Field(0.0, description="Largest relative change of contrast.")
+
+    @property
+    def active(self) -> bool:
+        return self.crop < 1 or self.brightness > 0 or self.contrast > 0
+
+
+class Data(Section):
+    """What the run reads."""
+
+    sources: dict[str, Source] = Field(description="Name → source; the weights mix them.")
+    image_size: PositiveInt = Field(256, description="Side of the square frames in the shards, in pixels.")
+    epoch_samples: PositiveInt | None = Field(
+        None, description="Samples in one epoch of the mixture; the sum of the sources' frames when omitted."
+    )
+    shuffle: Shuffle = Shuffle()
+    augment: Augment = Augment()
+    latents: Literal["online", "cached"] = Field(
+        "online", description="online: the frozen VAE runs in the step; cached: read what `stamo encode` wrote."
+    )
+    workers: NonNegativeInt = Field(4, description="Loader processes per rank; 0 decodes in the training process.")
+    prefetch: PositiveInt = Field(2, description="Batches each worker keeps ready.")
+    cache: str = Field("~/.cache/stamo", description="Where remote shards are kept on local disk.")
+
+
+class Encoder(Section):
+    """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model)."""
+
+    weights: str | None = Field(
+        None, description="Local folder or hub id of a DINOv2 checkpoint; random initialisation when omitted."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Dinov2Config fields for an encoder without weights."
+    )
+    image_size: PositiveInt = Field(224, description="Frames are resized to this square before the encoder.")
+    train: bool = Field(False, description="Train the encoder jointly; the paper keeps it frozen.")
+
+    @model_validator(mode="after")
+    def _frozen_random_encoder_is_useless(self) -> Encoder:
+        if self.weights is None and not self.train:
+            raise ValueError("an encoder without weights must be trained: set model.encoder.weights or train: true")
+        return self
+
+
+class Compressor(Section):
+    """Learnable queries that attend to the patch tokens and become the state."""
+
+    tokens: PositiveInt = Field(2, description="State tokens per image.")
+    dim: PositiveInt = Field(1024, description="Dimension of one state token.")
+    width: PositiveInt = Field(1024, description="Hidden width of the compressor.")
+    depth: PositiveInt = Field(4, description="Transformer layers.")
+    heads: PositiveInt = Field(16, description="Attention heads; must divide width.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Compressor:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} must divide width {self.width}")
+        return self
+
+
+class Decoder(Section):
+    """The Diffusion Transformer (diffusers' SD3Transformer2DModel), conditioned on the state tokens."""
+
+    weights: str | None = Field(
+        None, description="Local folder or hub id in the Stable Diffusion 3 layout (transformer/); random when omitted."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="SD3Transformer2DModel fields for a decoder without weights."
+    )
+
+
+class VAE(Section):
+    """Pixels ↔ latents (diffusers' AutoencoderKL), frozen while the tokenizer trains."""
+
+    weights: str | None = Field(
+        None, description="Folder or hub id (vae/ subfolder or itself), or the run folder of a finished vae stage."
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="AutoencoderKL fields for a VAE without weights.")
+    latent: Literal["mean", "sample"] = Field("mean", description="Take the posterior's mean or a sample of it.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(1e-6, description="vae stage: weight of the KL term.")
+    l1_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="vae stage: weight of |x − x̂|.")
+    mse_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="vae stage: weight of (x − x̂)².")
+
+
+class Model(Section):
+    """The diffusion autoencoder: encoder → compressor → tokens → DiT → VAE."""
+
+    encoder: Encoder = Encoder(train=True)
+    compressor: Compressor = Compressor()
+    decoder: Decoder = Decoder()
+    vae: VAE = VAE()
+
+
+class Flow(Section):
+    """Flow matching as in Stable Diffusion 3: z_σ = (1−σ)·z₀ + σ·ε, velocity target ε − z₀."""
+
+    sigma: Literal["logit_normal", "uniform"] = Field("logit_normal", description="How σ is drawn in training.")
+    mean: float = Field(0.0, description="Mean of the logit-normal.")
+    std: PositiveFloat = Field(1.0, description="Standard deviation of the logit-normal.")
+    shift: PositiveFloat = Field(1.0, description="SD3's resolution shift of σ, in training and in sampling.")
+    sampler_steps: PositiveInt = Field(28, description="Steps of the Euler sampler when decoding.")
+
+
+class Optimizer(Section):
+    """AdamW with warm-up."""
+
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's moment decays.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's ε.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Decoupled weight decay on matrices; biases, norms and queries have none."
+    )
+    warmup_steps: NonNegativeInt = Field(1000, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
+    final_lr: Fraction = Field(0.1, description="Learning rate at the end of the cosine, relative to the peak.")
+    clip: PositiveFloat | None = Field(1.0, description="Largest gradient norm; null turns clipping off.")
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step is always saved.")
+    keep: PositiveInt = Field(3, description="How many of the newest checkpoints to keep.")
+
+
+class Train(Section):
+    """The schedule of one run."""
+
+    steps: PositiveInt = Field(description="Optimizer steps in all.")
+    global_batch: PositiveInt = Field(256, description="Samples per optimizer step over all processes.")
+    micro_batch: PositiveInt = Field(
+        32, description="Most samples one process puts through the model at once; accumulation is derived."
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the model; states stay fp32.")
+    gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
+    compile: bool = Field(False, description="torch.compile the DiT block by block and the frozen parts.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay of an exponential moving average of the trained weights; null keeps none."
+    )
+    log_every: PositiveInt = Field(1, description="Steps between lines in metrics.jsonl.")
+    checkpoint: Checkpoint = Checkpoint()
+
+
+class Strategy(Section):
+    """How the trained module is spread over processes."""
+
+    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = Field(
+        "zero2", description="ddp, DeepSpeed ZeRO stage 1–3, PyTorch FSDP2, or its hybrid (sharded inside a group)."
+    )
+    shard_group: PositiveInt | None = Field(
+        None, description="hsdp: processes that share one sharded copy; those of one node when omitted."
+    )
+
+
+class Tracking(Section):
+    """Weights & Biases. metrics.jsonl is written first and always."""
+
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="offline needs no key and can be synced later with `wandb sync`."
+    )
+    project: str = Field("stamo-dist", description="W&B project.")
+    entity: str | None = Field(None, description="W&B entity.")
+    tags: list[str] = Field(default_factory=list, description="W&B tags.")
+
+
+class Recipe(Section):
+    """One run: data, model, schedule, strategy."""
+
+    name: str = Field("", description="Name of the run; the recipe's file name when omitted.")
+    stage: Literal["tokenizer", "vae"] = Field("tokenizer", description="What is trained.")
+    run_dir: str = Field("", description="The run folder; runs/NAME when omitted.")
+    seed: NonNegativeInt = Field(0, description="Seed of initialisation, sample order, augmentation and noise.")
+    data: Data
+    model: Model = Model()
+    flow: Flow = Flow()
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    strategy: Strategy = Strategy()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Recipe:
+        problems = []
+        active = {n: s for n, s in self.data.sources.items() if s.weight > 0}
+        if not active:
+            problems.append("data.sources: the weights sum to nothing; give at least one source a weight above 0")
+        if self.data.latents == "cached" and self.data.augment.active:
+            problems.append("data.latents: cached latents cannot be augmented; set data.augment off or latents: online")
+        if self.data.latents == "cached" and self.model.vae.latent == "sample":
+            problems.append("data.latents: the cache holds posterior means; set model.vae.latent: mean")
+        if self.data.latents == "cached" and self.stage == "vae":
+            problems.append("data.latents: the vae stage needs the pixels; set data.latents: online")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Batching(Section):
+    """How a global batch is spread over processes and micro-batches."""
+
+    world_size: int
+    per_rank: int
+    micro_batch: int
+    accumulation: int
+
+
+def batching(train: Train, world_size: int) -> Batching:
+    """Derive the per-process batch and the gradient accumulation for `world_size` processes.
+
+    Raises:
+        ValueError: `world_size` does not divide the global batch; the message lists the sizes that do.
+    """
+    if train.global_batch % world_size:
+        fits = [w for w in range(1, train.global_batch + 1) if train.global_batch % w == 0]
+        raise ValueError(
+            f"train.global_batch: {train.global_batch} is not divisible by {world_size} processes; "
+            f"it runs on {', '.join(map(str, fits))}"
+        )
+    per_rank = train.global_batch // world_size
+    accumulation = next(k for k in range(1, per_rank + 1) if per_rank % k == 0 and per_rank // k <= train.micro_batch)
+    return Batching(
+        world_size=world_size, per_rank=per_rank, micro_batch=per_rank // accumulation, accumulation=accumulation
+    )
