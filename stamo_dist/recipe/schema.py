@@ -5,9 +5,10 @@ Nothing here imports torch: a login node validates recipes with pydantic alone.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -18,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Base of every recipe section: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -76,6 +77,14 @@ class Data(Section):
     prefetch: PositiveInt = Field(2, description="Batches each worker keeps ready.")
     cache: str = Field("~/.cache/stamo", description="Where remote shards are kept on local disk.")
 
+    @field_validator("sources")
+    @classmethod
+    def _names_are_plain(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        bad = [name for name in sources if not re.fullmatch(r"\w[\w-]*", name, re.ASCII)]
+        if bad:
+            raise ValueError(f"a source's name has letters, digits, _ and - only, unlike {', '.join(map(repr, bad))}")
+        return sources
+
 
 class Encoder(Section):
     """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model)."""
@@ -108,7 +117,7 @@ class Compressor(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Compressor:
         if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} must divide width {self.width}")
+            raise ValueError(f"model.compressor.heads: {self.heads} must divide width {self.width}")
         return self
 
 

@@ -1,0 +1,39 @@
+# make demo: set up and run the whole way on this machine.  make test: set up, lint and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[sim,dev,bench]"
+	touch $@
+
+# Headless OpenGL for the simulators; a no-op where it is there or cannot be installed.
+.PHONY: opengl
+opengl:
+	@ldconfig -p | grep -q libEGL.so || (command -v apt-get >/dev/null && test "$$(id -u)" = 0 && apt-get update -qq \
+	  && apt-get install -y -qq --no-install-recommends libegl1 libgl1-mesa-dri) \
+	  || echo "no libEGL: install it (Debian: libegl1 libgl1-mesa-dri) to simulate"
+
+demo: $(VENV)/.installed opengl
+	$(BIN)/stamo demo
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/.installed opengl lint
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo runs build .pytest_cache .mypy_cache .ruff_cache

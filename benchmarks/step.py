@@ -1,0 +1,291 @@
+"""The training step: what the loop adds to it, and (on a GPU) how fast the full-size tokenizer trains.
+
+    python benchmarks/step.py overhead recipes/tokenizer_demo.yaml     # share of a step outside the model, CPU or GPU
+    python benchmarks/step.py full                                     # SD3-medium DiT + DINOv2-L, 256 px, one GPU
+
+`full` prints samples/s, MFU and peak memory of our step (latents online and cached) beside a plain loop on the same
+frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. Weights are
+random: speed does not depend on them. `--tiny` runs the same code at toy size, to show that it works without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from rich.console import Console
+from rich.table import Table
+from transformers import Dinov2Config, Dinov2Model
+
+from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.engine import strategy
+from stamo_dist.engine.ema import EMA
+from stamo_dist.engine.metrics import Reducer, StepSums
+from stamo_dist.engine.optim import adamw, lr_at
+from stamo_dist.engine.processes import leave, world_from_environment
+from stamo_dist.models.compressor import Compressor
+from stamo_dist.recipe import schema
+from stamo_dist.recipe.load import load
+from stamo_dist.tasks import build_task
+from stamo_dist.tasks.noise import Noise
+from stamo_dist.train import PEAK_FLOPS
+
+FULL = {
+    "dit": {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192},
+    "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
+            "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+            "sample_size": 256},
+    "dino": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
+             "image_size": 224},
+    "compressor": {"tokens": 2, "dim": 1024, "width": 1024, "depth": 4, "heads": 16}, "size": 256, "seen": 224,
+}  # fmt: skip
+TINY = {
+    "dit": {**FULL["dit"], "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4,
+            "out_channels": 4, "caption_projection_dim": 64},
+    "vae": {**FULL["vae"], "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1, "latent_channels": 4},
+    "dino": {**FULL["dino"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56},
+    "compressor": {"tokens": 2, "dim": 64, "width": 64, "depth": 1, "heads": 2}, "size": 64, "seen": 56,
+}  # fmt: skip
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds of `repeats` calls after two warm ones."""
+    times = []
+    for i in range(repeats + 2):
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        if i >= 2:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def overhead(path: str, steps: int, overrides: list[str]) -> None:
+    """Steps of the real loop's parts, in turns with forward + backward + optimizer alone on the same batches."""
+    recipe = load(path, overrides).recipe
+    world = world_from_environment()
+    plan = schema.batching(recipe.train, 1)
+    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    task = build_task(recipe)
+    engine = strategy.build(
+        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, plan, clip=recipe.optimizer.clip,
+        precision=recipe.train.precision, block_classes=task.block_classes,
+    )  # fmt: skip
+    task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
+    loader = build_loader(
+        mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=engine.device.type == "cuda"
+    )
+    batches, reducer, noise = iter(loader), Reducer(engine.device), Noise(recipe.seed)
+
+    def model_step(batch: Batch, step: int) -> tuple[StepSums, torch.Tensor]:
+        sums = StepSums.empty(task.terms, len(mixture.sources), engine.device)
+        norm = torch.zeros(())
+        for micro in batch.split(plan.micro_batch):
+            with engine.accumulate():
+                out = task.loss(engine.module, micro, noise.at(step))
+                sums.add(out.per_sample, micro.source)
+                norm = engine.backward(out.loss)
+        return sums, norm
+
+    whole, model = [], []
+    for step in range(1, steps + 4):
+        synchronise()
+        a = time.perf_counter()
+        batch = next(batches).to(engine.device)
+        engine.set_lr(lr_at(step, steps, recipe.optimizer))
+        synchronise()
+        b = time.perf_counter()
+        sums, norm = model_step(batch, step)
+        synchronise()
+        c = time.perf_counter()
+        if ema is not None:
+            ema.update()
+        reducer.take()
+        reducer.put(step, sums, norm, False, (1.0, 0.0))
+        synchronise()
+        d = time.perf_counter()
+        if step > 3:
+            whole.append(d - a)
+            model.append(c - b)
+    loader.close()
+    total, inside = sum(whole), sum(model)
+    table = Table(title=f"{recipe.name}, {recipe.strategy.name}, batch {recipe.train.global_batch}, {engine.device}")
+    for column in ("step ms", "forward + backward + optimizer ms", "share outside", "goal"):
+        table.add_column(column, justify="right")
+    n = len(whole)
+    table.add_row(f"{total / n * 1e3:.1f}", f"{inside / n * 1e3:.1f}", f"{1 - inside / total:.2%}", "< 3 %")
+    Console().print(table)
+
+
+def full_recipe(sizes: dict, batch: int, compiled: bool, cached: bool) -> schema.Recipe:
+    return schema.Recipe.model_validate(
+        {
+            "name": "step",
+            "data": {"sources": {"synthetic": {"path": "none"}}, "image_size": sizes["size"],
+                     "latents": "cached" if cached else "online"},
+            "model": {
+                # Trained in the schema's eyes only because it has no weights; it is frozen below.
+                "encoder": {"config": sizes["dino"], "image_size": sizes["seen"], "train": True},
+                "compressor": sizes["compressor"], "decoder": {"config": sizes["dit"]}, "vae": {"config": sizes["vae"]},
+            },
+            "train": {"steps": 1, "global_batch": batch, "micro_batch": batch, "precision": "bf16", "compile": compiled},
+            "strategy": {"name": "ddp"},
+        }
+    )  # fmt: skip
+
+
+def frames(batch: int, size: int, device: torch.device, latents: tuple[int, ...] | None) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=g)
+    cached = None if latents is None else torch.randn(batch, *latents, generator=g).to(torch.bfloat16)
+    ids = torch.arange(batch)
+    return Batch(images=images, sample=ids, source=torch.zeros_like(ids), latents=cached, cursor=Cursor()).to(device)
+
+
+def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callable[[], object], float]:
+    """Our step, as `stamo_dist.train` makes it: returns the step and its arithmetic per sample."""
+    recipe = full_recipe(sizes, batch, compiled, cached)
+    encoder = recipe.model.encoder.model_copy(update={"train": False})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
+    world = world_from_environment()
+    task = build_task(recipe)
+    engine = strategy.build(
+        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, schema.batching(recipe.train, 1),
+        clip=1.0, precision="bf16", block_classes=task.block_classes,
+    )  # fmt: skip
+    task.place(engine.device, torch.bfloat16)
+    shape = task.tokenizer.latent_shape if cached else None
+    data, noise, step = frames(batch, sizes["size"], engine.device, shape), Noise(0), iter(range(1, 10**9))
+
+    def run() -> None:
+        with engine.accumulate():
+            engine.backward(task.loss(engine.module, data, noise.at(next(step))).loss)
+
+    return run, task.flops_per_sample()
+
+
+class PlainModel(torch.nn.Module):
+    def __init__(self, sizes: dict):
+        super().__init__()
+        c = sizes["compressor"]
+        self.compressor = Compressor(schema.Compressor(**c), sizes["dino"]["hidden_size"])
+        self.transformer = SD3Transformer2DModel(
+            **sizes["dit"], joint_attention_dim=c["dim"], pooled_projection_dim=c["tokens"] * c["dim"]
+        )
+
+    def forward(self, features: torch.Tensor, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        tokens = self.compressor(features)
+        return self.transformer(
+            hidden_states=z, timestep=timestep, encoder_hidden_states=tokens, pooled_projections=tokens.flatten(1),
+            return_dict=False,
+        )[0]  # fmt: skip
+
+
+def plain(sizes: dict, batch: int) -> Callable[[], object]:
+    """The peer: accelerate and the libraries' own classes, eager. Its frozen parts run in bf16, as ours do."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    device = accelerator.device
+    vae = AutoencoderKL(**sizes["vae"]).requires_grad_(False).to(device, torch.bfloat16)
+    dino = Dinov2Model(Dinov2Config(**sizes["dino"])).requires_grad_(False).eval().to(device, torch.bfloat16)
+    model = PlainModel(sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    images = frames(batch, sizes["size"], device, None).images
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
+
+    def run() -> None:
+        x = images.permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            seen = torch.nn.functional.interpolate(x, size=sizes["seen"], mode="bicubic", antialias=True)
+            features = dino((((seen - mean) / std).to(torch.bfloat16))).last_hidden_state[:, 1:]
+            z0 = vae.encode((x * 2 - 1).to(torch.bfloat16)).latent_dist.sample()
+            z0 = (z0 - vae.config.shift_factor) * vae.config.scaling_factor
+        noise = torch.randn_like(z0)
+        sigma = compute_density_for_timestep_sampling("logit_normal", batch, 0.0, 1.0).to(device)
+        s = sigma.view(-1, 1, 1, 1)
+        prediction = model(features, ((1 - s) * z0 + s * noise).to(torch.bfloat16), sigma * 1000)
+        loss = (prediction.float() - (noise - z0).float()).square().mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def full(batch: int, repeats: int, tiny: bool) -> None:
+    sizes = TINY if tiny else FULL
+    on_gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
+    table = Table(title=f"{'toy size' if tiny else 'full size'}, batch {batch}, {sizes['size']} px, bf16, {name}")
+    for column in ("step", "samples/s", "MFU", "peak GiB", "× plain"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    reference, online_flops = None, 0.0
+    for label in ("ours, latents online", "ours, latents cached", "plain loop"):
+        torch._dynamo.reset()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if label == "plain loop":
+            step, flops = plain(sizes, batch), online_flops
+        else:
+            step, flops = ours(sizes, batch, compiled=True, cached="cached" in label)
+            online_flops = online_flops or flops
+        rate = batch / seconds_per_call(step, repeats)
+        del step
+        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        row = (label, rate, rate * flops / peak if peak else None, memory)
+        if label == "plain loop":
+            reference = rate
+        ROWS.append(row)
+    for label, rate, mfu, memory in ROWS:
+        table.add_row(
+            label, f"{rate:.1f}", "–" if mfu is None else f"{mfu:.1%}", "–" if memory is None else f"{memory:.1f}",
+            f"{rate / reference:.2f}" if reference else "–",
+        )  # fmt: skip
+    Console().print(table)
+
+
+ROWS: list[tuple[str, float, float | None, float | None]] = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    o = commands.add_parser("overhead")
+    o.add_argument("recipe")
+    o.add_argument("--steps", type=int, default=50)
+    o.add_argument("--set", action="append", default=[])
+    f = commands.add_parser("full")
+    f.add_argument("--batch", type=int, default=48)
+    f.add_argument("--repeats", type=int, default=10)
+    f.add_argument("--tiny", action="store_true")
+    a = parser.parse_args()
+    if a.command == "overhead":
+        overhead(a.recipe, a.steps, a.set)
+    else:
+        full(a.batch, a.repeats, a.tiny)
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The `stamo` command. Torch is imported only inside the commands that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.commands import app as data_app
+from stamo_dist.errors import StamoError
+from stamo_dist.recipe.commands import app as recipe_app
+
+app = typer.Typer(
+    help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+eval_app = typer.Typer(help="Measure a tokenizer on held-out episodes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes to start on this machine.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    nproc: Processes = 1,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|none|PATH", help="Continue the newest whole checkpoint, none, or that one.")
+    ] = "auto",
+    set_: Overrides = [],  # noqa: B006 (typer reads the default)
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Resume although the mixture is not the one trained on so far.")
+    ] = False,
+) -> None:
+    """Train a recipe, or go on where it stopped.
+
+    Starts its processes itself; under torchrun or Slurm each process takes its rank from the environment.
+
+    Example: stamo train recipes/tokenizer_demo.yaml --nproc 2 --set train.steps=500
+    """
+    from stamo_dist.recipe.load import load
+
+    launched = "RANK" in os.environ
+    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
+    if not launched and nproc > 1:
+        from stamo_dist.launch import launch_local
+
+        arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
+        if allow_changed_data:
+            arguments.append("--allow-changed-data")
+        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir) / "logs"))
+
+    from stamo_dist.engine.processes import leave, run_rank, world_from_environment
+
+    world = world_from_environment()
+
+    def body() -> int:
+        from stamo_dist.train import train as run
+
+        return run(loaded, world, resume=resume, allow_changed_data=allow_changed_data)
+
+    leave(run_rank(world, body))
+
+
+@app.command()
+def mix(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
+    """Show what the mixture really is: requested and realised shares, epochs, repeats.
+
+    Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
+    """
+    from stamo_dist.data.mixture import Mixture
+    from stamo_dist.data.table import mixture_table
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe
+    mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
+    mixture_table(mixture.report(loaded.train.steps))
+
+
+def main() -> None:
+    """Console entry: errors a user can act on are printed without a traceback, exit code 2."""
+    try:
+        app()
+    except StamoError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Shards, mixtures and the loader. Loader workers import this package, so it imports nothing itself."""

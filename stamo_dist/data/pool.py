@@ -1,0 +1,136 @@
+"""The loader's worker processes: batches go out round robin and come back in order.
+
+torch's DataLoader is not used, for three reasons that were measured or met: it hands every batch over in fresh shared
+memory, whose page faults halve the rate of the decoder; its workers are forks of a process that holds CUDA and NCCL
+(or import all of it again); and it notices a dead worker only every five seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections import deque
+from multiprocessing.connection import Connection
+
+from stamo_dist.data.reader import ReaderSpec, Slots, Work
+from stamo_dist.errors import DataError, RunError
+
+_log = logging.getLogger(__name__)
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+_PATIENCE = 60.0  # seconds between two warnings about a batch that does not come
+
+
+class Pool:
+    """`workers` processes that fill `slots`.
+
+    Raises:
+        RunError: A worker cannot be started.
+    """
+
+    def __init__(self, spec: ReaderSpec, slots: Slots, workers: int):
+        self._pending: deque[tuple[int, Work]] = deque()
+        self._next = 0
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        # Also runs when the interpreter exits.
+        self._finalizer = weakref.finalize(self, _end, self._workers, self._connections)
+        for _ in range(workers):
+            process, connection = _start(slots.fd)
+            self._workers.append(process)
+            self._connections.append(connection)
+        for worker in range(workers):
+            self._send(worker, spec)
+
+    def submit(self, work: Work) -> None:
+        """Give one batch to the next worker; its slot must be free."""
+        worker = self._next
+        self._next = (worker + 1) % len(self._workers)
+        self._send(worker, work)
+        self._pending.append((worker, work))
+
+    def __len__(self) -> int:
+        """Batches that were submitted and not taken yet."""
+        return len(self._pending)
+
+    def take(self) -> Work:
+        """Wait for the oldest submitted batch; its slot is filled then.
+
+        Raises:
+            DataError: The batch cannot be read.
+            RunError: The worker died.
+        """
+        worker, work = self._pending.popleft()
+        waited = 0.0
+        try:
+            while not self._connections[worker].poll(_PATIENCE):
+                waited += _PATIENCE
+                _log.warning("waiting for a batch for %.0f s; loader worker %d is still reading", waited, worker)
+            answer = self._connections[worker].recv()
+        except (EOFError, OSError):
+            raise self._death(worker) from None
+        if answer is None:
+            return work
+        kind, message = answer
+        if kind == "data":
+            raise DataError(message)
+        raise RunError(f"loader worker {worker} failed:\n{message}")
+
+    def _send(self, worker: int, message: ReaderSpec | Work) -> None:
+        try:
+            self._connections[worker].send(message)
+        except OSError:
+            raise self._death(worker) from None
+
+    def _death(self, worker: int) -> RunError:
+        process = self._workers[worker]
+        try:
+            code = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return RunError(f"loader worker {worker} (pid {process.pid}) closed its connection; see its output above")
+        why = {
+            -signal.SIGKILL: "killed, most likely for want of memory: lower data.workers or data.prefetch",
+            -signal.SIGBUS: "bus error: a shard was truncated, or its disk failed, while it was read",
+        }.get(code, f"exit code {code}; see its output above")
+        return RunError(f"loader worker {worker} (pid {process.pid}) died: {why}")
+
+    def close(self) -> None:
+        """End the workers; they are gone when this returns."""
+        self._finalizer()
+
+
+def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stamo_dist.data.worker", str(theirs.fileno()), str(memory)]
+    # The mask is inherited, so a signal that comes before the worker ignores it does not end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL
+            )  # fmt: skip
+    except OSError as e:
+        ours.close()
+        raise RunError(f"a loader worker cannot be started: {e}; lower data.workers") from e
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process, Connection(ours.detach())
+
+
+def _end(workers: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
+    for connection in connections:
+        connection.close()
+    for process in workers:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    workers.clear()
+    connections.clear()

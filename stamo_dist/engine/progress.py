@@ -1,0 +1,56 @@
+"""One line that tells a person how the run is doing."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+def duration(seconds: float) -> str:
+    s = int(seconds)
+    return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
+
+
+class TrainingProgress:
+    """A live bar on a terminal; elsewhere a plain line every `every` seconds. Silent on all ranks but the first."""
+
+    def __init__(self, steps: int, start: int, *, shown: bool, every: float = 10.0):
+        self._steps, self._every, self._shown = steps, every, shown
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = 0.0
+        self._began, self._from = time.perf_counter(), start
+        if shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"),
+                console=self._console,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=steps, completed=start)
+
+    def update(self, step: int, loss: float, samples_per_second: float, wait: float, mfu: float | None) -> None:
+        if not self._shown:
+            return
+        now = time.perf_counter()
+        eta = (now - self._began) / max(1, step - self._from) * (self._steps - step)
+        parts = [f"loss {loss:.4f}", f"{samples_per_second:.1f} samples/s", f"data wait {wait:.0%}"]
+        if mfu is not None:
+            parts.append(f"MFU {mfu:.0%}")
+        text = "  ".join([*parts, f"ETA {duration(eta)}"])
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif now - self._last >= self._every or step == self._steps:
+            self._last = now
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def say(self, text: str) -> None:
+        if self._shown:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

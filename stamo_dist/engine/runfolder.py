@@ -1,0 +1,173 @@
+"""The run folder: everything one run writes, under one path.
+
+::
+
+    recipe.yaml      the recipe as written          resolved.yaml   every value it resolved to
+    metrics.jsonl    one line a logged step         env.json        versions, machine, command
+    checkpoints/     step_00000123/                 model/          the final export
+    logs/            rank_00000.log                 first_batch.png
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from stamo_dist.errors import RunError
+
+_PACKAGES = (
+    "stamo-dist", "torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy",
+)  # fmt: skip
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` in one step, so that a reader never sees a half-written file."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with tmp.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.replace(path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    def prepare(self) -> None:
+        """Create the folder and prove that it can be written.
+
+        Raises:
+            RunError: It cannot be.
+        """
+        try:
+            for d in (self.path, self.checkpoints, self.logs):
+                d.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-test-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as e:
+            raise RunError(f"run_dir: {self.path} cannot be written ({e.strerror}); choose another with --set run_dir=…") from e
+
+    def lock(self, patience: float = 60.0) -> IO[str]:
+        """Take the folder for this process; the lock goes with the returned file or with the process, however it ends.
+
+        Raises:
+            RunError: Another process on this machine has held it for `patience` seconds.
+        """
+        file = (self.path / ".lock").open("a+")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip()
+                if time.monotonic() > deadline:
+                    raise RunError(f"{self.path}: {holder} is still training here; stop it or choose another run_dir") from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
+
+    def describe(self, text: str, resolved: str, command: list[str]) -> None:
+        """Write what this run is: the recipe as written and as resolved, versions, machine, command."""
+        write_atomic(self.recipe, text)
+        write_atomic(self.resolved, resolved)
+        write_atomic(self.path / "env.json", json.dumps(environment(command), indent=2) + "\n")
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """The run at `path`.
+
+    Raises:
+        RunError: `path` is no run folder.
+    """
+    run = RunFolder(Path(path))
+    if not run.resolved.is_file():
+        raise RunError(f"{path}: not a run folder (no resolved.yaml in it); give the run_dir of a `stamo train`")
+    return run
+
+
+def environment(command: list[str]) -> dict[str, Any]:
+    """Versions, machine and command of this process; no environment variables, which may hold secrets."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    import torch
+
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": versions,
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with `+` when it has uncommitted changes."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if dirty else "")

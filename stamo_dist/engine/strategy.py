@@ -1,0 +1,201 @@
+"""From the strategy's name to a ready engine: the only place that knows DeepSpeed, FSDP and DDP apart.
+
+`build` returns an `Engine` with the same five verbs for every strategy, on CPU (gloo) and GPU (nccl).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+)
+from torch import Tensor, nn
+
+from stamo_dist.engine.processes import World
+from stamo_dist.errors import RunError
+from stamo_dist.recipe.schema import Batching, Strategy
+
+ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass
+class Engine:
+    """The trained module and its optimizer, spread over the processes.
+
+    `module` is called as the original one. Between `accumulate` blocks nothing is synchronised.
+    """
+
+    strategy: str
+    world: World
+    accelerator: Accelerator
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    clip: float | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_zero(self) -> bool:
+        return self.strategy in ZERO_STAGE
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The module the task built; under zero3 and fsdp its parameters are this process's shards."""
+        return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around each micro-batch: gradients are reduced at the last one only."""
+        with self.accelerator.accumulate(self.module):
+            yield
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """Backward pass of one micro-batch; at the last one clip and step.
+
+        Returns the gradient norm before clipping (a scalar tensor) when the optimizer stepped, else None.
+        """
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return None
+        if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward
+            return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return torch.as_tensor(norm, device=self.device)
+
+
+def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": batching.micro_batch,
+        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_clipping": clip or 0.0,  # DeepSpeed clips only where its own config says so
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 200_000_000,
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
+    policy = None
+    if precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Inputs keep their dtype: the noise level must reach the model in fp32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(block_classes),
+        mixed_precision_policy=policy,
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def _accelerator(
+    strategy: Strategy,
+    world: World,
+    batching: Batching,
+    *,
+    clip: float | None,
+    precision: str,
+    block_classes: Sequence[str],
+) -> Accelerator:
+    on_gpu = torch.cuda.is_available()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    common: dict[str, Any] = {
+        "gradient_accumulation_steps": batching.accumulation,
+        "mixed_precision": "bf16" if precision == "bf16" else "no",
+        "kwargs_handlers": [InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+        "step_scheduler_with_optimizer": False,
+    }
+    if strategy.name in ZERO_STAGE:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        config = _deepspeed_config(ZERO_STAGE[strategy.name], batching, clip, precision)
+        # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
+        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    if strategy.name == "ddp":
+        return Accelerator(cpu=not on_gpu, **common)
+
+    plugin = _fsdp_plugin(precision, block_classes)
+    mesh = _hsdp_mesh(strategy, world) if strategy.name == "hsdp" else None
+    if on_gpu:
+        return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)
+    accelerator = Accelerator(cpu=True, **common)  # Accelerate knows no FSDP on CPU; its prepare does
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    if mesh is not None:
+        accelerator.state.parallelism_config = mesh
+        accelerator.state.device_mesh = mesh.build_device_mesh("cpu")
+    return accelerator
+
+
+def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:
+    group = strategy.shard_group or world.local_size
+    if world.size % group:
+        raise RunError(f"strategy.shard_group: {group} does not divide {world.size} processes")
+    return ParallelismConfig(dp_replicate_size=world.size // group, dp_shard_size=group)
+
+
+def build(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strategy: Strategy,
+    world: World,
+    batching: Batching,
+    *,
+    clip: float | None,
+    precision: str,
+    block_classes: Sequence[str],
+) -> Engine:
+    """Spread `module` and `optimizer` over the processes as the recipe's strategy says.
+
+    `block_classes` names the transformer block classes that FSDP shards one by one. All processes must hold the same
+    initial weights. The streaming loader never goes through here: Accelerate would read on rank 0 for all, one batch
+    ahead.
+
+    Raises:
+        RunError: hsdp's group does not divide the world.
+    """
+    accelerator = _accelerator(
+        strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes
+    )
+    module, optimizer = accelerator.prepare(module, optimizer)
+    return Engine(strategy.name, world, accelerator, module, optimizer, clip)

@@ -1,0 +1,77 @@
+"""Patch features → state: learnable queries in a small transformer.
+
+The queries are prepended to the projected patch tokens and all attend to all, as in TiTok (Yu et al. 2024,
+arXiv 2406.07550); what comes out at the queries' places is the state. DINOv2's patch tokens already carry their
+position (its position embeddings are added before the first block), so none is added here.
+
+A LayerNorm without affine parameters ends the compressor: every state token has mean 0 and norm √dim. So the decoder
+sees one scale throughout training, states cannot drift to make the loss small, and a motion (the difference of two
+states) is never longer than 2·√dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stamo_dist.recipe import schema
+
+
+class CompressorLayer(nn.Module):
+    """Pre-norm attention and MLP, as in ViT."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, keep: int) -> Tensor:
+        """(B, N, width) → the first `keep` tokens (B, keep, width), which have attended to all N."""
+        h = self.norm1(x)
+        q = self.q(h[:, :keep]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(h).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x[:, :keep] + self.proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+class Compressor(nn.Module):
+    """(B, N, features) patch tokens → (B, tokens, dim) state."""
+
+    def __init__(self, cfg: schema.Compressor, features: int):
+        super().__init__()
+        self.tokens, self.dim, self.features = cfg.tokens, cfg.dim, features
+        self.gradient_checkpointing = False
+        self.queries = nn.Parameter(torch.empty(cfg.tokens, cfg.width))
+        self.input = nn.Linear(features, cfg.width)
+        self.layers = nn.ModuleList(CompressorLayer(cfg.width, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.output = nn.Linear(cfg.width, cfg.dim)
+        self.state_norm = nn.LayerNorm(cfg.dim, elementwise_affine=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.queries, std=self.queries.shape[1] ** -0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, N, features) of any float dtype → (B, tokens, dim)."""
+        patches = self.input(features.to(self.input.weight.dtype))
+        x = torch.cat([self.queries.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        for i, layer in enumerate(self.layers):
+            keep = x.shape[1] if i < len(self.layers) - 1 else self.tokens
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, keep, use_reentrant=False)
+            else:
+                x = layer(x, keep)
+        return self.state_norm(self.output(self.norm(x)))

@@ -1,0 +1,177 @@
+"""The decoder: Stable Diffusion 3's transformer, conditioned on state tokens instead of text.
+
+The state enters at the two places where SD3 takes its text: as the context sequence (`context_embedder`), and
+flattened as the pooled projection that modulates every block. With 2 tokens × 1024 the pooled projection has exactly
+SD3's 2048 inputs; the context embedder (4096 inputs in SD3) is new.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from stamo_dist.errors import RecipeError
+from stamo_dist.models import weights
+from stamo_dist.models.flow import TIMESTEPS
+from stamo_dist.models.weights import LoadReport
+from stamo_dist.recipe import schema
+
+log = logging.getLogger(__name__)
+
+FIELD = "model.decoder"
+_KIND = ("_class_name", "SD3Transformer2DModel")
+_CONDITIONING = ("context_embedder", "time_text_embed.text_embedder.linear_1")
+_DERIVED = {"joint_attention_dim": "model.compressor.dim", "pooled_projection_dim": "model.compressor tokens × dim"}
+
+
+def config_problems(cfg: schema.Decoder) -> list[str]:
+    """Unknown fields of `cfg.config`, and fields that follow from the compressor."""
+    known = inspect.signature(SD3Transformer2DModel.__init__).parameters
+    problems = weights.unknown_keys(cfg.config, known, f"{FIELD}.config")
+    return problems + [
+        f"{FIELD}.config.{k}: is derived from {v}; remove it" for k, v in _DERIVED.items() if k in cfg.config
+    ]
+
+
+class Decoder(nn.Module):
+    """Velocity of the latents at noise level σ, given the state."""
+
+    def __init__(self, transformer: SD3Transformer2DModel):
+        super().__init__()
+        self.transformer = transformer
+        self.report: LoadReport | None = None
+
+    @classmethod
+    def from_config(
+        cls, cfg: schema.Decoder, compressor: schema.Compressor, latent_shape: tuple[int, int, int]
+    ) -> Decoder:
+        """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
+
+        Without weights the number of channels, the size of the position table and the context width default to what
+        the latents (C, h, w) and the heads need.
+
+        Raises:
+            RecipeError: unknown or derived fields in `cfg.config`, or a transformer that does not take these latents.
+            CheckpointError: the checkpoint is missing or incomplete, or differs beyond the conditioning layers.
+        """
+        conditioning = {
+            "joint_attention_dim": compressor.dim,
+            "pooled_projection_dim": compressor.tokens * compressor.dim,
+        }
+        if cfg.weights is not None:
+            if cfg.config:
+                log.warning("%s.config is not used: the weights' own config.json is", FIELD)
+            folder = weights.locate(cfg.weights, ("transformer", ""), f"{FIELD}.weights")
+            return cls.from_folder(folder, latent_shape, conditioning)
+        if problems := config_problems(cfg):
+            raise RecipeError(problems)
+        channels, side, _ = latent_shape
+        defaults = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+        config = _full({**defaults, **cfg.config, **conditioning})
+        config.setdefault("pos_embed_max_size", side // config["patch_size"])
+        config.setdefault("caption_projection_dim", config["num_attention_heads"] * config["attention_head_dim"])
+        _check(config, latent_shape)
+        decoder = cls(SD3Transformer2DModel.from_config(config))
+        _initialise(decoder.transformer)
+        return decoder
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, latent_shape: tuple[int, int, int], conditioning: Mapping[str, int] | None = None
+    ) -> Decoder:
+        """Load a folder in diffusers' layout; `conditioning` replaces config fields of the conditioning layers."""
+        config = {**weights.read_config(folder, f"{FIELD}.weights", _KIND), **(conditioning or {})}
+        _check(config, latent_shape)
+        transformer, report = weights.load(
+            lambda: SD3Transformer2DModel.from_config(config),
+            folder,
+            f"{FIELD}.weights",
+            reinitialise=_CONDITIONING if conditioning else (),
+        )
+        decoder = cls(transformer)
+        decoder.report = report
+        return decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.pos_embed.proj.weight.dtype
+
+    def forward(self, z: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
+        """Latents z_σ (B, C, h, w), σ (B,) float32 and tokens (B, T, dim) → velocity (B, C, h, w) float32.
+
+        Raises:
+            TypeError: σ is not float32.
+        """
+        if sigma.dtype != torch.float32:
+            # bf16 knows 9 noise levels between 0.97 and 1; an engine that casts inputs would blur the time silently.
+            raise TypeError(f"sigma is {sigma.dtype}, expected float32: the engine must not cast the module's inputs")
+        tokens = tokens.to(self.dtype)
+        velocity = self.transformer(
+            hidden_states=z.to(self.dtype),
+            encoder_hidden_states=tokens,
+            pooled_projections=tokens.flatten(1),
+            timestep=sigma * TIMESTEPS,
+            return_dict=False,
+        )[0]
+        return velocity.to(torch.float32)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        if enabled:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write diffusers' layout."""
+        self.transformer.save_config(folder)
+        weights.save(self.transformer.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+
+
+def _full(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the class's defaults, but for the fields this module derives."""
+    derived = ("self", "pos_embed_max_size", "caption_projection_dim")
+    parameters = inspect.signature(SD3Transformer2DModel.__init__).parameters
+    return {**{k: p.default for k, p in parameters.items() if k not in derived}, **config}
+
+
+def _check(config: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> None:
+    channels, side, _ = latent_shape
+    config = _full(dict(config))
+    patch, table = config["patch_size"], config.get("pos_embed_max_size")
+    out = config["out_channels"] if config["out_channels"] is not None else config["in_channels"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    problems = []
+    if (config["in_channels"], out) != (channels, channels):
+        problems.append(f"in_channels and out_channels are {config['in_channels']} and {out}, the VAE has {channels}")
+    if side % patch:
+        problems.append(f"patch_size {patch} does not divide the latents' side {side}")
+    if table is not None and side // patch > table:
+        problems.append(f"pos_embed_max_size {table} is less than the {side // patch} patches of a side")
+    if config.get("caption_projection_dim", width) != width:
+        problems.append(f"caption_projection_dim is {config['caption_projection_dim']}, the heads make {width}")
+    if problems:
+        raise RecipeError([f"{FIELD}: {p}" for p in problems])
+
+
+def _initialise(model: Any) -> None:
+    """DiT's initialisation (Peebles & Xie 2022, arXiv 2212.09748): Xavier, adaLN-Zero gates and a zero last layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.pos_embed.proj.bias)
+    nn.init.normal_(model.time_text_embed.timestep_embedder.linear_1.weight, std=0.02)
+    nn.init.normal_(model.time_text_embed.timestep_embedder.linear_2.weight, std=0.02)
+    modulations = [m.linear for b in model.transformer_blocks for m in (b.norm1, b.norm1_context)]
+    for layer in (*modulations, model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)

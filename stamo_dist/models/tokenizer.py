@@ -1,0 +1,319 @@
+"""The StaMo tokenizer: a diffusion autoencoder from an image to a few state tokens and back.
+
+    image → encoder (DINOv2) → compressor → state tokens → decoder (SD3 transformer) → latents → VAE → image
+
+`TokenizerCore` is what is trained, and what an engine wraps; the rest is frozen and stays outside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+from transformers import Dinov2Model
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
+
+from stamo_dist.errors import CheckpointError, RecipeError
+from stamo_dist.models import decoder as decoders
+from stamo_dist.models import encoder as encoders
+from stamo_dist.models import flow as flows
+from stamo_dist.models import vae as vaes
+from stamo_dist.models import weights
+from stamo_dist.models.compressor import Compressor, CompressorLayer
+from stamo_dist.models.decoder import Decoder
+from stamo_dist.models.encoder import Encoder
+from stamo_dist.models.flops import Flops, count
+from stamo_dist.models.vae import VAE
+from stamo_dist.recipe import schema
+
+_FORMAT = 1
+_BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer)
+
+
+class TokenizerCore(nn.Module):
+    """The trained part: compressor and decoder, and the encoder when it is trained jointly."""
+
+    def __init__(self, compressor: Compressor, decoder: Decoder, encoder: Encoder | None = None):
+        super().__init__()
+        self.encoder = encoder
+        self.compressor = compressor
+        self.decoder = decoder
+
+    def forward(self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity (B, C, h, w) float32 of z_σ (B, C, h, w) at σ (B,) float32.
+
+        The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
+        images.
+        """
+        return self.decoder(z_sigma, sigma, self.state(features_or_images))
+
+    def state(self, features_or_images: Tensor) -> Tensor:
+        """(B, tokens, dim) state tokens."""
+        return self.compressor(features_or_images if self.encoder is None else self.encoder(features_or_images))
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block's activations in the backward pass."""
+        self.compressor.gradient_checkpointing = enabled
+        self.decoder.set_gradient_checkpointing(enabled)
+        if self.encoder is not None:
+            self.encoder.set_gradient_checkpointing(enabled)
+
+    def block_classes(self) -> tuple[str, ...]:
+        """Class names of the transformer blocks in here, which FSDP shards one by one."""
+        return tuple(c.__name__ for c in _BLOCKS if any(isinstance(m, c) for m in self.modules()))
+
+
+class Tokenizer(nn.Module):
+    """Images ↔ state tokens. `trained` is the core, `vae` and (unless trained) `frozen_encoder` never change.
+
+    Images are uint8 (B, H, W, 3), as frames come from the shards, or float (B, 3, H, W) in [0, 1].
+    """
+
+    def __init__(
+        self,
+        cfg: schema.Model,
+        flow: schema.Flow,
+        *,
+        encoder: Encoder,
+        compressor: Compressor,
+        decoder: Decoder,
+        vae: VAE,
+    ):
+        super().__init__()
+        joint = cfg.encoder.train
+        self.cfg, self.flow = cfg, flow
+        self.trained = TokenizerCore(compressor, decoder, encoder if joint else None)
+        self.frozen_encoder = None if joint else encoder.requires_grad_(False).eval()
+        self.vae = vae.requires_grad_(False).eval()
+        self._frozen_fingerprints: dict[str, str] | None = None
+
+    @classmethod
+    def from_config(cls, cfg: schema.Model, flow: schema.Flow, image_size: int) -> Tokenizer:
+        """Build from a recipe for square frames of `image_size`; parts without weights are random (torch's generator).
+
+        Raises:
+            RecipeError: fields that the model classes do not know or that do not fit each other.
+            CheckpointError: weights that are missing, incomplete or of another model.
+        """
+        problems: list[str] = []
+        for part, module in ((cfg.encoder, encoders), (cfg.vae, vaes), (cfg.decoder, decoders)):
+            problems += module.config_problems(part) if part.weights is None else []
+        if problems:
+            raise RecipeError(problems)
+        vae = VAE.from_config(cfg.vae, image_size)
+        encoder = Encoder.from_config(cfg.encoder)
+        compressor = Compressor(cfg.compressor, encoder.dim)
+        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape)
+        return cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The feature extractor, wherever it lives."""
+        encoder = self.trained.encoder or self.frozen_encoder
+        assert encoder is not None, "either the core or the tokenizer holds the encoder"
+        return encoder
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one frame's latents."""
+        return self.vae.latent_shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.trained.compressor.queries.device
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about how the parts were built: their sources, and every re-initialised layer."""
+        parts = {encoders.FIELD: self.encoder, decoders.FIELD: self.trained.decoder, vaes.FIELD: self.vae}
+        return [
+            f"{field}: {part.report if part.report is not None else 'random initial weights'}"
+            for field, part in parts.items()
+        ]
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """As nn.Module.train, but the frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.vae.eval()
+        if self.frozen_encoder is not None:
+            self.frozen_encoder.eval()
+        return self
+
+    def freeze(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Move the frozen parts to `device` and cast them to `dtype`."""
+        self.frozen_fingerprints()  # of the weights as they were loaded
+        self.vae.to(device=device, dtype=dtype)
+        if self.frozen_encoder is not None:
+            self.frozen_encoder.to(device=device, dtype=dtype)
+
+    def compile_blocks(self) -> None:
+        """torch.compile every transformer block and the VAE's encoder; call it before an engine wraps the core.
+
+        Only `forward` is replaced, so names and hooks stay, and equal blocks share one compilation.
+        """
+        blocks: list[nn.Module] = [m for m in self.modules() if isinstance(m, _BLOCKS)]
+        for module in (*blocks, self.vae.model.encoder):
+            module.forward = torch.compile(module.forward)
+
+    def block_classes(self) -> tuple[str, ...]:
+        return self.trained.block_classes()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the core takes: the frozen encoder's patch tokens (B, N, D); the images where the encoder is trained."""
+        return images if self.frozen_encoder is None else self.frozen_encoder(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → state tokens (B, tokens, dim) float32, each of mean 0 and norm √dim."""
+        return self.trained.state(self.features(images.to(self.device))).to(torch.float32)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images → normalised z₀ (B, C, h, w) float32; `noise` (B, C, h, w) draws a sampled posterior."""
+        return self.vae.encode(images, noise)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, steps: int | None = None, noise: Tensor | None = None) -> Tensor:
+        """State tokens (B, tokens, dim) → float32 images (B, 3, H, W) in [0, 1] by the Euler sampler.
+
+        `noise` (B, C, h, w), standard normal, is where the sampler starts: the same noise gives the same images. It is
+        drawn from torch's generator when omitted. `steps` defaults to `flow.sampler_steps`.
+        """
+        tokens = tokens.to(self.device)
+        if noise is None:
+            noise = torch.randn(len(tokens), *self.latent_shape, device=self.device)
+        z0 = flows.sample(
+            lambda z, sigma: self.trained.decoder(z, sigma, tokens),
+            noise.to(self.device),
+            steps or self.flow.sampler_steps,
+            self.flow.shift,
+        )
+        return self.vae.decode(z0)
+
+    def flops(self) -> Flops:
+        """Arithmetic of one frame's forward pass, from the configurations alone: it may be asked of a wrapped core."""
+        size, encoder = self.vae.image_size, self.encoder
+        with torch.device("meta"):
+            transformer = SD3Transformer2DModel.from_config(self.trained.decoder.transformer.config)
+            vae = VAE(AutoencoderKL.from_config(self.vae.model.config), size)
+            features = torch.empty(1, (encoder.image_size // encoder.model.config.patch_size) ** 2, encoder.dim)
+            tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
+            frame = torch.empty(1, 3, size, size)
+            return Flops(
+                encoder=count(Encoder(Dinov2Model(encoder.model.config), encoder.image_size), frame),
+                compressor=count(Compressor(self.cfg.compressor, encoder.dim), features),
+                decoder=count(Decoder(transformer), torch.empty(1, *self.latent_shape), torch.empty(1), tokens),
+                vae_encoder=count(vae.model.encoder, frame),
+                joint_encoder=self.frozen_encoder is None,
+            )
+
+    def flops_per_sample(self, cached_latents: bool = False) -> tuple[int, int]:
+        """FLOPs of one frame's forward pass through the trained and through the frozen parts."""
+        flops = self.flops()
+        return flops.trained(), flops.frozen(cached_latents)
+
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each frozen part, by its name, as it was loaded (before `freeze` cast it)."""
+        if self._frozen_fingerprints is None:
+            parts = {"encoder": self.frozen_encoder, "vae": self.vae}
+            self._frozen_fingerprints = {name: part.fingerprint() for name, part in parts.items() if part is not None}
+        return self._frozen_fingerprints
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole tokenizer: configuration, frozen parts and the core's weights as they are now."""
+        config = {"flow": self.flow.model_dump(), "frozen": self.frozen_fingerprints(), **self._settings()}
+        return weights.fingerprint(config, self.trained.state_dict())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "image_size": self.vae.image_size,
+            "encoder_image_size": self.encoder.image_size,
+            "compressor": self.cfg.compressor.model_dump(),
+            "latent": self.vae.latent,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads.
+
+        `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
+        encoder is named by its source and fingerprint. `stamo.json` is written last.
+
+        Raises:
+            ValueError: `freeze` has cast the frozen parts, so what would be written is not what was loaded.
+        """
+        if self.vae.dtype != torch.float32:
+            raise ValueError(f"the frozen parts were cast to {self.vae.dtype}; save a tokenizer that was not")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stamo.json").unlink(missing_ok=True)
+        weights.save(self.trained.compressor.state_dict(), folder / "compressor" / "model.safetensors")
+        self.trained.decoder.save_pretrained(folder / "transformer")
+        self.vae.save_pretrained(folder / "vae")
+        if self.trained.encoder is not None:
+            self.trained.encoder.save_pretrained(folder / "encoder")
+        about = {
+            "format": _FORMAT,
+            "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
+            "image_size": self.vae.image_size,
+            "model": self.cfg.model_dump(mode="json"),
+            "flow": self.flow.model_dump(mode="json"),
+            "frozen": self.frozen_fingerprints(),
+        }
+        (folder / "stamo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, encoder_weights: str | None = None) -> Tokenizer:
+        """Read what `save_pretrained` wrote, or the run folder whose `model/` holds it.
+
+        `encoder_weights` says where the frozen encoder lies on this machine; where it was when omitted.
+
+        Raises:
+            CheckpointError: files are missing or corrupt, or the frozen encoder is not the one it was trained with.
+        """
+        root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
+        if root is None:
+            raise CheckpointError(
+                f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
+            )
+        about = _read_about(root / "stamo.json")
+        cfg, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
+        vae = VAE.from_folder(root / "vae", about["image_size"], cfg.vae.latent)
+        if cfg.encoder.train:
+            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size)
+        else:
+            source = {"weights": encoder_weights} if encoder_weights else {}
+            encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))
+        compressor, _ = weights.load(lambda: Compressor(cfg.compressor, encoder.dim), root / "compressor", str(root))
+        decoder = Decoder.from_folder(root / "transformer", vae.latent_shape)
+        tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+        _check_frozen(tokenizer, about["frozen"], root)
+        return tokenizer.eval()
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: format {about['format']}, this version reads {_FORMAT}; export it again")
+        return {key: about[key] for key in ("image_size", "model", "flow", "frozen")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+
+
+def _check_frozen(tokenizer: Tokenizer, expected: Mapping[str, str], root: Path) -> None:
+    for name, found in tokenizer.frozen_fingerprints().items():
+        if expected.get(name) != found:
+            raise CheckpointError(
+                f"{root}: the frozen {name} is not the one this tokenizer was trained with (fingerprint {found[:12]}, "
+                f"expected {str(expected.get(name))[:12]}); give the original weights"
+            )

@@ -1,0 +1,128 @@
+"""`stamo recipe …`: look at recipes without running them. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from stamo_dist.errors import StamoError
+from stamo_dist.recipe.explain import explain as explain_field
+from stamo_dist.recipe.explain import json_schema
+from stamo_dist.recipe.lines import show_value
+from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.schema import batching
+
+app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; VALUE is YAML. May be given several times."),
+]
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Print the resolved recipe with the file and line each value came from.
+
+    The output is a recipe itself: every value written out, the origin as a comment.
+
+    Example: stamo recipe show recipes/tokenizer_demo.yaml --set train.steps=500
+    """
+    loaded = load(recipe, overrides or ())
+    console = Console(highlight=False, soft_wrap=True)
+    for line in render(loaded):
+        console.print(line)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", metavar="N", help="Check the batching on N processes too.")
+    ] = None,
+) -> None:
+    """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
+
+    Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
+    """
+    loaded = load(recipe, overrides or (), world_size)
+    r = loaded.recipe
+    weights = {name: source.weight for name, source in r.data.sources.items() if source.weight > 0}
+    shares = ", ".join(f"{name} {weight / sum(weights.values()):.1%}" for name, weight in weights.items())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        Text.assemble(("OK", "bold green"), f"  {recipe}: {r.stage}, {r.strategy.name}, run folder {r.run_dir}")
+    )
+    console.print(f"    sources   {shares}")
+    console.print(f"    schedule  {r.train.steps} steps × {r.train.global_batch} samples")
+    console.print("    processes  per process = micro-batch × accumulation", style="dim")
+    sizes = [world_size] if world_size else [2**k for k in range(11) if r.train.global_batch % 2**k == 0]
+    for size in sizes:
+        b = batching(r.train, size)
+        console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; printed when omitted.")
+    ] = None,
+) -> None:
+    """Write the JSON schema that gives editors completion and checks in recipe files.
+
+    Editors with the YAML language server use it through a recipe's first line, "# yaml-language-server: $schema=FILE".
+
+    Example: stamo recipe schema recipes/schema.json
+    """
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise StamoError(f"{out}: cannot be written: {e.strerror}") from e
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def explain(
+    field: Annotated[str, typer.Argument(metavar="[FIELD]", help="Dotted name; the sections when omitted.")] = "",
+) -> None:
+    """Explain a field or a section: type, default, meaning.
+
+    Example: stamo recipe explain data.sources
+    """
+    Console(highlight=False).print(explain_field(field))
+
+
+def render(loaded: Loaded) -> Iterator[Text]:
+    """The resolved recipe as YAML lines, each value followed by its origin as a comment."""
+    rows = list(_rows(loaded.resolved, loaded.provenance, ()))
+    column = min(48, max(text.cell_len for text, _ in rows)) + 2
+    for text, origin in rows:
+        if origin:
+            text.append(" " * max(2, column - text.cell_len))
+            text.append(f"# {origin}", style="dim" if origin == "default" else "green")
+        yield text
+
+
+def _rows(tree: dict[str, Any], provenance: dict[str, str], at: tuple[str, ...]) -> Iterator[tuple[Text, str]]:
+    for name, value in tree.items():
+        here = (*at, name)
+        text = Text("  " * len(at)).append(f"{show_value(name)}:", style="cyan")
+        if isinstance(value, dict) and value:
+            yield text, ""
+            yield from _rows(value, provenance, here)
+        else:
+            origin = provenance[".".join(here)]
+            text.append(" ").append(show_value(value, limit=1 << 20), style="dim" if origin == "default" else "bold")
+            yield text, origin

@@ -1,0 +1,145 @@
+"""The recipe's fields in words: type, default and documentation, read off the pydantic models."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from stamo_dist.recipe.lines import Key, show_value
+from stamo_dist.recipe.schema import Recipe, Section
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field, or one named entry of a map such as `data.sources.NAME`."""
+
+    key: Key
+    annotation: Any
+    metadata: tuple[Any, ...] = ()
+    info: FieldInfo | None = None
+
+    @property
+    def section(self) -> type[Section] | None:
+        """The section this field is, or None for a plain value."""
+        kind = self.annotation
+        return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+    @property
+    def entry(self) -> Field | None:
+        """What one entry of this map is, where the field maps free names to sections."""
+        if get_origin(self.annotation) is not dict:
+            return None
+        value = Field((*self.key, "NAME"), get_args(self.annotation)[1])
+        return value if value.section else None
+
+    @property
+    def required(self) -> bool:
+        return self.info is not None and self.info.is_required()
+
+    @property
+    def doc(self) -> str:
+        if self.info is not None and self.info.description:
+            return self.info.description
+        return (self.section.__doc__ or "").strip() if self.section else ""
+
+    @property
+    def default(self) -> str:
+        if self.info is None or self.section:
+            return ""
+        return "required" if self.required else show_value(_plain(self.info.get_default(call_default_factory=True)))
+
+    @property
+    def words(self) -> str:
+        """The type with its limits, as in 'a whole number above 0'."""
+        return _words(self.annotation, self.metadata)
+
+    def children(self) -> Iterator[Field]:
+        """The fields of a section, or of one entry of a map of sections."""
+        section = self.section or (self.entry.section if self.entry else None)
+        if section is None:
+            return
+        at = self.key if self.section else (*self.key, "NAME")
+        for name, info in section.model_fields.items():
+            yield Field((*at, name), info.annotation, tuple(info.metadata), info)
+
+    def child(self, name: Any) -> Field | None:
+        if self.section is None:
+            return Field((*self.key, name), self.entry.annotation) if self.entry else None
+        return next((f for f in self.children() if f.key[-1] == name), None)
+
+
+ROOT = Field((), Recipe)
+
+
+def find(key: Key) -> Field | None:
+    """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
+    field: Field | None = ROOT
+    for name in key:
+        if field is None:
+            return None
+        field = field.child(name)
+    return field
+
+
+def nearest(key: Key) -> Field:
+    """The deepest field on the way to `key`."""
+    return next(field for depth in range(len(key), -1, -1) if (field := find(key[:depth])))
+
+
+def all_fields(field: Field = ROOT) -> Iterator[Field]:
+    """Every field below `field`, depth first."""
+    for child in field.children():
+        yield child
+        yield from all_fields(child)
+
+
+def is_number(field: Field | None) -> bool:
+    return field is not None and "number" in field.words and "true or false" not in field.words
+
+
+def placeholder(annotation: Any) -> Any:
+    """Some valid value for a required field, so that the rest of a recipe can still be checked."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        required = {n: f for n, f in annotation.model_fields.items() if f.is_required()}
+        return {name: placeholder(info.annotation) for name, info in required.items()}
+    if get_origin(annotation) is dict:
+        return {"placeholder": placeholder(get_args(annotation)[1])}
+    return {str: "placeholder", int: 1, float: 1.0, bool: False}.get(annotation)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _words(kind: Any, metadata: tuple[Any, ...] = ()) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        inner = [m for part in args[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        return _words(args[0], (*inner, *metadata))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(arg, metadata) for arg in args if arg is not type(None)) + " or null"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (list, tuple):
+        return "a list" + (f" of {len(args)}" if origin is tuple else "") + f" ({_words(args[0])} each)"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return "a map"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a map"}
+    return names.get(origin or kind, "anything") + _limits(metadata)
+
+
+def _limits(metadata: tuple[Any, ...]) -> str:
+    limits = []
+    for m in metadata:
+        limits += [f"above {m.gt}"] if isinstance(m, Gt) else []
+        limits += [f"at least {m.ge}"] if isinstance(m, Ge) else []
+        limits += [f"below {m.lt}"] if isinstance(m, Lt) else []
+        limits += [f"at most {m.le}"] if isinstance(m, Le) else []
+    return f" {' and '.join(limits)}" if limits else ""

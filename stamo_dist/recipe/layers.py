@@ -1,0 +1,146 @@
+"""A recipe and everything it extends, merged: maps deep-merge, lists replace, later wins, the file itself last."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stamo_dist.recipe.lines import Key, Layer, read_file, read_override, shown
+
+
+@dataclass
+class Merged:
+    """Plain values of all layers together, the place each came from, and what is wrong so far."""
+
+    value: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    text: str = ""
+    unread: set[Key] = field(default_factory=set)
+    whole: bool = True  # every file could be read
+
+    def add(self, layer: Layer, override: bool = False) -> None:
+        self.problems += layer.problems
+        self.unread |= layer.unread
+        self.whole &= () not in layer.unread
+        _clear_clashes(self.value, layer.value)
+        self._remove_sources(layer)
+        merged = OmegaConf.merge(OmegaConf.create(self.value), OmegaConf.create(layer.value))
+        self.value = OmegaConf.to_container(merged)  # type: ignore[assignment]
+        for key, place in layer.places.items():
+            is_map = isinstance(value_at(layer.value, key), dict)
+            if not is_map:
+                for old in [k for k in self.places if k[: len(key)] == key]:
+                    del self.places[old]
+            if not (override and is_map and key in self.places):
+                self.places[key] = place
+
+    def _remove_sources(self, layer: Layer) -> None:
+        """`data.sources.NAME: null` takes an inherited source out of the mixture."""
+        sources, inherited = (value_at(value, ("data", "sources")) for value in (layer.value, self.value))
+        sources, inherited = (s if isinstance(s, dict) else {} for s in (sources, inherited))
+        for name in [n for n, source in sources.items() if source is None]:
+            key = ("data", "sources", name)
+            if name not in inherited and self.whole:
+                hint = did_you_mean(name, inherited) or f"there are {', '.join(inherited) or 'none'}"
+                self.problems.append(
+                    f"{layer.places[key]}: data.sources.{name}: null removes an inherited source, "
+                    f"but none has this name; {hint}"
+                )
+            inherited.pop(name, None)
+            del sources[name], layer.places[key]
+            for old in [k for k in self.places if k[:3] == key]:
+                del self.places[old]
+
+
+def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:
+    """Read `path`, all it extends and the overrides, and merge them.
+
+    A file that is reached by two ways counts once, where it comes first.
+    """
+    out = Merged()
+    _add_file(path, out, stack=[], done=set(), at="")
+    for override in overrides:
+        out.add(read_override(override), override=True)
+    return out
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """'did you mean X?' for the closest of the known words, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: str) -> None:
+    where = path.resolve()
+    if where in stack:
+        names = " → ".join(shown(p) for p in [*stack[stack.index(where) :], where])
+        out.problems.append(f"{at}: extends: goes round in a circle: {names}")
+        out.whole = False
+        return
+    if where in done:
+        return
+    if not path.is_file():
+        out.problems.append(_missing(path, stack[-1] if stack else None, at))
+        out.whole = False
+        return
+    layer = read_file(path)
+    for key, name in _extends(layer, out):
+        _add_file(where.parent / Path(name).expanduser(), out, [*stack, where], done, layer.places[key])
+    done.add(where)
+    out.add(layer)
+    out.text = layer.text
+
+
+def _extends(layer: Layer, out: Merged) -> list[tuple[Key, str]]:
+    """Take `extends` out of a layer: where each name stands, and the name."""
+    value = layer.value.pop("extends", [])
+    entries: list[tuple[Key, Any]] = [(("extends",), value)]
+    if isinstance(value, list):
+        entries = [(("extends", i), name) for i, name in enumerate(value)]
+    good = [(key, name) for key, name in entries if isinstance(name, str) and name]
+    if len(good) < len(entries):
+        out.problems.append(f"{layer.places[('extends',)]}: extends: must be a file name or a list of file names")
+        out.whole = False
+    return good
+
+
+def _missing(path: Path, extender: Path | None, at: str) -> str:
+    siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    if extender is None:
+        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
+        return f"{path}: {'is a folder, not a recipe' if path.is_dir() else 'no such file'}{hint}"
+    name = os.path.relpath(path, extender.parent)
+    if Path(name).is_file():
+        hint = f"; did you mean {os.path.relpath(name, extender.parent)}?"
+    elif close:
+        hint = f"; did you mean {os.path.relpath(path.parent / close[0], extender.parent)}?"
+    else:
+        hint = ""
+    return f"{at}: extends: {name}: no such file (names are relative to {shown(extender.parent)}/){hint}"
+
+
+def _clear_clashes(old: Any, new: Any) -> None:
+    """A list cannot be merged with a map: where they meet, forget the old one (OmegaConf would raise)."""
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            _clear_clashes(before, value)
+        elif isinstance(before, list | dict) and isinstance(value, list | dict):
+            old[name] = value
+
+
+def value_at(value: Any, key: Key) -> Any:
+    for name in key:
+        try:
+            value = value[name]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value

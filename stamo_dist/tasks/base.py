@@ -1,0 +1,43 @@
+"""What a training stage is to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stamo_dist.data.loader import Batch
+from stamo_dist.tasks.noise import StepNoise
+
+
+@dataclass
+class LossOutput:
+    """`loss`: the scalar to differentiate, the mean of the first term. `per_sample`: term → (B,)."""
+
+    loss: Tensor
+    per_sample: dict[str, Tensor]
+
+
+class Task(Protocol):
+    """All that is particular to one stage. The loop knows nothing else about it."""
+
+    terms: tuple[str, ...]  # names of the logged losses; the first is the one that is minimised
+    trained: nn.Module  # what the strategy wraps
+    block_classes: tuple[str, ...]  # transformer blocks that FSDP shards one by one
+    notes: tuple[str, ...]  # what a person should know about how the model was built
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the frozen parts, which the strategy does not touch, and cast them."""
+
+    def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
+        """Loss of one micro-batch. `module` is the wrapped `trained`."""
+
+    def flops_per_sample(self) -> float:
+        """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
+
+    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
+        """Write the usable model; `weights` is the whole state dict of `trained`, `batches` training data to look at."""

@@ -1,0 +1,66 @@
+"""Training the tokenizer: flow matching of the frame's latents, conditioned on its state tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stamo_dist.data.loader import Batch
+from stamo_dist.models import flow
+from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.tasks.base import LossOutput
+from stamo_dist.tasks.noise import StepNoise
+
+_SIGMA, _EPSILON, _POSTERIOR = 0, 1, 2  # independent noise streams of one sample
+
+
+class TokenizerTask:
+    """L = ‖v(z_σ, σ, E(o)) − (ε − z₀)‖², averaged over the latent (STAMO §1)."""
+
+    terms = ("loss",)
+
+    def __init__(self, recipe: Recipe):
+        self._flow = recipe.flow
+        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
+        self.trained: nn.Module = self.tokenizer.trained
+        self.block_classes = self.tokenizer.block_classes()
+        self.notes = tuple(self.tokenizer.notes)
+        self._joint_encoder = recipe.model.encoder.train
+        self._sample_posterior = recipe.model.vae.latent == "sample"
+        self._cached = recipe.data.latents == "cached"
+        if recipe.train.gradient_checkpointing:
+            self.tokenizer.trained.set_gradient_checkpointing(True)
+        if recipe.train.compile:
+            self.tokenizer.compile_blocks()
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.tokenizer.freeze(device, dtype)
+
+    def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
+        with torch.no_grad():
+            if batch.latents is not None:
+                z0 = batch.latents.float()
+            else:
+                posterior = None
+                if self._sample_posterior:
+                    posterior = noise.normal(batch.sample, self.tokenizer.latent_shape, _POSTERIOR)
+                z0 = self.tokenizer.latents(batch.images, noise=posterior).float()
+            sigma = flow.sigma(noise.uniform(batch.sample, _SIGMA), self._flow)
+            epsilon = noise.normal(batch.sample, z0.shape[1:], _EPSILON)
+            z = flow.interpolate(z0, epsilon, sigma)
+            seen = batch.images if self._joint_encoder else self.tokenizer.features(batch.images)
+        velocity = module(seen, z, sigma)
+        per_sample = (velocity.float() - (epsilon - z0)).square().flatten(1).mean(1)
+        return LossOutput(per_sample.mean(), {"loss": per_sample})
+
+    def flops_per_sample(self) -> float:
+        trained, frozen = self.tokenizer.flops_per_sample(cached_latents=self._cached)
+        return 3 * trained + frozen
+
+    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
+        self.tokenizer.trained.load_state_dict(weights)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Path of a real data file under STAMO_TEST_DATA (or ../shared/data); skips and names the file when it is missing."""
+    folder = Path(os.environ.get("STAMO_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"no test data {path}; set STAMO_TEST_DATA")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two toy sources and a random VAE, made once: `.shards` holds the sources a and b, `.vae` the VAE."""
+    from toy import make_source, make_vae
+
+    root = tmp_path_factory.mktemp("toy")
+    make_source(root / "shards", "a", episodes=5)
+    make_source(root / "shards", "b", episodes=3)
+    return SimpleNamespace(shards=root / "shards", vae=make_vae(root / "vae"))
+
+
+@pytest.fixture(scope="session")
+def stamo() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the `stamo` command in a process of its own, as a user does."""
+
+    def run(*arguments: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stamo_dist.cli", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        if check and result.returncode:
+            pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
+        return result
+
+    return run
