@@ -19,8 +19,21 @@ opengl:
 	  && apt-get install -y -qq --no-install-recommends libegl1 libgl1-mesa-dri) \
 	  || echo "no libEGL: install it (Debian: libegl1 libgl1-mesa-dri) to simulate"
 
+# The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
+STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
-	$(BIN)/stamo demo
+	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 16 --size 64 --cameras agentview
+	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks reach-v3 --episodes 16 --size 64 --cameras corner3
+	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64
+	$(STAMO) data convert libero demo/raw/metaworld demo/shards/metaworld --size 64
+	$(STAMO) mix recipes/tokenizer_demo.yaml
+	$(STAMO) train recipes/vae_demo.yaml --nproc 2
+	@echo "training the tokenizer, and killing it after a while as a cluster would"
+	-timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
+	$(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
+	$(STAMO) eval reconstruct demo/runs/tokenizer
+	$(STAMO) eval interpolate demo/runs/tokenizer
+	$(STAMO) report demo/runs/tokenizer
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import typer
 
 from data_tools.commands import app as data_app
 from stamo_dist.errors import StamoError
+from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.recipe.commands import app as recipe_app
 
 app = typer.Typer(
@@ -20,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-eval_app = typer.Typer(help="Measure a tokenizer on held-out episodes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
@@ -29,7 +29,6 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes to start on this machine.")]
 
 
@@ -76,6 +75,22 @@ def train(
 
 
 @app.command()
+def encode(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
+    """Write the frozen VAE's latents of every frame beside the shards, for `data.latents: cached`.
+
+    May be started again, and under torchrun or Slurm on many processes: whole shards are skipped.
+
+    Example: stamo encode recipes/tokenizer_sim_droid.yaml
+    """
+    from stamo_dist.encode import encode as run
+    from stamo_dist.engine.processes import world_from_environment
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe
+    print(f"encoded {run(loaded, world_from_environment())} shards")
+
+
+@app.command()
 def mix(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
     """Show what the mixture really is: requested and realised shares, epochs, repeats.
 
@@ -88,6 +103,22 @@ def mix(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
     loaded = load(recipe, set_).recipe
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
     mixture_table(mixture.report(loaded.train.steps))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; RUN/report.html of the first run when omitted.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: recipe, mixture, curves, evaluations, pictures.
+
+    Example: stamo report demo/runs/tokenizer
+    """
+    from stamo_dist.report import write_report
+
+    print(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from stamo_dist.engine.processes import World, barrier, broadcast
 from stamo_dist.engine.progress import TrainingProgress, duration
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.recipe.load import Loaded
+from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Batching, Recipe, batching
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Task
@@ -131,7 +131,7 @@ class _Session:
 
     def open(self, notes: list[str]) -> None:
         """Rank 0: write what this run is and say it."""
-        self.run_folder.describe(self.loaded.text, self.loaded.dump(), sys.argv)
+        self.run_folder.describe(self.loaded.text, dump(self.loaded.recipe), sys.argv)
         self.file = MetricsFile(self.run_folder.metrics, self.state.step)
         self.wandb = WandB(self.recipe, self.run_folder.path, self.loaded.resolved)
         r, p = self.recipe, self.plan
@@ -149,7 +149,7 @@ class _Session:
         noise = Noise(recipe.seed)
         loader = build_loader(
             self.mixture, rank=engine.world.rank, world_size=engine.world.size, ranks_per_node=engine.world.local_size,
-            cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda",
+            cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
         )  # fmt: skip
         watch = Stopwatch()
         with closing(loader):
@@ -245,7 +245,8 @@ class _Session:
         if self.main:
             weights = checkpoint.read_weights(checkpoint.folder_of(self.run_folder.checkpoints, self.state.step))
             loader = build_loader(
-                self.mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=0
+                self.mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=0,
+                latents=self.task.latents,
             )
             with closing(loader):
                 batches = iter(loader)

@@ -127,10 +127,8 @@ def _end(workers: list[subprocess.Popen[bytes]], connections: list[Connection]) 
     for connection in connections:
         connection.close()
     for process in workers:
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # A worker only reads, so it can be stopped anywhere.
+        process.kill()
+        process.wait()
     workers.clear()
     connections.clear()

@@ -88,7 +88,7 @@ def _anonymous_file(size: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.truncate(fd, size)
+    os.ftruncate(fd, size)
     return fd
 
 

@@ -10,9 +10,8 @@ import mmap
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,16 +38,7 @@ class ShardSpec:
     nbytes: int
     samples: int
     layout: Layout
-
-    @classmethod
-    def from_index(cls, folder: Path, entry: Mapping[str, Any], layouts: dict[Layout, Layout]) -> ShardSpec:
-        """One entry of index.json's "shards"; `layouts` lets equal layouts share one object."""
-        sizes = tuple(size or None for size in entry["column_sizes"])
-        layout = Layout(tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes)
-        raw = entry["raw_data"]
-        return cls(
-            str(folder / raw["basename"]), int(raw["bytes"]), int(entry["samples"]), layouts.setdefault(layout, layout)
-        )
+    digest: str  # identifies the content
 
 
 class MappedShard:
@@ -145,7 +135,9 @@ class MappedShard:
         try:
             shape = simplejpeg.decode_jpeg(self.bytes(i, "image"), "RGB", True, False, 0, 0, 1, out).shape
         except (ValueError, TypeError) as e:
-            raise DataError(f"{self.describe(i)}: not a whole JPEG of {out.shape[1]} × {out.shape[0]} px: {e}") from None
+            raise DataError(
+                f"{self.describe(i)}: not a whole JPEG of {out.shape[1]} × {out.shape[0]} px: {e}"
+            ) from None
         if shape != out.shape:
             raise DataError(
                 f"{self.describe(i)}: the frame is {shape[1]} × {shape[0]} px, not {out.shape[1]} × {out.shape[0]}"

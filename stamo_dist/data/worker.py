@@ -26,7 +26,7 @@ def serve(socket: int, memory: int) -> None:
     while True:
         try:
             message = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         answer: tuple[str, str] | None = None
         try:

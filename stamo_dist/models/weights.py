@@ -31,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LAYOUT = "give a folder in the layout of diffusers' or transformers' save_pretrained"
 _LISTED = 20  # keys of one kind that an error message spells out
 
 
@@ -81,9 +82,10 @@ def locate(weights: str, subfolders: Sequence[str], field: str) -> Path:
         for sub in subfolders:
             if (root / sub / "config.json").is_file():
                 return root / sub
+        unfinished = (root / "resolved.yaml").is_file()
         raise CheckpointError(
             f"{field}: there is no {_names(subfolders)} in {weights}; "
-            "give a folder in the layout of diffusers' or transformers' save_pretrained"
+            + ("that run has not finished and exported its model" if unfinished else _LAYOUT)
         )
     if not _HUB_ID.fullmatch(weights):
         raise CheckpointError(

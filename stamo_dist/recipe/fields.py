@@ -58,6 +58,11 @@ class Field:
         """The type with its limits, as in 'a whole number above 0'."""
         return _words(self.annotation, self.metadata)
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds numbers, alone or in a list."""
+        return "number" in self.words and "true or false" not in self.words
+
     def children(self) -> Iterator[Field]:
         """The fields of a section, or of one entry of a map of sections."""
         section = self.section or (self.entry.section if self.entry else None)
@@ -96,10 +101,6 @@ def all_fields(field: Field = ROOT) -> Iterator[Field]:
     for child in field.children():
         yield child
         yield from all_fields(child)
-
-
-def is_number(field: Field | None) -> bool:
-    return field is not None and "number" in field.words and "true or false" not in field.words
 
 
 def placeholder(annotation: Any) -> Any:

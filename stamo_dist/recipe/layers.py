@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stamo_dist.recipe.lines import Key, Layer, read_file, read_override, shown
+from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
 
 
 @dataclass
@@ -49,10 +49,8 @@ class Merged:
             key = ("data", "sources", name)
             if name not in inherited and self.whole:
                 hint = did_you_mean(name, inherited) or f"there are {', '.join(inherited) or 'none'}"
-                self.problems.append(
-                    f"{layer.places[key]}: data.sources.{name}: null removes an inherited source, "
-                    f"but none has this name; {hint}"
-                )
+                message = f"null removes an inherited source, but none has this name; {hint}"
+                self.problems.append(located(layer.places[key], key, message))
             inherited.pop(name, None)
             del sources[name], layer.places[key]
             for old in [k for k in self.places if k[:3] == key]:
@@ -112,7 +110,7 @@ def _extends(layer: Layer, out: Merged) -> list[tuple[Key, str]]:
 
 
 def _missing(path: Path, extender: Path | None, at: str) -> str:
-    siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    siblings = [p.name for p in path.parent.glob("*.y*ml") if p.resolve() != extender] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     if extender is None:
         hint = f"; did you mean {path.parent / close[0]}?" if close else ""

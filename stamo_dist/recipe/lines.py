@@ -63,6 +63,11 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
+def located(place: str, key: Key, message: str) -> str:
+    """A problem as it is printed: where, which field, what."""
+    return f"{place}: {message}" if not key or place == f"--set {dotted(key)}" else f"{place}: {dotted(key)}: {message}"
+
+
 def shown(path: Path) -> str:
     """`path` as messages show it: relative to the working directory where it lies below it."""
     path = path.resolve()
@@ -189,4 +194,4 @@ class _Converter:
         return out
 
     def _problem(self, at: str, key: Key, message: str) -> None:
-        self.layer.problems.append(f"{at}: {dotted(key)}: {message}" if key else f"{at}: {message}")
+        self.layer.problems.append(located(at, key, message))

@@ -45,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         problems.append(f"world size {world_size}: must be at least 1 process")
         world_size = None
     recipe = None
-    if merged.places:
+    if () in merged.places:
         recipe, wrong = validate(merged, world_size)
         problems += wrong
     if recipe is None or problems:

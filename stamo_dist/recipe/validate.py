@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from stamo_dist.recipe.fields import all_fields, find, is_number, nearest, placeholder
+from stamo_dist.recipe.fields import all_fields, find, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
-from stamo_dist.recipe.lines import Key, dotted, show_value
+from stamo_dist.recipe.lines import Key, dotted, located, show_value
 from stamo_dist.recipe.schema import Recipe, Train, batching
 
 _STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)+): (.*)", re.DOTALL)
@@ -25,11 +25,12 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
     whatever may rest on a file that could not be read.
     """
     tree = copy.deepcopy(merged.value)
-    found: dict[Key, list[str]] = {key: [] for key in merged.unread if key}
+    found: dict[Key, list[str]] = {nearest(key).key: [] for key in merged.unread if key}
+    for key in merged.places:
+        field = nearest(key)
+        if isinstance(value_at(tree, key), bool) and field.is_number:  # pydantic would read true as 1
+            found.setdefault(field.key, [_wrong_value(field.key, value_at(tree, field.key))])
     for key in found:
-        _repair(tree, key)
-    for key in [k for k in merged.places if isinstance(value_at(tree, k), bool) and is_number(find(k))]:
-        found[key] = [_wrong_value(key, value_at(tree, key))]  # pydantic would read true as 1
         _repair(tree, key)
     recipe = None
     while recipe is None:
@@ -68,8 +69,7 @@ def place_of(key: Key, places: Mapping[Key, str]) -> str:
 def _placed(key: Key, message: str, places: Mapping[Key, str]) -> str:
     if match := _STARTS_WITH_FIELD.fullmatch(message):
         key, message = tuple(match[1].split(".")), match[2]
-    place, name = place_of(key, places), dotted(key)
-    return f"{place}: {message}" if place == f"--set {name}" or not name else f"{place}: {name}: {message}"
+    return located(place_of(key, places), key, message)
 
 
 def _messages(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key, str, str]]:
@@ -96,9 +96,10 @@ def _missing(key: Key, tree: dict[str, Any]) -> str:
     field = nearest(key)
     needs = ", ".join(str(f.key[-1]) for f in field.children() if f.required)
     message = f"missing ({field.words}{f' with {needs}' if field.section else ''}): {field.doc}"
-    if key[:2] == ("data", "sources"):  # a mistyped source name makes a new source without its path
+    if key[:2] == ("data", "sources") and len(key) > 2:  # a mistyped source name makes a new source without its path
         others = [name for name in value_at(tree, key[:2]) if name != key[2]]
-        message += f" {did_you_mean(str(key[2]), others)}".rstrip()
+        hint = did_you_mean(str(key[2]), others)
+        message += f" ({hint})" if hint else ""
     return message
 
 
@@ -115,8 +116,9 @@ def _unknown(key: Key) -> str:
 def _wrong_value(key: Key, value: Any) -> str:
     field = nearest(key)
     if value is None and field.section:
-        return "is empty; give it fields or remove the line"
-    hint = did_you_mean(value, [c for c in get_args(field.annotation) if c != value]) if isinstance(value, str) else ""
+        return "empty; give it fields or remove the line"
+    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stamo_dist.data.loader import Batch
+from stamo_dist.errors import CheckpointError
 from stamo_dist.tasks.noise import StepNoise
 
 
@@ -28,6 +29,7 @@ class Task(Protocol):
     terms: tuple[str, ...]  # names of the logged losses; the first is the one that is minimised
     trained: nn.Module  # what the strategy wraps
     block_classes: tuple[str, ...]  # transformer blocks that FSDP shards one by one
+    latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
     notes: tuple[str, ...]  # what a person should know about how the model was built
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -41,3 +43,18 @@ class Task(Protocol):
 
     def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
         """Write the usable model; `weights` is the whole state dict of `trained`, `batches` training data to look at."""
+
+
+def load_trained(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights into a freshly built `Task.trained`.
+
+    Parameters that are not trained may be missing (ZeRO-1 does not save them): they are as they were built.
+
+    Raises:
+        CheckpointError: A trained parameter or a buffer is missing, or there are others.
+    """
+    missing, unexpected = module.load_state_dict(weights, strict=False)
+    fixed = {name for name, p in module.named_parameters() if not p.requires_grad}
+    bad = sorted(set(missing) - fixed) + unexpected
+    if bad:
+        raise CheckpointError(f"the checkpoint does not fit the model of the recipe: {', '.join(bad[:10])}")

@@ -12,7 +12,7 @@ from stamo_dist.data.loader import Batch
 from stamo_dist.models import flow
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import LossOutput
+from stamo_dist.tasks.base import LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 _SIGMA, _EPSILON, _POSTERIOR = 0, 1, 2  # independent noise streams of one sample
@@ -32,6 +32,7 @@ class TokenizerTask:
         self._joint_encoder = recipe.model.encoder.train
         self._sample_posterior = recipe.model.vae.latent == "sample"
         self._cached = recipe.data.latents == "cached"
+        self.latents = self.tokenizer.frozen_fingerprints()["vae"] if self._cached else None
         if recipe.train.gradient_checkpointing:
             self.tokenizer.trained.set_gradient_checkpointing(True)
         if recipe.train.compile:
@@ -62,5 +63,5 @@ class TokenizerTask:
         return 3 * trained + frozen
 
     def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
-        self.tokenizer.trained.load_state_dict(weights)
+        load_trained(self.trained, weights)
         self.tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stamo_dist.data.loader import Batch
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import LossOutput
+from stamo_dist.tasks.base import LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 
@@ -19,7 +19,8 @@ class VAETask:
     """L = w₁·|x − x̂| + w₂·(x − x̂)² + w_KL·KL(q(z|x) ‖ N(0, 1)), means over pixels and latents; x in [−1, 1]."""
 
     terms = ("loss", "l1", "mse", "kl")
-    notes = ()
+    latents = None
+    notes = ("the latents will be standardised on training frames when the VAE is exported",)
 
     def __init__(self, recipe: Recipe):
         self._cfg = recipe.model.vae
@@ -45,6 +46,6 @@ class VAETask:
 
     def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
         """Write the AutoencoderKL with the shift and scale that standardise its latents on training data."""
-        self.trained.load_state_dict(weights)
+        load_trained(self.trained, weights)
         self.vae.standardise(batch.images for batch in batches)
         self.vae.save_pretrained(folder)

@@ -1,0 +1,358 @@
+"""Samples/s of the loader against other formats and against pure JPEG decoding, on the same frames in one run.
+
+python benchmarks/loader.py [--frames 4000] [--size 224] [--data SOURCE/SPLIT/CAMERA] [--hdf5 LIBERO.hdf5]
+
+Every loader yields shuffled uint8 (batch, H, W, 3) batches decoded by the same simplejpeg call. The limit is that
+call alone, on JPEGs in memory into one buffer, in as many processes at a time as there are workers. All are warm and
+take turns; a ratio is the median over the turns of a loader's rate to the limit measured right before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from stamo_dist.data import _torchvision  # noqa: F401  # isort: skip  must precede streaming
+import litdata
+import webdataset
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+
+from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.schema import COLUMNS, MANIFEST, Manifest, Split
+from stamo_dist.data.shards import MappedShard
+from stamo_dist.data.sources import open_camera, open_source
+from stamo_dist.recipe.schema import Data, Source
+
+SHARDS = 8
+PREFETCH = 2
+RAMP = 10  # batches before the clock starts, so that all are measured with full queues
+
+Run = Callable[[], Iterator[Any]]
+
+
+def decode(jpeg: Any, out: np.ndarray | None = None) -> np.ndarray:
+    return simplejpeg.decode_jpeg(jpeg, "RGB", True, False, 0, 0, 1, out)
+
+
+def libero_frames(path: Path, n: int, size: int) -> Iterator[bytes]:
+    """`n` distinct JPEGs (quality 95): windows of simulated camera frames, enlarged, with a little sensor noise."""
+    with h5py.File(path) as file:
+        views = [demo["obs"][v][:] for demo in file["data"].values() for v in ("agentview_rgb", "eye_in_hand_rgb")]
+    frames = np.concatenate(views)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        frame = Image.fromarray(frames[i % len(frames)][::-1])
+        x, y = rng.uniform(0, 0.15 * frame.width, 2)
+        side = 0.85 * frame.width
+        big = np.asarray(frame.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)))
+        noisy = (big + rng.normal(0, 2, big.shape)).clip(0, 255).astype(np.uint8)
+        yield simplejpeg.encode_jpeg(noisy, 95, colorsubsampling="420")
+
+
+def shard_frames(folder: Path, n: int) -> Iterator[bytes]:
+    """The first `n` JPEGs of a converted SOURCE/SPLIT/CAMERA."""
+    camera, split = folder.name, folder.parent.name
+    for spec in open_camera(open_source(str(folder.parent.parent)), split, camera).shards:
+        shard = MappedShard(spec)
+        for i in range(min(n, spec.samples)):
+            yield bytes(shard.bytes(i, "image"))
+        n -= min(n, spec.samples)
+
+
+# The same frames in every format ------------------------------------------------------------------------------------
+
+
+def write_mds(root: Path, jpegs: list[bytes], size: int) -> None:
+    per_shard = sum(map(len, jpegs)) // SHARDS + 1
+    with MDSWriter(out=str(root / "train" / "front"), columns=COLUMNS, size_limit=per_shard) as writer:
+        for i, jpeg in enumerate(jpegs):
+            writer.write(
+                {
+                    "image": jpeg, "episode": "0", "t": i, "length": len(jpegs), "action": np.zeros(7, np.float32),
+                    "proprio": np.zeros(9, np.float32), "instruction": "", "source": "s", "camera": "front",
+                    "convention": "",
+                }
+            )  # fmt: skip
+    manifest = Manifest(
+        name="s", source_format="benchmark", image_size=size, cameras=["front"], rate_hz=20, action_dim=7,
+        splits={"train": Split(episodes=1, frames=len(jpegs))}, proprio_dim=9, convention="",
+    )  # fmt: skip
+    (root / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def write_webdataset(root: Path, jpegs: list[bytes]) -> None:
+    root.mkdir()
+    per_shard = -(-len(jpegs) // SHARDS)
+    for s in range(SHARDS):
+        with webdataset.TarWriter(str(root / f"{s:05}.tar")) as writer:
+            for i in range(s * per_shard, min(len(jpegs), (s + 1) * per_shard)):
+                writer.write({"__key__": f"{i:08}", "jpg": jpegs[i]})
+
+
+def _pick(jpegs: list[bytes], i: int) -> dict[str, bytes]:
+    return {"image": jpegs[i]}
+
+
+def write_litdata(root: Path, jpegs: list[bytes]) -> None:
+    litdata.optimize(
+        fn=partial(_pick, jpegs), inputs=list(range(len(jpegs))), output_dir=str(root), num_workers=1,
+        chunk_bytes=sum(map(len, jpegs)) // SHARDS + 1, verbose=False,
+    )  # fmt: skip
+
+
+def write_hdf5(path: Path, jpegs: list[bytes]) -> None:
+    with h5py.File(path, "w") as file:
+        column = file.create_dataset("jpeg", (len(jpegs),), h5py.vlen_dtype(np.uint8))
+        for i, jpeg in enumerate(jpegs):
+            column[i] = np.frombuffer(jpeg, np.uint8)
+
+
+# One epoch of each ---------------------------------------------------------------------------------------------------
+
+
+def ours(root: Path, workers: int, batch: int, size: int) -> Run:
+    data = Data(sources={"s": Source(path=str(root))}, image_size=size, workers=workers, prefetch=PREFETCH)
+    mixture = Mixture(data, seed=0, global_batch=batch)
+    loader = build_loader(mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False)
+    return lambda: (b.images for b in islice(loader, mixture.epoch_size // batch))
+
+
+class Stock(StreamingDataset):
+    def get_item(self, sample_id: int, retry: int = 7) -> np.ndarray:
+        return decode(super().get_item(sample_id, retry)["image"])
+
+
+def stock(root: Path, workers: int, batch: int, size: int) -> Run:
+    dataset = Stock(local=str(root / "train" / "front"), batch_size=batch, shuffle=True, num_canonical_nodes=64)
+    loader = StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+    return lambda: iter(loader)
+
+
+def _options(workers: int) -> dict[str, Any]:
+    return {"num_workers": workers, **({"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {})}
+
+
+def _decode_jpg(row: dict[str, Any]) -> np.ndarray:
+    return decode(row["jpg"])
+
+
+def web(root: Path, workers: int, batch: int, size: int) -> Run:
+    urls = sorted(map(str, root.glob("*.tar")))
+    dataset = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).map(_decode_jpg)
+    loader = DataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+    return lambda: iter(loader)
+
+
+class Lit(litdata.StreamingDataset):
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return decode(super().__getitem__(index)["image"])
+
+
+def lit(root: Path, workers: int, batch: int, size: int) -> Run:
+    dataset = Lit(str(root), shuffle=True, drop_last=True)
+    loader = litdata.StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+    return lambda: iter(loader)
+
+
+class Hdf5(Dataset[np.ndarray]):
+    def __init__(self, path: Path):
+        self.path, self.column = path, None
+        with h5py.File(path) as file:
+            self.n = len(file["jpeg"])
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if self.column is None:
+            self.column = h5py.File(self.path)["jpeg"]
+        return decode(self.column[i])
+
+
+def hdf5(path: Path, workers: int, batch: int, size: int) -> Run:
+    loader = DataLoader(Hdf5(path), batch_size=batch, shuffle=True, drop_last=True, **_options(workers))
+    return lambda: iter(loader)
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def _decoder(connection: Connection, jpegs: list[bytes], size: int) -> None:
+    """Decode all frames in random order whenever asked; answer with Figures."""
+    buffer = np.empty((size, size, 3), np.uint8)
+    rng = np.random.default_rng(os.getpid())
+    while connection.recv():
+        order = rng.permutation(len(jpegs))
+        began, used = time.perf_counter(), time.process_time()
+        for i in order:
+            decode(jpegs[i], buffer)
+        connection.send((len(jpegs) / (time.perf_counter() - began), len(jpegs) / (time.process_time() - used)))
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and all that it started."""
+    this = psutil.Process()
+    total = 0
+    for process in [this, *this.children(recursive=True)]:
+        for thread in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            with suppress(OSError):
+                total += int(thread.read_text().split()[0])
+    return total / 1e9
+
+
+class Figures(NamedTuple):
+    wall: float  # samples/s
+    cpu: float  # samples per second of CPU time
+
+
+class DecodeLimit:
+    """Decoding alone, in up to `most` processes at a time."""
+
+    def __init__(self, jpegs: list[bytes], size: int, most: int):
+        context = get_context("spawn")
+        self.connections = []
+        for _ in range(most):
+            ours, theirs = context.Pipe()
+            context.Process(target=_decoder, args=(theirs, jpegs, size), daemon=True).start()
+            self.connections.append(ours)
+
+    def __call__(self, processes: int) -> Figures:
+        """Figures of that many processes together."""
+        for connection in self.connections[:processes]:
+            connection.send(True)
+        answers = [connection.recv() for connection in self.connections[:processes]]
+        return Figures(sum(wall for wall, _ in answers), statistics.mean(cpu for _, cpu in answers))
+
+
+def rate(run: Run, batch: int, shape: tuple[int, ...]) -> Figures:
+    batches = run()
+    first = next(batches)
+    assert tuple(first.shape) == (batch, *shape), f"{tuple(first.shape)} is not {(batch, *shape)}"
+    assert first.dtype == torch.uint8
+    for _ in islice(batches, RAMP - 1):
+        pass
+    began, used = time.perf_counter(), cpu_seconds()
+    n = sum(len(images) for images in batches)
+    return Figures(n / (time.perf_counter() - began), n / (cpu_seconds() - used))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=4000)
+    parser.add_argument("--size", type=int, default=224, help="side of the frames made from --hdf5")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, help="SOURCE/SPLIT/CAMERA of real shards to take the frames from")
+    shared = Path(os.environ.get("STAMO_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    parser.add_argument("--hdf5", type=Path, default=shared / "libero_spatial_task2_128.hdf5")
+    parser.add_argument("--only", nargs="+", help="names of the loaders to measure")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    root = Path(tempfile.mkdtemp(prefix="stamo-benchmark-"))
+    # streaming leaves lock files in the temporary folder.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(root)
+    try:
+        measure(options, root)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def measure(options: argparse.Namespace, root: Path) -> None:
+    console = Console()
+    if options.data:
+        jpegs = list(shard_frames(options.data, options.frames))
+    else:
+        jpegs = list(track(libero_frames(options.hdf5, options.frames, options.size), "frames", options.frames))
+    height, width = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
+    write_mds(root / "mds", jpegs, height)
+    write_webdataset(root / "tar", jpegs)
+    write_litdata(root / "lit", jpegs)
+    write_hdf5(root / "raw.hdf5", jpegs)
+    kinds: dict[str, tuple[Callable[..., Run], Path]] = {
+        "stamo-dist (MDS)": (ours, root / "mds"),
+        "StreamingDataset (MDS)": (stock, root / "mds"),
+        "WebDataset (tar)": (web, root / "tar"),
+        "LitData": (lit, root / "lit"),
+        "raw HDF5": (hdf5, root / "raw.hdf5"),
+    }
+    kinds = {name: kind for name, kind in kinds.items() if not options.only or name.split()[0] in options.only}
+    limit = DecodeLimit(jpegs, height, max(1, *options.workers))
+    runs = {
+        (name, workers): make(path, workers, options.batch, height)
+        for name, (make, path) in kinds.items()
+        for workers in options.workers
+    }
+    rates: dict[tuple[str, int], list[Figures]] = {key: [] for key in runs}
+    limits: dict[tuple[str, int], list[Figures]] = {key: [] for key in runs}
+    for turn in range(options.repeats + 1):
+        for (name, workers), run in runs.items():
+            bound = limit(max(1, workers))
+            measured = rate(run, options.batch, (height, width, 3))
+            if turn:  # the first turn warms the page cache and starts workers
+                limits[name, workers].append(bound)
+                rates[name, workers].append(measured)
+    for connection in limit.connections:
+        connection.send(False)
+
+    _print(console, list(kinds), options, rates, limits)
+    loads = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    console.print(
+        f"{len(jpegs)} frames of {width} × {height} px, {sum(map(len, jpegs)) / len(jpegs) / 1000:.1f} kB; batch "
+        f"{options.batch}; {os.cpu_count()} CPUs, load over the last 1, 5, 15 minutes {loads}"
+    )
+
+
+def _print(
+    console: Console, names: list[str], options: argparse.Namespace, rates: dict[tuple[str, int], list[Figures]],
+    limits: dict[tuple[str, int], list[Figures]],
+) -> None:  # fmt: skip
+    table = Table(title=f"shuffled, decoded samples; medians of {options.repeats} turns; × = share of decoding alone")
+    table.add_column("loader")
+    for workers in options.workers:
+        table.add_column(f"{workers} workers\nper second", justify="right")
+        table.add_column("\nper CPU second", justify="right")
+    cells = []
+    for workers in options.workers:
+        bounds = [bound for (_, w), values in limits.items() if w == workers for bound in values]
+        cells += [f"{statistics.median(x):,.0f}      " for x in zip(*bounds, strict=True)]
+    table.add_row("decoding alone", *cells, end_section=True)
+    for name in names:
+        cells = []
+        for workers in options.workers:
+            for ours, bounds in zip(zip(*rates[name, workers]), zip(*limits[name, workers]), strict=True):  # noqa: B905
+                ratio = statistics.median(a / b for a, b in zip(ours, bounds, strict=True))
+                cells.append(f"{statistics.median(ours):,.0f} ×{ratio:.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What the simulators share: one episode's record, and rendering it afterwards from the saved simulator states.
+
+Episodes are rolled out without a camera first. Only those that succeed are rendered, so a failure costs physics alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from stamo_dist.errors import DataError
+
+#: Fix printed with every headless-OpenGL failure.
+OPENGL_FIX = (
+    "install headless OpenGL (Debian/Ubuntu: `apt install libegl1 libgl1-mesa-dri`), "
+    "or `apt install libosmesa6` and set MUJOCO_GL=osmesa"
+)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode of T steps; row t of every array was taken just before `actions[t]`.
+
+    Attributes:
+        success: The benchmark's own success check held at the end.
+        actions: (T, A) float64, as given to the environment.
+        states: (T, S) float64, MuJoCo's [time, qpos, qvel, mocap pose]: enough to render the moment again.
+        robot_states: (T, R) float64.
+        obs: LIBERO's low-dimensional observations: ee_pos, ee_ori, ee_states, gripper_states, joint_states, each (T, ·).
+    """
+
+    success: bool
+    actions: np.ndarray
+    states: np.ndarray
+    robot_states: np.ndarray
+    obs: Mapping[str, np.ndarray]
+
+
+class World(Protocol):
+    """One task in one simulator, with its scripted expert."""
+
+    attributes: dict[str, Any]  # written into the HDF5 file's `data` group
+
+    def rollout(self, seed: int) -> Rollout:
+        """Reset with `seed` and let the expert act; the same seed gives the same episode in any process."""
+
+    def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        """Frames (T, size, size, 3) uint8 of the last rollout, upright, by camera name."""
+
+    def close(self) -> None:
+        """Free the simulator and its OpenGL context."""
+
+
+class StateRenderer:
+    """Renders saved states of one MuJoCo model.
+
+    Multisampling is off and the shadow map small: on a CPU they cost twice the time and change little at 64–256 px.
+
+    Args:
+        model, data: MuJoCo's; rendering overwrites `data`.
+        size: Side of the square frames in pixels.
+        hidden_groups: Geometry groups that are not drawn.
+        after_set: Called after each state is set, for what the state does not hold (goal markers, lit burners).
+
+    Raises:
+        DataError: No headless OpenGL.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        size: int,
+        *,
+        hidden_groups: Sequence[int] = (),
+        after_set: Callable[[], None] = lambda: None,
+    ):
+        import mujoco
+
+        # Both must be set before the context is made, which reads them once.
+        model.vis.quality.offsamples = 0
+        model.vis.quality.shadowsize = 1024
+        self.model, self.data, self.size, self.after_set = model, data, size, after_set
+        self._option = mujoco.MjvOption()
+        for group in hidden_groups:
+            self._option.geomgroup[group] = 0
+        try:
+            self._renderer = mujoco.Renderer(model, size, size)
+        except Exception as e:
+            raise DataError(f"cannot render: {type(e).__name__}: {e}; {OPENGL_FIX}") from e
+
+    def __call__(self, states: np.ndarray, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        """Render every state of (T, S) from every camera: name → (T, size, size, 3) uint8, upright."""
+        import mujoco
+
+        frames = {c: np.empty((len(states), self.size, self.size, 3), np.uint8) for c in cameras}
+        for t, state in enumerate(states):
+            mujoco.mj_setState(self.model, self.data, state, _state_spec())
+            mujoco.mj_forward(self.model, self.data)
+            self.after_set()
+            for camera in cameras:
+                self._renderer.update_scene(self.data, camera=camera, scene_option=self._option)
+                image = self._renderer.render()
+                frames[camera][t] = image[::-1, ::-1] if self._is_rolled(camera) else image
+        return frames
+
+    def _is_rolled(self, camera: str) -> bool:
+        """A fixed camera mounted upside down, as Meta-World's corner cameras: turning by 180° keeps left and right."""
+        import mujoco
+
+        index = self.model.camera(camera).id
+        if self.model.cam_mode[index] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED or self.model.cam_bodyid[index] != 0:
+            return False
+        up = self.data.cam_xmat[index].reshape(3, 3)[:, 1]
+        return bool(up[2] < -0.1)
+
+    def close(self) -> None:
+        self._renderer.close()
+
+
+def _state_spec() -> int:
+    import mujoco
+
+    spec = mujoco.mjtState
+    return int(spec.mjSTATE_FULLPHYSICS | spec.mjSTATE_MOCAP_POS | spec.mjSTATE_MOCAP_QUAT)
+
+
+def get_state(model: Any, data: Any) -> np.ndarray:
+    """MuJoCo's [time, qpos, qvel, mocap pose] as one float64 vector."""
+    import mujoco
+
+    state = np.empty(mujoco.mj_stateSize(model, _state_spec()))
+    mujoco.mj_getState(model, data, state, _state_spec())
+    return state
+
+
+def axis_angle(quat: np.ndarray) -> np.ndarray:
+    """Rotation vector (3,) in radians, of length in [0, π], of a unit quaternion (w, x, y, z)."""
+    w, xyz = (quat[0], quat[1:]) if quat[0] >= 0 else (-quat[0], -quat[1:])
+    sine = float(np.linalg.norm(xyz))
+    if sine < 1e-8:
+        return np.zeros(3)
+    return np.asarray(xyz * (2 * np.arctan2(sine, w) / sine))

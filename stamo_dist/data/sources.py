@@ -1,0 +1,236 @@
+"""Converted sources, wherever they are: their manifest, their shards, and raw shards on local disk when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import stamo_dist.data._torchvision  # noqa: F401  # isort: skip  must precede streaming
+from streaming import Stream
+from streaming.base.format import Reader
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.world import World
+
+from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
+from stamo_dist.data.shards import Layout, ShardSpec
+from stamo_dist.errors import DataError
+
+DEFAULT_CACHE = "~/.cache/stamo"
+_DOWNLOAD = {"download_retry": 3, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
+_LOCK_TIMEOUT = 3600.0
+_ALONE = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source whose manifest was read.
+
+    `root` is the local folder with the source's layout; for a remote source that is its cache, and `remote` its URL.
+    """
+
+    path: str
+    root: Path
+    remote: str | None
+    cache: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class CameraShards:
+    """One camera of one split: a streaming Stream and its shards."""
+
+    camera: str
+    folder: Path
+    frames: int
+    stream: Stream
+    readers: Sequence[Reader]  # streaming's, which prepare_shard takes
+    shards: Sequence[ShardSpec]
+    local: bool  # the raw shards are on local disk already
+
+    def prepare(self, number: int) -> None:
+        """Put raw shard `number` on local disk: download it, unpack it. One process of a node does, others wait.
+
+        Raises:
+            DataError: It cannot be had, or is not what index.json says.
+        """
+        shard = self.shards[number]
+        path = Path(shard.path)
+        if _size(path) == shard.nbytes:
+            return
+        lock = path.parent / ".locks" / f"{path.name}.lock"
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, timeout=_LOCK_TIMEOUT):
+                if _size(path) not in (None, shard.nbytes):
+                    path.unlink()  # what a killed process left
+                self.stream.prepare_shard(self.readers[number])
+        except Timeout:
+            raise DataError(f"{path}: another process holds {lock} for over {_LOCK_TIMEOUT:.0f} s") from None
+        except Exception as e:  # every store raises its own
+            raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {e}") from e
+        if _size(path) != shard.nbytes:
+            raise DataError(f"{path}: {_size(path)} bytes, but index.json says {shard.nbytes}")
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL such as s3://bucket/source."""
+    return "://" in path
+
+
+def resolve(path: str) -> str:
+    """One spelling for every way to name the same source."""
+    return path.rstrip("/") if is_remote(path) else os.path.realpath(os.path.expanduser(path))
+
+
+def open_source(path: str, cache: str = DEFAULT_CACHE) -> OpenSource:
+    """Read the manifest of a local or remote source.
+
+    Raises:
+        DataError: Missing, empty, unfinished or unreachable.
+    """
+    resolved, root = resolve(path), Path(os.path.realpath(os.path.expanduser(cache)))
+    if not is_remote(resolved):
+        folder = Path(resolved)
+        return OpenSource(path, folder, None, root, read_manifest(folder))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as scratch:
+            fresh = Path(scratch) / MANIFEST
+            _download(f"{resolved}/{MANIFEST}", fresh)
+            # A source that was converted anew gets a new folder, so nothing stale is read.
+            folder = root / hashlib.sha256(resolved.encode() + fresh.read_bytes()).hexdigest()[:16]
+            folder.mkdir(exist_ok=True)
+            fresh.replace(folder / MANIFEST)
+    except OSError as e:
+        raise DataError(f"data.cache: {root}: cannot be written: {e.strerror or e}") from e
+    return OpenSource(path, folder, resolved, root, read_manifest(folder))
+
+
+def _download(remote: str, local: Path) -> None:
+    try:
+        CloudDownloader.direct_download(remote, str(local), 60.0)
+    except Exception as e:  # every store raises its own
+        raise DataError(f"{remote}: cannot be read: {e}") from e
+
+
+def fetch_episodes(source: OpenSource, split: str) -> Path:
+    """Make sure that the episode table of `split` is on local disk and return the folder that read_episodes takes."""
+    path = source.root / split / EPISODES
+    if source.remote and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT):
+            _download(f"{source.remote}/{split}/{EPISODES}", path)
+    return source.root
+
+
+def open_camera(source: OpenSource, split: str, camera: str, *, proportion: float | None = None) -> CameraShards:
+    """The shards of one camera, checked against index.json and the manifest.
+
+    Args:
+        source: From `open_source`.
+        split: One of the manifest's splits.
+        camera: One of the manifest's cameras.
+        proportion: The stream's share of a mixture.
+
+    Raises:
+        DataError: The split or camera does not exist, the index is unreadable, or shards are missing or of the wrong
+            size.
+    """
+    manifest = source.manifest
+    if split not in manifest.splits:
+        raise DataError(f"{source.path}: has no split {split!r}, only {', '.join(manifest.splits) or 'none'}")
+    if camera not in manifest.cameras:
+        raise DataError(f"{source.path}: has no camera {camera!r}, only {', '.join(manifest.cameras) or 'none'}")
+    folder = source.root / split / camera
+    stream = Stream(
+        remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder), proportion=proportion
+    )
+    readers = _read_index(stream, folder)
+    if any(reader.compression for reader in readers) and not source.remote:
+        # Unpacked in the cache, because a source's folder may be read-only.
+        name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
+        stream = Stream(remote=str(folder), local=str(source.cache / name), proportion=proportion)
+        readers = _read_index(stream, source.cache / name)
+        _check_files(folder, readers, packed=True)
+        folder = source.cache / name
+        local = False
+    else:
+        local = source.remote is None
+        if local:
+            _check_files(folder, readers, packed=False)
+    frames = sum(reader.samples for reader in readers)
+    expected = manifest.splits[split].frames
+    if frames != expected or not frames:
+        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
+    layouts: dict[Layout, Layout] = {}
+    shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in _entries(folder)]
+    return CameraShards(camera, folder, frames, stream, readers, shards, local)
+
+
+def _read_index(stream: Stream, folder: Path) -> list[Reader]:
+    stream.apply_default(_DOWNLOAD)
+    try:
+        if stream.remote:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".index.lock", timeout=_LOCK_TIMEOUT):
+                readers = stream.get_shards(_ALONE, allow_unsafe_types=False)
+        else:
+            readers = stream.get_shards(_ALONE, allow_unsafe_types=False)
+        hashes = readers[0].hashes if readers else []
+    except Exception as e:  # every store raises its own
+        raise DataError(f"{stream.remote or folder}: index.json cannot be read: {e}") from e
+    if hashes:
+        stream.validate_hash = hashes[0]
+    return readers
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "index.json").read_text())["shards"]
+
+
+def _spec(
+    folder: Path, entry: dict[str, Any], prefix: str, checksums: Mapping[str, str], layouts: dict[Layout, Layout]
+) -> ShardSpec:
+    sizes = tuple(size or None for size in entry["column_sizes"])
+    layout = Layout(tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes)
+    raw = entry["raw_data"]
+    digest = checksums.get(f"{prefix}/{raw['basename']}")
+    if digest is None:
+        digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    # Equal layouts share one object, which keeps what is sent to workers small.
+    layout = layouts.setdefault(layout, layout)
+    return ShardSpec(str(folder / raw["basename"]), int(raw["bytes"]), int(entry["samples"]), layout, digest)
+
+
+def _check_files(folder: Path, readers: Sequence[Reader], *, packed: bool) -> None:
+    with os.scandir(folder) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
+    bad = []
+    for reader in readers:
+        for raw, zipped in reader.file_pairs:
+            info = zipped if packed and zipped else raw
+            size = sizes.get(info.basename)
+            if size != info.bytes:
+                what = "missing" if size is None else f"{size} bytes, index.json says {info.bytes}"
+                bad.append(f"{info.basename} ({what})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError(
+            f"{folder}: {len(bad)} of {len(readers)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
+            "run `stamo data convert` again"
+        )

@@ -1,0 +1,62 @@
+"""`stamo eval …`: measure a tokenizer. Torch is imported only inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer on held-out episodes.")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="STEP|PATH", help="Which checkpoint; the newest whole one when omitted."),
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", metavar="N", min=1, help="Sampler steps; flow.sampler_steps when omitted.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where to write; RUN/eval/NAME when omitted.")
+]
+
+
+@app.command()
+def reconstruct(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 128,
+    steps: StepsOption = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames decoded at once.")] = 32,
+    out: OutOption = None,
+) -> None:
+    """PSNR and SSIM of reconstructed held-out frames, beside the VAE alone and the mean image.
+
+    Example: stamo eval reconstruct runs/tokenizer_demo --frames 64
+    """
+    from stamo_dist.evaluate.reconstruct import reconstruct as measure
+
+    measure(run, checkpoint=checkpoint, frames=frames, steps=steps, batch=batch, out=out)
+
+
+@app.command()
+def interpolate(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out episodes of each source.")] = 4,
+    points: Annotated[int, typer.Option(metavar="N", min=3, help="Pictures on the line, ends included.")] = 9,
+    start: Annotated[int, typer.Option(metavar="T", min=0, help="Frame of the start state.")] = 0,
+    span: Annotated[int, typer.Option(metavar="N", min=2, help="Frames from start to goal.")] = 32,
+    steps: StepsOption = None,
+    out: OutOption = None,
+) -> None:
+    """Decode the straight line between two states of held-out episodes, beside the real frames between them.
+
+    Example: stamo eval interpolate runs/tokenizer_demo --span 48
+    """
+    from stamo_dist.evaluate.interpolate import interpolate as measure
+
+    measure(run, checkpoint=checkpoint, episodes=episodes, points=points, start=start, span=span, steps=steps, out=out)

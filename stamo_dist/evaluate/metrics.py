@@ -1,0 +1,48 @@
+"""The figures of merit, on images (B, 3, H, W) in [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede torchmetrics, which imports torchvision
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+MAX_PSNR = 100.0
+
+
+def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
+    """PSNR of each image, (B,) in dB: 10·log₁₀(1 / MSE).
+
+    `where` (H, W) bool: over these pixels only; NaN when there are none. At most MAX_PSNR, so that means over exact
+    copies stay finite.
+    """
+    if where is not None:
+        if not where.any():
+            return torch.full((len(images),), torch.nan, device=images.device)
+        images, truth = images[..., where], truth[..., where]
+    dims = tuple(range(1, images.ndim))
+    return peak_signal_noise_ratio(images, truth, data_range=1.0, reduction="none", dim=dims).clamp(max=MAX_PSNR)
+
+
+def ssim(images: Tensor, truth: Tensor) -> Tensor:
+    """SSIM of each image, (B,): Gaussian window of 11 pixels, σ = 1.5 (Wang et al. 2004)."""
+    value = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)
+    return value.reshape(-1)
+
+
+def order(points: Tensor) -> tuple[float, float]:
+    """How steadily points (T, …) advance along the straight line from the first to the last.
+
+    Rank correlation (Spearman) of their projection with time, and the share of the T − 1 steps that go forward; NaN
+    when the ends are one point.
+    """
+    points = points.flatten(1).to("cpu", torch.float64)
+    line = points[-1] - points[0]
+    if not line.any():
+        return float("nan"), float("nan")
+    along = (points - points[0]) @ line
+    time = torch.arange(len(along), dtype=torch.float64)
+    return spearman_corrcoef(along, time).item(), (along.diff() > 0).to(torch.float64).mean().item()

@@ -1,0 +1,156 @@
+"""Reconstruction of held-out frames, between what a tokenizer must beat (the mean image) and what it can (the VAE)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from stamo_dist.engine.runfolder import open_run
+from stamo_dist.evaluate.common import (
+    Figure,
+    Result,
+    known,
+    load_tokenizer,
+    output_folder,
+    progress,
+    read_recipe,
+    sampler_noise,
+)
+from stamo_dist.evaluate.figures import cell_size, file_name, save_grid
+from stamo_dist.evaluate.held_out import (
+    MOVING_RULE,
+    SPLIT,
+    Pick,
+    open_sources,
+    pick_frames,
+    reference,
+    spread,
+)
+from stamo_dist.evaluate.metrics import psnr, ssim
+from stamo_dist.models.images import to_float
+from stamo_dist.models.tokenizer import Tokenizer
+
+NAME = "reconstruct"
+MEAN, TOKENIZER, VAE = KINDS = ("mean image", "reconstruction", "VAE alone")
+ORIGINAL = "original"
+_DRAWN = (ORIGINAL, VAE, TOKENIZER, MEAN)
+_COLUMNS = {
+    "source": "source",
+    "image": "image",
+    "frames": "frames",
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "psnr_moving": "moving dB",
+}
+_ABOUT = (
+    f"Split {SPLIT!r}, first camera. PSNR, over all and over the moving pixels, and SSIM of each frame; means over the "
+    "frames. The VAE alone is the upper bound; the mean image is that of the source's training frames. "
+    f"{MOVING_RULE}"
+)
+_SHOWN = 5  # frames of each source in the picture
+
+
+def reconstruct(
+    run_path: Path,
+    *,
+    checkpoint: str | None = None,
+    frames: int = 128,
+    steps: int | None = None,
+    batch: int = 32,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Measure a run's tokenizer on the held-out frames of its sources and write RUN/eval/reconstruct/.
+
+    `frames`: at most so many of each source, evenly spaced in its episodes. `steps`: of the sampler, the recipe's when
+    omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to.
+
+    Raises:
+        StamoError: No such run, no checkpoint yet, or a source without a held-out split; nothing was written.
+    """
+    console = console or Console()
+    run = open_run(run_path)
+    recipe = read_recipe(run)
+    sources = open_sources(recipe)
+    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
+    folder = output_folder(run, NAME, out)
+    steps = steps or recipe.flow.sampler_steps
+
+    picks = {source.name: pick_frames(source.held_out, frames) for source in sources}
+    tables: dict[str, dict[str, Tensor]] = {}
+    figures = []
+    with progress(console) as bar:
+        tasks = {name: bar.add_task(name, total=len(chosen)) for name, chosen in picks.items()}
+        for source in sources:
+            stats = reference(source.train)
+            mean, moving = stats.mean.to(tokenizer.device), stats.moving.to(tokenizer.device)
+            chosen = picks[source.name]
+            shown = [chosen[i] for i in spread(_SHOWN, len(chosen))]
+            scores: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+            drawn: dict[Pick, list[Tensor]] = {}
+            for first in range(0, len(chosen), batch):
+                chunk = chosen[first : first + batch]
+                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)
+                for kind in KINDS:
+                    scores[kind].append(_scores(made[kind], made[ORIGINAL], moving))
+                drawn |= {p: [made[kind][i] for kind in _DRAWN] for i, p in enumerate(chunk) if p in shown}
+                bar.advance(tasks[source.name], len(chunk))
+            tables[source.name] = {kind: torch.cat(parts) for kind, parts in scores.items()}
+            file = file_name(source.name, "png")
+            labels = [f"{source.held_out.episodes[p.episode].id}\nframe {p.t}" for p in drawn]
+            cell = cell_size(recipe.data.image_size)
+            save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
+            figures.append(
+                Figure(file, f"{source.name}, camera {source.camera}: held-out frames, {steps} sampler steps")
+            )
+    if len(sources) > 1:
+        tables["all"] = {kind: torch.cat([table[kind] for table in tables.values()]) for kind in KINDS}
+
+    rows = [_row(name, kind, table[kind]) for name, table in tables.items() for kind in KINDS]
+    settings = {"frames": frames, "steps": steps}
+    result = Result(
+        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures
+    )
+    result.write(folder)
+    result.show(console, folder)
+    return result
+
+
+def pictures(
+    tokenizer: Tokenizer, images: Tensor, picks: Sequence[Pick], mean: Tensor, steps: int
+) -> dict[str, Tensor]:
+    """Of uint8 frames (B, H, W, 3): themselves and what stands for them, float (B, 3, H, W) in [0, 1] each."""
+    samples = [pick.sample for pick in picks]
+    posterior = sampler_noise(tokenizer, samples, stream=2)  # read only where the recipe samples the posterior
+    with torch.no_grad():
+        through_vae = tokenizer.vae.decode(tokenizer.latents(images, noise=posterior))
+    decoded = tokenizer.decode(tokenizer.encode(images), steps, sampler_noise(tokenizer, samples))
+    return {ORIGINAL: to_float(images), VAE: through_vae, TOKENIZER: decoded, MEAN: mean.expand_as(decoded)}
+
+
+def _scores(images: Tensor, truth: Tensor, moving: Tensor) -> Tensor:
+    """(B, 3) float64: PSNR, SSIM, PSNR over the moving pixels."""
+    columns = [psnr(images, truth), ssim(images, truth), psnr(images, truth, moving)]
+    return torch.stack(columns, 1).to("cpu", torch.float64)
+
+
+def _row(source: str, kind: str, table: Tensor) -> dict[str, object]:
+    psnr_all, similarity, psnr_moving = (known(value) for value in table.nanmean(0).tolist())
+    scores = {"psnr": psnr_all, "ssim": similarity, "psnr_moving": psnr_moving}
+    return {"source": source, "image": kind, "frames": len(table), **scores}
+
+
+def _notes(rows: Sequence[dict[str, object]]) -> list[str]:
+    notes = []
+    for group in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        mean, ours, vae = (row["psnr_moving"] for row in group)
+        if isinstance(mean, float) and isinstance(ours, float) and isinstance(vae, float):
+            notes.append(
+                f"{group[0]['source']}: {ours:.2f} dB over the moving pixels, {ours - mean:+.2f} dB against the mean "
+                f"image ({mean:.2f}); the VAE alone reaches {vae:.2f}"
+            )
+    return notes

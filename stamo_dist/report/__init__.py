@@ -1,0 +1,1 @@
+"""`page.write_report`: one self-contained HTML page about one or several runs."""

@@ -1,0 +1,205 @@
+"""Gathers what run folders hold and writes it as one HTML page that needs nothing else: pictures are data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from stamo_dist.data.schema import read_manifest
+from stamo_dist.engine.checkpoint import Marker, complete, read_marker
+from stamo_dist.engine.metrics import read_metrics
+from stamo_dist.engine.progress import duration
+from stamo_dist.engine.runfolder import RunFolder, open_run, write_atomic
+from stamo_dist.errors import DataError, RunError
+from stamo_dist.recipe.load import load
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.report.charts import Series, line_chart
+
+_SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
+_FIRST = ("reconstruct", "interpolate")  # evaluations that open the page; the rest follow by name
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page says about one run."""
+
+    folder: RunFolder
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    checkpoints: list[tuple[str, Marker]]  # newest first
+    environment: dict[str, Any]
+    starts: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Headline figures."""
+        train = self.recipe.train
+        facts: dict[str, str] = {"stage": self.recipe.stage}
+        facts["step"] = f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {train.steps:,}"
+        if self.metrics:
+            tail = self.metrics[-max(1, len(self.metrics) // 20) :]
+            facts["loss (last 5 %)"] = f"{fmean(line['loss'] for line in tail):.4f}"
+            facts["samples/s"] = f"{median(line['samples_per_second'] for line in self.metrics):,.1f}"
+            facts["waiting for data"] = f"{fmean(line['data_wait'] for line in self.metrics):.1%}"
+            if "mfu" in self.metrics[-1]:
+                facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in self.metrics):.1%}"
+            facts["trained for"] = duration(self.metrics[-1]["seconds"])
+        facts["global batch"] = str(train.global_batch)
+        facts["strategy"] = f"{self.recipe.strategy.name}, {train.precision}"
+        return facts
+
+    @property
+    def charts(self) -> list[tuple[str, Markup]]:
+        """(title, SVG) of every curve that has points."""
+        sources = [key for key in (self.metrics[-1] if self.metrics else {}) if key.startswith("loss/")]
+        found = [("loss", line_chart([self.curve("loss")]))]
+        if len(sources) > 1:
+            curves = [self.curve(key, label=key.partition("/")[2]) for key in sources]
+            found.append(("loss per source", line_chart(curves)))
+        found += [
+            ("samples per second", line_chart([self.curve("samples_per_second")], zero=True)),
+            ("share of the step waiting for data, %", line_chart([self.curve("data_wait", scale=100)], zero=True)),
+            ("gradient norm", line_chart([self.curve("grad_norm")], zero=True)),
+            ("learning rate", line_chart([self.curve("lr")], smooth=False, zero=True)),
+        ]
+        return [(title, chart) for title, chart in found if chart]
+
+    def curve(self, key: str, label: str | None = None, scale: float = 1.0) -> Series:
+        points = [(line["step"], scale * line[key]) for line in self.metrics if line.get(key) is not None]
+        return Series(label or self.recipe.name, [x for x, _ in points], [y for _, y in points])
+
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """Each source: its share as asked for and as trained on up to the newest checkpoint."""
+        active = {name: s for name, s in self.recipe.data.sources.items() if s.weight > 0}
+        total = sum(s.weight for s in active.values())
+        seen = self.checkpoints[0][1].state.samples if self.checkpoints else []
+        rows = []
+        for i, (name, source) in enumerate(active.items()):
+            samples = seen[i] if i < len(seen) else None
+            frames = _frames(source.path, source.split, source.cameras)
+            rows.append({
+                "source": name, "path": source.path, "requested": source.weight / total, "samples": samples,
+                "realised": samples / max(1, sum(seen)) if samples is not None else None, "frames": frames,
+                "epochs": samples / frames if samples is not None and frames else None,
+            })  # fmt: skip
+        return rows
+
+    @property
+    def command(self) -> str:
+        return shlex.join(self.environment.get("command", []))
+
+    @property
+    def first_batch(self) -> dict[str, Any] | None:
+        picture = self.folder.path / "first_batch.png"
+        return embed(picture) if picture.is_file() else None
+
+    @property
+    def resolved(self) -> str:
+        return self.folder.resolved.read_text()
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page about these runs and return its path: `out`, or RUN/report.html (report.html for several runs).
+
+    Raises:
+        RunError: One is no run folder, a file of its evaluations is damaged, or `out` cannot be written.
+    """
+    loaded = [read_run(open_run(path)) for path in runs]
+    target = Path(out) if out else (loaded[0].folder.path if len(loaded) == 1 else Path()) / "report.html"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "percent": lambda v: "–" if v is None else f"{v:.1%}"}
+    template = environment.from_string((resources.files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
+    together = {
+        "loss": line_chart([run.curve("loss", label=_label(run, loaded)) for run in loaded]),
+        "samples per second": line_chart(
+            [run.curve("samples_per_second", label=_label(run, loaded)) for run in loaded], zero=True
+        ),
+    }
+    page = template.render(runs=loaded, labels=[_label(run, loaded) for run in loaded], together=together)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, page)
+    except OSError as e:
+        raise RunError(f"{target}: cannot be written ({e.strerror}); choose another with --out") from e
+    return target
+
+
+def read_run(folder: RunFolder) -> Run:
+    return Run(
+        folder=folder,
+        recipe=load(folder.resolved).recipe,
+        metrics=read_metrics(folder.metrics),
+        checkpoints=[(path.name, read_marker(path)) for path in complete(folder.checkpoints)[0]],
+        environment=_read_json(folder.path / "env.json") if (folder.path / "env.json").is_file() else {},
+        starts=_read_lines(folder.path / "starts.jsonl"),
+        evaluations=[_read_evaluation(path) for path in sorted(folder.evaluations.glob("*/*.json"), key=_place)],
+    )
+
+
+def _place(path: Path) -> tuple[int, str]:
+    return (_FIRST.index(path.stem) if path.stem in _FIRST else len(_FIRST)), path.stem
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    result = _read_json(path)
+    try:
+        figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
+        return {**{key: result[key] for key in _SHOWN}, "figures": figures}
+    except (KeyError, TypeError, OSError) as e:
+        raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise RunError(f"{path}: is damaged ({e}); write it again or delete it") from e
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def embed(picture: Path) -> dict[str, Any]:
+    """A picture for the page: `uri` holds its content, `wide` marks a strip that a phone should scroll, not shrink."""
+    content = picture.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        kind = Image.MIME[image.format or "PNG"]
+    uri = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return {"uri": uri, "width": width, "height": height, "wide": width > 2.2 * height}
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
+    return "–" if value is None else str(value)
+
+
+def _frames(path: str, split: str, cameras: Sequence[str] | None) -> int | None:
+    """Training frames of a source over the cameras used; unknown where its shards are not at hand."""
+    try:
+        manifest = read_manifest(Path(path).expanduser())
+        return manifest.splits[split].frames * len(cameras or manifest.cameras)
+    except (DataError, KeyError):
+        return None
+
+
+def _label(run: Run, runs: Sequence[Run]) -> str:
+    """The recipe's name; with the folder where two runs share it."""
+    shared = sum(other.recipe.name == run.recipe.name for other in runs) > 1
+    return f"{run.recipe.name} ({run.folder.path})" if shared else run.recipe.name

@@ -1,0 +1,121 @@
+"""Weights are realised, problems are listed, and the fingerprint notices changes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import make_data, write_source
+from rich.console import Console
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.table import mixture_table
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.schema import Data, Shuffle, Source
+
+
+def test_weights_become_shares_of_the_samples(two: Callable[..., Data]) -> None:
+    mixture = Mixture(two(a=3, b=1, epoch_samples=400), seed=0, global_batch=8)
+    order = mixture.plan(0)
+    counts = np.bincount(mixture.source_of(order))
+    assert mixture.sources == ["a", "b"]
+    assert counts.tolist() == [300, 100]
+    # Source a has two cameras of 33 frames: its share is split over them, and its frames are drawn evenly.
+    of_a = np.bincount(order[order < 66], minlength=66)
+    assert of_a[:33].sum() == of_a[33:].sum() == 150
+    assert of_a.min() >= 4
+    assert of_a.max() <= 5
+
+
+def test_the_report_counts_what_the_run_reads(two: Callable[..., Data]) -> None:
+    mixture = Mixture(two(a=3, b=1), seed=0, global_batch=8)
+    steps = mixture.epoch_size // 8 + 7
+    read = np.concatenate([mixture.plan(0), mixture.plan(1)[: 7 * 8]])
+    a, b = mixture.report(steps)
+    assert [a.samples, b.samples] == np.bincount(mixture.source_of(read)).tolist()
+    assert (a.requested, b.requested) == (0.75, 0.25)
+    assert a.realised == pytest.approx(0.75, abs=0.05)
+    assert a.epochs == pytest.approx(a.samples / 66)
+    assert a.repeats == max(np.bincount(mixture.plan(0)[mixture.plan(0) < 66]))
+    assert not a.warnings
+    assert not b.warnings
+
+
+def test_starved_and_exhausted_sources_are_named(two: Callable[..., Data]) -> None:
+    mixture = Mixture(two(a=1, b=0.0002, epoch_samples=10_000), seed=0, global_batch=8)
+    a, b = mixture.report(100)
+    assert "drawn up to 152 times per epoch" in a.warnings[0]
+    assert "one sample in" in b.warnings[0] or "too small for a single sample" in b.warnings[0]
+    console = Console(record=True, width=200)
+    mixture_table([a, b], console)
+    text = console.export_text()
+    assert "99.98%" in text
+    assert "a: one sample is drawn" in text
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    good = write_source(tmp_path / "good", cameras=("front", "wrist"))
+    (tmp_path / "empty").mkdir()
+    unfinished = write_source(tmp_path / "unfinished")
+    (unfinished / "manifest.json").unlink()
+    damaged = write_source(tmp_path / "damaged")
+    shards = sorted((damaged / "train" / "front").glob("shard.*"))
+    shards[0].unlink()
+    shards[1].write_bytes(b"short")
+    uncounted = write_source(tmp_path / "uncounted")
+    manifest = uncounted / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"frames":33', '"frames":34'))
+    small = write_source(tmp_path / "small")
+    manifest = small / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"image_size":32', '"image_size":64'))
+    sources = {
+        "missing": Source(path=str(tmp_path / "nowhere")),
+        "empty": Source(path=str(tmp_path / "empty")),
+        "unfinished": Source(path=str(unfinished)),
+        "damaged": Source(path=str(damaged)),
+        "uncounted": Source(path=str(uncounted)),
+        "small": Source(path=str(small)),
+        "good": Source(path=str(good), cameras=["front"]),
+        "again": Source(path=f"{good}/../good", cameras=["front", "wrist"]),
+        "camera": Source(path=str(good), cameras=["top"]),
+        "split": Source(path=str(good), split="val", cameras=["front"]),
+        "unused": Source(path=str(tmp_path / "nowhere"), weight=0),
+    }
+    with pytest.raises(DataError) as caught:
+        Mixture(make_data(sources), seed=0, global_batch=8)
+    text = str(caught.value)
+    assert text.startswith("9 problems in the data:")
+    for part in (
+        "data.sources.missing:", "no such folder", "data.sources.empty:", "is empty", "data.sources.unfinished:",
+        "never finished", "2 of 3 shards are missing or damaged: shard.00000.mds (missing), shard.00001.mds (5 bytes",
+        "counts 33 frames, the manifest 34", "frames of 64 px, but data.image_size is 32",
+        "data.sources.again: reads the same frames as data.sources.good", "has no camera 'top', only front, wrist",
+        "has no split 'val', only train",
+    ):  # fmt: skip
+        assert part in text
+    assert "unused" not in text
+
+
+def test_the_fingerprint_follows_the_data_not_its_place(two: Callable[..., Data], tmp_path: Path) -> None:
+    def fingerprint(data: Data, seed: int = 0, global_batch: int = 8) -> str:
+        return Mixture(data, seed=seed, global_batch=global_batch).fingerprint
+
+    data = two()
+    one_camera = data.sources["a"].model_copy(update={"cameras": ["wrist"]})
+    changed = {
+        fingerprint(data),
+        fingerprint(data, seed=1),
+        fingerprint(data, global_batch=16),
+        fingerprint(two(a=2)),
+        fingerprint(two(shuffle=Shuffle(canonical_nodes=2))),
+        fingerprint(two(epoch_samples=64)),
+        fingerprint(make_data({"a": one_camera, "b": data.sources["b"]})),
+    }
+    assert len(changed) == 7
+    moved = shutil.copytree(data.sources["a"].path, tmp_path / "moved")
+    assert fingerprint(make_data({"renamed": Source(path=str(moved)), "b": data.sources["b"]})) == fingerprint(data)
+    write_source(moved, cameras=("front", "wrist"), lengths=(7, 12, 5, 8), exist_ok=True)
+    assert fingerprint(make_data({"a": Source(path=str(moved)), "b": data.sources["b"]})) != fingerprint(data)

@@ -1,0 +1,92 @@
+"""The page is whole in itself: every picture inside, nothing fetched, nothing injected."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stamo_dist.errors import RunError
+from stamo_dist.evaluate.interpolate import interpolate
+from stamo_dist.evaluate.reconstruct import reconstruct
+from stamo_dist.report.charts import Series, line_chart, ticks
+from stamo_dist.report.page import write_report
+
+
+def _assert_self_contained(page: str) -> None:
+    references = re.findall(r"""(?:src|href|action|data|poster|srcset)\s*=\s*["']([^"']{0,60})""", page)
+    assert references
+    assert all(r.startswith(("data:image/", "#run")) for r in references), references
+    assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
+
+
+def test_report_holds_every_picture_and_fetches_nothing(run: Path):
+    reconstruct(run, frames=4)
+    interpolate(run, episodes=1, points=3)
+    path = write_report([run])
+    assert path == run / "report.html"
+    page = path.read_text()
+    _assert_self_contained(page)
+    pictures = [run / "first_batch.png", *run.glob("eval/*/*.png"), *run.glob("eval/*/*.gif")]
+    assert len(pictures) == 1 + 2 + 4
+    for picture in pictures:
+        assert base64.b64encode(picture.read_bytes()).decode() in page, picture
+    row = json.loads((run / "eval/reconstruct/reconstruct.json").read_text())["rows"][1]
+    assert f"<td>{row['psnr']:.2f}</td>" in page
+    assert page.index("Reconstruction of held-out frames") < page.index("Interpolation of states")
+    for said in ("66.7%", "33.3%", "4 of 4", "sampler_steps: 2", "step_00000004", "stamo-dist"):
+        assert said in page, said
+    assert page.count("<svg") == 6
+
+
+def test_several_runs_side_by_side(run: Path, tmp_path: Path):
+    other = shutil.copytree(run, tmp_path / "other")
+    page = write_report([run, other], tmp_path / "out" / "both.html").read_text()
+    _assert_self_contained(page)
+    assert "2 runs" in page
+    assert f"toy ({other})" in page
+    assert page.count("<svg") == 2 + 2 * 6
+
+
+def test_a_run_that_has_only_begun_can_be_reported(run: Path):
+    (run / "metrics.jsonl").unlink()
+    (run / "first_batch.png").unlink()
+    (run / "env.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    page = write_report([run]).read_text()
+    assert "No step was logged yet" in page
+    assert "No checkpoint yet" in page
+    assert "stamo eval reconstruct" in page
+
+
+def test_names_are_escaped_and_damage_is_named(run: Path, tmp_path: Path):
+    resolved = run / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("name: toy", "name: <script>alert(1)</script>"))
+    assert "<script" not in write_report([run]).read_text()
+    with pytest.raises(RunError, match="not a run folder"):
+        write_report([run, tmp_path])
+    (run / "eval" / "probe").mkdir(parents=True)
+    (run / "eval" / "probe" / "probe.json").write_text('{"rows": [')
+    with pytest.raises(RunError, match=r"probe\.json: is damaged"):
+        write_report([run])
+
+
+def test_chart_survives_what_training_logs():
+    steps = list(range(1, 5001))
+    loss = [1.0 / s for s in steps]
+    loss[100], loss[200] = float("nan"), float("inf")
+    chart = line_chart([Series("loss", steps, loss)])
+    points = re.findall(r'points="([^"]+)"', chart)
+    assert len(points) == 2
+    assert all(200 < len(p.split()) <= 300 for p in points)
+    inside = [tuple(map(float, p.split(","))) for p in points[1].split()]
+    assert all(0 <= x <= 400 and 0 <= y <= 210 for x, y in inside)
+    assert inside[0][1] < inside[-1][1], "a falling loss goes down the page"
+    assert line_chart([Series("empty", [], [])]) == ""
+    assert 'class="legend"' in line_chart([Series("<a>", [1], [2.0]), Series("b", [1, 2], [2.0, 2.0])])
+    assert "<a>" not in line_chart([Series("<a>", [1], [2.0]), Series("b", [1], [2.0])])
+    assert ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
