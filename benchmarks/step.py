@@ -4,8 +4,8 @@
     python benchmarks/step.py full                                     # SD3-medium DiT + DINOv2-L, 256 px, one GPU
 
 `full` prints samples/s, MFU and peak memory of our step (latents online and cached) beside a plain loop on the same
-frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. Weights are
-random: speed does not depend on them. `--tiny` runs the same code at toy size, to show that it works without a GPU.
+frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. Weights
+are random: speed does not depend on them. `--tiny` runs the same code at toy size, to show that it works without a GPU.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def full_recipe(sizes: dict, batch: int, compiled: bool, cached: bool) -> schema
                 "encoder": {"config": sizes["dino"], "image_size": sizes["seen"], "train": True},
                 "compressor": sizes["compressor"], "decoder": {"config": sizes["dit"]}, "vae": {"config": sizes["vae"]},
             },
-            "train": {"steps": 1, "global_batch": batch, "micro_batch": batch, "precision": "bf16", "compile": compiled},
+            "train": {"steps": 1, "global_batch": batch, "micro_batch": batch, "compile": compiled},
             "strategy": {"name": "ddp"},
         }
     )  # fmt: skip
@@ -215,7 +215,7 @@ def plain(sizes: dict, batch: int) -> Callable[[], object]:
         x = images.permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             seen = torch.nn.functional.interpolate(x, size=sizes["seen"], mode="bicubic", antialias=True)
-            features = dino((((seen - mean) / std).to(torch.bfloat16))).last_hidden_state[:, 1:]
+            features = dino(((seen - mean) / std).to(torch.bfloat16)).last_hidden_state[:, 1:]
             z0 = vae.encode((x * 2 - 1).to(torch.bfloat16)).latent_dist.sample()
             z0 = (z0 - vae.config.shift_factor) * vae.config.scaling_factor
         noise = torch.randn_like(z0)

@@ -1,0 +1,1 @@
+"""From simulators and datasets to shards."""

@@ -6,7 +6,7 @@ of the other suites.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ RADIANS_PER_UNIT = 0.5
 OPEN, CLOSE = -1.0, 1.0
 #: The Panda's fingers open to 8 cm; wider objects are taken by the rim.
 GRASPABLE_WIDTH = 0.07
-GRIPPER_STEPS = 10
-MAX_PHASE_STEPS = 80
+#: From the gripper's site down to the fingertips; lower than this above a table the fingers would press on it.
+FINGERTIP = 0.012
+MIN_GRIPPER_STEPS, MAX_GRIPPER_STEPS = 5, 20
+MAX_PHASE_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,16 @@ def plan_grasp(points: np.ndarray, position: np.ndarray, rng: np.random.Generato
     widths = np.ptp(span, axis=0) + 0.002 * np.abs(yaws)
     best = int(np.argmin(widths))
     if widths[best] <= GRASPABLE_WIDTH:
-        z = max(high[2] - 0.03, (low[2] + high[2]) / 2 - 0.01)
+        z = max(high[2] - 0.03, (low[2] + high[2]) / 2 - 0.01, low[2] + FINGERTIP)
         middle = (low[:2] + high[:2]) / 2
         return Grasp(np.array([*middle, z]) - position, float(yaws[best]))
     side = rng.choice([-1.0, 1.0])
     rim = np.array([0.0, side * (np.ptp(points[:, 1]) / 2 - 0.008), high[2] - 0.015 - position[2]])
     return Grasp(rim, 0.0)
+
+
+def _up(height: float) -> np.ndarray:
+    return np.array([0, 0, height])
 
 
 class Expert:
@@ -85,17 +91,23 @@ class Expert:
         self.env, self.goals, self.rng = env, goals, rng
         self.model, self.data = env.sim.model._model, env.sim.data._data
         self.site = env.robots[0].eef_site_id
+        self.fingers = env.robots[0]._ref_gripper_joint_pos_indexes
         self.rest = self._rotation()
         self.speed = rng.uniform(0.8, 1.0)
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Actions (7,): dx dy dz (world), rotation vector (world), gripper (−1 open, +1 closed)."""
-        for _, name, target in self.goals:
-            yield from self._pick_and_place(name, target)
-        while True:
-            yield self._toward(self._position() + [0, 0, 0.02], 0.0, OPEN)
+        """Actions (7,): dx dy dz (world), rotation vector (world), gripper (−1 open, +1 closed).
 
-    def _pick_and_place(self, name: str, target: str) -> Iterator[np.ndarray]:
+        Ends when an object was not picked up, or some steps after the last one was placed.
+        """
+        for _, name, target in self.goals:
+            picked = yield from self._pick_and_place(name, target)
+            if not picked:
+                return
+        for _ in range(MAX_GRIPPER_STEPS):
+            yield self._toward(self._position() + _up(0.02), 0.0, OPEN)
+
+    def _pick_and_place(self, name: str, target: str) -> Generator[np.ndarray, None, bool]:
         body = self.env.env.obj_body_id[name]
         start = self.data.xpos[body].copy()
         points = corners(self.model, self.data, body)
@@ -104,7 +116,7 @@ class Expert:
         clearance = self.rng.uniform(0.06, 0.12)
 
         at = start + grasp.offset
-        yield from self._move(at + [0, 0, clearance + 0.03], grasp.yaw, OPEN, tolerance=0.015)
+        yield from self._move(at + _up(clearance + 0.03), grasp.yaw, OPEN, tolerance=0.015)
         yield from self._move(at, grasp.yaw, OPEN, tolerance=0.006)
         yield from self._hold(at, grasp.yaw, CLOSE)
 
@@ -112,6 +124,8 @@ class Expert:
         carry = max(points[:, 2].max(), top) - points[:, 2].min() + clearance - 0.02
         lift = np.array([*at[:2], at[2] + carry])
         yield from self._move(lift, grasp.yaw, CLOSE, tolerance=0.03)
+        if self.data.xpos[body][2] - start[2] < carry / 2:
+            return False
         held = self._position() - self.data.xpos[body]  # the object may have slipped while it was lifted
         above = np.array([*(place[:2] + held[:2]), lift[2]])
         yield from self._move(above, grasp.yaw, CLOSE, tolerance=0.01)
@@ -119,7 +133,8 @@ class Expert:
         release = np.array([*(place[:2] + held[:2]), place[2] + depth + held[2] + 0.01])
         yield from self._move(release, grasp.yaw, CLOSE, tolerance=0.01)
         yield from self._hold(release, grasp.yaw, OPEN)
-        yield from self._move(release + [0, 0, 0.1], grasp.yaw, OPEN, tolerance=0.03)
+        yield from self._move(release + _up(0.1), grasp.yaw, OPEN, tolerance=0.03)
+        return True
 
     def _target(self, target: str) -> tuple[np.ndarray, float]:
         """Where the underside of the object shall come to rest (3,), and the height to clear on the way."""
@@ -133,7 +148,7 @@ class Expert:
             return site.xpos.copy(), float(max(top, site.xpos[2]))
         body = env.obj_body_id[target]
         points = corners(self.model, self.data, body)
-        return np.array([*self.data.xpos[body][:2], self.data.xpos[body][2]]), float(points[:, 2].max())
+        return self.data.xpos[body].copy(), float(points[:, 2].max())
 
     def _move(self, goal: np.ndarray, yaw: float, gripper: float, *, tolerance: float) -> Iterator[np.ndarray]:
         for _ in range(MAX_PHASE_STEPS):
@@ -142,7 +157,12 @@ class Expert:
             yield self._toward(goal, yaw, gripper)
 
     def _hold(self, goal: np.ndarray, yaw: float, gripper: float) -> Iterator[np.ndarray]:
-        for _ in range(GRIPPER_STEPS):
+        """Open or close the gripper and wait until the fingers rest."""
+        opening = 0.0
+        for step in range(MAX_GRIPPER_STEPS):
+            before, opening = opening, float(np.ptp(self.data.qpos[self.fingers]))
+            if step >= MIN_GRIPPER_STEPS and abs(opening - before) < 5e-4:
+                return
             yield self._toward(goal, yaw, gripper)
 
     def _toward(self, goal: np.ndarray, yaw: float, gripper: float) -> np.ndarray:
@@ -155,7 +175,7 @@ class Expert:
         wanted = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ self.rest
         quat = np.empty(4)
         mujoco.mju_mat2Quat(quat, (wanted @ self._rotation().T).ravel())
-        turn = np.clip(axis_angle(quat) / RADIANS_PER_UNIT, -1, 1)
+        turn = np.clip(axis_angle(quat * np.copysign(1, quat[0])) / RADIANS_PER_UNIT, -1, 1)
         return np.array([*move, *turn, gripper])
 
     def _position(self) -> np.ndarray:

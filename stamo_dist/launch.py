@@ -73,7 +73,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
             rank, first = failed[0]
             deadline = time.monotonic() + (1.0 if first == 2 else _GRACE)  # 2: refused before anything started
             if rank and first > 2:
-                print(f"rank {rank} of {len(ranks)} failed with code {first}; see {logs}/rank_{rank:05d}.log", flush=True)
+                print(
+                    f"rank {rank} of {len(ranks)} failed with code {first}; see {logs}/rank_{rank:05d}.log", flush=True
+                )
         if time.monotonic() > deadline:
             for p in ranks:
                 if p.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from contextlib import closing
@@ -21,9 +22,9 @@ from stamo_dist.engine.preempt import EXIT_PREEMPTED, Stop
 from stamo_dist.engine.processes import World, barrier, broadcast
 from stamo_dist.engine.progress import TrainingProgress, duration
 from stamo_dist.engine.runfolder import RunFolder, git_commit
-from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.load import Loaded, dump
-from stamo_dist.recipe.schema import Batching, Recipe, batching
+from stamo_dist.recipe.schema import Batching, batching
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
@@ -54,8 +55,7 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allow_changed_d
     if world.is_main:  # one process looks, so that all see the same
         run.prepare()
         lock = run.lock()
-        start, notes = _where_to_start(run, resume)
-        _check_start(start, mixture, allow_changed_data)
+        start, notes = checkpoint.choose(run.checkpoints, resume, None if allow_changed_data else mixture.fingerprint)
 
     stop = Stop()
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
@@ -71,6 +71,10 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allow_changed_d
     state = RunState(cursor=Cursor().to_dict(), samples=[0] * len(mixture.sources))
     if start is not None:
         state = checkpoint.load(start, engine, ema, precision=recipe.train.precision)
+    if state.step >= recipe.train.steps and run.model.is_dir():
+        if world.is_main:
+            print(f"{run.path}: already trained to step {state.step}")
+        return 0
     session = _Session(loaded, run, mixture, task, engine, ema, plan, state)
     if world.is_main:
         session.open([*notes, *([f"continuing {start} after step {state.step}"] if start else [])])
@@ -84,32 +88,6 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allow_changed_d
     if world.is_main:
         lock.close()
     return code
-
-
-def _check_start(start: Path | None, mixture: Mixture, allow_changed_data: bool) -> None:
-    if start is not None and checkpoint.read_marker(start).fingerprint != mixture.fingerprint and not allow_changed_data:
-        raise RunError(
-            f"{start}: was trained on another mixture (data.sources, weights, shards, seed or batch changed); "
-            "restore the recipe, choose another run_dir, or pass --allow-changed-data"
-        )
-
-
-def _where_to_start(run: RunFolder, resume: str) -> tuple[Path | None, list[str]]:
-    good, broken = checkpoint.complete(run.checkpoints)
-    if resume == "none":
-        if good:
-            raise RunError(f"{run.path}: holds checkpoints up to {good[0].name}; choose another run_dir or --resume auto")
-        return None, []
-    if resume != "auto":
-        path = Path(resume)
-        if (path / "checkpoints").is_dir():
-            good, broken = checkpoint.complete(path / "checkpoints")
-            if not good:
-                raise RunError(f"--resume {resume}: the run holds no whole checkpoint")
-            return good[0], [f"skipped {b}" for b in broken]
-        checkpoint.read_marker(path)
-        return path, []
-    return (good[0] if good else None), [f"skipped {b}" for b in broken]
 
 
 class _Session:
@@ -245,14 +223,24 @@ class _Session:
         if self.main:
             weights = checkpoint.read_weights(checkpoint.folder_of(self.run_folder.checkpoints, self.state.step))
             loader = build_loader(
-                self.mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=0,
+                self.mixture,
+                rank=0,
+                world_size=1,
+                ranks_per_node=1,
+                cursor=Cursor(),
+                pin_memory=False,
+                workers=0,
                 latents=self.task.latents,
             )
             with closing(loader):
                 batches = iter(loader)
                 # A fresh model: the trained one is spread over the processes.
                 whole = build_task(self.recipe)
-                whole.export(self.run_folder.model, weights, (next(batches) for _ in range(_EXPORT_BATCHES)))
+                part = self.run_folder.path / ".model.tmp"
+                shutil.rmtree(part, ignore_errors=True)
+                whole.export(part, weights, (next(batches) for _ in range(_EXPORT_BATCHES)))
+            shutil.rmtree(self.run_folder.model, ignore_errors=True)
+            part.rename(self.run_folder.model)
             print(f"exported {self.run_folder.model}", flush=True)
         barrier()
 

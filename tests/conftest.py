@@ -24,7 +24,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """Path of a real data file under STAMO_TEST_DATA (or ../shared/data); skips and names the file when it is missing."""
+    """Path of a real data file under STAMO_TEST_DATA (or ../shared/data); skips and names it when it is missing."""
     folder = Path(os.environ.get("STAMO_TEST_DATA", ROOT.parent / "shared" / "data"))
 
     def find(name: str) -> Path:
@@ -53,7 +53,7 @@ def stamo() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stamo_dist.cli", *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
         if check and result.returncode:
             pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result

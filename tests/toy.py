@@ -14,14 +14,14 @@ from stamo_dist.data.schema import COLUMNS, EPISODES, MANIFEST, Episode, Manifes
 def toy_frame(episode: int, t: int, size: int) -> np.ndarray:
     rng = np.random.default_rng(episode)
     frame = np.full((size, size, 3), rng.integers(40, 200, 3), np.uint8)
-    x, y = (rng.integers(0, size // 2, 2) + [t, t // 2]) % (size - size // 4)
+    x, y = (rng.integers(0, size // 2, 2) + np.array([t, t // 2])) % (size - size // 4)
     frame[y : y + size // 4, x : x + size // 4] = 255 - frame[0, 0]
     return frame
 
 
 def make_source(
-    root: Path, name: str, *, episodes: int = 4, length: int = 12, size: int = 32, cameras: tuple[str, ...] = ("front",),
-    splits: tuple[str, ...] = ("train", "val"), shard_bytes: int = 40_000,
+    root: Path, name: str, *, episodes: int = 4, length: int = 12, size: int = 32,
+    cameras: tuple[str, ...] = ("front",), splits: tuple[str, ...] = ("train", "val"), shard_bytes: int = 40_000,
 ) -> Path:  # fmt: skip
     """Write one source under `root`/`name` and return its folder."""
     from streaming import MDSWriter

@@ -139,7 +139,7 @@ class Loader:
         self._depth = workers * data.prefetch
         shape = SlotShape(per_rank, data.image_size, latents.shape if latents else None)
         self._slots = Slots(shape, self._depth + _HELD + 1)
-        self._free = deque(range(self._slots.count))
+        self._free = list(range(self._slots.count))  # the slot freed last goes first: it is still in the cache
         augment = data.augment
         spec = ReaderSpec(
             shards=mixture.shards,
@@ -203,7 +203,9 @@ class Loader:
         """The next batch to read, in a free slot: `_deliver` always leaves one."""
         cursor, after, samples = next(self._plan)
         self._coming.append((after, samples))
-        return Work(self._free.popleft(), cursor.epoch, samples)
+        slot = self._free.pop()
+        self._slots.samples(slot, len(samples))[:] = samples
+        return Work(slot, cursor.epoch, len(samples))
 
     def _deliver(self, work: Work, cursor: Cursor, samples: NDArray[np.int64]) -> Batch:
         images = self._slots.images(work.slot, len(samples))

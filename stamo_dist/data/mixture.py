@@ -58,6 +58,7 @@ class Mixture:
             owner += [i] * len(cameras)
         self.stream_source = np.array(owner, np.int64)  # (streams,) the source of each stream
         self.frames = np.array([stream.frames for stream in self.streams], np.int64)  # (streams,)
+        self._stream_first = self.frames.cumsum() - self.frames
         self.num_samples = int(self.frames.sum())
         self.shards = [shard for stream in self.streams for shard in stream.shards]
         counts = np.array([shard.samples for shard in self.shards], np.int64)
@@ -82,7 +83,7 @@ class Mixture:
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `sources` of each sample number."""
-        return self.stream_source[self.shard_stream[self.shard_of(samples)]]
+        return self.stream_source[np.searchsorted(self._stream_first, samples, side="right") - 1]
 
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""

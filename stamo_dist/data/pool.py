@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import weakref
 from collections import deque
-from multiprocessing.connection import Connection
 
 from stamo_dist.data.reader import ReaderSpec, Slots, Work
+from stamo_dist.data.worker import ANSWER, BAD_DATA, DONE, LENGTH, WORK, receive
 from stamo_dist.errors import DataError, RunError
 
 _log = logging.getLogger(__name__)
@@ -36,21 +37,22 @@ class Pool:
         self._pending: deque[tuple[int, Work]] = deque()
         self._next = 0
         self._workers: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection] = []
+        self._connections: list[socket.socket] = []
         # Also runs when the interpreter exits.
         self._finalizer = weakref.finalize(self, _end, self._workers, self._connections)
         for _ in range(workers):
             process, connection = _start(slots.fd)
             self._workers.append(process)
             self._connections.append(connection)
+        message = pickle.dumps(spec)
         for worker in range(workers):
-            self._send(worker, spec)
+            self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, work: Work) -> None:
         """Give one batch to the next worker; its slot must be free."""
         worker = self._next
         self._next = (worker + 1) % len(self._workers)
-        self._send(worker, work)
+        self._send(worker, WORK.pack(work.slot, work.epoch, work.size))
         self._pending.append((worker, work))
 
     def __len__(self) -> int:
@@ -65,24 +67,27 @@ class Pool:
             RunError: The worker died.
         """
         worker, work = self._pending.popleft()
+        connection = self._connections[worker]
         waited = 0.0
-        try:
-            while not self._connections[worker].poll(_PATIENCE):
+        while True:
+            try:
+                kind, size = ANSWER.unpack(receive(connection, ANSWER.size))
+                message = receive(connection, size).decode() if size else ""
+                break
+            except TimeoutError:
                 waited += _PATIENCE
                 _log.warning("waiting for a batch for %.0f s; loader worker %d is still reading", waited, worker)
-            answer = self._connections[worker].recv()
-        except (EOFError, OSError):
-            raise self._death(worker) from None
-        if answer is None:
+            except (EOFError, OSError):
+                raise self._death(worker) from None
+        if kind == DONE:
             return work
-        kind, message = answer
-        if kind == "data":
+        if kind == BAD_DATA:
             raise DataError(message)
         raise RunError(f"loader worker {worker} failed:\n{message}")
 
-    def _send(self, worker: int, message: ReaderSpec | Work) -> None:
+    def _send(self, worker: int, message: bytes) -> None:
         try:
-            self._connections[worker].send(message)
+            self._connections[worker].sendall(message)
         except OSError:
             raise self._death(worker) from None
 
@@ -103,7 +108,7 @@ class Pool:
         self._finalizer()
 
 
-def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     path = os.pathsep.join(entry for entry in sys.path if entry)
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -120,10 +125,11 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:
         raise RunError(f"a loader worker cannot be started: {e}; lower data.workers") from e
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return process, Connection(ours.detach())
+    ours.settimeout(_PATIENCE)
+    return process, ours
 
 
-def _end(workers: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
+def _end(workers: list[subprocess.Popen[bytes]], connections: list[socket.socket]) -> None:
     for connection in connections:
         connection.close()
     for process in workers:

@@ -22,16 +22,17 @@ from stamo_dist.errors import DataError
 
 @dataclass(frozen=True)
 class Work:
-    """One batch to read: the mixture's sample numbers, int64 (b,), and the slot that takes it."""
+    """One batch to read: how many samples, of which epoch; the slot holds their numbers and takes their frames."""
 
     slot: int
     epoch: int
-    samples: NDArray[np.int64]
+    size: int
 
 
 @dataclass(frozen=True)
 class SlotShape:
-    """What one slot holds: uint8 (batch, size, size, 3) frames and, with a cache, 2-byte latents (batch, C, h, w)."""
+    """What one slot holds: uint8 (batch, size, size, 3) frames, with a cache 2-byte latents (batch, C, h, w), and the
+    int64 (batch,) numbers of the samples."""
 
     batch: int
     image_size: int
@@ -42,9 +43,16 @@ class SlotShape:
         return self.batch * self.image_size**2 * 3
 
     @property
+    def latent_bytes(self) -> int:
+        return 2 * self.batch * prod(self.latent) if self.latent else 0
+
+    @property
+    def numbers_at(self) -> int:
+        return -(-(self.image_bytes + self.latent_bytes) // 8) * 8
+
+    @property
     def nbytes(self) -> int:
-        latents = 2 * self.batch * prod(self.latent) if self.latent else 0
-        return -(-(self.image_bytes + latents) // mmap.PAGESIZE) * mmap.PAGESIZE
+        return -(-(self.numbers_at + 8 * self.batch) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Slots:
@@ -74,6 +82,10 @@ class Slots:
         assert s.latent is not None, "slots without latents"
         start = slot * s.nbytes + s.image_bytes
         return np.frombuffer(self._map, np.uint16, n * prod(s.latent), start).reshape(n, *s.latent)
+
+    def samples(self, slot: int, n: int) -> NDArray[np.int64]:
+        """The numbers of the first `n` samples of a slot, int64 (n,)."""
+        return np.frombuffer(self._map, np.int64, n, slot * self.shape.nbytes + self.shape.numbers_at)
 
     def close(self) -> None:
         """Give up the descriptor; batches that are still held keep the memory."""
@@ -125,10 +137,10 @@ class Reader:
         Raises:
             DataError: A shard, sample or latent is missing or corrupt; names the source, shard, sample and episode.
         """
-        samples = work.samples
+        samples = self._slots.samples(work.slot, work.size)
         numbers = np.searchsorted(self._spec.first, samples, side="right") - 1
         rows = (samples - self._spec.first[numbers]).tolist()
-        images = self._slots.images(work.slot, len(samples))
+        images = self._slots.images(work.slot, work.size)
         for out, number, row in zip(images, numbers.tolist(), rows, strict=True):
             try:
                 self._shards[number].frame(row, out)
@@ -138,6 +150,6 @@ class Reader:
             for out, sample in zip(images, samples.tolist(), strict=True):
                 self._augment(out, work.epoch, sample)
         if self._latents is not None:
-            latents = self._slots.latents(work.slot, len(samples))
+            latents = self._slots.latents(work.slot, work.size)
             for i, (number, row) in enumerate(zip(numbers.tolist(), rows, strict=True)):
                 latents[i] = self._latents[number][row]

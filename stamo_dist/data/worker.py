@@ -6,44 +6,71 @@ worker outlives its run.
 
 from __future__ import annotations
 
+import pickle
 import signal
+import socket
+import struct
 import sys
 import traceback
-from multiprocessing.connection import Connection
 
-from stamo_dist.data.reader import Reader, ReaderSpec, Slots
+from stamo_dist.data.reader import Reader, ReaderSpec, Slots, Work
 from stamo_dist.errors import StamoError
 
+#: Sent to a worker: first the length of a pickled ReaderSpec and the spec, then (slot, epoch, size) of every Work.
+LENGTH = struct.Struct("<Q")
+WORK = struct.Struct("<QQQ")
+#: Sent back for every Work: what became of it, and the length of the message that follows.
+ANSWER = struct.Struct("<BQ")
+DONE, BAD_DATA, BUG = range(3)
 
-def serve(socket: int, memory: int) -> None:
-    """Answer each Work with None once its slot is filled, or with (kind of error, message)."""
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    """Exactly `size` bytes.
+
+    Raises:
+        EOFError: The other end is closed.
+        TimeoutError: The first byte does not come within the socket's timeout.
+    """
+    parts = b""
+    while len(parts) < size:
+        try:
+            part = connection.recv(size - len(parts))
+        except TimeoutError:
+            if parts:
+                continue
+            raise
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            raise EOFError
+        parts += part
+    return parts
+
+
+def serve(connection: socket.socket, memory: int) -> None:
+    """Fill the slots asked for until the connection closes."""
     # The training process handles these and then closes the connection; they reach workers too, because a terminal
     # or a cluster signals every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    connection = Connection(socket)
     reader: Reader | None = None
+    spec: ReaderSpec = pickle.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
     while True:
+        work = Work(*WORK.unpack(receive(connection, WORK.size)))
+        kind, message = DONE, b""
         try:
-            message = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        answer: tuple[str, str] | None = None
-        try:
-            if isinstance(message, ReaderSpec):
-                reader = Reader(message, Slots(message.slots, message.count, memory))
-                continue
-            assert reader is not None, "the first message must be a ReaderSpec"
-            reader.fill(message)
+            if reader is None:
+                reader = Reader(spec, Slots(spec.slots, spec.count, memory))
+            reader.fill(work)
         except StamoError as e:
-            answer = ("data", str(e))
+            kind, message = BAD_DATA, str(e).encode()
         except Exception:
-            answer = ("bug", traceback.format_exc())
-        try:
-            connection.send(answer)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+            kind, message = BUG, traceback.format_exc().encode()
+        connection.sendall(ANSWER.pack(kind, len(message)) + message)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    try:
+        serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the training process has closed the connection, or died

@@ -4,11 +4,14 @@ A checkpoint is `checkpoints/step_00000123/`: written under a temporary name, sy
 `checkpoint.json`, which lists every file with its size. A folder without a valid marker is never loaded. The newest is
 found by scanning.
 
-ddp, fsdp and hsdp write PyTorch's distributed checkpoint format, which reshards by itself; ZeRO writes DeepSpeed's files.
+ddp, fsdp and hsdp write PyTorch's distributed checkpoint format, which reshards by itself; ZeRO writes
+DeepSpeed's files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -25,7 +28,7 @@ from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.ema import EMA
 from stamo_dist.engine.processes import barrier
 from stamo_dist.engine.strategy import ZERO_STAGE, Engine
-from stamo_dist.errors import CheckpointError
+from stamo_dist.errors import CheckpointError, RunError
 
 FORMAT_VERSION = 1
 MARKER = "checkpoint.json"
@@ -93,6 +96,39 @@ def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
     return good, why
 
 
+def choose(checkpoints: Path, resume: str, fingerprint: str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice.
+
+    Args:
+        checkpoints: The run's own checkpoints.
+        resume: "auto": the newest whole one; "none": none may be there; else the path of a checkpoint or a run.
+        fingerprint: Of the mixture that the checkpoint must have been trained on; None accepts any.
+
+    Raises:
+        RunError: "none" in a folder with checkpoints, a run without any, or another mixture.
+        CheckpointError: The named checkpoint is not whole.
+    """
+    if resume not in ("auto", "none"):
+        path = Path(resume)
+        if not (path / "checkpoints").is_dir():
+            read_marker(path)
+            good, broken = [path], list[str]()
+        else:
+            good, broken = complete(path / "checkpoints")
+            if not good:
+                raise RunError(f"--resume {resume}: the run holds no whole checkpoint")
+    else:
+        good, broken = complete(checkpoints)
+        if good and resume == "none":
+            raise RunError(f"{checkpoints}: holds {good[0].name}; choose another run_dir or --resume auto")
+    if good and fingerprint is not None and read_marker(good[0]).fingerprint != fingerprint:
+        raise RunError(
+            f"{good[0]}: was trained on another mixture (data.sources, weights, shards, seed or batch changed); "
+            "restore the recipe, choose another run_dir, or pass --allow-changed-data"
+        )
+    return (good[0] if good else None), [f"skipped {b}" for b in broken]
+
+
 def save(
     checkpoints: Path, engine: Engine, ema: EMA | None, state: RunState, *, fingerprint: str, precision: str,
     keep: int, git_commit: str | None = None,
@@ -106,7 +142,7 @@ def save(
         tmp.mkdir(parents=True)
     barrier()
     if engine.is_zero:
-        engine.module.save_checkpoint(str(tmp), tag=_TAG, save_latest=False)
+        engine.deepspeed.save_checkpoint(str(tmp), tag=_TAG, save_latest=False)
     else:
         module, optimizer = get_state_dict(engine.unwrapped, _inner(engine))
         dcp.save({"module": module, "optimizer": optimizer}, checkpoint_id=tmp / "dcp")
@@ -145,11 +181,11 @@ def load(path: Path, engine: Engine, ema: EMA | None, *, precision: str) -> RunS
     if engine.is_zero or marker.strategy in ZERO_STAGE:
         if (marker.strategy, marker.world_size) != (engine.strategy, engine.world.size):
             raise CheckpointError(
-                f"{path}: written by {marker.strategy} on {marker.world_size} processes and cannot continue as "
-                f"{engine.strategy} on {engine.world.size}; run it as it was saved, or use ddp, fsdp or hsdp, "
-                "which continue on any number of processes"
+                f"{path}: written by {marker.strategy} with world size {marker.world_size} and cannot continue as "
+                f"{engine.strategy} with world size {engine.world.size}; run it as it was saved, or use ddp, fsdp or "
+                "hsdp, which continue on any number of processes"
             )
-        loaded, _ = engine.module.load_checkpoint(str(path), tag=_TAG)
+        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=_TAG)
         if loaded is None:
             raise CheckpointError(f"{path}: DeepSpeed could not read it")
     else:
@@ -172,7 +208,8 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     if read_marker(path).strategy in ZERO_STAGE:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG))
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports every step of its work
+            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG))
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():

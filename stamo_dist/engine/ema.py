@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self._decay = decay
-        self._params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._params: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._zero3 = any(hasattr(p, "ds_tensor") for p in self._params.values())
         self._average = {n: t.clone().float() for n, t in self._local().items()}
 
@@ -65,4 +66,4 @@ class EMA:
 
 
 def _plain(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "to_local") else t  # type: ignore[operator]
+    return t.to_local() if hasattr(t, "to_local") else t

@@ -12,7 +12,8 @@ from stamo_dist.recipe.schema import Optimizer
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (biases, norms) and learned queries are not decayed."""
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if p.requires_grad:
             (decayed if p.ndim >= 2 and not name.endswith("queries") else rest).append(p)

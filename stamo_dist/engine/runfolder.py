@@ -87,7 +87,9 @@ class RunFolder:
             probe.write_text("")
             probe.unlink()
         except OSError as e:
-            raise RunError(f"run_dir: {self.path} cannot be written ({e.strerror}); choose another with --set run_dir=…") from e
+            raise RunError(
+                f"run_dir: {self.path} cannot be written ({e.strerror}); choose another with --set run_dir=…"
+            ) from e
 
     def lock(self, patience: float = 60.0) -> IO[str]:
         """Take the folder for this process; the lock goes with the returned file or with the process, however it ends.
@@ -105,7 +107,9 @@ class RunFolder:
                 file.seek(0)
                 holder = file.read().strip()
                 if time.monotonic() > deadline:
-                    raise RunError(f"{self.path}: {holder} is still training here; stop it or choose another run_dir") from None
+                    raise RunError(
+                        f"{self.path}: {holder} is still training here; stop it or choose another run_dir"
+                    ) from None
                 time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -133,7 +137,7 @@ def open_run(path: str | Path) -> RunFolder:
 
 def environment(command: list[str]) -> dict[str, Any]:
     """Versions, machine and command of this process; no environment variables, which may hold secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -49,6 +49,11 @@ class Engine:
         return self.accelerator.device
 
     @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, under zero1–3."""
+        return self.module
+
+    @property
     def is_zero(self) -> bool:
         return self.strategy in ZERO_STAGE
 
@@ -76,7 +81,7 @@ class Engine:
         if not self.accelerator.sync_gradients:
             return None
         if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward
-            return torch.as_tensor(self.module.get_global_grad_norm(), device=self.device)
+            return torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,9 +115,7 @@ def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDa
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         # Inputs keep their dtype: the noise level must reach the model in fp32.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -194,8 +197,6 @@ def build(
     Raises:
         RunError: hsdp's group does not divide the world.
     """
-    accelerator = _accelerator(
-        strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes
-    )
+    accelerator = _accelerator(strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes)
     module, optimizer = accelerator.prepare(module, optimizer)
     return Engine(strategy.name, world, accelerator, module, optimizer, clip)

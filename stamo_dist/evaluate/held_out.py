@@ -70,7 +70,7 @@ def open_sources(recipe: Recipe) -> list[Source]:
             if SPLIT not in manifest.splits or not manifest.splits[SPLIT].frames:
                 raise DataError(
                     f"{entry.path} has no {SPLIT!r} split (only {', '.join(manifest.splits) or 'none'}), so there is "
-                    "nothing held out to measure on; convert it again with a share of its episodes held out"
+                    "nothing held out to measure on; convert it anew with a --val-fraction above 0"
                 )
             camera = (entry.cameras or manifest.cameras)[0]
             train, held_out = (

@@ -8,7 +8,6 @@ SD3's 2048 inputs; the context embedder (4096 inputs in SD3) is new.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
-
-log = logging.getLogger(__name__)
 
 FIELD = "model.decoder"
 _KIND = ("_class_name", "SD3Transformer2DModel")
@@ -66,8 +63,6 @@ class Decoder(nn.Module):
             "pooled_projection_dim": compressor.tokens * compressor.dim,
         }
         if cfg.weights is not None:
-            if cfg.config:
-                log.warning("%s.config is not used: the weights' own config.json is", FIELD)
             folder = weights.locate(cfg.weights, ("transformer", ""), f"{FIELD}.weights")
             return cls.from_folder(folder, latent_shape, conditioning)
         if problems := config_problems(cfg):
@@ -161,17 +156,11 @@ def _check(config: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> Non
 
 
 def _initialise(model: Any) -> None:
-    """DiT's initialisation (Peebles & Xie 2022, arXiv 2212.09748): Xavier, adaLN-Zero gates and a zero last layer."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
-    nn.init.zeros_(model.pos_embed.proj.bias)
-    nn.init.normal_(model.time_text_embed.timestep_embedder.linear_1.weight, std=0.02)
-    nn.init.normal_(model.time_text_embed.timestep_embedder.linear_2.weight, std=0.02)
-    modulations = [m.linear for b in model.transformer_blocks for m in (b.norm1, b.norm1_context)]
+    """adaLN-Zero (Peebles & Xie 2022, arXiv 2212.09748): every block starts as the identity, the velocity at zero.
+
+    The other layers keep PyTorch's initialisation.
+    """
+    modulations = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     for layer in (*modulations, model.norm_out.linear, model.proj_out):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.flops import Flops, count
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe import schema
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer)
@@ -106,7 +109,10 @@ class Tokenizer(nn.Module):
         """
         problems: list[str] = []
         for part, module in ((cfg.encoder, encoders), (cfg.vae, vaes), (cfg.decoder, decoders)):
-            problems += module.config_problems(part) if part.weights is None else []
+            if part.weights is None:
+                problems += module.config_problems(part)
+            elif part.config:
+                log.warning("%s.config is not read: weights are given, and they have their own", module.FIELD)
         if problems:
             raise RecipeError(problems)
         vae = VAE.from_config(cfg.vae, image_size)

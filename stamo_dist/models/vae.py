@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
+from stamo_dist.models.flops import count
 from stamo_dist.models.images import to_float
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
@@ -141,6 +142,12 @@ class VAE(nn.Module):
         if not variance > 0:
             raise ValueError(f"{count} latent values with variance {variance}: nothing to standardise by")
         self.model.register_to_config(shift_factor=total / count, scaling_factor=1 / math.sqrt(variance))
+
+    def flops_per_sample(self) -> int:
+        """FLOPs of one frame's forward pass (encoder and decoder), from the configuration alone."""
+        with torch.device("meta"):
+            vae = VAE(AutoencoderKL.from_config(self.model.config), self.image_size)
+            return count(vae, torch.empty(1, 3, self.image_size, self.image_size), torch.empty(1, *self.latent_shape))
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of what else decides the latents."""

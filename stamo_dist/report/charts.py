@@ -10,7 +10,7 @@ from html import escape
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 400, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 10, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 24
 _POINTS = 300  # drawn per line; more steps are averaged in equal groups
 COLOURS = 8  # --c0 … --c7 on the page
 

@@ -113,13 +113,13 @@ class Run:
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the page about these runs and return its path: `out`, or RUN/report.html (report.html for several runs).
+    """Write the page about these runs and return its path: `out`, or report.html in the first run's folder.
 
     Raises:
         RunError: One is no run folder, a file of its evaluations is damaged, or `out` cannot be written.
     """
     loaded = [read_run(open_run(path)) for path in runs]
-    target = Path(out) if out else (loaded[0].folder.path if len(loaded) == 1 else Path()) / "report.html"
+    target = Path(out) if out else loaded[0].folder.path / "report.html"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "percent": lambda v: "–" if v is None else f"{v:.1%}"}
     template = environment.from_string((resources.files(__package__) / "page.html.j2").read_text(encoding="utf-8"))

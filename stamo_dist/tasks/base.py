@@ -42,7 +42,7 @@ class Task(Protocol):
         """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
 
     def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
-        """Write the usable model; `weights` is the whole state dict of `trained`, `batches` training data to look at."""
+        """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at."""
 
 
 def load_trained(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -21,18 +21,18 @@ _SIGMA, _EPSILON, _POSTERIOR = 0, 1, 2  # independent noise streams of one sampl
 class TokenizerTask:
     """L = ‖v(z_σ, σ, E(o)) − (ε − z₀)‖², averaged over the latent (STAMO §1)."""
 
-    terms = ("loss",)
+    terms: tuple[str, ...] = ("loss",)
 
     def __init__(self, recipe: Recipe):
         self._flow = recipe.flow
         self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
-        self.notes = tuple(self.tokenizer.notes)
+        self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
         self._joint_encoder = recipe.model.encoder.train
         self._sample_posterior = recipe.model.vae.latent == "sample"
         self._cached = recipe.data.latents == "cached"
-        self.latents = self.tokenizer.frozen_fingerprints()["vae"] if self._cached else None
+        self.latents: str | None = self.tokenizer.frozen_fingerprints()["vae"] if self._cached else None
         if recipe.train.gradient_checkpointing:
             self.tokenizer.trained.set_gradient_checkpointing(True)
         if recipe.train.compile:

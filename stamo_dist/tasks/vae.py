@@ -18,15 +18,15 @@ from stamo_dist.tasks.noise import StepNoise
 class VAETask:
     """L = w₁·|x − x̂| + w₂·(x − x̂)² + w_KL·KL(q(z|x) ‖ N(0, 1)), means over pixels and latents; x in [−1, 1]."""
 
-    terms = ("loss", "l1", "mse", "kl")
-    latents = None
-    notes = ("the latents will be standardised on training frames when the VAE is exported",)
+    terms: tuple[str, ...] = ("loss", "l1", "mse", "kl")
+    latents: str | None = None
+    notes: tuple[str, ...] = ("the latents will be standardised on training frames when the VAE is exported",)
 
     def __init__(self, recipe: Recipe):
         self._cfg = recipe.model.vae
         self.vae = VAE.from_config(recipe.model.vae, recipe.data.image_size)
         self.trained: nn.Module = self.vae
-        self.block_classes = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
+        self.block_classes: tuple[str, ...] = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing here is frozen."""

@@ -13,8 +13,8 @@ import pytest
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.interpolate import interpolate
 from stamo_dist.evaluate.reconstruct import reconstruct
+from stamo_dist.report import write_report
 from stamo_dist.report.charts import Series, line_chart, ticks
-from stamo_dist.report.page import write_report
 
 
 def _assert_self_contained(page: str) -> None:

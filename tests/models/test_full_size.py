@@ -81,3 +81,4 @@ def test_arithmetic(image_size: int, decoder: float, vae: float) -> None:
     assert 3 * layer < flops.compressor < 4 * layer
     assert tokenizer.flops_per_sample(cached_latents=True) == (flops.encoder + flops.compressor + flops.decoder, 0)
     assert tokenizer.flops_per_sample()[1] == flops.vae_encoder
+    assert tokenizer.vae.flops_per_sample() > 2 * flops.vae_encoder  # the decoder has one more layer a level
