@@ -36,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from stamo_dist.data import _torchvision  # noqa: F401  # isort: skip  must precede streaming
+from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 import litdata
 import webdataset
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
@@ -52,7 +52,8 @@ SHARDS = 8
 PREFETCH = 2
 RAMP = 10  # batches before the clock starts, so that all are measured with full queues
 
-Run = Callable[[], Iterator[Any]]
+Run = Callable[[], Iterator[torch.Tensor]]
+Make = Callable[[Path, int, int, int], Run]
 
 
 def decode(jpeg: Any, out: np.ndarray | None = None) -> np.ndarray:
@@ -202,16 +203,45 @@ def hdf5(path: Path, workers: int, batch: int, size: int) -> Run:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def _decoder(connection: Connection, jpegs: list[bytes], size: int) -> None:
-    """Decode all frames in random order whenever asked; answer with Figures."""
-    buffer = np.empty((size, size, 3), np.uint8)
+class Figures(NamedTuple):
+    wall: float  # samples/s
+    cpu: float  # samples per second of CPU time
+
+
+def decode_turns(connection: Connection, jpegs: list[bytes], size: int) -> None:
+    """Whenever asked: decode all frames in random order into one buffer."""
+    # Aligned to 16 bytes only, like the slots of the loader: the decoder is slower on output that is aligned to 32.
+    memory = np.empty(size * size * 3 + 32, np.uint8)
+    shift = (16 - memory.ctypes.data) % 32
+    buffer = memory[shift : shift + size * size * 3].reshape(size, size, 3)
     rng = np.random.default_rng(os.getpid())
+    connection.send("ready")
     while connection.recv():
         order = rng.permutation(len(jpegs))
         began, used = time.perf_counter(), time.process_time()
         for i in order:
             decode(jpegs[i], buffer)
         connection.send((len(jpegs) / (time.perf_counter() - began), len(jpegs) / (time.process_time() - used)))
+
+
+def loader_turns(connection: Connection, make: Make, path: Path, workers: int, batch: int, size: int) -> None:
+    """Whenever asked: one epoch of a loader, which keeps its workers in between."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    run = make(path, workers, batch, size)
+    connection.send("ready")
+    while connection.recv():
+        batches = run()
+        for images in islice(batches, RAMP):
+            assert images.shape == (batch, size, size, 3), images.shape
+            assert images.dtype == torch.uint8
+        began, used = time.perf_counter(), cpu_seconds()
+        n = sum(len(images) for images in batches)
+        connection.send((n / (time.perf_counter() - began), n / (cpu_seconds() - used)))
+    # The interpreter's own exit would wait for what some loaders leave running.
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(0)
 
 
 def cpu_seconds() -> float:
@@ -225,40 +255,33 @@ def cpu_seconds() -> float:
     return total / 1e9
 
 
-class Figures(NamedTuple):
-    wall: float  # samples/s
-    cpu: float  # samples per second of CPU time
+class Server:
+    """A process that measures one thing whenever it is asked, so that nothing else runs in it."""
 
-
-class DecodeLimit:
-    """Decoding alone, in up to `most` processes at a time."""
-
-    def __init__(self, jpegs: list[bytes], size: int, most: int):
+    def __init__(self, target: Callable[..., None], *arguments: Any):
         context = get_context("spawn")
-        self.connections = []
-        for _ in range(most):
-            ours, theirs = context.Pipe()
-            context.Process(target=_decoder, args=(theirs, jpegs, size), daemon=True).start()
-            self.connections.append(ours)
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, *arguments))
+        self.process.start()
+        theirs.close()
+        self.connection.recv()
 
-    def __call__(self, processes: int) -> Figures:
-        """Figures of that many processes together."""
-        for connection in self.connections[:processes]:
-            connection.send(True)
-        answers = [connection.recv() for connection in self.connections[:processes]]
-        return Figures(sum(wall for wall, _ in answers), statistics.mean(cpu for _, cpu in answers))
+    def start(self) -> None:
+        self.connection.send(True)
+
+    def figures(self) -> Figures:
+        return Figures(*self.connection.recv())
+
+    def close(self) -> None:
+        self.connection.send(False)
+        self.process.join()
 
 
-def rate(run: Run, batch: int, shape: tuple[int, ...]) -> Figures:
-    batches = run()
-    first = next(batches)
-    assert tuple(first.shape) == (batch, *shape), f"{tuple(first.shape)} is not {(batch, *shape)}"
-    assert first.dtype == torch.uint8
-    for _ in islice(batches, RAMP - 1):
-        pass
-    began, used = time.perf_counter(), cpu_seconds()
-    n = sum(len(images) for images in batches)
-    return Figures(n / (time.perf_counter() - began), n / (cpu_seconds() - used))
+def together(servers: list[Server]) -> Figures:
+    for server in servers:
+        server.start()
+    figures = [server.figures() for server in servers]
+    return Figures(sum(f.wall for f in figures), statistics.mean(f.cpu for f in figures))
 
 
 def main() -> None:
@@ -274,7 +297,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of the loaders to measure")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
 
     root = Path(tempfile.mkdtemp(prefix="stamo-benchmark-"))
     # streaming leaves lock files in the temporary folder.
@@ -296,7 +318,7 @@ def measure(options: argparse.Namespace, root: Path) -> None:
     write_webdataset(root / "tar", jpegs)
     write_litdata(root / "lit", jpegs)
     write_hdf5(root / "raw.hdf5", jpegs)
-    kinds: dict[str, tuple[Callable[..., Run], Path]] = {
+    kinds: dict[str, tuple[Make, Path]] = {
         "stamo-dist (MDS)": (ours, root / "mds"),
         "StreamingDataset (MDS)": (stock, root / "mds"),
         "WebDataset (tar)": (web, root / "tar"),
@@ -304,23 +326,23 @@ def measure(options: argparse.Namespace, root: Path) -> None:
         "raw HDF5": (hdf5, root / "raw.hdf5"),
     }
     kinds = {name: kind for name, kind in kinds.items() if not options.only or name.split()[0] in options.only}
-    limit = DecodeLimit(jpegs, height, max(1, *options.workers))
-    runs = {
-        (name, workers): make(path, workers, options.batch, height)
+    decoders = [Server(decode_turns, jpegs, height) for _ in range(max(1, *options.workers))]
+    loaders = {
+        (name, workers): Server(loader_turns, make, path, workers, options.batch, height)
         for name, (make, path) in kinds.items()
         for workers in options.workers
     }
-    rates: dict[tuple[str, int], list[Figures]] = {key: [] for key in runs}
-    limits: dict[tuple[str, int], list[Figures]] = {key: [] for key in runs}
+    rates: dict[tuple[str, int], list[Figures]] = {key: [] for key in loaders}
+    limits: dict[tuple[str, int], list[Figures]] = {key: [] for key in loaders}
     for turn in range(options.repeats + 1):
-        for (name, workers), run in runs.items():
-            bound = limit(max(1, workers))
-            measured = rate(run, options.batch, (height, width, 3))
+        for key, loader in loaders.items():
+            bound = together(decoders[: max(1, key[1])])
+            measured = together([loader])
             if turn:  # the first turn warms the page cache and starts workers
-                limits[name, workers].append(bound)
-                rates[name, workers].append(measured)
-    for connection in limit.connections:
-        connection.send(False)
+                limits[key].append(bound)
+                rates[key].append(measured)
+    for server in (*decoders, *loaders.values()):
+        server.close()
 
     _print(console, list(kinds), options, rates, limits)
     loads = ", ".join(f"{load:.1f}" for load in os.getloadavg())

@@ -116,7 +116,7 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
         synchronise()
         c = time.perf_counter()
         if ema is not None:
-            ema.update()
+            ema.update(step)
         reducer.take()
         reducer.put(step, sums, norm, False, (1.0, 0.0))
         synchronise()

@@ -77,7 +77,7 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
             else:
                 _copy(part, demo)
             total += int(demo.attrs["num_samples"])
-        for name, value in {**CONVENTIONS, **attributes, "num_demos": len(parts), "total": total}.items():
+        for name, value in sorted({**CONVENTIONS, **attributes, "num_demos": len(parts), "total": total}.items()):
             data.attrs[name] = value
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import stamo_dist.data._torchvision  # noqa: F401  # isort: skip  must precede streaming
+import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import MDSWriter
 
 from stamo_dist.errors import DataError

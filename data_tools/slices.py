@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools.source import EpisodeData, EpisodeRef, Reader
+from data_tools.workers import spawned, usable_cores
 from stamo_dist.data.schema import COLUMNS, Manifest
 from stamo_dist.errors import DataError
 
@@ -70,11 +71,10 @@ def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> 
             todo.append(part)
         else:
             yield report["skipped"]
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total, missing = sum(part.frames for part in work), sum(part.frames for part in todo)
     # A process of its own takes seconds to start: not worth it for less than a slice's frames.
     full = max((part.frames for part in todo), default=0)
-    processes = min(processes or usable, round(missing / full) if full else 1)
+    processes = min(processes or usable_cores(), round(missing / full) if full else 1)
     with _progress(total, total - missing, quiet) as show:
         if processes <= 1:
             for part in todo:
@@ -84,23 +84,21 @@ def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> 
 
 
 def _run_in_processes(job: Job, todo: Sequence[Slice], processes: int, show: Any) -> Iterator[list[str]]:
-    # Spawned: h5py's and streaming's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter,))
-    try:
+    counter = multiprocessing.get_context("spawn").Value("q", 0)
+    with spawned(processes, _start_worker, counter) as pool:
         running = {pool.submit(_convert_in_worker, job, part) for part in todo}
         shown = 0
         while running:
             done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            show(counter.value - shown)
-            shown = counter.value
+            show((now := counter.value) - shown)
+            shown = now
             for future in done:
-                yield future.result()
-    except BrokenProcessPool as e:
-        raise DataError("a converter process died (out of memory?); run again with fewer --processes") from e
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                try:
+                    yield future.result()
+                except BrokenProcessPool as e:
+                    raise DataError(
+                        "a converter process died (out of memory?); run again with fewer --processes"
+                    ) from e
 
 
 _counter: Any = None

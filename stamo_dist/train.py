@@ -109,7 +109,13 @@ class _Session:
 
     def open(self, notes: list[str]) -> None:
         """Rank 0: write what this run is and say it."""
-        self.run_folder.describe(self.loaded.text, dump(self.loaded.recipe), sys.argv)
+        self.run_folder.describe(
+            self.loaded.text,
+            dump(self.loaded.recipe),
+            sys.argv,
+            step=self.state.step,
+            processes=self.plan.world_size,
+        )
         self.file = MetricsFile(self.run_folder.metrics, self.state.step)
         self.wandb = WandB(self.recipe, self.run_folder.path, self.loaded.resolved)
         r, p = self.recipe, self.plan
@@ -148,7 +154,7 @@ class _Session:
                         grad_norm = engine.backward(out.loss)
                 assert grad_norm is not None, "the last micro-batch of a step must step the optimizer"
                 if self.ema is not None:
-                    self.ema.update()
+                    self.ema.update(step)
                 stopping = self._log()  # the step before this one, which the device has finished
                 state.step, state.cursor = step, batch.cursor.to_dict()
                 self.reducer.put(step, sums, grad_norm, stop.asked, watch.lap())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from stamo_dist.data import _torchvision  # noqa: F401  must precede streaming
+from stamo_dist import _torchvision  # noqa: F401  must precede streaming
 from stamo_dist.data.schema import COLUMNS, EPISODES, MANIFEST, Episode, Manifest, Split
 
 

@@ -143,7 +143,6 @@ class Loader:
         augment = data.augment
         spec = ReaderSpec(
             shards=mixture.shards,
-            first=mixture.first,
             source=[mixture.sources[mixture.stream_source[stream]] for stream in mixture.shard_stream],
             slots=shape,
             count=self._slots.count,

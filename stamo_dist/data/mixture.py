@@ -16,7 +16,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-import stamo_dist.data._torchvision  # noqa: F401  # isort: skip  must precede streaming
+import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import Stream, StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World

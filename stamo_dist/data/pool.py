@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -44,7 +43,7 @@ class Pool:
             process, connection = _start(slots.fd)
             self._workers.append(process)
             self._connections.append(connection)
-        message = pickle.dumps(spec)
+        message = spec.dumps()
         for worker in range(workers):
             self._send(worker, LENGTH.pack(len(message)) + message)
 

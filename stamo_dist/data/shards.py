@@ -68,31 +68,29 @@ class MappedShard:
         if (np.diff(np.asarray(header[1:]).astype(np.int64)) < 0).any():
             raise DataError(f"{spec.path}: the table of samples in its header is corrupt")
         self._begins = header[1:]
+        sizes = spec.layout.sizes
         # A sample begins with one uint32 size for every column of varying size.
-        self._heads = struct.Struct(f"<{sum(size is None for size in spec.layout.sizes)}I")
+        self._heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
+        self._fixed = self._heads.size + sum(size or 0 for size in sizes)
+        # What lies before a column: so many bytes of fixed size, and so many columns of varying size.
+        self._before = [
+            (self._heads.size + sum(size or 0 for size in sizes[:n]), sum(size is None for size in sizes[:n]))
+            for n in range(len(sizes) + 1)
+        ]
 
     def __len__(self) -> int:
         return self.spec.samples
 
-    def _columns(self, i: int) -> list[tuple[int, int]]:
-        """Where each column of sample `i` begins and ends in the file."""
+    def _column(self, i: int, position: int) -> memoryview:
         begin, end = self._begins[i], self._begins[i + 1]
         try:
-            heads = iter(self._heads.unpack_from(self._map, begin))
+            heads = self._heads.unpack_from(self._map, begin)
         except struct.error:
-            raise self._mismatch(i) from None
-        begin += self._heads.size
-        spans = []
-        for size in self.spec.layout.sizes:
-            stop = begin + (next(heads) if size is None else size)
-            spans.append((begin, stop))
-            begin = stop
-        if begin != end:
-            raise self._mismatch(i)
-        return spans
-
-    def _mismatch(self, i: int) -> DataError:
-        return DataError(f"{self.spec.path}: sample {i}: the sizes of its columns do not add up")
+            heads = ()
+        if begin + self._fixed + sum(heads) != end:
+            raise DataError(f"{self.spec.path}: sample {i}: the sizes of its columns do not add up")
+        (fixed, varying), (next_fixed, next_varying) = self._before[position : position + 2]
+        return self._map[begin + fixed + sum(heads[:varying]) : begin + next_fixed + sum(heads[:next_varying])]
 
     def bytes(self, i: int, column: str) -> memoryview:
         """The stored bytes of one column of sample `i`, without a copy; valid while the view is held.
@@ -104,8 +102,7 @@ class MappedShard:
             position = self.spec.layout.names.index(column)
         except ValueError:
             raise DataError(f"{self.spec.path}: no column {column!r}, only {list(self.spec.layout.names)}") from None
-        begin, end = self._columns(i)[position]
-        return self._map[begin:end]
+        return self._column(i, position)
 
     def sample(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Sample `i` as a dict, decoded by streaming's own encodings; only `columns` when given.
@@ -113,14 +110,14 @@ class MappedShard:
         Raises:
             DataError: The sample is corrupt.
         """
-        import stamo_dist.data._torchvision  # noqa: F401, I001  must precede streaming
+        import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
         from streaming.base.format.mds.encodings import mds_decode
 
         layout = self.spec.layout
         try:
             return {
-                name: mds_decode(encoding, bytes(self._map[begin:end]))
-                for name, encoding, (begin, end) in zip(layout.names, layout.encodings, self._columns(i), strict=True)
+                name: mds_decode(encoding, bytes(self._column(i, n)))
+                for n, (name, encoding) in enumerate(zip(layout.names, layout.encodings, strict=True))
                 if columns is None or name in columns
             }
         except (ValueError, TypeError, KeyError, IndexError) as e:

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-import stamo_dist.data._torchvision  # noqa: F401  # isort: skip  must precede streaming
+import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import Stream
 from streaming.base.format import Reader
 from streaming.base.storage.download import CloudDownloader

@@ -6,17 +6,17 @@ worker outlives its run.
 
 from __future__ import annotations
 
-import pickle
 import signal
 import socket
 import struct
 import sys
 import traceback
+from contextlib import suppress
 
 from stamo_dist.data.reader import Reader, ReaderSpec, Slots, Work
 from stamo_dist.errors import StamoError
 
-#: Sent to a worker: first the length of a pickled ReaderSpec and the spec, then (slot, epoch, size) of every Work.
+#: Sent to a worker: first the length of a ReaderSpec and the spec, then (slot, epoch, size) of every Work.
 LENGTH = struct.Struct("<Q")
 WORK = struct.Struct("<QQQ")
 #: Sent back for every Work: what became of it, and the length of the message that follows.
@@ -54,7 +54,7 @@ def serve(connection: socket.socket, memory: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     reader: Reader | None = None
-    spec: ReaderSpec = pickle.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
+    spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
     while True:
         work = Work(*WORK.unpack(receive(connection, WORK.size)))
         kind, message = DONE, b""
@@ -70,7 +70,6 @@ def serve(connection: socket.socket, memory: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    # Raised once the training process has closed the connection, or died.
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the training process has closed the connection, or died

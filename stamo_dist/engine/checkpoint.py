@@ -208,7 +208,10 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     if read_marker(path).strategy in ZERO_STAGE:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports every step of its work
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # it reports every step of its work
             weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG))
     else:
         weights = read_dcp(path / "dcp", "module")

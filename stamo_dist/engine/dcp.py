@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,5 +21,7 @@ def read_dcp(folder: Path, prefix: str) -> dict[str, Tensor]:
         for name, m in entries.items()
         if name.startswith(prefix + ".") and isinstance(m, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
     return {name[len(prefix) + 1 :]: t for name, t in state.items()}

@@ -16,6 +16,8 @@ from stamo_dist.engine.dcp import read_dcp
 class EMA:
     """fp32 average of every trainable parameter: ē ← d·ē + (1−d)·θ, on this process's shard of θ.
 
+    d at step t is min(decay, (1+t)/(10+t)): early averages forget the initial weights.
+
     Under zero3 a shard is a flat, padded slice; elsewhere it is the parameter or its DTensor shard.
     """
 
@@ -29,9 +31,11 @@ class EMA:
         return {n: (p.ds_tensor if self._zero3 else p).detach() for n, p in self._params.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int) -> None:
+        """Take in the weights after the 1-based optimizer `step`."""
+        decay = min(self._decay, (1 + step) / (10 + step))
         local = [_plain(t).float() for t in self._local().values()]
-        torch._foreach_lerp_([_plain(t) for t in self._average.values()], local, 1 - self._decay)
+        torch._foreach_lerp_([_plain(t) for t in self._average.values()], local, 1 - decay)
 
     def save(self, folder: Path) -> None:
         """Write the whole average; every process calls it."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import socket
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,15 +40,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def quiet() -> None:
-    """Keep the libraries' notices about their own internals out of the user's log."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 
 def world_from_environment() -> World:
@@ -94,7 +83,6 @@ def broadcast(value: T) -> T:
 
 def run_rank(world: World, body: Callable[[], int]) -> int:
     """Run `body` and return its exit code; a user's error is printed once, by rank 0, and becomes code 2."""
-    quiet()
     try:
         return body()
     except StamoError as e:

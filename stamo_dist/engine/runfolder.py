@@ -4,6 +4,7 @@
 
     recipe.yaml      the recipe as written          resolved.yaml   every value it resolved to
     metrics.jsonl    one line a logged step         env.json        versions, machine, command
+    starts.jsonl     one line a start
     checkpoints/     step_00000123/                 model/          the final export
     logs/            rank_00000.log                 first_batch.png
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -116,11 +118,18 @@ class RunFolder:
         file.flush()
         return file
 
-    def describe(self, text: str, resolved: str, command: list[str]) -> None:
-        """Write what this run is: the recipe as written and as resolved, versions, machine, command."""
+    def describe(self, text: str, resolved: str, command: list[str], *, step: int, processes: int) -> None:
+        """Write what this run is: recipe as written and as resolved, versions, machine, command, and this start."""
         write_atomic(self.recipe, text)
         write_atomic(self.resolved, resolved)
-        write_atomic(self.path / "env.json", json.dumps(environment(command), indent=2) + "\n")
+        about = environment(command)
+        write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
+        start = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step,
+            "processes": processes, "host": about["host"], "commit": about["git_commit"],
+        }  # fmt: skip
+        with (self.path / "starts.jsonl").open("a") as f:
+            f.write(json.dumps(start) + "\n")
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -142,7 +143,11 @@ def _accelerator(
     common: dict[str, Any] = {
         "gradient_accumulation_steps": batching.accumulation,
         "mixed_precision": "bf16" if precision == "bf16" else "no",
-        "kwargs_handlers": [InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
+        "kwargs_handlers": [
+            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo"),
+            # SD3's position table is a buffer of 226 MB that never changes.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
         "step_scheduler_with_optimizer": False,
     }
     if strategy.name in ZERO_STAGE:

@@ -59,7 +59,7 @@ class StepNoise:
     def uniform(self, samples: Tensor, stream: int = 0) -> Tensor:
         """One number in the open interval (0, 1) for each sample id: (B,) int64 → (B,) float32."""
         word = self._words(samples, 1, stream)[0][:, 0]
-        return ((word >> 8).to(torch.float32) + 0.5) * 2.0**-24
+        return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23  # 24 bits: exact in fp32
 
     def normal(self, samples: Tensor, shape: Sequence[int], stream: int = 1) -> Tensor:
         """Standard normal noise for each sample id: (B,) int64 → (B, *shape) float32, by Box–Muller."""

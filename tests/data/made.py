@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from stamo_dist.data import _torchvision  # noqa: F401  # isort: skip  must precede streaming
+from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import MDSWriter
 
 from stamo_dist.data.schema import COLUMNS, EPISODES, MANIFEST, Episode, Manifest, Split

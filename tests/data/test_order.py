@@ -20,7 +20,7 @@ from stamo_dist.recipe.schema import Data, Shuffle
 # What the stock loader delivers in two epochs, or in one after a resumption; with the state after each batch.
 STOCK = """
 import json, sys
-from stamo_dist.data import _torchvision
+from stamo_dist import _torchvision
 from streaming import Stream, StreamingDataset, StreamingDataLoader
 
 spec = json.load(sys.stdin)

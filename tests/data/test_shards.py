@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from made import make_data, write_source
 
-from stamo_dist.data import _torchvision  # noqa: F401  # isort: skip  must precede streaming
+from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import reader_from_json
 
 from stamo_dist.data.loader import Cursor, build_loader

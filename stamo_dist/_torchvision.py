@@ -1,8 +1,8 @@
-"""Makes `import streaming` work where torchvision's C++ operators do not load.
+"""Makes `import torchvision` work where its C++ operators do not load.
 
-streaming imports torchvision, and torchvision dies on import ("operator torchvision::nms does not exist") when its
-compiled operators do not fit the installed torch, as with PyPI's CUDA wheel beside a CPU torch. Declaring the schemas
-is enough for its pure-Python parts. Import this module before `streaming`.
+streaming and transformers import torchvision, which dies on import ("operator torchvision::nms does not exist") when its
+compiled operators do not fit the installed torch, as with PyPI's CUDA wheel beside a CPU torch. Declaring the schemas is
+enough for its pure-Python parts. Import this module before either of them.
 """
 
 from __future__ import annotations
