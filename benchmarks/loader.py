@@ -29,30 +29,17 @@ import h5py
 import numpy as np
 import psutil
 import simplejpeg
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
 
-from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
-import litdata
-import webdataset
-from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
-
-from stamo_dist.data.loader import Cursor, build_loader
-from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.schema import COLUMNS, MANIFEST, Manifest, Split
-from stamo_dist.data.shards import MappedShard
-from stamo_dist.data.sources import open_camera, open_source
-from stamo_dist.recipe.schema import Data, Source
+# Each loader is measured in a process of its own, which imports what that loader needs.
 
 SHARDS = 8
 PREFETCH = 2
 RAMP = 10  # batches before the clock starts, so that all are measured with full queues
 
-Run = Callable[[], Iterator[torch.Tensor]]
+Run = Callable[[], Iterator[Any]]
 Make = Callable[[Path, int, int, int], Run]
 
 
@@ -64,19 +51,25 @@ def libero_frames(path: Path, n: int, size: int) -> Iterator[bytes]:
     """`n` distinct JPEGs (quality 95): windows of simulated camera frames, enlarged, with a little sensor noise."""
     with h5py.File(path) as file:
         views = [demo["obs"][v][:] for demo in file["data"].values() for v in ("agentview_rgb", "eye_in_hand_rgb")]
+    from PIL import Image
+
     frames = np.concatenate(views)
     rng = np.random.default_rng(0)
+    noise = [rng.normal(0, 2, (size, size, 3)).astype(np.float32) for _ in range(16)]
     for i in range(n):
         frame = Image.fromarray(frames[i % len(frames)][::-1])
         x, y = rng.uniform(0, 0.15 * frame.width, 2)
         side = 0.85 * frame.width
         big = np.asarray(frame.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)))
-        noisy = (big + rng.normal(0, 2, big.shape)).clip(0, 255).astype(np.uint8)
+        noisy = (big + noise[rng.integers(len(noise))]).clip(0, 255).astype(np.uint8)
         yield simplejpeg.encode_jpeg(noisy, 95, colorsubsampling="420")
 
 
 def shard_frames(folder: Path, n: int) -> Iterator[bytes]:
     """The first `n` JPEGs of a converted SOURCE/SPLIT/CAMERA."""
+    from stamo_dist.data.shards import MappedShard
+    from stamo_dist.data.sources import open_camera, open_source
+
     camera, split = folder.name, folder.parent.name
     for spec in open_camera(open_source(str(folder.parent.parent)), split, camera).shards:
         shard = MappedShard(spec)
@@ -89,6 +82,10 @@ def shard_frames(folder: Path, n: int) -> Iterator[bytes]:
 
 
 def write_mds(root: Path, jpegs: list[bytes], size: int) -> None:
+    import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
+    from streaming import MDSWriter
+    from stamo_dist.data.schema import COLUMNS, MANIFEST, Manifest, Split
+
     per_shard = sum(map(len, jpegs)) // SHARDS + 1
     with MDSWriter(out=str(root / "train" / "front"), columns=COLUMNS, size_limit=per_shard) as writer:
         for i, jpeg in enumerate(jpegs):
@@ -107,6 +104,8 @@ def write_mds(root: Path, jpegs: list[bytes], size: int) -> None:
 
 
 def write_webdataset(root: Path, jpegs: list[bytes]) -> None:
+    import webdataset
+
     root.mkdir()
     per_shard = -(-len(jpegs) // SHARDS)
     for s in range(SHARDS):
@@ -120,6 +119,8 @@ def _pick(jpegs: list[bytes], i: int) -> dict[str, bytes]:
 
 
 def write_litdata(root: Path, jpegs: list[bytes]) -> None:
+    import litdata
+
     litdata.optimize(
         fn=partial(_pick, jpegs), inputs=list(range(len(jpegs))), output_dir=str(root), num_workers=1,
         chunk_bytes=sum(map(len, jpegs)) // SHARDS + 1, verbose=False,
@@ -137,19 +138,25 @@ def write_hdf5(path: Path, jpegs: list[bytes]) -> None:
 
 
 def ours(root: Path, workers: int, batch: int, size: int) -> Run:
+    from stamo_dist.data.loader import Cursor, build_loader
+    from stamo_dist.data.mixture import Mixture
+    from stamo_dist.recipe.schema import Data, Source
+
     data = Data(sources={"s": Source(path=str(root))}, image_size=size, workers=workers, prefetch=PREFETCH)
     mixture = Mixture(data, seed=0, global_batch=batch)
     loader = build_loader(mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False)
     return lambda: (b.images for b in islice(loader, mixture.epoch_size // batch))
 
 
-class Stock(StreamingDataset):
-    def get_item(self, sample_id: int, retry: int = 7) -> np.ndarray:
-        return decode(super().get_item(sample_id, retry)["image"])
-
-
 def stock(root: Path, workers: int, batch: int, size: int) -> Run:
-    dataset = Stock(local=str(root / "train" / "front"), batch_size=batch, shuffle=True, num_canonical_nodes=64)
+    import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
+    from streaming import StreamingDataLoader, StreamingDataset
+
+    class Decoded(StreamingDataset):
+        def get_item(self, sample_id: int, retry: int = 7) -> np.ndarray:
+            return decode(super().get_item(sample_id, retry)["image"])
+
+    dataset = Decoded(local=str(root / "train" / "front"), batch_size=batch, shuffle=True, num_canonical_nodes=64)
     loader = StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
     return lambda: iter(loader)
 
@@ -158,45 +165,44 @@ def _options(workers: int) -> dict[str, Any]:
     return {"num_workers": workers, **({"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {})}
 
 
-def _decode_jpg(row: dict[str, Any]) -> np.ndarray:
-    return decode(row["jpg"])
-
-
 def web(root: Path, workers: int, batch: int, size: int) -> Run:
+    import webdataset
+    from torch.utils.data import DataLoader
+
     urls = sorted(map(str, root.glob("*.tar")))
-    dataset = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).map(_decode_jpg)
+    dataset = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).map(lambda row: decode(row["jpg"]))
     loader = DataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
     return lambda: iter(loader)
 
 
-class Lit(litdata.StreamingDataset):
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return decode(super().__getitem__(index)["image"])
-
-
 def lit(root: Path, workers: int, batch: int, size: int) -> Run:
-    dataset = Lit(str(root), shuffle=True, drop_last=True)
+    import litdata
+
+    class Decoded(litdata.StreamingDataset):
+        def __getitem__(self, index: Any) -> np.ndarray:
+            return decode(super().__getitem__(index)["image"])
+
+    dataset = Decoded(str(root), shuffle=True, drop_last=True)
     loader = litdata.StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
     return lambda: iter(loader)
 
 
-class Hdf5(Dataset[np.ndarray]):
-    def __init__(self, path: Path):
-        self.path, self.column = path, None
-        with h5py.File(path) as file:
-            self.n = len(file["jpeg"])
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        if self.column is None:
-            self.column = h5py.File(self.path)["jpeg"]
-        return decode(self.column[i])
-
-
 def hdf5(path: Path, workers: int, batch: int, size: int) -> Run:
-    loader = DataLoader(Hdf5(path), batch_size=batch, shuffle=True, drop_last=True, **_options(workers))
+    from torch.utils.data import DataLoader, Dataset
+
+    class Decoded(Dataset[np.ndarray]):
+        column: h5py.Dataset | None = None
+
+        def __len__(self) -> int:
+            with h5py.File(path) as file:
+                return len(file["jpeg"])
+
+        def __getitem__(self, i: int) -> np.ndarray:
+            if self.column is None:  # opened in the worker
+                self.column = h5py.File(path)["jpeg"]
+            return decode(self.column[i])
+
+    loader = DataLoader(Decoded(), batch_size=batch, shuffle=True, drop_last=True, **_options(workers))
     return lambda: iter(loader)
 
 
@@ -226,6 +232,8 @@ def decode_turns(connection: Connection, jpegs: list[bytes], size: int) -> None:
 
 def loader_turns(connection: Connection, make: Make, path: Path, workers: int, batch: int, size: int) -> None:
     """Whenever asked: one epoch of a loader, which keeps its workers in between."""
+    import torch
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     run = make(path, workers, batch, size)
@@ -238,10 +246,6 @@ def loader_turns(connection: Connection, make: Make, path: Path, workers: int, b
         began, used = time.perf_counter(), cpu_seconds()
         n = sum(len(images) for images in batches)
         connection.send((n / (time.perf_counter() - began), n / (cpu_seconds() - used)))
-    # The interpreter's own exit would wait for what some loaders leave running.
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
 
 
 def cpu_seconds() -> float:
@@ -274,7 +278,8 @@ class Server:
 
     def close(self) -> None:
         self.connection.send(False)
-        self.process.join()
+        self.process.join(timeout=20)
+        self.process.kill()  # some loaders leave threads running
 
 
 def together(servers: list[Server]) -> Figures:
@@ -369,9 +374,10 @@ def _print(
     for name in names:
         cells = []
         for workers in options.workers:
-            for ours, bounds in zip(zip(*rates[name, workers]), zip(*limits[name, workers]), strict=True):  # noqa: B905
-                ratio = statistics.median(a / b for a, b in zip(ours, bounds, strict=True))
-                cells.append(f"{statistics.median(ours):,.0f} ×{ratio:.2f}")
+            pairs = list(zip(rates[name, workers], limits[name, workers], strict=True))
+            for figure in (0, 1):
+                ratio = statistics.median(rate[figure] / bound[figure] for rate, bound in pairs)
+                cells.append(f"{statistics.median(rate[figure] for rate, _ in pairs):,.0f} ×{ratio:.2f}")
         table.add_row(name, *cells)
     console.print(table)
 

@@ -109,7 +109,7 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
         synchronise()
         a = time.perf_counter()
         batch = next(batches).to(engine.device)
-        engine.set_lr(lr_at(step, steps, recipe.optimizer))
+        engine.set_lr(lr_at(step, steps, recipe.optimizer), step)
         synchronise()
         b = time.perf_counter()
         sums, norm = model_step(batch, step)

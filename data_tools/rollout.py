@@ -5,6 +5,7 @@ Episodes are rolled out without a camera first. Only those that succeed are rend
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,19 @@ OPENGL_FIX = (
     "install headless OpenGL (Debian/Ubuntu: `apt install libegl1 libgl1-mesa-dri`), "
     "or `apt install libosmesa6` and set MUJOCO_GL=osmesa"
 )
+
+
+def check_opengl() -> None:
+    """Import MuJoCo, which loads OpenGL as MUJOCO_GL says.
+
+    Raises:
+        DataError: The libraries are missing.
+    """
+    try:
+        import mujoco  # noqa: F401
+    except Exception as e:
+        backend = os.environ.get("MUJOCO_GL")
+        raise DataError(f"no headless OpenGL (MUJOCO_GL={backend}: {type(e).__name__}: {e}); {OPENGL_FIX}") from e
 
 
 @dataclass(frozen=True)

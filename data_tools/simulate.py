@@ -16,15 +16,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data_tools.rollout import World, check_opengl
 from data_tools.simulate_jobs import PARTS, Outcome, TaskJob, open_jobs
 from data_tools.simulate_tasks import DEFAULT_CAMERAS, check_request, prepare_environment
 from data_tools.workers import spawned, usable_cores
 from stamo_dist.errors import DataError
-
-if TYPE_CHECKING:
-    from data_tools.rollout import World
 
 
 @dataclass(frozen=True)
@@ -184,6 +182,7 @@ def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> O
 def _enter(task: str) -> World:
     """The world of `task`; a worker keeps the last one, because making it takes seconds."""
     global _world
+    check_opengl()
     if _world is None or _world[0] != task:
         if _world is not None:
             _world[1].close()

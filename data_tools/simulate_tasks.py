@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+from data_tools.rollout import check_opengl
 from stamo_dist.errors import DataError
 
 DEFAULT_CAMERAS: dict[str, list[str]] = {"libero": ["agentview"], "metaworld": ["corner3"]}
@@ -35,6 +36,7 @@ def check_request(
     if importlib.util.find_spec(PACKAGES[benchmark]) is None:
         raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
     prepare_environment()
+    check_opengl()
     problems = []
     if episodes < 1:
         problems.append(f"episodes: {episodes} must be at least 1")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from data_tools.mds import EpisodeWriter
 
 REPORT = "slice.json"
+#: A process of its own takes seconds to start; below this many frames it does not pay.
+FRAMES_WORTH_A_PROCESS = 4096
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> 
         else:
             yield report["skipped"]
     total, missing = sum(part.frames for part in work), sum(part.frames for part in todo)
-    # A process of its own takes seconds to start: not worth it for less than a slice's frames.
-    full = max((part.frames for part in todo), default=0)
-    processes = min(processes or usable_cores(), round(missing / full) if full else 1)
+    if processes is None:
+        processes = min(usable_cores(), 1 + missing // FRAMES_WORTH_A_PROCESS)
+    processes = min(processes, len(todo))
     with _progress(total, total - missing, quiet) as show:
         if processes <= 1:
             for part in todo:

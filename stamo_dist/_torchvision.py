@@ -1,7 +1,7 @@
 """Makes `import torchvision` work where its C++ operators do not load.
 
-streaming and transformers import torchvision, which dies on import ("operator torchvision::nms does not exist") when its
-compiled operators do not fit the installed torch, as with PyPI's CUDA wheel beside a CPU torch. Declaring the schemas is
+streaming and transformers import torchvision, which dies ("operator torchvision::nms does not exist") when its
+compiled operators do not fit the installed torch, as with the CUDA wheel beside a CPU torch. Declaring the schemas is
 enough for its pure-Python parts. Import this module before either of them.
 """
 

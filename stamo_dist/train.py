@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.loader import Batch, Cursor, build_loader, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint, strategy
 from stamo_dist.engine.checkpoint import RunState
@@ -60,6 +60,8 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allow_changed_d
     stop = Stop()
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
     task = build_task(recipe)
+    if task.init_frames:
+        task.initialise(first_frames(mixture, task.init_frames))
     engine = strategy.build(
         task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, plan,
         clip=recipe.optimizer.clip, precision=recipe.train.precision, block_classes=task.block_classes,
@@ -145,7 +147,7 @@ class _Session:
                 step = state.step + 1
                 if step == 1 and self.main:
                     self._show_first(batch)
-                engine.set_lr(lr_at(step, recipe.train.steps, recipe.optimizer))
+                engine.set_lr(lr_at(step, recipe.train.steps, recipe.optimizer), step)
                 sums = StepSums.empty(self.task.terms, len(self.mixture.sources), engine.device)
                 for micro in batch.to(engine.device).split(self.plan.micro_batch):
                     with engine.accumulate():

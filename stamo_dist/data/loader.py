@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 from weakref import finalize
 
@@ -21,6 +21,7 @@ from stamo_dist.data.latents import LatentSpec, find_latents
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.pool import Pool
 from stamo_dist.data.reader import Reader, ReaderSpec, Slots, SlotShape, Work
+from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
 _HELD = 2  # batches the consumer may hold before it gets copies
@@ -155,7 +156,7 @@ class Loader:
         self._fetcher = _Fetcher(mixture)
         self._plan = self._fetcher.ready(_positions(mixture, offset, world_size, cursor))
         self._coming: deque[tuple[Cursor, NDArray[np.int64]]] = deque()
-        self._ahead = _Ahead(self._read) if pin else None
+        self._ahead = Ahead(lambda: self._read().pin()) if pin else None
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -253,8 +254,6 @@ class _Fetcher:
         self._remote = not all(stream.local for stream in mixture.streams)
         self._threads = ThreadPoolExecutor(_FETCH_THREADS, "fetch") if self._remote else None
         self._shards: dict[int, Future[None]] = {}
-        firsts = np.array([len(stream.shards) for stream in mixture.streams])
-        self._first = firsts.cumsum() - firsts  # (streams,) number of each stream's first shard
 
     def ready(
         self, plan: Iterator[tuple[Cursor, Cursor, NDArray[np.int64]]]
@@ -276,50 +275,63 @@ class _Fetcher:
         assert self._threads is not None
         for number in np.unique(self._mixture.shard_of(samples)).tolist():
             if number not in self._shards:
-                stream = self._mixture.shard_stream[number]
-                fetch = partial(self._mixture.streams[stream].prepare, int(number - self._first[stream]))
-                self._shards[number] = self._threads.submit(fetch)
+                self._shards[number] = self._threads.submit(self._mixture.prepare, number)
 
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-class _Ahead:
-    """Takes and pins batches in a thread, a few ahead of the consumer."""
+class Ahead:
+    """Calls `make` in a thread, `depth` times ahead of `take`, until that raises; `take` raises it in its turn."""
 
-    def __init__(self, read: Any, depth: int = 2):
-        self._read = read
-        self._batches: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+    def __init__(self, make: Callable[[], Batch], depth: int = 2):
+        self._make = make
+        self._made: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._closed = threading.Event()
-        # A new thread begins on the first GPU, where it would make a context.
-        self._device = torch.cuda.current_device()
+        # A new thread begins on the first GPU, and would make a context there.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, name="pin", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
-        while not self._closed.is_set():
-            item: Batch | BaseException
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+        made: Batch | BaseException | None = None
+        while not isinstance(made, BaseException):
             try:
-                item = self._read().pin()
+                made = self._make()
             except BaseException as e:
-                item = e
-            while not self._closed.is_set():
-                try:
-                    self._batches.put(item, timeout=1)
+                made = e
+            while True:
+                if self._closed.is_set():
+                    return
+                with suppress(queue.Full):
+                    self._made.put(made, timeout=1)
                     break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
 
     def take(self) -> Batch:
-        item = self._batches.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
 
     def close(self) -> None:
+        """End the thread; one that is still waiting for data ends after that."""
         self._closed.set()
+        with suppress(queue.Empty):
+            while True:
+                self._made.get_nowait()
         self._thread.join(timeout=5)
+
+
+def first_frames(mixture: Mixture, count: int) -> Tensor:
+    """The first `count` frames of the mixture's order, uint8 (count, H, W, 3), the same in every process."""
+    frames = torch.empty(count, mixture.data.image_size, mixture.data.image_size, 3, dtype=torch.uint8)
+    shards = OpenShards(mixture.shards)
+    samples = np.resize(mixture.plan(0)[:count], count)
+    for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
+        stream = mixture.shard_stream[number]
+        mixture.streams[stream].prepare(int(number - np.searchsorted(mixture.shard_stream, stream)))
+        shards[number].frame(int(sample - mixture.first[number]), out)
+    return frames

@@ -89,6 +89,15 @@ class Mixture:
         """Index into `shards` of each sample number."""
         return np.searchsorted(self.first, samples, side="right") - 1
 
+    def prepare(self, number: int) -> None:
+        """Put raw shard `number` on local disk, if it is remote or packed.
+
+        Raises:
+            DataError: It cannot be had.
+        """
+        stream = self.shard_stream[number]
+        self.streams[stream].prepare(number - int(np.searchsorted(self.shard_stream, stream)))
+
     def report(self, steps: int) -> list[shares.Share]:
         """What `steps` optimizer steps see of each source, against what the recipe asks for."""
         epochs, rest = divmod(steps * self.global_batch, self.epoch_size)

@@ -11,18 +11,28 @@ from stamo_dist.recipe.schema import Optimizer
 
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms) and learned queries are not decayed."""
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    """AdamW over the trainable parameters; vectors (biases, norms) and learned queries are not decayed.
+
+    A group's `scale` multiplies the schedule from step `start` on: the encoder's and the compressor's parameters take
+    `encoder_lr` and `encoder_start`.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and not name.endswith("queries") else rest).append(p)
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, cfg.weight_decay), (rest, 0.0))
-        if params
+            decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith("queries") else 0.0
+            groups.setdefault((decay, name.startswith(("encoder.", "compressor."))), []).append(p)
+    parameters = [
+        {
+            "params": p,
+            "weight_decay": decay,
+            "scale": cfg.encoder_lr if encodes else 1.0,
+            "start": cfg.encoder_start if encodes else 0,
+        }
+        for (decay, encodes), p in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=torch.cuda.is_available() or None)
+    return torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=torch.cuda.is_available() or None
+    )
 
 
 def lr_at(step: int, steps: int, cfg: Optimizer) -> float:

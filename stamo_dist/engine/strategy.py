@@ -63,9 +63,10 @@ class Engine:
         """The module the task built; under zero3 and fsdp its parameters are this process's shards."""
         return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float, step: int) -> None:
+        """Give each parameter group its learning rate of the 1-based optimizer step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"] if step > group["start"] else 0.0
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -54,6 +54,8 @@ class Compressor(nn.Module):
         self.layers = nn.ModuleList(CompressorLayer(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width)
         self.output = nn.Linear(cfg.width, cfg.dim)
+        self.register_buffer("state_mean", torch.zeros(cfg.tokens, cfg.dim))
+        self.register_buffer("state_std", torch.ones(cfg.tokens, cfg.dim))
         self.state_norm = nn.LayerNorm(cfg.dim, elementwise_affine=False)
         self._initialise()
 
@@ -74,4 +76,22 @@ class Compressor(nn.Module):
                 x = checkpoint(layer, x, keep, use_reentrant=False)
             else:
                 x = layer(x, keep)
-        return self.state_norm(self.output(self.norm(x)))
+        return self.state_norm((self.output(self.norm(x)) - self.state_mean) / self.state_std)
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Set the mean and deviation that are taken off before the last norm to those of these frames.
+
+        Frames of one scene look nearly alike to random weights: without this their initial states differ by a few
+        percent, the decoder takes the difference for noise, and training removes it.
+        """
+        self.state_mean.zero_()
+        self.state_std.fill_(1)
+        outputs: list[Tensor] = []
+        handle = self.output.register_forward_hook(lambda module, inputs, output: outputs.append(output.float()))
+        for part in features.split(32):
+            self(part)
+        handle.remove()
+        states = torch.cat(outputs)
+        self.state_mean.copy_(states.mean(0))
+        self.state_std.copy_(states.std(0).clamp_min(1e-6))

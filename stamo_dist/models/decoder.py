@@ -40,9 +40,10 @@ def config_problems(cfg: schema.Decoder) -> list[str]:
 class Decoder(nn.Module):
     """Velocity of the latents at noise level σ, given the state."""
 
-    def __init__(self, transformer: SD3Transformer2DModel):
+    def __init__(self, transformer: SD3Transformer2DModel, precondition: bool = False):
         super().__init__()
         self.transformer = transformer
+        self.precondition = precondition
         self.report: LoadReport | None = None
 
     @classmethod
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
         config.setdefault("pos_embed_max_size", side // config["patch_size"])
         config.setdefault("caption_projection_dim", config["num_attention_heads"] * config["attention_head_dim"])
         _check(config, latent_shape)
-        decoder = cls(SD3Transformer2DModel.from_config(config))
+        decoder = cls(SD3Transformer2DModel.from_config(config), cfg.precondition)
         _initialise(decoder.transformer)
         return decoder
 
@@ -101,6 +102,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
         """Latents z_σ (B, C, h, w), σ (B,) float32 and tokens (B, T, dim) → velocity (B, C, h, w) float32.
 
+        With `precondition` the transformer predicts what a linear guess from z_σ leaves over (the idea of Karras et al.
+        2022, arXiv 2206.00364, in flow matching's terms), so that it need not learn to pass the noise through.
+
         Raises:
             TypeError: σ is not float32.
         """
@@ -108,14 +112,19 @@ class Decoder(nn.Module):
             # bf16 knows 9 noise levels between 0.97 and 1; an engine that casts inputs would blur the time silently.
             raise TypeError(f"sigma is {sigma.dtype}, expected float32: the engine must not cast the module's inputs")
         tokens = tokens.to(self.dtype)
+        level = sigma.view(-1, 1, 1, 1)
+        variance = (1 - level).square() + level.square()  # of z_σ, when z₀ has variance 1
         velocity = self.transformer(
-            hidden_states=z.to(self.dtype),
+            hidden_states=(z / variance.sqrt() if self.precondition else z).to(self.dtype),
             encoder_hidden_states=tokens,
             pooled_projections=tokens.flatten(1),
             timestep=sigma * TIMESTEPS,
             return_dict=False,
-        )[0]
-        return velocity.to(torch.float32)
+        )[0].to(torch.float32)
+        if self.precondition:
+            # The best linear guess of ε − z₀ from z_σ is (2σ−1)/variance · z_σ; its error has variance 1/variance.
+            velocity = (2 * level - 1) / variance * z + velocity / variance.sqrt()
+        return velocity
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:

@@ -179,6 +179,15 @@ class Tokenizer(nn.Module):
         return images if self.frozen_encoder is None else self.frozen_encoder(images)
 
     @torch.no_grad()
+    def standardise_states(self, images: Tensor) -> None:
+        """Standardise the states of these frames, per dimension, before any training."""
+        features = torch.cat([self.features(part) for part in images.split(32)])
+        encoder = self.trained.encoder
+        if encoder is not None:
+            features = torch.cat([encoder(part) for part in features.split(32)])
+        self.trained.compressor.standardise(features)
+
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images → state tokens (B, tokens, dim) float32, each of mean 0 and norm √dim."""
         return self.trained.state(self.features(images.to(self.device))).to(torch.float32)
@@ -301,6 +310,7 @@ class Tokenizer(nn.Module):
             encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))
         compressor, _ = weights.load(lambda: Compressor(cfg.compressor, encoder.dim), root / "compressor", str(root))
         decoder = Decoder.from_folder(root / "transformer", vae.latent_shape)
+        decoder.precondition = cfg.decoder.precondition
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         _check_frozen(tokenizer, about["frozen"], root)
         return tokenizer.eval()

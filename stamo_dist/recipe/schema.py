@@ -113,6 +113,9 @@ class Compressor(Section):
     width: PositiveInt = Field(1024, description="Hidden width of the compressor.")
     depth: PositiveInt = Field(4, description="Transformer layers.")
     heads: PositiveInt = Field(16, description="Attention heads; must divide width.")
+    standardise: NonNegativeInt = Field(
+        0, description="Training frames on which the initial states are standardised per dimension; 0 leaves them."
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Compressor:
@@ -130,6 +133,15 @@ class Decoder(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="SD3Transformer2DModel fields for a decoder without weights."
     )
+    precondition: bool = Field(
+        False, description="Add the linear part of the velocity analytically; for a decoder without weights."
+    )
+
+    @model_validator(mode="after")
+    def _pretrained_decoders_predict_velocity(self) -> Decoder:
+        if self.weights is not None and self.precondition:
+            raise ValueError("precondition: pretrained weights predict the whole velocity; set precondition: false")
+        return self
 
 
 class VAE(Section):
@@ -170,6 +182,12 @@ class Optimizer(Section):
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's moment decays.")
     eps: PositiveFloat = Field(1e-8, description="AdamW's ε.")
+    encoder_lr: PositiveFloat = Field(
+        1.0, description="Learning rate of the encoder and compressor relative to the decoder's."
+    )
+    encoder_start: NonNegativeInt = Field(
+        0, description="Step after which the encoder and compressor learn; a random decoder first learns to read them."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.01, description="Decoupled weight decay on matrices; biases, norms and queries have none."
     )

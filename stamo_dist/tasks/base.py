@@ -29,8 +29,12 @@ class Task(Protocol):
     terms: tuple[str, ...]  # names of the logged losses; the first is the one that is minimised
     trained: nn.Module  # what the strategy wraps
     block_classes: tuple[str, ...]  # transformer blocks that FSDP shards one by one
+    init_frames: int  # training frames that `initialise` wants; 0: it need not be called
     latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
     notes: tuple[str, ...]  # what a person should know about how the model was built
+
+    def initialise(self, frames: Tensor) -> None:
+        """Fit what depends on data to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the frozen parts, which the strategy does not touch, and cast them."""

@@ -31,12 +31,16 @@ class TokenizerTask:
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
         self._joint_encoder = recipe.model.encoder.train
         self._sample_posterior = recipe.model.vae.latent == "sample"
+        self.init_frames = recipe.model.compressor.standardise
         self._cached = recipe.data.latents == "cached"
         self.latents: str | None = self.tokenizer.frozen_fingerprints()["vae"] if self._cached else None
         if recipe.train.gradient_checkpointing:
             self.tokenizer.trained.set_gradient_checkpointing(True)
         if recipe.train.compile:
             self.tokenizer.compile_blocks()
+
+    def initialise(self, frames: Tensor) -> None:
+        self.tokenizer.standardise_states(frames)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer.freeze(device, dtype)

@@ -20,6 +20,7 @@ class VAETask:
 
     terms: tuple[str, ...] = ("loss", "l1", "mse", "kl")
     latents: str | None = None
+    init_frames = 0
     notes: tuple[str, ...] = ("the latents will be standardised on training frames when the VAE is exported",)
 
     def __init__(self, recipe: Recipe):
@@ -27,6 +28,9 @@ class VAETask:
         self.vae = VAE.from_config(recipe.model.vae, recipe.data.image_size)
         self.trained: nn.Module = self.vae
         self.block_classes: tuple[str, ...] = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
+
+    def initialise(self, frames: Tensor) -> None:
+        """Nothing here depends on data."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing here is frozen."""

