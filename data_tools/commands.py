@@ -32,7 +32,9 @@ def simulate(
         typer.Option(help="LIBERO: agentview, eye_in_hand, …; Meta-World: corner3, topview, …."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Base seed; attempt k of a task is seeded by task, seed and k.")] = 0,
-    processes: Annotated[int | None, typer.Option(help="Simulator processes; one per core when omitted.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Simulator processes; one per core, as memory allows, when omitted.")
+    ] = None,
 ) -> None:
     """Run scripted experts in real simulators and keep the successful episodes, in LIBERO's HDF5 layout.
 

