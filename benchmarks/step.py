@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede diffusers and transformers
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, SD3Transformer2DModel

@@ -14,3 +14,4 @@ if not torch.cuda.is_available():
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
