@@ -101,7 +101,8 @@ def reconstruct(
                 bar.advance(tasks[source.name], len(chunk))
             tables[source.name] = {kind: torch.cat(parts) for kind, parts in scores.items()}
             file = file_name(source.name, "png")
-            labels = [f"{source.held_out.episodes[p.episode].id}\nframe {p.t}" for p in drawn]
+            # The whole id would be wider than the pictures.
+            labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in drawn]
             cell = cell_size(recipe.data.image_size)
             save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
             figures.append(
