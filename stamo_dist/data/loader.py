@@ -331,7 +331,6 @@ def first_frames(mixture: Mixture, count: int) -> Tensor:
     shards = OpenShards(mixture.shards)
     samples = np.resize(mixture.plan(0)[:count], count)
     for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
-        stream = mixture.shard_stream[number]
-        mixture.streams[stream].prepare(int(number - np.searchsorted(mixture.shard_stream, stream)))
+        mixture.prepare(number)
         shards[number].frame(int(sample - mixture.first[number]), out)
     return frames
