@@ -45,6 +45,9 @@ class CompressorLayer(nn.Module):
 class Compressor(nn.Module):
     """(B, N, features) patch tokens → (B, tokens, dim) state."""
 
+    state_mean: Tensor
+    state_std: Tensor
+
     def __init__(self, cfg: schema.Compressor, features: int):
         super().__init__()
         self.tokens, self.dim, self.features = cfg.tokens, cfg.dim, features
