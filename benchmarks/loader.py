@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -40,7 +40,7 @@ PREFETCH = 2
 RAMP = 10  # batches before the clock starts, so that all are measured with full queues
 
 Run = Callable[[], Iterator[Any]]
-Make = Callable[[Path, int, int, int], Run]
+Make = Callable[[int], Run]  # for a number of workers
 
 
 def decode(jpeg: Any, out: np.ndarray | None = None) -> np.ndarray:
@@ -134,21 +134,27 @@ def write_hdf5(path: Path, jpegs: list[bytes]) -> None:
             column[i] = np.frombuffer(jpeg, np.uint8)
 
 
-# One epoch of each ---------------------------------------------------------------------------------------------------
+# One epoch of each; what they share between numbers of workers is made once -------------------------------------------
 
 
-def ours(root: Path, workers: int, batch: int, size: int) -> Run:
+def ours(root: Path, batch: int, size: int) -> Make:
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.recipe.schema import Data, Source
 
-    data = Data(sources={"s": Source(path=str(root))}, image_size=size, workers=workers, prefetch=PREFETCH)
+    data = Data(sources={"s": Source(path=str(root))}, image_size=size, prefetch=PREFETCH)
     mixture = Mixture(data, seed=0, global_batch=batch)
-    loader = build_loader(mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False)
-    return lambda: (b.images for b in islice(loader, mixture.epoch_size // batch))
+
+    def make(workers: int) -> Run:
+        loader = build_loader(
+            mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=workers
+        )
+        return lambda: (b.images for b in islice(loader, mixture.epoch_size // batch))
+
+    return make
 
 
-def stock(root: Path, workers: int, batch: int, size: int) -> Run:
+def stock(root: Path, batch: int, size: int) -> Make:
     import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
     from streaming import StreamingDataLoader, StreamingDataset
 
@@ -156,38 +162,55 @@ def stock(root: Path, workers: int, batch: int, size: int) -> Run:
         def get_item(self, sample_id: int, retry: int = 7) -> np.ndarray:
             return decode(super().get_item(sample_id, retry)["image"])
 
-    dataset = Decoded(local=str(root / "train" / "front"), batch_size=batch, shuffle=True, num_canonical_nodes=64)
-    loader = StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
-    return lambda: iter(loader)
+    def make(workers: int) -> Run:
+        # A folder of its own for each: two data sets on one folder get in each other's way.
+        folder = root.with_name(f"stock-{workers}")
+        folder.symlink_to(root / "train" / "front")
+        dataset = Decoded(local=str(folder), batch_size=batch, shuffle=True, num_canonical_nodes=64)
+        loader = StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+        return lambda: iter(loader)
+
+    return make
 
 
 def _options(workers: int) -> dict[str, Any]:
-    return {"num_workers": workers, **({"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {})}
+    return {
+        "num_workers": workers,
+        **({"prefetch_factor": PREFETCH, "multiprocessing_context": "fork"} if workers else {}),
+    }
 
 
-def web(root: Path, workers: int, batch: int, size: int) -> Run:
+def web(root: Path, batch: int, size: int) -> Make:
     import webdataset
     from torch.utils.data import DataLoader
 
     urls = sorted(map(str, root.glob("*.tar")))
-    dataset = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).map(lambda row: decode(row["jpg"]))
-    loader = DataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
-    return lambda: iter(loader)
+
+    def make(workers: int) -> Run:
+        dataset = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).map(lambda row: decode(row["jpg"]))
+        loader = DataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+        return lambda: iter(loader)
+
+    return make
 
 
-def lit(root: Path, workers: int, batch: int, size: int) -> Run:
+def lit(root: Path, batch: int, size: int) -> Make:
+    import stamo_dist._torchvision  # noqa: F401, I001  litdata imports torchvision
     import litdata
 
     class Decoded(litdata.StreamingDataset):
         def __getitem__(self, index: Any) -> np.ndarray:
             return decode(super().__getitem__(index)["image"])
 
-    dataset = Decoded(str(root), shuffle=True, drop_last=True)
-    loader = litdata.StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
-    return lambda: iter(loader)
+    def make(workers: int) -> Run:
+        dataset = Decoded(str(root), shuffle=True, drop_last=True)
+        loader = litdata.StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **_options(workers))
+        return lambda: iter(loader)
+
+    return make
 
 
-def hdf5(path: Path, workers: int, batch: int, size: int) -> Run:
+def hdf5(path: Path, batch: int, size: int) -> Make:
     from torch.utils.data import DataLoader, Dataset
 
     class Decoded(Dataset[np.ndarray]):
@@ -202,8 +225,11 @@ def hdf5(path: Path, workers: int, batch: int, size: int) -> Run:
                 self.column = h5py.File(path)["jpeg"]
             return decode(self.column[i])
 
-    loader = DataLoader(Decoded(), batch_size=batch, shuffle=True, drop_last=True, **_options(workers))
-    return lambda: iter(loader)
+    def make(workers: int) -> Run:
+        loader = DataLoader(Decoded(), batch_size=batch, shuffle=True, drop_last=True, **_options(workers))
+        return lambda: iter(loader)
+
+    return make
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -222,7 +248,7 @@ def decode_turns(connection: Connection, jpegs: list[bytes], size: int) -> None:
     buffer = memory[shift : shift + size * size * 3].reshape(size, size, 3)
     rng = np.random.default_rng(os.getpid())
     connection.send("ready")
-    while connection.recv():
+    while connection.recv() is not None:
         order = rng.permutation(len(jpegs))
         began, used = time.perf_counter(), time.process_time()
         for i in order:
@@ -230,16 +256,21 @@ def decode_turns(connection: Connection, jpegs: list[bytes], size: int) -> None:
         connection.send((len(jpegs) / (time.perf_counter() - began), len(jpegs) / (time.process_time() - used)))
 
 
-def loader_turns(connection: Connection, make: Make, path: Path, workers: int, batch: int, size: int) -> None:
-    """Whenever asked: one epoch of a loader, which keeps its workers in between."""
+def loader_turns(
+    connection: Connection, prepare: Callable[[Path, int, int], Make], path: Path, batch: int, size: int
+) -> None:
+    """Whenever a number of workers is asked for: one epoch with them."""
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    run = make(path, workers, batch, size)
+    make = prepare(path, batch, size)
+    runs: dict[int, Run] = {}
     connection.send("ready")
-    while connection.recv():
-        batches = run()
+    while (workers := connection.recv()) is not None:
+        if workers not in runs:
+            runs[workers] = make(workers)
+        batches = runs[workers]()
         for images in islice(batches, RAMP):
             assert images.shape == (batch, size, size, 3), images.shape
             assert images.dtype == torch.uint8
@@ -259,32 +290,41 @@ def cpu_seconds() -> float:
     return total / 1e9
 
 
+def _serve(target: Callable[..., None], connection: Connection, *arguments: Any) -> None:
+    with suppress(EOFError):  # the benchmark was stopped
+        target(connection, *arguments)
+
+
 class Server:
     """A process that measures one thing whenever it is asked, so that nothing else runs in it."""
 
     def __init__(self, target: Callable[..., None], *arguments: Any):
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=target, args=(theirs, *arguments))
+        self.process = context.Process(target=_serve, args=(target, theirs, *arguments))
         self.process.start()
         theirs.close()
         self.connection.recv()
 
-    def start(self) -> None:
-        self.connection.send(True)
+    def start(self, workers: int) -> None:
+        self.connection.send(workers)
 
     def figures(self) -> Figures:
         return Figures(*self.connection.recv())
 
-    def close(self) -> None:
-        self.connection.send(False)
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self.connection.send(None)
         self.process.join(timeout=20)
         self.process.kill()  # some loaders leave threads running
 
 
-def together(servers: list[Server]) -> Figures:
+def together(servers: list[Server], workers: int = 0) -> Figures:
     for server in servers:
-        server.start()
+        server.start(workers)
     figures = [server.figures() for server in servers]
     return Figures(sum(f.wall for f in figures), statistics.mean(f.cpu for f in figures))
 
@@ -323,7 +363,7 @@ def measure(options: argparse.Namespace, root: Path) -> None:
     write_webdataset(root / "tar", jpegs)
     write_litdata(root / "lit", jpegs)
     write_hdf5(root / "raw.hdf5", jpegs)
-    kinds: dict[str, tuple[Make, Path]] = {
+    kinds: dict[str, tuple[Callable[[Path, int, int], Make], Path]] = {
         "stamo-dist (MDS)": (ours, root / "mds"),
         "StreamingDataset (MDS)": (stock, root / "mds"),
         "WebDataset (tar)": (web, root / "tar"),
@@ -331,23 +371,22 @@ def measure(options: argparse.Namespace, root: Path) -> None:
         "raw HDF5": (hdf5, root / "raw.hdf5"),
     }
     kinds = {name: kind for name, kind in kinds.items() if not options.only or name.split()[0] in options.only}
-    decoders = [Server(decode_turns, jpegs, height) for _ in range(max(1, *options.workers))]
-    loaders = {
-        (name, workers): Server(loader_turns, make, path, workers, options.batch, height)
-        for name, (make, path) in kinds.items()
-        for workers in options.workers
-    }
-    rates: dict[tuple[str, int], list[Figures]] = {key: [] for key in loaders}
-    limits: dict[tuple[str, int], list[Figures]] = {key: [] for key in loaders}
-    for turn in range(options.repeats + 1):
-        for key, loader in loaders.items():
-            bound = together(decoders[: max(1, key[1])])
-            measured = together([loader])
-            if turn:  # the first turn warms the page cache and starts workers
-                limits[key].append(bound)
-                rates[key].append(measured)
-    for server in (*decoders, *loaders.values()):
-        server.close()
+    with ExitStack() as stack:
+        decoders = [stack.enter_context(Server(decode_turns, jpegs, height)) for _ in range(max(1, *options.workers))]
+        loaders = {
+            name: stack.enter_context(Server(loader_turns, prepare, path, options.batch, height))
+            for name, (prepare, path) in kinds.items()
+        }
+        turns = [(name, workers) for workers in options.workers for name in kinds]
+        rates: dict[tuple[str, int], list[Figures]] = {key: [] for key in turns}
+        limits: dict[tuple[str, int], list[Figures]] = {key: [] for key in turns}
+        for turn in track(range(options.repeats + 1), "turns"):
+            for name, workers in turns:
+                bound = together(decoders[: max(1, workers)])
+                measured = together([loaders[name]], workers)
+                if turn:  # the first turn warms the page cache
+                    limits[name, workers].append(bound)
+                    rates[name, workers].append(measured)
 
     _print(console, list(kinds), options, rates, limits)
     loads = ", ".join(f"{load:.1f}" for load in os.getloadavg())
