@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -274,20 +275,20 @@ def loader_turns(
         for images in islice(batches, RAMP):
             assert images.shape == (batch, size, size, 3), images.shape
             assert images.dtype == torch.uint8
+            del images  # a batch that is held keeps its slot from being used again
         began, used = time.perf_counter(), cpu_seconds()
         n = sum(len(images) for images in batches)
         connection.send((n / (time.perf_counter() - began), n / (cpu_seconds() - used)))
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and all that it started."""
-    this = psutil.Process()
-    total = 0
-    for process in [this, *this.children(recursive=True)]:
-        for thread in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
-            with suppress(OSError):
-                total += int(thread.read_text().split()[0])
-    return total / 1e9
+    """CPU time so far of this process and all that it started, those that have ended included."""
+    total = 0.0
+    for process in [this := psutil.Process(), *this.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def _serve(target: Callable[..., None], connection: Connection, *arguments: Any) -> None:
@@ -353,7 +354,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, root: Path) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if options.data:
         jpegs = list(shard_frames(options.data, options.frames))
     else:
@@ -403,8 +404,8 @@ def _print(
     table = Table(title=f"shuffled, decoded samples; medians of {options.repeats} turns; × = share of decoding alone")
     table.add_column("loader")
     for workers in options.workers:
-        table.add_column(f"{workers} workers\nper second", justify="right")
-        table.add_column("\nper CPU second", justify="right")
+        table.add_column(f"{workers} workers:\nper second", justify="right")
+        table.add_column("\nper CPU s", justify="right")
     cells = []
     for workers in options.workers:
         bounds = [bound for (_, w), values in limits.items() if w == workers for bound in values]
