@@ -5,7 +5,8 @@
 
 `full` prints samples/s, MFU and peak memory of our step (latents online and cached) beside a plain loop on the same
 frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. Weights
-are random: speed does not depend on them. `--tiny` runs the same code at toy size and eager, to show that it works without a GPU.
+are random: speed does not depend on them. `--tiny` runs the same code at toy size and eager, to show without a GPU that
+it works.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
 
 
 def overhead(path: str, steps: int, overrides: list[str]) -> None:
-    """The real training, with a clock around forward, backward and optimizer; the first half of the steps is warm-up."""
+    """The real training, with a clock around forward, backward and optimizer; the first half of it is warm-up."""
     inside: list[float] = []
 
     def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
