@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[sim,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,convert,dev]"
 	touch $@
 
 # Headless OpenGL for the simulators; a no-op where it is there or cannot be installed.
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed opengl
 	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
 	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
 	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
-	$(STAMO) data convert libero demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
+	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
 	$(STAMO) mix recipes/tokenizer_demo.yaml
 	$(STAMO) train recipes/vae_demo.yaml --nproc 2
 	$(STAMO) encode recipes/tokenizer_demo.yaml

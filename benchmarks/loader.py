@@ -82,24 +82,28 @@ def shard_frames(folder: Path, n: int) -> Iterator[bytes]:
 # The same frames in every format ------------------------------------------------------------------------------------
 
 
-def write_mds(root: Path, jpegs: list[bytes], size: int) -> None:
+def write_mds(root: Path, jpegs: list[bytes], size: int, shards: int = SHARDS) -> None:
+    """A source of one camera, one episode a shard."""
     import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
     from streaming import MDSWriter
-    from stamo_dist.data.schema import COLUMNS, MANIFEST, Manifest, Split
+    from stamo_dist.data.schema import MANIFEST, Manifest, Split, columns
 
-    per_shard = sum(map(len, jpegs)) // SHARDS + 1
-    with MDSWriter(out=str(root / "train" / "front"), columns=COLUMNS, size_limit=per_shard) as writer:
-        for i, jpeg in enumerate(jpegs):
-            writer.write(
-                {
-                    "image": jpeg, "episode": "0", "t": i, "length": len(jpegs), "action": np.zeros(7, np.float32),
-                    "proprio": np.zeros(9, np.float32), "instruction": "", "source": "s", "camera": "front",
-                    "convention": "",
-                }
-            )  # fmt: skip
+    rest = {
+        "action": np.zeros(7, np.float32), "proprio": np.zeros(9, np.float32), "instruction": "", "source": "s",
+        "camera": "front", "convention": "",
+    }  # fmt: skip
+    layout = columns(action=7, original_action=0, proprio=9)
+    with MDSWriter(out=str(root / "train" / "front"), columns=layout, size_limit=None) as writer:
+        for e, part in enumerate(np.array_split(np.arange(len(jpegs)), shards)):
+            if e:
+                writer.flush_shard()
+                writer._reset_cache()
+            for t, i in enumerate(part):
+                moment = {"image": jpegs[i], "t": t, "length": len(part), "time": t / 20, "episode": str(e)}
+                writer.write({**moment, **rest})
     manifest = Manifest(
         name="s", source_format="benchmark", image_size=size, cameras=["front"], rate_hz=20, action_dim=7,
-        splits={"train": Split(episodes=1, frames=len(jpegs))}, proprio_dim=9, convention="",
+        splits={"train": Split(episodes=shards, frames=len(jpegs))}, proprio_dim=9, convention="",
     )  # fmt: skip
     (root / MANIFEST).write_text(manifest.model_dump_json())
 
@@ -147,10 +151,8 @@ def ours(root: Path, batch: int, size: int) -> Make:
     mixture = Mixture(data, seed=0, global_batch=batch)
 
     def make(workers: int) -> Run:
-        loader = build_loader(
-            mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=workers
-        )
-        return lambda: (b.images for b in islice(loader, mixture.epoch_size // batch))
+        loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+        return lambda: (b.images for b in islice(loader, mixture.num_samples // batch))
 
     return make
 

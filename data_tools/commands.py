@@ -61,53 +61,118 @@ def simulate(
 
 @app.command()
 def convert(
-    format: Annotated[str, typer.Argument(help="Format of SRC: libero.")],
+    format: Annotated[str, typer.Argument(help="Format of SRC; `stamo data formats` lists them.")],
     src: Annotated[Path, typer.Argument(help="File or folder to convert.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    name: Annotated[str | None, typer.Option(help="Name of the source; OUT's folder name when omitted.")] = None,
+    out: Annotated[str, typer.Argument(help="Folder to create, or a URL such as s3://bucket/name.")],
+    name: Annotated[str | None, typer.Option(help="Name of the source; OUT's last part when omitted.")] = None,
     size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256,
-    cameras: Annotated[list[str] | None, typer.Option(help="Cameras to convert; all when omitted.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the episodes held out as split val.")] = 0.05,
+    fit: Annotated[str, typer.Option(help="How other shapes become square: crop, letterbox or stretch.")] = "crop",
     quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
-    seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0,
-    max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be read.")] = 10,
-    image_timing: Annotated[
-        str | None, typer.Option(help="For files that do not say: images were taken before or after their action.")
+    rate: Annotated[
+        float | None, typer.Option(metavar="HZ", help="Frames per second to keep, by time; all when omitted.")
     ] = None,
-    image_orientation: Annotated[
-        str | None, typer.Option(help="For files that do not say: upright, flipped_vertically or rotated_180.")
+    cameras: Annotated[list[str] | None, typer.Option(help="Cameras to convert; all when omitted.")] = None,
+    action: Annotated[
+        str, typer.Option(help="What actions become: delta, absolute or original; the original is kept beside it.")
+    ] = "delta",
+    drop_noops: Annotated[
+        bool, typer.Option("--drop-noops", help="Leave out steps without motion or a new gripper command.")
+    ] = False,
+    val_fraction: Annotated[float, typer.Option(help="Share of the episodes held out as split val.")] = 0.05,
+    split_by: Annotated[str, typer.Option(help="hash (of the episode's name), or source: the dataset's own.")] = "hash",
+    seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0,
+    max_episodes: Annotated[int | None, typer.Option(help="Take only the first ones, to try things out.")] = None,
+    max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be used.")] = 10,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the format; may be repeated. See `formats`."),
     ] = None,
     processes: Annotated[int | None, typer.Option(help="Converter processes; one per core when omitted.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an OUT that was converted otherwise.")] = False,
+    num_slices: Annotated[int, typer.Option(help="Number of runs that share the work, for a Slurm array.")] = 1,
+    slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to convert before an upload; a cache when omitted.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False,
 ) -> None:
     """Turn a dataset into streaming shards.
 
     Run it again after a kill and it continues; a finished OUT is left alone.
 
     Example: stamo data convert libero raw/libero shards/libero --size 64
-    """
-    from data_tools.driver import convert as run
 
-    manifest, done = run(
-        format,
-        src,
-        out,
+    Example: stamo data convert rlds raw/bridge s3://bucket/bridge --rate 5 --split-by source
+
+    Example: stamo data convert video raw/kitchen shards/kitchen --rate 10 --fit letterbox --set preset=epic
+
+    Example: stamo data convert lerobot raw/so100 shards/so100 --num-slices 16 --slice $SLURM_ARRAY_TASK_ID
+    """
+    from data_tools.driver import Settings, run
+    from data_tools.formats import parse_options
+
+    settings = Settings(
         name=name,
         size=size,
-        val_fraction=val_fraction,
+        fit=fit,
         quality=quality,
+        rate_hz=rate,
+        action=action,
+        drop_noops=drop_noops,
+        val_fraction=val_fraction,
+        split_by=split_by,
         seed=seed,
+        max_episodes=max_episodes,
         max_bad=max_bad,
         overwrite=overwrite,
         processes=processes,
-        options={
-            "cameras": _split(cameras) or None,
-            "image_timing": image_timing,
-            "image_orientation": image_orientation,
-        },
+        num_slices=num_slices,
+        slice=slice,
+        work=work,
+        options={**parse_options(format, set_ or []), "cameras": _split(cameras) or None},
     )
-    head = f"{out}: {'converted' if done else 'already converted with these options'}"
+    outcome = run(format, src, out, settings)
+    if (manifest := outcome.manifest) is None:
+        typer.echo(f"{out}: slice {slice} of {num_slices} is done; still missing: {_few(outcome.missing)}")
+        typer.echo("  whichever run finds all slices there puts them together")
+        return
+    head = f"{out}: {'converted' if outcome.done else 'already converted with these options'}"
     splits = ", ".join(f"{k} {v.episodes} episodes, {v.frames} frames" for k, v in manifest.splits.items())
     typer.echo(f"{head}; {splits}; cameras {', '.join(manifest.cameras)}")
+    typer.echo(f"  {manifest.rate_hz:g} Hz; action: {manifest.convention}")
+    if manifest.skipped:
+        typer.echo(f"  {len(manifest.skipped)} episodes skipped:")
     for reason in manifest.skipped:
-        typer.echo(f"  skipped {reason}")
+        typer.echo(f"    {reason}")
+
+
+@app.command()
+def formats(
+    format: Annotated[str | None, typer.Argument(help="Show the options of this format.")] = None,
+) -> None:
+    """List the formats that can be converted, or one format's options.
+
+    Example: stamo data formats libero
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from data_tools.formats import FORMATS, options_of, type_text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1 if format else 0, 0))
+    if format is None:
+        table.add_column("format")
+        table.add_column("reads")
+        for known, (_, reads) in FORMATS.items():
+            table.add_row(known, reads)
+    else:
+        for heading in ("--set", "value", "default", "means"):
+            table.add_column(heading)
+        for option in options_of(format):
+            default = "none" if option.default is None else str(option.default)
+            table.add_row(option.name, type_text(option.type), default, option.doc)
+    Console().print(table)
+
+
+def _few(names: list[str], shown: int = 5) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

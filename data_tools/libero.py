@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_tools.source import EpisodeData, EpisodeRef, Scan
+from data_tools.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, find_files
 from stamo_dist.errors import DataError
 
 TIMINGS = ("before", "after")
@@ -32,6 +32,10 @@ MACROS = {"opengl": "flipped_vertically", "opencv": "upright"}
 OFFICIAL_TAG = "libero-v1"
 PROPRIO = ("ee_states", "gripper_states")
 DEFAULT_RATE_HZ = 20.0
+#: Frames that are read at a time.
+RUN = 32
+#: Dimensions of a pose: position and rotation vector.
+POSE = 6
 DEFAULT_ACTION = "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close"
 
 
@@ -55,7 +59,7 @@ class LiberoReader:
     image_orientation: str | None = None
 
     def scan(self) -> Scan:
-        files = self._files()
+        files = find_files(self.src, (".hdf5", ".h5"))
         problems = self._check_options()
         episodes: list[EpisodeRef] = []
         bad: list[str] = []
@@ -80,9 +84,8 @@ class LiberoReader:
             files=files,
             cameras=list(common["cameras"]),
             rate_hz=common["rates in Hz"],
-            action_dim=common["action dimensions"],
+            action=_action_spec(common["action conventions"], common["action dimensions"]),
             proprio_dim=common["proprio dimensions"],
-            convention=f"image before action; {common['action conventions']}",
             options={"image_timing": self.image_timing, "image_orientation": self.image_orientation},
             bad=bad,
         )
@@ -93,27 +96,21 @@ class LiberoReader:
             with h5py.File(path, "r") as file:
                 demo = file[f"data/{episode.key}"]
                 obs = demo["obs"]
-                shift = _shift(episode.meta["image_timing"])
+                shift = _shift(episode.private["image_timing"])
                 keep = len(demo["actions"]) - shift
-                turn = _TURN[episode.meta["image_orientation"]]
+                turn = _TURN[episode.private["image_orientation"]]
+                vectors = {key: obs[key][:keep] for key in PROPRIO}
                 return EpisodeData(
-                    frames={c: obs[f"{c}_rgb"][:keep][turn] for c in self.cameras or _cameras(obs)},
+                    frames={
+                        c: _frames(path, f"data/{episode.key}/obs/{c}_rgb", turn) for c in self.cameras or _cameras(obs)
+                    },
+                    times=np.arange(keep) / episode.private["rate_hz"],
                     actions=demo["actions"][shift:],
-                    proprio=np.concatenate([obs[key][:keep] for key in PROPRIO], axis=1),
+                    proprio=np.concatenate(list(vectors.values()), axis=1),
+                    pose=vectors["ee_states"] if vectors["ee_states"].shape[1] == POSE else None,
                 )
         except (OSError, KeyError) as e:
             raise DataError(f"cannot be read ({e})") from e
-
-    def _files(self) -> list[Path]:
-        if self.src.is_file():
-            return [self.src]
-        if not self.src.is_dir():
-            raise DataError(f"{self.src}: no such file or folder")
-        found = (p for p in self.src.rglob("*") if p.suffix in (".hdf5", ".h5"))
-        files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(self.src).parts))
-        if not files:
-            raise DataError(f"{self.src}: no .hdf5 file in this folder")
-        return files
 
     def _check_options(self) -> list[str]:
         problems = []
@@ -135,7 +132,7 @@ class LiberoReader:
         demos = [key for key in data if key.startswith("demo_")] if isinstance(data, h5py.Group) else []
         if not demos:
             raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
-        meta = self._conventions(path, data.attrs)
+        private: dict[str, Any] = {**self._conventions(path, data.attrs), "rate_hz": _rate(data.attrs)}
         relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
         stem = relative.removesuffix(path.suffix)
         task, instruction = path.stem.removesuffix("_demo"), _instruction(data.attrs, path)
@@ -153,13 +150,13 @@ class LiberoReader:
                 "image sizes": ", ".join(f"{c} {w}×{h} px" for c, (h, w) in shapes.items()),
                 "action dimensions": demo["actions"].shape[1],
                 "proprio dimensions": sum(demo["obs"][k].shape[1] for k in PROPRIO),
-                "rates in Hz": _rate(data.attrs),
+                "rates in Hz": private["rate_hz"],
                 "action conventions": str(data.attrs.get("action_convention", DEFAULT_ACTION)),
             }
             for what, value in properties.items():
                 seen.setdefault(what, {}).setdefault(value, name)
-            length = len(demo["actions"]) - _shift(meta["image_timing"])
-            episodes.append(EpisodeRef(name, relative, key, length, task, instruction, meta))
+            length = len(demo["actions"]) - _shift(private["image_timing"])
+            episodes.append(EpisodeRef(name, relative, key, length, task, instruction, private=private))
         if not episodes:
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
         bad += faults
@@ -177,13 +174,13 @@ class LiberoReader:
         unsaid = []
         if timing not in TIMINGS:
             unsaid.append(
-                f"{path}: does not say when its images were taken; give --image-timing before "
+                f"{path}: does not say when its images were taken; give --set image_timing=before "
                 "(OpenVLA's regenerated files) or after (LIBERO's official files)"
             )
         if orientation not in _TURN:
             unsaid.append(
-                f"{path}: does not say which way up its images are; give --image-orientation "
-                "flipped_vertically (as the simulator renders), upright or rotated_180"
+                f"{path}: does not say which way up its images are; give --set "
+                "image_orientation=flipped_vertically (as the simulator renders), upright or rotated_180"
             )
         if unsaid:
             raise DataError("\n".join(unsaid))
@@ -210,6 +207,62 @@ class LiberoReader:
             yield "lengths differ: " + ", ".join(f"{key} {n}" for key, n in lengths.items())
         if len(demo["actions"]) < 2:
             yield "fewer than 2 steps"
+
+
+def _action_spec(text: str, dim: int) -> ActionSpec:
+    """What the action conventions of these files mean; anything else is kept as it is."""
+    if text.startswith("OSC_POSE delta") and dim == 7:
+        return ActionSpec(
+            dim,
+            text,
+            "delta",
+            translation=(0, 1, 2),
+            metres=0.05,
+            rotation=(3, 4, 5),
+            radians=0.5,
+            gripper=6,
+            gripper_open=-1.0,
+            gripper_closed=1.0,
+        )
+    if text.startswith("hand delta") and dim == 4:  # Meta-World's
+        return ActionSpec(
+            dim,
+            text,
+            "delta",
+            translation=(0, 1, 2),
+            metres=0.01,
+            gripper=3,
+            gripper_open=-1.0,
+            gripper_closed=1.0,
+        )
+    return ActionSpec(dim, text, "other")
+
+
+def _frames(path: Path, name: str, turn: tuple[slice, ...]) -> Frames:
+    """Upright frames of a dataset (T, H, W, 3), read in runs of chunks so that none is unpacked twice."""
+
+    def frames(numbers: Sequence[int]) -> Iterable[np.ndarray]:
+        try:
+            with h5py.File(path, "r") as file:
+                images = file[name]
+                run = _run(images, numbers)
+                start, block = 0, images[:0]
+                for number in numbers:
+                    if not start <= number < start + len(block):
+                        start = number - number % run
+                        block = images[start : start + run][turn]
+                    yield block[number - start]
+        except (OSError, KeyError) as e:
+            raise DataError(f"cannot be read ({e})") from e
+
+    return frames
+
+
+def _run(images: h5py.Dataset, numbers: Sequence[int]) -> int:
+    """Frames to read at a time: whole chunks, several of them where most frames are wanted."""
+    chunk = images.chunks[0] if images.chunks else 1
+    dense = 2 * len(numbers) > numbers[-1] - numbers[0]
+    return chunk * -(-RUN // chunk) if dense else chunk
 
 
 def _shift(image_timing: str) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import MDSWriter
+from streaming.base.format.mds.encodings import mds_encode
 
 from stamo_dist.errors import DataError
 
@@ -25,18 +29,47 @@ class EpisodeWriter(MDSWriter):
         super().__init__(out=str(out), columns=dict(columns), hashes=["sha256"], size_limit=None)
         self.shard_bytes = shard_bytes
 
-    def write_episode(self, samples: Iterable[dict[str, Any]]) -> None:
-        """Write all samples of one episode into one shard.
+    def encode(self, shared: Mapping[str, Any], each: Mapping[str, Sequence[bytes] | np.ndarray]) -> list[bytes]:
+        """All samples of one episode, as they are stored: what `encode_sample` gives, without a dict for each of them.
+
+        Args:
+            shared: Columns with one value for the whole episode.
+            each: Columns with a value a frame: bytes, or an array whose rows have the column's type.
 
         Raises:
             DataError: The episode is larger than MDS' 4 GiB shards.
         """
-        encoded = [self.encode_sample(sample) for sample in samples]
-        size = sum(map(len, encoded)) + self.extra_bytes_per_sample * len(encoded)
-        if size + self.extra_bytes_per_shard >= 2**32:
+        length = len(next(iter(each.values())))
+        table = [
+            [mds_encode(encoding, shared[name])] * length if name in shared else _rows(each[name])
+            for name, encoding in zip(self.column_names, self.column_encodings, strict=True)
+        ]
+        varying = [number for number, size in enumerate(self.column_sizes) if size is None]
+        head = struct.Struct(f"<{len(varying)}I")
+        encoded = [
+            b"".join((head.pack(*(len(row[number]) for number in varying)), *row)) for row in zip(*table, strict=True)
+        ]
+        if (size := self._size(encoded) + self.extra_bytes_per_shard) >= 2**32:
             raise DataError(f"the episode takes {size} bytes, more than the 4 GiB of one shard")
+        return encoded
+
+    def write_episode(self, encoded: list[bytes]) -> None:
+        """Write all samples of one episode into one shard."""
+        size = self._size(encoded)
         if self.new_samples and self.new_shard_size + size > self.shard_bytes:
             self.flush_shard()
             self._reset_cache()
         self.new_samples += encoded
         self.new_shard_size += size
+
+    def _size(self, encoded: list[bytes]) -> int:
+        return sum(map(len, encoded)) + self.extra_bytes_per_sample * len(encoded)
+
+
+def _rows(values: Sequence[bytes] | np.ndarray) -> Sequence[bytes]:
+    """The bytes of each row."""
+    if not isinstance(values, np.ndarray):
+        return values
+    block = values.tobytes()
+    step = len(block) // len(values)
+    return [block[i : i + step] for i in range(0, len(block), step)]

@@ -1,35 +1,78 @@
-"""What a format's Reader tells the driver: which episodes there are, and what one episode holds."""
+"""What a format's Reader tells the driver: which episodes there are, and what one episode holds.
+
+A Reader gives the dataset's own moments and numbers. What all formats need (another rate, another size, one action
+convention, no-ops dropped, a split) is the driver's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from stamo_dist.errors import DataError
+
+#: Given increasing frame numbers of an episode, these frames in order: upright RGB (H, W, 3) uint8, or an encoded image
+#: (JPEG, PNG, …) as bytes, which must be upright too. It decodes what it is asked for, lazily.
+Frames = Callable[[Sequence[int]], Iterable[np.ndarray | bytes]]
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What the numbers of an action mean, so that the driver can express them in one convention.
+
+    `mode`: "delta": a displacement from the current pose; "absolute": a pose to reach; "velocity": per second;
+    "other": not an end-effector motion (joints, torques), kept as it is but for the gripper.
+    """
+
+    dim: int
+    text: str  # for people, e.g. "OSC_POSE delta, 1 = 5 cm or 0.5 rad, gripper -1 open +1 close"
+    mode: Literal["delta", "absolute", "velocity", "other"]
+    translation: tuple[int, ...] = ()  # dimensions of x, y, z
+    metres: float = 1.0  # metres (or metres per second) of one unit
+    rotation: tuple[int, ...] = ()  # dimensions of the rotation
+    rotation_kind: Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"] = "rotvec"
+    radians: float = 1.0  # radians of one unit, for rotvec and euler_xyz
+    gripper: int | None = None  # dimension of the gripper command
+    gripper_open: float = 1.0  # its value when open
+    gripper_closed: float = 0.0
 
 
 @dataclass(frozen=True)
 class EpisodeRef:
     """Where one episode is, and what it is about."""
 
-    id: str
-    file: str
-    key: str
-    length: int
-    task: str
-    instruction: str
-    meta: Mapping[str, Any] = field(default_factory=dict)  # the reader's own notes
+    id: str  # unique in the source, stable
+    file: str  # relative to the source
+    key: str  # within the file
+    length: int  # frames; may be an estimate, the same on every scan
+    task: str = ""
+    instruction: str = ""
+    split: str = ""  # the dataset's own split, where it has one
+    meta: Mapping[str, Any] = field(default_factory=dict)  # JSON; kept in the episode table
+    private: Mapping[str, Any] = field(default_factory=dict)  # the reader's own notes; not kept
 
 
 @dataclass(frozen=True)
 class EpisodeData:
-    """One episode's content: L frames per camera (H, W, 3) uint8 upright, actions (L, A), proprio (L, P)."""
+    """One episode of T moments as the dataset has it.
 
-    frames: Mapping[str, Iterable[np.ndarray]]
+    Attributes:
+        frames: By camera.
+        times: float64 (T,), seconds, increasing; when each frame was taken.
+        actions: (T, A) in the dataset's own convention; actions[t] is taken at frame t. A = 0: has none.
+        proprio: (T, P).
+        pose: (T, 6) end-effector position in m and rotation vector in rad, needed to turn absolute actions into deltas.
+    """
+
+    frames: Mapping[str, Frames]
+    times: np.ndarray
     actions: np.ndarray
     proprio: np.ndarray
+    pose: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -37,18 +80,20 @@ class Scan:
     """What a source holds. `bad` lists the episodes that cannot be used, as "EPISODE: reason"."""
 
     episodes: list[EpisodeRef]
-    files: list[Path]
+    files: list[Path]  # what the fingerprint is made of
     cameras: list[str]
-    rate_hz: float
-    action_dim: int
+    rate_hz: float  # nominal frames per second
+    action: ActionSpec | None
     proprio_dim: int
-    convention: str
     options: dict[str, Any]  # what the reader settled on, for the manifest
     bad: list[str] = field(default_factory=list)
 
 
 class Reader(Protocol):
-    """One source format."""
+    """One source format. Pickled into the converter's processes, so open files lazily.
+
+    A format is a dataclass of `src` and its own options, each with a default; its docstring's Args say what they mean.
+    """
 
     def scan(self) -> Scan:
         """Find the episodes without decoding them.
@@ -61,5 +106,27 @@ class Reader(Protocol):
         """Read one episode.
 
         Raises:
-            DataError: This episode cannot be read.
+            DataError: This episode cannot be read; says why, without its id. Also while iterating over frames.
         """
+
+
+def pick(frames: np.ndarray) -> Frames:
+    """Frames that are in memory already, (T, H, W, 3)."""
+    return lambda indices: (frames[i] for i in indices)
+
+
+def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
+    """`src` itself if it is a file, else the files below it with one of these suffixes, sorted, hidden ones left out.
+
+    Raises:
+        DataError: There is none.
+    """
+    if src.is_file():
+        return [src]
+    if not src.is_dir():
+        raise DataError(f"{src}: no such file or folder")
+    found = (p for p in src.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(src).parts))
+    if not files:
+        raise DataError(f"{src}: no {' or '.join(suffixes)} file in this folder")
+    return files

@@ -91,18 +91,26 @@ def encode(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def mix(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
-    """Show what the mixture really is: requested and realised shares, epochs, repeats.
+def mix(
+    recipe: RecipePath,
+    set_: Overrides = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where to draw it; RUN_DIR/mixture.png when omitted.")
+    ] = None,
+) -> None:
+    """Show what the mixture really is: requested and realised shares, unique samples, epochs; as a table and a picture.
 
     Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
     """
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.data.table import mixture_table
+    from stamo_dist.data.table import mixture_picture, mixture_table
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
-    mixture_table(mixture.report(loaded.train.steps))
+    steps = loaded.train.steps
+    mixture_table(mixture.report(steps))
+    print(f"picture: {mixture_picture(mixture, steps, out or Path(loaded.run_dir) / 'mixture.png')}")
 
 
 @app.command()

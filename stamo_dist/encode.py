@@ -45,8 +45,7 @@ def encode(recipe: Recipe, world: World) -> int:
     ) as progress:  # fmt: skip
         bar = progress.add_task(f"encoding {len(missing)} of {len(mixture.shards)} shards", total=frames)
         for i in mine:
-            stream = mixture.streams[mixture.shard_stream[i]]
-            stream.prepare(i - int(np.searchsorted(mixture.shard_stream, mixture.shard_stream[i])))
+            mixture.prepare(i)
             shard = MappedShard(mixture.shards[i])
             parts = []
             for start in range(0, len(shard), recipe.train.micro_batch):

@@ -50,6 +50,10 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allow_changed_d
         raise RecipeError([str(e)]) from None
     run = RunFolder(Path(recipe.run_dir))
     mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    if mixture.steps is not None and mixture.steps < recipe.train.steps:
+        raise RecipeError([
+            f"train.steps: {recipe.train.steps}, but data.sources.*.max_epochs lets the data end after {mixture.steps}"
+        ])  # fmt: skip
     start: Path | None = None
     notes: list[str] = []
     if world.is_main:  # one process looks, so that all see the same
@@ -134,7 +138,7 @@ class _Session:
         recipe, engine, state = self.recipe, self.engine, self.state
         noise = Noise(recipe.seed)
         loader = build_loader(
-            self.mixture, rank=engine.world.rank, world_size=engine.world.size, ranks_per_node=engine.world.local_size,
+            self.mixture, rank=engine.world.rank, world_size=engine.world.size,
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
         )  # fmt: skip
         watch = Stopwatch()
@@ -159,7 +163,7 @@ class _Session:
                     self.ema.update(step)
                 stopping = self._log()  # the step before this one, which the device has finished
                 state.step, state.cursor = step, batch.cursor.to_dict()
-                self.reducer.put(step, sums, grad_norm, stop.asked, watch.lap())
+                self.reducer.put(step, sums, grad_norm, stop.asked, watch.lap(), batch.skipped)
                 if stopping or step % recipe.train.checkpoint.every == 0 or step == recipe.train.steps:
                     stopping = self._log() or stopping
                     self._save()
@@ -195,6 +199,8 @@ class _Session:
                     for name, value in zip(self.mixture.sources, reduced.per_source, strict=True)
                     if value is not None
                 },
+                **{f"samples/{name}": n for name, n in zip(self.mixture.sources, reduced.counts, strict=True) if n},
+                **({"skipped": reduced.skipped} if reduced.skipped else {}),
             }
             assert self.file is not None
             self.file.write(line)
@@ -234,7 +240,6 @@ class _Session:
                 self.mixture,
                 rank=0,
                 world_size=1,
-                ranks_per_node=1,
                 cursor=Cursor(),
                 pin_memory=False,
                 workers=0,

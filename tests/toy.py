@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 
 from stamo_dist import _torchvision  # noqa: F401  must precede streaming
-from stamo_dist.data.schema import COLUMNS, EPISODES, MANIFEST, Episode, Manifest, Split
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
 
 
 def toy_frame(episode: int, t: int, size: int) -> np.ndarray:
@@ -28,11 +28,12 @@ def make_source(
 
     source = root / name
     first = sum(map(ord, name))
+    layout = columns(action=3, original_action=0, proprio=2)
     for s, split in enumerate(splits):
         table = []
         for camera in cameras:
             folder = source / split / camera
-            with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=shard_bytes) as writer:
+            with MDSWriter(out=str(folder), columns=layout, size_limit=shard_bytes) as writer:
                 for e in range(episodes):
                     for t in range(length):
                         frame = toy_frame(first + 100 * s + e, t, size)
@@ -42,6 +43,7 @@ def make_source(
                                 "episode": f"{name}-{split}-{e}",
                                 "t": t,
                                 "length": length,
+                                "time": t / 10,
                                 "action": np.full(3, t, np.float32),
                                 "proprio": np.zeros(2, np.float32),
                                 "instruction": "move the square",
@@ -67,7 +69,6 @@ run_dir: {run}
 data:
   image_size: 32
   workers: {workers}
-  shuffle: {{canonical_nodes: 4}}
   augment: {{brightness: 0.1}}
   sources:
     a: {{path: {shards}/a, weight: 2}}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,34 +14,32 @@ from weakref import finalize
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from stamo_dist.data.fetch import Fetcher, Position
 from stamo_dist.data.latents import LatentSpec, find_latents
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.pool import Pool
-from stamo_dist.data.reader import Reader, ReaderSpec, Slots, SlotShape, Work
+from stamo_dist.data.reader import Reader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
+_log = logging.getLogger(__name__)
 _HELD = 2  # batches the consumer may hold before it gets copies
-_FETCH_AHEAD = 16  # batches whose remote shards are fetched in advance
-_FETCH_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the mixture: `sample_in_epoch` samples, counted over all ranks, of `epoch` were consumed."""
+    """A position in the mixture's stream: so many samples, over all ranks, were consumed."""
 
-    epoch: int = 0
-    sample_in_epoch: int = 0
+    samples: int = 0
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Cursor:
-        return cls(int(state["epoch"]), int(state["sample_in_epoch"]))
+        return cls(int(state["samples"]))
 
 
 @dataclass
@@ -49,18 +47,32 @@ class Batch:
     """One rank's share of a global batch.
 
     Attributes:
-        images: uint8 (b, H, W, 3), RGB.
+        images: uint8 (b, H, W, 3), RGB: the frames at t.
         sample: int64 (b,), the mixture's sample numbers.
         source: int64 (b,), index into `Mixture.sources`.
         cursor: Position after this batch, the same on every rank.
-        latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`, else None.
+        skipped: Rows that hold another frame of their source, as theirs could not be read.
+        latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`.
+        ahead: int64 (b,), frames from t to the target; less than the horizon where the episode ends before.
+        target: uint8 (b, H, W, 3), the frames at t + ahead.
+        actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 where `mask` is false.
+        mask: bool (b, horizon), which actions there are.
+        proprio: float32 (b, P) at t; 0 beyond a source's own dimensions.
+
+    What the recipe does not ask for is None.
     """
 
     images: Tensor
     sample: Tensor
     source: Tensor
     cursor: Cursor
+    skipped: int = 0
     latents: Tensor | None = None
+    ahead: Tensor | None = None
+    target: Tensor | None = None
+    actions: Tensor | None = None
+    mask: Tensor | None = None
+    proprio: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -78,21 +90,18 @@ class Batch:
         return [self._each(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
 
     def _each(self, change: Any) -> Batch:
-        latents = None if self.latents is None else change(self.latents)
-        return replace(
-            self, images=change(self.images), sample=change(self.sample), source=change(self.source), latents=latents
-        )
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if torch.is_tensor(value)})
 
 
 def build_loader(
-    mixture: Mixture, *, rank: int, world_size: int, ranks_per_node: int, cursor: Cursor, pin_memory: bool,
-    workers: int | None = None, latents: str | None = None,
+    mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
+    latents: str | None = None,
 ) -> Loader:  # fmt: skip
-    """The batches of one rank, from `cursor` on, without end.
+    """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
     Args:
         mixture: What to read.
-        rank, world_size, ranks_per_node: Of this process; `world_size` divides the global batch.
+        rank, world_size: Of this process; `world_size` divides the global batch.
         cursor: Where to begin.
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
@@ -102,60 +111,58 @@ def build_loader(
         DataError: Cached latents are asked for and not there.
         RunError: The processes do not fit the batch, or a worker cannot be started.
     """
-    if mixture.global_batch % world_size or world_size % ranks_per_node:
-        raise RunError(
-            f"{world_size} processes, {ranks_per_node} per node, cannot share a global batch of {mixture.global_batch}"
-        )
+    if mixture.global_batch % world_size:
+        raise RunError(f"{world_size} processes cannot share a global batch of {mixture.global_batch}")
+    if cursor.samples % mixture.global_batch:
+        raise RunError(f"position {cursor.samples} is not between two global batches of {mixture.global_batch}")
     spec = None
     if mixture.data.latents == "cached":
         if latents is None:
             raise ValueError("latents: cached needs the fingerprint of the VAE")
         spec = find_latents(mixture.shards, latents)
-    nodes = world_size // ranks_per_node
-    # Streaming deals a global batch to the nodes first and to the ranks of a node then.
-    offset = rank % ranks_per_node * nodes + rank // ranks_per_node
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
-    return Loader(
-        mixture, offset=offset, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec
-    )  # fmt: skip
+    return Loader(mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec)
 
 
 class Loader:
-    """Iterates over Batches for ever; made by `build_loader`. Close it to end its workers.
+    """Iterates over Batches; made by `build_loader`. Close it to end its workers.
 
     Raises:
-        DataError: A shard or sample is missing or corrupt.
+        DataError: A shard or sample is missing or corrupt, or does not come in time.
         RunError: A worker died.
     """
 
     def __init__(
-        self, mixture: Mixture, *, offset: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
+        self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
         latents: LatentSpec | None,
     ):  # fmt: skip
         self._mixture = mixture
         self._latents = latents
-        per_rank = mixture.global_batch // world_size
         data = mixture.data
         self._depth = workers * data.prefetch
-        shape = SlotShape(per_rank, data.image_size, latents.shape if latents else None)
-        self._slots = Slots(shape, self._depth + _HELD + 1)
-        self._free = list(range(self._slots.count))  # the slot freed last goes first: it is still in the cache
-        augment = data.augment
         spec = ReaderSpec(
             shards=mixture.shards,
-            source=[mixture.sources[mixture.stream_source[stream]] for stream in mixture.shard_stream],
-            slots=shape,
-            count=self._slots.count,
+            shard_source=mixture.shard_source.tolist(),
+            sources=mixture.sources,
+            image_size=data.image_size,
+            batch=mixture.global_batch // world_size,
+            slots=self._depth + _HELD + 1,
             seed=mixture.seed,
-            augment=(augment.crop, augment.brightness, augment.contrast) if augment.active else None,
+            augment=(data.augment.crop, data.augment.brightness, data.augment.contrast)
+            if data.augment.active
+            else None,
             latents=latents,
+            window=mixture.window,
+            skip=data.on_bad_sample == "skip",
         )
+        self._slots = spec.memory()
+        self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
         self._reader = None if workers else Reader(spec, self._slots)
-        self._pool = Pool(spec, self._slots, workers) if workers else None
-        self._fetcher = _Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, offset, world_size, cursor))
-        self._coming: deque[tuple[Cursor, NDArray[np.int64]]] = deque()
+        self._pool = Pool(spec, self._slots, workers, stuck=self._where, timeout=data.timeout) if workers else None
+        self._fetcher = Fetcher(mixture)
+        self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor))
+        self._coming: deque[Cursor] = deque()
         self._ahead = Ahead(lambda: self._read().pin()) if pin else None
         self._closed = False
 
@@ -189,97 +196,65 @@ class Loader:
 
     def _read(self) -> Batch:
         if self._reader is not None:
-            work = self._work()
-            self._reader.fill(work)
+            slot = self._next_slot()
+            wrong = self._reader.fill(slot)
         else:
             assert self._pool is not None
-            while len(self._pool) < self._depth:
-                self._pool.submit(self._work())
-            work = self._pool.take()
-        cursor, samples = self._coming.popleft()
-        return self._deliver(work, cursor, samples)
+            with suppress(StopIteration):
+                while len(self._pool) < self._depth:
+                    self._pool.submit(self._next_slot())
+            if not len(self._pool):
+                raise StopIteration
+            slot, wrong = self._pool.take()
+        for problem in wrong:
+            _log.warning("skipped: %s", problem)
+        return self._deliver(slot, self._coming.popleft())
 
-    def _work(self) -> Work:
-        """The next batch to read, in a free slot: `_deliver` always leaves one."""
-        cursor, after, samples = next(self._plan)
-        self._coming.append((after, samples))
+    def _next_slot(self) -> int:
+        """A free slot, with the next samples to read in it: `_deliver` always leaves one."""
+        position = next(self._plan)
+        self._coming.append(position.after)
         slot = self._free.pop()
-        self._slots.samples(slot, len(samples))[:] = samples
-        return Work(slot, cursor.epoch, len(samples))
+        views = self._slots[slot]
+        views["samples"][:], views["passes"][:] = position.samples, position.passes
+        return slot
 
-    def _deliver(self, work: Work, cursor: Cursor, samples: NDArray[np.int64]) -> Batch:
-        images = self._slots.images(work.slot, len(samples))
-        latents = None
-        keep = bool(self._free)
-        if self._latents is not None:
-            bits = self._slots.latents(work.slot, len(samples))
-            dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
-            latents = torch.from_numpy(bits.view(np.int16)).view(dtype).clone()
-        # The tensor keeps the array alive, through all of its views, so the slot is free once the array is gone.
-        batch_images = torch.from_numpy(images)
-        if keep:
-            finalize(images, self._free.append, work.slot).atexit = False
+    def _where(self, slot: int) -> str:
+        number = int(self._slots[slot]["shard"][0])
+        source = self._mixture.sources[self._mixture.shard_source[number]]
+        return f"source {source}, {self._mixture.shards[number].path}"
+
+    def _deliver(self, slot: int, cursor: Cursor) -> Batch:
+        memory = self._slots.memory(slot)
+        if self._free:
+            # The tensors keep the array alive, through all of its views, so the slot is free once the array is gone.
+            finalize(memory, self._free.append, slot).atexit = False
         else:
-            batch_images = batch_images.clone()
-            self._free.append(work.slot)
+            memory = memory.copy()
+            self._free.append(slot)
+        views = self._slots.views(memory)
+        samples = views.pop("samples").copy()
+        skipped = int(views["replaced"].sum())
+        del views["passes"], views["shard"], views["replaced"]
+        tensors = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
+        if self._latents is not None:
+            dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
+            tensors["latents"] = torch.from_numpy(views["latents"].view(np.int16)).view(dtype)
         source = torch.from_numpy(self._mixture.source_of(samples))
-        return Batch(batch_images, torch.from_numpy(samples), source, cursor, latents)
+        return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, skipped=skipped, **tensors)
 
 
-def _positions(
-    mixture: Mixture, offset: int, world_size: int, cursor: Cursor
-) -> Iterator[tuple[Cursor, Cursor, NDArray[np.int64]]]:
-    """For each batch: the position before it, the one after it, and this rank's sample numbers."""
-    size = mixture.global_batch
+def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor) -> Iterator[Position]:
+    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
     while True:
-        if cursor.sample_in_epoch + size > mixture.epoch_size:
-            cursor = Cursor(cursor.epoch + 1, 0)
-        order = mixture.plan(cursor.epoch)[cursor.sample_in_epoch :]
-        whole = len(order) // size
-        mine = order[: whole * size].reshape(whole, size)[:, offset::world_size].copy()
-        del order
-        for i, samples in enumerate(mine):
-            after = Cursor(cursor.epoch, cursor.sample_in_epoch + size)
-            if i == whole - 1:
-                after = Cursor(cursor.epoch + 1, 0)
-            yield cursor, after, samples
-            cursor = after
-
-
-class _Fetcher:
-    """Puts the shards of coming batches on local disk, some batches ahead."""
-
-    def __init__(self, mixture: Mixture):
-        self._mixture = mixture
-        self._remote = not all(stream.local for stream in mixture.streams)
-        self._threads = ThreadPoolExecutor(_FETCH_THREADS, "fetch") if self._remote else None
-        self._shards: dict[int, Future[None]] = {}
-
-    def ready(
-        self, plan: Iterator[tuple[Cursor, Cursor, NDArray[np.int64]]]
-    ) -> Iterator[tuple[Cursor, Cursor, NDArray[np.int64]]]:
-        """`plan`, each batch once its shards are there."""
-        if not self._remote:
-            yield from plan
-        waiting: deque[tuple[Cursor, Cursor, NDArray[np.int64]]] = deque()
-        for position in plan:
-            self._want(position[2])
-            waiting.append(position)
-            if len(waiting) > _FETCH_AHEAD:
-                oldest = waiting.popleft()
-                for number in np.unique(self._mixture.shard_of(oldest[2])).tolist():
-                    self._shards[number].result()
-                yield oldest
-
-    def _want(self, samples: NDArray[np.int64]) -> None:
-        assert self._threads is not None
-        for number in np.unique(self._mixture.shard_of(samples)).tolist():
-            if number not in self._shards:
-                self._shards[number] = self._threads.submit(self._mixture.prepare, number)
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        plan = mixture.plan(batch, at_a_time)
+        for samples, passes in zip(plan.samples, plan.passes, strict=True):
+            batch += 1
+            yield Position(
+                Cursor(batch * mixture.global_batch), samples[rank::world_size].copy(), passes[rank::world_size]
+            )
+        if len(plan.samples) < at_a_time:
+            return
 
 
 class Ahead:
@@ -329,7 +304,7 @@ def first_frames(mixture: Mixture, count: int) -> Tensor:
     """The first `count` frames of the mixture's order, uint8 (count, H, W, 3), the same in every process."""
     frames = torch.empty(count, mixture.data.image_size, mixture.data.image_size, 3, dtype=torch.uint8)
     shards = OpenShards(mixture.shards)
-    samples = np.resize(mixture.plan(0)[:count], count)
+    samples = np.resize(mixture.plan(0, -(-count // mixture.global_batch)).samples, count)
     for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
         mixture.prepare(number)
         shards[number].frame(int(sample - mixture.first[number]), out)

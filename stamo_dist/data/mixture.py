@@ -1,30 +1,27 @@
-"""Mixtures: recipe sources → streams → the order of the samples of every epoch.
+"""Mixtures: recipe sources → shards → which sample comes at which position of the training stream.
 
-The order is mosaicml-streaming's own (its sampling, partitioning and shuffling are called, not copied), but it is
-planned for the whole world as one rank, and a rank takes every world_size-th sample of each global batch. Streaming
-deals the samples to nodes and ranks in the same way, so both deliver the same samples, and a global batch is the same
-set on any number of processes.
+The stream is endless and belongs to the run, not to a rank: global batch n is its samples [n·B, (n + 1)·B), on any
+number of processes. `Schedule` says which source a position is taken from, `SourceOrder` which of the source's samples;
+both compute any stretch by itself, so a position is one number and memory does not grow with the data.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from math import gcd
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
-from streaming import Stream, StreamingDataset
-from streaming.base.batching import generate_work
-from streaming.base.world import World
-
 from stamo_dist.data import shares
+from stamo_dist.data.order import SourceOrder
+from stamo_dist.data.plan import Plan, Planner
+from stamo_dist.data.reader import Window
+from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Shuffle, Source
+from stamo_dist.recipe.schema import Data, Source
 
 
 class Mixture:
@@ -37,10 +34,11 @@ class Mixture:
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
-        streams: One per source and camera, in the order of `sources`.
+        streams: One per folder and camera, in the order of `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
-        epoch_size: Samples in one epoch: what the recipe asks for, or the number of frames, rounded down to whole
-            global batches over all canonical nodes (up, where it is less than that).
+        frames: int64 (sources,), frames of each source over its cameras.
+        schedule: Which source each position is taken from.
+        steps: Most optimizer steps the data gives; None without limit.
         fingerprint: Changes whenever any batch would.
 
     Raises:
@@ -49,41 +47,44 @@ class Mixture:
 
     def __init__(self, data: Data, seed: int, global_batch: int):
         self.data, self.seed, self.global_batch = data, seed, global_batch
-        active = {name: source for name, source in data.sources.items() if source.weight > 0}
-        self.sources = list(active)
-        self.streams: list[CameraShards] = []
-        owner: list[int] = []
-        for i, cameras in enumerate(_open_all(active, data)):
-            self.streams += cameras
-            owner += [i] * len(cameras)
-        self.stream_source = np.array(owner, np.int64)  # (streams,) the source of each stream
-        self.frames = np.array([stream.frames for stream in self.streams], np.int64)  # (streams,)
-        self._stream_first = self.frames.cumsum() - self.frames
-        self.num_samples = int(self.frames.sum())
+        used = data.used
+        self.sources = list(used)
+        opened = _open_all(used, data)
+        self.streams = [stream for of_source in opened for stream in of_source]
+        owner = np.repeat(np.arange(len(opened)), [len(of_source) for of_source in opened])
         self.shards = [shard for stream in self.streams for shard in stream.shards]
         counts = np.array([shard.samples for shard in self.shards], np.int64)
+        self.num_samples = int(counts.sum())
         self.first = counts.cumsum() - counts  # (shards,) number of each shard's first sample
         self.shard_stream = np.repeat(np.arange(len(self.streams)), [len(stream.shards) for stream in self.streams])
-
-        canonical_nodes = data.shuffle.canonical_nodes if data.shuffle.enabled else 1
-        unit = global_batch * canonical_nodes // gcd(global_batch, canonical_nodes)
-        self.epoch_size = max(1, (data.epoch_samples or self.num_samples) // unit) * unit
-        self._planner = _Planner(
-            [stream.stream for stream in self.streams], self.frames, counts, self.shard_stream, shuffle=data.shuffle,
-            canonical_nodes=canonical_nodes, epoch_size=self.epoch_size, batch_size=global_batch, seed=seed,
-        )  # fmt: skip
-        self.chosen = np.array([stream.stream.choose for stream in self.streams], np.int64)  # (streams,) per epoch
+        self._stream_first_shard = np.searchsorted(self.shard_stream, np.arange(len(self.streams)))
+        self.shard_source = owner[self.shard_stream]  # (shards,)
+        bounds = np.searchsorted(self.shard_source, np.arange(len(used) + 1))
+        self._source_first = self.first[bounds[:-1]]
+        orders = [SourceOrder(self.first[a:b], counts[a:b], data.shuffle, seed) for a, b in pairwise(bounds)]
+        self.frames = np.array([order.samples for order in orders], np.int64)
+        self.schedule = Schedule(
+            [
+                {step * global_batch: w ** (1 / data.temperature) for step, w in source.weights(int(frames)).items()}
+                for source, frames in zip(used.values(), self.frames, strict=True)
+            ],
+            [
+                np.inf if source.max_epochs is None else np.floor(source.max_epochs * frames)
+                for source, frames in zip(used.values(), self.frames, strict=True)
+            ],
+        )
+        self.planner = Planner(self.schedule, orders, global_batch, seed, shuffle=data.shuffle.enabled)
+        self.steps = None if self.schedule.end == np.inf else int(self.schedule.end) // global_batch
+        self.window = self._window() if data.horizon else None
         self.fingerprint = self._fingerprint()
 
-    def plan(self, epoch: int) -> NDArray[np.int64]:
-        """The sample numbers of one epoch in order, int64 (epoch_size,): global batch after global batch."""
-        order = generate_work("random", self._planner, World(1, 1, 1, 0), epoch, 0).reshape(-1)
-        assert len(order) == self.epoch_size, "an epoch of whole batches over all canonical nodes has no padding"
-        return order
+    def plan(self, batch: int, count: int) -> Plan:
+        """Global batches `batch` up to `batch + count`; fewer where the data ends."""
+        return self.planner.plan(batch, count)
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `sources` of each sample number."""
-        return self.stream_source[np.searchsorted(self._stream_first, samples, side="right") - 1]
+        return np.searchsorted(self._source_first, samples, side="right") - 1
 
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
@@ -96,109 +97,108 @@ class Mixture:
             DataError: It cannot be had.
         """
         stream = self.shard_stream[number]
-        self.streams[stream].prepare(number - int(np.searchsorted(self.shard_stream, stream)))
+        self.streams[stream].prepare(number - int(self._stream_first_shard[stream]))
 
     def report(self, steps: int) -> list[shares.Share]:
         """What `steps` optimizer steps see of each source, against what the recipe asks for."""
-        epochs, rest = divmod(steps * self.global_batch, self.epoch_size)
-        seen = shares.per_source(self, self.chosen) * epochs
-        if rest:
-            of_rest = self.source_of(self.plan(epochs)[:rest])
-            seen += np.bincount(of_rest, minlength=len(self.sources))
-        return shares.report(self, seen)
+        return shares.report(self, steps)
+
+    def _window(self) -> Window:
+        data = self.data
+        return Window(
+            horizon=data.horizon,
+            horizons=[source.horizon or data.horizon for source in data.used.values()],
+            target=data.target,
+            action_dim=max(stream.action_dim for stream in self.streams),
+            proprio_dim=max(stream.proprio_dim for stream in self.streams),
+        )
 
     def _fingerprint(self) -> str:
-        streams = [
-            {
-                "source": int(owner),
-                "proportion": float(stream.stream.proportion),
-                "shards": [(shard.digest, shard.samples) for shard in stream.shards],
-            }
-            for owner, stream in zip(self.stream_source, self.streams, strict=True)
-        ]
+        schedule = self.schedule
         identity = {
-            "format": 1,
-            "streams": streams,
+            "format": 2,
+            "shards": [(shard.digest, shard.samples) for shard in self.shards],
+            "sources": self._source_first.tolist(),
+            "schedule": [schedule.starts.tolist(), schedule.shares.tolist(), schedule.end],
             "shuffle": self.data.shuffle.model_dump(),
-            "granularity": self._planner.sampling_granularity,
+            "horizon": [self.data.horizon, *(s.horizon for s in self.data.used.values())],
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "epoch_size": self.epoch_size,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-class _Planner(StreamingDataset):
-    """What streaming's planning reads of a StreamingDataset, without its files, shared memory and threads."""
-
-    def __init__(
-        self, streams: Sequence[Stream], frames: NDArray[np.int64], shard_samples: NDArray[np.int64],
-        shard_stream: NDArray[np.int64], *, shuffle: Shuffle, canonical_nodes: int, epoch_size: int, batch_size: int,
-        seed: int,
-    ):  # fmt: skip
-        self.streams = streams
-        self.num_streams = len(streams)
-        self.shards_per_stream = np.bincount(shard_stream, minlength=len(streams))
-        self.shard_offset_per_stream = self.shards_per_stream.cumsum() - self.shards_per_stream
-        self.samples_per_shard = shard_samples
-        self.sample_offset_per_shard = shard_samples.cumsum() - shard_samples
-        self.samples_per_stream = frames
-        self.epoch_size = Stream.apply_weights(streams, frames, epoch_size, seed)
-        self.sampling_method = "balanced"
-        # Samples of a partial repeat are drawn one by one in Python, which would take minutes for 10⁸ frames.
-        self.sampling_granularity = -(-int(frames.sum()) // 2**20)
-        self.shuffle = shuffle.enabled
-        self.shuffle_algo = shuffle.algorithm
-        self.shuffle_seed = seed
-        self.shuffle_block_size = shuffle.block_size
-        self.epoch_seed_change = shuffle.enabled
-        self.partition_algo = "relaxed"
-        self.num_canonical_nodes = canonical_nodes
-        self.initial_physical_nodes = None
-        self.batch_size = batch_size
-
-
 def _open_all(sources: dict[str, Source], data: Data) -> list[list[CameraShards]]:
-    """Every source's cameras; the source's weight is split over them by frames."""
+    """Every source's folders and cameras."""
     problems: list[str] = []
-    opened: dict[str, OpenSource] = {}
-    for name, source in sources.items():
-        try:
-            opened[name] = open_source(source.path, data.cache)
-        except DataError as e:
-            problems.append(f"data.sources.{name}: {e}")
-    streams = []
+    streams: list[list[CameraShards]] = []
     seen: dict[tuple[str, str, str], str] = {}
-    for name, found in opened.items():
-        source, manifest = sources[name], found.manifest
-        if manifest.image_size != data.image_size:
-            problems.append(
-                f"data.sources.{name}: {source.path} has frames of {manifest.image_size} px, but data.image_size is "
-                f"{data.image_size}; convert it with --size {data.image_size} or change data.image_size"
-            )
-        cameras = list(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
-        if not cameras:
-            problems.append(f"data.sources.{name}.cameras: is empty; name some of {', '.join(manifest.cameras)}")
-        twice: dict[str, list[str]] = {}
-        opened_cameras = []
-        for camera in cameras:
-            other = seen.setdefault((resolve(source.path), source.split, camera), name)
-            if other != name:
-                twice.setdefault(other, []).append(camera)
+    found: dict[str, list[OpenSource]] = {}
+    for name, source in sources.items():
+        streams.append([])
+        for path in source.paths:
             try:
-                # All cameras of a split hold the same number of frames.
-                opened_cameras.append(
-                    open_camera(found, source.split, camera, proportion=source.weight / len(cameras))
-                )  # fmt: skip
+                found.setdefault(name, []).append(opened := open_source(path, data.cache))
+                problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
+                streams[-1] += _open_cameras(name, opened, source, seen)
             except DataError as e:
-                problems.append(f"data.sources.{name}: {e}")
-        problems += [
-            f"data.sources.{name}: reads the same frames as data.sources.{other} ({source.path}, split "
-            f"{source.split}, {', '.join(shared)}); name a source once and give it the sum of the weights"
-            for other, shared in twice.items()
-        ]
-        streams.append(opened_cameras)
+                problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
+    if data.horizon:
+        problems += _one_action_space(found)
     if problems:
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise DataError("\n".join([f"{head} in the data:", *(f"  - {p}" for p in problems)]))
     return streams
+
+
+def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
+    problems = []
+    size = opened.manifest.image_size
+    if size != data.image_size:
+        problems.append(
+            f"{opened.path} has frames of {size} px, but data.image_size is {data.image_size}; convert it with "
+            f"--size {data.image_size} or change data.image_size"
+        )
+    if source.cameras == []:
+        problems.append(f"cameras is empty; name some of {', '.join(opened.manifest.cameras)}")
+    return problems
+
+
+def _open_cameras(
+    name: str, opened: OpenSource, source: Source, seen: dict[tuple[str, str, str], str]
+) -> list[CameraShards]:
+    streams, problems = [], []
+    twice: dict[str, list[str]] = {}
+    for camera in dict.fromkeys(opened.manifest.cameras if source.cameras is None else source.cameras):
+        key = (resolve(opened.path), source.split, camera)
+        if key in seen:
+            twice.setdefault(seen[key], []).append(camera)
+        seen.setdefault(key, name)
+        try:
+            streams.append(open_camera(opened, source.split, camera))
+        except DataError as e:
+            problems.append(str(e))
+    problems += [
+        f"reads the same frames as data.sources.{other} ({opened.path}, split {source.split}, {', '.join(shared)}); "
+        "name a source once and give it the sum of the weights"
+        for other, shared in twice.items()
+    ]
+    if problems:
+        raise DataError("\n".join(problems))
+    return streams
+
+
+def _one_action_space(found: dict[str, list[OpenSource]]) -> list[str]:
+    """Actions of one batch must mean the same; sources without actions may be mixed in."""
+    spaces: dict[tuple[int, str], list[str]] = {}
+    for name, folders in found.items():
+        for opened in folders:
+            if opened.manifest.action_dim:
+                space = (opened.manifest.action_dim, opened.manifest.convention)
+                spaces.setdefault(space, []).append(name)
+    if len(spaces) < 2:
+        return []
+    each = "; ".join(
+        f"{', '.join(dict.fromkeys(names))}: {dim} numbers, {convention}" for (dim, convention), names in spaces.items()
+    )
+    return [f"data.sources: the actions mean different things ({each}); convert them with one --action convention"]

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 
-from stamo_dist.data.reader import ReaderSpec, Slots, Work
-from stamo_dist.data.worker import ANSWER, BAD_DATA, DONE, LENGTH, WORK, receive
+from stamo_dist.data.reader import ReaderSpec
+from stamo_dist.data.slots import Slots
+from stamo_dist.data.worker import ANSWER, BAD_DATA, DONE, LENGTH, SLOT, receive
 from stamo_dist.errors import DataError, RunError
 
 _log = logging.getLogger(__name__)
@@ -28,12 +30,22 @@ _PATIENCE = 60.0  # seconds between two warnings about a batch that does not com
 class Pool:
     """`workers` processes that fill `slots`.
 
+    Args:
+        spec: What the workers read.
+        slots: Where they put it.
+        workers: How many.
+        stuck: Slot → where its worker is, for messages.
+        timeout: Seconds to wait for one batch.
+
     Raises:
         RunError: A worker cannot be started.
     """
 
-    def __init__(self, spec: ReaderSpec, slots: Slots, workers: int):
-        self._pending: deque[tuple[int, Work]] = deque()
+    def __init__(
+        self, spec: ReaderSpec, slots: Slots, workers: int, *, stuck: Callable[[int], str], timeout: float
+    ):  # fmt: skip
+        self._stuck, self._timeout = stuck, timeout
+        self._pending: deque[tuple[int, int]] = deque()
         self._next = 0
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
@@ -47,25 +59,25 @@ class Pool:
         for worker in range(workers):
             self._send(worker, LENGTH.pack(len(message)) + message)
 
-    def submit(self, work: Work) -> None:
-        """Give one batch to the next worker; its slot must be free."""
+    def submit(self, slot: int) -> None:
+        """Have the next worker fill a slot, which must be free."""
         worker = self._next
         self._next = (worker + 1) % len(self._workers)
-        self._send(worker, WORK.pack(work.slot, work.epoch, work.size))
-        self._pending.append((worker, work))
+        self._send(worker, SLOT.pack(slot))
+        self._pending.append((worker, slot))
 
     def __len__(self) -> int:
         """Batches that were submitted and not taken yet."""
         return len(self._pending)
 
-    def take(self) -> Work:
-        """Wait for the oldest submitted batch; its slot is filled then.
+    def take(self) -> tuple[int, list[str]]:
+        """Wait until the slot submitted first is filled; returns it, and what was skipped.
 
         Raises:
-            DataError: The batch cannot be read.
+            DataError: The batch cannot be read, or not in time.
             RunError: The worker died.
         """
-        worker, work = self._pending.popleft()
+        worker, slot = self._pending.popleft()
         connection = self._connections[worker]
         waited = 0.0
         while True:
@@ -75,11 +87,14 @@ class Pool:
                 break
             except TimeoutError:
                 waited += _PATIENCE
-                _log.warning("waiting for a batch for %.0f s; loader worker %d is still reading", waited, worker)
+                where = f"loader worker {worker} is at {self._stuck(slot)}"
+                if waited >= self._timeout:
+                    raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
+                _log.warning("waiting for a batch for %.0f s; %s", waited, where)
             except (EOFError, OSError):
                 raise self._death(worker) from None
         if kind == DONE:
-            return work
+            return slot, message.splitlines()
         if kind == BAD_DATA:
             raise DataError(message)
         raise RunError(f"loader worker {worker} failed:\n{message}")

@@ -1,4 +1,4 @@
-"""Fills batches: mapped shards → decoded, augmented frames in memory that processes share.
+"""Fills batches: mapped shards → decoded, augmented frames and action chunks in memory that processes share.
 
 Loader workers run this module, so it must stay free of torch (but for augmentation) and of streaming.
 """
@@ -6,98 +6,43 @@ Loader workers run this module, so it must stay free of torch (but for augmentat
 from __future__ import annotations
 
 import json
-import mmap
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.latents import LatentFiles, LatentSpec
 from stamo_dist.data.shards import Layout, OpenShards, ShardSpec
+from stamo_dist.data.slots import Part, Slots
 from stamo_dist.errors import DataError
 
-#: Frames begin this many bytes into a slot. libjpeg-turbo writes rows that are aligned to 32 bytes around the cache,
-#: which costs a twentieth of the decoding time; rows are multiples of 32 bytes, so 16 keeps all of them off.
-_SHIFT = 16
+_TRIES = 16  # frames that may stand in for one that cannot be read
 
 
 @dataclass(frozen=True)
-class Work:
-    """One batch to read: how many samples, of which epoch; the slot holds their numbers and takes their frames."""
+class Window:
+    """What is read around frame t, beside the frame itself.
 
-    slot: int
-    epoch: int
-    size: int
-
-
-@dataclass(frozen=True)
-class SlotShape:
-    """What one slot holds: uint8 (batch, size, size, 3) frames, with a cache 2-byte latents (batch, C, h, w), and the
-    int64 (batch,) numbers of the samples.
+    `horizons`: per source, frames from t to the target frame and actions in a chunk, at most `horizon`.
     """
 
-    batch: int
-    image_size: int
-    latent: tuple[int, ...] | None = None
+    horizon: int
+    horizons: Sequence[int]  # (sources,)
+    target: bool
+    action_dim: int
+    proprio_dim: int
 
-
-class Slots:
-    """Memory for `count` batches that several processes map.
-
-    It is written again and again, because the kernel takes as long to give fresh shared pages as the decoder to fill
-    them. It is anonymous: nothing of it is visible in /dev/shm, its size is not bounded by that mount, and it is gone
-    with the last process that maps it.
-    """
-
-    def __init__(self, shape: SlotShape, count: int, fd: int | None = None):
-        self.shape, self.count = shape, count
-        self._latents_at = _round_up(_SHIFT + shape.batch * shape.image_size**2 * 3, 8)
-        latents = 2 * shape.batch * prod(shape.latent) if shape.latent else 0
-        self._samples_at = _round_up(self._latents_at + latents, 8)
-        self._stride = _round_up(self._samples_at + 8 * shape.batch, mmap.PAGESIZE)
-        self.fd = _anonymous_file(self._stride * count) if fd is None else fd
-        self._map = mmap.mmap(self.fd, self._stride * count)
-
-    def images(self, slot: int, n: int) -> NDArray[np.uint8]:
-        """The first `n` frames of a slot, uint8 (n, H, W, 3)."""
-        side = self.shape.image_size
-        flat = np.frombuffer(self._map, np.uint8, n * side * side * 3, slot * self._stride + _SHIFT)
-        return flat.reshape(n, side, side, 3)
-
-    def latents(self, slot: int, n: int) -> NDArray[np.uint16]:
-        """The first `n` latents of a slot as bit patterns, uint16 (n, C, h, w)."""
-        assert self.shape.latent is not None, "slots without latents"
-        size = n * prod(self.shape.latent)
-        flat = np.frombuffer(self._map, np.uint16, size, slot * self._stride + self._latents_at)
-        return flat.reshape(n, *self.shape.latent)
-
-    def samples(self, slot: int, n: int) -> NDArray[np.int64]:
-        """The numbers of the first `n` samples of a slot, int64 (n,)."""
-        return np.frombuffer(self._map, np.int64, n, slot * self._stride + self._samples_at)
-
-    def close(self) -> None:
-        """Give up the descriptor; batches that are still held keep the memory."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def _anonymous_file(size: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("stamo-batches", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
-    return fd
+    def parts(self, image_size: int) -> list[Part]:
+        parts = [Part("ahead", "<i8")]
+        if self.target:
+            parts.append(Part("target", "|u1", (image_size, image_size, 3)))
+        if self.action_dim:
+            parts += [Part("actions", "<f4", (self.horizon, self.action_dim)), Part("mask", "|b1", (self.horizon,))]
+        if self.proprio_dim:
+            parts.append(Part("proprio", "<f4", (self.proprio_dim,)))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -105,43 +50,50 @@ class ReaderSpec:
     """All a worker has to know; sent to it once, as JSON."""
 
     shards: Sequence[ShardSpec]
-    source: Sequence[str]  # (shards,) name of the source each shard belongs to
-    slots: SlotShape
-    count: int  # of slots
+    shard_source: Sequence[int]  # (shards,) index into sources
+    sources: Sequence[str]
+    image_size: int
+    batch: int
+    slots: int
     seed: int
     augment: tuple[float, float, float] | None  # crop, brightness, contrast
     latents: LatentSpec | None
+    window: Window | None
+    skip: bool  # take another frame for one that cannot be read
+
+    def memory(self, fd: int | None = None) -> Slots:
+        """The slots as this spec lays them out; `fd` of the process that made them."""
+        parts = [Part("images", "|u1", (self.image_size, self.image_size, 3))]
+        if self.latents is not None:
+            parts.append(Part("latents", "<u2", self.latents.shape))
+        if self.window is not None:
+            parts += self.window.parts(self.image_size)
+        return Slots(parts, self.batch, self.slots, fd)
 
     def dumps(self) -> bytes:
         layouts = list(dict.fromkeys(shard.layout for shard in self.shards))
         number = {layout: i for i, layout in enumerate(layouts)}
         return json.dumps(
             {
+                **self.__dict__,
                 "layouts": [astuple(layout) for layout in layouts],
                 "shards": [(s.path, s.nbytes, s.samples, number[s.layout], s.digest) for s in self.shards],
-                "source": list(self.source),
-                "slots": astuple(self.slots),
-                "count": self.count,
-                "seed": self.seed,
-                "augment": self.augment,
                 "latents": None if self.latents is None else astuple(self.latents),
+                "window": None if self.window is None else astuple(self.window),
             }
         ).encode()
 
     @classmethod
     def loads(cls, text: bytes) -> ReaderSpec:
-        raw = json.loads(text)
-        layouts = [Layout(*map(tuple, layout)) for layout in raw["layouts"]]
-        shards = [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in raw["shards"]]
-        batch, image_size, latent = raw["slots"]
-        latents = None
+        raw: dict[str, Any] = json.loads(text)
+        layouts = [Layout(*map(tuple, layout)) for layout in raw.pop("layouts")]
+        raw["shards"] = [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in raw["shards"]]
         if raw["latents"] is not None:
             files, shape, precision = raw["latents"]
-            latents = LatentSpec(files, tuple(shape), precision)
-        return cls(
-            shards, raw["source"], SlotShape(batch, image_size, latent and tuple(latent)), raw["count"], raw["seed"],
-            raw["augment"] and tuple(raw["augment"]), latents,
-        )  # fmt: skip
+            raw["latents"] = LatentSpec(files, tuple(shape), precision)
+        raw["window"] = raw["window"] and Window(*raw["window"])
+        raw["augment"] = raw["augment"] and tuple(raw["augment"])
+        return cls(**raw)
 
 
 class Reader:
@@ -153,31 +105,95 @@ class Reader:
         counts = np.array([shard.samples for shard in spec.shards], np.int64)
         self._first = counts.cumsum() - counts
         self._latents = LatentFiles(spec.latents) if spec.latents else None
+        horizon = spec.window.horizon if spec.window else 0
+        self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
+        self._steps = [self._look_around, self._decode] if spec.window else [self._decode]
         self._augment = None
         if spec.augment is not None:
             from stamo_dist.data.transforms import Augmentation
 
             self._augment = Augmentation(*spec.augment, seed=spec.seed)
 
-    def fill(self, work: Work) -> None:
-        """Read one batch into its slot.
+    def fill(self, slot: int) -> list[str]:
+        """Read the samples whose numbers a slot holds into it; returns what is wrong with those that were replaced.
 
         Raises:
             DataError: A shard, sample or latent is missing or corrupt; names the source, shard, sample and episode.
         """
-        samples = self._slots.samples(work.slot, work.size)
+        views = self._slots[slot]
+        samples = views["samples"]
         numbers = np.searchsorted(self._first, samples, side="right") - 1
-        rows = (samples - self._first[numbers]).tolist()
-        images = self._slots.images(work.slot, work.size)
-        for out, number, row in zip(images, numbers.tolist(), rows, strict=True):
-            try:
-                self._shards[number].frame(row, out)
-            except DataError as e:
-                raise DataError(f"source {self._spec.source[number]}: {e}") from None
+        places = list(zip(numbers.tolist(), (samples - self._first[numbers]).tolist(), strict=True))
+        reading = views["shard"]
+        views["replaced"][:] = False
+        wrong: dict[int, str] = {}
+        # One after the other, because decoding empties the caches: code between two frames runs at half its speed.
+        for step in self._steps:
+            for k, (number, row) in enumerate(places):
+                if k in wrong:
+                    continue
+                reading[0] = number
+                try:
+                    step(k, number, row, views)
+                except DataError as e:
+                    wrong[k] = f"source {self._spec.sources[self._spec.shard_source[number]]}: {e}"
+                    if not self._spec.skip:
+                        raise DataError(wrong[k]) from None
+        for k, problem in wrong.items():
+            self._read_another(k, *places[k], views, problem)
+            views["replaced"][k] = True
+        return list(wrong.values())
+
+    def _decode(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
+        shard = self._shards[number]
+        shard.frame(row, views["images"][k])
+        if "target" in views:
+            shard.frame(row + int(views["ahead"][k]), views["target"][k])
         if self._augment is not None:
-            for out, sample in zip(images, samples.tolist(), strict=True):
-                self._augment(out, work.epoch, sample)
+            # The target is cropped and lit as the frame is: what differs between them is motion.
+            for name in ("images", "target"):
+                if name in views:
+                    self._augment(views[name][k], int(views["passes"][k]), int(views["samples"][k]))
         if self._latents is not None:
-            latents = self._slots.latents(work.slot, work.size)
-            for i, (number, row) in enumerate(zip(numbers.tolist(), rows, strict=True)):
-                latents[i] = self._latents[number][row]
+            views["latents"][k] = self._latents[number][row]
+
+    def _look_around(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
+        window, shard = self._spec.window, self._shards[number]
+        assert window is not None
+        t, length = shard.moment(row)
+        horizon = window.horizons[self._spec.shard_source[number]]
+        ahead = min(horizon, length - 1 - t)
+        views["ahead"][k] = ahead
+        if window.action_dim:
+            n = min(horizon, length - t) if "action" in shard else 0
+            actions = views["actions"][k]
+            if n:
+                actions[:n] = shard.vectors(row, row + n, "action")
+            if n < window.horizon:
+                actions[n:] = 0
+            views["mask"][k] = self._masks[n]
+        if window.proprio_dim:
+            vector = np.frombuffer(shard.bytes(row, "proprio"), np.float32) if "proprio" in shard else np.empty(0)
+            proprio = views["proprio"][k]
+            proprio[: len(vector)] = vector
+            proprio[len(vector) :] = 0
+
+    def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
+        """The next frame of the shard that can be read, or else of the source's next shards: the same in every run."""
+        for other, i in self._others(number, row):
+            try:
+                for step in self._steps:
+                    step(k, other, i, views)
+                return
+            except DataError:
+                continue
+        raise DataError(f"{problem}; nor can {_TRIES} frames that might stand in for it")
+
+    def _others(self, number: int, row: int) -> Iterator[tuple[int, int]]:
+        specs, owner = self._spec.shards, self._spec.shard_source
+        for i in range(1, min(_TRIES // 2, specs[number].samples)):
+            yield number, (row + i) % specs[number].samples
+        siblings = [n for n in range(number + 1, len(specs)) if owner[n] == owner[number]]
+        siblings += [n for n in range(number) if owner[n] == owner[number]]
+        for other in siblings[: _TRIES // 2]:
+            yield other, row % specs[other].samples

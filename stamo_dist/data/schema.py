@@ -20,23 +20,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stamo_dist.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 EPISODES = "episodes.jsonl"
 
-#: MDS columns of one frame. `action` is the action taken *at* this frame, float32, empty where there is none.
-COLUMNS = {
-    "image": "bytes",  # JPEG, RGB, upright
-    "episode": "str",
-    "t": "int",
-    "length": "int",
-    "action": "ndarray:float32",
-    "proprio": "ndarray:float32",
-    "instruction": "str",
-    "source": "str",
-    "camera": "str",
-    "convention": "str",
-}
+
+def columns(*, action: int, original_action: int, proprio: int) -> dict[str, str]:
+    """MDS columns of one frame, for sources with vectors of these dimensions; a vector of dimension 0 has no column."""
+    vectors = {"action": action, "original_action": original_action, "proprio": proprio}
+    return {
+        "image": "bytes",  # JPEG, RGB, upright
+        "episode": "str",
+        "t": "int",  # frame of the episode
+        "length": "int",  # frames of the episode
+        "time": "float64",  # seconds since the episode began
+        # action: taken at this frame, in the manifest's `convention`; original_action: as the dataset stored it.
+        **{name: f"ndarray:float32:{size}" for name, size in vectors.items() if size},
+        "instruction": "str",
+        "source": "str",
+        "camera": "str",
+        "convention": "str",
+    }
 
 
 class Episode(BaseModel):
@@ -49,6 +53,22 @@ class Episode(BaseModel):
     length: int = Field(gt=0)
     instruction: str = ""
     task: str = ""
+    meta: dict[str, Any] = {}  # what else the dataset says of it
+
+
+class Stats(BaseModel):
+    """Of one vector over all frames of a source, a list of one number per dimension each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: list[float]
+    std: list[float]
+    min: list[float]
+    max: list[float]
+    q01: list[float]
+    q99: list[float]
+    mask: list[bool]  # dimensions to normalise; false for the gripper
+    count: int  # frames
 
 
 class Split(BaseModel):
@@ -70,14 +90,18 @@ class Manifest(BaseModel):
     cameras: list[str]
     splits: dict[str, Split]
     rate_hz: float
-    action_dim: int
+    action_dim: int  # 0 for a source without actions
     proprio_dim: int
-    convention: str  # what the action means and when the image was taken
+    convention: str  # what `action` means
+    original_action_dim: int = 0
+    original_convention: str = ""  # what `original_action` means
+    gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
     options: dict[str, Any] = {}  # the converter's options
     source_fingerprint: str = ""  # of the files that were converted
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
     tool_version: str = ""
     skipped: list[str] = []  # "EPISODE: reason"
+    stats: dict[str, Stats] = {}  # "action", "proprio"; of split train; by `stamo data stats`
 
 
 def read_manifest(source: Path) -> Manifest:
@@ -96,7 +120,9 @@ def read_manifest(source: Path) -> Manifest:
         raw = json.loads(path.read_text())
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version {version}; this version of stamo reads {FORMAT_VERSION}")
+            raise DataError(
+                f"{path}: format_version {version}; this version of stamo reads {FORMAT_VERSION}: convert it again"
+            )
         return Manifest.model_validate(raw)
     except (ValidationError, ValueError, AttributeError) as e:
         raise DataError(f"{path}: not a manifest: {e}") from e

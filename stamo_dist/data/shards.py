@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from stamo_dist.errors import DataError
+
+_INT = struct.Struct("<q")
 
 
 @dataclass(frozen=True)
@@ -68,29 +71,39 @@ class MappedShard:
         if (np.diff(np.asarray(header[1:]).astype(np.int64)) < 0).any():
             raise DataError(f"{spec.path}: the table of samples in its header is corrupt")
         self._begins = header[1:]
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        self._starts = np.asarray(header[1:-1]).astype(np.int64)
         sizes = spec.layout.sizes
         # A sample begins with one uint32 size for every column of varying size.
         self._heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
         self._fixed = self._heads.size + sum(size or 0 for size in sizes)
-        # What lies before a column: so many bytes of fixed size, and so many columns of varying size.
-        self._before = [
-            (self._heads.size + sum(size or 0 for size in sizes[:n]), sum(size is None for size in sizes[:n]))
-            for n in range(len(sizes) + 1)
-        ]
+        # Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
+        self._places = {
+            name: (
+                self._heads.size + sum(size or 0 for size in sizes[:n]),
+                sum(size is None for size in sizes[:n]),
+                sizes[n],
+            )
+            for n, name in enumerate(spec.layout.names)
+        }
+        self._spans = {size: np.arange(size) for size in sizes if size}
 
     def __len__(self) -> int:
         return self.spec.samples
 
-    def _column(self, i: int, position: int) -> memoryview:
-        begin, end = self._begins[i], self._begins[i + 1]
+    def __contains__(self, column: str) -> bool:
+        return column in self._places
+
+    def _heads_of(self, i: int) -> tuple[int, tuple[int, ...]]:
+        """Where sample `i` begins, and the sizes of its columns of varying size."""
+        begin = self._begins[i]
         try:
             heads = self._heads.unpack_from(self._map, begin)
         except struct.error:
             heads = ()
-        if begin + self._fixed + sum(heads) != end:
+        if begin + self._fixed + sum(heads) != self._begins[i + 1]:
             raise DataError(f"{self.spec.path}: sample {i}: the sizes of its columns do not add up")
-        (fixed, varying), (next_fixed, next_varying) = self._before[position : position + 2]
-        return self._map[begin + fixed + sum(heads[:varying]) : begin + next_fixed + sum(heads[:next_varying])]
+        return begin, heads
 
     def bytes(self, i: int, column: str) -> memoryview:
         """The stored bytes of one column of sample `i`, without a copy; valid while the view is held.
@@ -98,11 +111,41 @@ class MappedShard:
         Raises:
             DataError: The shard has no such column, or the sample is corrupt.
         """
+        begin, heads = self._heads_of(i)
         try:
-            position = self.spec.layout.names.index(column)
-        except ValueError:
-            raise DataError(f"{self.spec.path}: no column {column!r}, only {list(self.spec.layout.names)}") from None
-        return self._column(i, position)
+            fixed, varying, size = self._places[column]
+        except KeyError:
+            raise DataError(f"{self.spec.path}: no column {column!r}, only {list(self._places)}") from None
+        at = begin + fixed + sum(heads[:varying])
+        return self._map[at : at + (heads[varying] if size is None else size)]
+
+    def moment(self, i: int) -> tuple[int, int]:
+        """(t, length) of sample `i`: which frame of its episode it is, and how many the episode has.
+
+        Raises:
+            DataError: The sample is corrupt, or its episode does not fit the shard.
+        """
+        begin, heads = self._heads_of(i)
+        t, length = (
+            _INT.unpack_from(self._map, begin + fixed + sum(heads[:varying]))[0]
+            for fixed, varying, _ in (self._places["t"], self._places["length"])
+        )
+        if not 0 <= t < length or i + length - t > self.spec.samples:
+            raise DataError(f"{self.describe(i)}: frame {t} of {length} does not fit a shard of {self.spec.samples}")
+        return t, length
+
+    def vectors(self, start: int, stop: int, column: str) -> NDArray[np.float32]:
+        """A column of float32 vectors of samples `start` up to `stop`, (n, D)."""
+        fixed, varying, size = self._places[column]
+        assert size is not None, "vectors have a fixed size"
+        at = self._starts[start:stop, None] + fixed
+        if varying:
+            heads = self._starts[start:stop, None] + np.arange(4 * varying)
+            at += self._bytes[heads].view("<u4").sum(1, dtype=np.int64, keepdims=True)
+        try:
+            return self._bytes[at + self._spans[size]].view("<f4")
+        except IndexError:
+            raise DataError(f"{self.describe(start)}: the sizes of its columns do not add up") from None
 
     def sample(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Sample `i` as a dict, decoded by streaming's own encodings; only `columns` when given.
@@ -116,8 +159,8 @@ class MappedShard:
         layout = self.spec.layout
         try:
             return {
-                name: mds_decode(encoding, bytes(self._column(i, n)))
-                for n, (name, encoding) in enumerate(zip(layout.names, layout.encodings, strict=True))
+                name: mds_decode(encoding, bytes(self.bytes(i, name)))
+                for name, encoding in zip(layout.names, layout.encodings, strict=True)
                 if columns is None or name in columns
             }
         except (ValueError, TypeError, KeyError, IndexError) as e:
@@ -149,15 +192,21 @@ class MappedShard:
             return name
 
 
+def mappings_allowed() -> int:
+    """How many files a process may keep mapped: each holds a descriptor, and 1024 is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        soft = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(64, min(soft // 4, 1 << 14))
+
+
 class OpenShards:
-    """The shards of a data set by number; the `limit` used last stay mapped.
+    """The shards of a data set by number; the `limit` used last stay mapped."""
 
-    A mapping holds a file descriptor, and clusters often allow 1024 per process.
-    """
-
-    def __init__(self, specs: Sequence[ShardSpec], limit: int = 256):
+    def __init__(self, specs: Sequence[ShardSpec], limit: int | None = None):
         self._specs = specs
-        self._limit = limit
+        self._limit = mappings_allowed() if limit is None else limit
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
 
     def __getitem__(self, number: int) -> MappedShard:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from stamo_dist.data.mixture import Mixture
 
-#: A sample drawn more often than this in one epoch of the mixture is worth a warning.
-MANY_REPEATS = 10
+#: Going through a source more often than this in one run is worth a warning.
+MANY_EPOCHS = 100
 #: A source that is met less than once in this many batches is starved.
 FEW_BATCHES = 100
 
@@ -23,52 +22,57 @@ class Share:
 
     source: str
     frames: int  # over the cameras used
-    requested: float  # share of the samples, from the weights
+    requested: float  # share of the samples from the weights, averaged over the run
     realised: float  # share of the samples the run really reads
     samples: int  # that the run reads
+    unique: int  # different ones among them
     epochs: float  # times the run goes through the source
-    repeats: int  # most times one sample is drawn in one epoch of the mixture
     warnings: list[str] = field(default_factory=list)
 
 
-def per_source(mixture: Mixture, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sum a count over the cameras of each source."""
-    total = np.zeros(len(mixture.sources), np.int64)
-    np.add.at(total, mixture.stream_source, per_stream)
-    return total
-
-
-def report(mixture: Mixture, seen: NDArray[np.int64]) -> list[Share]:
-    """One Share per source of `mixture`, when a run reads `seen` (sources,) samples of them."""
-    weights = np.array([mixture.data.sources[name].weight for name in mixture.sources])
-    requested = weights / weights.sum()
-    frames = per_source(mixture, mixture.frames)
-    chosen = per_source(mixture, mixture.chosen)
-    most = np.zeros(len(mixture.sources), np.int64)
-    np.maximum.at(most, mixture.stream_source, -(-mixture.chosen // mixture.frames))
-    shares = []
+def report(mixture: Mixture, steps: int) -> list[Share]:
+    """One Share per source of `mixture`, over a run of `steps` optimizer steps."""
+    schedule = mixture.schedule
+    total = steps * mixture.global_batch
+    seen = schedule.counts(total)
+    ends = np.append(schedule.starts[1:], max(total, schedule.starts[-1]))
+    lengths = np.clip(np.minimum(ends, total) - schedule.starts, 0, None)
+    asked = np.array([_shares(mixture, start) for start in schedule.starts])
+    requested = (asked * lengths[:, None]).sum(0) / max(1.0, lengths.sum())
+    found = []
     for i, name in enumerate(mixture.sources):
+        share, frames = seen[i] / max(1, seen.sum()), int(mixture.frames[i])
         warnings = []
-        if most[i] > MANY_REPEATS:
+        if seen[i] / frames > MANY_EPOCHS:
             warnings.append(
-                f"one sample is drawn up to {most[i]} times per epoch of the mixture: lower its weight, add data, or "
-                "lower data.epoch_samples"
+                f"the run goes through it {seen[i] / frames:.0f} times: lower its weight, add data, or set max_epochs"
             )
-        share = chosen[i] / mixture.epoch_size
-        if not chosen[i]:
-            warnings.append("its weight is too small for a single sample per epoch: raise it or leave the source out")
+        if not seen[i]:
+            warnings.append("its weight is too small for a single sample of the run: raise it or leave the source out")
         elif share * mixture.global_batch * FEW_BATCHES < 1:
             warnings.append(f"one sample in {1 / (share * mixture.global_batch):.0f} batches: raise its weight")
-        shares.append(
+        limit = mixture.data.sources[name].max_epochs
+        if limit is not None and seen[i] >= int(limit * frames):
+            warnings.append(f"used up by max_epochs ({limit:g}): the other sources take its part then")
+        found.append(
             Share(
                 source=name,
-                frames=int(frames[i]),
+                frames=frames,
                 requested=float(requested[i]),
-                realised=float(seen[i] / max(1, seen.sum())),
+                realised=float(share),
                 samples=int(seen[i]),
-                epochs=float(seen[i] / frames[i]),
-                repeats=int(most[i]),
+                unique=min(int(seen[i]), frames),
+                epochs=float(seen[i] / frames),
                 warnings=warnings,
             )
         )
-    return shares
+    return found
+
+
+def _shares(mixture: Mixture, at: float) -> np.ndarray:
+    """What the weights alone ask for at sample `at`, whether or not a source is used up."""
+    step, weights = at / mixture.global_batch, []
+    for name, frames in zip(mixture.sources, mixture.frames.tolist(), strict=True):
+        steps = mixture.data.sources[name].weights(frames)
+        weights.append(steps[max(k for k in steps if k <= step)] ** (1 / mixture.data.temperature))
+    return np.array(weights) / sum(weights)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import random
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,13 @@ from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
 from stamo_dist.data.shards import Layout, ShardSpec
 from stamo_dist.errors import DataError
 
+_log = logging.getLogger(__name__)
 DEFAULT_CACHE = "~/.cache/stamo"
 _DOWNLOAD = {"download_retry": 3, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
 _LOCK_TIMEOUT = 3600.0
+_ATTEMPTS = 5  # to fetch a shard, with pauses of about 1, 2, 4 and 8 s
+#: In an error's text: trying again is of no use.
+_FINAL = ("403", "404", "Forbidden", "AccessDenied", "NoSuch", "No such file", "credentials")
 _ALONE = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
 
 
@@ -54,6 +61,8 @@ class CameraShards:
     readers: Sequence[Reader]  # streaming's, which prepare_shard takes
     shards: Sequence[ShardSpec]
     local: bool  # the raw shards are on local disk already
+    action_dim: int
+    proprio_dim: int
 
     def prepare(self, number: int) -> None:
         """Put raw shard `number` on local disk: download it, unpack it. One process of a node does, others wait.
@@ -71,13 +80,27 @@ class CameraShards:
             with FileLock(lock, timeout=_LOCK_TIMEOUT):
                 if _size(path) not in (None, shard.nbytes):
                     path.unlink()  # what a killed process left
-                self.stream.prepare_shard(self.readers[number])
+                self._fetch(number)
         except Timeout:
             raise DataError(f"{path}: another process holds {lock} for over {_LOCK_TIMEOUT:.0f} s") from None
         except Exception as e:  # every store raises its own
             raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {e}") from e
         if _size(path) != shard.nbytes:
             raise DataError(f"{path}: {_size(path)} bytes, but index.json says {shard.nbytes}")
+
+    def _fetch(self, number: int) -> None:
+        """Once a shard is there whole and its checksum was right, it is not verified again."""
+        attempts = _ATTEMPTS if is_remote(self.stream.remote or "") else 1
+        for attempt in range(attempts):
+            try:
+                self.stream.prepare_shard(self.readers[number])
+                return
+            except Exception as e:  # every store raises its own
+                if attempt == attempts - 1 or any(word in str(e) for word in _FINAL):
+                    raise
+                pause = 2**attempt * random.uniform(0.5, 1.5)
+                _log.warning("%s: %s; trying again in %.0f s", self.shards[number].path, e, pause)
+                time.sleep(pause)
 
 
 def _size(path: Path) -> int | None:
@@ -138,14 +161,13 @@ def fetch_episodes(source: OpenSource, split: str) -> Path:
     return source.root
 
 
-def open_camera(source: OpenSource, split: str, camera: str, *, proportion: float | None = None) -> CameraShards:
+def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     """The shards of one camera, checked against index.json and the manifest.
 
     Args:
         source: From `open_source`.
         split: One of the manifest's splits.
         camera: One of the manifest's cameras.
-        proportion: The stream's share of a mixture.
 
     Raises:
         DataError: The split or camera does not exist, the index is unreadable, or shards are missing or of the wrong
@@ -157,14 +179,12 @@ def open_camera(source: OpenSource, split: str, camera: str, *, proportion: floa
     if camera not in manifest.cameras:
         raise DataError(f"{source.path}: has no camera {camera!r}, only {', '.join(manifest.cameras) or 'none'}")
     folder = source.root / split / camera
-    stream = Stream(
-        remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder), proportion=proportion
-    )
+    stream = Stream(remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder))
     readers = _read_index(stream, folder)
     if any(reader.compression for reader in readers) and not source.remote:
         # Unpacked in the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
-        stream = Stream(remote=str(folder), local=str(source.cache / name), proportion=proportion)
+        stream = Stream(remote=str(folder), local=str(source.cache / name))
         readers = _read_index(stream, source.cache / name)
         _check_files(folder, readers, packed=True)
         folder = source.cache / name
@@ -179,7 +199,9 @@ def open_camera(source: OpenSource, split: str, camera: str, *, proportion: floa
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
     layouts: dict[Layout, Layout] = {}
     shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in _entries(folder)]
-    return CameraShards(camera, folder, frames, stream, readers, shards, local)
+    return CameraShards(
+        camera, folder, frames, stream, readers, shards, local, manifest.action_dim, manifest.proprio_dim
+    )
 
 
 def _read_index(stream: Stream, folder: Path) -> list[Reader]:

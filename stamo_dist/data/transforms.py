@@ -1,4 +1,4 @@
-"""Augmentation of uint8 frames, keyed by (seed, epoch, sample): no worker count, rank or restart changes it."""
+"""Augmentation of uint8 frames, keyed by (seed, pass, sample): no worker count, rank or restart changes it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Augmentation:
     def __init__(self, crop: float, brightness: float, contrast: float, *, seed: int):
         self._crop, self._brightness, self._contrast, self._seed = crop, brightness, contrast, seed
 
-    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int) -> None:
-        """Augment `image`, uint8 (H, H, 3), in place."""
-        bits = np.random.Philox(key=[self._seed, epoch], counter=[sample, 0, 0, 0])
+    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int) -> None:
+        """Augment `image`, uint8 (H, H, 3), in place; `turn`: how often its source was gone through before."""
+        bits = np.random.Philox(key=[self._seed, turn], counter=[sample, 0, 0, 0])
         side, top, left, brightness, contrast = np.random.Generator(bits).random(5)
         if self._crop < 1:
             _crop_and_resize(image, 1 - (1 - self._crop) * side, top, left)

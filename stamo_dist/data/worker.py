@@ -13,13 +13,13 @@ import sys
 import traceback
 from contextlib import suppress
 
-from stamo_dist.data.reader import Reader, ReaderSpec, Slots, Work
+from stamo_dist.data.reader import Reader, ReaderSpec
 from stamo_dist.errors import StamoError
 
-#: Sent to a worker: first the length of a ReaderSpec and the spec, then (slot, epoch, size) of every Work.
+#: Sent to a worker: first the length of a ReaderSpec and the spec, then the slot of every batch.
 LENGTH = struct.Struct("<Q")
-WORK = struct.Struct("<QQQ")
-#: Sent back for every Work: what became of it, and the length of the message that follows.
+SLOT = struct.Struct("<Q")
+#: Sent back for every batch: what became of it, and the length of the message that follows: what is wrong.
 ANSWER = struct.Struct("<BQ")
 DONE, BAD_DATA, BUG = range(3)
 
@@ -56,12 +56,12 @@ def serve(connection: socket.socket, memory: int) -> None:
     reader: Reader | None = None
     spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
     while True:
-        work = Work(*WORK.unpack(receive(connection, WORK.size)))
+        (slot,) = SLOT.unpack(receive(connection, SLOT.size))
         kind, message = DONE, b""
         try:
             if reader is None:
-                reader = Reader(spec, Slots(spec.slots, spec.count, memory))
-            reader.fill(work)
+                reader = Reader(spec, spec.memory(memory))
+            message = "\n".join(reader.fill(slot)).encode()
         except StamoError as e:
             kind, message = BAD_DATA, str(e).encode()
         except Exception:

@@ -49,6 +49,7 @@ class Reduced:
     grad_norm: float
     seconds: float
     data_wait: float  # share of the seconds spent waiting for data
+    skipped: int  # samples whose frames could not be read
     stop: bool
 
 
@@ -59,8 +60,10 @@ class Reducer:
         self._device = device
         self._pending: tuple[int, tuple[str, ...], tuple[int, ...], Tensor, Tensor, tuple[float, float]] | None = None
 
-    def put(self, step: int, sums: StepSums, grad_norm: Tensor, stop: bool, lap: tuple[float, float]) -> None:
-        flat = torch.cat([sums.values.flatten(), torch.tensor([float(stop)], device=self._device)])
+    def put(
+        self, step: int, sums: StepSums, grad_norm: Tensor, stop: bool, lap: tuple[float, float], skipped: int = 0
+    ) -> None:
+        flat = torch.cat([sums.values.flatten(), torch.tensor([float(skipped), float(stop)], device=self._device)])
         if dist.is_initialized():
             dist.all_reduce(flat)
         self._pending = (step, sums.terms, tuple(sums.values.shape), flat, grad_norm.detach().float(), lap)
@@ -70,7 +73,7 @@ class Reducer:
             return None
         step, terms, shape, flat, norm, (seconds, wait) = self._pending
         self._pending = None
-        *values, stop, grad_norm = torch.cat([flat, norm.reshape(1)]).tolist()
+        *values, skipped, stop, grad_norm = torch.cat([flat, norm.reshape(1)]).tolist()
         table = torch.tensor(values, dtype=torch.float64).reshape(shape)
         count, sums = table[-1], table[:-1]
         total = count.sum().item()
@@ -82,6 +85,7 @@ class Reducer:
             grad_norm=grad_norm,
             seconds=seconds,
             data_wait=wait,
+            skipped=int(skipped),
             stop=stop > 0,
         )
 

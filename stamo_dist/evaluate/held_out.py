@@ -56,26 +56,23 @@ class Reference:
 
 
 def open_sources(recipe: Recipe) -> list[Source]:
-    """Every source that the recipe trains on, with its held-out split.
+    """Every source that the recipe trains on (of several folders, the first), with its held-out split.
 
     Raises:
         DataError: With every source that cannot be read or has no held-out split.
     """
     sources, problems = [], []
-    for name, entry in recipe.data.sources.items():
-        if entry.weight == 0:
-            continue
+    for name, entry in recipe.data.used.items():
         try:
-            manifest = open_source(entry.path, recipe.data.cache).manifest
+            path = entry.paths[0]
+            manifest = open_source(path, recipe.data.cache).manifest
             if SPLIT not in manifest.splits or not manifest.splits[SPLIT].frames:
                 raise DataError(
-                    f"{entry.path} has no {SPLIT!r} split (only {', '.join(manifest.splits) or 'none'}), so there is "
+                    f"{path} has no {SPLIT!r} split (only {', '.join(manifest.splits) or 'none'}), so there is "
                     "nothing held out to measure on; convert it anew with a --val-fraction above 0"
                 )
             camera = (entry.cameras or manifest.cameras)[0]
-            train, held_out = (
-                Episodes(entry.path, split, camera, cache=recipe.data.cache) for split in (entry.split, SPLIT)
-            )
+            train, held_out = (Episodes(path, split, camera, cache=recipe.data.cache) for split in (entry.split, SPLIT))
             sources.append(Source(name, camera, train, held_out))
         except DataError as e:
             problems.append(f"data.sources.{name}: {e}")

@@ -55,8 +55,8 @@ def check(
     """
     loaded = load(recipe, overrides or (), world_size)
     r = loaded.recipe
-    weights = {name: source.weight for name, source in r.data.sources.items() if source.weight > 0}
-    shares = ", ".join(f"{name} {weight / sum(weights.values()):.1%}" for name, weight in weights.items())
+    first = r.data.first_shares()
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         Text.assemble(("OK", "bold green"), f"  {recipe}: {r.stage}, {r.strategy.name}, run folder {r.run_dir}")

@@ -110,6 +110,8 @@ def placeholder(annotation: Any) -> Any:
         return {name: placeholder(info.annotation) for name, info in required.items()}
     if get_origin(annotation) is dict:
         return {"placeholder": placeholder(get_args(annotation)[1])}
+    if get_origin(annotation) in (Union, types.UnionType):
+        return placeholder(get_args(annotation)[0])
     return {str: "placeholder", int: 1, float: 1.0, bool: False}.get(annotation)
 
 
@@ -125,9 +127,9 @@ def _words(kind: Any, metadata: tuple[Any, ...] = ()) -> str:
         inner = [m for part in args[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return _words(args[0], (*inner, *metadata))
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(arg, metadata) for arg in args if arg is not type(None)) + " or null"
+        return " or ".join("null" if arg is type(None) else _words(arg, metadata) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (list, tuple):
         return "a list" + (f" of {len(args)}" if origin is tuple else "") + f" ({_words(args[0])} each)"
     if isinstance(kind, type) and issubclass(kind, Section):

@@ -14,6 +14,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -25,25 +26,53 @@ class Section(BaseModel):
 class Source(Section):
     """One data source of the mixture."""
 
-    path: str = Field(description="Folder or URL (s3://, gs://, …) written by `stamo data convert`.")
-    weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Share of training samples, relative to the other sources' weights; 0 leaves the source out."
+    path: str | list[str] = Field(
+        description="Folder or URL (s3://, gs://, …) written by `stamo data convert`; a list of them is one source."
+    )
+    weight: Weight | Literal["natural"] | dict[NonNegativeInt, Weight] = Field(
+        1.0,
+        description="Share of training samples, relative to the other sources' weights; 0 leaves the source out; "
+        "natural: its number of frames; {0: 0.2, 50_000: 0.5}: changes at that optimizer step.",
     )
     split: str = Field("train", description="Which split of the source to train on.")
     cameras: list[str] | None = Field(None, description="Cameras to use; all of the source's when omitted.")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="Most times each frame is read in the run; then the other sources share its part."
+    )
+    horizon: PositiveInt | None = Field(
+        None, description="data.horizon of this source, at most that: at 5 Hz fewer frames are as long as at 20 Hz."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _begins_at_zero(cls, weight: Any) -> Any:
+        if isinstance(weight, dict) and 0 not in weight:
+            raise ValueError("a weight that changes needs its value at step 0, e.g. {0: 1, 50_000: 2}")
+        return weight
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    def weights(self, frames: int) -> dict[int, float]:
+        """Optimizer step → weight from there on, of a source of so many frames."""
+        if isinstance(self.weight, dict):
+            return dict(self.weight)
+        return {0: float(frames) if self.weight == "natural" else self.weight}
+
+    @property
+    def used(self) -> bool:
+        return self.weight == "natural" or any(self.weights(0).values())
 
 
 class Shuffle(Section):
     """Sample order: mosaicml-streaming's, elastic in the number of processes."""
 
     enabled: bool = Field(True, description="Shuffle the samples; false reads every source in its stored order.")
-    algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field(
-        "py1e", description="streaming's shuffle algorithm."
+    algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
+        "py1e", description="streaming's shuffle algorithm, applied to groups of about a million samples of a source."
     )
     block_size: PositiveInt = Field(262_144, description="Samples that are shuffled together.")
-    canonical_nodes: PositiveInt = Field(
-        64, description="Pinned canonical node count: the sample order is the same on any number of processes."
-    )
 
 
 class Augment(Section):
@@ -65,9 +94,13 @@ class Data(Section):
 
     sources: dict[str, Source] = Field(description="Name → source; the weights mix them.")
     image_size: PositiveInt = Field(256, description="Side of the square frames in the shards, in pixels.")
-    epoch_samples: PositiveInt | None = Field(
-        None, description="Samples in one epoch of the mixture; the sum of the sources' frames when omitted."
+    temperature: PositiveFloat = Field(
+        1.0, description="Shares are weights to the power 1 / temperature: above 1 they move towards equal shares."
     )
+    horizon: NonNegativeInt = Field(
+        0, description="Frames from t to the target frame, and actions in a chunk; 0 reads single frames."
+    )
+    target: bool = Field(True, description="With a horizon: also read the frame at t + horizon.")
     shuffle: Shuffle = Shuffle()
     augment: Augment = Augment()
     latents: Literal["online", "cached"] = Field(
@@ -76,6 +109,17 @@ class Data(Section):
     workers: NonNegativeInt = Field(4, description="Loader processes per rank; 0 decodes in the training process.")
     prefetch: PositiveInt = Field(2, description="Batches each worker keeps ready.")
     cache: str = Field("~/.cache/stamo", description="Where remote shards are kept on local disk.")
+    cache_limit: PositiveFloat | None = Field(
+        None, description="GB of remote shards kept there; those used longest ago are removed. No limit when omitted."
+    )
+    fetch_ahead: PositiveInt = Field(16, description="Batches whose remote shards are fetched in advance.")
+    on_bad_sample: Literal["raise", "skip"] = Field(
+        "raise",
+        description="Unreadable shards or frames end the run, or another frame of the source is taken and counted.",
+    )
+    timeout: PositiveFloat = Field(
+        1800.0, description="Seconds to wait for one batch before the run ends, naming the shard that is stuck."
+    )
 
     @field_validator("sources")
     @classmethod
@@ -84,6 +128,20 @@ class Data(Section):
         if bad:
             raise ValueError(f"a source's name has letters, digits, _ and - only, unlike {', '.join(map(repr, bad))}")
         return sources
+
+    @property
+    def used(self) -> dict[str, Source]:
+        """The sources with a weight above 0 at some step."""
+        return {name: source for name, source in self.sources.items() if source.used}
+
+    def first_shares(self) -> dict[str, float] | None:
+        """Share of the samples of each source at step 0; None where it depends on how many frames there are."""
+        used = self.used
+        if any(source.weight == "natural" for source in used.values()):
+            return None
+        weights = {name: source.weights(0)[0] ** (1 / self.temperature) for name, source in used.items()}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
 
 
 class Encoder(Section):
@@ -262,9 +320,20 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         problems = []
-        active = {n: s for n, s in self.data.sources.items() if s.weight > 0}
-        if not active:
-            problems.append("data.sources: the weights sum to nothing; give at least one source a weight above 0")
+        weights = [source.weights(frames=1) for source in self.data.sources.values()]
+        for step in sorted({0, *(at for steps in weights for at in steps)}):
+            if not any(steps[max(at for at in steps if at <= step)] for steps in weights):
+                when = f" from step {step} on" if step else ""
+                problems.append(
+                    f"data.sources: the weights sum to nothing{when}; give at least one source a weight above 0"
+                )
+        for name, source in self.data.sources.items():
+            if source.horizon is not None and source.horizon > self.data.horizon:
+                problems.append(
+                    f"data.sources.{name}.horizon: {source.horizon} is more than data.horizon {self.data.horizon}"
+                )
+        if self.data.latents == "cached" and self.data.horizon and self.data.target:
+            problems.append("data.latents: only the frame at t has cached latents; set data.target: false or online")
         if self.data.latents == "cached" and self.data.augment.active:
             problems.append("data.latents: cached latents cannot be augmented; set data.augment off or latents: online")
         if self.data.latents == "cached" and self.model.vae.latent == "sample":

@@ -24,7 +24,7 @@ from stamo_dist.engine.progress import duration
 from stamo_dist.engine.runfolder import RunFolder, open_run, write_atomic
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.recipe.load import load
-from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.schema import Recipe, Source
 from stamo_dist.report.charts import Series, line_chart
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
@@ -84,15 +84,14 @@ class Run:
     @property
     def mixture(self) -> list[dict[str, Any]]:
         """Each source: its share as asked for and as trained on up to the newest checkpoint."""
-        active = {name: s for name, s in self.recipe.data.sources.items() if s.weight > 0}
-        total = sum(s.weight for s in active.values())
+        active, shares = self.recipe.data.used, self.recipe.data.first_shares() or {}
         seen = self.checkpoints[0][1].state.samples if self.checkpoints else []
         rows = []
         for i, (name, source) in enumerate(active.items()):
             samples = seen[i] if i < len(seen) else None
-            frames = _frames(source.path, source.split, source.cameras)
+            frames = _frames(source)
             rows.append({
-                "source": name, "path": source.path, "requested": source.weight / total, "samples": samples,
+                "source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples,
                 "realised": samples / max(1, sum(seen)) if samples is not None else None, "frames": frames,
                 "epochs": samples / frames if samples is not None and frames else None,
             })  # fmt: skip
@@ -190,11 +189,11 @@ def number(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _frames(path: str, split: str, cameras: Sequence[str] | None) -> int | None:
+def _frames(source: Source) -> int | None:
     """Training frames of a source over the cameras used; unknown where its shards are not at hand."""
     try:
-        manifest = read_manifest(Path(path).expanduser())
-        return manifest.splits[split].frames * len(cameras or manifest.cameras)
+        manifests = [read_manifest(Path(path).expanduser()) for path in source.paths]
+        return sum(m.splits[source.split].frames * len(source.cameras or m.cameras) for m in manifests)
     except (DataError, KeyError):
         return None
 

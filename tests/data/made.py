@@ -13,8 +13,8 @@ import simplejpeg
 from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming import MDSWriter
 
-from stamo_dist.data.schema import COLUMNS, EPISODES, MANIFEST, Episode, Manifest, Split
-from stamo_dist.recipe.schema import Data, Shuffle, Source
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
+from stamo_dist.recipe.schema import Data, Source
 
 SIZE = 32
 
@@ -31,16 +31,21 @@ def write_source(
     lengths: Sequence[int] = (7, 12, 5, 9),
     cameras: Sequence[str] = ("front",),
     splits: Sequence[str] = ("train",),
-    shard_bytes: int = 12_000,
+    shard_bytes: int = 5_000,
+    actions: int = 2,
     **writer_options: Any,
 ) -> Path:
     """Write a source of `len(lengths)` episodes per split in several shards; returns its folder."""
+    layout = columns(action=actions, original_action=0, proprio=1)
     for split in splits:
         starts = np.cumsum([0, *lengths])
         for camera in cameras:
             out = folder / split / camera
-            with MDSWriter(out=str(out), columns=COLUMNS, size_limit=shard_bytes, **writer_options) as writer:
+            with MDSWriter(out=str(out), columns=layout, size_limit=None, **writer_options) as writer:
                 for e, length in enumerate(lengths):
+                    if writer.new_shard_size > shard_bytes:  # a shard holds whole episodes
+                        writer.flush_shard()
+                        writer._reset_cache()
                     for t in range(length):
                         frame = np.tile(colour(folder.name, camera, e, t), (SIZE, SIZE, 1))
                         writer.write(
@@ -49,7 +54,8 @@ def write_source(
                                 "episode": f"{folder.name}-{e}",
                                 "t": t,
                                 "length": length,
-                                "action": np.array([e, t], np.float32),
+                                "time": t / 10,
+                                **({"action": np.array([e, t], np.float32)} if actions else {}),
                                 "proprio": np.array([t], np.float32),
                                 "instruction": "push",
                                 "source": folder.name,
@@ -66,7 +72,7 @@ def write_source(
     manifest = Manifest(
         name=folder.name, source_format="made here", image_size=SIZE, cameras=list(cameras),
         splits={split: Split(episodes=len(lengths), frames=frames) for split in splits},
-        rate_hz=10, action_dim=2, proprio_dim=1, convention="made here",
+        rate_hz=10, action_dim=actions, proprio_dim=1, convention="made here",
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return folder
@@ -74,5 +80,5 @@ def write_source(
 
 def make_data(sources: dict[str, Source], **changes: Any) -> Data:
     """A `data` section over `sources`, small enough for tests."""
-    options: dict[str, Any] = {"image_size": SIZE, "workers": 0, "shuffle": Shuffle(canonical_nodes=4)}
+    options: dict[str, Any] = {"image_size": SIZE, "workers": 0}
     return Data(sources=sources, **{**options, **changes})

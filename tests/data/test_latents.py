@@ -32,11 +32,11 @@ def cache(mixture: Mixture, precision: Precision) -> None:
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, workers: int) -> None:
-    folder = write_source(tmp_path / "s", lengths=(20, 20))
+    folder = write_source(tmp_path / "s", lengths=(14, 13, 13))
     mixture = Mixture(make_data({"s": Source(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     cache(mixture, precision)
     loader = build_loader(
-        mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=workers, latents=VAE
+        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers, latents=VAE
     )
     with closing(loader):
         for batch in islice(loader, 12):
@@ -48,13 +48,13 @@ def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, wo
 
 
 def test_missing_and_stale_caches_are_listed_with_the_command(tmp_path: Path) -> None:
-    folder = write_source(tmp_path / "s", lengths=(20, 20))
+    folder = write_source(tmp_path / "s", lengths=(14, 13, 13))
     mixture = Mixture(make_data({"s": Source(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     n = len(mixture.shards)
     assert n >= 3
     with pytest.raises(DataError, match=f"not cached for {n} of {n} shards") as caught:
         build_loader(
-            mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, latents=VAE
+            mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, latents=VAE
         )  # fmt: skip
     assert "run `stamo encode RECIPE`" in str(caught.value)
 

@@ -27,9 +27,7 @@ from stamo_dist.recipe.schema import Augment, Data, Source
 
 
 def alone(mixture: Mixture, cursor: Cursor | None = None, **options: Any) -> Loader:
-    return build_loader(
-        mixture, rank=0, world_size=1, ranks_per_node=1, cursor=cursor or Cursor(), pin_memory=False, **options
-    )
+    return build_loader(mixture, rank=0, world_size=1, cursor=cursor or Cursor(), pin_memory=False, **options)
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -61,33 +59,31 @@ def test_a_batch_holds_the_frames_it_names(two: Callable[..., Data]) -> None:
 
 def test_workers_and_restarts_change_nothing(two: Callable[..., Data]) -> None:
     mixture = Mixture(two(), seed=0, global_batch=8)
-    per_epoch = mixture.epoch_size // 8
+    per_epoch = mixture.num_samples // 8
     n = per_epoch + 6
     whole = take(alone(mixture), n)
-    assert whole[per_epoch - 1].cursor == Cursor(1, 0)
-    assert whole[-1].cursor == Cursor(1, 48)
+    assert [b.cursor for b in whole] == [Cursor(8 * k) for k in range(1, n + 1)]
     assert same(take(alone(mixture, workers=2), n), whole)
     for workers in (0, 2):
         for stop in (3, per_epoch, per_epoch + 2):
             # Workers have read ahead of the batch whose cursor is kept.
             cursor = take(alone(mixture, workers=workers), stop)[-1].cursor
             assert same(take(alone(mixture, cursor, workers=workers), n - stop), whole[stop:])
-    assert same(take(alone(mixture, Cursor(0, mixture.epoch_size)), 6), whole[per_epoch:])
 
 
-def test_augmentation_follows_seed_epoch_and_sample(two: Callable[..., Data]) -> None:
+def test_augmentation_follows_seed_pass_and_sample(two: Callable[..., Data]) -> None:
     def some(seed: int, workers: int, cursor: Cursor, n: int) -> list[Batch]:
         mixture = Mixture(two(augment=Augment(crop=0.7, brightness=0.3, contrast=0.3)), seed=seed, global_batch=8)
         return take(alone(mixture, cursor, workers=workers), n)
 
     whole = some(0, 0, Cursor(), 24)
-    assert same(some(0, 1, Cursor(0, 80), 14), whole[10:])
+    assert same(some(0, 1, Cursor(80), 14), whole[10:])
     seen: dict[int, list[torch.Tensor]] = {}
     for batch in whole:
         for sample, image in zip(batch.sample.tolist(), batch.images, strict=True):
             seen.setdefault(sample, []).append(image)
     again = [images for images in seen.values() if len(images) > 1]
-    assert sum(not torch.equal(images[0], images[-1]) for images in again) > len(again) / 2, "epochs differ"
+    assert sum(not torch.equal(images[0], images[-1]) for images in again) > len(again) / 2, "passes differ"
 
 
 def test_augmentation_stays_within_its_limits() -> None:
@@ -137,7 +133,7 @@ def test_a_corrupt_frame_is_named_and_ends_the_run(tmp_path: Path) -> None:
     mixture = Mixture(make_data({"toys": Source(path=str(folder))}), seed=0, global_batch=4)
     for workers in (0, 2):
         with pytest.raises(DataError) as caught:
-            take(alone(mixture, workers=workers), mixture.epoch_size // 4)
+            take(alone(mixture, workers=workers), mixture.num_samples // 4)
         for part in ("source toys", str(shard), "sample 2", "episode toys-"):
             assert part in str(caught.value)
 
@@ -148,7 +144,7 @@ def test_a_shard_that_changes_under_the_run_is_named(tmp_path: Path) -> None:
     shard = folder / "train" / "front" / "shard.00001.mds"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"shard\.00001\.mds: \d+ bytes, but index\.json says"):
-        take(alone(mixture, workers=1), mixture.epoch_size // 4)
+        take(alone(mixture, workers=1), mixture.num_samples // 4)
 
 
 def test_a_dead_worker_ends_the_run_at_once(two: Callable[..., Data]) -> None:
@@ -204,7 +200,7 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.recipe.schema import Source
 
 mixture = Mixture(make_data({"s": Source(path=sys.argv[1])}), seed=0, global_batch=8)
-loader = build_loader(mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=2)
+loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=2)
 next(loader)
 print(*[w.pid for w in loader._pool._workers], flush=True)
 time.sleep(60)

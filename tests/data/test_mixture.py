@@ -12,48 +12,75 @@ from made import make_data, write_source
 from rich.console import Console
 
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.table import mixture_table
+from stamo_dist.data.table import mixture_picture, mixture_table
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Data, Shuffle, Source
 
 
+def read(mixture: Mixture, steps: int) -> np.ndarray:
+    return mixture.plan(0, steps).samples.reshape(-1)
+
+
 def test_weights_become_shares_of_the_samples(two: Callable[..., Data]) -> None:
-    mixture = Mixture(two(a=3, b=1, epoch_samples=400), seed=0, global_batch=8)
-    order = mixture.plan(0)
-    counts = np.bincount(mixture.source_of(order))
+    mixture = Mixture(two(a=3, b=1), seed=0, global_batch=8)
+    order = read(mixture, 50)
     assert mixture.sources == ["a", "b"]
-    assert counts.tolist() == [300, 100]
-    # Source a has two cameras of 33 frames: its share is split over them, and its frames are drawn evenly.
+    assert np.bincount(mixture.source_of(order)).tolist() == [300, 100]
+    # Source a has two cameras of 33 frames, all of which are drawn evenly.
     of_a = np.bincount(order[order < 66], minlength=66)
-    assert of_a[:33].sum() == of_a[33:].sum() == 150
     assert of_a.min() >= 4
     assert of_a.max() <= 5
 
 
-def test_the_report_counts_what_the_run_reads(two: Callable[..., Data]) -> None:
+def test_natural_weights_and_temperature(two: Callable[..., Data]) -> None:
+    shares = []
+    for temperature in (1, 2, 1000):
+        mixture = Mixture(two(a="natural", b="natural", temperature=temperature), seed=0, global_batch=8)
+        shares.append(np.bincount(mixture.source_of(read(mixture, 1000)))[0] / 8000)
+    natural, root = 66 / 146, 66**0.5 / (66**0.5 + 80**0.5)
+    assert shares == pytest.approx([natural, root, 0.5], abs=1e-3)
+
+
+def test_a_weight_changes_at_its_step(two: Callable[..., Data]) -> None:
+    mixture = Mixture(two(a={0: 1, 20: 3}, b=1), seed=0, global_batch=8)
+    source = mixture.source_of(read(mixture, 60))
+    assert np.bincount(source[:160]).tolist() == [80, 80]
+    assert np.bincount(source[160:]).tolist() == [240, 80]
+    assert (mixture.plan(30, 10).samples == mixture.plan(0, 60).samples[30:40]).all()
+
+
+def test_several_folders_are_one_source(two: Callable[..., Data]) -> None:
+    a, b = (source.path for source in two().sources.values())
+    mixture = Mixture(make_data({"both": Source(path=[a, b])}), seed=0, global_batch=2)
+    assert mixture.frames.tolist() == [146]
+    assert sorted(read(mixture, 73).tolist()) == list(range(146))
+
+
+def test_the_report_counts_what_the_run_reads(two: Callable[..., Data], tmp_path: Path) -> None:
     mixture = Mixture(two(a=3, b=1), seed=0, global_batch=8)
-    steps = mixture.epoch_size // 8 + 7
-    read = np.concatenate([mixture.plan(0), mixture.plan(1)[: 7 * 8]])
-    a, b = mixture.report(steps)
-    assert [a.samples, b.samples] == np.bincount(mixture.source_of(read)).tolist()
+    order = read(mixture, 25)
+    a, b = mixture.report(25)
+    assert [a.samples, b.samples] == np.bincount(mixture.source_of(order)).tolist()
     assert (a.requested, b.requested) == (0.75, 0.25)
-    assert a.realised == pytest.approx(0.75, abs=0.05)
+    assert a.realised == pytest.approx(0.75, abs=0.01)
     assert a.epochs == pytest.approx(a.samples / 66)
-    assert a.repeats == max(np.bincount(mixture.plan(0)[mixture.plan(0) < 66]))
+    assert [a.unique, b.unique] == [len(set(order[order < 66].tolist())), len(set(order[order >= 66].tolist()))]
     assert not a.warnings
     assert not b.warnings
+    assert mixture_picture(mixture, 25, tmp_path / "runs" / "mixture.png").stat().st_size > 5000
 
 
 def test_starved_and_exhausted_sources_are_named(two: Callable[..., Data]) -> None:
-    mixture = Mixture(two(a=1, b=0.0002, epoch_samples=10_000), seed=0, global_batch=8)
-    a, b = mixture.report(100)
-    assert "drawn up to 152 times per epoch" in a.warnings[0]
-    assert "one sample in" in b.warnings[0] or "too small for a single sample" in b.warnings[0]
+    mixture = Mixture(two(a=1, b=0.0002), seed=0, global_batch=8)
+    a, b = mixture.report(2000)
+    assert "goes through it 242 times" in a.warnings[0]
+    assert "one sample in" in b.warnings[0]
+    assert "too small for a single sample" in mixture.report(10)[1].warnings[0]
     console = Console(record=True, width=200)
     mixture_table([a, b], console)
     text = console.export_text()
     assert "99.98%" in text
-    assert "a: one sample is drawn" in text
+    assert "a: the run goes through it" in text
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
@@ -110,8 +137,8 @@ def test_the_fingerprint_follows_the_data_not_its_place(two: Callable[..., Data]
         fingerprint(data, seed=1),
         fingerprint(data, global_batch=16),
         fingerprint(two(a=2)),
-        fingerprint(two(shuffle=Shuffle(canonical_nodes=2))),
-        fingerprint(two(epoch_samples=64)),
+        fingerprint(two(shuffle=Shuffle(block_size=64))),
+        fingerprint(two(a={0: 1, 5: 2})),
         fingerprint(make_data({"a": one_camera, "b": data.sources["b"]})),
     }
     assert len(changed) == 7

@@ -61,7 +61,7 @@ def test_packed_shards_are_unpacked_in_the_cache_by_one_of_many(tmp_path: Path) 
         return Mixture(data, seed=0, global_batch=4)
 
     loaders = [
-        build_loader(m, rank=r, world_size=2, ranks_per_node=2, cursor=Cursor(), pin_memory=False, workers=1)
+        build_loader(m, rank=r, world_size=2, cursor=Cursor(), pin_memory=False, workers=1)
         for m in (mixture(raw), mixture(packed))
         for r in (0, 1)
     ]
@@ -84,7 +84,7 @@ def test_a_damaged_packed_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(content)
     data = make_data({"s": Source(path=str(packed))}, cache=str(tmp_path / "cache"))
     loader = build_loader(
-        Mixture(data, seed=0, global_batch=4), rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False
+        Mixture(data, seed=0, global_batch=4), rank=0, world_size=1, cursor=Cursor(), pin_memory=False
     )
     with pytest.raises(DataError, match=r"shard\.00001\.mds cannot be had: Checksum failure"):
         list(islice(loader, 10))
@@ -120,9 +120,7 @@ def test_shards_are_streamed_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def batches(path: str) -> list[tuple[list[int], bytes]]:
             data = make_data({"s": Source(path=path)}, cache=str(tmp_path / "cache"))
             mixture = Mixture(data, seed=0, global_batch=4)
-            loader = build_loader(
-                mixture, rank=0, world_size=1, ranks_per_node=1, cursor=Cursor(), pin_memory=False, workers=1
-            )
+            loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
             with closing(loader):
                 return [(b.sample.tolist(), b.images.numpy().tobytes()) for b in islice(loader, 12)]
 

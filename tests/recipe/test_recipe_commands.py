@@ -68,7 +68,7 @@ def test_explain_covers_every_field():
         assert field.doc, f"{field.key} has no documentation"
         assert field.doc.split()[0] in run("explain", ".".join(field.key))
     table = run("explain", "data.sources")
-    assert re.search(r"NAME\.path +text +required +Folder or URL", table)
+    assert re.search(r"NAME\.path +text or a list \(text each\) +required +Folder or URL", table)
     assert "data.sources.libero.weight" in run("explain", "data.sources.libero.weight")
     assert "optimizer" in run("explain")
 

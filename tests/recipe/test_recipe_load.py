@@ -69,7 +69,7 @@ flow:
         "base.yaml:1: strategy.name: must be one of ddp, zero1, zero2, zero3, fsdp, hsdp, not zerro2; "
         "did you mean zero2?",
         "base.yaml:2: train.global_batch: 10 is not divisible by 3 processes; it runs on 1, 2, 5, 10",
-        "run.yaml:4: data.sources.a.weight: must be a number at least 0, not -1",
+        "run.yaml:4: data.sources.a.weight: must be a number at least 0 or natural or a map, not -1",
         "run.yaml:5: data.sources.a: given twice, first on line 4; keep one of them",
         "run.yaml:6: data.latents: cached latents cannot be augmented; set data.augment off or latents: online",
         "run.yaml:8: data.image_sise: no such field; did you mean image_size?",

@@ -23,7 +23,8 @@ from data_tools.driver import convert
 from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import reader_from_json
 
-from stamo_dist.data.schema import read_episodes, read_manifest
+from data_tools.mds import EpisodeWriter
+from stamo_dist.data.schema import columns, read_episodes, read_manifest
 from stamo_dist.errors import DataError
 
 REAL = "libero_spatial_task2_128.hdf5"
@@ -67,7 +68,7 @@ def test_real_file_comes_back(tmp_path: Path, shared_data: Callable[[str], Path]
                 mine = samples[episode.start : episode.start + episode.length]
                 assert [s["t"] for s in mine] == list(range(len(demo["actions"])))
                 assert {(s["episode"], s["length"], s["camera"]) for s in mine} == {(episode.id, len(mine), camera)}
-                np.testing.assert_array_equal([s["action"] for s in mine], np.float32(demo["actions"]))
+                np.testing.assert_array_equal([s["original_action"] for s in mine], np.float32(demo["actions"]))
                 proprio = np.concatenate([demo["obs/ee_states"], demo["obs/gripper_states"]], axis=1)
                 np.testing.assert_array_equal([s["proprio"] for s in mine], np.float32(proprio))
                 upright = demo[f"obs/{camera}_rgb"][:][:, ::-1]
@@ -78,6 +79,23 @@ def test_real_file_comes_back(tmp_path: Path, shared_data: Callable[[str], Path]
     assert {e.instruction for e in episodes} == {"pick up the black bowl from table center and place it on the plate"}
     for name, expected in manifest.checksums.items():
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == expected
+
+
+def test_an_episode_is_encoded_as_streaming_encodes_its_samples(tmp_path: Path) -> None:
+    layout = columns(action=2, original_action=0, proprio=3)
+    writer = EpisodeWriter(tmp_path / "out", layout, 1 << 20)
+    shared = {"episode": "é", "length": 4, "instruction": "", "source": "s", "camera": "c", "convention": "x" * 300}
+    each = {
+        "t": np.arange(4),
+        "time": np.arange(4) / 3,
+        "image": [b"a", b"", b"abc", b"\0"],
+        "action": np.arange(8, dtype=np.float32).reshape(4, 2),
+        "proprio": np.ones((4, 3), np.float32),
+    }
+    samples = [{**shared, **{k: v[i] for k, v in each.items()}, "t": i} for i in range(4)]
+    stock = [writer.encode_sample(sample) for sample in samples]
+    assert writer.encode(shared, each) == stock
+    writer.finish()
 
 
 def test_downscaled_frames_average_the_original(tmp_path: Path, cut: Callable[..., Path]) -> None:
@@ -96,7 +114,7 @@ def test_official_files_pair_each_image_with_the_next_action(tmp_path: Path, cut
     with h5py.File(path) as file:
         demo = file["data/demo_1"]
         assert len(samples) == len(demo["actions"]) - 1
-        np.testing.assert_array_equal([s["action"] for s in samples], np.float32(demo["actions"][1:]))
+        np.testing.assert_array_equal([s["original_action"] for s in samples], np.float32(demo["actions"][1:]))
         np.testing.assert_array_equal([s["proprio"][:6] for s in samples], np.float32(demo["obs/ee_states"][:-1]))
         assert psnr(simplejpeg.decode_jpeg(samples[0]["image"]), demo["obs/agentview_rgb"][0][::-1]) > 34
 
@@ -223,13 +241,13 @@ def test_all_problems_of_a_folder_are_named_at_once(tmp_path: Path, cut: Callabl
     with pytest.raises(DataError) as caught:
         convert("libero", tmp_path / "raw", tmp_path / "out", quiet=True)
     text = str(caught.value)
-    for part in ("a.hdf5", "b.hdf5", "c.hdf5", "d.hdf5", "--image-timing before", "--image-orientation"):
+    for part in ("a.hdf5", "b.hdf5", "c.hdf5", "d.hdf5", "--set image_timing=before", "--set image_orientation"):
         assert part in text
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    with pytest.raises(DataError, match=r"no \.hdf5 file"):
+    with pytest.raises(DataError, match=r"no \.hdf5 or \.h5 file"):
         convert("libero", tmp_path / "raw", tmp_path / "out", quiet=True)
     with pytest.raises(DataError, match="no such file or folder"):
         convert("libero", tmp_path / "nowhere", tmp_path / "out", quiet=True)
@@ -264,7 +282,7 @@ def test_bad_episodes_are_skipped_and_listed_up_to_a_limit(tmp_path: Path, cut: 
     assert manifest.splits["train"].frames == 15
     assert manifest.skipped == [
         "a/demo_0: lengths differ: actions 11, obs/ee_states 12, obs/gripper_states 12, obs/agentview_rgb 12",
-        "a/demo_2: actions or proprio are not finite",
+        "a/demo_2: actions are not finite",
     ]
 
 

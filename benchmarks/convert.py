@@ -1,0 +1,168 @@
+"""Frames/s of `stamo data convert` per core beside its limit: decoding and encoding the same frames, and nothing else.
+
+python benchmarks/convert.py [--only libero lerobot] [--repeats 5] [--size 256]
+
+The limit decodes with the same library (h5py, simplejpeg or Pillow, PyAV), brings the frames to the same size with the
+same function and encodes them with simplejpeg at the same quality: no driver, no reader, no times, no actions, no
+shards, no checksums. Converter and limit take turns in one process; a frame is one picture of one camera. Rates are per
+second of CPU time, so other work on the machine matters little; ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import simplejpeg
+from rich.console import Console
+from rich.table import Table
+
+from data_tools.driver import convert
+from data_tools.images import decode, encode_frames
+from data_tools.plan import Settings, make_plan
+
+QUALITY = 95
+COPIES = 4  # of small sources, so that what a conversion costs once is small beside what a frame costs
+
+Frames = Iterator[np.ndarray]
+
+
+def hdf5_frames(files: Iterable[Path]) -> Frames:
+    for path in files:
+        with h5py.File(path) as file:
+            for demo in file["data"].values():
+                for name in ("agentview_rgb", "eye_in_hand_rgb"):
+                    yield from demo["obs"][name][:, ::-1]
+
+
+def video_frames(files: Iterable[Path]) -> Frames:
+    import av
+
+    for path in files:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for frame in container.decode(stream):
+                yield frame.to_ndarray(format="rgb24")
+
+
+def stored_images(format: str, src: Path, options: dict[str, Any]) -> list[bytes]:
+    """The encoded images of a source, in memory."""
+    plan = make_plan(format, src, "s", Settings(options=options))
+    images: list[bytes] = []
+    for episode in (e for episodes in plan.splits.values() for e in episodes):
+        data = plan.job.reader.read(episode)
+        for camera in plan.manifest.cameras:
+            images += [bytes(image) for image in data.frames[camera](range(len(data.times)))]
+    return images
+
+
+class Case:
+    """One format, its data, and how to decode them without a reader."""
+
+    def __init__(self, format: str, src: Path, size: int, decoded: Callable[[], Frames], options: dict[str, Any]):
+        self.format, self.src, self.size, self.decoded, self.options = format, src, size, decoded, options
+
+    def limit(self) -> tuple[int, float]:
+        """Frames and CPU seconds."""
+        subsampling = "444" if self.size < 128 else "420"
+        n = 0
+        began = time.process_time()
+        for frame in self.decoded():
+            if frame.shape[:2] == (self.size, self.size):
+                square = np.ascontiguousarray(frame)
+                simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling=subsampling)
+            else:
+                encode_frames([frame], [n], self.size, "crop", QUALITY)
+            n += 1
+        return n, time.process_time() - began
+
+    def converter(self, out: Path) -> tuple[int, float]:
+        """Frames and CPU seconds."""
+        began = time.process_time()
+        manifest, _ = convert(
+            self.format, self.src, out, size=self.size, quality=QUALITY, processes=1, quiet=True, options=self.options
+        )
+        used = time.process_time() - began
+        return sum(split.frames for split in manifest.splits.values()) * len(manifest.cameras), used
+
+
+def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
+    """The formats that there is data for."""
+    libero = shared / "libero_spatial_task2_128.hdf5"
+    if libero.is_file():
+        (root / "libero").mkdir()
+        for i in range(COPIES):
+            (root / "libero" / f"{i}.hdf5").symlink_to(libero.resolve())
+        files = sorted((root / "libero").iterdir())
+        yield Case("libero", root / "libero", 128, lambda: hdf5_frames(files), {"image_timing": "before"})
+    bridge = shared / "bridge_rlds" / "1.0.0"
+    if bridge.is_dir():
+        images = stored_images("rlds", bridge, {})
+        yield Case("rlds", bridge, 48, lambda: map(decode, images), {})
+    lerobot = shared / "lerobot_v3_libero"
+    if lerobot.is_dir():
+        videos = sorted(lerobot.rglob("*.mp4"))
+        yield Case("lerobot", lerobot, size, lambda: video_frames(videos), {})
+    human = shared / "human_video"
+    if human.is_dir():
+        films = sorted(human.glob("*.mp4"))
+        yield Case("video", human, size, lambda: video_frames(films), {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("STAMO_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=shared, help="folder with the real data of the tests")
+    parser.add_argument("--only", nargs="+", help="formats to measure")
+    parser.add_argument("--size", type=int, default=256, help="side of the frames made from videos")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="stamo-benchmark-"))
+    table = Table(title=f"frames per second of one core; medians of {options.repeats} turns")
+    for column in ("format", "frames", "limit", "converter", "share of the limit"):
+        table.add_column(column, justify="left" if column == "format" else "right")
+    try:
+        for case in cases(options.data, root, options.size):
+            if not options.only or case.format in options.only:
+                table.add_row(*measure(case, root, options.repeats))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    Console().print(table)
+
+
+def measure(case: Case, root: Path, repeats: int) -> list[str]:
+    """A row of the table."""
+    limits, rates = [], []
+    for turn in range(repeats + 1):
+        expected, used = case.limit()
+        limit = expected / used
+        out = root / "out"
+        frames, used = case.converter(out)
+        shutil.rmtree(out)
+        if frames != expected:
+            raise SystemExit(f"{case.format}: the converter wrote {frames} frames, the limit has {expected}")
+        if turn:  # the first turn imports and warms the page cache
+            limits.append(limit)
+            rates.append(frames / used)
+    share = statistics.median(rate / limit for rate, limit in zip(rates, limits, strict=True))
+    return [
+        case.format,
+        f"{frames:,}",
+        f"{statistics.median(limits):,.0f}",
+        f"{statistics.median(rates):,.0f}",
+        f"{share:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

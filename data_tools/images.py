@@ -1,0 +1,114 @@
+"""Frames of any size and encoding → square JPEGs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from stamo_dist.errors import DataError
+
+FITS = ("crop", "letterbox", "stretch")
+_JPEG = b"\xff\xd8"
+#: Modes of Pillow that become RGB without losing anything but an alpha channel.
+_MODES = ("RGB", "RGBA", "RGBX", "P", "L", "LA", "1")
+
+
+def encode_frames(
+    frames: Iterable[np.ndarray | bytes], numbers: Sequence[int], size: int, fit: str, quality: int
+) -> list[bytes]:
+    """JPEG-encode frames at (size, size).
+
+    A JPEG that has this size already is kept byte for byte.
+
+    Args:
+        frames: uint8 (H, W, 3) or encoded images, one for each of `numbers`.
+        numbers: What the frames are called in messages.
+        size: Side in pixels.
+        fit: "crop" to the middle square, "letterbox" (black bars), or "stretch".
+        quality: Of the JPEGs.
+
+    Raises:
+        DataError: A frame is corrupt, not RGB, or missing.
+    """
+    encoded: list[bytes] = []
+    for frame in frames:
+        if len(encoded) == len(numbers):
+            raise DataError(f"more frames than the {len(numbers)} that were asked for")
+        try:
+            encoded.append(_encode(frame, size, fit, quality))
+        except DataError as e:
+            raise DataError(f"frame {numbers[len(encoded)]}: {e}") from e
+    if len(encoded) < len(numbers):
+        raise DataError(f"lengths differ: only {len(encoded)} of {len(numbers)} frames are there")
+    return encoded
+
+
+def decode(image: bytes) -> np.ndarray:
+    """An encoded image as uint8 (H, W, 3).
+
+    Raises:
+        DataError: Corrupt, or not an 8-bit image.
+    """
+    import simplejpeg
+    from PIL import Image
+
+    if image[:2] == _JPEG:
+        try:
+            return simplejpeg.decode_jpeg(image, "RGB")
+        except ValueError as e:
+            raise DataError(f"corrupt JPEG ({e})") from e
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            if opened.mode not in _MODES:
+                raise DataError(f"{opened.format} of mode {opened.mode}, expected 8-bit RGB")
+            return np.asarray(opened.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError(f"corrupt or unknown image ({e})") from e
+
+
+def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> bytes:
+    """Colour keeps its full resolution below 128 px, where halving it is visible; above, it is halved as usual."""
+    import simplejpeg
+
+    pixels = frame if isinstance(frame, np.ndarray) else decode(frame)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise DataError(f"{pixels.dtype} {pixels.shape}, expected uint8 RGB")
+    if not isinstance(frame, np.ndarray) and pixels.shape[:2] == (size, size) and _is_colour_jpeg(frame):
+        return bytes(frame)
+    subsampling = "444" if size < 128 else "420"
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(_fit(pixels, size, fit)), quality=quality, colorspace="RGB", colorsubsampling=subsampling
+    )
+
+
+def _is_colour_jpeg(image: bytes) -> bool:
+    import simplejpeg
+
+    return image[:2] == _JPEG and simplejpeg.decode_jpeg_header(image)[2] != "Gray"
+
+
+def _fit(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    if fit == "crop" and height != width:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
+    elif fit == "letterbox" and height != width:
+        longer = max(height, width)
+        shape = max(1, round(size * height / longer)), max(1, round(size * width / longer))
+        top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+        canvas = np.zeros((size, size, 3), np.uint8)
+        canvas[top : top + shape[0], left : left + shape[1]] = _resize(pixels, shape)
+        return canvas
+    return _resize(pixels, (size, size))
+
+
+def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """With Lanczos, to (H, W)."""
+    from PIL import Image
+
+    if pixels.shape[:2] == shape:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.LANCZOS))

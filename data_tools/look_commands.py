@@ -1,0 +1,118 @@
+"""`stamo data check | preview | stats | sync`: look at converted sources, and copy them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// URL of a converted source.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Processes; one a core on large sources when omitted.")]
+
+
+def check(
+    source: SourceArgument,
+    split: Annotated[str | None, typer.Option(help="Only this split; all when omitted.")] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="Look at a sample: three frames of every episode, the checksum of one shard in ten."
+        ),
+    ] = False,
+    processes: Processes = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all findings there.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Verify a source: checksums, frames, episodes, times, actions. Exit code 1 if there are errors.
+
+    Shards that were verified before and have not changed are not decoded again.
+
+    Example: stamo data check shards/libero --fast
+    """
+    from data_tools.check import check as run
+    from data_tools.check_report import print_report, write_report
+
+    report = run(source, split=split, fast=fast, processes=processes, quiet=quiet)
+    if json:
+        write_report(report, json)
+    print_report(report)
+    if not report.fine:
+        raise typer.Exit(1)
+
+
+def preview(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders or URLs, a picture each.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="PNG, or a folder for several; here when omitted.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, or else the first, when omitted.")] = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Episodes, evenly spread over the split; a page full when omitted.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=2, help="Frames in a film strip, evenly spaced in time.")] = 8,
+) -> None:
+    """Draw a contact sheet, and film strips with the actions below: is a camera mirrored or upside down?
+
+    Example: stamo data preview shards/libero shards/metaworld --out pictures
+    """
+    from data_tools.preview import preview as run
+
+    if len(sources) > 1 and out is not None:
+        if out.suffix:
+            raise typer.BadParameter(f"{out} is one file, but there are {len(sources)} sources; give a folder")
+        out.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        typer.echo(str(run(source, out, split=split, episodes=episodes, frames=frames)))
+
+
+def stats(
+    source: SourceArgument,
+    split: Annotated[str, typer.Option(help="Only those of train are kept in the manifest.")] = "train",
+    processes: Processes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print mean, std, min, max, q01 and q99 of actions and proprio, and keep them in the manifest.
+
+    Example: stamo data stats shards/libero
+    """
+    from data_tools.stats import TRAIN, keep_stats, print_stats, source_stats
+    from data_tools.stores import open_store
+    from data_tools.sync import fetch_manifest
+
+    found = source_stats(source, split, processes=processes, quiet=quiet)
+    manifest, _ = fetch_manifest(open_store(source))
+    if not found:
+        typer.echo(f"{source}: has neither actions nor proprio")
+        return
+    print_stats(manifest, split, found)
+    if split == TRAIN:
+        keep_stats(source, found)
+        typer.echo(f"kept in the manifest of {source}")
+    else:
+        typer.echo("not kept: the manifest has the statistics of split train only")
+
+
+def sync(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder or s3://BUCKET/PREFIX of a converted source.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL to create or to complete.")],
+    parallel: Annotated[int, typer.Option("--processes", "--parallel", min=1, help="Files copied at once.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another source that DST holds.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy a source between folders and S3. Every shard is compared with its sha256, and the manifest comes last.
+
+    Run it again after a kill and it continues. S3_ENDPOINT_URL names an endpoint other than AWS'.
+
+    Example: stamo data sync shards/libero s3://bucket/shards/libero
+    """
+    from data_tools.sync import sync as run
+
+    typer.echo(f"{dst}: {run(src, dst, parallel=parallel, overwrite=overwrite, quiet=quiet)}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `stamo data`."""
+    for command in (check, preview, stats, sync):
+        app.command()(command)

@@ -1,0 +1,181 @@
+"""Parts of videos by timestamp, and the tables that list them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import DataError
+
+#: What a column may be called; the first name is ours, the others are those of public datasets.
+COLUMNS = {
+    "video": ("video", "video_id", "video_uid", "file", "path"),
+    "start": ("start", "start_timestamp", "start_sec", "start_time"),
+    "end": ("end", "stop_timestamp", "end_sec", "end_time", "stop"),
+    "text": ("text", "instruction", "narration", "label", "caption"),
+    "id": ("id", "narration_id"),
+    "split": ("split",),
+}
+#: Frame numbers go wrong where frame rates are mixed, so they are left out even of the metadata.
+_UNUSED = ("start_frame", "stop_frame", "end_frame")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a video that becomes an episode."""
+
+    where: str  # file and row, for messages
+    video: str  # as the annotation names it
+    start: float = 0.0  # seconds since the video begins
+    end: float | None = None  # None: the video's end
+    text: str = ""
+    id: str = ""
+    split: str = ""
+    task: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    fault: str = ""  # why it cannot be used, as far as the annotation shows
+
+
+def seconds(text: Any) -> float:
+    """Seconds from a number, or from [HH:]MM:SS[.fraction].
+
+    Raises:
+        ValueError: It is neither, negative, or not finite.
+    """
+    parts = [float(part) for part in str(text).strip().split(":")]
+    value = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    if len(parts) > 3 or min(parts) < 0 or not math.isfinite(value) or any(part >= 60 for part in parts[1:]):
+        raise ValueError(text)
+    return value
+
+
+def read_table(path: Path, split: str = "") -> list[Segment]:
+    """Segments of a .csv or .tsv with a header, or a .json: a list of objects, or {VIDEO: [objects]}.
+
+    A row without start begins with the video, one without end ends with it, one without split is of `split`. Other
+    columns become metadata.
+
+    Raises:
+        DataError: The file cannot be read or has no column with the video.
+    """
+    rows = list(_csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path))
+    if not rows:
+        raise DataError(f"{path}: no segments in it")
+    if not any(name in row for _, row in rows for name in COLUMNS["video"]):
+        raise DataError(
+            f"{path}: no column video; a table of segments has the columns video, start, end (seconds or HH:MM:SS.mmm) "
+            "and text, and may have id and split"
+        )
+    return [_segment(f"{path.name} {where}", row, split) for where, row in rows]
+
+
+def split_of(path: Path) -> str:
+    """The split that an annotation file's name tells, as in something-something-v2-train.json."""
+    found = re.search(r"(?:^|[^a-z])(train|val|test)", path.stem.lower())
+    return found[1] if found else ""
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        DataError: It is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except ValueError as e:
+        raise DataError(f"{path}: not JSON: {e}") from e
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Instructions by video from a .json: {VIDEO: text}, or a list of objects with a video (or id) and a text.
+
+    Raises:
+        DataError: It is something else.
+    """
+    raw = read_json(path)
+    if isinstance(raw, list):
+        rows = [row if isinstance(row, dict) else {} for row in raw]
+        raw = {_first(row, (*COLUMNS["video"], "id")): _first(row, COLUMNS["text"]) for row in rows}
+    if not isinstance(raw, dict) or not all(k and isinstance(v, str) for k, v in raw.items()):
+        raise DataError(f"{path}: must be {{VIDEO: text}}, or a list of objects with video and text")
+    return {str(video): text for video, text in raw.items()}
+
+
+def around(times: Sequence[float], window: float) -> list[tuple[float, float]]:
+    """Parts of a video for descriptions of single moments (increasing): `window` seconds around each.
+
+    Between moments that are closer than that, the middle divides them: no frame is in two parts.
+    """
+    borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(times)), math.inf]
+    half = window / 2
+    return [(max(0.0, t - half, borders[i]), min(t + half, borders[i + 1])) for i, t in enumerate(times)]
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            for row in reader:
+                yield f"row {reader.line_num}", {(k or "").strip().lower(): v for k, v in row.items() if k}
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path}: not a CSV in UTF-8: {e}") from e
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    raw = read_json(path)
+    if isinstance(raw, dict) and isinstance(raw.get("segments"), list):
+        raw = raw["segments"]
+    if isinstance(raw, dict):
+        raw = [{"video": video, **part} for video, parts in raw.items() for part in (parts if _is_rows(parts) else [])]
+    if not _is_rows(raw):
+        raise DataError(f"{path}: must be a list of objects, or {{VIDEO: [objects]}}")
+    yield from ((f"item {number}", row) for number, row in enumerate(raw, start=1))
+
+
+def _is_rows(raw: Any) -> bool:
+    return isinstance(raw, list) and all(isinstance(row, dict) for row in raw)
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The value of the first of these columns that has one."""
+    return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
+
+
+def _segment(where: str, row: Mapping[str, Any], split: str) -> Segment:
+    values = {ours: _first(row, names) for ours, names in COLUMNS.items()}
+    faults, times = [], {"start": 0.0, "end": None}
+    for key in times:
+        if values[key]:
+            try:
+                times[key] = seconds(values[key])
+            except ValueError:
+                faults.append(f"{key} {values[key]!r} is neither seconds nor HH:MM:SS.mmm")
+    start, end = times["start"] or 0.0, times["end"]
+    if end is not None and not faults and start >= end:
+        faults.append(f"start {values['start'] or 0} is not before end {values['end']}")
+    if not values["video"]:
+        faults.append("no video")
+    used = {*_UNUSED, *(name for names in COLUMNS.values() for name in names)}
+    return Segment(
+        where=where,
+        video=values["video"].removeprefix("./"),
+        start=start,
+        end=end,
+        text=values["text"],
+        id=values["id"],
+        split=values["split"] or split,
+        meta={k: v for k, v in row.items() if k not in used and v not in (None, "")},
+        fault="; ".join(faults),
+    )

@@ -1,0 +1,72 @@
+"""Global batches of the training stream: which samples, of which sources, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.order import SourceOrder
+from stamo_dist.data.schedule import Schedule
+
+_AT_A_TIME = 1 << 15  # samples
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Consecutive global batches.
+
+    Attributes:
+        samples: int64 (batches, global_batch), the mixture's sample numbers.
+        passes: int32, same shape: how often the source was gone through before.
+    """
+
+    samples: NDArray[np.int64]
+    passes: NDArray[np.int32]
+
+
+class Planner:
+    """Global batches by number, from the sources' schedule and orders.
+
+    Args:
+        schedule: Which source each position is taken from.
+        orders: (sources,), which of a source's samples.
+        global_batch: Samples per batch.
+        seed: Of the run.
+        shuffle: Shuffle each batch, so that every rank's share of it has every source.
+
+    Attributes:
+        at_a_time: Batches worth planning in one call.
+    """
+
+    def __init__(
+        self, schedule: Schedule, orders: Sequence[SourceOrder], global_batch: int, seed: int, *, shuffle: bool
+    ):  # fmt: skip
+        self._schedule, self._orders, self._size = schedule, orders, global_batch
+        self._seed, self._shuffle = seed, shuffle
+        self.at_a_time = max(1, _AT_A_TIME // global_batch)
+
+    def plan(self, batch: int, count: int) -> Plan:
+        """Batches `batch` up to `batch + count`; fewer where the data ends."""
+        size = self._size
+        stretch = self._schedule.stretch(batch * size, count * size)
+        samples = np.empty(len(stretch.source), np.int64)
+        passes = np.empty(len(stretch.source), np.int32)
+        for s in np.flatnonzero(stretch.end > stretch.begin):
+            mine = stretch.source == s
+            samples[mine], passes[mine] = self._orders[s].at(int(stretch.begin[s]), int(stretch.end[s]))
+        whole = len(samples) // size
+        samples, passes = samples[: whole * size].reshape(whole, size), passes[: whole * size].reshape(whole, size)
+        if self._shuffle:
+            order = _random_order(self._seed, batch, whole, size)
+            samples, passes = np.take_along_axis(samples, order, 1), np.take_along_axis(passes, order, 1)
+        return Plan(samples, passes)
+
+
+def _random_order(seed: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
+    """A permutation for each of `count` batches, (count, size), that depends on the batch's number alone."""
+    blocks = -(-size // 4)  # Philox gives four numbers per count
+    numbers = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, 0, 0, 0]).random_raw(count * blocks * 4)
+    return numbers.reshape(count, blocks * 4)[:, :size].argsort(axis=1, kind="stable")

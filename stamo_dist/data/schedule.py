@@ -1,0 +1,120 @@
+"""Which source each position of the training stream is taken from, exactly and in closed form.
+
+Weights make a share of the samples per source, constant over pieces of the run. The k-th sample of a source is due
+when the source's quota (the integral of its share) reaches k + phase; the stream is all sources' samples in the order
+in which they are due. So after N samples every source is within one sample per source of its quota, whatever N, and
+any stretch of the stream is computed without what precedes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Positions [start, start + n) of the stream.
+
+    Attributes:
+        source: int64 (n,), the source of each.
+        begin, end: int64 (sources,), each source's own positions in the stretch are begin up to end, in order.
+    """
+
+    source: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+
+class Schedule:
+    """Shares that change at given samples, with caps on how much of a source is read.
+
+    Args:
+        weights: Per source: sample from which it holds → weight (0 or more); the first holds from sample 0.
+        limits: Most samples to read of each source, inf for no limit. Once it is reached the others share its part.
+
+    Attributes:
+        starts: float64 (pieces,), the sample at which each piece begins.
+        shares: float64 (pieces, sources), summing to 1 in each piece.
+        end: Samples until all sources are used up; inf where one has no limit.
+    """
+
+    def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float]):
+        changes = sorted({0, *(int(at) for steps in weights for at in steps)})
+        capacity = np.asarray(limits, np.float64)
+        starts, shares, quotas = [], [], []
+        now, quota = 0.0, np.zeros(len(weights))
+        while True:
+            wanted = np.array([_at(steps, now) for steps in weights])
+            wanted[quota >= capacity] = 0
+            following = next((c for c in changes if c > now), np.inf)
+            if wanted.sum() == 0:
+                self.end = float(round(now))
+                break
+            share = wanted / wanted.sum()
+            starts.append(now)
+            shares.append(share)
+            quotas.append(quota)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                until_full = np.where(share > 0, (capacity - quota) / share, np.inf)
+            length = min(following - now, until_full.min())
+            if length == np.inf:
+                self.end = np.inf
+                break
+            full = until_full <= length
+            quota = np.where(full, capacity, quota + share * length)
+            now = following if length == following - now else now + length
+        self.starts, self.shares = np.array(starts), np.array(shares).reshape(-1, len(weights))
+        self._quotas = np.array(quotas).reshape(-1, len(weights))
+        n = len(weights)
+        # Spread over (0, 1], so that equal shares do not fall due together.
+        self._phase = 1 - (np.arange(n) * _GOLDEN) % 1
+
+    def quota(self, at: float) -> NDArray[np.float64]:
+        """Samples due of each source once `at` samples were read, (sources,)."""
+        at = min(max(at, 0.0), self.end)
+        piece = max(0, int(np.searchsorted(self.starts, at, side="right")) - 1)
+        return self._quotas[piece] + self.shares[piece] * (at - self.starts[piece])
+
+    def stretch(self, start: int, count: int) -> Stretch:
+        """The next `count` samples after `start`; fewer where all sources are used up before."""
+        count = max(0, int(min(start + count, self.end)) - start)
+        n = len(self._phase)
+        margin = n + 1  # the order by due time and the count differ by less
+        low, high = self._due_before(start - margin), self._due_before(start + count + margin)
+        source = np.repeat(np.arange(n), high - low)
+        item = np.arange(len(source)) + np.repeat(low - (high - low).cumsum() + (high - low), high - low)
+        order = np.lexsort((source, self._due(source, item)))
+        before = start - int(low.sum())
+        head, window = order[:before], order[before : before + count]
+        begin = low + np.bincount(source[head], minlength=n)
+        return Stretch(source[window], begin, begin + np.bincount(source[window], minlength=n))
+
+    def counts(self, at: int) -> NDArray[np.int64]:
+        """Samples of each source among the first `at`, (sources,)."""
+        return self.stretch(int(min(at, self.end)), 0).begin
+
+    def _due_before(self, at: float) -> NDArray[np.int64]:
+        return np.maximum(0, np.floor(self.quota(at) - self._phase + 1)).astype(np.int64)
+
+    def _due(self, source: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float64]:
+        """When item `item` of `source` is due, float64 (n,)."""
+        due = np.empty(len(source))
+        for s in range(len(self._phase)):
+            mine = source == s
+            wanted = item[mine] + self._phase[s]
+            # The last piece whose quota lies below: a piece without a share adds nothing and is passed over.
+            piece = np.searchsorted(self._quotas[:, s], wanted, side="left") - 1
+            share = self.shares[piece, s]
+            with np.errstate(divide="ignore"):
+                due[mine] = self.starts[piece] + (wanted - self._quotas[piece, s]) / share
+        return due
+
+
+def _at(steps: Mapping[int, float], now: float) -> float:
+    return steps[max(at for at in steps if at <= now)]

@@ -1,0 +1,88 @@
+"""Memory for batches that processes share, and what lies in it. Free of torch: loader workers import it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Every part begins this many bytes after a multiple of 32. libjpeg-turbo writes rows that are aligned to 32 bytes
+#: around the cache, which costs a twentieth of the decoding time; rows are multiples of 32 bytes, so 16 keeps all of
+#: them off.
+_SHIFT, _UNIT = 16, 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a slot: (batch, *shape) of dtype."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+
+#: In every slot: sample numbers, how often their source was gone through before, the shard that is being read (of the
+#: first row alone), and which rows hold another frame because theirs could not be read.
+ALWAYS = (Part("samples", "<i8"), Part("passes", "<i4"), Part("shard", "<i8"), Part("replaced", "|b1"))
+
+
+class Slots:
+    """Memory for `count` batches of `batch` samples that several processes map.
+
+    It is written again and again, because the kernel takes as long to give fresh shared pages as the decoder to fill
+    them. It is anonymous: nothing of it is visible in /dev/shm, its size is not bounded by that mount, and it is gone
+    with the last process that maps it.
+    """
+
+    def __init__(self, parts: Sequence[Part], batch: int, count: int, fd: int | None = None):
+        self.parts = {part.name: part for part in (*ALWAYS, *parts)}
+        self.batch, self.count = batch, count
+        self._layout: dict[str, tuple[int, int, np.dtype[Any], tuple[int, ...]]] = {}
+        end = 0
+        for part in self.parts.values():
+            at, dtype = -(-end // _UNIT) * _UNIT + _SHIFT, np.dtype(part.dtype)
+            size = dtype.itemsize * prod(part.shape) * batch
+            self._layout[part.name] = (at, size, dtype, (batch, *part.shape))
+            end = at + size
+        self._stride = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.fd = _anonymous_file(self._stride * count) if fd is None else fd
+        self._map = mmap.mmap(self.fd, self._stride * count)
+        self._filled = [self.views(self.memory(slot)) for slot in range(count)]
+
+    def memory(self, slot: int) -> NDArray[np.uint8]:
+        """All of a slot; the arrays that `views` makes of it keep it alive."""
+        return np.frombuffer(self._map, np.uint8, self._stride, slot * self._stride)
+
+    def views(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Each part of a slot by name, (batch, *shape)."""
+        return {
+            name: memory[at : at + size].view(dtype).reshape(shape)
+            for name, (at, size, dtype, shape) in self._layout.items()
+        }
+
+    def __getitem__(self, slot: int) -> dict[str, NDArray[Any]]:
+        """The parts of a slot for filling it: always the same arrays."""
+        return self._filled[slot]
+
+    def close(self) -> None:
+        """Give up the descriptor; batches that are still held keep the memory."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _anonymous_file(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("stamo-batches", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd

@@ -1,0 +1,100 @@
+"""Options of formats, as they are given on the command line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from data_tools import formats
+from data_tools.plan import Settings, make_plan
+from stamo_dist.errors import DataError
+
+
+@dataclass
+class _Reader:
+    """A format.
+
+    Args:
+        src: Where.
+        cameras: Which.
+        keys: Names of things,
+            in order.
+        offset: Seconds.
+        strict: Whether.
+        mode: How.
+    """
+
+    src: Path
+    cameras: Sequence[str] | None = None
+    keys: Sequence[str] | None = None
+    offset: float = 0.0
+    count: int | None = 3
+    strict: bool = False
+    mode: Literal["fast", "slow"] = "fast"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "made", (f"{__name__}._Reader", "tests"))
+
+
+@pytest.mark.usefixtures("made")
+def test_values_have_the_types_of_the_fields() -> None:
+    given = ["keys=a, b", "offset=1e-3", "count=none", "strict=yes", "mode=slow"]
+    assert formats.parse_options("made", given) == {
+        "keys": ["a", "b"], "offset": 0.001, "count": None, "strict": True, "mode": "slow",
+    }  # fmt: skip
+    docs = {option.name: option.doc for option in formats.options_of("made")}
+    assert docs == {"keys": "Names of things, in order.", "offset": "Seconds.", "count": "", "strict": "Whether.",
+                    "mode": "How."}  # fmt: skip
+
+
+@pytest.mark.usefixtures("made")
+def test_all_wrong_options_are_named_at_once() -> None:
+    with pytest.raises(DataError) as caught:
+        formats.parse_options("made", ["ofset=1", "count=many", "strict=perhaps", "mode=quick", "keys"])
+    text = str(caught.value)
+    for part in (
+        "ofset: format made has no such option; did you mean offset?", "count=many: must be a whole number",
+        "strict=perhaps: must be true or false", "mode=quick: must be one of fast, slow", "--set keys: write KEY=VALUE",
+    ):  # fmt: skip
+        assert part in text
+    with pytest.raises(DataError, match="did you mean offset"):
+        formats.open_reader("made", Path(), {"ofset": 1})
+
+
+def test_an_unknown_format_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(DataError, match=r"unknown format 'lerobt'; did you mean lerobot\?"):
+        formats.reader_class("lerobt")
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, cut: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cut(tmp_path / "a.hdf5")
+    for package, format in (("pyarrow", "lerobot"), ("scipy", "libero")):
+        monkeypatch.setitem(sys.modules, package, None)
+        for module in ("data_tools.lerobot", "data_tools.lerobot_files"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(DataError, match=rf"needs the package {package}.*stamo-dist\[convert\]"):
+            make_plan(format, path, "s", Settings())
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_every_format_explains_its_options_and_needs_none(format: str) -> None:
+    options = formats.options_of(format)
+    assert [o.name for o in options if not o.doc] == []
+    assert formats.open_reader(format, Path("nowhere"), {"cameras": None})
+
+
+def test_the_command_lists_formats_and_options(stamo: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    listed = stamo("data", "formats").stdout
+    assert all(re.search(rf"^{format}\b", listed, re.MULTILINE) for format in formats.FORMATS)
+    assert "image_timing" in stamo("data", "formats", "libero").stdout

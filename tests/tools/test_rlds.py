@@ -1,0 +1,318 @@
+"""RLDS: values as tensorflow_datasets gives them, conventions of known datasets, damaged files."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from records import TEXT, image, png, tensor, write_tfds
+
+from data_tools import tfds, tfrecord
+from data_tools.driver import convert
+from data_tools.rlds import RldsReader, absolute_gripper
+from stamo_dist.data.schema import read_episodes
+from stamo_dist.errors import DataError
+
+BRIDGE = "bridge_rlds"
+#: sha256 of all 6850 values of both splits as tensorflow_datasets 4.9.10 (TensorFlow 2.21.0) reads them in stored
+#: order: builder_from_directory(…).as_dataset(split, shuffle_files=False), images with decoders=SkipDecoding() (the
+#: stored JPEG); of each episode the features sorted by name: the name, then the value of every step, numbers as their
+#: bytes in the declared type, texts and images behind their length (8 bytes, little endian).
+TFDS_SHA256 = "8d8c7d27a5492cfef32ae6416034f895c9928353e3c882d59817469fe258679e"
+#: sha256 of all its pictures decoded, by episode, camera and step. TensorFlow decodes JPEGs with the fast DCT.
+TFDS_PIXELS_SHA256 = "3d53eb49d40b2f0e1fb743658ebcaa06cea69301821b42ac038468c145c3dba3"
+TRAIN = "bridge_dataset-train.tfrecord-00000-of-00001"
+
+
+@pytest.fixture
+def bridge(shared_data: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    folder = tmp_path / "bridge" / "1.0.0"
+    shutil.copytree(shared_data(BRIDGE) / "1.0.0", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+def every_value(folder: Path) -> str:
+    """The digest that TFDS_SHA256 is of."""
+    dataset = tfds.open_dataset(folder)
+    digest = hashlib.sha256()
+    for shard in dataset.shards:
+        for record in tfrecord.scan_records(shard.path)[0]:
+            data = tfrecord.read_record(shard.path, record)
+            found = tfds.read_features(data)
+            for key, feature in sorted(dataset.features.items()):
+                digest.update(key.encode())
+                if feature.kind in ("image", "text"):
+                    for value in tfrecord.bytes_list(lambda a, b, data=data: data[a:b], found[key]):
+                        digest.update(len(value).to_bytes(8, "little") + value)
+                else:
+                    values = tfrecord.numbers(lambda a, b, data=data: data[a:b], found[key])
+                    digest.update(values.astype(feature.dtype).tobytes())
+    return digest.hexdigest()
+
+
+def test_every_value_is_as_tensorflow_datasets_reads_it(shared_data: Callable[[str], Path]) -> None:
+    """And the Reader hands these values on: actions, proprio and the pictures of every step."""
+    assert every_value(shared_data(BRIDGE)) == TFDS_SHA256
+    reader = RldsReader(shared_data(BRIDGE), drop_first=False)
+    pixels = hashlib.sha256()
+    for episode in reader.scan().episodes:
+        data = reader.read(episode)
+        record = tfrecord.Record(int(episode.key), episode.private["offset"], episode.private["bytes"])
+        content = tfrecord.read_record(reader.dataset.folder / episode.file, record)
+        found = tfds.read_features(content)
+        for key, values in (("action", data.actions), ("observation/state", data.proprio)):
+            np.testing.assert_array_equal(values, tfds.read_tensor(content, found, key, reader.dataset.steps[key]))
+        for camera, frames in data.frames.items():
+            stored = tfds.read_bytes(content, found, f"observation/{camera}")
+            assert list(frames(range(episode.length))) == stored
+            for picture in stored:
+                pixels.update(simplejpeg.decode_jpeg(picture, "RGB", fastdct=True))
+    assert pixels.hexdigest() == TFDS_PIXELS_SHA256
+
+
+def test_bridge_episodes(shared_data: Callable[[str], Path]) -> None:
+    """Two splits, the instruction, the first action (zero in Bridge) left out, in a process of its own."""
+    source = shared_data(BRIDGE)
+    reader = RldsReader(source)
+    scan = reader.scan()
+    assert scan.bad == []
+    assert [e.split for e in scan.episodes] == ["train"] * 25 + ["val"] * 25
+    assert len({e.id for e in scan.episodes}) == 50
+    assert scan.cameras == ["image_0", "image_1", "image_2", "image_3"]
+    assert scan.options["black_cameras"] == ["image_3"]
+    assert (scan.rate_hz, scan.proprio_dim) == (5, 7)
+    assert scan.action is not None
+    assert (scan.action.dim, scan.action.mode, scan.action.gripper) == (7, "delta", 6)
+    first = scan.episodes[0]
+    assert (first.length, first.instruction) == (10, "put cup from counter or drying rack into sink")
+    assert first.meta["file_path"].endswith("put_cup_from_counter_or_drying_rack_into_sink/val/out.npy")
+
+    data = pickle.loads(pickle.dumps(reader)).read(first)
+    whole = RldsReader(source, drop_first=False).read(first)
+    assert data.actions.shape == (9, 7)
+    assert np.abs(whole.actions[0, :6]).max() < 1e-5
+    np.testing.assert_array_equal(data.actions, whole.actions[1:])
+    np.testing.assert_array_equal(data.proprio, whole.proprio[1:])
+    assert list(data.frames["image_0"]([0, 8])) == list(whole.frames["image_0"]([1, 9]))
+    np.testing.assert_allclose(np.diff(data.times), 0.2)
+
+
+def test_truncated_file_loses_its_rest(bridge: Path) -> None:
+    path = bridge / TRAIN
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    whole = len(tfrecord.scan_records(path)[0])
+    assert 5 < whole < 20
+
+    reader = RldsReader(bridge)
+    scan = reader.scan()
+
+    assert len(scan.episodes) == whole + 25
+    assert len(scan.bad) == 25 - whole
+    assert scan.bad[0].startswith(f"train/00000/{whole:06d}: {TRAIN}, record {whole}: truncated at byte")
+    assert len(reader.read(scan.episodes[whole - 1]).actions) == 9
+
+
+def test_corrupt_record_is_one_bad_episode(bridge: Path) -> None:
+    path = bridge / TRAIN
+    records, _ = tfrecord.scan_records(path)
+    content = bytearray(path.read_bytes())
+    content[records[3].offset + records[3].length // 2] ^= 1
+    path.write_bytes(content)
+
+    reader = RldsReader(bridge)
+    scan = reader.scan()
+    with pytest.raises(DataError, match="record 3 is corrupt") as error:
+        reader.read(scan.episodes[3])
+    assert TRAIN in str(error.value)
+    assert len(reader.read(scan.episodes[4]).actions) == 9
+
+
+def test_corrupt_length_loses_the_rest(bridge: Path) -> None:
+    path = bridge / TRAIN
+    records, _ = tfrecord.scan_records(path)
+    content = bytearray(path.read_bytes())
+    content[records[20].offset - 12] ^= 1  # the length's first byte
+    path.write_bytes(content)
+    scan = RldsReader(bridge).scan()
+    assert len(scan.bad) == 5
+    assert "record 20" in scan.bad[0]
+    assert "corrupt" in scan.bad[0]
+
+
+def test_missing_shard_is_counted(bridge: Path) -> None:
+    (bridge / TRAIN).unlink()
+    scan = RldsReader(bridge).scan()
+    assert len(scan.bad) == 25
+    assert scan.bad[0] == f"train/00000/000000: {TRAIN} is missing"
+
+
+ACTION = {"action": tensor("float32", 7), "language_instruction": TEXT}
+SIGHT = {"observation/image": image(8, 6, 3)}
+
+
+def pictures(length: int, height: int = 8, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(length).integers(0, 256, (length, height, width, 3), np.uint8)
+
+
+def small(seed: int, length: int = 4, **more: Any) -> dict[str, Any]:
+    actions = np.random.default_rng(seed).normal(size=(length, 7))
+    return {
+        "steps/action": actions,
+        "steps/language_instruction": [b"", *[b"later"] * (length - 1)] if seed == 1 else [b"push it"] * length,
+        "steps/observation/image": [png(p) for p in pictures(length)],
+        "episode_metadata/file_path": [f"/raw/{seed}".encode()],
+        **more,
+    }
+
+
+def test_unknown_dataset_says_what_it_needs_and_has(tmp_path: Path) -> None:
+    source = write_tfds(tmp_path / "new" / "1.0.0", "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    with pytest.raises(DataError) as error:
+        RldsReader(source, proprio=["observation/joints"]).scan()
+    for word in ("rate_hz", "mode", "rotation", "gripper", "observation/joints", "observation/image: uint8 8×6×3, png"):
+        assert word in str(error.value)
+
+    reader = RldsReader(source, rate_hz=12.5, mode="delta", rotation="rotvec", gripper="-1,1", metres=0.01)
+    scan = reader.scan()
+    spec = scan.action
+    assert spec is not None
+    assert (spec.translation, spec.rotation, spec.rotation_kind, spec.metres) == ((0, 1, 2), (3, 4, 5), "rotvec", 0.01)
+    assert (spec.gripper, spec.gripper_open, spec.gripper_closed) == (6, -1, 1)
+    assert (scan.rate_hz, scan.proprio_dim) == (12.5, 0)
+    assert scan.episodes[0].meta == {"file_path": "/raw/0"}
+    data = reader.read(scan.episodes[0])
+    np.testing.assert_array_equal(data.actions, small(0)["steps/action"].astype(np.float32))
+    assert list(data.frames["image"]([2])) == [png(pictures(4)[2])]
+
+
+def test_action_that_cannot_be_a_pose(tmp_path: Path) -> None:
+    source = write_tfds(tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    with pytest.raises(DataError, match=r"7 dimensions.*quat_xyzw.*would be 8"):
+        RldsReader(source, rate_hz=5, mode="absolute", rotation="quat_xyzw", gripper="1,0").scan()
+
+
+def test_openvla_libero_is_not_mirrored(tmp_path: Path) -> None:
+    """The files are named after dataset_info.json, not the folder; pictures are mirrored there, and not here."""
+    state = np.arange(32, dtype=float).reshape(4, 8)
+    source = write_tfds(
+        tmp_path / "libero_10_no_noops" / "1.0.0",
+        "liber_o10",
+        {**ACTION, **SIGHT, "observation/state": tensor("float32", 8)},
+        [small(2, **{"steps/observation/state": state})],
+    )
+    reader = RldsReader(source.parent)
+    scan = reader.scan()
+    assert scan.rate_hz == 20
+    assert scan.action is not None
+    assert (scan.action.metres, scan.action.gripper_open) == (0.05, -1)
+    (frame,) = reader.read(scan.episodes[0]).frames["image"]([1])
+    np.testing.assert_array_equal(frame, pictures(4)[1][:, ::-1])
+
+
+def test_droid_takes_action_dict_and_pose(tmp_path: Path) -> None:
+    """float64 values, poses as rotation vectors, raw pixels, a tensor kept as compressed bytes."""
+    import zlib
+
+    rng = np.random.default_rng(0)
+    length = 5
+    raw = pictures(length, 4, 4)
+    target, pose = rng.uniform(-1, 1, (length, 6)), np.zeros((length, 6))
+    pose[:, :3], pose[:, 5] = rng.uniform(size=(length, 3)), np.pi / 2
+    joints = rng.normal(size=(length, 7)).astype(np.float64)
+    episode = {
+        "steps/action_dict/cartesian_position": target,
+        "steps/action_dict/gripper_position": rng.uniform(size=length),
+        "steps/action": np.zeros((length, 7)),
+        "steps/is_first": np.arange(length) == 0,
+        "steps/language_instruction": [b""] * length,
+        "steps/language_instruction_2": [b"fold the cloth"] * length,
+        "steps/observation/cartesian_position": pose,
+        "steps/observation/gripper_position": rng.uniform(size=length),
+        "steps/observation/joint_position": [zlib.compress(j.tobytes()) for j in joints],
+        "steps/observation/wrist_image_left": raw,
+        "steps/observation/exterior_image_1_left": [png(p) for p in raw],
+        "episode_metadata/file_path": [b"r2d2"],
+    }
+    steps = {
+        "action_dict/cartesian_position": tensor("float64", 6),
+        "action_dict/gripper_position": tensor("float64", 1),
+        "action": tensor("float64", 7),
+        "is_first": tensor("bool"),
+        "language_instruction": TEXT,
+        "language_instruction_2": TEXT,
+        "observation/cartesian_position": tensor("float64", 6),
+        "observation/gripper_position": tensor("float64", 1),
+        "observation/joint_position": tensor("float64", 7, encoding="zlib"),
+        "observation/wrist_image_left": tensor("uint8", 4, 4, 3),
+        "observation/exterior_image_1_left": image(4, 4, 3),
+    }
+    reader = RldsReader(write_tfds(tmp_path / "droid" / "1.0.0", "droid_100", steps, [episode]))
+    scan = reader.scan()
+    assert (scan.rate_hz, scan.cameras, scan.proprio_dim) == (15, ["exterior_image_1_left", "wrist_image_left"], 14)
+    assert scan.action is not None
+    assert (scan.action.mode, scan.action.gripper_open, scan.action.gripper_closed) == ("absolute", 0, 1)
+    assert scan.episodes[0].instruction == "fold the cloth"
+    data = reader.read(scan.episodes[0])
+    np.testing.assert_array_equal(data.actions[:, :6], target.astype(np.float32))
+    np.testing.assert_array_equal(data.proprio[:, 7:], joints.astype(np.float32))
+    assert data.pose is not None
+    np.testing.assert_allclose(data.pose[:, 3:], [[0, 0, np.pi / 2]] * length, atol=1e-6)
+    np.testing.assert_array_equal(np.stack(list(data.frames["wrist_image_left"]([0, 3]))), raw[[0, 3]])
+
+
+def test_relative_gripper_becomes_absolute() -> None:
+    """RT-1: +1 closes, -1 opens, 0 keeps; before the first command the gripper was the other way."""
+    np.testing.assert_array_equal(absolute_gripper(np.array([0, 0, 1, 0, -1, 0, 0.05])), [1, 1, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(absolute_gripper(np.array([0, -1, 0])), [0, 1, 1])
+
+
+def test_pictures_and_actions_of_other_lengths(tmp_path: Path) -> None:
+    broken = small(0) | {"steps/observation/image": [png(p) for p in pictures(3)]}
+    reader = RldsReader(
+        write_tfds(tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, [broken]), rate_hz=5, mode="other"
+    )
+    with pytest.raises(DataError, match="steps/observation/image has 3 pictures for 4 actions"):
+        reader.read(reader.scan().episodes[0])
+
+
+def test_no_tfds_folder_and_two_versions(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no dataset_info\.json"):
+        RldsReader(tmp_path).scan()
+    for version in ("1.0.0", "1.1.0"):
+        write_tfds(tmp_path / "new" / version, "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    with pytest.raises(DataError, match=r"one at a time: new/1\.0\.0, new/1\.1\.0"):
+        RldsReader(tmp_path).scan()
+
+
+def test_bridge_into_shards(bridge: Path, tmp_path: Path) -> None:
+    """End to end with one corrupt episode: it is listed and skipped, its split kept, the rest is there."""
+    path = bridge / TRAIN
+    records, _ = tfrecord.scan_records(path)
+    content = bytearray(path.read_bytes())
+    content[records[3].offset + records[3].length // 2] ^= 1
+    path.write_bytes(content)
+
+    manifest, _ = convert(
+        "rlds",
+        bridge,
+        tmp_path / "out",
+        size=64,
+        split_by="source",
+        quiet=True,
+        options={"cameras": ["image_0", "image_2"]},
+    )
+    assert {k: (v.episodes, v.frames) for k, v in manifest.splits.items()} == {"train": (24, 216), "val": (25, 225)}
+    assert len(manifest.skipped) == 1
+    assert "train/00000/000003" in manifest.skipped[0]
+    assert (manifest.cameras, manifest.rate_hz, manifest.action_dim) == (["image_0", "image_2"], 5, 7)
+    first = read_episodes(tmp_path / "out", "train")[0]
+    assert first.meta["episode_id"] == 5
