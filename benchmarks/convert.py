@@ -11,6 +11,7 @@ second of CPU time, so other work on the machine matters little; ratios are medi
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -41,18 +42,20 @@ def hdf5_frames(files: Iterable[Path]) -> Frames:
         with h5py.File(path) as file:
             for demo in file["data"].values():
                 for name in ("agentview_rgb", "eye_in_hand_rgb"):
-                    yield from demo["obs"][name][:, ::-1]
+                    yield from demo["obs"][name][:][:, ::-1]
 
 
 def video_frames(files: Iterable[Path]) -> Frames:
     import av
+    from av.video.reformatter import VideoReformatter
 
+    convert = VideoReformatter()
     for path in files:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24")
+                yield convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 def stored_images(format: str, src: Path, options: dict[str, Any]) -> list[bytes]:
@@ -64,6 +67,19 @@ def stored_images(format: str, src: Path, options: dict[str, Any]) -> list[bytes
         for camera in plan.manifest.cameras:
             images += [bytes(image) for image in data.frames[camera](range(len(data.times)))]
     return images
+
+
+def copied_rlds(src: Path, target: Path) -> Path:
+    """The same data set with each of its files' records `COPIES` times."""
+    target.mkdir()
+    info = json.loads((src / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        split["shardLengths"] = [str(COPIES * int(n)) for n in split["shardLengths"]]
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copy(src / "features.json", target)
+    for file in src.glob("*.tfrecord-*"):
+        (target / file.name).write_bytes(COPIES * file.read_bytes())
+    return target
 
 
 class Case:
@@ -107,6 +123,7 @@ def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
         yield Case("libero", root / "libero", 128, lambda: hdf5_frames(files), {"image_timing": "before"})
     bridge = shared / "bridge_rlds" / "1.0.0"
     if bridge.is_dir():
+        bridge = copied_rlds(bridge, root / "rlds")
         images = stored_images("rlds", bridge, {})
         yield Case("rlds", bridge, 48, lambda: map(decode, images), {})
     lerobot = shared / "lerobot_v3_libero"

@@ -48,6 +48,7 @@ class Row:
     id: str
     start: int
     length: int
+    instruction: str = ""
 
 
 def runs_of(shard: ColumnShard) -> list[Run]:
@@ -101,20 +102,24 @@ def check_layout(
                 text = f"its {name} is {told[name][run.first].decode(errors='replace')!r}, the manifest's {expected!r}"
                 yield Finding("episode", ERROR, text, episode=run.episode)
     if rows is not None:
-        yield from _check_rows(runs, begin, rows)
+        yield from _check_rows(shard, runs, begin, rows)
 
 
-def _check_rows(runs: Sequence[Run], begin: int, rows: Sequence[Row]) -> Iterator[Finding]:
-    end = begin + sum(run.length for run in runs)
-    found = {(run.episode, begin + run.first, run.length) for run in runs}
+def _check_rows(shard: ColumnShard, runs: Sequence[Run], begin: int, rows: Sequence[Row]) -> Iterator[Finding]:
+    end = begin + len(shard)
+    found = {(run.episode, begin + run.first, run.length): run.first for run in runs}
     for row in rows:
+        first = found.get((row.id, row.start, row.length))
         if row.start < begin or row.start + row.length > end:
             inside = min(end, row.start + row.length) - max(begin, row.start)
             text = f"is split over shards: {inside} of its {row.length} frames are in this one"
             yield Finding("episode", ERROR, text, episode=row.id)
-        elif (row.id, row.start, row.length) not in found:
+        elif first is None:
             last = row.start + row.length - 1
             text = f"episodes.jsonl has it at samples {row.start} to {last} of the split, where this shard has another"
+            yield Finding("episode", ERROR, text, episode=row.id)
+        elif shard.shard.bytes(first, "instruction") != row.instruction.encode():
+            text = f"episodes.jsonl gives it the instruction {row.instruction!r}, this shard another"
             yield Finding("episode", ERROR, text, episode=row.id)
 
 

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from data_tools import look_commands
+
 app = typer.Typer(no_args_is_help=True, help="Make, convert and look at data.")
+look_commands.register(app)
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import simplejpeg
+from PIL import Image
 
 from stamo_dist.errors import DataError
 
@@ -51,9 +53,6 @@ def decode(image: bytes) -> np.ndarray:
     Raises:
         DataError: Corrupt, or not an 8-bit image.
     """
-    import simplejpeg
-    from PIL import Image
-
     if image[:2] == _JPEG:
         try:
             return simplejpeg.decode_jpeg(image, "RGB")
@@ -70,8 +69,6 @@ def decode(image: bytes) -> np.ndarray:
 
 def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> bytes:
     """Colour keeps its full resolution below 128 px, where halving it is visible; above, it is halved as usual."""
-    import simplejpeg
-
     pixels = frame if isinstance(frame, np.ndarray) else decode(frame)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DataError(f"{pixels.dtype} {pixels.shape}, expected uint8 RGB")
@@ -84,8 +81,6 @@ def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> byt
 
 
 def _is_colour_jpeg(image: bytes) -> bool:
-    import simplejpeg
-
     return image[:2] == _JPEG and simplejpeg.decode_jpeg_header(image)[2] != "Gray"
 
 
@@ -106,9 +101,8 @@ def _fit(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """With Lanczos, to (H, W)."""
-    from PIL import Image
-
+    """With Lanczos, to (H, W); far larger images are first averaged over whole pixels down to twice that."""
     if pixels.shape[:2] == shape:
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.LANCZOS))
+    image = Image.fromarray(np.ascontiguousarray(pixels))  # Pillow copies other layouts slowly
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.LANCZOS, reducing_gap=2.0))

@@ -80,7 +80,7 @@ class S3Store:
         self._bucket, prefix = parsed.netloc, parsed.path.strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint = os.environ.get("S3_ENDPOINT_URL")
-        self._s3 = _client(self._endpoint, url)
+        self._s3, self._anonymous = _client(self._endpoint, url)
 
     @_patient
     def stat(self, name: str) -> Stat | None:
@@ -104,7 +104,7 @@ class S3Store:
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
             items = [item for page in pages for item in page.get("Contents", ())]
         found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
-        return {name: found[name] for name in sorted(found) if is_ours(name) and not name.endswith("/")}
+        return {name: found[name] for name in sorted(found) if is_ours(name)}
 
     @_patient
     def read(self, name: str) -> bytes:
@@ -142,7 +142,14 @@ class S3Store:
     @contextmanager
     def _explained(self, what: str, name: str) -> Iterator[None]:
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectionError,
+            HTTPClientError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
 
         where = f"{self.url}/{name}".rstrip("/")
         try:
@@ -153,8 +160,8 @@ class S3Store:
             cause = e.__cause__ or e.__context__
             if isinstance(cause, ClientError):  # boto3 wraps those of an upload
                 raise self._client_error(cause, what, where) from e
-            if type(e).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                raise DataError(f"{where}: {_NO_CREDENTIALS}") from e
+            if isinstance(e, (NoCredentialsError, PartialCredentialsError)):
+                raise DataError(f"{where}: cannot {what} it: {e}; {_CREDENTIALS}") from e
             if isinstance(e, (ConnectionError, HTTPClientError)):
                 at = self._endpoint or "AWS"
                 raise TransientError(
@@ -173,6 +180,8 @@ class S3Store:
             )
         if status in (401, 403):
             said = "" if code in ("403", "401") else f" ({code})"
+            if self._anonymous:
+                return DataError(f"{where}: {status}{said}: may not {what} it without credentials; {_CREDENTIALS}")
             return DataError(
                 f"{where}: {status}{said}: these credentials may not {what} it; ask the bucket's owner for "
                 "s3:ListBucket, s3:GetObject and, to write, s3:PutObject and s3:DeleteObject, or choose others with "
@@ -184,12 +193,11 @@ class S3Store:
         return kind(f"{where}: cannot {what} it: {error}")
 
 
-_NO_CREDENTIALS = (
-    "no S3 credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
-)
+_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`"
 
 
-def _client(endpoint: str | None, url: str) -> Any:
+def _client(endpoint: str | None, url: str) -> tuple[Any, bool]:
+    """A client, and whether it has no credentials."""
     from boto3.session import Session
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -203,9 +211,11 @@ def _client(endpoint: str | None, url: str) -> Any:
     options["max_pool_connections"] = 64
     try:
         session = Session()
-        if session.get_credentials() is None:
+        anonymous = session.get_credentials() is None
+        if anonymous:
             options["signature_version"] = UNSIGNED
-        return session.client("s3", config=Config(**options), endpoint_url=endpoint, region_name=_region(session))
+        region = _region(session)
+        return session.client("s3", config=Config(**options), endpoint_url=endpoint, region_name=region), anonymous
     except (BotoCoreError, ValueError) as e:
         raise DataError(f"{url}: S3 cannot be used: {e}") from e
 

@@ -114,8 +114,8 @@ def at_hand(store: Store, name: str) -> Iterator[Path]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file belongs to a source: not hidden, no lock, nothing half-written."""
-    return not any(part.startswith(".") or part.endswith((".tmp", ".lock")) for part in name.split("/"))
+    """Whether a file belongs to a source: within it, not hidden, no lock, nothing half-written."""
+    return all(part and not part.startswith(".") and not part.endswith((".tmp", ".lock")) for part in name.split("/"))
 
 
 def part_of(path: Path) -> Path:

@@ -80,7 +80,7 @@ def sync(
         old = _existing(target, manifest, overwrite)
         if old is not None and not _same(old, manifest):
             target.delete(MANIFEST)
-            for name in sorted(set(old.checksums) - {file.name for file in files}):
+            for name in sorted((set(old.checksums) & set(target.sizes())) - {file.name for file in files}):
                 target.delete(name)
         done = _Copy(source, target).run(files, parallel, quiet)
         if target.stat(MANIFEST) is not None and target.read(MANIFEST) == text:

@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from stamo_dist.data.sources import SCRATCH
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Cache:
     def _trim(self) -> None:
         found = []
         for path in self._root.rglob("shard.*.mds"):
+            if path.parent.name.startswith(SCRATCH):
+                continue
             try:
                 info = path.stat()
             except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,8 +10,9 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
 DEFAULT_CACHE = "~/.cache/stamo"
-_DOWNLOAD = {"download_retry": 3, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
+SCRATCH = ".fetch-"  # prefix of folders in a cache that hold what is not whole
+_DOWNLOAD = {"download_retry": 1, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
 _LOCK_TIMEOUT = 3600.0
-_ATTEMPTS = 5  # to fetch a shard, with pauses of about 1, 2, 4 and 8 s
+_ATTEMPTS = 5  # to fetch a shard, with pauses of about 1, 2, 4 and 8 times _PAUSE between
+_PAUSE = 1.0  # seconds
 #: In an error's text: trying again is of no use.
-_FINAL = ("403", "404", "Forbidden", "AccessDenied", "NoSuch", "No such file", "credentials")
+_FINAL = ("403", "404", "Forbidden", "AccessDenied", "NoSuch", "No such file", "not found", "credentials")
 _ALONE = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
 
 
@@ -80,27 +84,43 @@ class CameraShards:
             with FileLock(lock, timeout=_LOCK_TIMEOUT):
                 if _size(path) not in (None, shard.nbytes):
                     path.unlink()  # what a killed process left
-                self._fetch(number)
+                _try(lambda: self._get(number), shard.path, is_remote(self.stream.remote or ""))
         except Timeout:
             raise DataError(f"{path}: another process holds {lock} for over {_LOCK_TIMEOUT:.0f} s") from None
         except Exception as e:  # every store raises its own
-            raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {e}") from e
+            raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {_said(e)}") from e
         if _size(path) != shard.nbytes:
             raise DataError(f"{path}: {_size(path)} bytes, but index.json says {shard.nbytes}")
 
-    def _fetch(self, number: int) -> None:
-        """Once a shard is there whole and its checksum was right, it is not verified again."""
-        attempts = _ATTEMPTS if is_remote(self.stream.remote or "") else 1
-        for attempt in range(attempts):
-            try:
-                self.stream.prepare_shard(self.readers[number])
-                return
-            except Exception as e:  # every store raises its own
-                if attempt == attempts - 1 or any(word in str(e) for word in _FINAL):
-                    raise
-                pause = 2**attempt * random.uniform(0.5, 1.5)
-                _log.warning("%s: %s; trying again in %.0f s", self.shards[number].path, e, pause)
-                time.sleep(pause)
+    def _get(self, number: int) -> None:
+        # A shard gets its name when its checksum was right, so it need not be verified again.
+        path = Path(self.shards[number].path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
+            stream = copy.copy(self.stream)
+            stream.local = scratch
+            stream.prepare_shard(self.readers[number])
+            os.replace(Path(scratch) / path.name, path)
+
+
+def _said(error: Exception) -> str:
+    """An error in words; streaming calls whatever S3 refuses "not found"."""
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return f"{error} (the store answered {code})" if code else str(error)
+
+
+def _try(call: Callable[[], Any], what: str, remote: bool = True) -> Any:
+    """Call it, again where the store may do better the next time."""
+    attempts = _ATTEMPTS if remote else 1
+    for attempt in range(attempts):
+        try:
+            return call()
+        except Exception as e:  # every store raises its own
+            if attempt == attempts - 1 or any(word in str(e) for word in _FINAL):
+                raise
+            pause = _PAUSE * 2**attempt * random.uniform(0.5, 1.5)
+            _log.warning("%s: %s; trying again in %.0f s", what, e, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _size(path: Path) -> int | None:
@@ -136,7 +156,10 @@ def open_source(path: str, cache: str = DEFAULT_CACHE) -> OpenSource:
             fresh = Path(scratch) / MANIFEST
             _download(f"{resolved}/{MANIFEST}", fresh)
             # A source that was converted anew gets a new folder, so nothing stale is read.
-            folder = root / hashlib.sha256(resolved.encode() + fresh.read_bytes()).hexdigest()[:16]
+            # Its statistics may be added at any time.
+            identity = read_manifest(Path(scratch)).model_dump(mode="json", exclude={"stats"})
+            digest = hashlib.sha256(json.dumps([resolved, identity], sort_keys=True).encode())
+            folder = root / digest.hexdigest()[:16]
             folder.mkdir(exist_ok=True)
             fresh.replace(folder / MANIFEST)
     except OSError as e:
@@ -146,9 +169,9 @@ def open_source(path: str, cache: str = DEFAULT_CACHE) -> OpenSource:
 
 def _download(remote: str, local: Path) -> None:
     try:
-        CloudDownloader.direct_download(remote, str(local), 60.0)
+        _try(lambda: CloudDownloader.direct_download(remote, str(local), 60.0), remote)
     except Exception as e:  # every store raises its own
-        raise DataError(f"{remote}: cannot be read: {e}") from e
+        raise DataError(f"{remote}: cannot be read: {_said(e)}") from e
 
 
 def fetch_episodes(source: OpenSource, split: str) -> Path:
@@ -210,7 +233,8 @@ def _read_index(stream: Stream, folder: Path) -> list[Reader]:
         if stream.remote:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".index.lock", timeout=_LOCK_TIMEOUT):
-                readers = stream.get_shards(_ALONE, allow_unsafe_types=False)
+                get = partial(stream.get_shards, _ALONE, allow_unsafe_types=False)
+                readers = _try(get, stream.remote, is_remote(stream.remote))
         else:
             readers = stream.get_shards(_ALONE, allow_unsafe_types=False)
         hashes = readers[0].hashes if readers else []

@@ -36,12 +36,13 @@ def write_source(
     **writer_options: Any,
 ) -> Path:
     """Write a source of `len(lengths)` episodes per split in several shards; returns its folder."""
+    options = {"hashes": ["sha256"], **writer_options}
     layout = columns(action=actions, original_action=0, proprio=1)
     for split in splits:
         starts = np.cumsum([0, *lengths])
         for camera in cameras:
             out = folder / split / camera
-            with MDSWriter(out=str(out), columns=layout, size_limit=None, **writer_options) as writer:
+            with MDSWriter(out=str(out), columns=layout, size_limit=None, **options) as writer:
                 for e, length in enumerate(lengths):
                     if writer.new_shard_size > shard_bytes:  # a shard holds whole episodes
                         writer.flush_shard()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from made import make_data, write_source
 
-from stamo_dist.data.frames import Episodes
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard, OpenShards
@@ -96,38 +95,3 @@ def test_workers_import_neither_torch_nor_streaming() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
-
-
-def test_shards_are_streamed_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
-    import boto3
-
-    folder = write_source(tmp_path / "s", lengths=(20, 20))
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        store = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        store.create_bucket(Bucket="robots")
-        for path in folder.rglob("*"):
-            if path.is_file():
-                store.upload_file(str(path), "robots", f"s/{path.relative_to(folder)}")
-
-        def batches(path: str) -> list[tuple[list[int], bytes]]:
-            data = make_data({"s": Source(path=path)}, cache=str(tmp_path / "cache"))
-            mixture = Mixture(data, seed=0, global_batch=4)
-            loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
-            with closing(loader):
-                return [(b.sample.tolist(), b.images.numpy().tobytes()) for b in islice(loader, 12)]
-
-        assert batches("s3://robots/s") == batches(str(folder))
-        episodes = Episodes("s3://robots/s", "train", cache=str(tmp_path / "cache"))
-        assert (episodes.frames(1, [3]) == Episodes(str(folder), "train").frames(1, [3])).all()
-        with pytest.raises(DataError, match=r"s3://robots/nothing/manifest.json: cannot be read"):
-            Mixture(make_data({"s": Source(path="s3://robots/nothing")}, cache=str(tmp_path)), seed=0, global_batch=4)
-    finally:
-        server.stop()

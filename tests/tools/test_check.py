@@ -219,6 +219,13 @@ def test_held_out_episodes_that_are_trained_on_are_seen(good: Path, tmp_path: Pa
     assert "of split train" in findings[0].text
 
 
+def test_an_instruction_that_was_changed_in_the_table_is_an_error(copy: Path) -> None:
+    path = copy / "train" / "episodes.jsonl"
+    path.write_text(path.read_text().replace("pick up", "put down", 1))
+    (finding,) = found(look(copy), "episode", ERROR)
+    assert "put down the black bowl" in finding.text
+
+
 def test_a_wrong_dimension_is_an_error(copy: Path) -> None:
     manifest = read_manifest(copy).model_copy(update={"action_dim": 8})
     (copy / "manifest.json").write_text(manifest.model_dump_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import select
 import shutil
@@ -181,6 +182,16 @@ def test_killed_in_the_middle_it_is_no_source_and_continues(
     assert not list(copy.rglob(".*.part"))
 
 
+def test_keys_that_point_out_of_the_folder_are_not_copied(source: Path, tmp_path: Path, bucket: Any) -> None:
+    url, out = f"s3://{bucket.name}/libero", tmp_path / "a" / "copy"
+    sync(str(source), url, quiet=True)
+    for key in ("libero/../../evil", f"libero/{tmp_path}/evil", "libero/train/../../../evil"):
+        bucket.Object(key).put(Body=b"evil")
+    sync(url, str(out), quiet=True)
+    assert tree(out) == tree(source)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_what_the_server_refuses_is_said_with_what_to_do(
     source: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +207,26 @@ def test_what_the_server_refuses_is_said_with_what_to_do(
             sync(str(source), "s3://theirs/libero", quiet=True)
         with pytest.raises(DataError, match="403"):
             check("s3://theirs/other", quiet=True)
+
+
+def test_without_credentials_it_says_where_they_come_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closed) as closed:
+        threading.Thread(target=closed.serve_forever, daemon=True).start()
+        use(monkeypatch, f"http://127.0.0.1:{closed.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
+        with pytest.raises(DataError, match="403: may not look at it without credentials; set AWS_PROFILE"):
+            sync(str(source), "s3://theirs/libero", quiet=True)
+        closed.shutdown()
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""Shards behind S3: the same batches, a bounded cache, bad lines, and servers that say no."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import make_data, write_source
+from s3 import bad_line, free_port, server, use
+
+from stamo_dist.data import sources
+from stamo_dist.data.fetch import Cache
+from stamo_dist.data.frames import Episodes
+from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.schema import Shuffle, Source
+
+pytest.importorskip("moto.server", reason="needs moto[server]")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with server(free_port()) as url:
+        yield url
+
+
+@pytest.fixture
+def folder(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source on local disk, which lies as s3://robots/s too."""
+    import boto3
+
+    folder = write_source(tmp_path / "s", lengths=(20, 20, 20, 20))
+    use(monkeypatch, s3)
+    store = boto3.client("s3", endpoint_url=s3)
+    store.create_bucket(Bucket="robots")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload_file(str(path), "robots", f"s/{path.relative_to(folder)}")
+    return folder
+
+
+def batches(path: str, cache: Path, n: int = 24, **options: Any) -> list[tuple[list[int], bytes]]:
+    data = make_data({"s": Source(path=path)}, cache=str(cache), **options)
+    mixture = Mixture(data, seed=0, global_batch=4)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
+    with closing(loader):
+        return [(b.sample.tolist(), b.images.numpy().tobytes()) for b in islice(loader, n)]
+
+
+def test_shards_are_streamed_from_s3(folder: Path, tmp_path: Path) -> None:
+    assert batches("s3://robots/s", tmp_path / "cache") == batches(str(folder), tmp_path / "none")
+    episodes = Episodes("s3://robots/s", "train", cache=str(tmp_path / "cache"))
+    assert (episodes.frames(1, [3]) == Episodes(str(folder), "train").frames(1, [3])).all()
+    with pytest.raises(DataError, match=r"s3://robots/nothing/manifest.json: cannot be read"):
+        Mixture(make_data({"s": Source(path="s3://robots/nothing")}, cache=str(tmp_path)), seed=0, global_batch=4)
+
+
+def test_a_small_cache_gives_the_same_batches(
+    folder: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    from stamo_dist.data import fetch
+
+    folder = write_source(tmp_path / "many", lengths=(12,) * 10)
+    store = boto3.client("s3", endpoint_url=s3)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload_file(str(path), "robots", f"many/{path.relative_to(folder)}")
+    sizes = [path.stat().st_size for path in folder.rglob("shard.*.mds")]
+    limit = 5 * max(sizes)
+    assert sum(sizes) > 9 * max(sizes)
+    monkeypatch.setattr(fetch, "_IN_USE", 0.0)
+    in_order = {"shuffle": Shuffle(enabled=False), "fetch_ahead": 3}
+    expected = batches(str(folder), tmp_path / "none", n=60, **in_order)
+    cache = tmp_path / "cache"
+    assert batches("s3://robots/many", cache, n=60, cache_limit=limit / 1e9, **in_order) == expected
+    Cache(cache, limit).trim()
+    assert sum(path.stat().st_size for path in cache.rglob("shard.*.mds")) <= limit
+
+
+def test_the_shards_used_longest_ago_go_first_and_those_in_use_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = time.time()
+    for i, age in enumerate((4000, 9000, 2000, 10, 5000)):
+        path = tmp_path / "s" / f"shard.{i:05}.mds"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (now - age, now - age))
+    Cache(tmp_path, 300).trim()
+    assert sorted(p.name for p in tmp_path.rglob("*.mds")) == [f"shard.{i:05}.mds" for i in (0, 2, 3)]
+    with caplog.at_level(logging.WARNING):
+        Cache(tmp_path, 50).trim()
+    assert [p.name for p in tmp_path.rglob("*.mds")] == ["shard.00003.mds"]
+    assert "raise data.cache_limit" in caplog.text
+
+
+def test_a_bad_line_is_tried_again(
+    folder: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = batches(str(folder), tmp_path / "none")
+    Mixture(make_data({"s": Source(path="s3://robots/s")}, cache=str(tmp_path / "c")), seed=0, global_batch=4)
+    monkeypatch.setattr(sources, "_PAUSE", 0.01)
+
+    with bad_line(int(s3.rsplit(":", 1)[1]), cuts=40) as line:
+        use(monkeypatch, line)
+        assert batches("s3://robots/s", tmp_path / "c") == expected
+
+
+def test_a_server_that_says_no_and_a_corrupt_object_are_named_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
+    import boto3
+
+    data = make_data({"s": Source(path="s3://robots/s")}, cache=str(tmp_path / "cache"))
+    mixture = Mixture(data, seed=0, global_batch=4)
+    store = boto3.client("s3", endpoint_url=s3)
+    store.delete_object(Bucket="robots", Key="s/train/front/shard.00000.mds")
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"s3://robots/s/train/front: shard shard\.00000\.mds cannot be had"):
+        mixture.prepare(0)
+    assert time.monotonic() - began < 5, "it was not tried again and again"
+    monkeypatch.setattr(sources, "_PAUSE", 0.01)
+    content = bytearray((folder / "train" / "front" / "shard.00001.mds").read_bytes())
+    content[700] ^= 1
+    store.put_object(Bucket="robots", Key="s/train/front/shard.00001.mds", Body=bytes(content))
+    with pytest.raises(DataError, match=r"shard\.00001\.mds cannot be had: .*[Cc]hecksum"):
+        mixture.prepare(1)
+    assert not Path(mixture.shards[1].path).exists()
+    with server(free_port(), INITIAL_NO_AUTH_ACTION_COUNT="0") as strict:
+        use(monkeypatch, strict)
+        with pytest.raises(DataError, match=r"data\.sources\.s: s3://robots/s/manifest\.json: cannot be read: .*403"):
+            Mixture(data.model_copy(update={"cache": str(tmp_path / "other")}), seed=0, global_batch=4)

@@ -1,0 +1,76 @@
+"""A real S3 server (moto) in a process of its own, and a bad line to it."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(port: int, **environment: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, "the S3 server did not start"
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def bad_line(port: int, cuts: int) -> Iterator[str]:
+    """A relay to a server that cuts the first connections after 3000 bytes."""
+    left = iter(range(cuts))
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            allowed = 3000 if next(left, None) is not None else 1 << 62
+            with socket.create_connection(("127.0.0.1", port)) as there:
+                while allowed > 0:
+                    ready, _, _ = select.select([self.request, there], [], [], 10)
+                    for end, other in ((self.request, there), (there, self.request)):
+                        if end in ready:
+                            if not (data := end.recv(1024)):
+                                return
+                            other.sendall(data)
+                            allowed -= len(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Relay) as relay:
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{relay.server_address[1]}"
+        relay.shutdown()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Set the environment that reaches the server at `url`."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
