@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import http.server
 import os
-import select
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3 import bad_line, free_port, server, use
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
@@ -31,31 +28,6 @@ from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError
 
 REAL = "libero_spatial_task2_128.hdf5"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def server(port: int, **environment: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, "the S3 server did not start"
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +46,6 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     name = f"b{abs(hash(request.node.name))}"
     client.create_bucket(Bucket=name)
     return boto3.resource("s3", endpoint_url=s3, region_name="us-east-1").Bucket(name)
-
-
-def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    for name, value in (
-        ("S3_ENDPOINT_URL", url),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -227,33 +188,6 @@ def test_without_credentials_it_says_where_they_come_from(
         with pytest.raises(DataError, match="403: may not look at it without credentials; set AWS_PROFILE"):
             sync(str(source), "s3://theirs/libero", quiet=True)
         closed.shutdown()
-
-
-@contextmanager
-def bad_line(port: int, cuts: int) -> Iterator[str]:
-    """A relay to a server that cuts the first connections after 3000 bytes."""
-    left = iter(range(cuts))
-
-    class Relay(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            allowed = 3000 if next(left, None) is not None else 1 << 62
-            with socket.create_connection(("127.0.0.1", port)) as there:
-                while allowed > 0:
-                    ready, _, _ = select.select([self.request, there], [], [], 10)
-                    for end, other in ((self.request, there), (there, self.request)):
-                        if end in ready:
-                            if not (data := end.recv(1024)):
-                                return
-                            other.sendall(data)
-                            allowed -= len(data)
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-
-    with Server(("127.0.0.1", 0), Relay) as relay:
-        threading.Thread(target=relay.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{relay.server_address[1]}"
-        relay.shutdown()
 
 
 def test_a_bad_line_is_tried_again_and_a_dead_one_is_named(
