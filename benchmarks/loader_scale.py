@@ -22,7 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from loader import RAMP, Server, decode_turns, libero_frames, together, write_mds
+from frames import libero_frames, write_mds
+from loader import RAMP, Server, decode_turns, together
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
