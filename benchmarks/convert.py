@@ -27,9 +27,9 @@ import simplejpeg
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.driver import convert
+from data_tools.convert.driver import convert
+from data_tools.convert.plan import Settings, make_plan
 from data_tools.images import decode, encode_frames
-from data_tools.plan import Settings, make_plan
 
 QUALITY = 95
 COPIES = 4  # of small sources, so that what a conversion costs once is small beside what a frame costs

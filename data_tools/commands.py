@@ -45,7 +45,7 @@ def simulate(
 
     Example: stamo data simulate libero raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
     """
-    from data_tools.simulate import simulate as run
+    from data_tools.simulators.simulate import simulate as run
 
     result = run(
         benchmark,
@@ -110,8 +110,8 @@ def convert(
 
     Example: stamo data convert lerobot raw/so100 shards/so100 --num-slices 16 --slice $SLURM_ARRAY_TASK_ID
     """
-    from data_tools.driver import Settings, run
-    from data_tools.formats import parse_options
+    from data_tools.convert.driver import Settings, run
+    from data_tools.formats.registry import parse_options
 
     settings = Settings(
         name=name,
@@ -159,7 +159,7 @@ def formats(
     from rich.console import Console
     from rich.table import Table
 
-    from data_tools.formats import FORMATS, options_of, type_text
+    from data_tools.formats.registry import FORMATS, options_of, type_text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1 if format else 0, 0))
     if format is None:

@@ -31,8 +31,8 @@ def check(
 
     Example: stamo data check shards/libero --fast
     """
-    from data_tools.check import check as run
-    from data_tools.check_report import print_report, write_report
+    from data_tools.look.check import check as run
+    from data_tools.look.check_report import print_report, write_report
 
     report = run(source, split=split, fast=fast, processes=processes, quiet=quiet)
     if json:
@@ -57,7 +57,7 @@ def preview(
 
     Example: stamo data preview shards/libero shards/metaworld --out pictures
     """
-    from data_tools.preview import preview as run
+    from data_tools.look.preview import preview as run
 
     if len(sources) > 1 and out is not None:
         if out.suffix:
@@ -77,9 +77,9 @@ def stats(
 
     Example: stamo data stats shards/libero
     """
-    from data_tools.stats import TRAIN, keep_stats, print_stats, source_stats
-    from data_tools.stores import open_store
-    from data_tools.sync import fetch_manifest
+    from data_tools.look.stats import TRAIN, keep_stats, print_stats, source_stats
+    from data_tools.stores.store import open_store
+    from data_tools.stores.sync import fetch_manifest
 
     found = source_stats(source, split, processes=processes, quiet=quiet)
     manifest, _ = fetch_manifest(open_store(source))
@@ -107,7 +107,7 @@ def sync(
 
     Example: stamo data sync shards/libero s3://bucket/shards/libero
     """
-    from data_tools.sync import sync as run
+    from data_tools.stores.sync import sync as run
 
     typer.echo(f"{dst}: {run(src, dst, parallel=parallel, overwrite=overwrite, quiet=quiet)}")
 

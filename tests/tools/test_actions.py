@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tools.actions import convention, map_actions, no_ops
-from data_tools.source import ActionSpec
+from data_tools.convert.actions import convention, map_actions, no_ops
+from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
 T = 12
@@ -27,7 +27,7 @@ def some_deltas(seed: int = 0) -> np.ndarray:
 
 
 def follow(pose: np.ndarray, deltas: np.ndarray) -> np.ndarray:
-    """The poses after each delta, by the formula of data_tools/actions.py."""
+    """The poses after each delta, by the formula of data_tools/convert/actions.py."""
     poses = []
     for delta in deltas:
         turned = Rotation.from_rotvec(delta[3:6]) * Rotation.from_rotvec(pose[3:])

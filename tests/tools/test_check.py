@@ -16,9 +16,9 @@ import typer
 from remade import Samples, remake
 from typer.testing import CliRunner
 
-from data_tools.check import check
-from data_tools.check_report import ERROR, WARNING, Finding, Report
-from data_tools.driver import convert
+from data_tools.convert.driver import convert
+from data_tools.look.check import check
+from data_tools.look.check_report import ERROR, WARNING, Finding, Report
 from data_tools.look_commands import register
 from stamo_dist.data.schema import read_manifest
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from data_tools.driver import convert
+from data_tools.convert.driver import convert
 
 from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import reader_from_json
 
-from data_tools.mds import EpisodeWriter
+from data_tools.convert.mds import EpisodeWriter
 from stamo_dist.data.schema import columns, read_episodes, read_manifest
 from stamo_dist.errors import DataError
 
@@ -134,7 +134,7 @@ def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, shared_
 
     out = tmp_path / "killed" / "libero"
     code = (
-        "import sys; from pathlib import Path; from data_tools.driver import convert; "
+        "import sys; from pathlib import Path; from data_tools.convert.driver import convert; "
         f"convert('libero', Path(sys.argv[1]), Path(sys.argv[2]), processes=1, **{options!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(arguments[1]), str(out)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from films import cut, film, number, picture
 
-from data_tools.decode import probe, video_frames
+from data_tools.formats.decode import probe, video_frames
 from stamo_dist.errors import DataError
 
 KINDS = [

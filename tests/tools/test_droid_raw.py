@@ -15,7 +15,7 @@ from stamo_dist.errors import DataError
 
 av = pytest.importorskip("av", reason="needs the [convert] extra")
 
-from data_tools.droid_raw import DroidRawReader  # noqa: E402
+from data_tools.formats.droid_raw import DroidRawReader  # noqa: E402
 
 STEPS = 20
 SERIALS = {"ext1": "22008760", "ext2": "24400334", "wrist": "18026681"}

@@ -12,8 +12,8 @@ from typing import Literal
 
 import pytest
 
-from data_tools import formats
-from data_tools.plan import Settings, make_plan
+from data_tools.convert.plan import Settings, make_plan
+from data_tools.formats import registry as formats
 from stamo_dist.errors import DataError
 
 
@@ -81,7 +81,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
     path = cut(tmp_path / "a.hdf5")
     for package, format in (("pyarrow", "lerobot"), ("scipy", "libero")):
         monkeypatch.setitem(sys.modules, package, None)
-        for module in ("data_tools.lerobot", "data_tools.lerobot_files"):
+        for module in ("data_tools.formats.lerobot", "data_tools.formats.lerobot_files"):
             monkeypatch.delitem(sys.modules, module, raising=False)
         with pytest.raises(DataError, match=rf"needs the package {package}.*stamo-dist\[convert\]"):
             make_plan(format, path, "s", Settings())

@@ -19,8 +19,8 @@ import pytest
 from films import cut, film, number, picture
 from PIL import Image
 
-from data_tools.driver import convert
-from data_tools.lerobot import LerobotReader
+from data_tools.convert.driver import convert
+from data_tools.formats.lerobot import LerobotReader
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from data_tools.maniskill import ManiskillReader, action_spec
+from data_tools.formats.maniskill import ManiskillReader, action_spec
 from stamo_dist.errors import DataError
 
 LENGTHS = (7, 50, 3)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.demo_file import assemble, write_episode
-from data_tools.metaworld import ACTION, MetaworldReader
-from data_tools.rollout import Rollout
-from data_tools.simulate_metaworld import MetaWorld
+from data_tools.formats.metaworld import ACTION, MetaworldReader
+from data_tools.simulators.demo_file import assemble, write_episode
+from data_tools.simulators.metaworld import MetaWorld
+from data_tools.simulators.rollout import Rollout
 from stamo_dist.errors import DataError
 
 

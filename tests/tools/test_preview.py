@@ -13,10 +13,10 @@ from PIL import Image
 from remade import read, remake
 from typer.testing import CliRunner
 
-from data_tools.driver import convert
+from data_tools.convert.driver import convert
+from data_tools.look.preview import evenly, preview
+from data_tools.look.preview_page import COLOURS, GAP, LABELS, MARGIN, WIDTH
 from data_tools.look_commands import register
-from data_tools.preview import evenly, preview
-from data_tools.preview_page import COLOURS, GAP, LABELS, MARGIN, WIDTH
 from stamo_dist.errors import DataError
 
 

@@ -14,9 +14,9 @@ import pytest
 import simplejpeg
 from records import TEXT, image, png, tensor, write_tfds
 
-from data_tools import tfds, tfrecord
-from data_tools.driver import convert
-from data_tools.rlds import RldsReader, absolute_gripper
+from data_tools.convert.driver import convert
+from data_tools.formats import tfds, tfrecord
+from data_tools.formats.rlds import RldsReader, absolute_gripper
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 

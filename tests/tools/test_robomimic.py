@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from data_tools.robomimic import RobomimicReader
+from data_tools.formats.robomimic import RobomimicReader
 from stamo_dist.errors import DataError
 
 OSC = {

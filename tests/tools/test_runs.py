@@ -16,8 +16,8 @@ from urllib.request import Request, urlopen
 import h5py
 import pytest
 
-from data_tools.driver import Settings, convert, run
-from data_tools.publish import upload
+from data_tools.convert.driver import Settings, convert, run
+from data_tools.convert.publish import upload
 from stamo_dist.data.schema import MANIFEST, read_episodes, read_manifest
 from stamo_dist.errors import DataError
 
@@ -25,7 +25,7 @@ OPTIONS = {"size": 48, "val_fraction": 0.25, "slice_frames": 1, "quiet": True}
 CODE = """
 import json, sys
 from pathlib import Path
-from data_tools.driver import Settings, run
+from data_tools.convert.driver import Settings, run
 out, settings = sys.argv[2], json.loads(sys.argv[3])
 if "work" in settings:
     settings["work"] = Path(settings["work"])

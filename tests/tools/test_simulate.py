@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from data_tools.driver import convert
-from data_tools.simulate import simulate
+from data_tools.convert.driver import convert
+from data_tools.simulators.simulate import simulate
 from stamo_dist.errors import DataError
 
 needs_metaworld = pytest.mark.skipif(

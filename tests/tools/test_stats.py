@@ -12,11 +12,11 @@ import typer
 from remade import read, remake
 from typer.testing import CliRunner
 
-from data_tools.columns import ColumnShard, read_index
-from data_tools.driver import convert
+from data_tools.convert.driver import convert
+from data_tools.look.columns import ColumnShard, read_index
+from data_tools.look.sketch import RELATIVE_ERROR, Moments, Quantiles
+from data_tools.look.stats import source_stats
 from data_tools.look_commands import register
-from data_tools.sketch import RELATIVE_ERROR, Moments, Quantiles
-from data_tools.stats import source_stats
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError
 

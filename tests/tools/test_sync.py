@@ -19,11 +19,11 @@ from s3 import bad_line, free_port, server, use
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
-from data_tools.check import check
-from data_tools.driver import convert
-from data_tools.stats import source_stats
-from data_tools.stores import open_store
-from data_tools.sync import sync
+from data_tools.convert.driver import convert
+from data_tools.look.check import check
+from data_tools.look.stats import source_stats
+from data_tools.stores.store import open_store
+from data_tools.stores.sync import sync
 from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError
 
@@ -117,7 +117,7 @@ def test_killed_in_the_middle_it_is_no_source_and_continues(
     if direction == "down":
         sync(str(many), url, quiet=True)
     src, dst = (str(many), url) if direction == "up" else (url, str(copy))
-    command = f"from data_tools.sync import sync; sync({src!r}, {dst!r}, quiet=True, parallel=2)"
+    command = f"from data_tools.stores.sync import sync; sync({src!r}, {dst!r}, quiet=True, parallel=2)"
     process = subprocess.Popen([sys.executable, "-c", command])
 
     def arrived() -> int:

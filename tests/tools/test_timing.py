@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_tools.timing import check_rate, close_up, durations, resample
+from data_tools.convert.timing import check_rate, close_up, durations, resample
 from stamo_dist.errors import DataError
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from films import cut, film, number
 
-from data_tools.driver import convert
-from data_tools.source import EpisodeRef
-from data_tools.video import VideoReader
+from data_tools.convert.driver import convert
+from data_tools.formats.source import EpisodeRef
+from data_tools.formats.video import VideoReader
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 

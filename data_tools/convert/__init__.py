@@ -1,0 +1,1 @@
+"""From a Reader to shards: the part all formats share."""

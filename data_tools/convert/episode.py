@@ -1,0 +1,126 @@
+"""One episode on its way into the shards: the part of a conversion that knows moments, actions and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_tools.convert import timing
+from data_tools.convert.actions import map_actions, no_ops
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Reader
+from data_tools.images import encode_frames
+from stamo_dist.errors import DataError
+
+#: What reading a damaged file may raise besides DataError.
+DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError)
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What happens to every episode."""
+
+    size: int
+    fit: str = "crop"
+    quality: int = 95
+    rate_hz: float | None = None
+    action: str = "delta"
+    drop_noops: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """K moments as they are stored: JPEGs by camera, times float64 (K,), float32 vectors (K, D) by column."""
+
+    images: dict[str, list[bytes]]
+    times: np.ndarray
+    vectors: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def read_episode(
+    reader: Reader,
+    episode: EpisodeRef,
+    processing: Processing,
+    *,
+    cameras: Sequence[str],
+    spec: ActionSpec | None,
+    proprio_dim: int,
+) -> Converted:
+    """Read an episode and bring it into the shards' form.
+
+    Raises:
+        DataError: Why this episode cannot be used.
+    """
+    try:
+        data = reader.read(episode)
+        _check(data, cameras, spec, proprio_dim)
+        kept, vectors, times = _moments(data, processing, spec)
+        images = {c: _encode(data, c, kept, processing) for c in cameras}
+    except DAMAGE as e:
+        raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    return Converted(images, times, vectors)
+
+
+def _encode(data: EpisodeData, camera: str, kept: np.ndarray, processing: Processing) -> list[bytes]:
+    """The kept frames of one camera as JPEGs.
+
+    Raises:
+        DataError: A frame is missing or corrupt.
+    """
+    numbers = kept.tolist()
+    try:
+        return encode_frames(data.frames[camera](numbers), numbers, processing.size, processing.fit, processing.quality)
+    except DataError as e:
+        raise DataError(f"{camera}: {e}") from e
+
+
+def _moments(
+    data: EpisodeData, processing: Processing, spec: ActionSpec | None
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Which frames are kept, their vectors, and their times from 0."""
+    times, actions, pose = data.times.astype(np.float64), data.actions, data.pose
+    seconds = timing.durations(times)
+    steps = np.arange(len(times))
+    if processing.drop_noops:
+        acts = ~no_ops(spec, actions, pose)
+        if not acts.any():
+            raise DataError("every step is a no-op")
+        times, steps = timing.close_up(seconds, acts), steps[acts]
+        actions, seconds, pose = actions[acts], seconds[acts], None if pose is None else pose[acts]
+    kept = timing.resample(times, processing.rate_hz)
+    vectors = {"proprio": data.proprio[steps[kept]]}
+    if spec is not None and spec.dim:
+        vectors["original_action"] = actions[kept]
+        vectors["action"] = map_actions(spec, processing.action, actions, kept, seconds, pose)
+    stored = {name: np.ascontiguousarray(values, np.float32) for name, values in vectors.items() if values.shape[1]}
+    return steps[kept], stored, times[kept] - times[0]
+
+
+def _check(data: EpisodeData, cameras: Sequence[str], spec: ActionSpec | None, proprio_dim: int) -> None:
+    """Raises:
+    DataError: Not what the scan promised.
+    """
+    lengths = {"frames": len(data.times), "actions": len(data.actions), "proprio": len(data.proprio)}
+    if data.pose is not None:
+        lengths["pose"] = len(data.pose)
+    if len(set(lengths.values())) > 1:
+        raise DataError("lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()))
+    if not len(data.times):
+        raise DataError("no frames")
+    for name, values, dim in (
+        ("actions", data.actions, spec.dim if spec else 0),
+        ("proprio", data.proprio, proprio_dim),
+    ):
+        if values.shape[1:] != (dim,):
+            raise DataError(f"{name} are {values.shape}, expected (T, {dim})")
+    numbers = {"actions": data.actions, "proprio": data.proprio, "pose": data.pose}
+    if broken := [name for name, values in numbers.items() if values is not None and not np.isfinite(values).all()]:
+        raise DataError(f"{' and '.join(broken)} are not finite")
+    if not np.isfinite(data.times).all() or (np.diff(data.times) <= 0).any():
+        raise DataError("the times of its frames do not increase")
+    if missing := [camera for camera in cameras if camera not in data.frames]:
+        raise DataError(f"no camera {', '.join(missing)}")

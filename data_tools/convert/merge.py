@@ -1,0 +1,109 @@
+"""Slices → one source: what is known of them is joined, shards are renumbered, and the manifest comes last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.convert.slices import Slice
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split
+from stamo_dist.errors import DataError
+
+
+def merge(whole: Path, plan: Manifest, work: Sequence[Slice], bad: Sequence[str]) -> Manifest:
+    """Lay whole slices out as one source in the new folder `whole`.
+
+    Args:
+        whole: Folder to create.
+        plan: Everything of the manifest that is known beforehand.
+        work: All slices.
+        bad: Episodes that were never tried, "EPISODE: reason".
+
+    Raises:
+        DataError: No episode is left, or a slice was damaged since it was written.
+    """
+    reports = {part: part.report() or {} for part in work}
+    skipped = sorted([*bad, *(reason for report in reports.values() for reason in report["skipped"])])
+    if damaged := [problem for part in work if (problem := _damage(part, plan.cameras))]:
+        raise DataError("\n".join(damaged))
+    splits: dict[str, Split] = {}
+    checksums: dict[str, str] = {}
+    for split in dict.fromkeys(part.split for part in work):
+        parts = [part for part in work if part.split == split]
+        start = 0
+        lines = []
+        for episode in (e for part in parts for e in reports[part]["episodes"]):
+            lines.append(Episode(**{**episode, "start": start}).model_dump_json())
+            start += episode["length"]
+        if not lines:
+            continue
+        (whole / split).mkdir(parents=True)
+        for camera in plan.cameras:
+            sums = _merge_camera([part.folder / camera for part in parts], whole / split / camera)
+            checksums |= {f"{split}/{camera}/{shard}": value for shard, value in sums.items()}
+        (whole / split / EPISODES).write_text("".join(f"{line}\n" for line in lines))
+        splits[split] = Split(episodes=len(lines), frames=start)
+    if not splits:
+        raise DataError("\n".join(["no episode could be read:", *some(skipped)]))
+    manifest = plan.model_copy(update={"splits": splits, "checksums": checksums, "skipped": skipped})
+    (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def put_in_place(whole: Path, out: Path) -> None:
+    """Rename `whole` to OUT, setting an older OUT aside first."""
+    if out.exists() and any(out.iterdir()):
+        old = whole.parent / "replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+    os.replace(whole, out)
+
+
+def some(reasons: Sequence[str], shown: int = 20) -> list[str]:
+    """The first reasons as lines of a list, and how many more there are."""
+    rest = len(reasons) - shown
+    return [f"  - {r}" for r in reasons[:shown]] + ([f"  … and {rest} more"] if rest > 0 else [])
+
+
+def _index(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "index.json").read_text())["shards"]
+
+
+def _damage(part: Slice, cameras: Sequence[str]) -> str:
+    """What is wrong with a slice's files, by their sizes; the slice is removed then, to be converted again."""
+    for camera in cameras:
+        for shard in _index(part.folder / camera):
+            path = part.folder / camera / shard["raw_data"]["basename"]
+            size = path.stat().st_size if path.is_file() else 0
+            if size != shard["raw_data"]["bytes"]:
+                shutil.rmtree(part.folder)
+                return f"{path}: {size} bytes, {shard['raw_data']['bytes']} were written; run again to convert it again"
+    return ""
+
+
+def _merge_camera(parts: Sequence[Path], target: Path) -> dict[str, str]:
+    """Join slices' MDS folders into one, renumbering the shards; returns shard file → sha256."""
+    target.mkdir()
+    shards: list[dict[str, Any]] = []
+    checksums: dict[str, str] = {}
+    for part in parts:
+        for shard in _index(part):
+            raw = shard["raw_data"]
+            name = f"shard.{len(shards):05}.mds"
+            _link(part / raw["basename"], target / name)
+            raw["basename"] = name
+            checksums[name] = raw["hashes"]["sha256"]
+            shards.append(shard)
+    (target / "index.json").write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    return checksums
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

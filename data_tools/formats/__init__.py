@@ -1,0 +1,1 @@
+"""A Reader for each source format, and what they share."""

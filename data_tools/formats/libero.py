@@ -1,0 +1,296 @@
+"""LIBERO's HDF5 layout: official files, OpenVLA's regenerated ones, and those of `stamo data simulate`.
+
+They differ in when an image was taken and which way up it is stored. Our files state both; official files are known by
+their tag; for anything else the caller must say. A wrong guess would pair every action with the wrong frame.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, find_files
+from stamo_dist.errors import DataError
+
+TIMINGS = ("before", "after")
+#: How images (T, H, W, 3) are stored → the index that turns them upright.
+_TURN: dict[str, tuple[slice, ...]] = {
+    "upright": (slice(None),),
+    "flipped_vertically": (slice(None), slice(None, None, -1)),
+    "rotated_180": (slice(None), slice(None, None, -1), slice(None, None, -1)),
+}
+#: robosuite's `macros_image_convention` → how the images lie.
+MACROS = {"opengl": "flipped_vertically", "opencv": "upright"}
+#: The tag of LIBERO's own create_dataset.py, which stores obs[t] after actions[t].
+OFFICIAL_TAG = "libero-v1"
+PROPRIO = ("ee_states", "gripper_states")
+DEFAULT_RATE_HZ = 20.0
+#: Frames that are read at a time.
+RUN = 32
+#: Dimensions of a pose: position and rotation vector.
+POSE = 6
+DEFAULT_ACTION = "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close"
+
+
+@dataclass
+class LiberoReader:
+    """Reads a file or a folder of files in LIBERO's HDF5 layout.
+
+    Frame t is paired with the action taken at it. Where images were stored *after* actions, obs[t] goes with
+    actions[t + 1], and the first action and the last image drop out. proprio is ee_states (6) and gripper_states (2).
+
+    Args:
+        src: A .hdf5 file or a folder, searched recursively.
+        cameras: Cameras to convert (`obs/CAMERA_rgb`); all when omitted.
+        image_timing: "before" or "after" the action, for files that do not say.
+        image_orientation: "upright", "flipped_vertically" or "rotated_180", for files that do not say.
+    """
+
+    src: Path
+    cameras: Sequence[str] | None = None
+    image_timing: str | None = None
+    image_orientation: str | None = None
+
+    def scan(self) -> Scan:
+        files = find_files(self.src, (".hdf5", ".h5"))
+        problems = self._check_options()
+        episodes: list[EpisodeRef] = []
+        bad: list[str] = []
+        seen: dict[str, dict[Any, str]] = {}  # property → value → the first episode that has it
+        for path in files:
+            try:
+                with h5py.File(path, "r") as file:
+                    episodes += self._scan_file(path, file, seen, bad)
+            except DataError as e:
+                problems.append(str(e))
+            except OSError as e:
+                problems.append(f"{path}: not a whole HDF5 file ({e})")
+        for what, values in seen.items():
+            if len(values) > 1:
+                each = "; ".join(f"{value} in {where}" for value, where in values.items())
+                problems.append(f"{what} differ between episodes: {each}; convert them separately")
+        if problems:
+            raise DataError("\n".join(problems))
+        common = {what: next(iter(values)) for what, values in seen.items()}
+        return Scan(
+            episodes=episodes,
+            files=files,
+            cameras=list(common["cameras"]),
+            rate_hz=common["rates in Hz"],
+            action=_action_spec(common["action conventions"], common["action dimensions"]),
+            proprio_dim=common["proprio dimensions"],
+            options={"image_timing": self.image_timing, "image_orientation": self.image_orientation},
+            bad=bad,
+        )
+
+    def read(self, episode: EpisodeRef) -> EpisodeData:
+        path = self.src / episode.file if self.src.is_dir() else self.src
+        try:
+            with h5py.File(path, "r") as file:
+                demo = file[f"data/{episode.key}"]
+                obs = demo["obs"]
+                shift = _shift(episode.private["image_timing"])
+                keep = len(demo["actions"]) - shift
+                turn = _TURN[episode.private["image_orientation"]]
+                vectors = {key: obs[key][:keep] for key in PROPRIO}
+                return EpisodeData(
+                    frames={
+                        c: _frames(path, f"data/{episode.key}/obs/{c}_rgb", turn) for c in self.cameras or _cameras(obs)
+                    },
+                    times=np.arange(keep) / episode.private["rate_hz"],
+                    actions=demo["actions"][shift:],
+                    proprio=np.concatenate(list(vectors.values()), axis=1),
+                    pose=vectors["ee_states"] if vectors["ee_states"].shape[1] == POSE else None,
+                )
+        except (OSError, KeyError) as e:
+            raise DataError(f"cannot be read ({e})") from e
+
+    def _check_options(self) -> list[str]:
+        problems = []
+        if self.image_timing not in (None, *TIMINGS):
+            problems.append(f"image_timing: {self.image_timing!r} must be one of {', '.join(TIMINGS)}")
+        if self.image_orientation not in (None, *_TURN):
+            problems.append(f"image_orientation: {self.image_orientation!r} must be one of {', '.join(_TURN)}")
+        return problems
+
+    def _scan_file(
+        self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str]
+    ) -> list[EpisodeRef]:
+        """The file's usable episodes in the order of their numbers; adds the others to `bad`.
+
+        Raises:
+            DataError: Nothing in this file can be used.
+        """
+        data = file.get("data")
+        demos = [key for key in data if key.startswith("demo_")] if isinstance(data, h5py.Group) else []
+        if not demos:
+            raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
+        private: dict[str, Any] = {**self._conventions(path, data.attrs), "rate_hz": _rate(data.attrs)}
+        relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
+        stem = relative.removesuffix(path.suffix)
+        task, instruction = path.stem.removesuffix("_demo"), _instruction(data.attrs, path)
+        episodes = []
+        faults = []
+        for key in sorted(demos, key=lambda key: (len(key), key)):
+            demo, name = data[key], f"{stem}/{key}"
+            if fault := next(self._faults(demo), None):
+                faults.append(f"{name}: {fault}")
+                continue
+            cameras = tuple(self.cameras or _cameras(demo["obs"]))
+            shapes = {c: demo["obs"][f"{c}_rgb"].shape[1:3] for c in cameras}
+            properties = {
+                "cameras": cameras,
+                "image sizes": ", ".join(f"{c} {w}×{h} px" for c, (h, w) in shapes.items()),
+                "action dimensions": demo["actions"].shape[1],
+                "proprio dimensions": sum(demo["obs"][k].shape[1] for k in PROPRIO),
+                "rates in Hz": private["rate_hz"],
+                "action conventions": str(data.attrs.get("action_convention", DEFAULT_ACTION)),
+            }
+            for what, value in properties.items():
+                seen.setdefault(what, {}).setdefault(value, name)
+            length = len(demo["actions"]) - _shift(private["image_timing"])
+            episodes.append(EpisodeRef(name, relative, key, length, task, instruction, private=private))
+        if not episodes:
+            raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
+        bad += faults
+        return episodes
+
+    def _conventions(self, path: Path, attrs: Mapping[str, Any]) -> dict[str, str]:
+        """image_timing and image_orientation: as the file says, else as the caller says.
+
+        Raises:
+            DataError: Neither does.
+        """
+        timing = attrs.get("image_timing") or ("after" if attrs.get("tag") == OFFICIAL_TAG else self.image_timing)
+        orientation = attrs.get("image_orientation") or MACROS.get(attrs.get("macros_image_convention", ""))
+        orientation = orientation or self.image_orientation
+        unsaid = []
+        if timing not in TIMINGS:
+            unsaid.append(
+                f"{path}: does not say when its images were taken; give --set image_timing=before "
+                "(OpenVLA's regenerated files) or after (LIBERO's official files)"
+            )
+        if orientation not in _TURN:
+            unsaid.append(
+                f"{path}: does not say which way up its images are; give --set "
+                "image_orientation=flipped_vertically (as the simulator renders), upright or rotated_180"
+            )
+        if unsaid:
+            raise DataError("\n".join(unsaid))
+        return {"image_timing": str(timing), "image_orientation": str(orientation)}
+
+    def _faults(self, demo: h5py.Group) -> Iterator[str]:
+        """Why an episode cannot be used, by its shapes alone."""
+        obs = demo.get("obs")
+        if "actions" not in demo or not isinstance(obs, h5py.Group):
+            yield "no actions or no obs"
+            return
+        cameras = self.cameras or _cameras(obs)
+        keys = [*PROPRIO, *(f"{c}_rgb" for c in cameras or ["CAMERA"])]
+        if missing := [f"obs/{key}" for key in keys if key not in obs]:
+            yield f"no {', '.join(missing)}"
+            return
+        if demo["actions"].ndim != 2 or any(obs[key].ndim != 2 for key in PROPRIO):
+            yield "actions and proprio must be (T, D)"
+        for images in (obs[f"{c}_rgb"] for c in cameras):
+            if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+                yield f"{images.name} is {images.dtype} {images.shape}, not uint8 RGB (T, H, W, 3)"
+        lengths = {"actions": len(demo["actions"]), **{f"obs/{key}": len(obs[key]) for key in keys}}
+        if len(set(lengths.values())) > 1:
+            yield "lengths differ: " + ", ".join(f"{key} {n}" for key, n in lengths.items())
+        if len(demo["actions"]) < 2:
+            yield "fewer than 2 steps"
+
+
+def _action_spec(text: str, dim: int) -> ActionSpec:
+    """What the action conventions of these files mean; anything else is kept as it is."""
+    if text.startswith("OSC_POSE delta") and dim == 7:
+        return ActionSpec(
+            dim,
+            text,
+            "delta",
+            translation=(0, 1, 2),
+            metres=0.05,
+            rotation=(3, 4, 5),
+            radians=0.5,
+            gripper=6,
+            gripper_open=-1.0,
+            gripper_closed=1.0,
+        )
+    if text.startswith("hand delta") and dim == 4:  # Meta-World's
+        return ActionSpec(
+            dim,
+            text,
+            "delta",
+            translation=(0, 1, 2),
+            metres=0.01,
+            gripper=3,
+            gripper_open=-1.0,
+            gripper_closed=1.0,
+        )
+    return ActionSpec(dim, text, "other")
+
+
+def _frames(path: Path, name: str, turn: tuple[slice, ...]) -> Frames:
+    """Upright frames of a dataset (T, H, W, 3), read in runs of chunks so that none is unpacked twice."""
+
+    def frames(numbers: Sequence[int]) -> Iterable[np.ndarray]:
+        try:
+            with h5py.File(path, "r") as file:
+                images = file[name]
+                run = _run(images, numbers)
+                start, block = 0, images[:0]
+                for number in numbers:
+                    if not start <= number < start + len(block):
+                        start = number - number % run
+                        block = images[start : start + run][turn]
+                    yield block[number - start]
+        except (OSError, KeyError) as e:
+            raise DataError(f"cannot be read ({e})") from e
+
+    return frames
+
+
+def _run(images: h5py.Dataset, numbers: Sequence[int]) -> int:
+    """Frames to read at a time: whole chunks, several of them where most frames are wanted."""
+    chunk = images.chunks[0] if images.chunks else 1
+    dense = 2 * len(numbers) > numbers[-1] - numbers[0]
+    return chunk * -(-RUN // chunk) if dense else chunk
+
+
+def _shift(image_timing: str) -> int:
+    """How many actions precede the first image."""
+    return 1 if image_timing == "after" else 0
+
+
+def _cameras(obs: h5py.Group) -> list[str]:
+    return sorted(key.removesuffix("_rgb") for key in obs if key.endswith("_rgb"))
+
+
+def _json(attrs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(attrs.get(key, "{}"))
+    except (TypeError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rate(attrs: Mapping[str, Any]) -> float:
+    if "rate_hz" in attrs:
+        return float(attrs["rate_hz"])
+    return float(_json(attrs, "env_args").get("env_kwargs", {}).get("control_freq", DEFAULT_RATE_HZ))
+
+
+def _instruction(attrs: Mapping[str, Any], path: Path) -> str:
+    """From problem_info; else from the file's name, as LIBERO names its files by their instruction."""
+    said = _json(attrs, "problem_info").get("language_instruction")
+    if said:
+        return " ".join(said) if isinstance(said, list) else str(said)
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")

@@ -1,0 +1,284 @@
+"""ManiSkill's trajectories (versions 2 and 3): NAME.h5 with NAME.json beside it.
+
+  traj_0/                        T transitions; observations have T + 1 rows, the last one without an action
+    obs/sensor_data/CAMERA/rgb   (T + 1, H, W, 3) uint8, upright; version 2: obs/image/CAMERA/rgb
+    obs/agent/qpos, obs/extra/tcp_pose (x y z, quaternion w x y z), …
+    actions (T, A), terminated, truncated, success (T,), env_states
+  NAME.json                      env_info {env_id, env_kwargs}, episodes [{episode_id, control_mode, success, …}]
+
+Layout: https://maniskill.readthedocs.io/en/latest/user_guide/datasets/demos.html. Units of the Panda's controllers:
+mani_skill/agents/robots/panda/panda.py and agents/controllers/pd_ee_pose.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data_tools.formats import hdf5
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
+from stamo_dist.errors import DataError
+
+#: Version → where its pictures are, below obs.
+IMAGES = {3: "sensor_data", 2: "image"}
+POSE = "extra/tcp_pose"
+PROPRIO = ("agent/qpos", POSE)
+#: The simulator's rate where env_kwargs do not say another.
+CONTROL_HZ = 20.0
+
+
+@dataclass
+class ManiskillReader:
+    """Reads a .h5 file with its .json, or a folder of such pairs.
+
+    obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without pictures (the
+    originals, recorded with obs_mode none) are left out where others have some.
+
+    Args:
+        src: A .h5 file or a folder, searched recursively.
+        cameras: Cameras to convert (`obs/sensor_data/CAMERA/rgb`); all when omitted.
+        proprio: Keys below obs, side by side; agent/qpos and extra/tcp_pose, where they exist, when omitted.
+        rate_hz: Steps per second; control_freq of the file's env_kwargs, else 20, when omitted.
+        instruction: What the robot is to do; the environment's name in words when omitted.
+        success_only: Leave failed episodes out.
+    """
+
+    src: Path
+    cameras: Sequence[str] | None = None
+    proprio: Sequence[str] | None = None
+    rate_hz: float | None = None
+    instruction: str | None = None
+    success_only: bool = False
+
+    def scan(self) -> Scan:
+        src = Path(self.src)
+        files = find_files(src, hdf5.SUFFIXES)
+        problems: list[str] = []
+        if self.rate_hz is not None and not float(self.rate_hz) > 0:
+            problems.append(f"rate_hz: {self.rate_hz} must be positive")
+        agreement = hdf5.Agreement()
+        episodes: list[EpisodeRef] = []
+        bad: list[str] = []
+        blind: list[Path] = []
+        for path in files:
+            try:
+                with hdf5.open_file(path) as file:
+                    if not (trajectories := hdf5.numbered(file, "traj_")):
+                        raise DataError(f"{path}: no group traj_0: not ManiSkill's layout")
+                    if all(_version(file[key]) is None for key in trajectories):
+                        blind.append(path)
+                        continue
+                    episodes += self._scan_file(path, file, trajectories, agreement, bad)
+            except DataError as e:
+                problems.append(str(e))
+        if blind and len(blind) == len(files):
+            problems += [f"{p}: no pictures; replay it with --obs-mode rgb (mani_skill.trajectory)" for p in blind]
+        if problems := problems + agreement.problems():
+            raise DataError("\n".join(problems))
+        if not episodes:
+            raise DataError(f"{src}: no usable episode" + (" that succeeded" if self.success_only else ""))
+        used = [path for path in files if path not in blind]
+        return Scan(
+            episodes=episodes,
+            files=used + [p for path in used if (p := path.with_suffix(".json")).is_file()],
+            cameras=list(agreement["cameras"]),
+            rate_hz=agreement["rates in Hz"],
+            action=agreement["actions"],
+            proprio_dim=agreement["proprio dimensions"],
+            options={
+                "proprio": list(agreement["proprio keys"]),
+                "success_only": self.success_only,
+                "files_without_pictures": [hdf5.relative(src, p) for p in blind],
+            },
+            bad=bad,
+        )
+
+    def read(self, episode: EpisodeRef) -> EpisodeData:
+        path = hdf5.located(Path(self.src), episode.file)
+        with hdf5.open_file(path) as file:
+            group = file[episode.key]
+            obs, actions = group["obs"], group["actions"][:]
+            length = len(actions)
+            proprio = [obs[key][:length].reshape(length, -1) for key in self._proprio(obs)]
+            return EpisodeData(
+                frames={c: hdf5.read_frames(path, d.name) for c, d in _cameras(obs, self.cameras).items()},
+                times=np.arange(length) / episode.private["rate_hz"],
+                actions=actions,
+                proprio=np.concatenate(proprio, axis=1) if proprio else np.zeros((length, 0), np.float32),
+                pose=_pose(obs[POSE][:length]) if POSE in obs else None,
+            )
+
+    def _proprio(self, obs: h5py.Group) -> list[str]:
+        return list(self.proprio) if self.proprio is not None else [key for key in PROPRIO if key in obs]
+
+    def _scan_file(
+        self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str]
+    ) -> list[EpisodeRef]:
+        """The file's usable episodes; adds the others to `bad`.
+
+        Raises:
+            DataError: Nothing in this file can be used.
+        """
+        env, told = _read_json(path.with_suffix(".json"))
+        kwargs = env.get("env_kwargs") or {}
+        rate = self.rate_hz or (kwargs.get("sim_config") or {}).get("control_freq") or kwargs.get("control_freq")
+        rate = float(rate or CONTROL_HZ)
+        env_id = str(env.get("env_id") or path.parent.name)
+        file_name = hdf5.relative(Path(self.src), path)
+        stem = file_name.removesuffix(path.suffix)
+        episodes, faults = [], []
+        for key in trajectories:
+            group, id = file[key], f"{stem}/{key}"
+            meta = told.get(int(key.removeprefix("traj_")), {})
+            if fault := self._fault(group, meta):
+                faults.append(f"{id}: {fault}")
+                continue
+            success = _success(group, meta)
+            if self.success_only and not success:
+                continue
+            obs, actions = group["obs"], group["actions"]
+            control_mode = str(meta.get("control_mode") or kwargs.get("control_mode"))
+            cameras, proprio = _cameras(obs, self.cameras), self._proprio(obs)
+            agreement.note(
+                id,
+                {
+                    "cameras": tuple(cameras),
+                    "actions": action_spec(control_mode, _robot(kwargs), actions.shape[1], _version(group) or 3),
+                    "proprio keys": tuple(proprio),
+                    "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
+                    "rates in Hz": rate,
+                },
+            )
+            episodes.append(
+                EpisodeRef(
+                    id=id,
+                    file=file_name,
+                    key=key,
+                    length=len(actions),
+                    task=env_id,
+                    instruction=self.instruction or _words(env_id),
+                    meta={"env_id": env_id, **meta, "success": success},
+                    private={"rate_hz": rate},
+                )
+            )
+        if faults and len(faults) == len(trajectories):
+            raise DataError(f"{path}: none of its {len(trajectories)} episodes can be used; {faults[0]}")
+        bad += faults
+        return episodes
+
+    def _fault(self, group: h5py.Group, meta: Mapping[str, Any]) -> str | None:
+        """Why an episode cannot be used, by its shapes alone."""
+        if fault := hdf5.missing_keys(group, ["actions"]):
+            return fault
+        if not isinstance(obs := group.get("obs"), h5py.Group) or _version(group) is None:
+            return f"no pictures; it has {', '.join(hdf5.keys_below(group))}"
+        cameras = _cameras(obs, self.cameras)
+        if missing := [camera for camera, dataset in cameras.items() if dataset is None]:
+            return f"no camera {', '.join(missing)}; it has {', '.join(_cameras(obs, None)) or 'none'}"
+        if fault := hdf5.missing_keys(obs, self._proprio(obs)):
+            return f"obs has {fault}"
+        names = [dataset.name for dataset in cameras.values()]
+        faults = hdf5.image_faults(group, names)
+        length = len(group["actions"])
+        rows = {name.removeprefix(f"{group.name}/"): len(group[name]) for name in names}
+        rows |= {f"obs/{key}": len(obs[key]) for key in self._proprio(obs)}
+        if wrong := {name: n for name, n in rows.items() if n != length + 1}:
+            each = ", ".join(f"{name} {n}" for name, n in wrong.items())
+            faults.append(f"observations of {length} actions must have {length + 1} rows: {each}")
+        if group["actions"].ndim != 2 or not length:
+            faults.append(f"actions are {group['actions'].shape}, not (T, A)")
+        if not meta:
+            faults.append("not in the .json's episodes")
+        return "; ".join(faults) or None
+
+
+def action_spec(control_mode: str, robot: str, dim: int, version: int) -> ActionSpec:
+    """What a Panda's end-effector controllers make of an action; all other actions are kept as they are stored.
+
+    1 is 0.1 m and, in version 2, 0.1 rad. Version 3 multiplies the rotation by `rot_lower`, -0.1, so 1 is -0.1 rad;
+    it takes it as Euler angles about the moving axes x, y, z, equal to a rotation vector within 0.003 rad at this size.
+    """
+    size = {"pos": 3, "pose": 6}.get(control_mode.rsplit("_", 1)[-1], 0)
+    understood = re.fullmatch(r"pd_ee_(target_)?delta_(pos|pose)", control_mode) and robot.startswith("panda")
+    if not understood or dim != size + 1:
+        return ActionSpec(dim=dim, text=f"ManiSkill {control_mode} of {robot}, as stored", mode="other")
+    radians = -0.1 if version == 3 else 0.1
+    return ActionSpec(
+        dim=dim,
+        text=f"ManiSkill{version} {control_mode}: dx dy dz (1 = 0.1 m)"
+        + (f", rotation vector (1 = {radians:g} rad)" if size == 6 else "")
+        + ", gripper 1 open -1 closed"
+        + (", added to the last target" if "target" in control_mode else ""),
+        mode="delta",
+        translation=(0, 1, 2),
+        metres=0.1,
+        rotation=tuple(range(3, size)),
+        radians=radians,
+        gripper=size,
+        gripper_open=1.0,
+        gripper_closed=-1.0,
+    )
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """env_info, and each episode's own entry by its number."""
+    try:
+        told = json.loads(path.read_text())
+        return told.get("env_info") or {}, {int(e["episode_id"]): e for e in told["episodes"]}
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; it says which controller the actions of the .h5 beside it are for") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{path}: not ManiSkill's JSON with env_info and episodes ({type(e).__name__}: {e})") from e
+
+
+def _robot(kwargs: Mapping[str, Any]) -> str:
+    """The robot; unsaid it is the environment's default, nearly always the Panda."""
+    robot = kwargs.get("robot_uids") or kwargs.get("robot") or "panda"
+    return str(robot[0] if isinstance(robot, (list, tuple)) and len(robot) == 1 else robot)
+
+
+def _version(group: h5py.Group) -> int | None:
+    """ManiSkill's major version, by where pictures are; None without pictures."""
+    obs = group.get("obs")
+    if not isinstance(obs, h5py.Group):
+        return None
+    return next((version for version, key in IMAGES.items() if _pictures(obs.get(key))), None)
+
+
+def _pictures(group: Any) -> dict[str, h5py.Dataset]:
+    if not isinstance(group, h5py.Group):
+        return {}
+    found = {c: group[c].get("rgb") for c in sorted(group) if isinstance(group[c], h5py.Group)}
+    return {camera: dataset for camera, dataset in found.items() if isinstance(dataset, h5py.Dataset)}
+
+
+def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:
+    """Camera → its frames, None where it does not exist."""
+    there = next((found for key in IMAGES.values() if (found := _pictures(obs.get(key)))), {})
+    return there if asked is None else {camera: there.get(camera) for camera in asked}
+
+
+def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
+    said = meta.get("success", (meta.get("info") or {}).get("success"))
+    if said is None and isinstance(group.get("success"), h5py.Dataset) and len(group["success"]):
+        said = bool(group["success"][-1])
+    return None if said is None else bool(said)
+
+
+def _words(env_id: str) -> str:
+    """PickCube-v1 → pick cube."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", re.sub(r"-v\d+$", "", env_id))).lower()
+
+
+def _pose(tcp: np.ndarray) -> np.ndarray:
+    """(T, 7) position and quaternion w x y z → (T, 6) position and rotation vector."""
+    from scipy.spatial.transform import Rotation
+
+    return np.concatenate([tcp[:, :3], Rotation.from_quat(tcp[:, [4, 5, 6, 3]]).as_rotvec()], axis=1)

@@ -1,0 +1,194 @@
+"""Source formats by name, and their options. A format's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from data_tools.formats.source import Reader
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.layers import did_you_mean
+
+#: Format → where its Reader is, and what it reads.
+FORMATS: dict[str, tuple[str, str]] = {
+    "libero": (
+        "data_tools.formats.libero.LiberoReader",
+        "LIBERO's HDF5: official, regenerated, and of `stamo data simulate`",
+    ),
+    "metaworld": ("metaworld.MetaworldReader", "Meta-World episodes in HDF5"),
+    "robomimic": ("robomimic.RobomimicReader", "robomimic's HDF5"),
+    "maniskill": ("maniskill.ManiskillReader", "ManiSkill's HDF5 with its JSON"),
+    "rlds": (
+        "data_tools.formats.rlds.RldsReader",
+        "RLDS (TFDS): Bridge, DROID, Open X-Embodiment; needs no TensorFlow",
+    ),
+    "lerobot": ("lerobot.LerobotReader", "LeRobotDataset v2.1 and v3.0: parquet and mp4"),
+    "droid-raw": ("droid_raw.DroidRawReader", "DROID's raw episodes: trajectory.h5 and mp4"),
+    "video": (
+        "data_tools.formats.video.VideoReader",
+        "a folder of videos, or segments of them; presets for human video sets",
+    ),
+}
+#: Fields of a Reader that the command line gives in another way.
+COMMON = ("src", "cameras")
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a format."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def reader_class(format: str) -> Any:
+    """The Reader class of a source format.
+
+    Raises:
+        DataError: Unknown format, or one whose libraries are not installed.
+    """
+    if format not in FORMATS:
+        raise DataError(f"unknown format {format!r}; {_suggest(format, FORMATS)}".removesuffix("; "))
+    module, name = FORMATS[format][0].rsplit(".", 1)
+    try:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    except ModuleNotFoundError as e:
+        raise DataError(f"format {format} needs the package {e.name}; pip install 'stamo-dist[convert]'") from e
+
+
+def open_reader(format: str, src: Path, options: Mapping[str, Any]) -> Reader:
+    """The Reader of a source; `options` are the format's own, and `cameras`.
+
+    Raises:
+        DataError: Unknown format, or unknown options, all at once.
+    """
+    found = reader_class(format)
+    known = [field.name for field in fields(found) if field.name != "src"]
+    if unknown := [name for name in options if name not in known]:
+        raise DataError("\n".join(_unknown(format, name, known) for name in unknown))
+    return found(src, **options)
+
+
+def options_of(format: str) -> list[Option]:
+    """The format's own options, with the explanations of its Reader's docstring."""
+    found = reader_class(format)
+    hints, docs = get_type_hints(found), _argument_docs(found)
+    options = []
+    for field in fields(found):
+        if field.name in COMMON:
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        options.append(Option(field.name, hints[field.name], default, docs.get(field.name, "")))
+    return options
+
+
+def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
+    """Values of repeated `--set KEY=VALUE`, typed as the Reader's fields are.
+
+    Raises:
+        DataError: Unknown keys and values of another type, all at once.
+    """
+    known = {option.name: option for option in options_of(format)}
+    values: dict[str, Any] = {}
+    problems = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            problems.append(f"--set {setting}: write KEY=VALUE")
+        elif name not in known:
+            problems.append(_unknown(format, name, known))
+        else:
+            try:
+                values[name] = _parse(text.strip(), known[name].type)
+            except ValueError as e:
+                problems.append(f"--set {setting}: {e}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return values
+
+
+def type_text(annotation: Any) -> str:
+    """A field's type in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else type_text(a) for a in arguments)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is not None and arguments:
+        return f"list of {type_text(arguments[0])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}.get(
+        annotation, str(annotation)
+    )
+
+
+def _unknown(format: str, name: str, known: Iterable[str]) -> str:
+    return f"{name}: format {format} has no such option; {_suggest(name, known)}; see `stamo data formats {format}`"
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    known = [name for name in known if name not in COMMON]
+    return did_you_mean(word, known) or f"there is: {', '.join(known) or 'none'}"
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _parse_any(text, arguments)
+    if origin is Literal:
+        for choice in arguments:
+            if text == str(choice):
+                return choice
+        raise ValueError(f"must be one of {', '.join(map(str, arguments))}")
+    if origin is not None and isinstance(origin, type) and issubclass(origin, (Sequence, set, frozenset)):
+        items = [_parse(part.strip(), arguments[0]) for part in text.split(",") if part.strip()]
+        return tuple(items) if origin is tuple else items
+    if annotation is bool:
+        if text.lower() not in _WORDS:
+            raise ValueError("must be true or false")
+        return _WORDS[text.lower()]
+    if annotation in (int, float):
+        try:
+            return annotation(text)
+        except ValueError:
+            raise ValueError(f"must be a {type_text(annotation)}") from None
+    if annotation in (str, Path, Any):
+        return Path(text) if annotation is Path else text
+    raise ValueError("cannot be given on the command line")
+
+
+def _parse_any(text: str, choices: Sequence[Any]) -> Any:
+    if type(None) in choices and text.lower() in ("none", "null", ""):
+        return None
+    problem = ValueError("has no value")
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _parse(text, choice)
+            except ValueError as e:
+                problem = e
+    raise problem
+
+
+def _argument_docs(found: type) -> dict[str, str]:
+    """Field → text of the docstring's section "Args:"."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(found) or "", re.DOTALL | re.MULTILINE)
+    docs: dict[str, str] = {}
+    name = ""
+    for line in section[1].splitlines() if section else ():
+        if entry := re.match(r" {4}(\w+)(?: \(.*?\))?: +(.*)", line):
+            name = entry[1]
+            docs[name] = entry[2]
+        elif name and line.strip():
+            docs[name] += f" {line.strip()}"
+    return docs

@@ -1,0 +1,257 @@
+"""RLDS: TFDS folders of robot episodes (Open X-Embodiment, Bridge, DROID, OpenVLA's LIBERO), without TensorFlow.
+
+The values equal those of tensorflow_datasets; images stay the PNG or JPEG bytes that are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.formats import tfds, tfrecord
+from data_tools.formats.rlds_layout import ROTATION_SIZE, Layout, settle
+from data_tools.formats.rlds_presets import Mode, Orientation, Rotation
+from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
+from data_tools.images import decode
+from stamo_dist.errors import DataError
+
+#: Files whose headers are read at once: the scan waits for the file system, not for the CPU.
+SCAN_THREADS = 8
+#: How images (H, W, 3) are stored → the index that turns them upright.
+_TURN: dict[str, tuple[slice, ...]] = {
+    "upright": (),
+    "mirrored": (slice(None), slice(None, None, -1)),
+    "flipped_vertically": (slice(None, None, -1),),
+    "rotated_180": (slice(None, None, -1), slice(None, None, -1)),
+}
+#: A picture whose brightest value is below this is black.
+BLACK = 8
+#: A first action whose motion is below this is the zero that Bridge's episodes begin with.
+STILL = 1e-5
+
+
+@dataclass
+class RldsReader:
+    """Reads a TFDS folder NAME/VERSION of RLDS episodes.
+
+    Known datasets need no option. For others say what RLDS does not: `rate_hz` and `mode`, and unless mode is "other"
+    `rotation` and `gripper`. Keys are names below `steps/`.
+
+    Args:
+        src: Folder with dataset_info.json, or one above it.
+        preset: A dataset whose conventions hold; by the name in dataset_info.json when omitted.
+        cameras: Image keys below `observation/`; all when omitted.
+        action: Keys whose values, side by side, are the action: x y z, rotation, gripper.
+        proprio: Keys of the proprioception; "absent" for none.
+        pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions.
+        pose_rotation: Its rotation; as `rotation` when omitted.
+        instruction: Keys of the instruction; the first that is not empty is taken.
+        rate_hz: Steps per second.
+        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
+        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
+        metres: Metres of one unit of translation.
+        radians: Radians of one unit of rotation.
+        gripper: "OPEN,CLOSED": the last dimension's value when open and when closed; "relative": +1 closes, -1 opens,
+            0 keeps, made absolute (1 open); "absent".
+        orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
+        drop_first: Drop the first step where its action does not move (below 1e-5 in all dimensions but the gripper).
+    """
+
+    src: Path
+    preset: str | None = None
+    cameras: Sequence[str] | None = None
+    action: Sequence[str] | None = None
+    proprio: Sequence[str] | None = None
+    pose: str | None = None
+    pose_rotation: Rotation | None = None
+    instruction: Sequence[str] | None = None
+    rate_hz: float | None = None
+    mode: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float | None = None
+    radians: float | None = None
+    gripper: str | None = None
+    orientation: Orientation | None = None
+    drop_first: bool | None = None
+
+    @cached_property
+    def dataset(self) -> tfds.Dataset:
+        return tfds.open_dataset(Path(self.src))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The keys and conventions the options, the preset and features.json come down to."""
+        return settle(self, self.dataset)
+
+    def scan(self) -> Scan:
+        dataset, layout = self.dataset, self.layout
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            scanned = list(pool.map(self._scan_shard, dataset.shards))
+        episodes = [episode for found, _ in scanned for episode in found]
+        bad = [reason for _, reasons in scanned for reason in reasons]
+        return Scan(
+            episodes=episodes,
+            files=[
+                path
+                for path in (
+                    dataset.folder / tfds.INFO,
+                    dataset.folder / tfds.FEATURES,
+                    *(s.path for s in dataset.shards),
+                )
+                if path.is_file()
+            ],
+            cameras=list(layout.cameras),
+            rate_hz=layout.rate_hz,
+            action=layout.spec,
+            proprio_dim=sum(dataset.steps[k].size for k in layout.proprio),
+            options={**layout.options, "black_cameras": self._black(episodes)},
+            bad=bad,
+        )
+
+    def read(self, episode: EpisodeRef) -> EpisodeData:
+        note = episode.private
+        record = tfrecord.Record(note["number"], note["offset"], note["bytes"])
+        data = tfrecord.read_record(self.dataset.folder / episode.file, record)
+        found = tfds.read_features(data)
+        layout, steps = self.layout, self.dataset.steps
+
+        def columns(keys: Sequence[str], length: int | None = None) -> np.ndarray:
+            parts = [tfds.read_tensor(data, found, k, steps[k]) for k in keys]
+            counts = {len(p) for p in parts} | ({length} if length is not None else set())
+            if len(counts) > 1:
+                raise DataError(
+                    "lengths differ: " + ", ".join(f"{k} {len(p)}" for k, p in zip(keys, parts, strict=True))
+                )
+            flat = [p.reshape(len(p), -1).astype(np.float32, copy=False) for p in parts]
+            return np.concatenate(flat, axis=1) if flat else np.zeros((length or 0, 0), np.float32)
+
+        actions = columns(layout.action)
+        if layout.relative_gripper:
+            actions = np.column_stack([actions[:, :-1], absolute_gripper(actions[:, -1])])
+        length = len(actions)
+        motion = actions[:1, : layout.spec.gripper]
+        first = int(layout.drop_first and length > 0 and np.abs(motion).max() < STILL)
+        return EpisodeData(
+            frames={c: self._frames(data, found, key, length, first) for c, key in layout.cameras.items()},
+            times=np.arange(length - first) / layout.rate_hz,
+            actions=actions[first:],
+            proprio=columns(layout.proprio, length)[first:],
+            pose=_pose(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
+        )
+
+    def _scan_shard(self, shard: tfds.Shard) -> tuple[list[EpisodeRef], list[str]]:
+        split = "val" if shard.split in tfds.VAL_NAMES else shard.split
+        name = f"{shard.split}/{shard.number:05d}"
+        if not shard.path.is_file():
+            why = f"{shard.path.name} is missing"
+            return [], [f"{name}/{k:06d}: {why}" for k in range(shard.episodes or 1)]
+        records, rest = tfrecord.scan_records(shard.path)
+        episodes, bad = [], []
+        with shard.path.open("rb") as file:
+            fetch = tfrecord.window(file.fileno())
+            for record in records:
+                id = f"{name}/{record.number:06d}"
+                try:
+                    episodes.append(self._scan_record(id, split, shard.path, fetch, record))
+                except DataError as e:
+                    bad.append(f"{id}: {shard.path.name}, record {record.number}: {e}")
+        lost = range(len(records), max(shard.episodes or 0, len(records) + bool(rest)))
+        if lost and not rest:
+            rest = f"ends after {len(records)} of {shard.episodes} records"
+        bad += [f"{name}/{k:06d}: {shard.path.name}, record {k}: {rest}" for k in lost]
+        return episodes, bad
+
+    def _scan_record(
+        self, id: str, split: str, path: Path, fetch: tfrecord.Fetch, record: tfrecord.Record
+    ) -> EpisodeRef:
+        steps = self.dataset.steps
+        try:
+            found = tfrecord.features(fetch, record.offset, record.offset + record.length)
+            length = tfds.count_steps(fetch, found, steps)
+        except DataError:
+            tfrecord.read_record(path, record)  # a wrong checksum is the better reason
+            raise
+        if length < 1:
+            raise DataError("has no steps")
+        return EpisodeRef(
+            id=id,
+            file=path.name,
+            key=str(record.number),
+            length=length,
+            instruction=tfds.read_text(fetch, found, self.layout.instruction),
+            split=split,
+            meta=tfds.read_metadata(fetch, found, self.dataset.features),
+            private={"number": record.number, "offset": record.offset, "bytes": record.length},
+        )
+
+    def _frames(self, data: bytes, found: Mapping[str, tfrecord.Values], key: str, length: int, first: int) -> Frames:
+        feature = self.dataset.steps[key]
+        turn = _TURN[self.layout.orientation]
+        if feature.kind == "tensor":
+            pixels = tfds.read_tensor(data, found, key, feature).astype(np.uint8)
+            _check_count(key, len(pixels), length)
+            upright = (slice(None), *turn)
+            return pick(pixels[first:][upright])
+        encoded = tfds.read_bytes(data, found, key)
+        _check_count(key, len(encoded), length)
+
+        def frames(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
+            for i in indices:
+                yield decode(encoded[first + i])[turn] if turn else encoded[first + i]
+
+        return frames
+
+    def _black(self, episodes: Sequence[EpisodeRef]) -> list[str]:
+        """Cameras whose middle picture in the first episode is black."""
+        if not episodes:
+            return []
+        try:
+            data = self.read(episodes[0])
+            middle = len(data.times) // 2
+            black = []
+            for camera, frames in data.frames.items():
+                for frame in frames([middle]):
+                    image = frame if isinstance(frame, np.ndarray) else decode(frame)
+                    if image.max(initial=0) < BLACK:
+                        black.append(camera)
+            return black
+        except DataError:  # it will be told, and counted, when the episode is converted
+            return []
+
+
+def absolute_gripper(relative: np.ndarray) -> np.ndarray:
+    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
+
+    OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
+    """
+    command = np.where(relative > 0.1, 0.0, np.where(relative < -0.1, 1.0, np.nan))
+    given = np.flatnonzero(~np.isnan(command))
+    if not len(given):
+        return np.ones(len(relative), np.float32)
+    last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
+    absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
+    return absolute.astype(np.float32)
+
+
+def _pose(values: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """(T, ≥ 6) position and rotation → (T, 6) position and rotation vector."""
+    from scipy.spatial.transform import Rotation as Turn
+
+    turned = values[:, 3 : 3 + ROTATION_SIZE[rotation]].astype(np.float64)
+    if rotation == "euler_xyz":
+        turn = Turn.from_euler("xyz", turned)
+    elif rotation == "rotvec":
+        turn = Turn.from_rotvec(turned)
+    else:
+        turn = Turn.from_quat(turned if rotation == "quat_xyzw" else turned[:, [1, 2, 3, 0]])
+    return np.concatenate([values[:, :3], turn.as_rotvec()], axis=1)
+
+
+def _check_count(key: str, count: int, length: int) -> None:
+    if count != length:
+        raise DataError(f"steps/{key} has {count} pictures for {length} actions")

@@ -1,0 +1,211 @@
+"""What the keys of an RLDS dataset are and mean: its preset, the options given, and what features.json has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from data_tools.formats import tfds
+from data_tools.formats.rlds_presets import INSTRUCTION, OPEN_1, PRESETS, Mode, Orientation, Preset, Rotation, preset_of
+from data_tools.formats.source import ActionSpec
+from stamo_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from data_tools.formats.rlds import RldsReader
+
+ROTATION_SIZE = {"rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "quat_wxyz": 4, "rot6d": 6}
+_TEXT = {
+    "delta": "end-effector delta",
+    "absolute": "end-effector pose to reach",
+    "velocity": "end-effector velocity",
+    "other": "as the dataset has it",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a dataset keeps what, and what it means; keys below `steps/`."""
+
+    cameras: dict[str, str]
+    action: tuple[str, ...]
+    proprio: tuple[str, ...]
+    pose: tuple[str, Rotation] | None
+    instruction: tuple[str, ...]
+    rate_hz: float
+    spec: ActionSpec
+    relative_gripper: bool
+    orientation: str
+    drop_first: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(p.strip().removeprefix("steps/") for p in parts if p.strip() not in ("", "absent"))
+
+
+def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
+    """Settle every key and convention.
+
+    Raises:
+        DataError: All that is unknown or contradictory, with the keys that exist.
+    """
+    problems: list[str] = []
+    preset = _preset(asked, dataset, problems)
+    steps = dataset.steps
+    known = {
+        key: f for key, f in steps.items() if f.kind == "tensor" and f.depth == 1 and f.size > 0 and not f.is_picture
+    }
+    pictures = {k: f for k, f in steps.items() if f.is_picture}
+    cameras = {k.removeprefix("observation/").replace("/", "_"): k for k in pictures}
+    if chosen := _listed(asked.cameras):
+        problems += [f"cameras: no image {c!r}" for c in chosen if c.replace("/", "_") not in cameras]
+        cameras = {c.replace("/", "_"): cameras.get(c.replace("/", "_"), c) for c in chosen}
+    if not cameras:
+        problems.append("cameras: the dataset has no images")
+    choices = [a] if (a := _listed(asked.action)) else list(preset.action)
+    action = next((c for c in choices if all(k in known for k in c)), None)
+    if action is None:
+        missing = " or ".join(" + ".join(c) for c in choices)
+        problems.append(f"action: no numeric {missing}; name the key with action=KEY (several by commas)")
+    proprio = p if (p := _listed(asked.proprio)) is not None else tuple(k for k in preset.proprio if k in known)
+    pose = _pose_key(asked, preset)
+    for option, keys in (("proprio", proprio), ("pose", (pose[0],) if pose else ())):
+        problems += [f"{option}: no numeric {k!r}" for k in keys if k not in known]
+    if pose and pose[0] in known and known[pose[0]].size < 3 + ROTATION_SIZE[pose[1]]:
+        problems.append(f"pose: {pose[0]} ({known[pose[0]]}) has no room for a position and a rotation as {pose[1]}")
+    instruction = _listed(asked.instruction) or preset.instruction or INSTRUCTION
+    if asked.instruction is not None:
+        problems += [f"instruction: no {k!r}" for k in instruction if k not in steps]
+    spec = None
+    if action is not None:
+        spec, unclear = _spec(preset, sum(known[k].size for k in action), action)
+        problems += unclear
+    if problems or action is None or spec is None:
+        raise DataError("\n".join([*(f"{dataset.folder}: {p}" for p in problems), _inventory(dataset)]))
+    return Layout(
+        cameras=cameras,
+        action=action,
+        proprio=proprio,
+        pose=pose,
+        instruction=instruction,
+        rate_hz=float(preset.rate_hz),
+        spec=spec,
+        relative_gripper=preset.gripper == "relative",
+        orientation=preset.orientation,
+        drop_first=preset.drop_first,
+        options={
+            "dataset": dataset.name,
+            "action": list(action),
+            "proprio": list(proprio),
+            "pose": list(pose) if pose else None,
+            "instruction": [k for k in instruction if k in steps],
+            "orientation": preset.orientation,
+            "drop_first": preset.drop_first,
+        },
+    )
+
+
+def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Preset:
+    """The dataset's preset with the given options on top."""
+    name = asked.preset or preset_of(dataset.name)
+    if asked.preset is not None and asked.preset not in PRESETS:
+        problems.append(f"preset: unknown {asked.preset!r}; there are {', '.join(PRESETS)}")
+        return Preset(rate_hz=1.0)
+    for option, allowed in (
+        ("mode", Mode),
+        ("rotation", Rotation),
+        ("pose_rotation", Rotation),
+        ("orientation", Orientation),
+    ):
+        if (value := getattr(asked, option)) is not None and value not in get_args(allowed):
+            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(allowed))}")
+    if name is None:
+        needed = ["rate_hz", "mode"] + ([] if asked.mode == "other" else ["rotation", "gripper"])
+        if missing := [option for option in needed if getattr(asked, option) is None]:
+            problems.append(
+                f"unknown dataset {dataset.name!r}, and RLDS does not say what its numbers mean; give "
+                f"{', '.join(missing)} (or mode=other to keep actions as they are), or the preset of a dataset like "
+                f"it: {', '.join(PRESETS)}"
+            )
+    preset = PRESETS[name] if name else Preset(rate_hz=1.0)
+    changed: dict[str, Any] = {
+        option: value
+        for option in ("mode", "rotation", "orientation", "drop_first")
+        if (value := getattr(asked, option)) is not None
+    }
+    for option in ("rate_hz", "metres", "radians"):
+        if (value := getattr(asked, option)) is not None:
+            try:
+                changed[option] = float(value)
+            except (TypeError, ValueError):
+                problems.append(f"{option}: {value!r} is not a number")
+    if changed.get("rate_hz", 1.0) <= 0:
+        problems.append(f"rate_hz: {asked.rate_hz} must be positive")
+    if asked.gripper is not None:
+        changed["gripper"] = _gripper(asked.gripper, problems)
+    return replace(preset, **changed)
+
+
+def _gripper(value: str, problems: list[str]) -> Any:
+    if value in ("relative", "absent"):
+        return value if value == "relative" else None
+    try:
+        open_, closed = (float(part) for part in str(value).split(","))
+    except ValueError:
+        problems.append(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent")
+        return None
+    if open_ == closed:
+        problems.append(f"gripper: {value!r}: open and closed must differ")
+    return open_, closed
+
+
+def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
+    if asked.pose is not None:
+        key = asked.pose.strip().removeprefix("steps/")
+        return None if key in ("", "absent") else (key, asked.pose_rotation or preset.rotation)
+    return preset.pose
+
+
+def _spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
+    """What the action of this many dimensions means, and why that cannot be."""
+    arm = dim - (preset.gripper is not None)
+    turning = 0 if arm == 3 else ROTATION_SIZE[preset.rotation]
+    problems = []
+    if preset.mode != "other" and arm != 3 + turning:
+        problems.append(
+            f"action: {' + '.join(keys)} has {dim} dimensions; x y z, rotation ({preset.rotation})"
+            f"{', gripper' if preset.gripper is not None else ''} would be {4 + turning - (preset.gripper is None)}; "
+            "give other keys, another rotation, or mode=other"
+        )
+    relative = preset.gripper == "relative"
+    ends = OPEN_1 if relative else preset.gripper
+    text = f"{_TEXT[preset.mode]}: {' + '.join(keys)}"
+    if preset.mode != "other":
+        turned = f", {preset.rotation} (1 = {preset.radians:g} rad)" if turning else ""
+        text += f", x y z (1 = {preset.metres:g} m){turned}"
+    if isinstance(ends, tuple):
+        text += f", gripper {ends[0]:g} open {ends[1]:g} closed" + (" (stored relative)" if relative else "")
+    motion = preset.mode != "other"
+    spec = ActionSpec(
+        dim=dim,
+        text=text,
+        mode=preset.mode,
+        translation=(0, 1, 2) if motion else (),
+        metres=preset.metres,
+        rotation=tuple(range(3, 3 + turning)) if motion else (),
+        rotation_kind=preset.rotation,
+        radians=preset.radians,
+        gripper=dim - 1 if ends else None,
+        gripper_open=ends[0] if isinstance(ends, tuple) else 1.0,
+        gripper_closed=ends[1] if isinstance(ends, tuple) else 0.0,
+    )
+    return spec, problems
+
+
+def _inventory(dataset: tfds.Dataset) -> str:
+    lines = [f"{dataset.name} has below steps/:", *(f"  {key}: {feature}" for key, feature in dataset.steps.items())]
+    return "\n".join(lines)

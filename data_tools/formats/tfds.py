@@ -1,0 +1,266 @@
+"""What a TFDS folder says of itself: dataset_info.json (splits, files) and features.json (names, shapes, types)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.formats import tfrecord
+from stamo_dist.errors import DataError
+
+INFO, FEATURES = "dataset_info.json", "features.json"
+DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+#: Splits that hold validation data under another name.
+VAL_NAMES = ("val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One leaf of features.json.
+
+    Attributes:
+        kind: "image", "text", "tensor" or "other".
+        shape: Of one element; -1 where unknown.
+        dtype: As declared; floats of any width are stored as float32.
+        encoding: Of an image "png", "jpeg" or "" (either); of a tensor "none", "bytes" or "zlib".
+        depth: Sequences around it; the steps of an episode are one.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    encoding: str
+    depth: int
+
+    @property
+    def is_picture(self) -> bool:
+        """RGB frames: encoded, or raw pixels."""
+        return self.dtype == "uint8" and len(self.shape) == 3 and self.shape[2] in (3, -1) and self.depth == 1
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        shape = "×".join("?" if n < 0 else str(n) for n in self.shape)
+        encoding = f", {self.encoding}" if self.encoding not in ("", "none") else ""
+        return f"{self.kind if self.kind == 'text' else self.dtype}{f' {shape}' if shape else ''}{encoding}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    split: str
+    number: int  # within the split
+    path: Path
+    episodes: int | None  # as dataset_info.json says
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A TFDS folder of one version."""
+
+    name: str
+    folder: Path
+    shards: tuple[Shard, ...]
+    features: Mapping[str, Feature]
+
+    @property
+    def steps(self) -> dict[str, Feature]:
+        """The features of a step by their names below `steps/`."""
+        return {k.removeprefix("steps/"): f for k, f in self.features.items() if k.startswith("steps/")}
+
+
+def open_dataset(src: Path) -> Dataset:
+    """Read a folder that holds dataset_info.json, or one above it.
+
+    Raises:
+        DataError: There is none, more than one, or it cannot be understood.
+    """
+    if not src.is_dir():
+        raise DataError(f"{src}: no such folder; give a TFDS folder, NAME/VERSION, with {INFO}")
+    folders = [src] if (src / INFO).is_file() else sorted(p.parent for p in src.rglob(INFO))
+    if not folders:
+        raise DataError(f"{src}: no {INFO} here or below: not a TFDS folder")
+    if len(folders) > 1:
+        found = ", ".join(str(f.relative_to(src)) for f in folders)
+        raise DataError(f"{src}: {len(folders)} datasets or versions; convert one at a time: {found}")
+    folder = folders[0]
+    info, declared = _json(folder / INFO), _json(folder / FEATURES)
+    form = info.get("fileFormat", "tfrecord")
+    if form != "tfrecord":
+        raise DataError(f"{folder / INFO}: fileFormat {form!r} is not read; write it again with file_format=tfrecord")
+    name = str(info.get("name") or folder.parent.name)
+    leaves = dict(_leaves(declared, "", 0))
+    if not any(key.startswith("steps/") for key in leaves):
+        raise DataError(
+            f"{folder / FEATURES}: no feature below `steps`: not RLDS; it has {', '.join(leaves) or 'none'}"
+        )
+    return Dataset(name, folder, tuple(_shards(folder, name, info)), leaves)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be read: {e}") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return value
+
+
+def _shards(folder: Path, name: str, info: Mapping[str, Any]) -> Iterator[Shard]:
+    """The files of every split, in stored order; an older dataset_info.json without splits: what lies there."""
+    splits = info.get("splits") or []
+    for split in splits:
+        lengths = [int(n) for n in split.get("shardLengths", [])]
+        template = split.get("filepathTemplate") or DEFAULT_TEMPLATE
+        for number, episodes in enumerate(lengths):
+            file = template
+            for key, value in _file_name_parts(name, split["name"], number, len(lengths)).items():
+                file = file.replace(f"{{{key}}}", value)
+            yield Shard(split["name"], number, folder / file, episodes)
+    if not splits:
+        for path in sorted(folder.glob("*.tfrecord-*")):
+            match = re.match(r".*-(\w+)\.tfrecord-(\d+)-of-\d+$", path.name)
+            if match:
+                yield Shard(match[1], int(match[2]), path, None)
+
+
+def _file_name_parts(name: str, split: str, number: int, shards: int) -> dict[str, str]:
+    index, of = f"{number:05d}", f"{shards:05d}"
+    return {
+        "DATASET": name,
+        "SPLIT": split,
+        "FILEFORMAT": "tfrecord",
+        "SHARD_INDEX": index,
+        "NUM_SHARDS": of,
+        "SHARD_X_OF_Y": f"{index}-of-{of}",
+    }
+
+
+def _leaves(node: Mapping[str, Any], name: str, depth: int) -> Iterator[tuple[str, Feature]]:
+    if "featuresDict" in node:
+        for key, child in sorted(node["featuresDict"].get("features", {}).items()):
+            yield from _leaves(child, f"{name}/{key}" if name else key, depth)
+    elif "sequence" in node:
+        yield from _leaves(node["sequence"]["feature"], name, depth + 1)
+    elif "image" in node:
+        image = node["image"]
+        yield name, Feature("image", _shape(image), image.get("dtype", "uint8"), image.get("encodingFormat", ""), depth)
+    elif "text" in node:
+        yield name, Feature("text", (), "string", "", depth)
+    elif "tensor" in node:
+        tensor = node["tensor"]
+        yield name, Feature("tensor", _shape(tensor), tensor.get("dtype", ""), tensor.get("encoding", "none"), depth)
+    else:
+        kind = str(node.get("pythonClassName", "unknown")).rsplit(".", 1)[-1]
+        yield name, Feature("other", (), kind, "", depth)
+
+
+def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(n) for n in node.get("shape", {}).get("dimensions", []))
+
+
+def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], steps: Mapping[str, Feature]) -> int:
+    """Steps of an episode, counted on its cheapest feature.
+
+    Raises:
+        DataError: No feature of a known size.
+    """
+    counted = [k for k, f in steps.items() if f.kind == "tensor" and f.encoding == "none" and f.size > 0]
+    for key in sorted(counted, key=lambda k: (steps[k].size, steps[k].dtype != "bool", k)):
+        if values := found.get(f"steps/{key}"):
+            return tfrecord.count(fetch, values) // steps[key].size
+    raise DataError("has no steps")
+
+
+def read_tensor(data: bytes, found: Mapping[str, tfrecord.Values], key: str, feature: Feature) -> np.ndarray:
+    """A numeric feature of all steps, (T, *shape); floats are float32, integers and booleans int64 or as encoded.
+
+    Raises:
+        DataError: It is missing in this episode or does not have the declared shape.
+    """
+    fetch = _fetch(data)
+    values = _values(found, key)
+    if feature.encoding in ("bytes", "zlib"):
+        raw = tfrecord.bytes_list(fetch, values)
+        plain = [zlib.decompress(r) for r in raw] if feature.encoding == "zlib" else raw
+        flat = np.frombuffer(b"".join(plain), np.dtype(feature.dtype).newbyteorder("<"))
+    else:
+        flat = tfrecord.numbers(fetch, values)
+    if flat.dtype == np.float64:
+        flat = flat.astype(np.float32)
+    try:
+        return flat.reshape(-1, *feature.shape)
+    except ValueError:
+        raise DataError(f"steps/{key} holds {len(flat)} numbers, not a multiple of {feature}") from None
+
+
+def read_bytes(data: bytes, found: Mapping[str, tfrecord.Values], key: str) -> list[bytes]:
+    """An encoded feature of all steps.
+
+    Raises:
+        DataError: It is missing in this episode.
+    """
+    return tfrecord.bytes_list(_fetch(data), _values(found, key))
+
+
+def _values(found: Mapping[str, tfrecord.Values], key: str) -> tfrecord.Values:
+    try:
+        return found[f"steps/{key}"]
+    except KeyError:
+        raise DataError(f"has no steps/{key}") from None
+
+
+def _fetch(data: bytes) -> tfrecord.Fetch:
+    return lambda start, stop: data[start:stop]
+
+
+def read_features(data: bytes) -> dict[str, tfrecord.Values]:
+    """Where the features of an episode lie in its record."""
+    return tfrecord.features(_fetch(data), 0, len(data))
+
+
+def read_text(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], keys: Sequence[str]) -> str:
+    """The first non-empty text at the first step, of these keys below `steps/`."""
+    for key in keys:
+        values = found.get(f"steps/{key}")
+        if values is None:
+            continue
+        if values.kind == "int64":  # characters, padded with zeros
+            raw = bytes(tfrecord.numbers(fetch, values)[:512].astype(np.uint8)).split(b"\0")[0]
+        else:
+            raw = tfrecord.first_bytes(fetch, values) or b""
+        if text := raw.decode("utf-8", "replace").strip():
+            return text
+    return ""
+
+
+def read_metadata(
+    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], leaves: Mapping[str, Feature]
+) -> dict[str, Any]:
+    """The scalars and texts beside the steps (`episode_metadata/…`), as JSON."""
+    meta: dict[str, Any] = {}
+    for key, feature in leaves.items():
+        values = found.get(key)
+        if values is None or key.startswith("steps/") or feature.depth or feature.size != 1:
+            continue
+        if feature.kind == "text":
+            text = tfrecord.first_bytes(fetch, values)
+            meta[key.removeprefix("episode_metadata/")] = (text or b"").decode("utf-8", "replace")
+        elif feature.kind == "tensor" and values.kind in ("float", "int64"):
+            number = tfrecord.numbers(fetch, values)
+            if len(number):
+                value = number[0].item()
+                meta[key.removeprefix("episode_metadata/")] = bool(value) if feature.dtype == "bool" else value
+    return meta

@@ -1,0 +1,1 @@
+"""Is a converted source right? Check it, look at it, measure it."""

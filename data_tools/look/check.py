@@ -1,0 +1,249 @@
+"""`stamo data check`: is a converted source what it says, and is it plausible?
+
+Errors are what training would stumble over or learn wrong; warnings are what a person should look at.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack
+from hashlib import sha256
+from itertools import accumulate, repeat
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.look.check_report import ERROR, KEPT, WARNING, Finding, Report
+from data_tools.look.check_shard import Extreme, Looked, Task, as_entries, look
+from data_tools.look.check_table import Table
+from data_tools.look.columns import INDEX, IndexedShard
+from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
+from data_tools.look.stats import Sums, dimension_names, merge
+from data_tools.stores.store import Store, at_hand
+from data_tools.stores.sync import fetch_manifest
+from data_tools.stores.verified import Verified
+from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest
+from stamo_dist.errors import DataError
+
+#: One shard in so many is looked at in full by a sample, and the first of each camera.
+SAMPLE_EVERY = 10
+#: An action is an outlier if it is further from the median than so many scales.
+OUTLIER_SCALES = 20.0
+#: Outliers of one dimension that are remembered.
+OUTLIERS = 8
+
+
+def check(
+    source: str,
+    *,
+    split: str | None = None,
+    fast: bool = False,
+    processes: int | None = None,
+    cache: Path | None = None,
+    quiet: bool = False,
+) -> Report:
+    """Verify a source.
+
+    Args:
+        source: Folder or URL.
+        split: Only this one; all when omitted.
+        fast: Look at a sample: three frames of every episode, the checksums of one shard in ten.
+        processes: One a core on large sources when omitted.
+        cache: Folder for the record of verified shards when the source cannot hold it.
+        quiet: No progress bar.
+
+    Returns:
+        All findings. Damage of the source is reported, not raised.
+
+    Raises:
+        DataError: There is no such source or split, or it cannot be reached.
+    """
+    store = store_at(source)
+    report = Report(source.rstrip("/"), fast)
+    if store.local is not None and not store.local.is_dir():
+        raise DataError(f"{source}: no such folder")
+    if store.local is None and store.stat(MANIFEST) is None:
+        raise DataError(f"{source}: has no {MANIFEST}, so there is no whole source; check the URL")
+    try:
+        manifest, _ = fetch_manifest(store)
+    except DataError as e:
+        report.add([Finding("manifest", ERROR, str(e).split(f"{MANIFEST}: ", 1)[-1], shard=MANIFEST)])
+        return report
+    if split is not None and split not in manifest.splits:
+        raise DataError(f"{source}: has no split {split!r}, only {', '.join(manifest.splits) or 'none'}")
+    _Check(store, source, manifest, report, fast, Verified(store, cache)).run(split, processes, quiet)
+    return report
+
+
+class _Check:
+    """One run over the splits of a source."""
+
+    def __init__(self, store: Store, source: str, manifest: Manifest, report: Report, fast: bool, record: Verified):
+        self.store, self.source, self.manifest = store, source, manifest
+        self.report, self.fast, self.record = report, fast, record
+        self.actions: Sums | None = None
+        self.extremes: list[Extreme] = []
+        self.tables: dict[str, Table] = {}
+        # Of each episode its split's number, first sample and fingerprint, for duplicates.
+        self.episodes = (array("b"), array("q"), array("Q"))
+
+    def run(self, split: str | None, processes: int | None, quiet: bool) -> None:
+        """Fill the report."""
+        splits = [split] if split else list(self.manifest.splits)
+        if not splits or not self.manifest.cameras:
+            self.report.add([Finding("manifest", ERROR, "lists no splits or no cameras", shard=MANIFEST)])
+            return
+        with ExitStack() as stack:
+            work = [self._plan(split, camera, stack) for split in splits for camera in self.manifest.cameras]
+            frames = sum(self.manifest.splits[split].frames for split in splits) * len(self.manifest.cameras)
+            count = sum(len(shards) for _, _, shards in work)
+            self.report.total = {"frames": frames, "checksums": count}
+            processes = processes_for(sum(shard.nbytes for _, _, shards in work for shard in shards), processes)
+            with frames_bar("check", frames, quiet) as advance:
+                names = [(s, c, shard.name, shard.samples) for s, c, shards in work for shard in shards]
+                results = in_order(look, self._tasks(work), processes)
+                for n, ((of, camera, name, samples), looked) in enumerate(zip(names, results, strict=True)):
+                    self._take(of, camera, name, looked)
+                    advance(samples)
+                    if n % 64 == 63:
+                        self.record.save()
+            self.record.save()
+            self._outliers()
+            self._duplicates()
+
+    def _plan(self, split: str, camera: str, stack: ExitStack) -> tuple[str, str, list[IndexedShard]]:
+        """The shards of one camera, none if its index is broken; checks what lists them."""
+        if split not in self.tables:
+            name = f"{split}/{EPISODES}"
+            there = self.store.local is not None or self.store.stat(name) is not None
+            table = Table(stack.enter_context(at_hand(self.store, name)) if there else None)
+            self.tables[split] = table
+            self.report.add(table.check(split, self.manifest.splits[split]))
+        try:
+            shards = shards_of(self.store, split, camera)
+        except DataError as e:
+            text = str(e).split(f"{INDEX}: ", 1)[-1]
+            self.report.add([Finding("index", ERROR, text).at(split, camera, INDEX)])
+            return split, camera, []
+        self.report.add(self._check_index(split, camera, shards))
+        return split, camera, shards
+
+    def _check_index(self, split: str, camera: str, shards: list[IndexedShard]) -> Iterator[Finding]:
+        frames, expected = sum(shard.samples for shard in shards), self.manifest.splits[split].frames
+        if frames != expected:
+            text = f"counts {frames} frames, the manifest {expected}"
+            yield Finding("index", ERROR, text).at(split, camera, INDEX)
+        prefix = f"{split}/{camera}/"
+        listed = {name.removeprefix(prefix) for name in self.manifest.checksums if name.startswith(prefix)}
+        named = [shard.name for shard in shards]
+        if len(set(named)) != len(named):
+            yield Finding("index", ERROR, "names a shard twice").at(split, camera, INDEX)
+        if self.manifest.checksums:
+            for what, names in (
+                ("the manifest lists {}, which it does not", listed - set(named)),
+                ("lists {}, which the manifest does not", set(named) - listed),
+            ):
+                if names:
+                    yield Finding("index", ERROR, what.format(min(names)), count=len(names)).at(split, camera, INDEX)
+
+    def _tasks(self, work: list[tuple[str, str, list[IndexedShard]]]) -> Iterator[Task]:
+        small = self.manifest.model_copy(update={"checksums": {}, "skipped": [], "stats": {}, "options": {}})
+        for split, camera, shards in work:
+            edges = list(accumulate((shard.samples for shard in shards), initial=0))
+            table = self.tables[split]
+            rows = table.within(edges) if table.whole else repeat(None)
+            for number, (shard, begin, touching) in enumerate(zip(shards, edges, rows, strict=False)):
+                name = f"{split}/{camera}/{shard.name}"
+                yield Task(
+                    self.source,
+                    split,
+                    camera,
+                    shard,
+                    begin,
+                    touching,
+                    small,
+                    self.manifest.checksums.get(name, ""),
+                    self.fast,
+                    number == 0 or sha256(name.encode()).digest()[0] % SAMPLE_EVERY == 0,
+                    self.record.get(name),
+                    camera == self.manifest.cameras[0],
+                )
+
+    def _take(self, split: str, camera: str, name: str, looked: Looked) -> None:
+        """Add one shard's result to the report."""
+        file = f"{split}/{camera}/{name}"
+        self.report.add(looked.findings)
+        self.report.look(frames=looked.frames, checksums=looked.checksums)
+        self.report.unchanged += looked.unchanged
+        if looked.verified is not None:
+            stat, depth, found = looked.verified
+            self.record.add(file, stat, self.manifest.checksums[file], depth, findings=as_entries(found))
+        elif any(finding.severity == ERROR for finding in looked.findings):
+            self.record.forget(file)
+        if looked.actions is not None:
+            self.actions = merge(self.actions, looked.actions)
+            self.extremes = _furthest([*self.extremes, *looked.extremes])
+        splits, starts, prints = self.episodes
+        splits.extend(repeat(list(self.manifest.splits).index(split), len(looked.starts)))
+        starts.extend(looked.starts.tolist())
+        prints.extend(looked.fingerprints.tolist())
+
+    def _outliers(self) -> None:
+        if self.actions is None:
+            return
+        moments, quantiles = self.actions
+        q05, q25, median, q75, q95 = quantiles.at((0.05, 0.25, 0.5, 0.75, 0.95), moments)
+        # In standard deviations of a normal distribution. Where a dimension rests most of the time its quartiles lie
+        # close together, so that the tails count too.
+        scale = np.maximum((q75 - q25) / 1.349, (q95 - q05) / 3.290)
+        scale = np.where(scale > 0, scale, moments.std)
+        if self.manifest.gripper is not None:
+            scale[self.manifest.gripper] = np.inf
+        far = OUTLIER_SCALES * scale
+        counts = quantiles.outside(median - far, median + far)
+        names = dimension_names(self.manifest, "action")
+        for d in np.flatnonzero(counts).tolist():
+            worst = [x for x in self.extremes if x.dimension == d]
+            worst.sort(key=lambda x: -abs(x.value - median[d]))
+            for n, x in enumerate(worst[: min(KEPT, int(counts[d]))]):
+                text = (
+                    f"{names[d]} is {x.value:.4g}, {abs(x.value - median[d]) / scale[d]:.0f} scales from the median "
+                    f"{median[d]:.4g}"
+                )
+                count = int(counts[d]) - min(len(worst), int(counts[d])) + 1 if n == 0 else 1
+                finding = Finding("action", WARNING, text, episode=x.episode, frame=x.frame, count=count)
+                self.report.add([finding.at(x.split, x.camera, x.shard)])
+
+    def _duplicates(self) -> None:
+        splits = list(self.manifest.splits)
+        of, starts, prints = (np.array(values) for values in self.episodes)
+        _, group, size = np.unique(prints, return_inverse=True, return_counts=True)
+        again = np.flatnonzero(size[group] > 1).tolist()
+        names = self._ids({(splits[of[n]], int(starts[n])) for n in again})
+        first: dict[int, tuple[str, str]] = {}
+        for n in again:
+            split, begin = splits[of[n]], int(starts[n])
+            name = names.get((split, begin), f"at sample {begin}")
+            if (other := first.setdefault(int(group[n]), (split, name))) == (split, name):
+                continue
+            leak = f" of split {other[0]}: what is held out is also trained on" if other[0] != split else ""
+            text = f"has the frames and actions of episode {other[1]}{leak}"
+            self.report.add([Finding("duplicate", WARNING, text, split=split, episode=name)])
+
+    def _ids(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
+        """The names of the episodes that begin at these samples."""
+        found: dict[tuple[str, int], str] = {}
+        for split, table in self.tables.items():
+            if table.whole:
+                found |= {(split, row.start): row.id for row in table.rows() if (split, row.start) in wanted}
+        return found
+
+
+def _furthest(extremes: list[Extreme]) -> list[Extreme]:
+    """The OUTLIERS least and greatest of each dimension."""
+    kept = []
+    for dimension in {x.dimension for x in extremes}:
+        ordered = sorted((x for x in extremes if x.dimension == dimension), key=lambda x: x.value)
+        kept += ordered if len(ordered) <= 2 * OUTLIERS else ordered[:OUTLIERS] + ordered[-OUTLIERS:]
+    return kept

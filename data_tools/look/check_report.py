@@ -1,0 +1,156 @@
+"""What `stamo data check` found, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.stores.store import write_whole
+from stamo_dist.errors import DataError
+
+ERROR, WARNING = "error", "warning"
+
+#: What each check looks at, in the order of the table. Findings name one of these.
+CHECKS = {
+    "manifest": "manifest.json is whole",
+    "table": "episodes.jsonl is whole, contiguous and as the manifest says",
+    "index": "index.json is whole and as the schema and the manifest say",
+    "file": "shards are there, whole, readable",
+    "checksum": "sha256 of the shards",
+    "episode": "episodes are contiguous, in one shard, and as episodes.jsonl says",
+    "frame": "frames decode at the stated size",
+    "number": "actions, proprio and times are finite",
+    "time": "times increase, without jumps, at the stated rate",
+    "length": "plausible lengths of episodes",
+    "blank": "frames that are black or of one colour",
+    "frozen": "consecutive frames that are identical",
+    "action": "outliers among the actions; gripper between 0 and 1",
+    "duplicate": "episodes that occur twice",
+}
+#: Findings of a check that are kept and printed; all are counted.
+KEPT, PRINTED = 100, 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong ("error") or not plausible ("warning")."""
+
+    check: str
+    severity: str
+    text: str
+    split: str = ""
+    camera: str = ""
+    shard: str = ""
+    episode: str = ""
+    frame: int | None = None
+    count: int = 1  # alike, of which this is the first
+
+    def at(self, split: str, camera: str, shard: str) -> Finding:
+        """The same, of this file."""
+        return replace(self, split=split, camera=camera, shard=shard)
+
+    def where(self, source: str) -> str:
+        """SOURCE/SPLIT/CAMERA/shard, episode E, frame T."""
+        place = "/".join(part for part in (source, self.split, self.camera, self.shard) if part)
+        episode = f", episode {self.episode}" if self.episode else ""
+        return place + episode + ("" if self.frame is None else f", frame {self.frame}")
+
+
+@dataclass
+class Report:
+    """Counts are exact; of the findings of each check and severity the first KEPT are held."""
+
+    source: str
+    fast: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # check → severity → findings
+    looked: dict[str, int] = field(default_factory=dict)  # what → how many were looked at
+    total: dict[str, int] = field(default_factory=dict)  # what → how many there are
+    unchanged: int = 0  # shards that were verified before
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Count findings and keep the first ones."""
+        for finding in findings:
+            counts = self.counts.setdefault(finding.check, {ERROR: 0, WARNING: 0})
+            if counts[finding.severity] < KEPT:
+                self.findings.append(finding)
+            counts[finding.severity] += finding.count
+
+    def look(self, **counts: int) -> None:
+        """Count what was looked at: checksums, frames, …."""
+        for what, count in counts.items():
+            self.looked[what] = self.looked.get(what, 0) + count
+
+    def number(self, severity: str) -> int:
+        """How many errors or warnings there are."""
+        return sum(counts[severity] for counts in self.counts.values())
+
+    @property
+    def fine(self) -> bool:
+        """Whether there are no errors."""
+        return not self.number(ERROR)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "errors": self.number(ERROR), "warnings": self.number(WARNING)}
+
+    def shares(self) -> str:
+        """What was looked at, of how many: "frames 30 of 4000 (0.8 %)"."""
+        said = []
+        for what, total in self.total.items():
+            looked = self.looked.get(what, 0)
+            share = "" if looked == total else f" ({100 * looked / max(1, total):.2g} %)"
+            said.append(f"{what} {looked} of {total}{share}")
+        return " · ".join(said)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write everything as JSON.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        write_whole(path, json.dumps(report.to_dict(), indent=2).encode() + b"\n")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def print_report(report: Report) -> None:
+    """A table of the checks, then the first findings of each."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table(title=escape(report.source), title_justify="left")
+    table.add_column("check")
+    table.add_column("what")
+    table.add_column("errors", justify="right")
+    table.add_column("warnings", justify="right")
+    for check, what in CHECKS.items():
+        counts = report.counts.get(check, {ERROR: 0, WARNING: 0})
+        errors, warnings = counts[ERROR], counts[WARNING]
+        table.add_row(
+            check, what, f"[red]{errors}[/]" if errors else "–", f"[yellow]{warnings}[/]" if warnings else "–"
+        )
+    console.print(table)
+    for check in CHECKS:
+        for severity, colour in ((ERROR, "red"), (WARNING, "yellow")):
+            found = [f for f in report.findings if (f.check, f.severity) == (check, severity)]
+            for finding in found[:PRINTED]:
+                text = f"{escape(finding.where(report.source))}: {escape(finding.text)}"
+                console.print(f"[{colour}]{severity}[/] {check}: {text}")
+            shown = sum(finding.count for finding in found[:PRINTED])
+            if found and (rest := report.counts[check][severity] - shown):
+                console.print(f"  … and {rest} more of {check}")
+    if report.total:
+        sampled = " (sampled: --fast)" if report.fast else ""
+        console.print(f"looked at{sampled}: {report.shares()}")
+    if report.unchanged:
+        console.print(f"{report.unchanged} shards were verified before and have not changed since")
+    verdict = f"{report.number(ERROR)} errors, {report.number(WARNING)} warnings"
+    console.print(f"[{'green' if report.fine else 'red'}]{verdict}[/]")

@@ -1,0 +1,88 @@
+"""The same work on every shard of a source, in processes, with results in the order of the shards."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
+
+from data_tools.look.columns import INDEX, IndexedShard, read_index
+from data_tools.stores.store import Advance, Store, open_store
+from data_tools.workers import spawned, usable_cores
+from stamo_dist.errors import DataError
+
+#: A process of its own takes a second to start.
+BYTES_WORTH_A_PROCESS = 1 << 28
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+#: One store, and for S3 one client, a process.
+store_at = lru_cache(maxsize=8)(open_store)
+
+
+def index_name(split: str, camera: str) -> str:
+    return f"{split}/{camera}/{INDEX}"
+
+
+def shards_of(store: Store, split: str, camera: str) -> list[IndexedShard]:
+    """The shards of one camera in stored order.
+
+    Raises:
+        DataError: Its index.json is missing or broken.
+    """
+    name = index_name(split, camera)
+    return read_index(store.read(name), f"{store.url}/{name}")
+
+
+def processes_for(nbytes: int, asked: int | None) -> int:
+    """How many processes to use on so many bytes."""
+    return asked or min(usable_cores(), 1 + nbytes // BYTES_WORTH_A_PROCESS)
+
+
+def in_order(function: Callable[[_Task], _Result], tasks: Iterable[_Task], processes: int) -> Iterator[_Result]:
+    """`function` of each task, in order; only a few results wait in memory.
+
+    Args:
+        function: Of a module, so that it can be sent to a process.
+        tasks: Taken as they are needed.
+        processes: 1: in this process.
+
+    Raises:
+        DataError: A process died.
+    """
+    if processes <= 1:
+        yield from map(function, tasks)
+        return
+    with spawned(processes, _ready) as pool:
+        waiting: deque[Future[_Result]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) > 3 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as e:
+            raise DataError("a process died (out of memory?); run again with fewer --processes") from e
+
+
+@contextmanager
+def frames_bar(title: str, total: int, quiet: bool) -> Iterator[Advance]:
+    """A progress bar over frames; yields what advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("frames · ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+        line = bar.add_task(title, total=total)
+        yield lambda frames: bar.update(line, advance=frames)
+
+
+def _ready() -> None:
+    pass

