@@ -21,15 +21,30 @@ FORMATS: dict[str, tuple[str, str]] = {
         "data_tools.formats.libero.LiberoReader",
         "LIBERO's HDF5: official, regenerated, and of `stamo data simulate`",
     ),
-    "metaworld": ("metaworld.MetaworldReader", "Meta-World episodes in HDF5"),
-    "robomimic": ("robomimic.RobomimicReader", "robomimic's HDF5"),
-    "maniskill": ("maniskill.ManiskillReader", "ManiSkill's HDF5 with its JSON"),
+    "metaworld": (
+        "data_tools.formats.metaworld.MetaworldReader",
+        "Meta-World episodes in HDF5",
+    ),
+    "robomimic": (
+        "data_tools.formats.robomimic.RobomimicReader",
+        "robomimic's HDF5",
+    ),
+    "maniskill": (
+        "data_tools.formats.maniskill.ManiskillReader",
+        "ManiSkill's HDF5 with its JSON",
+    ),
     "rlds": (
         "data_tools.formats.rlds.RldsReader",
         "RLDS (TFDS): Bridge, DROID, Open X-Embodiment; needs no TensorFlow",
     ),
-    "lerobot": ("lerobot.LerobotReader", "LeRobotDataset v2.1 and v3.0: parquet and mp4"),
-    "droid-raw": ("droid_raw.DroidRawReader", "DROID's raw episodes: trajectory.h5 and mp4"),
+    "lerobot": (
+        "data_tools.formats.lerobot.LerobotReader",
+        "LeRobotDataset v2.1 and v3.0: parquet and mp4",
+    ),
+    "droid-raw": (
+        "data_tools.formats.droid_raw.DroidRawReader",
+        "DROID's raw episodes: trajectory.h5 and mp4",
+    ),
     "video": (
         "data_tools.formats.video.VideoReader",
         "a folder of videos, or segments of them; presets for human video sets",
@@ -61,7 +76,7 @@ def reader_class(format: str) -> Any:
         raise DataError(f"unknown format {format!r}; {_suggest(format, FORMATS)}".removesuffix("; "))
     module, name = FORMATS[format][0].rsplit(".", 1)
     try:
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as e:
         raise DataError(f"format {format} needs the package {e.name}; pip install 'stamo-dist[convert]'") from e
 
