@@ -27,7 +27,7 @@ demo: $(VENV)/.installed opengl
 	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
 	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
 	$(STAMO) mix recipes/tokenizer_demo.yaml
-	$(STAMO) train recipes/vae_demo.yaml --nproc 2
+	$(STAMO) train recipes/vae_demo.yaml
 	$(STAMO) encode recipes/tokenizer_demo.yaml
 	@echo "training the tokenizer, and killing it after a while, as a cluster would"
 	-timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
