@@ -198,7 +198,7 @@ def mappings_allowed() -> int:
     if soft < hard:
         soft = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(64, min(soft // 4, 1 << 14))
+    return max(soft // 2, min(soft - 1024, 1 << 15))
 
 
 class OpenShards:
