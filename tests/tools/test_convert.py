@@ -75,6 +75,8 @@ def test_real_file_comes_back(tmp_path: Path, shared_data: Callable[[str], Path]
                 for t in (0, len(mine) // 2, len(mine) - 1):
                     image = simplejpeg.decode_jpeg(mine[t]["image"])
                     assert psnr(image, upright[t]) > 34
+                    frame = np.ascontiguousarray(upright[t])
+                    assert mine[t]["image"] == simplejpeg.encode_jpeg(frame, 95, colorsubsampling="420"), "these pixels"
                     assert psnr(image, upright[t][::-1]) < 20
     assert {e.instruction for e in episodes} == {"pick up the black bowl from table center and place it on the plate"}
     for name, expected in manifest.checksums.items():
