@@ -103,13 +103,14 @@ def mix(
     Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
     """
     from stamo_dist.data.mixture import Mixture
+    from stamo_dist.data.shares import report
     from stamo_dist.data.table import mixture_picture, mixture_table
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
     steps = loaded.train.steps
-    mixture_table(mixture.report(steps))
+    mixture_table(report(mixture, steps))
     print(f"picture: {mixture_picture(mixture, steps, out or Path(loaded.run_dir) / 'mixture.png')}")
 
 

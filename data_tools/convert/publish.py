@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.driver import Outcome, check_same, identity, run_plan
+from data_tools.convert.folder import Outcome, check_same, identity, run_plan
 from data_tools.convert.plan import Plan, Settings, make_plan
 from data_tools.convert.slices import held
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest

@@ -9,35 +9,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.plan import Position
 from stamo_dist.data.sources import SCRATCH
 from stamo_dist.errors import DataError
-
-if TYPE_CHECKING:
-    from stamo_dist.data.loader import Cursor
-    from stamo_dist.data.mixture import Mixture
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
 _PATIENCE = 60.0  # seconds between two warnings about a shard that does not come
 _TOUCH = 60.0  # seconds after which using a shard again is worth noting
 _IN_USE = 600.0  # seconds for which a shard that was wanted is not removed: batches wait for their turn that long
-
-
-@dataclass(frozen=True)
-class Position:
-    """One rank's share of one global batch: the cursor after it, sample numbers and passes, both (b,)."""
-
-    after: Cursor
-    samples: NDArray[np.int64]
-    passes: NDArray[np.int32]
 
 
 class Fetcher:

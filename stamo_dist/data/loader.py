@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import finalize
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stamo_dist.data.fetch import Fetcher, Position
+from stamo_dist.data.fetch import Fetcher
 from stamo_dist.data.latents import LatentSpec, find_latents
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.plan import Cursor, Position
 from stamo_dist.data.pool import Pool
 from stamo_dist.data.reader import Reader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
@@ -26,20 +27,6 @@ from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
 _HELD = 2  # batches the consumer may hold before it gets copies
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A position in the mixture's stream: so many samples, over all ranks, were consumed."""
-
-    samples: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Cursor:
-        return cls(int(state["samples"]))
 
 
 @dataclass

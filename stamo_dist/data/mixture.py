@@ -14,7 +14,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.data import shares
 from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.plan import Plan, Planner
 from stamo_dist.data.reader import Window
@@ -98,10 +97,6 @@ class Mixture:
         """
         stream = self.shard_stream[number]
         self.streams[stream].prepare(number - int(self._stream_first_shard[stream]))
-
-    def report(self, steps: int) -> list[shares.Share]:
-        """What `steps` optimizer steps see of each source, against what the recipe asks for."""
-        return shares.report(self, steps)
 
     def _window(self) -> Window:
         data = self.data

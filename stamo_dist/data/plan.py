@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,29 @@ from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.schedule import Schedule
 
 _AT_A_TIME = 1 << 15  # samples
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A position in the mixture's stream: so many samples, over all ranks, were consumed."""
+
+    samples: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Cursor:
+        return cls(int(state["samples"]))
+
+
+@dataclass(frozen=True)
+class Position:
+    """One rank's share of one global batch: the cursor after it, sample numbers and passes, both (b,)."""
+
+    after: Cursor
+    samples: NDArray[np.int64]
+    passes: NDArray[np.int32]
 
 
 @dataclass(frozen=True)

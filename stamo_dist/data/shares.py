@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.mixture import Mixture
 
 #: Going through a source more often than this in one run is worth a warning.
 MANY_EPOCHS = 100

@@ -12,6 +12,7 @@ from made import make_data, write_source
 from rich.console import Console
 
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.shares import report
 from stamo_dist.data.table import mixture_picture, mixture_table
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Data, Shuffle, Source
@@ -59,7 +60,7 @@ def test_several_folders_are_one_source(two: Callable[..., Data]) -> None:
 def test_the_report_counts_what_the_run_reads(two: Callable[..., Data], tmp_path: Path) -> None:
     mixture = Mixture(two(a=3, b=1), seed=0, global_batch=8)
     order = read(mixture, 25)
-    a, b = mixture.report(25)
+    a, b = report(mixture, 25)
     assert [a.samples, b.samples] == np.bincount(mixture.source_of(order)).tolist()
     assert (a.requested, b.requested) == (0.75, 0.25)
     assert a.realised == pytest.approx(0.75, abs=0.01)
@@ -72,10 +73,10 @@ def test_the_report_counts_what_the_run_reads(two: Callable[..., Data], tmp_path
 
 def test_starved_and_exhausted_sources_are_named(two: Callable[..., Data]) -> None:
     mixture = Mixture(two(a=1, b=0.0002), seed=0, global_batch=8)
-    a, b = mixture.report(2000)
+    a, b = report(mixture, 2000)
     assert "goes through it 242 times" in a.warnings[0]
     assert "one sample in" in b.warnings[0]
-    assert "too small for a single sample" in mixture.report(10)[1].warnings[0]
+    assert "too small for a single sample" in report(mixture, 10)[1].warnings[0]
     console = Console(record=True, width=200)
     mixture_table([a, b], console)
     text = console.export_text()
