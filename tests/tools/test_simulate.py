@@ -54,7 +54,7 @@ def test_metaworld_episodes_convert_and_more_can_be_added(tmp_path: Path) -> Non
         assert columns.mean() < 24
 
     manifest, _ = convert("metaworld", tmp_path / "raw", tmp_path / "out", size=32, val_fraction=0.5, quiet=True)
-    assert (manifest.action_dim, manifest.proprio_dim, manifest.rate_hz) == (4, 8, 80.0)
+    assert (manifest.action_dim, manifest.proprio_dim, manifest.rate_hz) == (7, 8, 80.0)
     assert {name: split.episodes for name, split in manifest.splits.items()} == {"train": 1, "val": 1}
 
     with pytest.raises(DataError, match=r"made with size 48 \(asked: 64\)"):
