@@ -198,6 +198,7 @@ class _Session:
                         out = self.task.loss(engine.module, micro, noise.at(step))
                         sums.add(out.per_sample, micro.source)
                         watch.meet()
+                        working("differentiating", step)
                         grad_norm = engine.backward(out.loss)
                 assert grad_norm is not None, "the last micro-batch of a step must step the optimizer"
                 good = math.isfinite(grad_norm)
