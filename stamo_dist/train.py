@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +30,12 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.export import export
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Batching, batching
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
-
-_EXPORT_BATCHES = 16
 
 
 def train(loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozenset[str] = frozenset()) -> int:
@@ -113,7 +111,9 @@ def _begin(
     finally:
         session.journal.close()
     if code == 0:
-        session.export()
+        if world.is_main:
+            export(recipe, mixture, run, session.state.step)
+        barrier()
     return code
 
 
@@ -266,28 +266,3 @@ class _Session:
         picture = self.run_folder.path / "first_batch.png"
         save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])
         self.journal.picture("first_batch", picture, 1)
-
-    def export(self) -> None:
-        """Rank 0: the usable model, from the checkpoint just written."""
-        if self.main:
-            weights = checkpoint.read_weights(checkpoint.folder_of(self.run_folder.checkpoints, self.state.step))
-            loader = build_loader(
-                self.mixture,
-                rank=0,
-                world_size=1,
-                cursor=Cursor(),
-                pin_memory=False,
-                workers=0,
-                latents=self.task.latents,
-            )
-            with closing(loader):
-                batches = iter(loader)
-                # A fresh model: the trained one is spread over the processes.
-                whole = build_task(self.recipe)
-                part = self.run_folder.path / ".model.tmp"
-                shutil.rmtree(part, ignore_errors=True)
-                whole.export(part, weights, (next(batches) for _ in range(_EXPORT_BATCHES)))
-            shutil.rmtree(self.run_folder.model, ignore_errors=True)
-            part.rename(self.run_folder.model)
-            print(f"exported {self.run_folder.model}", flush=True)
-        barrier()

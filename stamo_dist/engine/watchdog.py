@@ -98,16 +98,18 @@ class Watchdog:
             if late or (self._folder / _HUNG).exists():
                 self._leave()
 
+    def _now(self, *, dumped: bool) -> Heartbeat:
+        return replace(self._beat, seconds=round(time.monotonic() - self._since, 1), dumped=dumped)
+
     def _write(self, *, dumped: bool) -> None:
-        now = replace(self._beat, seconds=round(time.monotonic() - self._since, 1), dumped=dumped)
         part = self._file.with_suffix(".tmp")
-        part.write_text(json.dumps(asdict(now)))
+        part.write_text(json.dumps(asdict(self._now(dumped=dumped))))
         part.replace(self._file)
 
     def _leave(self) -> None:
         with contextlib.suppress(OSError):
             with stack_file(self._logs, self._world.rank).open("w") as f:
-                print(f"rank {self._world.rank}: {self._beat}", file=f, flush=True)
+                print(f"rank {self._world.rank}: {self._now(dumped=False)}", file=f, flush=True)
                 faulthandler.dump_traceback(f, all_threads=True)
             self._write(dumped=True)
             time.sleep(3 * self._every)  # until the others have done the same
