@@ -9,8 +9,6 @@ either under any strategy and on any number of processes.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,13 +225,7 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     if wrong := damage(path, marker):
         raise damaged(path, wrong)
     if marker.strategy in ZERO_STAGE:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # it reports every step of its work
-            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=ZERO_TAG))
+        weights = elastic.read_zero(path, marker)
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():

@@ -60,8 +60,10 @@ class _RowPlanner(DefaultLoadPlanner):
         assert self.metadata is not None, "set_up_planner comes first"
         items = []
         for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata), "only names of tensors are asked for"
             wanted = ChunkStorageMetadata(offsets=self._offsets[name], sizes=tensor.size())
-            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [wanted])
+            items += create_read_items_for_chunk_list(name, stored, [wanted])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -72,4 +74,4 @@ class _RowPlanner(DefaultLoadPlanner):
 def _load(state: dict[str, Tensor], folder: Path, planner: DefaultLoadPlanner) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=True)  # type: ignore[arg-type]
+        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=True)

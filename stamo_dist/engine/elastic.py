@@ -30,6 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "fp32"
 _AT_ONCE = 1 << 26  # elements read between two updates of the progress bar; bounds the memory of a DCP read
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_\d+_model_states\.pt$")
 
 
 @dataclass
@@ -86,6 +87,17 @@ def load(path: Path, marker: Marker, engine: Engine) -> str:
     )
 
 
+def read_zero(path: Path, marker: Marker) -> dict[str, Tensor]:
+    """The trained module's fp32 state dict from DeepSpeed's files, without a process group.
+
+    Unlike DeepSpeed's own script it reads zero1 in bf16 too.
+
+    Raises:
+        CheckpointError: Files are missing.
+    """
+    return _Zero(path, marker).whole()
+
+
 def _batches(ranges: list[Range]) -> Iterator[list[Range]]:
     ends = itertools.accumulate(r.numel for r in ranges)
     for _, some in itertools.groupby(zip(ends, ranges, strict=True), key=lambda pair: pair[0] // _AT_ONCE):
@@ -127,14 +139,15 @@ class _Zero(_Source):
 
     def __init__(self, path: Path, marker: Marker):
         shards = sorted((int(m[1]), p) for p in path.rglob("*.pt") if (m := _SHARD.search(p.name)))
-        models = sorted(path.rglob("*_model_states.pt"))
+        models = sorted((int(m[1] or 0), p) for p in path.rglob("*.pt") if (m := _MODEL.search(p.name)))
         if [rank for rank, _ in shards] != list(range(marker.world_size)) or not models:
             raise CheckpointError(
                 f"{path}: holds the optimizer states of {len(shards)} of {marker.world_size} ranks; "
                 "restore the missing files or continue from another checkpoint"
             )
         # With zero3 the first rank's model file lists the shapes by which every rank's flat groups are cut.
-        self._model = _mapped(models[0])
+        self._models = [file for _, file in models]
+        self._model = _mapped(self._models[0])
         self._pieces: dict[str, list[_Piece]] = {}
         steps: list[float] = []
         for rank, file in shards:
@@ -176,6 +189,21 @@ class _Zero(_Source):
 
     def buffers(self, names: set[str]) -> dict[str, Tensor]:
         return {n: t for n, t in self._model["module"].items() if n in names}
+
+    def whole(self) -> dict[str, Tensor]:
+        """Trained and other parameters and buffers, in fp32."""
+        names = self._model["buffer_names"]
+        state = {n: t.float() if t.is_floating_point() else t for n, t in self._model["module"].items() if n in names}
+        if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has its share
+            fragments = [_mapped(file)["frozen_param_fragments"] for file in self._models]
+            for name, shape in shapes.items():
+                flat = torch.cat([part[name].detach().flatten() for part in fragments]).float()
+                state[name] = flat[: math.prod(shape)].view(tuple(shape))
+        for name, shape in ((n, s) for group in self._model["param_shapes"] for n, s in group.items()):
+            flat = torch.empty(self.sizes[name])
+            self.fill([Range(name, 0, flat.numel(), {_WEIGHT: flat})])
+            state[name] = flat.view(tuple(shape))
+        return state
 
 
 def _mapped(file: Path) -> dict[str, Any]:
