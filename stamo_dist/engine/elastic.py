@@ -192,8 +192,8 @@ class _Zero(_Source):
 
     def whole(self) -> dict[str, Tensor]:
         """Trained and other parameters and buffers, in fp32."""
-        names = self._model["buffer_names"]
-        state = {n: t.float() if t.is_floating_point() else t for n, t in self._model["module"].items() if n in names}
+        others = {n: t for n, t in self._model["module"].items() if n not in self.sizes and t.numel()}
+        state = {n: t.float() if t.is_floating_point() else t for n, t in others.items()}
         if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has its share
             fragments = [_mapped(file)["frozen_param_fragments"] for file in self._models]
             for name, shape in shapes.items():
