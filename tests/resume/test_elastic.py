@@ -35,14 +35,14 @@ def averages(run: Path) -> dict[str, torch.Tensor]:
 def start(toy, ranks):
     """Train the toy recipe in `folder` in one shape up to `steps`; returns what was printed."""
 
-    def train(folder: Path, batch: int, shape: Shape, steps: int) -> str:
+    def train(folder: Path, batch: int, shape: Shape, steps: int, precision: str = "fp32") -> str:
         recipe = folder / "toy.yaml"
         if not recipe.exists():
             write_recipe(recipe, toy.shards, toy.vae)
         # The schedule may not depend on train.steps, which is where each part of a chain ends.
         settings = {
             "strategy.name": shape[0], "train.steps": steps, "train.global_batch": batch, "train.ema": 0.9,
-            "optimizer.schedule": "constant",
+            "train.precision": precision, "optimizer.schedule": "constant",
         }  # fmt: skip
         return ranks(shape[1], "train", recipe, *(x for k, v in settings.items() for x in ("--set", f"{k}={v}")))[1]
 
@@ -83,6 +83,15 @@ def test_chain_of_shapes(start, uninterrupted, tmp_path, chain):
     expected_average, average = averages(uninterrupted(batch)), averages(tmp_path / "run")
     for name, weight in expected_average.items():
         torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_zero1_in_bf16(start, tmp_path):
+    """DeepSpeed has another optimizer class and other files for it."""
+    start(tmp_path / "whole", 8, ("zero2", 1), 3 * 2, "bf16")
+    for i, shape in enumerate([("zero1", 2), ("zero1", 1), ("zero3", 1)]):
+        start(tmp_path / "chain", 8, shape, (i + 1) * 2, "bf16")
+    losses = [[m["loss"] for m in metrics(tmp_path / name / "run")] for name in ("whole", "chain")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_another_model_is_refused(start, ranks, tmp_path):
