@@ -31,6 +31,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from stamo_dist.data.loader import Batch, Cursor
 from stamo_dist.engine import strategy
+from stamo_dist.engine.journal import PEAK_FLOPS
 from stamo_dist.engine.optim import adamw
 from stamo_dist.engine.processes import leave, world_from_environment
 from stamo_dist.models.compressor import Compressor
@@ -40,7 +41,7 @@ from stamo_dist.tasks import build_task
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.tokenizer import TokenizerTask
 from stamo_dist.tasks.vae import VAETask
-from stamo_dist.train import PEAK_FLOPS, train
+from stamo_dist.train import train
 
 FULL = {
     "dit": {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,9 @@ def train(
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although the mixture is not the one trained on so far.")
     ] = False,
+    allow_changed_model: Annotated[
+        bool, typer.Option("--allow-changed-model", help="Resume although the model is not the one trained so far.")
+    ] = False,
 ) -> None:
     """Train a recipe, or go on where it stopped.
 
@@ -52,16 +56,19 @@ def train(
     """
     from stamo_dist.recipe.load import load
 
+    given = {"--allow-changed-data": allow_changed_data, "--allow-changed-model": allow_changed_model}
+    allowed = frozenset(flag for flag, on in given.items() if on)
     launched = "RANK" in os.environ
     loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
     if not launched and nproc > 1:
         from stamo_dist.launch import launch_local
 
         arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
-        if allow_changed_data:
-            arguments.append("--allow-changed-data")
+        arguments += sorted(allowed)
         sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir) / "logs"))
 
+    # They wait until there is something to save; Ctrl-C works meanwhile.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     from stamo_dist.engine.processes import leave, run_rank, world_from_environment
 
     world = world_from_environment()
@@ -69,7 +76,7 @@ def train(
     def body() -> int:
         from stamo_dist.train import train as run
 
-        return run(loaded, world, resume=resume, allow_changed_data=allow_changed_data)
+        return run(loaded, world, resume=resume, allowed=allowed)
 
     leave(run_rank(world, body))
 

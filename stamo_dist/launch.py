@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from stamo_dist.engine.preempt import EXIT_PREEMPTED
 from stamo_dist.engine.processes import free_port
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
@@ -43,6 +44,8 @@ def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {s: signal.signal(s, forward) for s in signals}
+    # Inherited: a rank gets these once it can act on them, and this process once it has all ranks to pass them on to.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     try:
         for rank in range(processes):
             out: IO[bytes] | None = None
@@ -53,8 +56,10 @@ def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
             command = [sys.executable, "-m", "stamo_dist.cli", *arguments]
             # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
             ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _wait(ranks, logs)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for p in ranks:
             if p.poll() is None:
                 p.kill()
@@ -72,14 +77,16 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
         if failed and first is None:
             rank, first = failed[0]
             deadline = time.monotonic() + (1.0 if first == 2 else _GRACE)  # 2: refused before anything started
-            if rank and first > 2:
+            if rank and first > 2 and first != EXIT_PREEMPTED:
                 print(
                     f"rank {rank} of {len(ranks)} failed with code {first}; see {logs}/rank_{rank:05d}.log", flush=True
                 )
         if time.monotonic() > deadline:
-            for p in ranks:
+            for rank, p in enumerate(ranks):
                 if p.poll() is None:
+                    print(f"rank {rank} of {len(ranks)} did not end after the others: killed", flush=True)
                     p.kill()
+            deadline = float("inf")
         time.sleep(0.05)
     codes = [p.returncode for p in ranks if p.returncode]
     code = first if first is not None else (codes[0] if codes else 0)

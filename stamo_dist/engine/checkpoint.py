@@ -1,232 +1,233 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is `checkpoints/step_00000123/`: written under a temporary name, synced, renamed, and marked last with
-`checkpoint.json`, which lists every file with its size. A folder without a valid marker is never loaded. The newest is
-found by scanning.
+`checkpoint.json`, which lists every file with its size and checksum. Everything is checked before anything is loaded.
 
-ddp, fsdp and hsdp write PyTorch's distributed checkpoint format, which reshards by itself; ZeRO writes
-DeepSpeed's files.
+ddp, fsdp and hsdp write PyTorch's distributed checkpoint format; ZeRO writes DeepSpeed's files. A run goes on from
+either under any strategy and on any number of processes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from stamo_dist.engine import elastic
 from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.ema import EMA
-from stamo_dist.engine.processes import barrier
+from stamo_dist.engine.identity import Identity, sources_of
+from stamo_dist.engine.marker import MARKER, Marker, RunState, damage, damaged, read_marker
+from stamo_dist.engine.parts import ZERO_TAG
+from stamo_dist.engine.processes import World, broadcast
+from stamo_dist.engine.retention import complete, folder_of, scan, set_aside
 from stamo_dist.engine.strategy import ZERO_STAGE, Engine
-from stamo_dist.errors import CheckpointError, RunError
+from stamo_dist.errors import CheckpointError, RunError, StamoError
 
-FORMAT_VERSION = 1
-MARKER = "checkpoint.json"
-_TAG = "zero"
+__all__ = [
+    "MARKER", "Choice", "Marker", "RunState", "choose", "complete", "folder_of", "load", "read_marker", "read_weights",
+    "settle",
+]  # fmt: skip
 
-
-@dataclass
-class RunState:
-    """Where a run stands after an optimizer step."""
-
-    step: int = 0
-    cursor: dict[str, Any] = field(default_factory=dict)
-    samples: list[int] = field(default_factory=list)  # seen so far, per source
-    seconds: float = 0.0  # of training, over all restarts
+T = TypeVar("T")
 
 
 @dataclass
-class Marker:
-    """checkpoint.json."""
+class Choice:
+    """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice."""
 
-    state: RunState
-    strategy: str
-    world_size: int
-    precision: str
-    fingerprint: str  # of the mixture
-    files: dict[str, int]  # relative path → bytes
-    git_commit: str | None = None
-    format_version: int = FORMAT_VERSION
+    path: Path | None
+    notes: list[str] = field(default_factory=list)
+    named: bool = False  # by the user: no other will do
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step_{step:08d}"
-
-
-def read_marker(path: Path) -> Marker:
-    """Read and check the marker of one checkpoint.
-
-    Raises:
-        CheckpointError: No marker, another format, or files missing or of another size.
-    """
-    try:
-        raw = json.loads((path / MARKER).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: no valid {MARKER}, so it was never completed") from None
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint format {raw.get('format_version')}; this version of stamo reads {FORMAT_VERSION}"
-        )
-    marker = Marker(**{**raw, "state": RunState(**raw["state"])})
-    bad = [n for n, size in marker.files.items() if not (path / n).is_file() or (path / n).stat().st_size != size]
-    if bad:
-        raise CheckpointError(f"{path}: missing or truncated: {', '.join(sorted(bad))}")
-    return marker
-
-
-def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
-    """The loadable checkpoints, newest first, and why others are not."""
-    good, why = [], []
-    for path in sorted(checkpoints.glob("step_????????"), reverse=True):
-        try:
-            read_marker(path)
-            good.append(path)
-        except CheckpointError as e:
-            why.append(str(e))
-    return good, why
-
-
-def choose(checkpoints: Path, resume: str, fingerprint: str | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice.
+def choose(
+    checkpoints: Path,
+    resume: str,
+    identity: Identity | None = None,
+    *,
+    allowed: frozenset[str] = frozenset(),
+    without: frozenset[Path] = frozenset(),
+) -> Choice:
+    """Choose by names, markers and sizes; writes nothing.
 
     Args:
         checkpoints: The run's own checkpoints.
         resume: "auto": the newest whole one; "none": none may be there; else the path of a checkpoint or a run.
-        fingerprint: Of the mixture that the checkpoint must have been trained on; None accepts any.
+        identity: What the recipe trains; None accepts any checkpoint.
+        allowed: Flags of the command line that let some of it differ.
+        without: Checkpoints that are known to be damaged.
 
     Raises:
-        RunError: "none" in a folder with checkpoints, a run without any, or another mixture.
-        CheckpointError: The named checkpoint is not whole.
+        RunError: "none" in a folder with checkpoints, a path that is no run, a run without checkpoints, or another
+            stage, model or mixture.
+        CheckpointError: The named checkpoint is not whole, or the newest one has another format.
     """
-    if resume not in ("auto", "none"):
-        path = Path(resume)
-        if not (path / "checkpoints").is_dir():
-            read_marker(path)
-            good, broken = [path], list[str]()
-        else:
-            good, broken = complete(path / "checkpoints")
-            if not good:
-                raise RunError(f"--resume {resume}: the run holds no whole checkpoint")
+    named = False
+    if resume in ("auto", "none"):
+        folder = checkpoints
     else:
-        good, broken = complete(checkpoints)
-        if good and resume == "none":
-            raise RunError(f"{checkpoints}: holds {good[0].name}; choose another run_dir or --resume auto")
-    if good and fingerprint is not None and read_marker(good[0]).fingerprint != fingerprint:
-        raise RunError(
-            f"{good[0]}: was trained on another mixture (data.sources, weights, shards, seed or batch changed); "
-            "restore the recipe, choose another run_dir, or pass --allow-changed-data"
-        )
-    return (good[0] if good else None), [f"skipped {b}" for b in broken]
-
-
-def save(
-    checkpoints: Path, engine: Engine, ema: EMA | None, state: RunState, *, fingerprint: str, precision: str,
-    keep: int, git_commit: str | None = None,
-) -> Path:  # fmt: skip
-    """Write the checkpoint of `state.step`; every process calls it. Returns its folder."""
-    final = folder_of(checkpoints, state.step)
-    tmp = checkpoints / f".{final.name}.tmp"
-    if engine.world.is_main:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # an unmarked or superseded leftover
-        tmp.mkdir(parents=True)
-    barrier()
-    if engine.is_zero:
-        engine.deepspeed.save_checkpoint(str(tmp), tag=_TAG, save_latest=False)
+        given = Path(resume)
+        named = not (given / "checkpoints").is_dir()
+        folder = given.parent if named else given / "checkpoints"
+    if named:
+        if not given.is_dir():
+            raise RunError(f"--resume {resume}: there is no such checkpoint or run; give auto, none or the path of one")
+        whole, notes = [(given, read_marker(given))], list[str]()
     else:
-        module, optimizer = get_state_dict(engine.unwrapped, _inner(engine))
-        dcp.save({"module": module, "optimizer": optimizer}, checkpoint_id=tmp / "dcp")
-    if ema is not None:
-        ema.save(tmp / "ema")
-    barrier()
-    if engine.world.is_main:
-        files = {str(p.relative_to(tmp)): p.stat().st_size for p in sorted(tmp.rglob("*")) if p.is_file()}
-        for name in files:
-            _fsync(tmp / name)
-        tmp.rename(final)
-        marker = Marker(state, engine.strategy, engine.world.size, precision, fingerprint, files, git_commit)
-        part = final / f".{MARKER}.tmp"
-        part.write_text(json.dumps(asdict(marker), indent=1))
-        _fsync(part)
-        part.rename(final / MARKER)
-        _fsync(final)
-        _fsync(checkpoints)
-        for old in complete(checkpoints)[0][keep:]:
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
-    barrier()
-    return final
+        found = scan(folder)
+        whole = [(path, marker) for path, marker in found.whole if path not in without]
+        newest = whole[0][0].name if whole else ""
+        if found.foreign and found.foreign[0][0].name > newest:
+            raise CheckpointError(found.foreign[0][1])
+        notes = [f"DAMAGED CHECKPOINT, not used: {why}" for path, why in found.corrupt if path.name > newest]
+        if not whole and resume not in ("auto", "none"):
+            raise RunError("\n  ".join([f"--resume {resume}: the run holds no whole checkpoint", *notes]))
+        if whole and resume == "none":
+            raise RunError(f"{checkpoints}: holds {newest}; choose another run_dir or --resume auto")
+    if not whole:
+        return Choice(None, notes)
+    path, marker = whole[0]
+    if identity is not None:
+        identity.check(marker.fingerprint, marker.identity, str(path), allowed)
+    return Choice(path, notes, named)
 
 
-def load(path: Path, engine: Engine, ema: EMA | None, *, precision: str) -> RunState:
+def settle(
+    choice: Choice | None, checkpoints: Path, world: World, again: Callable[[frozenset[Path]], Choice]
+) -> tuple[Path | None, list[str]]:
+    """Read all of the chosen checkpoint, spread over the processes, and fall back while it is damaged.
+
+    Every process calls it; rank 0 gives its `choice` and `again`, which chooses without some checkpoints. Damaged ones
+    in `checkpoints`, the run's own, are renamed. Returns the checkpoint to load and what a person should know.
+
+    Raises:
+        CheckpointError: The user named this one, and it is damaged.
+        StamoError: What `again` raises.
+    """
+    notes: list[str] = []
+    bad: set[Path] = set()
+
+    def next_choice(damaged_files: list[str]) -> Choice:
+        assert choice is not None, "rank 0 chooses"
+        assert choice.path is not None, "only a checkpoint can be damaged"
+        error = damaged(choice.path, damaged_files)
+        if choice.named:
+            raise error
+        bad.add(choice.path)
+        notes.append(f"DAMAGED CHECKPOINT, not used: {error}")
+        return again(frozenset(bad))
+
+    while True:
+        path = broadcast(choice.path if choice else None)
+        wrong: list[str] = []
+        if path is not None:
+            marker = read_marker(path)
+            mine = damage(path, marker, world.rank, world.size)
+            shares: list[list[str]] = [mine]
+            if dist.is_initialized():
+                shares = [[]] * world.size
+                dist.all_gather_object(shares, mine)
+            wrong = [name for share in shares for name in share]
+        if not wrong:
+            break
+        choice = on_main(world, lambda wrong=wrong: next_choice(wrong))  # type: ignore[misc]
+    if world.is_main:
+        assert choice is not None
+        notes = [*choice.notes, *notes]
+        own = [p for p, _ in scan(checkpoints).corrupt] + [p for p in bad if p.parent == checkpoints]
+        notes += [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in own]
+        step = read_marker(path).state.step if path is not None else 0
+        for later, marker in scan(checkpoints).whole:
+            if marker.state.step > step:
+                new = set_aside(later, "abandoned")
+                notes.append(f"kept {later} as {new.name}: this run goes on from before it and writes its own")
+    return path, notes
+
+
+def on_main(world: World, body: Callable[[], T]) -> T:
+    """What `body` returns or raises on rank 0, on every rank."""
+    result: T | StamoError | None = None
+    if world.is_main:
+        try:
+            result = body()
+        except StamoError as e:
+            result = e
+    result = broadcast(result)
+    if isinstance(result, StamoError):
+        raise result
+    return result  # type: ignore[return-value]
+
+
+def load(
+    path: Path, engine: Engine, ema: EMA | None, *, precision: str, sources: Sequence[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> RunState:  # fmt: skip
     """Load weights, optimizer and average from `path` into the running engine; every process calls it.
 
+    `settle` has compared the files with their checksums. `sources`: the run's, where they may not be those of the
+    checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
+
     Raises:
-        CheckpointError: The checkpoint is incomplete or was written by a strategy, precision or number of processes
-            that this run cannot read.
+        CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
     """
     marker = read_marker(path)
     if marker.precision != precision:
         raise CheckpointError(f"{path}: saved in {marker.precision}, the recipe says {precision}; set train.precision")
-    if engine.is_zero or marker.strategy in ZERO_STAGE:
-        if (marker.strategy, marker.world_size) != (engine.strategy, engine.world.size):
-            raise CheckpointError(
-                f"{path}: written by {marker.strategy} with world size {marker.world_size} and cannot continue as "
-                f"{engine.strategy} with world size {engine.world.size}; run it as it was saved, or use ddp, fsdp or "
-                "hsdp, which continue on any number of processes"
-            )
-        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=_TAG)
-        if loaded is None:
-            raise CheckpointError(f"{path}: DeepSpeed could not read it")
-    else:
-        module, optimizer = get_state_dict(engine.unwrapped, _inner(engine))
-        dcp.load({"module": module, "optimizer": optimizer}, checkpoint_id=path / "dcp")
-        set_state_dict(
-            engine.unwrapped, _inner(engine), model_state_dict=module, optim_state_dict=optimizer,
-            options=StateDictOptions(strict=True),
-        )  # fmt: skip
-    if ema is not None:
-        ema.load(path / "ema")
+    try:
+        if elastic.needed(marker, engine):
+            note = elastic.load(path, marker, engine)
+            if engine.world.is_main:
+                say(note)
+        elif engine.is_zero:
+            loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG)
+            if loaded is None:
+                raise CheckpointError(f"{path}: DeepSpeed could not read it")
+        else:
+            _load_dcp(path / "dcp", engine)
+        if ema is not None:
+            ema.load(path / "ema")
+    except (RuntimeError, ValueError, KeyError, CheckpointException) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
+    if sources is not None:
+        seen = dict(zip(sources_of(marker.identity), marker.state.samples, strict=False))
+        marker.state.samples = [seen.get(name, 0) for name in sources]
     return marker.state
+
+
+def _load_dcp(folder: Path, engine: Engine) -> None:
+    inner = engine.inner_optimizer
+    module, optimizer = get_state_dict(engine.unwrapped, inner)
+    dcp.load({"module": module, "optimizer": optimizer}, checkpoint_id=folder)
+    set_state_dict(
+        engine.unwrapped, inner, model_state_dict=module, optim_state_dict=optimizer,
+        options=StateDictOptions(strict=True),
+    )  # fmt: skip
 
 
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The trained module's full fp32 state dict from one checkpoint, without a process group.
 
     `ema`: with the moving average in place of the trained parameters, where the checkpoint holds one.
-    """
-    if read_marker(path).strategy in ZERO_STAGE:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # it reports every step of its work
-            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG))
+    Raises:
+        CheckpointError: It is not whole, or a file is not what was written.
+    """
+    marker = read_marker(path)
+    if wrong := damage(path, marker):
+        raise damaged(path, wrong)
+    if marker.strategy in ZERO_STAGE:
+        weights = elastic.read_zero(path, marker)
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():
         weights.update(EMA.read(path / "ema"))
     return weights
-
-
-def _inner(engine: Engine) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

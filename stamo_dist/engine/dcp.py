@@ -10,18 +10,68 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+
+def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Every tensor of a distributed checkpoint by its key, with whole size and dtype."""
+    entries: Mapping[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: m for name, m in entries.items() if isinstance(m, TensorStorageMetadata)}
 
 
 def read_dcp(folder: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors under `prefix.` of a distributed checkpoint, whole, on the CPU."""
-    entries: Mapping[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(m.size, dtype=m.properties.dtype)
-        for name, m in entries.items()
-        if name.startswith(prefix + ".") and isinstance(m, TensorStorageMetadata)
+        for name, m in tensors(folder).items()
+        if name.startswith(prefix + ".")
     }
+    _load(state, folder, DefaultLoadPlanner())
+    return {name[len(prefix) + 1 :]: t for name, t in state.items()}
+
+
+def read_rows(folder: Path, rows: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Rows [first, stop) of each named tensor, on the CPU; (0, 1) of a scalar is the scalar.
+
+    Raises:
+        KeyError: The checkpoint holds no tensor of that name.
+    """
+    stored = tensors(folder)
+    state, offsets = {}, {}
+    for name, (first, stop) in rows.items():
+        size = stored[name].size
+        state[name] = torch.empty((stop - first, *size[1:]) if size else (), dtype=stored[name].properties.dtype)
+        offsets[name] = torch.Size((first, *(0 for _ in size[1:])) if size else ())
+    _load(state, folder, _RowPlanner(offsets))
+    return state
+
+
+class _RowPlanner(DefaultLoadPlanner):
+    """Reads into tensors that are a part of the stored ones, beginning at `offsets`."""
+
+    def __init__(self, offsets: Mapping[str, torch.Size]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._offsets = offsets
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None, "set_up_planner comes first"
+        items = []
+        for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata), "only names of tensors are asked for"
+            wanted = ChunkStorageMetadata(offsets=self._offsets[name], sizes=tensor.size())
+            items += create_read_items_for_chunk_list(name, stored, [wanted])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        tensor: Tensor = self.state_dict[index.fqn]
+        return tensor
+
+
+def _load(state: dict[str, Tensor], folder: Path, planner: DefaultLoadPlanner) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return {name[len(prefix) + 1 :]: t for name, t in state.items()}
+        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=True)

@@ -37,11 +37,13 @@ class EMA:
         local = [_plain(t).float() for t in self._local().values()]
         torch._foreach_lerp_([_plain(t) for t in self._average.values()], local, 1 - decay)
 
-    def save(self, folder: Path) -> None:
-        """Write the whole average; every process calls it."""
+    def whole(self) -> dict[str, Tensor]:
+        """The average by parameter name, as PyTorch's distributed checkpoint takes it; every process calls it.
+
+        Tensors are the live ones; under zero3 rank 0 has whole copies and the others nothing.
+        """
         if not self._zero3:
-            dcp.save({"ema": self._average}, checkpoint_id=folder)
-            return
+            return self._average
         whole = {}
         for name, p in self._params.items():
             shard = self._average[name]
@@ -49,7 +51,7 @@ class EMA:
             dist.all_gather_into_tensor(full, shard.contiguous())
             if dist.get_rank() == 0:
                 whole[name] = full[: p.ds_numel].view(p.ds_shape).cpu()
-        dcp.save({"ema": whole}, checkpoint_id=folder)
+        return whole
 
     def load(self, folder: Path) -> None:
         """Read an average written on any number of processes; starts from the weights where there is none."""

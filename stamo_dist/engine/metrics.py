@@ -5,19 +5,23 @@ Values are read on the host one step after they were computed, so logging never 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stamo_dist.engine.preempt import few_of
 from stamo_dist.recipe.schema import Recipe
 
 
@@ -38,7 +42,16 @@ class StepSums:
         self.values.index_add_(1, source, rows)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Lap:
+    """Seconds of one step on one rank."""
+
+    seconds: float
+    data_wait: float  # share of the seconds spent waiting for data
+    alone: float  # until the rank first waited for the others
+
+
+@dataclass(frozen=True)
 class Reduced:
     """What all ranks agree on about one step."""
 
@@ -47,68 +60,152 @@ class Reduced:
     per_source: list[float | None]  # mean of the first term
     counts: list[int]  # samples, per source
     grad_norm: float
+    lr: float
     seconds: float
     data_wait: float  # share of the seconds spent waiting for data
     skipped: int  # samples whose frames could not be read
-    stop: bool
+    alone: list[float]  # each rank's Lap.alone
+    signals: dict[int, str]  # rank → the signal that asks it to stop
+    not_finite: list[int]  # ranks whose loss was not finite
+
+    @property
+    def blame(self) -> str:
+        """What was not finite in the step, and where."""
+        if self.not_finite:
+            return f"the loss on rank {few_of(self.not_finite)} is not finite"
+        return "the gradient is not finite"
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Seconds of the step of the slowest rank, and of the fastest had it not waited for the slowest."""
+        slowest = max(range(len(self.alone)), key=self.alone.__getitem__)
+        spread = max(self.alone) - min(self.alone)
+        return {
+            "step_seconds_max": round(self.seconds, 4),
+            "step_seconds_min": round(max(0.0, self.seconds - spread), 4),
+            "slowest_rank": slowest,
+        }
+
+    def line(
+        self, sources: Sequence[str], *, rate: float, seconds: float, mfu: float | None, bad_steps: int
+    ) -> dict[str, Any]:
+        """What metrics.jsonl says of the step; `rate` in samples per second, `seconds` of training up to here."""
+        term = next(iter(self.losses))
+        return {
+            "step": self.step,
+            **self.losses,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "samples_per_second": round(rate, 3),
+            "data_wait": round(self.data_wait, 4),
+            "seconds": round(seconds, 3),
+            **({"mfu": round(mfu, 4)} if mfu is not None else {}),
+            **{f"{term}/{s}": loss for s, loss in zip(sources, self.per_source, strict=True) if loss is not None},
+            **{f"samples/{s}": n for s, n in zip(sources, self.counts, strict=True) if n},
+            **({"skipped": self.skipped} if self.skipped else {}),
+            **({"bad_steps": bad_steps} if bad_steps else {}),
+            **(self.spread if len(self.alone) > 1 else {}),
+        }
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    terms: tuple[str, ...]
+    shape: tuple[int, ...]
+    flat: Tensor
+    grad_norm: float
+    lr: float
+    lap: Lap
 
 
 class Reducer:
-    """One all-reduce a step for losses, counts and the stop flag; `take` reads the previous step's."""
+    """One all-reduce a step for losses, counts, times and signals; `take` reads the previous step's."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._pending: tuple[int, tuple[str, ...], tuple[int, ...], Tensor, Tensor, tuple[float, float]] | None = None
+    def __init__(self, device: torch.device, rank: int, ranks: int):
+        self._device, self._rank, self._ranks = device, rank, ranks
+        self._pending: _Pending | None = None
 
     def put(
-        self, step: int, sums: StepSums, grad_norm: Tensor, stop: bool, lap: tuple[float, float], skipped: int = 0
+        self, step: int, sums: StepSums, *, grad_norm: float, lr: float, lap: Lap, signal: int = 0, skipped: int = 0
     ) -> None:
-        flat = torch.cat([sums.values.flatten(), torch.tensor([float(skipped), float(stop)], device=self._device)])
+        """`signal`: number of the one that asks this rank to stop, 0 for none."""
+        values = sums.values
+        finite = values.isfinite().all().float()
+        own = torch.tensor([lap.alone, float(signal), float(skipped)], device=self._device)
+        ranks = torch.zeros(4, self._ranks, device=self._device)
+        ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
+        flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
             dist.all_reduce(flat)
-        self._pending = (step, sums.terms, tuple(sums.values.shape), flat, grad_norm.detach().float(), lap)
+        self._pending = _Pending(step, sums.terms, tuple(values.shape), flat, grad_norm, lr, lap)
 
     def take(self) -> Reduced | None:
         if self._pending is None:
             return None
-        step, terms, shape, flat, norm, (seconds, wait) = self._pending
-        self._pending = None
-        *values, skipped, stop, grad_norm = torch.cat([flat, norm.reshape(1)]).tolist()
-        table = torch.tensor(values, dtype=torch.float64).reshape(shape)
+        now, self._pending = self._pending, None
+        numbers = now.flat.tolist()
+        cut = len(numbers) - 4 * self._ranks
+        table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
+        alone, signals, skipped, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(4))
         count, sums = table[-1], table[:-1]
         total = count.sum().item()
         return Reduced(
-            step=step,
-            losses={t: sums[i].sum().item() / total for i, t in enumerate(terms)},
-            per_source=[(sums[0, s] / count[s]).item() if count[s] else None for s in range(shape[1])],
+            step=now.step,
+            losses={t: sums[i].sum().item() / total for i, t in enumerate(now.terms)},
+            per_source=[(sums[0, s] / count[s]).item() if count[s] else None for s in range(now.shape[1])],
             counts=[int(c) for c in count.tolist()],
-            grad_norm=grad_norm,
-            seconds=seconds,
-            data_wait=wait,
-            skipped=int(skipped),
-            stop=stop > 0,
+            grad_norm=now.grad_norm,
+            lr=now.lr,
+            seconds=now.lap.seconds,
+            data_wait=now.lap.data_wait,
+            skipped=int(sum(skipped)),
+            alone=alone,
+            signals={rank: Signals(int(number)).name for rank, number in enumerate(signals) if number},
+            not_finite=[rank for rank, flag in enumerate(wrong) if flag],
         )
 
 
 class MetricsFile:
-    """Appends JSON lines; on resumption drops the lines of steps that will be run again."""
+    """Appends JSON lines; on resumption drops the lines of steps that will be run again.
 
-    def __init__(self, path: Path, resumed_step: int):
+    Numbers that are not finite, which JSON does not know, become null. Lines for which the disk has no room are
+    written with the next one. `guard` raises where this process may not write any more.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, guard: Callable[[], None] | None = None):
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
             tmp = path.with_suffix(".jsonl.tmp")
             tmp.write_text("".join(line + "\n" for line in lines))
             tmp.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file, self._guard, self._waiting = path.open("ab", buffering=0), guard, b""
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._waiting += json.dumps(known).encode() + b"\n"
+        if self._guard is not None:
+            self._guard()
+        self._flush()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _flush(self) -> None:
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(self._waiting)
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+            self._waiting = b""
+        except OSError:  # half a line must not stay
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
 
 
 def _step(line: str) -> float:
@@ -165,17 +262,37 @@ class WandB:
 
 
 class Stopwatch:
-    """Seconds of a step, and how many of them waited for data."""
+    """Seconds of a step: in all, waiting for data, and before the rank first waited for others.
 
-    def __init__(self) -> None:
+    On a GPU the last is measured there, as the host only hands out work; it is read once the device has passed it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
         self.waited = 0.0
         self._start = time.perf_counter()
+        self._begin, self._alone = self._now(), None
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap and the share of them spent waiting for data."""
+    def meet(self) -> None:
+        """This rank is about to wait for the others; the first call of a step counts."""
+        if self._alone is None:
+            self._alone = self._now()
+
+    def lap(self) -> Lap:
+        """What passed since the last lap."""
         seconds, waited = time.perf_counter() - self._start, self.waited
+        alone = 0.0
+        if self._alone is not None:
+            alone = self._begin.elapsed_time(self._alone) / 1e3 if self._on_gpu else self._alone - self._begin
         self.reset()
-        return seconds, waited / max(seconds, 1e-9)
+        return Lap(seconds, waited / max(seconds, 1e-9), alone)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,36 +1,131 @@
-"""Signals that ask a run to stop: remember them here, act on them at the next optimizer boundary.
+"""Signals that ask a run to stop: remembered here, acted on at the next optimizer boundary.
 
-A handler may not run a collective, so it only sets a flag. The loop reduces the flag over the ranks with the metrics.
+A handler may not run a collective, and Python runs handlers only once the main thread is back in the interpreter, which
+a thread inside a hung collective never is. So the signal's number goes through a pipe to a thread of its own; the loop
+reduces what arrived over the ranks together with the metrics.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from types import FrameType
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-#: Exit code of a run that saved and left because it was asked to: resubmit it and it goes on.
+from stamo_dist.engine.runfolder import write_atomic
+
+#: Exit code of a run that left in order to be started again: it saved because it was asked to stop, or it was hung.
 EXIT_PREEMPTED = 75
+#: Exit code of a second SIGINT, as of a shell's.
+EXIT_INTERRUPTED = 130
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+#: Seconds. A terminal, srun and torchrun all pass one Ctrl-C on: within that time it is one.
+_ONE_REQUEST = 0.1
 
 
 class Stop:
-    """Whether this process was asked to stop. A second SIGINT stops at once."""
+    """Whether this process was asked to stop, by which signal first. A second SIGINT stops it at once.
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._owner = os.getpid()
-        for s in _SIGNALS:
-            signal.signal(s, self._handle)
+    Made in the main thread. Processes that are forked off this one ignore the signals.
+    """
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked loader worker: the training process decides
-            return
-        if self.signal == "SIGINT" and number == signal.SIGINT:
-            os._exit(130)
-        self.signal = signal.Signals(number).name
+    def __init__(self, rank: int = 0) -> None:
+        self.signal: signal.Signals | None = None
+        self._rank = rank
+        self._interrupted: float | None = None
+        out, into = os.pipe()
+        os.set_blocking(into, False)
+        for s in SIGNALS:
+            signal.signal(s, _nothing)
+        signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_ignore)
+        threading.Thread(target=self._listen, args=(out,), name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that came before this was made
 
     @property
     def asked(self) -> bool:
         return self.signal is not None
+
+    def _listen(self, pipe: int) -> None:
+        while True:
+            for number in os.read(pipe, 64):
+                if number in SIGNALS:
+                    self._receive(signal.Signals(number), time.monotonic())
+
+    def _receive(self, number: signal.Signals, now: float) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted is not None and now - self._interrupted > _ONE_REQUEST:
+                os._exit(EXIT_INTERRUPTED)
+            self._interrupted = self._interrupted or now
+        if self.signal is None:
+            self.signal = number
+            print(f"rank {self._rank}: {number.name}: will save after the next steps and leave", flush=True)
+
+
+def requests(signals: Mapping[int, str]) -> str:
+    """Rank → signal, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, name in sorted(signals.items()):
+        ranks.setdefault(name, []).append(rank)
+    return ", ".join(f"{name} on rank {few_of(of_name)}" for name, of_name in ranks.items())
+
+
+def few_of(ranks: Sequence[int]) -> str:
+    """The first ranks, and how many more."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return ", ".join(map(str, ranks[:8])) + more
+
+
+@dataclass
+class Grace:
+    """How long it takes to leave when asked to, as last measured in this run, against the time there is for it.
+
+    `file` keeps the measurement over restarts; `seconds` is the time there is, None where it is not known.
+    """
+
+    file: Path
+    seconds: float | None
+    _said: bool = False
+
+    def measured(self, step: float, save: float) -> list[str]:
+        """Take in the seconds that a step and a save took; returns what to say the first time."""
+        write_atomic(self.file, json.dumps({"step_seconds": round(step, 3), "save_seconds": round(save, 3)}) + "\n")
+        return self.notes()
+
+    def notes(self) -> list[str]:
+        """What a person should know: nothing before the first measurement, and nothing twice."""
+        try:
+            found = json.loads(self.file.read_text())
+            step, save = float(found["step_seconds"]), float(found["save_seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        if self._said:
+            return []
+        self._said = True
+        # A request is agreed on at the end of a step and takes effect after the next one.
+        need = 2 * step + save
+        text = f"asked to stop, it leaves within about {need:.1f} s (2 steps of {step:.2f} s, {save:.1f} s to save)"
+        if self.seconds is None:
+            return [f"{text}; train.checkpoint.grace_seconds, the time the cluster gives for that, is not set"]
+        if need <= self.seconds:
+            return [f"{text}; the cluster gives {self.seconds:g} s (train.checkpoint.grace_seconds)"]
+        return [
+            f"WARNING: {text}, but the cluster gives {self.seconds:g} s (train.checkpoint.grace_seconds): it would be "
+            "killed in between and lose the steps since its last checkpoint; get it more time (Slurm: "
+            "--signal=USR1@SECONDS, GraceTime) or lower train.checkpoint.every"
+        ]
+
+
+def _nothing(*_: object) -> None:
+    """A handler must be there for the number to be written to the pipe."""
+
+
+def _ignore() -> None:
+    signal.set_wakeup_fd(-1)
+    for s in SIGNALS:
+        signal.signal(s, signal.SIG_IGN)

@@ -10,15 +10,19 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
 from stamo_dist.errors import StamoError
 
 _PR_SET_PDEATHSIG = 1
+#: Seconds that collectives wait where one rank may work alone for long: before the first step, and while exporting.
+PATIENCE = 7200.0
 T = TypeVar("T")
 
 
@@ -66,6 +70,15 @@ def world_from_environment() -> World:
         local_rank=int(env.get("LOCAL_RANK", 0)),
         local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
     )
+
+
+def set_timeout(seconds: float) -> None:
+    """Let the collectives of all process groups wait that long from now on."""
+    if not dist.is_initialized():
+        return
+    for group in list(c10d._world.pg_map):
+        if not c10d._rank_not_in_group(group):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def barrier() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 
 def duration(seconds: float) -> str:
@@ -54,3 +55,40 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class BytesProgress:
+    """How far a long read is: a bar on a terminal, elsewhere a plain line every `every` seconds."""
+
+    def __init__(self, what: str, *, shown: bool, every: float = 10.0):
+        self.total = 0
+        self._what, self._every, self._shown = what, every, shown
+        self._done, self._last = 0, time.perf_counter()
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> BytesProgress:
+        if self._shown and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(None), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(f"reading {self._what}", total=None)
+            self._bar.start()
+        return self
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes were read."""
+        self._done += count
+        now = time.perf_counter()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, total=self.total)
+        elif self._shown and now - self._last >= self._every:
+            self._last = now
+            text = f"reading {self._what}: {self._done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

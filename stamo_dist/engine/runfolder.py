@@ -4,26 +4,24 @@
 
     recipe.yaml      the recipe as written          resolved.yaml   every value it resolved to
     metrics.jsonl    one line a logged step         env.json        versions, machine, command
-    starts.jsonl     one line a start
+    starts.jsonl     one line a start               .generations/   which start may write
     checkpoints/     step_00000123/                 model/          the final export
     logs/            rank_00000.log                 first_batch.png
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from stamo_dist.errors import RunError
 
@@ -73,6 +71,10 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def bad_batches(self) -> Path:
+        return self.path / "bad_batches.jsonl"
+
+    @property
     def evaluations(self) -> Path:
         return self.path / "eval"
 
@@ -92,31 +94,6 @@ class RunFolder:
             raise RunError(
                 f"run_dir: {self.path} cannot be written ({e.strerror}); choose another with --set run_dir=…"
             ) from e
-
-    def lock(self, patience: float = 60.0) -> IO[str]:
-        """Take the folder for this process; the lock goes with the returned file or with the process, however it ends.
-
-        Raises:
-            RunError: Another process on this machine has held it for `patience` seconds.
-        """
-        file = (self.path / ".lock").open("a+")
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip()
-                if time.monotonic() > deadline:
-                    raise RunError(
-                        f"{self.path}: {holder} is still training here; stop it or choose another run_dir"
-                    ) from None
-                time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        return file
 
     def describe(self, text: str, resolved: str, command: list[str], *, step: int, processes: int) -> None:
         """Write what this run is: recipe as written and as resolved, versions, machine, command, and this start."""

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,11 +26,16 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from stamo_dist.engine.processes import World
+from stamo_dist.engine.processes import PATIENCE, World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Batching, Strategy
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def tie(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is not finite where its value is not; bit for bit the same where it is."""
+    return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
@@ -63,6 +70,11 @@ class Engine:
         """The module the task built; under zero3 and fsdp its parameters are this process's shards."""
         return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
 
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without Accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     def set_lr(self, lr: float, step: int) -> None:
         """Give each parameter group its learning rate of the 1-based optimizer step."""
         for group in self.optimizer.param_groups:
@@ -74,21 +86,23 @@ class Engine:
         with self.accelerator.accumulate(self.module):
             yield
 
-    def backward(self, loss: Tensor) -> Tensor | None:
+    def backward(self, loss: Tensor) -> float | None:
         """Backward pass of one micro-batch; at the last one clip and step.
 
-        Returns the gradient norm before clipping (a scalar tensor) when the optimizer stepped, else None.
+        Returns None between optimizer steps, else the norm of the gradient over all processes, before clipping. Where
+        it is not finite, on any process, no process has stepped; a loss that is not finite makes it so.
         """
-        self.accelerator.backward(loss)
+        self.accelerator.backward(tie(loss))
         if not self.accelerator.sync_gradients:
             return None
-        if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward
-            return torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
+        if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward, or skipped the step
+            return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
-        self.optimizer.step()
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # the step's one wait for the device
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return torch.as_tensor(norm, device=self.device)
+        return norm
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -145,7 +159,7 @@ def _accelerator(
         "gradient_accumulation_steps": batching.accumulation,
         "mixed_precision": "bf16" if precision == "bf16" else "no",
         "kwargs_handlers": [
-            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo"),
+            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
             # SD3's position table is a buffer of 226 MB that never changes.
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],

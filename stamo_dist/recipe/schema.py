@@ -260,6 +260,18 @@ class Checkpoint(Section):
 
     every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="How many of the newest checkpoints to keep.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Save every so many steps and never remove that one; null: none is kept for ever."
+    )
+    ephemeral_every: PositiveInt | None = Field(
+        None, description="Steps between saves of which only the newest is kept; null turns them off."
+    )
+    background: bool = Field(
+        False, description="Write while training goes on; it stands still only for a copy into host memory."
+    )
+    grace_seconds: PositiveFloat | None = Field(
+        None, description="Seconds the cluster gives a run between asking it to stop and killing it; null: unknown."
+    )
 
 
 class Train(Section):
@@ -278,6 +290,12 @@ class Train(Section):
     )
     log_every: PositiveInt = Field(1, description="Steps between lines in metrics.jsonl.")
     checkpoint: Checkpoint = Checkpoint()
+    max_bad_steps: PositiveInt = Field(
+        10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."
+    )
+    step_timeout: PositiveFloat = Field(
+        1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
+    )
 
 
 class Strategy(Section):

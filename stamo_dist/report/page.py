@@ -51,7 +51,8 @@ class Run:
         facts["step"] = f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {train.steps:,}"
         if self.metrics:
             tail = self.metrics[-max(1, len(self.metrics) // 20) :]
-            facts["loss (last 5 %)"] = f"{fmean(line['loss'] for line in tail):.4f}"
+            losses = [line["loss"] for line in tail if line["loss"] is not None]
+            facts["loss (last 5 %)"] = f"{fmean(losses):.4f}" if losses else "not finite"
             facts["samples/s"] = f"{median(line['samples_per_second'] for line in self.metrics):,.1f}"
             facts["waiting for data"] = f"{fmean(line['data_wait'] for line in self.metrics):.1%}"
             if "mfu" in self.metrics[-1]:

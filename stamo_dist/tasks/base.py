@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +32,10 @@ class Task(Protocol):
     init_frames: int  # training frames that `initialise` wants; 0: it need not be called
     latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
     notes: tuple[str, ...]  # what a person should know about how the model was built
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Fingerprint of each part that is not trained and not in checkpoints, as it was loaded."""
 
     def initialise(self, frames: Tensor) -> None:
         """Fit what depends on data to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""

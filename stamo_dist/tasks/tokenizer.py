@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -38,6 +38,10 @@ class TokenizerTask:
             self.tokenizer.trained.set_gradient_checkpointing(True)
         if recipe.train.compile:
             self.tokenizer.compile_blocks()
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        return self.tokenizer.frozen_fingerprints()
 
     def initialise(self, frames: Tensor) -> None:
         self.tokenizer.standardise_states(frames)

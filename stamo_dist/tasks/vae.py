@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +28,10 @@ class VAETask:
         self.vae = VAE.from_config(recipe.model.vae, recipe.data.image_size)
         self.trained: nn.Module = self.vae
         self.block_classes: tuple[str, ...] = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        return {}
 
     def initialise(self, frames: Tensor) -> None:
         """Nothing here depends on data."""

@@ -1,0 +1,121 @@
+"""Steps whose loss or gradient is not finite, and what to do when there are many in a row.
+
+Every strategy computes the norm of the whole gradient, over all ranks, before its optimizer steps; a norm that is not
+finite skips the update everywhere, so that norm is all the agreement there need be (`Engine.backward`). A step that
+was skipped moves neither the learning rate nor the moving average.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.data.loader import Cursor
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.engine import checkpoint
+from stamo_dist.engine.ema import EMA
+from stamo_dist.engine.marker import RunState, read_marker
+from stamo_dist.engine.retention import scan
+from stamo_dist.engine.runfolder import RunFolder, write_atomic
+from stamo_dist.engine.strategy import Engine
+from stamo_dist.errors import RunError
+from stamo_dist.recipe.schema import Train
+
+
+def count_step(state: RunState, *, good: bool) -> None:
+    """Count the step that was just made."""
+    state.bad_steps += not good
+    state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
+
+
+def roll_back(
+    run: RunFolder, mixture: Mixture, engine: Engine, ema: EMA | None, state: RunState, train: Train
+) -> tuple[RunState, list[str]]:
+    """Load the last checkpoint from before the bad steps, and pass over all batches read since; every process calls it.
+
+    A run that is killed meanwhile does it again. Returns where the run stands now and what a person should know.
+
+    Raises:
+        RunError: It was rolled back before, there is nothing to go back to, or no data to go on with.
+    """
+    batches = BadBatches(run.bad_batches, mixture)
+
+    def choose(damaged: frozenset[Path] = frozenset()) -> checkpoint.Choice:
+        whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
+        return checkpoint.Choice(batches.last_good(whole, state, train.steps))
+
+    choice = checkpoint.on_main(engine.world, choose)
+    path, notes = checkpoint.settle(choice, run.checkpoints, engine.world, choose)
+    assert path is not None, "last_good found one"
+    if engine.world.is_main:  # after the newer checkpoints were put aside: the next start must not find them
+        batches.record(read_marker(path).state.step, state)
+    back = checkpoint.load(path, engine, ema, precision=train.precision, sources=mixture.sources, say=notes.append)
+    notes.append(
+        f"no finite loss and gradient in {state.bad_in_a_row} steps in a row: went back to {path}; going on without "
+        f"the batches since, see {batches.path}"
+    )
+    return replace(back, cursor=state.cursor), notes
+
+
+@dataclass(frozen=True)
+class BadBatches:
+    """`bad_batches.jsonl`: the global batches that a run passes over since it rolled back, one a line."""
+
+    path: Path
+    mixture: Mixture
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [line for line in lines if line["fingerprint"] == self.mixture.fingerprint]
+
+    def after(self, cursor: dict[str, Any]) -> dict[str, Any]:
+        """The position to read from, given the one where training stands."""
+        passed = {line["batch"] for line in self._lines()}
+        size = self.mixture.global_batch
+        batch = Cursor.from_dict(cursor).samples // size
+        while batch in passed:
+            batch += 1
+        return Cursor(batch * size).to_dict()
+
+    def last_good(self, whole: Sequence[tuple[Path, RunState]], state: RunState, steps: int) -> Path:
+        """The checkpoint to go back to from `state`; `whole`: those there are, newest first.
+
+        Raises:
+            RunError: The run was rolled back before, there is nothing to go back to, or no data to go on with.
+        """
+        first = state.step - state.bad_in_a_row + 1
+        why = f"loss or gradient was not finite in steps {first} to {state.step} (train.max_bad_steps)"
+        if self._lines():
+            raise RunError(
+                f"{why}, after the run was rolled back for it once ({self.path}); lower optimizer.lr or "
+                "optimizer.clip, or continue an earlier checkpoint in another run_dir with --resume PATH"
+            )
+        found = next(((path, s.step) for path, s in whole if s.step < first and not s.bad_in_a_row), None)
+        if found is None:
+            raise RunError(f"{why}, and there is no checkpoint from before; lower optimizer.lr or optimizer.clip")
+        size, end = self.mixture.global_batch, self.mixture.steps
+        if end is not None and Cursor.from_dict(state.cursor).samples // size + steps - found[1] > end:
+            raise RunError(f"{why}, and data.sources.*.max_epochs leaves no other batches to go on with")
+        return found[0]
+
+    def record(self, back: int, state: RunState) -> None:
+        """Write down all batches read after step `back`, up to `state`."""
+        size = self.mixture.global_batch
+        last = Cursor.from_dict(state.cursor).samples // size
+        begin = last - (state.step - back)
+        lines = [
+            {
+                "batch": batch,
+                "step": state.step - (last - batch) + 1,
+                "finite": batch < last - state.bad_in_a_row,
+                "samples": self.mixture.plan(batch, 1).samples[0].tolist(),
+                "fingerprint": self.mixture.fingerprint,
+            }
+            for batch in range(begin, last)
+        ]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))

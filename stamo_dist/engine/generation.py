@@ -1,0 +1,257 @@
+"""Who may write into a run folder: each start of a run takes the next generation number, and only the newest writes.
+
+`RUN/.generations/00000007` is created exclusively, so of two simultaneous starts one gets the number. It names its
+owner, and the owner's heartbeat is its modification time. A process whose number is no longer the newest is fenced off:
+it finds out before it commits anything and stops. Whoever finds the newest owner dead takes the next number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from stamo_dist.errors import RunError
+
+FOLDER = ".generations"
+BEAT = 10.0  # seconds between heartbeats
+STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
+_KEPT = 32  # files of past generations
+
+
+class FencedError(RunError):
+    """A newer start of the same run has taken the folder over."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One process, told apart from every other one, on any machine, at any time."""
+
+    node: str
+    boot: str  # of the machine
+    namespace: str  # of process ids: they mean the same only within it
+    pid: int
+    started: str  # in ticks since boot: process ids come back
+    job: str | None = None  # of the scheduler
+    restarts: int = 0
+    ended: bool = False
+
+    @classmethod
+    def this(cls) -> Owner:
+        return cls(
+            node=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            job=os.environ.get("SLURM_JOB_ID"), restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.node}"
+
+    @property
+    def local(self) -> bool:
+        return (self.boot, self.namespace) == (_boot(), _namespace())
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there; only for a local one."""
+        return _started(self.pid) == self.started
+
+    def superseded_by(self, other: Owner) -> bool:
+        """The scheduler has started the same job again: the earlier one is cut off, even where it still runs."""
+        return self.job is not None and self.job == other.job and self.restarts < other.restarts
+
+
+class Generation:
+    """The number of one start, while it is the newest. Made by `take`."""
+
+    def __init__(self, file: Path, owner: Owner, notes: list[str], lock: IO[str] | None):
+        self.number, self.notes = int(file.name), notes
+        self._file, self._owner, self._lock = file, owner, lock
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def check(self) -> None:
+        """Raise unless this start is the newest.
+
+        Raises:
+            FencedError: A newer start has taken over.
+        """
+        newer = self._file.with_name(f"{self.number + 1:08d}")
+        if newer.exists() or not self._file.exists():
+            by = _read(newer)
+            raise FencedError(
+                f"{self._file.parent.parent}: a newer start of this run{f', {by},' if by else ''} has taken the folder "
+                f"over; this one (generation {self.number}) has stopped and written nothing since"
+            )
+
+    def end(self) -> None:
+        """Give the folder back, at an orderly exit."""
+        self._over.set()
+        self._thread.join()
+        tmp = self._file.with_name(f".{self._file.name}.tmp")
+        with contextlib.suppress(OSError, FencedError):
+            self.check()
+            tmp.write_text(json.dumps({**asdict(self._owner), "ended": True}))
+            tmp.replace(self._file)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+
+def take(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callable[[str], None] = print) -> Generation:
+    """Take the run folder for this process.
+
+    A living owner gets `patience` seconds to leave; one on another machine counts as living while its heartbeat is
+    younger than `stale` seconds. One that the scheduler has restarted is fenced off at once.
+
+    Raises:
+        RunError: Another process is training here, or the folder cannot be written.
+    """
+    try:
+        return _take(run, patience, stale, say)
+    except OSError as e:
+        raise RunError(f"{run}: cannot be written ({e.strerror}); make room or choose another run_dir") from e
+
+
+def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> Generation:
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    me = Owner.this()
+    lock: IO[str] | None = None
+    deadline: float | None = None
+    while True:
+        lock = lock or _flock(run / ".lock")
+        newest = max((p for p in folder.iterdir() if re.fullmatch(r"\d{8}", p.name)), default=None)
+        holder = _read(newest) if newest is not None else None
+        hindrance, note = _judge(newest, holder, me, stale, locked=lock is not None)
+        if hindrance is None:
+            generation = _claim(folder, 1 if newest is None else int(newest.name) + 1, me, [note] if note else [], lock)
+            if generation is not None:
+                return generation
+            continue
+        now = time.monotonic()
+        if deadline is None:
+            deadline = now + (patience if holder is None or holder.local else max(patience, 1.2 * stale))
+            say(f"{run}: {hindrance}; waiting for it to end")
+        if now > deadline:
+            raise RunError(f"{run}: {hindrance}; stop it or choose another run_dir")
+        time.sleep(0.2)
+
+
+def _judge(
+    newest: Path | None, holder: Owner | None, me: Owner, stale: float, *, locked: bool
+) -> tuple[str | None, str | None]:
+    """(what keeps this process from taking over, else None; what to tell about taking over)."""
+    if newest is None or (holder is not None and holder.ended):
+        return None, None
+    if holder is not None and holder.superseded_by(me):
+        return None, f"{holder} belongs to an earlier start of job {me.job} and is fenced off"
+    if holder is not None and holder.local and holder.alive:
+        return f"{holder} is still training here", None
+    if holder is not None and (holder.local or (locked and holder.boot == me.boot)):
+        return None, f"{holder} was training here and is dead: took over"
+    silence = _age(newest)
+    if silence < stale:
+        return f"{holder or 'another process'} is still training here (heartbeat {max(0, silence):.0f} s ago)", None
+    return None, f"{holder or 'another process'} was training here and has been silent for {silence:.0f} s: took over"
+
+
+def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str] | None) -> Generation | None:
+    """None where another process was faster. The file appears with its content, so no reader sees it empty."""
+    file = folder / f"{number:08d}"
+    part = folder / f".{number}.{me.node}.{me.pid}"
+    part.write_text(json.dumps(asdict(me)))
+    try:
+        os.link(part, file)
+    except FileExistsError:
+        return None
+    except OSError:  # no hard links here
+        try:
+            with file.open("x") as f:
+                f.write(part.read_text())
+        except FileExistsError:
+            return None
+    finally:
+        part.unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if old.name.isdecimal() and int(old.name) <= number - _KEPT:
+            old.unlink(missing_ok=True)
+    return Generation(file, me, notes, lock)
+
+
+def _read(file: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age(file: Path) -> float:
+    """Seconds since the file was touched, by the clock of the file system that holds it."""
+    probe = file.with_name(f".clock.{socket.gethostname()}.{os.getpid()}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - file.stat().st_mtime
+    except OSError:
+        return 0.0
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _flock(path: Path) -> IO[str] | None:
+    """Within one machine the lock goes with its process, so having it proves that no other one there is alive.
+
+    Not having it proves nothing: forked loader workers inherit it and may outlive their process.
+    """
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, None where there is none; a zombie is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if fields[0] in "ZX" else fields[19]

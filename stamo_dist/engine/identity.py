@@ -1,0 +1,108 @@
+"""What a run is trained on and with, in a form that tells a person what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import RunError
+from stamo_dist.recipe.schema import Recipe
+
+_LISTED = 8
+_FROZEN = "model.frozen."
+_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Recipe field → value of everything that decides what a step computes, except the optimizer's schedule.
+
+    `fingerprint` is the mixture's: it changes whenever any batch would, and only then is a change of `fields` about the
+    data a change of the data.
+    """
+
+    fingerprint: str
+    fields: Mapping[str, Any]
+
+    def having(self, frozen: Mapping[str, str]) -> Identity:
+        """With the fingerprints of the frozen parts, which are known once they are loaded."""
+        named = {f"{_FROZEN}{name}": fingerprint[:12] for name, fingerprint in frozen.items()}
+        return replace(self, fields={**self.fields, **named})
+
+    def check(self, saved_fingerprint: str, saved: Mapping[str, Any], where: str, allowed: frozenset[str]) -> None:
+        """Compare with what a checkpoint was trained on; `allowed`: flags that were given.
+
+        Raises:
+            RunError: Another stage, model or mixture; the message names every field that changed.
+        """
+        changed = {k for k in (*self.fields, *saved) if self.fields.get(k) != saved.get(k)}
+        if not any(k.startswith(_FROZEN) for k in self.fields):
+            changed = {k for k in changed if not k.startswith(_FROZEN)}
+        if "stage" in changed:
+            raise RunError(
+                f"{where}: is a checkpoint of the {saved.get('stage')} stage, the recipe trains the "
+                f"{self.fields['stage']} stage; give it a run_dir of its own"
+            )
+        model = {k for k in changed if k.startswith("model.")}
+        data = changed - model
+        if saved_fingerprint != self.fingerprint and _DATA not in allowed:
+            self._refuse(where, "another mixture", data, saved, _DATA)
+        if model and _MODEL not in allowed:
+            self._refuse(where, "another model", model, saved, _MODEL)
+
+    def _refuse(self, where: str, what: str, changed: set[str], saved: Mapping[str, Any], flag: str) -> None:
+        lines = [f"{k}: {_short(saved.get(k))} → {_short(self.fields.get(k))}" for k in sorted(changed)]
+        more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        listed = "".join(f"\n  - {line}" for line in [*lines[:_LISTED], *more])
+        raise RunError(
+            f"{where}: was trained on {what}:{listed}\nrestore the recipe, choose another run_dir, or pass {flag}"
+        )
+
+
+def identify(recipe: Recipe, mixture: Mixture) -> Identity:
+    """The identity of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
+    data = recipe.data
+    fields: dict[str, Any] = {
+        "stage": recipe.stage,
+        "seed": recipe.seed,
+        "train.global_batch": recipe.train.global_batch,
+        "data.temperature": data.temperature,
+        "data.horizon": data.horizon,
+        **_flat("data.shuffle", data.shuffle.model_dump()),
+        **_flat("model", recipe.model.model_dump(exclude={"encoder": {"weights"}, "decoder": {"weights"},
+                                                          "vae": {"weights"}})),
+    }  # fmt: skip
+    owner = mixture.shard_source.tolist()
+    for number, (name, source) in enumerate(data.used.items()):
+        content = hashlib.sha256()
+        shards = [shard for shard, of in zip(mixture.shards, owner, strict=True) if of == number]
+        for shard in shards:
+            content.update(f"{shard.digest} {shard.samples}\n".encode())
+        fields |= {
+            f"data.sources.{name}.weight": source.weight,
+            f"data.sources.{name}.max_epochs": source.max_epochs,
+            f"data.sources.{name}.horizon": source.horizon,
+            f"data.sources.{name}.shards": f"{len(shards)} shards, {mixture.frames[number]} frames, "
+            f"{content.hexdigest()[:12]}",
+        }
+    return Identity(mixture.fingerprint, json.loads(json.dumps(fields)))
+
+
+def sources_of(fields: Mapping[str, Any]) -> list[str]:
+    """Names of the sources, in the recipe's order."""
+    return [k.split(".")[2] for k in fields if k.startswith("data.sources.") and k.endswith(".shards")]
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {name: v for key, child in value.items() for name, v in _flat(f"{prefix}.{key}", child).items()}
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

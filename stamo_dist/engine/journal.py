@@ -1,0 +1,102 @@
+"""What a run tells about itself while it trains: metrics.jsonl, W&B and the line on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stamo_dist.engine.marker import RunState
+from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB
+from stamo_dist.engine.processes import World
+from stamo_dist.engine.progress import TrainingProgress
+from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.recipe.schema import Recipe
+
+#: Dense bf16 peak in FLOP/s, by a part of the device's name; MFU is printed only where the peak is known.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+class Journal:
+    """Every rank has one; only rank 0's writes.
+
+    Args:
+        recipe, resolved: The recipe, and as plain values.
+        run: Where to write.
+        world: Who this is.
+        sources: Names of the mixture's sources.
+        flops: Arithmetic of one sample, where the share of the device's peak is wanted.
+        step: The last step before this start.
+        guard: Raises where this process may not write any more.
+    """
+
+    def __init__(
+        self, recipe: Recipe, resolved: dict[str, Any], run: RunFolder, world: World, sources: list[str],
+        flops: float | None, step: int, guard: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        self._recipe, self._run, self._world, self._sources, self._flops = recipe, run, world, sources, flops
+        self._guard, self._facts = guard, dict[str, Any]()
+        self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
+        self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
+        self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def step(self, reduced: Reduced, state: RunState) -> None:
+        """Tell about the step that ended in `state`."""
+        train = self._recipe.train
+        rate = train.global_batch / reduced.seconds
+        mfu = self._mfu(rate)
+        good = math.isfinite(reduced.grad_norm)
+        if self._file is not None and (reduced.step % train.log_every == 0 or not good):
+            line = reduced.line(
+                self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps
+            )  # fmt: skip
+            line |= self._facts
+            self._facts = {}
+            self._file.write(line)
+            if self._wandb is not None:
+                self._wandb.log(line)
+        if not good:
+            self.say(
+                f"step {reduced.step}: {reduced.blame}: no update; {state.bad_in_a_row} in a row "
+                f"(train.max_bad_steps: {train.max_bad_steps})"
+            )
+        self._progress.update(reduced.step, next(iter(reduced.losses.values())), rate, reduced.data_wait, mfu)
+
+    def fact(self, **values: Any) -> None:
+        """Add what is no property of one step to the next line of metrics."""
+        self._facts |= values
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        if self._wandb is not None:
+            self._wandb.picture(name, path, step)
+
+    def sync(self) -> None:
+        """Have what was written so far survive a power failure."""
+        if self._file is not None:
+            self._file.sync()
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`."""
+        if self._file is not None:
+            self._file.close()
+            self._file = MetricsFile(self._run.metrics, step, self._guard)
+
+    def close(self) -> None:
+        self._progress.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _mfu(self, samples_per_second: float) -> float | None:
+        if self._flops is None:
+            return None
+        name = torch.cuda.get_device_name()
+        peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
+        return None if peak is None else samples_per_second * self._flops / (peak * self._world.size)

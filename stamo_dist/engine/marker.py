@@ -1,0 +1,137 @@
+"""`checkpoint.json`: what a checkpoint holds, and whether all of it is still there.
+
+It is written last. A folder without it was never completed; a folder that no longer matches it is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import CheckpointError
+
+FORMAT_VERSION = 2
+MARKER = "checkpoint.json"
+_BLOCK = 1 << 20
+
+
+class ForeignFormatError(CheckpointError):
+    """A whole checkpoint that only another version of this package can read."""
+
+
+class UnfinishedError(CheckpointError):
+    """A folder without a marker: it was never completed."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands after an optimizer step."""
+
+    step: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
+    samples: list[int] = field(default_factory=list)  # seen so far, per source
+    seconds: float = 0.0  # of training, over all restarts
+    bad_steps: int = 0  # steps without an update, as their loss or gradient was not finite
+    bad_in_a_row: int = 0  # the last so many steps were bad
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One file of a checkpoint, as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Marker:
+    """checkpoint.json."""
+
+    state: RunState
+    strategy: str
+    world_size: int
+    precision: str
+    fingerprint: str  # of the mixture
+    files: dict[str, Stored]  # relative path → what must be there
+    identity: dict[str, Any] = field(default_factory=dict)  # recipe field → what it was: names what changed
+    kind: str = "regular"  # regular | temporary (ephemeral_every, or saved on leaving)
+    generation: int = 0  # which start of the run wrote it
+    git_commit: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def text(self) -> str:
+        """The file's content: JSON with its own checksum."""
+        content = json.loads(json.dumps(asdict(self)))  # as a reader will see it: keys are strings
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
+
+
+def read_marker(path: Path) -> Marker:
+    """Read the marker of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
+
+    Raises:
+        UnfinishedError: It has no marker.
+        ForeignFormatError: It has another format.
+        CheckpointError: The marker is damaged, or files are missing or of another size.
+    """
+    file = path / MARKER
+    try:
+        raw = json.loads(file.read_bytes())
+        version = raw["format_version"]
+    except OSError:
+        raise UnfinishedError(f"{path}: no {MARKER}, so it is no checkpoint or was never completed") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: {MARKER} is damaged") from None
+    checksum = raw.pop("sha256", None)  # the same in every format from 2 on
+    if version != 1 and checksum != _digest(raw):
+        raise CheckpointError(f"{path}: {MARKER} is damaged")
+    if version != FORMAT_VERSION:
+        raise ForeignFormatError(
+            f"{path}: checkpoint format {version}; this version of stamo reads {FORMAT_VERSION}; "
+            "use the version that wrote it, or choose another run_dir"
+        )
+    files = {name: Stored(**stored) for name, stored in raw["files"].items()}
+    marker = Marker(**{**raw, "state": RunState(**raw["state"]), "files": files})
+    missing = [name for name in files if not (path / name).is_file()]
+    resized = [name for name in files if name not in missing and (path / name).stat().st_size != files[name].bytes]
+    if missing or resized:
+        raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
+    return marker
+
+
+def damage(path: Path, marker: Marker, share: int = 0, shares: int = 1) -> list[str]:
+    """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
+    names = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))[share::shares]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = list(pool.map(lambda name: _file_digest(path / name), names))
+    return [name for name, found in zip(names, sums, strict=True) if found != marker.files[name].sha256]
+
+
+def damaged(path: Path, names: Sequence[str]) -> CheckpointError:
+    """The error about files that `damage` found."""
+    return CheckpointError(f"{path}: {_listed(('changed since it was written', sorted(names)))}")
+
+
+def _listed(*groups: tuple[str, Sequence[str]]) -> str:
+    return "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in groups if names)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str | None:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BLOCK))
+    try:
+        with path.open("rb", buffering=0) as f:
+            while n := f.readinto(buffer):
+                digest.update(buffer[:n])
+    except OSError:
+        return None
+    return digest.hexdigest()

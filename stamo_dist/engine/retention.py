@@ -1,0 +1,118 @@
+"""The folder of a run's checkpoints: which there are, which stay, and what becomes of the rest.
+
+What is whole is found by looking, never by trusting a link. What was never completed is removed; what was complete and
+is damaged is renamed to `corrupt_step_…` and left to a person.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stamo_dist.engine.marker import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
+from stamo_dist.errors import CheckpointError
+from stamo_dist.recipe.schema import Checkpoint
+
+_PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def part_of(checkpoints: Path, step: int, generation: int) -> Path:
+    """Where a checkpoint is written before it is whole; two starts of a run never share it."""
+    return checkpoints / f".step_{step:08d}.g{generation}.tmp"
+
+
+@dataclass
+class Found:
+    """What a folder of checkpoints holds, newest first."""
+
+    whole: list[tuple[Path, Marker]]
+    corrupt: list[tuple[Path, str]]  # and why
+    unfinished: list[Path]
+    foreign: list[tuple[Path, str]]  # of another format
+
+    def __str__(self) -> str:
+        return ", ".join(path.name for path, _ in self.whole) or "none"
+
+
+def scan(checkpoints: Path) -> Found:
+    """Look at every checkpoint's marker, and at the names and sizes of its files."""
+    found = Found([], [], [], [])
+    for path in sorted(checkpoints.glob("step_*"), reverse=True):
+        try:
+            found.whole.append((path, read_marker(path)))
+        except UnfinishedError:
+            found.unfinished.append(path)
+        except ForeignFormatError as e:
+            found.foreign.append((path, str(e)))
+        except CheckpointError as e:
+            found.corrupt.append((path, str(e)))
+    return found
+
+
+def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
+    """The loadable checkpoints, newest first, and why others are not."""
+    found = scan(checkpoints)
+    why = [f"{path}: no {MARKER}, so it was never completed" for path in found.unfinished]
+    return [path for path, _ in found.whole], why + [reason for _, reason in found.corrupt + found.foreign]
+
+
+def clean(checkpoints: Path, generation: int) -> list[str]:
+    """Remove what earlier starts began to write and never completed; returns what a person should know."""
+    parts = [(p, _PART.fullmatch(p.name)) for p in checkpoints.glob(".step_*.tmp")]
+    leftovers = scan(checkpoints).unfinished + [p for p, m in parts if m and int(m[1] or 0) < generation]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return [f"removed {path}: it was never completed" for path in leftovers if not path.exists()]
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint so that it is never loaded again; returns its new path."""
+    names: Iterator[str] = (f"{why}_{path.name}{f'.{n}' if n else ''}" for n in range(10_000))
+    new = next(p for p in map(path.with_name, names) if not p.exists())
+    path.rename(new)
+    return new
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; whenever that ends, what is left is none."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def superseded(whole: list[tuple[Path, Marker]], policy: Checkpoint) -> list[Path]:
+    """Which of the checkpoints, newest first, are not needed any more.
+
+    Needed are the newest `keep` regular ones, those of every `keep_every`-th step, and the newest temporary one while
+    it is newer than the oldest of the regular ones kept.
+    """
+    kept = [marker.state.step for _, marker in whole if marker.kind == "regular"][: policy.keep]
+    temporary = [marker.state.step for _, marker in whole if marker.kind == "temporary"]
+    if temporary and (len(kept) < policy.keep or temporary[0] > kept[-1]):
+        kept.append(temporary[0])
+    return [
+        path
+        for path, marker in whole
+        if marker.state.step not in kept and not (policy.keep_every and marker.state.step % policy.keep_every == 0)
+    ]
+
+
+def sync_tree(folder: Path) -> None:
+    """Make the names of all files below `folder` durable; their contents are by now."""
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,283 @@
+"""Writing checkpoints: all processes or none, beside the training where asked, and never at the training's cost.
+
+A save that fails, because the disk is full or the file system is gone, leaves nothing behind, is reported by every
+process alike, and comes due again a little later. Only a newer start of the same run ends this one.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from stamo_dist.engine.ema import EMA
+from stamo_dist.engine.generation import Generation
+from stamo_dist.engine.identity import Identity
+from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, read_marker
+from stamo_dist.engine.parts import DcpPart, Part, ZeroPart
+from stamo_dist.engine.processes import broadcast
+from stamo_dist.engine.retention import clean, folder_of, part_of, remove, scan, set_aside, superseded, sync, sync_tree
+from stamo_dist.engine.strategy import Engine
+from stamo_dist.errors import CheckpointError, StamoError
+from stamo_dist.recipe.schema import Checkpoint
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save, the same on every process."""
+
+    step: int
+    path: Path
+    error: str | None  # why it failed; then nothing is left of it
+    seconds: float  # until it was whole
+    stall: float  # of these, training stood still
+    beside: bool  # whether it was written beside the training
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"STEP {self.step} COULD NOT BE SAVED: {self.error}; the earlier checkpoints are kept"
+        stall = f", of which training waited {self.stall:.1f} s" if self.beside else ""
+        return f"saved {self.path} in {self.seconds:.1f} s{stall}"
+
+    def facts(self) -> dict[str, Any]:
+        """For the metrics."""
+        if self.error is not None:
+            return {"save_failed": self.step}
+        return {"save_seconds": round(self.seconds, 3), "save_stall": round(self.stall, 3)}
+
+
+@dataclass
+class _Written:
+    """This process's part of a save."""
+
+    files: dict[str, Stored] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
+    error: str | None = None
+    bug: str | None = None  # traceback of what is no I/O error
+
+
+class _Writing:
+    """One save between its staging and its commit."""
+
+    def __init__(self, state: RunState, kind: str, parts: list[Part], folder: Path):
+        self.state, self.kind, self.parts, self.folder = copy.deepcopy(state), kind, parts, folder
+        self.began = time.perf_counter()
+        self.stall = 0.0
+        self.written = _Written()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Write beside the training; only for what is staged, as a thread has a CUDA device of its own."""
+        self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def beside(self) -> bool:
+        return self._thread is not None
+
+    @property
+    def done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def write(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.parts:
+                self.written.results.append(part.write(self.folder, self.written.files))
+        except OSError as e:
+            self.written.error = _reason(e)
+        except Exception:
+            self.written.bug = traceback.format_exc()
+
+
+class Saver:
+    """Saves the running engine; every process makes one and calls the same methods at the same steps.
+
+    Args:
+        checkpoints: The run's folder for them.
+        engine, ema: What is saved.
+        policy: The recipe's train.checkpoint.
+        identity: Of the run, for the marker.
+        precision: The recipe's train.precision.
+        git_commit: Of the code, for the marker.
+        generation: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
+    """
+
+    def __init__(
+        self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: Checkpoint, *, identity: Identity,
+        precision: str, git_commit: str | None = None, generation: Generation | None = None,
+    ):  # fmt: skip
+        self._checkpoints, self._engine, self._ema, self._policy = checkpoints, engine, ema, policy
+        self._identity, self._precision, self._commit_id = identity, precision, git_commit
+        self._generation = generation
+        self._number = broadcast(generation.number if generation else 0)
+        self._writing: _Writing | None = None
+        self._retry: int | None = None  # the step at which a failed save comes due again
+        self._delay = 1
+
+    def due(self, step: int, *, last: bool = False) -> str | None:
+        """Which kind of save is due after `step`: regular, temporary or none."""
+        policy = self._policy
+        often = (policy.every, policy.keep_every)
+        if last or any(n and step % n == 0 for n in often) or (self._retry is not None and step >= self._retry):
+            return "regular"
+        return "temporary" if policy.ephemeral_every and step % policy.ephemeral_every == 0 else None
+
+    def save(self, state: RunState, kind: str, *, wait: bool) -> list[Saved]:
+        """Save `state` as `kind`. Returns the saves that ended: an earlier one, and this one if it was waited for.
+
+        With `wait`, or without train.checkpoint.async, training stands still until the checkpoint is whole; else until
+        it is copied to host memory, and `poll` ends it.
+
+        Raises:
+            FencedError: A newer start of this run writes here now.
+        """
+        ended = self.poll(wait=True)
+        if wait and ended and ended[-1].step == state.step and ended[-1].error is None:
+            return ended
+        staged = self._policy.background and not wait
+        began = time.perf_counter()
+        folder = part_of(self._checkpoints, state.step, self._number)
+        self._writing = _Writing(state, kind, self._parts(staged=staged), folder)
+        self._writing.began = began
+        if staged:
+            self._writing.start()
+        else:
+            self._writing.write()
+        self._writing.stall = time.perf_counter() - began
+        return ended if staged else ended + self.poll(wait=True)
+
+    def poll(self, *, wait: bool = False) -> list[Saved]:
+        """End the save that is being written, once every process has written its part.
+
+        Raises:
+            FencedError: A newer start of this run writes here now.
+        """
+        if self._writing is None:
+            return []
+        began = time.perf_counter()
+        if wait:
+            self._writing.join()
+        elif not self._all(self._writing.done):
+            return []
+        writing, self._writing = self._writing, None
+        outcome = self._commit(writing)
+        if isinstance(outcome, StamoError):
+            raise outcome
+        if outcome is None:
+            self._retry, self._delay = None, 1
+        else:
+            self._retry = writing.state.step + self._delay
+            self._delay = min(2 * self._delay, self._policy.every)
+        now = time.perf_counter()
+        final = folder_of(self._checkpoints, writing.state.step)
+        seconds, stall = now - writing.began, writing.stall + now - began
+        return [Saved(writing.state.step, final, outcome, seconds, stall, writing.beside)]
+
+    def _parts(self, *, staged: bool) -> list[Part]:
+        engine = self._engine
+        parts: list[Part] = []
+        if engine.is_zero:
+            parts.append(ZeroPart(engine, staged=staged))
+        else:
+            module, optimizer = get_state_dict(engine.unwrapped, engine.inner_optimizer)
+            parts.append(DcpPart("dcp", {"module": module, "optimizer": optimizer}, staged=staged))
+        if self._ema is not None:
+            parts.append(DcpPart("ema", {"ema": self._ema.whole()}, staged=staged))
+        return parts
+
+    def _all(self, done: bool) -> bool:
+        flag = torch.tensor(int(done), device=self._engine.device)
+        if dist.is_initialized():
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _commit(self, writing: _Writing) -> str | StamoError | None:
+        """Agree on the outcome: None when the checkpoint is whole, why it is not, or what ends the run."""
+        world = self._engine.world
+        written: list[Any] = [writing.written]
+        if dist.is_initialized():
+            written = [None] * world.size
+            dist.gather_object(writing.written, written if world.is_main else None, dst=0)
+        outcome: str | StamoError | None = None
+        bug: str | None = None
+        if world.is_main:
+            bug = next((w.bug for w in written if w.bug), None)
+            outcome = bug or next((f"rank {i}: {w.error}" for i, w in enumerate(written) if w.error), None)
+            if outcome is None:
+                try:
+                    self._publish(writing, written)
+                except OSError as e:
+                    outcome = _reason(e)
+                except StamoError as e:
+                    outcome = e
+            if outcome is not None:
+                shutil.rmtree(writing.folder, ignore_errors=True)
+        outcome, bug = broadcast((outcome, bug))
+        if bug:
+            raise RuntimeError(f"step {writing.state.step} could not be saved:\n{bug}")
+        if world.is_main and outcome is None:
+            clean(self._checkpoints, self._number)
+            for old in superseded(scan(self._checkpoints).whole, self._policy):
+                remove(old)
+        return outcome
+
+    def _publish(self, writing: _Writing, written: list[_Written]) -> None:
+        """Rank 0: index, sync, rename and, last of all, mark."""
+        folder, state = writing.folder, writing.state
+        files = {name: stored for w in written for name, stored in w.files.items()}
+        for i, part in enumerate(writing.parts):
+            part.finish(folder, files, [w.results[i] for w in written])
+        sync_tree(folder)
+        final = folder_of(self._checkpoints, state.step)
+        self._guard()
+        if final.exists():
+            _clear(final)
+        folder.rename(final)
+        marker = Marker(
+            state, self._engine.strategy, self._engine.world.size, self._precision, self._identity.fingerprint, files,
+            identity=dict(self._identity.fields), kind=writing.kind, generation=self._number,
+            git_commit=self._commit_id,
+        )  # fmt: skip
+        part_file = final / f".{MARKER}.tmp"
+        try:
+            part_file.write_text(marker.text())
+            sync(part_file)
+            self._guard()
+            part_file.rename(final / MARKER)
+        except OSError:
+            shutil.rmtree(final, ignore_errors=True)
+            raise
+        sync(final)
+        sync(self._checkpoints)
+
+    def _guard(self) -> None:
+        if self._generation is not None:
+            self._generation.check()
+
+
+def _clear(final: Path) -> None:
+    """Make room for a checkpoint of the same step: a leftover goes, a whole one is kept under another name."""
+    try:
+        read_marker(final)
+    except CheckpointError:
+        shutil.rmtree(final)
+    else:
+        set_aside(final, "abandoned")
+
+
+def _reason(e: OSError) -> str:
+    return f"{e.strerror or e}{f' ({e.filename})' if e.filename else ''}" if e.errno is not None else str(e)

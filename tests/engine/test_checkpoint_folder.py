@@ -1,0 +1,90 @@
+"""What counts as a checkpoint, which ones stay, and that a copy in host memory is what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stamo_dist.engine.dcp import read_dcp
+from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, damage, read_marker
+from stamo_dist.engine.parts import DcpPart
+from stamo_dist.engine.retention import clean, complete, folder_of, part_of, scan, superseded
+from stamo_dist.errors import CheckpointError
+from stamo_dist.recipe.schema import Checkpoint
+
+
+def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:
+    """A checkpoint that holds the tensor `step`."""
+    folder = folder_of(checkpoints, step)
+    files: dict[str, Stored] = {}
+    part = DcpPart("dcp", {"module": {"w": torch.full((50,), float(step))}}, staged=False)
+    folder.mkdir(parents=True)
+    part.finish(folder, files, [part.write(folder, files)])
+    state = RunState(step, cursor={"samples": 8 * step}, samples=[5, 3])
+    (folder / MARKER).write_text(Marker(state, "ddp", 1, "fp32", "f", files, kind=kind).text())
+    return folder
+
+
+def test_every_byte_of_a_checkpoint_counts(tmp_path):
+    folder = write(tmp_path, 3)
+    marker = read_marker(folder)
+    assert marker.state == RunState(3, {"samples": 24}, [5, 3])
+    assert set(marker.files) == {"dcp/.metadata", "dcp/__0_0.distcp"}
+    assert damage(folder, marker) == []
+    for name in [*marker.files, MARKER]:
+        whole = (folder / name).read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 40)):
+            (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            if name == MARKER:
+                with pytest.raises(CheckpointError):
+                    read_marker(folder)
+            else:
+                assert damage(folder, read_marker(folder)) == [name], at
+        (folder / name).write_bytes(whole)
+    assert damage(folder, marker, 0, 2) + damage(folder, marker, 1, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds", "gone"),
+    [
+        ({"keep": 2}, "rrrr", [1, 2]),
+        ({"keep": 1, "keep_every": 2}, "rrrrr", [1, 3]),
+        ({"keep": 2}, "trtrt", [1, 3]),  # of the temporary ones the newest
+        ({"keep": 2}, "rtrr", [1, 2]),  # older than all regular ones kept
+        ({"keep": 3}, "trr", []),
+        ({"keep": 1}, "ttt", [1, 2]),
+    ],
+)
+def test_retention(tmp_path, policy, kinds, gone):
+    for step, kind in enumerate(kinds, 1):
+        write(tmp_path, step, "regular" if kind == "r" else "temporary")
+    removed = superseded(scan(tmp_path).whole, Checkpoint(**policy))
+    assert sorted(int(p.name[5:]) for p in removed) == gone
+
+
+def test_leftovers_are_cleaned_up_and_the_newest_is_found_by_looking(tmp_path):
+    write(tmp_path, 10)
+    newest = write(tmp_path, 20)
+    (write(tmp_path, 30) / MARKER).unlink()
+    for leftover in (".step_00000040.g2.tmp", ".step_00000040.tmp", ".step_00000050.g3.tmp"):
+        (tmp_path / leftover / "dcp").mkdir(parents=True)
+    assert part_of(tmp_path, 50, 3).is_dir()
+    assert complete(tmp_path)[0][0] == newest
+    assert len(clean(tmp_path, generation=3)) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step_00000050.g3.tmp", "step_00000010", "step_00000020"]
+
+
+def test_what_is_staged_is_what_is_written(tmp_path):
+    """Training goes on while the copy is on its way to the disk."""
+    model = torch.nn.Linear(30, 20)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    part = DcpPart("dcp", {"module": model.state_dict()}, staged=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    files: dict[str, Stored] = {}
+    part.finish(tmp_path, files, [part.write(tmp_path, files)])
+    saved = read_dcp(tmp_path / "dcp", "module")
+    assert all(torch.equal(saved[k], before[k]) for k in before)

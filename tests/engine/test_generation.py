@@ -1,0 +1,97 @@
+"""Two writers in one run folder: the second waits or refuses, a dead one is replaced, a cut-off one is fenced off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from stamo_dist.engine.generation import FOLDER, FencedError, Owner, take
+from stamo_dist.engine.metrics import MetricsFile
+from stamo_dist.errors import RunError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stamo_dist.engine.generation import take
+g = take(Path(sys.argv[1]))
+print(g.number, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def held(run: Path, **environment: str):
+    """Another process that trains in `run`."""
+    env = {**os.environ, **environment}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, env=env) as p:
+        try:
+            assert p.stdout is not None
+            p.stdout.readline()
+            yield p
+        finally:
+            p.kill()
+
+
+def test_a_living_run_is_left_alone_and_a_dead_one_replaced(tmp_path):
+    with held(tmp_path) as other:
+        with pytest.raises(RunError, match=f"process {other.pid} on .* is still training here"):
+            take(tmp_path, patience=0.3)
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with take(tmp_path, patience=0.3) as mine:
+            assert mine.number == 2
+            assert mine.notes == [f"{Owner(**json.loads((tmp_path / FOLDER / '00000001').read_text()))} was training "
+                                  "here and is dead: took over"]  # fmt: skip
+            with pytest.raises(RunError, match="still training"):
+                take(tmp_path, patience=0.1)
+    with take(tmp_path, patience=0) as after:
+        assert after.number == 3
+        assert after.notes == []  # an orderly end is no death
+
+
+def test_a_machine_that_fell_silent_does_not_hold_the_folder(tmp_path):
+    file = tmp_path / FOLDER / "00000007"
+    file.parent.mkdir()
+    other = replace(Owner.this(), node="node7", boot="another", pid=1)
+    file.write_text(json.dumps(asdict(other)))
+    alive = threading.Event()
+
+    def beat() -> None:
+        while not alive.wait(0.05):
+            file.touch()
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    with pytest.raises(RunError, match=r"process 1 on node7 is still training here"):
+        take(tmp_path, patience=0.1, stale=1.0)
+    alive.set()
+    heart.join()
+    os.utime(file, (time.time() - 100, time.time() - 100))
+    with take(tmp_path) as mine:
+        assert mine.number == 8
+        assert "process 1 on node7 was training here and has been silent for 100 s" in mine.notes[0]
+
+
+def test_the_scheduler_s_restart_fences_off_the_rank_that_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with take(tmp_path) as cut_off:
+        metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, cut_off.check)
+        metrics.write({"step": 1})
+        with pytest.raises(RunError):
+            take(tmp_path, patience=0)  # no restart: a second run
+        with held(tmp_path, SLURM_RESTART_COUNT="1"):
+            with pytest.raises(FencedError, match="has taken the folder over"):
+                cut_off.check()
+            with pytest.raises(FencedError):
+                metrics.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -1,0 +1,123 @@
+"""Signals and hung ranks, on 2 processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from toy import write_recipe
+
+from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
+
+class Run:
+    """A training of 2 processes that would go on for long."""
+
+    def __init__(self, recipe: Path, *settings: str):
+        self.folder = recipe.parent / "run"
+        self.log = recipe.parent / "log"
+        command = [sys.executable, "-m", "stamo_dist.cli", "train", str(recipe), "--nproc", "2"]
+        command += [x for s in ("train.steps=100000", "train.checkpoint.every=100000", *settings) for x in ("--set", s)]
+        with self.log.open("w") as out:
+            self.launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def reach(self, step: int) -> None:
+        """Wait until `step` is logged."""
+        metrics = self.folder / "metrics.jsonl"
+        self.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.launcher.poll() is None, f"the run ended too early:\n{self.output}"
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def rank(self, rank: int) -> psutil.Process:
+        for child in psutil.Process(self.launcher.pid).children():
+            if child.environ().get("RANK") == str(rank):
+                return child
+        raise AssertionError(f"no rank {rank}")
+
+
+@pytest.fixture
+def start(toy, tmp_path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*settings: str, **recipe: object) -> Run:
+        runs.append(Run(write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, **recipe), *settings))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.launcher.poll() is None:
+            for child in psutil.Process(run.launcher.pid).children(recursive=True):
+                child.kill()
+            run.launcher.kill()
+        run.launcher.wait()
+
+
+def test_two_signals_to_one_rank_are_one_request(start):
+    """All ranks save and leave; the log says who was asked, by what, when and for how long; the next start knows it."""
+    run = start("train.checkpoint.grace_seconds=0.01", workers=1)
+    run.reach(3)
+    rank = run.rank(1)
+    rank.send_signal(signal.SIGUSR1)
+    time.sleep(0.01)
+    rank.send_signal(signal.SIGTERM)
+    assert run.launcher.wait(timeout=120) == EXIT_PREEMPTED, run.output
+    saved = list((run.folder / "checkpoints").glob("step_*"))
+    assert len(saved) == 1
+    assert f"SIGUSR1 on rank 1: saved {saved[0]} in " in run.output
+    assert "SIGTERM" not in run.output
+    assert "but the cluster gives 0.01 s" in run.output
+
+
+def test_signal_before_the_first_step_is_kept(start):
+    """SIGUSR2 while the ranks still import would end them; they save after their first steps instead."""
+    run = start()
+    run.until(lambda: len(psutil.Process(run.launcher.pid).children()) == 2)
+    run.launcher.send_signal(signal.SIGUSR2)
+    assert run.launcher.wait(timeout=120) == EXIT_PREEMPTED, run.output
+    assert f"SIGUSR2 on rank 0, 1: saved {run.folder}/checkpoints/step_00000002 in " in run.output
+
+
+def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start):
+    run = start("train.step_timeout=5")
+    run.reach(3)
+    run.rank(1).suspend()
+    assert run.launcher.wait(timeout=60) == EXIT_PREEMPTED, run.output
+    assert "the run is hung: no progress for 5 s (train.step_timeout): rank 1 no longer answers" in run.output
+    stack = (run.folder / "logs" / "stack_rank_00000.txt").read_text()
+    assert "in _train" in stack
+    assert "for 0 s" not in stack
+    assert "rank 1 of 2 did not end after the others: killed" in run.output
+
+
+def test_second_sigint_stops_at_once_even_a_hung_rank(start):
+    run = start()
+    run.reach(2)
+    rank, other = run.rank(0), run.rank(1)
+    other.suspend()
+    time.sleep(0.5)
+    os.kill(rank.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert rank.is_running()
+    began = time.monotonic()
+    os.kill(rank.pid, signal.SIGINT)
+    run.until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE)
+    assert time.monotonic() - began < 2
+    other.kill()
+    assert run.launcher.wait(timeout=60) == EXIT_INTERRUPTED, run.output
+    assert not list((run.folder / "checkpoints").glob("step_*"))
