@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -42,30 +42,64 @@ def server(port: int, **environment: str) -> Iterator[str]:
 
 
 @contextmanager
-def bad_line(port: int, cuts: int) -> Iterator[str]:
-    """A relay to a server that cuts the first connections after 3000 bytes."""
-    left = iter(range(cuts))
+def relay(port: int, allow: Callable[[int], bool]) -> Iterator[str]:
+    """A line to a server; a connection ends when `allow`, given the bytes just passed on, says no."""
 
     class Relay(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            allowed = 3000 if next(left, None) is not None else 1 << 62
             with socket.create_connection(("127.0.0.1", port)) as there:
-                while allowed > 0:
+                while True:
                     ready, _, _ = select.select([self.request, there], [], [], 10)
                     for end, other in ((self.request, there), (there, self.request)):
                         if end in ready:
                             if not (data := end.recv(1024)):
                                 return
                             other.sendall(data)
-                            allowed -= len(data)
+                            if not allow(len(data)):
+                                return
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
+        block_on_close = False
 
-    with Server(("127.0.0.1", 0), Relay) as relay:
-        threading.Thread(target=relay.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{relay.server_address[1]}"
-        relay.shutdown()
+    with Server(("127.0.0.1", 0), Relay) as line:
+        threading.Thread(target=line.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{line.server_address[1]}"
+        line.shutdown()
+
+
+@contextmanager
+def bad_line(port: int, cuts: int) -> Iterator[str]:
+    """A line that is cut after every 3000 bytes, `cuts` times."""
+    left, passed = cuts, 0
+
+    def allow(size: int) -> bool:
+        nonlocal left, passed
+        passed += size
+        if left and passed > 3000:
+            left, passed = left - 1, 0
+            return False
+        return True
+
+    with relay(port, allow) as url:
+        yield url
+
+
+@contextmanager
+def dead_line(port: int, limit: int) -> Iterator[tuple[str, threading.Event]]:
+    """A line over which nothing comes any more after `limit` bytes; the event says that it is so."""
+    dead, passed = threading.Event(), 0
+
+    def allow(size: int) -> bool:
+        nonlocal passed
+        passed += size
+        if passed > limit:
+            dead.set()
+            threading.Event().wait()
+        return True
+
+    with relay(port, allow) as url:
+        yield url, dead
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
