@@ -1,17 +1,4 @@
-"""What runs a task: strategy, checkpoints, run folder, metrics, signals."""
+"""What runs a task: strategy, checkpoints, run folder, metrics, signals.
 
-import logging
-import os
-import warnings
-
-import torch
-
-# The libraries' notices about their own internals do not belong in a user's log. This must precede the first import of
-# accelerate, which imports DeepSpeed.
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
-warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+`generation`, `preempt`, `runfolder` and `progress` need no torch.
+"""

@@ -14,6 +14,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+
+import stamo_dist.engine._quiet  # noqa: F401  # isort: skip  must precede accelerate
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
