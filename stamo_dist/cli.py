@@ -61,7 +61,7 @@ def train(
     launched = "RANK" in os.environ
     loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
     if not launched and nproc > 1:
-        from stamo_dist.launch import launch_local
+        from stamo_dist.launch.local import launch_local
 
         arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
         arguments += sorted(allowed)
