@@ -65,7 +65,7 @@ def train(
 
         arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
         arguments += sorted(allowed)
-        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir) / "logs"))
+        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir)))
 
     # They wait until there is something to save; Ctrl-C works meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
