@@ -54,6 +54,8 @@ class Launch:
     recipe: str  # as given on the command line
     overrides: list[str] = field(default_factory=list)
     kind: Kind = "run"
+    command: list[str] = field(default_factory=list)  # arguments of `stamo` that each process runs
+    after: list[str] = field(default_factory=list)  # run folders that have to finish first
     cluster: str = "local"  # name of the profile
     profile: dict[str, Any] = field(default_factory=dict)  # every value it resolved to
     nodes: int = 1
