@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
+from stamo_dist.launch.known import remember
 
 VERSION = 1
 Kind = Literal["run", "array", "stage"]
@@ -76,6 +77,7 @@ class Launch:
         where = folder(self.run_dir)
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(where / "launch.json", json.dumps(asdict(self), indent=1) + "\n")
+        remember(self.run_dir)
 
 
 @dataclass(frozen=True)
