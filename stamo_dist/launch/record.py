@@ -4,7 +4,7 @@
 
     launch/launch.json     what was asked for; replaced as a whole
     launch/events.jsonl    what happened, one line an event, oldest first
-    launch/snapshot/       the code and the recipe that every start of the run uses
+    launch/snapshots/      the code and the recipe that every start of the run uses
     logs/main.log          what the job and rank 0 print, over all starts
     logs/rank_00003.log    what rank 3 prints, over all starts
 """
@@ -57,10 +57,14 @@ class Launch:
     kind: Kind = "run"
     command: list[str] = field(default_factory=list)  # arguments of `stamo` that each process runs
     after: list[str] = field(default_factory=list)  # run folders that have to finish first
+    tasks: int = 1  # of the job array that shares the command out
+    pipeline: str | None = None  # the folder of the pipeline that it is a stage of
+    digest: str = ""  # of what the stage does: another one has to run again
     cluster: str = "local"  # name of the profile
     profile: dict[str, Any] = field(default_factory=dict)  # every value it resolved to
     nodes: int = 1
     processes_per_node: int = 1
+    node_counts: list[int] = field(default_factory=list)  # with which it runs; just `nodes` when empty
     snapshot: str | None = None  # the folder that the job's code and recipe come from
     max_restarts: int = 3  # without progress
     job_ids: list[str] = field(default_factory=list)  # newest last

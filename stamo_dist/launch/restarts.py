@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from stamo_dist.launch.look import newest_checkpoint
 from stamo_dist.launch.record import Event, What, events
-
-_MARKER = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,7 @@ class Verdict:
 
 def newest_step(run: str | Path) -> int | None:
     """The step of the newest checkpoint that was completed, None without one."""
-    markers = Path(run).glob(f"checkpoints/step_*/{_MARKER}")
-    return max((int(m[1]) for p in markers if (m := re.fullmatch(r"step_(\d+)", p.parent.name))), default=None)
+    return newest_checkpoint(Path(run) / "checkpoints")[0]
 
 
 def stalled(history: Iterable[Event]) -> int:
