@@ -13,6 +13,7 @@ import typer
 from data_tools.commands import app as data_app
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import app as eval_app
+from stamo_dist.launch import commands as launch_commands
 from stamo_dist.recipe.commands import app as recipe_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+app.command()(launch_commands.submit)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
 Overrides = Annotated[

@@ -25,6 +25,8 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 
+#: Beside a copied package, which commit it is: the copy may lie in a checkout that has gone on since.
+COMMIT_FILE = "GIT_COMMIT"
 _PACKAGES = (
     "stamo-dist", "torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy",
 )  # fmt: skip
@@ -146,6 +148,9 @@ def environment(command: list[str]) -> dict[str, Any]:
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `+` when it has uncommitted changes."""
     here = Path(__file__).resolve().parent
+    copied = here.parents[1] / COMMIT_FILE
+    if copied.is_file():
+        return copied.read_text().strip() or None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10

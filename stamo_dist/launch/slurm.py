@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -110,11 +111,33 @@ def config() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def hosts(nodes: str) -> list[str]:
-    """Slurm's short form (`n[1-3,7]`) → the nodes' names."""
-    if not re.search(r"[\[,]", nodes):
-        return [nodes] if nodes else []
-    return run("scontrol", "show", "hostnames", nodes).split()
+def expand(nodes: str) -> list[str]:
+    """Slurm's short form → the nodes' names: `n[08-10],x` → n08, n09, n10, x."""
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        pieces = [_range(p[1:-1]) if p.startswith("[") else [p] for p in re.findall(r"\[[^\]]*\]|[^\[]+", part)]
+        names += ["".join(choice) for choice in itertools.product(*pieces)]
+    return names
+
+
+def _range(text: str) -> list[str]:
+    out: list[str] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        out += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+    return out
+
+
+def fate(job: str) -> str:
+    """What is to become of a job whose processes have ended: "cancelled", "queued" again, or "" for nothing.
+
+    Raises:
+        SlurmError: Slurm does not say.
+    """
+    found = details(job)
+    if found.get("JobState") == "CANCELLED":
+        return "cancelled"
+    return "queued" if found.get("JobState") in ("PENDING", "REQUEUED", "CONFIGURING") else ""
 
 
 def requeue(job: str) -> None:

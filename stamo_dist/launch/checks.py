@@ -1,0 +1,154 @@
+"""What can be found out before a job is queued: whether recipe, data, weights, folder and cluster fit together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from stamo_dist.data.schema import MANIFEST
+from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.launch import slurm
+from stamo_dist.launch.profile import Profile, ProfileError, seconds
+from stamo_dist.recipe.layers import did_you_mean
+from stamo_dist.recipe.load import Loaded
+from stamo_dist.recipe.schema import batching
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HINTS = (
+    (
+        "Invalid account or account/partition",
+        "the profile's account {account} may not use partition {partition}, has expired or does not exist; "
+        "`sacctmgr show assoc user=$USER` lists yours",
+    ),
+    ("Invalid qos", "the profile's qos {qos}: `sacctmgr show qos` lists what there is"),
+    ("Requested node configuration is not available", "no node has that many GPUs, CPUs or that much memory"),
+    ("Node count specification invalid", "the partition allows another number of nodes"),
+    ("Invalid feature specification", "the profile's constraint {constraint} names no feature of a node"),
+    ("Requested time limit is invalid", "the profile's time {time} is more than the partition allows"),
+    ("Invalid generic resource", "the cluster knows no GPU {gpu_type}, or calls it otherwise; `sinfo -o %G` shows it"),
+    ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
+)  # fmt: skip
+
+
+def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]:
+    """(numbers of nodes with which the recipe runs, within the profile's range; notes on those with which not).
+
+    Raises:
+        RecipeError: It runs with none of them.
+    """
+    least, most = profile.node_range(profile.nodes)
+    fits, problems = [], []
+    for nodes in range(least, most + 1):
+        try:
+            batching(loaded.recipe.train, nodes * profile.processes)
+            fits.append(nodes)
+        except ValueError as e:
+            problems.append(str(e))
+    if not fits or (least == most and problems):
+        raise RecipeError(problems[-1:])
+    unused = sorted(set(range(least, most + 1)) - set(fits))
+    batch, per_node = loaded.recipe.train.global_batch, profile.processes
+    notes = [
+        f"with {nodes} nodes it uses {max((n for n in fits if n < nodes), default=0)} of them: {nodes * per_node} "
+        f"processes do not divide train.global_batch {batch}"
+        for nodes in unused
+        if nodes > fits[0]
+    ]
+    return fits, notes
+
+
+def recipe(loaded: Loaded) -> None:
+    """Whether the data and the weights are there.
+
+    Raises:
+        RecipeError: With all that is missing.
+    """
+    problems = [*_data(loaded), *_weights(loaded)]
+    if problems:
+        raise RecipeError(problems)
+
+
+def folder(run: Path) -> None:
+    """Whether the run folder can be written; it is not made.
+
+    Raises:
+        RunError: It cannot be.
+    """
+    there = next(p for p in [run, *run.parents] if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
+
+
+def cluster(profile: Profile, least: int) -> None:
+    """Whether the partition is there and large enough, by what every user may ask.
+
+    Raises:
+        ProfileError: With all that does not fit.
+    """
+    found = slurm.partitions()
+    name = profile.partition or next((n for n, p in found.items() if p.get("Default") == "YES"), None)
+    if name is None:
+        raise ProfileError([f"partition: the cluster has no default; there are {', '.join(found)}"])
+    if name not in found:
+        hint = did_you_mean(name, found) or f"there are {', '.join(found)}"
+        raise ProfileError([f"partition: the cluster has none called {name}; {hint}"])
+    partition, problems = found[name], []
+    if partition.get("State") not in (None, "UP"):
+        problems.append(f"partition: {name} is {partition['State']}")
+    limits = [int(partition[k]) for k in ("TotalNodes", "MaxNodes") if partition.get(k, "").isdecimal()]
+    if limits and least > min(limits):
+        problems.append(f"nodes: at least {least} are asked for, and partition {name} gives at most {min(limits)}")
+    longest = partition.get("MaxTime", "UNLIMITED")
+    if longest != "UNLIMITED" and seconds(profile.time) > seconds(longest):
+        problems.append(f"time: {profile.time} is more than partition {name} allows, {longest}")
+    if problems:
+        raise ProfileError(problems)
+
+
+def hinted(words: str, profile: Profile) -> str:
+    """Slurm's own words, with what they mean here."""
+    for pattern, hint in _HINTS:
+        if pattern in words:
+            return f"{words}\n  {hint.format_map(profile.model_dump())}"
+    return words
+
+
+def _data(loaded: Loaded) -> Iterator[str]:
+    for name, source in loaded.recipe.data.used.items():
+        for path in source.paths:
+            if "://" in path:
+                continue
+            folder = Path(path).expanduser()
+            field = _placed(loaded, f"data.sources.{name}.path")
+            if not folder.is_dir():
+                yield f"{field}: there is no folder {path}; `stamo data convert` makes it"
+            elif not (folder / MANIFEST).is_file():
+                yield f"{field}: {path} has no {MANIFEST}, so it was not converted to its end"
+
+
+def _weights(loaded: Loaded) -> Iterator[str]:
+    model = loaded.recipe.model
+    for part in ("encoder", "decoder", "vae"):
+        weights = getattr(model, part).weights
+        if weights is None or (loaded.recipe.stage == "vae" and part != "vae"):
+            continue
+        field = _placed(loaded, f"model.{part}.weights")
+        if not Path(weights).expanduser().exists():
+            if not _HUB_ID.fullmatch(weights):
+                yield f"{field}: there is no folder {weights}"
+            elif not _cached(weights) and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+                yield f"{field}: {weights} is not in the local cache and HF_HUB_OFFLINE is set; `hf download {weights}`"
+
+
+def _cached(repo: str) -> bool:
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return (hub / f"models--{repo.replace('/', '--')}").is_dir()
+
+
+def _placed(loaded: Loaded, field: str) -> str:
+    place = loaded.provenance.get(field, "default")
+    return field if place in ("default", "--set") else f"{place}: {field}"

@@ -1,0 +1,179 @@
+"""What runs in the batch script of a job: it starts one process a task, waits, and decides what comes next.
+
+Slurm asks the processes themselves to stop (USR1 before the time limit, TERM when it preempts); they save and leave
+with code 75. Only this process asks for the job to be queued again, and only where Slurm has not done so itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.engine.ports import free_port
+from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
+from stamo_dist.launch import rank, slurm
+from stamo_dist.launch.record import Event, Launch, What, events, now, read, record
+from stamo_dist.launch.restarts import Verdict, judge, newest_step
+
+_WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
+_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+_SIGNALS = {  # as srun writes them
+    "Hangup": 1, "Interrupt": 2, "Quit": 3, "Aborted": 6, "Bus error": 7, "Killed": 9, "User defined signal 1": 10,
+    "Segmentation fault": 11, "User defined signal 2": 12, "Terminated": 15, "Out Of Memory": 9,
+}  # fmt: skip
+_TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # signals that ask to stop, before the process could say so itself
+
+
+class Job:
+    """One start of one job (of one task of an array)."""
+
+    def __init__(self, launch: Launch):
+        env = os.environ
+        self.launch, self.run = launch, Path(launch.run_dir)
+        self.task = env.get("SLURM_ARRAY_TASK_ID")
+        self.id = env["SLURM_JOB_ID"] if self.task is None else f"{env['SLURM_ARRAY_JOB_ID']}_{self.task}"
+        self.restart = int(env.get("SLURM_RESTART_COUNT") or 0)
+        self.nodes = slurm.expand(env["SLURM_JOB_NODELIST"])
+        self._first: int | None = None  # exit code of the task that failed first
+
+    def work(self) -> int:
+        """Run the processes to their end; returns the exit code of the batch script."""
+        for s in SIGNALS:
+            signal.signal(s, _nothing)  # the processes act on them, and this one sees to it afterwards
+        usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
+        if not usable:
+            self._tell("failed", reason=f"got {len(self.nodes)} nodes, and runs on {self.launch.node_counts}")
+            return 2
+        self.nodes = self.nodes[: max(usable)]
+        count = len(self.nodes) * self.launch.processes_per_node
+        self._note_what_slurm_did()
+        self._tell("started", nodes=self.nodes, world_size=count)
+        self._say(
+            f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: {count} processes, {now()}"
+        )
+        code = self._srun(count)
+        return self._settle(code)
+
+    def _note_what_slurm_did(self) -> None:
+        """A job whose node failed could not say so: its next start does."""
+        last = next((e for e in reversed(events(self.run)) if e.job == self.id), None)
+        if self.restart and last is not None and last.event in ("started", "preempted"):
+            self._tell("requeued", reason="by Slurm" if last.event == "preempted" else "by Slurm: its nodes failed")
+
+    def _srun(self, count: int) -> int:
+        launch = self.launch
+        profile, per_node = launch.profile, launch.processes_per_node
+        container = profile.get("container") or {}
+        flags = [f"--container-image={container['image']}"] if container else []
+        flags += [f"--container-mounts={','.join(container['mounts'])}"] if container.get("mounts") else []
+        assert launch.snapshot is not None, "submit takes one"
+        command = [
+            "srun", f"--nodes={len(self.nodes)}", f"--ntasks={count}", f"--ntasks-per-node={per_node}",
+            f"--nodelist={','.join(self.nodes)}", f"--cpus-per-task={profile.get('cpus_per_gpu', 1)}",
+            f"--wait={_WAIT}", "--kill-on-bad-exit=0", "--export=ALL", "--input=none", *flags,
+            *profile.get("srun", ()), profile.get("python") or sys.executable, f"{launch.snapshot}/code/run.py",
+            "stamo_dist.launch.rank", *(word.replace("{task}", self.task or "0") for word in launch.command),
+        ]  # fmt: skip
+        env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}
+        env |= {rank.RUN: str(self.run), rank.START: str(self.restart + 1), "MASTER_PORT": str(free_port())}
+        env["SLURM_EXPORT_ENV"] = "ALL"
+        srun = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+        reader = threading.Thread(target=self._listen, args=(srun.stderr,), daemon=True)
+        reader.start()
+        code = srun.wait()
+        reader.join(5)
+        code = self._first if self._first is not None and code else code
+        code = 128 - code if code < 0 else code
+        return EXIT_PREEMPTED if code in _TO_STOP else code
+
+    def _listen(self, stream: Any) -> None:
+        """srun names the tasks in the order in which they ended."""
+        for raw in stream:
+            line = raw.decode(errors="replace").rstrip()
+            self._say(line)
+            match = _ENDED.match(line)
+            if match and self._first is None:
+                number = re.search(r"exit code (\d+)", match[3])
+                by = next((128 + n for words, n in _SIGNALS.items() if match[3].startswith(words)), 1)
+                self._first = int(number[1]) if number else by
+
+    def _settle(self, code: int) -> int:
+        verdict = judge(self.run, code, self.launch.max_restarts)
+        if verdict.event == "finished":
+            self._tell("finished")
+            return 0
+        fate = self._fate()
+        if fate == "cancelled":
+            if not _cancelled(self.run):
+                self._tell("cancelled", reason="scancel")
+            return code
+        self._tell(verdict.event, reason=verdict.reason)
+        self._say(f"job {self.id}: {verdict.event}: {verdict.reason}")
+        if fate == "queued":
+            self._tell("requeued", reason="by Slurm")
+            self._say(f"job {self.id}: Slurm has queued it again already")
+            return code
+        return self._requeue(verdict, code) if verdict.again else code
+
+    def _fate(self) -> str:
+        """What Slurm is about to do with this job: cancelled | queued | "" (nothing, or it does not say)."""
+        if _cancelled(self.run):
+            return "cancelled"
+        try:
+            return slurm.fate(self.id)
+        except slurm.SlurmError as e:
+            self._say(f"job {self.id}: {e}")
+            return ""
+
+    def _requeue(self, verdict: Verdict, code: int) -> int:
+        self._tell("requeued", reason=verdict.reason)
+        try:
+            slurm.requeue(self.id)
+        except slurm.SlurmError as e:
+            if self._fate() == "queued":
+                return code
+            reason = f"could not be queued again: {e}; `stamo resume {self.run}` goes on"
+            self._tell("stopped", reason=reason)
+            self._say(f"job {self.id}: {reason}")
+            return code
+        self._say(f"job {self.id}: queued again")
+        return code
+
+    def _tell(self, what: What, **about: Any) -> None:
+        record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
+
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+#: The batch step's own shape, which srun would take for the shape of its step.
+_NOT_FOR_SRUN = frozenset({
+    "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
+    "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+})  # fmt: skip
+
+
+def _cancelled(run: Path) -> bool:
+    """Whether `stamo cancel` ended it, since it was last submitted."""
+    last = next((e for e in reversed(events(run)) if e.event in ("submitted", "cancelled")), None)
+    return last is not None and last.event == "cancelled"
+
+
+def _nothing(*_: object) -> None:
+    """Only so that the signal does not end this process."""
+
+
+def main(runs: list[str]) -> int:
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+    return Job(read(runs[task] if len(runs) > 1 else runs[0])).work()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

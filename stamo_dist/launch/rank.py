@@ -1,0 +1,78 @@
+"""One process of a Slurm job: `srun python -m stamo_dist.launch.rank train RECIPE` is one rank for each task.
+
+It takes its rank from Slurm's variables and its output to a log of its own, and becomes the `stamo` command.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+
+# At once: one that comes before the run can save would end this process. It stays blocked over the exec.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
+from collections.abc import Mapping  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+#: Set by the job: the folder for the logs, and which start this is.
+RUN, START = "STAMO_RUN", "STAMO_START"
+
+
+def environment(slurm: Mapping[str, str]) -> dict[str, str]:
+    """The rank environment that torch reads, from the variables of a Slurm task.
+
+    The first task is on the node that srun was called on, as it is in a batch script.
+    """
+    node = int(slurm["SLURM_NODEID"])
+    per_node = _expand(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
+    port = 20000 + int(slurm["SLURM_JOB_ID"]) % 20000
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm.get("SLURM_STEP_NUM_TASKS") or slurm["SLURM_NTASKS"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(per_node[node]),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR") or slurm["SLURM_LAUNCH_NODE_IPADDR"],
+        "MASTER_PORT": slurm.get("MASTER_PORT") or str(port),
+        "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS") or slurm.get("SLURM_CPUS_PER_TASK") or "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _expand(counts: str) -> list[int]:
+    """`2(x3),1` → [2, 2, 2, 1]."""
+    out: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        assert match, f"Slurm writes counts of tasks otherwise than {counts!r}"
+        out += [int(match[1])] * int(match[2] or 1)
+    return out
+
+
+def _log_to(run: str, env: Mapping[str, str]) -> None:
+    from stamo_dist.launch.record import now, rank_log
+
+    rank = int(env["RANK"])
+    log = rank_log(run, rank)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for out in (1, 2):
+        os.dup2(file, out)
+    if rank:
+        start, job = env.get(START, "1"), env["SLURM_JOB_ID"]
+        who = f"rank {rank} of {env['WORLD_SIZE']} @ {env.get('SLURMD_NODENAME', os.uname().nodename)}"
+        print(f"--- start {start} of job {job}: {who}, {now()}", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    env = {**os.environ, **environment(os.environ)}
+    if run := env.get(RUN):
+        _log_to(run, env)
+    entry = Path(__file__).resolve().parents[2] / "run.py"  # there in a snapshot
+    module = [str(entry), "stamo_dist.cli"] if entry.is_file() else ["-m", "stamo_dist.cli"]
+    os.execve(sys.executable, [sys.executable, *module, *arguments], env)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

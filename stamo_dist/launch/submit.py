@@ -1,0 +1,223 @@
+"""From a recipe and a profile to a queued job: checks first, so that nothing that cannot run is queued."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+
+from stamo_dist.errors import RunError
+from stamo_dist.launch import checks, slurm, snapshot
+from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record
+from stamo_dist.launch.restarts import newest_step
+from stamo_dist.recipe.load import Loaded, load
+
+_SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
+
+
+@dataclass(frozen=True)
+class Order:
+    """One job as it will be asked for."""
+
+    launch: Launch
+    profile: Profile
+    loaded: Loaded | None = None  # the recipe that goes into the snapshot
+    runs: list[str] = field(default_factory=list)  # of an array whose tasks are runs of their own, one each
+    tasks: int = 0  # of an array; 0: it is none
+    after: list[str] = field(default_factory=list)  # jobs that must have finished
+    notes: list[str] = field(default_factory=list)  # what a person should know
+
+    @property
+    def least(self) -> int:
+        """Fewest nodes."""
+        return min(self.launch.node_counts or [self.launch.nodes])
+
+
+def plan(
+    recipe: str | Path, cluster: str, *, overrides: Sequence[str] = (), nodes: int | None = None,
+    gpus_per_node: int | None = None, time: str | None = None,
+) -> Order:  # fmt: skip
+    """What submitting the recipe would ask the cluster for. Nothing is written.
+
+    Raises:
+        StamoError: Recipe or profile are wrong, or it could not run there.
+    """
+    changes = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
+    if nodes is not None:
+        changes += [f"nodes={nodes}", "min_nodes=null", "max_nodes=null"]
+    name, profile = load_profile(cluster, changes)
+    loaded = load(recipe, overrides)
+    counts, notes = checks.node_counts(loaded, profile)
+    run = Path(loaded.recipe.run_dir).absolute()
+    launch = Launch(
+        name=loaded.recipe.name, run_dir=str(run), recipe=str(recipe), overrides=list(overrides),
+        command=["train", f"{_SNAPSHOT}/recipe.yaml"], cluster=name, profile=profile.model_dump(mode="json"),
+        nodes=profile.nodes, processes_per_node=profile.processes, node_counts=counts,
+        max_restarts=profile.max_restarts,
+    )  # fmt: skip
+    order = Order(launch, profile, loaded, notes=notes)
+    checks.recipe(loaded)
+    checks.folder(run)
+    if profile.backend == "slurm" and slurm.available():
+        checks.cluster(profile, order.least)
+        _Sbatch(order).test()
+    return order
+
+
+def describe(order: Order) -> str:
+    """What is asked for, in one line."""
+    launch, profile = order.launch, order.profile
+    counts = launch.node_counts or [launch.nodes]
+    nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
+    what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
+    where = f"partition {profile.partition}" if profile.partition else "the default partition"
+    each = f"{launch.processes_per_node} processes, {what}, {_cpus(order)} CPUs"
+    tasks = f"{order.tasks} tasks of " if order.tasks else ""
+    return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"
+
+
+def script(order: Order) -> str:
+    """The batch script, to the letter."""
+    return _Sbatch(order).text()
+
+
+def submit(order: Order) -> Launch:
+    """Take the snapshot, queue the job and write it down. Returns the launch with its job id.
+
+    Raises:
+        StamoError: The run is queued or runs already, its folder cannot be written, or Slurm refuses; nothing is left.
+    """
+    launch, run = order.launch, Path(order.launch.run_dir)
+    if running := active(run):
+        raise RunError(f"{run}: job {running} is queued or runs; `stamo cancel {run}` ends it")
+    before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
+    with _nothing_left(run):
+        taken = str(snapshot.take(run, order.loaded)) if launch.snapshot is None else launch.snapshot
+        command = [word.replace(_SNAPSHOT, taken) for word in launch.command]
+        order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=before))
+        main_log(run).parent.mkdir(parents=True, exist_ok=True)
+        order.launch.write()  # before sbatch: the job may start before that is back
+        record(run, Event("submitted", step=newest_step(run)))
+        job = _Sbatch(order).send()
+    order.launch.job_ids.append(job)
+    order.launch.write()
+    return order.launch
+
+
+def active(run: str | Path) -> str | None:
+    """The job of the run that is queued or runs, None without one."""
+    if not (folder(run) / "launch.json").is_file() or not slurm.available():
+        return None
+    ids = [job for job in read(run).job_ids if not job.startswith("local")]
+    return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids else None
+
+
+class _Sbatch(SlurmExecutor):
+    """submitit's way to a batch script and to sbatch; the command is our own instead of a pickled function.
+
+    What submitit runs in a job acts on signals on rank 0 alone, passes SIGTERM over, and asks for a requeue that
+    Slurm may have made already; so the job brings its own (`stamo_dist.launch.job`).
+    """
+
+    def __init__(self, order: Order):
+        self.order = order
+        super().__init__(folder(order.launch.run_dir) / "sbatch")
+        p, launch = order.profile, order.launch
+        counts = launch.node_counts or [launch.nodes]
+        more: dict[str, Any] = {
+            "signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append", "requeue": True,
+            "chdir": os.getcwd(), **p.sbatch,
+        }  # fmt: skip
+        if min(counts) < max(counts):
+            more["nodes"] = f"{min(counts)}-{max(counts)}"
+        if order.tasks:
+            more["array"] = f"0-{order.tasks - 1}"
+        if order.after:
+            more |= {"dependency": f"afterok:{':'.join(order.after)}", "kill-on-invalid-dep": "yes"}
+        gpus = f"{p.gpu_type}:{p.gpus_per_node}" if p.gpu_type else p.gpus_per_node
+        # One task a node, as wide as all its processes: a range of nodes cannot be asked for with tasks per node.
+        self.update_parameters(
+            job_name=launch.name, partition=p.partition, account=p.account, qos=p.qos, time=p.time,
+            nodes=max(counts), cpus_per_task=_cpus(order), gpus_per_node=gpus or None, mem=p.memory,
+            constraint=p.constraint, exclude=p.exclude, wckey=None, stderr_to_stdout=True, use_srun=False,
+            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in p.environment.items()), *p.setup],
+            additional_parameters=more,
+        )  # fmt: skip
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1  # a script can be shown where there is no Slurm
+
+    def text(self) -> str:
+        return self._make_submission_file_text(self._command, "")
+
+    def test(self) -> None:
+        """Let Slurm look at the script without queueing it.
+
+        Raises:
+            SlurmError: It would refuse.
+        """
+        self._sbatch("--test-only", stdin=self.text())
+
+    def send(self) -> str:
+        """The id of the queued job."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f".{os.getpid()}.sh"
+        file.write_text(self.text())
+        job = str(self._get_job_id_from_submission_command(self._sbatch(str(file))))
+        file.rename(self.folder / f"{job}.sh")
+        return job
+
+    def _sbatch(self, *words: str, stdin: str | None = None) -> str:
+        try:
+            return slurm.run("sbatch", *words, stdin=stdin)
+        except slurm.SlurmError as e:
+            raise slurm.SlurmError(checks.hinted(str(e), self.order.profile)) from None
+
+    @property
+    def _command(self) -> str:
+        launch = self.order.launch
+        code = snapshot.command(
+            launch.snapshot or f"{folder(launch.run_dir)}/snapshots/TIME", "stamo_dist.launch.job", []
+        )
+        return f"exec {shlex.join([*code, *(self.order.runs or [launch.run_dir])])}"
+
+
+def _log(order: Order) -> str:
+    """Where the batch script prints; an array of slices has a log a task."""
+    log = main_log(order.launch.run_dir)
+    if order.tasks:
+        log = log.with_name("task_%a.log")
+    return str(log).replace("%", "%%") if not order.tasks else str(log)
+
+
+def _cpus(order: Order) -> int:
+    return order.profile.cpus_per_gpu * order.launch.processes_per_node
+
+
+@contextlib.contextmanager
+def _nothing_left(run: Path) -> Iterator[None]:
+    """Undo what was written if what is inside fails."""
+    made = next((p for p in [*reversed(run.parents), run] if not p.exists()), None)
+    files = [folder(run) / "launch.json", folder(run) / "events.jsonl"]
+    before = {file: file.read_bytes() if file.is_file() else None for file in files}
+    snapshots = set((folder(run) / "snapshots").glob("*"))
+    try:
+        yield
+    except BaseException:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        else:
+            for taken in set((folder(run) / "snapshots").glob("*")) - snapshots:
+                shutil.rmtree(taken, ignore_errors=True)
+            for file, content in before.items():
+                file.unlink(missing_ok=True) if content is None else file.write_bytes(content)
+        raise
