@@ -135,10 +135,10 @@ class _Session:
             precision=self.recipe.train.precision, git_commit=git_commit(), generation=generation,
         )  # fmt: skip
         flops = task.flops_per_sample() if engine.device.type == "cuda" else None
+        self.guard: Callable[[], None] = generation.check if generation else lambda: None
         self.journal = Journal(
-            self.recipe, loaded.resolved, run, engine.world, mixture.sources, flops, state.step,
-            guard=generation.check if generation else None,
-        )  # fmt: skip
+            self.recipe, loaded.resolved, run, engine.world, mixture.sources, flops, state.step, guard=self.guard
+        )
 
     def open(self, notes: list[str]) -> None:
         """Rank 0: write what this run is and say it."""
@@ -211,6 +211,7 @@ class _Session:
                     step, sums, grad_norm=grad_norm, lr=lr, lap=watch.lap(), signal=stop.signal or 0,
                     skipped=batch.skipped,
                 )  # fmt: skip
+                self.journal.read(step, batch)
                 self.watchdog.finished(step)
                 hopeless = state.bad_in_a_row >= recipe.train.max_bad_steps
                 last = step == recipe.train.steps
@@ -239,7 +240,7 @@ class _Session:
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, without the batches that were read since."""
         self.state, notes = faults.roll_back(
-            self.run_folder, self.mixture, self.engine, self.ema, self.state, self.recipe.train
+            self.run_folder, self.mixture, self.engine, self.ema, self.state, self.recipe.train, self.guard
         )
         self.journal.rewind(self.state.step)
         for note in notes:
