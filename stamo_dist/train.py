@@ -24,11 +24,12 @@ from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
 from stamo_dist.engine.pictures import save_grid
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, Grace, Stop, requests
-from stamo_dist.engine.processes import World, barrier, broadcast
+from stamo_dist.engine.processes import barrier, broadcast
 from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
+from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export
 from stamo_dist.recipe.load import Loaded, dump

@@ -12,10 +12,10 @@ import torch
 from stamo_dist.data.loader import Batch
 from stamo_dist.engine.marker import RunState
 from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB
-from stamo_dist.engine.processes import World
 from stamo_dist.engine.progress import TrainingProgress
 from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.engine.samples import SampleLog
+from stamo_dist.engine.world import World
 from stamo_dist.recipe.schema import Recipe
 
 #: Dense bf16 peak in FLOP/s, by a part of the device's name; MFU is printed only where the peak is known.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from stamo_dist.data.loader import Batch
 from stamo_dist.engine.metrics import MetricsFile
-from stamo_dist.engine.processes import World
+from stamo_dist.engine.world import World
 
 _NAMES = ("sample", "source")  # the rest of a batch is content
 
