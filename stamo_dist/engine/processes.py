@@ -64,8 +64,9 @@ def leave(code: int) -> None:
     into a failed one.
     """
     if code in (0, EXIT_PREEMPTED) and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # a rank that was killed by now changes nothing about what was done
+            dist.barrier()
+            dist.destroy_process_group()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     sys.stdout.flush()
