@@ -7,22 +7,45 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
-from stamo_dist.engine.processes import free_port
+from stamo_dist.engine.world import free_port
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
 
 
-def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
+class Rank(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def spawn(arguments: Sequence[str], environment: dict[str, str], output: IO[bytes] | None) -> Rank:
+    """Start `stamo ARGUMENTS` with these variables beside this process's own."""
+    command = [sys.executable, "-m", "stamo_dist.cli", *arguments]
+    # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
+    process: subprocess.Popen[bytes] = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
+    )
+    return process
+
+
+def launch_local(arguments: Sequence[str], processes: int, logs: Path, start: Callable[..., Rank] = spawn) -> int:
     """Run `stamo ARGUMENTS` on `processes` local processes; returns the exit code of the first rank that failed, or 0.
 
     Rank 0 writes to this terminal, every other rank to `logs/rank_NNNNN.log`. Signals sent to this process go to all
-    ranks. When one rank fails, the others would wait for it for ever: they are killed after a grace period.
+    ranks. When one rank fails, the others would wait for it for ever: they are killed after a grace period. `start`
+    starts a rank, in a session of its own.
     """
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -34,7 +57,7 @@ def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
         "STAMO_LAUNCHED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
     }
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[Rank] = []
     files: list[IO[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -52,10 +75,7 @@ def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
             if rank:
                 out = (logs / f"rank_{rank:05d}.log").open("ab")
                 files.append(out)
-            env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, "-m", "stamo_dist.cli", *arguments]
-            # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
-            ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
+            ranks.append(start(arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, out))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _wait(ranks, logs)
     finally:
@@ -69,7 +89,7 @@ def launch_local(arguments: Sequence[str], processes: int, logs: Path) -> int:
             signal.signal(s, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
+def _wait(ranks: list[Rank], logs: Path) -> int:
     first: int | None = None
     deadline = float("inf")
     while any(p.poll() is None for p in ranks):

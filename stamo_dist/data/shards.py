@@ -146,7 +146,7 @@ class MappedShard:
         Raises:
             DataError: The sample is corrupt.
         """
-        import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
+        import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
         from streaming.base.format.mds.encodings import mds_decode
 
         layout = self.spec.layout
