@@ -64,11 +64,11 @@ def train(
     launched = "RANK" in os.environ
     loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
     if not launched and nproc > 1:
-        from stamo_dist.launch import launch_local
+        from stamo_dist.launch.local import launch_local
 
         arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
         arguments += sorted(allowed)
-        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir) / "logs"))
+        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir)))
 
     # They wait until there is something to save; Ctrl-C works meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})

@@ -1,7 +1,7 @@
 """`python -m stamo_dist.chaos.warm MODULE...`: imports modules once and forks `stamo` commands off itself.
 
 A start by fork takes a tenth of the time of one that imports everything, and what it runs is the same. A line of
-standard input asks for one: {"arguments": [...], "processes": 0 or ranks, "logs": folder, "output": file}. A line of
+standard input asks for one: {"arguments": [...], "processes": 0 or ranks, "run": folder, "output": file}. A line of
 standard output says {"pid": ...} once it runs, and {"pid": ..., "code": ...} when it has ended.
 """
 
@@ -16,12 +16,12 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from stamo_dist.launch import launch_local
+from stamo_dist.launch.local import launch_local
 
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -75,14 +75,6 @@ def _run(body: Callable[[], int], output: IO[bytes] | None) -> NoReturn:
         os._exit(code)
 
 
-def _rank(arguments: Sequence[str], environment: dict[str, str], output: IO[bytes] | None) -> Forked:
-    def body() -> int:
-        os.environ.update(environment)
-        return _command(arguments)
-
-    return Forked(body, output)
-
-
 def _command(arguments: Sequence[str]) -> int:
     sys.argv = ["stamo", *arguments]
     runpy.run_module("stamo_dist.cli", run_name="__main__", alter_sys=True)
@@ -93,7 +85,15 @@ def _begin(request: dict[str, Any]) -> Forked:
     def body() -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if request["processes"] > 1:
-            return launch_local(request["arguments"], request["processes"], Path(request["logs"]), start=_rank)
+
+            def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Forked:
+                def rank() -> int:
+                    os.environ.update(environment)
+                    return _command(request["arguments"])
+
+                return Forked(rank, output)
+
+            return launch_local(request["arguments"], request["processes"], Path(request["run"]), start=start)
         return _command(request["arguments"])
 
     with open(request["output"], "ab") as output:

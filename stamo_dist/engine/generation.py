@@ -133,6 +133,18 @@ def take(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callab
         raise RunError(f"{run}: cannot be written ({e.strerror}); make room or choose another run_dir") from e
 
 
+def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
+    """Who took the run folder last, and the seconds since its last heartbeat by this machine's clock; writes nothing.
+
+    (None, None) where nobody ever did.
+    """
+    try:
+        newest = _newest(run / FOLDER)
+        return (None, None) if newest is None else (_read(newest), max(0.0, time.time() - newest.stat().st_mtime))
+    except OSError:
+        return None, None
+
+
 def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> Generation:
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +153,7 @@ def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) 
     deadline: float | None = None
     while True:
         lock = lock or _flock(run / ".lock")
-        newest = max((p for p in folder.iterdir() if re.fullmatch(r"\d{8}", p.name)), default=None)
+        newest = _newest(folder)
         holder = _read(newest) if newest is not None else None
         hindrance, note = _judge(newest, holder, me, stale, locked=lock is not None)
         if hindrance is None:
@@ -156,6 +168,10 @@ def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) 
         if now > deadline:
             raise RunError(f"{run}: {hindrance}; stop it or choose another run_dir")
         time.sleep(0.2)
+
+
+def _newest(folder: Path) -> Path | None:
+    return max((p for p in folder.iterdir() if re.fullmatch(r"\d{8}", p.name)), default=None)
 
 
 def _judge(

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import TypeVar
 
 import torch
@@ -46,16 +46,19 @@ def broadcast(value: T) -> T:
 
 
 def run_rank(world: World, body: Callable[[], int]) -> int:
-    """Run `body` and return its exit code; a user's error is printed once, by rank 0, and becomes code 2."""
+    """Run `body` and return its exit code; a user's error becomes code 2.
+
+    The other ranks, which write to logs of their own, say who they are and when it was: the first to fail is to blame.
+    """
     try:
         return body()
-    except StamoError as e:
-        if world.is_main:
-            print(f"error: {e}", file=sys.stderr)
-        return 2
-    except Exception:
-        print(f"rank {world.rank} of {world.size} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
+    except Exception as e:
+        refused = isinstance(e, StamoError)
+        if not (refused and world.is_main):
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            print(f"rank {world.rank} of {world.size} failed at {now}:", file=sys.stderr)
+        print(f"error: {e}" if refused else traceback.format_exc(), file=sys.stderr)
+        return 2 if refused else 1
 
 
 def leave(code: int) -> None:

@@ -81,9 +81,9 @@ class Field:
 ROOT = Field((), Recipe)
 
 
-def find(key: Key) -> Field | None:
+def find(key: Key, root: Field = ROOT) -> Field | None:
     """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
-    field: Field | None = ROOT
+    field: Field | None = root
     for name in key:
         if field is None:
             return None
@@ -91,9 +91,9 @@ def find(key: Key) -> Field | None:
     return field
 
 
-def nearest(key: Key) -> Field:
+def nearest(key: Key, root: Field = ROOT) -> Field:
     """The deepest field on the way to `key`."""
-    return next(field for depth in range(len(key), -1, -1) if (field := find(key[:depth])))
+    return next(field for depth in range(len(key), -1, -1) if (field := find(key[:depth], root)))
 
 
 def all_fields(field: Field = ROOT) -> Iterator[Field]:

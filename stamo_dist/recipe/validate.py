@@ -1,44 +1,65 @@
-"""Merged values → `Recipe`, or every problem at once, each with its place and in words."""
+"""Merged values → `Recipe` or another section, or every problem at once, each with its place and in words."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from stamo_dist.recipe.fields import all_fields, find, nearest, placeholder
+from stamo_dist.recipe.fields import ROOT, Field, all_fields, find, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
-from stamo_dist.recipe.schema import Recipe, Train, batching
+from stamo_dist.recipe.schema import Recipe, Section, Train, batching
+
+T = TypeVar("T", bound=Section)
 
 _STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)+): (.*)", re.DOTALL)
 
 
 def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | None, list[str]]:
-    """Check everything that can be checked.
+    """The recipe that the merged layers make, or what is wrong with them, on `world_size` processes too."""
+    recipe, found, tree = _check(merged, Recipe, ROOT)
+    problems = _placed_all(found, merged)
+    if world_size is not None and not {("train",), ("train", "global_batch")} & found.keys() and "train" in tree:
+        try:
+            batching(Train.model_validate(tree["train"]), world_size)
+        except ValueError as e:
+            problems.append(_placed((), str(e), merged.places))
+    return (recipe if not problems else None), problems
+
+
+def validate_as(model: type[T], merged: Merged) -> tuple[T | None, list[str]]:
+    """The section that a file of another kind than a recipe makes, or what is wrong with it."""
+    section, found, _ = _check(merged, model, Field((), model))
+    problems = _placed_all(found, merged)
+    return (section if not problems else None), problems
+
+
+def _check(merged: Merged, model: type[T], root: Field) -> tuple[T | None, dict[Key, list[str]], dict[str, Any]]:
+    """Check everything that can be checked; (the section, what is wrong by field, the values with those repaired).
 
     A wrong value hides the checks that need it. So each wrong value is recorded, replaced by a valid one and the
-    recipe checked again, until nothing new comes up. A check that names a replaced value is dropped, and so is
+    section checked again, until nothing new comes up. A check that names a replaced value is dropped, and so is
     whatever may rest on a file that could not be read.
     """
     tree = copy.deepcopy(merged.value)
-    found: dict[Key, list[str]] = {nearest(key).key: [] for key in merged.unread if key}
+    found: dict[Key, list[str]] = {nearest(key, root).key: [] for key in merged.unread if key}
     for key in merged.places:
-        field = nearest(key)
+        field = nearest(key, root)
         if isinstance(value_at(tree, key), bool) and field.is_number:  # pydantic would read true as 1
-            found.setdefault(field.key, [_wrong_value(field.key, value_at(tree, field.key))])
+            found.setdefault(field.key, [_wrong_value(field, value_at(tree, field.key))])
     for key in found:
-        _repair(tree, key)
-    recipe = None
-    while recipe is None:
+        _repair(tree, key, root)
+    section = None
+    while section is None:
         try:
-            recipe = Recipe.model_validate(tree)
+            section = model.model_validate(tree)
         except ValidationError as e:
             fresh: dict[Key, list[str]] = {}
-            for key, message, kind in _messages(e, tree):
+            for key, message, kind in _messages(e, tree, root):
                 if key not in found:
                     messages = fresh.setdefault(key, [])
                     guess = kind in ("missing", "value_error") and not merged.whole
@@ -48,14 +69,8 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
             if not fresh or () in fresh:
                 break
             for key in fresh:
-                _repair(tree, key)
-    problems = [_placed(key, message, merged.places) for key, messages in found.items() for message in messages]
-    if world_size is not None and not {("train",), ("train", "global_batch")} & found.keys() and "train" in tree:
-        try:
-            batching(Train.model_validate(tree["train"]), world_size)
-        except ValueError as e:
-            problems.append(_placed((), str(e), merged.places))
-    return (recipe if not problems else None), problems
+                _repair(tree, key, root)
+    return section, found, tree
 
 
 def place_of(key: Key, places: Mapping[Key, str]) -> str:
@@ -66,34 +81,38 @@ def place_of(key: Key, places: Mapping[Key, str]) -> str:
     return places[key]
 
 
+def _placed_all(found: Mapping[Key, list[str]], merged: Merged) -> list[str]:
+    return [_placed(key, message, merged.places) for key, messages in found.items() for message in messages]
+
+
 def _placed(key: Key, message: str, places: Mapping[Key, str]) -> str:
     if match := _STARTS_WITH_FIELD.fullmatch(message):
         key, message = tuple(match[1].split(".")), match[2]
     return located(place_of(key, places), key, message)
 
 
-def _messages(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key, str, str]]:
+def _messages(error: ValidationError, tree: dict[str, Any], root: Field) -> Iterator[tuple[Key, str, str]]:
     """(field, message, pydantic's name of the problem) for each problem pydantic found."""
     for e in error.errors(include_url=False):
         key = e["loc"]
         if e["type"] == "value_error":
             for line in str(e["ctx"]["error"]).splitlines():
                 yield key, line, "value_error"
-        elif e["type"] == "missing" and find(key):
-            yield key, _missing(key, tree), "missing"
+        elif e["type"] == "missing" and find(key, root):
+            yield key, _missing(nearest(key, root), tree), "missing"
         elif e["type"] == "extra_forbidden":
-            yield key, _unknown(key), "extra_forbidden"
+            yield key, _unknown(key, root), "extra_forbidden"
         else:
-            key = nearest(key).key
-            yield key, _wrong_value(key, value_at(tree, key)), "value"
+            field = nearest(key, root)
+            yield field.key, _wrong_value(field, value_at(tree, field.key)), "value"
 
 
 def _names_any(message: str, keys: Mapping[Key, Any]) -> bool:
     return any(re.search(rf"\b{re.escape(str(key[-1]))}\b", message) for key in keys if key)
 
 
-def _missing(key: Key, tree: dict[str, Any]) -> str:
-    field = nearest(key)
+def _missing(field: Field, tree: dict[str, Any]) -> str:
+    key = field.key
     needs = ", ".join(str(f.key[-1]) for f in field.children() if f.required)
     message = f"missing ({field.words}{f' with {needs}' if field.section else ''}): {field.doc}"
     if key[:2] == ("data", "sources") and len(key) > 2:  # a mistyped source name makes a new source without its path
@@ -103,9 +122,9 @@ def _missing(key: Key, tree: dict[str, Any]) -> str:
     return message
 
 
-def _unknown(key: Key) -> str:
-    section, name = nearest(key[:-1]), str(key[-1])
-    elsewhere = [dotted(f.key) for f in all_fields() if f.key[-1] == name][:3]
+def _unknown(key: Key, root: Field) -> str:
+    section, name = nearest(key[:-1], root), str(key[-1])
+    elsewhere = [dotted(f.key) for f in all_fields(root) if f.key[-1] == name][:3]
     if elsewhere:
         return f"no such field; did you mean {' or '.join(elsewhere)}?"
     siblings = [str(f.key[-1]) for f in section.children()]
@@ -113,8 +132,7 @@ def _unknown(key: Key) -> str:
     return "no such field; " + (did_you_mean(name, siblings) or f"{known} {', '.join(siblings)}")
 
 
-def _wrong_value(key: Key, value: Any) -> str:
-    field = nearest(key)
+def _wrong_value(field: Field, value: Any) -> str:
     if value is None and field.section:
         return "empty; give it fields or remove the line"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
@@ -122,12 +140,12 @@ def _wrong_value(key: Key, value: Any) -> str:
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
 
 
-def _repair(tree: dict[str, Any], key: Key) -> None:
+def _repair(tree: dict[str, Any], key: Key, root: Field) -> None:
     """Replace a wrong value by its default, or by a placeholder where it has none."""
     parent = value_at(tree, key[:-1])
     if not key or not isinstance(parent, dict):
         return
-    field = find(key)
+    field = find(key, root)
     parent.pop(key[-1], None)
     if field and (field.required or field.info is None):
         parent[key[-1]] = placeholder(field.annotation)

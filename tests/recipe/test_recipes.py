@@ -6,15 +6,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import typer
 
+from stamo_dist.cli import app
 from stamo_dist.errors import RecipeError
+from stamo_dist.launch.pipeline import load_pipeline
 from stamo_dist.recipe.lines import read_file
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.recipe.schema import batching
 
 ROOT = Path(__file__).parents[2]
 RUNNABLE = sorted(ROOT.glob("recipes/*.yaml"))
-FRAGMENTS = sorted(ROOT.glob("recipes/*/*.yaml"))
+PIPELINES = sorted(ROOT.glob("recipes/pipelines/*.yaml"))
+FRAGMENTS = sorted({*ROOT.glob("recipes/*/*.yaml")} - {*PIPELINES})
 PAPER = ("tokenizer_sim", "tokenizer_sim_droid", "tokenizer_sim_droid_oxe", "tokenizer_sim_droid_oxe_ego")
 
 
@@ -42,6 +46,13 @@ def test_the_paper_has_its_four_mixtures():
     assert sources[1] - sources[0] == {"droid"}
     main = load(ROOT / "recipes/tokenizer_sim_droid.yaml").recipe
     assert (main.model.compressor.tokens, main.model.compressor.dim, main.model.encoder.train) == (2, 1024, False)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_pipeline_names_recipes_and_commands_that_are_there(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, stages = load_pipeline(path, [], typer.main.get_command(app))
+    assert all(work.loaded is not None for work in stages if work.trains)
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=name)

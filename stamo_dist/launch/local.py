@@ -1,0 +1,160 @@
+"""The processes of a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import IO, Protocol
+
+from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
+from stamo_dist.engine.world import free_port
+from stamo_dist.launch.record import rank_log
+
+_GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
+
+
+class Rank(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Rank:
+    """Start a command with these variables beside this process's own."""
+    # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
+    process: subprocess.Popen[bytes] = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
+    )
+    return process
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], IO[bytes] | None], Rank]
+
+
+def launch_local(arguments: Sequence[str], processes: int, run: Path, start: Start = spawn) -> int:
+    """Run `stamo ARGUMENTS` on `processes` local processes; returns the exit code of the first rank that failed, or 0.
+
+    Rank 0 writes to this terminal, every other rank to its log below `run`. Signals sent to this process go to all
+    ranks. `start` starts a rank, in a session of its own.
+    """
+    with Ranks([sys.executable, "-m", "stamo_dist.cli", *arguments], processes, run, start=start) as ranks:
+        return ranks.wait()
+
+
+class Ranks:
+    """The processes of one start of a run, as a context: inside it this process passes its signals on to them.
+
+    Args:
+        command: What each of them runs.
+        count: How many.
+        run: The run folder; all ranks but the first write to their logs there.
+        main: Rank 0's output; this process's when omitted.
+        env: What each has in its environment besides this process's and its rank.
+        forward: Called with a signal that this process got, in place of sending it to all ranks.
+        start: Starts a rank.
+    """
+
+    def __init__(
+        self, command: Sequence[str], count: int, run: Path, *, main: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None, forward: Callable[[int], None] | None = None,
+        start: Start = spawn,
+    ):  # fmt: skip
+        self._command, self._count, self._run, self._main = command, count, run, main
+        self._env, self._forward, self._spawn = env or {}, forward or self.signal, start
+        self._processes: list[Rank] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Ranks:
+        def forward(number: int, frame: FrameType | None) -> None:
+            self._forward(number)
+
+        with ExitStack() as stack:
+            stack.callback(self._kill)
+            for s in SIGNALS:
+                stack.callback(signal.signal, s, signal.signal(s, forward))
+            # Inherited: a rank gets these once it can act on them, and this process once it has all ranks to pass
+            # them on to.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+            try:
+                for rank in range(self._count):
+                    self._start(rank, stack)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all ranks that still run."""
+        for p in self._processes:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    def wait(self, watch: Callable[[], None] = lambda: None) -> int:
+        """The exit code of the first rank that failed, or 0; 128 + N for one that signal N killed.
+
+        When one rank fails, the others would wait for it for ever: they are killed after a grace period. `watch` is
+        called several times a second.
+        """
+        ranks, first = self._processes, None
+        deadline = float("inf")
+        while any(p.poll() is None for p in ranks):
+            failed = [(i, p.returncode) for i, p in enumerate(ranks) if p.returncode not in (None, 0)]
+            if failed and first is None:
+                rank, first = failed[0]
+                deadline = time.monotonic() + (1.0 if first == 2 else _GRACE)  # 2: refused before anything started
+                if rank and first > 2 and first != EXIT_PREEMPTED:
+                    self._say(f"rank {rank} of {self._count} failed with code {first}; see {rank_log(self._run, rank)}")
+            if time.monotonic() > deadline:
+                for rank, p in enumerate(ranks):
+                    if p.poll() is None:
+                        self._say(f"rank {rank} of {self._count} did not end after the others: killed")
+                        p.kill()
+                deadline = float("inf")
+            watch()
+            time.sleep(0.05)
+        codes = [p.returncode for p in ranks if p.returncode]
+        code = first if first is not None else (codes[0] if codes else 0)
+        return 128 - code if code < 0 else code
+
+    def _start(self, rank: int, stack: ExitStack) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if rank == 0:
+            self._common = {
+                "WORLD_SIZE": str(self._count),
+                "LOCAL_WORLD_SIZE": str(self._count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+                "STAMO_LAUNCHED": "1",
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._count))),
+            }
+        log = rank_log(self._run, rank)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        out = stack.enter_context(log.open("ab")) if rank else self._main
+        env = {**self._env, **self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        self._processes.append(self._spawn(self._command, env, out))
+
+    def _say(self, text: str) -> None:
+        out = self._main or sys.stdout.buffer
+        out.write(f"{text}\n".encode())
+        out.flush()
+
+    def _kill(self) -> None:
+        for p in self._processes:
+            if p.poll() is None:
+                p.kill()

@@ -1,0 +1,141 @@
+"""What the folder of a run says about it, read without torch and without the scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stamo_dist.engine.generation import Owner, newest_owner
+
+_TAIL = 1 << 17  # bytes at the end of metrics.jsonl that are read
+_WINDOW = 50  # logged steps over which the speed is taken
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run got; what is not known yet is None."""
+
+    name: str = ""
+    steps: int | None = None  # in all
+    step: int = 0  # the last one that was logged
+    loss: float | None = None
+    rate: float | None = None  # samples per second, over the last steps
+    step_seconds: float | None = None
+    written: float | None = None  # when the last line of metrics was (time stamp)
+    checkpoint: int | None = None  # step of the newest whole one
+    saved: float | None = None  # when it was (time stamp)
+    owner: Owner | None = None  # who trains here, or did last
+    silence: float | None = None  # seconds since the owner's last heartbeat
+    exported: bool = False  # trained to the end
+    terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
+
+    @property
+    def finished(self) -> bool:
+        return self.exported and self.steps is not None and (self.checkpoint or 0) >= self.steps
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds of training left."""
+        if self.steps is None or self.step_seconds is None:
+            return None
+        return max(0, self.steps - self.step) * self.step_seconds
+
+
+def look(run: Path, recipe: Path | None = None) -> Progress:
+    """Read a run's folder.
+
+    Args:
+        run: The folder; it may be empty or missing.
+        recipe: The resolved recipe of a run that has not started yet and so has no `resolved.yaml`.
+    """
+    resolved = _yaml(run / "resolved.yaml") or (_yaml(recipe) if recipe else {})
+    train = resolved.get("train") or {}
+    lines = tail(run / "metrics.jsonl")
+    step_seconds = _step_seconds(lines)
+    last = lines[-1] if lines else {}
+    batch = train.get("global_batch")
+    rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
+    checkpoint, saved = newest_checkpoint(run / "checkpoints")
+    owner, silence = newest_owner(run)
+    terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
+    return Progress(
+        name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
+        loss=_loss(last), rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
+        checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
+        terms=terms,
+    )  # fmt: skip
+
+
+def tail(path: Path, size: int = _TAIL) -> list[dict[str, Any]]:
+    """The last whole lines of a JSON-lines file, without reading the rest of it."""
+    try:
+        with path.open("rb") as f:
+            f.seek(0, os.SEEK_END)
+            start = max(0, f.tell() - size)
+            f.seek(start)
+            raw = f.read().split(b"\n")
+    except OSError:
+        return []
+    lines = []
+    for line in raw[1 if start else 0 :]:
+        try:
+            found = json.loads(line)
+        except ValueError:  # the torn last line of a killed run
+            continue
+        if isinstance(found, dict):
+            lines.append(found)
+    return lines
+
+
+def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
+    """(step, when it was written) of the newest one that was completed; only its name and marker are looked at."""
+    best: tuple[int, float] | None = None
+    try:
+        for entry in os.scandir(checkpoints):
+            match = re.fullmatch(r"step_(\d+)", entry.name)
+            if match and (best is None or int(match[1]) > best[0]):
+                when = _when(Path(entry.path) / "checkpoint.json")
+                best = (int(match[1]), when) if when is not None else best
+    except OSError:
+        pass
+    return best or (None, None)
+
+
+def age(stamp: float | None) -> float | None:
+    return None if stamp is None else max(0.0, time.time() - stamp)
+
+
+def _loss(line: dict[str, Any]) -> float | None:
+    """The task's loss comes first after the step."""
+    values = [v for k, v in line.items() if k != "step"]
+    return values[0] if values and isinstance(values[0], (int, float)) else None
+
+
+def _step_seconds(lines: list[dict[str, Any]]) -> float | None:
+    steps = [line for line in lines if "step" in line and "seconds" in line][-_WINDOW:]
+    if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"]:
+        return None
+    return max(1e-9, (steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]))
+
+
+def _when(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.load(path.read_text(), Loader=_Loader)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,186 @@
+"""`recipes/pipelines/*.yaml`: several commands, each after the ones it needs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from stamo_dist.errors import RecipeError
+from stamo_dist.recipe.layers import merge
+from stamo_dist.recipe.lines import Key, located, read_file, show_value
+from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.schema import Section
+from stamo_dist.recipe.validate import place_of, validate_as
+
+PositiveInt = Annotated[int, Field(gt=0)]
+_STAGES = ("data", "encode", "eval", "report", "mix")  # commands that a stage may run
+_EVERY_GPU = ("encode",)  # those of them that share their work out over one process a GPU
+
+
+class Stage(Section):
+    """One command of a pipeline, or one run."""
+
+    train: str | None = Field(None, description="Recipe to train; its path is relative to the working directory.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Fields of that recipe to override, by dotted name.")
+    run: str | None = Field(None, description="Or a command line, as typed after `stamo`.")
+    slices: PositiveInt | None = Field(
+        None, description="`data convert` only: tasks of a job array that share the source."
+    )
+    after: list[str] | None = Field(
+        None, description="Stages above that have to finish first; the one just above when omitted, [] for none."
+    )
+    cluster: str | None = Field(None, description="Profile of this stage; the pipeline's when omitted.")
+    resources: dict[str, Any] = Field(default_factory=dict, description="Fields of the profile that it sets otherwise.")
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Stage:
+        if (self.train is None) == (self.run is None):
+            raise ValueError("give either train: RECIPE or run: COMMAND")
+        if self.set and self.train is None:
+            raise ValueError("set: is for stages with train: RECIPE; write --set into the command")
+        if self.slices and (self.run or "").split()[:2] != ["data", "convert"]:
+            raise ValueError("slices: only `data convert` can be shared out over the tasks of an array")
+        return self
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{field}={show_value(value, limit=1 << 16)}" for field, value in self.set.items()]
+
+
+class Pipeline(Section):
+    """A pipeline."""
+
+    name: str = Field("", description="Name of the pipeline; its file name when omitted.")
+    run_dir: str = Field("", description="Folder for its record and the stages' logs; runs/NAME when omitted.")
+    stages: dict[str, Stage] = Field(description="Name → stage, in the order in which they may start.")
+
+    @field_validator("stages")
+    @classmethod
+    def _names(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
+        if not stages:
+            raise ValueError("a pipeline has at least one stage")
+        bad = [name for name in stages if not re.fullmatch(r"\w[\w-]*", name, re.ASCII)]
+        if bad:
+            raise ValueError(f"a stage's name has letters, digits, _ and - only, unlike {', '.join(map(repr, bad))}")
+        return stages
+
+    @model_validator(mode="after")
+    def _come_after_stages_above(self) -> Pipeline:
+        names = list(self.stages)
+        problems = []
+        for i, (name, stage) in enumerate(self.stages.items()):
+            for before in stage.after or []:
+                if before not in names[:i]:
+                    known = ", ".join(names[:i]) or "none"
+                    problems.append(f"stages.{name}.after: {before} is no stage above {name}; there are: {known}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def after(self, name: str) -> list[str]:
+        """The stages that have to finish before `name`."""
+        given = self.stages[name].after
+        above = list(self.stages)[: list(self.stages).index(name)]
+        return above[-1:] if given is None else given
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does."""
+
+    name: str
+    stage: Stage
+    run_dir: Path  # absolute
+    words: list[str]  # of the command, after `stamo`; the recipe as it was given
+    loaded: Loaded | None  # the recipe that it names
+    after: list[str]
+
+    @property
+    def trains(self) -> bool:
+        return self.stage.train is not None
+
+    @property
+    def every_gpu(self) -> bool:
+        """Whether it is one process a GPU; else it is one process a task."""
+        return self.trains or self.words[0] in _EVERY_GPU
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether the file has stages; anything else is taken for a recipe."""
+    return path.is_file() and "stages" in read_file(path).value
+
+
+def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline, list[Work]]:
+    """Read a pipeline and all the recipes it names, and parse its command lines with `root`, the `stamo` command.
+
+    Raises:
+        RecipeError: With every problem, each with its file and line.
+    """
+    merged = merge(path, overrides)
+    pipeline, wrong = validate_as(Pipeline, merged)
+    problems = [*merged.problems, *wrong]
+    if pipeline is None or problems:
+        raise RecipeError(problems)
+    name = pipeline.name or path.stem
+    pipeline = pipeline.model_copy(update={"name": name, "run_dir": pipeline.run_dir or f"runs/{name}"})
+    found = []
+    for stage_name, stage in pipeline.stages.items():
+        try:
+            found.append(_work(pipeline, stage_name, root))
+        except (RecipeError, ValueError) as e:
+            field: Key = ("stages", stage_name, "train" if stage.train else "run")
+            place = place_of(field, merged.places)
+            problems += [located(place, field, p) for p in (e.problems if isinstance(e, RecipeError) else [str(e)])]
+    shared: dict[Path, str] = {}
+    for work in found:
+        if work.trains and work.run_dir in shared:
+            key: Key = ("stages", work.name)
+            message = f"trains into {work.run_dir} as {shared[work.run_dir]} does; set run_dir"
+            problems.append(located(place_of(key, merged.places), key, message))
+        shared[work.run_dir] = work.name
+    if problems:
+        raise RecipeError(problems)
+    return pipeline, found
+
+
+def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
+    stage, loaded = pipeline.stages[name], None
+    folder = Path(pipeline.run_dir) / name
+    if stage.train is not None:
+        loaded = load(stage.train, stage.overrides)
+        folder = Path(loaded.recipe.run_dir)
+        words = ["train", stage.train, *(w for o in stage.overrides for w in ("--set", o))]
+    else:
+        words = shlex.split(stage.run or "")
+        given = _parse(words, root)
+        if "recipe" in given:
+            loaded = load(given["recipe"], given["set_"])
+    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name))
+
+
+def _parse(words: list[str], root: Any) -> dict[str, Any]:
+    """The parameters of a command line.
+
+    Raises:
+        ValueError: `stamo` would not understand it, or it is no command for a stage.
+    """
+    if not words or words[0] not in _STAGES:
+        raise ValueError(f"a stage runs {', '.join(_STAGES)}; to train, write train: RECIPE")
+    command, context, rest = root, root.make_context("stamo", list(words)), list(words)
+    while hasattr(command, "get_command"):  # a group
+        following = command.get_command(context, rest[0]) if rest else None
+        if following is None:
+            known = ", ".join(command.list_commands(context))
+            raise ValueError(f"`{' '.join(words)}`: no such command; there are {known}")
+        command, rest = following, rest[1:]
+    try:
+        return dict(command.make_context(words[0], rest).params)
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # click's own, which typer brings along under a private name
+            raise
+        raise ValueError(f"`{' '.join(words)}`: {e.format_message()}") from None

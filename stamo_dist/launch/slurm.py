@@ -1,0 +1,146 @@
+"""Slurm's commands, as functions. They work where accounting (sacct) is off."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from stamo_dist.errors import StamoError
+
+_TIMEOUT = 30.0  # seconds
+_FIELDS = {
+    "id": "%i", "state": "%T", "reason": "%r", "start": "%S", "nodes": "%N", "count": "%D", "elapsed": "%M",
+    "limit": "%l", "partition": "%P", "user": "%u", "name": "%j",
+}  # fmt: skip
+
+#: States in which a job will run, runs, or will run again.
+ACTIVE = frozenset({
+    "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING",
+    "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+})  # fmt: skip
+
+
+class SlurmError(StamoError):
+    """A Slurm command that refused, with its own words."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one task of an array, as squeue shows it."""
+
+    id: str  # "12", or "12_3" in an array
+    state: str  # PENDING, RUNNING, COMPLETED, …
+    reason: str  # why it waits or ended, in Slurm's word; "None" without one
+    start: datetime | None  # when it started, or is expected to
+    nodes: str  # n[1-3]
+    count: int  # of nodes
+    elapsed: str
+    limit: str
+    partition: str
+    user: str
+    name: str
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def available() -> bool:
+    """Whether this machine can submit to a Slurm cluster."""
+    return shutil.which("sbatch") is not None
+
+
+def run(*command: str, stdin: str | None = None) -> str:
+    """What the command prints.
+
+    Raises:
+        SlurmError: It is not there, does not answer, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: not found; is this a login node of a Slurm cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT:g} s; is the Slurm controller up?") from None
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[Job]:
+    """The jobs with these ids (all when omitted), ended ones while Slurm remembers them; unknown ids are left out."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--format={'|'.join(_FIELDS.values())}"]
+    if user is not None:
+        command.append(f"--user={user}")
+    lines = run(*command).splitlines()  # asked by id, squeue refuses as soon as it has forgotten one of them
+    found = [_job(line) for line in lines if line.count("|") >= len(_FIELDS) - 1]
+    if ids is None:
+        return found
+    wanted = set(ids)
+    return [job for job in found if job.id in wanted or job.id.partition("_")[0] in wanted]
+
+
+def details(job: str) -> dict[str, str]:
+    """All that `scontrol show job` tells, by Slurm's names; empty where the job is forgotten."""
+    try:
+        return _pairs(run("scontrol", "--oneliner", "show", "job", job).partition("\n")[0])
+    except SlurmError as e:
+        if "Invalid job id" in str(e):
+            return {}
+        raise
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """Name → what `scontrol show partition` tells."""
+    lines = run("scontrol", "--oneliner", "show", "partition").splitlines()
+    found = [_pairs(line) for line in lines if line.startswith("PartitionName=")]
+    return {p["PartitionName"]: p for p in found}
+
+
+def config() -> dict[str, str]:
+    """Slurm's configuration as `scontrol show config` tells it."""
+    lines = run("scontrol", "show", "config").splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def hosts(nodes: str) -> list[str]:
+    """Slurm's short form (`n[1-3,7]`) → the nodes' names."""
+    if not re.search(r"[\[,]", nodes):
+        return [nodes] if nodes else []
+    return run("scontrol", "show", "hostnames", nodes).split()
+
+
+def requeue(job: str) -> None:
+    run("scontrol", "requeue", job)
+
+
+def cancel(*ids: str, signal: str | None = None) -> None:
+    """End the jobs, or send their steps a signal."""
+    run("scancel", *([f"--signal={signal}"] if signal else []), *ids)
+
+
+def _job(line: str) -> Job:
+    found = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1), strict=True))
+    return Job(
+        id=found["id"], state=found["state"], reason=found["reason"], start=_time(found["start"]),
+        nodes=found["nodes"], count=int(found["count"] or 0), elapsed=found["elapsed"], limit=found["limit"],
+        partition=found["partition"], user=found["user"], name=found["name"],
+    )  # fmt: skip
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:  # N/A, Unknown
+        return None
+
+
+def _pairs(line: str) -> dict[str, str]:
+    return dict(re.findall(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line))

@@ -1,0 +1,178 @@
+"""Runs on this machine, without a scheduler: one process in the background starts them, and starts them again.
+
+It works through its runs one after the other. A run that leaves with code 75, or crashes, is started again as a
+scheduler would do it. `supervisor.json` in a run's `launch/` says which process that is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from stamo_dist.engine.generation import Owner
+from stamo_dist.engine.preempt import SIGNALS
+from stamo_dist.engine.runfolder import write_atomic
+from stamo_dist.errors import RunError
+from stamo_dist.launch.local import Ranks
+from stamo_dist.launch.record import Event, Launch, What, events, folder, main_log, now, read, record
+from stamo_dist.launch.restarts import Verdict, judge, newest_step
+
+_FILE = "supervisor.json"
+_PATIENCE = 30.0  # seconds for the supervisor to be there
+_GRACE = 120.0  # seconds to save and leave for a run that is to end
+_LOOK = 0.5  # seconds between looks whether a run is to end
+_PAUSE = 1.0  # seconds before a run that crashed is started again
+_ENDED = "the process that looks after it was ended"
+
+
+def start(runs: Sequence[str | Path]) -> str:
+    """Run these, one after the other, in the background; each has its launch.json. Returns the job id of all of them.
+
+    Raises:
+        RunError: The process that looks after them does not start.
+    """
+    log = folder(runs[0]) / "supervisor.log"
+    command = [sys.executable, "-m", __name__, *map(str, runs)]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=True
+        )  # fmt: skip
+    deadline = time.monotonic() + _PATIENCE
+    while not all((owner := supervisor(run)) is not None and owner.pid == process.pid for run in runs):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RunError(f"the process that looks after {runs[0]} did not start; see {log}")
+        time.sleep(0.02)
+    return job_id(process.pid)
+
+
+def job_id(pid: int) -> str:
+    return f"local-{pid}"
+
+
+def supervisor(run: str | Path) -> Owner | None:
+    """Who looks after the run, or did last."""
+    try:
+        return Owner(**json.loads((folder(run) / _FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def supervised(run: str | Path) -> bool | None:
+    """Whether somebody looks after the run; None where only another machine can tell."""
+    owner = supervisor(run)
+    if owner is None:
+        return False
+    return owner.alive if owner.local else None
+
+
+def cancel(run: str | Path) -> None:
+    """End the run, or take it off the list: within a second it saves, leaves and is not started again."""
+    record(run, Event("cancelled", job=read(run).job, step=newest_step(run)))
+
+
+def cancelled(run: str | Path) -> bool:
+    """Whether it was, since it was last submitted."""
+    for event in reversed(events(run)):
+        if event.event in ("submitted", "cancelled"):
+            return event.event == "cancelled"
+    return False
+
+
+class _Supervisor:
+    def __init__(self) -> None:
+        self.job = job_id(os.getpid())
+        self._ending = False  # this process was asked to end
+        self._ranks: Ranks | None = None
+        self._looked = self._asked = 0.0  # when the run was looked at last; when it was asked to end, 0 if not
+
+    def work(self, runs: Sequence[Path]) -> None:
+        for s in SIGNALS:
+            signal.signal(s, self._signal)
+        me = json.dumps(asdict(Owner.this())) + "\n"
+        for run in runs:
+            write_atomic(folder(run) / _FILE, me)
+        for run in runs:
+            launch = read(run)
+            if cancelled(run):
+                continue
+            if why := _ENDED if self._ending else _hindrance(launch):
+                self._tell(run, "stopped", reason=why)
+            else:
+                self._run(run, launch)
+
+    def _run(self, run: Path, launch: Launch) -> None:
+        restart, processes = 0, launch.nodes * launch.processes_per_node
+        while True:
+            self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
+            verdict = judge(run, self._start(run, launch, processes, restart), launch.max_restarts)
+            if verdict.again and cancelled(run):
+                return
+            if verdict.again and self._ending:
+                verdict = Verdict("stopped", False, _ENDED)
+            self._tell(run, verdict.event, restart=restart, reason=verdict.reason)
+            if not verdict.again:
+                return
+            restart += 1
+            self._tell(run, "requeued", restart=restart)
+            time.sleep(_PAUSE if verdict.event == "failed" else 0)
+
+    def _start(self, run: Path, launch: Launch, processes: int, restart: int) -> int:
+        self._asked = 0.0
+        main_log(run).parent.mkdir(parents=True, exist_ok=True)
+        with main_log(run).open("ab") as log:
+            log.write(f"--- start {restart + 1} of job {self.job} on {socket.gethostname()}, {now()}\n".encode())
+            log.flush()
+            with Ranks(_command(launch), processes, run, main=log, forward=self._signal) as ranks:
+                self._ranks = ranks
+                try:
+                    return ranks.wait(lambda: self._look(run, ranks))
+                finally:
+                    self._ranks = None
+
+    def _signal(self, number: int, frame: FrameType | None = None) -> None:
+        """SIGTERM and SIGINT end everything; the others ask the run at hand to save and start again."""
+        self._ending |= number in (signal.SIGTERM, signal.SIGINT)
+        if self._ranks is not None and not self._ending:
+            self._ranks.signal(number)
+
+    def _look(self, run: Path, ranks: Ranks) -> None:
+        """See to it that a run that is to end does so."""
+        moment = time.monotonic()
+        if moment < self._looked + _LOOK:
+            return
+        self._looked = moment
+        if not self._asked and (self._ending or cancelled(run)):
+            self._asked = moment
+            ranks.signal(signal.SIGTERM)
+        elif self._asked and moment > self._asked + _GRACE:
+            ranks.signal(signal.SIGKILL)
+
+    def _tell(self, run: Path, what: What, **about: Any) -> None:
+        record(run, Event(what, job=self.job, step=newest_step(run), **about))
+
+
+def _hindrance(launch: Launch) -> str:
+    """What keeps a run from starting: a run that it comes after did not finish."""
+    for before in launch.after:
+        last = next((e for e in reversed(events(before)) if e.event != "submitted"), None)
+        if last is None or last.event != "finished":
+            return f"{read(before).name} {last.event if last else 'did not run'}"
+    return ""
+
+
+def _command(launch: Launch) -> list[str]:
+    return [sys.executable, "-m", "stamo_dist.cli", *launch.command]
+
+
+if __name__ == "__main__":
+    _Supervisor().work([Path(run) for run in sys.argv[1:]])

@@ -1,0 +1,100 @@
+"""Runs on this machine without a scheduler: started again after a signal, given up after a crash loop, cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from toy import write_recipe
+
+from stamo_dist.launch import supervise
+from stamo_dist.launch.record import Event, Launch, events, main_log, record
+from stamo_dist.launch.restarts import newest_step
+
+
+def submit(run: Path, *command: object, processes: int = 1, after: tuple[Path, ...] = ()) -> Path:
+    launch = Launch(
+        name=run.name, run_dir=str(run), recipe="", command=[str(c) for c in command], processes_per_node=processes,
+        max_restarts=2, after=[str(a) for a in after],
+    )  # fmt: skip
+    launch.write()
+    record(run, Event("submitted"))
+    return run
+
+
+def wait(run: Path, *last: str, seconds: float = 120) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while (found := [e.event for e in events(run)])[-1] not in last:
+        assert time.monotonic() < deadline, f"{found}\n{main_log(run).read_text()}"
+        time.sleep(0.05)
+    return found
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_after_a_signal_and_the_next_follows(toy, tmp_path, ranks):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    run = submit(tmp_path / "run", "train", recipe, processes=2)
+    following = submit(tmp_path / "following", "recipe", "show", run / "resolved.yaml", after=(run,))
+    cancelled = submit(tmp_path / "cancelled", "train", recipe)
+    supervise.cancel(cancelled)
+    supervise.start([run, following, cancelled])
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
+        assert time.monotonic() < deadline, main_log(run).read_text()
+        time.sleep(0.02)
+    owner = supervise.supervisor(run)
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGUSR1)
+    assert wait(following, "finished")[-2:] == ["started", "finished"]
+    assert wait(run, "finished") == ["submitted", "started", "preempted", "requeued", "started", "finished"]
+    assert "global_batch: 8" in main_log(following).read_text()
+    ranks(2, "train", recipe, "--set", f"run_dir={tmp_path / 'straight'}")
+    assert losses(run) == losses(tmp_path / "straight")
+    for _ in range(100):
+        if not supervise.supervised(run):
+            break
+        time.sleep(0.1)
+    assert not supervise.supervised(run)
+    assert [e.event for e in events(cancelled)] == ["submitted", "cancelled"]
+
+
+def test_a_crash_loop_stops_and_so_does_what_comes_after_it(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = submit(tmp_path / "run", "train", "any.yaml", processes=2)
+    following = submit(tmp_path / "following", "train", "any.yaml", after=(run,))
+    supervise.start([run, following])
+    assert wait(run, "failed", "finished", seconds=20)
+    assert wait(following, "stopped", "finished", seconds=30)[-1] == "stopped"
+    found = events(run)
+    assert [e.event for e in found] == ["submitted", *["started", "failed", "requeued"] * 2, "started", "failed"]
+    assert "code 3, and 3 starts in a row brought it no further" in found[-1].reason
+    assert events(following)[-1].reason == "run failed"
+
+
+@pytest.mark.parametrize("how", ["cancel", "kill"])
+def test_a_run_is_stopped_where_it_is(toy, tmp_path, how):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    run = submit(tmp_path / "run", "train", recipe, "--set", "train.steps=100000")
+    supervise.start([run])
+    while not (run / "metrics.jsonl").is_file():
+        time.sleep(0.02)
+    owner = supervise.supervisor(run)
+    assert owner is not None
+    if how == "cancel":
+        supervise.cancel(run)
+    else:
+        os.kill(owner.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while supervise.supervised(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert events(run)[-1].event == ("cancelled" if how == "cancel" else "stopped")
+    assert newest_step(run) == len(losses(run))
