@@ -30,8 +30,8 @@ class Start(Protocol):
 
 
 class Starter(Protocol):
-    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, logs: Path | None = None) -> Start:
-        """Run `stamo ARGUMENTS` in a session of its own; `processes`: ranks of a training, `logs`: their folder."""
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
+        """Run `stamo ARGUMENTS` in a session of its own; `processes`: ranks of a training, `run`: their folder."""
 
     def close(self) -> None: ...
 
@@ -39,7 +39,7 @@ class Starter(Protocol):
 class Cold:
     """Starts commands as a user does."""
 
-    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, logs: Path | None = None) -> Start:
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
         ranks = ["--nproc", str(processes)] if processes > 1 else []
         with output.open("ab") as out:
             return subprocess.Popen(
@@ -61,8 +61,8 @@ class Warm:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
 
-    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, logs: Path | None = None) -> Start:
-        request = {"arguments": list(arguments), "processes": processes, "logs": str(logs), "output": str(output)}
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
+        request = {"arguments": list(arguments), "processes": processes, "run": str(run), "output": str(output)}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         while (pid := self._read()) is None:

@@ -158,7 +158,7 @@ class Trial:
         size = self._rng.choice([n for n in self._sizes if n not in last] or self._sizes)
         self._begun = len(self._watched.begun())
         self._look()
-        start = self._starter.start(self._arguments, self._log, size, self._watched.path / "logs")
+        start = self._starter.start(self._arguments, self._log, size, self._watched.path)
         tree = Tree(start, size)
         self._trees = [*(t for t in self._trees if not t.gone), tree]
         self.outcome.starts += 1
