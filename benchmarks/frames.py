@@ -51,8 +51,8 @@ def shard_frames(folder: Path, n: int) -> Iterator[bytes]:
 
 def write_mds(root: Path, jpegs: list[bytes], size: int, shards: int = SHARDS) -> None:
     """A source of one camera, one episode a shard."""
-    import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
-    from streaming import MDSWriter
+    import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
+    from streaming.base.format import MDSWriter
     from stamo_dist.data.schema import MANIFEST, Manifest, Split, columns
 
     rest = {

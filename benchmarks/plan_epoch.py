@@ -56,7 +56,7 @@ def ours(samples: int, ranks: int) -> dict[str, float]:
 
 
 def streaming(samples: int, ranks: int) -> dict[str, float]:
-    import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
+    import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
     import numpy as np
     from streaming.base.partition import get_partitions
     from streaming.base.shuffle import get_shuffle

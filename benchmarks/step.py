@@ -33,7 +33,8 @@ from stamo_dist.data.loader import Batch, Cursor
 from stamo_dist.engine import strategy
 from stamo_dist.engine.journal import PEAK_FLOPS
 from stamo_dist.engine.optim import adamw
-from stamo_dist.engine.processes import leave, world_from_environment
+from stamo_dist.engine.processes import leave
+from stamo_dist.engine.world import world_from_environment
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.load import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from data_tools.commands import app as data_app
+from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
@@ -27,6 +29,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.command()(launch_commands.submit)
+app.command()(chaos)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
 Overrides = Annotated[
@@ -71,13 +74,17 @@ def train(
 
     # They wait until there is something to save; Ctrl-C works meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    from stamo_dist.engine.processes import leave, run_rank, world_from_environment
+    gc.disable()  # the million objects that imports make are all kept: looking through them takes as long as torch
+    from stamo_dist.engine.processes import leave, run_rank
+    from stamo_dist.engine.world import world_from_environment
 
     world = world_from_environment()
 
     def body() -> int:
         from stamo_dist.train import train as run
 
+        gc.freeze()
+        gc.enable()
         return run(loaded, world, resume=resume, allowed=allowed)
 
     leave(run_rank(world, body))
@@ -92,7 +99,7 @@ def encode(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
     Example: stamo encode recipes/tokenizer_sim_droid.yaml
     """
     from stamo_dist.encode import encode as run
-    from stamo_dist.engine.processes import world_from_environment
+    from stamo_dist.engine.world import world_from_environment
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stamo_dist.data.latents import has_latents, write_latents
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
-from stamo_dist.engine.processes import World
+from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe

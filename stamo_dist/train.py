@@ -24,11 +24,12 @@ from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
 from stamo_dist.engine.pictures import save_grid
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, Grace, Stop, requests
-from stamo_dist.engine.processes import World, barrier, broadcast
+from stamo_dist.engine.processes import barrier, broadcast
 from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
+from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export
 from stamo_dist.recipe.load import Loaded, dump
@@ -135,10 +136,10 @@ class _Session:
             precision=self.recipe.train.precision, git_commit=git_commit(), generation=generation,
         )  # fmt: skip
         flops = task.flops_per_sample() if engine.device.type == "cuda" else None
+        self.guard: Callable[[], None] = generation.check if generation else lambda: None
         self.journal = Journal(
-            self.recipe, loaded.resolved, run, engine.world, mixture.sources, flops, state.step,
-            guard=generation.check if generation else None,
-        )  # fmt: skip
+            self.recipe, loaded.resolved, run, engine.world, mixture.sources, flops, state.step, guard=self.guard
+        )
 
     def open(self, notes: list[str]) -> None:
         """Rank 0: write what this run is and say it."""
@@ -211,6 +212,7 @@ class _Session:
                     step, sums, grad_norm=grad_norm, lr=lr, lap=watch.lap(), signal=stop.signal or 0,
                     skipped=batch.skipped,
                 )  # fmt: skip
+                self.journal.read(step, batch)
                 self.watchdog.finished(step)
                 hopeless = state.bad_in_a_row >= recipe.train.max_bad_steps
                 last = step == recipe.train.steps
@@ -239,7 +241,7 @@ class _Session:
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, without the batches that were read since."""
         self.state, notes = faults.roll_back(
-            self.run_folder, self.mixture, self.engine, self.ema, self.state, self.recipe.train
+            self.run_folder, self.mixture, self.engine, self.ema, self.state, self.recipe.train, self.guard
         )
         self.journal.rewind(self.state.step)
         for note in notes:

@@ -70,7 +70,7 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
 
 
 def _run(processes: int, arguments: list[str], folder: Path) -> int:
-    from stamo_dist.engine.ports import free_port
+    from stamo_dist.engine.world import free_port
 
     port = free_port()
     ranks = []

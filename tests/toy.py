@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from stamo_dist import _torchvision  # noqa: F401  must precede streaming
+from stamo_dist import _streaming  # noqa: F401  must precede streaming
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
 
 
@@ -24,7 +24,7 @@ def make_source(
     cameras: tuple[str, ...] = ("front",), splits: tuple[str, ...] = ("train", "val"), shard_bytes: int = 40_000,
 ) -> Path:  # fmt: skip
     """Write one source under `root`/`name` and return its folder."""
-    from streaming import MDSWriter
+    from streaming.base.format import MDSWriter
 
     source = root / name
     first = sum(map(ord, name))
@@ -98,6 +98,8 @@ strategy: {{name: {strategy}}}
 def make_vae(folder: Path) -> Path:
     """A random AutoencoderKL that turns 32 px into 4 × 8 × 8."""
     import torch
+
+    import stamo_dist.models  # noqa: F401  # isort: skip  must precede diffusers
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

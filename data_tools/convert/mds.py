@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
-from streaming import MDSWriter
+import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
+from streaming.base.format import MDSWriter
 from streaming.base.format.mds.encodings import mds_encode
 
 from stamo_dist.errors import DataError

@@ -96,6 +96,7 @@ def _published(url: str) -> Manifest | None:
 
         store = open_store(url)
         return fetch_manifest(store)[0] if store.stat(MANIFEST) is not None else None
+    import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
     from streaming.base.storage.download import CloudDownloader
 
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +133,7 @@ def _upload(source: Path, url: str) -> None:
 
 
 def _uploader(source: Path, url: str) -> Any:
-    import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
+    import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
     from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
     try:

@@ -26,6 +26,7 @@ _CRC = struct.Struct("<I")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 #: Longest name of a feature; a longer one is garbage.
 _LONGEST_NAME = 1 << 12
+_LONGEST_VARINT = 10
 
 
 @dataclass(frozen=True)
@@ -155,29 +156,33 @@ def _messages(fetch: Fetch, start: int, stop: int) -> Iterator[tuple[int, int, i
     """(field number, start, stop) of the length-delimited fields of a message; other fields are skipped."""
     position = start
     while position < stop:
-        tag, position = _varint(fetch, position, stop)
+        head = fetch(position, position + 2 * _LONGEST_VARINT)
+        tag, used = _varint(head, 0)
         wire = tag & 7
         if wire == _BYTES:
-            length, position = _varint(fetch, position, stop)
-            end = position + length
+            length, used = _varint(head, used)
+            end = position + used + length
             if end > stop:
                 raise DataError("not a tf.train.Example (a field is longer than its message)")
-            yield tag >> 3, position, end
+            yield tag >> 3, position + used, end
             position = end
         elif wire == _VARINT:
-            _, position = _varint(fetch, position, stop)
+            position += _varint(head, used)[1]
         elif wire in (_FIXED32, _FIXED64):
-            position += 4 if wire == _FIXED32 else 8
+            position += used + (4 if wire == _FIXED32 else 8)
         else:
             raise DataError(f"not a tf.train.Example (wire type {wire})")
 
 
-def _varint(fetch: Fetch, position: int, stop: int) -> tuple[int, int]:
-    value = 0
-    for k, byte in enumerate(fetch(position, min(position + 10, stop))):
-        value |= (byte & 0x7F) << 7 * k
+def _varint(head: bytes, at: int) -> tuple[int, int]:
+    """A number at `at`, and where it ends."""
+    value = shift = 0
+    for byte in head[at : at + _LONGEST_VARINT]:
+        at += 1
+        value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, position + k + 1
+            return value, at
+        shift += 7
     raise DataError("not a tf.train.Example (a number has no end)")
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
+import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.shuffle import get_shuffle
 
 from stamo_dist.recipe.schema import Shuffle

@@ -107,6 +107,9 @@ class Reader:
         self._latents = LatentFiles(spec.latents) if spec.latents else None
         horizon = spec.window.horizon if spec.window else 0
         self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
+        self._around = [
+            (0, 0, b"", b"")
+        ] * spec.batch  # frames ahead, actions, their bytes, those of the proprioception
         self._steps = [self._look_around, self._decode] if spec.window else [self._decode]
         self._augment = None
         if spec.augment is not None:
@@ -142,13 +145,15 @@ class Reader:
         for k, problem in wrong.items():
             self._read_another(k, *places[k], views, problem)
             views["replaced"][k] = True
+        if self._spec.window is not None:
+            self._write_around(self._spec.window, views)
         return list(wrong.values())
 
     def _decode(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         shard = self._shards[number]
         shard.frame(row, views["images"][k])
         if "target" in views:
-            shard.frame(row + int(views["ahead"][k]), views["target"][k])
+            shard.frame(row + self._around[k][0], views["target"][k])
         if self._augment is not None:
             # The target is cropped and lit as the frame is: what differs between them is motion.
             for name in ("images", "target"):
@@ -162,21 +167,23 @@ class Reader:
         assert window is not None
         t, length = shard.moment(row)
         horizon = window.horizons[self._spec.shard_source[number]]
-        ahead = min(horizon, length - 1 - t)
-        views["ahead"][k] = ahead
+        n, actions, proprio = 0, b"", b""
         if window.action_dim:
             n = min(horizon, length - t) if "action" in shard else 0
-            actions = views["actions"][k]
-            if n:
-                actions[:n] = shard.vectors(row, row + n, "action")
-            if n < window.horizon:
-                actions[n:] = 0
-            views["mask"][k] = self._masks[n]
+            actions = b"".join(shard.run(row, row + n, "action")) if n else b""
+        if window.proprio_dim and "proprio" in shard:
+            proprio = bytes(shard.bytes(row, "proprio"))
+        self._around[k] = min(horizon, length - 1 - t), n, actions, proprio
+
+    def _write_around(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
+        """Write what was found around all frames at once: numpy's cost is by the call."""
+        ahead, counts, actions, proprio = zip(*self._around, strict=True)
+        views["ahead"][:] = ahead
+        if window.action_dim:
+            _write_padded(views["actions"], actions)
+            views["mask"][:] = self._masks[list(counts)]
         if window.proprio_dim:
-            vector = np.frombuffer(shard.bytes(row, "proprio"), np.float32) if "proprio" in shard else np.empty(0)
-            proprio = views["proprio"][k]
-            proprio[: len(vector)] = vector
-            proprio[len(vector) :] = 0
+            _write_padded(views["proprio"], proprio)
 
     def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
         """The next frame of the shard that can be read, or else of the source's next shards: the same in every run."""
@@ -197,3 +204,9 @@ class Reader:
         siblings += [n for n in range(number) if owner[n] == owner[number]]
         for other in siblings[: _TRIES // 2]:
             yield other, row % specs[other].samples
+
+
+def _write_padded(out: NDArray[Any], rows: Sequence[bytes]) -> None:
+    """Fill each row of `out` from its bytes, and what they leave with zeros."""
+    size = out.nbytes // len(out)
+    out[:] = np.frombuffer(b"".join([row.ljust(size, b"\0") for row in rows]), out.dtype).reshape(out.shape)

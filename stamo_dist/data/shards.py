@@ -68,15 +68,13 @@ class MappedShard:
         header = self._map[:table].cast("I") if table <= size else None
         if header is None or header[0] != spec.samples or header[-1] != size or header[1] < table:
             raise DataError(f"{spec.path}: its header does not match index.json")
-        if (np.diff(np.asarray(header[1:]).astype(np.int64)) < 0).any():
-            raise DataError(f"{spec.path}: the table of samples in its header is corrupt")
         self._begins = header[1:]
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self._starts = np.asarray(header[1:-1]).astype(np.int64)
         sizes = spec.layout.sizes
         # A sample begins with one uint32 size for every column of varying size.
         self._heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
         self._fixed = self._heads.size + sum(size or 0 for size in sizes)
+        if (np.diff(np.asarray(self._begins).astype(np.int64)) < self._fixed).any():
+            raise DataError(f"{spec.path}: the table of samples in its header is corrupt")
         # Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
         self._places = {
             name: (
@@ -86,7 +84,6 @@ class MappedShard:
             )
             for n, name in enumerate(spec.layout.names)
         }
-        self._spans = {size: np.arange(size) for size in sizes if size}
 
     def __len__(self) -> int:
         return self.spec.samples
@@ -134,18 +131,14 @@ class MappedShard:
             raise DataError(f"{self.describe(i)}: frame {t} of {length} does not fit a shard of {self.spec.samples}")
         return t, length
 
-    def vectors(self, start: int, stop: int, column: str) -> NDArray[np.float32]:
-        """A column of float32 vectors of samples `start` up to `stop`, (n, D)."""
+    def run(self, start: int, stop: int, column: str) -> list[memoryview]:
+        """The stored bytes of a column of fixed size of samples `start` up to `stop`, without a copy."""
         fixed, varying, size = self._places[column]
-        assert size is not None, "vectors have a fixed size"
-        at = self._starts[start:stop, None] + fixed
+        assert size is not None, "a column of fixed size"
+        begins = self._begins[start:stop].tolist()
         if varying:
-            heads = self._starts[start:stop, None] + np.arange(4 * varying)
-            at += self._bytes[heads].view("<u4").sum(1, dtype=np.int64, keepdims=True)
-        try:
-            return self._bytes[at + self._spans[size]].view("<f4")
-        except IndexError:
-            raise DataError(f"{self.describe(start)}: the sizes of its columns do not add up") from None
+            begins = [begin + sum(self._heads_of(start + k)[1][:varying]) for k, begin in enumerate(begins)]
+        return [self._map[begin + fixed : begin + fixed + size] for begin in begins]
 
     def sample(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Sample `i` as a dict, decoded by streaming's own encodings; only `columns` when given.
@@ -153,7 +146,7 @@ class MappedShard:
         Raises:
             DataError: The sample is corrupt.
         """
-        import stamo_dist._torchvision  # noqa: F401, I001  must precede streaming
+        import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
         from streaming.base.format.mds.encodings import mds_decode
 
         layout = self.spec.layout

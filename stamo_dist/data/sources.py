@@ -18,10 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-import stamo_dist._torchvision  # noqa: F401  # isort: skip  must precede streaming
-from streaming import Stream
+import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import Reader
 from streaming.base.storage.download import CloudDownloader
+from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest

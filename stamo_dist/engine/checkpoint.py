@@ -26,9 +26,10 @@ from stamo_dist.engine.ema import EMA
 from stamo_dist.engine.identity import Identity, sources_of
 from stamo_dist.engine.marker import MARKER, Marker, RunState, damage, damaged, read_marker
 from stamo_dist.engine.parts import ZERO_TAG
-from stamo_dist.engine.processes import World, broadcast
+from stamo_dist.engine.processes import broadcast
 from stamo_dist.engine.retention import complete, folder_of, scan, set_aside
 from stamo_dist.engine.strategy import ZERO_STAGE, Engine
+from stamo_dist.engine.world import World
 from stamo_dist.errors import CheckpointError, RunError, StamoError
 
 __all__ = [

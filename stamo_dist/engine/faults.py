@@ -8,7 +8,7 @@ was skipped moves neither the learning rate nor the moving average.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,35 @@ def count_step(state: RunState, *, good: bool) -> None:
 
 
 def roll_back(
-    run: RunFolder, mixture: Mixture, engine: Engine, ema: EMA | None, state: RunState, train: Train
-) -> tuple[RunState, list[str]]:
+    run: RunFolder, mixture: Mixture, engine: Engine, ema: EMA | None, state: RunState, train: Train,
+    guard: Callable[[], None],
+) -> tuple[RunState, list[str]]:  # fmt: skip
     """Load the last checkpoint from before the bad steps, and pass over all batches read since; every process calls it.
 
-    A run that is killed meanwhile does it again. Returns where the run stands now and what a person should know.
+    A run that is killed meanwhile does it again. `guard` raises, on rank 0, where this start may not write any more.
+    Returns where the run stands now and what a person should know.
 
     Raises:
         RunError: It was rolled back before, there is nothing to go back to, or no data to go on with.
+        FencedError: A newer start of this run writes here now.
     """
     batches = BadBatches(run.bad_batches, mixture)
 
     def choose(damaged: frozenset[Path] = frozenset()) -> checkpoint.Choice:
+        guard()
         whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
         return checkpoint.Choice(batches.last_good(whole, state, train.steps))
 
     choice = checkpoint.on_main(engine.world, choose)
     path, notes = checkpoint.settle(choice, run.checkpoints, engine.world, choose)
     assert path is not None, "last_good found one"
-    if engine.world.is_main:  # after the newer checkpoints were put aside: the next start must not find them
+
+    def record() -> None:
+        guard()
         batches.record(read_marker(path).state.step, state)
+
+    # After newer checkpoints were put aside: the next start must not find them.
+    checkpoint.on_main(engine.world, record)
     back = checkpoint.load(path, engine, ema, precision=train.precision, sources=mixture.sources, say=notes.append)
     notes.append(
         f"no finite loss and gradient in {state.bad_in_a_row} steps in a row: went back to {path}; going on without "

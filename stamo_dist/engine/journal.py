@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: metrics.jsonl, W&B and the line on the terminal."""
+"""What a run tells about itself while it trains: metrics.jsonl, samples.jsonl, W&B and the line on the terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from stamo_dist.data.loader import Batch
 from stamo_dist.engine.marker import RunState
 from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB
-from stamo_dist.engine.processes import World
 from stamo_dist.engine.progress import TrainingProgress
 from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.engine.samples import SampleLog
+from stamo_dist.engine.world import World
 from stamo_dist.recipe.schema import Recipe
 
 #: Dense bf16 peak in FLOP/s, by a part of the device's name; MFU is printed only where the peak is known.
@@ -40,6 +42,7 @@ class Journal:
         self._recipe, self._run, self._world, self._sources, self._flops = recipe, run, world, sources, flops
         self._guard, self._facts = guard, dict[str, Any]()
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
+        self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
         self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
         self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
 
@@ -68,6 +71,11 @@ class Journal:
             )
         self._progress.update(reduced.step, next(iter(reduced.losses.values())), rate, reduced.data_wait, mfu)
 
+    def read(self, step: int, batch: Batch) -> None:
+        """Tell what this rank trained on in `step`; a collective."""
+        if self._samples is not None:
+            self._samples.write(step, batch)
+
     def fact(self, **values: Any) -> None:
         """Add what is no property of one step to the next line of metrics."""
         self._facts |= values
@@ -80,17 +88,23 @@ class Journal:
         """Have what was written so far survive a power failure."""
         if self._file is not None:
             self._file.sync()
+        if self._samples is not None:
+            self._samples.sync()
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`."""
         if self._file is not None:
             self._file.close()
             self._file = MetricsFile(self._run.metrics, step, self._guard)
+        if self._samples is not None:
+            self._samples.rewind(step)
 
     def close(self) -> None:
         self._progress.close()
         if self._file is not None:
             self._file.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -19,7 +19,6 @@ from typing import IO, Any, Protocol, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -109,37 +108,43 @@ def _copy(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+class _Catch:
+    """In place of DeepSpeed's checkpoint engine: keeps what it is given to save, and writes nothing."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self.caught: list[tuple[str, Any]] = []  # path, state
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.caught.append((path, state_dict))
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:  # what it is asked for besides
+        return getattr(self._engine, name)
+
+
 class ZeroPart:
     """DeepSpeed's own files of this process, caught on their way to the disk."""
 
     def __init__(self, engine: Engine, *, staged: bool):
-        caught: list[tuple[str, Any]] = []
-
-        class Catch(CheckpointEngine):
-            def create(self, info: Any) -> None:
-                pass
-
-            def makedirs(self, path: str, exist_ok: bool = False) -> None:
-                pass
-
-            def save(self, state_dict: Any, path: str) -> None:
-                caught.append((path, state_dict))
-
-            def load(self, path: str, map_location: Any = None) -> Any:
-                raise NotImplementedError
-
-            def commit(self, info: Any) -> bool:
-                return True
-
         module = engine.deepspeed
-        own, module.checkpoint_engine = module.checkpoint_engine, Catch()
+        own = module.checkpoint_engine
+        module.checkpoint_engine = catch = _Catch(own)
         module._copy_recovery_script = lambda folder: None  # it writes past the checkpoint engine
         try:
             module.save_checkpoint(".", tag=ZERO_TAG, save_latest=False)
         finally:
             module.checkpoint_engine = own
             del module._copy_recovery_script
-        self._states = [(path, _to_host(state) if staged else state) for path, state in caught]
+        self._states = [(path, _to_host(state) if staged else state) for path, state in catch.caught]
         if staged and engine.device.type == "cuda":
             torch.cuda.synchronize()
 

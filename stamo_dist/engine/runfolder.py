@@ -7,6 +7,7 @@
     starts.jsonl     one line a start               .generations/   which start may write
     checkpoints/     step_00000123/                 model/          the final export
     logs/            rank_00000.log                 first_batch.png
+    samples.jsonl    what each step read (train.log_samples)
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:

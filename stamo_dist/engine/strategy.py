@@ -14,8 +14,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-
-import stamo_dist.engine._quiet  # noqa: F401  # isort: skip  must precede accelerate
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
@@ -27,10 +25,15 @@ from accelerate.utils import (
     ParallelismConfig,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from stamo_dist.engine.processes import PATIENCE, World
+from stamo_dist.engine.processes import PATIENCE
+from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Batching, Strategy
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -70,7 +73,8 @@ class Engine:
     @property
     def unwrapped(self) -> nn.Module:
         """The module the task built; under zero3 and fsdp its parameters are this process's shards."""
-        return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
+        wrapped = self.is_zero or isinstance(self.module, DistributedDataParallel)
+        return self.module.module if wrapped else self.module  # type: ignore[return-value]
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -169,8 +173,6 @@ def _accelerator(
     }
     if strategy.name in ZERO_STAGE:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if not on_gpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"
         config = _deepspeed_config(ZERO_STAGE[strategy.name], batching, clip, precision)
         # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, few_of
-from stamo_dist.engine.processes import PATIENCE, World, broadcast, set_timeout
+from stamo_dist.engine.processes import PATIENCE, broadcast, set_timeout
+from stamo_dist.engine.world import World
 
 _MARGIN = 60.0  # seconds: the watchdog comes before the process group, which cannot say who is late
 _HUNG = "hung"

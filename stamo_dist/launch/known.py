@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+#: In a pipeline's folder: its name, and stage → run folder.
+PIPELINE = "pipeline.json"
 _SIGNS = ("launch/launch.json", "resolved.yaml")  # of a run folder
 
 
@@ -42,15 +45,22 @@ def known() -> list[Path]:
 
 
 def below(folders: Iterable[Path]) -> list[Path]:
-    """The run folders among and directly below `folders`."""
+    """The run folders among and directly below `folders`; of a pipeline's folder its stages, in order."""
     found = []
     for folder in folders:
-        candidates = [folder]
-        if not is_run(folder):
+        candidates = _stages(folder) or [folder]
+        if candidates == [folder] and not is_run(folder):
             with contextlib.suppress(OSError):
                 candidates = sorted(p for p in folder.iterdir() if p.is_dir())
         found += [path.absolute() for path in candidates if is_run(path)]
     return found
+
+
+def _stages(folder: Path) -> list[Path]:
+    try:
+        return [Path(run) for run in json.loads((folder / PIPELINE).read_text())["stages"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def is_run(path: Path) -> bool:

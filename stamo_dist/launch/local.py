@@ -11,22 +11,46 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
-from stamo_dist.engine.ports import free_port
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
+from stamo_dist.engine.world import free_port
 from stamo_dist.launch.record import rank_log
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
 
 
-def launch_local(arguments: Sequence[str], processes: int, run: Path) -> int:
+class Rank(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Rank:
+    """Start a command with these variables beside this process's own."""
+    # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
+    process: subprocess.Popen[bytes] = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
+    )
+    return process
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], IO[bytes] | None], Rank]
+
+
+def launch_local(arguments: Sequence[str], processes: int, run: Path, start: Start = spawn) -> int:
     """Run `stamo ARGUMENTS` on `processes` local processes; returns the exit code of the first rank that failed, or 0.
 
     Rank 0 writes to this terminal, every other rank to its log below `run`. Signals sent to this process go to all
-    ranks.
+    ranks. `start` starts a rank, in a session of its own.
     """
-    with Ranks([sys.executable, "-m", "stamo_dist.cli", *arguments], processes, run) as ranks:
+    with Ranks([sys.executable, "-m", "stamo_dist.cli", *arguments], processes, run, start=start) as ranks:
         return ranks.wait()
 
 
@@ -40,15 +64,17 @@ class Ranks:
         main: Rank 0's output; this process's when omitted.
         env: What each has in its environment besides this process's and its rank.
         forward: Called with a signal that this process got, in place of sending it to all ranks.
+        start: Starts a rank.
     """
 
     def __init__(
         self, command: Sequence[str], count: int, run: Path, *, main: IO[bytes] | None = None,
         env: Mapping[str, str] | None = None, forward: Callable[[int], None] | None = None,
+        start: Start = spawn,
     ):  # fmt: skip
         self._command, self._count, self._run, self._main = command, count, run, main
-        self._env, self._forward = env or {}, forward or self.signal
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._env, self._forward, self._spawn = env or {}, forward or self.signal, start
+        self._processes: list[Rank] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Ranks:
@@ -120,9 +146,8 @@ class Ranks:
         log = rank_log(self._run, rank)
         log.parent.mkdir(parents=True, exist_ok=True)
         out = stack.enter_context(log.open("ab")) if rank else self._main
-        env = {**os.environ, **self._env, **self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
-        self._processes.append(subprocess.Popen(self._command, env=env, stdout=out, stderr=out, start_new_session=True))
+        env = {**self._env, **self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        self._processes.append(self._spawn(self._command, env, out))
 
     def _say(self, text: str) -> None:
         out = self._main or sys.stdout.buffer

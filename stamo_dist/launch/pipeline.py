@@ -18,7 +18,7 @@ from stamo_dist.recipe.schema import Section
 from stamo_dist.recipe.validate import place_of, validate_as
 
 PositiveInt = Annotated[int, Field(gt=0)]
-_STAGES = ("data", "encode", "eval", "report", "mix")  # commands that a stage may run
+_STAGES = ("data", "encode", "eval", "report")  # commands that a stage may run
 _EVERY_GPU = ("encode",)  # those of them that share their work out over one process a GPU
 
 
@@ -99,6 +99,7 @@ class Work:
     words: list[str]  # of the command, after `stamo`; the recipe as it was given
     loaded: Loaded | None  # the recipe that it names
     after: list[str]
+    makes: Path | None = None  # what has to be there when it has finished
 
     @property
     def trains(self) -> bool:
@@ -149,7 +150,7 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
 
 
 def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
-    stage, loaded = pipeline.stages[name], None
+    stage, loaded, makes = pipeline.stages[name], None, None
     folder = Path(pipeline.run_dir) / name
     if stage.train is not None:
         loaded = load(stage.train, stage.overrides)
@@ -160,7 +161,9 @@ def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
         given = _parse(words, root)
         if "recipe" in given:
             loaded = load(given["recipe"], given["set_"])
-    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name))
+        if words[:2] == ["data", "convert"] and "://" not in given["out"]:
+            makes = Path(given["out"])
+    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name), makes)
 
 
 def _parse(words: list[str], root: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from stamo_dist.recipe.schema import Flow
@@ -44,6 +43,9 @@ def sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: i
     `velocity(z_σ, σ)` takes latents (B, C, h, w) and σ (B,), both float32. The levels are 1, 1−1/n, …, 1/n, shifted,
     then 0: every step removes noise, so one step is already a full prediction. Returns z₀ (B, C, h, w).
     """
+    # Imports scipy.stats, which training need not wait for.
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     scheduler.set_begin_index(0)

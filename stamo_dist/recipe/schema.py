@@ -289,6 +289,9 @@ class Train(Section):
         None, description="Decay of an exponential moving average of the trained weights; null keeps none."
     )
     log_every: PositiveInt = Field(1, description="Steps between lines in metrics.jsonl.")
+    log_samples: bool = Field(
+        False, description="Write samples.jsonl: which samples each step read, and a checksum of each."
+    )
     checkpoint: Checkpoint = Checkpoint()
     max_bad_steps: PositiveInt = Field(
         10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."

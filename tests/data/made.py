@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
-from streaming import MDSWriter
+from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede streaming
+from streaming.base.format import MDSWriter
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
 from stamo_dist.recipe.schema import Data, Source

@@ -12,7 +12,7 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
-from stamo_dist.engine.processes import free_port
+from stamo_dist.engine.world import free_port
 
 FAULTY = Path(__file__).resolve().parent.parent / "faulty.py"
 

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
-from streaming import MDSWriter
-from streaming.base.format import reader_from_json
+from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede streaming
+from streaming.base.format import MDSWriter, reader_from_json
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, columns, read_manifest
 

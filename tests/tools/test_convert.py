@@ -20,7 +20,7 @@ import simplejpeg
 
 from data_tools.convert.driver import convert
 
-from stamo_dist import _torchvision  # noqa: F401  # isort: skip  must precede streaming
+from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import reader_from_json
 
 from data_tools.convert.mds import EpisodeWriter

@@ -1,0 +1,87 @@
+"""`stamo chaos`: whether a training on this machine survives anything."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
+
+
+def chaos(
+    recipe: RecipePath,
+    kills: Annotated[int, typer.Option(metavar="N", min=1, help="Faults in all.")] = 20,
+    seed: Annotated[int, typer.Option(metavar="S", help="Draws the faults.")] = 0,
+    strategies: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Strategies to try; the recipe's when omitted.")
+    ] = None,
+    world_sizes: Annotated[
+        str, typer.Option(metavar="N,M", help="Numbers of processes on this machine, changed between starts.")
+    ] = "1,2",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
+    ] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
+    ] = [],  # noqa: B006 (typer reads the default)
+    untouched: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Trainings left alone, each; 2 where the device is not deterministic."),
+    ] = 1,
+    convert: Annotated[bool, typer.Option(help="Some of the faults hit a conversion.")] = True,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Fork every start off one process that has imported everything: quicker.")
+    ] = False,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Without a sign of life for so long, a run counts as hung.")
+    ] = 600.0,
+) -> None:
+    """Train a recipe under random faults, and compare every step with a training that was left alone.
+
+    Ranks, loader workers, the launcher or all at once are killed, asked to stop or stopped, while they start, train,
+    save and leave; checkpoints are damaged; the number of processes changes between starts; a conversion is killed.
+    Samples must be the same in every step; losses too where the number of processes stays, else within the spread that
+    untouched trainings show between them. Exit code 1 when they are not.
+
+    Example: stamo chaos recipes/tokenizer_demo.yaml --kills 20 --set train.steps=300
+    """
+    from rich.console import Console
+
+    from stamo_dist.chaos import results
+    from stamo_dist.chaos.harness import Harness, Plan
+    from stamo_dist.chaos.starts import Cold, Warm
+    from stamo_dist.errors import RunError
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe
+    try:
+        sizes = sorted({int(size) for size in world_sizes.split(",")})
+    except ValueError:
+        raise RunError(f"--world-sizes {world_sizes}: give numbers, e.g. 1,2") from None
+    if sizes[0] < 1:
+        raise RunError(f"--world-sizes {world_sizes}: a training has at least 1 process")
+    folder = (out or Path(f"{loaded.run_dir}-chaos")).absolute()
+    names = strategies.split(",") if strategies else [loaded.strategy.name]
+    plan = Plan(recipe, set_, kills, seed, names, sizes, folder, untouched, convert, patience)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    before = len(results.read(folder))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    harness = Harness(plan, starter := Warm() if warm else Cold(), lambda text: console.print(text, markup=False))
+    interrupted = False
+    try:
+        harness.run()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        starter.close()
+    found = results.read(folder)
+    results.show(found, console)
+    console.print(f"results: {folder / results.FILE}", soft_wrap=True)
+    if interrupted:
+        sys.exit(130)
+    sys.exit(0 if all(result.good for result in found[before:]) else 1)

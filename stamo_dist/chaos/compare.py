@@ -1,0 +1,140 @@
+"""Comparing what a run left behind with runs of the same recipe that were left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import RunError
+
+#: Logged values that measure time, or what was not the same by intention.
+_TIMES = {
+    "step", "samples_per_second", "data_wait", "seconds", "mfu", "step_seconds_max", "step_seconds_min", "slowest_rank",
+    "save_seconds", "save_stall", "save_failed",
+}  # fmt: skip
+#: Times the largest difference that untouched runs show up to a step: how far a run may be from the nearest of them.
+MARGIN = 3.0
+#: Relative: eight units in the last place of fp32, where untouched runs happen to agree.
+FLOOR = 1e-6
+
+IDENTICAL, WITHIN, NOT, UNFINISHED = "identical", "within spread", "NOT", "not finished"
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run says it did, line by line."""
+
+    values: list[tuple[int, dict[str, Any]]]  # step, what was computed
+    samples: list[tuple[int, list[tuple[int, int]]]]  # step, (sample, checksum of what came of it) of its global batch
+
+    @classmethod
+    def read(cls, run: Path) -> History:
+        """Raises:
+        RunError: The run logged no samples.
+        """
+        values = [(line["step"], {k: v for k, v in line.items() if k not in _TIMES}) for line in _lines(run, "metrics")]
+        samples = [
+            (line["step"], list(zip(line["samples"], line["checksums"], strict=True)))
+            for line in _lines(run, "samples")
+        ]
+        return cls(values, samples)
+
+
+@dataclass
+class Verdict:
+    """How a run compares with untouched ones."""
+
+    lost: int  # samples that an untouched run trains on and this one's history does not hold
+    repeated: int  # samples that its history holds more often
+    other: list[int]  # steps whose global batch has other samples, or the same with other content
+    losses: str  # identical | within spread | NOT
+    deviation: float = 0.0  # largest relative difference of a value from the nearest untouched run
+    spread: float = 0.0  # largest one between untouched runs
+    why: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not (self.lost or self.repeated or self.other or self.losses == NOT)
+
+
+def compare(run: History, untouched: Sequence[History], floor: float = 0.0) -> Verdict:
+    """Samples must be the untouched runs' in every step; values equal, or within the spread of several untouched runs.
+
+    `floor`: the relative difference that is allowed whatever the spread.
+    """
+    reference = untouched[0]
+    mine, theirs = _count(run), _count(reference)
+    verdict = Verdict((theirs - mine).total(), (mine - theirs).total(), _other_steps(run, reference), IDENTICAL)
+    if verdict.other:
+        verdict.why.append(f"other samples in {_few(verdict.other)}")
+    steps = [step for step, _ in run.values]
+    if steps != [step for step, _ in reference.values]:
+        expected = [step for step, _ in reference.values]
+        wrong = sorted((Counter(steps) - Counter(expected) | Counter(expected) - Counter(steps)).elements())
+        verdict.losses = NOT
+        verdict.why.append(f"not every step is logged once and in order: {_few(wrong or steps)}")
+        return verdict
+    _compare_values(run, untouched, floor, verdict)
+    return verdict
+
+
+def _compare_values(run: History, untouched: Sequence[History], floor: float, verdict: Verdict) -> None:
+    widest: dict[str, float] = {}
+    beyond: list[int] = []
+    for i, (step, values) in enumerate(run.values):
+        others = [u.values[i][1] for u in untouched]
+        for a, b in combinations(others, 2):
+            for key, difference in _differences(a, b).items():
+                widest[key] = max(widest.get(key, 0.0), difference)
+        verdict.spread = max(verdict.spread, *widest.values(), 0.0)
+        if values in others:
+            continue
+        verdict.losses = WITHIN if verdict.losses == IDENTICAL else verdict.losses
+        nearest = min((_differences(values, other) for other in others), key=lambda d: max(d.values(), default=0.0))
+        verdict.deviation = max(verdict.deviation, *nearest.values(), 0.0)
+        if any(difference > max(MARGIN * widest.get(key, 0.0), floor) for key, difference in nearest.items()):
+            beyond.append(step)
+    if beyond:
+        verdict.losses = NOT
+        verdict.why.append(f"other losses in {_few(beyond)}")
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
+    """Relative difference of each value; infinite where only one has it."""
+    return {key: _difference(a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def _difference(a: float | None, b: float | None) -> float:
+    return math.inf if a is None or b is None else abs(a - b) / max(abs(a), abs(b))
+
+
+def _count(history: History) -> Counter[int]:
+    return Counter(sample for _, batch in history.samples for sample, _ in batch)
+
+
+def _other_steps(run: History, reference: History) -> list[int]:
+    batches = [{step: sorted(batch) for step, batch in h.samples} for h in (run, reference)]
+    twice = [step for step, n in Counter(step for step, _ in run.samples).items() if n > 1]
+    steps = batches[0].keys() | batches[1].keys()
+    return sorted({*twice, *(s for s in steps if batches[0].get(s) != batches[1].get(s))})
+
+
+def _lines(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / f"{name}.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as e:
+        raise RunError(f"{path}: cannot be read ({e.strerror}); the run did not get to its first step") from None
+    except ValueError as e:
+        raise RunError(f"{path}: a line is torn ({e})") from None
+
+
+def _few(steps: Sequence[int]) -> str:
+    shown = ", ".join(map(str, steps[:6]))
+    return f"steps {shown}{f' and {len(steps) - 6} more' if len(steps) > 6 else ''}"

@@ -1,0 +1,229 @@
+"""Trains a recipe untouched, then under faults, and compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from stamo_dist.chaos import results
+from stamo_dist.chaos.compare import FLOOR, IDENTICAL, NOT, UNFINISHED, History, Verdict, compare
+from stamo_dist.chaos.conversion import Conversion
+from stamo_dist.chaos.faults import Deck, Fault
+from stamo_dist.chaos.results import Result
+from stamo_dist.chaos.starts import Starter
+from stamo_dist.chaos.trial import Outcome, Pace, Trial
+from stamo_dist.errors import RunError
+from stamo_dist.recipe.load import Loaded, load
+
+_HANGS = 60.0  # seconds of train.step_timeout up to which a stopped rank is worth waiting for
+_CONVERSIONS = 7  # one fault in so many hits a conversion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+        recipe, overrides: What is trained.
+        kills: Faults in all, dealt out evenly to the strategies.
+        seed: Of the faults.
+        strategies: Each is tried.
+        sizes: Numbers of processes. The largest alone, and all of them in turn, are tried.
+        out: Where to work; results of earlier calls there are kept.
+        untouched: Trainings that are left alone, per strategy and number of processes.
+        convert: Also kill conversions.
+        patience: Seconds without a sign of life after which a run counts as hung.
+    """
+
+    recipe: Path
+    overrides: Sequence[str]
+    kills: int
+    seed: int
+    strategies: Sequence[str]
+    sizes: Sequence[int]
+    out: Path
+    untouched: int
+    convert: bool
+    patience: float
+
+
+class Harness:
+    """Args:
+    plan: What to do.
+    starter: What starts `stamo` commands.
+    say: Gets a line for everything that happens.
+
+    Raises:
+        RunError: `plan.out` holds results of something else.
+    """
+
+    def __init__(self, plan: Plan, starter: Starter, say: Callable[[str], None]):
+        self._plan, self._starter, self._say = plan, starter, say
+        self._loaded = {name: self._load(name) for name in plan.strategies}
+        self._claim()
+
+    def run(self) -> None:
+        """Do all of it; a line of `results` for each training as soon as it is judged."""
+        plan = self._plan
+        converting = max(1, plan.kills // _CONVERSIONS) if plan.convert and plan.kills > 1 else 0
+        shares = _deal(plan.kills - converting, len(plan.strategies))
+        for strategy, faults in zip(plan.strategies, shares, strict=True):
+            if faults:
+                self._strategy(strategy, faults)
+        if converting:
+            self._convert(converting)
+
+    def _strategy(self, strategy: str, faults: int) -> None:
+        sizes = self._plan.sizes
+        for size in sizes:
+            self._untouched(strategy, size)
+        rng = random.Random(f"{self._plan.seed} {strategy}")
+        recipe = self._loaded[strategy].recipe
+        deck = Deck(rng, workers=recipe.data.workers > 0)
+        groups = [[max(sizes)], list(sizes)] if len(sizes) > 1 else [list(sizes)]
+        for group, share in zip(groups, _deal(faults, len(groups)), strict=True):
+            hangs = min(group) > 1 and recipe.train.step_timeout <= _HANGS
+            left = deque(deck.deal(hangs=hangs) for _ in range(share))
+            while left and self._train(strategy, group, left, rng):
+                pass
+
+    def _train(self, strategy: str, sizes: list[int], faults: deque[Fault], rng: random.Random) -> bool:
+        """One training under faults, until it ends; whether it went as it should."""
+        folder = self._fresh(f"{strategy}-{'-'.join(map(str, sizes))}")
+        references = [run for size in sizes for run in self._references(strategy, size)]
+        trial = Trial(
+            self._starter, self._arguments(strategy, folder), folder, sizes, faults, rng,
+            gap=0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults)),
+            pace=self._pace(references), patience=self._plan.patience, say=self._say,
+        )  # fmt: skip
+        try:
+            outcome = trial.run()
+        except BaseException:
+            self._record(strategy, sizes, trial.outcome, None)
+            raise
+        verdict = None
+        if outcome.finished:
+            floor = FLOOR if len(sizes) > 1 else 0.0
+            verdict = compare(History.read(folder), [History.read(run) for run in references], floor)
+        self._record(strategy, sizes, outcome, verdict)
+        good = verdict is not None and verdict.good and not outcome.problems
+        if good:
+            _keep_logs(folder)
+        return good
+
+    def _record(self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Verdict | None) -> None:
+        problems = [*outcome.problems, *(verdict.why if verdict and not verdict.good else [])]
+        if verdict and not verdict.good and not problems:
+            problems = ["samples are lost or repeated"]
+        v = verdict or Verdict(0, 0, [], UNFINISHED)
+        used = ", ".join(map(str, sizes))
+        found = Result(
+            strategy, used, self._plan.seed, outcome.starts, outcome.faults, outcome.redone, v.lost, v.repeated,
+            v.losses, v.deviation, v.spread, problems,
+        )  # fmt: skip
+        results.append(self._plan.out, found)
+
+    def _convert(self, faults: int) -> None:
+        folder = self._fresh("convert")
+        folder.mkdir()
+        rng = random.Random(f"{self._plan.seed} convert")
+        conversion = Conversion(self._starter, folder, rng, patience=self._plan.patience, say=self._say)
+        try:
+            outcome = conversion.run(faults)
+        finally:
+            outcome = conversion.outcome
+            same = NOT if outcome.problems else IDENTICAL if outcome.finished else UNFINISHED
+            results.append(
+                self._plan.out,
+                Result("convert", "1", self._plan.seed, outcome.starts, outcome.faults, 0, 0, 0, same,
+                       problems=outcome.problems),
+            )  # fmt: skip
+        if outcome.finished:
+            shutil.rmtree(folder)
+
+    def _untouched(self, strategy: str, size: int) -> None:
+        """Train without faults what is not there yet.
+
+        Raises:
+            RunError: It did not finish by itself.
+        """
+        for folder in self._references(strategy, size):
+            if (folder / "whole").is_file():
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            self._say(f"{folder.name}: training without faults")
+            trial = Trial(
+                self._starter, self._arguments(strategy, folder), folder, [size], deque(), random.Random(0),
+                gap=1, pace=Pace(0, 0, 0), patience=self._plan.patience, say=self._say,
+            )  # fmt: skip
+            began = time.time()
+            outcome = trial.run()
+            if not outcome.finished:
+                raise RunError("the training does not end without any fault:\n" + "\n".join(outcome.problems))
+            _keep_logs(folder)
+            (folder / "whole").write_text(json.dumps(asdict(_measure(folder, time.time() - began))))
+
+    def _references(self, strategy: str, size: int) -> list[Path]:
+        return [self._plan.out / f"untouched-{strategy}-{size}-{n}" for n in range(self._plan.untouched)]
+
+    def _pace(self, runs: Sequence[Path]) -> Pace:
+        paces = [Pace(**json.loads((run / "whole").read_text())) for run in runs]
+        return max(paces, key=lambda pace: pace.start)
+
+    def _arguments(self, strategy: str, run: Path) -> list[str]:
+        given = [*self._plan.overrides, *self._own(strategy), f"run_dir={run}"]
+        return ["train", str(self._plan.recipe), *(x for s in given for x in ("--set", s))]
+
+    def _own(self, strategy: str) -> list[str]:
+        return [f"strategy.name={strategy}", "train.log_samples=true", "train.log_every=1", "tracking.wandb=off"]
+
+    def _load(self, strategy: str) -> Loaded:
+        for size in self._plan.sizes:
+            loaded = load(self._plan.recipe, [*self._plan.overrides, *self._own(strategy)], world_size=size)
+        return loaded
+
+    def _fresh(self, name: str) -> Path:
+        return next(p for n in range(1, 10_000) if not (p := self._plan.out / f"{name}-{n}").exists())
+
+    def _claim(self) -> None:
+        """Make the folder this recipe's."""
+        resolved = next(iter(self._loaded.values())).resolved
+        content = {k: v for k, v in resolved.items() if k not in ("strategy", "run_dir")}
+        mine = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        mark = self._plan.out / "recipe.sha256"
+        try:
+            self._plan.out.mkdir(parents=True, exist_ok=True)
+            if mark.exists() and mark.read_text() != mine:
+                raise RunError(f"{self._plan.out}: holds results of another recipe; choose another --out")
+            mark.write_text(mine)
+        except OSError as e:
+            raise RunError(f"{self._plan.out}: cannot be written ({e.strerror}); choose another --out") from e
+
+
+def _deal(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _measure(run: Path, seconds: float) -> Pace:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    saves = [line["save_seconds"] for line in lines if "save_seconds" in line]
+    steps = [b["seconds"] - a["seconds"] for a, b in pairwise(lines)]
+    return Pace(
+        start=max(0.0, seconds - lines[-1]["seconds"]), step=statistics.median(steps or [0.0]),
+        save=statistics.median(saves or [0.0]),
+    )  # fmt: skip
+
+
+def _keep_logs(run: Path) -> None:
+    """What is compared stays; what is large goes."""
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(run / name, ignore_errors=True)

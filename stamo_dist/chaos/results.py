@@ -1,0 +1,107 @@
+"""What chaos found: a line of JSON a training, and the tables made of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, WITHIN
+from stamo_dist.chaos.trial import Injected
+
+FILE = "results.jsonl"
+_GRADES = (IDENTICAL, WITHIN, UNFINISHED, NOT)
+_MOMENTS = ("starting", "training", "saving", "leaving", "leaving, after the save", "between starts", "converting")
+
+
+@dataclass
+class Result:
+    """One training, or all conversions of one call, under faults."""
+
+    what: str  # strategy, or "convert"
+    processes: str  # "2", or "1, 2" where each start had another number
+    seed: int
+    starts: int
+    faults: list[Injected]
+    redone: int  # steps
+    lost: int  # samples
+    repeated: int  # samples
+    losses: str
+    deviation: float = 0.0
+    spread: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+
+def append(out: Path, result: Result) -> None:
+    with (out / FILE).open("a") as f:
+        f.write(json.dumps(asdict(result)) + "\n")
+
+
+def read(out: Path) -> list[Result]:
+    """All results of a folder, of all calls."""
+    try:
+        lines = (out / FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return [Result(**{**row, "faults": [Injected(**fault) for fault in row["faults"]]}) for row in rows]
+
+
+def show(results: list[Result], console: Console) -> None:
+    """Two tables, and what went wrong."""
+    if not results:
+        return
+    console.print(_kinds([fault for result in results for fault in result.faults]))
+    console.print(_trainings(results))
+    for result in results:
+        for problem in result.problems:
+            console.print(f"PROBLEM: {result.what} on {result.processes}, seed {result.seed}: {problem}", markup=False)
+
+
+def _kinds(faults: list[Injected]) -> Table:
+    table = _table(f"{len(faults)} faults")
+    counts = Counter((f.whom, f.what, f.moment) for f in faults)
+    moments = [m for m in _MOMENTS if any(moment == m for _, _, moment in counts)]
+    table.add_column("")
+    for moment in moments:
+        table.add_column(moment, justify="right")
+    for whom, what in sorted({(whom, what) for whom, what, _ in counts}):
+        table.add_row(f"{whom}: {what}", *(str(counts[whom, what, m] or "·") for m in moments))
+    table.add_row("all", *(str(sum(n for (_, _, at), n in counts.items() if at == m)) for m in moments))
+    return table
+
+
+def _trainings(results: list[Result]) -> Table:
+    table = _table("compared with what was left alone")
+    for name in ("", "processes", "trainings", "starts", "faults", "redone", "lost", "repeated", "losses"):
+        table.add_column(name, justify="left" if name in ("", "processes", "losses") else "right")
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.what, result.processes), []).append(result)
+    for (what, processes), group in groups.items():
+        far, spread = (max(getattr(r, name) for r in group) for name in ("deviation", "spread"))
+        apart = f" ({far:.1e}; untouched: {spread:.1e})" if far else ""
+        table.add_row(what, processes, *_sums(group), f"{max((r.losses for r in group), key=_GRADES.index)}{apart}")
+    table.add_row("all", "", *_sums(results), "" if all(r.good for r in results) else "PROBLEMS")
+    table.caption = "redone: steps; lost, repeated: samples, in the history that counts"
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", caption_justify="left"
+    )
+
+
+def _sums(group: list[Result]) -> list[str]:
+    rows = [(1, r.starts, len(r.faults), r.redone, r.lost, r.repeated) for r in group]
+    return [str(sum(column)) for column in zip(*rows, strict=True)]

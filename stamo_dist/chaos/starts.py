@@ -1,0 +1,151 @@
+"""Starting `stamo` commands, as a user does or forked off a process that has imported everything; their processes."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+#: What a training and a conversion import.
+MODULES = ("deepspeed", "stamo_dist.train", "stamo_dist.tasks.tokenizer", "stamo_dist.tasks.vae")
+_WORKER = "stamo_dist.data.worker"
+
+
+class Start(Protocol):
+    """One running command."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+
+class Starter(Protocol):
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
+        """Run `stamo ARGUMENTS` in a session of its own; `processes`: ranks of a training, `run`: their folder."""
+
+    def close(self) -> None: ...
+
+
+class Cold:
+    """Starts commands as a user does."""
+
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
+        ranks = ["--nproc", str(processes)] if processes > 1 else []
+        with output.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "stamo_dist.cli", *arguments, *ranks],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+
+class Warm:
+    """Forks commands off one process that has imported `modules`."""
+
+    def __init__(self, modules: Sequence[str] = MODULES):
+        self._codes: dict[int, int] = {}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "stamo_dist.chaos.warm", *modules],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
+        )  # fmt: skip
+
+    def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
+        request = {"arguments": list(arguments), "processes": processes, "run": str(run), "output": str(output)}
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        while (pid := self._read()) is None:
+            pass
+        return _Forked(self, pid)
+
+    def code(self, pid: int) -> int | None:
+        assert self._server.stdout is not None
+        while pid not in self._codes and select.select([self._server.stdout], [], [], 0)[0]:
+            self._read()
+        return self._codes.get(pid)
+
+    def _read(self) -> int | None:
+        """Take one answer in; the process id where a command was started."""
+        assert self._server.stdout is not None
+        line = self._server.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self._server.args))} ended")  # type: ignore[arg-type]
+        answer = json.loads(line)
+        if "code" not in answer:
+            return int(answer["pid"])
+        self._codes[answer["pid"]] = answer["code"]
+        return None
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+class _Forked:
+    def __init__(self, server: Warm, pid: int):
+        self._server, self.pid = server, pid
+
+    def poll(self) -> int | None:
+        return self._server.code(self.pid)
+
+
+class Tree:
+    """The processes of one start: launcher, ranks, loader workers; remembers ranks that lost their launcher."""
+
+    def __init__(self, start: Start, processes: int):
+        self._start, self._size = start, processes
+        self._ranks: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            self.launcher = psutil.Process(start.pid)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks that run, in order; of a training of one process the launcher is the rank."""
+        if self._size == 1:
+            return [self.launcher] if running(self.launcher) else []
+        if len(self._ranks) < self._size:
+            with suppress(psutil.NoSuchProcess):
+                self._ranks = sorted(self.launcher.children(), key=lambda p: (p.create_time(), p.pid))
+        return [p for p in self._ranks if running(p)]
+
+    def workers(self) -> list[psutil.Process]:
+        found = []
+        for rank in self.ranks():
+            with suppress(psutil.NoSuchProcess):
+                found += [p for p in rank.children() if _WORKER in p.cmdline()]
+        return found
+
+    @property
+    def gone(self) -> bool:
+        """Whether all of it has ended."""
+        return self._start.poll() is not None and not self.ranks()
+
+    def kill(self) -> None:
+        """End all of it at once."""
+        everyone = [self.launcher, *self.ranks()]
+        for process in list(everyone):
+            with suppress(psutil.NoSuchProcess):
+                everyone += process.children(recursive=True)
+        for process in everyone:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        while not self.gone:
+            time.sleep(0.01)
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

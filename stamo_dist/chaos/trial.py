@@ -1,0 +1,263 @@
+"""One training under faults: started, struck, started again, until it has ended by itself."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.chaos.faults import (
+    BETWEEN,
+    CHECKPOINT,
+    LEAVING,
+    PAUSE,
+    RANK,
+    RANKS,
+    SAVING,
+    STARTING,
+    TRAINING,
+    WORKER,
+    Fault,
+    corrupt,
+    newest_checkpoint,
+    strike,
+)
+from stamo_dist.chaos.starts import Start, Starter, Tree
+
+_POLL = 0.002  # seconds
+_TAIL = 1 << 14  # bytes of a file in which its last whole line lies
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long things take, measured on untouched runs; in seconds."""
+
+    start: float  # until the first step is done
+    step: float
+    save: float
+
+
+@dataclass
+class Injected:
+    """A fault that was done."""
+
+    whom: str
+    what: str
+    moment: str
+    step: int  # the last one logged before
+    code: int | None = None  # with which the start ended
+
+    def __str__(self) -> str:
+        return f"{self.what} {'of' if self.whom == CHECKPOINT else 'to'} {self.whom}, {self.moment}"
+
+    @property
+    def harmless(self) -> bool:
+        """Whether the run goes on as if nothing had been."""
+        return self.what == PAUSE or (self.whom, self.what) == (WORKER, "SIGTERM")
+
+
+@dataclass
+class Outcome:
+    """What one training went through."""
+
+    starts: int = 0
+    redone: int = 0  # steps that were done again
+    processes: list[int] = field(default_factory=list)  # of each start
+    faults: list[Injected] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # what should not have happened
+    finished: bool = False
+
+
+class Watched:
+    """What a run folder says while its run goes on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._metrics, self._seen, self._step = path / "metrics.jsonl", (0, 0), 0
+
+    def step(self) -> int:
+        """The last step that was logged, 0 before the first."""
+        try:
+            info = self._metrics.stat()
+            if (now := (info.st_ino, info.st_size)) != self._seen:
+                with self._metrics.open("rb") as f:
+                    f.seek(max(0, info.st_size - _TAIL))
+                    lines = f.read().split(b"\n")[:-1]
+                self._step = json.loads(lines[-1])["step"] if lines else 0
+                self._seen = now
+        except (OSError, ValueError):
+            pass
+        return self._step
+
+    def begun(self) -> list[int]:
+        """For each start that got to its training: the step it went on from."""
+        try:
+            return [json.loads(line)["after step"] for line in (self.path / "starts.jsonl").read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+
+    def unfinished(self) -> set[str]:
+        """Checkpoints that are being written, or were when their writer died."""
+        folder = self.path / "checkpoints"
+        try:
+            names = {p.name for p in folder.iterdir()}
+        except OSError:
+            return set()
+        unmarked = {n for n in names if n.startswith("step_") and not (folder / n / "checkpoint.json").exists()}
+        return unmarked | {n for n in names if n.startswith(".step_")}
+
+
+class HungError(Exception):
+    """Nothing happened for too long."""
+
+
+class Trial:
+    """Args:
+    starter: What starts its processes.
+    arguments: `stamo` arguments of the training, without the number of processes.
+    run: Its run folder; what its starts print goes to `run`.log.
+    sizes: Numbers of processes; each start takes one.
+    faults: Taken from here until it is empty or the training ends.
+    gap: Steps between two faults, on average.
+    pace: Of untouched runs.
+    patience: Seconds without a sign of life after which it counts as hung.
+    say: Gets a line for each fault.
+    """
+
+    def __init__(
+        self, starter: Starter, arguments: Sequence[str], run: Path, sizes: Sequence[int], faults: deque[Fault],
+        rng: random.Random, *, gap: float, pace: Pace, patience: float, say: Callable[[str], None],
+    ):  # fmt: skip
+        self._starter, self._arguments, self._sizes, self._faults = starter, arguments, sizes, faults
+        self._rng, self._gap, self._pace, self._patience, self._say = rng, gap, pace, patience, say
+        self._watched, self._log = Watched(run), run.with_name(f"{run.name}.log")
+        self._trees: list[Tree] = []
+        self._reached, self._begun = 0, 0
+        self._last: int | None = None  # step of the fault before, in this start
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Until the training has ended by itself, or something happened that should not have."""
+        try:
+            while not (self.outcome.finished or self.outcome.problems):
+                self._start()
+        except HungError as e:
+            self._problem(str(e))
+        finally:
+            for tree in self._trees:
+                tree.kill()
+        return self.outcome
+
+    def _start(self) -> None:
+        last = self.outcome.processes[-1:]
+        size = self._rng.choice([n for n in self._sizes if n not in last] or self._sizes)
+        self._begun = len(self._watched.begun())
+        self._look()
+        start = self._starter.start(self._arguments, self._log, size, self._watched.path)
+        tree = Tree(start, size)
+        self._trees = [*(t for t in self._trees if not t.gone), tree]
+        self.outcome.starts += 1
+        self.outcome.processes.append(size)
+        struck: Injected | None = None
+        self._last = None
+        while (struck is None or struck.harmless) and self._faults and self._come(self._faults[0], start):
+            struck = self._strike(self._faults.popleft(), tree) or struck
+        self._until(lambda: start.poll() is not None, "end")
+        code = start.poll()
+        self._look()
+        if struck is not None:
+            struck.code = code
+            self._say(f"{self._watched.path.name}: step {struck.step}: {struck}: code {code}")
+        if code == 0:
+            self._until(lambda: tree.gone, "leave no rank behind")
+            self.outcome.finished = True
+        elif struck is None or struck.harmless:
+            self._problem(f"a start that nothing was done to ended with code {code}")
+        elif self._rng.random() < 0.5:  # else the next start finds ranks that still save
+            self._until(lambda: tree.gone, "end its ranks")
+
+    def _come(self, fault: Fault, start: Start) -> bool:
+        """Wait for the fault's moment; False where the training ended before."""
+        steps = max(1, round(self._gap * (0.3 + 1.4 * self._rng.random())))
+        began = time.monotonic()
+        before = self._watched.unfinished()
+
+        def come() -> bool:
+            if fault.moment == STARTING:
+                return time.monotonic() - began >= fault.when * self._pace.start
+            begun = self._look()
+            if begun is None or self._watched.step() < (begun if self._last is None else self._last) + steps:
+                return False
+            if fault.moment == BETWEEN:
+                return newest_checkpoint(self._watched.path) is not None
+            return fault.moment != SAVING or bool(self._watched.unfinished() - before)
+
+        self._until(lambda: start.poll() is not None or come(), f"come to where it is struck ({fault})")
+        if fault.moment in (TRAINING, SAVING):
+            time.sleep(fault.when * (self._pace.step if fault.moment == TRAINING else self._pace.save))
+        return start.poll() is None
+
+    def _strike(self, fault: Fault, tree: Tree) -> Injected | None:
+        """Do it; None where there was nothing to do it to."""
+        if fault.moment == STARTING:
+            self._until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
+        elif fault.moment == LEAVING:
+            before = self._watched.unfinished()
+            strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
+            self._until(lambda: tree.gone or bool(self._watched.unfinished() - before), "save on leaving")
+            time.sleep(0.7 * fault.when * self._pace.save)
+        injected = Injected(fault.whom, fault.what, self._moment(fault), self._watched.step())
+        if fault.whom == CHECKPOINT:
+            done = strike(replace(fault, whom=RANKS, what="SIGKILL"), tree)
+            for each in self._trees:
+                self._until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
+            done = done and corrupt(fault, self._watched.path) is not None
+        else:
+            done = strike(fault, tree)
+        self._last = injected.step
+        if not done:
+            return None
+        self.outcome.faults.append(injected)
+        return injected
+
+    def _moment(self, fault: Fault) -> str:
+        """The one in which it really comes: a save may begin, or be over."""
+        saving = bool(self._watched.unfinished())
+        if fault.moment in (TRAINING, SAVING):
+            return SAVING if saving else TRAINING
+        return f"{LEAVING}, after the save" if fault.moment == LEAVING and not saving else fault.moment
+
+    def _look(self) -> int | None:
+        """The step from which this start went on, None before it trains; counts what is done again."""
+        begun = self._watched.begun()
+        if len(begun) <= self._begun:
+            self._reached = max(self._reached, self._watched.step())
+            return None
+        after = begun[-1]
+        self.outcome.redone += max(0, self._reached - after)
+        self._reached = after
+        return after
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        alive: Any = None
+        deadline = 0.0
+        while not condition():
+            now = (self._watched.step(), len(self._watched.begun()), len(self._watched.unfinished()))
+            if now != alive:
+                alive, deadline = now, time.monotonic() + self._patience
+            if time.monotonic() > deadline:
+                raise HungError(f"it did not {what} within {self._patience:g} s")
+            time.sleep(_POLL)
+
+    def _problem(self, text: str) -> None:
+        try:
+            tail = self._log.read_text(errors="replace").splitlines()[-12:]
+        except OSError:
+            tail = []
+        at = f"{self._watched.path}: {text}; its start was number {self.outcome.starts}; its output ends with"
+        self.outcome.problems.append("\n    ".join([at, *tail]))

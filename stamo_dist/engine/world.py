@@ -1,0 +1,58 @@
+"""Who this process is among the processes of the run. Needs no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def world_from_environment() -> World:
+    """Read the rank environment that torchrun, `stamo train --nproc` or Slurm set; a lone process gets one of its own.
+
+    DeepSpeed and FSDP want a process group even for one process, so a lone process is given a rendezvous too.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+    env = os.environ
+    if env.get("STAMO_LAUNCHED") and sys.platform == "linux":
+        # A launcher that is killed cannot tell its ranks: the kernel does, and they save and leave.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return World(
+        rank=int(env["RANK"]),
+        size=int(env["WORLD_SIZE"]),
+        local_rank=int(env.get("LOCAL_RANK", 0)),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
+    )

@@ -1,0 +1,92 @@
+"""`stamo chaos`: a training survives twenty random faults, and what does not survive is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from toy import write_recipe
+
+from stamo_dist.chaos import results
+from stamo_dist.chaos.compare import FLOOR, IDENTICAL, NOT, WITHIN, History, compare
+from stamo_dist.chaos.harness import Harness, Plan
+from stamo_dist.chaos.starts import MODULES, Warm
+
+
+@pytest.fixture(scope="module")
+def tried(toy, stamo, tmp_path_factory) -> Path:
+    """The folder of a chaos run of twenty faults."""
+    folder = tmp_path_factory.mktemp("chaos")
+    recipe = write_recipe(folder / "toy.yaml", toy.shards, toy.vae, workers=1)
+    result = stamo(
+        "chaos", recipe, "--kills", 20, "--seed", 4, "--warm", "--out", folder / "out", "--patience", 60,
+        "--set", "train.steps=100", "--set", "train.checkpoint.every=7", "--set", "data.augment.brightness=0",
+        timeout=600,
+    )  # fmt: skip
+    print(result.stdout)
+    return folder / "out"
+
+
+def test_twenty_faults_change_nothing(tried):
+    found = results.read(tried)
+    faults = [fault for result in found for fault in result.faults]
+    assert len(faults) == 20
+    assert len({(fault.whom, fault.what, fault.moment) for fault in faults}) > 10
+    assert {result.processes for result in found} == {"2", "1, 2", "1"}
+    for result in found:
+        assert (result.lost, result.repeated, result.problems) == (0, 0, [])
+        assert result.losses == IDENTICAL or (result.losses == WITHIN and result.processes == "1, 2")
+    assert sum(result.redone for result in found) > 0
+
+
+def change(run: Path, name: str, number: int, **values: object) -> None:
+    """Change one line of a log."""
+    lines = (run / name).read_text().splitlines()
+    lines[number] = json.dumps({**json.loads(lines[number]), **values})
+    (run / name).write_text("\n".join(lines) + "\n")
+
+
+def test_what_is_wrong_is_found(tried, tmp_path):
+    """In copies of an untouched run: another sample, other content, a missing step, a loss that is one bit off."""
+    untouched = [History.read(tried / f"untouched-ddp-{size}-0") for size in (1, 2)]
+    line = json.loads((tried / "untouched-ddp-2-0/samples.jsonl").read_text().splitlines()[40])
+    loss = untouched[1].values[40][1]["loss"]
+
+    def doctored(name: str, **values: object) -> History:
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(tried / "untouched-ddp-2-0", run)
+        change(run, name, 40, **values)
+        return History.read(run)
+
+    assert compare(untouched[1], untouched[1:]).good
+    other = compare(doctored("samples.jsonl", samples=[*line["samples"][1:], line["samples"][1]]), untouched[1:])
+    assert (other.lost, other.repeated, other.other, other.good) == (1, 1, [41], False)
+    other = compare(doctored("samples.jsonl", checksums=[0] * 8), untouched[1:])
+    assert (other.lost, other.repeated, other.other, other.good) == (0, 0, [41], False)
+    other = compare(doctored("samples.jsonl", step=40), untouched[1:])
+    assert (other.other, other.good) == ([40, 41], False)
+    other = compare(doctored("metrics.jsonl", step=40), untouched[1:])
+    assert (other.losses, other.good) == (NOT, False)
+    bit = doctored("metrics.jsonl", loss=loss * (1 + 2**-24))
+    assert compare(bit, untouched[1:]).losses == NOT
+    assert compare(bit, untouched, FLOOR).losses == WITHIN
+    assert compare(doctored("metrics.jsonl", loss=loss * 1.001), untouched, FLOOR).losses == NOT
+
+
+def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    settings = ("train.steps=40", "train.checkpoint.every=5", "data.augment.brightness=0")
+    plan = Plan(recipe, settings, 2, 0, ["ddp"], [1], tmp_path / "out", 1, convert=False, patience=60)
+    starter = Warm((*MODULES, "tests.forgetful"))
+    try:
+        Harness(plan, starter, print).run()
+    finally:
+        starter.close()
+    found = results.read(tmp_path / "out")
+    assert Counter(result.good for result in found)[False] == 1
+    assert found[-1].lost or found[-1].repeated
+    assert found[-1].losses == NOT
