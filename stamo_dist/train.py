@@ -268,5 +268,8 @@ class _Session:
 
     def _show_first(self, batch: Batch) -> None:
         picture = self.run_folder.path / "first_batch.png"
-        save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])
-        self.journal.picture("first_batch", picture, 1)
+        try:
+            save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])
+            self.journal.picture("first_batch", picture, 1)
+        except OSError as e:
+            self.journal.say(f"{picture}: not written ({e.strerror})")
