@@ -117,6 +117,9 @@ class Data(Section):
         "raise",
         description="Unreadable shards or frames end the run, or another frame of the source is taken and counted.",
     )
+    max_bad_samples: NonNegativeInt | None = Field(
+        1000, description="With skip: more replaced samples of one source than this end the run; null: no limit."
+    )
     timeout: PositiveFloat = Field(
         1800.0, description="Seconds to wait for one batch before the run ends, naming the shard that is stuck."
     )
