@@ -85,7 +85,8 @@ def one_run(run: Run) -> RenderableType:
         when = f"{datetime.fromisoformat(e.time).astimezone():%m-%d %H:%M:%S}"
         where = f"{','.join(e.nodes)} × {e.world_size} ranks" if e.nodes and e.world_size else ",".join(e.nodes)
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
-    return Group(Text(run.name, style="bold"), grid, *([Text(), events] if run.history else []))
+    since: list[RenderableType] = [Text(), events] if run.history else []
+    return Group(Text(run.name, style="bold"), grid, *since)
 
 
 def _state(run: Run) -> Text:
