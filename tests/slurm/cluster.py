@@ -74,7 +74,9 @@ def missing() -> str | None:
         return "Slurm is not installed (Debian: apt-get install --no-install-recommends slurm-wlm munge)"
     if os.geteuid() != 0:
         return "a test cluster needs root, for network namespaces"
-    probe = subprocess.run(["unshare", "-n", "-u", "-m", "-p", "-f", "true"], capture_output=True, text=True)
+    probe = subprocess.run(
+        ["unshare", "-n", "-u", "-m", "-p", "-f", "true"], check=False, capture_output=True, text=True
+    )
     return f"namespaces are not allowed here ({probe.stderr.strip()})" if probe.returncode else None
 
 
@@ -126,10 +128,10 @@ class Cluster:
         (self.root / "spool" / name).mkdir(parents=True, exist_ok=True)
         if name not in self._inits:
             self._namespace(name)
-            link = f"veth{name}"
+            link = f"v{name}"
             self._inside("ctl", "sh", "-c", (
-                f"ip link del {link} 2>/dev/null; ip link add {link} type veth peer name eth0 netns {self._inits[name]} "
-                f"&& ip link set {link} master br0 up"
+                f"ip link del {link} 2>/dev/null; ip link add {link} type veth peer name eth0 "
+                f"netns {self._inits[name]} && ip link set {link} master br0 up"
             ), spaces="n")  # fmt: skip
             self._inside(name, "sh", "-c", (
                 f"ip addr add {self._address(name)}/24 dev eth0 && ip link set eth0 up && "
@@ -157,7 +159,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a client prints."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=self.env, check=False, capture_output=True, text=True, timeout=30)
         assert not (check and done.returncode), f"{command}: {done.stderr}"
         return done.stdout
 
@@ -197,7 +199,7 @@ class Cluster:
         enter = ["nsenter", "-t", str(self._inits[name]), *(f"-{space}" for space in spaces), "--"]
         done = subprocess.run(
             [*enter, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=30, env={**os.environ, "SLURM_CONF": str(self.root / "etc/slurm.conf")},
+            timeout=30, check=False, env={**os.environ, "SLURM_CONF": str(self.root / "etc/slurm.conf")},
         )  # fmt: skip
         assert not done.returncode, f"{name}: {command}: {done.stdout}"
 
