@@ -16,6 +16,8 @@ from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
+from stamo_dist.launch import verbs
+from stamo_dist.launch.doctor.commands import doctor, probe
 from stamo_dist.recipe.commands import app as recipe_app
 
 app = typer.Typer(
@@ -29,6 +31,10 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.command()(launch_commands.submit)
+for verb in verbs.COMMANDS:
+    app.command()(verb)
+app.command()(doctor)
+app.command("doctor-probe", hidden=True)(probe)
 app.command()(chaos)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,32 +15,64 @@ Overrides = Annotated[
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_sim.yaml.")],
+    context: typer.Context,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe or pipeline, e.g. recipes/tokenizer_sim.yaml.")
+    ],
     cluster: Annotated[
-        str, typer.Option(metavar="PROFILE", help="A profile: a file, or the name of one in slurm/.")
-    ] = "local",
+        str | None,
+        typer.Option(metavar="PROFILE", help="A profile: a file, or the name of one in slurm/; local without Slurm."),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes, in place of the profile's.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node, in place of the profile's.")] = None,
     time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit, in place of the profile's.")] = None,
     set_: Overrides = [],  # noqa: B006 (typer reads the default)
+    sweep: Annotated[
+        list[str],
+        typer.Option(metavar="A.B=X,Y", help="One run for each value; may be repeated, for all combinations."),
+    ] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, and stop.")] = False,
 ) -> None:
     """Queue a recipe on a cluster; it is preempted, queued again and goes on by itself until it has finished.
 
-    Code and recipe are copied into the run folder first: editing the checkout changes no queued run.
+    Code and recipe are copied into the run folder first: editing the checkout changes no queued run. A pipeline is
+    queued stage after stage; what is done already is skipped.
 
     Example: stamo submit recipes/tokenizer_sim_droid.yaml --cluster gpu --nodes 4 --dry-run
-    """
-    from stamo_dist.launch import submit as jobs
 
-    order = jobs.plan(recipe, cluster, overrides=set_, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
-    if order.profile.backend == "local":
-        raise StamoError(f"--cluster {cluster}: is the local machine")
-    print(jobs.describe(order))
-    for note in order.notes:
-        print(f"  {note}")
-    if dry_run:
-        print(jobs.script(order))
+    Example: stamo submit recipes/tokenizer_demo.yaml --cluster local --sweep optimizer.lr=1e-3,2e-3
+
+    Example: stamo submit recipes/pipelines/demo.yaml --cluster local
+    """
+    from stamo_dist.launch import chain, pipeline
+    from stamo_dist.launch import submit as jobs
+    from stamo_dist.launch import sweep as sweeps
+
+    cluster = cluster or jobs.default_cluster()
+    asked: dict[str, Any] = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
+    steps: list[chain.Step] = []
+    if pipeline.is_pipeline(recipe):
+        if sweep:
+            raise StamoError(f"--sweep: {recipe} is a pipeline; sweep over one of its recipes")
+        whole, works = pipeline.load_pipeline(recipe, set_, context.find_root().command)
+        steps = chain.look_at(works)
+        for step in steps:
+            if step.state != "todo":
+                print(f"{whole.name}.{step.work.name}: {step.words}")
+        orders, where = chain.orders(whole, steps, cluster, jobs.changed(**asked)), whole.run_dir
+    elif sweep:
+        orders, where = sweeps.orders(recipe, cluster, sweep, set_, **asked)
+    else:
+        orders = [jobs.plan(recipe, cluster, overrides=set_, **asked)]
+        where = orders[0].launch.run_dir
+    for order in orders:
+        print(jobs.describe(order))
+        for note in order.notes:
+            print(f"  {note}")
+        if dry_run and order.profile.backend == "slurm":
+            print(jobs.script(order))
+    if dry_run or not orders:
         return
-    launch = jobs.submit(order)
-    print(f"job {launch.job}: `stamo status {launch.run_dir}` and `stamo logs {launch.run_dir}` show how it does")
+    launches = chain.send(whole, recipe, steps, orders) if steps else jobs.submit_all(orders)
+    ids = dict.fromkeys(str(launch.job) for launch in launches)
+    print(f"job {', '.join(ids)}: `stamo status {where}` and `stamo logs {launches[0].run_dir}` show how it does")

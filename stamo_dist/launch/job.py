@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.ports import free_port
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
+from stamo_dist.engine.world import free_port
 from stamo_dist.launch import rank, slurm
 from stamo_dist.launch.record import Event, Launch, What, events, now, read, record
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
@@ -126,7 +126,7 @@ class Job:
         if _cancelled(self.run):
             return "cancelled"
         try:
-            return slurm.fate(self.id)
+            return slurm.fate(self.id, self.restart)
         except slurm.SlurmError as e:
             self._say(f"job {self.id}: {e}")
             return ""

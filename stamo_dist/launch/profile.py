@@ -136,9 +136,7 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile
     if path is None:
         if name == LOCAL:
             return LOCAL, Profile.model_validate({"backend": "local", **_plain(overrides)})
-        names = [LOCAL, *(p.stem for folder in _folders() for p in folder.glob("*.yaml"))]
-        known = ", ".join(sorted(set(names)))
-        hint = did_you_mean(name, names) or f"there are {known}"
+        hint = did_you_mean(name, names()) or f"there are {', '.join(names())}"
         raise ProfileError([f"--cluster {name}: no such file and no such profile in {FOLDER}/; {hint}"])
     merged = merge(path, overrides)
     profile, wrong = validate_as(Profile, merged)
@@ -146,6 +144,11 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile
     if profile is None or problems:
         raise ProfileError(problems)
     return path.stem, profile
+
+
+def names() -> list[str]:
+    """Of the profiles there are."""
+    return sorted({LOCAL, *(p.stem for folder in _folders() for p in folder.glob("*.yaml"))})
 
 
 def find(name: str) -> Path | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from stamo_dist.errors import StamoError
 
 _TIMEOUT = 30.0  # seconds
+_CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 _FIELDS = {
     "id": "%i", "state": "%T", "reason": "%r", "start": "%S", "nodes": "%N", "count": "%D", "elapsed": "%M",
     "limit": "%l", "partition": "%P", "user": "%u", "name": "%j",
@@ -50,9 +54,18 @@ class Job:
         return self.state in ACTIVE
 
 
+@functools.lru_cache
 def available() -> bool:
     """Whether this machine can submit to a Slurm cluster."""
-    return shutil.which("sbatch") is not None
+    if shutil.which("sbatch") is None:
+        return False
+    if "SLURM_CONF" in os.environ or any(Path(p).is_file() for p in _CONFIGURATIONS):
+        return True
+    try:  # a configuration of another place, or from a server
+        run("scontrol", "ping")
+    except SlurmError:
+        return False
+    return True
 
 
 def run(*command: str, stdin: str | None = None) -> str:
@@ -128,16 +141,22 @@ def _range(text: str) -> list[str]:
     return out
 
 
-def fate(job: str) -> str:
-    """What is to become of a job whose processes have ended: "cancelled", "queued" again, or "" for nothing.
+def fate(job: str, restart: int) -> str:
+    """What is to become of a job whose processes have ended in its start number `restart`, counted from 0.
+
+    "queued": Slurm starts it again. "cancelled": somebody ended it. "": nothing; it was not stopped by Slurm, or only
+    because its time was up.
 
     Raises:
         SlurmError: Slurm does not say.
     """
     found = details(job)
-    if found.get("JobState") == "CANCELLED":
-        return "cancelled"
-    return "queued" if found.get("JobState") in ("PENDING", "REQUEUED", "CONFIGURING") else ""
+    state = found.get("JobState", "")
+    if int(found.get("Restarts", restart)) > restart or state in ("PENDING", "REQUEUED"):
+        return "queued"
+    # While a job completes, Slurm shows that and not why.
+    late = _passed(found.get("RunTime", "")) >= _passed(found.get("TimeLimit", ""))
+    return "cancelled" if state == "CANCELLED" or (state == "COMPLETING" and not late) else ""
 
 
 def requeue(job: str) -> None:
@@ -163,6 +182,15 @@ def _time(text: str) -> datetime | None:
         return datetime.fromisoformat(text).astimezone()
     except ValueError:  # N/A, Unknown
         return None
+
+
+def _passed(text: str) -> float:
+    """[D-]HH:MM:SS in seconds; without end where there is no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return float("inf")
+    days, hours, minutes, seconds = (int(n or 0) for n in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _pairs(line: str) -> dict[str, str]:

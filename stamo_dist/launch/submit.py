@@ -6,21 +6,23 @@ import contextlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, slurm, snapshot
-from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch import checks, slurm, snapshot, supervise
+from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
 from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record
 from stamo_dist.launch.restarts import newest_step
 from stamo_dist.recipe.load import Loaded, load
 
-_SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
+SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,30 @@ class Order:
     launch: Launch
     profile: Profile
     loaded: Loaded | None = None  # the recipe that goes into the snapshot
-    runs: list[str] = field(default_factory=list)  # of an array whose tasks are runs of their own, one each
-    tasks: int = 0  # of an array; 0: it is none
+    members: list[Order] = field(default_factory=list)  # of an array whose tasks are runs of their own, this one first
     after: list[str] = field(default_factory=list)  # jobs that must have finished
     notes: list[str] = field(default_factory=list)  # what a person should know
+
+    @property
+    def tasks(self) -> int:
+        """Of an array; 0: it is none."""
+        return len(self.members) or (self.launch.tasks if self.launch.tasks > 1 else 0)
 
     @property
     def least(self) -> int:
         """Fewest nodes."""
         return min(self.launch.node_counts or [self.launch.nodes])
+
+
+def default_cluster() -> str:
+    """The profile where none is named: this machine, unless it is a login node.
+
+    Raises:
+        ProfileError: It is one.
+    """
+    if slurm.available():
+        raise ProfileError([f"--cluster: name one, there is Slurm here: {', '.join(names())}"])
+    return LOCAL
 
 
 def plan(
@@ -50,21 +67,51 @@ def plan(
     Raises:
         StamoError: Recipe or profile are wrong, or it could not run there.
     """
-    changes = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
-    if nodes is not None:
-        changes += [f"nodes={nodes}", "min_nodes=null", "max_nodes=null"]
-    name, profile = load_profile(cluster, changes)
     loaded = load(recipe, overrides)
-    counts, notes = checks.node_counts(loaded, profile)
-    run = Path(loaded.recipe.run_dir).absolute()
     launch = Launch(
-        name=loaded.recipe.name, run_dir=str(run), recipe=str(recipe), overrides=list(overrides),
-        command=["train", f"{_SNAPSHOT}/recipe.yaml"], cluster=name, profile=profile.model_dump(mode="json"),
-        nodes=profile.nodes, processes_per_node=profile.processes, node_counts=counts,
-        max_restarts=profile.max_restarts,
+        name=loaded.recipe.name, run_dir=str(Path(loaded.recipe.run_dir).absolute()), recipe=str(recipe),
+        overrides=list(overrides), command=["train", f"{SNAPSHOT}/recipe.yaml"],
+    )  # fmt: skip
+    return ask(launch, loaded, cluster, changed(nodes, gpus_per_node, time))
+
+
+def changed(nodes: int | None = None, gpus_per_node: int | None = None, time: str | None = None) -> list[str]:
+    """The fields of a profile that the command line sets, `field=value` each."""
+    found = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
+    return [*found, f"nodes={nodes}", "min_nodes=null", "max_nodes=null"] if nodes is not None else found
+
+
+def ask(
+    launch: Launch, loaded: Loaded | None, cluster: str, changes: Sequence[str] = (), *, every_gpu: bool = True,
+    ready: bool = True,
+) -> Order:  # fmt: skip
+    """What a launch would ask the cluster for. Nothing is written.
+
+    Args:
+        launch: What to run; where and on what is filled in here.
+        loaded: The recipe that it reads.
+        cluster, changes: The profile, and fields of it that are set otherwise.
+        every_gpu: It is one process a GPU, and one process otherwise.
+        ready: Its data and weights have to be there by now.
+
+    Raises:
+        StamoError: The profile is wrong, or it could not run there.
+    """
+    name, profile = load_profile(cluster, changes)
+    trains, run = launch.command[0] == "train", Path(launch.run_dir)
+    counts, notes = [1], list[str]()
+    if loaded is not None and trains:
+        counts, notes = checks.node_counts(loaded, profile)
+    elif every_gpu:
+        least, most = profile.node_range(profile.nodes)
+        counts = list(range(least, most + 1))
+    launch = replace(
+        launch, cluster=name, profile=profile.model_dump(mode="json"), nodes=profile.nodes, node_counts=counts,
+        processes_per_node=profile.processes if every_gpu else 1, max_restarts=profile.max_restarts,
     )  # fmt: skip
     order = Order(launch, profile, loaded, notes=notes)
-    checks.recipe(loaded)
+    if loaded is not None and ready:
+        checks.recipe(loaded)
     checks.folder(run)
     if profile.backend == "slurm" and slurm.available():
         checks.cluster(profile, order.least)
@@ -90,34 +137,78 @@ def script(order: Order) -> str:
 
 
 def submit(order: Order) -> Launch:
-    """Take the snapshot, queue the job and write it down. Returns the launch with its job id.
+    """`submit_all` of one."""
+    return submit_all([order])[0]
+
+
+def submit_all(orders: Sequence[Order], jobs: Mapping[str, str] | None = None) -> list[Launch]:
+    """Take the snapshots, queue the jobs and write them down. Returns the launches with their job ids.
+
+    `jobs`: run folder → job, where it was submitted before, for orders that come after it.
 
     Raises:
-        StamoError: The run is queued or runs already, its folder cannot be written, or Slurm refuses; nothing is left.
+        StamoError: A run is queued or runs already, a folder cannot be written, or the cluster refuses; nothing is
+            left.
     """
-    launch, run = order.launch, Path(order.launch.run_dir)
-    if running := active(run):
-        raise RunError(f"{run}: job {running} is queued or runs; `stamo cancel {run}` ends it")
-    before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
-    with _nothing_left(run):
-        taken = str(snapshot.take(run, order.loaded)) if launch.snapshot is None else launch.snapshot
-        command = [word.replace(_SNAPSHOT, taken) for word in launch.command]
-        order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=before))
-        main_log(run).parent.mkdir(parents=True, exist_ok=True)
-        order.launch.write()  # before sbatch: the job may start before that is back
-        record(run, Event("submitted", step=newest_step(run)))
-        job = _Sbatch(order).send()
-    order.launch.job_ids.append(job)
-    order.launch.write()
-    return order.launch
+    runs = [m.launch.run_dir for order in orders for m in order.members or [order]]
+    for run in runs:
+        if running := active(run):
+            raise RunError(f"{run}: job {running} is queued or runs; `stamo cancel {run}` ends it")
+    with ExitStack() as stack:
+        ready = [_prepared(order, stack) for order in orders]
+        launches = [m.launch for order in ready for m in order.members or [order]]
+        if all(order.profile.backend == "local" for order in ready):
+            job = supervise.start(runs)
+            for launch in launches:
+                launch.job_ids.append(job)
+        else:
+            found = dict(jobs or {})
+            for order in ready:
+                after = [found[run] for run in order.launch.after if run in found]
+                job = _Sbatch(replace(order, after=after)).send()
+                stack.push(partial(_take_back, job))
+                found[order.launch.run_dir] = job
+                order.launch.job_ids.append(f"{job}_0" if order.members else job)
+                for i, member in enumerate(order.members[1:], 1):
+                    member.launch.job_ids.append(f"{job}_{i}")
+        for launch in launches:
+            launch.write()
+    return launches
 
 
 def active(run: str | Path) -> str | None:
     """The job of the run that is queued or runs, None without one."""
-    if not (folder(run) / "launch.json").is_file() or not slurm.available():
+    try:
+        ids = read(run).job_ids
+    except RunError:
         return None
-    ids = [job for job in read(run).job_ids if not job.startswith("local")]
-    return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids else None
+    if supervise.busy(run):
+        return ids[-1] if ids else "local"
+    ids = [job for job in ids if not supervise.is_local(job)]
+    return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids and slurm.available() else None
+
+
+def _prepared(order: Order, stack: ExitStack) -> Order:
+    """The order, or each of its members, with its snapshot taken and its record written; undone if `stack` fails."""
+    if order.members:
+        members = [_prepared(replace(member, members=[]), stack) for member in order.members]
+        return replace(members[0], members=members)
+    launch, run = order.launch, Path(order.launch.run_dir)
+    before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
+    stack.enter_context(_nothing_left(run))
+    taken = str(snapshot.take(run, order.loaded)) if launch.snapshot is None else launch.snapshot
+    command = [word.replace(SNAPSHOT, taken) for word in launch.command]
+    order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
+    main_log(run).parent.mkdir(parents=True, exist_ok=True)
+    order.launch.write()  # before it is queued: the job may start before that is back
+    record(run, Event("submitted", step=newest_step(run)))
+    return order
+
+
+def _take_back(job: str, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+        with contextlib.suppress(slurm.SlurmError):
+            slurm.cancel(job)
 
 
 class _Sbatch(SlurmExecutor):
@@ -188,7 +279,7 @@ class _Sbatch(SlurmExecutor):
         code = snapshot.command(
             launch.snapshot or f"{folder(launch.run_dir)}/snapshots/TIME", "stamo_dist.launch.job", []
         )
-        return f"exec {shlex.join([*code, *(self.order.runs or [launch.run_dir])])}"
+        return f"exec {shlex.join([*code, *(m.launch.run_dir for m in self.order.members or [self.order])])}"
 
 
 def _log(order: Order) -> str:

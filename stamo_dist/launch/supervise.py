@@ -23,8 +23,9 @@ from stamo_dist.engine.generation import Owner
 from stamo_dist.engine.preempt import SIGNALS
 from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
+from stamo_dist.launch import snapshot
 from stamo_dist.launch.local import Ranks
-from stamo_dist.launch.record import Event, Launch, What, events, folder, main_log, now, read, record
+from stamo_dist.launch.record import Event, Launch, What, events, folder, main_log, now, rank_log, read, record
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
 
 _FILE = "supervisor.json"
@@ -41,8 +42,9 @@ def start(runs: Sequence[str | Path]) -> str:
     Raises:
         RunError: The process that looks after them does not start.
     """
-    log = folder(runs[0]) / "supervisor.log"
-    command = [sys.executable, "-m", __name__, *map(str, runs)]
+    log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
+    words = ["-m", __name__] if first is None else snapshot.command(first, __name__, ())[1:]
+    command = [sys.executable, *words, *map(str, runs)]
     with log.open("ab") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=True
@@ -73,6 +75,19 @@ def supervised(run: str | Path) -> bool | None:
     if owner is None:
         return False
     return owner.alive if owner.local else None
+
+
+def is_local(job: str) -> bool:
+    """Whether the id is of a job of this kind."""
+    return job.startswith("local-")
+
+
+def busy(run: str | Path) -> bool:
+    """Whether the run waits or runs in the care of a process on this machine."""
+    if not supervised(run):
+        return False
+    last = events(run)[-1:]
+    return not last or last[0].event not in ("finished", "failed", "stopped", "cancelled")
 
 
 def cancel(run: str | Path) -> None:
@@ -129,10 +144,16 @@ class _Supervisor:
     def _start(self, run: Path, launch: Launch, processes: int, restart: int) -> int:
         self._asked = 0.0
         main_log(run).parent.mkdir(parents=True, exist_ok=True)
-        with main_log(run).open("ab") as log:
-            log.write(f"--- start {restart + 1} of job {self.job} on {socket.gethostname()}, {now()}\n".encode())
-            log.flush()
-            with Ranks(_command(launch), processes, run, main=log, forward=self._signal) as ranks:
+        node, head, when = socket.gethostname(), f"--- start {restart + 1} of job {self.job}", now()
+        for rank in range(1, processes):
+            with rank_log(run, rank).open("a") as other:
+                other.write(f"{head}: rank {rank} of {processes} @ {node}, {when}\n")
+        environment = {"PYTHONUNBUFFERED": "1", **launch.profile.get("environment", {})}
+        with main_log(run).open("ab", buffering=0) as log:
+            log.write(f"{head} on {node}: {processes} processes, {when}\n".encode())
+            with Ranks(
+                _command(launch), processes, run, main=log, env=environment, forward=self._signal
+            ) as ranks:  # fmt: skip
                 self._ranks = ranks
                 try:
                     return ranks.wait(lambda: self._look(run, ranks))
@@ -166,12 +187,15 @@ def _hindrance(launch: Launch) -> str:
     for before in launch.after:
         last = next((e for e in reversed(events(before)) if e.event != "submitted"), None)
         if last is None or last.event != "finished":
-            return f"{read(before).name} {last.event if last else 'did not run'}"
+            return f"{Path(before).name} {last.event if last else 'did not run'}"
     return ""
 
 
 def _command(launch: Launch) -> list[str]:
-    return [sys.executable, "-m", "stamo_dist.cli", *launch.command]
+    """Of each process; the profile's setup lines come before it in the same shell."""
+    command = snapshot.process(launch)
+    setup = launch.profile.get("setup")
+    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *command] if setup else command
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.launch.submit import Order, plan
 from stamo_dist.recipe.lines import read_override, show_value
+from stamo_dist.recipe.load import load
 
 FOLDER = "sweep"
 _PLAIN = re.compile(r"[^\w.+-]+")
@@ -61,6 +65,32 @@ def expand(sweeps: Sequence[str]) -> list[Point]:
     if problems:
         raise RecipeError(problems)
     return points
+
+
+def orders(
+    recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str] = (), **asked: Any
+) -> tuple[list[Order], str]:
+    """(one array of all runs of the sweep, or a list of them for this machine; the folder around them).
+
+    `asked`: what the command line asks of the cluster, as `submit.plan` takes it.
+
+    Raises:
+        StamoError: The sweep, one of its recipes or the profile is wrong.
+    """
+    points = expand(sweeps)
+    base = load(recipe, overrides).recipe
+    folder = Path(base.run_dir) / FOLDER
+    found = []
+    for point in points:
+        own = [f"run_dir={show_value(str(folder / point.name))}", f"name={show_value(f'{base.name}-{point.name}')}"]
+        found.append(plan(recipe, cluster, overrides=[*overrides, *point.overrides, *own], **asked))
+    if found[0].profile.backend == "local":
+        return found, str(folder)
+    if any(order.launch.node_counts != found[0].launch.node_counts for order in found):
+        raise RecipeError(
+            ["--sweep: the runs of an array have the same nodes, and these recipes need different ones"]
+        )
+    return [replace(found[0], members=found)], str(folder)
 
 
 def _values(field: str, text: str) -> list[str] | None:

@@ -1,0 +1,151 @@
+"""A pipeline's stages as jobs: what is left to do, and each job after the ones it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from stamo_dist.engine.runfolder import write_atomic
+from stamo_dist.errors import RunError
+from stamo_dist.launch import submit
+from stamo_dist.launch.known import PIPELINE
+from stamo_dist.launch.look import look
+from stamo_dist.launch.pipeline import Pipeline, Work
+from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.record import Launch, events
+from stamo_dist.launch.record import read as read_launch
+from stamo_dist.launch.status import since_submitted
+from stamo_dist.launch.submit import SNAPSHOT, Order
+from stamo_dist.recipe.lines import show_value
+from stamo_dist.recipe.load import dump
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage, and whether it has to be submitted."""
+
+    work: Work
+    state: Literal["done", "active", "todo"]
+    job: str | None = None  # of an active one
+
+    @property
+    def words(self) -> str:
+        """The state as a person reads it."""
+        return {"done": "done, skipped", "active": f"job {self.job} is queued or runs", "todo": "to do"}[self.state]
+
+
+def look_at(works: Sequence[Work]) -> list[Step]:
+    """What is done, what is queued or runs, and what is left.
+
+    A stage is done when it finished, would do the same again, and none of the stages before it finished later.
+    """
+    steps: dict[str, Step] = {}
+    ended: dict[str, float] = {}
+    for work in works:
+        job = submit.active(work.run_dir)
+        when = _finished(work)
+        if job is not None:
+            steps[work.name] = Step(work, "active", job)
+        elif when is not None and all(steps[b].state == "done" and ended[b] <= when for b in work.after):
+            steps[work.name], ended[work.name] = Step(work, "done"), when
+        else:
+            steps[work.name] = Step(work, "todo")
+    return list(steps.values())
+
+
+def orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()) -> list[Order]:
+    """One for each stage that is left. `changes`: fields of the profile for all stages, `field=value` each.
+
+    Raises:
+        StamoError: A profile is wrong or a stage could not run there. Data and weights that earlier stages make are
+            not looked for.
+    """
+    by_name = {step.work.name: step for step in steps}
+    found = []
+    for step in steps:
+        if step.state != "todo":
+            continue
+        work, stage = step.work, step.work.stage
+        where = stage.cluster or cluster
+        profile = load_profile(where, changes)[1]
+        slices = None if profile.backend == "local" else stage.slices  # one converter there uses all cores
+        launch = Launch(
+            name=f"{pipeline.name}.{work.name}", run_dir=str(work.run_dir), recipe=stage.train or "", kind="stage",
+            overrides=stage.overrides, command=_command(work, slices), tasks=slices or 1,
+            after=[str(by_name[before].work.run_dir) for before in work.after],
+            pipeline=str(Path(pipeline.run_dir).absolute()), digest=digest(work),
+        )  # fmt: skip
+        ready = all(by_name[before].state == "done" for before in work.after)
+        wanted = [*changes, *_shape(work, profile)]
+        wanted += [f"{field}={show_value(value, limit=1 << 16)}" for field, value in stage.resources.items()]
+        found.append(submit.ask(launch, work.loaded, where, wanted, every_gpu=work.every_gpu, ready=ready))
+    if len({order.profile.backend for order in found}) > 1:
+        raise RunError("some stages are for this machine and some for a cluster; give all of them one kind of profile")
+    return found
+
+
+def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[Order]) -> list[Launch]:
+    """Queue the orders, each after the jobs of the stages it needs, and write down what the pipeline is.
+
+    Raises:
+        StamoError: The cluster refuses one of them; those before it are taken back.
+    """
+    folder = Path(pipeline.run_dir).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = {step.work.name: str(step.work.run_dir) for step in steps}
+        record = {"name": pipeline.name, "file": str(path), "stages": stages}
+        write_atomic(folder / PIPELINE, json.dumps(record, indent=1) + "\n")
+    except OSError as e:
+        raise RunError(
+            f"run_dir: {folder} cannot be written ({e.strerror}); choose another with --set run_dir=…"
+        ) from e
+    jobs = {str(step.work.run_dir): step.job for step in steps if step.job is not None}
+    return submit.submit_all(found, jobs)
+
+
+def digest(work: Work) -> str:
+    """Of what a stage does: its command, and the recipe that the command reads."""
+    recipe = dump(work.loaded.recipe) if work.loaded else ""
+    return hashlib.sha256(json.dumps([work.words, work.stage.slices, recipe]).encode()).hexdigest()
+
+
+def _finished(work: Work) -> float | None:
+    """When the stage finished as it is now, None if it did not."""
+    if work.trains:
+        assert work.loaded is not None, "a stage that trains has a recipe"
+        resolved = work.run_dir / "resolved.yaml"
+        if not look(work.run_dir).finished or resolved.read_text() != dump(work.loaded.recipe):
+            return None
+        return (work.run_dir / "model").stat().st_mtime
+    try:
+        launch = read_launch(work.run_dir)
+    except RunError:
+        return None
+    ends = {e.job: e.time for e in since_submitted(events(work.run_dir)) if e.event == "finished"}
+    if launch.digest != digest(work) or len(ends) < launch.tasks or (work.makes and not work.makes.exists()):
+        return None
+    return max(datetime.fromisoformat(time).timestamp() for time in ends.values())
+
+
+def _command(work: Work, slices: int | None) -> list[str]:
+    """With the snapshot's recipe in place of the one in the checkout, which may change while the job waits."""
+    if work.loaded is not None:
+        return [work.words[0], f"{SNAPSHOT}/recipe.yaml"]
+    return [*work.words, *(("--num-slices", str(slices), "--slice", "{task}") if slices else ())]
+
+
+def _shape(work: Work, profile: Profile) -> list[str]:
+    """What a command that is one process takes of a node: `data` all its CPUs, `eval` one GPU, others one CPU share."""
+    if work.every_gpu:
+        return []
+    gpus = min(1, profile.gpus_per_node) if work.words[0] == "eval" else 0
+    share = profile.processes if work.words[0] == "data" else 1
+    nothing = [] if gpus else ["gpu_type=null"]
+    one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "processes_per_node=null"]
+    return [*one_node, *nothing, f"gpus_per_node={gpus}", f"cpus_per_gpu={profile.cpus_per_gpu * share}"]

@@ -1,0 +1,146 @@
+"""All that the doctor looks at, in order: this machine, the recipe, Slurm's settings, the nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from stamo_dist.errors import StamoError
+from stamo_dist.launch import checks, slurm
+from stamo_dist.launch.doctor import machine, nodes
+from stamo_dist.launch.doctor.finding import Finding
+from stamo_dist.launch.doctor.settings import judge_settings, read_settings
+from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.recipe.load import Loaded, load
+
+_SLURM = "Slurm"
+
+
+def diagnose(
+    recipe: Path | None, overrides: Sequence[str], cluster: str, count: int | None, *, job: bool, patience: float,
+    say: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    """Look at everything.
+
+    Args:
+        recipe, overrides: What is to be trained; None looks at the environment alone.
+        cluster: A profile.
+        count: Nodes of the job, in place of the profile's.
+        job: Also start processes, on the nodes or here.
+        patience: Seconds that the job may be queued.
+        say: Called with what it is doing.
+
+    Raises:
+        StamoError: The recipe or the profile cannot be read.
+    """
+    name, profile = load_profile(cluster, [f"nodes={count}", "min_nodes=null", "max_nodes=null"] if count else [])
+    loaded = load(recipe, overrides) if recipe else None
+    say("looking at this machine")
+    yield from machine.judge_versions()
+    run = Path(loaded.recipe.run_dir if loaded else "runs").absolute()
+    paths, wandb = [str(run)], ""
+    if loaded is not None:
+        yield from machine.judge_recipe(loaded)
+        yield from machine.judge_wandb(loaded.recipe)
+        wandb = machine.wandb_host(loaded.recipe)
+        if any("://" in path for source in loaded.recipe.data.used.values() for path in source.paths):
+            paths.append(loaded.recipe.data.cache)
+    usable = True
+    if profile.backend == "slurm":
+        say("asking Slurm")
+        found = list(_slurm(profile, loaded))
+        usable = not any(f.level == "error" and f.area == _SLURM for f in found)
+        yield from found
+    if not job or not usable:
+        return
+    folder, made = _scratch(run)
+    try:
+        if profile.backend == "slurm":
+            yield from nodes.on_cluster(folder, name, profile, paths, wandb, patience=patience, say=say)
+        else:
+            processes = _gpus() or max(2, profile.processes)
+            say(f"starting {processes} processes here")
+            yield from nodes.here(folder, processes, paths, wandb)
+    except StamoError as e:
+        yield Finding("error", "Nodes", str(e), "mend what Slurm or the folder says, and look again")
+    finally:
+        if made is not None and not folder.exists():
+            _remove_empty(folder.parent, made)
+
+
+def _slurm(profile: Profile, loaded: Loaded | None) -> Iterator[Finding]:
+    if shutil.which("sbatch") is None:
+        yield Finding(
+            "error", _SLURM, "there is no sbatch here", "log in to the cluster's login node, or --cluster local"
+        )
+        return
+    try:
+        text = slurm.run("scontrol", "show", "config")
+        partitions = slurm.partitions()
+    except StamoError as e:
+        yield Finding("error", _SLURM, str(e), "see whether `sinfo` answers; SLURM_CONF names the configuration")
+        return
+    config = read_settings(text)
+    yield Finding("fine", _SLURM, f"{config.get('ClusterName', 'the cluster')} runs {_version()}")
+    try:
+        checks.cluster(profile, profile.node_range(profile.nodes)[0])
+    except StamoError as e:
+        for problem in getattr(e, "problems", [str(e)]):
+            yield Finding("error", _SLURM, problem, "change the profile, or --nodes")
+        return
+    default = next((p for p in partitions.values() if p.get("Default") == "YES"), {})
+    partition = partitions.get(profile.partition or "", default)
+    leaving = _leaving(loaded)
+    yield from judge_settings(config, partition, leaving=leaving, now=datetime.now())
+    if leaving is not None and leaving > profile.signal_delay:
+        yield Finding(
+            "error", _SLURM, f"leaving takes {leaving:.0f} s, and the time limit gives {profile.signal_delay} s notice",
+            f"signal_delay: {int(2 * leaving) + 30} in the profile",
+        )  # fmt: skip
+
+
+def _leaving(loaded: Loaded | None) -> float | None:
+    """Seconds that this run takes to save and leave, as it measured itself."""
+    if loaded is None:
+        return None
+    try:
+        found = json.loads((Path(loaded.recipe.run_dir) / "logs" / "leaving.json").read_text())
+        return 2 * float(found["step_seconds"]) + float(found["save_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _version() -> str:
+    try:
+        return slurm.run("sbatch", "--version").strip()
+    except StamoError:
+        return "an unknown version"
+
+
+def _gpus() -> int:
+    """GPUs of this machine, without torch."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
+    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+
+def _scratch(run: Path) -> tuple[Path, Path | None]:
+    """A folder of its own beside the runs, and the topmost folder that making it will make."""
+    folder = run.parent / f".doctor-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    made = next((p for p in reversed(folder.parents) if not p.exists()), None)
+    return folder, made
+
+
+def _remove_empty(folder: Path, last: Path) -> None:
+    try:
+        while folder != last.parent:
+            folder.rmdir()
+            folder = folder.parent
+    except OSError:
+        pass

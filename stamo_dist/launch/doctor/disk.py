@@ -1,0 +1,118 @@
+"""How a folder's disk does: room, speed, and whether what a run folder relies on works there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHUNK = 1 << 20
+_SMALL = 50  # files to create, rename and remove
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What was measured in one folder; bytes and seconds. `error`: why nothing could be."""
+
+    path: str
+    kind: str = ""  # of file system
+    free: int = 0
+    write: float = 0.0  # bytes per second, until they are on the disk
+    read: float = 0.0  # bytes per second, past this machine's cache where the file system allows it
+    small: float = 0.0  # small files created, renamed and removed per second
+    clock: float = 0.0  # seconds by which its time stamps are ahead of this machine's clock
+    hard_links: bool = True
+    error: str | None = None
+
+
+def measure(path: str | Path, *, megabytes: int = 64, limit: float = 5.0) -> Disk:
+    """Write, read and remove files in `path` (made where it is missing), for about `limit` seconds at most."""
+    folder = Path(path).expanduser()
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    scratch = folder / f".stamo-doctor-{os.getpid()}"
+    try:
+        scratch.mkdir(parents=True)
+        try:
+            return _measure(folder, scratch, megabytes, limit)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+    except OSError as e:
+        return Disk(str(path), kind=kind_of(folder), error=e.strerror or str(e))
+
+
+def _measure(folder: Path, scratch: Path, megabytes: int, limit: float) -> Disk:
+    big, block = scratch / "big", os.urandom(_CHUNK)  # random: some file systems compress
+    began = time.perf_counter()
+    written = 0
+    with big.open("wb", buffering=0) as f:
+        while written < megabytes * _CHUNK and (time.perf_counter() - began < limit / 2 or not written):
+            written += f.write(block)
+        os.fsync(f.fileno())
+        write = written / (time.perf_counter() - began)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    stamp = time.time()
+    (scratch / "clock").touch()
+    clock = (scratch / "clock").stat().st_mtime - stamp
+    return Disk(
+        str(folder), kind=kind_of(folder), free=room(folder), write=write, read=read_speed(big, limit / 2),
+        small=_small_files(scratch, limit / 5), clock=clock, hard_links=_links(scratch),
+    )  # fmt: skip
+
+
+def read_speed(file: Path, limit: float = 2.5) -> float:
+    """Bytes per second at which the file is read, in about `limit` seconds; 0 where it is empty."""
+    with file.open("rb", buffering=0) as f:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began, done = time.perf_counter(), 0
+        while chunk := f.read(_CHUNK):
+            done += len(chunk)
+            if time.perf_counter() - began > limit:
+                break
+        return done / max(time.perf_counter() - began, 1e-9)
+
+
+def room(folder: Path) -> int:
+    """Bytes free for this user; quotas are not always among what is known."""
+    at = next(p for p in (folder, *folder.parents) if p.exists())
+    found = os.statvfs(at)
+    return found.f_bavail * found.f_frsize
+
+
+def kind_of(folder: Path) -> str:
+    """The type of the file system that holds `folder`, "" where it is not known."""
+    at = str(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()).resolve())
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            mount, found = line.split()[1:3]
+            inside = at == mount or at.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= len(best):
+                best, kind = mount, found
+    return kind
+
+
+def _small_files(scratch: Path, limit: float) -> float:
+    began, count = time.perf_counter(), 0
+    while count < _SMALL and time.perf_counter() - began < limit:
+        part, whole = scratch / "part", scratch / "whole"
+        part.write_bytes(b"x")
+        part.replace(whole)
+        whole.unlink()
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+def _links(scratch: Path) -> bool:
+    try:
+        os.link(scratch / "clock", scratch / "link")
+    except OSError:
+        return False
+    return True

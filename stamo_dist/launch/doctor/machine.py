@@ -1,0 +1,134 @@
+"""What can be seen from this machine alone: installed versions, what the recipe needs, W&B."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from stamo_dist.errors import StamoError
+from stamo_dist.launch import checks
+from stamo_dist.launch.doctor.disk import read_speed
+from stamo_dist.launch.doctor.finding import Finding
+from stamo_dist.launch.doctor.probe import reach
+from stamo_dist.recipe.load import Loaded
+from stamo_dist.recipe.schema import Recipe
+
+_PACKAGE = "stamo-dist"
+_HERE, _RECIPE = "This machine", "The recipe"
+_SLOW_READ = 50e6  # bytes per second
+
+
+def judge_versions() -> Iterator[Finding]:
+    """Whether Python and every package are what stamo-dist asks for."""
+    try:
+        pythons = metadata.metadata(_PACKAGE)["Requires-Python"] or ""
+        needed = [Requirement(r) for r in metadata.requires(_PACKAGE) or []]
+    except metadata.PackageNotFoundError:
+        yield Finding("note", _HERE, f"{_PACKAGE} is not installed, only importable", "`pip install -e .` here")
+        return
+    python = sys.version.split()[0]
+    looked = wrong = 0
+    if not SpecifierSet(pythons).contains(python, prereleases=True):
+        wrong += 1
+        yield Finding("error", _HERE, f"python {python} is not {pythons}", "make an environment with another one")
+    for requirement in needed:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        looked += 1
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found = None
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong += 1
+            yield Finding(
+                "error", _HERE, f"{requirement.name}: {found or 'missing'}, needed is {requirement.specifier or 'any'}",
+                f"pip install '{requirement.name}{requirement.specifier}'",
+            )  # fmt: skip
+    if not wrong:
+        yield Finding("fine", _HERE, f"python {python} and the {looked} packages are as required")
+
+
+def judge_recipe(loaded: Loaded) -> Iterator[Finding]:
+    """Whether data and weights are there, and how fast the data is read."""
+    try:
+        checks.recipe(loaded)
+    except StamoError as e:
+        for problem in getattr(e, "problems", [str(e)]):
+            yield Finding("error", _RECIPE, problem, "put it there, or change the field")
+    else:
+        yield Finding("fine", _RECIPE, "data and weights are there")
+    for name, source in loaded.recipe.data.used.items():
+        shard = next(
+            (s for path in source.paths if "://" not in path for s in Path(path).expanduser().rglob("*.mds")), None
+        )
+        if shard is None:
+            continue
+        try:
+            speed = read_speed(shard)
+        except OSError as e:
+            yield Finding(
+                "error", _RECIPE, f"data.sources.{name}: {shard}: {e.strerror}", "have it made readable for you"
+            )
+            continue
+        about = f"data.sources.{name}: a shard is read at {speed / 1e6:.0f} MB/s"
+        if speed < _SLOW_READ and shard.stat().st_size > 1 << 20:
+            fix = "`stamo data sync` copies the source to a faster disk"
+            yield Finding("warning", _RECIPE, about, fix)
+        else:
+            yield Finding("fine", _RECIPE, about)
+
+
+def judge_wandb(recipe: Recipe) -> Iterator[Finding]:
+    """Whether tracking as the recipe wants it can work."""
+    mode = recipe.tracking.wandb
+    if mode == "off":
+        return
+    if importlib.util.find_spec("wandb") is None:
+        yield Finding("error", _RECIPE, f"tracking.wandb: {mode}, but wandb is not installed", "pip install wandb")
+    elif mode == "offline":
+        yield Finding("fine", _RECIPE, "tracking.wandb: offline; `wandb sync` uploads it later")
+    else:
+        host = wandb_host(recipe)
+        if not _has_key(host):
+            yield Finding(
+                "error", _RECIPE, f"tracking.wandb: online, and there is no key for {host}",
+                "`wandb login` once, on a machine that shares this home; or tracking.wandb: offline",
+            )  # fmt: skip
+        if why := reach(host):
+            yield unreachable("this machine", host, why)
+        else:
+            yield Finding("fine", _RECIPE, f"{host} can be reached from here")
+
+
+def wandb_host(recipe: Recipe) -> str:
+    """The host that the run has to reach, "" for none."""
+    if recipe.tracking.wandb != "online":
+        return ""
+    return urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+
+
+def unreachable(who: str, host: str, why: str) -> Finding:
+    return Finding(
+        "error", _RECIPE, f"{who} cannot reach {host}: {why}",
+        "--set tracking.wandb=offline, and `wandb sync RUN/wandb/offline-*` from a machine with network; or a proxy "
+        "(HTTPS_PROXY in the profile's environment)",
+    )  # fmt: skip
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

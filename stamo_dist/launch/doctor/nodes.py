@@ -1,0 +1,90 @@
+"""Running the probe on every rank: as a job of a few minutes through the same submission as a run, or right here."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from stamo_dist.launch import slurm, submit
+from stamo_dist.launch.doctor.finding import Finding
+from stamo_dist.launch.doctor.probe import LIMIT, Report, read
+from stamo_dist.launch.doctor.verdict import judge_reports
+from stamo_dist.launch.local import Ranks
+from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.record import Launch, main_log
+
+_TIME = "00:02:00"
+_AREA = "Nodes"
+_POLL = 0.5  # seconds
+
+
+def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iterator[Finding]:
+    """Probe this machine with so many processes; `folder` gets their reports and logs and is removed."""
+    reports = folder / "reports"
+    reports.mkdir(parents=True)
+    command = [sys.executable, "-m", "stamo_dist.cli", *_arguments(reports, paths, wandb)]
+    main_log(folder).parent.mkdir()
+    with main_log(folder).open("ab") as log, Ranks(command, processes, folder, main=log) as ranks:
+        ranks.wait()
+    yield from _verdict(folder, processes)
+
+
+def on_cluster(
+    folder: Path, cluster: str, profile: Profile, paths: Sequence[str], wandb: str, *, patience: float,
+    say: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    """Probe the nodes of a cluster in a job that is submitted as a run is; waits `patience` seconds for it to start.
+
+    `folder` must be one that the nodes share; it gets reports and logs, and is removed where all is well.
+
+    Raises:
+        StamoError: Slurm refuses the job.
+    """
+    small = {"time": _TIME, "signal_delay": 10, "min_nodes": None, "max_nodes": None, "max_restarts": 0}
+    profile = profile.model_copy(update=small)
+    reports = folder / "reports"
+    reports.mkdir(parents=True)
+    launch = Launch(
+        name="stamo-doctor", run_dir=str(folder), recipe="", command=_arguments(reports, paths, wandb), cluster=cluster,
+        profile=profile.model_dump(mode="json"), nodes=profile.nodes, processes_per_node=profile.processes,
+        max_restarts=0,
+    )  # fmt: skip
+    job = submit.submit(submit.Order(launch, profile)).job
+    assert job is not None, "a submitted job has an id"
+    say(f"job {job}: {profile.nodes} nodes × {profile.processes} processes for at most {_TIME}")
+    waited, ran = time.monotonic(), None
+    while True:
+        found = next(iter(slurm.jobs([job])), None)
+        if found is None or not found.active:
+            break
+        now = time.monotonic()
+        if found.state != "PENDING":
+            ran = ran or now
+        if (ran is None and now > waited + patience) or (ran is not None and now > ran + 2 * LIMIT):
+            slurm.cancel(job)
+            if ran is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                yield Finding(
+                    "warning", _AREA, f"job {job} did not start within {patience:.0f} s ({found.reason}); cancelled",
+                    "--wait longer, fewer --nodes, or another partition",
+                )  # fmt: skip
+                return
+            break
+        time.sleep(_POLL)
+    yield from _verdict(folder, profile.nodes * profile.processes)
+
+
+def _arguments(reports: Path, paths: Sequence[str], wandb: str) -> list[str]:
+    words = ["doctor-probe", str(reports), *(w for path in paths for w in ("--path", path))]
+    return words + (["--wandb", wandb] if wandb else [])
+
+
+def _verdict(folder: Path, ranks: int) -> Iterator[Finding]:
+    found: list[Report] = read(folder / "reports")
+    findings = list(judge_reports(found, ranks, log=str(main_log(folder))))
+    yield from findings
+    if not any(f.level == "error" for f in findings):
+        shutil.rmtree(folder, ignore_errors=True)

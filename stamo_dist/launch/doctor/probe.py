@@ -1,0 +1,251 @@
+"""One rank of the doctor's job: what this node is like, and whether it reaches the others.
+
+After every stage it writes what it knows to `OUT/rank_00003.json`, so that a rank that hangs or dies is known to have
+got that far. Nodes try plain TCP first: when NCCL or gloo then fail, it is known whether the network is to blame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.launch.doctor.disk import Disk, measure
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy", "wandb")
+_MEET = 30.0  # seconds for all ranks to appear
+_CONNECT = 5.0  # seconds for one TCP connection
+_INIT = 60.0  # seconds for a process group
+LIMIT = 100.0  # seconds after which a rank gives up
+
+
+@dataclass
+class Report:
+    """What one rank found; seconds, bytes, and bytes per second."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+    host: str
+    stage: str = "looking at this machine"  # which it is in, or "done"
+    error: str = ""  # what ended it
+    python: str = ""
+    executable: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+    cpus: int = 0
+    address: str = ""  # what its own name resolves to
+    resolving: float = 0.0  # its own name and back
+    port: int = 0  # where others may connect, on the first rank of a node
+    shm: tuple[int, int] = (0, 0)  # size and free bytes of /dev/shm
+    limits: dict[str, int] = field(default_factory=dict)
+    scontrol: bool = False  # whether the command is there
+    driver: str = ""  # of the GPUs
+    gpus: list[str] = field(default_factory=list)
+    cuda: str = ""  # that torch was built for
+    disks: list[Disk] = field(default_factory=list)
+    wandb: str | None = None  # why W&B cannot be reached; "" where it can be, None where nobody asked
+    links: dict[str, float | str] = field(default_factory=dict)  # node → seconds to connect, or what failed
+    init: dict[str, float] = field(default_factory=dict)  # backend → seconds to set it up
+    latency: dict[str, float] = field(default_factory=dict)  # backend → seconds of an all-reduce of one number
+    bandwidth: dict[str, float] = field(default_factory=dict)  # backend → of a large all-reduce, on the bus
+    clock: float = 0.0  # seconds by which its clock is ahead of rank 0's
+
+
+def main(out: Path, paths: Sequence[str], wandb: str) -> int:
+    """Be the rank that the environment says; returns the exit code.
+
+    Args:
+        out: Folder for the reports, the same for every rank.
+        paths: Folders whose disks are measured, once a node.
+        wandb: Host to reach, "" for none.
+    """
+    env = os.environ
+    report = Report(
+        int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]),
+        socket.gethostname(),
+    )  # fmt: skip
+    file = out / f"rank_{report.rank:05d}.json"
+
+    def enter(stage: str) -> None:
+        report.stage = stage
+        part = file.with_suffix(".tmp")
+        part.write_text(json.dumps(asdict(report)))
+        part.replace(file)
+
+    def give_up() -> None:
+        report.error = f"not done after {LIMIT:.0f} s"
+        enter(report.stage)
+        os._exit(1)
+
+    alarm = threading.Timer(LIMIT, give_up)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        probe(report, out, paths, wandb, enter)
+    except Exception as e:  # whatever it is belongs into the report
+        report.error = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+        enter(report.stage)
+    return int(bool(report.error))
+
+
+def probe(report: Report, out: Path, paths: Sequence[str], wandb: str, enter: Callable[[str], None]) -> None:
+    """Fill in the report; `enter` says and records which stage begins."""
+    look(report)
+    first = report.local_rank == 0
+    with socket.create_server(("", 0)) as listener:
+        report.port = listener.getsockname()[1]
+        threading.Thread(target=_accept, args=(listener,), daemon=True).start()
+        enter("waiting to see the other ranks' files")
+        others = _meet(out, report.ranks)
+        if first:
+            enter("connecting to the other nodes")
+            report.links = _connect(others, report.host)
+            if wandb:
+                report.wandb = reach(wandb)
+            enter("measuring disks")
+            report.disks = [measure(path) for path in paths]
+        enter("importing torch")
+        import torch
+        import torch.distributed as dist
+
+        report.cuda = torch.version.cuda or ""
+        report.gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        enter("setting up gloo")
+        began = time.perf_counter()
+        dist.init_process_group("gloo", timeout=timedelta(seconds=_INIT))
+        dist.barrier()
+        report.init["gloo"] = time.perf_counter() - began
+        _measure(report, "gloo", torch.zeros(16 << 18))
+        times: list[float] = [0.0] * report.ranks
+        dist.barrier()
+        dist.all_gather_object(times, time.time())
+        report.clock = times[report.rank] - times[0]
+        if torch.cuda.is_available():
+            enter("setting up nccl")
+            torch.cuda.set_device(report.local_rank % torch.cuda.device_count())
+            big = torch.zeros(256 << 18, device="cuda")
+            began = time.perf_counter()
+            group = dist.new_group(backend="nccl", timeout=timedelta(seconds=_INIT))
+            dist.all_reduce(big[:1], group=group)
+            _ = big[0].item()
+            report.init["nccl"] = time.perf_counter() - began
+            _measure(report, "nccl", big, group)
+        dist.barrier()
+        enter("done")
+
+
+def look(report: Report) -> None:
+    """What can be seen without others and without torch."""
+    report.python, report.executable = sys.version.split()[0], sys.executable
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            report.packages[name] = metadata.version(name)
+    report.cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    began = time.perf_counter()
+    with contextlib.suppress(OSError):
+        report.address = socket.gethostbyname(report.host)
+        socket.gethostbyaddr(report.address)
+    report.resolving = time.perf_counter() - began
+    with contextlib.suppress(OSError):
+        shm = os.statvfs("/dev/shm")
+        report.shm = (shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize)
+    report.limits = {
+        "nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+    }
+    report.scontrol = shutil.which("scontrol") is not None
+    if shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                capture_output=True, text=True, check=True, timeout=30,
+            )  # fmt: skip
+            report.driver = found.stdout.strip().splitlines()[0]
+
+
+def reach(host: str) -> str:
+    """Why HTTPS to `host` does not get through, "" where it does."""
+    try:
+        socket.create_connection((host, 443), timeout=_CONNECT).close()
+    except OSError as e:
+        return e.strerror or str(e)
+    return ""
+
+
+def _accept(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            listener.accept()[0].close()
+
+
+def _meet(out: Path, ranks: int) -> list[dict[str, Any]]:
+    """The reports of all ranks, once they are visible here.
+
+    Raises:
+        TimeoutError: Some are not.
+    """
+    deadline = time.monotonic() + _MEET
+    while True:
+        seen = sorted(out.glob("rank_*.json"))
+        if len(seen) >= ranks:
+            return [json.loads(file.read_text()) for file in seen]
+        if time.monotonic() > deadline:
+            here = {int(file.stem.removeprefix("rank_")) for file in seen}
+            missing = ", ".join(str(rank) for rank in range(ranks) if rank not in here)
+            raise TimeoutError(f"after {_MEET:.0f} s {out} shows no file of rank {missing}")
+        time.sleep(0.1)
+
+
+def _connect(others: list[dict[str, Any]], me: str) -> dict[str, float | str]:
+    links: dict[str, float | str] = {}
+    for other in others:
+        if other["local_rank"] == 0 and other["host"] != me:
+            began = time.perf_counter()
+            try:
+                socket.create_connection((other["host"], other["port"]), timeout=_CONNECT).close()
+                links[other["host"]] = time.perf_counter() - began
+            except OSError as e:
+                links[other["host"]] = f"port {other['port']}: {e.strerror or e}"
+    return links
+
+
+def _measure(report: Report, backend: str, big: Any, group: Any = None) -> None:
+    """Time all-reduces of one number and of all of `big`."""
+    import torch.distributed as dist
+
+    def timed(tensor: Any, times: int) -> float:
+        dist.all_reduce(tensor, group=group)
+        _ = tensor[0].item()
+        began = time.perf_counter()
+        for _ in range(times):
+            dist.all_reduce(tensor, group=group)
+        _ = tensor[0].item()
+        return (time.perf_counter() - began) / times
+
+    report.latency[backend] = timed(big[:1], 20)
+    share = 2 * (report.ranks - 1) / report.ranks  # of the data that passes over every rank's link
+    report.bandwidth[backend] = share * big.nbytes / timed(big, 3)
+
+
+def read(out: Path) -> list[Report]:
+    """The reports there are, by rank."""
+    found = []
+    for file in sorted(out.glob("rank_*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            raw = json.loads(file.read_text())
+            found.append(Report(**{**raw, "disks": [Disk(**d) for d in raw["disks"]], "shm": tuple(raw["shm"])}))
+    return found

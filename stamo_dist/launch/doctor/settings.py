@@ -1,0 +1,156 @@
+"""Settings of a Slurm cluster that hurt a run which wants to save, be requeued and go on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+
+from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.launch.doctor.finding import Finding
+
+_AREA = "Slurm's settings"
+_SKEW = 5.0  # seconds
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """`Key = Value` lines of `scontrol show config`, and the controller's time under "as of"."""
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r"Configuration data as of (\S+)", line):
+            found["as of"] = match[1]
+        elif match := re.match(r"(\S+)\s*= (.*)", line):
+            found[match[1]] = match[2].strip()
+    return found
+
+
+def judge_settings(
+    config: Mapping[str, str], partition: Mapping[str, str], *, leaving: float | None, now: datetime
+) -> Iterator[Finding]:
+    """What in the cluster's and the partition's settings matters to a run.
+
+    `leaving`: seconds that the run takes to save and leave, where it was measured. `now`: this machine's time.
+    """
+    yield from _accounting(config)
+    yield from _killing(config)
+    yield from _preemption(config, partition, leaving)
+    yield from _requeueing(config)
+    if config.get("as of"):
+        ahead = (now - datetime.fromisoformat(config["as of"])).total_seconds()
+        if abs(ahead) > _SKEW:
+            yield Finding(
+                "warning", _AREA, f"this machine's clock is {ahead:+.0f} s from the controller's",
+                "have both keep time by NTP (chrony); munge refuses credentials beyond 5 minutes",
+            )  # fmt: skip
+    if config.get("PropagateResourceLimits", "ALL") == "ALL":
+        yield Finding(
+            "note", _AREA, "jobs get the resource limits (ulimit) of the shell that submits",
+            "raise `ulimit -n` and `ulimit -l` before submitting where the nodes' report below complains",
+        )  # fmt: skip
+
+
+def _accounting(config: Mapping[str, str]) -> Iterator[Finding]:
+    kept = _seconds(config.get("MinJobAge", ""))
+    if not config.get("AccountingStorageType", "").endswith("/slurmdbd"):
+        after = f"; Slurm forgets a job {kept:.0f} s after its end (MinJobAge)" if kept is not None else ""
+        yield Finding(
+            "note", _AREA, f"accounting is off, so sacct knows nothing{after}",
+            "nothing to do: `stamo status` asks squeue and scontrol, and reads the run folder",
+        )  # fmt: skip
+    else:
+        yield Finding("fine", _AREA, "accounting is on")
+
+
+def _killing(config: Mapping[str, str]) -> Iterator[Finding]:
+    tracking = config.get("ProctrackType", "").rpartition("/")[2]
+    if tracking in ("linuxproc", "pgid"):
+        yield Finding(
+            "warning", _AREA, f"proctrack/{tracking} loses processes: what ignores SIGTERM or left its group survives "
+            "its job and holds on to the GPU beside the next one",
+            "have the administrator set ProctrackType=proctrack/cgroup; a run folder is safe from such a leftover, a "
+            "GPU is not: look for foreign processes with nvidia-smi when a job runs out of memory",
+        )  # fmt: skip
+    elif tracking:
+        yield Finding("fine", _AREA, f"proctrack/{tracking} ends all processes of a job")
+
+
+def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving: float | None) -> Iterator[Finding]:
+    mode = (partition.get("PreemptMode") or config.get("PreemptMode", "OFF")).split(",")[-1]
+    if config.get("PreemptType", "preempt/none").endswith("/none") or mode == "OFF":
+        yield Finding("fine", _AREA, "jobs of this partition are not preempted")
+        return
+    if mode == "CANCEL":
+        yield Finding(
+            "warning", _AREA, "preempted jobs are cancelled, not requeued (PreemptMode=CANCEL)",
+            "`stamo resume RUN` submits such a run again where it stopped; or use a partition with PreemptMode=REQUEUE",
+        )  # fmt: skip
+    elif mode in ("SUSPEND", "GANG"):
+        yield Finding(
+            "warning", _AREA, f"preempted jobs are stopped and keep their memory (PreemptMode={mode}): a run that is "
+            "stopped longer than its time-outs is taken for hung and started again",
+            "set train.step_timeout above the longest suspension, or use a partition with PreemptMode=REQUEUE",
+        )  # fmt: skip
+    grace, wait = _seconds(partition.get("GraceTime", "0")) or 0.0, _seconds(config.get("KillWait", "30")) or 30.0
+    signalled = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
+    need = f"; leaving took {leaving:.1f} s when last measured" if leaving is not None else ""
+    if leaving is not None and leaving > grace + wait:
+        yield Finding(
+            "error", _AREA, f"a preempted run has {grace:g} s (GraceTime) and {wait:g} s (KillWait) to save{need}: it "
+            "would be killed in between",
+            "save more often with train.checkpoint.ephemeral_every, so that little is lost, or ask for a longer "
+            "GraceTime",
+        )  # fmt: skip
+    elif not grace:
+        yield Finding(
+            "warning", _AREA, f"preemption gives no grace time (GraceTime=0): all signals at once, SIGKILL {wait:g} s "
+            f"later (KillWait){need}",
+            "set train.checkpoint.ephemeral_every so that little is lost when the save does not fit, or ask for a "
+            "GraceTime",
+        )  # fmt: skip
+    else:
+        yield Finding("fine", _AREA, f"a preempted run has {grace:g} s (GraceTime) to save{need}")
+    if not signalled:
+        yield Finding(
+            "note", _AREA, "before preemption there is no user signal, only SIGTERM (no send_user_signal)",
+            "nothing to do: SIGTERM makes a run save and leave too; newer Slurm: PreemptParameters=send_user_signal",
+        )  # fmt: skip
+
+
+def _requeueing(config: Mapping[str, str]) -> Iterator[Finding]:
+    if config.get("JobRequeue") == "0":
+        yield Finding(
+            "note", _AREA, "jobs are not requeued by default (JobRequeue=0)",
+            "nothing to do: `stamo submit` asks for it; a script of your own needs #SBATCH --requeue",
+        )  # fmt: skip
+    for key in ("RequeueExit", "RequeueExitHold"):
+        if _covers(config.get(key, ""), EXIT_PREEMPTED):
+            yield Finding(
+                "warning", _AREA, f"{key}={config[key]} takes in code {EXIT_PREEMPTED}, with which a run leaves to be "
+                "started again",
+                f"have the administrator take {EXIT_PREEMPTED} out: the run requeues itself",
+            )  # fmt: skip
+    expiry = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
+    delay = int(expiry[1]) if expiry else 120
+    if delay > 30:
+        yield Finding(
+            "note", _AREA, f"a requeued job waits {delay + 1} s before it can start (AuthInfo cred_expire, 120 by "
+            "default)",
+            "ask the administrator for AuthInfo=cred_expire=30 if preemptions are frequent",
+        )  # fmt: skip
+
+
+def _seconds(text: str) -> float | None:
+    """`300 sec`, `2 min`, `00:05:00`, `1-00:00:00` or a number, in seconds; None where it is none."""
+    if match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+    match = re.match(r"(\d+(?:\.\d+)?)\s*(sec|min|hour)?", text)
+    return float(match[1]) * {"min": 60, "hour": 3600}.get(match[2] or "", 1) if match else None
+
+
+def _covers(codes: str, code: int) -> bool:
+    for part in codes.split(","):
+        low, _, high = part.partition("-")
+        if low.isdecimal() and int(low) <= code <= int(high if high.isdecimal() else low):
+            return True
+    return False

@@ -1,0 +1,217 @@
+"""What the nodes' reports mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from stamo_dist.launch.doctor.disk import Disk
+from stamo_dist.launch.doctor.finding import Finding
+from stamo_dist.launch.doctor.probe import Report
+
+_NODES, _NET, _DISKS = "Nodes", "Network between ranks", "Disks"
+_SLOW_NAME = 1.0  # seconds to look up one's own name
+_SLOW_INIT = 15.0  # seconds to set up a process group
+_SKEW = 1.0  # seconds between clocks
+_SHM = 64 << 20  # bytes of /dev/shm for each rank that NCCL connects through it
+_FILES = 4096  # open files
+_SLOW_WRITE, _SLOW_SMALL = 30e6, 50.0  # bytes and files per second
+_ROOM = 20 << 30  # bytes
+_BUS = {"one": 10e9, "many": 1e9}  # bytes per second that NCCL reaches at least on one node, between nodes
+_GONE = ("tmpfs", "ramfs")
+
+
+def judge_reports(reports: Sequence[Report], ranks: int, *, log: str) -> Iterator[Finding]:
+    """Findings about the nodes, their network and their disks; `log` is where a rank that is missing left its words."""
+    missing = sorted(set(range(ranks)) - {r.rank for r in reports})
+    if missing:
+        yield Finding(
+            "error", _NODES, f"of {ranks} ranks {len(missing)} left no report (rank {_few(missing)})",
+            f"see {log}: the interpreter, the environment or the folder is missing on their nodes",
+        )  # fmt: skip
+    if not reports:
+        return
+    first = [r for r in reports if r.local_rank == 0]
+    yield from _machines(reports, first)
+    yield from _network(reports, first)
+    for r in reports:
+        if r.error:
+            yield _stuck(r, reports)
+    yield from _disks(first)
+
+
+def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Finding]:
+    yield from _alike(first, "versions", lambda r: {"python": r.python, **r.packages}, "set one environment up for all")
+    yield from _alike(first, "GPUs", lambda r: {"GPUs": " + ".join(r.gpus) or "none"}, "set constraint or gpu_type")
+    for r in first:
+        if r.driver and r.stage != "looking at this machine" and not r.cuda and r.packages.get("torch"):
+            yield Finding(
+                "error", _NODES, f"{r.host} has GPUs (driver {r.driver}), but torch {r.packages['torch']} is built "
+                "without CUDA",
+                "install the CUDA build of torch (pip's default on Linux)",
+            )  # fmt: skip
+        elif r.driver and r.cuda and len(r.gpus) < r.local_ranks:
+            yield Finding(
+                "error", _NODES, f"{r.host} shows {len(r.gpus)} GPUs to {r.local_ranks} ranks",
+                "set gpus_per_node in the profile; `nvidia-smi` on the node and CUDA_VISIBLE_DEVICES say why",
+            )  # fmt: skip
+        if r.limits.get("nofile", _FILES) not in range(_FILES, 1 << 62) and r.limits.get("nofile") != -1:
+            yield Finding(
+                "warning", _NODES, f"{r.host}: a process may open {r.limits['nofile']} files only",
+                f"put `ulimit -n {1 << 16}` into the profile's setup lines",
+            )  # fmt: skip
+        if len(r.gpus) > 1 and r.shm[1] < _SHM * r.local_ranks:
+            yield Finding(
+                "warning", _NODES, f"{r.host}: /dev/shm has {_bytes(r.shm[1])} free of {_bytes(r.shm[0])}; NCCL "
+                f"connects the {r.local_ranks} ranks of a node through it",
+                "containers: --shm-size=8g or --ipc=host; else clear what dead jobs left there",
+            )  # fmt: skip
+        if abs(r.clock) > _SKEW:
+            yield Finding(
+                "warning", _NODES, f"{r.host}: its clock is {r.clock:+.1f} s from rank 0's",
+                "have the administrator run NTP (chrony); heartbeats and logs go by the clock",
+            )  # fmt: skip
+    good = [r for r in reports if not r.error]
+    if good:
+        r = good[0]
+        gpus = f"{len(r.gpus)} × {r.gpus[0]}" if r.gpus else "no GPU"
+        hosts = sorted({x.host for x in good})
+        yield Finding(
+            "fine", _NODES, f"{', '.join(hosts[:8])}{' …' * (len(hosts) > 8)}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a "
+            f"rank, python {r.python}, torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}",
+        )  # fmt: skip
+
+
+def _network(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Finding]:
+    many = len(first) > 1
+    for r in first:
+        for other, result in r.links.items():
+            if isinstance(result, str):
+                yield Finding(
+                    "error", _NET, f"{r.host} cannot connect to {other}: {result}",
+                    f"open TCP between compute nodes (all ports), check that {other} resolves on {r.host} to an "
+                    "address of their network, or put the node under exclude in the profile",
+                )  # fmt: skip
+        if many and r.address.startswith("127."):
+            yield Finding(
+                "warning", _NET, f"{r.host} takes its own name for {r.address}, which gloo tells the other nodes",
+                "environment: {GLOO_SOCKET_IFNAME: eth0} in the profile, with the name of the network interface "
+                "(`ip -br address`), or mend /etc/hosts",
+            )  # fmt: skip
+        if r.resolving > _SLOW_NAME:
+            yield Finding(
+                "warning", _NET, f"{r.host} takes {r.resolving:.1f} s to look up its own name and address; gloo does "
+                "that at every start",
+                "list the nodes in /etc/hosts, or mend the reverse DNS zone",
+            )  # fmt: skip
+    for backend in ("gloo", "nccl"):
+        done = [r for r in reports if backend in r.bandwidth]
+        if not done:
+            continue
+        init, lag = max(r.init[backend] for r in done), max(r.latency[backend] for r in done)
+        speed = min(r.bandwidth[backend] for r in done)
+        about = (
+            f"{backend}: set up in {init:.1f} s, {lag * 1e3:.2f} ms a small all-reduce, {speed / 1e9:.2f} GB/s a large"
+        )
+        least = _BUS["many" if many else "one"]
+        if init > _SLOW_INIT:
+            fix = "name the interface in the profile's environment (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+            yield Finding("warning", _NET, about, fix)
+        elif backend == "nccl" and speed < least and len(done) > 1:
+            yield Finding(
+                "warning", _NET, f"{about}, less than {least / 1e9:g} GB/s",
+                "NCCL_DEBUG=INFO in the profile's environment shows whether it uses NET/IB or NET/Socket, P2P or SHM "
+                "within a node; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose",
+            )  # fmt: skip
+        else:
+            yield Finding("fine", _NET, about)
+
+
+def _stuck(r: Report, reports: Sequence[Report]) -> Finding:
+    """A rank that did not get through."""
+    reached = all(not isinstance(x, str) for other in reports for x in other.links.values())
+    what = f"rank {r.rank} @ {r.host} ended while {r.stage}: {r.error}"
+    if r.stage.startswith("waiting to see"):
+        fix = "the folder must be one that all nodes share: choose a run_dir on such a file system"
+    elif r.stage.endswith("gloo"):
+        fix = (
+            "plain TCP works, so name the interface: GLOO_SOCKET_IFNAME in the profile's environment" if reached
+            else "mend the connections named above first"
+        )  # fmt: skip
+    elif r.stage.endswith("nccl"):
+        fix = (
+            "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME in the profile's environment; if NCCL_IB_DISABLE=1 helps, the "
+            "InfiniBand set-up is at fault" if reached else "mend the connections named above first"
+        )  # fmt: skip
+    elif r.stage.endswith("torch"):
+        fix = "the environment on that node is broken: run `python -c 'import torch'` there"
+    else:
+        fix = "see the rank's log"
+    return Finding("error", _NET if "ing up" in r.stage else _NODES, what, fix)
+
+
+def _disks(first: Sequence[Report]) -> Iterator[Finding]:
+    by_path: dict[str, list[tuple[str, Disk]]] = {}
+    for r in first:
+        for disk in r.disks:
+            by_path.setdefault(disk.path, []).append((r.host, disk))
+    for found in by_path.values():
+        worst = min(found, key=lambda item: (not item[1].error, item[1].write))
+        yield from judge_disk(worst[1], f" on {worst[0]}" if len(first) > 1 else "")
+
+
+def judge_disk(disk: Disk, where: str = "") -> Iterator[Finding]:
+    """One folder that a run writes to."""
+    name = f"{disk.path}{where}"
+    if disk.error:
+        yield Finding(
+            "error", _DISKS, f"{name}: {disk.error}", "choose another folder, or have it mounted and made yours"
+        )
+        return
+    about = (
+        f"{name} ({disk.kind or 'unknown'}): {_bytes(disk.free)} free, writes {disk.write / 1e6:.0f} MB/s, reads "
+        f"{disk.read / 1e6:.0f} MB/s, {disk.small:.0f} small files/s"
+    )
+    if disk.kind in _GONE:
+        yield Finding(
+            "warning", _DISKS, f"{about}; it is memory", "choose a folder on a disk: this one ends with the node"
+        )
+    elif disk.write < _SLOW_WRITE:
+        fix = "checkpoints take long: train.checkpoint.background, or a faster file system for run_dir"
+        yield Finding("warning", _DISKS, about, fix)
+    elif disk.small < _SLOW_SMALL:
+        fix = "the file system is slow at small files: keep the environment and the cache on another"
+        yield Finding("warning", _DISKS, about, fix)
+    elif disk.free < _ROOM:
+        fix = "make room, or lower train.checkpoint.keep; data.cache_limit bounds the cache"
+        yield Finding("warning", _DISKS, about, fix)
+    else:
+        yield Finding("fine", _DISKS, about)
+    if abs(disk.clock) > 2:
+        yield Finding(
+            "warning", _DISKS, f"{name}: its time stamps are {disk.clock:+.1f} s from this machine's clock",
+            "have the file server and the nodes keep time by NTP: heartbeats are told by time stamps",
+        )  # fmt: skip
+
+
+def _alike(first: Sequence[Report], what: str, of: Callable[[Report], dict[str, Any]], fix: str) -> Iterator[Finding]:
+    """Whether all nodes are the same in something."""
+    reference = of(first[0])
+    for r in first[1:]:
+        other = of(r)
+        differing = [k for k in sorted({*reference, *other}) if reference.get(k) != other.get(k)]
+        if differing and not r.error:
+            listed = ", ".join(f"{k} {reference.get(k)} ≠ {other.get(k)}" for k in differing)
+            yield Finding("warning", _NODES, f"{first[0].host} and {r.host} have other {what}: {listed}", f"{fix}")
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if n >= 10 or unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
+
+
+def _few(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")

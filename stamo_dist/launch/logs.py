@@ -1,0 +1,132 @@
+"""The logs of a run's ranks: one, or all of them in turn with the rank before each line; to their end, or on and on."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stamo_dist.errors import RunError
+from stamo_dist.launch.record import main_log, rank_log
+
+_POLL = 0.3  # seconds
+_BLOCK = 1 << 16
+_HEAD = re.compile(rb"^--- start .*?: rank \d+ of \d+ @ (\S+?),")
+
+
+@dataclass
+class Log:
+    """One file that grows, read line by line."""
+
+    path: Path
+    label: str = ""  # before each line
+    _at: int = 0
+    _rest: bytes = b""
+    _inode: int = field(default=0)
+
+    def last(self, lines: int) -> list[str]:
+        """The last so many lines (all: 0); `more` goes on after them."""
+        found: deque[bytes] = deque()
+        try:
+            with self.path.open("rb") as f:
+                size = f.seek(0, 2)
+                block = size if not lines else _BLOCK
+                start, text = size, b""
+                while start > 0 and (not lines or text.count(b"\n") <= lines):
+                    start = max(0, start - block)
+                    f.seek(start)
+                    text = f.read(size - start)
+                found.extend(text.split(b"\n"))
+                self._at, self._inode = size, self.path.stat().st_ino
+        except OSError:
+            return []
+        self._rest = found.pop() if found else b""  # not ended yet
+        kept = list(found)[-lines:] if lines else list(found)
+        return self._labelled(kept)
+
+    def more(self) -> list[str]:
+        """The whole lines that were added since; from the start again where the file was replaced."""
+        try:
+            found = self.path.stat()
+            if found.st_size < self._at or (self._inode and found.st_ino != self._inode):
+                self._at, self._rest = 0, b""
+            self._inode = found.st_ino
+            if found.st_size == self._at:
+                return []
+            with self.path.open("rb") as f:
+                f.seek(self._at)
+                text = f.read()
+        except OSError:
+            return []
+        self._at += len(text)
+        *lines, self._rest = (self._rest + text).split(b"\n")
+        return self._labelled(lines)
+
+    def end(self) -> list[str]:
+        """What was written without a line end."""
+        rest, self._rest = self._rest, b""
+        return self._labelled([rest] if rest else [])
+
+    def _labelled(self, lines: Sequence[bytes]) -> list[str]:
+        prefix = f"{self.label} | " if self.label else ""
+        # A progress bar rewrites its line: what it said last is the line.
+        return [prefix + line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace") for line in lines]
+
+
+def ranks(run: Path) -> dict[int, Path]:
+    """Rank → its log, of those there are."""
+    found = {
+        int(m[1]): p for p in main_log(run).parent.glob("rank_*.log") if (m := re.fullmatch(r"rank_(\d+)", p.stem))
+    }
+    if main_log(run).is_file():
+        found[0] = main_log(run)
+    return dict(sorted(found.items()))
+
+
+def choose(run: Path, rank: str | None) -> list[Log]:
+    """The logs to show: rank 0's and the job's own, that of one rank, or "all", each line with its rank and node.
+
+    Raises:
+        RunError: There are none, or not that one.
+    """
+    there = ranks(run)
+    tasks = {p.stem: p for p in sorted(main_log(run).parent.glob("task_*.log"))}  # of an array
+    if not there and not tasks:
+        raise RunError(f"{run}: no logs yet; `stamo status {run}` tells what it waits for")
+    if rank == "all":
+        return [Log(path, _who(path, f"rank {n}")) for n, path in there.items()] + _named(tasks)
+    if rank is None:
+        return [Log(there[0])] if 0 in there else _named(tasks) or [Log(p, f"rank {n}") for n, p in there.items()]
+    if not rank.isdecimal() or int(rank) not in there:
+        known = ", ".join(map(str, list(there)[:16])) + (" …" if len(there) > 16 else "")
+        raise RunError(f"--rank {rank}: {run} has logs of the ranks {known}; or give all")
+    return [Log(rank_log(run, int(rank)))]
+
+
+def follow(logs: Sequence[Log], over: Callable[[], bool]) -> Iterator[str]:
+    """The lines that are added, until `over` and nothing more comes."""
+    while True:
+        ended = over()
+        fresh = [line for log in logs for line in log.more()]
+        yield from fresh
+        if ended and not fresh:
+            yield from (line for log in logs for line in log.end())
+            return
+        time.sleep(_POLL)
+
+
+def _named(files: Mapping[str, Path]) -> list[Log]:
+    return [Log(path, name.replace("_", " ")) for name, path in files.items()]
+
+
+def _who(path: Path, rank: str) -> str:
+    """The rank, and the node it was on last."""
+    try:
+        with path.open("rb") as f:
+            heads = [m[1] for line in f if (m := _HEAD.match(line))]
+    except OSError:
+        heads = []
+    return f"{rank} @ {heads[-1].decode()}" if heads else rank

@@ -1,0 +1,200 @@
+"""What state a run is in: from its record, its folder, and what the scheduler says where it still knows the job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Literal
+
+from stamo_dist.engine.generation import STALE
+from stamo_dist.engine.progress import duration
+from stamo_dist.launch.look import Progress
+from stamo_dist.launch.record import Event
+from stamo_dist.launch.slurm import Job
+
+Word = Literal[
+    "queued", "starting", "running", "preempted", "requeued", "suspended", "finished", "failed", "stopped", "cancelled",
+    "lost", "unknown",
+]  # fmt: skip
+LIVE = frozenset({"queued", "starting", "running", "preempted", "requeued", "suspended", "unknown"})
+_LAST = frozenset({"finished", "failed", "cancelled", "stopped"})
+#: Slurm's reasons for waiting, in words.
+_REASONS = {
+    "Resources": "waits for free nodes",
+    "Priority": "others come first",
+    "Dependency": "waits for an earlier job",
+    "DependencyNeverSatisfied": "an earlier job failed, so it never starts",
+    "BeginTime": "may not start before",
+    "JobHeldUser": "held; `scontrol release` lets it go",
+    "JobHeldAdmin": "held by the administrator",
+    "JobArrayTaskLimit": "as many tasks of its array as may run at once do",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "PartitionNodeLimit": "more or fewer nodes than the partition allows",
+    "PartitionTimeLimit": "longer than the partition allows",
+    "ReqNodeNotAvail": "nodes it asked for are down, drained or reserved",
+    "BadConstraints": "no node is as it asks for",
+    "InvalidAccount": "the account may not use this partition or does not exist",
+    "InvalidQOS": "there is no such QOS",
+    "launch failed requeued held": "it could not be started and is held; `scontrol release` lets it go",
+}
+#: What a job may do besides waiting and running, and what that means.
+_RARE: dict[str, tuple[Word, str]] = {
+    "PENDING": ("stopped", _REASONS["DependencyNeverSatisfied"]),
+    "SUSPENDED": ("suspended", "stopped by Slurm until others are done"),
+    "REQUEUE_HOLD": ("stopped", "requeued and held; `scontrol release` lets it go"),
+    "COMPLETING": ("preempted", "leaving its nodes"),
+}
+_ENDS = {
+    "TIMEOUT": "the time limit came before it had left",
+    "NODE_FAIL": "a node failed, and the job was not requeued",
+    "OUT_OF_MEMORY": "Slurm killed it: out of memory",
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "its deadline has passed",
+    "FAILED": "the job failed",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """One word, and what there is to say about it."""
+
+    word: Word
+    detail: str = ""
+    restarts: int = 0  # how often it was started again since it was submitted
+
+    @property
+    def live(self) -> bool:
+        """Somebody runs it, or will."""
+        return self.word in LIVE
+
+    @property
+    def training(self) -> bool:
+        return self.word in ("starting", "running", "preempted")
+
+    @property
+    def title(self) -> str:
+        """The word, and how often it was started again."""
+        return f"{self.word} ×{self.restarts}" if self.restarts else self.word
+
+
+def judge(
+    progress: Progress, history: Sequence[Event], job: Job | None, *, asked: bool, watched: bool | None = None,
+    now: datetime | None = None,
+) -> State:  # fmt: skip
+    """The state of a run.
+
+    Args:
+        progress: What its folder says.
+        history: What happened since it was submitted last.
+        job: What the scheduler says about its newest job; None where it knows nothing of it.
+        asked: Whether the scheduler answered.
+        watched: Whether a process on this machine looks after the run; None where that is no question.
+        now: The time.
+    """
+    now = now or datetime.now().astimezone()
+    starts = sum(e.event == "started" for e in history)
+    last = history[-1] if history else None
+    if job is not None and job.active:
+        return _active(progress, job, last, starts, now)
+    if watched:
+        return _running(progress, last, starts)
+    restarts = max(0, starts - 1)
+    over = _over(history)
+    if over is not None:
+        state = State(over.event, over.reason or _stood(progress))  # type: ignore[arg-type]
+    elif progress.finished:
+        state = State("finished")
+    elif job is not None:
+        state = _ended(progress, job)
+    elif not asked and last is not None and progress.owner is None:
+        state = State("unknown", "Slurm does not answer")
+    else:
+        state = _unwatched(progress, last)
+    return replace(state, restarts=restarts)
+
+
+def _over(history: Sequence[Event]) -> Event | None:
+    """The event that ended the run, where nothing began again after it."""
+    for event in reversed(history):
+        if event.event in _LAST:
+            return event
+        if event.event in ("started", "requeued"):
+            return None
+    return None
+
+
+def _active(progress: Progress, job: Job, last: Event | None, starts: int, now: datetime) -> State:
+    if job.state == "PENDING" and job.reason != "DependencyNeverSatisfied":
+        return State("requeued" if starts else "queued", _waiting(job, now), starts)
+    restarts = max(0, starts - 1)
+    if job.state == "RUNNING":
+        return _running(progress, last, starts)
+    if job.state == "COMPLETING" and last is not None and last.event in _LAST:
+        return State(last.event, last.reason or _stood(progress), restarts)  # type: ignore[arg-type]
+    word, detail = _RARE.get(job.state, ("starting", job.state.lower()))
+    return State(word, detail, restarts)
+
+
+def _running(progress: Progress, last: Event | None, starts: int) -> State:
+    restarts = max(0, starts - 1)
+    if last is None or last.event == "submitted":
+        return State("starting", restarts=restarts)
+    if last.event in ("preempted", "requeued"):
+        return State("preempted", last.reason, restarts)
+    if last.event == "cancelled":
+        return State("cancelled", "saving", restarts)
+    if last.event == "started" and (progress.written or 0) < datetime.fromisoformat(last.time).timestamp():
+        return State("starting", restarts=restarts)
+    if progress.silence is not None and progress.silence > STALE:
+        return State("running", f"no heartbeat for {duration(progress.silence)}", restarts)
+    return State("running", restarts=restarts)
+
+
+def _ended(progress: Progress, job: Job) -> State:
+    """The scheduler still remembers how the job ended."""
+    if job.state == "CANCELLED":
+        return State("cancelled", _stood(progress))
+    if job.state == "PREEMPTED":
+        return State("stopped", "preempted, and the partition does not requeue; `stamo resume` goes on")
+    if job.state == "COMPLETED":
+        return State("stopped", _stood(progress))
+    return State("failed", _ENDS.get(job.state, job.state.lower()))
+
+
+def _unwatched(progress: Progress, last: Event | None) -> State:
+    """Nobody can be asked: only the heartbeat in the folder tells."""
+    owner, silence = progress.owner, progress.silence
+    if owner is None and last is not None:
+        gone = f"`stamo resume` goes on {_after(progress)}" if progress.step else "it never began to train"
+        return State("lost", f"job {last.job} is gone; {gone}")
+    if owner is None or owner.ended:
+        return State("stopped", _stood(progress))
+    if owner.alive if owner.local else silence is not None and silence < STALE:
+        return State("running", f"{owner}")
+    return State("lost", f"{owner} is gone; `stamo resume` goes on {_after(progress)}")
+
+
+def _waiting(job: Job, now: datetime) -> str:
+    reason = job.reason if job.reason != "None" else ""
+    plain = reason.partition(",")[0]
+    known = _REASONS.get(plain) or _REASONS.get(reason.strip("()"))
+    text = known or reason.replace("_", " ")
+    if plain.startswith(("QOS", "Assoc", "MaxJobs")):
+        text = f"a limit of your account: {reason}"
+    if job.start is None:
+        return text
+    wait = (job.start - now).total_seconds()
+    begin = f"{job.start:%H:%M}" if wait < 20 * 3600 else f"{job.start:%a %d %b %H:%M}"
+    if plain == "BeginTime":
+        return f"{text} {job.start:%H:%M:%S}"
+    return ", ".join(part for part in (text, f"start expected {begin}") if part)
+
+
+def _stood(progress: Progress) -> str:
+    return f"at step {progress.step} of {progress.steps}" if progress.steps and progress.step < progress.steps else ""
+
+
+def _after(progress: Progress) -> str:
+    return f"after step {progress.checkpoint}" if progress.checkpoint else "from the start"

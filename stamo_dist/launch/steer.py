@@ -1,0 +1,78 @@
+"""Ending a run, and having one that ended go on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from stamo_dist.errors import RunError
+from stamo_dist.launch import slurm, submit, supervise
+from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.record import Event, record
+from stamo_dist.launch.restarts import newest_step
+from stamo_dist.launch.snapshot import recipe_file
+from stamo_dist.launch.status import Run, collect
+from stamo_dist.launch.submit import Order
+
+
+def cancel(path: Path) -> str:
+    """End the run: it saves if it runs, and is not started again. Returns what was done.
+
+    Raises:
+        RunError: Nothing was submitted, or nobody can be told.
+    """
+    run = _look(path)
+    launch = run.launch
+    if launch is None:
+        owner = run.progress.owner
+        if run.state.live and owner is not None:
+            raise RunError(f"{path}: was started by hand; `kill {owner.pid}` on {owner.node} has it save and leave")
+        raise RunError(f"{path}: was not submitted, and nobody runs it")
+    if not run.state.live:
+        return f"{run.name}: nothing to cancel, it is {run.state.word}"
+    if launch.job is None or launch.job.startswith("local-"):
+        supervise.cancel(path)
+        return f"{run.name}: it saves, leaves and is not started again"
+    # Before scancel: the job looks there whether it is to be queued again.
+    record(path, Event("cancelled", job=launch.job, step=newest_step(path), reason="stamo cancel"))
+    slurm.cancel(launch.job)
+    return f"{run.name}: job {launch.job} cancelled"
+
+
+def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:
+    """Submit the run again, with the code and the recipe it was submitted with. Returns what was done.
+
+    `nodes`, `time`: in place of the profile's.
+
+    Raises:
+        StamoError: It runs, has finished, was never submitted, or is refused.
+    """
+    run = _look(path)
+    launch = run.launch
+    if run.state.live:
+        raise RunError(f"{path}: is {run.state.word} already; `stamo cancel {path}` ends it")
+    if run.state.word == "finished":
+        raise RunError(f"{path}: has finished; to train on, submit the recipe with more train.steps")
+    if launch is None or launch.snapshot is None:
+        recipe = path / "resolved.yaml"
+        raise RunError(
+            f"{path}: was not submitted; `stamo train {recipe}` goes on here, "
+            f"`stamo submit {recipe} --cluster PROFILE` on a cluster"
+        )
+    if launch.kind != "run":
+        raise RunError(f"{path}: is part of a pipeline or sweep; submit that again: what is done is skipped")
+    order = Order(launch, Profile.model_validate(launch.profile))
+    if nodes or time:
+        order = submit.plan(recipe_file(launch.snapshot), launch.cluster, nodes=nodes, time=time)
+        kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)
+        order = replace(order, launch=kept)
+    launch = submit.submit(order)
+    return f"{submit.describe(order)}\njob {launch.job}: goes on {_from(run)}"
+
+
+def _look(path: Path) -> Run:
+    return collect([path])[0]
+
+
+def _from(run: Run) -> str:
+    return f"after step {run.progress.checkpoint}" if run.progress.checkpoint else "from the start: nothing was saved"

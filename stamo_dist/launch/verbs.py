@@ -1,0 +1,140 @@
+"""`stamo status | runs | logs | cancel | resume`: looking after runs. Needs no torch, and of Slurm only squeue."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from stamo_dist.launch.show import one_run, runs_table, status_table
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
+RunArguments = Annotated[
+    list[str], typer.Argument(metavar="[RUN...]", help="Run folders, folders of runs, or names of runs.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print it for programs.")]
+
+
+def status(
+    runs: RunArguments = [],  # noqa: B006 (typer reads the default)
+    watch: Annotated[bool, typer.Option("--watch", help="Keep it up to date until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.5, help="How often with --watch.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs do; all of yours of the last day when omitted, with all details for one.
+
+    Example: stamo status runs/tokenizer_sim --watch
+    """
+    from stamo_dist.launch.status import all_known, collect, find, recent
+
+    def table() -> RenderableType:
+        found = collect(find(runs)) if runs else recent(collect(all_known()))
+        return one_run(found[0]) if runs and len(found) == 1 else status_table(found)
+
+    if as_json:
+        found = collect(find(runs)) if runs else recent(collect(all_known()))
+        typer.echo(json.dumps([run.facts() for run in found], indent=1))
+        return
+    console = Console(highlight=False)
+    if not watch:
+        console.print(table())
+        return
+    with Live(table(), console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(every)
+                live.update(table(), refresh=True)
+        except KeyboardInterrupt:
+            pass
+
+
+def runs(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="[FOLDER...]", help="Folders of runs; all you submitted when omitted.")
+    ] = [],  # noqa: B006 (typer reads the default)
+    as_json: AsJson = False,
+) -> None:
+    """List runs, those that ended too: state, last loss, folder.
+
+    Example: stamo runs runs/
+    """
+    from stamo_dist.launch.status import all_known, collect, find
+
+    found = collect(find(folders) if folders else all_known())
+    if as_json:
+        typer.echo(json.dumps([run.facts() for run in found], indent=1))
+    else:
+        Console(highlight=False).print(runs_table(found))
+
+
+def logs(
+    run: RunArgument,
+    rank: Annotated[
+        str | None, typer.Option(metavar="R|all", help="Of this rank; the job's and rank 0's if not.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many from the end; 0: all.")] = 100,
+) -> None:
+    """Print the logs of a run, of one rank, or of all with the rank and its node before each line.
+
+    Example: stamo logs runs/tokenizer_sim --rank 3 --follow
+    """
+    from stamo_dist.launch import logs as files
+    from stamo_dist.launch.status import collect, one
+
+    path = one(run)
+    chosen = files.choose(path, rank)
+    for log in chosen:
+        for line in log.last(lines):
+            typer.echo(line)
+    looked, over = 0.0, False
+
+    def ended() -> bool:
+        nonlocal looked, over
+        if time.monotonic() > looked + 5:
+            looked, over = time.monotonic(), not collect([path])[0].state.live
+        return over
+
+    try:
+        for line in files.follow(chosen, ended if follow else lambda: True):
+            typer.echo(line)
+    except KeyboardInterrupt:
+        pass
+
+
+def cancel(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs.")],
+) -> None:
+    """End runs: each saves, leaves and is not started again. `stamo resume` goes on later.
+
+    Example: stamo cancel runs/tokenizer_sim
+    """
+    from stamo_dist.launch import steer
+    from stamo_dist.launch.status import find
+
+    for path in find(run):
+        typer.echo(steer.cancel(path))
+
+
+def resume(
+    run: RunArgument,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes, in place of those it had.")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="Time limit, in place of the one it had.")
+    ] = None,
+) -> None:
+    """Submit a run that failed or was stopped again, with the code and recipe it had: it goes on where it stopped.
+
+    Example: stamo resume runs/tokenizer_sim --time 12:00:00
+    """
+    from stamo_dist.launch import steer
+    from stamo_dist.launch.status import one
+
+    typer.echo(steer.resume(one(run), nodes=nodes, time=time))
+
+
+COMMANDS = (status, runs, logs, cancel, resume)

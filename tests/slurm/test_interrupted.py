@@ -1,0 +1,98 @@
+"""Runs on a real cluster are stopped in all the ways there are, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Steps take long enough for a test to come between them, and cost no CPU.
+SLOW = (
+    "tasks/tokenizer.py",
+    "\n\nimport time as _time\n\n_loss = TokenizerTask.loss\n\n\n"
+    "def _slow(self, *inputs):\n    _time.sleep(0.25)\n    return _loss(self, *inputs)\n\n\n"
+    "TokenizerTask.loss = _slow\n",
+)
+
+
+def test_time_limit_and_preemption(submit, cluster, preempt):
+    """2 nodes × 2 tasks: asked to stop before its time is up, then preempted with time to save. No step is lost."""
+    profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:01:00", "signal_delay": 59}
+    settings = ("train.steps=120", "train.checkpoint.every=1000")
+    run = submit("run", profile, *settings)
+    run.release(SLOW)
+    run.until(lambda: "requeued" in run.story)
+    assert run.steps == run.events[-1].step
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    run.starts(2, steps=3)
+    preempt()
+    run.starts(3)
+    run.ends("finished")
+    assert run.story == ["submitted", *["started", "preempted", "requeued"] * 2, "started", "finished"]
+    for left, began in zip(run.events[2::3], run.events[4::3], strict=False):
+        assert left.step == began.step
+    log = (run.folder / "logs/main.log").read_text()
+    assert "SIGUSR1 on rank 0, 1, 2, 3: saved" in log
+    assert "SIGTERM on rank 0, 1, 2, 3: saved" in log
+    heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
+    assert sum(f"of job {run.job}: rank 3 of 4 @ t2" in line for line in heads) == 3
+    assert cluster.state(run.job) == "COMPLETED"
+    run.assert_as_uninterrupted(processes=4)
+
+
+def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
+    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then a node dies, and it goes on with one."""
+    profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": "t3", "processes_per_node": 1}
+    settings = ("train.steps=60", "train.checkpoint.every=1000", "train.checkpoint.ephemeral_every=4")
+    run = submit("run", profile, *settings)
+    run.release(SLOW)
+    run.starts(1, steps=5)
+    preempt()
+    run.starts(2, steps=6)
+    assert run.events[-1].step == run.events[-3].step  # what it saved on SIGTERM
+    assert [e.reason for e in run.events if e.event == "requeued"] == ["by Slurm"]
+    before = run.steps
+    cluster.kill_node("t2")
+    try:
+        run.starts(3)
+        started = run.events[-1]
+        assert started.nodes == ["t1"]
+        assert started.world_size == 1
+        assert started.step >= before - 4
+        run.ends("finished")
+    finally:
+        cluster.start_node("t2")
+    assert run.story[-3:] == ["requeued", "started", "finished"]
+    run.assert_as_uninterrupted(processes=2, exactly=False)
+    cluster.until(lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "3")
+
+
+def test_two_jobs_on_one_node(submit, cluster):
+    """One is ended by scancel and stays so; the other, queued again by scontrol, goes on beside it unimpressed."""
+    profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": "t1"}}
+    settings = ("train.steps=30", "train.checkpoint.every=1000")
+    ended, other = submit("ended", profile, *settings), submit("other", profile, *settings)
+    ended.release(SLOW)
+    other.release(SLOW)
+    ended.starts(1, steps=3)
+    other.starts(1, steps=3)
+    cluster.run("scancel", ended.job)
+    cluster.run("scontrol", "requeue", other.job)
+    other.starts(2)
+    other.ends("finished")
+    ended.ends("cancelled")
+    assert ended.story == ["submitted", "started", "cancelled"]
+    assert cluster.state(ended.job) == "CANCELLED"
+    assert ended.events[-1].step == ended.steps  # it saved
+    assert other.story == ["submitted", "started", "preempted", "requeued", "started", "finished"]
+    other.assert_as_uninterrupted(processes=1)
+
+
+def test_crash_loop_ends(submit, cluster):
+    """A crash of our own code is started again as often as the profile says, and then given up with the reason."""
+    run = submit("run", {"partition": "low", "max_restarts": 1})
+    run.release(("train.py", '\nraise RuntimeError("a bug")\n'))
+    run.ends("failed")
+    assert run.story == ["submitted", "started", "failed", "requeued", "started", "failed"]
+    assert "brought it no further" in run.events[-1].reason
+    assert "RuntimeError: a bug" in (run.folder / "logs/main.log").read_text()
+    assert cluster.state(run.job) == "FAILED"
+    assert not list(Path(run.folder).glob("checkpoints/step_*"))
