@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from stamo_dist.recipe.section import Fraction, PositiveInt, Section, Weight
 
+Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or the extremes
+
 
 class Lora(Section):
     """Low-rank adapters (peft) in place of full fine-tuning of the towers, the projector and the language model."""
@@ -71,6 +73,9 @@ class Policy(Section):
     stamo: Literal["patches", "states", "both"] = Field(
         "both", description="vision: stamo: read the encoder's patch features, the state tokens, or both."
     )
+    tokenizer: str | None = Field(
+        None, description="Run folder of the frozen StaMo tokenizer that vision: stamo and the world head need."
+    )
     views: PositiveInt = Field(1, description="Camera views of one moment, in the order of the source's cameras.")
     proprio: bool = Field(False, description="Add the robot's proprioception as one token.")
     actions: Literal["tokens", "parallel_tokens", "regression"] = Field(
@@ -78,9 +83,7 @@ class Policy(Section):
         description="Tokens one after the other (OpenVLA), all at once, or numbers all at once (OpenVLA-OFT).",
     )
     film: bool = Field(False, description="Condition the towers' blocks on the instruction (OpenVLA-OFT+).")
-    bounds: Literal["q99", "minmax"] = Field(
-        "q99", description="What becomes [-1, 1]: the 1 % and 99 % quantiles, or the extremes."
-    )
+    bounds: Bounds = Field("q99", description="What becomes [-1, 1]: the 1 % and 99 % quantiles, or the extremes.")
     prompt: Literal["openvla", "v01"] = Field("openvla", description="The prompt's form; v01 is that of openvla-v01.")
     action_weight: Weight = Field(1.0, description="λ_a, the weight of the action loss.")
     lora: Lora | None = Field(None, description="Train adapters instead of the whole network.")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.recipe.policy import Bounds
 
-Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or extremes
 STATISTICS = "dataset_statistics.json"
 _ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 _EPSILON = 1e-8  # of the official normalisation, against a range of zero

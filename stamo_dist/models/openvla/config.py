@@ -6,11 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import LlamaConfig
 
-from stamo_dist.errors import CheckpointError
+from stamo_dist.errors import CheckpointError, RecipeError
 from stamo_dist.models import weights
 
 _KIND = ("model_type", "openvla")
@@ -101,6 +101,21 @@ class OpenVLAConfig:
         """Read `config.json` of a checkpoint folder; `source` is the recipe field that an error names."""
         return cls.from_dict(weights.read_config(folder, source, _KIND), f"{source}: {folder}", tower_options)
 
+    def with_vision(self, vision: Literal["fused", "dinov2", "stamo"]) -> OpenVLAConfig:
+        """The same language model behind other eyes: `dinov2` keeps the first tower, `stamo` none.
+
+        Raises:
+            RecipeError: dinov2 is asked of a checkpoint without it.
+        """
+        if vision == "fused":
+            return self
+        if vision == "dinov2" and not (self.towers and "dinov2" in self.towers[0].model):
+            raise RecipeError(["policy.vision: dinov2 needs a checkpoint that has that tower; openvla-7b has it"])
+        count = 1 if vision == "dinov2" else 0
+        lists = {k: self.raw[k][:count] for k in _LISTS if k in self.raw}
+        name = "dinov2-vit-l" if vision == "dinov2" else "stamo"
+        return OpenVLAConfig.from_dict({**self.raw, **lists, "vision_backbone_id": name}, "policy.vision")
+
     @property
     def hidden(self) -> int:
         """Width H of the language model."""
@@ -123,6 +138,9 @@ class OpenVLAConfig:
     @property
     def resize(self) -> str:
         return str(self.raw.get("image_resize_strategy", "resize-naive"))
+
+
+_LISTS = ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_kwargs")  # an entry a tower
 
 
 def _towers(raw: dict[str, Any], source: str) -> tuple[Tower, ...]:

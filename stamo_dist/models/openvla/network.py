@@ -140,7 +140,12 @@ class OpenVLA(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, images: Tensor | Features | None, tokens: int, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        images: Tensor | Features | None,
+        tokens: int,
+        attention_mask: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy decoding of exactly `tokens` ids, cached; no id is forbidden and none ends it.
 
@@ -149,7 +154,7 @@ class OpenVLA(nn.Module):
         Returns:
             ids (B, tokens), their logits (B, tokens, vocabulary) and the hidden states (B, tokens, H) they come from.
         """
-        embeddings, mask, inserted = self.sequence(input_ids, images, attention_mask)
+        embeddings, mask, _ = self.sequence(input_ids, images, attention_mask, extra)
         if mask is not None and bool(mask.all()):
             mask = None
         cache = DynamicCache()

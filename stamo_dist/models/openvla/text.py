@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -123,16 +123,19 @@ class TextTokenizer:
         ids = [self.bos, *self.tokenizer.encode(prompt(instruction, self.style), add_special_tokens=False).ids]
         return with_space(ids, self.space)
 
-    def encode(self, instructions: Sequence[str], actions: Sequence[np.ndarray | None] | None = None) -> Encoded:
-        """Prompts alone, or each followed by its action ids (any shape; None has no actions) and </s>.
+    def encode(
+        self, instructions: Sequence[str], actions: Sequence[np.ndarray | None] | None = None, *, blanks: int = 0
+    ) -> Encoded:
+        """Prompts alone, or each followed by its action ids (any shape) and </s>.
 
-        A sample without actions ends with its prompt, and all its labels are ignored.
+        Where a sample has no actions, `blanks` placeholders and </s> follow its prompt, as a parallel policy reads
+        them, or nothing does; its labels are ignored.
         """
-        rows: list[tuple[list[int], list[int]]] = []
+        rows: list[Row] = []
         for i, instruction in enumerate(instructions):
             ids = None if actions is None else actions[i]
-            tail = [] if ids is None else [*np.ravel(ids).tolist(), self.eos]
-            rows.append((self.prompt_ids(instruction), tail))
+            tail = [self.bos] * blanks if ids is None else np.ravel(ids).tolist()
+            rows.append(Row(self.prompt_ids(instruction), [*tail, self.eos] if tail else [], ids is not None))
         return collate(rows, self.pad)
 
 
@@ -141,13 +144,22 @@ def with_space(ids: list[int], space: int) -> list[int]:
     return ids if ids[-1] == space else [*ids, space]
 
 
-def collate(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Encoded:
-    """(prompt ids, ids behind them) of each sample → a batch."""
-    lengths = [len(p) + len(tail) for p, tail in rows]
+class Row(NamedTuple):
+    """The ids of one sample."""
+
+    prompt: list[int]
+    tail: list[int]  # action ids or placeholders, and </s>
+    labelled: bool
+
+
+def collate(rows: Sequence[Row], pad: int) -> Encoded:
+    """Samples → a batch, padded on the right."""
+    lengths = [len(row.prompt) + len(row.tail) for row in rows]
     shape = (len(rows), max(lengths))
     input_ids = torch.full(shape, pad, dtype=torch.int64)
     labels = torch.full(shape, IGNORE, dtype=torch.int64)
-    for row, (front, tail) in enumerate(rows):
-        input_ids[row, : lengths[row]] = torch.tensor([*front, *tail])
-        labels[row, len(front) : lengths[row]] = torch.tensor(tail, dtype=torch.int64)
-    return Encoded(input_ids, input_ids != pad, labels, torch.tensor([len(p) for p, _ in rows]))
+    for i, row in enumerate(rows):
+        input_ids[i, : lengths[i]] = torch.tensor([*row.prompt, *row.tail])
+        if row.labelled:
+            labels[i, len(row.prompt) : lengths[i]] = torch.tensor(row.tail)
+    return Encoded(input_ids, input_ids != pad, labels, torch.tensor([len(row.prompt) for row in rows]))
