@@ -79,6 +79,8 @@ class PolicyNetwork(nn.Module):
         self.cfg, self.sizes = cfg, sizes
         self.vla = OpenVLA(config, film=cfg.film, patch_dim=sizes.patch_dim, state_dim=sizes.state_dim)
         self.action_head = ActionHead(config.hidden, sizes.action_dim) if cfg.actions == "regression" else None
+        if self.action_head is not None:
+            self.vla.language_model.lm_head.requires_grad_(False)  # no loss reaches it
         self.proprio_projector = ProprioProjector(sizes.proprio_dim, config.hidden) if cfg.proprio else None
         world = cfg.world
         self.world_head = WorldHead(config.hidden, *sizes.target, world.width) if world and sizes.target else None
@@ -95,19 +97,18 @@ class PolicyNetwork(nn.Module):
         places = self._places(inputs, sequence)
         size = len(inputs.input_ids)
         if self.action_head is not None and inputs.actions is not None:
-            error = (self.action_head(_pick(hidden, places)).float() - inputs.actions.float()).abs().mean((1, 2))
-            has = _mask(inputs.has_actions, size, error.device)
-            action, count = torch.where(has, error, 0.0), has.float()
+            has = _mask(inputs.has_actions, size, hidden.device)
+            error = _difference(self.action_head(_pick(hidden, places)), inputs.actions, has)
+            action, count = error.abs().mean((1, 2)), has.float()
         elif self.action_head is None and inputs.labels is not None:
             action, count = self._token_loss(hidden, spread(inputs.labels, sequence.inserted))
         else:
             action = count = hidden.new_zeros(size, dtype=torch.float32)
         mse = l1 = targets = hidden.new_zeros(size, dtype=torch.float32)
         if self.world_head is not None and inputs.target is not None:
-            error = self.world_head(self._world_state(hidden, places, inputs)).float() - inputs.target.float()
-            has = _mask(inputs.has_target, size, error.device)
-            mse = torch.where(has, error.square().mean((1, 2)), 0.0)
-            l1 = torch.where(has, error.abs().mean((1, 2)), 0.0)
+            has = _mask(inputs.has_target, size, hidden.device)
+            error = _difference(self.world_head(self._world_state(hidden, places, inputs)), inputs.target, has)
+            mse, l1 = error.square().mean((1, 2)), error.abs().mean((1, 2))
             targets = has.float()
         return Losses(action, count, mse, l1, targets)
 
@@ -192,6 +193,12 @@ class PolicyNetwork(nn.Module):
 def _pick(hidden: Tensor, places: Tensor) -> Tensor:
     """(B, T, H) at (B, K) → (B, K, H)."""
     return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _difference(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:
+    """(B, …) float32 found − wanted, and zero with a zero gradient where a sample has nothing, were it NaN."""
+    found = found.float()
+    return found - torch.where(has[:, None, None], wanted.float(), found.detach())
 
 
 def _mask(given: Tensor | None, size: int, device: torch.device) -> Tensor:
