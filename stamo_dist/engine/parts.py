@@ -88,24 +88,40 @@ class _Sink(io.RawIOBase):
         return Stored(self._size, self._digest.hexdigest())
 
 
-def _to_host(value: Any) -> Any:
-    """A copy of everything in a nested state, tensors in host memory."""
-    if isinstance(value, Tensor):
-        return _copy(value.detach())
-    if isinstance(value, dict):
-        held = copy.copy(value)
-        for key in held:
-            held[key] = _to_host(held[key])
-        return held
-    if type(value) in (list, tuple):
-        return type(value)(_to_host(v) for v in value)
-    return value
+class Staging:
+    """Copies of a state in host memory. The memory is kept from save to save: getting it takes longer than copying."""
 
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._used = 0
 
-def _copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    def begin(self) -> None:
+        """Give up the copies of the save before."""
+        self._used = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """On CUDA the copy is there once the device is synchronised."""
+        if self._used == len(self._kept):
+            self._kept.append(torch.empty(0))
+        kept = self._kept[self._used]
+        if (kept.shape, kept.stride(), kept.dtype) != (tensor.shape, tensor.stride(), tensor.dtype):
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._kept[self._used] = kept
+        self._used += 1
+        return kept.copy_(tensor, non_blocking=True)
+
+    def copy_all(self, value: Any) -> Any:
+        """A copy of everything in a nested state."""
+        if isinstance(value, Tensor):
+            return self.copy(value.detach())
+        if isinstance(value, dict):
+            held = copy.copy(value)
+            for key in held:
+                held[key] = self.copy_all(held[key])
+            return held
+        if type(value) in (list, tuple):
+            return type(value)(self.copy_all(v) for v in value)
+        return value
 
 
 class _Catch:
@@ -134,7 +150,7 @@ class _Catch:
 class ZeroPart:
     """DeepSpeed's own files of this process, caught on their way to the disk."""
 
-    def __init__(self, engine: Engine, *, staged: bool):
+    def __init__(self, engine: Engine, staging: Staging | None):
         module = engine.deepspeed
         own = module.checkpoint_engine
         module.checkpoint_engine = catch = _Catch(own)
@@ -144,8 +160,8 @@ class ZeroPart:
         finally:
             module.checkpoint_engine = own
             del module._copy_recovery_script
-        self._states = [(path, _to_host(state) if staged else state) for path, state in catch.caught]
-        if staged and engine.device.type == "cuda":
+        self._states = [(path, staging.copy_all(state) if staging else state) for path, state in catch.caught]
+        if staging and engine.device.type == "cuda":
             torch.cuda.synchronize()
 
     def write(self, folder: Path, files: dict[str, Stored]) -> None:
@@ -163,8 +179,8 @@ class ZeroPart:
 class DcpPart:
     """A state in PyTorch's distributed checkpoint format, under `name`/."""
 
-    def __init__(self, name: str, state: dict[str, Any], *, staged: bool):
-        self._name, self._planner, self._staged = name, _Planner(), staged
+    def __init__(self, name: str, state: dict[str, Any], staging: Staging | None):
+        self._name, self._planner, self._staged = name, _Planner(), staging is not None
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._planner.set_up_planner(state, is_coordinator=rank == 0)
         plans = _gather(self._planner.create_local_plan())
@@ -174,8 +190,8 @@ class DcpPart:
             assigned, self._metadata = self._planner.create_global_plan(plans)
             assigned = self._writer(Path(name), {}).prepare_global_plan(assigned)
         self._plan = self._planner.finish_plan(_scatter(assigned))
-        if staged:
-            self._planner.hold(self._plan)
+        if staging:
+            self._planner.hold(self._plan, staging)
 
     def _writer(self, folder: Path, files: dict[str, Stored]) -> dcp.FileSystemWriter:
         # Reading ahead from the device uses its streams: only where the state is still there.
@@ -197,11 +213,11 @@ class _Planner(dcp.DefaultSavePlanner):
 
     _held: dict[MetadataIndex, Any] | None = None
 
-    def hold(self, plan: SavePlan) -> None:
+    def hold(self, plan: SavePlan, staging: Staging) -> None:
         held: dict[MetadataIndex, Any] = {}
         for item in plan.items:
             data = super().resolve_data(item)
-            held[item.index] = data if isinstance(data, io.BytesIO) else _copy(data.detach())
+            held[item.index] = data if isinstance(data, io.BytesIO) else staging.copy(data.detach())
         self._held = held
         self.state_dict = {}
         if torch.cuda.is_available():

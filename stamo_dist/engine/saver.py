@@ -23,7 +23,7 @@ from stamo_dist.engine.ema import EMA
 from stamo_dist.engine.generation import Generation
 from stamo_dist.engine.identity import Identity
 from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, read_marker
-from stamo_dist.engine.parts import DcpPart, Part, ZeroPart
+from stamo_dist.engine.parts import DcpPart, Part, Staging, ZeroPart
 from stamo_dist.engine.processes import broadcast
 from stamo_dist.engine.retention import clean, folder_of, part_of, remove, scan, set_aside, superseded, sync, sync_tree
 from stamo_dist.engine.strategy import Engine
@@ -125,6 +125,8 @@ class Saver:
         self._generation = generation
         self._number = broadcast(generation.number if generation else 0)
         self._writing: _Writing | None = None
+        self._staging = Staging()
+        self._removing: threading.Thread | None = None
         self._retry: int | None = None  # the step at which a failed save comes due again
         self._delay = 1
 
@@ -190,13 +192,15 @@ class Saver:
     def _parts(self, *, staged: bool) -> list[Part]:
         engine = self._engine
         parts: list[Part] = []
+        staging = self._staging if staged else None
+        self._staging.begin()
         if engine.is_zero:
-            parts.append(ZeroPart(engine, staged=staged))
+            parts.append(ZeroPart(engine, staging))
         else:
             module, optimizer = get_state_dict(engine.unwrapped, engine.inner_optimizer)
-            parts.append(DcpPart("dcp", {"module": module, "optimizer": optimizer}, staged=staged))
+            parts.append(DcpPart("dcp", {"module": module, "optimizer": optimizer}, staging))
         if self._ema is not None:
-            parts.append(DcpPart("ema", {"ema": self._ema.whole()}, staged=staged))
+            parts.append(DcpPart("ema", {"ema": self._ema.whole()}, staging))
         return parts
 
     def _all(self, done: bool) -> bool:
@@ -231,9 +235,22 @@ class Saver:
             raise RuntimeError(f"step {writing.state.step} could not be saved:\n{bug}")
         if world.is_main and outcome is None:
             clean(self._checkpoints, self._number)
-            for old in superseded(scan(self._checkpoints).whole, self._policy):
-                remove(old)
+            self._remove(superseded(scan(self._checkpoints).whole, self._policy), beside=writing.beside)
         return outcome
+
+    def _remove(self, paths: list[Path], *, beside: bool) -> None:
+        """Delete checkpoints, large files in another thread where training need not wait for it."""
+        if self._removing is not None:
+            self._removing.join()
+
+        def work() -> None:
+            for path in paths:
+                remove(path)
+
+        self._removing = threading.Thread(target=work, name="remover", daemon=True)
+        self._removing.start()
+        if not beside:
+            self._removing.join()
 
     def _publish(self, writing: _Writing, written: list[_Written]) -> None:
         """Rank 0: index, sync, rename and, last of all, mark."""
