@@ -98,6 +98,8 @@ def judge(
     last = history[-1] if history else None
     if job is not None and job.active:
         return _active(progress, job, last, starts, now)
+    if watched and last is not None and last.event == "submitted":
+        return State("queued", "comes after the others that were submitted with it")
     if watched:
         return _running(progress, last, starts)
     restarts = max(0, starts - 1)

@@ -109,7 +109,7 @@ def all_known() -> list[Path]:
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
-    """How these runs do; what happened last comes first."""
+    """How these runs do; what happened last comes first, but a pipeline's stages come in their order."""
     folders = [path for path in paths if is_run(path)]
     with ThreadPoolExecutor(8) as pool:  # a shared file system answers several questions at once
         read = list(pool.map(_read, folders))
@@ -122,7 +122,8 @@ def collect(paths: Iterable[Path]) -> list[Run]:
         except slurm.SlurmError:
             asked = False
     runs = [_run(path, *found, jobs, asked) for path, found in zip(folders, read, strict=True)]
-    return sorted(runs, key=lambda run: -run.touched)
+    pipelines = {run.launch.pipeline if run.launch else None for run in runs}
+    return runs if len(pipelines) == 1 and None not in pipelines else sorted(runs, key=lambda run: -run.touched)
 
 
 def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:

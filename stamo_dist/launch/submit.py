@@ -122,6 +122,9 @@ def ask(
 def describe(order: Order) -> str:
     """What is asked for, in one line."""
     launch, profile = order.launch, order.profile
+    if profile.backend == "local":
+        processes = launch.nodes * launch.processes_per_node
+        return f"{launch.name}: {processes} process{'es' * (processes > 1)} on this machine → {launch.run_dir}"
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
@@ -132,7 +135,9 @@ def describe(order: Order) -> str:
 
 
 def script(order: Order) -> str:
-    """The batch script, to the letter."""
+    """The batch script, to the letter; on this machine, the command of each process."""
+    if order.profile.backend == "local":
+        return shlex.join(supervise.command(order.launch))
     return _Sbatch(order).text()
 
 

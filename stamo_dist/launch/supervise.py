@@ -44,10 +44,10 @@ def start(runs: Sequence[str | Path]) -> str:
     """
     log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
     words = ["-m", __name__] if first is None else snapshot.command(first, __name__, ())[1:]
-    command = [sys.executable, *words, *map(str, runs)]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=True
+            [sys.executable, *words, *map(str, runs)], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + _PATIENCE
     while not all((owner := supervisor(run)) is not None and owner.pid == process.pid for run in runs):
@@ -59,6 +59,13 @@ def start(runs: Sequence[str | Path]) -> str:
 
 def job_id(pid: int) -> str:
     return f"local-{pid}"
+
+
+def command(launch: Launch) -> list[str]:
+    """Of each process; the profile's setup lines come before it in the same shell."""
+    words = snapshot.process(launch)
+    setup = launch.profile.get("setup")
+    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
 
 
 def supervisor(run: str | Path) -> Owner | None:
@@ -152,7 +159,7 @@ class _Supervisor:
         with main_log(run).open("ab", buffering=0) as log:
             log.write(f"{head} on {node}: {processes} processes, {when}\n".encode())
             with Ranks(
-                _command(launch), processes, run, main=log, env=environment, forward=self._signal
+                command(launch), processes, run, main=log, env=environment, forward=self._signal
             ) as ranks:  # fmt: skip
                 self._ranks = ranks
                 try:
@@ -189,13 +196,6 @@ def _hindrance(launch: Launch) -> str:
         if last is None or last.event != "finished":
             return f"{Path(before).name} {last.event if last else 'did not run'}"
     return ""
-
-
-def _command(launch: Launch) -> list[str]:
-    """Of each process; the profile's setup lines come before it in the same shell."""
-    command = snapshot.process(launch)
-    setup = launch.profile.get("setup")
-    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *command] if setup else command
 
 
 if __name__ == "__main__":
