@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import statistics
@@ -126,16 +127,19 @@ def make_source(folder: Path, samples: int, shard: Path | None) -> Path:
     entry, camera = index["shards"][0], folder / "train" / "front"
     camera.mkdir(parents=True)
     count = max(1, samples // PER_SHARD)
-    shards = []
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    shards, checksums = [], {}
     for i in range(count):
         name = f"shard.{i:05d}.mds"
         os.link(shard, camera / name)
+        checksums[f"train/front/{name}"] = digest
         shards.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
     (camera / "index.json").write_text(json.dumps({**index, "shards": shards}))
     (folder / "train" / "episodes.jsonl").touch()
     manifest = Manifest(
         name="a", source_format="made", image_size=SIZE, cameras=["front"], rate_hz=10, action_dim=0, proprio_dim=0,
         convention="none", splits={"train": Split(episodes=count, frames=count * PER_SHARD)},
+        checksums=checksums,
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return shard

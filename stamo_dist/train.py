@@ -93,7 +93,8 @@ def _begin(
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
 
     start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
-    state = RunState(cursor=Cursor().to_dict(), samples=[0] * len(mixture.sources))
+    none = [0] * len(mixture.sources)
+    state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if start is not None:
         state = checkpoint.load(
             start, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
@@ -197,7 +198,7 @@ class _Session:
                     working("computing", step)
                     with engine.accumulate():
                         out = self.task.loss(engine.module, micro, noise.at(step))
-                        sums.add(out.per_sample, micro.source)
+                        sums.add(out.per_sample, micro.source, micro.replaced)
                         watch.meet()
                         working("differentiating", step)
                         grad_norm = engine.backward(out.loss)
@@ -209,8 +210,7 @@ class _Session:
                 state.step, state.cursor = step, batch.cursor.to_dict()
                 faults.count_step(state, good=good)
                 self.reducer.put(
-                    step, sums, grad_norm=grad_norm, lr=lr, lap=watch.lap(), signal=stop.signal or 0,
-                    skipped=batch.skipped,
+                    step, sums, grad_norm=grad_norm, lr=lr, lap=watch.lap(), signal=stop.signal or 0
                 )  # fmt: skip
                 self.journal.read(step, batch)
                 self.watchdog.finished(step)
@@ -254,7 +254,9 @@ class _Session:
             self.signals, self.step_seconds = self.signals or reduced.signals, reduced.seconds
             self.state.seconds += reduced.seconds
             self.state.samples = [a + b for a, b in zip(self.state.samples, reduced.counts, strict=True)]
+            self.state.skipped = [a + b for a, b in zip(self.state.skipped, reduced.skipped, strict=True)]
             self.journal.step(reduced, self.state)
+            faults.check_skipped(self.state, self.mixture.sources, self.recipe.data)
 
     def _report(self, ended: list[Saved]) -> None:
         for saved in ended:
@@ -266,5 +268,8 @@ class _Session:
 
     def _show_first(self, batch: Batch) -> None:
         picture = self.run_folder.path / "first_batch.png"
-        save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])
-        self.journal.picture("first_batch", picture, 1)
+        try:
+            save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])
+            self.journal.picture("first_batch", picture, 1)
+        except OSError as e:
+            self.journal.say(f"{picture}: not written ({e.strerror})")

@@ -18,23 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.formats.lerobot_files import Listed, find_layout, parquet_file, read_columns, read_info
+from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
 from stamo_dist.errors import DataError
 
 #: Known action conventions by `action_kind`.
 ACTIONS = {
-    "libero": ActionSpec(
-        dim=7,
-        text="OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close",
-        mode="delta",
-        translation=(0, 1, 2),
-        metres=0.05,
-        rotation=(3, 4, 5),
-        radians=0.5,
-        gripper=6,
-        gripper_open=-1.0,
-        gripper_closed=1.0,
-    ),
+    "libero": OSC_POSE,
     "bridge": ActionSpec(
         dim=7,
         text="end-effector delta: dx dy dz (m), droll dpitch dyaw (rad), gripper 1 open 0 close",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,20 @@ import numpy as np
 
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, find_files
 from stamo_dist.errors import DataError
+
+#: robosuite's controller as LIBERO sets it.
+OSC_POSE = ActionSpec(
+    dim=7,
+    text="OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close",
+    mode="delta",
+    translation=(0, 1, 2),
+    metres=0.05,
+    rotation=(3, 4, 5),
+    radians=0.5,
+    gripper=6,
+    gripper_open=-1.0,
+    gripper_closed=1.0,
+)
 
 TIMINGS = ("before", "after")
 #: How images (T, H, W, 3) are stored → the index that turns them upright.
@@ -212,18 +226,7 @@ class LiberoReader:
 def _action_spec(text: str, dim: int) -> ActionSpec:
     """What the action conventions of these files mean; anything else is kept as it is."""
     if text.startswith("OSC_POSE delta") and dim == 7:
-        return ActionSpec(
-            dim,
-            text,
-            "delta",
-            translation=(0, 1, 2),
-            metres=0.05,
-            rotation=(3, 4, 5),
-            radians=0.5,
-            gripper=6,
-            gripper_open=-1.0,
-            gripper_closed=1.0,
-        )
+        return replace(OSC_POSE, text=text)
     if text.startswith("hand delta") and dim == 4:  # Meta-World's
         return ActionSpec(
             dim,

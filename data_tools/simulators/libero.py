@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.simulators.libero_expert import OPEN, Expert
-from data_tools.simulators.rollout import Rollout, StateRenderer, axis_angle, get_state
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed
 from stamo_dist.errors import DataError
 
 CONTROL_HZ = 20
@@ -131,15 +131,10 @@ class LiberoWorld:
         gripper = np.array(data.qpos[robot._ref_gripper_joint_pos_indexes])
         position = np.array(data.site_xpos[robot.eef_site_id])
         quat = np.array(data.body(robot.robot_model.eef_name).xquat)
-        return {
-            "state": get_state(model, data),
-            "robot": np.concatenate([gripper, position, np.roll(quat, -1)]),
-            "ee_pos": position,
-            "ee_ori": axis_angle(quat),
-            "ee_states": np.concatenate([position, axis_angle(quat)]),
-            "gripper_states": gripper,
-            "joint_states": np.array(data.qpos[robot._ref_joint_pos_indexes]),
-        }
+        return observed(
+            model, data, position=position, quat=quat, gripper=gripper,
+            joints=np.array(data.qpos[robot._ref_joint_pos_indexes]),
+        )  # fmt: skip
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
         if self._renderer is None or self._renderer.size != size:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.simulators.rollout import Rollout, StateRenderer, axis_angle, get_state
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed
 
 CONTROL_HZ = 80
 MAX_STEPS = 400
@@ -91,15 +91,9 @@ class MetaWorld:
         position = np.array(self.env.get_endeff_pos())
         quat = np.array(data.body("hand").xquat)
         gripper = np.array(data.qpos[ARM_JOINTS : ARM_JOINTS + FINGER_JOINTS])
-        return {
-            "state": get_state(model, data),
-            "robot": np.concatenate([gripper, position, np.roll(quat, -1)]),
-            "ee_pos": position,
-            "ee_ori": axis_angle(quat),
-            "ee_states": np.concatenate([position, axis_angle(quat)]),
-            "gripper_states": gripper,
-            "joint_states": np.array(data.qpos[:ARM_JOINTS]),
-        }
+        return observed(
+            model, data, position=position, quat=quat, gripper=gripper, joints=np.array(data.qpos[:ARM_JOINTS])
+        )  # fmt: skip
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
         if self._renderer is None:

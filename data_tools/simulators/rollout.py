@@ -161,3 +161,19 @@ def axis_angle(quat: np.ndarray) -> np.ndarray:
     if sine < 1e-8:
         return np.zeros(3)
     return np.asarray(quat[1:] * (2 * np.arctan2(sine, quat[0]) / sine))
+
+
+def observed(
+    model: Any, data: Any, *, position: np.ndarray, quat: np.ndarray, gripper: np.ndarray, joints: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What is recorded of a moment beside the pictures; `quat` of the hand is (w, x, y, z)."""
+    turn = axis_angle(quat)
+    return {
+        "state": get_state(model, data),
+        "robot": np.concatenate([gripper, position, np.roll(quat, -1)]),
+        "ee_pos": position,
+        "ee_ori": turn,
+        "ee_states": np.concatenate([position, turn]),
+        "gripper_states": gripper,
+        "joint_states": joints,
+    }

@@ -38,7 +38,7 @@ class Batch:
         sample: int64 (b,), the mixture's sample numbers.
         source: int64 (b,), index into `Mixture.sources`.
         cursor: Position after this batch, the same on every rank.
-        skipped: Rows that hold another frame of their source, as theirs could not be read.
+        replaced: bool (b,), which rows hold another frame of their source, as theirs could not be read.
         latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`.
         ahead: int64 (b,), frames from t to the target; less than the horizon where the episode ends before.
         target: uint8 (b, H, W, 3), the frames at t + ahead.
@@ -53,7 +53,7 @@ class Batch:
     sample: Tensor
     source: Tensor
     cursor: Cursor
-    skipped: int = 0
+    replaced: Tensor | None = None
     latents: Tensor | None = None
     ahead: Tensor | None = None
     target: Tensor | None = None
@@ -221,14 +221,13 @@ class Loader:
             self._free.append(slot)
         views = self._slots.views(memory)
         samples = views.pop("samples").copy()
-        skipped = int(views["replaced"].sum())
-        del views["passes"], views["shard"], views["replaced"]
+        del views["passes"], views["shard"]
         tensors = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
         if self._latents is not None:
             dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
             tensors["latents"] = torch.from_numpy(views["latents"].view(np.int16)).view(dtype)
         source = torch.from_numpy(self._mixture.source_of(samples))
-        return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, skipped=skipped, **tensors)
+        return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, **tensors)
 
 
 def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor) -> Iterator[Position]:

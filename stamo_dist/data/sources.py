@@ -19,7 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
-from streaming.base.format import Reader
+from streaming.base.format import Reader, reader_from_json
+from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
@@ -62,7 +63,7 @@ class CameraShards:
     folder: Path
     frames: int
     stream: Stream
-    readers: Sequence[Reader]  # streaming's, which prepare_shard takes
+    entries: Sequence[dict[str, Any]]  # index.json's, one a shard
     shards: Sequence[ShardSpec]
     local: bool  # the raw shards are on local disk already
     action_dim: int
@@ -92,13 +93,17 @@ class CameraShards:
         if _size(path) != shard.nbytes:
             raise DataError(f"{path}: {_size(path)} bytes, but index.json says {shard.nbytes}")
 
+    def reader(self, number: int) -> Reader:
+        """streaming's view of shard `number`, made when asked for: for all at once, it is most of opening a source."""
+        return reader_from_json(str(self.folder), self.stream.split, self.entries[number])
+
     def _get(self, number: int) -> None:
         # A shard gets its name when its checksum was right, so it need not be verified again.
         path = Path(self.shards[number].path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
             stream = copy.copy(self.stream)
             stream.local = scratch
-            stream.prepare_shard(self.readers[number])
+            stream.prepare_shard(self.reader(number))
             os.replace(Path(scratch) / path.name, path)
 
 
@@ -203,50 +208,53 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         raise DataError(f"{source.path}: has no camera {camera!r}, only {', '.join(manifest.cameras) or 'none'}")
     folder = source.root / split / camera
     stream = Stream(remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder))
-    readers = _read_index(stream, folder)
-    if any(reader.compression for reader in readers) and not source.remote:
+    entries = _read_index(stream, folder)
+    if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked in the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
         stream = Stream(remote=str(folder), local=str(source.cache / name))
-        readers = _read_index(stream, source.cache / name)
-        _check_files(folder, readers, packed=True)
+        entries = _read_index(stream, source.cache / name)
+        _check_files(folder, entries, packed=True)
         folder = source.cache / name
         local = False
     else:
         local = source.remote is None
         if local:
-            _check_files(folder, readers, packed=False)
-    frames = sum(reader.samples for reader in readers)
+            _check_files(folder, entries, packed=False)
+    frames = sum(entry["samples"] for entry in entries)
     expected = manifest.splits[split].frames
     if frames != expected or not frames:
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
     layouts: dict[Layout, Layout] = {}
-    shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in _entries(folder)]
+    shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in entries]
+    for layout in layouts:
+        if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
+            raise DataError(f"{folder}: has columns of type {', '.join(unsafe)}, which may run code; convert it again")
     return CameraShards(
-        camera, folder, frames, stream, readers, shards, local, manifest.action_dim, manifest.proprio_dim
+        camera, folder, frames, stream, entries, shards, local, manifest.action_dim, manifest.proprio_dim
     )
 
 
-def _read_index(stream: Stream, folder: Path) -> list[Reader]:
+def _read_index(stream: Stream, folder: Path) -> list[dict[str, Any]]:
     stream.apply_default(_DOWNLOAD)
+    path = folder / "index.json"
     try:
         if stream.remote:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".index.lock", timeout=_LOCK_TIMEOUT):
-                get = partial(stream.get_shards, _ALONE, allow_unsafe_types=False)
-                readers = _try(get, stream.remote, is_remote(stream.remote))
-        else:
-            readers = stream.get_shards(_ALONE, allow_unsafe_types=False)
-        hashes = readers[0].hashes if readers else []
+                if not path.exists():
+                    get = partial(stream.get_shards, _ALONE, allow_unsafe_types=False)
+                    _try(get, stream.remote, is_remote(stream.remote))
+        index = json.loads(path.read_bytes())
+        entries = index["shards"]
+        other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
+        if other:
+            raise ValueError(f"has shards of another format or version: {other}")
+        if entries and entries[0]["hashes"]:
+            stream.validate_hash = entries[0]["hashes"][0]
     except Exception as e:  # every store raises its own
         raise DataError(f"{stream.remote or folder}: index.json cannot be read: {e}") from e
-    if hashes:
-        stream.validate_hash = hashes[0]
-    return readers
-
-
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "index.json").read_text())["shards"]
+    return entries
 
 
 def _spec(
@@ -263,20 +271,19 @@ def _spec(
     return ShardSpec(str(folder / raw["basename"]), int(raw["bytes"]), int(entry["samples"]), layout, digest)
 
 
-def _check_files(folder: Path, readers: Sequence[Reader], *, packed: bool) -> None:
+def _check_files(folder: Path, shards: Sequence[dict[str, Any]], *, packed: bool) -> None:
     with os.scandir(folder) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries}
     bad = []
-    for reader in readers:
-        for raw, zipped in reader.file_pairs:
-            info = zipped if packed and zipped else raw
-            size = sizes.get(info.basename)
-            if size != info.bytes:
-                what = "missing" if size is None else f"{size} bytes, index.json says {info.bytes}"
-                bad.append(f"{info.basename} ({what})")
+    for shard in shards:
+        info = (packed and shard["zip_data"]) or shard["raw_data"]
+        size = sizes.get(info["basename"])
+        if size != info["bytes"]:
+            what = "missing" if size is None else f"{size} bytes, index.json says {info['bytes']}"
+            bad.append(f"{info['basename']} ({what})")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
-            f"{folder}: {len(bad)} of {len(readers)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
+            f"{folder}: {len(bad)} of {len(shards)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
             "run `stamo data convert` again"
         )

@@ -199,8 +199,9 @@ def load(
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
     if sources is not None:
-        seen = dict(zip(sources_of(marker.identity), marker.state.samples, strict=False))
-        marker.state.samples = [seen.get(name, 0) for name in sources]
+        for name in ("samples", "skipped"):
+            counted = dict(zip(sources_of(marker.identity), getattr(marker.state, name), strict=False))
+            setattr(marker.state, name, [counted.get(source, 0) for source in sources])
     return marker.state
 
 

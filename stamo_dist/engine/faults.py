@@ -22,13 +22,25 @@ from stamo_dist.engine.retention import scan
 from stamo_dist.engine.runfolder import RunFolder, write_atomic
 from stamo_dist.engine.strategy import Engine
 from stamo_dist.errors import RunError
-from stamo_dist.recipe.schema import Train
+from stamo_dist.recipe.schema import Data, Train
 
 
 def count_step(state: RunState, *, good: bool) -> None:
     """Count the step that was just made."""
     state.bad_steps += not good
     state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
+
+
+def check_skipped(state: RunState, sources: Sequence[str], data: Data) -> None:
+    """Raises:
+    RunError: More samples of a source could not be read than the recipe puts up with.
+    """
+    for source, skipped, seen in zip(sources, state.skipped, state.samples, strict=True):
+        if data.max_bad_samples is not None and skipped > data.max_bad_samples:
+            raise RunError(
+                f"data.sources.{source}: {skipped} of {seen} samples could not be read, more than data.max_bad_samples "
+                f"({data.max_bad_samples}); the log names them: repair its shards, or raise data.max_bad_samples"
+            )
 
 
 def roll_back(

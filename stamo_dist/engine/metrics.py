@@ -30,16 +30,17 @@ class StepSums:
     """Sums over the samples of one optimizer step on this rank: loss terms and counts, per source."""
 
     terms: tuple[str, ...]
-    values: Tensor  # (terms + 1, sources), the last row counts samples
+    values: Tensor  # (terms + 2, sources), the last rows count samples, and those that stand in for unreadable ones
 
     @classmethod
     def empty(cls, terms: Sequence[str], sources: int, device: torch.device) -> StepSums:
-        return cls(tuple(terms), torch.zeros(len(terms) + 1, sources, device=device, dtype=torch.float32))
+        return cls(tuple(terms), torch.zeros(len(terms) + 2, sources, device=device, dtype=torch.float32))
 
-    def add(self, per_sample: dict[str, Tensor], source: Tensor) -> None:
-        """`per_sample`: term → (B,); `source`: (B,) int64."""
-        rows = torch.stack([*(per_sample[t].detach().float() for t in self.terms), torch.ones_like(source).float()])
-        self.values.index_add_(1, source, rows)
+    def add(self, per_sample: dict[str, Tensor], source: Tensor, replaced: Tensor | None = None) -> None:
+        """`per_sample`: term → (B,); `source`: (B,) int64; `replaced`: (B,) bool."""
+        counts = [torch.ones_like(source), torch.zeros_like(source) if replaced is None else replaced]
+        rows = [*(per_sample[t].detach() for t in self.terms), *counts]
+        self.values.index_add_(1, source, torch.stack([row.float() for row in rows]))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Reduced:
     lr: float
     seconds: float
     data_wait: float  # share of the seconds spent waiting for data
-    skipped: int  # samples whose frames could not be read
+    skipped: list[int]  # samples whose frames could not be read, per source
     alone: list[float]  # each rank's Lap.alone
     signals: dict[int, str]  # rank → the signal that asks it to stop
     not_finite: list[int]  # ranks whose loss was not finite
@@ -102,7 +103,8 @@ class Reduced:
             **({"mfu": round(mfu, 4)} if mfu is not None else {}),
             **{f"{term}/{s}": loss for s, loss in zip(sources, self.per_source, strict=True) if loss is not None},
             **{f"samples/{s}": n for s, n in zip(sources, self.counts, strict=True) if n},
-            **({"skipped": self.skipped} if self.skipped else {}),
+            **({"skipped": sum(self.skipped)} if any(self.skipped) else {}),
+            **{f"skipped/{s}": n for s, n in zip(sources, self.skipped, strict=True) if n},
             **({"bad_steps": bad_steps} if bad_steps else {}),
             **(self.spread if len(self.alone) > 1 else {}),
         }
@@ -126,14 +128,12 @@ class Reducer:
         self._device, self._rank, self._ranks = device, rank, ranks
         self._pending: _Pending | None = None
 
-    def put(
-        self, step: int, sums: StepSums, *, grad_norm: float, lr: float, lap: Lap, signal: int = 0, skipped: int = 0
-    ) -> None:
+    def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, lap: Lap, signal: int = 0) -> None:
         """`signal`: number of the one that asks this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().float()
-        own = torch.tensor([lap.alone, float(signal), float(skipped)], device=self._device)
-        ranks = torch.zeros(4, self._ranks, device=self._device)
+        own = torch.tensor([lap.alone, float(signal)], device=self._device)
+        ranks = torch.zeros(3, self._ranks, device=self._device)
         ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
@@ -145,10 +145,10 @@ class Reducer:
             return None
         now, self._pending = self._pending, None
         numbers = now.flat.tolist()
-        cut = len(numbers) - 4 * self._ranks
+        cut = len(numbers) - 3 * self._ranks
         table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
-        alone, signals, skipped, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(4))
-        count, sums = table[-1], table[:-1]
+        alone, signals, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(3))
+        sums, count, skipped = table[:-2], table[-2], table[-1]
         total = count.sum().item()
         return Reduced(
             step=now.step,
@@ -159,7 +159,7 @@ class Reducer:
             lr=now.lr,
             seconds=now.lap.seconds,
             data_wait=now.lap.data_wait,
-            skipped=int(sum(skipped)),
+            skipped=[int(n) for n in skipped.tolist()],
             alone=alone,
             signals={rank: Signals(int(number)).name for rank, number in enumerate(signals) if number},
             not_finite=[rank for rank, flag in enumerate(wrong) if flag],

@@ -7,6 +7,7 @@ reduces what arrived over the ranks together with the metrics.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,8 @@ class Grace:
 
     def measured(self, step: float, save: float) -> list[str]:
         """Take in the seconds that a step and a save took; returns what to say the first time."""
-        write_atomic(self.file, json.dumps({"step_seconds": round(step, 3), "save_seconds": round(save, 3)}) + "\n")
+        with contextlib.suppress(OSError):  # a full disk ends no run
+            write_atomic(self.file, json.dumps({"step_seconds": round(step, 3), "save_seconds": round(save, 3)}) + "\n")
         return self.notes()
 
     def notes(self) -> list[str]:

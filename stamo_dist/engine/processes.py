@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -16,10 +17,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
 from stamo_dist.engine.world import World
-from stamo_dist.errors import StamoError
+from stamo_dist.errors import RunError, StamoError
 
 #: Seconds that collectives wait where one rank may work alone for long: before the first step, and while exporting.
 PATIENCE = 7200.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
 
@@ -53,6 +55,8 @@ def run_rank(world: World, body: Callable[[], int]) -> int:
     try:
         return body()
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in _FULL:
+            e = RunError(f"{e.filename or 'the disk'}: {e.strerror}; make room and start again")
         refused = isinstance(e, StamoError)
         if not (refused and world.is_main):
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")

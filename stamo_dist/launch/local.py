@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
+from stamo_dist.engine.generation import FOLDER
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
 from stamo_dist.engine.world import free_port
+from stamo_dist.errors import RunError
 from stamo_dist.launch.record import rank_log
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
@@ -50,8 +52,40 @@ def launch_local(arguments: Sequence[str], processes: int, run: Path, start: Sta
     Rank 0 writes to this terminal, every other rank to its log below `run`. Signals sent to this process go to all
     ranks. `start` starts a rank, in a session of its own.
     """
+    before = _Before(run, processes)
     with Ranks([sys.executable, "-m", "stamo_dist.cli", *arguments], processes, run, start=start) as ranks:
-        return ranks.wait()
+        code = ranks.wait()
+    if code == 2:
+        before.restore()
+    return code
+
+
+class _Before:
+    """A run folder as it was before the ranks' logs were opened: a run that is refused leaves it so."""
+
+    def __init__(self, run: Path, processes: int):
+        logs = [rank_log(run, rank) for rank in range(1, processes)]
+        self._sizes = {log: log.stat().st_size if log.is_file() else None for log in logs}
+        self._missing = [p for p in (rank_log(run, 0).parent, *rank_log(run, 0).parents[1:]) if not p.exists()]
+        self._generations = run / FOLDER
+        self._starts = self._taken()
+
+    def _taken(self) -> set[str]:
+        """What each start that was not refused leaves there."""
+        return {p.name for p in self._generations.glob("*")}
+
+    def restore(self) -> None:
+        """Take the logs back, if no start has taken the folder since."""
+        if self._taken() != self._starts:
+            return
+        with suppress(OSError):
+            for log, size in self._sizes.items():
+                if size is None:
+                    log.unlink(missing_ok=True)
+                else:
+                    os.truncate(log, size)
+            for folder in self._missing:
+                folder.rmdir()
 
 
 class Ranks:
@@ -144,8 +178,13 @@ class Ranks:
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._count))),
             }
         log = rank_log(self._run, rank)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        out = stack.enter_context(log.open("ab")) if rank else self._main
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(log.open("ab")) if rank else self._main
+        except OSError as e:
+            raise RunError(
+                f"run_dir: {log.parent} cannot be written ({e.strerror}); choose another with --set run_dir=…"
+            ) from e
         env = {**self._env, **self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         self._processes.append(self._spawn(self._command, env, out))
 

@@ -68,11 +68,12 @@ def _listing(what: str, keys: Sequence[str]) -> list[str]:
     return [f"{what}: {key}" for key in keys[:_LISTED]] + more
 
 
-def locate(weights: str, subfolders: Sequence[str], field: str) -> Path:
+def locate(weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = ()) -> Path:
     """The folder that holds `config.json` of the checkpoint `weights`.
 
     `weights` is a local folder or a hub id; `subfolders` are tried in order ("" is the root). `field` is the recipe
-    field that an error names. Hub files come from the local cache or are downloaded, no more of them than needed.
+    field that an error names. Hub files come from the local cache or are downloaded, no more of them than needed;
+    `extra` are patterns of further files.
 
     Raises:
         CheckpointError: no such folder, none of the subfolders is there, or the hub could not be reached.
@@ -91,14 +92,14 @@ def locate(weights: str, subfolders: Sequence[str], field: str) -> Path:
         raise CheckpointError(
             f"{field}: there is no folder {weights}; give an existing folder or a hub id (owner/name)"
         )
-    return _from_hub(weights, subfolders, field)
+    return _from_hub(weights, subfolders, field, extra)
 
 
 def _names(subfolders: Sequence[str]) -> str:
     return " or ".join(f"{sub}/config.json" if sub else "config.json" for sub in subfolders)
 
 
-def _from_hub(repo: str, subfolders: Sequence[str], field: str) -> Path:
+def _from_hub(repo: str, subfolders: Sequence[str], field: str, extra: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -110,7 +111,7 @@ def _from_hub(repo: str, subfolders: Sequence[str], field: str) -> Path:
             root = Path(snapshot_download(repo, allow_patterns=index))
             if (root / prefix / "config.json").is_file():
                 shards = [f"{stem}{tail}.safetensors" for stem in stems for tail in ("", "-?????-of-?????")]
-                return Path(snapshot_download(repo, allow_patterns=[*index, *shards])) / prefix
+                return Path(snapshot_download(repo, allow_patterns=[*index, *shards, *extra])) / prefix
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{field}: there is no folder {repo}, and the hub did not supply it ({type(error).__name__}: "
@@ -151,7 +152,12 @@ def unknown_keys(config: Mapping[str, Any], known: Iterable[str], field: str) ->
     return problems
 
 
-def _weight_files(folder: Path, field: str) -> list[Path]:
+def weight_files(folder: Path, field: str) -> list[Path]:
+    """The safetensors files of a checkpoint folder: one, or those that its index names.
+
+    Raises:
+        CheckpointError: there are none, or some that the index names are missing.
+    """
     for stem in _STEMS:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
@@ -173,7 +179,12 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
     )
 
 
-def _open(path: Path, field: str) -> Any:
+def open_file(path: Path, field: str) -> Any:
+    """A safetensors file, mapped into memory.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -213,7 +224,7 @@ def load(build: Callable[[], M], folder: Path, field: str, reinitialise: Collect
     """
     with torch.device("meta"):
         model = build()
-    files = [_open(path, field) for path in _weight_files(folder, field)]
+    files = [open_file(path, field) for path in weight_files(folder, field)]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in where.items()}
     report = _compare(model, shapes, str(folder), reinitialise)

@@ -8,19 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of every recipe section: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from stamo_dist.recipe.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Weight,
+)
 
 
 class Source(Section):
@@ -116,6 +113,9 @@ class Data(Section):
     on_bad_sample: Literal["raise", "skip"] = Field(
         "raise",
         description="Unreadable shards or frames end the run, or another frame of the source is taken and counted.",
+    )
+    max_bad_samples: NonNegativeInt | None = Field(
+        1000, description="With skip: more replaced samples of one source than this end the run; null: no limit."
     )
     timeout: PositiveFloat = Field(
         1800.0, description="Seconds to wait for one batch before the run ends, naming the shard that is stuck."

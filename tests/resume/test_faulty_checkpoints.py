@@ -143,6 +143,17 @@ def test_refusals(ranks, recipe, arguments, message):
     assert snapshot(run) == before
 
 
+def test_a_refusal_by_several_processes_leaves_nothing(stamo, recipe):
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "logs")
+    before = snapshot(run)
+    refused = stamo("train", recipe, "--nproc", 2, "--resume", "none", check=False)
+    assert refused.returncode == 2
+    assert "holds step_00000020" in refused.stderr
+    assert snapshot(run) == before
+    assert not (run / "logs").exists()
+
+
 def test_finished_run_is_left_alone(ranks, recipe):
     assert "already trained to step 20" in ranks(1, "train", recipe)[1]
 
@@ -235,6 +246,30 @@ def test_full_disk_does_not_stop_the_training(toy, tmp_path):
     assert "step_" in left.replace(".step_", "")
     assert "whole: ['step_00000195', 'step_00000200']" in result.stdout
     assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, 201))
+
+
+FULL_AT_START = """
+import subprocess, sys
+from pathlib import Path
+run, recipe, room = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+run.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", run], check=True)
+(run / "filler").write_bytes(bytes((1 << 20) - room))
+sys.exit(subprocess.run([sys.executable, "-m", "stamo_dist.cli", "train", recipe]).returncode)
+"""
+
+
+@pytest.mark.parametrize("room", [0, 16384])
+def test_full_disk_at_the_start_is_said(toy, tmp_path, room):
+    """Not even the folder can be prepared; or the recipe cannot be written into it."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here, so no small disk")
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    command = ["unshare", "-rm", sys.executable, "-c", FULL_AT_START, str(tmp_path / "run"), str(recipe), str(room)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_a_run_that_was_cut_off_writes_nothing_once_it_is_restarted(toy, tmp_path):

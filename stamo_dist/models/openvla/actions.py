@@ -1,0 +1,161 @@
+"""Actions as tokens, and the statistics that map them to [-1, 1] and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.recipe.policy import Bounds
+
+STATISTICS = "dataset_statistics.json"
+_ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
+_EPSILON = 1e-8  # of the official normalisation, against a range of zero
+
+
+class ActionTokenizer:
+    """Numbers in [low, high] ↔ the last ids of a vocabulary, by uniform bins.
+
+    `bins` numbers are the bins' edges, so there are bins − 1 centres; id = vocabulary − number of the bin, and only the
+    exact upper end has the lowest id, vocabulary − bins. Edges are float64: a float32 action on one may fall beside it.
+    """
+
+    def __init__(self, vocabulary: int = 32000, bins: int = 256, low: float = -1.0, high: float = 1.0):
+        self.vocabulary = vocabulary
+        self.edges = np.linspace(low, high, bins)
+        self.centres = (self.edges[:-1] + self.edges[1:]) / 2
+
+    @property
+    def begin(self) -> int:
+        """Every action id is above this one."""
+        return self.vocabulary - len(self.edges) - 1
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Normalised actions of any shape → int64 ids of the same shape; what lies outside is clipped.
+
+        Raises:
+            DataError: an action is NaN.
+        """
+        if np.isnan(actions).any():
+            raise DataError("an action is NaN; `stamo data check` names the sample")
+        clipped = np.clip(actions, self.edges[0], self.edges[-1])
+        return self.vocabulary - np.digitize(clipped, self.edges)
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """Ids of any shape → float64 centres; the two lowest action ids, and ids outside, give the nearest centre."""
+        return self.centres[np.clip(self.vocabulary - np.asarray(ids) - 1, 0, len(self.centres) - 1)]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where the values of one vector lie; dimensions outside `mask` (a gripper) are left as they are."""
+
+    low: np.ndarray  # (A,)
+    high: np.ndarray  # (A,)
+    mask: np.ndarray  # (A,) bool
+    constant: np.ndarray  # (A,) bool: min is max
+
+    @classmethod
+    def from_statistics(cls, statistics: Mapping[str, Any], bounds: Bounds, source: str) -> Range:
+        """`statistics` is what the released files hold of `action` or `proprio`: q01, q99, min, max and maybe mask.
+
+        Raises:
+            DataError: a field is missing or they differ in length; `source` says where.
+        """
+        names = _ENDS[bounds]
+        if missing := [name for name in names if name not in statistics]:
+            raise DataError(f"{source}: {', '.join(missing)} is missing; compute it with `stamo data stats`")
+        low, high = (np.asarray(statistics[name], np.float64) for name in names)
+        mask = np.asarray(statistics.get("mask", np.ones(low.shape)), bool)
+        extremes = [np.asarray(statistics.get(k, v), np.float64) for k, v in (("min", low), ("max", high))]
+        if not low.shape == high.shape == mask.shape == extremes[0].shape == extremes[1].shape:
+            raise DataError(f"{source}: its fields have different lengths; compute them anew with `stamo data stats`")
+        return cls(low, high, mask, extremes[0] == extremes[1])
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """(…, A) → (…, A) as in the official training: masked dimensions to [-1, 1], clipped; constant ones to 0.
+
+        Raises:
+            DataError: the last dimension has another size.
+        """
+        self._check(values)
+        scaled = np.clip(2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1, -1, 1)
+        return np.where(self.constant, 0.0, np.where(self.mask, scaled, values))
+
+    def normalise_proprio(self, values: np.ndarray) -> np.ndarray:
+        """(…, A) → (…, A) as OFT's inference treats proprioception: constant dimensions are not special."""
+        self._check(values)
+        scaled = np.clip(2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1, -1, 1)
+        return np.where(self.mask, scaled, values)
+
+    def restore(self, values: np.ndarray, epsilon: bool) -> np.ndarray:
+        """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not."""
+        self._check(values)
+        width = self.high - self.low + (_EPSILON if epsilon else 0.0)
+        return np.where(self.mask, 0.5 * (values + 1) * width + self.low, values)
+
+    def _check(self, values: np.ndarray) -> None:
+        if np.shape(values)[-1:] != self.low.shape:
+            raise DataError(f"{np.shape(values)[-1:]} values, but the statistics are of {len(self.low)} dimensions")
+
+
+class Statistics:
+    """Statistics of every source a policy was trained on, by its name."""
+
+    def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str):
+        self.sources, self.origin = dict(sources), origin
+
+    @classmethod
+    def read(cls, folder: Path, inside: Mapping[str, Any]) -> Statistics:
+        """`dataset_statistics.json` of a checkpoint folder, which replaces the `inside` of its config.json.
+
+        Raises:
+            CheckpointError: the file is not a JSON map.
+        """
+        path = folder / STATISTICS
+        if not path.is_file():
+            return cls(inside, str(folder / "config.json"))
+        try:
+            sources = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
+        if not isinstance(sources, dict):
+            raise CheckpointError(f"{path}: is not a map from a source's name to its statistics; copy it again")
+        return cls(sources, str(path))
+
+    def key(self, name: str | None, suffixes: Sequence[str] = ("", "_no_noops")) -> str:
+        """The source called `name`, or `name` with a suffix that the released LIBERO policies have.
+
+        Raises:
+            DataError: there is no such source, or none is named and there are several.
+        """
+        known = ", ".join(self.sources) or "none"
+        if name is None:
+            if len(self.sources) == 1:
+                return next(iter(self.sources))
+            raise DataError(f"{self.origin} has statistics of {known}: name one of them (unnorm_key)")
+        for candidate in (name + suffix for suffix in suffixes):
+            if candidate in self.sources:
+                return candidate
+        raise DataError(f"{self.origin} has no statistics of {name!r}; it has those of {known} (unnorm_key)")
+
+    def range(self, name: str | None, column: Literal["action", "proprio"], bounds: Bounds = "q99") -> Range:
+        """The range of one column of a source.
+
+        Raises:
+            DataError: there is no such source or column, or a field is missing.
+        """
+        key = self.key(name)
+        source = f"{self.origin}: {key}.{column}"
+        statistics = self.sources[key].get(column)
+        if statistics is None:
+            raise DataError(f"{source} is missing; compute it with `stamo data stats`")
+        return Range.from_statistics(statistics, bounds, source)

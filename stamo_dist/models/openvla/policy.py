@@ -1,0 +1,255 @@
+"""A trained policy for use: images and an instruction in, actions in the robot's units out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.models.openvla import load
+from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
+from stamo_dist.models.openvla.config import OpenVLAConfig
+from stamo_dist.models.openvla.images import ImageProcessor
+from stamo_dist.models.openvla.network import Features
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.stamo import StamoVision
+from stamo_dist.models.openvla.text import Encoded, TextTokenizer
+from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.recipe import policy as recipe
+
+SETTINGS = "policy.json"
+FORMAT = 1
+Picture = Image.Image | np.ndarray
+# (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.
+_PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
+    (7, 8): (8, 2, "q99"),  # LIBERO
+    (14, 14): (25, 3, "minmax"),  # ALOHA
+    (7, 7): (5, 1, "q99"),  # Bridge
+}
+
+
+@dataclasses.dataclass
+class Policy:
+    """A network with all it needs to be used; `from_pretrained` builds it."""
+
+    network: PolicyNetwork
+    text: TextTokenizer
+    processor: ImageProcessor
+    statistics: Statistics
+    vision: StamoVision | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        tokenizer: str | Path | None = None,
+        text: TextTokenizer | None = None,
+        options: Mapping[str, Any] | None = None,
+        chunk: int | None = None,
+        tower_options: Sequence[Mapping[str, Any]] = (),
+    ) -> Policy:
+        """Read a checkpoint: ours, openvla/openvla-7b's layout or OpenVLA-OFT's; a folder or a hub id.
+
+        Args:
+            path: The folder or hub id.
+            dtype: Of the weights; that of config.json when omitted.
+            tokenizer: Where the StaMo tokenizer lies on this machine, for policies that see through it.
+            text: Text tokenizer, instead of the folder's own.
+            options: Fields of recipe.policy.Policy that the folder does not say or that should differ, such as
+                {"views": 2} or {"actions": "parallel_tokens"} for an OFT folder.
+            chunk: Actions predicted at once, where the folder does not say.
+            tower_options: Passed to timm, for towers of another size.
+
+        Raises:
+            CheckpointError: the folder is missing, damaged or of another model.
+            RecipeError: `options` do not fit together.
+        """
+        folder = load.locate(str(path))
+        config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
+        statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
+        cfg, sizes = _settings(folder, dict(options or {}), chunk, statistics)
+        eyes = _eyes(folder, cfg, tokenizer)
+        with load.on_meta():
+            network = PolicyNetwork(config, cfg, sizes)
+        network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
+        load.materialise(network, device)
+        load.fill(network, load.stored(folder, network), str(folder))
+        return cls(
+            network.eval(),
+            text or TextTokenizer.from_folder(folder, config.pad, cfg.prompt),
+            ImageProcessor.from_folder(folder, config),
+            statistics,
+            eyes,
+        )
+
+    @property
+    def cfg(self) -> recipe.Policy:
+        return self.network.cfg
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def act(
+        self,
+        image: Picture | Sequence[Picture],
+        instruction: str,
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One moment → (C, A) float64 actions in the units of the source `unnorm_key`.
+
+        `image` is one view or all of them: PIL, or uint8 (H, W, 3). `proprio` (P,) is in the source's units.
+
+        Raises:
+            DataError: unknown statistics, a wrong number of views, or proprioception missing or of another size.
+        """
+        views = [image] if isinstance(image, Image.Image | np.ndarray) else list(image)
+        return self.act_batch([views], [instruction], unnorm_key=unnorm_key, proprio=_one(proprio))[0]
+
+    def act_batch(
+        self,
+        images: Sequence[Sequence[Picture]],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """As `act`, for B moments of one source → (B, C, A); `proprio` is (B, P)."""
+        return self.predict(images, instructions, unnorm_key=unnorm_key, proprio=proprio)[0]
+
+    def predict(
+        self,
+        images: Sequence[Sequence[Picture]],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Tensor | None]:
+        """As `act_batch`, with what the world head expects: (B, tokens, dim), None without a head."""
+        sizes = self.network.sizes
+        prompts = self.text.encode(instructions, blanks=sizes.action_tokens if self.network.parallel else 0)
+        return self.predict_encoded(prompts, self._look(images), unnorm_key=unnorm_key, proprio=proprio)
+
+    def predict_encoded(
+        self,
+        prompts: Encoded,
+        images: Tensor | Features,
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Tensor | None]:
+        """As `predict`, for prompts and images that are encoded already."""
+        cfg, sizes, vla = self.cfg, self.network.sizes, self.network.vla
+        actions = self.statistics.range(unnorm_key, "action", cfg.bounds)
+        if self.network.parallel and len(actions) != sizes.action_dim:
+            raise DataError(f"{unnorm_key}: statistics of {len(actions)} numbers, the policy has {sizes.action_dim}")
+        state = None
+        if cfg.proprio:
+            if proprio is None:
+                raise DataError("this policy reads proprioception: give `proprio`")
+            ranges = self.statistics.range(unnorm_key, "proprio", cfg.bounds)
+            state = torch.from_numpy(ranges.normalise_proprio(np.asarray(proprio))).float().to(self.device)
+        prompts = prompts.to(self.device)
+        inputs = Inputs(
+            prompts.input_ids, prompts.attention_mask, prompts.prompts, _to(images, self.device), proprio=state
+        )
+        found = self.network.predict(inputs, None if self.network.parallel else len(actions) * sizes.chunk)
+        if found.actions is not None:
+            values = found.actions.cpu().numpy()
+        else:
+            assert found.ids is not None
+            coder = ActionTokenizer(vla.config.text_vocabulary, vla.config.bins)
+            values = coder.decode(found.ids.cpu().numpy()).reshape(len(found.ids), -1, len(actions))
+        return actions.restore(values, epsilon=self.network.parallel), found.world
+
+    def _look(self, images: Sequence[Sequence[Picture]]) -> Tensor | Features:
+        if wrong := {len(views) for views in images} - {self.cfg.views}:
+            raise DataError(f"the policy looks at {self.cfg.views} views of a moment, not {sorted(wrong)[0]}")
+        if self.vision is None:
+            return torch.stack([self.processor(views) for views in images])
+        frames = [
+            np.stack([np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for v in m]) for m in images
+        ]
+        return self.vision.read(torch.from_numpy(np.stack(frames)), self.cfg.stamo)
+
+
+def _one(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else np.asarray(values)[None]
+
+
+def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
+    if isinstance(images, Tensor):
+        return images.to(device)
+    return Features(*(None if part is None else part.to(device) for part in images))
+
+
+def _eyes(folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None) -> StamoVision | None:
+    if cfg.vision != "stamo":
+        return None
+    source = tokenizer or cfg.tokenizer
+    if source is None:
+        raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
+    eyes = StamoVision(Tokenizer.from_pretrained(source))
+    expected = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("tokenizer_fingerprint")
+    if expected != eyes.tokenizer.fingerprint():
+        raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
+    return eyes
+
+
+def _settings(
+    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+) -> tuple[recipe.Policy, Sizes]:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return _official(folder, options, chunk, statistics)
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
+        cfg = recipe.Policy.model_validate({**about["policy"], **options})
+        sizes = about["sizes"]
+        target = tuple(sizes["target"]) if sizes["target"] else None
+        return cfg, Sizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+
+
+def _official(
+    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+) -> tuple[recipe.Policy, Sizes]:
+    """What the released folders leave unsaid, from the files they have."""
+    head, proprio = load.part(folder, "action_head"), load.part(folder, "proprio_projector")
+    found: dict[str, Any] = {
+        "actions": "regression" if head else "tokens",
+        "proprio": bool(proprio),
+        "film": load.has_part(folder, "vision_backbone"),
+    }
+    widths = [len(s["action"]["q01"]) for s in statistics.sources.values() if "q01" in s.get("action", {})]
+    action_dim = head["model.fc2.bias"].shape[0] if head else max(widths, default=7)
+    proprio_dim = proprio["fc1.weight"].shape[1] if proprio else 0
+    parallel = {**found, **options}["actions"] != "tokens"
+    if parallel:
+        platform = _PLATFORMS.get((action_dim, proprio_dim))
+        if platform is None and (chunk is None or "views" not in options):
+            raise CheckpointError(
+                f"{folder}: a policy of {action_dim} numbers and {proprio_dim} of proprioception is none of OFT's "
+                "robots; say its chunk, and views and bounds in options"
+            )
+        if platform is not None:
+            chunk, found["views"], found["bounds"] = chunk or platform[0], platform[1], platform[2]
+    cfg = recipe.Policy.model_validate({**found, **options})
+    return cfg, Sizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)

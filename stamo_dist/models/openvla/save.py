@@ -1,0 +1,126 @@
+"""Writing a policy as a folder that we and the official OpenVLA and OFT code read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+
+from stamo_dist.models import weights
+from stamo_dist.models.openvla.actions import STATISTICS, Statistics
+from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
+from stamo_dist.models.openvla.load import HEADS
+from stamo_dist.models.openvla.policy import FORMAT, SETTINGS, Policy
+from stamo_dist.models.openvla.policy_network import PolicyNetwork
+from stamo_dist.models.openvla.text import TextTokenizer
+
+_STEP = "latest"  # where the official names have a step
+_FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
+
+
+def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
+    """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
+    save_parts(
+        Path(folder), policy.network, policy.network.state_dict(), policy.text, policy.processor, policy.statistics,
+        tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None, shard_size=shard_size,
+    )  # fmt: skip
+
+
+def save_parts(
+    folder: Path,
+    network: PolicyNetwork,
+    state: Mapping[str, Tensor],
+    text: TextTokenizer,
+    processor: ImageProcessor,
+    statistics: Statistics,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    shard_size: str = "5GB",
+) -> None:
+    """As `save_pretrained`, with the weights `state` by the names of `network`, whose own are not read.
+
+    The towers, the projector and the language model go into safetensors shards under the released names; action head,
+    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
+    safetensors.
+
+    Raises:
+        ValueError: adapters are not merged.
+    """
+    if unmerged := next((name for name in state if ".lora_" in name), None):
+        raise ValueError(f"{unmerged} is an adapter: merge them before saving")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
+    save_torch_state_dict(_without_film(parts["vla"]), folder, max_shard_size=shard_size)
+    for name in ("action_head", "proprio_projector"):
+        if parts[name]:
+            torch.save({f"module.{k}": v for k, v in parts[name].items()}, folder / f"{name}--{_STEP}_checkpoint.pt")
+    if parts["world_head"]:
+        weights.save(parts["world_head"], folder / "world_head.safetensors")
+    if network.vla.film:
+        towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
+        torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
+    dtype = str(next(iter(parts["vla"].values())).dtype).removeprefix("torch.")
+    config = network.vla.config.raw
+    text_config = {**config["text_config"], "torch_dtype": dtype}
+    _write(
+        folder / "config.json",
+        {**config, "torch_dtype": dtype, "text_config": text_config, "norm_stats": statistics.sources},
+    )
+    _write(folder / STATISTICS, statistics.sources)
+    if processor.views:
+        _write(folder / PREPROCESSOR, processor.to_dict())
+    text.save(folder)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "policy": network.cfg.model_dump(mode="json"),
+        "sizes": dataclasses.asdict(network.sizes),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+    }
+    _write(folder / SETTINGS, about)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    film = re.compile(r"featurizer\.blocks\.\d+\.(scale|shift)\.")
+    return {re.sub(r"(\.blocks\.\d+\.)block\.", r"\1", k): v for k, v in state.items() if not film.search(k)}
+
+
+def _as_adapted(towers: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """FiLM's file in the form OFT loads it: with adapters, which here add nothing."""
+    out = {}
+    adapted = {
+        name: layer
+        for name, layer in towers.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not re.search(r"\.(scale|shift)$", name)
+    }
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer not in adapted:
+            out[f"vision_backbone.{name}"] = tensor
+            continue
+        out[f"vision_backbone.{layer}.base_layer.{leaf}"] = tensor
+        if leaf == "weight":
+            ones = (1,) * (tensor.ndim - 2)
+            down, up = (_FILM_RANK, *tensor.shape[1:]), (tensor.shape[0], _FILM_RANK, *ones)
+            out[f"vision_backbone.{layer}.lora_A.default.weight"] = tensor.new_zeros(down)
+            out[f"vision_backbone.{layer}.lora_B.default.weight"] = tensor.new_zeros(up)
+    return out

@@ -1,0 +1,97 @@
+"""The policy's part of a recipe: OpenVLA or OpenVLA-OFT, with or without world modelling."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stamo_dist.recipe.section import Fraction, PositiveInt, Section, Weight
+
+Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or the extremes
+
+
+class Lora(Section):
+    """Low-rank adapters (peft) in place of full fine-tuning of the towers, the projector and the language model."""
+
+    rank: PositiveInt = Field(32, description="Rank of the adapters.")
+    alpha: PositiveInt | None = Field(
+        None, description="Scale of the adapters times rank; min(rank, 16) when omitted, as OpenVLA does."
+    )
+    dropout: Fraction = Field(0.0, description="Dropout in front of the adapters.")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Ends of the names of the layers to adapt; all-linear adapts every trained one."
+    )
+
+    @property
+    def scale(self) -> int:
+        return min(self.rank, 16) if self.alpha is None else self.alpha
+
+
+class Freeze(Section):
+    """Which parts of the network keep their weights."""
+
+    vision: bool = Field(False, description="Keep the vision towers as they are.")
+    projector: bool = Field(False, description="Keep the projector as it is.")
+    language: bool = Field(False, description="Keep the language model as it is.")
+
+
+class WorldModel(Section):
+    """A light head on the backbone that predicts what the chunk leads to: weight · (mse · MSE + l1 · L1)."""
+
+    target: Literal["state", "motion", "dinov2"] = Field(
+        "state", description="The next state, its difference to this one, or the next frame's raw DINOv2 patches."
+    )
+    weight: Weight = Field(1.0, description="λ_f, the weight of this loss beside policy.action_weight.")
+    mse: Weight = Field(1.0, description="Share of the squared error; 0 leaves it out.")
+    l1: Weight = Field(1.0, description="Share of the absolute error; 0 leaves it out.")
+    width: PositiveInt = Field(1024, description="Hidden width of the head.")
+    read: Literal["prompt", "actions"] = Field(
+        "prompt",
+        description="Hidden state it reads: the prompt's last one, or the mean of those the actions come from.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> WorldModel:
+        if not self.weight * (self.mse + self.l1):
+            raise ValueError("weight, mse and l1 leave no loss; set policy.world: null to train without the head")
+        return self
+
+
+class Policy(Section):
+    """The network that turns images and an instruction into actions."""
+
+    weights: str | None = Field(
+        None, description="Local folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; random when omitted."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of OpenVLA's config.json that differ from openvla-7b's."
+    )
+    vision: Literal["fused", "dinov2", "stamo"] = Field(
+        "fused", description="The checkpoint's own towers, its DINOv2 tower alone, or the frozen StaMo encoder."
+    )
+    stamo: Literal["patches", "states", "both"] = Field(
+        "both", description="vision: stamo: read the encoder's patch features, the state tokens, or both."
+    )
+    tokenizer: str | None = Field(
+        None, description="Run folder of the frozen StaMo tokenizer that vision: stamo and the world head need."
+    )
+    views: PositiveInt = Field(1, description="Camera views of one moment, in the order of the source's cameras.")
+    proprio: bool = Field(False, description="Add the robot's proprioception as one token.")
+    actions: Literal["tokens", "parallel_tokens", "regression"] = Field(
+        "tokens",
+        description="Tokens one after the other (OpenVLA), all at once, or numbers all at once (OpenVLA-OFT).",
+    )
+    film: bool = Field(False, description="Condition the towers' blocks on the instruction (OpenVLA-OFT+).")
+    bounds: Bounds = Field("q99", description="What becomes [-1, 1]: the 1 % and 99 % quantiles, or the extremes.")
+    prompt: Literal["openvla", "v01"] = Field("openvla", description="The prompt's form; v01 is that of openvla-v01.")
+    action_weight: Weight = Field(1.0, description="λ_a, the weight of the action loss.")
+    lora: Lora | None = Field(None, description="Train adapters instead of the whole network.")
+    freeze: Freeze = Freeze()
+    world: WorldModel | None = Field(None, description="World modelling beside the actions; null trains without.")
+
+    @model_validator(mode="after")
+    def _film_needs_towers(self) -> Policy:
+        if self.film and self.vision == "stamo":
+            raise ValueError("film: the frozen StaMo encoder has no FiLM; set film: false or another vision")
+        return self

@@ -1,0 +1,171 @@
+"""World modelling and co-training in the network, and StaMo's eyes, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
+
+from stamo_dist.errors import CheckpointError, DataError, RecipeError
+from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.images import ImageProcessor
+from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.save import save_pretrained
+from stamo_dist.models.openvla.stamo import StamoVision
+from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.recipe import policy as recipe
+
+STATISTICS = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 4.0]}}}
+
+
+def build(cfg: recipe.Policy, sizes: Sizes) -> PolicyNetwork:
+    torch.manual_seed(0)
+    return PolicyNetwork(OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test").with_vision(cfg.vision), cfg, sizes)
+
+
+def batch(network: PolicyNetwork, images: Any) -> Inputs:
+    """Three samples: with actions and target, without actions, without target."""
+    rng = np.random.default_rng(0)
+    sizes = network.sizes
+    actions = rng.uniform(-1, 1, (3, sizes.chunk, sizes.action_dim))
+    ids = ActionTokenizer(512).encode(actions)
+    text = text_tokenizer().encode(
+        INSTRUCTIONS, [ids[0], None, ids[2]], blanks=sizes.action_tokens if network.parallel else 0
+    )
+    actions[1] = np.nan
+    target = torch.randn(3, 2, 8)
+    target[2] = torch.nan
+    return Inputs(
+        text.input_ids, text.attention_mask, text.prompts, images, text.labels,
+        actions=torch.from_numpy(actions).float(), has_actions=torch.tensor([True, False, True]),
+        target=target, has_target=torch.tensor([True, True, False]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("read", ["prompt", "actions"])
+@pytest.mark.parametrize("actions", ["tokens", "parallel_tokens", "regression"])
+def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> None:
+    cfg = recipe.Policy(actions=actions, world=recipe.WorldModel(read=read, width=16))
+    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    given = batch(network, torch.randn(3, 6, 28, 28))
+    losses = network(given)
+    tokens = 7 if actions != "regression" else 1
+    assert losses.action_count.tolist() == [tokens, 0, tokens]
+    assert losses.target_count.tolist() == [1, 1, 0]
+    assert (losses.action > 0).tolist() == [True, False, True]
+    assert (losses.mse > 0).tolist() == (losses.l1 > 0).tolist() == [True, True, False]
+    assert losses.mse[0] != losses.l1[0]
+
+    # A sample without actions teaches the action part nothing, one without a target the world head nothing.
+    losses.action[1].backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+    losses.mse[2].backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+    (losses.action.sum() + losses.mse.sum() + losses.l1.sum()).backward()
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+
+
+def test_the_head_learns_what_the_backbone_sees() -> None:
+    cfg = recipe.Policy(actions="regression", world=recipe.WorldModel(width=32))
+    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    given = batch(network, torch.randn(3, 6, 28, 28))
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3)
+    history = []
+    for _ in range(60):
+        losses = network(given)
+        total = losses.action.sum() + losses.mse.sum() + losses.l1.sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        history.append(total.item())
+    assert history[-1] < 0.3 * history[0]
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    cfg = recipe.Policy(actions="regression", film=True)
+    network = build(cfg, Sizes(2, 3)).train()
+    given = batch(network, torch.randn(3, 6, 28, 28))
+    grads = []
+    for enabled in (False, True):
+        network.set_gradient_checkpointing(enabled)
+        network.zero_grad()
+        network(given).action.sum().backward()
+        grads.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1])
+    for before, after in zip(*grads, strict=True):
+        close(after, before, 1e-5)
+
+
+@pytest.fixture
+def exported(tokenizer: Callable[..., Tokenizer], tmp_path: Path) -> Path:
+    tokenizer(weights=False).save_pretrained(tmp_path / "stamo")
+    return tmp_path / "stamo"
+
+
+@pytest.mark.parametrize("reads", ["patches", "states", "both"])
+def test_stamo_s_eyes(exported: Path, tmp_path: Path, reads: Any) -> None:
+    eyes = StamoVision(Tokenizer.from_pretrained(exported))
+    cfg = recipe.Policy(
+        vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
+    )
+    sizes = Sizes(
+        2, 1, 0, eyes.target_shape("motion"),
+        eyes.patch_dim if reads != "states" else None, eyes.state_shape[1] if reads != "patches" else None,
+    )  # fmt: skip
+    network = build(cfg, sizes).eval()
+    frames = torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8)
+    seen = eyes.read(frames, reads)
+    patches = eyes.target_shape("dinov2")[0]
+    tokens = 2 * {"patches": patches, "states": 2, "both": patches + 2}[reads]
+    assert network.vla.image_tokens(seen).shape == (3, tokens, 16)
+    assert not any(name.startswith("vla.vision_backbone") for name in network.state_dict())
+
+    config = network.vla.config
+    policy = Policy(network, text_tokenizer(), ImageProcessor.from_config(config), Statistics(STATISTICS, "x"), eyes)
+    save_pretrained(policy, tmp_path / "policy")
+    again = Policy.from_pretrained(tmp_path / "policy")
+    views = list(frames[0].numpy())
+    assert np.array_equal(again.act(views, INSTRUCTIONS[0]), policy.act(views, INSTRUCTIONS[0]))
+    with pytest.raises(DataError, match="looks at 2 views of a moment, not 1"):
+        again.act(views[0], INSTRUCTIONS[0])
+    other = Tokenizer.from_pretrained(exported)
+    torch.nn.init.zeros_(other.trained.compressor.queries)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"is not the StaMo tokenizer that .* was trained with"):
+        Policy.from_pretrained(tmp_path / "policy", tokenizer=tmp_path / "other")
+
+
+def test_targets_of_the_world_head(exported: Path) -> None:
+    stamo = Tokenizer.from_pretrained(exported)
+    eyes = StamoVision(stamo)
+    now, then = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
+    close(eyes.target(now, then, "state"), stamo.encode(then), 1e-6)
+    close(eyes.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
+    close(eyes.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
+    for target in ("state", "motion", "dinov2"):
+        assert eyes.target(now, then, target).shape[1:] == eyes.target_shape(target)  # type: ignore[arg-type]
+        assert not eyes.target(now, then, target).requires_grad  # type: ignore[arg-type]
+
+
+def test_parts_that_do_not_fit_are_named() -> None:
+    for cfg, sizes, message in [
+        (recipe.Policy(proprio=True), Sizes(2), "policy.proprio: the sources have no proprioception"),
+        (recipe.Policy(world=recipe.WorldModel()), Sizes(2), "policy.world: there is no tokenizer"),
+        (recipe.Policy(vision="stamo"), Sizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            build(cfg, sizes)
+    with pytest.raises(ValueError, match="film: the frozen StaMo encoder has no FiLM"):
+        recipe.Policy(vision="stamo", film=True)
+    with pytest.raises(ValueError, match="leave no loss"):
+        recipe.WorldModel(mse=0, l1=0)
