@@ -157,9 +157,10 @@ class Cluster:
                     break
                 time.sleep(0.1)
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """What a client prints."""
-        done = subprocess.run(command, env=self.env, check=False, capture_output=True, text=True, timeout=30)
+    def run(self, *command: str, check: bool = True, path: Path | None = None) -> str:
+        """What a client prints; a job has the programs in `path` too."""
+        env = self.env if path is None else {**self.env, "PATH": f"{path}:{self.env['PATH']}"}
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=30)
         assert not (check and done.returncode), f"{command}: {done.stderr}"
         return done.stdout
 

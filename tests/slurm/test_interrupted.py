@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+from toy import write_recipe
 
 # Steps take long enough for a test to come between them, and cost no CPU.
 SLOW = (
@@ -39,7 +42,7 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
-    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then a node dies, and it goes on with one."""
+    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node."""
     profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": "t3", "processes_per_node": 1}
     settings = ("train.steps=60", "train.checkpoint.every=1000", "train.checkpoint.ephemeral_every=4")
     run = submit("run", profile, *settings)
@@ -96,3 +99,25 @@ def test_crash_loop_ends(submit, cluster):
     assert "RuntimeError: a bug" in (run.folder / "logs/main.log").read_text()
     assert cluster.state(run.job) == "FAILED"
     assert not list(Path(run.folder).glob("checkpoints/step_*"))
+
+
+def test_plain_sbatch(cluster, toy, tmp_path):
+    """The example for those who do without `stamo submit`, on 2 nodes: asked to stop, queued again, it goes on."""
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1",
+        f"--output={tmp_path}/log", "slurm/train.sbatch", str(recipe), "--set", "train.steps=2000",
+        path=Path(sys.executable).parent,
+    ).strip()  # fmt: skip
+    steps = tmp_path / "run" / "metrics.jsonl"
+
+    def log() -> str:
+        return (tmp_path / "log").read_text()
+
+    cluster.until(lambda: steps.exists() and steps.read_text().count("\n") > 3, what=log)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.until(lambda: "after step" in log(), what=log)
+    cluster.run("scancel", job)
+    cluster.until(lambda: cluster.state(job) == "CANCELLED", what=log)
+    assert "SIGUSR1 on rank 0, 1: saved" in log()
+    assert "SIGTERM: will save" in log()
