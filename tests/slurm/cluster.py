@@ -58,6 +58,7 @@ SlurmdTimeout=10
 MessageTimeout=5
 TCPTimeout=2
 KillWait={kill_wait}
+DefMemPerCPU=100
 MinJobAge=86400
 GresTypes=gpu
 {nodes}
@@ -85,7 +86,8 @@ class Cluster:
     """Started by `start`, ended by `stop`; the clients are in `bin`."""
 
     root: Path
-    names: Sequence[str] = ("t1", "t2", "t3")
+    # Slurm names groups of processes on this machine after them, so no two clusters may share one.
+    names: Sequence[str] = tuple(f"t{os.getpid()}n{i}" for i in (1, 2, 3))
     cpus: int = 4
     subnet: str = "10.83.0"
     grace: int = 20

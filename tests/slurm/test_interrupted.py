@@ -36,14 +36,15 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     assert "SIGUSR1 on rank 0, 1, 2, 3: saved" in log
     assert "SIGTERM on rank 0, 1, 2, 3: saved" in log
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
-    assert sum(f"of job {run.job}: rank 3 of 4 @ t2" in line for line in heads) == 3
+    assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
     run.assert_as_uninterrupted(processes=4)
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
     """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node."""
-    profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": "t3", "processes_per_node": 1}
+    first, second, third = cluster.names
+    profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": third, "processes_per_node": 1}
     settings = ("train.steps=60", "train.checkpoint.every=1000", "train.checkpoint.ephemeral_every=4")
     run = submit("run", profile, *settings)
     run.release(SLOW)
@@ -53,16 +54,16 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
     assert run.events[-1].step == run.events[-3].step  # what it saved on SIGTERM
     assert [e.reason for e in run.events if e.event == "requeued"] == ["by Slurm"]
     before = run.steps
-    cluster.kill_node("t2")
+    cluster.kill_node(second)
     try:
         run.starts(3)
         started = run.events[-1]
-        assert started.nodes == ["t1"]
+        assert started.nodes == [first]
         assert started.world_size == 1
         assert started.step >= before - 4
         run.ends("finished")
     finally:
-        cluster.start_node("t2")
+        cluster.start_node(second)
     assert run.story[-3:] == ["requeued", "started", "finished"]
     run.assert_as_uninterrupted(processes=2, exactly=False)
     cluster.until(lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "3")
@@ -70,8 +71,8 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
 
 def test_two_jobs_on_one_node(submit, cluster):
     """One is ended by scancel and stays so; the other, queued again by scontrol, goes on beside it unimpressed."""
-    profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": "t1"}}
-    settings = ("train.steps=30", "train.checkpoint.every=1000")
+    profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": cluster.names[0]}}
+    settings = ("train.steps=16", "train.checkpoint.every=1000")
     ended, other = submit("ended", profile, *settings), submit("other", profile, *settings)
     ended.release(SLOW)
     other.release(SLOW)
