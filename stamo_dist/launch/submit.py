@@ -18,7 +18,7 @@ from submitit import SlurmExecutor
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, snapshot, supervise
 from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
-from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record
+from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record, task_log
 from stamo_dist.launch.restarts import newest_step
 from stamo_dist.recipe.load import Loaded, load
 
@@ -266,6 +266,7 @@ class _Sbatch(SlurmExecutor):
     def send(self) -> str:
         """The id of the queued job."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f".{os.getpid()}.sh"
         file.write_text(self.text())
         job = str(self._get_job_id_from_submission_command(self._sbatch(str(file))))
@@ -288,11 +289,10 @@ class _Sbatch(SlurmExecutor):
 
 
 def _log(order: Order) -> str:
-    """Where the batch script prints; an array of slices has a log a task."""
-    log = main_log(order.launch.run_dir)
-    if order.tasks:
-        log = log.with_name("task_%a.log")
-    return str(log).replace("%", "%%") if not order.tasks else str(log)
+    """Where the batch script prints: an array has a log a task, which runs of their own soon leave for theirs."""
+    run = Path(order.launch.run_dir)
+    log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
+    return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
 
 
 def _cpus(order: Order) -> int:

@@ -25,7 +25,19 @@ from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
 from stamo_dist.launch import snapshot
 from stamo_dist.launch.local import Ranks
-from stamo_dist.launch.record import Event, Launch, What, events, folder, main_log, now, rank_log, read, record
+from stamo_dist.launch.record import (
+    Event,
+    Launch,
+    What,
+    events,
+    folder,
+    hindrance,
+    main_log,
+    now,
+    rank_log,
+    read,
+    record,
+)
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
 
 _FILE = "supervisor.json"
@@ -127,7 +139,7 @@ class _Supervisor:
             launch = read(run)
             if cancelled(run):
                 continue
-            if why := _ENDED if self._ending else _hindrance(launch):
+            if why := _ENDED if self._ending else hindrance(launch):
                 self._tell(run, "stopped", reason=why)
             else:
                 self._run(run, launch)
@@ -136,7 +148,7 @@ class _Supervisor:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
             self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
-            verdict = judge(run, self._start(run, launch, processes, restart), launch.max_restarts)
+            verdict = judge(launch, self._start(run, launch, processes, restart), self.job)
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:
@@ -187,15 +199,6 @@ class _Supervisor:
 
     def _tell(self, run: Path, what: What, **about: Any) -> None:
         record(run, Event(what, job=self.job, step=newest_step(run), **about))
-
-
-def _hindrance(launch: Launch) -> str:
-    """What keeps a run from starting: a run that it comes after did not finish."""
-    for before in launch.after:
-        last = next((e for e in reversed(events(before)) if e.event != "submitted"), None)
-        if last is None or last.event != "finished":
-            return f"{Path(before).name} {last.event if last else 'did not run'}"
-    return ""
 
 
 if __name__ == "__main__":
