@@ -19,6 +19,13 @@ opengl:
 	  && apt-get install -y -qq --no-install-recommends libegl1 libgl1-mesa-dri) \
 	  || echo "no libEGL: install it (Debian: libegl1 libgl1-mesa-dri) to simulate"
 
+# A real Slurm for tests/slurm, which say that they are skipped where it cannot be installed.
+.PHONY: slurm
+slurm:
+	@command -v slurmctld munged >/dev/null || (command -v apt-get >/dev/null && test "$$(id -u)" = 0 && apt-get update -qq \
+	  && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2) \
+	  || echo "no Slurm: install it (Debian: slurm-wlm munge) to run tests/slurm"
+
 # The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
 STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
@@ -42,7 +49,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/.installed opengl lint
+test: $(VENV)/.installed opengl slurm lint
 	$(BIN)/python -m pytest
 
 format: $(VENV)/.installed

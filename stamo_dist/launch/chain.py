@@ -17,9 +17,8 @@ from stamo_dist.launch.known import PIPELINE
 from stamo_dist.launch.look import look
 from stamo_dist.launch.pipeline import Pipeline, Work
 from stamo_dist.launch.profile import Profile, load_profile
-from stamo_dist.launch.record import Launch, events
+from stamo_dist.launch.record import Launch, finished
 from stamo_dist.launch.record import read as read_launch
-from stamo_dist.launch.status import since_submitted
 from stamo_dist.launch.submit import SNAPSHOT, Order
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import dump
@@ -112,7 +111,7 @@ def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[
 def digest(work: Work) -> str:
     """Of what a stage does: its command, and the recipe that the command reads."""
     recipe = dump(work.loaded.recipe) if work.loaded else ""
-    return hashlib.sha256(json.dumps([work.words, work.stage.slices, recipe]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([work.words, recipe]).encode()).hexdigest()
 
 
 def _finished(work: Work) -> float | None:
@@ -127,10 +126,10 @@ def _finished(work: Work) -> float | None:
         launch = read_launch(work.run_dir)
     except RunError:
         return None
-    ends = {e.job: e.time for e in since_submitted(events(work.run_dir)) if e.event == "finished"}
-    if launch.digest != digest(work) or len(ends) < launch.tasks or (work.makes and not work.makes.exists()):
+    when = finished(launch)
+    if when is None or launch.digest != digest(work) or (work.makes and not work.makes.exists()):
         return None
-    return max(datetime.fromisoformat(time).timestamp() for time in ends.values())
+    return datetime.fromisoformat(when).timestamp()
 
 
 def _command(work: Work, slices: int | None) -> list[str]:

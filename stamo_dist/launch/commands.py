@@ -69,7 +69,7 @@ def submit(
         print(jobs.describe(order))
         for note in order.notes:
             print(f"  {note}")
-        if dry_run and order.profile.backend == "slurm":
+        if dry_run:
             print(jobs.script(order))
     if dry_run or not orders:
         return

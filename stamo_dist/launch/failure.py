@@ -55,7 +55,8 @@ def first_error(run: str | Path) -> str:
     that was killed leaves no word of its own; then what the scheduler or the launcher said about it counts.
     """
     logs = main_log(run).parent
-    texts = {path: _last_start(path) for path in (main_log(run), *sorted(logs.glob("rank_*.log")))}
+    others = sorted([*logs.glob("rank_*.log"), *logs.glob("task_*.log")])
+    texts = {path: _last_start(path) for path in (main_log(run), *others)}
     failures = [failure for text in texts.values() for failure in _failures(text)]
     own = sorted((f for f in failures if not f.follows), key=lambda f: (f.refused, f.time, f.rank))
     main = texts[main_log(run)]

@@ -18,7 +18,7 @@ from typing import Any
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
 from stamo_dist.engine.world import free_port
 from stamo_dist.launch import rank, slurm
-from stamo_dist.launch.record import Event, Launch, What, events, now, read, record
+from stamo_dist.launch.record import Event, Launch, What, events, main_log, now, read, record, since_submitted, task_log
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
 
 _WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
@@ -40,6 +40,7 @@ class Job:
         self.id = env["SLURM_JOB_ID"] if self.task is None else f"{env['SLURM_ARRAY_JOB_ID']}_{self.task}"
         self.restart = int(env.get("SLURM_RESTART_COUNT") or 0)
         self.nodes = slurm.expand(env["SLURM_JOB_NODELIST"])
+        self.log = main_log(self.run) if self.task is None or launch.tasks == 1 else task_log(self.run, self.task)
         self._first: int | None = None  # exit code of the task that failed first
 
     def work(self) -> int:
@@ -81,7 +82,12 @@ class Job:
             "stamo_dist.launch.rank", *(word.replace("{task}", self.task or "0") for word in launch.command),
         ]  # fmt: skip
         env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}
-        env |= {rank.RUN: str(self.run), rank.START: str(self.restart + 1), "MASTER_PORT": str(free_port())}
+        env |= {
+            rank.RUN: str(self.run),
+            rank.LOG: str(self.log),
+            rank.START: str(self.restart + 1),
+            "MASTER_PORT": str(free_port()),
+        }
         env["SLURM_EXPORT_ENV"] = "ALL"
         srun = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
         reader = threading.Thread(target=self._listen, args=(srun.stderr,), daemon=True)
@@ -104,13 +110,13 @@ class Job:
                 self._first = int(number[1]) if number else by
 
     def _settle(self, code: int) -> int:
-        verdict = judge(self.run, code, self.launch.max_restarts)
+        verdict = judge(self.launch, code, self.id)
         if verdict.event == "finished":
             self._tell("finished")
             return 0
         fate = self._fate()
         if fate == "cancelled":
-            if not _cancelled(self.run):
+            if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
             return code
         self._tell(verdict.event, reason=verdict.reason)
@@ -123,7 +129,7 @@ class Job:
 
     def _fate(self) -> str:
         """What Slurm is about to do with this job: cancelled | queued | "" (nothing, or it does not say)."""
-        if _cancelled(self.run):
+        if self._cancelled():
             return "cancelled"
         try:
             return slurm.fate(self.id, self.restart)
@@ -145,6 +151,11 @@ class Job:
         self._say(f"job {self.id}: queued again")
         return code
 
+    def _cancelled(self) -> bool:
+        """Whether `stamo cancel` ended it, since it was last submitted."""
+        ids = (None, self.id, self.id.partition("_")[0])
+        return any(e.event == "cancelled" and e.job in ids for e in since_submitted(events(self.run)))
+
     def _tell(self, what: What, **about: Any) -> None:
         record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
 
@@ -160,19 +171,18 @@ _NOT_FOR_SRUN = frozenset({
 })  # fmt: skip
 
 
-def _cancelled(run: Path) -> bool:
-    """Whether `stamo cancel` ended it, since it was last submitted."""
-    last = next((e for e in reversed(events(run)) if e.event in ("submitted", "cancelled")), None)
-    return last is not None and last.event == "cancelled"
-
-
 def _nothing(*_: object) -> None:
     """Only so that the signal does not end this process."""
 
 
 def main(runs: list[str]) -> int:
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
-    return Job(read(runs[task] if len(runs) > 1 else runs[0])).work()
+    if len(runs) == 1:
+        return Job(read(runs[0])).work()
+    job = Job(read(runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
+    file = os.open(job.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for out in (1, 2):  # what Slurm cannot know: the task's own run folder
+        os.dup2(file, out)
+    return job.work()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal
 from collections.abc import Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-#: Set by the job: the folder for the logs, and which start this is.
-RUN, START = "STAMO_RUN", "STAMO_START"
+#: Set by the job: the folder for the logs, rank 0's log, and which start this is.
+RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"
 
 
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -54,7 +54,7 @@ def _log_to(run: str, env: Mapping[str, str]) -> None:
     from stamo_dist.launch.record import now, rank_log
 
     rank = int(env["RANK"])
-    log = rank_log(run, rank)
+    log = rank_log(run, rank) if rank or LOG not in env else Path(env[LOG])
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for out in (1, 2):
@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> None:
     env = {**os.environ, **environment(os.environ)}
     if run := env.get(RUN):
         _log_to(run, env)
+    if arguments[:1] != ["train"]:  # nothing else saves and leaves: a signal ends it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     entry = Path(__file__).resolve().parents[2] / "run.py"  # there in a snapshot
     module = [str(entry), "stamo_dist.cli"] if entry.is_file() else ["-m", "stamo_dist.cli"]
     os.execve(sys.executable, [sys.executable, *module, *arguments], env)

@@ -7,6 +7,7 @@
     launch/snapshots/      the code and the recipe that every start of the run uses
     logs/main.log          what the job and rank 0 print, over all starts
     logs/rank_00003.log    what rank 3 prints, over all starts
+    logs/task_3.log        in place of both, task 3 of an array that shares one command out
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from stamo_dist.launch.known import remember
 
 VERSION = 1
 Kind = Literal["run", "array", "stage"]
+_ENDS = ("failed", "stopped", "cancelled")
 What = Literal["submitted", "started", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"]
 
 
@@ -40,6 +42,11 @@ def main_log(run: str | Path) -> Path:
 def rank_log(run: str | Path, rank: int) -> Path:
     """The log of one rank; rank 0 prints into the main log."""
     return Path(run) / "logs" / f"rank_{rank:05d}.log" if rank else main_log(run)
+
+
+def task_log(run: str | Path, task: int | str) -> Path:
+    """The log of one task of an array that shares one command out."""
+    return Path(run) / "logs" / f"task_{task}.log"
 
 
 def now() -> str:
@@ -138,6 +145,28 @@ def events(run: str | Path) -> list[Event]:
     except OSError:
         return []
     return list(_events(text))
+
+
+def since_submitted(history: list[Event]) -> list[Event]:
+    """What happened since the run was submitted last."""
+    begins = [i for i, event in enumerate(history) if event.event == "submitted"]
+    return history[begins[-1] :] if begins else history
+
+
+def finished(launch: Launch) -> str | None:
+    """When the launch, all tasks of its array, had finished; None if it has not."""
+    ends = {e.job: e.time for e in since_submitted(events(launch.run_dir)) if e.event == "finished"}
+    return max(ends.values()) if len(ends) >= launch.tasks else None
+
+
+def hindrance(launch: Launch) -> str:
+    """Which of the runs that have to finish first did not, and what became of it; "" if all did."""
+    for run in launch.after:
+        before = read(run)
+        if finished(before) is None:
+            last = next((e for e in reversed(events(run)) if e.event in _ENDS), None)
+            return f"{before.name} {last.event if last else 'did not finish'}"
+    return ""
 
 
 def _events(text: str) -> Iterator[Event]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from stamo_dist.launch.look import newest_checkpoint
-from stamo_dist.launch.record import Event, What, events
+from stamo_dist.launch.record import Event, Launch, What, events
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def stalled(history: Iterable[Event]) -> int:
     return count
 
 
-def judge(run: str | Path, code: int, max_restarts: int) -> Verdict:
-    """What to do after a start of the run ended with the exit code `code`.
+def judge(launch: Launch, code: int, job: str) -> Verdict:
+    """What to do after a start of `job` ended with the exit code `code`.
 
-    Code 2 says that what was asked for cannot be done, and no restart changes that. After any other code but 0 the run
-    is started again, unless `max_restarts` restarts in a row before brought it no further: an end that was asked for
-    by a signal always does.
+    Code 2 says that what was asked for cannot be done, and no restart changes that. After any other code but 0 a run is
+    started again, unless `max_restarts` restarts in a row before brought it no further: an end that was asked for by a
+    signal always does. A command that does not train is only started again if it was asked to end, and so often.
     """
     if code == 0:
         return Verdict("finished", False, "")
@@ -52,10 +52,13 @@ def judge(run: str | Path, code: int, max_restarts: int) -> Verdict:
         return Verdict("failed", False, "refused, see the log")
     if code == EXIT_INTERRUPTED:
         return Verdict("stopped", False, "interrupted twice")
-    left = code == EXIT_PREEMPTED
+    left, trains = code == EXIT_PREEMPTED, launch.command[:1] == ["train"]
     event: What = "preempted" if left else "failed"
     how = "it left to be started again" if left else f"it ended with code {code}"
-    count = stalled([*events(run), Event(event, step=newest_step(run))])
-    if count > max_restarts:
+    if not left and not trains:
+        return Verdict("failed", False, how)
+    history = [e for e in events(launch.run_dir) if e.event == "submitted" or e.job == job]
+    count = stalled([*history, Event(event, step=newest_step(launch.run_dir))])
+    if count > launch.max_restarts:
         return Verdict("failed", False, f"{how}, and {count} starts in a row brought it no further (max_restarts)")
     return Verdict(event, True, how)

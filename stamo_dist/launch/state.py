@@ -75,8 +75,8 @@ class State:
 
     @property
     def title(self) -> str:
-        """The word, and how often it was started again."""
-        return f"{self.word} ×{self.restarts}" if self.restarts else self.word
+        """The word, and how often it was started again so far."""
+        return f"{self.word} ×{self.restarts}" if self.restarts and self.live else self.word
 
 
 def judge(
@@ -98,12 +98,14 @@ def judge(
     last = history[-1] if history else None
     if job is not None and job.active:
         return _active(progress, job, last, starts, now)
+    if watched and last is not None and last.event == "submitted":
+        return State("queued", "comes after the others that were submitted with it")
     if watched:
         return _running(progress, last, starts)
     restarts = max(0, starts - 1)
     over = _over(history)
     if over is not None:
-        state = State(over.event, over.reason or _stood(progress))  # type: ignore[arg-type]
+        state = _said(over, progress)
     elif progress.finished:
         state = State("finished")
     elif job is not None:
@@ -132,7 +134,7 @@ def _active(progress: Progress, job: Job, last: Event | None, starts: int, now: 
     if job.state == "RUNNING":
         return _running(progress, last, starts)
     if job.state == "COMPLETING" and last is not None and last.event in _LAST:
-        return State(last.event, last.reason or _stood(progress), restarts)  # type: ignore[arg-type]
+        return replace(_said(last, progress), restarts=restarts)
     word, detail = _RARE.get(job.state, ("starting", job.state.lower()))
     return State(word, detail, restarts)
 
@@ -190,6 +192,12 @@ def _waiting(job: Job, now: datetime) -> str:
     if plain == "BeginTime":
         return f"{text} {job.start:%H:%M:%S}"
     return ", ".join(part for part in (text, f"start expected {begin}") if part)
+
+
+def _said(over: Event, progress: Progress) -> State:
+    """The state that an event which ended the run left it in."""
+    stood = "" if over.event == "finished" else _stood(progress)
+    return State(over.event, over.reason or stood)  # type: ignore[arg-type]
 
 
 def _stood(progress: Progress) -> str:

@@ -103,13 +103,14 @@ def one(name: str) -> Path:
     return found[0]
 
 
-def all_known() -> list[Path]:
-    """The remembered runs, and those in the folder where recipes put them."""
-    return list(dict.fromkeys([*known(), *below([Path("runs")] if Path("runs").is_dir() else [])]))
+def everything() -> list[Run]:
+    """The remembered runs, and those in the folder where recipes put them; what happened last comes first."""
+    here = below([Path("runs")]) if Path("runs").is_dir() else []
+    return sorted(collect(dict.fromkeys([*known(), *here])), key=lambda run: -run.touched)
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
-    """How these runs do; what happened last comes first."""
+    """How these runs do; what happened last comes first, but a pipeline's stages come in their order."""
     folders = [path for path in paths if is_run(path)]
     with ThreadPoolExecutor(8) as pool:  # a shared file system answers several questions at once
         read = list(pool.map(_read, folders))
@@ -122,7 +123,8 @@ def collect(paths: Iterable[Path]) -> list[Run]:
         except slurm.SlurmError:
             asked = False
     runs = [_run(path, *found, jobs, asked) for path, found in zip(folders, read, strict=True)]
-    return sorted(runs, key=lambda run: -run.touched)
+    pipelines = {run.launch.pipeline if run.launch else None for run in runs}
+    return runs if len(pipelines) == 1 and None not in pipelines else sorted(runs, key=lambda run: -run.touched)
 
 
 def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
@@ -131,12 +133,7 @@ def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
     except RunError:
         launch = None
     recipe = recipe_file(launch.snapshot) if launch and launch.snapshot else None
-    return launch, look(path, recipe), since_submitted(record.events(path))
-
-
-def since_submitted(history: list[Event]) -> list[Event]:
-    begins = [i for i, event in enumerate(history) if event.event == "submitted"]
-    return history[begins[-1] :] if begins else history
+    return launch, look(path, recipe), record.since_submitted(record.events(path))
 
 
 def _run(
@@ -147,7 +144,10 @@ def _run(
         watched = supervise.supervised(path)
     elif launch and launch.job:
         job, note = _of(launch.job, jobs)
-    state = judge(progress, history, job, asked=asked, watched=watched)
+    mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history
+    state = judge(progress, mine, job, asked=asked, watched=watched)
+    if launch and launch.after and not state.live and not any(e.event in ("started", "cancelled") for e in history):
+        state = State("stopped", record.hindrance(launch) or state.detail)
     if state.word == "failed" and (error := first_error(path)):
         state = replace(state, detail=f"{error} ({state.detail})" if state.detail else error)
     if note:

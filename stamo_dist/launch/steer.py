@@ -34,7 +34,7 @@ def cancel(path: Path) -> str:
         supervise.cancel(path)
         return f"{run.name}: it saves, leaves and is not started again"
     # Before scancel: the job looks there whether it is to be queued again.
-    record(path, Event("cancelled", job=launch.job, step=newest_step(path), reason="stamo cancel"))
+    record(path, Event("cancelled", job=launch.job, step=newest_step(path)))
     slurm.cancel(launch.job)
     return f"{run.name}: job {launch.job} cancelled"
 

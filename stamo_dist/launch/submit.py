@@ -18,7 +18,7 @@ from submitit import SlurmExecutor
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, snapshot, supervise
 from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
-from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record
+from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record, task_log
 from stamo_dist.launch.restarts import newest_step
 from stamo_dist.recipe.load import Loaded, load
 
@@ -122,6 +122,9 @@ def ask(
 def describe(order: Order) -> str:
     """What is asked for, in one line."""
     launch, profile = order.launch, order.profile
+    if profile.backend == "local":
+        processes = launch.nodes * launch.processes_per_node
+        return f"{launch.name}: {processes} process{'es' * (processes > 1)} on this machine → {launch.run_dir}"
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
@@ -132,7 +135,9 @@ def describe(order: Order) -> str:
 
 
 def script(order: Order) -> str:
-    """The batch script, to the letter."""
+    """The batch script, to the letter; on this machine, the command of each process."""
+    if order.profile.backend == "local":
+        return shlex.join(supervise.command(order.launch))
     return _Sbatch(order).text()
 
 
@@ -261,6 +266,7 @@ class _Sbatch(SlurmExecutor):
     def send(self) -> str:
         """The id of the queued job."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f".{os.getpid()}.sh"
         file.write_text(self.text())
         job = str(self._get_job_id_from_submission_command(self._sbatch(str(file))))
@@ -283,11 +289,10 @@ class _Sbatch(SlurmExecutor):
 
 
 def _log(order: Order) -> str:
-    """Where the batch script prints; an array of slices has a log a task."""
-    log = main_log(order.launch.run_dir)
-    if order.tasks:
-        log = log.with_name("task_%a.log")
-    return str(log).replace("%", "%%") if not order.tasks else str(log)
+    """Where the batch script prints: an array has a log a task, which runs of their own soon leave for theirs."""
+    run = Path(order.launch.run_dir)
+    log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
+    return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
 
 
 def _cpus(order: Order) -> int:

@@ -25,7 +25,19 @@ from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
 from stamo_dist.launch import snapshot
 from stamo_dist.launch.local import Ranks
-from stamo_dist.launch.record import Event, Launch, What, events, folder, main_log, now, rank_log, read, record
+from stamo_dist.launch.record import (
+    Event,
+    Launch,
+    What,
+    events,
+    folder,
+    hindrance,
+    main_log,
+    now,
+    rank_log,
+    read,
+    record,
+)
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
 
 _FILE = "supervisor.json"
@@ -44,10 +56,10 @@ def start(runs: Sequence[str | Path]) -> str:
     """
     log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
     words = ["-m", __name__] if first is None else snapshot.command(first, __name__, ())[1:]
-    command = [sys.executable, *words, *map(str, runs)]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=True
+            [sys.executable, *words, *map(str, runs)], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + _PATIENCE
     while not all((owner := supervisor(run)) is not None and owner.pid == process.pid for run in runs):
@@ -59,6 +71,13 @@ def start(runs: Sequence[str | Path]) -> str:
 
 def job_id(pid: int) -> str:
     return f"local-{pid}"
+
+
+def command(launch: Launch) -> list[str]:
+    """Of each process; the profile's setup lines come before it in the same shell."""
+    words = snapshot.process(launch)
+    setup = launch.profile.get("setup")
+    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
 
 
 def supervisor(run: str | Path) -> Owner | None:
@@ -120,7 +139,7 @@ class _Supervisor:
             launch = read(run)
             if cancelled(run):
                 continue
-            if why := _ENDED if self._ending else _hindrance(launch):
+            if why := _ENDED if self._ending else hindrance(launch):
                 self._tell(run, "stopped", reason=why)
             else:
                 self._run(run, launch)
@@ -129,7 +148,7 @@ class _Supervisor:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
             self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
-            verdict = judge(run, self._start(run, launch, processes, restart), launch.max_restarts)
+            verdict = judge(launch, self._start(run, launch, processes, restart), self.job)
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:
@@ -152,7 +171,7 @@ class _Supervisor:
         with main_log(run).open("ab", buffering=0) as log:
             log.write(f"{head} on {node}: {processes} processes, {when}\n".encode())
             with Ranks(
-                _command(launch), processes, run, main=log, env=environment, forward=self._signal
+                command(launch), processes, run, main=log, env=environment, forward=self._signal
             ) as ranks:  # fmt: skip
                 self._ranks = ranks
                 try:
@@ -180,22 +199,6 @@ class _Supervisor:
 
     def _tell(self, run: Path, what: What, **about: Any) -> None:
         record(run, Event(what, job=self.job, step=newest_step(run), **about))
-
-
-def _hindrance(launch: Launch) -> str:
-    """What keeps a run from starting: a run that it comes after did not finish."""
-    for before in launch.after:
-        last = next((e for e in reversed(events(before)) if e.event != "submitted"), None)
-        if last is None or last.event != "finished":
-            return f"{Path(before).name} {last.event if last else 'did not run'}"
-    return ""
-
-
-def _command(launch: Launch) -> list[str]:
-    """Of each process; the profile's setup lines come before it in the same shell."""
-    command = snapshot.process(launch)
-    setup = launch.profile.get("setup")
-    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *command] if setup else command
 
 
 if __name__ == "__main__":

@@ -87,9 +87,7 @@ def orders(
     if found[0].profile.backend == "local":
         return found, str(folder)
     if any(order.launch.node_counts != found[0].launch.node_counts for order in found):
-        raise RecipeError(
-            ["--sweep: the runs of an array have the same nodes, and these recipes need different ones"]
-        )
+        raise RecipeError(["--sweep: the runs of an array have the same nodes, and these recipes need different ones"])
     return [replace(found[0], members=found)], str(folder)
 
 

@@ -58,6 +58,7 @@ SlurmdTimeout=10
 MessageTimeout=5
 TCPTimeout=2
 KillWait={kill_wait}
+DefMemPerCPU=100
 MinJobAge=86400
 GresTypes=gpu
 {nodes}
@@ -85,7 +86,8 @@ class Cluster:
     """Started by `start`, ended by `stop`; the clients are in `bin`."""
 
     root: Path
-    names: Sequence[str] = ("t1", "t2", "t3")
+    # Slurm names groups of processes on this machine after them, so no two clusters may share one.
+    names: Sequence[str] = tuple(f"t{os.getpid()}n{i}" for i in (1, 2, 3))
     cpus: int = 4
     subnet: str = "10.83.0"
     grace: int = 20
@@ -157,9 +159,10 @@ class Cluster:
                     break
                 time.sleep(0.1)
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """What a client prints."""
-        done = subprocess.run(command, env=self.env, check=False, capture_output=True, text=True, timeout=30)
+    def run(self, *command: str, check: bool = True, path: Path | None = None) -> str:
+        """What a client prints; a job has the programs in `path` too."""
+        env = self.env if path is None else {**self.env, "PATH": f"{path}:{self.env['PATH']}"}
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=30)
         assert not (check and done.returncode), f"{command}: {done.stderr}"
         return done.stdout
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes with 4 CPUs: t1, t2, t3."""
+    """Three nodes with 4 CPUs."""
     if why := missing():
         pytest.skip(f"no Slurm cluster: {why}")
     made = Cluster(tmp_path_factory.mktemp("cluster"))

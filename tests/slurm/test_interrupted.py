@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+from toy import write_recipe
 
 # Steps take long enough for a test to come between them, and cost no CPU.
 SLOW = (
@@ -33,14 +36,15 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     assert "SIGUSR1 on rank 0, 1, 2, 3: saved" in log
     assert "SIGTERM on rank 0, 1, 2, 3: saved" in log
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
-    assert sum(f"of job {run.job}: rank 3 of 4 @ t2" in line for line in heads) == 3
+    assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
     run.assert_as_uninterrupted(processes=4)
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
-    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then a node dies, and it goes on with one."""
-    profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": "t3", "processes_per_node": 1}
+    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node."""
+    first, second, third = cluster.names
+    profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": third, "processes_per_node": 1}
     settings = ("train.steps=60", "train.checkpoint.every=1000", "train.checkpoint.ephemeral_every=4")
     run = submit("run", profile, *settings)
     run.release(SLOW)
@@ -50,16 +54,16 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
     assert run.events[-1].step == run.events[-3].step  # what it saved on SIGTERM
     assert [e.reason for e in run.events if e.event == "requeued"] == ["by Slurm"]
     before = run.steps
-    cluster.kill_node("t2")
+    cluster.kill_node(second)
     try:
         run.starts(3)
         started = run.events[-1]
-        assert started.nodes == ["t1"]
+        assert started.nodes == [first]
         assert started.world_size == 1
         assert started.step >= before - 4
         run.ends("finished")
     finally:
-        cluster.start_node("t2")
+        cluster.start_node(second)
     assert run.story[-3:] == ["requeued", "started", "finished"]
     run.assert_as_uninterrupted(processes=2, exactly=False)
     cluster.until(lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "3")
@@ -67,8 +71,8 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
 
 def test_two_jobs_on_one_node(submit, cluster):
     """One is ended by scancel and stays so; the other, queued again by scontrol, goes on beside it unimpressed."""
-    profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": "t1"}}
-    settings = ("train.steps=30", "train.checkpoint.every=1000")
+    profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": cluster.names[0]}}
+    settings = ("train.steps=16", "train.checkpoint.every=1000")
     ended, other = submit("ended", profile, *settings), submit("other", profile, *settings)
     ended.release(SLOW)
     other.release(SLOW)
@@ -96,3 +100,25 @@ def test_crash_loop_ends(submit, cluster):
     assert "RuntimeError: a bug" in (run.folder / "logs/main.log").read_text()
     assert cluster.state(run.job) == "FAILED"
     assert not list(Path(run.folder).glob("checkpoints/step_*"))
+
+
+def test_plain_sbatch(cluster, toy, tmp_path):
+    """The example for those who do without `stamo submit`, on 2 nodes: asked to stop, queued again, it goes on."""
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1",
+        f"--output={tmp_path}/log", "slurm/train.sbatch", str(recipe), "--set", "train.steps=2000",
+        path=Path(sys.executable).parent,
+    ).strip()  # fmt: skip
+    steps = tmp_path / "run" / "metrics.jsonl"
+
+    def log() -> str:
+        return (tmp_path / "log").read_text()
+
+    cluster.until(lambda: steps.exists() and steps.read_text().count("\n") > 3, what=log)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.until(lambda: "after step" in log(), what=log)
+    cluster.run("scancel", job)
+    cluster.until(lambda: cluster.state(job) == "CANCELLED", what=log)
+    assert "SIGUSR1 on rank 0, 1: saved" in log()
+    assert "SIGTERM: will save" in log()

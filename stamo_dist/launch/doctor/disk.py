@@ -29,24 +29,21 @@ class Disk:
 
 
 def measure(path: str | Path, *, megabytes: int = 64, limit: float = 5.0) -> Disk:
-    """Write, read and remove files in `path` (made where it is missing), for about `limit` seconds at most."""
-    folder = Path(path).expanduser()
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    scratch = folder / f".stamo-doctor-{os.getpid()}"
+    """Write, read and remove files in `path`, or where it would be made, for about `limit` seconds at most."""
+    given = Path(path).expanduser().absolute()
+    folder = next(p for p in (given, *given.parents) if p.is_dir())
+    scratch = folder / f".stamo-doctor-{os.uname().nodename}-{os.getpid()}"
     try:
-        scratch.mkdir(parents=True)
+        scratch.mkdir()
         try:
-            return _measure(folder, scratch, megabytes, limit)
+            return _measure(str(path), folder, scratch, megabytes, limit)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
     except OSError as e:
-        return Disk(str(path), kind=kind_of(folder), error=e.strerror or str(e))
+        return Disk(str(path), kind=kind_of(folder), error=f"{e.strerror or e} ({folder})")
 
 
-def _measure(folder: Path, scratch: Path, megabytes: int, limit: float) -> Disk:
+def _measure(path: str, folder: Path, scratch: Path, megabytes: int, limit: float) -> Disk:
     big, block = scratch / "big", os.urandom(_CHUNK)  # random: some file systems compress
     began = time.perf_counter()
     written = 0
@@ -61,7 +58,7 @@ def _measure(folder: Path, scratch: Path, megabytes: int, limit: float) -> Disk:
     (scratch / "clock").touch()
     clock = (scratch / "clock").stat().st_mtime - stamp
     return Disk(
-        str(folder), kind=kind_of(folder), free=room(folder), write=write, read=read_speed(big, limit / 2),
+        path, kind=kind_of(folder), free=room(folder), write=write, read=read_speed(big, limit / 2),
         small=_small_files(scratch, limit / 5), clock=clock, hard_links=_links(scratch),
     )  # fmt: skip
 
@@ -81,14 +78,13 @@ def read_speed(file: Path, limit: float = 2.5) -> float:
 
 def room(folder: Path) -> int:
     """Bytes free for this user; quotas are not always among what is known."""
-    at = next(p for p in (folder, *folder.parents) if p.exists())
-    found = os.statvfs(at)
+    found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
 def kind_of(folder: Path) -> str:
     """The type of the file system that holds `folder`, "" where it is not known."""
-    at = str(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()).resolve())
+    at = str(folder.resolve())
     best, kind = "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():

@@ -76,9 +76,10 @@ def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fi
         r = good[0]
         gpus = f"{len(r.gpus)} × {r.gpus[0]}" if r.gpus else "no GPU"
         hosts = sorted({x.host for x in good})
+        named = ", ".join(hosts[:8]) + (" …" if len(hosts) > 8 else "")
         yield Finding(
-            "fine", _NODES, f"{', '.join(hosts[:8])}{' …' * (len(hosts) > 8)}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a "
-            f"rank, python {r.python}, torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}",
+            "fine", _NODES, f"{named}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a rank, python {r.python}, "
+            f"torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}",
         )  # fmt: skip
 
 

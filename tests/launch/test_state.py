@@ -1,0 +1,82 @@
+"""A run's state, from what is known: its events, what Slurm says, and the heartbeat in its folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import pytest
+
+from stamo_dist.engine.generation import STALE, Owner
+from stamo_dist.launch.look import Progress
+from stamo_dist.launch.record import Event
+from stamo_dist.launch.slurm import Job
+from stamo_dist.launch.state import judge
+
+NOW = datetime.now().astimezone()
+HERE = Owner.this()
+ELSEWHERE = replace(HERE, boot="another machine", node="n7")
+DEAD = replace(HERE, started="0")
+
+
+def events(text: str) -> list[Event]:
+    return [Event(word, job="7") for word in ("submitted " + text).split()]  # type: ignore[arg-type]
+
+
+def job(state: str, reason: str = "None", start: float | None = None) -> Job:
+    at = None if start is None else NOW + timedelta(seconds=start)
+    return Job("7", state, reason, at, "n[1-2]", 2, "0:10", "1:00:00", "low", "me", "toy")
+
+
+def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -> Progress:
+    values = {"steps": 20, "step": 7, "checkpoint": 5, "written": NOW.timestamp() + 60, "owner": owner} | more
+    return Progress(silence=silence if owner else None, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("progress", "history", "asked", "title", "detail"),
+    [
+        (Progress(), "", job("PENDING", "Priority", 7200), "queued", "others come first, start expected"),
+        (Progress(), "", job("PENDING", "QOSMaxJobsPerUserLimit"), "queued", "a limit of your account: QOSMax"),
+        (Progress(), "", job("PENDING", "DependencyNeverSatisfied"), "stopped", "an earlier job failed"),
+        (Progress(), "started", job("RUNNING"), "starting", ""),
+        (training(HERE), "started", job("RUNNING"), "running", ""),
+        (training(HERE, STALE + 60), "started", job("RUNNING"), "running", "no heartbeat for 2:30"),
+        (training(HERE), "started preempted", job("RUNNING"), "preempted", ""),
+        (training(), "started preempted requeued", job("PENDING", "BeginTime", 6), "requeued ×1", "may not start"),
+        (training(), "started", job("PENDING", "None"), "requeued ×1", ""),  # after a node failure Slurm did it
+        (training(HERE), "started preempted requeued started", job("RUNNING"), "running ×1", ""),
+        (training(HERE), "started cancelled", job("COMPLETING"), "cancelled", "at step 7 of 20"),
+        (training(), "started", job("CANCELLED"), "cancelled", "at step 7 of 20"),
+        (training(), "started", job("NODE_FAIL"), "failed", "a node failed"),
+        (training(), "started", job("OUT_OF_MEMORY"), "failed", "out of memory"),
+        (training(), "started", job("PREEMPTED"), "stopped", "does not requeue"),
+        (training(step=20, checkpoint=20, exported=True), "started", job("COMPLETED"), "finished", ""),
+        # Slurm has forgotten the job, or does not answer: the folder tells.
+        (training(), "started finished", None, "finished", ""),
+        (training(), "started failed requeued started", None, "lost", "job 7 is gone; `stamo resume` goes on after"),
+        (Progress(), "", None, "lost", "it never began to train"),
+        (training(HERE), "started", None, "running", f"process {os.getpid()}"),
+        (training(ELSEWHERE, 30), "started", "silent", "running", "on n7"),
+        (training(ELSEWHERE, STALE + 1), "started", None, "lost", "`stamo resume` goes on after step 5"),
+        (training(DEAD), "started", None, "lost", "is gone"),
+        (training(replace(HERE, ended=True)), "started", None, "stopped", "at step 7 of 20"),
+        (Progress(), "", "silent", "unknown", "Slurm does not answer"),
+    ],
+)
+def test_states(progress, history, asked, title, detail):
+    answer = asked if isinstance(asked, Job) else None
+    state = judge(progress, events(history), answer, asked=asked != "silent", now=NOW)
+    assert state.title == title
+    assert detail in state.detail
+    assert bool(detail) == bool(state.detail)
+
+
+@pytest.mark.parametrize(
+    ("history", "watched", "title"),
+    [("started", True, "running"), ("started cancelled", True, "cancelled"), ("started", False, "lost")],
+)
+def test_states_on_this_machine(history, watched, title):
+    progress = training(HERE if watched else DEAD)
+    assert judge(progress, events(history), None, asked=True, watched=watched, now=NOW).title == title
