@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stamo_dist.recipe.section import Fraction, PositiveInt, Section, Weight
+
+if TYPE_CHECKING:
+    from stamo_dist.recipe.schema import Data
 
 Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or the extremes
 
@@ -95,3 +98,44 @@ class Policy(Section):
         if self.film and self.vision == "stamo":
             raise ValueError("film: the frozen StaMo encoder has no FiLM; set film: false or another vision")
         return self
+
+
+class DiffusionPolicy(Section):
+    """A small policy in RDT's manner: a diffusion transformer over the action chunk, beside pseudo-actions of video."""
+
+    width: PositiveInt = Field(256, description="Width of the transformer; heads must divide it.")
+    depth: PositiveInt = Field(6, description="Transformer blocks; they look at the image and the text in turns.")
+    heads: PositiveInt = Field(8, description="Attention heads.")
+    timesteps: PositiveInt = Field(1000, description="Noise levels in training (cosine schedule).")
+    sampler_steps: PositiveInt = Field(5, description="Steps of the DPM-Solver++ that draws a chunk.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> DiffusionPolicy:
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} must divide width {self.width}")
+        return self
+
+
+def policy_problems(policy: Policy, data: Data) -> list[str]:
+    """What in the rest of a recipe does not fit its policy."""
+    problems = []
+    if not data.horizon:
+        problems.append("data.horizon: a policy needs the actions of a chunk; set 1 for OpenVLA, 8 for OpenVLA-OFT")
+    if policy.world is not None and not data.target:
+        problems.append("data.target: policy.world predicts from the frame at t + horizon; set data.target: true")
+    if policy.tokenizer is None and (policy.world is not None or policy.vision == "stamo"):
+        reader = "policy.world" if policy.world is not None else "policy.vision"
+        problems.append(f"policy.tokenizer: is missing, and {reader} needs the run folder of a StaMo tokenizer")
+    if policy.views > 1:
+        problems.append(f"policy.views: {policy.views}, but training reads one camera a moment; set policy.views: 1")
+    if data.latents == "cached":
+        problems.append("data.latents: a policy reads frames, not a VAE's latents; set data.latents: online")
+    if not any(source.actions for source in data.used.values()):
+        problems.append("data.sources: all of them are video (actions: false); a policy needs actions of one at least")
+    for name, source in data.used.items():
+        if source.actions and source.horizon not in (None, data.horizon):
+            problems.append(
+                f"data.sources.{name}.horizon: {source.horizon}, but a policy predicts {data.horizon} actions "
+                "(data.horizon); leave it out, or set actions: false to read the source as video"
+            )
+    return problems

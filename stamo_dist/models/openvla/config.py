@@ -79,20 +79,20 @@ class OpenVLAConfig:
         Raises:
             CheckpointError: a language model other than Llama, unknown towers or lists of different lengths.
         """
-        raw = copy.deepcopy(dict(raw))
-        text = raw.get("text_config") or {}
+        full = copy.deepcopy(dict(raw))
+        text = full.get("text_config") or {}
         if text.get("model_type", "llama") != "llama":
             raise CheckpointError(
                 f"{source}: text_config.model_type is {text['model_type']}; only Llama language models are supported"
             )
-        raw["timm_kwargs"] = [dict(o) for o in tower_options] or raw.get("timm_kwargs")
-        towers = _towers(raw, source)
-        raw["use_fused_vision_backbone"] = len(towers) > 1
-        if raw["timm_kwargs"] is None:
-            del raw["timm_kwargs"]
+        full["timm_kwargs"] = [dict(o) for o in tower_options] or full.get("timm_kwargs")
+        towers = _towers(full, source)
+        full["use_fused_vision_backbone"] = len(towers) > 1
+        if full["timm_kwargs"] is None:
+            del full["timm_kwargs"]
         text = {k: v for k, v in text.items() if k not in ("torch_dtype", "dtype")}
         try:
-            return cls(raw, towers, LlamaConfig(**text))
+            return cls(full, towers, LlamaConfig(**text))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: text_config does not describe a Llama model ({error})") from error
 

@@ -63,10 +63,7 @@ class ImageProcessor:
                 {"mean": mean, "std": std} for mean, std in zip(raw["means"], raw["stds"], strict=True)
             ]
             sizes = [int(size[-1]) for size in raw["input_sizes"]]
-            views = [
-                View(size, tuple(p["mean"]), tuple(p["std"]))  # type: ignore[arg-type]
-                for size, p in zip(sizes, stored, strict=True)
-            ]
+            views = [View(size, tuple(p["mean"]), tuple(p["std"])) for size, p in zip(sizes, stored, strict=True)]
             fill = tuple(raw.get("tvf_letterbox_fill") or _LETTERBOX_FILL)
             strategy = raw["image_resize_strategy"]
         except (ValueError, KeyError, TypeError) as error:
@@ -75,7 +72,7 @@ class ImageProcessor:
             raise CheckpointError(f"{path}: image_resize_strategy {strategy!r} is not known")
         if config.towers and sizes != [t.image_size for t in config.towers]:
             raise CheckpointError(f"{path}: input_sizes {sizes} are not the image_sizes of config.json")
-        return cls(tuple(views), strategy, fill)  # type: ignore[arg-type]
+        return cls(tuple(views), strategy, fill)
 
     @property
     def size(self) -> int:

@@ -250,9 +250,9 @@ def _reset(layer: nn.Module) -> None:
     """Draw a layer's initial values whole, on the CPU, and copy what is local."""
     drawn = copy.copy(layer)
     own = {name: p for name, p in layer._parameters.items() if p is not None}
-    drawn._parameters = {name: nn.Parameter(torch.zeros(p.shape)) for name, p in own.items()}  # type: ignore[assignment]
+    drawn._parameters = {name: nn.Parameter(torch.zeros(p.shape)) for name, p in own.items()}
     drawn.reset_parameters()  # type: ignore[operator]
     for name, parameter in own.items():
         whole = drawn._parameters[name]
         assert whole is not None
-        _write(parameter.data if not isinstance(parameter, DTensor) else parameter, whole.detach().__getitem__)
+        _write(parameter, whole.detach().__getitem__)

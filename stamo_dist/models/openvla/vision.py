@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from timm.layers import LayerScale as TimmLayerScale
@@ -34,19 +36,19 @@ class _Modulation(nn.Linear):
 class FiLMBlock(nn.Module):
     """A ViT block whose tokens are scaled and shifted by the language between its attention and its MLP half."""
 
-    def __init__(self, block: nn.Module, language: int):
+    def __init__(self, block: Any, language: int):
         super().__init__()
-        self.block = block
-        dim = block.norm1.normalized_shape[0]  # type: ignore[union-attr, index]
+        self.block: Any = block
+        dim = block.norm1.normalized_shape[0]
         self.scale = _Modulation(language, dim)
         self.shift = _Modulation(language, dim)
 
     def forward(self, x: Tensor, language: Tensor) -> Tensor:
         """Tokens (B, N, dim) and a language embedding (B, H) → (B, N, dim)."""
         b = self.block
-        x = x + b.drop_path1(b.ls1(b.attn(b.norm1(x))))  # type: ignore[operator]
+        x = x + b.drop_path1(b.ls1(b.attn(b.norm1(x))))
         x = x * (1 + self.scale(language)[:, None]) + self.shift(language)[:, None]
-        return x + b.drop_path2(b.ls2(b.mlp(b.norm2(x))))  # type: ignore[operator]
+        return x + b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
 
 
 class VisionBackbone(nn.Module):
@@ -58,19 +60,21 @@ class VisionBackbone(nn.Module):
     def __init__(self, towers: tuple[Tower, ...], language: int | None = None):
         """`language` is the width of the language embedding for FiLM; None leaves the blocks as they are."""
         super().__init__()
+        self.featurizer: Any
+        self.fused_featurizer: Any
         self.film = language is not None
         self.gradient_checkpointing = False
         self.featurizer = _build(towers[0], language)
         self.fused_featurizer = _build(towers[1], language) if len(towers) > 1 else None
 
     @property
-    def towers(self) -> list[nn.Module]:
+    def towers(self) -> list[Any]:
         return [t for t in (self.featurizer, self.fused_featurizer) if t is not None]
 
     @property
     def dim(self) -> int:
         """Dimension D of a patch feature."""
-        return sum(int(t.embed_dim) for t in self.towers)  # type: ignore[arg-type]
+        return sum(int(t.embed_dim) for t in self.towers)
 
     @property
     def patches(self) -> int:
@@ -93,23 +97,23 @@ class VisionBackbone(nn.Module):
         features = [self.patch_features(tower, images[:, i], language) for i, tower in enumerate(towers)]
         return torch.cat(features, dim=-1).unflatten(0, (-1, views)).flatten(1, 2)
 
-    def patch_features(self, tower: nn.Module, pixels: Tensor, language: Tensor | None = None) -> Tensor:
+    def patch_features(self, tower: Any, pixels: Tensor, language: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) → (B, N, dim of the tower)."""
-        x = tower.patch_embed(pixels.to(tower.patch_embed.proj.weight.dtype))  # type: ignore[operator, union-attr, arg-type]
-        x = tower.norm_pre(tower.patch_drop(tower._pos_embed(x)))  # type: ignore[operator]
+        x = tower.patch_embed(pixels.to(tower.patch_embed.proj.weight.dtype))
+        x = tower.norm_pre(tower.patch_drop(tower._pos_embed(x)))
         condition = () if language is None else (language.to(x.dtype),)
-        for block in tower.blocks[:-1]:  # type: ignore[index]
+        for block in tower.blocks[:-1]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *condition, use_reentrant=False)
             else:
                 x = block(x, *condition)
-        return x[:, tower.num_prefix_tokens :]  # type: ignore[misc]
+        return x[:, tower.num_prefix_tokens :]
 
 
-def _build(tower: Tower, language: int | None) -> nn.Module:
+def _build(tower: Tower, language: int | None) -> Any:
     options = {"img_size": tower.image_size, "act_layer": tower.act_layer, **tower.options}
     try:
-        model = timm.create_model(tower.model, pretrained=False, num_classes=0, **options)
+        model: Any = timm.create_model(tower.model, pretrained=False, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise CheckpointError(f"timm_model_ids: timm cannot build {tower.model} with {options} ({error})") from error
     for module in list(model.modules()):

@@ -1,0 +1,156 @@
+"""A small diffusion-transformer policy in the manner of RDT (Liu et al. 2024, arXiv 2410.07864), of diffusers' parts.
+
+Action chunk and pseudo-action (a motion of the StaMo tokenizer) are denoised together, each number predicted clean. A
+video without actions trains the pseudo-action alone: its action tokens are hidden from all others and from the loss.
+Blocks look at the image and at the instruction in turns, as RDT's do. Randomness always comes from the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stamo_dist.recipe.policy import DiffusionPolicy
+
+_SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
+_HIDDEN = -10_000.0  # added to the attention scores of what must not be seen
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the policy takes from the data and from the encoder in front of it."""
+
+    chunk: int  # C
+    action_dim: int  # A
+    image_dim: int  # of one image token
+    vocabulary: int  # ids of the text tokenizer
+    motion: tuple[int, int] | None = None  # tokens and dim of the pseudo-action
+    proprio_dim: int = 0
+
+
+class Condition(NamedTuple):
+    """What is known of a moment."""
+
+    image: Tensor  # (B, N, image_dim)
+    text: Tensor  # (B, L) ids
+    text_mask: Tensor  # (B, L) bool
+    proprio: Tensor | None = None  # (B, P) normalised
+
+
+class Plan(NamedTuple):
+    """What is denoised, noisy or clean."""
+
+    actions: Tensor  # (B, C, A) normalised
+    motion: Tensor | None = None  # (B, tokens, dim)
+
+
+class DiffusionTransformer(nn.Module):
+    """Noisy plan, noise level and condition → clean plan."""
+
+    def __init__(self, cfg: DiffusionPolicy, sizes: Sizes):
+        super().__init__()
+        self.cfg, self.sizes = cfg, sizes
+        self.gradient_checkpointing = False
+        width = cfg.width
+        tokens = 1 + (sizes.proprio_dim > 0) + sizes.chunk + (sizes.motion[0] if sizes.motion else 0)
+        self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
+        self.positions = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.proprio_in = nn.Linear(sizes.proprio_dim, width) if sizes.proprio_dim else None
+        self.action_in, self.action_out = _mlp(sizes.action_dim, width), nn.Linear(width, sizes.action_dim)
+        if sizes.motion:
+            self.motion_in, self.motion_out = _mlp(sizes.motion[1], width), nn.Linear(width, sizes.motion[1])
+        self.image_in = nn.Sequential(nn.LayerNorm(sizes.image_dim), _mlp(sizes.image_dim, width))
+        self.text_in = nn.Embedding(sizes.vocabulary, width)
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                width, cfg.heads, width // cfg.heads, cross_attention_dim=width, activation_fn="gelu-approximate",
+                attention_bias=True,
+            )
+            for _ in range(cfg.depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, noisy: Plan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None) -> Plan:
+        """The clean plan, float32; `timestep` (B,) counts noise levels, `has_actions` (B,) bool hides the others'."""
+        dtype, batch = self.action_out.weight.dtype, len(noisy.actions)
+        time = self.time[1](self.time[0](timestep).to(dtype))
+        parts = [time[:, None]]
+        if self.proprio_in is not None:
+            assert known.proprio is not None, "the policy reads proprioception and the batch has none"
+            parts.append(self.proprio_in(known.proprio.to(dtype))[:, None])
+        start = sum(part.shape[1] for part in parts)
+        end = start + self.sizes.chunk
+        parts.append(self.action_in(noisy.actions.to(dtype)))
+        if noisy.motion is not None:
+            parts.append(self.motion_in(noisy.motion.to(dtype)))
+        x = torch.cat(parts, dim=1)
+        x = x + self.positions[: x.shape[1]]
+        hidden = None
+        if has_actions is not None:
+            seen = torch.ones(batch, x.shape[1], dtype=torch.bool, device=x.device)
+            seen[:, start:end] = has_actions[:, None]
+            hidden = _bias(seen, dtype)
+        image, text = self.image_in(known.image.to(dtype)), self.text_in(known.text)
+        for i, block in enumerate(self.blocks):
+            context, padding = (image, None) if i % 2 == 0 else (text, _bias(known.text_mask, dtype))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, hidden, context, padding, use_reentrant=False)
+            else:
+                x = block(x, hidden, context, padding)
+        x = self.norm(x)
+        motion = None if noisy.motion is None else self.motion_out(x[:, end:]).float()
+        return Plan(self.action_out(x[:, start:end]).float(), motion)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block's activations in the backward pass."""
+        self.gradient_checkpointing = enabled
+
+    def block_classes(self) -> tuple[str, ...]:
+        """Class names of the transformer blocks that FSDP shards one by one."""
+        return (BasicTransformerBlock.__name__,)
+
+
+def add_noise(cfg: DiffusionPolicy, clean: Plan, noise: Plan, uniform: Tensor) -> tuple[Plan, Tensor]:
+    """The plan at random noise levels, from (B,) uniform numbers in [0, 1) → noisy plan, (B,) int64 levels."""
+    scheduler = DDPMScheduler(cfg.timesteps, **_SCHEDULE)
+    timestep = (uniform * cfg.timesteps).long().clamp_max(cfg.timesteps - 1)
+    mixed = [
+        None if a is None or b is None else scheduler.add_noise(a, b, timestep)  # type: ignore[arg-type]
+        for a, b in zip(clean, noise, strict=True)
+    ]
+    assert mixed[0] is not None
+    return Plan(mixed[0], mixed[1]), timestep
+
+
+@torch.no_grad()
+def draw(model: DiffusionTransformer, known: Condition, noise: Plan) -> Plan:
+    """Denoise from `noise` (standard normal) with DPM-Solver++; the same noise gives the same plan."""
+    levels = [DPMSolverMultistepScheduler(model.cfg.timesteps, **_SCHEDULE) for _ in noise]
+    for scheduler in levels:
+        scheduler.set_timesteps(model.cfg.sampler_steps)
+    plan = noise
+    for timestep in levels[0].timesteps:
+        clean = model(plan, timestep.to(noise.actions.device).expand(len(noise.actions)), known)
+        moved = [
+            None if now is None else scheduler.step(guess, timestep, now).prev_sample
+            for scheduler, guess, now in zip(levels, clean, plan, strict=True)
+        ]
+        plan = Plan(moved[0], moved[1])
+    return plan
+
+
+def _mlp(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T) bool → (B, 1, T) to add to the scores."""
+    return ((~seen).to(dtype) * _HIDDEN)[:, None]
