@@ -79,7 +79,7 @@ class Policy:
         folder = load.locate(str(path))
         config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
         statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
-        cfg, sizes = _settings(folder, dict(options or {}), chunk, statistics)
+        cfg, sizes = _settings(folder, config, dict(options or {}), chunk, statistics)
         eyes = _eyes(folder, cfg, tokenizer)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
@@ -211,11 +211,11 @@ def _eyes(folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None) -> Sta
 
 
 def _settings(
-    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
 ) -> tuple[recipe.Policy, Sizes]:
     path = folder / SETTINGS
     if not path.is_file():
-        return _official(folder, options, chunk, statistics)
+        return _official(folder, config, options, chunk, statistics)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
@@ -229,7 +229,7 @@ def _settings(
 
 
 def _official(
-    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
 ) -> tuple[recipe.Policy, Sizes]:
     """What the released folders leave unsaid, from the files they have."""
     head, proprio = load.part(folder, "action_head"), load.part(folder, "proprio_projector")
@@ -237,6 +237,7 @@ def _official(
         "actions": "regression" if head else "tokens",
         "proprio": bool(proprio),
         "film": load.has_part(folder, "vision_backbone"),
+        "prompt": "v01" if "vicuna" in config.raw.get("llm_backbone_id", "") else "openvla",
     }
     widths = [len(s["action"]["q01"]) for s in statistics.sources.values() if "q01" in s.get("action", {})]
     action_dim = head["model.fc2.bias"].shape[0] if head else max(widths, default=7)
