@@ -80,7 +80,7 @@ class Policy:
         config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
         statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
         cfg, sizes = _settings(folder, config, dict(options or {}), chunk, statistics)
-        eyes = _eyes(folder, cfg, tokenizer)
+        eyes = _eyes(folder, cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
@@ -197,13 +197,15 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
     return Features(*(None if part is None else part.to(device) for part in images))
 
 
-def _eyes(folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None) -> StamoVision | None:
+def _eyes(
+    folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
+) -> StamoVision | None:
     if cfg.vision != "stamo":
         return None
     source = tokenizer or cfg.tokenizer
     if source is None:
         raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
-    eyes = StamoVision(Tokenizer.from_pretrained(source))
+    eyes = StamoVision(Tokenizer.from_pretrained(source).to(device))
     expected = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("tokenizer_fingerprint")
     if expected != eyes.tokenizer.fingerprint():
         raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
