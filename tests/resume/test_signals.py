@@ -93,16 +93,18 @@ def test_signal_before_the_first_step_is_kept(start):
     assert f"SIGUSR2 on rank 0, 1: saved {run.folder}/checkpoints/step_00000002 in " in run.output
 
 
-def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start):
-    run = start("train.step_timeout=5")
+@pytest.mark.parametrize("hung", [0, 1])
+def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
+    run = start("train.step_timeout=3")
     run.reach(3)
-    run.rank(1).suspend()
+    run.rank(hung).suspend()
     assert run.launcher.wait(timeout=60) == EXIT_PREEMPTED, run.output
-    assert "the run is hung: no progress for 5 s (train.step_timeout): rank 1 no longer answers" in run.output
-    stack = (run.folder / "logs" / "stack_rank_00000.txt").read_text()
+    said = run.output if hung else (run.folder / "logs" / "rank_00001.log").read_text()
+    assert f"the run is hung: no progress for 3 s (train.step_timeout): rank {hung} no longer answers" in said
+    stack = (run.folder / "logs" / f"stack_rank_{1 - hung:05d}.txt").read_text()
     assert "in _train" in stack
     assert "for 0 s" not in stack
-    assert "rank 1 of 2 did not end after the others: killed" in run.output
+    assert f"rank {hung} of 2 did not end after the others: killed" in run.output
 
 
 def test_second_sigint_stops_at_once_even_a_hung_rank(start):
