@@ -82,16 +82,17 @@ def strike(fault: Fault, tree: Tree) -> bool:
     if not of or not ranks:
         return False
     victims = of if fault.whom == RANKS else [of[int(fault.pick * len(of))]]
-    with suppress(psutil.NoSuchProcess):
-        for victim in victims:
+    hit = False
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
             if fault.what == PAUSE:
                 victim.suspend()
                 time.sleep(1)
                 victim.resume()
             else:
                 victim.send_signal(signal.Signals[fault.what])
-        return True
-    return False
+            hit = True
+    return hit
 
 
 def newest_checkpoint(run: Path) -> Path | None:
