@@ -78,8 +78,10 @@ class Deck:
 def strike(fault: Fault, tree: Tree) -> bool:
     """Do it to the processes; False where there are none to do it to."""
     ranks = tree.ranks()
+    if not ranks or tree.launcher is None:
+        return False
     of = {RANK: ranks, RANKS: ranks, LAUNCHER: [tree.launcher], WORKER: tree.workers()}[fault.whom]
-    if not of or not ranks:
+    if not of:
         return False
     victims = of if fault.whom == RANKS else [of[int(fault.pick * len(of))]]
     hit = False

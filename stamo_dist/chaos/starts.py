@@ -108,11 +108,14 @@ class Tree:
     def __init__(self, start: Start, processes: int):
         self._start, self._size = start, processes
         self._ranks: list[psutil.Process] = []
+        self.launcher: psutil.Process | None = None
         with suppress(psutil.NoSuchProcess):
             self.launcher = psutil.Process(start.pid)
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that run, in order; of a training of one process the launcher is the rank."""
+        if self.launcher is None:
+            return []
         if self._size == 1:
             return [self.launcher] if running(self.launcher) else []
         if len(self._ranks) < self._size:
@@ -134,7 +137,7 @@ class Tree:
 
     def kill(self) -> None:
         """End all of it at once."""
-        everyone = [self.launcher, *self.ranks()]
+        everyone = [*([self.launcher] if self.launcher else []), *self.ranks()]
         for process in list(everyone):
             with suppress(psutil.NoSuchProcess):
                 everyone += process.children(recursive=True)

@@ -174,7 +174,7 @@ class Ranks:
                 "LOCAL_WORLD_SIZE": str(self._count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(free_port()),
-                "STAMO_LAUNCHED": "1",
+                "STAMO_LAUNCHED": str(os.getpid()),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._count))),
             }
         log = rank_log(self._run, rank)
