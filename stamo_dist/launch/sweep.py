@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.launch.known import SWEEP
 from stamo_dist.launch.submit import Order, plan
 from stamo_dist.recipe.lines import read_override, show_value
 from stamo_dist.recipe.load import load
 
-FOLDER = "sweep"
 _PLAIN = re.compile(r"[^\w.+-]+")
 
 
@@ -79,7 +79,7 @@ def orders(
     """
     points = expand(sweeps)
     base = load(recipe, overrides).recipe
-    folder = Path(base.run_dir) / FOLDER
+    folder = Path(base.run_dir) / SWEEP
     found = []
     for point in points:
         own = [f"run_dir={show_value(str(folder / point.name))}", f"name={show_value(f'{base.name}-{point.name}')}"]
