@@ -38,7 +38,7 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
     assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
-    run.assert_as_uninterrupted(processes=4)
+    run.assert_as_uninterrupted(processes=4, exactly=False)  # among 4, the order of a sum is not fixed
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
