@@ -64,16 +64,17 @@ def sweep_table(runs: Sequence[Run]) -> RenderableType:
     def swept(field: str) -> Callable[[Run], str | Text]:
         return lambda run: values[run.path].get(field, "")
 
+    chosen: list[tuple[str, Callable[[Run], str | Text]]] = [(field, swept(field)) for field in differ]
     columns: list[tuple[str, Callable[[Run], str | Text]]] = [
-        *((field, swept(field)) for field in differ),
+        *chosen,
         ("state", _state),
         ("step", _step),
         ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
-        ("mean of the last", lambda r: f"{r.progress.mean_loss:.4f}" if r.progress.mean_loss is not None else ""),
+        ("mean of the last 50", lambda r: f"{r.progress.mean_loss:.4f}" if r.progress.mean_loss is not None else ""),
         ("folder", lambda r: r.path.name),
     ]
     best = sorted(runs, key=lambda r: float("inf") if r.progress.mean_loss is None else r.progress.mean_loss)
-    return Group(_table(best, columns, wide="folder"), *_details(best))
+    return Group(_table(best, columns, wide="folder"), _details(best))
 
 
 def one_run(run: Run) -> RenderableType:
