@@ -138,7 +138,7 @@ def test_disks_are_left_as_they_were(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_recipe_lacks(stamo, toy, tmp_path):
+def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):
     """Without processes: exit code 1, each trouble once and with its field; all is well once the data is there."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     lacking = stamo("doctor", recipe, "--no-job", "--set", "data.sources.a.path=nowhere", "--json", check=False)
@@ -146,6 +146,10 @@ def test_what_a_recipe_lacks(stamo, toy, tmp_path):
     errors = [f["what"] for f in json.loads(lacking.stdout) if f["level"] == "error"]
     assert len(errors) == 1
     assert "data.sources.a.path: there is no folder nowhere" in errors[0]
-    fine = stamo("doctor", recipe, "--no-job")
-    assert "data and weights are there" in fine.stdout
-    assert "error" not in fine.stdout
+    fine = stamo("doctor", recipe, "--no-job").stdout
+    assert "data and weights are there" in fine
+    assert "✗" not in fine
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    absent = stamo("doctor", recipe, "--no-job", "--set", "model.decoder.weights=some/model").stdout
+    assert "! model.decoder.weights: some/model is not on this machine" in absent
+    assert "hf download some/model" in absent
