@@ -12,7 +12,7 @@ from typing import Literal
 
 from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
-from stamo_dist.launch import submit
+from stamo_dist.launch import checks, submit
 from stamo_dist.launch.known import PIPELINE
 from stamo_dist.launch.look import look
 from stamo_dist.launch.pipeline import Pipeline, Work
@@ -92,20 +92,17 @@ def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[
     """Queue the orders, each after the jobs of the stages it needs, and write down what the pipeline is.
 
     Raises:
-        StamoError: The cluster refuses one of them; those before it are taken back.
+        StamoError: The cluster refuses one of them, and those before it are taken back; or a folder cannot be written.
     """
     folder = Path(pipeline.run_dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stages = {step.work.name: str(step.work.run_dir) for step in steps}
-        record = {"name": pipeline.name, "file": str(path), "stages": stages}
-        write_atomic(folder / PIPELINE, json.dumps(record, indent=1) + "\n")
-    except OSError as e:
-        raise RunError(
-            f"run_dir: {folder} cannot be written ({e.strerror}); choose another with --set run_dir=…"
-        ) from e
+    checks.folder(folder)
     jobs = {str(step.work.run_dir): step.job for step in steps if step.job is not None}
-    return submit.submit_all(found, jobs)
+    launches = submit.submit_all(found, jobs)
+    stages = {step.work.name: str(step.work.run_dir) for step in steps}
+    record = {"name": pipeline.name, "file": str(path), "stages": stages}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / PIPELINE, json.dumps(record, indent=1) + "\n")
+    return launches
 
 
 def digest(work: Work) -> str:

@@ -123,15 +123,19 @@ def describe(order: Order) -> str:
     """What is asked for, in one line."""
     launch, profile = order.launch, order.profile
     if profile.backend == "local":
-        processes = launch.nodes * launch.processes_per_node
-        return f"{launch.name}: {processes} process{'es' * (processes > 1)} on this machine → {launch.run_dir}"
+        many = _many(launch.nodes * launch.processes_per_node, "process")
+        return f"{launch.name}: {many} on this machine → {launch.run_dir}"
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
     where = f"partition {profile.partition}" if profile.partition else "the default partition"
-    each = f"{launch.processes_per_node} processes, {what}, {_cpus(order)} CPUs"
+    each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(_cpus(order), 'CPU')}"
     tasks = f"{order.tasks} tasks of " if order.tasks else ""
     return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")
 
 
 def script(order: Order) -> str:
