@@ -82,8 +82,10 @@ def folder(run: Path) -> None:
         raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
 
 
-def cluster(profile: Profile, least: int) -> None:
+def cluster(profile: Profile, least: int) -> float:
     """Whether the partition is there and large enough, by what every user may ask.
+
+    Returns the seconds that a job has there between being asked to stop and being killed.
 
     Raises:
         ProfileError: With all that does not fit.
@@ -106,6 +108,9 @@ def cluster(profile: Profile, least: int) -> None:
         problems.append(f"time: {profile.time} is more than partition {name} allows, {longest}")
     if problems:
         raise ProfileError(problems)
+    grace = partition.get("GraceTime", "0")
+    preempted = float(grace) if grace.isdecimal() and int(grace) else float("inf")
+    return min(preempted, float(profile.signal_delay))
 
 
 def hinted(words: str, profile: Profile) -> str:

@@ -113,10 +113,24 @@ def ask(
     if loaded is not None and ready:
         checks.recipe(loaded)
     checks.folder(run)
+    grace = float(profile.signal_delay)
     if profile.backend == "slurm" and slurm.available():
-        checks.cluster(profile, order.least)
+        grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
+    if loaded is not None and trains and profile.backend == "slurm":
+        order = replace(order, loaded=_with_grace(loaded, grace))
     return order
+
+
+def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
+    """The recipe with the time there is for leaving, where it does not say so: the run warns if that is too short."""
+    train = loaded.recipe.train
+    if train.checkpoint.grace_seconds is not None:
+        return loaded
+    checkpoint = train.checkpoint.model_copy(update={"grace_seconds": seconds})
+    recipe = loaded.recipe.model_copy(update={"train": train.model_copy(update={"checkpoint": checkpoint})})
+    origin = {**loaded.provenance, "train.checkpoint.grace_seconds": "the profile"}
+    return replace(loaded, recipe=recipe, resolved=recipe.model_dump(mode="json"), provenance=origin)
 
 
 def describe(order: Order) -> str:

@@ -35,6 +35,7 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     log = (run.folder / "logs/main.log").read_text()
     assert "SIGUSR1 on rank 0, 1, 2, 3: saved" in log
     assert "SIGTERM on rank 0, 1, 2, 3: saved" in log
+    assert "the cluster gives 20 s" in log  # the partition's GraceTime, less than the profile's signal_delay
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
     assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
