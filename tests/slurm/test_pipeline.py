@@ -66,7 +66,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
 
     submit(tmp_path / "nothing")
     array = read(runs / "shards").job
-    cluster.until(lambda: cluster.state(f"{array}_0") == "RUNNING", 30)
+    cluster.until(lambda: any(e.event == "started" and e.job == f"{array}_0" for e in events(runs / "shards")), 30)
     cluster.run("scontrol", "requeue", f"{array}_0")
     cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 60)
     found = states()
