@@ -78,6 +78,7 @@ def plan(
 def changed(nodes: int | None = None, gpus_per_node: int | None = None, time: str | None = None) -> list[str]:
     """The fields of a profile that the command line sets, `field=value` each."""
     found = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
+    found += ["processes_per_node=null"] if gpus_per_node else []  # there is one a GPU
     return [*found, f"nodes={nodes}", "min_nodes=null", "max_nodes=null"] if nodes is not None else found
 
 
