@@ -137,11 +137,11 @@ def _command(work: Work, slices: int | None) -> list[str]:
 
 
 def _shape(work: Work, profile: Profile) -> list[str]:
-    """What a command that is one process takes of a node: `data` all its CPUs, `eval` one GPU, others one CPU share."""
+    """What a command that is one process takes of a node: `data` its CPUs and memory, `eval` one GPU and its part."""
     if work.every_gpu:
         return []
     gpus = min(1, profile.gpus_per_node) if work.words[0] == "eval" else 0
     share = profile.processes if work.words[0] == "data" else 1
-    nothing = [] if gpus else ["gpu_type=null"]
+    nothing = ([] if gpus else ["gpu_type=null"]) + ([] if work.words[0] == "data" else ["memory=null"])
     one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "processes_per_node=null"]
     return [*one_node, *nothing, f"gpus_per_node={gpus}", f"cpus_per_gpu={profile.cpus_per_gpu * share}"]
