@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from stamo_dist.engine.runfolder import write_atomic
-from stamo_dist.errors import RunError
+from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
 from stamo_dist.launch.known import PIPELINE
 from stamo_dist.launch.look import look
@@ -21,7 +21,8 @@ from stamo_dist.launch.record import Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.submit import SNAPSHOT, Order
 from stamo_dist.recipe.lines import show_value
-from stamo_dist.recipe.load import dump
+from stamo_dist.recipe.load import dump, load
+from stamo_dist.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def _finished(work: Work) -> float | None:
     if work.trains:
         assert work.loaded is not None, "a stage that trains has a recipe"
         resolved = work.run_dir / "resolved.yaml"
-        if not look(work.run_dir).finished or resolved.read_text() != dump(work.loaded.recipe):
+        try:
+            same = _lasting(load(resolved).recipe) == _lasting(work.loaded.recipe)
+        except RecipeError:
+            same = False
+        if not same or not look(work.run_dir).finished:
             return None
         return (work.run_dir / "model").stat().st_mtime
     try:
@@ -127,6 +132,12 @@ def _finished(work: Work) -> float | None:
     if when is None or launch.digest != digest(work) or (work.makes and not work.makes.exists()):
         return None
     return datetime.fromisoformat(when).timestamp()
+
+
+def _lasting(recipe: Recipe) -> Recipe:
+    """Without what the cluster puts in."""
+    checkpoint = recipe.train.checkpoint.model_copy(update={"grace_seconds": None})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint": checkpoint})})
 
 
 def _command(work: Work, slices: int | None) -> list[str]:

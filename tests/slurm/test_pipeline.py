@@ -100,3 +100,11 @@ def test_a_sweep_is_one_array_of_runs(here, cluster, toy, tmp_path):
     assert [found[f"toy-lr={lr}"]["loss"] for lr in ("0.001", "0.004")] == losses
     assert losses[0] != losses[1]
     assert "step 4/4" in (second / "logs" / "main.log").read_text()
+
+    stages: dict[str, Any] = {"train": {"train": str(recipe)}}
+    stages["train"]["set"] = {"train.steps": 4, "optimizer.lr": 1e-3, "run_dir": str(first)}
+    stages["train"]["set"]["name"] = "toy-lr=0.001"
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    again = ("submit", tmp_path / "p.yaml", "--cluster", tmp_path / "profile.yaml", "--dry-run")
+    assert "p.train: done, skipped" in here(*again)
+    assert "skipped" not in here(*again, "--set", "stages.train.set={train.steps: 5}")
