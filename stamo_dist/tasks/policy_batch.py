@@ -23,9 +23,9 @@ class Ranges:
 
     def __init__(self, ranges: Sequence[Range | None], dim: int, *, constant_is_zero: bool):
         """`constant_is_zero`: dimensions that never change become 0, as in actions; they do not in proprioception."""
-        unit = (torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64), torch.zeros(dim).bool())
+        zero, one = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
         rows = [
-            (*unit, unit[2])
+            (zero, one, zero.bool(), one.bool())
             if r is None
             else tuple(map(torch.from_numpy, (r.low, r.high, r.mask, r.constant & constant_is_zero)))
             for r in ranges
@@ -41,7 +41,7 @@ class Ranges:
         return self._there[source]
 
     def normalise(self, values: Tensor, source: Tensor) -> Tensor:
-        """(B, …, A) in the sources' units and (B,) int64 → float64 of the same shape."""
+        """(B, …, A) in the sources' units and (B,) int64 → float64 of the same shape, 0 where there is no range."""
         middle = (1,) * (values.ndim - 2)
         low, high, mask, constant = (t[source].unflatten(0, (-1, *middle)) for t in self._tables)
         values = values.double()

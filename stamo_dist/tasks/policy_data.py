@@ -53,7 +53,7 @@ class PolicyData:
         for name, folders in zip(mixture.sources, mixture.opened, strict=True):
             manifests = [folder.manifest for folder in folders]
             acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
-            feels = cfg.proprio and any(m.proprio_dim for m in manifests)
+            feels = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
             if (acts or feels) and len(folders) > 1:
                 problems.append(
                     f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"

@@ -51,7 +51,7 @@ def test_text_and_actions_are_those_of_the_official_order(blanks: bool) -> None:
     table = Ranges(ranges, 3, constant_is_zero=True)
     assert torch.equal(table.have(source), has)
     normal = table.normalise(torch.from_numpy(values), source).numpy()
-    wanted = [ranges[1].normalise(v.astype(np.float64)) if h else v for v, h in zip(values, has, strict=True)]
+    wanted = [ranges[1].normalise(v.astype(np.float64)) if h else 0 * v for v, h in zip(values, has, strict=True)]
     assert np.array_equal(normal, np.stack(wanted))
     normal[4, 0] = coder.edges[[0, 100, 255]]
 
@@ -123,8 +123,11 @@ def test_everything_that_is_wrong_is_refused_at_once(toy_policy: Path, tmp_path:
     manifest = json.loads((shards / "a" / "manifest.json").read_text())
     (shards / "a" / "manifest.json").write_text(json.dumps({**manifest, "stats": {}}))
     settings = [
-        f"data.sources.a.path={shards}/a", "data.sources.b.instruction=null", "policy.vision=fused", "policy.proprio=true",
-    ]  # fmt: skip
+        f"data.sources.a.path={shards}/a",
+        "data.sources.b.instruction=null",
+        "policy.vision=fused",
+        "policy.proprio=true",
+    ]
     recipe = load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy), settings).recipe
     with pytest.raises(DataError) as caught:
         check_task(recipe, mixed(recipe))
@@ -145,8 +148,8 @@ def test_everything_that_is_wrong_is_refused_at_once(toy_policy: Path, tmp_path:
             ["data.horizon=0", "data.sources.a.actions=false", "policy.tokenizer=null", "policy.views=2"],
         )
     assert len(refused.value.problems) == 4
+    recipe = load(tmp_path / "toy.yaml", ["policy.config.text_config.hiden_size=3"]).recipe
     with pytest.raises(RecipeError, match=r"text_config.hiden_size: unknown field; did you mean hidden_size"):
-        recipe = load(tmp_path / "toy.yaml", ["policy.config.text_config.hiden_size=3"]).recipe
         check_task(recipe, mixed(recipe))
 
 
