@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from stamo_dist.engine import elastic
+from stamo_dist.engine import elastic, zerofiles
 from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.ema import EMA
 from stamo_dist.engine.identity import Identity, sources_of
@@ -188,7 +188,8 @@ def load(
             if engine.world.is_main:
                 say(note)
         elif engine.is_zero:
-            loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG)
+            with zerofiles.loaded_safely(engine.deepspeed):
+                loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG)
             if loaded is None:
                 raise CheckpointError(f"{path}: DeepSpeed could not read it")
         else:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.engine import dcp
+from stamo_dist.engine import dcp, zerofiles
 from stamo_dist.engine.marker import Marker
 from stamo_dist.engine.progress import BytesProgress
 from stamo_dist.engine.strategy import ZERO_STAGE, Engine
@@ -147,11 +147,11 @@ class _Zero(_Source):
             )
         # With zero3 the first rank's model file lists the shapes by which every rank's flat groups are cut.
         self._models = [file for _, file in models]
-        self._model = _mapped(self._models[0])
+        self._model = zerofiles.load(self._models[0], mmap=True)
         self._pieces: dict[str, list[_Piece]] = {}
         steps: list[float] = []
         for rank, file in shards:
-            shard = _mapped(file)["optimizer_state_dict"]
+            shard = zerofiles.load(file, mmap=True)["optimizer_state_dict"]
             if ZERO_STAGE[marker.strategy] == 3:
                 flats, states = shard["fp32_flat_groups"], shard["optimizer_state_dict"]["state"]
                 layouts = [_equal_shares(shapes, rank, marker.world_size) for shapes in self._model["param_shapes"]]
@@ -195,7 +195,7 @@ class _Zero(_Source):
         others = {n: t for n, t in self._model["module"].items() if n not in self.sizes and t.numel()}
         state = {n: t.float() if t.is_floating_point() else t for n, t in others.items()}
         if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has its share
-            fragments = [_mapped(file)["frozen_param_fragments"] for file in self._models]
+            fragments = [zerofiles.load(file, mmap=True)["frozen_param_fragments"] for file in self._models]
             for name, shape in shapes.items():
                 flat = torch.cat([part[name].detach().flatten() for part in fragments]).float()
                 state[name] = flat[: math.prod(shape)].view(tuple(shape))
@@ -204,12 +204,6 @@ class _Zero(_Source):
             self.fill([Range(name, 0, flat.numel(), {_WEIGHT: flat})])
             state[name] = flat.view(tuple(shape))
         return state
-
-
-def _mapped(file: Path) -> dict[str, Any]:
-    # The files hold DeepSpeed's own classes; they are as trusted as the run folder they lie in.
-    loaded: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    return loaded
 
 
 def _equal_shares(shapes: dict[str, Iterable[int]], rank: int, world: int) -> Iterator[tuple[str, int, int]]:
