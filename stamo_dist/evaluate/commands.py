@@ -60,3 +60,33 @@ def interpolate(
     from stamo_dist.evaluate.interpolate import interpolate as measure
 
     measure(run, checkpoint=checkpoint, episodes=episodes, points=points, start=start, span=span, steps=steps, out=out)
+
+
+@app.command()
+def probe(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", metavar="N", min=1, help="Frames between the two; may be repeated. 1, 2, 4, 8 if omitted."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Heads of each kind, for the spread.")] = 3,
+    episodes: Annotated[int, typer.Option(metavar="N", min=2, help="Most episodes of each split of a source.")] = 256,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60,
+    patch_dim: Annotated[int, typer.Option(metavar="N", min=1, help="Most numbers of patch tokens.")] = 4096,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames encoded at once.")] = 64,
+    out: OutOption = None,
+) -> None:
+    """Read the k actions between two frames from their motion: state against pixels, encoder and random weights.
+
+    Started again after a kill it goes on; the features of the frames are kept for the next time.
+
+    Example: stamo eval probe runs/tokenizer_demo --seeds 3
+    """
+    from stamo_dist.evaluate.probe import probe as measure
+
+    measure(
+        run, checkpoint=checkpoint, ks=sorted(set(k or (1, 2, 4, 8))), seeds=seeds, episodes=episodes, epochs=epochs,
+        patch_dim=patch_dim, batch=batch, out=out,
+    )  # fmt: skip
