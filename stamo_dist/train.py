@@ -31,7 +31,7 @@ from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.export import export
+from stamo_dist.export import export, exported_step
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Batching, batching
 from stamo_dist.tasks import build_task
@@ -100,7 +100,7 @@ def _begin(
             start, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(faults.BadBatches(run.bad_batches, mixture).after(state.cursor))
-    if state.step >= recipe.train.steps and run.model.is_dir():
+    if state.step >= recipe.train.steps and exported_step(run) == state.step:
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0

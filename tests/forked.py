@@ -55,7 +55,7 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
         os.dup2(file.fileno(), 2)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), STAMO_LAUNCHED="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), STAMO_LAUNCHED=str(os.getppid()),
     )  # fmt: skip
     sys.argv = ["stamo", *arguments]
     code = 1

@@ -78,20 +78,23 @@ class Deck:
 def strike(fault: Fault, tree: Tree) -> bool:
     """Do it to the processes; False where there are none to do it to."""
     ranks = tree.ranks()
+    if not ranks or tree.launcher is None:
+        return False
     of = {RANK: ranks, RANKS: ranks, LAUNCHER: [tree.launcher], WORKER: tree.workers()}[fault.whom]
-    if not of or not ranks:
+    if not of:
         return False
     victims = of if fault.whom == RANKS else [of[int(fault.pick * len(of))]]
-    with suppress(psutil.NoSuchProcess):
-        for victim in victims:
+    hit = False
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
             if fault.what == PAUSE:
                 victim.suspend()
                 time.sleep(1)
                 victim.resume()
             else:
                 victim.send_signal(signal.Signals[fault.what])
-        return True
-    return False
+            hit = True
+    return hit
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import select
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -56,41 +57,41 @@ class Warm:
 
     def __init__(self, modules: Sequence[str] = MODULES):
         self._codes: dict[int, int] = {}
+        self._begun: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._server = subprocess.Popen(
             [sys.executable, "-m", "stamo_dist.chaos.warm", *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
+        self._answers = threading.Thread(target=self._listen, name="warm", daemon=True)
+        self._answers.start()
 
     def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
         request = {"arguments": list(arguments), "processes": processes, "run": str(run), "output": str(output)}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
-        while (pid := self._read()) is None:
-            pass
+        pid = self._begun.get()
+        if pid is None:
+            raise RuntimeError("the process that starts are forked off has ended; see its output above")
         return _Forked(self, pid)
 
     def code(self, pid: int) -> int | None:
-        assert self._server.stdout is not None
-        while pid not in self._codes and select.select([self._server.stdout], [], [], 0)[0]:
-            self._read()
         return self._codes.get(pid)
 
-    def _read(self) -> int | None:
-        """Take one answer in; the process id where a command was started."""
+    def _listen(self) -> None:
         assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(map(str, self._server.args))} ended")  # type: ignore[arg-type]
-        answer = json.loads(line)
-        if "code" not in answer:
-            return int(answer["pid"])
-        self._codes[answer["pid"]] = answer["code"]
-        return None
+        for line in self._server.stdout:
+            answer = json.loads(line)
+            if "code" in answer:
+                self._codes[answer["pid"]] = answer["code"]
+            else:
+                self._begun.put(answer["pid"])
+        self._begun.put(None)
 
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait()
+        self._answers.join()
 
 
 class _Forked:
@@ -107,11 +108,14 @@ class Tree:
     def __init__(self, start: Start, processes: int):
         self._start, self._size = start, processes
         self._ranks: list[psutil.Process] = []
+        self.launcher: psutil.Process | None = None
         with suppress(psutil.NoSuchProcess):
             self.launcher = psutil.Process(start.pid)
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that run, in order; of a training of one process the launcher is the rank."""
+        if self.launcher is None:
+            return []
         if self._size == 1:
             return [self.launcher] if running(self.launcher) else []
         if len(self._ranks) < self._size:
@@ -133,7 +137,7 @@ class Tree:
 
     def kill(self) -> None:
         """End all of it at once."""
-        everyone = [self.launcher, *self.ranks()]
+        everyone = [*([self.launcher] if self.launcher else []), *self.ranks()]
         for process in list(everyone):
             with suppress(psutil.NoSuchProcess):
                 everyone += process.children(recursive=True)

@@ -203,12 +203,13 @@ class Trial:
         return start.poll() is None
 
     def _strike(self, fault: Fault, tree: Tree) -> Injected | None:
-        """Do it; None where there was nothing to do it to."""
+        """Do it; None where there was nothing to do it to: then it comes another time."""
+        asked = False
         if fault.moment == STARTING:
             self._until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
         elif fault.moment == LEAVING:
             before = self._watched.unfinished()
-            strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
+            asked = strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
             self._until(lambda: tree.gone or bool(self._watched.unfinished() - before), "save on leaving")
             time.sleep(0.7 * fault.when * self._pace.save)
         injected = Injected(fault.whom, fault.what, self._moment(fault), self._watched.step())
@@ -221,7 +222,10 @@ class Trial:
             done = strike(fault, tree)
         self._last = injected.step
         if not done:
-            return None
+            self._faults.append(fault)
+            if not asked:
+                return None
+            injected = Injected(RANK, "SIGTERM", TRAINING, injected.step)  # it had left before the second blow
         self.outcome.faults.append(injected)
         return injected
 

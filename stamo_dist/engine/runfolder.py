@@ -5,7 +5,7 @@
     recipe.yaml      the recipe as written          resolved.yaml   every value it resolved to
     metrics.jsonl    one line a logged step         env.json        versions, machine, command
     starts.jsonl     one line a start               .generations/   which start may write
-    checkpoints/     step_00000123/                 model/          the final export
+    checkpoints/     step_00000123/                 model/          the final export, of the step in exported.json
     logs/            rank_00000.log                 first_batch.png
     samples.jsonl    what each step read (train.log_samples)
 """
@@ -72,6 +72,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def exported(self) -> Path:
+        return self.path / "exported.json"
 
     @property
     def logs(self) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stamo_dist.engine.compiling import clear_dead_locks
 from stamo_dist.engine.processes import PATIENCE
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
@@ -35,6 +37,7 @@ from stamo_dist.recipe.schema import Batching, Strategy
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
+_log = logging.getLogger(__name__)
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -173,6 +176,7 @@ def _accelerator(
     }
     if strategy.name in ZERO_STAGE:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        clear_dead_locks(_log.warning)
         config = _deepspeed_config(ZERO_STAGE[strategy.name], batching, clip, precision)
         # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)

@@ -47,9 +47,11 @@ def world_from_environment() -> World:
             MASTER_PORT=str(free_port()),
         )
     env = os.environ
-    if env.get("STAMO_LAUNCHED") and sys.platform == "linux":
+    if (launcher := env.get("STAMO_LAUNCHED")) and sys.platform == "linux":
         # A launcher that is killed cannot tell its ranks: the kernel does, and they save and leave.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # it was killed before
+            os.kill(os.getpid(), signal.SIGTERM)
     return World(
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),

@@ -147,8 +147,8 @@ class Ranks:
         """
         ranks, first = self._processes, None
         deadline = float("inf")
-        while any(p.poll() is None for p in ranks):
-            failed = [(i, p.returncode) for i, p in enumerate(ranks) if p.returncode not in (None, 0)]
+        while None in (now := [p.poll() for p in ranks]):  # all of them: rank 0 may hang while another has failed
+            failed = [(i, code) for i, code in enumerate(now) if code]
             if failed and first is None:
                 rank, first = failed[0]
                 deadline = time.monotonic() + (1.0 if first == 2 else _GRACE)  # 2: refused before anything started
@@ -174,7 +174,7 @@ class Ranks:
                 "LOCAL_WORLD_SIZE": str(self._count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(free_port()),
-                "STAMO_LAUNCHED": "1",
+                "STAMO_LAUNCHED": str(os.getpid()),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._count))),
             }
         log = rank_log(self._run, rank)

@@ -161,11 +161,12 @@ def finished(launch: Launch) -> str | None:
 
 def hindrance(launch: Launch) -> str:
     """Which of the runs that have to finish first did not, and what became of it; "" if all did."""
-    for run in launch.after:
-        before = read(run)
+    for before in map(read, launch.after):
         if finished(before) is None:
-            last = next((e for e in reversed(events(run)) if e.event in _ENDS), None)
-            return f"{before.name} {last.event if last else 'did not finish'}"
+            last = next((e for e in reversed(since_submitted(events(before.run_dir))) if e.event in _ENDS), None)
+            if last is None or last.event == "stopped":  # because of another one
+                return hindrance(before) or f"{before.name} did not finish"
+            return f"{before.name} {last.event}"
     return ""
 
 

@@ -146,6 +146,8 @@ def _run(
         job, note = _of(launch.job, jobs)
     mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history
     state = judge(progress, mine, job, asked=asked, watched=watched)
+    if state.word == "starting" and launch and launch.command[:1] != ["train"] and mine[-1].event == "started":
+        state = replace(state, word="running")  # it writes no metrics
     if launch and launch.after and not state.live and not any(e.event in ("started", "cancelled") for e in history):
         state = State("stopped", record.hindrance(launch) or state.detail)
     if state.word == "failed" and (error := first_error(path)):

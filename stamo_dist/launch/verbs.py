@@ -29,14 +29,14 @@ def status(
 
     Example: stamo status runs/tokenizer_sim --watch
     """
-    from stamo_dist.launch.status import all_known, collect, find, recent
+    from stamo_dist.launch.status import collect, everything, find, recent
 
     def table() -> RenderableType:
-        found = collect(find(runs)) if runs else recent(collect(all_known()))
+        found = collect(find(runs)) if runs else recent(everything())
         return one_run(found[0]) if runs and len(found) == 1 else status_table(found)
 
     if as_json:
-        found = collect(find(runs)) if runs else recent(collect(all_known()))
+        found = collect(find(runs)) if runs else recent(everything())
         typer.echo(json.dumps([run.facts() for run in found], indent=1))
         return
     console = Console(highlight=False)
@@ -62,9 +62,9 @@ def runs(
 
     Example: stamo runs runs/
     """
-    from stamo_dist.launch.status import all_known, collect, find
+    from stamo_dist.launch.status import collect, everything, find
 
-    found = collect(find(folders) if folders else all_known())
+    found = collect(find(folders)) if folders else everything()
     if as_json:
         typer.echo(json.dumps([run.facts() for run in found], indent=1))
     else:

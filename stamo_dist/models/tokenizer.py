@@ -295,12 +295,7 @@ class Tokenizer(nn.Module):
         Raises:
             CheckpointError: files are missing or corrupt, or the frozen encoder is not the one it was trained with.
         """
-        root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
-        if root is None:
-            raise CheckpointError(
-                f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
-            )
-        about = _read_about(root / "stamo.json")
+        root, about = exported(folder)
         cfg, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
         vae = VAE.from_folder(root / "vae", about["image_size"], cfg.vae.latent)
         if cfg.encoder.train:
@@ -314,6 +309,20 @@ class Tokenizer(nn.Module):
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         _check_frozen(tokenizer, about["frozen"], root)
         return tokenizer.eval()
+
+
+def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an exported tokenizer, which may be a run's `model/`, and what its `stamo.json` says.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
+    if root is None:
+        raise CheckpointError(
+            f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
+        )
+    return root, _read_about(root / "stamo.json")
 
 
 def _read_about(path: Path) -> dict[str, Any]:

@@ -12,12 +12,18 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from stamo_dist.engine.faults import roll_back
 from stamo_dist.engine.generation import FOLDER, FencedError, Owner, take
+from stamo_dist.engine.marker import RunState
 from stamo_dist.engine.metrics import MetricsFile
+from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
+from stamo_dist.recipe.schema import Train
 
 HOLD = """
 import sys, time
@@ -95,3 +101,13 @@ def test_the_scheduler_s_restart_fences_off_the_rank_that_was_cut_off(tmp_path, 
             with pytest.raises(FencedError):
                 metrics.write({"step": 2})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_rank_that_was_cut_off_rolls_nothing_back(tmp_path, monkeypatch):
+    """It would rename the newer start's checkpoints, and make it pass over batches."""
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    engine = SimpleNamespace(world=World(rank=0, size=1, local_rank=0, local_size=1))
+    run, train = RunFolder(tmp_path), Train(steps=20)
+    with take(tmp_path) as cut_off, held(tmp_path, SLURM_RESTART_COUNT="1"), pytest.raises(FencedError):
+        roll_back(run, None, engine, None, RunState(step=9, bad_in_a_row=3), train, cut_off.check)
+    assert not run.bad_batches.exists()

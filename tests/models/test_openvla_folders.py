@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
@@ -105,6 +106,9 @@ def test_the_official_code_s_files_are_there(folders: Callable[[str], Path]) -> 
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert "vision_backbone.featurizer.blocks.0.attn.qkv.weight" in index
     assert not [k for k in index if "scale." in k or "shift." in k]
+    for name in set(index.values()):
+        with safe_open(folder / name, "pt") as file:
+            assert file.metadata()["format"] == "pt"  # without which transformers refuses the file
 
 
 def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from vla_cases import Golden, close, goldens, text_tokenizer
+from vla_cases import TINY, Golden, close, goldens, text_tokenizer
 
+from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.network import OpenVLA
 from stamo_dist.models.openvla.policy import Policy
@@ -94,3 +95,20 @@ def test_full_size_has_the_released_names_and_shapes() -> None:
     assert {name: list(t.shape) for name, t in state.items()} == released
     assert (len(state), sum(t.numel() for t in state.values())) == (982, 7_541_237_184)
     assert vla.language_model.config.rms_norm_eps == 1e-6
+
+
+def test_one_tower_as_in_openvla_v01() -> None:
+    raw = {k: v for k, v in {**OPENVLA_7B, **TINY}.items() if not k.startswith("timm_") and k != "image_sizes"}
+    raw |= {"vision_backbone_id": "siglip-vit-so400m", "timm_kwargs": [{"embed_dim": 8, "depth": 2, "num_heads": 2}]}
+    config = OpenVLAConfig.from_dict(raw, "test")
+    assert (config.towers[0].model, config.towers[0].image_size) == ("vit_so400m_patch14_siglip_224", 224)
+    vla = OpenVLA(config)
+    assert {n: list(p.shape) for n, p in vla.projector.named_parameters() if n.endswith("weight")} == {
+        "fc1.weight": [16, 8],
+        "fc2.weight": [16, 16],
+    }
+    assert vla.image_tokens(torch.zeros(1, 3, 224, 224)).shape == (1, 256, 16)
+    with pytest.raises(ValueError, match="4 channels, not 3 for each view"):
+        vla.image_tokens(torch.zeros(1, 4, 224, 224))
+    with pytest.raises(CheckpointError, match="vision_backbone_id 'clip-vit-b' is not known"):
+        OpenVLAConfig.from_dict({**raw, "vision_backbone_id": "clip-vit-b"}, "test")

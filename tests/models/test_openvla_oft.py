@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from vla_cases import Golden, close, goldens, text_tokenizer
 
+from stamo_dist.models.openvla import load, save
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead
 from stamo_dist.models.openvla.network import OpenVLA
@@ -150,18 +151,17 @@ def test_a_released_film_folder_loads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = OpenVLAConfig.from_dict(FILM, "test")
     network = PolicyNetwork(config, recipe.Policy(film=True), Sizes(2))
-    from stamo_dist.models.openvla import load, save
-
     tower_state = network.vla.vision_backbone.state_dict()
     file = {f"module.{k}": v for k, v in save._as_adapted(network.vla.vision_backbone, tower_state).items()}
+    extra = json.loads(goldens("keys/openvla_oft_extra_state_dicts.json").read_text())
+    released = extra["vision_backbone--*_checkpoint.pt (FiLM + LoRA, TINY towers of 3 blocks)"]
+    assert file.keys() == {f"module.{key}" for key in released}
     a = "module.vision_backbone.featurizer.patch_embed.proj.lora_A.default.weight"
     b, base = a.replace("lora_A", "lora_B"), a.replace("lora_A.default", "base_layer")
     nn.init.normal_(file[a])
     nn.init.normal_(file[b])
     delta = 0.5 * torch.einsum("rchw,or->ochw", file[a], file[b][:, :, 0, 0])
     torch.save(file, tmp_path / "vision_backbone--10_checkpoint.pt")
-    from safetensors.torch import save_file
-
     save_file(save._without_film(network.vla.state_dict()), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(FILM))
     with load.on_meta():

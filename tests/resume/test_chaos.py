@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from toy import write_recipe
 
@@ -90,3 +95,36 @@ def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):
     assert Counter(result.good for result in found)[False] == 1
     assert found[-1].lost or found[-1].repeated
     assert found[-1].losses == NOT
+
+
+def test_ctrl_c_leaves_nothing_running(toy, tmp_path):
+    """As a user starts it, without --warm: a launcher, two ranks and their workers."""
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, workers=1)
+    command = [
+        sys.executable,
+        "-m",
+        "stamo_dist.cli",
+        "chaos",
+        str(recipe),
+        "--world-sizes",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
+    settings = [x for s in ("train.steps=5000", "data.augment.brightness=0") for x in ("--set", s)]
+    chaos = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "out/untouched-ddp-2-0/metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert chaos.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running = psutil.Process(chaos.pid).children(recursive=True)
+        assert len(running) >= 5
+        chaos.send_signal(signal.SIGINT)
+        output = chaos.communicate(timeout=60)[0]
+    finally:
+        chaos.kill()
+    assert chaos.returncode == 130, output
+    _, left = psutil.wait_procs(running, timeout=10)
+    assert not left

@@ -158,6 +158,16 @@ def test_finished_run_is_left_alone(ranks, recipe):
     assert "already trained to step 20" in ranks(1, "train", recipe)[1]
 
 
+def test_a_run_that_was_killed_while_it_exported_exports_again(ranks, recipe):
+    """The model that is there is that of an earlier step, from before the run was made longer."""
+    run = recipe.parent / "run"
+    (run / "exported.json").write_text('{"step": 10}')
+    before = curve(run)
+    assert f"exported {run}/model" in ranks(1, "train", recipe)[1]
+    assert curve(run) == before
+    assert "already trained to step 20" in ranks(1, "train", recipe)[1]
+
+
 def test_a_checkpoint_that_the_user_named_is_not_replaced_by_another(ranks, recipe):
     code, output = ranks(1, "train", recipe, *damaged_and_named(recipe.parent / "run"), check=False)
     assert code == 2

@@ -93,16 +93,40 @@ def test_signal_before_the_first_step_is_kept(start):
     assert f"SIGUSR2 on rank 0, 1: saved {run.folder}/checkpoints/step_00000002 in " in run.output
 
 
-def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start):
-    run = start("train.step_timeout=5")
+ORPHAN = """
+import os, signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+from stamo_dist.engine.world import world_from_environment
+launcher = os.getpid()
+os.environ.update(RANK="0", WORLD_SIZE="1", STAMO_LAUNCHED=str(launcher))
+if os.fork():
+    os.kill(launcher, signal.SIGKILL)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+world_from_environment()
+print(signal.sigpending() == {signal.SIGTERM}, flush=True)
+"""
+
+
+def test_launcher_killed_while_its_ranks_start():
+    """They have not asked the kernel yet to be told of its end: they find out by themselves, and later leave."""
+    command = [sys.executable, "-c", ORPHAN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.communicate(timeout=30)[0] == "True\n"
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
+    run = start("train.step_timeout=3")
     run.reach(3)
-    run.rank(1).suspend()
+    run.rank(hung).suspend()
     assert run.launcher.wait(timeout=60) == EXIT_PREEMPTED, run.output
-    assert "the run is hung: no progress for 5 s (train.step_timeout): rank 1 no longer answers" in run.output
-    stack = (run.folder / "logs" / "stack_rank_00000.txt").read_text()
+    said = run.output if hung else (run.folder / "logs" / "rank_00001.log").read_text()
+    assert f"the run is hung: no progress for 3 s (train.step_timeout): rank {hung} no longer answers" in said
+    stack = (run.folder / "logs" / f"stack_rank_{1 - hung:05d}.txt").read_text()
     assert "in _train" in stack
     assert "for 0 s" not in stack
-    assert "rank 1 of 2 did not end after the others: killed" in run.output
+    assert f"rank {hung} of 2 did not end after the others: killed" in run.output
 
 
 def test_second_sigint_stops_at_once_even_a_hung_rank(start):

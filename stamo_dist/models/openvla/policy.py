@@ -79,8 +79,8 @@ class Policy:
         folder = load.locate(str(path))
         config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
         statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
-        cfg, sizes = _settings(folder, dict(options or {}), chunk, statistics)
-        eyes = _eyes(folder, cfg, tokenizer)
+        cfg, sizes = _settings(folder, config, dict(options or {}), chunk, statistics)
+        eyes = _eyes(folder, cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
@@ -197,13 +197,15 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
     return Features(*(None if part is None else part.to(device) for part in images))
 
 
-def _eyes(folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None) -> StamoVision | None:
+def _eyes(
+    folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
+) -> StamoVision | None:
     if cfg.vision != "stamo":
         return None
     source = tokenizer or cfg.tokenizer
     if source is None:
         raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
-    eyes = StamoVision(Tokenizer.from_pretrained(source))
+    eyes = StamoVision(Tokenizer.from_pretrained(source).to(device))
     expected = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("tokenizer_fingerprint")
     if expected != eyes.tokenizer.fingerprint():
         raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
@@ -211,11 +213,11 @@ def _eyes(folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None) -> Sta
 
 
 def _settings(
-    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
 ) -> tuple[recipe.Policy, Sizes]:
     path = folder / SETTINGS
     if not path.is_file():
-        return _official(folder, options, chunk, statistics)
+        return _official(folder, config, options, chunk, statistics)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
@@ -229,7 +231,7 @@ def _settings(
 
 
 def _official(
-    folder: Path, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
 ) -> tuple[recipe.Policy, Sizes]:
     """What the released folders leave unsaid, from the files they have."""
     head, proprio = load.part(folder, "action_head"), load.part(folder, "proprio_projector")
@@ -237,6 +239,7 @@ def _official(
         "actions": "regression" if head else "tokens",
         "proprio": bool(proprio),
         "film": load.has_part(folder, "vision_backbone"),
+        "prompt": "v01" if "vicuna" in config.raw.get("llm_backbone_id", "") else "openvla",
     }
     widths = [len(s["action"]["q01"]) for s in statistics.sources.values() if "q01" in s.get("action", {})]
     action_dim = head["model.fc2.bias"].shape[0] if head else max(widths, default=7)

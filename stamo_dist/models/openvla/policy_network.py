@@ -33,7 +33,11 @@ class Sizes:
 
 
 class Inputs(NamedTuple):
-    """One batch. Everything that a sample lacks may hold any number: its mask says so."""
+    """One batch. Everything that a sample lacks may hold any number, NaN too: its mask says so.
+
+    In training a policy with a world head is always given a target, and one with an action head actions: parameters
+    that no loss reaches stop a data-parallel engine.
+    """
 
     input_ids: Tensor  # (B, L) prompt, action ids or placeholders, </s>; padded on the right
     attention_mask: Tensor  # (B, L) bool

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from stamo_dist.errors import CheckpointError, DataError
@@ -109,8 +109,8 @@ class TextTokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
         spare = size - bins - tokenizer.get_vocab_size()
-        tokenizer.add_tokens([f"<spare_{i}>" for i in range(spare)])
-        tokenizer.add_tokens([f"<action_{i}>" for i in range(bins)])
+        names = [f"<spare_{i}>" for i in range(spare)] + [f"<action_{i}>" for i in range(bins)]
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
         tokenizer.add_special_tokens([_PAD])
         return cls(tokenizer, size)
 

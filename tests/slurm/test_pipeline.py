@@ -1,0 +1,102 @@
+"""Pipelines and sweeps: arrays and chains of real jobs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Cluster
+from raw import write_raw
+from toy import write_recipe
+
+from stamo_dist.launch.record import events, read
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILE = {"cpus_per_gpu": 1, "time": "00:10:00", "signal_delay": 30, "environment": {"OMP_NUM_THREADS": 1}}
+
+
+@pytest.fixture
+def here(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
+    """The `stamo` command on the cluster's login node."""
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(PROFILE))
+    env = {**cluster.env, "XDG_STATE_HOME": str(tmp_path / "state")}
+
+    def stamo(*words: object) -> str:
+        command = [sys.executable, "-m", "stamo_dist.cli", *map(str, words)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return stamo
+
+
+def story(run: Path) -> list[str]:
+    return [e.event for e in events(run)]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, cluster, tmp_path):
+    """Two slices of an array, one of them queued again by the administrator; then a stage that fails."""
+    write_raw(tmp_path / "raw" / "can.hdf5")
+    runs, out = tmp_path / "runs", tmp_path / "shards"
+    convert = f"data convert robomimic {tmp_path / 'raw'} {{}} --size 32 --val-fraction 0.4"
+
+    def submit(check: Path) -> str:
+        stages: dict[str, Any] = {
+            "shards": {"run": convert.format(out), "slices": 2},
+            "check": {"run": f"data check {check}"},
+            "stats": {"run": f"data stats {out}"},
+            "report": {"run": f"report {tmp_path}", "after": ["stats"]},
+        }
+        file = tmp_path / "pipeline.yaml"
+        file.write_text(yaml.safe_dump({"name": "p", "run_dir": str(runs), "stages": stages}, sort_keys=False))
+        return here("submit", file, "--cluster", tmp_path / "profile.yaml")
+
+    def states() -> list[tuple[str, str]]:
+        return [(run["state"], run["detail"]) for run in json.loads(here("status", runs, "--json"))]
+
+    submit(tmp_path / "nothing")
+    array = read(runs / "shards").job
+    cluster.until(lambda: cluster.state(f"{array}_0") == "RUNNING", 30)
+    cluster.run("scontrol", "requeue", f"{array}_0")
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 60)
+    found = states()
+    assert [word for word, _ in found] == ["finished", "failed", "stopped", "stopped"]
+    assert f"{tmp_path / 'nothing'}: no such folder" in found[1][1]
+    assert found[2][1] == found[3][1] == "p.check failed"
+    assert (story(runs / "shards").count("requeued"), story(runs / "stats")) == (1, ["submitted"])
+    here(*convert.format(tmp_path / "straight" / "shards").split())
+    assert tree(out) == tree(tmp_path / "straight" / "shards")
+
+    assert "p.shards: done, skipped" in submit(out)
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 60)
+    assert [word for word, _ in states()] == ["finished", "finished", "finished", "failed"]
+    assert story(runs / "shards").count("submitted") == 1
+
+
+def test_a_sweep_is_one_array_of_runs(here, cluster, toy, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    words = ("submit", recipe, "--cluster", tmp_path / "profile.yaml", "--set", "train.steps=4")
+    here(*words, "--sweep", "optimizer.lr=1e-3,4e-3")
+    folder = tmp_path / "run" / "sweep"
+    first, second = folder / "lr=0.001", folder / "lr=0.004"
+    jobs = [str(read(run).job) for run in (first, second)]
+    assert jobs[1] == jobs[0].replace("_0", "_1")
+    cluster.until(lambda: all(cluster.state(job) == "COMPLETED" for job in jobs), 90)
+    assert story(first) == story(second) == ["submitted", "started", "finished"]
+    table = here("runs", folder)
+    assert "toy-lr=0.001" in table.replace("\n", "")
+    found = {run["name"]: run for run in json.loads(here("runs", folder, "--json"))}
+    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (first, second)]
+    assert [found[f"toy-lr={lr}"]["loss"] for lr in ("0.001", "0.004")] == losses
+    assert losses[0] != losses[1]
+    assert "step 4/4" in (second / "logs" / "main.log").read_text()
