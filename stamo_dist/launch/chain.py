@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from stamo_dist.engine.runfolder import write_atomic
-from stamo_dist.errors import RunError
-from stamo_dist.launch import submit
+from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.launch import checks, submit
 from stamo_dist.launch.known import PIPELINE
 from stamo_dist.launch.look import look
 from stamo_dist.launch.pipeline import Pipeline, Work
@@ -21,7 +21,8 @@ from stamo_dist.launch.record import Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.submit import SNAPSHOT, Order
 from stamo_dist.recipe.lines import show_value
-from stamo_dist.recipe.load import dump
+from stamo_dist.recipe.load import dump, load
+from stamo_dist.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,17 @@ def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[
     """Queue the orders, each after the jobs of the stages it needs, and write down what the pipeline is.
 
     Raises:
-        StamoError: The cluster refuses one of them; those before it are taken back.
+        StamoError: The cluster refuses one of them, and those before it are taken back; or a folder cannot be written.
     """
     folder = Path(pipeline.run_dir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stages = {step.work.name: str(step.work.run_dir) for step in steps}
-        record = {"name": pipeline.name, "file": str(path), "stages": stages}
-        write_atomic(folder / PIPELINE, json.dumps(record, indent=1) + "\n")
-    except OSError as e:
-        raise RunError(
-            f"run_dir: {folder} cannot be written ({e.strerror}); choose another with --set run_dir=…"
-        ) from e
+    checks.folder(folder)
     jobs = {str(step.work.run_dir): step.job for step in steps if step.job is not None}
-    return submit.submit_all(found, jobs)
+    launches = submit.submit_all(found, jobs)
+    stages = {step.work.name: str(step.work.run_dir) for step in steps}
+    record = {"name": pipeline.name, "file": str(path), "stages": stages}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / PIPELINE, json.dumps(record, indent=1) + "\n")
+    return launches
 
 
 def digest(work: Work) -> str:
@@ -119,7 +117,11 @@ def _finished(work: Work) -> float | None:
     if work.trains:
         assert work.loaded is not None, "a stage that trains has a recipe"
         resolved = work.run_dir / "resolved.yaml"
-        if not look(work.run_dir).finished or resolved.read_text() != dump(work.loaded.recipe):
+        try:
+            same = _lasting(load(resolved).recipe) == _lasting(work.loaded.recipe)
+        except RecipeError:
+            same = False
+        if not same or not look(work.run_dir).finished:
             return None
         return (work.run_dir / "model").stat().st_mtime
     try:
@@ -132,6 +134,12 @@ def _finished(work: Work) -> float | None:
     return datetime.fromisoformat(when).timestamp()
 
 
+def _lasting(recipe: Recipe) -> Recipe:
+    """Without what the cluster puts in."""
+    checkpoint = recipe.train.checkpoint.model_copy(update={"grace_seconds": None})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint": checkpoint})})
+
+
 def _command(work: Work, slices: int | None) -> list[str]:
     """With the snapshot's recipe in place of the one in the checkout, which may change while the job waits."""
     if work.loaded is not None:
@@ -140,11 +148,11 @@ def _command(work: Work, slices: int | None) -> list[str]:
 
 
 def _shape(work: Work, profile: Profile) -> list[str]:
-    """What a command that is one process takes of a node: `data` all its CPUs, `eval` one GPU, others one CPU share."""
+    """What a command that is one process takes of a node: `data` its CPUs and memory, `eval` one GPU and its part."""
     if work.every_gpu:
         return []
     gpus = min(1, profile.gpus_per_node) if work.words[0] == "eval" else 0
     share = profile.processes if work.words[0] == "data" else 1
-    nothing = [] if gpus else ["gpu_type=null"]
+    nothing = ([] if gpus else ["gpu_type=null"]) + ([] if work.words[0] == "data" else ["memory=null"])
     one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "processes_per_node=null"]
     return [*one_node, *nothing, f"gpus_per_node={gpus}", f"cpus_per_gpu={profile.cpus_per_gpu * share}"]

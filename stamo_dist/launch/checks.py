@@ -82,8 +82,10 @@ def folder(run: Path) -> None:
         raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
 
 
-def cluster(profile: Profile, least: int) -> None:
+def cluster(profile: Profile, least: int) -> float:
     """Whether the partition is there and large enough, by what every user may ask.
+
+    Returns the seconds that a job has there between being asked to stop and being killed.
 
     Raises:
         ProfileError: With all that does not fit.
@@ -106,6 +108,9 @@ def cluster(profile: Profile, least: int) -> None:
         problems.append(f"time: {profile.time} is more than partition {name} allows, {longest}")
     if problems:
         raise ProfileError(problems)
+    grace = partition.get("GraceTime", "0")
+    preempted = float(grace) if grace.isdecimal() and int(grace) else float("inf")
+    return min(preempted, float(profile.signal_delay))
 
 
 def hinted(words: str, profile: Profile) -> str:
@@ -129,18 +134,30 @@ def _data(loaded: Loaded) -> Iterator[str]:
                 yield f"{field}: {path} has no {MANIFEST}, so it was not converted to its end"
 
 
+def to_download(loaded: Loaded) -> dict[str, str]:
+    """Field → hub id, of the weights that are not on this machine yet."""
+    return {
+        field: weights
+        for field, weights in _used_weights(loaded)
+        if not Path(weights).expanduser().exists() and _HUB_ID.fullmatch(weights) and not _cached(weights)
+    }
+
+
 def _weights(loaded: Loaded) -> Iterator[str]:
-    model = loaded.recipe.model
+    for field, weights in _used_weights(loaded):
+        if not Path(weights).expanduser().exists() and not _HUB_ID.fullmatch(weights):
+            yield f"{field}: there is no folder {weights}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        for field, repo in to_download(loaded).items():
+            yield f"{field}: {repo} is not in the local cache and HF_HUB_OFFLINE is set; `hf download {repo}`"
+
+
+def _used_weights(loaded: Loaded) -> Iterator[tuple[str, str]]:
+    """(field, with its place; what it says) of the weights that the stage reads."""
     for part in ("encoder", "decoder", "vae"):
-        weights = getattr(model, part).weights
-        if weights is None or (loaded.recipe.stage == "vae" and part != "vae"):
-            continue
-        field = _placed(loaded, f"model.{part}.weights")
-        if not Path(weights).expanduser().exists():
-            if not _HUB_ID.fullmatch(weights):
-                yield f"{field}: there is no folder {weights}"
-            elif not _cached(weights) and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-                yield f"{field}: {weights} is not in the local cache and HF_HUB_OFFLINE is set; `hf download {weights}`"
+        weights = getattr(loaded.recipe.model, part).weights
+        if weights is not None and (loaded.recipe.stage != "vae" or part == "vae"):
+            yield _placed(loaded, f"model.{part}.weights"), weights
 
 
 def _cached(repo: str) -> bool:

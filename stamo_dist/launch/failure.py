@@ -60,7 +60,7 @@ def first_error(run: str | Path) -> str:
     failures = [failure for text in texts.values() for failure in _failures(text)]
     own = sorted((f for f in failures if not f.follows), key=lambda f: (f.refused, f.time, f.rank))
     main = texts[main_log(run)]
-    said = next((match[1] for line in reversed(main) if (match := _REFUSED.match(line))), "")
+    said = _refused(main)
     if own:
         return said if own[0].refused and said else str(own[0])
     for pattern in _KILLED:
@@ -87,10 +87,19 @@ def _failures(lines: list[str]) -> Iterator[Failure]:
     for i, line in enumerate(lines):
         if match := _RANK.match(line):
             following = lines[i + 1 :]
-            if following and (refused := _REFUSED.match(following[0])):
-                yield Failure(int(match[1]), match[2] or "", refused[1], refused=True)
+            if refused := _refused(following[:2]):
+                yield Failure(int(match[1]), match[2] or "", refused, refused=True)
             elif error := _raised(following):
                 yield Failure(int(match[1]), match[2] or "", error)
+
+
+def _refused(lines: list[str]) -> str:
+    """The last user's error; of a list of problems the first one."""
+    for i in reversed(range(len(lines))):
+        if match := _REFUSED.match(lines[i]):
+            listed = match[1].endswith(":") and i + 1 < len(lines)
+            return lines[i + 1].strip(" -") if listed else match[1]
+    return ""
 
 
 def _raised(lines: list[str]) -> str:

@@ -119,12 +119,14 @@ class Job:
             if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
             return code
+        if fate == "queued":  # so it was Slurm that ended it, however it looks from here
+            reason = verdict.reason if code == EXIT_PREEMPTED else f"Slurm ended it before it had left (code {code})"
+            self._tell("preempted", reason=reason)
+            self._tell("requeued", reason="by Slurm")
+            self._say(f"job {self.id}: preempted: {reason}; Slurm has queued it again already")
+            return code
         self._tell(verdict.event, reason=verdict.reason)
         self._say(f"job {self.id}: {verdict.event}: {verdict.reason}")
-        if fate == "queued":
-            self._tell("requeued", reason="by Slurm")
-            self._say(f"job {self.id}: Slurm has queued it again already")
-            return code
         return self._requeue(verdict, code) if verdict.again else code
 
     def _fate(self) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 #: In a pipeline's folder: its name, and stage → run folder.
 PIPELINE = "pipeline.json"
+#: Below a recipe's run folder: the runs of its sweeps.
+SWEEP = "sweep"
 _SIGNS = ("launch/launch.json", "resolved.yaml")  # of a run folder
 
 

@@ -27,6 +27,7 @@ class Progress:
     steps: int | None = None  # in all
     step: int = 0  # the last one that was logged
     loss: float | None = None
+    mean_loss: float | None = None  # over the last logged steps
     rate: float | None = None  # samples per second, over the last steps
     step_seconds: float | None = None
     written: float | None = None  # when the last line of metrics was (time stamp)
@@ -63,12 +64,14 @@ def look(run: Path, recipe: Path | None = None) -> Progress:
     last = lines[-1] if lines else {}
     batch = train.get("global_batch")
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
+    losses = [value for line in lines[-_WINDOW:] if (value := _loss(line)) is not None]
+    mean = sum(losses) / len(losses) if losses else None
     checkpoint, saved = newest_checkpoint(run / "checkpoints")
     owner, silence = newest_owner(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
     return Progress(
         name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
-        loss=_loss(last), rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
+        loss=_loss(last), mean_loss=mean, rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
         checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
         terms=terms,
     )  # fmt: skip

@@ -55,6 +55,28 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     return _table(runs, columns, wide="folder")
 
 
+def sweep_table(runs: Sequence[Run]) -> RenderableType:
+    """One line a run of a sweep, the lowest loss first, with the values in which the runs differ."""
+    values = {run.path: dict(o.split("=", 1) for o in run.launch.overrides) if run.launch else {} for run in runs}
+    fields = dict.fromkeys(field for own in values.values() for field in own if field not in ("run_dir", "name"))
+    differ = [f for f in fields if len({own.get(f) for own in values.values()}) > 1]
+
+    def swept(field: str) -> Callable[[Run], str | Text]:
+        return lambda run: values[run.path].get(field, "")
+
+    chosen: list[tuple[str, Callable[[Run], str | Text]]] = [(field, swept(field)) for field in differ]
+    columns: list[tuple[str, Callable[[Run], str | Text]]] = [
+        *chosen,
+        ("state", _state),
+        ("step", _step),
+        ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
+        ("mean of the last 50", lambda r: f"{r.progress.mean_loss:.4f}" if r.progress.mean_loss is not None else ""),
+        ("folder", lambda r: r.path.name),
+    ]
+    best = sorted(runs, key=lambda r: float("inf") if r.progress.mean_loss is None else r.progress.mean_loss)
+    return Group(_table(best, columns, wide="folder"), _details(best))
+
+
 def one_run(run: Run) -> RenderableType:
     """All that is known about one run."""
     p = run.progress

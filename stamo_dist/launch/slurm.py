@@ -145,7 +145,7 @@ def fate(job: str, restart: int) -> str:
     """What is to become of a job whose processes have ended in its start number `restart`, counted from 0.
 
     "queued": Slurm starts it again. "cancelled": somebody ended it. "": nothing; it was not stopped by Slurm, or only
-    because its time was up.
+    because its time was up or others needed its nodes.
 
     Raises:
         SlurmError: Slurm does not say.
@@ -154,9 +154,12 @@ def fate(job: str, restart: int) -> str:
     state = found.get("JobState", "")
     if int(found.get("Restarts", restart)) > restart or state in ("PENDING", "REQUEUED"):
         return "queued"
-    # While a job completes, Slurm shows that and not why.
+    if state == "CANCELLED":
+        return "cancelled"
+    # While a job completes, Slurm shows that and not why. Preempted where PreemptMode is CANCEL, it is nobody's wish.
     late = _passed(found.get("RunTime", "")) >= _passed(found.get("TimeLimit", ""))
-    return "cancelled" if state == "CANCELLED" or (state == "COMPLETING" and not late) else ""
+    preempted = found.get("PreemptTime", "None") != "None"
+    return "cancelled" if state == "COMPLETING" and not late and not preempted else ""
 
 
 def requeue(job: str) -> None:

@@ -41,12 +41,12 @@ class Run:
     @property
     def nodes(self) -> str:
         """Where it runs, or how much it waits for."""
+        if not self.state.live:
+            return ""
         if self.job is not None and self.job.nodes:
             return self.job.nodes
         if self.state.word in ("queued", "requeued") and self.launch:
             return f"{self.launch.nodes} × {self.launch.processes_per_node}"
-        if not self.state.live:
-            return ""
         started = next((e for e in reversed(self.history) if e.event == "started"), None)
         if started is not None and started.nodes:
             return ",".join(started.nodes)

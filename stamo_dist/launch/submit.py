@@ -78,6 +78,7 @@ def plan(
 def changed(nodes: int | None = None, gpus_per_node: int | None = None, time: str | None = None) -> list[str]:
     """The fields of a profile that the command line sets, `field=value` each."""
     found = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
+    found += ["processes_per_node=null"] if gpus_per_node else []  # there is one a GPU
     return [*found, f"nodes={nodes}", "min_nodes=null", "max_nodes=null"] if nodes is not None else found
 
 
@@ -113,25 +114,43 @@ def ask(
     if loaded is not None and ready:
         checks.recipe(loaded)
     checks.folder(run)
+    grace = float(profile.signal_delay)
     if profile.backend == "slurm" and slurm.available():
-        checks.cluster(profile, order.least)
+        grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
+    if loaded is not None and trains and profile.backend == "slurm":
+        order = replace(order, loaded=_with_grace(loaded, grace))
     return order
+
+
+def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
+    """The recipe with the time there is for leaving, where it does not say so: the run warns if that is too short."""
+    train = loaded.recipe.train
+    if train.checkpoint.grace_seconds is not None:
+        return loaded
+    checkpoint = train.checkpoint.model_copy(update={"grace_seconds": seconds})
+    recipe = loaded.recipe.model_copy(update={"train": train.model_copy(update={"checkpoint": checkpoint})})
+    origin = {**loaded.provenance, "train.checkpoint.grace_seconds": "the profile"}
+    return replace(loaded, recipe=recipe, resolved=recipe.model_dump(mode="json"), provenance=origin)
 
 
 def describe(order: Order) -> str:
     """What is asked for, in one line."""
     launch, profile = order.launch, order.profile
     if profile.backend == "local":
-        processes = launch.nodes * launch.processes_per_node
-        return f"{launch.name}: {processes} process{'es' * (processes > 1)} on this machine → {launch.run_dir}"
+        many = _many(launch.nodes * launch.processes_per_node, "process")
+        return f"{launch.name}: {many} on this machine → {launch.run_dir}"
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
     where = f"partition {profile.partition}" if profile.partition else "the default partition"
-    each = f"{launch.processes_per_node} processes, {what}, {_cpus(order)} CPUs"
+    each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(_cpus(order), 'CPU')}"
     tasks = f"{order.tasks} tasks of " if order.tasks else ""
     return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")
 
 
 def script(order: Order) -> str:

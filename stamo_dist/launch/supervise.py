@@ -137,6 +137,8 @@ class _Supervisor:
             write_atomic(folder(run) / _FILE, me)
         for run in runs:
             launch = read(run)
+            while any(map(busy, launch.after)) and not (self._ending or cancelled(run)):
+                time.sleep(_LOOK)  # in the care of another process like this one
             if cancelled(run):
                 continue
             if why := _ENDED if self._ending else hindrance(launch):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.launch.known import SWEEP
 from stamo_dist.launch.submit import Order, plan
 from stamo_dist.recipe.lines import read_override, show_value
 from stamo_dist.recipe.load import load
 
-FOLDER = "sweep"
 _PLAIN = re.compile(r"[^\w.+-]+")
 
 
@@ -79,11 +79,12 @@ def orders(
     """
     points = expand(sweeps)
     base = load(recipe, overrides).recipe
-    folder = Path(base.run_dir) / FOLDER
+    folder = Path(base.run_dir) / SWEEP
     found = []
     for point in points:
-        own = [f"run_dir={show_value(str(folder / point.name))}", f"name={show_value(f'{base.name}-{point.name}')}"]
-        found.append(plan(recipe, cluster, overrides=[*overrides, *point.overrides, *own], **asked))
+        own = {"run_dir": str(folder / point.name), "name": f"{base.name}-{point.name}"}
+        set_ = [f"{field}={show_value(value, limit=1 << 16)}" for field, value in own.items()]
+        found.append(plan(recipe, cluster, overrides=[*overrides, *point.overrides, *set_], **asked))
     if found[0].profile.backend == "local":
         return found, str(folder)
     if any(order.launch.node_counts != found[0].launch.node_counts for order in found):

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from stamo_dist.launch.show import one_run, runs_table, status_table
+from stamo_dist.launch.known import SWEEP
+from stamo_dist.launch.show import one_run, runs_table, status_table, sweep_table
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
@@ -58,7 +59,7 @@ def runs(
     ] = [],  # noqa: B006 (typer reads the default)
     as_json: AsJson = False,
 ) -> None:
-    """List runs, those that ended too: state, last loss, folder.
+    """List runs, those that ended too: state, last loss, folder; for the folder of a sweep, the best values first.
 
     Example: stamo runs runs/
     """
@@ -68,7 +69,9 @@ def runs(
     if as_json:
         typer.echo(json.dumps([run.facts() for run in found], indent=1))
     else:
-        Console(highlight=False).print(runs_table(found))
+        is_sweep = bool(found) and all(run.path.parent == found[0].path.parent for run in found)
+        is_sweep &= bool(found) and found[0].path.parent.name == SWEEP
+        Console(highlight=False).print((sweep_table if is_sweep else runs_table)(found))
 
 
 def logs(

@@ -68,3 +68,9 @@ def test_what_all_ranks_refuse_is_said_once(logs):
 def test_no_logs(tmp_path):
     assert first_error(tmp_path) == ""
     assert not main_log(tmp_path).exists()
+
+
+def test_of_a_list_of_problems_the_first(logs):
+    assert logs("error: 2 problems in the recipe:\n  - r.yaml:3: train: no\n  - r.yaml:4: data: no\n") == (
+        "r.yaml:3: train: no"
+    )

@@ -19,7 +19,7 @@ SLOW = (
 def test_time_limit_and_preemption(submit, cluster, preempt):
     """2 nodes × 2 tasks: asked to stop before its time is up, then preempted with time to save. No step is lost."""
     profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:01:00", "signal_delay": 59}
-    settings = ("train.steps=120", "train.checkpoint.every=1000")
+    settings = ("train.steps=100", "train.checkpoint.every=1000")
     run = submit("run", profile, *settings)
     run.release(SLOW)
     run.until(lambda: "requeued" in run.story)
@@ -35,17 +35,23 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     log = (run.folder / "logs/main.log").read_text()
     assert "SIGUSR1 on rank 0, 1, 2, 3: saved" in log
     assert "SIGTERM on rank 0, 1, 2, 3: saved" in log
+    assert "the cluster gives 20 s" in log  # the partition's GraceTime, less than the profile's signal_delay
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
     assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
-    run.assert_as_uninterrupted(processes=4)
+    run.assert_as_uninterrupted(processes=4, exactly=False)  # among 4, the order of a sum is not fixed
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
     """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node."""
     first, second, third = cluster.names
     profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": third, "processes_per_node": 1}
-    settings = ("train.steps=60", "train.checkpoint.every=1000", "train.checkpoint.ephemeral_every=4")
+    settings = (
+        "train.steps=60",
+        "train.micro_batch=8",
+        "train.checkpoint.every=1000",
+        "train.checkpoint.ephemeral_every=4",
+    )
     run = submit("run", profile, *settings)
     run.release(SLOW)
     run.starts(1, steps=5)
@@ -72,7 +78,7 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
 def test_two_jobs_on_one_node(submit, cluster):
     """One is ended by scancel and stays so; the other, queued again by scontrol, goes on beside it unimpressed."""
     profile = {"partition": "low", "processes_per_node": 1, "sbatch": {"nodelist": cluster.names[0]}}
-    settings = ("train.steps=16", "train.checkpoint.every=1000")
+    settings = ("train.steps=30", "train.micro_batch=8", "train.checkpoint.every=1000")
     ended, other = submit("ended", profile, *settings), submit("other", profile, *settings)
     ended.release(SLOW)
     other.release(SLOW)

@@ -66,7 +66,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
 
     submit(tmp_path / "nothing")
     array = read(runs / "shards").job
-    cluster.until(lambda: cluster.state(f"{array}_0") == "RUNNING", 30)
+    cluster.until(lambda: any(e.event == "started" and e.job == f"{array}_0" for e in events(runs / "shards")), 30)
     cluster.run("scontrol", "requeue", f"{array}_0")
     cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 60)
     found = states()
@@ -100,3 +100,11 @@ def test_a_sweep_is_one_array_of_runs(here, cluster, toy, tmp_path):
     assert [found[f"toy-lr={lr}"]["loss"] for lr in ("0.001", "0.004")] == losses
     assert losses[0] != losses[1]
     assert "step 4/4" in (second / "logs" / "main.log").read_text()
+
+    stages: dict[str, Any] = {"train": {"train": str(recipe)}}
+    stages["train"]["set"] = {"train.steps": 4, "optimizer.lr": 1e-3, "run_dir": str(first)}
+    stages["train"]["set"]["name"] = "toy-lr=0.001"
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    again = ("submit", tmp_path / "p.yaml", "--cluster", tmp_path / "profile.yaml", "--dry-run")
+    assert "p.train: done, skipped" in here(*again)
+    assert "skipped" not in here(*again, "--set", "stages.train.set={train.steps: 5}")

@@ -66,7 +66,12 @@ def judge_recipe(loaded: Loaded) -> Iterator[Finding]:
         for problem in getattr(e, "problems", [str(e)]):
             yield Finding("error", _RECIPE, problem, "put it there, or change the field")
     else:
-        yield Finding("fine", _RECIPE, "data and weights are there")
+        yield Finding("fine", _RECIPE, "data and weights are there, or can be had")
+        for field, repo in checks.to_download(loaded).items():
+            yield Finding(
+                "warning", _RECIPE, f"{field}: {repo} is not on this machine; nodes without network cannot get it",
+                f"`hf download {repo}` here, into a cache (HF_HOME) that the nodes see; then set HF_HUB_OFFLINE=1",
+            )  # fmt: skip
     for name, source in loaded.recipe.data.used.items():
         shard = next(
             (s for path in source.paths if "://" not in path for s in Path(path).expanduser().rglob("*.mds")), None

@@ -1,0 +1,121 @@
+"""`stamo submit --cluster local` and the verbs that look after what it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from raw import write_raw
+from toy import write_recipe
+
+from stamo_dist.launch.record import events, read
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The `stamo` command where there is no Slurm."""
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "PATH": "/usr/sbin:/sbin:/bin"}
+
+    def stamo(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stamo_dist.cli", *map(str, words)]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+
+    return stamo
+
+
+def until(stamo: Callable[..., subprocess.CompletedProcess[str]], runs: Path, *states: str) -> list[str]:
+    """Wait for the states of the runs; returns the details."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = json.loads(stamo("status", runs, "--json").stdout)
+        if [run["state"] for run in found] == list(states):
+            return [run["detail"] for run in found]
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
+def test_a_pipeline_on_this_machine(here, tmp_path):
+    write_raw(tmp_path / "raw" / "can.hdf5")
+    runs, out, file = tmp_path / "runs", tmp_path / "shards", tmp_path / "pipeline.yaml"
+
+    def submit(count: int = 3, **change: str) -> str:
+        stages: dict[str, dict[str, Any]] = {
+            "shards": {"run": f"data convert robomimic {tmp_path / 'raw'} {out} --size 32", "slices": 4},
+            "check": {"run": f"data check {tmp_path / 'nothing'}"},
+            "stats": {"run": f"data stats {out}"},
+        }
+        for name, command in change.items():
+            stages[name]["run"] = command
+        stages = dict(list(stages.items())[:count])
+        file.write_text(yaml.safe_dump({"name": "p", "run_dir": str(runs), "stages": stages}, sort_keys=False))
+        done = here("submit", file)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    submit(1)
+    assert "p.shards: job local-" in submit()  # which goes on; the others come after it
+    details = until(here, runs, "finished", "failed", "stopped")
+    assert f"{tmp_path / 'nothing'}: no such folder" in details[1]
+    assert details[2] == "p.check failed"
+    assert "converted; train" in here("logs", runs / "shards").stdout
+    assert "p.shards: done, skipped" in submit(check=f"data check {out}")
+    until(here, runs, "finished", "finished", "finished")
+    assert len(events(runs / "shards")) == 3
+    assert read(runs / "shards").tasks == 1  # one converter uses all cores
+    said = submit(check=f"data check {out}")
+    assert said.count("done, skipped") == 3
+
+
+def test_what_is_wrong_is_said_before_anything_starts(here, tmp_path):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        """\
+stages:
+  a: {run: data convert libero x y --sise 3}
+  b: {train: recipes/nope.yaml}
+  c: {run: eval foo}
+  d: {run: train recipes/vae_demo.yaml}
+  e: {train: recipes/vae_demo.yaml, set: {train.stebs: 3}}
+"""
+    )
+    done = here("submit", file)
+    assert done.returncode == 2
+    for line, words in enumerate(
+        ("No such option: --sise", "recipes/nope.yaml: no such file", "there are reconstruct", "train: RECIPE",
+         "train.stebs: no such field; did you mean steps?"), 2,
+    ):  # fmt: skip
+        assert any(f"pipeline.yaml:{line}: " in said and words in said for said in done.stderr.splitlines()), words
+    for stages, words in (
+        ("{a: {run: data stats x, after: [b]}, b: {run: data stats x}}", "stages.a.after: b is no stage above a"),
+        ("{a: {train: x, run: y}}", "stages.a: give either train: RECIPE or run: COMMAND"),
+        ("{a: {run: report x, slices: 3}}", "slices: only `data convert` can be shared out"),
+    ):
+        file.write_text(f"stages: {stages}\n")
+        done = here("submit", file)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweeps_that_cannot_be(here, toy, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    for sweep, words in (
+        ("optimizer.lr", "write FIELD=VALUE,VALUE"),
+        ("optimizer.lr=1,1", "a value is given twice"),
+        ("optimizer.lr=1e-3,x", "optimizer.lr: must be a number above 0, not x"),
+        ("train.global_batch=8,7", "7 is not divisible by 2 processes"),
+    ):
+        profile = tmp_path / "two.yaml"
+        profile.write_text("backend: local\nprocesses_per_node: 2\n")
+        done = here("submit", recipe, "--cluster", profile, "--sweep", sweep)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,103 @@
+"""`stamo status | runs | logs | cancel | resume` for runs on this machine, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stamo_dist.launch import supervise
+from stamo_dist.launch.record import Event, Launch, record
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Runs the command, and says on stderr what it imported of what takes long.
+MAIN = (
+    "import atexit, sys\n"
+    "atexit.register(lambda: print({'torch', 'numpy', 'submitit'} & set(sys.modules), file=sys.stderr))\n"
+    "from stamo_dist.cli import main\nmain()\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_list(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+
+def stamo(*words: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, *map(str, words)], check=False, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout + done.stderr
+
+
+def started(run: Path, steps: int = 50) -> Path:
+    """A run as 12 steps of training leave its folder, at two steps a second."""
+    Launch(name=run.name, run_dir=str(run), recipe="", command=["train", "r.yaml"], job_ids=["local-1"]).write()
+    record(run, Event("submitted"))
+    record(run, Event("started", job="local-1", nodes=["here"], world_size=2))
+    (run / "resolved.yaml").write_text(f"name: {run.name}\ntrain: {{steps: {steps}, global_batch: 64}}\n")
+    lines = [{"step": i, "flow": 1 / i, "lr": 1e-4, "samples_per_second": 1, "seconds": i / 2} for i in range(1, 13)]
+    torn = '{"step": 13, "fl'
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    whole = run / "checkpoints" / "step_00000010"
+    whole.mkdir(parents=True)
+    (whole / "checkpoint.json").write_text("{}")
+    (run / "checkpoints" / "step_00000012").mkdir()  # never completed
+    return run
+
+
+def test_quick_and_without_torch(tmp_path):
+    for i in range(30):
+        started(tmp_path / "runs" / f"run{i}")
+    seconds = []
+    for words in (["status"], ["status", "run3"], ["runs"], ["status", "--json"]):
+        began = time.monotonic()
+        assert stamo(*words).endswith("set()\n")
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1.0
+
+
+def test_progress_from_the_folder(tmp_path):
+    started(tmp_path / "a run")
+    found = json.loads(stamo("status", "a run", "--json").removesuffix("set()\n"))[0]
+    assert (found["step"], found["steps"], found["checkpoint"], found["loss"]) == (12, 50, 10, 1 / 12)
+    assert found["samples_per_second"] == pytest.approx(128)
+    assert found["eta"] == pytest.approx(19)
+    assert found["state"] == "lost"  # process 1 does not look after it
+    twice = [started(tmp_path / folder / "twice") for folder in "xy"]
+    refused = stamo("status", "twice", code=2)
+    assert all(str(run) in refused for run in twice)
+    assert "no name of a run; `stamo runs` lists" in stamo("status", "another", code=2)
+
+
+def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
+    """The process leaves with code 75 when it is asked to, as a training does."""
+    waits = "import os, signal\nif 'RANK' in os.environ: signal.sigwait({signal.SIGTERM}), os._exit(75)\n"
+    (tmp_path / "sitecustomize.py").write_text(waits)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = tmp_path / "run"
+    launch = Launch(name="waits", run_dir=str(run), recipe="", command=["train", "any.yaml"])
+    launch.write()
+    record(run, Event("submitted"))
+    launch.job_ids.append(supervise.start([run]))
+    launch.write()
+    deadline = time.monotonic() + 20
+    while "starting" not in (shown := stamo("status", "waits")):
+        assert time.monotonic() < deadline, shown
+    assert "was not submitted; `stamo train" in stamo("resume", started(tmp_path / "by hand"), code=2)
+    assert "is starting already" in stamo("resume", "waits", code=2)
+    assert "not started again" in stamo("cancel", "waits")
+    while supervise.supervised(run):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.05)
+    assert "cancelled" in stamo("status", run)
+    assert "nothing to cancel" in stamo("cancel", run)
+    assert "--- start 1 of job" in stamo("logs", run, "--follow")
