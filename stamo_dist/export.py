@@ -31,7 +31,7 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
         CheckpointError: The checkpoint is not whole.
     """
     weights = checkpoint.read_weights(checkpoint.folder_of(run.checkpoints, step))
-    task = build_task(recipe)  # anew: the trained model is spread over the processes
+    task = build_task(recipe, mixture)  # anew: the trained model is spread over the processes
     loader = build_loader(
         mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
     )  # fmt: skip

@@ -34,7 +34,7 @@ from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export, exported_step
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Batching, batching
-from stamo_dist.tasks import build_task
+from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
 
@@ -60,6 +60,7 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozen
         raise RecipeError([
             f"train.steps: {recipe.train.steps}, but data.sources.*.max_epochs lets the data end after {mixture.steps}"
         ])  # fmt: skip
+    check_task(recipe, mixture)
     identity = identify(recipe, mixture)
     choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
     if not world.is_main:  # one process looks, so that all see the same
@@ -79,7 +80,7 @@ def _begin(
     recipe = loaded.recipe
     stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe)
+    task = build_task(recipe, mixture)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
@@ -198,7 +199,7 @@ class _Session:
                     working("computing", step)
                     with engine.accumulate():
                         out = self.task.loss(engine.module, micro, noise.at(step))
-                        sums.add(out.per_sample, micro.source, micro.replaced)
+                        sums.add(out.per_sample, micro.source, micro.replaced, out.present)
                         watch.meet()
                         working("differentiating", step)
                         grad_norm = engine.backward(out.loss)

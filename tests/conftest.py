@@ -49,6 +49,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a toy policy is trained on, made once: shards/a, shards/b (video) and a tokenizer."""
+    from toy_policy import make_policy_data
+
+    return make_policy_data(tmp_path_factory.mktemp("toy_policy"))
+
+
+@pytest.fixture(scope="session")
 def stamo() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the `stamo` command in a process of its own, as a user does."""
 

@@ -33,7 +33,9 @@ class Mixture:
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
+        opened: The folders of each source.
         streams: One per folder and camera, in the order of `sources`.
+        stream_source: int64 (streams,), index into `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
         frames: int64 (sources,), frames of each source over its cameras.
         schedule: Which source each position is taken from.
@@ -48,16 +50,16 @@ class Mixture:
         self.data, self.seed, self.global_batch = data, seed, global_batch
         used = data.used
         self.sources = list(used)
-        opened = _open_all(used, data)
-        self.streams = [stream for of_source in opened for stream in of_source]
-        owner = np.repeat(np.arange(len(opened)), [len(of_source) for of_source in opened])
+        self.opened, streams = _open_all(used, data)
+        self.streams = [stream for of_source in streams for stream in of_source]
+        self.stream_source = np.repeat(np.arange(len(streams)), [len(of_source) for of_source in streams])
         self.shards = [shard for stream in self.streams for shard in stream.shards]
         counts = np.array([shard.samples for shard in self.shards], np.int64)
         self.num_samples = int(counts.sum())
         self.first = counts.cumsum() - counts  # (shards,) number of each shard's first sample
         self.shard_stream = np.repeat(np.arange(len(self.streams)), [len(stream.shards) for stream in self.streams])
         self._stream_first_shard = np.searchsorted(self.shard_stream, np.arange(len(self.streams)))
-        self.shard_source = owner[self.shard_stream]  # (shards,)
+        self.shard_source = self.stream_source[self.shard_stream]  # (shards,)
         bounds = np.searchsorted(self.shard_source, np.arange(len(used) + 1))
         self._source_first = self.first[bounds[:-1]]
         orders = [SourceOrder(self.first[a:b], counts[a:b], data.shuffle, seed) for a, b in pairwise(bounds)]
@@ -99,12 +101,17 @@ class Mixture:
         self.streams[stream].prepare(number - int(self._stream_first_shard[stream]))
 
     def _window(self) -> Window:
-        data = self.data
+        data, used = self.data, list(self.data.used.values())
+        horizons = [source.horizon or data.horizon for source in used]
+        acting = [
+            stream for stream, source in zip(self.streams, self.stream_source, strict=True) if used[source].actions
+        ]
         return Window(
             horizon=data.horizon,
-            horizons=[source.horizon or data.horizon for source in data.used.values()],
+            horizons=horizons,
+            chunks=[horizon if source.actions else 0 for horizon, source in zip(horizons, used, strict=True)],
             target=data.target,
-            action_dim=max(stream.action_dim for stream in self.streams),
+            action_dim=max((stream.action_dim for stream in acting), default=0),
             proprio_dim=max(stream.proprio_dim for stream in self.streams),
         )
 
@@ -120,11 +127,13 @@ class Mixture:
             "seed": self.seed,
             "global_batch": self.global_batch,
         }
+        if videos := [name for name, source in self.data.used.items() if not source.actions]:
+            identity["videos"] = videos
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _open_all(sources: dict[str, Source], data: Data) -> list[list[CameraShards]]:
-    """Every source's folders and cameras."""
+def _open_all(sources: dict[str, Source], data: Data) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
+    """Every source's folders, and its cameras."""
     problems: list[str] = []
     streams: list[list[CameraShards]] = []
     seen: dict[tuple[str, str, str], str] = {}
@@ -139,11 +148,11 @@ def _open_all(sources: dict[str, Source], data: Data) -> list[list[CameraShards]
             except DataError as e:
                 problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
     if data.horizon:
-        problems += _one_action_space(found)
+        problems += _one_action_space({name: folders for name, folders in found.items() if sources[name].actions})
     if problems:
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise DataError("\n".join([f"{head} in the data:", *(f"  - {p}" for p in problems)]))
-    return streams
+    return list(found.values()), streams
 
 
 def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:

@@ -25,11 +25,13 @@ _TRIES = 16  # frames that may stand in for one that cannot be read
 class Window:
     """What is read around frame t, beside the frame itself.
 
-    `horizons`: per source, frames from t to the target frame and actions in a chunk, at most `horizon`.
+    `horizons`: per source, frames from t to the target frame, at most `horizon`. `chunks`: per source, actions in a
+    chunk; 0 where its actions are not read.
     """
 
     horizon: int
     horizons: Sequence[int]  # (sources,)
+    chunks: Sequence[int]  # (sources,)
     target: bool
     action_dim: int
     proprio_dim: int
@@ -166,10 +168,11 @@ class Reader:
         window, shard = self._spec.window, self._shards[number]
         assert window is not None
         t, length = shard.moment(row)
-        horizon = window.horizons[self._spec.shard_source[number]]
+        source = self._spec.shard_source[number]
+        horizon, chunk = window.horizons[source], window.chunks[source]
         n, actions, proprio = 0, b"", b""
         if window.action_dim:
-            n = min(horizon, length - t) if "action" in shard else 0
+            n = min(chunk, length - t) if "action" in shard else 0
             actions = b"".join(shard.run(row, row + n, "action")) if n else b""
         if window.proprio_dim and "proprio" in shard:
             proprio = bytes(shard.bytes(row, "proprio"))

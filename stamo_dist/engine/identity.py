@@ -76,6 +76,8 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
         **_flat("model", recipe.model.model_dump(exclude={"encoder": {"weights"}, "decoder": {"weights"},
                                                           "vae": {"weights"}})),
     }  # fmt: skip
+    if recipe.stage == "policy":
+        fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer"}))
     owner = mixture.shard_source.tolist()
     for number, (name, source) in enumerate(data.used.items()):
         content = hashlib.sha256()
@@ -86,9 +88,15 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
             f"data.sources.{name}.weight": source.weight,
             f"data.sources.{name}.max_epochs": source.max_epochs,
             f"data.sources.{name}.horizon": source.horizon,
+            f"data.sources.{name}.actions": source.actions,
             f"data.sources.{name}.shards": f"{len(shards)} shards, {mixture.frames[number]} frames, "
             f"{content.hexdigest()[:12]}",
         }
+        if recipe.stage == "policy":  # they decide what an action is, so they are kept with the weights
+            fields[f"model.statistics.{name}"] = [
+                {column: stats.model_dump() for column, stats in folder.manifest.stats.items()}
+                for folder in mixture.opened[number]
+            ]
     return Identity(mixture.fingerprint, json.loads(json.dumps(fields)))
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -30,16 +30,22 @@ class StepSums:
     """Sums over the samples of one optimizer step on this rank: loss terms and counts, per source."""
 
     terms: tuple[str, ...]
-    values: Tensor  # (terms + 2, sources), the last rows count samples, and those that stand in for unreadable ones
+    #: (2 · terms + 2, sources): the sums, how many samples each is over, all samples, those in place of unreadable ones
+    values: Tensor
 
     @classmethod
     def empty(cls, terms: Sequence[str], sources: int, device: torch.device) -> StepSums:
-        return cls(tuple(terms), torch.zeros(len(terms) + 2, sources, device=device, dtype=torch.float32))
+        return cls(tuple(terms), torch.zeros(2 * len(terms) + 2, sources, device=device, dtype=torch.float32))
 
-    def add(self, per_sample: dict[str, Tensor], source: Tensor, replaced: Tensor | None = None) -> None:
-        """`per_sample`: term → (B,); `source`: (B,) int64; `replaced`: (B,) bool."""
-        counts = [torch.ones_like(source), torch.zeros_like(source) if replaced is None else replaced]
-        rows = [*(per_sample[t].detach() for t in self.terms), *counts]
+    def add(
+        self, per_sample: dict[str, Tensor], source: Tensor, replaced: Tensor | None = None,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """`per_sample`: term → (B,); `source`: (B,) int64; `replaced`: (B,) bool; `present`: term → (B,) bool."""
+        ones, present = torch.ones_like(source), present or {}
+        there = [present.get(t, ones) for t in self.terms]
+        rows = [*(per_sample[t].detach() for t in self.terms), *there, ones]
+        rows.append(torch.zeros_like(source) if replaced is None else replaced)
         self.values.index_add_(1, source, torch.stack([row.float() for row in rows]))
 
 
@@ -57,8 +63,8 @@ class Reduced:
     """What all ranks agree on about one step."""
 
     step: int
-    losses: dict[str, float]
-    per_source: list[float | None]  # mean of the first term
+    losses: dict[str, float]  # mean of each term over the samples that have it; the terms that none has are left out
+    per_source: dict[str, list[float | None]]  # the same by source
     counts: list[int]  # samples, per source
     grad_norm: float
     lr: float
@@ -91,7 +97,7 @@ class Reduced:
         self, sources: Sequence[str], *, rate: float, seconds: float, mfu: float | None, bad_steps: int
     ) -> dict[str, Any]:
         """What metrics.jsonl says of the step; `rate` in samples per second, `seconds` of training up to here."""
-        term = next(iter(self.losses))
+        each = ((t, s, mean) for t, means in self.per_source.items() for s, mean in zip(sources, means, strict=True))
         return {
             "step": self.step,
             **self.losses,
@@ -101,7 +107,7 @@ class Reduced:
             "data_wait": round(self.data_wait, 4),
             "seconds": round(seconds, 3),
             **({"mfu": round(mfu, 4)} if mfu is not None else {}),
-            **{f"{term}/{s}": loss for s, loss in zip(sources, self.per_source, strict=True) if loss is not None},
+            **{f"{term}/{source}": mean for term, source, mean in each if mean is not None},
             **{f"samples/{s}": n for s, n in zip(sources, self.counts, strict=True) if n},
             **({"skipped": sum(self.skipped)} if any(self.skipped) else {}),
             **{f"skipped/{s}": n for s, n in zip(sources, self.skipped, strict=True) if n},
@@ -148,12 +154,17 @@ class Reducer:
         cut = len(numbers) - 3 * self._ranks
         table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
         alone, signals, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(3))
-        sums, count, skipped = table[:-2], table[-2], table[-1]
-        total = count.sum().item()
+        terms = len(now.terms)
+        sums, there, count, skipped = table[:terms], table[terms:-2], table[-2], table[-1]
+        losses = {t: (sums[i].sum() / there[i].sum()).item() for i, t in enumerate(now.terms) if there[i].any()}
+        per_source = {
+            t: [(total / n).item() if n else None for total, n in zip(sums[i], there[i], strict=True)]
+            for i, t in enumerate(now.terms)
+        }
         return Reduced(
             step=now.step,
-            losses={t: sums[i].sum().item() / total for i, t in enumerate(now.terms)},
-            per_source=[(sums[0, s] / count[s]).item() if count[s] else None for s in range(now.shape[1])],
+            losses=losses,
+            per_source=per_source,
             counts=[int(c) for c in count.tolist()],
             grad_norm=now.grad_norm,
             lr=now.lr,

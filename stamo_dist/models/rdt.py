@@ -122,12 +122,10 @@ def add_noise(cfg: DiffusionPolicy, clean: Plan, noise: Plan, uniform: Tensor) -
     """The plan at random noise levels, from (B,) uniform numbers in [0, 1) → noisy plan, (B,) int64 levels."""
     scheduler = DDPMScheduler(cfg.timesteps, **_SCHEDULE)
     timestep = (uniform * cfg.timesteps).long().clamp_max(cfg.timesteps - 1)
-    mixed = [
-        None if a is None or b is None else scheduler.add_noise(a, b, timestep)  # type: ignore[arg-type]
-        for a, b in zip(clean, noise, strict=True)
-    ]
-    assert mixed[0] is not None
-    return Plan(mixed[0], mixed[1]), timestep
+    motion = None
+    if clean.motion is not None and noise.motion is not None:
+        motion = scheduler.add_noise(clean.motion, noise.motion, timestep)
+    return Plan(scheduler.add_noise(clean.actions, noise.actions, timestep), motion), timestep
 
 
 @torch.no_grad()
@@ -139,11 +137,10 @@ def draw(model: DiffusionTransformer, known: Condition, noise: Plan) -> Plan:
     plan = noise
     for timestep in levels[0].timesteps:
         clean = model(plan, timestep.to(noise.actions.device).expand(len(noise.actions)), known)
-        moved = [
-            None if now is None else scheduler.step(guess, timestep, now).prev_sample
-            for scheduler, guess, now in zip(levels, clean, plan, strict=True)
-        ]
-        plan = Plan(moved[0], moved[1])
+        motion = None
+        if plan.motion is not None:
+            motion = levels[1].step(clean.motion, timestep, plan.motion).prev_sample
+        plan = Plan(levels[0].step(clean.actions, timestep, plan.actions).prev_sample, motion)
     return plan
 
 

@@ -25,9 +25,12 @@ class Field:
 
     @property
     def section(self) -> type[Section] | None:
-        """The section this field is, or None for a plain value."""
-        kind = self.annotation
-        return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        """The section this field is (or may be, beside null), or None for a plain value."""
+        union = get_origin(self.annotation) in (Union, types.UnionType)
+        for kind in get_args(self.annotation) if union else (self.annotation,):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                return kind
+        return None
 
     @property
     def entry(self) -> Field | None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stamo_dist.recipe.policy import Policy, policy_problems
+from stamo_dist.recipe.sampling import Augment, Shuffle
 from stamo_dist.recipe.section import (
     Fraction,
     NonNegativeInt,
@@ -39,6 +41,10 @@ class Source(Section):
     horizon: PositiveInt | None = Field(
         None, description="data.horizon of this source, at most that: at 5 Hz fewer frames are as long as at 20 Hz."
     )
+    actions: bool = Field(True, description="Read its actions; false takes it as video, whatever it holds.")
+    instruction: str | None = Field(
+        None, description="Instruction of its episodes that have none; a policy needs one for each."
+    )
 
     @field_validator("weight")
     @classmethod
@@ -60,30 +66,6 @@ class Source(Section):
     @property
     def used(self) -> bool:
         return self.weight == "natural" or any(self.weights(0).values())
-
-
-class Shuffle(Section):
-    """Sample order: mosaicml-streaming's, elastic in the number of processes."""
-
-    enabled: bool = Field(True, description="Shuffle the samples; false reads every source in its stored order.")
-    algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
-        "py1e", description="streaming's shuffle algorithm, applied to groups of about a million samples of a source."
-    )
-    block_size: PositiveInt = Field(262_144, description="Samples that are shuffled together.")
-
-
-class Augment(Section):
-    """Image augmentation, keyed by (seed, epoch, sample): workers and restarts do not change it."""
-
-    crop: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Smallest side of the random crop relative to the image; 1 turns cropping off."
-    )
-    brightness: Fraction = Field(0.0, description="Largest relative change of brightness.")
-    contrast: Fraction = Field(0.0, description="Largest relative change of contrast.")
-
-    @property
-    def active(self) -> bool:
-        return self.crop < 1 or self.brightness > 0 or self.contrast > 0
 
 
 class Data(Section):
@@ -327,12 +309,13 @@ class Recipe(Section):
     """One run: data, model, schedule, strategy."""
 
     name: str = Field("", description="Name of the run; the recipe's file name when omitted.")
-    stage: Literal["tokenizer", "vae"] = Field("tokenizer", description="What is trained.")
+    stage: Literal["tokenizer", "vae", "policy"] = Field("tokenizer", description="What is trained.")
     run_dir: str = Field("", description="The run folder; runs/NAME when omitted.")
     seed: NonNegativeInt = Field(0, description="Seed of initialisation, sample order, augmentation and noise.")
     data: Data
     model: Model = Model()
     flow: Flow = Flow()
+    policy: Policy = Policy()
     optimizer: Optimizer = Optimizer()
     train: Train
     strategy: Strategy = Strategy()
@@ -361,6 +344,8 @@ class Recipe(Section):
             problems.append("data.latents: the cache holds posterior means; set model.vae.latent: mean")
         if self.data.latents == "cached" and self.stage == "vae":
             problems.append("data.latents: the vae stage needs the pixels; set data.latents: online")
+        if self.stage == "policy":
+            problems += policy_problems(self.policy, self.data)
         if problems:
             raise ValueError("\n".join(problems))
         return self

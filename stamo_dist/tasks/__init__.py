@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from stamo_dist.data.mixture import Mixture
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import Task
 
 
-def build_task(recipe: Recipe) -> Task:
+def check_task(recipe: Recipe, mixture: Mixture) -> None:
+    """Whether the stage can use the data, before anything is built or written.
+
+    Raises:
+        StamoError: It cannot; everything that is wrong at once.
+    """
+    if recipe.stage == "policy":
+        from stamo_dist.tasks.policy_data import PolicyData
+
+        PolicyData(recipe, mixture)
+
+
+def build_task(recipe: Recipe, mixture: Mixture) -> Task:
     """The stage the recipe names, with its model built on the CPU."""
     if recipe.stage == "vae":
         from stamo_dist.tasks.vae import VAETask
 
         return VAETask(recipe)
+    if recipe.stage == "policy":
+        from stamo_dist.tasks.policy import PolicyTask
+
+        return PolicyTask(recipe, mixture)
     from stamo_dist.tasks.tokenizer import TokenizerTask
 
     return TokenizerTask(recipe)

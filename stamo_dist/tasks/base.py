@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +17,14 @@ from stamo_dist.tasks.noise import StepNoise
 
 @dataclass
 class LossOutput:
-    """`loss`: the scalar to differentiate, the mean of the first term. `per_sample`: term → (B,)."""
+    """`loss`: the scalar to differentiate, the mean of the first term. `per_sample`: term → (B,).
+
+    `present`: term → (B,) bool, which samples have it, for terms that some samples lack; theirs are 0.
+    """
 
     loss: Tensor
     per_sample: dict[str, Tensor]
+    present: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Task(Protocol):

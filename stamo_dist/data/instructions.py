@@ -1,0 +1,63 @@
+"""What each sample of a mixture asks the robot to do: the few distinct texts, and which of them a sample has."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.schema import read_episodes
+from stamo_dist.data.sources import fetch_episodes
+from stamo_dist.errors import DataError
+
+_NAMED = 3
+
+
+class Instructions:
+    """Texts by sample number, from the episode tables alone: no frame is opened, and no text travels with a batch.
+
+    An episode without an instruction takes `data.sources.NAME.instruction`.
+
+    Attributes:
+        texts: The distinct instructions, sorted.
+
+    Raises:
+        DataError: Episodes have none; all sources at once.
+    """
+
+    def __init__(self, mixture: Mixture):
+        problems: list[str] = []
+        begins: list[np.ndarray] = []
+        texts: list[list[str]] = []
+        offset = 0
+        for name, folders in zip(mixture.sources, mixture.opened, strict=True):
+            source = mixture.data.sources[name]
+            for folder in folders:
+                episodes = read_episodes(fetch_episodes(folder, source.split), source.split)
+                found = [(e.instruction or source.instruction or "").strip() for e in episodes]
+                if silent := [e.id for e, text in zip(episodes, found, strict=True) if not text]:
+                    more = ", …" if len(silent) > _NAMED else ""
+                    problems.append(
+                        f"data.sources.{name}: {len(silent)} of {len(episodes)} episodes of {folder.path} have no "
+                        f"instruction ({', '.join(silent[:_NAMED])}{more}); set data.sources.{name}.instruction"
+                    )
+                starts = np.array([e.start for e in episodes], np.int64)
+                for _ in dict.fromkeys(folder.manifest.cameras if source.cameras is None else source.cameras):
+                    begins.append(offset + starts)
+                    texts.append(found)
+                    offset += folder.manifest.splits[source.split].frames
+        if problems:
+            raise DataError("\n".join(problems))
+        self.texts = sorted({text for found in texts for text in found})
+        number = {text: i for i, text in enumerate(self.texts)}
+        self._begins = torch.from_numpy(np.concatenate(begins))  # (episodes,) each one's first sample
+        self._numbers = torch.tensor([number[text] for found in texts for text in found])
+
+    def of(self, samples: Tensor) -> Tensor:
+        """Sample numbers, int64 (b,) → index into `texts`, int64 (b,)."""
+        episodes = torch.searchsorted(self._begins, samples, right=True) - 1
+        return self._numbers[episodes]
+
+    def to(self, device: torch.device) -> None:
+        self._begins, self._numbers = self._begins.to(device), self._numbers.to(device)

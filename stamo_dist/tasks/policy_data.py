@@ -1,0 +1,134 @@
+"""What a policy needs of its data beside frames, checked before training: instructions, statistics, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers' models
+from stamo_dist.data.instructions import Instructions
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import DataError, RecipeError, StamoError
+from stamo_dist.models import weights
+from stamo_dist.models.openvla import load
+from stamo_dist.models.openvla.actions import Range, Statistics
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.tokenizer import exported
+from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.schema import Recipe
+
+
+class PolicyData:
+    """Made from the manifests and episode tables; no frame is read and no model built.
+
+    Attributes:
+        folder: Of the checkpoint to start from, if any.
+        config: Of the network.
+        instructions: What each sample asks for.
+        statistics: As inference reads them, of each source with actions.
+        actions, proprio: Range of each source, None where it has none or the policy reads none.
+
+    Raises:
+        StamoError: The policy cannot be trained on this data; everything that is wrong at once.
+    """
+
+    def __init__(self, recipe: Recipe, mixture: Mixture):
+        cfg = recipe.policy
+        self.folder, self.config = network_config(cfg)
+        window = mixture.window
+        assert window is not None, "a policy's recipe has a horizon"
+        problems: list[str] = _image_size(cfg, self.config, recipe.data.image_size)
+        try:
+            self.instructions = Instructions(mixture)
+        except DataError as error:
+            problems += str(error).splitlines()
+        if not window.action_dim:
+            problems.append("data.sources: none of them has actions; a policy needs those of one at least")
+        if cfg.proprio and not window.proprio_dim:
+            problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
+        found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
+        for name, folders in zip(mixture.sources, mixture.opened, strict=True):
+            manifests = [folder.manifest for folder in folders]
+            acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
+            feels = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
+            if (acts or feels) and len(folders) > 1:
+                problems.append(
+                    f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"
+                )
+                continue
+            path, stats = folders[0].path, manifests[0].stats
+            wanted = {"action": (acts, window.action_dim), "proprio": (feels, window.proprio_dim)}
+            ranges: dict[str, Range | None] = {"action": None, "proprio": None}
+            for column, (read, dim) in wanted.items():
+                if not read:
+                    continue
+                if column not in stats:
+                    problems.append(
+                        f"data.sources.{name}: {path} has no statistics of its {column}; run `stamo data stats {path}`"
+                    )
+                elif len(stats[column].q01) != dim:
+                    problems.append(
+                        f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
+                        f"{dim}; leave one out or set its actions: false"
+                    )
+                else:
+                    values = stats[column].model_dump()
+                    ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
+                    found.setdefault(name, {})[column] = values
+            if name in found:
+                split = manifests[0].splits[mixture.data.sources[name].split]
+                found[name] |= {"num_transitions": split.frames, "num_trajectories": split.episodes}
+            self.actions.append(ranges["action"])
+            self.proprio.append(ranges["proprio"])
+        if problems:
+            head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
+        self.statistics = Statistics(found, "the recipe's sources")
+
+
+def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
+    """The folder of `policy.weights`, if there are any, and the network's configuration.
+
+    Raises:
+        RecipeError: fields of `policy.config` that OpenVLA or Llama does not have.
+        CheckpointError: the checkpoint is missing or of another model.
+    """
+    if cfg.weights is not None:
+        folder = load.locate(cfg.weights)
+        config = OpenVLAConfig.from_folder(folder, load.FIELD, cfg.config.get("timm_kwargs") or ())
+        return folder, config.with_vision(cfg.vision)
+    problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
+    text: Mapping[str, Any] = cfg.config.get("text_config") or {}
+    problems += weights.unknown_keys(text, [*LlamaConfig().to_dict(), "torch_dtype"], "policy.config.text_config")
+    if problems:
+        raise RecipeError(problems)
+    raw = {**OPENVLA_7B, **cfg.config, "text_config": {**OPENVLA_7B["text_config"], **text}}
+    config = OpenVLAConfig.from_dict(raw, "policy.config")
+    if config.pad != config.text_vocabulary:
+        raise RecipeError([
+            f"policy.config.pad_token_id: {config.pad}, but a text tokenizer learnt from the instructions pads with "
+            f"{config.text_vocabulary}: text_config.vocab_size less pad_to_multiple_of"
+        ])  # fmt: skip
+    return None, config.with_vision(cfg.vision)
+
+
+def _image_size(cfg: Policy, config: OpenVLAConfig, frames: int) -> list[str]:
+    wanted = {f"policy.vision: {cfg.vision}": [tower.image_size] for tower in config.towers}
+    problems = []
+    if cfg.tokenizer is not None and (cfg.world is not None or cfg.vision == "stamo"):
+        try:
+            about = exported(cfg.tokenizer)[1]
+            # It has seen its frames through an encoder that resizes them.
+            wanted["policy.tokenizer"] = [about["image_size"], about["model"]["encoder"]["image_size"]]
+        except StamoError as error:
+            problems.append(f"policy.tokenizer: {error}")
+    problems += [
+        f"data.image_size: frames of {frames} px, but {reader} reads {sizes[0]} px; convert the data with --size "
+        f"{sizes[0]} and set data.image_size: {sizes[0]}"
+        for reader, sizes in wanted.items()
+        if frames not in sizes
+    ]
+    return problems
