@@ -39,9 +39,9 @@ _COLUMNS = {
 }
 _ABOUT = (
     f"Split {SPLIT!r}, first camera: the motion E(o_t) − E(o_0) of one episode is added to the state of the first "
-    "frame of another episode and decoded. motion kept: the decoded pictures are encoded again; cosine of their motion with "
-    "the one that was added, mean over the times after the first. scene kept: PSNR against the scene's first frame "
-    "over the pixels that are not moving ones. pixels added: the same with pixels for states, no model. "
+    "frame of another episode and decoded. motion kept: the decoded pictures are encoded again; cosine of their motion "
+    "with the one that was added, mean over the times after the first. scene kept: PSNR against the scene's first "
+    "frame over the pixels that are not moving ones. pixels added: the same with pixels for states, no model. "
     f"scene alone: the scene's state decoded at every time. {MOVING_RULE}"
 )
 
