@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -93,12 +94,13 @@ class Result:
         table = Table(title=f"{self.title} · {self.provenance.recipe}, step {self.provenance.step}", title_style="bold")
         group = next(iter(self.columns))
         for key, heading in self.columns.items():
-            table.add_column(heading, justify="left" if isinstance(self.rows[0][key], str) else "right")
+            table.add_column(heading, justify="left" if isinstance(self.rows[0][key], str) else "right", no_wrap=True)
         for before, row in zip([None, *self.rows], self.rows, strict=False):
             if before is not None and before[group] != row[group]:
                 table.add_section()
             table.add_row(*(show_value(row[key]) for key in self.columns))
-        console.print(table)
+        whole = Measurement.get(console, console.options.update(max_width=400), table).maximum
+        console.print(table, width=max(console.width, whole), crop=False, soft_wrap=True)
         for note in [*self.notes, f"wrote {folder}"]:
             console.print(note, highlight=False, soft_wrap=True)
 
