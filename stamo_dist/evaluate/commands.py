@@ -60,3 +60,77 @@ def interpolate(
     from stamo_dist.evaluate.interpolate import interpolate as measure
 
     measure(run, checkpoint=checkpoint, episodes=episodes, points=points, start=start, span=span, steps=steps, out=out)
+
+
+@app.command()
+def probe(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", metavar="N", min=1, help="Frames between the two; may be repeated. 1, 2, 4, 8 if omitted."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Heads of each kind, for the spread.")] = 3,
+    episodes: Annotated[int, typer.Option(metavar="N", min=2, help="Most episodes of each split of a source.")] = 256,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60,
+    patch_dim: Annotated[int, typer.Option(metavar="N", min=1, help="Most numbers of patch tokens.")] = 4096,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames encoded at once.")] = 64,
+    out: OutOption = None,
+) -> None:
+    """Read the k actions between two frames from their motion: state against pixels, encoder and random weights.
+
+    Started again after a kill it goes on; the features of the frames are kept for the next time.
+
+    Example: stamo eval probe runs/tokenizer_demo --seeds 3
+    """
+    from stamo_dist.evaluate.probe import probe as measure
+
+    measure(
+        run, checkpoint=checkpoint, ks=sorted(set(k or (1, 2, 4, 8))), seeds=seeds, episodes=episodes, epochs=epochs,
+        patch_dim=patch_dim, batch=batch, out=out,
+    )  # fmt: skip
+
+
+@app.command()
+def transfer(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    pairs: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs of episodes, of each two sources.")] = 2,
+    points: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures of a motion, the first included.")] = 7,
+    span: Annotated[int, typer.Option(metavar="N", min=1, help="Frames a motion lasts.")] = 32,
+    steps: StepsOption = None,
+    out: OutOption = None,
+) -> None:
+    """Add the motion of one held-out episode to the state of another scene and decode it.
+
+    Example: stamo eval transfer runs/tokenizer_demo --span 48
+    """
+    from stamo_dist.evaluate.transfer import transfer as measure
+
+    measure(run, checkpoint=checkpoint, pairs=pairs, points=points, span=span, steps=steps, out=out)
+
+
+@app.command()
+def speed(
+    run: RunArgument,
+    *,
+    checkpoint: CheckpointOption = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=1, help="Frames at once; may be repeated. 1, 16 if omitted.")
+    ] = None,
+    calls: Annotated[int, typer.Option(metavar="N", min=2, help="Timed calls of each part.")] = 30,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="cpu|cuda", help="May be repeated; all there are if omitted.")
+    ] = None,
+    steps: StepsOption = None,
+    out: OutOption = None,
+) -> None:
+    """Frames a second through the encoder, to the state, and back; warm, median and spread.
+
+    Example: stamo eval speed runs/tokenizer_demo --batch 1 --batch 64
+    """
+    from stamo_dist.evaluate.speed import speed as measure
+
+    measure(run, checkpoint=checkpoint, batches=batch or (1, 16), calls=calls, devices=device, steps=steps, out=out)

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -54,7 +55,9 @@ class Figure:
 class Result:
     """One measurement: a table, what was noticed, pictures, and where it comes from.
 
-    `columns` maps the keys of `rows` to headings, in order. `stamo report` shows any result of this form.
+    `columns` maps the keys of `rows` to headings, in order; rows that share the first are one group. `stamo report`
+    shows any result of this form, and puts the columns in `better` (key → "higher" or "lower") of several runs side by
+    side: rows that agree in all columns of `by` are compared.
     """
 
     name: str
@@ -66,6 +69,9 @@ class Result:
     provenance: Provenance
     notes: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    by: list[str] = field(default_factory=list)
+    better: dict[str, str] = field(default_factory=dict)
+    partial: str | None = None  # how much of it is there, of a measurement that has not ended
 
     def write(self, folder: Path) -> None:
         """Write NAME.csv and, last, NAME.json: what it names is there. Pictures of the result it replaces go."""
@@ -83,16 +89,56 @@ class Result:
 
     def show(self, console: Console, folder: Path) -> None:
         """Print the table, the notes and where it was written."""
+        if self.partial:
+            console.print(f"PARTIAL: {self.partial}", style="bold yellow")
         table = Table(title=f"{self.title} · {self.provenance.recipe}, step {self.provenance.step}", title_style="bold")
+        group = next(iter(self.columns))
         for key, heading in self.columns.items():
-            table.add_column(heading, justify="left" if isinstance(self.rows[0][key], str) else "right")
+            table.add_column(heading, justify="left" if isinstance(self.rows[0][key], str) else "right", no_wrap=True)
         for before, row in zip([None, *self.rows], self.rows, strict=False):
-            if before is not None and before["source"] != row["source"]:
+            if before is not None and before[group] != row[group]:
                 table.add_section()
             table.add_row(*(show_value(row[key]) for key in self.columns))
-        console.print(table)
+        whole = Measurement.get(console, console.options.update(max_width=400), table).maximum
+        console.print(table, width=max(console.width, whole), crop=False, soft_wrap=True)
         for note in [*self.notes, f"wrote {folder}"]:
             console.print(note, highlight=False, soft_wrap=True)
+
+
+class Trials:
+    """Finished parts of a measurement, a line each, so that a killed one goes on where it was.
+
+    Parts of another `identity` (weights, data, settings) are thrown away.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self._path, self._done = path, dict[str, Any]()
+        head = json.dumps(identity, sort_keys=True, default=str)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        if not lines or lines[0] != head:
+            write_atomic(path, head + "\n")
+            return
+        for line in lines[1:]:
+            try:
+                part = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            self._done[part["part"]] = part["value"]
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def get(self, part: str, measure: Callable[[], Any]) -> Any:
+        """What an earlier start measured, or measure it now; the value must be what JSON can hold."""
+        if part not in self._done:
+            self._done[part] = value = measure()
+            with self._path.open("a") as f:
+                f.write("\n" + json.dumps({"part": part, "value": value}))
+        return self._done[part]
+
+    def close(self) -> None:
+        """All is measured and written elsewhere."""
+        self._path.unlink(missing_ok=True)
 
 
 def known(value: float) -> float | None:

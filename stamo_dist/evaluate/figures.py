@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +54,29 @@ def save_gif(path: Path, frames: Sequence[Sequence[Tensor]], *, cell: int, fps: 
         sheets.append(sheet)
     sheets += sheets[-2:0:-1]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps), loop=0)
+
+
+def save_lines(
+    path: Path, xs: Sequence[float], lines: Mapping[str, Sequence[float | None]], *, x: str, y: str, strong: str
+) -> None:
+    """Write a chart of named lines over `xs` as PNG; `strong` is drawn bold, missing values leave gaps."""
+    from matplotlib.figure import Figure as Chart
+
+    grey = "#808080"
+    chart = Chart(figsize=(6.4, 4), dpi=110, layout="constrained")
+    axes = chart.subplots()
+    for name, values in lines.items():
+        heights = [float("nan") if value is None else value for value in values]
+        axes.plot(xs, heights, marker="o", label=name, linewidth=3 if name == strong else 1.4)
+    axes.set_xticks(list(xs), [f"{value:g}" for value in xs], color=grey)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x, color=grey)
+    axes.set_ylabel(y, color=grey)
+    axes.tick_params(colors=grey)
+    axes.spines[:].set_color(grey)
+    axes.set_facecolor("none")
+    axes.legend(frameon=False, labelcolor=grey, fontsize=8)
+    chart.savefig(path, transparent=True)
 
 
 def cell_size(image_size: int) -> int:

@@ -102,7 +102,10 @@ def interpolate(
             rows += [_row(source.name, kind, values) for kind, values in scores.items()]
 
     settings = {"episodes": episodes, "points": points, "start": start, "span": span, "steps": steps}
-    result = Result(NAME, "Interpolation of states", _ABOUT, _COLUMNS, rows, settings, provenance, [], strips + gifs)
+    result = Result(
+        NAME, "Interpolation of states", _ABOUT, _COLUMNS, rows, settings, provenance, [], strips + gifs,
+        by=["source", "image"], better=dict.fromkeys(("psnr", "psnr_moving", "spearman"), "higher"),
+    )  # fmt: skip
     result.write(folder)
     result.show(console, folder)
     return result

@@ -114,8 +114,9 @@ def reconstruct(
     rows = [_row(name, kind, table[kind]) for name, table in tables.items() for kind in KINDS]
     settings = {"frames": frames, "steps": steps}
     result = Result(
-        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures
-    )
+        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures,
+        by=["source", "image"], better=dict.fromkeys(("psnr", "ssim", "psnr_moving"), "higher"),
+    )  # fmt: skip
     result.write(folder)
     result.show(console, folder)
     return result

@@ -28,7 +28,13 @@ from stamo_dist.recipe.schema import Recipe, Source
 from stamo_dist.report.charts import Series, line_chart
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
-_FIRST = ("reconstruct", "interpolate")  # evaluations that open the page; the rest follow by name
+_FIRST = (
+    "reconstruct",
+    "interpolate",
+    "transfer",
+    "probe",
+    "speed",
+)  # evaluations that open the page; the rest follow by name
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,45 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
             [run.curve("samples_per_second", label=_label(run, loaded)) for run in loaded], zero=True
         ),
     }
-    page = template.render(runs=loaded, labels=[_label(run, loaded) for run in loaded], together=together)
+    labels = [_label(run, loaded) for run in loaded]
+    page = template.render(runs=loaded, labels=labels, together=together, compared=compare(loaded))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, page)
     except OSError as e:
         raise RunError(f"{target}: cannot be written ({e.strerror}); choose another with --out") from e
     return target
+
+
+def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Evaluations that two runs or more have, row for row: what to call a row, and each run's numbers in its columns.
+
+    Of a run's several results of one name, that in the folder of the name counts.
+    """
+    tables: dict[str, list[dict[str, Any] | None]] = {}
+    for i, run in enumerate(runs):
+        for found in run.evaluations:
+            if found["by"] and found["place"] == found["name"]:
+                tables.setdefault(found["name"], [None] * len(runs))[i] = found
+    compared = []
+    for several in tables.values():
+        there = [table for table in several if table is not None]
+        if len(there) < 2:
+            continue
+        by, better, headings = there[0]["by"], there[0]["better"], there[0]["columns"]
+        indexed = [{tuple(row.get(k) for k in by): row for row in table["rows"]} if table else {} for table in several]
+        rows = []
+        for key in dict.fromkeys(key for table in indexed for key in table):
+            cells: list[tuple[Any, bool]] = []
+            for column, direction in better.items():
+                values = [table.get(key, {}).get(column) for table in indexed]
+                finite = [value for value in values if value is not None]
+                best = (max if direction == "higher" else min)(finite) if len(set(finite)) > 1 else None
+                cells += [(value, value is not None and value == best) for value in values]
+            rows.append({"key": key, "cells": cells})
+        columns = [headings.get(column, column) for column in better]
+        compared.append({"title": there[0]["title"], "by": [headings[k] for k in by], "rows": rows, "columns": columns})
+    return compared
 
 
 def read_run(folder: RunFolder) -> Run:
@@ -158,7 +196,9 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     result = _read_json(path)
     try:
         figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
-        return {**{key: result[key] for key in _SHOWN}, "figures": figures}
+        shown = {key: result[key] for key in _SHOWN}
+        kept = {"by": result.get("by", []), "better": result.get("better", {}), "partial": result.get("partial")}
+        return {"name": path.stem, "place": path.parent.name, **shown, **kept, "figures": figures}
     except (KeyError, TypeError, OSError) as e:
         raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
 
