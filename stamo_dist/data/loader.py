@@ -82,7 +82,7 @@ class Batch:
 
 def build_loader(
     mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
-    latents: str | None = None,
+    latents: str | None = None, groups: int = 1,
 ) -> Loader:  # fmt: skip
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
@@ -93,6 +93,7 @@ def build_loader(
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
         latents: With `latents: cached`, the fingerprint of the VAE whose cache to read.
+        groups: Virtual workers of this process, a power of two; the samples of each follow one another.
 
     Raises:
         DataError: Cached latents are asked for and not there.
@@ -109,7 +110,9 @@ def build_loader(
         spec = find_latents(mixture.shards, latents)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
-    return Loader(mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec)
+    return Loader(
+        mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec, groups=groups
+    )
 
 
 class Loader:
@@ -122,7 +125,7 @@ class Loader:
 
     def __init__(
         self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
-        latents: LatentSpec | None,
+        latents: LatentSpec | None, groups: int,
     ):  # fmt: skip
         self._mixture = mixture
         self._latents = latents
@@ -148,7 +151,7 @@ class Loader:
         self._reader = None if workers else Reader(spec, self._slots)
         self._pool = Pool(spec, self._slots, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor))
+        self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor, groups))
         self._coming: deque[Cursor] = deque()
         self._ahead = Ahead(lambda: self._read().pin()) if pin else None
         self._closed = False
@@ -230,15 +233,17 @@ class Loader:
         return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, **tensors)
 
 
-def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor) -> Iterator[Position]:
+def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor, groups: int) -> Iterator[Position]:
+    order = [0]
+    while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
+        order = [k for first in order for k in (first, first + len(order))]
     batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
     while True:
         plan = mixture.plan(batch, at_a_time)
         for samples, passes in zip(plan.samples, plan.passes, strict=True):
             batch += 1
-            yield Position(
-                Cursor(batch * mixture.global_batch), samples[rank::world_size].copy(), passes[rank::world_size]
-            )
+            mine = np.concatenate([np.arange(rank + k * world_size, len(samples), groups * world_size) for k in order])
+            yield Position(Cursor(batch * mixture.global_batch), samples[mine], passes[mine])
         if len(plan.samples) < at_a_time:
             return
 

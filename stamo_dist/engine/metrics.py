@@ -30,12 +30,13 @@ class StepSums:
     """Sums over the samples of one optimizer step on this rank: loss terms and counts, per source."""
 
     terms: tuple[str, ...]
+    #: float64, in which sums of so few float32 are exact: no order of samples or ranks changes them.
     #: (2 · terms + 2, sources): the sums, how many samples each is over, all samples, those in place of unreadable ones
     values: Tensor
 
     @classmethod
     def empty(cls, terms: Sequence[str], sources: int, device: torch.device) -> StepSums:
-        return cls(tuple(terms), torch.zeros(2 * len(terms) + 2, sources, device=device, dtype=torch.float32))
+        return cls(tuple(terms), torch.zeros(2 * len(terms) + 2, sources, device=device, dtype=torch.float64))
 
     def add(
         self, per_sample: dict[str, Tensor], source: Tensor, replaced: Tensor | None = None,
@@ -46,7 +47,7 @@ class StepSums:
         there = [present.get(t, ones) for t in self.terms]
         rows = [*(per_sample[t].detach() for t in self.terms), *there, ones]
         rows.append(torch.zeros_like(source) if replaced is None else replaced)
-        self.values.index_add_(1, source, torch.stack([row.float() for row in rows]))
+        self.values.index_add_(1, source, torch.stack([row.double() for row in rows]))
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ class Reducer:
     def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, lap: Lap, signal: int = 0) -> None:
         """`signal`: number of the one that asks this rank to stop, 0 for none."""
         values = sums.values
-        finite = values.isfinite().all().float()
-        own = torch.tensor([lap.alone, float(signal)], device=self._device)
-        ranks = torch.zeros(3, self._ranks, device=self._device)
+        finite = values.isfinite().all().double()
+        own = torch.tensor([lap.alone, float(signal)], device=self._device, dtype=torch.float64)
+        ranks = torch.zeros(3, self._ranks, device=self._device, dtype=torch.float64)
         ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():

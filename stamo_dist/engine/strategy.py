@@ -106,6 +106,10 @@ class Engine:
             return None
         if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward, or skipped the step
             return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
+        return self.step()
+
+    def step(self) -> float:
+        """Clip the gradient and step, unless its norm, which is returned, is not finite. Not for ZeRO."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # the step's one wait for the device
         if math.isfinite(norm):
@@ -164,8 +168,10 @@ def _accelerator(
     on_gpu = torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
+    parts = batching.accumulation * (batching.world_size if batching.virtual else 1)
     common: dict[str, Any] = {
-        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_accumulation_steps": parts,
         "mixed_precision": "bf16" if precision == "bf16" else "no",
         "kwargs_handlers": [
             InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
@@ -227,4 +233,11 @@ def build(
     """
     accelerator = _accelerator(strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes)
     module, optimizer = accelerator.prepare(module, optimizer)
-    return Engine(strategy.name, world, accelerator, module, optimizer, clip)
+    if batching.virtual is None:
+        return Engine(strategy.name, world, accelerator, module, optimizer, clip)
+    from stamo_dist.engine.virtual import VirtualEngine
+
+    return VirtualEngine(
+        strategy.name, world, accelerator, module, optimizer, clip, workers=batching.workers,
+        micro_batches=batching.accumulation // batching.workers,
+    )  # fmt: skip

@@ -264,6 +264,10 @@ class Train(Section):
     micro_batch: PositiveInt = Field(
         32, description="Most samples one process puts through the model at once; accumulation is derived."
     )
+    virtual_workers: PositiveInt | None = Field(
+        None,
+        description="A power of two: losses are the same to the bit on 1, 2, 4, … up to so many processes; ddp only.",
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the model; states stay fp32.")
     gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
     compile: bool = Field(False, description="torch.compile the DiT block by block and the frozen parts.")
@@ -344,6 +348,14 @@ class Recipe(Section):
             problems.append("data.latents: the cache holds posterior means; set model.vae.latent: mean")
         if self.data.latents == "cached" and self.stage == "vae":
             problems.append("data.latents: the vae stage needs the pixels; set data.latents: online")
+        if virtual := self.train.virtual_workers:
+            if self.strategy.name != "ddp":
+                problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {self.strategy.name}")
+            if virtual & (virtual - 1) or self.train.global_batch % virtual:
+                problems.append(
+                    f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
+                    f"({self.train.global_batch})"
+                )
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:
@@ -358,6 +370,12 @@ class Batching(Section):
     per_rank: int
     micro_batch: int
     accumulation: int
+    virtual: int | None = None  # virtual workers of all processes
+
+    @property
+    def workers(self) -> int:
+        """Virtual workers of one process."""
+        return 1 if self.virtual is None else self.virtual // self.world_size
 
 
 def batching(train: Train, world_size: int) -> Batching:
@@ -372,8 +390,17 @@ def batching(train: Train, world_size: int) -> Batching:
             f"train.global_batch: {train.global_batch} is not divisible by {world_size} processes; "
             f"it runs on {', '.join(map(str, fits))}"
         )
-    per_rank = train.global_batch // world_size
-    accumulation = next(k for k in range(1, per_rank + 1) if per_rank % k == 0 and per_rank // k <= train.micro_batch)
+    per_rank, virtual = train.global_batch // world_size, train.virtual_workers
+    if virtual and virtual % world_size:
+        fits = [w for w in range(1, virtual + 1) if virtual % w == 0]
+        raise ValueError(
+            f"train.virtual_workers: {virtual} cannot be shared by {world_size} processes; it runs on "
+            f"{', '.join(map(str, fits))}"
+        )
+    workers = virtual // world_size if virtual else 1
+    each = per_rank // workers
+    parts = next(k for k in range(1, each + 1) if each % k == 0 and each // k <= train.micro_batch)
     return Batching(
-        world_size=world_size, per_rank=per_rank, micro_batch=per_rank // accumulation, accumulation=accumulation
-    )
+        world_size=world_size, per_rank=per_rank, micro_batch=each // parts, accumulation=parts * workers,
+        virtual=virtual,
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Data parallelism whose gradient is the same, to the bit, on any number of processes.
+
+The global batch is cut into V virtual workers, whatever the number of processes W: number v has samples v, v + V, …
+of it. Each one's gradient comes from micro-batches of one size, and the V gradients are summed as the leaves of one
+binary tree, v with v + V/2 first. A process works for v = rank, rank + W, …, which are whole subtrees; what is left of
+the tree is summed on every process in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stamo_dist.engine.strategy import Engine, tie
+
+_BUCKET = 1 << 24  # elements that are exchanged at a time
+
+
+@dataclass
+class VirtualEngine(Engine):
+    """An `Engine` for ddp; `micro_batches` of each virtual worker, `workers` of this process."""
+
+    workers: int = 1
+    micro_batches: int = 1
+    _done: int = 0  # micro-batches of this step
+    #: (virtual workers in the sum, the sum by parameter): subtrees, largest first.
+    _sums: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        with self.accelerator.no_sync(self.module):
+            yield
+
+    def backward(self, loss: Tensor) -> float | None:
+        self.accelerator.backward(tie(loss))
+        self._done += 1
+        if self._done % self.micro_batches:
+            return None
+        self._add()
+        if self._done < self.micro_batches * self.workers:
+            return None
+        self._done = 0
+        [(_, gradients)] = self._sums
+        self._sums.clear()
+        for parameter, gradient in zip(self._parameters, _over_processes(gradients), strict=True):
+            parameter.grad = gradient
+        return self.step()
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _add(self) -> None:
+        """Take over the gradient of a virtual worker that is done; two subtrees of one size become one."""
+        size, found = 1, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        while self._sums and self._sums[-1][0] == size:
+            before = self._sums.pop()[1]
+            found = [a.add_(b) for a, b in zip(before, found, strict=True)]
+            size *= 2
+        self._sums.append((size, found))
+
+
+def _over_processes(gradients: list[Tensor]) -> list[Tensor]:
+    """The sums over all processes, each process' as the leaf of the same tree."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return gradients
+    out: list[Tensor] = []
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.flatten() for g in bucket])
+        leaves = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+        dist.all_gather(leaves, flat)
+        while (half := len(leaves) // 2) >= 1:
+            leaves = [a.add_(b) for a, b in zip(leaves[:half], leaves[half:], strict=True)]
+        parts = leaves[0].split([g.numel() for g in bucket])
+        out += [part.view_as(g) for part, g in zip(parts, bucket, strict=True)]
+    return out
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
