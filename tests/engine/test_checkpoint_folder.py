@@ -9,7 +9,7 @@ import torch
 
 from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, damage, read_marker
-from stamo_dist.engine.parts import DcpPart
+from stamo_dist.engine.parts import DcpPart, Staging
 from stamo_dist.engine.retention import clean, complete, folder_of, part_of, scan, superseded
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.schema import Checkpoint
@@ -19,7 +19,7 @@ def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:
     """A checkpoint that holds the tensor `step`."""
     folder = folder_of(checkpoints, step)
     files: dict[str, Stored] = {}
-    part = DcpPart("dcp", {"module": {"w": torch.full((50,), float(step))}}, staged=False)
+    part = DcpPart("dcp", {"module": {"w": torch.full((50,), float(step))}}, staging=None)
     folder.mkdir(parents=True)
     part.finish(folder, files, [part.write(folder, files)])
     state = RunState(step, cursor={"samples": 8 * step}, samples=[5, 3])
@@ -80,7 +80,7 @@ def test_what_is_staged_is_what_is_written(tmp_path):
     """Training goes on while the copy is on its way to the disk."""
     model = torch.nn.Linear(30, 20)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = DcpPart("dcp", {"module": model.state_dict()}, staged=True)
+    part = DcpPart("dcp", {"module": model.state_dict()}, staging=Staging())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)

@@ -21,7 +21,7 @@ DEAD = replace(HERE, started="0")
 
 
 def events(text: str) -> list[Event]:
-    return [Event(word, job="7") for word in ("submitted " + text).split()]  # type: ignore[arg-type]
+    return [Event(word, job="7", time=NOW.isoformat()) for word in ("submitted " + text).split()]  # type: ignore[arg-type]
 
 
 def job(state: str, reason: str = "None", start: float | None = None) -> Job:
