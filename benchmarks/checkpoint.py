@@ -36,6 +36,7 @@ from stamo_dist.engine.processes import barrier, broadcast, leave
 from stamo_dist.engine.saver import Saver
 from stamo_dist.engine.world import world_from_environment
 from stamo_dist.recipe import schema
+from stamo_dist.recipe.batching import batching
 
 WIDTH = 1024
 BLOCK = 12 * WIDTH * WIDTH  # parameters, nearly
@@ -64,7 +65,7 @@ class Training:
         train = schema.Train(steps=1, global_batch=options.batch * world.size, micro_batch=options.batch)
         self.engine = strategy.build(
             model, adamw(model, recipe), schema.Strategy(name=options.strategy), world,
-            schema.batching(train, world.size), clip=1.0, precision="fp32", block_classes=("TransformerEncoderLayer",),
+            batching(train, world.size), clip=1.0, precision="fp32", block_classes=("TransformerEncoderLayer",),
         )  # fmt: skip
         self.parameters = sum(p.numel() for p in model.parameters())
         self.data = torch.randn(options.batch, options.tokens, WIDTH, device=self.engine.device)

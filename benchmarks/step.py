@@ -37,6 +37,7 @@ from stamo_dist.engine.processes import leave
 from stamo_dist.engine.world import world_from_environment
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.recipe import schema
+from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.load import load
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.noise import Noise
@@ -107,7 +108,7 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
         train(loaded, world)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     recipe = loaded.recipe
-    plan = schema.batching(recipe.train, world.size)
+    plan = batching(recipe.train, world.size)
     calls = 2 * plan.accumulation
     model = [sum(inside[i : i + calls]) for i in range(0, steps * calls, calls)][steps // 2 :]
     ends = [line["seconds"] for line in lines]
@@ -152,7 +153,7 @@ def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callabl
     world = world_from_environment()
     task = build_task(recipe)
     engine = strategy.build(
-        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, schema.batching(recipe.train, 1),
+        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, batching(recipe.train, 1),
         clip=1.0, precision="bf16", block_classes=task.block_classes,
     )  # fmt: skip
     task.place(engine.device, torch.bfloat16)

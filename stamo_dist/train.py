@@ -32,8 +32,8 @@ from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export, exported_step
+from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
-from stamo_dist.recipe.schema import Batching, batching
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise

@@ -32,7 +32,8 @@ from stamo_dist.engine.compiling import clear_dead_locks
 from stamo_dist.engine.processes import PATIENCE
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
-from stamo_dist.recipe.schema import Batching, Strategy
+from stamo_dist.recipe.batching import Batching
+from stamo_dist.recipe.schema import Strategy
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed

@@ -11,9 +11,9 @@ from stamo_dist.data.schema import MANIFEST
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import Profile, ProfileError, seconds
+from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
-from stamo_dist.recipe.schema import batching
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HINTS = (

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from stamo_dist.errors import StamoError
+from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import Loaded, load
-from stamo_dist.recipe.schema import batching
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.fields import ROOT, Field, all_fields, find, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
-from stamo_dist.recipe.schema import Recipe, Section, Train, batching
+from stamo_dist.recipe.schema import Recipe, Section, Train
 
 T = TypeVar("T", bound=Section)
 

@@ -11,9 +11,9 @@ import typer
 from stamo_dist.cli import app
 from stamo_dist.errors import RecipeError
 from stamo_dist.launch.pipeline import load_pipeline
+from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.lines import read_file
 from stamo_dist.recipe.load import dump, load
-from stamo_dist.recipe.schema import batching
 
 ROOT = Path(__file__).parents[2]
 RUNNABLE = sorted(ROOT.glob("recipes/*.yaml"))
