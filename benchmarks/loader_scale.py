@@ -10,6 +10,7 @@ is not counted; × is the median share of that limit over the turns.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
@@ -60,6 +61,7 @@ def reading_turns(connection: Connection, folders: list[str], options: dict[str,
     while (workers := connection.recv()) is not None:
         if workers not in loaders:
             loaders[workers] = batches(folders, workers, options)
+            gc.freeze()  # as `stamo train` does once it has begun
         loader, count = loaders[workers]
         for _ in islice(loader, RAMP):
             pass

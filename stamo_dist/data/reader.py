@@ -167,15 +167,13 @@ class Reader:
     def _look_around(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         window, shard = self._spec.window, self._shards[number]
         assert window is not None
-        t, length = shard.moment(row)
+        t, length, proprio = shard.moment(row)
         source = self._spec.shard_source[number]
         horizon, chunk = window.horizons[source], window.chunks[source]
-        n, actions, proprio = 0, b"", b""
+        n, actions = 0, b""
         if window.action_dim:
             n = min(chunk, length - t) if "action" in shard else 0
-            actions = b"".join(shard.run(row, row + n, "action")) if n else b""
-        if window.proprio_dim and "proprio" in shard:
-            proprio = bytes(shard.bytes(row, "proprio"))
+            actions = shard.run(row, row + n, "action") if n else b""
         self._around[k] = min(horizon, length - 1 - t), n, actions, proprio
 
     def _write_around(self, window: Window, views: dict[str, NDArray[Any]]) -> None:

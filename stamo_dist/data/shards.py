@@ -13,6 +13,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,8 @@ class MappedShard:
             for n, name in enumerate(spec.layout.names)
         }
 
+        self._vectors = {name: struct.Struct(f"{size}s") for name, (_, _, size) in self._places.items() if size}
+
     def __len__(self) -> int:
         return self.spec.samples
 
@@ -116,29 +119,38 @@ class MappedShard:
         at = begin + fixed + sum(heads[:varying])
         return self._map[at : at + (heads[varying] if size is None else size)]
 
-    def moment(self, i: int) -> tuple[int, int]:
-        """(t, length) of sample `i`: which frame of its episode it is, and how many the episode has.
+    def moment(self, i: int) -> tuple[int, int, bytes]:
+        """Of sample `i`: which frame of its episode it is, how many the episode has, and its proprioception, if any.
 
         Raises:
             DataError: The sample is corrupt, or its episode does not fit the shard.
         """
         begin, heads = self._heads_of(i)
-        t, length = (
-            _INT.unpack_from(self._map, begin + fixed + sum(heads[:varying]))[0]
-            for fixed, varying, _ in (self._places["t"], self._places["length"])
-        )
+        t_at, t_varying, at, varying, vectors = self._moments
+        (t,) = _INT.unpack_from(self._map, begin + t_at + sum(heads[:t_varying]))
+        length, proprio = vectors.unpack_from(self._map, begin + at + sum(heads[:varying]))
         if not 0 <= t < length or i + length - t > self.spec.samples:
             raise DataError(f"{self.describe(i)}: frame {t} of {length} does not fit a shard of {self.spec.samples}")
-        return t, length
+        return t, length, proprio
 
-    def run(self, start: int, stop: int, column: str) -> list[memoryview]:
-        """The stored bytes of a column of fixed size of samples `start` up to `stop`, without a copy."""
-        fixed, varying, size = self._places[column]
-        assert size is not None, "a column of fixed size"
-        begins = self._begins[start:stop].tolist()
+    @cached_property
+    def _moments(self) -> tuple[int, int, int, int, struct.Struct]:
+        """Where `t` is and where `length` is, as in `_places`, and what to unpack there: length, proprioception.
+
+        MDS sorts columns by name, so only vectors, of fixed size, lie between these two.
+        """
+        (t_at, t_varying, _), (at, varying, _) = self._places["t"], self._places["length"]
+        last, _, size = self._places.get("proprio", (at + _INT.size, 0, 0))
+        return t_at, t_varying, at, varying, struct.Struct(f"<q{last - at - _INT.size}x{size}s")
+
+    def run(self, start: int, stop: int, column: str) -> bytes:
+        """The stored bytes of a column of fixed size of samples `start` up to `stop`, joined."""
+        fixed, varying, _ = self._places[column]
+        begins: Sequence[int] = self._begins[start:stop]
         if varying:
             begins = [begin + sum(self._heads_of(start + k)[1][:varying]) for k, begin in enumerate(begins)]
-        return [self._map[begin + fixed : begin + fixed + size] for begin in begins]
+        read = self._vectors[column].unpack_from
+        return b"".join([read(self._map, begin + fixed)[0] for begin in begins])
 
     def sample(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Sample `i` as a dict, decoded by streaming's own encodings; only `columns` when given.
