@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,9 @@ class EpisodeWriter(MDSWriter):
             [mds_encode(encoding, shared[name])] * length if name in shared else _rows(each[name])
             for name, encoding in zip(self.column_names, self.column_encodings, strict=True)
         ]
-        varying = [number for number, size in enumerate(self.column_sizes) if size is None]
-        head = struct.Struct(f"<{len(varying)}I")
-        encoded = [
-            b"".join((head.pack(*(len(row[number]) for number in varying)), *row)) for row in zip(*table, strict=True)
-        ]
+        varying = [column for column, size in zip(table, self.column_sizes, strict=True) if size is None]
+        sizes = np.array([[len(value) for value in column] for column in varying], "<u4")
+        encoded = list(map(b"".join, zip(_rows(sizes.T), *table, strict=True)))
         if (size := self._size(encoded) + self.extra_bytes_per_shard) >= 2**32:
             raise DataError(f"the episode takes {size} bytes, more than the 4 GiB of one shard")
         return encoded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import numpy as np
 
 from stamo_dist.errors import DataError
@@ -51,7 +53,7 @@ def resample(times: np.ndarray, rate_hz: float | None) -> np.ndarray:
 def durations(times: np.ndarray) -> np.ndarray:
     """Seconds from each frame to the next, (T,); the last one takes the median of the others, a lone one 0."""
     steps = np.diff(times)
-    return np.append(steps, np.median(steps) if len(steps) else 0.0)
+    return np.append(steps, median(steps.tolist()) if len(steps) else 0.0)
 
 
 def close_up(seconds: np.ndarray, keep: np.ndarray) -> np.ndarray:

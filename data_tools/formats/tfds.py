@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Dataset:
     shards: tuple[Shard, ...]
     features: Mapping[str, Feature]
 
-    @property
+    @cached_property
     def steps(self) -> dict[str, Feature]:
         """The features of a step by their names below `steps/`."""
         return {k.removeprefix("steps/"): f for k, f in self.features.items() if k.startswith("steps/")}

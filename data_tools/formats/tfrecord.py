@@ -157,10 +157,10 @@ def _messages(fetch: Fetch, start: int, stop: int) -> Iterator[tuple[int, int, i
     position = start
     while position < stop:
         head = fetch(position, position + 2 * _LONGEST_VARINT)
-        tag, used = _varint(head, 0)
+        tag, used = (head[0], 1) if head and head[0] < 0x80 else _varint(head, 0)
         wire = tag & 7
         if wire == _BYTES:
-            length, used = _varint(head, used)
+            length, used = (head[1], 2) if used == 1 < len(head) and head[1] < 0x80 else _varint(head, used)
             end = position + used + length
             if end > stop:
                 raise DataError("not a tf.train.Example (a field is longer than its message)")
