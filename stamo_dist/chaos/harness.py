@@ -114,7 +114,7 @@ class Harness:
         except BaseException:
             self._record(strategy, sizes, trial.outcome, None, 0.0)
             raise
-        between = spread([History.read(run) for run in references])
+        between = spread([History.read(run) for run in references]) if len(sizes) > 1 else 0.0
         self._record(strategy, sizes, outcome, verdict, between)
         good = verdict is not None and verdict.good and not outcome.problems
         if good:
