@@ -82,7 +82,7 @@ def child(recipe: str, began: float) -> None:
     for part, owner, names in (
         ("model", train, ("build_task",)),
         ("model", tokenizer.TokenizerTask, ("initialise", "place")),
-        ("model", train.strategy, ("build",)),
+        ("model", train.strategy, ("connect", "build")),
         ("checkpoint", train.checkpoint, ("choose", "settle", "load")),
         ("index", train, ("Mixture", "identify")),
         ("position", train, ("first_frames", "build_loader")),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
-from stamo_dist.engine.world import World
+from stamo_dist.engine.world import World, survive_launcher
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export, exported_step
 from stamo_dist.recipe.batching import Batching, batching
@@ -84,16 +85,18 @@ def _begin(
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
-    if task.init_frames:
+    how: dict[str, Any] = {
+        "strategy": recipe.strategy, "world": world, "batching": plan, "clip": recipe.optimizer.clip,
+        "precision": recipe.train.precision, "block_classes": task.block_classes,
+    }  # fmt: skip
+    accelerator = strategy.connect(**how)
+    start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
+    if task.init_frames and start is None:
         task.initialise(first_frames(mixture, task.init_frames))
-    engine = strategy.build(
-        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, plan,
-        clip=recipe.optimizer.clip, precision=recipe.train.precision, block_classes=task.block_classes,
-    )  # fmt: skip
+    engine = strategy.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator=accelerator, **how)
+    survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
-
-    start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if start is not None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
+import psutil
 import typer
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A second Ctrl-C must not interrupt the ending of processes."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def chaos(
@@ -31,7 +41,11 @@ def chaos(
     ] = [],  # noqa: B006 (typer reads the default)
     untouched: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Trainings left alone, each; 2 where the device is not deterministic."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Trainings left alone, each. Several show how far a device that is not deterministic may differ.",
+        ),
     ] = 1,
     convert: Annotated[bool, typer.Option(help="Some of the faults hit a conversion.")] = True,
     warm: Annotated[
@@ -45,8 +59,8 @@ def chaos(
 
     Ranks, loader workers, the launcher or all at once are killed, asked to stop or stopped, while they start, train,
     save and leave; checkpoints are damaged; the number of processes changes between starts; a conversion is killed.
-    Samples must be the same in every step; losses too where the number of processes stays, else within the spread that
-    untouched trainings show between them. Exit code 1 when they are not.
+    Samples must be the same in every step, losses too: to the bit those of a training that nobody disturbs and that
+    does each step on as many processes. Exit code 1 when they are not.
 
     Example: stamo chaos recipes/tokenizer_demo.yaml --kills 20 --set train.steps=300
     """
@@ -70,7 +84,8 @@ def chaos(
     plan = Plan(recipe, set_, kills, seed, names, sizes, folder, untouched, convert, patience)
     console = Console(width=None if sys.stdout.isatty() else 120)
     before = len(results.read(folder))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt_once)
     harness = Harness(plan, starter := Warm() if warm else Cold(), lambda text: console.print(text, markup=False))
     interrupted = False
     try:
@@ -78,6 +93,9 @@ def chaos(
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        for process in psutil.Process().children(recursive=True):  # all are of its starts, known to it or not yet
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         starter.close()
     found = results.read(folder)
     results.show(found, console)

@@ -18,10 +18,6 @@ _TIMES = {
     "step", "samples_per_second", "data_wait", "seconds", "mfu", "step_seconds_max", "step_seconds_min", "slowest_rank",
     "save_seconds", "save_stall", "save_failed",
 }  # fmt: skip
-#: Times the largest difference that untouched runs show up to a step: how far a run may be from the nearest of them.
-MARGIN = 3.0
-#: Relative: eight units in the last place of fp32, where untouched runs happen to agree.
-FLOOR = 1e-6
 
 IDENTICAL, WITHIN, NOT, UNFINISHED = "identical", "within spread", "NOT", "not finished"
 
@@ -55,7 +51,7 @@ class Verdict:
     other: list[int]  # steps whose global batch has other samples, or the same with other content
     losses: str  # identical | within spread | NOT
     deviation: float = 0.0  # largest relative difference of a value from the nearest untouched run
-    spread: float = 0.0  # largest one between untouched runs
+    spread: float = 0.0  # largest one between those untouched runs
     why: list[str] = field(default_factory=list)
 
     @property
@@ -63,10 +59,11 @@ class Verdict:
         return not (self.lost or self.repeated or self.other or self.losses == NOT)
 
 
-def compare(run: History, untouched: Sequence[History], floor: float = 0.0) -> Verdict:
-    """Samples must be the untouched runs' in every step; values equal, or within the spread of several untouched runs.
+def compare(run: History, untouched: Sequence[History]) -> Verdict:
+    """Samples must be the untouched runs' in every step; values those of one of them, to the bit.
 
-    `floor`: the relative difference that is allowed whatever the spread.
+    Several untouched runs that differ between them show what the device does by itself: up to the largest difference
+    that they show up to a step, a value may then differ from the nearest of them.
     """
     reference = untouched[0]
     mine, theirs = _count(run), _count(reference)
@@ -80,25 +77,37 @@ def compare(run: History, untouched: Sequence[History], floor: float = 0.0) -> V
         verdict.losses = NOT
         verdict.why.append(f"not every step is logged once and in order: {_few(wrong or steps)}")
         return verdict
-    _compare_values(run, untouched, floor, verdict)
+    _compare_values(run, untouched, verdict)
     return verdict
 
 
-def _compare_values(run: History, untouched: Sequence[History], floor: float, verdict: Verdict) -> None:
+def spread(untouched: Sequence[History]) -> float:
+    """The largest relative difference of a value in one step of two of them; the logged steps must be the same."""
+    widest: dict[str, float] = {}
+    for lines in zip(*(u.values for u in untouched), strict=True):
+        _widen(widest, [values for _, values in lines])
+    return max(widest.values(), default=0.0)
+
+
+def _widen(widest: dict[str, float], values: Sequence[dict[str, Any]]) -> None:
+    for a, b in combinations(values, 2):
+        for key, difference in _differences(a, b).items():
+            widest[key] = max(widest.get(key, 0.0), difference)
+
+
+def _compare_values(run: History, untouched: Sequence[History], verdict: Verdict) -> None:
     widest: dict[str, float] = {}
     beyond: list[int] = []
     for i, (step, values) in enumerate(run.values):
         others = [u.values[i][1] for u in untouched]
-        for a, b in combinations(others, 2):
-            for key, difference in _differences(a, b).items():
-                widest[key] = max(widest.get(key, 0.0), difference)
+        _widen(widest, others)
         verdict.spread = max(verdict.spread, *widest.values(), 0.0)
         if values in others:
             continue
         verdict.losses = WITHIN if verdict.losses == IDENTICAL else verdict.losses
         nearest = min((_differences(values, other) for other in others), key=lambda d: max(d.values(), default=0.0))
         verdict.deviation = max(verdict.deviation, *nearest.values(), 0.0)
-        if any(difference > max(MARGIN * widest.get(key, 0.0), floor) for key, difference in nearest.items()):
+        if any(difference > widest.get(key, 0.0) for key, difference in nearest.items()):
             beyond.append(step)
     if beyond:
         verdict.losses = NOT

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from stamo_dist.chaos import results
-from stamo_dist.chaos.compare import FLOOR, IDENTICAL, NOT, UNFINISHED, History, Verdict, compare
+from stamo_dist.chaos import results, twin
+from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, History, Verdict, compare, spread
 from stamo_dist.chaos.conversion import Conversion
 from stamo_dist.chaos.faults import Deck, Fault
 from stamo_dist.chaos.results import Result
 from stamo_dist.chaos.starts import Starter
 from stamo_dist.chaos.trial import Outcome, Pace, Trial
+from stamo_dist.chaos.watched import Watched
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.load import Loaded, load
 
@@ -39,7 +40,7 @@ class Plan:
         strategies: Each is tried.
         sizes: Numbers of processes. The largest alone, and all of them in turn, are tried.
         out: Where to work; results of earlier calls there are kept.
-        untouched: Trainings that are left alone, per strategy and number of processes.
+        untouched: Trainings that are left alone, of each that is compared with.
         convert: Also kill conversions.
         patience: Seconds without a sign of life after which a run counts as hung.
     """
@@ -105,22 +106,37 @@ class Harness:
             gap=0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults)),
             pace=self._pace(references), patience=self._plan.patience, say=self._say,
         )  # fmt: skip
-        try:
-            outcome = trial.run()
-        except BaseException:
-            self._record(strategy, sizes, trial.outcome, None)
-            raise
         verdict = None
-        if outcome.finished:
-            floor = FLOOR if len(sizes) > 1 else 0.0
-            verdict = compare(History.read(folder), [History.read(run) for run in references], floor)
-        self._record(strategy, sizes, outcome, verdict)
+        try:
+            if (outcome := trial.run()).finished:
+                alike = self._alike(strategy, folder)
+                verdict = compare(History.read(folder), [History.read(run) for run in alike])
+        except BaseException:
+            self._record(strategy, sizes, trial.outcome, None, 0.0)
+            raise
+        between = spread([History.read(run) for run in references]) if len(sizes) > 1 else 0.0
+        self._record(strategy, sizes, outcome, verdict, between)
         good = verdict is not None and verdict.good and not outcome.problems
         if good:
             _keep_logs(folder)
         return good
 
-    def _record(self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Verdict | None) -> None:
+    def _alike(self, strategy: str, run: Path) -> list[Path]:
+        """Trainings that were left alone, on the numbers of processes on which the steps of `run` were computed."""
+        parts = twin.parts(Watched(run, self._plan.patience).begun())
+        if len(parts) == 1:
+            return self._references(strategy, parts[0].processes)
+        folders = [run.with_name(f"twin-{run.name}-{n}") for n in range(self._plan.untouched)]
+        on = ", ".join(f"{part.processes} to {part.last or 'the end'}" for part in parts)
+        for folder in folders:
+            self._say(f"{folder.name}: training without faults, on as many processes in each step: {on}")
+            twin.train(self._starter, self._arguments(strategy, folder), folder, parts, self._plan.patience)
+            _keep_logs(folder)
+        return folders
+
+    def _record(
+        self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Verdict | None, between: float
+    ) -> None:  # fmt: skip
         problems = [*outcome.problems, *(verdict.why if verdict and not verdict.good else [])]
         if verdict and not verdict.good and not problems:
             problems = ["samples are lost or repeated"]
@@ -128,7 +144,7 @@ class Harness:
         used = ", ".join(map(str, sizes))
         found = Result(
             strategy, used, self._plan.seed, outcome.starts, outcome.faults, outcome.redone, v.lost, v.repeated,
-            v.losses, v.deviation, v.spread, problems,
+            v.losses, v.deviation, v.spread, between, problems,
         )  # fmt: skip
         results.append(self._plan.out, found)
 

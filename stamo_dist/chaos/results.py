@@ -16,6 +16,7 @@ from stamo_dist.chaos.trial import Injected
 
 FILE = "results.jsonl"
 _GRADES = (IDENTICAL, WITHIN, UNFINISHED, NOT)
+_WORDS = ("losses", "between sizes")
 _MOMENTS = ("starting", "training", "saving", "leaving", "leaving, after the save", "between starts", "converting")
 
 
@@ -32,8 +33,9 @@ class Result:
     lost: int  # samples
     repeated: int  # samples
     losses: str
-    deviation: float = 0.0
-    spread: float = 0.0
+    deviation: float = 0.0  # from the nearest untouched training on as many processes in each step
+    spread: float = 0.0  # between those
+    between: float = 0.0  # between untouched trainings on different numbers of processes
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -82,17 +84,21 @@ def _kinds(faults: list[Injected]) -> Table:
 
 def _trainings(results: list[Result]) -> Table:
     table = _table("compared with what was left alone")
-    for name in ("", "processes", "trainings", "starts", "faults", "redone", "lost", "repeated", "losses"):
-        table.add_column(name, justify="left" if name in ("", "processes", "losses") else "right")
+    for name in ("", "processes", "trainings", "starts", "faults", "redone", "lost", "repeated", *_WORDS):
+        table.add_column(name, justify="left" if name in ("", "processes", *_WORDS) else "right")
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.what, result.processes), []).append(result)
     for (what, processes), group in groups.items():
-        far, spread = (max(getattr(r, name) for r in group) for name in ("deviation", "spread"))
-        apart = f" ({far:.1e}; untouched: {spread:.1e})" if far else ""
-        table.add_row(what, processes, *_sums(group), f"{max((r.losses for r in group), key=_GRADES.index)}{apart}")
+        far, spread, between = (max(getattr(r, name) for r in group) for name in ("deviation", "spread", "between"))
+        losses = max((r.losses for r in group), key=_GRADES.index) + (f" ({far:.1e} of {spread:.1e})" if far else "")
+        table.add_row(what, processes, *_sums(group), losses, f"{between:.1e}" if between else "")
     table.add_row("all", "", *_sums(results), "" if all(r.good for r in results) else "PROBLEMS")
-    table.caption = "redone: steps; lost, repeated: samples, in the history that counts"
+    table.caption = (
+        "redone: steps; lost, repeated: samples, in the history that counts\n"
+        "losses: beside a training that was left alone, on as many processes in each step\n"
+        "between sizes: how far trainings that were left alone differ, relative, on different numbers of processes"
+    )
     return table
 
 

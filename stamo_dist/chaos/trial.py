@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from stamo_dist.chaos.faults import (
     BETWEEN,
@@ -28,9 +26,7 @@ from stamo_dist.chaos.faults import (
     strike,
 )
 from stamo_dist.chaos.starts import Start, Starter, Tree
-
-_POLL = 0.002  # seconds
-_TAIL = 1 << 14  # bytes of a file in which its last whole line lies
+from stamo_dist.chaos.watched import HungError, Watched, tail
 
 
 @dataclass(frozen=True)
@@ -73,49 +69,6 @@ class Outcome:
     finished: bool = False
 
 
-class Watched:
-    """What a run folder says while its run goes on."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._metrics, self._seen, self._step = path / "metrics.jsonl", (0, 0), 0
-
-    def step(self) -> int:
-        """The last step that was logged, 0 before the first."""
-        try:
-            info = self._metrics.stat()
-            if (now := (info.st_ino, info.st_size)) != self._seen:
-                with self._metrics.open("rb") as f:
-                    f.seek(max(0, info.st_size - _TAIL))
-                    lines = f.read().split(b"\n")[:-1]
-                self._step = json.loads(lines[-1])["step"] if lines else 0
-                self._seen = now
-        except (OSError, ValueError):
-            pass
-        return self._step
-
-    def begun(self) -> list[int]:
-        """For each start that got to its training: the step it went on from."""
-        try:
-            return [json.loads(line)["after step"] for line in (self.path / "starts.jsonl").read_text().splitlines()]
-        except (OSError, ValueError):
-            return []
-
-    def unfinished(self) -> set[str]:
-        """Checkpoints that are being written, or were when their writer died."""
-        folder = self.path / "checkpoints"
-        try:
-            names = {p.name for p in folder.iterdir()}
-        except OSError:
-            return set()
-        unmarked = {n for n in names if n.startswith("step_") and not (folder / n / "checkpoint.json").exists()}
-        return unmarked | {n for n in names if n.startswith(".step_")}
-
-
-class HungError(Exception):
-    """Nothing happened for too long."""
-
-
 class Trial:
     """Args:
     starter: What starts its processes.
@@ -134,8 +87,8 @@ class Trial:
         rng: random.Random, *, gap: float, pace: Pace, patience: float, say: Callable[[str], None],
     ):  # fmt: skip
         self._starter, self._arguments, self._sizes, self._faults = starter, arguments, sizes, faults
-        self._rng, self._gap, self._pace, self._patience, self._say = rng, gap, pace, patience, say
-        self._watched, self._log = Watched(run), run.with_name(f"{run.name}.log")
+        self._rng, self._gap, self._pace, self._say = rng, gap, pace, say
+        self._watched, self._log = Watched(run, patience), run.with_name(f"{run.name}.log")
         self._trees: list[Tree] = []
         self._reached, self._begun = 0, 0
         self._last: int | None = None  # step of the fault before, in this start
@@ -167,19 +120,19 @@ class Trial:
         self._last = None
         while (struck is None or struck.harmless) and self._faults and self._come(self._faults[0], start):
             struck = self._strike(self._faults.popleft(), tree) or struck
-        self._until(lambda: start.poll() is not None, "end")
+        self._watched.until(lambda: start.poll() is not None, "end")
         code = start.poll()
         self._look()
         if struck is not None:
             struck.code = code
             self._say(f"{self._watched.path.name}: step {struck.step}: {struck}: code {code}")
         if code == 0:
-            self._until(lambda: tree.gone, "leave no rank behind")
+            self._watched.until(lambda: tree.gone, "leave no rank behind")
             self.outcome.finished = True
         elif struck is None or struck.harmless:
             self._problem(f"a start that nothing was done to ended with code {code}")
         elif self._rng.random() < 0.5:  # else the next start finds ranks that still save
-            self._until(lambda: tree.gone, "end its ranks")
+            self._watched.until(lambda: tree.gone, "end its ranks")
 
     def _come(self, fault: Fault, start: Start) -> bool:
         """Wait for the fault's moment; False where the training ended before."""
@@ -197,7 +150,7 @@ class Trial:
                 return newest_checkpoint(self._watched.path) is not None
             return fault.moment != SAVING or bool(self._watched.unfinished() - before)
 
-        self._until(lambda: start.poll() is not None or come(), f"come to where it is struck ({fault})")
+        self._watched.until(lambda: start.poll() is not None or come(), f"come to where it is struck ({fault})")
         if fault.moment in (TRAINING, SAVING):
             time.sleep(fault.when * (self._pace.step if fault.moment == TRAINING else self._pace.save))
         return start.poll() is None
@@ -206,17 +159,17 @@ class Trial:
         """Do it; None where there was nothing to do it to: then it comes another time."""
         asked = False
         if fault.moment == STARTING:
-            self._until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
+            self._watched.until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
         elif fault.moment == LEAVING:
             before = self._watched.unfinished()
             asked = strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
-            self._until(lambda: tree.gone or bool(self._watched.unfinished() - before), "save on leaving")
+            self._watched.until(lambda: tree.gone or bool(self._watched.unfinished() - before), "save on leaving")
             time.sleep(0.7 * fault.when * self._pace.save)
         injected = Injected(fault.whom, fault.what, self._moment(fault), self._watched.step())
         if fault.whom == CHECKPOINT:
             done = strike(replace(fault, whom=RANKS, what="SIGKILL"), tree)
             for each in self._trees:
-                self._until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
+                self._watched.until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
             done = done and corrupt(fault, self._watched.path) is not None
         else:
             done = strike(fault, tree)
@@ -242,26 +195,11 @@ class Trial:
         if len(begun) <= self._begun:
             self._reached = max(self._reached, self._watched.step())
             return None
-        after = begun[-1]
+        after = begun[-1].after
         self.outcome.redone += max(0, self._reached - after)
         self._reached = after
         return after
 
-    def _until(self, condition: Callable[[], bool], what: str) -> None:
-        alive: Any = None
-        deadline = 0.0
-        while not condition():
-            now = (self._watched.step(), len(self._watched.begun()), len(self._watched.unfinished()))
-            if now != alive:
-                alive, deadline = now, time.monotonic() + self._patience
-            if time.monotonic() > deadline:
-                raise HungError(f"it did not {what} within {self._patience:g} s")
-            time.sleep(_POLL)
-
     def _problem(self, text: str) -> None:
-        try:
-            tail = self._log.read_text(errors="replace").splitlines()[-12:]
-        except OSError:
-            tail = []
         at = f"{self._watched.path}: {text}; its start was number {self.outcome.starts}; its output ends with"
-        self.outcome.problems.append("\n    ".join([at, *tail]))
+        self.outcome.problems.append("\n    ".join([at, *tail(self._log)]))

@@ -157,7 +157,7 @@ def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDa
     )
 
 
-def _accelerator(
+def connect(
     strategy: Strategy,
     world: World,
     batching: Batching,
@@ -166,6 +166,11 @@ def _accelerator(
     precision: str,
     block_classes: Sequence[str],
 ) -> Accelerator:
+    """Have the processes find each other; the first half of `build`, which gets what this returns.
+
+    Raises:
+        RunError: hsdp's group does not divide the world.
+    """
     on_gpu = torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -222,17 +227,20 @@ def build(
     clip: float | None,
     precision: str,
     block_classes: Sequence[str],
+    accelerator: Accelerator | None = None,
 ) -> Engine:
     """Spread `module` and `optimizer` over the processes as the recipe's strategy says.
 
     `block_classes` names the transformer block classes that FSDP shards one by one. All processes must hold the same
-    initial weights. The streaming loader never goes through here: Accelerate would read on rank 0 for all, one batch
-    ahead.
+    initial weights. `accelerator`: made by `connect` with the same values, where the processes had to talk before. The
+    streaming loader never goes through here: Accelerate would read on rank 0 for all, one batch ahead.
 
     Raises:
         RunError: hsdp's group does not divide the world.
     """
-    accelerator = _accelerator(strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes)
+    accelerator = accelerator or connect(
+        strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes
+    )
     module, optimizer = accelerator.prepare(module, optimizer)
     if batching.virtual is None:
         return Engine(strategy.name, world, accelerator, module, optimizer, clip)

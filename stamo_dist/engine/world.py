@@ -47,14 +47,26 @@ def world_from_environment() -> World:
             MASTER_PORT=str(free_port()),
         )
     env = os.environ
-    if (launcher := env.get("STAMO_LAUNCHED")) and sys.platform == "linux":
-        # A launcher that is killed cannot tell its ranks: the kernel does, and they save and leave.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(launcher):  # it was killed before
-            os.kill(os.getpid(), signal.SIGTERM)
+    if launcher := env.get("STAMO_LAUNCHED"):
+        # A launcher that is killed cannot tell its ranks: the kernel does. Until all have met there is nothing to save,
+        # and some may never have been started: they end at once.
+        _when_launcher_dies(signal.SIGKILL)
+        if os.getppid() != int(launcher):
+            sys.exit(f"rank {env['RANK']}: what started it has been killed")
     return World(
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),
         local_rank=int(env.get("LOCAL_RANK", 0)),
         local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
     )
+
+
+def survive_launcher() -> None:
+    """From now on, after the ranks have met, a launcher that is killed makes this rank save and leave."""
+    if "STAMO_LAUNCHED" in os.environ:
+        _when_launcher_dies(signal.SIGTERM)
+
+
+def _when_launcher_dies(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

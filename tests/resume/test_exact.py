@@ -28,7 +28,9 @@ def test_running_again_from_a_checkpoint_changes_nothing(toy, ranks, tmp_path, s
     """On 2 processes, in the first epoch and beyond it, with an average, from weighted sources."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, strategy=strategy, workers=workers)
     run = tmp_path / "run"
-    settings = ["train.checkpoint.every=6", "train.checkpoint.keep=9", "train.ema=0.9"]
+    settings = [
+        "train.checkpoint.every=6", "train.checkpoint.keep=9", "train.ema=0.9", "model.compressor.standardise=16",
+    ]  # fmt: skip
     arguments = [2, "train", recipe, *(x for s in settings for x in ("--set", s))]
     ranks(*arguments)
     weights = run / "model/transformer/diffusion_pytorch_model.safetensors"

@@ -1,0 +1,90 @@
+"""The twin of a training that was struck: left alone, but on as many processes, step for step.
+
+A step that counts was computed by the last start that went on from before it. The twin does each step on as many
+processes as that start had, so its sums run in the same order, and the two must agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from stamo_dist.chaos.starts import Starter, Tree
+from stamo_dist.chaos.watched import Begun, HungError, Watched, tail
+from stamo_dist.engine.marker import MARKER
+from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.engine.retention import folder_of
+from stamo_dist.errors import RunError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps that count and were computed on as many processes."""
+
+    processes: int
+    last: int | None  # step; None: to the end
+
+
+def parts(begun: Sequence[Begun]) -> list[Part]:
+    """Of a training, from all its starts in order."""
+    found: list[Part] = []
+    last: int | None = None
+    for start in reversed(begun):
+        if last is not None and start.after >= last:
+            continue  # a later start did all of its steps again
+        if not found or found[-1].processes != start.processes:
+            found.append(Part(start.processes, last))
+        last = start.after
+    return found[::-1]
+
+
+def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[Part], patience: float) -> None:
+    """Train in `run`, each part on its number of processes; what is printed goes to `run`.log.
+
+    A part saves after its last step, is asked to leave, and the next goes on from what it saved.
+
+    Args:
+        starter: What starts its processes.
+        arguments: `stamo` arguments of the training, without the number of processes.
+        run: Its folder.
+        todo: All parts, in order.
+        patience: Seconds without a sign of life after which it counts as hung.
+
+    Raises:
+        RunError: It hung or failed by itself.
+    """
+    watched, log = Watched(run, patience), run.with_name(f"{run.name}.log")
+    resume: list[str] = []
+    for part in todo:
+        saved, settings = None, []
+        if part.last is not None:
+            saved = folder_of(run / "checkpoints", part.last)
+            # The first multiple of the last step is the step itself; keep_every: it stays, however far the part gets.
+            settings = [f"every={part.last}", f"keep_every={part.last}", "ephemeral_every=null", "background=false"]
+        given = [*arguments, *resume, *(x for s in settings for x in ("--set", f"train.checkpoint.{s}"))]
+        start = starter.start(given, log, part.processes, run)
+        tree = Tree(start, part.processes)
+        try:
+            if saved is not None:
+                watched.until(
+                    lambda saved=saved, tree=tree: (saved / MARKER).exists() or tree.gone,  # type: ignore[misc]
+                    f"save step {part.last}",
+                )
+                with suppress(psutil.NoSuchProcess):
+                    if tree.launcher is not None:
+                        tree.launcher.terminate()
+            watched.until(lambda tree=tree: tree.gone, "end")  # type: ignore[misc]
+        except HungError as e:
+            raise RunError(
+                "\n    ".join([f"{run}: without any fault, {e}; its output ends with", *tail(log)])
+            ) from None
+        finally:
+            tree.kill()
+        code = start.poll()
+        if code not in ((0,) if saved is None else (0, EXIT_PREEMPTED)):
+            raise RunError("\n    ".join([f"{run}: without any fault, it ended with code {code}:", *tail(log)]))
+        resume = ["--resume", str(saved)]

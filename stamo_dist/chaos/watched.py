@@ -1,0 +1,92 @@
+"""What a run folder says while its run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_POLL = 0.002  # seconds
+_TAIL = 1 << 14  # bytes of a file in which its last whole line lies
+
+
+class HungError(Exception):
+    """Nothing happened for too long."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A start that got to its training."""
+
+    after: int  # the step it went on from
+    processes: int
+
+
+class Watched:
+    """Args:
+    path: The run folder.
+    patience: Seconds without a sign of life after which the run counts as hung.
+    """
+
+    def __init__(self, path: Path, patience: float):
+        self.path, self._patience = path, patience
+        self._metrics, self._seen, self._step = path / "metrics.jsonl", (0, 0), 0
+
+    def step(self) -> int:
+        """The last step that was logged, 0 before the first."""
+        try:
+            info = self._metrics.stat()
+            if (now := (info.st_ino, info.st_size)) != self._seen:
+                with self._metrics.open("rb") as f:
+                    f.seek(max(0, info.st_size - _TAIL))
+                    lines = f.read().split(b"\n")[:-1]
+                self._step = json.loads(lines[-1])["step"] if lines else 0
+                self._seen = now
+        except (OSError, ValueError):
+            pass
+        return self._step
+
+    def begun(self) -> list[Begun]:
+        """Of all starts so far, in order."""
+        try:
+            lines = [json.loads(line) for line in (self.path / "starts.jsonl").read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+        return [Begun(line["after step"], line["processes"]) for line in lines]
+
+    def unfinished(self) -> set[str]:
+        """Checkpoints that are being written, or were when their writer died."""
+        folder = self.path / "checkpoints"
+        try:
+            names = {p.name for p in folder.iterdir()}
+        except OSError:
+            return set()
+        unmarked = {n for n in names if n.startswith("step_") and not (folder / n / "checkpoint.json").exists()}
+        return unmarked | {n for n in names if n.startswith(".step_")}
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for the condition.
+
+        Raises:
+            HungError: The folder says nothing new for too long; it did not do `what`.
+        """
+        alive: Any = None
+        deadline = 0.0
+        while not condition():
+            now = (self.step(), len(self.begun()), len(self.unfinished()))
+            if now != alive:
+                alive, deadline = now, time.monotonic() + self._patience
+            if time.monotonic() > deadline:
+                raise HungError(f"it did not {what} within {self._patience:g} s")
+            time.sleep(_POLL)
+
+
+def tail(log: Path) -> list[str]:
+    """The last lines of what starts printed."""
+    try:
+        return log.read_text(errors="replace").splitlines()[-12:]
+    except OSError:
+        return []
