@@ -87,7 +87,7 @@ def run(*command: str, stdin: str | None = None) -> str:
     """
     found = tool(command[0])
     if found is None:
-        place = "the profile's PATH hides it" if "SLURM_JOB_ID" in os.environ else "is this a login node of a cluster?"
+        place = "has this node none?" if "SLURM_JOB_ID" in os.environ else "is this a login node of a Slurm cluster?"
         raise SlurmError(f"{command[0]}: not found; {place}")
     try:
         done = subprocess.run(
