@@ -37,7 +37,8 @@ def encode(recipe: Recipe, world: World) -> int:
     vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
     missing = [i for i, shard in enumerate(mixture.shards) if not has_latents(shard, fingerprint)]
-    mine = missing[world.rank :: world.size]
+    # Not every size-th of the missing ones: another process may have started earlier, and found more of them.
+    mine = [i for i in missing if i % world.size == world.rank]
     frames = sum(mixture.shards[i].samples for i in mine)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"),

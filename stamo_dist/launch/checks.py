@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from stamo_dist.data.schema import MANIFEST
-from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.data.schema import MANIFEST, read_manifest
+from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import Profile, ProfileError, seconds
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 
+EXPORTED = "stamo.json"  # what makes a folder an exported tokenizer
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HINTS = (
     (
         "Invalid account or account/partition",
         "the profile's account {account} may not use partition {partition}, has expired or does not exist; "
         "`sacctmgr show assoc user=$USER` lists yours",
+    ),
+    (
+        "violates accounting/QOS policy",
+        "the account {account} or the qos {qos} allows less, or no more: "
+        "`sacctmgr show assoc where user=$USER format=account,partition,qos,grptresmins,maxjobs,maxsubmitjobs,maxwall`",
     ),
     ("Invalid qos", "the profile's qos {qos}: `sacctmgr show qos` lists what there is"),
     ("Requested node configuration is not available", "no node has that many GPUs, CPUs or that much memory"),
@@ -65,7 +73,7 @@ def recipe(loaded: Loaded) -> None:
     Raises:
         RecipeError: With all that is missing.
     """
-    problems = [*_data(loaded), *_weights(loaded)]
+    problems = [*_data(loaded), *_weights(loaded), *_policy(loaded)]
     if problems:
         raise RecipeError(problems)
 
@@ -106,11 +114,47 @@ def cluster(profile: Profile, least: int) -> float:
     longest = partition.get("MaxTime", "UNLIMITED")
     if longest != "UNLIMITED" and seconds(profile.time) > seconds(longest):
         problems.append(f"time: {profile.time} is more than partition {name} allows, {longest}")
+    problems += _account(profile, name, partition)
     if problems:
         raise ProfileError(problems)
     grace = partition.get("GraceTime", "0")
     preempted = float(grace) if grace.isdecimal() and int(grace) else float("inf")
     return min(preempted, float(profile.signal_delay))
+
+
+def _account(profile: Profile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
+    """Whether the account and the QOS may be used there, as far as Slurm tells every user."""
+    for field, value, allows, denies in (
+        ("account", profile.account, "AllowAccounts", "DenyAccounts"),
+        ("qos", profile.qos, "AllowQos", "DenyQos"),
+    ):
+        if value is None:
+            continue
+        allowed, denied = _listed(partition.get(allows)), _listed(partition.get(denies)) or []
+        if (allowed is not None and value not in allowed) or value in denied:
+            these = f"only {', '.join(allowed)}" if allowed is not None else f"any but {', '.join(denied)}"
+            yield f"{field}: partition {name} does not take {value}; it takes {these}"
+    mine = slurm.associations(getpass.getuser())
+    if mine is None:
+        return
+    here = [a for a in mine if a.partition in ("", name)]
+    accounts = sorted({a.account for a in here})
+    if not here:
+        others = ", ".join(sorted(f"{a.account} in {a.partition}" for a in mine)) or "none at all"
+        yield f"account: you have none for partition {name}, or it has expired; you have {others}"
+    elif profile.account is not None and profile.account not in accounts:
+        hint = did_you_mean(profile.account, accounts) or f"yours are {', '.join(accounts)}"
+        yield f"account: {profile.account} is none of yours for partition {name}, or has expired; {hint}"
+    elif profile.qos is not None:
+        qos = sorted(set[str]().union(*(a.qos for a in here if profile.account in (None, a.account))) - {""})
+        if profile.qos not in qos:
+            hint = did_you_mean(profile.qos, qos) or f"there are {', '.join(qos) or 'none'}"
+            yield f"qos: you may not use {profile.qos} with account {profile.account or 'yours'}; {hint}"
+
+
+def _listed(names: str | None) -> list[str] | None:
+    """Names that a partition gives or refuses; None where it says nothing about them."""
+    return None if names in (None, "", "ALL", "(null)") else names.split(",")
 
 
 def hinted(words: str, profile: Profile) -> str:
@@ -154,10 +198,35 @@ def _weights(loaded: Loaded) -> Iterator[str]:
 
 def _used_weights(loaded: Loaded) -> Iterator[tuple[str, str]]:
     """(field, with its place; what it says) of the weights that the stage reads."""
-    for part in ("encoder", "decoder", "vae"):
-        weights = getattr(loaded.recipe.model, part).weights
-        if weights is not None and (loaded.recipe.stage != "vae" or part == "vae"):
-            yield _placed(loaded, f"model.{part}.weights"), weights
+    recipe = loaded.recipe
+    found = {f"model.{part}.weights": getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")}
+    if recipe.stage == "vae":
+        found = {"model.vae.weights": found["model.vae.weights"]}
+    elif recipe.stage == "policy":
+        found = {"policy.weights": recipe.policy.weights}
+    for field, weights in found.items():
+        if weights is not None:
+            yield _placed(loaded, field), weights
+
+
+def _policy(loaded: Loaded) -> Iterator[str]:
+    """What a policy needs besides: its tokenizer, and the statistics of the actions."""
+    recipe, policy = loaded.recipe, loaded.recipe.policy
+    if recipe.stage != "policy":
+        return
+    folder = policy.tokenizer
+    if folder is not None and (policy.world is not None or policy.vision == "stamo"):
+        root = Path(folder).expanduser()
+        if not any((place / EXPORTED).is_file() for place in (root, root / "model")):
+            field = _placed(loaded, "policy.tokenizer")
+            yield f"{field}: {folder} holds no tokenizer that was trained to its end; `stamo submit` its recipe first"
+    for name, source in recipe.data.used.items():
+        for path in source.paths if source.actions else ():
+            with contextlib.suppress(DataError):
+                manifest = read_manifest(Path(path).expanduser())
+                if manifest.action_dim and "action" not in manifest.stats:
+                    field = _placed(loaded, f"data.sources.{name}.path")
+                    yield f"{field}: {path} has no statistics of its actions; `stamo data stats {path}` makes them"
 
 
 def _cached(repo: str) -> bool:

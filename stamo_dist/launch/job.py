@@ -20,8 +20,8 @@ from stamo_dist.engine.world import free_port
 from stamo_dist.launch import rank, slurm
 from stamo_dist.launch.record import Event, Launch, What, events, main_log, now, read, record, since_submitted, task_log
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
+from stamo_dist.launch.step import step
 
-_WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _SIGNALS = {  # as srun writes them
     "Hangup": 1, "Interrupt": 2, "Quit": 3, "Aborted": 6, "Bus error": 7, "Killed": 9, "User defined signal 1": 10,
@@ -51,6 +51,10 @@ class Job:
         if not usable:
             self._tell("failed", reason=f"got {len(self.nodes)} nodes, and runs on {self.launch.node_counts}")
             return 2
+        srun = slurm.tool("srun")
+        if srun is None:
+            self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
+            return 2
         self.nodes = self.nodes[: max(usable)]
         count = len(self.nodes) * self.launch.processes_per_node
         self._note_what_slurm_did()
@@ -58,29 +62,16 @@ class Job:
         self._say(
             f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: {count} processes, {now()}"
         )
-        code = self._srun(count)
-        return self._settle(code)
+        return self._settle(self._srun(srun))
 
     def _note_what_slurm_did(self) -> None:
         """A job whose node failed could not say so: its next start does."""
         last = next((e for e in reversed(events(self.run)) if e.job == self.id), None)
-        if self.restart and last is not None and last.event in ("started", "preempted"):
-            self._tell("requeued", reason="by Slurm" if last.event == "preempted" else "by Slurm: its nodes failed")
+        if self.restart and last is not None and last.event in ("started", "preempted", "stopped"):
+            self._tell("requeued", reason="by Slurm: its nodes failed" if last.event == "started" else "by Slurm")
 
-    def _srun(self, count: int) -> int:
-        launch = self.launch
-        profile, per_node = launch.profile, launch.processes_per_node
-        container = profile.get("container") or {}
-        flags = [f"--container-image={container['image']}"] if container else []
-        flags += [f"--container-mounts={','.join(container['mounts'])}"] if container.get("mounts") else []
-        assert launch.snapshot is not None, "submit takes one"
-        command = [
-            "srun", f"--nodes={len(self.nodes)}", f"--ntasks={count}", f"--ntasks-per-node={per_node}",
-            f"--nodelist={','.join(self.nodes)}", f"--cpus-per-task={profile.get('cpus_per_gpu', 1)}",
-            f"--wait={_WAIT}", "--kill-on-bad-exit=0", "--export=ALL", "--input=none", *flags,
-            *profile.get("srun", ()), profile.get("python") or sys.executable, f"{launch.snapshot}/code/run.py",
-            "stamo_dist.launch.rank", *(word.replace("{task}", self.task or "0") for word in launch.command),
-        ]  # fmt: skip
+    def _srun(self, srun: str) -> int:
+        command = step(self.launch, self.nodes, task=self.task or "0", srun=srun)
         env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}
         env |= {
             rank.RUN: str(self.run),
@@ -89,10 +80,10 @@ class Job:
             "MASTER_PORT": str(free_port()),
         }
         env["SLURM_EXPORT_ENV"] = "ALL"
-        srun = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
-        reader = threading.Thread(target=self._listen, args=(srun.stderr,), daemon=True)
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+        reader = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
         reader.start()
-        code = srun.wait()
+        code = process.wait()
         reader.join(5)
         code = self._first if self._first is not None and code else code
         code = 128 - code if code < 0 else code
@@ -115,10 +106,12 @@ class Job:
             self._tell("finished")
             return 0
         fate = self._fate()
+        # Slurm may be set to queue again what ends with this code (RequeueExit).
+        over = 1 if code == EXIT_PREEMPTED else code
         if fate == "cancelled":
             if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
-            return code
+            return over
         if fate == "queued":  # so it was Slurm that ended it, however it looks from here
             reason = verdict.reason if code == EXIT_PREEMPTED else f"Slurm ended it before it had left (code {code})"
             self._tell("preempted", reason=reason)
@@ -127,7 +120,7 @@ class Job:
             return code
         self._tell(verdict.event, reason=verdict.reason)
         self._say(f"job {self.id}: {verdict.event}: {verdict.reason}")
-        return self._requeue(verdict, code) if verdict.again else code
+        return self._requeue(verdict, code) if verdict.again else over
 
     def _fate(self) -> str:
         """What Slurm is about to do with this job: cancelled | queued | "" (nothing, or it does not say)."""
@@ -149,7 +142,7 @@ class Job:
             reason = f"could not be queued again: {e}; `stamo resume {self.run}` goes on"
             self._tell("stopped", reason=reason)
             self._say(f"job {self.id}: {reason}")
-            return code
+            return EXIT_PREEMPTED
         self._say(f"job {self.id}: queued again")
         return code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.layers import merge
 from stamo_dist.recipe.lines import Key, located, read_file, show_value
 from stamo_dist.recipe.load import Loaded, load
-from stamo_dist.recipe.schema import Section
+from stamo_dist.recipe.schema import Recipe, Section
 from stamo_dist.recipe.validate import place_of, validate_as
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -100,6 +101,7 @@ class Work:
     loaded: Loaded | None  # the recipe that it names
     after: list[str]
     makes: Path | None = None  # what has to be there when it has finished
+    reads: frozenset[Path] = frozenset()  # absolute: folders of data, weights and runs
 
     @property
     def trains(self) -> bool:
@@ -144,13 +146,29 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
             message = f"trains into {work.run_dir} as {shared[work.run_dir]} does; set run_dir"
             problems.append(located(place_of(key, merged.places), key, message))
         shared[work.run_dir] = work.name
+    for work, other in _too_early(found):
+        place = place_of(("stages", work.name, "after"), merged.places)
+        message = f"{work.name} reads what {other} makes; add {other}, or a stage that comes after it"
+        problems.append(located(place, ("stages", work.name, "after"), message))
     if problems:
         raise RecipeError(problems)
     return pipeline, found
 
 
+def _too_early(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
+    """(stage, an earlier one that makes what it reads and that it does not wait for)."""
+    makers: dict[Path, str] = {}
+    before: dict[str, set[str]] = {}
+    for work in works:
+        before[work.name] = {*work.after}.union(*(before.get(name, set()) for name in work.after))
+        needed = dict.fromkeys(maker for path, maker in makers.items() if path in work.reads)
+        yield from ((work, maker) for maker in needed if maker not in before[work.name])
+        if made := work.run_dir if work.trains else work.makes:
+            makers[made.absolute()] = work.name
+
+
 def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
-    stage, loaded, makes = pipeline.stages[name], None, None
+    stage, loaded, makes, reads = pipeline.stages[name], None, None, list[str]()
     folder = Path(pipeline.run_dir) / name
     if stage.train is not None:
         loaded = load(stage.train, stage.overrides)
@@ -163,7 +181,20 @@ def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
             loaded = load(given["recipe"], given["set_"])
         if words[:2] == ["data", "convert"] and "://" not in given["out"]:
             makes = Path(given["out"])
-    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name), makes)
+        if words[0] in ("eval", "report"):
+            reads += [given["run"]] if words[0] == "eval" else given["runs"]
+    if loaded is not None:
+        reads += _reads(loaded.recipe)
+    paths = frozenset(Path(path).expanduser().absolute() for path in reads)
+    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name), makes, paths)
+
+
+def _reads(recipe: Recipe) -> Iterator[str]:
+    """Folders on this machine that a recipe names: of data, weights, and its tokenizer's run."""
+    for source in recipe.data.used.values():
+        yield from (path for path in source.paths if "://" not in path)
+    found = [getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")]
+    yield from (path for path in [*found, recipe.policy.weights, recipe.policy.tokenizer] if path is not None)
 
 
 def _parse(words: list[str], root: Any) -> dict[str, Any]:

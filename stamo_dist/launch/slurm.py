@@ -17,6 +17,7 @@ from stamo_dist.errors import StamoError
 
 _TIMEOUT = 30.0  # seconds
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
+_PLACES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin", "/usr/local/slurm/bin")
 _FIELDS = {
     "id": "%i", "state": "%T", "reason": "%r", "start": "%S", "nodes": "%N", "count": "%D", "elapsed": "%M",
     "limit": "%l", "partition": "%P", "user": "%u", "name": "%j",
@@ -68,18 +69,32 @@ def available() -> bool:
     return True
 
 
+def tool(name: str) -> str | None:
+    """Where one of Slurm's commands is: in PATH, beside one that is in PATH, or where clusters put them.
+
+    A profile's `environment` or `setup` may leave a job a PATH without some of them.
+    """
+    others = map(shutil.which, ("srun", "squeue", "sbatch", "scontrol"))
+    beside = [str(Path(other).resolve().parent) for other in others if other]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join([*beside, *_PLACES]))
+
+
 def run(*command: str, stdin: str | None = None) -> str:
     """What the command prints.
 
     Raises:
         SlurmError: It is not there, does not answer, or refuses.
     """
+    found = tool(command[0])
+    if found is None:
+        place = "has this node none?" if "SLURM_JOB_ID" in os.environ else "is this a login node of a Slurm cluster?"
+        raise SlurmError(f"{command[0]}: not found; {place}")
     try:
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            [found, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )  # fmt: skip
-    except FileNotFoundError:
-        raise SlurmError(f"{command[0]}: not found; is this a login node of a Slurm cluster?") from None
+    except OSError as e:
+        raise SlurmError(f"{found}: {e.strerror}") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT:g} s; is the Slurm controller up?") from None
     if done.returncode:
@@ -122,6 +137,28 @@ def config() -> dict[str, str]:
     lines = run("scontrol", "show", "config").splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+@dataclass(frozen=True)
+class Association:
+    """What a user may charge to: an account, in one partition or (\"\") in all, with these QOS."""
+
+    account: str
+    partition: str
+    qos: frozenset[str]
+
+
+def associations(user: str) -> list[Association] | None:
+    """The user's, where the cluster insists on them (AccountingStorageEnforce); None where not, or if nobody tells."""
+    try:
+        if not re.search(r"associations|limits|qos|safe|wckeys|all", config().get("AccountingStorageEnforce", "")):
+            return None
+        wish = ("show", "assoc", "where", f"user={user}", "format=account,partition,qos", "--noheader", "--parsable2")
+        lines = run("sacctmgr", *wish).splitlines()
+    except SlurmError:
+        return None
+    rows = [line.split("|") for line in lines if line.count("|") == 2]
+    return [Association(account, partition, frozenset(qos.split(","))) for account, partition, qos in rows]
 
 
 def expand(nodes: str) -> list[str]:

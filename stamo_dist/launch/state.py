@@ -37,6 +37,8 @@ _REASONS = {
     "BadConstraints": "no node is as it asks for",
     "InvalidAccount": "the account may not use this partition or does not exist",
     "InvalidQOS": "there is no such QOS",
+    "AccountNotAllowed": "the partition does not take the account",
+    "QOSNotAllowed": "the partition does not take the QOS",
     "launch failed requeued held": "it could not be started and is held; `scontrol release` lets it go",
 }
 #: What a job may do besides waiting and running, and what that means.

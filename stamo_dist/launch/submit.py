@@ -20,6 +20,7 @@ from stamo_dist.launch import checks, slurm, snapshot, supervise
 from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
 from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record, task_log
 from stamo_dist.launch.restarts import newest_step
+from stamo_dist.launch.step import step
 from stamo_dist.recipe.load import Loaded, load
 
 SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
@@ -155,9 +156,14 @@ def _many(count: int, what: str) -> str:
 
 def script(order: Order) -> str:
     """The batch script, to the letter; on this machine, the command of each process."""
+    launch = order.launch
+    taken = launch.snapshot or _no_snapshot(launch)
+    command = [word.replace(SNAPSHOT, taken) for word in launch.command]
+    launch = replace(launch, snapshot=taken, command=command)
     if order.profile.backend == "local":
-        return shlex.join(supervise.command(order.launch))
-    return _Sbatch(order).text()
+        return shlex.join(supervise.command(launch))
+    srun = step(launch, max(launch.node_counts or [launch.nodes]))
+    return f"{_Sbatch(order).text()}\n# It starts the processes with\n#   {shlex.join(srun)}\n"
 
 
 def submit(order: Order) -> Launch:
@@ -301,10 +307,13 @@ class _Sbatch(SlurmExecutor):
     @property
     def _command(self) -> str:
         launch = self.order.launch
-        code = snapshot.command(
-            launch.snapshot or f"{folder(launch.run_dir)}/snapshots/TIME", "stamo_dist.launch.job", []
-        )
+        code = snapshot.command(launch.snapshot or _no_snapshot(launch), "stamo_dist.launch.job", [])
         return f"exec {shlex.join([*code, *(m.launch.run_dir for m in self.order.members or [self.order])])}"
+
+
+def _no_snapshot(launch: Launch) -> str:
+    """Where the snapshot will be."""
+    return f"{folder(launch.run_dir)}/snapshots/TIME"
 
 
 def _log(order: Order) -> str:

@@ -50,10 +50,10 @@ def troubles(findings: list[Finding]) -> list[str]:
         ("cred_expire=20", "socket=/run/munge", {}, None, "note: a requeued job waits 121 s"),
         (
             "RequeueExit             = (null)",
-            "RequeueExit = 70-80",
+            "RequeueExitHold = 70-80",
             {},
             None,
-            "warning: RequeueExit=70-80 takes in code 75",
+            "warning: RequeueExitHold=70-80 takes in code 75",
         ),
         (
             "preempt_send_user_signal",

@@ -9,11 +9,11 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_CLIENTS = ("sbatch", "squeue", "scancel", "scontrol", "srun", "sinfo")
+_CLIENTS = ("sbatch", "squeue", "scancel", "scontrol", "srun", "sinfo", "sacctmgr")
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _INIT = """\
 hostname {name}; ip link set lo up
@@ -42,7 +42,7 @@ MpiDefault=none
 ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 SwitchType=switch/none
 PropagateResourceLimits=NONE
 SelectType=select/cons_tres
@@ -66,6 +66,7 @@ PartitionName=low   Nodes=ALL Default=YES MaxTime=2-0 DefaultTime=60 State=UP Pr
 PartitionName=now   Nodes=ALL MaxTime=2-0 DefaultTime=60 State=UP PriorityTier=1  GraceTime=0
 PartitionName=high  Nodes=ALL MaxTime=2-0 DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=small Nodes={first} MaxTime=30 DefaultTime=5 State=UP PriorityTier=1
+PartitionName=staff Nodes=ALL MaxTime=30 DefaultTime=5 State=UP PriorityTier=1 AllowAccounts=staff,admins
 """
 
 
@@ -118,12 +119,21 @@ class Cluster:
             "ctl", "munged", f"--key-file={munge}/munge.key", f"--socket={munge}/munge.socket", "--force",
             f"--pid-file={self.root}/run/munged.pid", f"--seed-file={munge}/seed", f"--log-file={self.root}/log/munged",
         )  # fmt: skip
+        self._keep_accounts()
         self._inside("ctl", "slurmctld", "-f", str(self.root / "etc/slurm.conf"))
         for name in self.names:
             self.start_node(name)
         self.until(
             lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == str(len(self.names))
         )
+
+    @property
+    def _accounting(self) -> str:
+        """Of slurm.conf."""
+        return "AccountingStorageType=accounting_storage/none"
+
+    def _keep_accounts(self) -> None:
+        """Start what the controller needs for it."""
 
     def start_node(self, name: str) -> None:
         """Power one node on."""
@@ -144,6 +154,22 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """Cut its power: everything that runs there is gone at once."""
         os.kill(self._inits.pop(name), 9)
+
+    @staticmethod
+    def programs(name: str) -> list[Path]:
+        """Where one of Slurm's commands is."""
+        return [path for folder in ("/usr/bin", "/usr/local/bin") if (path := Path(folder, name)).exists()]
+
+    @contextlib.contextmanager
+    def without(self, node: str, *programs: Path) -> Iterator[None]:
+        """As if the node did not have these."""
+        for program in programs:
+            self._inside(node, "mount", "--bind", "/dev/null", str(program))
+        try:
+            yield
+        finally:
+            for program in programs:
+                self._inside(node, "umount", str(program))
 
     def stop(self) -> None:
         for name in list(self._inits):
@@ -224,7 +250,7 @@ class Cluster:
         )
         (etc / "slurm.conf").write_text(_CONF.format(
             name=f"test{os.getpid()}", root=self.root, subnet=self.subnet, nodes=nodes, first=self.names[0],
-            grace=self.grace, kill_wait=self.kill_wait,
+            grace=self.grace, kill_wait=self.kill_wait, accounting=self._accounting,
             proctrack="cgroup" if os.access(_FREEZER / "cgroup.procs", os.W_OK) else "pgid",
         ))  # fmt: skip
         (etc / "gres.conf").write_text("AutoDetect=off\n")

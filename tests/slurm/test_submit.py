@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -35,7 +36,9 @@ def test_dry_run_needs_neither_torch_nor_slurm(toy, tmp_path):
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     cluster = profile(
         tmp_path, nodes=4, min_nodes=1, gpus_per_node=2, processes_per_node=None, cpus_per_gpu=6, memory="100G",
-        account="robots", setup=["module load cuda"], environment={"NCCL_DEBUG": "WARN"}, sbatch={"reservation": "r"},
+        account="robots", setup=["module load cuda", "source 'my env/bin/activate'"],
+        environment={"NCCL_DEBUG": "WARN", "NOTE": "it's $HOME"}, sbatch={"reservation": "r"},
+        container={"image": "/images/my stamo.sqsh", "mounts": ["/data:/data", "/runs dir:/runs"]}, srun=["--mpi=none"],
     )  # fmt: skip
     words = ["submit", str(recipe), "--cluster", str(cluster), "--time", "02:00:00", "--dry-run"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
@@ -55,8 +58,13 @@ def test_dry_run_needs_neither_torch_nor_slurm(toy, tmp_path):
     ):  # fmt: skip
         assert f"#SBATCH {option}" in lines
     assert "export NCCL_DEBUG=WARN" in lines
-    assert "module load cuda" in lines
-    assert not any("ntasks" in line for line in lines)
+    assert "export NOTE='it'\"'\"'s $HOME'" in lines
+    assert lines[lines.index("module load cuda") + 1] == "source 'my env/bin/activate'"
+    srun = shlex.split(next(line for line in lines if line.startswith("#   srun")), comments=False)[1:]
+    assert {"--nodes=4", "--ntasks=8", "--ntasks-per-node=2", "--mpi=none"} < {*srun}
+    assert {"--container-image=/images/my stamo.sqsh", "--container-mounts=/data:/data,/runs dir:/runs"} < {*srun}
+    assert srun[-3:-1] == ["stamo_dist.launch.rank", "train"]
+    assert not any(line.startswith("#SBATCH") and "ntasks" in line for line in lines)
     assert "with 3 nodes it uses 2 of them: 6 processes do not divide train.global_batch 8" in done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -85,6 +93,7 @@ def test_problems_of_a_profile_come_at_once_with_their_lines(toy, stamo, tmp_pat
             "nodes: at least 2 are asked for, and partition small gives at most 1",
         ),
         ({"partition": "small", "time": "01:00:00"}, [], "time: 01:00:00 is more than partition small allows"),
+        ({"partition": "staff", "account": "guest"}, [], "account: partition staff does not take guest; it takes only"),
         ({"cpus_per_gpu": 64}, [], "no node has that many GPUs, CPUs or that much memory"),
         ({"constraint": "h100"}, [], "the profile's constraint h100 names no feature of a node"),
         ({"nodes": 3}, [], "8 is not divisible by 6 processes"),

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stamo_dist.launch import slurm
 from stamo_dist.launch.doctor.disk import Disk, measure
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy", "wandb")
@@ -52,7 +53,7 @@ class Report:
     port: int = 0  # where others may connect, on the first rank of a node
     shm: tuple[int, int] = (0, 0)  # size and free bytes of /dev/shm
     limits: dict[str, int] = field(default_factory=dict)
-    scontrol: bool = False  # whether the command is there
+    scontrol: bool = True  # whether the command is where srun is
     driver: str = ""  # of the GPUs
     gpus: list[str] = field(default_factory=list)
     cuda: str = ""  # that torch was built for
@@ -167,7 +168,7 @@ def look(report: Report) -> None:
         "nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
     }
-    report.scontrol = shutil.which("scontrol") is not None
+    report.scontrol = slurm.tool("srun") is None or slurm.tool("scontrol") is not None
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             found = subprocess.run(

@@ -122,13 +122,17 @@ def _requeueing(config: Mapping[str, str]) -> Iterator[Finding]:
             "note", _AREA, "jobs are not requeued by default (JobRequeue=0)",
             "nothing to do: `stamo submit` asks for it; a script of your own needs #SBATCH --requeue",
         )  # fmt: skip
-    for key in ("RequeueExit", "RequeueExitHold"):
-        if _covers(config.get(key, ""), EXIT_PREEMPTED):
-            yield Finding(
-                "warning", _AREA, f"{key}={config[key]} takes in code {EXIT_PREEMPTED}, with which a run leaves to be "
-                "started again",
-                f"have the administrator take {EXIT_PREEMPTED} out: the run requeues itself",
-            )  # fmt: skip
+    if _covers(config.get("RequeueExitHold", ""), EXIT_PREEMPTED):
+        yield Finding(
+            "warning", _AREA, f"RequeueExitHold={config['RequeueExitHold']} takes in code {EXIT_PREEMPTED}, with which "
+            "a run leaves to be started again: it is held then",
+            f"have the administrator take {EXIT_PREEMPTED} out; `scontrol release JOB` lets it go on",
+        )  # fmt: skip
+    elif _covers(config.get("RequeueExit", ""), EXIT_PREEMPTED):
+        yield Finding(
+            "fine", _AREA, f"RequeueExit={config['RequeueExit']}: a run that left to be started again is queued "
+            "again even where it cannot do so itself",
+        )  # fmt: skip
     expiry = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
     delay = int(expiry[1]) if expiry else 120
     if delay > 30:

@@ -66,6 +66,11 @@ def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fi
                 f"connects the {r.local_ranks} ranks of a node through it",
                 "containers: --shm-size=8g or --ipc=host; else clear what dead jobs left there",
             )  # fmt: skip
+        if not r.scontrol:
+            yield Finding(
+                "warning", _NODES, f"{r.host}: there is no scontrol, so no run can queue itself again from there",
+                "have the administrator install it, or set RequeueExit=75; else `stamo resume RUN` goes on by hand",
+            )  # fmt: skip
         if abs(r.clock) > _SKEW:
             yield Finding(
                 "warning", _NODES, f"{r.host}: its clock is {r.clock:+.1f} s from rank 0's",
