@@ -80,7 +80,7 @@ def _begin(
     recipe = loaded.recipe
     stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, mixture)
+    task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
@@ -91,9 +91,10 @@ def _begin(
         clip=recipe.optimizer.clip, precision=recipe.train.precision, block_classes=task.block_classes,
     )  # fmt: skip
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
-
     start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
+    if start is None or not checkpoint.holds_all(start):
+        task.fill()
+    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if start is not None:
