@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
-from stamo_dist.models.openvla import load
+from stamo_dist.models.openvla import load, shapes
 from stamo_dist.models.openvla.actions import ActionTokenizer
 from stamo_dist.models.openvla.adapt import add_lora, freeze, merge_lora
 from stamo_dist.models.openvla.images import ImageProcessor
@@ -82,7 +82,7 @@ class PolicyTask:
         self._horizons = torch.tensor(window.horizons)
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
-        self._flops = _flops(self.network, self._prompts.length, recipe, self._eyes)
+        self._sizes = sizes
 
     @property
     def frozen(self) -> Mapping[str, str]:
@@ -157,7 +157,25 @@ class PolicyTask:
         )  # fmt: skip
 
     def flops_per_sample(self) -> float:
-        return self._flops
+        seen = self._seen()
+        trained = shapes.training_flops(shapes.hollow(self._data.config, self._cfg, self._sizes), seen)
+        return trained + (self._eyes.flops(self._frames()) if self._eyes is not None else 0)
+
+    def _seen(self) -> shapes.Seen:
+        """What one sample of this policy is made of."""
+        views = self._cfg.views if self._eyes is not None else 0
+        return shapes.Seen(
+            self._prompts.length,
+            views * self._eyes.target_shape("dinov2")[0] if self._eyes is not None else 0,
+            views * self._eyes.state_shape[0] if self._eyes is not None else 0,
+        )
+
+    def _frames(self) -> int:
+        """Frames of a sample that the frozen tokenizer encodes."""
+        cfg = self._cfg
+        looks = cfg.vision == "stamo"
+        now = cfg.views if looks else int(cfg.world is not None and cfg.world.target == "motion")
+        return now + (cfg.world is not None)
 
     def export(
         self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
@@ -210,31 +228,3 @@ def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetw
     found, fresh = load.stored(data.folder, network), load.fresh_parts(cfg)
     filling = load.Filling(network, found, str(data.folder), fresh=fresh, seed=recipe.seed)
     return network, filling, [f"policy: {filling.report}", *notes]
-
-
-def _flops(network: PolicyNetwork, text: int, recipe: Recipe, eyes: StamoVision | None) -> float:
-    """Arithmetic of one sample: two operations a weight and token, and attention's products; 3 × where it learns."""
-    vla, config = network.vla, network.vla.config
-    total = 0.0
-    if eyes is not None:
-        encoder = eyes.tokenizer.encoder
-        patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
-        frames = (recipe.policy.vision == "stamo") + (1 if recipe.policy.world else 0)
-        if recipe.policy.world and recipe.policy.world.target == "motion":
-            frames += 1
-        total += 2.0 * frames * patches * sum(p.numel() for p in encoder.parameters())
-    seen = 0
-    if config.towers:
-        seen = vla.vision_backbone.patches
-        learns = 1 if recipe.policy.freeze.vision else 3
-        total += 2.0 * learns * seen * sum(p.numel() for p in vla.vision_backbone.parameters())
-    elif eyes is not None:
-        reads = recipe.policy.stamo
-        seen = (patches if reads != "states" else 0) + (eyes.state_shape[0] if reads != "patches" else 0)
-    length = seen + text + recipe.policy.proprio
-    llama = vla.language_model.model
-    weights = sum(p.numel() for p in llama.layers.parameters())
-    attention = (
-        4.0 * len(llama.layers) * length * config.hidden
-    )  # of one token: 2 · T · H for scores, as many for values
-    return total + 3 * length * (2.0 * weights + attention)

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     """
 
     input_ids: Tensor  # (B, L) prompt, action ids or placeholders, </s>; padded on the right
-    attention_mask: Tensor  # (B, L) bool
+    attention_mask: Tensor | None  # (B, L) bool; None where nothing is padding
     prompts: Tensor  # (B,) ids of each prompt, the space behind it included
     images: Tensor | Features  # pixels (B, C, S, S) or a StaMo encoder's features
     labels: Tensor | None = None  # (B, L); -100 but for action ids and </s>
