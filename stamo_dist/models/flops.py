@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ def shapes_only(*modules: nn.Module) -> FakeTensorMode:
 
 def counter() -> FlopCounterMode:
     """PyTorch's counter, which also knows the attention of CPUs."""
-    attention: Any = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    ops: Any = torch.ops.aten
+    attention = {
+        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=attention)
 
