@@ -278,7 +278,8 @@ def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device)
 
 
 def policy_step(
-    config: OpenVLAConfig, cfg: recipes.Policy, batch: int, text: int, device: torch.device, *, plain: bool, compiled: bool
+    config: OpenVLAConfig, cfg: recipes.Policy, batch: int, text: int, device: torch.device, *, plain: bool,
+    compiled: bool,
 ) -> Callable[[], object]:  # fmt: skip
     """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
     with torch.device(device):

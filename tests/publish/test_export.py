@@ -39,11 +39,11 @@ def run(toy_policy: Path, ranks, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return recipe.parent / "run"
 
 
-def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, stamo, ranks, tmp_path: Path) -> None:
+def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, ranks, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    said = stamo("export", run, out, "--shard-size", "20KB").stdout
+    _, said = ranks(1, "export", run, out, "--shard-size", "20KB")
     assert "step_00000002" in said
     weights = checkpoint.read_weights(checkpoint.complete(run / "checkpoints")[0][0])
     language = AutoModelForCausalLM.from_pretrained(out / "language_model")
@@ -71,7 +71,7 @@ def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, stamo, ranks
 
 
 def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
-    toy_policy: Path, ranks, stamo, tmp_path: Path
+    toy_policy: Path, ranks, tmp_path: Path
 ) -> None:
     recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy, actions="regression", proprio=True)
     for name in ("a", "b"):
@@ -92,7 +92,7 @@ def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
     recipe.write_text(text)
     ranks(1, "train", recipe, "--set", "train.steps=2")
     run, out = tmp_path / "run", tmp_path / "out"
-    stamo("export", run / "checkpoints/step_00000002", out, "--format", "openvla", "--dtype", "bfloat16")
+    ranks(1, "export", run / "checkpoints/step_00000002", out, "--format", "openvla", "--dtype", "bfloat16")
 
     keys = json.loads((Path(__file__).parents[1] / "models/goldens/keys/openvla_7b_state_dict.json").read_text())
     layers = {key for key in keys if not any(f".{n}." in key for n in range(2, 40))}
@@ -110,31 +110,31 @@ def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
         assert torch.equal(tensor, weights[name].bfloat16()), name
 
 
-def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, stamo, tmp_path: Path) -> None:
+def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, tmp_path: Path) -> None:
     from diffusers import SD3Transformer2DModel
 
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     ranks(1, "train", recipe, "--set", "train.steps=2")
     run = Path(load(recipe).recipe.run_dir)
-    stamo("export", run, tmp_path / "out", "--shard-size", "20KB")
+    ranks(1, "export", run, tmp_path / "out", "--shard-size", "20KB")
     before, after = Tokenizer.from_pretrained(run), Tokenizer.from_pretrained(tmp_path / "out")
     assert before.fingerprint() == after.fingerprint()
     opened = SD3Transformer2DModel.from_pretrained(tmp_path / "out/transformer").state_dict()
     for name, tensor in before.trained.decoder.transformer.state_dict().items():
         assert torch.equal(tensor, opened[name]), name
-    stamo("export", run, tmp_path / "half", "--dtype", "bfloat16")
+    ranks(1, "export", run, tmp_path / "half", "--dtype", "bfloat16")
     half = Tokenizer.from_pretrained(tmp_path / "half").trained.compressor.queries
     assert torch.equal(half, before.trained.compressor.queries.bfloat16().float())
 
 
-def test_what_cannot_be_exported_is_refused(run: Path, stamo, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused(run: Path, ranks, tmp_path: Path) -> None:
     for arguments, why in (
         ((run, tmp_path / "o", "--format", "openvla"), "the official code has no StaMo encoder"),
         ((tmp_path, tmp_path / "o"), "not a run folder"),
         ((run, tmp_path), "exists; give a folder that does not"),
         ((run, tmp_path / "o", "--shard-size", "big"), "--shard-size big: give a size as 5GB"),
     ):
-        result = stamo("export", *arguments, check=False)
-        assert result.returncode == 2
-        assert why in result.stderr
+        code, said = ranks(1, "export", *arguments, check=False)
+        assert code == 2
+        assert why in said
     assert not (tmp_path / "o").exists()
