@@ -33,6 +33,8 @@ demo: $(VENV)/.installed opengl
 	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
 	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
 	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
+	$(STAMO) data stats demo/shards/libero
+	$(STAMO) data stats demo/shards/metaworld
 	$(STAMO) mix recipes/tokenizer_demo.yaml
 	$(STAMO) train recipes/vae_demo.yaml
 	$(STAMO) encode recipes/tokenizer_demo.yaml

@@ -2,11 +2,13 @@
 
     python benchmarks/step.py overhead recipes/tokenizer_demo.yaml     # share of a step outside the model, CPU or GPU
     python benchmarks/step.py full                                     # SD3-medium DiT + DINOv2-L, 256 px, one GPU
+    python benchmarks/step.py policy --lora 32 --batch 16              # OpenVLA's 7 B with adapters, one GPU of 80 GB
+    python benchmarks/step.py policy --batch 16                        # the whole 7 B trains, one GPU of 140 GB
 
 `full` prints samples/s, MFU and peak memory of our step (latents online and cached) beside a plain loop on the same
-frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. Weights
-are random: speed does not depend on them. `--tiny` runs the same code at toy size and eager, to show without a GPU that
-it works.
+frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. `policy`
+prints the same of OpenVLA beside a loop as the official one: eager, with the logits of every token. Weights are random:
+speed does not depend on them. `--tiny` runs the same code at toy size and eager, to show without a GPU that it works.
 """
 
 from __future__ import annotations
@@ -36,10 +38,15 @@ from stamo_dist.engine.optim import adamw
 from stamo_dist.engine.processes import leave
 from stamo_dist.engine.world import world_from_environment
 from stamo_dist.models.compressor import Compressor
+from stamo_dist.models.openvla import shapes
+from stamo_dist.models.openvla.adapt import add_lora, freeze
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.network import IGNORE
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.load import load
-from stamo_dist.tasks import build_task
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.tokenizer import TokenizerTask
 from stamo_dist.tasks.vae import VAETask
@@ -151,7 +158,7 @@ def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callabl
     encoder = recipe.model.encoder.model_copy(update={"train": False})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
     world = world_from_environment()
-    task = build_task(recipe)
+    task = TokenizerTask(recipe)
     engine = strategy.build(
         task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, batching(recipe.train, 1),
         clip=1.0, precision="bf16", block_classes=task.block_classes,
@@ -251,6 +258,87 @@ def full(batch: int, repeats: int, tiny: bool) -> None:
     Console().print(table)
 
 
+SMALL_POLICY = {
+    "image_sizes": [56, 56], "timm_kwargs": [{"embed_dim": 32, "depth": 3, "num_heads": 2}] * 2,
+    "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000, "hidden_size": 64,
+                    "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device) -> Inputs:
+    """A random batch in which every sample has actions."""
+    config, tail = network.vla.config, network.sizes.action_tokens + 1
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.text_vocabulary, (batch, text), generator=g)
+    labels = torch.where(torch.arange(text) >= text - tail, ids, IGNORE)
+    side = config.towers[0].image_size
+    pixels = torch.randn(batch, 3 * len(config.towers), side, side, generator=g)
+    tensors = (ids, torch.ones_like(ids, dtype=torch.bool), torch.full((batch,), text - tail), pixels, labels)
+    return Inputs(*(t.to(device) for t in tensors))
+
+
+def policy_step(
+    config: OpenVLAConfig, cfg: recipes.Policy, batch: int, text: int, device: torch.device, *, plain: bool,
+    compiled: bool,
+) -> Callable[[], object]:  # fmt: skip
+    """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
+    with torch.device(device):
+        network = PolicyNetwork(config, cfg, Sizes(7))
+        freeze(network.vla, cfg.freeze)
+        if cfg.lora is not None:
+            add_lora(network.vla, cfg.lora)
+    network.set_gradient_checkpointing(True)
+    for module in network.modules():
+        if compiled and type(module).__name__ in network.block_classes():
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    optimizer, given = adamw(network, schema.Optimizer()), moments(network, batch, text, device)
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            if plain:
+                loss = network.vla(given.input_ids, given.images, given.attention_mask, given.labels)[1]
+            else:
+                found = network(given)
+                loss = (found.action / found.action_count).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def policy(batch: int, repeats: int, tiny: bool, lora: int | None, text: int = 40) -> None:
+    """OpenVLA's step, ours and the plain loop's."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    cfg = recipes.Policy(lora=None if lora is None else recipes.Lora(rank=lora))
+    config = OpenVLAConfig.from_dict({**OPENVLA_7B, **(SMALL_POLICY if tiny else {})}, "benchmark")
+    flops = shapes.training_flops(shapes.hollow(config, cfg, Sizes(7)), shapes.Seen(text))
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
+    size, part = "toy" if tiny else "7 B", "LoRA" if lora else "whole"
+    table = Table(title=f"policy of {size} size, {part}, {flops / 1e12:.3g} TF a sample, batch {batch}, {name}")
+    for column in ("", "samples/s", "MFU", "peak GB", "× plain loop"):
+        table.add_column(column, justify="left" if not column else "right")
+    reference = None
+    for label in ("plain loop", "ours"):
+        torch._dynamo.reset()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        plain = label == "plain loop"
+        step = policy_step(config, cfg, batch, text, device, plain=plain, compiled=not (plain or tiny))
+        rate = batch / seconds_per_call(step, repeats)
+        del step
+        reference = reference or rate
+        table.add_row(
+            label, f"{rate:.2f}", "–" if peak is None else f"{rate * flops / peak:.1%}",
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "–", f"{rate / reference:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
 ROWS: list[tuple[str, float, float | None, float | None]] = []
 
 
@@ -265,9 +353,16 @@ def main() -> None:
     f.add_argument("--batch", type=int, default=48)
     f.add_argument("--repeats", type=int, default=10)
     f.add_argument("--tiny", action="store_true")
+    p = commands.add_parser("policy")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--repeats", type=int, default=10)
+    p.add_argument("--lora", type=int, metavar="RANK")
+    p.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
     if a.command == "overhead":
         overhead(a.recipe, a.steps, a.set)
+    elif a.command == "policy":
+        policy(a.batch, a.repeats, a.tiny, a.lora)
     else:
         full(a.batch, a.repeats, a.tiny)
     leave(0)

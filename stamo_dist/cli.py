@@ -18,6 +18,8 @@ from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
 from stamo_dist.launch.doctor.commands import doctor, probe
+from stamo_dist.plan.commands import plan
+from stamo_dist.publish.commands import export
 from stamo_dist.recipe.commands import app as recipe_app
 
 app = typer.Typer(
@@ -36,6 +38,8 @@ for verb in verbs.COMMANDS:
 app.command()(doctor)
 app.command("doctor-probe", hidden=True)(probe)
 app.command()(chaos)
+app.command()(plan)
+app.command()(export)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
 Overrides = Annotated[

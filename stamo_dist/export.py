@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Generator
 from contextlib import closing
 
-from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.loader import Batch, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint
 from stamo_dist.engine.runfolder import RunFolder, write_atomic
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task
+from stamo_dist.tasks.base import Task
 
 _BATCHES = 16
 
@@ -30,18 +32,27 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
     Raises:
         CheckpointError: The checkpoint is not whole.
     """
-    weights = checkpoint.read_weights(checkpoint.folder_of(run.checkpoints, step))
-    task = build_task(recipe, mixture)  # anew: the trained model is spread over the processes
-    loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
-    )  # fmt: skip
+    path = checkpoint.folder_of(run.checkpoints, step)
+    weights = checkpoint.read_weights(path)
+    # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
+    task = build_task(recipe, mixture, later=checkpoint.holds_all(path))
     part = run.path / ".model.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    with closing(loader):
-        batches = iter(loader)
-        task.export(part, weights, (next(batches) for _ in range(_BATCHES)))
+    with closing(training_data(mixture, task)) as batches:
+        task.export(part, weights, batches)
     run.exported.unlink(missing_ok=True)
     shutil.rmtree(run.model, ignore_errors=True)
     part.rename(run.model)
     write_atomic(run.exported, json.dumps({"step": step}) + "\n")
     print(f"exported {run.model}", flush=True)
+
+
+def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:
+    """The first batches of the run, for models that are fitted to data when they are exported."""
+    loader = build_loader(
+        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
+    )  # fmt: skip
+    with closing(loader):
+        batches = iter(loader)
+        for _ in range(_BATCHES):
+            yield next(batches)

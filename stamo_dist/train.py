@@ -81,7 +81,7 @@ def _begin(
     recipe = loaded.recipe
     stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, mixture)
+    task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
@@ -96,6 +96,8 @@ def _begin(
     engine = strategy.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator=accelerator, **how)
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    if start is None or not checkpoint.holds_all(start):
+        task.fill()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)

@@ -33,8 +33,8 @@ from stamo_dist.engine.world import World
 from stamo_dist.errors import CheckpointError, RunError, StamoError
 
 __all__ = [
-    "MARKER", "Choice", "Marker", "RunState", "choose", "complete", "folder_of", "load", "read_marker", "read_weights",
-    "settle",
+    "MARKER", "Choice", "Marker", "RunState", "choose", "complete", "folder_of", "holds_all", "load", "read_marker",
+    "read_weights", "settle",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -151,6 +151,11 @@ def settle(
                 new = set_aside(later, "abandoned")
                 notes.append(f"kept {later} as {new.name}: this run goes on from before it and writes its own")
     return path, notes
+
+
+def holds_all(path: Path) -> bool:
+    """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
+    return read_marker(path).strategy not in ZERO_STAGE
 
 
 def on_main(world: World, body: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.schema import Optimizer
 
 
@@ -14,21 +15,29 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (biases, norms) and learned queries are not decayed.
 
     A group's `scale` multiplies the schedule from step `start` on: the encoder's and the compressor's parameters take
-    `encoder_lr` and `encoder_start`.
+    `encoder_lr` and `encoder_start`, those that `lr_scale` names its numbers.
+
+    Raises:
+        RecipeError: `lr_scale` names nothing that is trained.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith("queries") else 0.0
-            groups.setdefault((decay, name.startswith(("encoder.", "compressor."))), []).append(p)
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if idle := [prefix for prefix in cfg.lr_scale if not any(name.startswith(prefix) for name in named)]:
+        begin = sorted({".".join(name.split(".")[:2]) for name in named})
+        raise RecipeError([
+            f"optimizer.lr_scale.{prefix}: no trained parameter's name begins so; they begin with {', '.join(begin)}"
+            for prefix in idle
+        ])  # fmt: skip
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, p in named.items():
+        decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith("queries") else 0.0
+        encodes = name.startswith(("encoder.", "compressor."))
+        scale = cfg.encoder_lr if encodes else 1.0
+        if fits := [prefix for prefix in cfg.lr_scale if name.startswith(prefix)]:
+            scale = cfg.lr_scale[max(fits, key=len)]
+        groups.setdefault((decay, scale, encodes), []).append(p)
     parameters = [
-        {
-            "params": p,
-            "weight_decay": decay,
-            "scale": cfg.encoder_lr if encodes else 1.0,
-            "start": cfg.encoder_start if encodes else 0,
-        }
-        for (decay, encodes), p in groups.items()
+        {"params": p, "weight_decay": decay, "scale": scale, "start": cfg.encoder_start if encodes else 0}
+        for (decay, scale, encodes), p in groups.items()
     ]
     return torch.optim.AdamW(
         parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=torch.cuda.is_available() or None

@@ -32,6 +32,7 @@ from stamo_dist.engine.compiling import clear_dead_locks
 from stamo_dist.engine.processes import PATIENCE
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
+from stamo_dist.models.shards import materialise
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.schema import Strategy
 
@@ -40,6 +41,7 @@ if not torch.cuda.is_available():
 
 _log = logging.getLogger(__name__)
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+FILLS_SHARDS = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
 
 
 def tie(loss: Tensor) -> Tensor:
@@ -232,8 +234,10 @@ def build(
     """Spread `module` and `optimizer` over the processes as the recipe's strategy says.
 
     `block_classes` names the transformer block classes that FSDP shards one by one. All processes must hold the same
-    initial weights. `accelerator`: made by `connect` with the same values, where the processes had to talk before. The
-    streaming loader never goes through here: Accelerate would read on rank 0 for all, one batch ahead.
+    initial weights. `accelerator`: made by `connect` with the same values, where the processes had to talk before.
+    Under a strategy of `FILLS_SHARDS` parameters may be on the meta device: only this process's shards get memory, and
+    what is in it must be written afterwards. The streaming loader never goes through here: Accelerate would read on
+    rank 0 for all, one batch ahead.
 
     Raises:
         RunError: hsdp's group does not divide the world.
@@ -241,7 +245,17 @@ def build(
     accelerator = accelerator or connect(
         strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes
     )
+    names = {p: name for name, p in module.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    hollow = any(p.is_meta for p in names)
+    del names
     module, optimizer = accelerator.prepare(module, optimizer)
+    if hollow:
+        materialise(module, accelerator.device)
+        # Accelerate finds the optimizer's parameters by their address, which they did not have.
+        parameters = dict(module.named_parameters())
+        for group, members in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = [parameters[name] for name in members]
     if batching.virtual is None:
         return Engine(strategy.name, world, accelerator, module, optimizer, clip)
     from stamo_dist.engine.virtual import VirtualEngine

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
+from stamo_dist.models.shards import Stored, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
@@ -45,12 +46,16 @@ class Decoder(nn.Module):
         self.transformer = transformer
         self.precondition = precondition
         self.report: LoadReport | None = None
+        self._later: dict[str, Stored] = {}
 
     @classmethod
     def from_config(
-        cls, cfg: schema.Decoder, compressor: schema.Compressor, latent_shape: tuple[int, int, int]
-    ) -> Decoder:
+        cls, cfg: schema.Decoder, compressor: schema.Compressor, latent_shape: tuple[int, int, int], *,
+        later: bool = False,
+    ) -> Decoder:  # fmt: skip
         """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
+
+        With `later`, what a checkpoint holds is read by `fill`: until then the parameters are on the meta device.
 
         Without weights the number of channels, the size of the position table and the context width default to what
         the latents (C, h, w) and the heads need.
@@ -65,7 +70,7 @@ class Decoder(nn.Module):
         }
         if cfg.weights is not None:
             folder = weights.locate(cfg.weights, ("transformer", ""), f"{FIELD}.weights")
-            return cls.from_folder(folder, latent_shape, conditioning)
+            return cls.from_folder(folder, latent_shape, conditioning, later=later)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
         channels, side, _ = latent_shape
@@ -80,20 +85,30 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_folder(
-        cls, folder: Path, latent_shape: tuple[int, int, int], conditioning: Mapping[str, int] | None = None
-    ) -> Decoder:
+        cls, folder: Path, latent_shape: tuple[int, int, int], conditioning: Mapping[str, int] | None = None, *,
+        later: bool = False,
+    ) -> Decoder:  # fmt: skip
         """Load a folder in diffusers' layout; `conditioning` replaces config fields of the conditioning layers."""
         config = {**weights.read_config(folder, f"{FIELD}.weights", _KIND), **(conditioning or {})}
         _check(config, latent_shape)
+        stored: dict[str, Stored] = {}
         transformer, report = weights.load(
             lambda: SD3Transformer2DModel.from_config(config),
             folder,
             f"{FIELD}.weights",
             reinitialise=_CONDITIONING if conditioning else (),
+            later=stored if later else None,
         )
         decoder = cls(transformer)
         decoder.report = report
+        decoder._later = stored
         return decoder
+
+    def fill(self) -> None:
+        """Read what was left for later, each process its own shards; the parameters have memory by now."""
+        parameters = dict(self.transformer.named_parameters())
+        for name, stored in self._later.items():
+            write(parameters[name], stored.read)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,10 +147,12 @@ class Decoder(nn.Module):
         else:
             self.transformer.disable_gradient_checkpointing()
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None, shard_size: str = "5GB") -> None:
         """Write diffusers' layout."""
         self.transformer.save_config(folder)
-        weights.save(self.transformer.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+        weights.save_shards(
+            self.transformer.state_dict(), folder, stem="diffusion_pytorch_model", dtype=dtype, shard_size=shard_size
+        )
 
 
 def _full(config: dict[str, Any]) -> dict[str, Any]:

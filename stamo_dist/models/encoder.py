@@ -94,10 +94,10 @@ class Encoder(nn.Module):
         """SHA-256 of the weights and of what else decides the features."""
         return weights.fingerprint({"class": "Dinov2Model", "image_size": self.image_size}, self.model.state_dict())
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write transformers' layout."""
         self.model.config.save_pretrained(folder)
-        weights.save(self.model.state_dict(), folder / "model.safetensors")
+        weights.save(self.model.state_dict(), folder / "model.safetensors", dtype)
 
 
 @torch.no_grad()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,30 @@ class Flops:
     def step(self, cached_latents: bool = False) -> int:
         """One training sample: the backward pass costs twice the trained forward."""
         return 3 * self.trained() + self.frozen(cached_latents)
+
+
+def shapes_only(*modules: nn.Module) -> FakeTensorMode:
+    """A context in which nothing is computed but shapes, as on a CPU, autocast and kernels included.
+
+    `modules`, which live on the meta device, may be called in it; they take no memory there either.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for module in modules:
+            module.to_empty(device="cpu")
+    return mode
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter, which also knows the attention of CPUs."""
+    ops: Any = torch.ops.aten
+    attention = {
+        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
 
 
 def count(module: nn.Module, *inputs: Tensor) -> int:

@@ -100,8 +100,10 @@ class Tokenizer(nn.Module):
         self._frozen_fingerprints: dict[str, str] | None = None
 
     @classmethod
-    def from_config(cls, cfg: schema.Model, flow: schema.Flow, image_size: int) -> Tokenizer:
+    def from_config(cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, later: bool = False) -> Tokenizer:
         """Build from a recipe for square frames of `image_size`; parts without weights are random (torch's generator).
+
+        With `later`, the decoder's weights are read by `trained.decoder.fill`, once an engine has sharded it.
 
         Raises:
             RecipeError: fields that the model classes do not know or that do not fit each other.
@@ -118,7 +120,7 @@ class Tokenizer(nn.Module):
         vae = VAE.from_config(cfg.vae, image_size)
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
-        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape)
+        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, later=later)
         return cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
 
     @property
@@ -257,8 +259,8 @@ class Tokenizer(nn.Module):
             "latent": self.vae.latent,
         }
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` reads.
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, shard_size: str = "5GB") -> None:
+        """Write a folder that `from_pretrained` reads, the trained parts cast to `dtype`.
 
         `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
         encoder is named by its source and fingerprint. `stamo.json` is written last.
@@ -271,11 +273,11 @@ class Tokenizer(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stamo.json").unlink(missing_ok=True)
-        weights.save(self.trained.compressor.state_dict(), folder / "compressor" / "model.safetensors")
-        self.trained.decoder.save_pretrained(folder / "transformer")
+        weights.save(self.trained.compressor.state_dict(), folder / "compressor" / "model.safetensors", dtype)
+        self.trained.decoder.save_pretrained(folder / "transformer", dtype, shard_size)
         self.vae.save_pretrained(folder / "vae")
         if self.trained.encoder is not None:
-            self.trained.encoder.save_pretrained(folder / "encoder")
+            self.trained.encoder.save_pretrained(folder / "encoder", dtype)
         about = {
             "format": _FORMAT,
             "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},

@@ -154,7 +154,7 @@ class VAE(nn.Module):
         normalisation = {"class": "AutoencoderKL", "scale": self.scale, "shift": self.shift}
         return weights.fingerprint(normalisation, self.model.state_dict())
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write diffusers' layout: the folder is what `model.vae.weights` may name."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write diffusers' layout, cast to `dtype`: the folder is what `model.vae.weights` may name."""
         self.model.save_config(folder)
-        weights.save(self.model.state_dict(), Path(folder) / "diffusion_pytorch_model.safetensors")
+        weights.save(self.model.state_dict(), Path(folder) / "diffusion_pytorch_model.safetensors", dtype)

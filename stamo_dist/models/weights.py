@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError
+from stamo_dist.models.shards import Stored
 
 log = logging.getLogger(__name__)
 
@@ -213,11 +215,15 @@ def _layer(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def load(build: Callable[[], M], folder: Path, field: str, reinitialise: Collection[str] = ()) -> tuple[M, LoadReport]:
+def load(
+    build: Callable[[], M], folder: Path, field: str, reinitialise: Collection[str] = (),
+    later: dict[str, Stored] | None = None,
+) -> tuple[M, LoadReport]:  # fmt: skip
     """Build a model with the weights of a checkpoint folder, in float32 on the CPU.
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
-    differs from the checkpoint's keep PyTorch's initialisation and are reported.
+    differs from the checkpoint's keep PyTorch's initialisation and are reported. With `later` the parameters stay
+    without memory, and what is to be read into each is put there.
 
     Raises:
         CheckpointError: files are missing or corrupt, or any other key or shape differs; all of them are listed.
@@ -231,7 +237,12 @@ def load(build: Callable[[], M], folder: Path, field: str, reinitialise: Collect
     if not report.fits:
         raise CheckpointError(f"{field}: the checkpoint does not fit the model\n{report}")
 
-    tensors = {key: _as_float32(where[key].get_tensor(key)) for key in report.loaded}
+    loaded = report.loaded
+    if later is not None:
+        parameters = dict(model.named_parameters())
+        later.update({key: Stored.in_file(where[key], key) for key in loaded if key in parameters})
+        loaded = tuple(key for key in loaded if key not in parameters)
+    tensors = {key: _as_float32(where[key].get_tensor(key)) for key in loaded}
     model.load_state_dict(tensors, assign=True, strict=False)
     for layer in sorted({_layer(key) for key in report.reinitialised}):
         module = model.get_submodule(layer)
@@ -259,10 +270,26 @@ def _fill_buffers(model: nn.Module, build: Callable[[], nn.Module]) -> None:
             model.get_submodule(owner)._buffers[leaf] = real[name]
 
 
-def save(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, in the form that diffusers and transformers read."""
+def save(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors, cast to `dtype`, in the form that diffusers and transformers read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().to("cpu").contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+    save_file({k: cast(v, dtype) for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def save_shards(
+    state: Mapping[str, Tensor], folder: Path, *, stem: str = "model", dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+) -> None:  # fmt: skip
+    """As `save`, in files of at most `shard_size` and an index where one does not do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: cast(v, dtype) for k, v in state.items()}
+    save_torch_state_dict(tensors, folder, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_size)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU, whole numbers as they are."""
+    kept = dtype is None or not tensor.is_floating_point()
+    return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous()
 
 
 def fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

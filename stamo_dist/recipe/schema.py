@@ -228,6 +228,11 @@ class Optimizer(Section):
     encoder_start: NonNegativeInt = Field(
         0, description="Step after which the encoder and compressor learn; a random decoder first learns to read them."
     )
+    lr_scale: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="Beginning of parameters' names → their learning rate relative to lr, e.g. {world_head: 10}; "
+        "the longest one that fits counts.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.01, description="Decoupled weight decay on matrices; biases, norms and queries have none."
     )

@@ -19,8 +19,11 @@ def check_task(recipe: Recipe, mixture: Mixture) -> None:
         PolicyData(recipe, mixture)
 
 
-def build_task(recipe: Recipe, mixture: Mixture) -> Task:
-    """The stage the recipe names, with its model built on the CPU."""
+def build_task(recipe: Recipe, mixture: Mixture, *, later: bool = False) -> Task:
+    """The stage the recipe names, with its model built on the CPU.
+
+    With `later`, parameters that a checkpoint supplies are on the meta device until `Task.fill`.
+    """
     if recipe.stage == "vae":
         from stamo_dist.tasks.vae import VAETask
 
@@ -28,7 +31,7 @@ def build_task(recipe: Recipe, mixture: Mixture) -> Task:
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 
-        return PolicyTask(recipe, mixture)
+        return PolicyTask(recipe, mixture, later=later)
     from stamo_dist.tasks.tokenizer import TokenizerTask
 
-    return TokenizerTask(recipe)
+    return TokenizerTask(recipe, later=later)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,23 @@ class LossOutput:
     present: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How an exported model lies on disk.
+
+    `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
+    language model is a folder of its own that plain transformers opens. `dtype` is that of the trained weights, fp32
+    when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a file, as 5GB.
+    """
+
+    form: Literal["openvla", "hf"] = "openvla"
+    dtype: torch.dtype | None = None
+    shard_size: str = "5GB"
+
+
+WHOLE = Layout()
+
+
 class Task(Protocol):
     """All that is particular to one stage. The loop knows nothing else about it."""
 
@@ -44,6 +61,9 @@ class Task(Protocol):
     def initialise(self, frames: Tensor) -> None:
         """Fit what depends on data to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""
 
+    def fill(self) -> None:
+        """Read the weights that `trained` was built without, each process into its own shards."""
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the frozen parts, which the strategy does not touch, and cast them."""
 
@@ -53,20 +73,27 @@ class Task(Protocol):
     def flops_per_sample(self) -> float:
         """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
 
-    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
-        """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at."""
+    def export(
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+    ) -> None:
+        """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at.
+
+        Raises:
+            RecipeError: The model cannot be written in that form.
+        """
 
 
 def load_trained(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights into a freshly built `Task.trained`.
+    """Load a checkpoint's weights into a freshly built `Task.trained`; they become its memory where it has none.
 
     Parameters that are not trained may be missing (ZeRO-1 does not save them): they are as they were built.
 
     Raises:
         CheckpointError: A trained parameter or a buffer is missing, or there are others.
     """
-    missing, unexpected = module.load_state_dict(weights, strict=False)
-    fixed = {name for name, p in module.named_parameters() if not p.requires_grad}
+    hollow = any(p.is_meta for p in module.parameters())
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=hollow)
+    fixed = {name for name, p in module.named_parameters() if not p.requires_grad and not p.is_meta}
     bad = sorted(set(missing) - fixed) + unexpected
     if bad:
         raise CheckpointError(f"the checkpoint does not fit the model of the recipe: {', '.join(bad[:10])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
-from stamo_dist.models.openvla import load
+from stamo_dist.models.openvla import load, shapes
 from stamo_dist.models.openvla.actions import ActionTokenizer
 from stamo_dist.models.openvla.adapt import add_lora, freeze, merge_lora
 from stamo_dist.models.openvla.images import ImageProcessor
@@ -23,7 +24,7 @@ from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData
@@ -41,7 +42,7 @@ class PolicyTask:
     init_frames = 0
     latents: str | None = None
 
-    def __init__(self, recipe: Recipe, mixture: Mixture):
+    def __init__(self, recipe: Recipe, mixture: Mixture, *, later: bool = False):
         cfg, window = recipe.policy, mixture.window
         assert window is not None, "a policy's recipe has a horizon"
         self._cfg = cfg
@@ -61,7 +62,10 @@ class PolicyTask:
             self._eyes.patch_dim if cfg.vision == "stamo" and cfg.stamo != "states" and self._eyes else None,
             self._eyes.state_shape[1] if cfg.vision == "stamo" and cfg.stamo != "patches" and self._eyes else None,
         )
-        self.network, notes = _network(recipe, data, sizes)
+        self.network, self._filling, notes = _network(recipe, data, sizes)
+        if not later and self._filling is not None:
+            load.materialise(self.network)
+            self.fill()
         self.trained: nn.Module = self.network
         self.block_classes = self.network.block_classes()
         if recipe.train.gradient_checkpointing:
@@ -78,7 +82,7 @@ class PolicyTask:
         self._horizons = torch.tensor(window.horizons)
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
-        self._flops = _flops(self.network, self._prompts.length, recipe, self._eyes)
+        self._sizes = sizes
 
     @property
     def frozen(self) -> Mapping[str, str]:
@@ -87,6 +91,10 @@ class PolicyTask:
 
     def initialise(self, frames: Tensor) -> None:
         """Nothing here depends on data but the statistics, which the manifests hold."""
+
+    def fill(self) -> None:
+        if self._filling is not None:
+            self._filling.write(self.network)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._eyes is not None:
@@ -126,15 +134,18 @@ class PolicyTask:
         actions = self._actions.normalise(batch.actions, batch.source)
         text = self._prompts.rows(self._data.instructions.of(batch.sample), actions, has_actions)
         target = has_target = proprio = None
-        images: Tensor | Features
+        now = None  # the frame itself is encoded once, for what the policy sees and for a motion's beginning
+        if self._eyes is not None and (cfg.vision == "stamo" or (cfg.world and cfg.world.target == "motion")):
+            now = self._eyes.look(batch.images)
         if cfg.world is not None:
             assert self._eyes is not None
             assert batch.target is not None
-            target = self._eyes.target(batch.images, batch.target, cfg.world.target)
+            target = self._eyes.look(batch.target).target(now, cfg.world.target)
             has_target = (batch.ahead == self._horizons[batch.source]) & own
+        images: Tensor | Features
         if cfg.vision == "stamo":
-            assert self._eyes is not None
-            images = self._eyes.read(batch.images[:, None], cfg.stamo)
+            assert now is not None
+            images = now.features(cfg.stamo)
         else:
             images = self._processor.normalise(batch.images)
         if self._proprio is not None:
@@ -146,15 +157,36 @@ class PolicyTask:
         )  # fmt: skip
 
     def flops_per_sample(self) -> float:
-        return self._flops
+        seen = self._seen()
+        trained = shapes.training_flops(shapes.hollow(self._data.config, self._cfg, self._sizes), seen)
+        return trained + (self._eyes.flops(self._frames()) if self._eyes is not None else 0)
 
-    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
+    def _seen(self) -> shapes.Seen:
+        """What one sample of this policy is made of."""
+        views = self._cfg.views if self._eyes is not None else 0
+        return shapes.Seen(
+            self._prompts.length,
+            views * self._eyes.target_shape("dinov2")[0] if self._eyes is not None else 0,
+            views * self._eyes.state_shape[0] if self._eyes is not None else 0,
+        )
+
+    def _frames(self) -> int:
+        """Frames of a sample that the frozen tokenizer encodes."""
+        cfg = self._cfg
+        looks = cfg.vision == "stamo"
+        now = cfg.views if looks else int(cfg.world is not None and cfg.world.target == "motion")
+        return now + (cfg.world is not None)
+
+    def export(
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+    ) -> None:
         """Write the folder that `Policy.from_pretrained` and the official code read, with the statistics."""
         load_trained(self.network, weights)
         merge_lora(self.network.vla)
         save_parts(
             folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            tokenizer_fingerprint=self._fingerprint,
+            tokenizer_fingerprint=self._fingerprint, form=layout.form, dtype=layout.dtype,
+            shard_size=layout.shard_size,
         )  # fmt: skip
 
 
@@ -173,7 +205,9 @@ def _eyes(recipe: Recipe) -> tuple[StamoVision | None, str | None]:
 def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
     config, cfg = data.config, recipe.policy
     if data.folder is not None:
-        return TextTokenizer.from_folder(data.folder, config.pad, cfg.prompt)
+        text = TextTokenizer.from_folder(data.folder, config.pad, cfg.prompt)
+        text.check(config.text_vocabulary, config.text.vocab_size, str(data.folder))
+        return text
     try:
         texts = data.instructions.texts
         return TextTokenizer.from_instructions(texts, size=config.text_vocabulary, bins=config.bins)
@@ -181,50 +215,16 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
         raise RecipeError([f"policy.config.text_config.vocab_size: {error}"]) from None
 
 
-def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetwork, list[str]]:
+def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetwork, load.Filling | None, list[str]]:
+    """The network, on the meta device where a checkpoint supplies its weights, and how it is filled from that."""
     cfg = recipe.policy
-    if data.folder is None:
+    with load.on_meta() if data.folder is not None else contextlib.nullcontext():
         network = PolicyNetwork(data.config, cfg, sizes)
-        notes = ["policy: random initial weights"]
-    else:
-        with load.on_meta():
-            network = PolicyNetwork(data.config, cfg, sizes)
-    freeze(network.vla, cfg.freeze)
-    if cfg.lora is not None:
-        layers = add_lora(network.vla, cfg.lora)
-    if data.folder is not None:
-        load.materialise(network)
-        fresh = load.fresh_parts(cfg)
-        report = load.fill(network, load.stored(data.folder, network), str(data.folder), fresh=fresh, seed=recipe.seed)
-        notes = [f"policy: {report}"]
-    if cfg.lora is not None:
-        notes.append(f"policy.lora: rank {cfg.lora.rank} on {len(layers)} layers")
-    return network, notes
-
-
-def _flops(network: PolicyNetwork, text: int, recipe: Recipe, eyes: StamoVision | None) -> float:
-    """Arithmetic of one sample: two operations a weight and token, and attention's products; 3 × where it learns."""
-    vla, config = network.vla, network.vla.config
-    total = 0.0
-    if eyes is not None:
-        encoder = eyes.tokenizer.encoder
-        patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
-        frames = (recipe.policy.vision == "stamo") + (1 if recipe.policy.world else 0)
-        if recipe.policy.world and recipe.policy.world.target == "motion":
-            frames += 1
-        total += 2.0 * frames * patches * sum(p.numel() for p in encoder.parameters())
-    seen = 0
-    if config.towers:
-        seen = vla.vision_backbone.patches
-        learns = 1 if recipe.policy.freeze.vision else 3
-        total += 2.0 * learns * seen * sum(p.numel() for p in vla.vision_backbone.parameters())
-    elif eyes is not None:
-        reads = recipe.policy.stamo
-        seen = (patches if reads != "states" else 0) + (eyes.state_shape[0] if reads != "patches" else 0)
-    length = seen + text + recipe.policy.proprio
-    llama = vla.language_model.model
-    weights = sum(p.numel() for p in llama.layers.parameters())
-    attention = (
-        4.0 * len(llama.layers) * length * config.hidden
-    )  # of one token: 2 · T · H for scores, as many for values
-    return total + 3 * length * (2.0 * weights + attention)
+        freeze(network.vla, cfg.freeze)
+        layers = add_lora(network.vla, cfg.lora) if cfg.lora is not None else []
+    notes = [f"policy.lora: rank {cfg.lora.rank} on {len(layers)} layers"] if cfg.lora is not None else []
+    if data.folder is None:
+        return network, None, ["policy: random initial weights", *notes]
+    found, fresh = load.stored(data.folder, network), load.fresh_parts(cfg)
+    filling = load.Filling(network, found, str(data.folder), fresh=fresh, seed=recipe.seed)
+    return network, filling, [f"policy: {filling.report}", *notes]

@@ -93,12 +93,14 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
     """The folder of `policy.weights`, if there are any, and the network's configuration.
 
     Raises:
-        RecipeError: fields of `policy.config` that OpenVLA or Llama does not have.
+        RecipeError: fields of `policy.config` that OpenVLA or Llama does not have, or that contradict `policy.weights`.
         CheckpointError: the checkpoint is missing or of another model.
     """
     if cfg.weights is not None:
         folder = load.locate(cfg.weights)
         config = OpenVLAConfig.from_folder(folder, load.FIELD, cfg.config.get("timm_kwargs") or ())
+        if problems := _contradictions(cfg.config, config, folder):
+            raise RecipeError(problems)
         return folder, config.with_vision(cfg.vision)
     problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
     text: Mapping[str, Any] = cfg.config.get("text_config") or {}
@@ -113,6 +115,22 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
             f"{config.text_vocabulary}: text_config.vocab_size less pad_to_multiple_of"
         ])  # fmt: skip
     return None, config.with_vision(cfg.vision)
+
+
+def _contradictions(given: Mapping[str, Any], config: OpenVLAConfig, folder: Path) -> list[str]:
+    """Fields of `policy.config` that say other than the checkpoint, which decides."""
+    text: Mapping[str, Any] = given.get("text_config") or {}
+    has = config.text.to_dict()
+    rows = [
+        (key, value, config.raw.get(key)) for key, value in given.items() if key not in ("text_config", "timm_kwargs")
+    ]
+    rows += [(f"text_config.{key}", value, has.get(key)) for key, value in text.items() if key != "torch_dtype"]
+    return [
+        f"policy.config.{key}: {value}, but {folder} has {found}; the weights decide: remove it, or set "
+        "policy.weights: null to start at random"
+        for key, value, found in rows
+        if value != found
+    ]
 
 
 def _image_size(cfg: Policy, config: OpenVLAConfig, frames: int) -> list[str]:

@@ -12,7 +12,7 @@ from stamo_dist.data.loader import Batch
 from stamo_dist.models import flow
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 _SIGMA, _EPSILON, _POSTERIOR = 0, 1, 2  # independent noise streams of one sample
@@ -23,9 +23,9 @@ class TokenizerTask:
 
     terms: tuple[str, ...] = ("loss",)
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, *, later: bool = False):
         self._flow = recipe.flow
-        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
+        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, later=later)
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
@@ -45,6 +45,9 @@ class TokenizerTask:
 
     def initialise(self, frames: Tensor) -> None:
         self.tokenizer.standardise_states(frames)
+
+    def fill(self) -> None:
+        self.tokenizer.trained.decoder.fill()
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer.freeze(device, dtype)
@@ -70,6 +73,8 @@ class TokenizerTask:
         trained, frozen = self.tokenizer.flops_per_sample(cached_latents=self._cached)
         return 3 * trained + frozen
 
-    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
+    def export(
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+    ) -> None:
         load_trained(self.trained, weights)
-        self.tokenizer.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder, dtype=layout.dtype, shard_size=layout.shard_size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stamo_dist.data.loader import Batch
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 
@@ -36,6 +36,9 @@ class VAETask:
     def initialise(self, frames: Tensor) -> None:
         """Nothing here depends on data."""
 
+    def fill(self) -> None:
+        """It was built whole."""
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Nothing here is frozen."""
 
@@ -52,8 +55,10 @@ class VAETask:
     def flops_per_sample(self) -> float:
         return 3 * self.vae.flops_per_sample()
 
-    def export(self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch]) -> None:
+    def export(
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+    ) -> None:
         """Write the AutoencoderKL with the shift and scale that standardise its latents on training data."""
         load_trained(self.trained, weights)
         self.vae.standardise(batch.images for batch in batches)
-        self.vae.save_pretrained(folder)
+        self.vae.save_pretrained(folder, layout.dtype)

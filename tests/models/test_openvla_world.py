@@ -152,6 +152,7 @@ def test_targets_of_the_world_head(exported: Path) -> None:
     close(eyes.target(now, then, "state"), stamo.encode(then), 1e-6)
     close(eyes.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
     close(eyes.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
+    close(eyes.look(then).target(eyes.look(now), "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
     for target in ("state", "motion", "dinov2"):
         assert eyes.target(now, then, target).shape[1:] == eyes.target_shape(target)  # type: ignore[arg-type]
         assert not eyes.target(now, then, target).requires_grad  # type: ignore[arg-type]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from stamo_dist.engine.optim import adamw
+from stamo_dist.errors import RecipeError
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.decoder import Decoder
 from stamo_dist.recipe import schema
@@ -45,3 +47,17 @@ def test_the_encoder_learns_at_its_own_rate():
     assert {(g["scale"], g["start"], g["weight_decay"]) for g in groups} == {
         (0.1, 5, 0.01), (0.1, 5, 0.0), (1.0, 0, 0.01), (1.0, 0, 0.0),
     }  # fmt: skip
+
+
+def test_parts_of_a_policy_learn_at_rates_of_their_own():
+    module = torch.nn.ModuleDict({
+        "vla": torch.nn.ModuleDict({"projector": torch.nn.Linear(2, 2), "language_model": torch.nn.Linear(2, 2)}),
+        "world_head": torch.nn.Linear(2, 2, bias=False),
+    })  # fmt: skip
+    cfg = schema.Optimizer(lr_scale={"vla": 0.5, "vla.projector": 2, "world_head": 10})
+    rates = {id(p): g["scale"] for g in adamw(module, cfg).param_groups for p in g["params"]}
+    expected = {"vla.projector": 2, "vla.language_model": 0.5, "world_head": 10}
+    assert {n.rpartition(".")[0]: rates[id(p)] for n, p in module.named_parameters()} == expected
+    module["world_head"].requires_grad_(False)
+    with pytest.raises(RecipeError, match=r"lr_scale.world_head: no trained parameter's name begins so; .* vla.lang"):
+        adamw(module, cfg)

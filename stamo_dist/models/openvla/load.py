@@ -1,10 +1,11 @@
 """Reading checkpoints into a policy, tensor by tensor: no process ever holds more than its own shards and one tensor.
 
 with on_meta():
-    network = PolicyNetwork(...)         # shapes only
+    network = PolicyNetwork(...)                           # shapes only
+filling = Filling(network, stored(folder, network), ...)   # compares names and shapes
 engine shards it, or does not
-materialise(network, device)             # memory for the local shards
-fill(network, stored(folder, network))   # each process reads its slices of the mapped files
+materialise(network, device)                               # memory for the local shards
+filling.write(network)                                     # each process reads its slices of the mapped files
 """
 
 from __future__ import annotations
@@ -12,39 +13,32 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
+from stamo_dist.models.shards import Slices, Stored, materialise, on_meta, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe.policy import Policy
 
 log = logging.getLogger(__name__)
 
 FIELD = "policy.weights"
+__all__ = [
+    "Filling", "Stored", "fill", "fresh_parts", "has_part", "locate", "materialise", "on_meta", "part", "stored",
+]  # fmt: skip
+
 HEADS = ("action_head", "proprio_projector", "world_head")
-Slices = tuple[slice, ...]
+LANGUAGE = "language_model"  # subfolder of exports whose language model plain transformers opens
 NOTHING = r"(?!)"
 #: What a hub repository has beside config.json and the weights.
-EXTRA_FILES = ("*.json", "*_checkpoint.pt", *(f"{part}.safetensors" for part in HEADS))
+EXTRA_FILES = ("*.json", "language_model/*", "*_checkpoint.pt", *(f"{part}.safetensors" for part in HEADS))
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint, read when asked."""
-
-    shape: tuple[int, ...]
-    read: Callable[[Slices], Tensor]
 
 
 def fresh_parts(cfg: Policy) -> str:
@@ -66,21 +60,6 @@ def locate(checkpoint: str) -> Path:
     return weights.locate(checkpoint, ("",), FIELD, EXTRA_FILES)
 
 
-def on_meta() -> AbstractContextManager[None]:
-    """Modules built inside have parameters without memory, but real buffers."""
-    from accelerate import init_empty_weights
-
-    return init_empty_weights(include_buffers=False)
-
-
-def materialise(network: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give memory to parameters (or to this process's shards of them) that have none; buffers keep their values."""
-    kept = dict(network.named_buffers())
-    network.to_empty(device=device)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(kept[name])
-
-
 def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
     """What a checkpoint folder holds, by the names of `network`.
 
@@ -92,6 +71,9 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
         CheckpointError: files are missing, damaged, or there are several of one part.
     """
     found = {f"vla.{_vla_name(k, network)}": v for k, v in _safetensors(weights.weight_files(folder, FIELD)).items()}
+    if (folder / LANGUAGE / "config.json").is_file():
+        language = _safetensors(weights.weight_files(folder / LANGUAGE, FIELD))
+        found.update({f"vla.language_model.{key}": tensor for key, tensor in language.items()})
     for head in HEADS:
         if getattr(network, head) is not None:
             found.update({f"{head}.{k}": v for k, v in part(folder, head).items()})
@@ -132,7 +114,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
         return _safetensors([path])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {key: _in_memory(tensor) for key, tensor in state.items()}
+        return {key: Stored.in_memory(tensor) for key, tensor in state.items()}
     except Exception as error:  # a damaged zip, a foreign class or no map of tensors
         raise CheckpointError(f"{FIELD}: {path} is no map of tensors, or is incomplete ({error})") from error
 
@@ -141,18 +123,8 @@ def _safetensors(paths: Iterable[Path]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in paths:
         file = weights.open_file(path, FIELD)
-        found.update({key: _in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+        found.update({key: Stored.in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
     return found
-
-
-def _in_file(file: Any, key: str) -> Stored:
-    shape = tuple(file.get_slice(key).get_shape())
-    # safetensors cannot slice a scalar.
-    return Stored(shape, lambda slices: file.get_slice(key)[slices] if shape else file.get_tensor(key))
-
-
-def _in_memory(tensor: Tensor) -> Stored:
-    return Stored(tuple(tensor.shape), lambda slices: tensor[slices])
 
 
 def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -175,51 +147,68 @@ def _merged(base: Stored, a: Stored, b: Stored) -> Stored:
     return Stored(base.shape, read)
 
 
-@torch.no_grad()
-def fill(
-    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, fresh: str = NOTHING, seed: int = 0
-) -> LoadReport:
-    """Copy a checkpoint into the parameters, each process its own shards.
+class Filling:
+    """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
 
     Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
     where the checkpoint lacks them or has them in another shape. Adapters always do: they start as the identity. What
     the checkpoint has of towers that this network does not use is left unread.
-
-    Raises:
-        CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
     """
-    state = {name: t for name, t in network.state_dict().items() if ".lora_" not in name}
-    plain = {name: name.replace(".base_layer.", ".") for name in state}
-    shapes = {n: (found[p].shape, tuple(state[n].shape)) for n, p in plain.items() if p in found}
-    differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
-    absent = [n for n, p in plain.items() if p not in found]
-    layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, plain[n])}
-    redone = [n for n in plain if n.rpartition(".")[0] in layers]
-    report = LoadReport(
-        source=source,
-        loaded=tuple(n for n in shapes if n not in differing and n not in redone),
-        reinitialised={n: differing.get(n, ((), tuple(state[n].shape))) for n in redone},
-        mismatched={n: pair for n, pair in differing.items() if n not in redone},
-        missing=tuple(n for n in absent if n not in redone),
-        unexpected=tuple(sorted(set(found) - set(plain.values()) - _unused(network, found))),
-    )
-    if not report.fits:
-        raise CheckpointError(f"{FIELD}: the checkpoint does not fit the policy\n{report}")
-    for name in report.loaded:
-        _write(state[name], found[plain[name]].read)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for layer in sorted(layers):
-            _reset(network.get_submodule(layer))
-        for name, tensor in network.state_dict().items():
-            if ".lora_" in name:
-                start = torch.zeros(tensor.shape)
-                # Peft's gaussian start.
-                drawn = start if ".lora_B." in name else start.normal_(std=1 / tensor.shape[0])
-                _write(tensor, drawn.__getitem__)
-    if redone:
-        log.warning("%s: %s", FIELD, report)
-    return report
+
+    def __init__(
+        self, network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, fresh: str = NOTHING, seed: int = 0
+    ):
+        """Only names and shapes are looked at; the network may be without memory.
+
+        Raises:
+            CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
+        """
+        state = {name: t for name, t in network.state_dict().items() if ".lora_" not in name}
+        plain = {name: name.replace(".base_layer.", ".") for name in state}
+        shapes = {n: (found[p].shape, tuple(state[n].shape)) for n, p in plain.items() if p in found}
+        differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
+        absent = [n for n, p in plain.items() if p not in found]
+        self._layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, plain[n])}
+        redone = [n for n in plain if n.rpartition(".")[0] in self._layers]
+        self.report = LoadReport(
+            source=source,
+            loaded=tuple(n for n in shapes if n not in differing and n not in redone),
+            reinitialised={n: differing.get(n, ((), tuple(state[n].shape))) for n in redone},
+            mismatched={n: pair for n, pair in differing.items() if n not in redone},
+            missing=tuple(n for n in absent if n not in redone),
+            unexpected=tuple(sorted(set(found) - set(plain.values()) - _unused(network, found))),
+        )
+        if not self.report.fits:
+            raise CheckpointError(f"{FIELD}: the checkpoint does not fit the policy\n{self.report}")
+        if redone:
+            log.warning("%s: %s", FIELD, self.report)
+        self._found, self._plain, self._seed = found, plain, seed
+
+    @torch.no_grad()
+    def write(self, network: PolicyNetwork) -> None:
+        """Fill the network, sharded or not; its parameters have memory."""
+        state = network.state_dict()
+        for name in self.report.loaded:
+            write(state[name], self._found[self._plain[name]].read)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            for layer in sorted(self._layers):
+                _reset(network.get_submodule(layer))
+            for name, tensor in state.items():
+                if ".lora_" in name:
+                    start = torch.zeros(tensor.shape)
+                    # Peft's gaussian start.
+                    drawn = start if ".lora_B." in name else start.normal_(std=1 / tensor.shape[0])
+                    write(tensor, drawn.__getitem__)
+
+
+def fill(
+    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, fresh: str = NOTHING, seed: int = 0
+) -> LoadReport:
+    """Compare and write at once; see `Filling`."""
+    filling = Filling(network, found, source, fresh=fresh, seed=seed)
+    filling.write(network)
+    return filling.report
 
 
 def _unused(network: PolicyNetwork, found: Mapping[str, Stored]) -> set[str]:
@@ -236,16 +225,6 @@ def _unused(network: PolicyNetwork, found: Mapping[str, Stored]) -> set[str]:
     return {name for name in found if name.startswith(tuple(prefixes))} if prefixes else set()
 
 
-def _write(tensor: Tensor, read: Callable[[Slices], Tensor]) -> None:
-    if not isinstance(tensor, DTensor):
-        tensor.copy_(read((slice(None),) * tensor.ndim))
-        return
-    local = tensor.to_local()
-    if local.numel():
-        (chunk,) = tensor.__create_chunk_list__()
-        local.copy_(read(tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))))
-
-
 def _reset(layer: nn.Module) -> None:
     """Draw a layer's initial values whole, on the CPU, and copy what is local."""
     drawn = copy.copy(layer)
@@ -255,4 +234,4 @@ def _reset(layer: nn.Module) -> None:
     for name, parameter in own.items():
         whole = drawn._parameters[name]
         assert whole is not None
-        _write(parameter, whole.detach().__getitem__)
+        write(parameter, whole.detach().__getitem__)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead, ProprioProjector, WorldHead
-from stamo_dist.models.openvla.network import IGNORE, Features, OpenVLA, Sequence, spread
+from stamo_dist.models.openvla.network import IGNORE, Features, OpenVLA, Sequence
 from stamo_dist.recipe.policy import Policy
 
 
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     """
 
     input_ids: Tensor  # (B, L) prompt, action ids or placeholders, </s>; padded on the right
-    attention_mask: Tensor  # (B, L) bool
+    attention_mask: Tensor | None  # (B, L) bool; None where nothing is padding
     prompts: Tensor  # (B,) ids of each prompt, the space behind it included
     images: Tensor | Features  # pixels (B, C, S, S) or a StaMo encoder's features
     labels: Tensor | None = None  # (B, L); -100 but for action ids and </s>
@@ -105,7 +105,7 @@ class PolicyNetwork(nn.Module):
             error = _difference(self.action_head(_pick(hidden, places)), inputs.actions, has)
             action, count = error.abs().mean((1, 2)), has.float()
         elif self.action_head is None and inputs.labels is not None:
-            action, count = self._token_loss(hidden, spread(inputs.labels, sequence.inserted))
+            action, count = self._token_loss(hidden, inputs, sequence)
         else:
             action = count = hidden.new_zeros(size, dtype=torch.float32)
         mse = l1 = targets = hidden.new_zeros(size, dtype=torch.float32)
@@ -164,15 +164,19 @@ class PolicyNetwork(nn.Module):
         places = (sequence.inserted + inputs.prompts - 1)[:, None] + ahead
         return places.clamp_max(sequence.embeddings.shape[1] - 1)
 
-    def _token_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        targets = labels[:, 1:]
-        kept = targets != IGNORE
-        # Only where there is a label: the vocabulary is eight times as wide as the hidden states.
-        logits = self.vla.language_model.lm_head(hidden[:, :-1][kept]).float()
-        terms = F.cross_entropy(logits, targets[kept], reduction="none")
-        rows = kept.nonzero()[:, 0]
-        sums = terms.new_zeros(len(hidden)).index_add(0, rows, terms)
-        return sums, kept.sum(1).float()
+    def _token_loss(self, hidden: Tensor, inputs: Inputs, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        """Sums over each sample's action ids and </s>, which are all that has labels, and how many it has."""
+        assert inputs.labels is not None
+        # Only there: the vocabulary is eight times as wide as the hidden states. How many labels there really are is
+        # not asked, for that would wait for the device.
+        ahead = torch.arange(self.sizes.action_tokens + 1, device=hidden.device)
+        text = inputs.prompts[:, None] + ahead
+        last = inputs.labels.shape[1] - 1
+        targets = torch.where(text > last, IGNORE, inputs.labels.gather(1, text.clamp_max(last)))
+        places = (sequence.inserted + text - 1).clamp_max(hidden.shape[1] - 1)
+        logits = self.vla.language_model.lm_head(_pick(hidden, places)).float()
+        terms = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        return terms.view_as(targets).sum(1), (targets != IGNORE).sum(1).float()
 
     def _world_state(self, hidden: Tensor, places: Tensor, inputs: Inputs) -> Tensor:
         """(B, H): the last prompt token's hidden state, or the mean over the actions' where the sample has any."""

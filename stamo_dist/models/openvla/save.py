@@ -7,22 +7,43 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import STATISTICS, Statistics
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
-from stamo_dist.models.openvla.load import HEADS
+from stamo_dist.models.openvla.load import HEADS, LANGUAGE
 from stamo_dist.models.openvla.policy import FORMAT, SETTINGS, Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
 
 _STEP = "latest"  # where the official names have a step
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
+_HUB = "openvla/openvla-7b--"  # where transformers finds the official code, with trust_remote_code
+_CODE: dict[str, dict[str, Any]] = {
+    "config": {
+        "architectures": ["OpenVLAForActionPrediction"],
+        "auto_map": {
+            "AutoConfig": f"{_HUB}configuration_prismatic.OpenVLAConfig",
+            "AutoModelForVision2Seq": f"{_HUB}modeling_prismatic.OpenVLAForActionPrediction",
+        },
+    },
+    "image_processor": {
+        "auto_map": {
+            "AutoImageProcessor": f"{_HUB}processing_prismatic.PrismaticImageProcessor",
+            "AutoProcessor": f"{_HUB}processing_prismatic.PrismaticProcessor",
+        },
+        "processor_class": "PrismaticProcessor",
+    },
+    "processor": {
+        "auto_map": {"AutoProcessor": f"{_HUB}processing_prismatic.PrismaticProcessor"},
+        "processor_class": "PrismaticProcessor",
+    },
+}
+Form = Literal["openvla", "hf"]
 
 
 def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
@@ -42,13 +63,15 @@ def save_parts(
     statistics: Statistics,
     *,
     tokenizer_fingerprint: str | None = None,
+    form: Form = "openvla",
+    dtype: torch.dtype | None = None,
     shard_size: str = "5GB",
 ) -> None:
-    """As `save_pretrained`, with the weights `state` by the names of `network`, whose own are not read.
+    """As `save_pretrained`, with the weights `state` by the names of `network`, cast to `dtype`; its own are not read.
 
     The towers, the projector and the language model go into safetensors shards under the released names; action head,
     proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
-    safetensors.
+    safetensors. In the form hf the language model lies in a folder of its own, which plain transformers opens.
 
     Raises:
         ValueError: adapters are not merged.
@@ -57,34 +80,52 @@ def save_parts(
         raise ValueError(f"{unmerged} is an adapter: merge them before saving")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).unlink(missing_ok=True)
+    state = {name: weights.cast(tensor, dtype) for name, tensor in state.items()}
     parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
-    save_torch_state_dict(_without_film(parts["vla"]), folder, max_shard_size=shard_size)
-    for name in ("action_head", "proprio_projector"):
-        if parts[name]:
-            torch.save({f"module.{k}": v for k, v in parts[name].items()}, folder / f"{name}--{_STEP}_checkpoint.pt")
+    vla = _without_film(parts["vla"])
+    config = network.vla.config.raw
+    name = str(next(iter(parts["vla"].values())).dtype).removeprefix("torch.")
+    text_config = {**config["text_config"], "torch_dtype": name}
+    if form == "hf":
+        language = _below(vla, "language_model.")
+        vla = {key: tensor for key, tensor in vla.items() if not key.startswith("language_model.")}
+        weights.save_shards(language, folder / LANGUAGE, shard_size=shard_size)
+        about = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+        _write(folder / LANGUAGE / "config.json", about)
+        text.save(folder / LANGUAGE)
+    weights.save_shards(vla, folder, shard_size=shard_size)
+    for head in ("action_head", "proprio_projector"):
+        if parts[head]:
+            torch.save({f"module.{k}": v for k, v in parts[head].items()}, folder / f"{head}--{_STEP}_checkpoint.pt")
     if parts["world_head"]:
         weights.save(parts["world_head"], folder / "world_head.safetensors")
     if network.vla.film:
         towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
         torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
-    dtype = str(next(iter(parts["vla"].values())).dtype).removeprefix("torch.")
-    config = network.vla.config.raw
-    text_config = {**config["text_config"], "torch_dtype": dtype}
+    official = form == "openvla" and bool(network.vla.config.towers)
+    config = {key: value for key, value in config.items() if key != "auto_map"}
     _write(
         folder / "config.json",
-        {**config, "torch_dtype": dtype, "text_config": text_config, "norm_stats": statistics.sources},
-    )
+        {
+            **config, **(_CODE["config"] if official else {}), "torch_dtype": name, "text_config": text_config,
+            "norm_stats": statistics.sources,
+        },
+    )  # fmt: skip
     _write(folder / STATISTICS, statistics.sources)
     if processor.views:
-        _write(folder / PREPROCESSOR, processor.to_dict())
+        _write(folder / PREPROCESSOR, {**processor.to_dict(), **(_CODE["image_processor"] if official else {})})
     text.save(folder)
-    about: dict[str, Any] = {
-        "format": FORMAT,
-        "policy": network.cfg.model_dump(mode="json"),
-        "sizes": dataclasses.asdict(network.sizes),
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-    }
-    _write(folder / SETTINGS, about)
+    if official:
+        _write(folder / "processor_config.json", _CODE["processor"])
+        path = folder / "tokenizer_config.json"
+        _write(path, {**json.loads(path.read_text(encoding="utf-8")), **_CODE["processor"]})
+    _write(
+        folder / SETTINGS,
+        {
+            "format": FORMAT, "policy": network.cfg.model_dump(mode="json"), "sizes": dataclasses.asdict(network.sizes),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        },
+    )  # fmt: skip
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -92,11 +133,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

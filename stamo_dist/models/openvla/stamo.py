@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Dinov2Model
 
+from stamo_dist.models.compressor import Compressor
+from stamo_dist.models.encoder import Encoder
+from stamo_dist.models.flops import count
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.tokenizer import Tokenizer
 
@@ -37,24 +41,51 @@ class StamoVision:
         encoder = self.tokenizer.encoder
         return (encoder.image_size // encoder.model.config.patch_size) ** 2, encoder.dim
 
+    def flops(self, frames: int) -> int:
+        """Arithmetic of encoding so many frames."""
+        encoder, compressor = self.tokenizer.encoder, self.tokenizer.cfg.compressor
+        with torch.device("meta"):
+            model = Encoder(Dinov2Model(encoder.model.config), encoder.image_size)
+            patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
+            frame = torch.empty(1, 3, encoder.image_size, encoder.image_size)
+            return frames * (count(model, frame) + count(Compressor(compressor, encoder.dim), patches))
+
     @torch.no_grad()
+    def look(self, frames: Tensor) -> Seen:
+        """uint8 (B, H, W, 3) → what the frozen encoder and compressor make of them."""
+        patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
+        return Seen(patches, self.tokenizer.trained.compressor(patches))
+
     def read(self, frames: Tensor, reads: Reads) -> Features:
         """uint8 (B, V, H, W, 3) → what the policy reads of V views, view by view."""
-        views = frames.shape[1]
-        patches, states = self._both(frames.flatten(0, 1))
-        return Features(
-            patches.unflatten(0, (-1, views)).flatten(1, 2) if reads != "states" else None,
-            states.unflatten(0, (-1, views)).flatten(1, 2) if reads != "patches" else None,
-        )
+        return self.look(frames.flatten(0, 1)).features(reads, frames.shape[1])
 
-    @torch.no_grad()
     def target(self, now: Tensor, then: Tensor, target: Target) -> Tensor:
         """Frames before and after a chunk, uint8 (B, H, W, 3) each → (B, tokens, dim) float32."""
-        patches, states = self._both(then)
-        if target == "dinov2":
-            return patches.float()
-        return states.float() if target == "state" else states.float() - self._both(now)[1].float()
+        return self.look(then).target(self.look(now) if target == "motion" else None, target)
 
-    def _both(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
-        return patches, self.tokenizer.trained.compressor(patches)
+
+class Seen(NamedTuple):
+    """Frames as the frozen tokenizer sees them, encoded once for all that is read of them."""
+
+    patches: Tensor  # (B, N, D)
+    states: Tensor  # (B, tokens, dim)
+
+    def features(self, reads: Reads, views: int = 1) -> Features:
+        """What the policy reads, of (B / views) moments."""
+        return Features(
+            self.patches.unflatten(0, (-1, views)).flatten(1, 2) if reads != "states" else None,
+            self.states.unflatten(0, (-1, views)).flatten(1, 2) if reads != "patches" else None,
+        )
+
+    def target(self, before: Seen | None, target: Target) -> Tensor:
+        """What the world head is to predict of frames after a chunk, (B, tokens, dim) float32.
+
+        `before` are the frames before it, of which only a motion makes use.
+        """
+        if target == "dinov2":
+            return self.patches.float()
+        if target == "state":
+            return self.states.float()
+        assert before is not None, "a motion has a beginning"
+        return self.states.float() - before.states.float()

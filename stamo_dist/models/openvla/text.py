@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,28 @@ class TextTokenizer:
         return cls(tokenizer, size)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`."""
+        """Write `tokenizer.json`, and what transformers' AutoTokenizer asks for besides."""
         self.tokenizer.save(str(folder / TOKENIZER))
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNKNOWN,
+            "pad_token": self.tokenizer.id_to_token(self.pad), "padding_side": "right", "model_max_length": 2048,
+            "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        about = {key: value for key, value in about.items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def check(self, vocabulary: int, most: int, source: str) -> None:
+        """Whether it is that of a network of `vocabulary` ids, `most` with their padding.
+
+        Raises:
+            CheckpointError: it is another's.
+        """
+        size = self.tokenizer.get_vocab_size()
+        if not vocabulary <= size <= most:
+            raise CheckpointError(
+                f"{source}: {TOKENIZER} has {size} ids, but the network's vocabulary is {vocabulary}, padded to "
+                f"{most}; give the tokenizer of the checkpoint"
+            )
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """BOS, the prompt, and the lone space (29871 in Llama's vocabulary) that precedes the first action."""

@@ -1,0 +1,147 @@
+"""What `stamo plan` predicts beside what a real run takes.
+
+    python benchmarks/plan_memory.py recipes/policy_openvla_state_demo.yaml --processes 2 --set train.global_batch=256
+
+Each strategy trains a few steps of the recipe in processes of its own. On a GPU the peak is the allocator's, on a CPU
+the private memory of a process over what it had before it built the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import threading
+import time
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+#: Freed tensors go back to the system at once, so that what a process holds is what it uses.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def private_bytes() -> int:
+    """Memory of this process that is no mapped file."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+
+class Watch(threading.Thread):
+    """The most private memory until `stop`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._on = 0, True
+
+    def run(self) -> None:
+        while self._on:
+            self.peak = max(self.peak, private_bytes())
+            time.sleep(0.002)
+
+    def stop(self) -> int:
+        self._on = False
+        self.join()
+        return self.peak
+
+
+def rank(number: int, world: int, port: int, path: str, settings: list[str], steps: int, answer: Connection) -> None:
+    os.environ.update(
+        RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+    import torch
+
+    from stamo_dist.data.loader import Cursor, build_loader
+    from stamo_dist.data.mixture import Mixture
+    from stamo_dist.engine import strategy
+    from stamo_dist.engine.optim import adamw
+    from stamo_dist.engine.world import world_from_environment
+    from stamo_dist.recipe.batching import batching
+    from stamo_dist.recipe.load import load
+    from stamo_dist.tasks import build_task
+    from stamo_dist.tasks.noise import Noise
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401  its import is no part of the model
+
+    recipe = load(path, settings).recipe
+    mixture = Mixture(recipe.data, seed=0, global_batch=recipe.train.global_batch)
+    before, watch = private_bytes(), Watch()
+    watch.start()
+    plan = batching(recipe.train, world)
+    task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
+    engine = strategy.build(
+        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world_from_environment(), plan,
+        clip=1.0, precision=recipe.train.precision, block_classes=task.block_classes,
+    )  # fmt: skip
+    task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    task.fill()
+    noise = Noise(0)
+    loader = build_loader(mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0)
+    with closing(loader):
+        batches = iter(loader)
+        for step in range(steps):
+            for micro in next(batches).to(engine.device).split(plan.micro_batch):
+                with engine.accumulate():
+                    engine.backward(task.loss(engine.module, micro, noise.at(step)).loss)
+    peak = watch.stop() - before
+    answer.send(torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak)
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def measure(path: str, settings: list[str], world: int, steps: int) -> float:
+    """Peak bytes of the process that took most."""
+    from stamo_dist.engine.world import free_port
+
+    context, port, ends = multiprocessing.get_context("spawn"), free_port(), []
+    for number in range(world):
+        here, there = context.Pipe()
+        process = context.Process(target=rank, args=(number, world, port, path, settings, steps, there))
+        process.start()
+        there.close()
+        ends.append((process, here))
+    peaks = [here.recv() for _, here in ends]
+    for process, _ in ends:
+        process.join()
+    return max(peaks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", default=["ddp", "zero2", "zero3", "fsdp"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[])
+    a = parser.parse_args()
+    os.environ.update(MALLOC)
+    from stamo_dist.plan.memory import plan
+    from stamo_dist.recipe.load import load
+
+    table = Table(title=f"{a.recipe} on {a.processes} processes, {' '.join(a.set) or 'as it is'}: MB of one of them")
+    for column in ("strategy", "of model", "predicted", "measured", "error"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    rows = []
+    for name in a.strategies:
+        settings = [*a.set, f"strategy.name={name}", "data.workers=0"]
+        (memory,) = plan(load(a.recipe, settings).recipe, a.processes)
+        measured = measure(a.recipe, settings, a.processes, a.steps)
+        error = memory.peak / measured - 1
+        rows.append({"strategy": name, "predicted": memory.peak, "measured": measured, "error": error})
+        model = memory.peak - memory.activations
+        cells = [f"{value / 1e6:.0f}" for value in (model, memory.peak, measured)]
+        table.add_row(name, *cells, f"{error:+.0%}")
+    Console().print(table)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A policy's shapes: what one training step computes, without memory or data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stamo_dist.models.flops import counter, shapes_only
+from stamo_dist.models.openvla.adapt import add_lora, freeze
+from stamo_dist.models.openvla.config import OpenVLAConfig
+from stamo_dist.models.openvla.network import Features
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.recipe.policy import Policy
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much of it a policy reads in one sample."""
+
+    text: int  # ids of prompt, actions and </s>, as they are padded
+    patches: int = 0  # of the StaMo encoder, all views
+    states: int = 0  # state tokens of the StaMo encoder, all views
+
+
+def hollow(config: OpenVLAConfig, cfg: Policy, sizes: Sizes) -> PolicyNetwork:
+    """The network on the meta device; what trains is what trains in the recipe's run."""
+    with torch.device("meta"):
+        network = PolicyNetwork(config, cfg, sizes)
+        freeze(network.vla, cfg.freeze)
+        if cfg.lora is not None:
+            add_lora(network.vla, cfg.lora)
+    return network
+
+
+def inputs(network: PolicyNetwork, seen: Seen, batch: int) -> Inputs:
+    """A batch, where and as the network's parameters are; every sample has actions and a target."""
+    vla, sizes, weight = network.vla, network.sizes, next(network.parameters())
+    ids = torch.zeros(batch, seen.text, dtype=torch.int64, device=weight.device)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, dtype=weight.dtype, device=weight.device)
+
+    images: Tensor | Features
+    if vla.config.towers:
+        side = vla.config.towers[0].image_size
+        images = numbers(3 * len(vla.config.towers) * network.cfg.views, side, side)
+    else:
+        images = Features(
+            None if sizes.patch_dim is None else numbers(seen.patches, sizes.patch_dim),
+            None if sizes.state_dim is None else numbers(seen.states, sizes.state_dim),
+        )
+    return Inputs(
+        ids, None, torch.zeros(batch, dtype=torch.int64, device=weight.device), images, ids,
+        numbers(sizes.proprio_dim) if sizes.proprio_dim else None, numbers(sizes.chunk, sizes.action_dim), None,
+        numbers(*sizes.target) if sizes.target else None, None,
+    )  # fmt: skip
+
+
+def loss(network: PolicyNetwork, given: Inputs) -> Tensor:
+    """A scalar that every loss of the network reaches."""
+    found = network(given)
+    return found.action.sum() + found.mse.sum() + found.l1.sum()
+
+
+def training_flops(network: PolicyNetwork, seen: Seen) -> int:
+    """Arithmetic of one sample through a hollow network, forward and backward: what is frozen has no gradient of its
+    weights, and none at all where nothing before it trains. Nothing is recomputed."""
+    with shapes_only(network), counter() as counted:
+        loss(network, inputs(network, seen, 1)).backward()
+    return counted.get_total_flops()

@@ -1,0 +1,1 @@
+"""`stamo plan`: what a recipe needs of a device's memory, from shapes alone."""

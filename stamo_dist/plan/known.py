@@ -1,0 +1,54 @@
+"""Configurations of the released checkpoints that recipes name, so that a plan needs none of their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import RecipeError
+from stamo_dist.models.openvla.config import OPENVLA_7B
+
+_DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14}
+_SD3: dict[str, Any] = {
+    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "patch_size": 2, "caption_projection_dim": 1536, "pos_embed_max_size": 192, "sample_size": 128,
+}  # fmt: skip
+_SD3_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
+    "use_post_quant_conv": False, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+}  # fmt: skip
+_MEDIUM = ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3-medium")
+#: Part of the model → hub id → its config.json, as far as it differs from the class's defaults.
+KNOWN: dict[str, dict[str, dict[str, Any]]] = {
+    "encoder": {
+        f"facebook/dinov2-{size}": {
+            **_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+        }
+        for size, width, depth, heads in (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
+    },
+    "decoder": dict.fromkeys(_MEDIUM, _SD3),
+    "vae": dict.fromkeys(_MEDIUM, _SD3_VAE),
+    "policy": {"openvla/openvla-7b": OPENVLA_7B},
+}  # fmt: skip
+#: The tokenizer of the paper, for policies whose own is not trained yet.
+PAPER = {"encoder": KNOWN["encoder"]["facebook/dinov2-large"], "decoder": _SD3, "vae": _SD3_VAE}
+
+
+def config_of(part: str, weights: str, subfolders: tuple[str, ...], field: str) -> dict[str, Any]:
+    """The configuration of the checkpoint `weights`: of its folder, or of a released one.
+
+    Raises:
+        RecipeError: It is neither a folder with a config.json nor known.
+    """
+    for sub in subfolders:
+        path = Path(weights).expanduser() / sub / "config.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    if weights not in KNOWN[part]:
+        known = ", ".join(KNOWN[part])
+        raise RecipeError(
+            [f"{field}: there is no config.json in {weights}, and its sizes are not known; known: {known}"]
+        )
+    return KNOWN[part][weights]

@@ -1,0 +1,122 @@
+"""Bytes of one device by what they are for, under every strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from stamo_dist.engine.strategy import ZERO_STAGE
+from stamo_dist.models.flops import shapes_only
+from stamo_dist.plan.live import peak
+from stamo_dist.plan.shapes import Shapes, shapes
+from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.schema import Recipe
+
+_BUCKET = 200_000_000  # elements that ZeRO reduces at once
+_DDP_BUCKET = 25 * 2**20
+
+
+@dataclass
+class Memory:
+    """What one device holds, in bytes; `peak` is the most at one moment of a step."""
+
+    strategy: str
+    devices: int
+    micro_batch: int
+    parameters: int  # the trained module's share, its frozen parameters included
+    gradients: int
+    optimizer: int  # moments, fp32 master copies where parameters are bf16, and the moving average
+    frozen: int  # encoder and VAE beside it, and buffers
+    gathered: int  # what sharded parameters take while a block is computed, and communication buffers
+    activations: int
+    trained_numel: int = 0
+    frozen_numel: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.frozen + self.gathered + self.activations
+
+
+def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> list[Memory]:
+    """The memory of one of `devices` devices under the recipe's strategy, or under each of `strategies`.
+
+    Raises:
+        RecipeError: The size of a checkpoint is not known.
+        ValueError: The global batch cannot be spread over so many devices.
+    """
+    spread = batching(recipe.train, devices)
+    made = shapes(recipe)
+    counted = _Counted(made, bf16=recipe.train.precision == "bf16")
+    activations = _activations(made, spread.micro_batch, bf16=counted.bf16)
+    group = recipe.strategy.shard_group or min(devices, 8)
+    found = []
+    for name in strategies or [recipe.strategy.name]:
+        memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
+        memory.micro_batch, memory.activations = spread.micro_batch, activations
+        if name == "ddp" and counted.bf16:
+            memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
+        memory.notes = made.notes
+        found.append(memory)
+    return found
+
+
+class _Counted:
+    """How many numbers of each kind the modules have."""
+
+    def __init__(self, made: Shapes, *, bf16: bool):
+        self.bf16 = bf16
+        parameters = list(made.trained.parameters())
+        self.all = sum(p.numel() for p in parameters)
+        self.trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self.matrices = sum(p.numel() for p in parameters if p.ndim > 1)
+        self.beside = sum(p.numel() for module in made.frozen for p in module.parameters())
+        buffers = [b for module in (made.trained, *made.frozen) for b in module.buffers()]
+        self.buffers = sum(b.numel() * b.element_size() for b in buffers)
+        units = [_numel(m) for m in made.trained.modules() if type(m).__name__ in made.blocks]
+        self.unit = max(units, default=0)
+        self.root = self.all - sum(units)
+
+    def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
+        size = 2 if self.bf16 else 4  # bytes of a number in computation
+        share = 1 / shards
+        average = 4 * self.trained if ema else 0
+        gathered = 0.0
+        if name == "ddp":
+            parameters, gradients, optimizer = 4.0 * self.all, 4.0 * self.trained, 8.0 * self.trained + average
+            gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold every gradient once more
+        elif name in ZERO_STAGE:
+            stage = ZERO_STAGE[name]
+            parameters = size * self.all * (share if stage == 3 else 1)
+            master = 4 * self.trained * share
+            optimizer = master + 8 * self.trained * share + average * (share if stage == 3 else 1)
+            gradients = 4 * self.trained * (1 if stage == 1 else share)
+            gathered = 2.0 * size * min(self.trained, _BUCKET)
+            if stage == 3:
+                gathered += 2.0 * size * (self.unit + self.root)
+        else:
+            parameters, gradients = 4 * self.all * share, 4 * self.trained * share
+            optimizer = 8 * self.trained * share + average * share
+            if shards > 1:
+                # The root stays whole from forward to backward; of the blocks one is computed and one on its way. Then
+                # comes a block's gradient, and again in fp32, in which it is reduced.
+                gathered = size * (self.root + 2 * self.unit) + (size + 4) * max(self.unit, self.root)
+        return Memory(
+            name, devices, 0, int(parameters), int(gradients), int(optimizer),
+            (2 if self.bf16 else 4) * self.beside + self.buffers, int(gathered), 0,
+            self.trained, self.all - self.trained + self.beside,
+        )  # fmt: skip
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _activations(made: Shapes, batch: int, *, bf16: bool) -> int:
+    modules = [made.trained, *made.frozen]
+    if bf16:
+        for module in modules:
+            module.bfloat16()
+    with shapes_only(*modules):
+        return peak(lambda: made.step(batch), modules)

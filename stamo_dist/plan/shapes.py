@@ -1,0 +1,189 @@
+"""From a recipe to the shapes of one step: what is trained, what stays frozen beside it, and a way to run it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Config
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import StamoError
+from stamo_dist.models.openvla import shapes as policies
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.tokenizer import Tokenizer, exported
+from stamo_dist.models.vae import VAE
+from stamo_dist.plan.known import PAPER, config_of
+from stamo_dist.recipe import schema
+
+_ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's, and a long instruction's ids
+
+
+@dataclass
+class Shapes:
+    """Modules on the meta device, until `flops.shapes_only` gives them shapes to run."""
+
+    trained: nn.Module
+    frozen: list[nn.Module]  # whole on every device, cast to bf16 where the recipe trains in bf16
+    step: Callable[[int], Tensor]  # micro-batch → loss
+    blocks: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)  # what had to be assumed
+
+
+def shapes(recipe: schema.Recipe) -> Shapes:
+    """The shapes of a recipe's step; weights need not be there, if they are released ones.
+
+    Raises:
+        RecipeError: The size of a checkpoint is not known.
+    """
+    if recipe.stage == "vae":
+        return _vae(recipe)
+    return _policy(recipe) if recipe.stage == "policy" else _tokenizer(recipe)
+
+
+def _vae(recipe: schema.Recipe) -> Shapes:
+    with torch.device("meta"):
+        vae = VAE.from_config(recipe.model.vae, recipe.data.image_size)
+
+    def step(batch: int) -> Tensor:
+        image, mean, logvar = vae(_pixels(batch, vae.image_size), torch.empty(batch, *vae.latent_shape))
+        return image.sum() + mean.sum() + logvar.sum()
+
+    return Shapes(vae, [], step, ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D"))
+
+
+def _tokenizer(recipe: schema.Recipe) -> Shapes:
+    notes: list[str] = []
+    tokenizer = hollow_tokenizer(recipe.model, recipe.flow, recipe.data.image_size, notes)
+    core, joint = tokenizer.trained, recipe.model.encoder.train
+    core.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    cached = recipe.data.latents == "cached"
+    core.train()
+
+    def step(batch: int) -> Tensor:
+        frames = torch.empty(batch, *_frame(recipe), dtype=torch.uint8)
+        with torch.no_grad():
+            z0 = torch.empty(batch, *tokenizer.latent_shape) if cached else tokenizer.latents(frames)
+            sigma, epsilon = torch.empty(batch), torch.empty_like(z0)
+            z = sigma.view(-1, 1, 1, 1) * (epsilon - z0) + z0
+            seen = frames if joint else tokenizer.features(frames)
+        velocity = core(seen, z, sigma)
+        return (velocity.float() - (epsilon - z0)).square().mean()
+
+    frozen: list[nn.Module] = [m for m in (tokenizer.vae, tokenizer.frozen_encoder) if m is not None]
+    return Shapes(core, frozen, step, core.block_classes(), notes)
+
+
+def hollow_tokenizer(model: schema.Model, flow: schema.Flow, image_size: int, notes: list[str]) -> Tokenizer:
+    """A recipe's tokenizer on the meta device."""
+    parts: dict[str, Any] = {}
+    keys = {
+        "encoder": (Dinov2Config().to_dict(), ("", "encoder")),
+        "decoder": (inspect.signature(diffusers.SD3Transformer2DModel.__init__).parameters, ("transformer", "")),
+        "vae": (inspect.signature(diffusers.AutoencoderKL.__init__).parameters, ("vae", "model/vae", "model", "")),
+    }
+    derived = {"joint_attention_dim", "pooled_projection_dim"}
+    for name, (known, subfolders) in keys.items():
+        part = getattr(model, name)
+        if part.weights is not None:
+            try:
+                config = config_of(name, part.weights, subfolders, f"model.{name}.weights")
+            except StamoError:
+                if name != "vae" or Path(part.weights).exists():
+                    raise
+                config = PAPER["vae"]
+                notes.append(f"model.vae.weights: {part.weights} is not there; Stable Diffusion 3's VAE is assumed")
+            config = {k: v for k, v in config.items() if k in known and k not in derived}
+            part = part.model_copy(update={"weights": None, "config": config})
+        parts[name] = part
+    with torch.device("meta"):
+        return Tokenizer.from_config(model.model_copy(update=parts), flow, image_size)
+
+
+def _policy(recipe: schema.Recipe) -> Shapes:
+    cfg, notes = recipe.policy, list[str]()
+    raw: dict[str, Any] = OPENVLA_7B
+    if cfg.weights is not None:
+        raw = config_of("policy", cfg.weights, ("",), "policy.weights")
+    else:
+        raw = {**raw, **cfg.config, "text_config": {**raw["text_config"], **cfg.config.get("text_config", {})}}
+    config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)
+    eyes = _eyes(recipe, notes)
+    action, proprio, text = _data(recipe, config, notes)
+    patches = states = 0
+    target: tuple[int, int] | None = None
+    if eyes is not None:
+        encoder, compressor = eyes.encoder, eyes.trained.compressor
+        grid = (encoder.image_size // encoder.model.config.patch_size) ** 2
+        patches, states = cfg.views * grid, cfg.views * compressor.tokens
+        if cfg.world is not None:
+            raw_target = cfg.world.target == "dinov2"
+            target = (grid, encoder.dim) if raw_target else (compressor.tokens, compressor.dim)
+    sees = cfg.vision == "stamo" and eyes is not None
+    sizes = Sizes(
+        action, recipe.data.horizon, proprio if cfg.proprio else 0, target,
+        encoder.dim if sees and cfg.stamo != "states" else None,
+        compressor.dim if sees and cfg.stamo != "patches" else None,
+    )  # fmt: skip
+    network = policies.hollow(config, cfg, sizes)
+    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.train()
+    seen = policies.Seen(text + sizes.action_tokens + 1, patches, states)
+
+    def step(batch: int) -> Tensor:
+        if eyes is not None:
+            with torch.no_grad():
+                for _ in range(1 + (cfg.world is not None)):
+                    eyes.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
+        return policies.loss(network, policies.inputs(network, seen, batch))
+
+    frozen: list[nn.Module] = [] if eyes is None else [eyes.encoder, eyes.trained.compressor]
+    return Shapes(network, frozen, step, network.block_classes(), notes)
+
+
+def _eyes(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+    cfg = recipe.policy
+    if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
+        return None
+    try:
+        about = exported(cfg.tokenizer)[1]
+        model, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
+        size = about["image_size"]
+    except StamoError:
+        notes.append(f"policy.tokenizer: {cfg.tokenizer} is not there; the paper's is assumed (DINOv2-L, 2 × 1024)")
+        parts: dict[str, Any] = {
+            "encoder": schema.Encoder(config=PAPER["encoder"], train=True),
+            "decoder": schema.Decoder(config=PAPER["decoder"]),
+            "vae": schema.VAE(config=PAPER["vae"]),
+        }
+        model, flow, size = schema.Model(**parts), schema.Flow(), 256
+    return hollow_tokenizer(model, flow, size, notes).requires_grad_(False)
+
+
+def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tuple[int, int, int]:
+    """Numbers of an action and of proprioception, ids of the longest prompt."""
+    try:
+        mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+        assert mixture.window is not None, "a policy's recipe has a horizon"
+        return mixture.window.action_dim or _ACTION, mixture.window.proprio_dim or _PROPRIO, _TEXT
+    except StamoError:
+        notes.append(
+            f"data.sources: not there; actions of {_ACTION} numbers, {_PROPRIO} of proprioception and texts of {_TEXT} "
+            "ids are assumed"
+        )
+        return _ACTION, _PROPRIO, _TEXT
+
+
+def _frame(recipe: schema.Recipe) -> tuple[int, int, int]:
+    return recipe.data.image_size, recipe.data.image_size, 3
+
+
+def _pixels(batch: int, size: int) -> Tensor:
+    return torch.empty(batch, 3, size, size)

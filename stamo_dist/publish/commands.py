@@ -1,0 +1,54 @@
+"""`stamo export`. Torch is imported only inside."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Form(str, Enum):
+    """Layouts of an exported model."""
+
+    hf = "hf"
+    openvla = "openvla"
+
+
+class DType(str, Enum):
+    """Number formats of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="RUN/checkpoints/step_…, or a run folder: its newest checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="hf: parts that plain diffusers and transformers open. openvla: the layout of the released policies, "
+            "which the official code reads.",
+        ),
+    ] = Form.hf,
+    dtype: Annotated[DType, typer.Option(help="Of the trained weights; what was frozen stays as it was.")] = (
+        DType.float32
+    ),
+    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Most of one file.")] = "5GB",
+) -> None:
+    """Write a checkpoint's model for others: safetensors, statistics, and a card with recipe, data and metrics.
+
+    The moving average is taken where the checkpoint has one. What is written can be loaded again as policy.weights,
+    model.decoder.weights or model.vae.weights.
+
+    Example: stamo export runs/policy_oft_state exports/policy --format openvla --dtype bfloat16
+    """
+    from stamo_dist.publish.publish import publish
+
+    publish(checkpoint, out, form=form.value, dtype=dtype.value, shard_size=shard_size)

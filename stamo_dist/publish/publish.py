@@ -1,0 +1,76 @@
+"""From a checkpoint to a folder for others."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.engine import checkpoint as checkpoints
+from stamo_dist.engine.runfolder import RunFolder, open_run
+from stamo_dist.errors import RunError
+from stamo_dist.export import training_data
+from stamo_dist.publish.card import model_card
+from stamo_dist.recipe.load import load
+from stamo_dist.tasks import build_task
+from stamo_dist.tasks.base import Layout
+
+
+def publish(
+    given: Path, out: Path, *, form: Literal["openvla", "hf"] = "hf", dtype: str = "float32", shard_size: str = "5GB"
+) -> None:
+    """Write the model of a checkpoint, or of a run's newest one, into the new folder `out`.
+
+    Raises:
+        RunError: `given` is neither, `out` exists, or the format does not suit the stage or the policy.
+        CheckpointError: The checkpoint is not whole.
+        DataError: The run's data, which names statistics and instructions, is no longer there.
+    """
+    run, folder = _locate(given)
+    recipe = load(run.resolved).recipe
+    if not re.fullmatch(r"\d+([KMG]i?B|B)?", shard_size, re.IGNORECASE):
+        raise RunError(f"--shard-size {shard_size}: give a size as 5GB or 200MB")
+    if form == "openvla" and recipe.stage != "policy":
+        raise RunError(f"--format openvla: is a layout of policies, and {run.path} trains the {recipe.stage}; give hf")
+    if form == "openvla" and recipe.policy.vision == "stamo":
+        raise RunError(
+            f"--format openvla: the official code has no StaMo encoder, through which {run.path} sees "
+            "(policy.vision: stamo); give --format hf"
+        )
+    if out.exists():
+        raise RunError(f"{out}: exists; give a folder that does not")
+    weights = checkpoints.read_weights(folder)
+    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    task = build_task(recipe, mixture, later=checkpoints.holds_all(folder))
+    part = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    layout = Layout(form, getattr(torch, dtype), shard_size)
+    try:
+        with closing(training_data(mixture, task)) as batches:
+            task.export(part, weights, batches, layout)
+        card = model_card(recipe, run, folder, layout, trained=task.trained)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        part.rename(out)
+    except OSError as e:
+        raise RunError(f"{out}: cannot be written ({e.strerror}); make room or give another folder") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"exported {folder} to {out}: {form}, {dtype}, {size / 1e9:.2f} GB")
+
+
+def _locate(given: Path) -> tuple[RunFolder, Path]:
+    """The run and the checkpoint that the user means."""
+    if (given / checkpoints.MARKER).is_file():
+        return open_run(given.resolve().parent.parent), given
+    run = open_run(given)
+    whole = checkpoints.complete(run.checkpoints)[0]
+    if not whole:
+        raise RunError(f"{given}: holds no whole checkpoint")
+    return run, whole[0]

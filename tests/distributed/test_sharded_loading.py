@@ -1,0 +1,160 @@
+"""Under FSDP a checkpoint goes straight into the shards: no process ever holds the whole model."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from toy_policy import TEXTS, write_policy_recipe
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.engine import strategy
+from stamo_dist.engine.optim import adamw
+from stamo_dist.engine.world import World, free_port
+from stamo_dist.models.openvla.actions import Statistics
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.images import ImageProcessor
+from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+from stamo_dist.models.openvla.save import save_parts
+from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.recipe import policy as recipes
+from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.load import load
+from stamo_dist.tasks import build_task
+
+LLAMA = {"vocab_size": 448, "pad_token_id": 384, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {**LLAMA, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+LARGE = {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 9}
+
+
+def checkpoint(folder: Path, text_config: dict) -> Path:
+    """A released folder's layout, with random weights and no towers."""
+    torch.manual_seed(3)
+    raw = {**OPENVLA_7B, "pad_token_id": 384, "text_config": {"model_type": "llama", **text_config}}
+    config = OpenVLAConfig.from_dict(raw, "test").with_vision("stamo")
+    network = PolicyNetwork(config, recipes.Policy(vision="stamo"), Sizes(3, patch_dim=32, state_dim=32))
+    save_parts(
+        folder, network, network.state_dict(), TextTokenizer.from_instructions(TEXTS, size=384),
+        ImageProcessor.from_config(config), Statistics({}, "test"), shard_size="50MB",
+    )  # fmt: skip
+    return folder
+
+
+def write(path: Path, root: Path, weights: Path, name: str = "fsdp") -> Path:
+    """The toy policy's recipe, starting from `weights`."""
+    recipe = write_policy_recipe(path, root, strategy=name)
+    text = re.sub(r"  config:\n(    .*\n)+", "", recipe.read_text())
+    recipe.write_text(text.replace("policy:\n", f"policy:\n  weights: {weights}\n"))
+    return recipe
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_losses_are_those_of_whole_copies_and_of_a_resumed_run(toy_policy, ranks, tmp_path, lora) -> None:
+    weights = checkpoint(tmp_path / "weights", SMALL)
+    settings = ["--set", "train.steps=4", "--set", "train.checkpoint.every=2"]
+    settings += ["--set", "policy.lora.rank=4"] if lora else []
+    found = {}
+    for name, processes, precision in (("ddp", 1, "fp32"), ("fsdp", 2, "fp32"), ("fsdp", 2, "bf16")):
+        folder = tmp_path / f"{name}_{precision}"
+        recipe = write(folder / "toy.yaml", toy_policy, weights, name)
+        ranks(processes, "train", recipe, *settings, "--set", f"train.precision={precision}")
+        found[f"{name}_{precision}"] = [line["loss"] for line in lines(folder / "run")]
+    assert found["fsdp_fp32"] == pytest.approx(found["ddp_fp32"], rel=1e-4)
+    assert found["fsdp_bf16"] == pytest.approx(found["ddp_fp32"], rel=2e-2)
+
+    run = tmp_path / "fsdp_fp32/run"
+    before, model = lines(run), (run / "model/model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    assert "after step 2" in ranks(2, "train", tmp_path / "fsdp_fp32/toy.yaml", *settings)[1]
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in before]
+    assert (run / "model/model.safetensors").read_bytes() == model
+
+
+def private_bytes() -> int:
+    """Memory of this process that is no mapped file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not tell")
+
+
+class Peak:
+    """The most private memory while it is watched, over what there was before."""
+
+    def __enter__(self) -> Peak:
+        self._before, self.bytes, self._on = private_bytes(), 0, True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._on:
+            self.bytes = max(self.bytes, private_bytes() - self._before)
+            time.sleep(0.001)
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+        self._thread.join()
+
+
+def _rank(rank: int, port: int, recipe: str, later: bool, answer: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    r = load(recipe).recipe
+    mixture = Mixture(r.data, seed=0, global_batch=8)
+    with Peak() as peak:
+        task = build_task(r, mixture, later=later)
+        engine = strategy.build(
+            task.trained, adamw(task.trained, r.optimizer), r.strategy, World(rank, 2, rank, 2), batching(r.train, 2),
+            clip=1.0, precision="fp32", block_classes=task.block_classes,
+        )  # fmt: skip
+        if later:
+            task.fill()
+    state = {name: t.full_tensor() for name, t in task.trained.state_dict().items()}
+    sums = {name: (float(t.double().sum()), float(t.double().square().sum())) for name, t in state.items()}
+    trained = {id(p) for p in task.trained.parameters() if p.requires_grad}
+    assert {id(p) for group in engine.optimizer.param_groups for p in group["params"]} == trained
+    answer.send((peak.bytes, sums, sum(t.numel() * t.element_size() for t in state.values())))
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path / "weights", LARGE)
+    recipe = write(tmp_path / "toy.yaml", toy_policy, weights)
+    context, found = multiprocessing.get_context("spawn"), {}
+    for later in (True, False):
+        port, ranks = free_port(), []
+        for rank in range(2):
+            here, there = context.Pipe()
+            process = context.Process(target=_rank, args=(rank, port, str(recipe), later, there))
+            process.start()
+            ranks.append((process, here))
+        found[later] = [here.recv() for _, here in ranks if here.poll(120)]
+        for process, _ in ranks:
+            process.join(30)
+        assert len(found[later]) == 2
+    total = found[True][0][2]
+    assert total > 200e6
+    largest = 768 * 2048 * 4
+    for peak, sums, _ in found[True]:
+        assert peak < total / 2 + 4 * largest + 30e6, f"{peak / 1e6:.0f} MB of {total / 1e6:.0f}"
+        assert sums == found[False][0][1]
+    assert all(peak > 0.95 * total for peak, *_ in found[False]), "the measurement sees a whole copy"

@@ -1,0 +1,94 @@
+"""`stamo plan`: the sizes it counts, what each strategy divides, and what it says of recipes whose files are away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toy_policy import write_policy_recipe
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+from stamo_dist.errors import RecipeError
+from stamo_dist.models.flops import shapes_only
+from stamo_dist.models.openvla import shapes as policies
+from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.plan.live import peak
+from stamo_dist.plan.memory import plan
+from stamo_dist.recipe import policy as recipes
+from stamo_dist.recipe.load import load
+
+ROOT = Path(__file__).parents[2]
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
+SMALL = {"vocab_size": 448, "pad_token_id": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 4}  # fmt: skip
+
+
+def test_the_peak_is_that_of_the_tensors_that_live_at_once() -> None:
+    """Two layers without bias: input, hidden state and output live until the backward pass; gradients do not count."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(256, 1024, bias=False), torch.nn.ReLU(), torch.nn.Linear(1024, 8))
+    with shapes_only(model):
+        found = peak(lambda: model(torch.empty(64, 256)).sum(), [model])
+    hidden = 64 * 1024 * 4
+    assert 3 * hidden < found < 3 * hidden + 1024 * 256 * 4 + 200_000  # with the gradients of both sides of the ReLU
+
+
+def test_what_is_computed_forward_and_backward() -> None:
+    config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": SMALL}, "test")
+    sizes, seen = Sizes(3, patch_dim=32), policies.Seen(20, 16)
+    cfg = recipes.Policy(vision="stamo", stamo="patches")
+
+    def flops(**changes: object) -> int:
+        network = policies.hollow(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)
+        return policies.training_flops(network, seen)
+
+    layers = 3 * (4 * 64**2 + 3 * 64 * 96)
+    tokens = 20 + 16
+    attention = 3 * 4 * tokens**2 * 64
+    whole = flops()
+    forward = 2 * layers * tokens + attention
+    # The backward pass costs twice the forward, and a half of the attention's product more, which is recomputed.
+    assert 3 * forward < whole < 3.3 * forward
+    frozen = flops(freeze=recipes.Freeze(language=True))
+    assert 0.6 * whole < frozen < 0.8 * whole, "no gradients of weights, but those that reach the projector"
+
+
+@pytest.fixture(scope="module")
+def full() -> list:
+    return plan(load(ROOT / "recipes/policy_openvla_state.yaml").recipe, 8, STRATEGIES)
+
+
+def test_a_full_size_policy_needs_no_files(full: list) -> None:
+    by = {memory.strategy: memory for memory in full}
+    trained = by["fsdp"].trained_numel
+    assert trained == pytest.approx(6_787e6, rel=1e-3)
+    assert by["ddp"].optimizer == 8 * trained
+    assert by["fsdp"].parameters == pytest.approx(4 * trained / 8, rel=1e-6)
+    assert by["zero2"].parameters == 2 * trained
+    assert by["ddp"].peak > by["zero1"].peak > by["zero2"].peak > by["zero3"].peak
+    assert by["fsdp"].peak < 30e9
+    assert any("tokenizer_sim_droid is not there" in note for note in by["fsdp"].notes)
+
+
+def test_checkpointing_and_batch_decide_the_activations() -> None:
+    path = ROOT / "recipes/tokenizer_sim_droid.yaml"
+
+    def activations(*settings: str) -> int:
+        return plan(load(path, list(settings)).recipe, 8)[0].activations
+
+    small, large = (activations(f"train.micro_batch={n}", "train.gradient_checkpointing=false") for n in (2, 4))
+    assert large == pytest.approx(2 * small, rel=0.1)
+    assert activations("train.micro_batch=4", "train.gradient_checkpointing=true") < 0.5 * large
+
+
+def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: Path, tmp_path: Path) -> None:
+    recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy, strategy="fsdp")
+    (found,) = json.loads(stamo("plan", recipe, "--gpus", 2, "--json").stdout)
+    assert found["strategy"] == "fsdp"
+    assert found["peak"] > found["activations"] > 0
+    assert found["notes"] == [], "the toy's data and tokenizer are there"
+    with pytest.raises(RecipeError, match=r"policy.weights: there is no config.json in owner/other, .* known: openvla"):
+        plan(load(recipe, ["policy.weights=owner/other"]).recipe, 2)
