@@ -33,7 +33,8 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
     weights = checkpoint.read_weights(checkpoint.folder_of(run.checkpoints, step))
     task = build_task(recipe, mixture)  # anew: the trained model is spread over the processes
     loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
+        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents,
+        states=task.states,
     )  # fmt: skip
     part = run.path / ".model.tmp"
     shutil.rmtree(part, ignore_errors=True)

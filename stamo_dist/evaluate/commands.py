@@ -1,4 +1,4 @@
-"""`stamo eval …`: measure a tokenizer. Torch is imported only inside the commands."""
+"""`stamo eval …`: measure a tokenizer or a policy. Torch is imported only inside the commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer on held-out episodes.")
+app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on held-out episodes.")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[
@@ -134,3 +134,20 @@ def speed(
     from stamo_dist.evaluate.speed import speed as measure
 
     measure(run, checkpoint=checkpoint, batches=batch or (1, 16), calls=calls, devices=device, steps=steps, out=out)
+
+
+@app.command()
+def actions(
+    run: RunArgument,
+    *,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 256,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Moments at once.")] = 16,
+    out: OutOption = None,
+) -> None:
+    """How far a policy's chunks are from the actions of held-out episodes, beside the mean action.
+
+    Example: stamo eval actions demo/runs/policy_rdt_1real_4video
+    """
+    from stamo_dist.evaluate.actions import actions as measure
+
+    measure(run, frames=frames, batch=batch, out=out)

@@ -25,6 +25,10 @@ def build_task(recipe: Recipe, mixture: Mixture) -> Task:
         from stamo_dist.tasks.vae import VAETask
 
         return VAETask(recipe)
+    if recipe.stage == "policy" and recipe.policy.diffusion is not None:
+        from stamo_dist.tasks.diffusion import DiffusionTask
+
+        return DiffusionTask(recipe, mixture, recipe.policy.diffusion)
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 

@@ -21,12 +21,12 @@ from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Size
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData
+from stamo_dist.tasks.policy_eyes import open_eyes, target_of
 
 
 class PolicyTask:
@@ -46,7 +46,8 @@ class PolicyTask:
         assert window is not None, "a policy's recipe has a horizon"
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
-        self._eyes, self._fingerprint = _eyes(recipe)
+        self._eyes, self._fingerprint = open_eyes(recipe, mixture)
+        self.states = self._fingerprint if cfg.targets == "cached" else None
         self._text = _text(recipe, data)
         self._processor = (
             ImageProcessor.from_folder(data.folder, data.config)
@@ -123,20 +124,20 @@ class PolicyTask:
         assert batch.replaced is not None
         cfg, own = self._cfg, ~batch.replaced
         has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own
+        has_actions &= self._data.instructions.labelled(batch.sample)
         actions = self._actions.normalise(batch.actions, batch.source)
         text = self._prompts.rows(self._data.instructions.of(batch.sample), actions, has_actions)
         target = has_target = proprio = None
         images: Tensor | Features
         if cfg.world is not None:
-            assert self._eyes is not None
-            assert batch.target is not None
-            target = self._eyes.target(batch.images, batch.target, cfg.world.target)
+            target = target_of(batch, self._eyes, cfg.world.target)
             has_target = (batch.ahead == self._horizons[batch.source]) & own
         if cfg.vision == "stamo":
             assert self._eyes is not None
-            images = self._eyes.read(batch.images[:, None], cfg.stamo)
+            images = self._eyes.read(batch.cameras(), cfg.stamo)
         else:
-            images = self._processor.normalise(batch.images)
+            views = batch.cameras().unbind(1)
+            images = torch.cat([self._processor.normalise(view) for view in views], dim=1)
         if self._proprio is not None:
             assert batch.proprio is not None
             proprio = self._proprio.normalise(batch.proprio, batch.source).float()
@@ -156,18 +157,6 @@ class PolicyTask:
             folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
             tokenizer_fingerprint=self._fingerprint,
         )  # fmt: skip
-
-
-def _eyes(recipe: Recipe) -> tuple[StamoVision | None, str | None]:
-    """The frozen tokenizer's encoder and compressor, where they are read, and the whole tokenizer's fingerprint."""
-    cfg = recipe.policy
-    if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
-        return None, None
-    tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
-    fingerprint = tokenizer.fingerprint()
-    eyes = StamoVision(tokenizer)
-    del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
-    return eyes, fingerprint
 
 
 def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
@@ -209,18 +198,20 @@ def _flops(network: PolicyNetwork, text: int, recipe: Recipe, eyes: StamoVision 
     if eyes is not None:
         encoder = eyes.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
-        frames = (recipe.policy.vision == "stamo") + (1 if recipe.policy.world else 0)
-        if recipe.policy.world and recipe.policy.world.target == "motion":
-            frames += 1
+        cfg = recipe.policy
+        frames = cfg.views if cfg.vision == "stamo" else 0
+        if cfg.world and cfg.targets == "online":
+            frames += 2 if cfg.world.target == "motion" else 1
         total += 2.0 * frames * patches * sum(p.numel() for p in encoder.parameters())
     seen = 0
     if config.towers:
-        seen = vla.vision_backbone.patches
+        seen = recipe.policy.views * vla.vision_backbone.patches
         learns = 1 if recipe.policy.freeze.vision else 3
         total += 2.0 * learns * seen * sum(p.numel() for p in vla.vision_backbone.parameters())
     elif eyes is not None:
         reads = recipe.policy.stamo
         seen = (patches if reads != "states" else 0) + (eyes.state_shape[0] if reads != "patches" else 0)
+        seen *= recipe.policy.views
     length = seen + text + recipe.policy.proprio
     llama = vla.language_model.model
     weights = sum(p.numel() for p in llama.layers.parameters())
