@@ -97,9 +97,14 @@ def open_policy(run: RunFolder, recipe: Recipe, device: str | None = None) -> tu
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"tokenizer": recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
     policy = load_policy(run.model, device=device, **options)
-    return policy, Provenance(
-        recipe=recipe.name, data_fingerprint=None, checkpoint=str(run.model), step=step,
-        ema=recipe.train.ema is not None, trained_commit=None, git_commit=git_commit(), seed=recipe.seed,
+    return policy, provenance_of(recipe, str(run.model), step)
+
+
+def provenance_of(recipe: Recipe, weights: str, step: int) -> Provenance:
+    """Of a policy's exported weights."""
+    return Provenance(
+        recipe=recipe.name, data_fingerprint=None, checkpoint=weights, step=step,
+        ema=bool(step) and recipe.train.ema is not None, trained_commit=None, git_commit=git_commit(), seed=recipe.seed,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
