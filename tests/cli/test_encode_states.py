@@ -27,7 +27,7 @@ def root(toy_policy: Path, tmp_path: Path) -> Path:
 def curve(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     terms = ("loss", "grad_norm", "action/a", "world_mse/b", "world_l1/a", "pseudo/b")
-    return [{t: line.get(t) for t in terms} for line in lines]
+    return [{t: line[t] for t in terms if t in line} for line in lines]
 
 
 @pytest.mark.parametrize("write", [write_policy_recipe, write_diffusion_recipe])
