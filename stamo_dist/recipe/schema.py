@@ -363,6 +363,10 @@ class Recipe(Section):
                     f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
                     f"({self.train.global_batch})"
                 )
+        if self.data.views > 1 and self.stage != "policy":
+            problems.append(
+                f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"
+            )
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:
