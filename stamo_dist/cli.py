@@ -13,7 +13,7 @@ import typer
 
 from data_tools.commands import app as data_app
 from stamo_dist.chaos.commands import chaos
-from stamo_dist.errors import StamoError
+from stamo_dist.errors import RunError, StamoError
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
@@ -101,19 +101,62 @@ def train(
 
 
 @app.command()
-def encode(recipe: RecipePath, set_: Overrides = []) -> None:  # noqa: B006
-    """Write the frozen VAE's latents of every frame beside the shards, for `data.latents: cached`.
+def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> None:  # noqa: B006
+    """Write what frozen models make of every frame beside the shards: once, instead of in every step.
 
-    May be started again, and under torchrun or Slurm on many processes: whole shards are skipped.
+    Of a tokenizer's recipe the VAE's latents, for `data.latents: cached`; of a policy's the tokenizer's states, for
+    `policy.targets: cached`. May be started again, and under torchrun or Slurm on many processes: whole shards are
+    skipped.
 
-    Example: stamo encode recipes/tokenizer_sim_droid.yaml
+    Example: stamo encode recipes/policy_openvla_motion.yaml --nproc 8
     """
+    if nproc > 1 and "RANK" not in os.environ:
+        from stamo_dist.launch.local import launch_local
+        from stamo_dist.recipe.load import load
+
+        arguments = ["encode", str(recipe), *(x for s in set_ for x in ("--set", s))]
+        sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
+    # A launcher blocks them until a rank can act on them; here they end it, and no half-written shard counts.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from stamo_dist.encode import encode as run
     from stamo_dist.engine.world import world_from_environment
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
     print(f"encoded {run(loaded, world_from_environment())} shards")
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A policy's run folder, or a folder with weights.")],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Where the policy's StaMo tokenizer lies; where it was in training when omitted."),
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
+    ] = None,
+) -> None:
+    """Answer observations with actions over HTTP, as clients of OpenVLA and OpenVLA-OFT speak. There is no login.
+
+    Needs `pip install "stamo-dist[serve]"`.
+
+    Example: stamo serve runs/policy_oft_state --port 8777
+    """
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("json_numpy", "starlette", "uvicorn") if find_spec(name) is None]:
+        raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
+    from stamo_dist.serve import serve as answer
+
+    answer(run, host=host, port=port, device=device, tokenizer=tokenizer, unnorm_key=unnorm_key)
 
 
 @app.command()

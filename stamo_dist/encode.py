@@ -1,64 +1,108 @@
-"""`stamo encode`: the frozen VAE's latents of every frame, written once beside the shards.
+"""`stamo encode`: what frozen models make of every frame, written once beside the shards.
 
-Works shard by shard: the processes share the shards out, whole shards are skipped when it is started again.
+A tokenizer's recipe asks for the latents of its VAE, a policy's for the states of its tokenizer. Works shard by shard:
+each process has shards of its own, and those that are whole are skipped when it is started again. Within a shard the
+frames go through the model in the same groups on any number of processes, so the bytes are the same too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from stamo_dist.data.latents import has_latents, write_latents
+from stamo_dist.data.frame_cache import Kind, Precision, has_cache, write_cache, write_manifests
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError
+from stamo_dist.models.tokenizer import Tokenizer, exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
 
 
-def encode(recipe: Recipe, world: World) -> int:
-    """Write the missing latents of the recipe's sources; returns how many shards this process encoded.
+@dataclass(frozen=True)
+class Encoder:
+    """What makes a row of a frame."""
 
-    Latents are the posterior means, normalised by the VAE's shift and scale, in bfloat16.
+    kind: Kind
+    fingerprint: str
+    precision: Precision
+    rows: Callable[[Tensor], Tensor]  # uint8 (b, H, W, 3) → (b, …) as they are stored
+    about: dict[str, Any]  # for the manifests
+
+
+def encode(recipe: Recipe, world: World) -> int:
+    """Write what is missing for the recipe's sources; returns how many shards this process encoded.
+
+    Latents are the posterior means, normalised by the VAE's shift and scale, in bfloat16; states are float32, computed
+    in float32.
 
     Raises:
-        RecipeError: The recipe names no trained VAE.
+        RecipeError: The recipe names no trained VAE, or no tokenizer that reads frames of this size.
         DataError: A source cannot be read or its folder not be written.
     """
-    if recipe.model.vae.weights is None:
-        raise RecipeError(["model.vae.weights: is missing, and the latents of a random VAE are of no use"])
-    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
-    vae = VAE.from_config(recipe.model.vae.model_copy(update={"latent": "mean"}), recipe.data.image_size)
-    fingerprint = vae.fingerprint()
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    encoder = (_states if recipe.stage == "policy" else _latents)(recipe, device)
+    kind, fingerprint = encoder.kind, encoder.fingerprint
 
-    missing = [i for i, shard in enumerate(mixture.shards) if not has_latents(shard, fingerprint)]
-    # Not every size-th of the missing ones: another process may have started earlier, and found more of them.
-    mine = [i for i in missing if i % world.size == world.rank]
-    frames = sum(mixture.shards[i].samples for i in mine)
+    # By number, not by what is missing: another process may have begun, or look later.
+    mine = range(world.rank, len(mixture.shards), world.size)
+    missing = [i for i in mine if not has_cache(mixture.shards[i], kind, fingerprint)]
+    frames = sum(mixture.shards[i].samples for i in missing)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"),
         TimeRemainingColumn(), disable=not world.is_main,
     ) as progress:  # fmt: skip
-        bar = progress.add_task(f"encoding {len(missing)} of {len(mixture.shards)} shards", total=frames)
-        for i in mine:
+        bar = progress.add_task(f"{kind} of {len(missing)} of this process's {len(mine)} shards", total=frames)
+        for i in missing:
             mixture.prepare(i)
             shard = MappedShard(mixture.shards[i])
             parts = []
             for start in range(0, len(shard), recipe.train.micro_batch):
-                images = _frames(
-                    shard, start, min(len(shard), start + recipe.train.micro_batch), recipe.data.image_size
-                )
+                stop = min(len(shard), start + recipe.train.micro_batch)
+                images = torch.from_numpy(_frames(shard, start, stop, recipe.data.image_size))
                 with torch.no_grad():
-                    z0 = vae.encode(torch.from_numpy(images).to(device))
-                parts.append(z0.to(torch.bfloat16).view(torch.int16).cpu().numpy())
+                    parts.append(encoder.rows(images.to(device)).cpu().numpy())
                 progress.advance(bar, len(images))
-            write_latents(mixture.shards[i], fingerprint, np.concatenate(parts), "bfloat16")
-    return len(mine)
+            write_cache(mixture.shards[i], kind, fingerprint, np.concatenate(parts), encoder.precision)
+    write_manifests(mixture.shards, kind, fingerprint, encoder.about)
+    return len(missing)
+
+
+def _latents(recipe: Recipe, device: torch.device) -> Encoder:
+    if recipe.model.vae.weights is None:
+        raise RecipeError(["model.vae.weights: is missing, and the latents of a random VAE are of no use"])
+    vae = VAE.from_config(recipe.model.vae.model_copy(update={"latent": "mean"}), recipe.data.image_size)
+    fingerprint = vae.fingerprint()
+    vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return Encoder(
+        "latents", fingerprint, "bfloat16", lambda images: vae.encode(images).to(torch.bfloat16).view(torch.int16),
+        {"model": recipe.model.vae.weights},
+    )  # fmt: skip
+
+
+def _states(recipe: Recipe, device: torch.device) -> Encoder:
+    folder = recipe.policy.tokenizer
+    if folder is None:
+        raise RecipeError(["policy.tokenizer: is missing: name the run folder of the tokenizer whose states to write"])
+    about = exported(folder)[1]
+    sizes = (about["image_size"], about["model"]["encoder"]["image_size"])
+    if recipe.data.image_size not in sizes:
+        raise RecipeError([
+            f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"
+        ])  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(folder)
+    fingerprint = tokenizer.fingerprint()
+    tokenizer.requires_grad_(False).eval().to(device)
+    return Encoder("states", fingerprint, "float32", tokenizer.encode, {"model": folder})
 
 
 def _frames(shard: MappedShard, start: int, stop: int, size: int) -> NDArray[np.uint8]:

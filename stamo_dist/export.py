@@ -50,7 +50,8 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:
     """The first batches of the run, for models that are fitted to data when they are exported."""
     loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
+        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents,
+        states=task.states,
     )  # fmt: skip
     with closing(loader):
         batches = iter(loader)

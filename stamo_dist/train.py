@@ -184,7 +184,7 @@ class _Session:
         loader = build_loader(
             self.mixture, rank=engine.world.rank, world_size=engine.world.size,
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
-            groups=self.plan.workers,
+            states=self.task.states, groups=self.plan.workers,
         )  # fmt: skip
         watch = Stopwatch(engine.device)
         with closing(loader):

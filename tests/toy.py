@@ -31,12 +31,12 @@ def make_source(
     layout = columns(action=3, original_action=0, proprio=2)
     for s, split in enumerate(splits):
         table = []
-        for camera in cameras:
+        for c, camera in enumerate(cameras):
             folder = source / split / camera
             with MDSWriter(out=str(folder), columns=layout, size_limit=shard_bytes) as writer:
                 for e in range(episodes):
                     for t in range(length):
-                        frame = toy_frame(first + 100 * s + e, t, size)
+                        frame = toy_frame(first + 100 * s + 1000 * c + e, t, size)
                         writer.write(
                             {
                                 "image": simplejpeg.encode_jpeg(frame, quality=95),

@@ -43,6 +43,16 @@ strategy: {{name: {strategy}}}
 """
 
 
+DIFFUSION = """\
+policy:
+  vision: stamo
+  stamo: states
+  tokenizer: {root}/tokenizer
+  proprio: {proprio}
+  diffusion: {{width: 16, depth: 2, heads: 2, timesteps: 50, vocabulary: 128, pseudo: {pseudo}}}
+"""
+
+
 def set_statistics(source: Path) -> None:
     """Statistics of the toy's actions (0 … 11 in all dimensions) and proprioception."""
     path = source / MANIFEST
@@ -94,4 +104,16 @@ def write_policy_recipe(
     path.parent.mkdir(parents=True, exist_ok=True)
     run, flag = path.parent / "run", str(proprio).lower()
     path.write_text(RECIPE.format(run=run, root=root, strategy=strategy, actions=actions, proprio=flag))
+    return path
+
+
+def write_diffusion_recipe(
+    path: Path, root: Path, *, strategy: str = "ddp", pseudo: str = "motion", proprio: bool = True
+) -> Path:
+    """As `write_policy_recipe`, for the diffusion transformer."""
+    head, _, rest = RECIPE.partition("policy:\n")
+    text = head + DIFFUSION + "train:" + rest.partition("\ntrain:")[2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run, flag = path.parent / "run", str(proprio).lower()
+    path.write_text(text.format(run=run, root=root, strategy=strategy, proprio=flag, pseudo=pseudo))
     return path

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _THREADS = 8
 _PATIENCE = 60.0  # seconds between two warnings about a shard that does not come
 _TOUCH = 60.0  # seconds after which using a shard again is worth noting
+_Place = tuple[int, int]  # of a shard: view, number
 _IN_USE = 600.0  # seconds for which a shard that was wanted is not removed: batches wait for their turn that long
 
 
@@ -32,10 +33,10 @@ class Fetcher:
     def __init__(self, mixture: Mixture):
         self._mixture, self._ahead = mixture, mixture.data.fetch_ahead
         self._timeout = mixture.data.timeout
-        remote = not all(stream.local for stream in mixture.streams)
+        remote = not all(stream.local for view in mixture.views for stream in view.streams)
         self._threads = ThreadPoolExecutor(_THREADS, "fetch") if remote else None
-        self._coming: dict[int, Future[None]] = {}
-        self._touched: dict[int, float] = {}
+        self._coming: dict[_Place, Future[None]] = {}
+        self._touched: dict[_Place, float] = {}
         limit = mixture.data.cache_limit
         self._cache = Cache(Path(mixture.data.cache), limit * 1e9) if limit is not None and remote else None
 
@@ -44,39 +45,48 @@ class Fetcher:
         if self._threads is None:
             yield from plan
             return
-        waiting: deque[tuple[Position, list[int]]] = deque()
+        waiting: deque[tuple[Position, list[_Place]]] = deque()
         for position in plan:
-            waiting.append((position, shards := self._shards(position)))
-            for number in shards:
-                self._want(number)
+            waiting.append((position, places := self._places(position)))
+            for place in places:
+                self._want(place)
             if len(waiting) > self._ahead:
                 yield self._wait(*waiting.popleft())
         while waiting:
             yield self._wait(*waiting.popleft())
 
-    def _shards(self, position: Position) -> list[int]:
-        return np.unique(self._mixture.shard_of(position.samples)).tolist()
+    def _places(self, position: Position) -> list[_Place]:
+        return [
+            (v, number)
+            for v, view in enumerate(self._mixture.views)
+            for number in np.unique(view.shard_of(position.samples)).tolist()
+        ]
 
-    def _want(self, number: int) -> None:
+    def _path(self, place: _Place) -> str:
+        return self._mixture.views[place[0]].shards[place[1]].path
+
+    def _prepare(self, place: _Place) -> None:
+        self._mixture.views[place[0]].prepare(place[1])
+
+    def _want(self, place: _Place) -> None:
         now = time.monotonic()
-        if now - self._touched.get(number, -_TOUCH) < _TOUCH:
+        if now - self._touched.get(place, -_TOUCH) < _TOUCH:
             return
-        self._touched[number] = now
+        self._touched[place] = now
         assert self._threads is not None
-        self._coming[number] = self._threads.submit(self._fetch, number)
+        self._coming[place] = self._threads.submit(self._fetch, place)
 
-    def _fetch(self, number: int) -> None:
-        path = self._mixture.shards[number].path
+    def _fetch(self, place: _Place) -> None:
         try:
-            os.utime(path)  # the cache removes what was used longest ago
+            os.utime(self._path(place))  # the cache removes what was used longest ago
         except OSError:
-            self._mixture.prepare(number)
+            self._prepare(place)
             if self._cache is not None:
                 self._cache.trim()
 
-    def _wait(self, position: Position, shards: list[int]) -> Position:
-        for number in shards:
-            future = self._coming.pop(number, None)
+    def _wait(self, position: Position, places: list[_Place]) -> Position:
+        for place in places:
+            future = self._coming.pop(place, None)
             waited = 0.0
             while future is not None:
                 try:
@@ -84,12 +94,12 @@ class Fetcher:
                     break
                 except FutureTimeout:
                     waited += _PATIENCE
-                    where = f"{self._mixture.shards[number].path} is still being fetched"
+                    where = f"{self._path(place)} is still being fetched"
                     if waited >= self._timeout:
                         raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
                     _log.warning("waiting for a batch for %.0f s; %s", waited, where)
-            if not os.path.exists(self._mixture.shards[number].path):
-                self._mixture.prepare(number)  # removed by another process that shares the cache
+            if not os.path.exists(self._path(place)):
+                self._prepare(place)  # removed by another process that shares the cache
         return position
 
     def close(self) -> None:

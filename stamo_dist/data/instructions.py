@@ -1,6 +1,8 @@
-"""What each sample of a mixture asks the robot to do: the few distinct texts, and which of them a sample has."""
+"""What is known of each sample by its episode: its instruction, one of few distinct texts, and if it is labelled."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -8,8 +10,9 @@ from torch import Tensor
 
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import read_episodes
-from stamo_dist.data.sources import fetch_episodes
+from stamo_dist.data.sources import OpenSource, fetch_episodes
 from stamo_dist.errors import DataError
+from stamo_dist.recipe.schema import Source
 
 _NAMED = 3
 
@@ -30,9 +33,11 @@ class Instructions:
         problems: list[str] = []
         begins: list[np.ndarray] = []
         texts: list[list[str]] = []
+        labelled: list[bool] = []
         offset = 0
         for name, folders in zip(mixture.sources, mixture.opened, strict=True):
             source = mixture.data.sources[name]
+            share = Fraction(str(source.labelled))
             for folder in folders:
                 episodes = read_episodes(fetch_episodes(folder, source.split), source.split)
                 found = [(e.instruction or source.instruction or "").strip() for e in episodes]
@@ -43,9 +48,11 @@ class Instructions:
                         f"instruction ({', '.join(silent[:_NAMED])}{more}); set data.sources.{name}.instruction"
                     )
                 starts = np.array([e.start for e in episodes], np.int64)
-                for _ in dict.fromkeys(folder.manifest.cameras if source.cameras is None else source.cameras):
+                for _ in range(_streams(mixture, source, folder)):
                     begins.append(offset + starts)
                     texts.append(found)
+                    # Every fifth episode for 0.2, the same ones in every run.
+                    labelled += [int((i + 1) * share) > int(i * share) for i in range(len(episodes))]
                     offset += folder.manifest.splits[source.split].frames
         if problems:
             raise DataError("\n".join(problems))
@@ -53,11 +60,26 @@ class Instructions:
         number = {text: i for i, text in enumerate(self.texts)}
         self._begins = torch.from_numpy(np.concatenate(begins))  # (episodes,) each one's first sample
         self._numbers = torch.tensor([number[text] for found in texts for text in found])
+        self._labelled = torch.tensor(labelled)
+
+    def labelled(self, samples: Tensor) -> Tensor:
+        """Sample numbers, int64 (b,) → whether the actions of their episodes may be read, bool (b,)."""
+        return self._labelled[self._episode(samples)]
 
     def of(self, samples: Tensor) -> Tensor:
         """Sample numbers, int64 (b,) → index into `texts`, int64 (b,)."""
-        episodes = torch.searchsorted(self._begins, samples, right=True) - 1
-        return self._numbers[episodes]
+        return self._numbers[self._episode(samples)]
+
+    def _episode(self, samples: Tensor) -> Tensor:
+        return torch.searchsorted(self._begins, samples, right=True) - 1
 
     def to(self, device: torch.device) -> None:
         self._begins, self._numbers = self._begins.to(device), self._numbers.to(device)
+        self._labelled = self._labelled.to(device)
+
+
+def _streams(mixture: Mixture, source: Source, folder: OpenSource) -> int:
+    """How many of a folder's cameras are streams of samples of their own."""
+    if mixture.data.views > 1:
+        return 1
+    return len(dict.fromkeys(folder.manifest.cameras if source.cameras is None else source.cameras))

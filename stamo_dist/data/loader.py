@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stamo_dist.data.fetch import Fetcher
-from stamo_dist.data.latents import LatentSpec, find_latents
+from stamo_dist.data.frame_cache import CacheSpec, find_cache
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Position
 from stamo_dist.data.pool import Pool
@@ -40,6 +40,8 @@ class Batch:
         cursor: Position after this batch, the same on every rank.
         replaced: bool (b,), which rows hold another frame of their source, as theirs could not be read.
         latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`.
+        views: uint8 (b, views − 1, H, W, 3), what the source's further cameras saw at t.
+        state, target_state: float32 (b, tokens, dim), cached states of the frames at t and t + ahead.
         ahead: int64 (b,), frames from t to the target; less than the horizon where the episode ends before.
         target: uint8 (b, H, W, 3), the frames at t + ahead.
         actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 where `mask` is false.
@@ -55,6 +57,9 @@ class Batch:
     cursor: Cursor
     replaced: Tensor | None = None
     latents: Tensor | None = None
+    views: Tensor | None = None
+    state: Tensor | None = None
+    target_state: Tensor | None = None
     ahead: Tensor | None = None
     target: Tensor | None = None
     actions: Tensor | None = None
@@ -63,6 +68,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    def cameras(self) -> Tensor:
+        """uint8 (b, views, H, W, 3): what all cameras saw at t."""
+        first = self.images[:, None]
+        return first if self.views is None else torch.cat([first, self.views], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; from pinned memory the copy overlaps with what the device is doing."""
@@ -82,7 +92,7 @@ class Batch:
 
 def build_loader(
     mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
-    latents: str | None = None, groups: int = 1,
+    latents: str | None = None, states: str | None = None, groups: int = 1,
 ) -> Loader:  # fmt: skip
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
@@ -93,10 +103,11 @@ def build_loader(
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
         latents: With `latents: cached`, the fingerprint of the VAE whose cache to read.
+        states: Fingerprint of the StaMo tokenizer whose cached states to read, in place of the target frames.
         groups: Virtual workers of this process, a power of two; the samples of each follow one another.
 
     Raises:
-        DataError: Cached latents are asked for and not there.
+        DataError: Cached latents or states are asked for and not there.
         RunError: The processes do not fit the batch, or a worker cannot be started.
     """
     if mixture.global_batch % world_size:
@@ -107,12 +118,14 @@ def build_loader(
     if mixture.data.latents == "cached":
         if latents is None:
             raise ValueError("latents: cached needs the fingerprint of the VAE")
-        spec = find_latents(mixture.shards, latents)
+        spec = find_cache(mixture.shards, "latents", latents)
+    targets = None if states is None else find_cache(mixture.shards, "states", states)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
     return Loader(
-        mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec, groups=groups
-    )
+        mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec,
+        states=targets, groups=groups,
+    )  # fmt: skip
 
 
 class Loader:
@@ -125,7 +138,7 @@ class Loader:
 
     def __init__(
         self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
-        latents: LatentSpec | None, groups: int,
+        latents: CacheSpec | None, states: CacheSpec | None, groups: int,
     ):  # fmt: skip
         self._mixture = mixture
         self._latents = latents
@@ -143,7 +156,9 @@ class Loader:
             if data.augment.active
             else None,
             latents=latents,
-            window=mixture.window,
+            states=states,
+            views=[camera.shards for camera in mixture.views[1:]],
+            window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
         )
         self._slots = spec.memory()

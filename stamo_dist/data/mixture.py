@@ -19,6 +19,7 @@ from stamo_dist.data.plan import Plan, Planner
 from stamo_dist.data.reader import Window
 from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
+from stamo_dist.data.view import View
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Data, Source
 
@@ -34,7 +35,8 @@ class Mixture:
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
         opened: The folders of each source.
-        streams: One per folder and camera, in the order of `sources`.
+        streams: One per folder and camera, in the order of `sources`; with `data.views`, one per folder.
+        views: The streams' shards, and those of each further camera of the same moments.
         stream_source: int64 (streams,), index into `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
         frames: int64 (sources,), frames of each source over its cameras.
@@ -51,15 +53,15 @@ class Mixture:
         used = data.used
         self.sources = list(used)
         self.opened, streams = _open_all(used, data)
-        self.streams = [stream for of_source in streams for stream in of_source]
-        self.stream_source = np.repeat(np.arange(len(streams)), [len(of_source) for of_source in streams])
-        self.shards = [shard for stream in self.streams for shard in stream.shards]
+        cameras = [stream for of_source in streams for stream in of_source]
+        # The cameras of one moment follow one another.
+        self.views = [View(cameras[v :: data.views]) for v in range(data.views)]
+        view, self.streams = self.views[0], self.views[0].streams
+        of_sources = [len(of_source) // data.views for of_source in streams]
+        self.stream_source = np.repeat(np.arange(len(streams)), of_sources)
+        self.shards, self.first, self.num_samples = view.shards, view.first, view.samples
         counts = np.array([shard.samples for shard in self.shards], np.int64)
-        self.num_samples = int(counts.sum())
-        self.first = counts.cumsum() - counts  # (shards,) number of each shard's first sample
-        self.shard_stream = np.repeat(np.arange(len(self.streams)), [len(stream.shards) for stream in self.streams])
-        self._stream_first_shard = np.searchsorted(self.shard_stream, np.arange(len(self.streams)))
-        self.shard_source = self.stream_source[self.shard_stream]  # (shards,)
+        self.shard_source = self.stream_source[view.shard_stream]  # (shards,)
         bounds = np.searchsorted(self.shard_source, np.arange(len(used) + 1))
         self._source_first = self.first[bounds[:-1]]
         orders = [SourceOrder(self.first[a:b], counts[a:b], data.shuffle, seed) for a, b in pairwise(bounds)]
@@ -89,7 +91,7 @@ class Mixture:
 
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
-        return np.searchsorted(self.first, samples, side="right") - 1
+        return self.views[0].shard_of(samples)
 
     def prepare(self, number: int) -> None:
         """Put raw shard `number` on local disk, if it is remote or packed.
@@ -97,8 +99,7 @@ class Mixture:
         Raises:
             DataError: It cannot be had.
         """
-        stream = self.shard_stream[number]
-        self.streams[stream].prepare(number - int(self._stream_first_shard[stream]))
+        self.views[0].prepare(number)
 
     def _window(self) -> Window:
         data, used = self.data, list(self.data.used.values())
@@ -129,6 +130,10 @@ class Mixture:
         }
         if videos := [name for name, source in self.data.used.items() if not source.actions]:
             identity["videos"] = videos
+        if partly := {name: s.labelled for name, s in self.data.used.items() if s.labelled < 1}:
+            identity["labelled"] = partly
+        if len(self.views) > 1:
+            identity["views"] = [[(shard.digest, shard.samples) for shard in view.shards] for view in self.views[1:]]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -144,7 +149,7 @@ def _open_all(sources: dict[str, Source], data: Data) -> tuple[list[list[OpenSou
             try:
                 found.setdefault(name, []).append(opened := open_source(path, data.cache))
                 problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
-                streams[-1] += _open_cameras(name, opened, source, seen)
+                streams[-1] += _open_cameras(name, opened, source, seen, data.views)
             except DataError as e:
                 problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
     if data.horizon:
@@ -169,11 +174,18 @@ def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
 
 
 def _open_cameras(
-    name: str, opened: OpenSource, source: Source, seen: dict[tuple[str, str, str], str]
+    name: str, opened: OpenSource, source: Source, seen: dict[tuple[str, str, str], str], views: int
 ) -> list[CameraShards]:
     streams, problems = [], []
     twice: dict[str, list[str]] = {}
-    for camera in dict.fromkeys(opened.manifest.cameras if source.cameras is None else source.cameras):
+    cameras = list(dict.fromkeys(opened.manifest.cameras if source.cameras is None else source.cameras))
+    if views > 1:
+        if len(cameras) < views:
+            problems.append(
+                f"{opened.path} has {len(cameras)} of the {views} cameras that data.views reads ({', '.join(cameras)})"
+            )
+        cameras = cameras[:views]
+    for camera in cameras:
         key = (resolve(opened.path), source.split, camera)
         if key in seen:
             twice.setdefault(seen[key], []).append(camera)

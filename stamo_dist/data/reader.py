@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.data.latents import LatentFiles, LatentSpec
+from stamo_dist.data.frame_cache import CacheFiles, CacheSpec
 from stamo_dist.data.shards import Layout, OpenShards, ShardSpec
 from stamo_dist.data.slots import Part, Slots
 from stamo_dist.errors import DataError
@@ -59,7 +59,9 @@ class ReaderSpec:
     slots: int
     seed: int
     augment: tuple[float, float, float] | None  # crop, brightness, contrast
-    latents: LatentSpec | None
+    latents: CacheSpec | None
+    states: CacheSpec | None
+    views: Sequence[Sequence[ShardSpec]]  # of each camera after the first, in the order of the samples
     window: Window | None
     skip: bool  # take another frame for one that cannot be read
 
@@ -68,19 +70,27 @@ class ReaderSpec:
         parts = [Part("images", "|u1", (self.image_size, self.image_size, 3))]
         if self.latents is not None:
             parts.append(Part("latents", "<u2", self.latents.shape))
+        if self.states is not None:
+            parts += [Part(name, self.states.dtype, self.states.shape) for name in ("state", "target_state")]
+        if self.views:
+            parts.append(Part("views", "|u1", (len(self.views), self.image_size, self.image_size, 3)))
         if self.window is not None:
             parts += self.window.parts(self.image_size)
         return Slots(parts, self.batch, self.slots, fd)
 
     def dumps(self) -> bytes:
-        layouts = list(dict.fromkeys(shard.layout for shard in self.shards))
+        cameras = [self.shards, *self.views]
+        layouts = list(dict.fromkeys(shard.layout for shards in cameras for shard in shards))
         number = {layout: i for i, layout in enumerate(layouts)}
+        listed = [[(s.path, s.nbytes, s.samples, number[s.layout], s.digest) for s in shards] for shards in cameras]
         return json.dumps(
             {
                 **self.__dict__,
                 "layouts": [astuple(layout) for layout in layouts],
-                "shards": [(s.path, s.nbytes, s.samples, number[s.layout], s.digest) for s in self.shards],
+                "shards": listed[0],
+                "views": listed[1:],
                 "latents": None if self.latents is None else astuple(self.latents),
+                "states": None if self.states is None else astuple(self.states),
                 "window": None if self.window is None else astuple(self.window),
             }
         ).encode()
@@ -89,10 +99,15 @@ class ReaderSpec:
     def loads(cls, text: bytes) -> ReaderSpec:
         raw: dict[str, Any] = json.loads(text)
         layouts = [Layout(*map(tuple, layout)) for layout in raw.pop("layouts")]
-        raw["shards"] = [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in raw["shards"]]
-        if raw["latents"] is not None:
-            files, shape, precision = raw["latents"]
-            raw["latents"] = LatentSpec(files, tuple(shape), precision)
+        cameras = [
+            [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in shards]
+            for shards in (raw["shards"], *raw["views"])
+        ]
+        raw["shards"], raw["views"] = cameras[0], cameras[1:]
+        for kind in ("latents", "states"):
+            if raw[kind] is not None:
+                files, shape, precision = raw[kind]
+                raw[kind] = CacheSpec(files, tuple(shape), precision)
         raw["window"] = raw["window"] and Window(*raw["window"])
         raw["augment"] = raw["augment"] and tuple(raw["augment"])
         return cls(**raw)
@@ -104,9 +119,10 @@ class Reader:
     def __init__(self, spec: ReaderSpec, slots: Slots):
         self._spec, self._slots = spec, slots
         self._shards = OpenShards(spec.shards)
-        counts = np.array([shard.samples for shard in spec.shards], np.int64)
-        self._first = counts.cumsum() - counts
-        self._latents = LatentFiles(spec.latents) if spec.latents else None
+        self._first = _first_samples(spec.shards)
+        self._views = [(OpenShards(shards), _first_samples(shards)) for shards in spec.views]
+        self._latents = CacheFiles(spec.latents) if spec.latents else None
+        self._states = CacheFiles(spec.states) if spec.states else None
         horizon = spec.window.horizon if spec.window else 0
         self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
         self._around = [
@@ -156,13 +172,22 @@ class Reader:
         shard.frame(row, views["images"][k])
         if "target" in views:
             shard.frame(row + self._around[k][0], views["target"][k])
+        for v, (shards, first) in enumerate(self._views):
+            sample = int(self._first[number]) + row
+            other = int(np.searchsorted(first, sample, side="right")) - 1
+            shards[other].frame(sample - int(first[other]), views["views"][k][v])
         if self._augment is not None:
             # The target is cropped and lit as the frame is: what differs between them is motion.
             for name in ("images", "target"):
                 if name in views:
                     self._augment(views[name][k], int(views["passes"][k]), int(views["samples"][k]))
+            for frame in views["views"][k] if self._views else ():
+                self._augment(frame, int(views["passes"][k]), int(views["samples"][k]))
         if self._latents is not None:
-            views["latents"][k] = self._latents[number][row]
+            views["latents"][k] = self._latents[number][row].view(np.uint16)
+        if self._states is not None:
+            states = self._states[number]
+            views["state"][k], views["target_state"][k] = states[row], states[row + self._around[k][0]]
 
     def _look_around(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         window, shard = self._spec.window, self._shards[number]
@@ -205,6 +230,11 @@ class Reader:
         siblings += [n for n in range(number) if owner[n] == owner[number]]
         for other in siblings[: _TRIES // 2]:
             yield other, row % specs[other].samples
+
+
+def _first_samples(shards: Sequence[ShardSpec]) -> NDArray[np.int64]:
+    counts = np.array([shard.samples for shard in shards], np.int64)
+    return counts.cumsum() - counts
 
 
 def _write_padded(out: NDArray[Any], rows: Sequence[bytes]) -> None:

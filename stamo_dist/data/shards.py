@@ -6,6 +6,7 @@ second and takes 40 MB.
 
 from __future__ import annotations
 
+import builtins
 import mmap
 import os
 import resource
@@ -119,7 +120,7 @@ class MappedShard:
         at = begin + fixed + sum(heads[:varying])
         return self._map[at : at + (heads[varying] if size is None else size)]
 
-    def moment(self, i: int) -> tuple[int, int, bytes]:
+    def moment(self, i: int) -> tuple[int, int, builtins.bytes]:
         """Of sample `i`: which frame of its episode it is, how many the episode has, and its proprioception, if any.
 
         Raises:
@@ -143,7 +144,7 @@ class MappedShard:
         last, _, size = self._places.get("proprio", (at + _INT.size, 0, 0))
         return t_at, t_varying, at, varying, struct.Struct(f"<q{last - at - _INT.size}x{size}s")
 
-    def run(self, start: int, stop: int, column: str) -> bytes:
+    def run(self, start: int, stop: int, column: str) -> builtins.bytes:
         """The stored bytes of a column of fixed size of samples `start` up to `stop`, joined."""
         fixed, varying, _ = self._places[column]
         begins: Sequence[int] = self._begins[start:stop]

@@ -77,7 +77,9 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
                                                           "vae": {"weights"}})),
     }  # fmt: skip
     if recipe.stage == "policy":
-        fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer"}))
+        fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer", "targets"}))
+    if data.views > 1:
+        fields["data.views"] = data.views
     owner = mixture.shard_source.tolist()
     for number, (name, source) in enumerate(data.used.items()):
         content = hashlib.sha256()
@@ -92,6 +94,8 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
             f"data.sources.{name}.shards": f"{len(shards)} shards, {mixture.frames[number]} frames, "
             f"{content.hexdigest()[:12]}",
         }
+        if source.labelled < 1:
+            fields[f"data.sources.{name}.labelled"] = source.labelled
         if recipe.stage == "policy":  # they decide what an action is, so they are kept with the weights
             fields[f"model.statistics.{name}"] = [
                 {column: stats.model_dump() for column, stats in folder.manifest.stats.items()}

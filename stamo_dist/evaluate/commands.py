@@ -1,4 +1,4 @@
-"""`stamo eval …`: measure a tokenizer. Torch is imported only inside the commands."""
+"""`stamo eval …`: measure a tokenizer or a policy. Torch is imported only inside the commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer on held-out episodes.")
+app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on held-out episodes.")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[
@@ -114,7 +114,10 @@ def transfer(
 
 @app.command()
 def speed(
-    run: RunArgument,
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|RECIPE", help="A run folder; or a policy's recipe, timed with random weights."),
+    ],
     *,
     checkpoint: CheckpointOption = None,
     batch: Annotated[
@@ -125,12 +128,48 @@ def speed(
         list[str] | None, typer.Option(metavar="cpu|cuda", help="May be repeated; all there are if omitted.")
     ] = None,
     steps: StepsOption = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of a recipe; may be repeated.")
+    ] = [],  # noqa: B006 (typer reads the default)
     out: OutOption = None,
 ) -> None:
-    """Frames a second through the encoder, to the state, and back; warm, median and spread.
+    """Frames a second through a tokenizer's encoder, to the state, and back; warm, median and spread.
 
-    Example: stamo eval speed runs/tokenizer_demo --batch 1 --batch 64
+    Of a policy: moments a second without a world head, with StaMo's, and with one for raw DINOv2 features.
+
+    Example: stamo eval speed recipes/policy_openvla_motion.yaml --device cuda --set policy.weights=null
     """
+    if run.is_file() or _is_policy(run):
+        from stamo_dist.evaluate.policy_speed import policy_speed
+
+        policy_speed(run, settings=set_, batches=batch or (1,), calls=calls, devices=device, out=out)
+        return
     from stamo_dist.evaluate.speed import speed as measure
 
     measure(run, checkpoint=checkpoint, batches=batch or (1, 16), calls=calls, devices=device, steps=steps, out=out)
+
+
+@app.command()
+def actions(
+    run: RunArgument,
+    *,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 256,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Moments at once.")] = 16,
+    out: OutOption = None,
+) -> None:
+    """How far a policy's chunks are from the actions of held-out episodes, beside the mean action.
+
+    Example: stamo eval actions demo/runs/policy_rdt_1real_4video
+    """
+    from stamo_dist.evaluate.actions import actions as measure
+
+    measure(run, frames=frames, batch=batch, out=out)
+
+
+def _is_policy(run: Path) -> bool:
+    """Whether it is the folder of a run that trains a policy."""
+    from stamo_dist.engine.runfolder import RunFolder
+    from stamo_dist.recipe.load import load
+
+    resolved = RunFolder(run).resolved
+    return resolved.is_file() and load(resolved).recipe.stage == "policy"

@@ -78,8 +78,11 @@ class DiffusionTransformer(nn.Module):
         )  # fmt: skip
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, noisy: Plan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None) -> Plan:
-        """The clean plan, float32; `timestep` (B,) counts noise levels, `has_actions` (B,) bool hides the others'."""
+    def forward(
+        self, noisy: Plan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None,
+        has_motion: Tensor | None = None,
+    ) -> Plan:  # fmt: skip
+        """The clean plan, float32; `timestep` (B,) counts noise levels, (B,) bool masks hide what a sample lacks."""
         dtype, batch = self.action_out.weight.dtype, len(noisy.actions)
         time = self.time[1](self.time[0](timestep).to(dtype))
         parts = [time[:, None]]
@@ -94,9 +97,12 @@ class DiffusionTransformer(nn.Module):
         x = torch.cat(parts, dim=1)
         x = x + self.positions[: x.shape[1]]
         hidden = None
-        if has_actions is not None:
+        if has_actions is not None or has_motion is not None:
             seen = torch.ones(batch, x.shape[1], dtype=torch.bool, device=x.device)
-            seen[:, start:end] = has_actions[:, None]
+            if has_actions is not None:
+                seen[:, start:end] = has_actions[:, None]
+            if has_motion is not None:
+                seen[:, end:] = has_motion[:, None]
             hidden = _bias(seen, dtype)
         image, text = self.image_in(known.image.to(dtype)), self.text_in(known.text)
         for i, block in enumerate(self.blocks):

@@ -42,6 +42,15 @@ actions = policy.act(frame, "open the drawer", unnorm_key="SOURCE")
 ```
 
 `dataset_statistics.json` turns the policy's numbers into the units of each source.""",
+    "diffusion policy": """\
+```python
+from stamo_dist.models.policies import load_policy
+
+policy = load_policy(".")
+actions = policy.act(frame, "open the drawer", unnorm_key="SOURCE")
+```
+
+`dataset_statistics.json` turns the policy's numbers into the units of each source.""",
 }
 _HF_POLICY = """
 The language model opens with plain transformers:
@@ -62,8 +71,9 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout,
     marker = read_marker(checkpoint)
     parameters = sum(p.numel() for p in trained.parameters())
     dtype = str(layout.dtype or "torch.float32").removeprefix("torch.")
-    use = _USE[recipe.stage]
-    if recipe.stage == "policy":
+    diffusion = recipe.stage == "policy" and recipe.policy.diffusion is not None
+    use = _USE["diffusion policy" if diffusion else recipe.stage]
+    if recipe.stage == "policy" and not diffusion:
         use += "\n" + (_HF_POLICY if layout.form == "hf" else _OFFICIAL)
     parts = [
         f"---\nlibrary_name: stamo-dist\ntags: [robotics, {recipe.stage}]\n---",

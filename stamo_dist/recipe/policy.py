@@ -61,6 +61,33 @@ class WorldModel(Section):
         return self
 
 
+class DiffusionPolicy(Section):
+    """A small policy in RDT's manner: a diffusion transformer over the action chunk, beside pseudo-actions of video."""
+
+    width: PositiveInt = Field(256, description="Width of the transformer; heads must divide it.")
+    depth: PositiveInt = Field(6, description="Transformer blocks; they look at the image and the text in turns.")
+    heads: PositiveInt = Field(8, description="Attention heads.")
+    timesteps: PositiveInt = Field(1000, description="Noise levels in training (cosine schedule).")
+    sampler_steps: PositiveInt = Field(5, description="Steps of the DPM-Solver++ that draws a chunk.")
+    vocabulary: PositiveInt = Field(
+        512, description="Ids of the text tokenizer that is learnt from the instructions; a multiple of 64."
+    )
+    pseudo: Literal["none", "motion", "pixels"] = Field(
+        "motion",
+        description="What a video has for actions: StaMo's motion over the chunk, as many averaged pixel differences, "
+        "or nothing.",
+    )
+    pseudo_weight: Weight = Field(1.0, description="Weight of their loss beside policy.action_weight.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> DiffusionPolicy:
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} must divide width {self.width}")
+        if self.vocabulary % 64:
+            raise ValueError(f"vocabulary: {self.vocabulary} is no multiple of 64")
+        return self
+
+
 class Policy(Section):
     """The network that turns images and an instruction into actions."""
 
@@ -92,6 +119,13 @@ class Policy(Section):
     lora: Lora | None = Field(None, description="Train adapters instead of the whole network.")
     freeze: Freeze = Freeze()
     world: WorldModel | None = Field(None, description="World modelling beside the actions; null trains without.")
+    targets: Literal["online", "cached"] = Field(
+        "online",
+        description="States to predict: the frozen tokenizer runs in the step, or what `stamo encode` wrote is read.",
+    )
+    diffusion: DiffusionPolicy | None = Field(
+        None, description="A small diffusion transformer (RDT) in place of OpenVLA; null trains OpenVLA."
+    )
 
     @model_validator(mode="after")
     def _film_needs_towers(self) -> Policy:
@@ -100,34 +134,27 @@ class Policy(Section):
         return self
 
 
-class DiffusionPolicy(Section):
-    """A small policy in RDT's manner: a diffusion transformer over the action chunk, beside pseudo-actions of video."""
-
-    width: PositiveInt = Field(256, description="Width of the transformer; heads must divide it.")
-    depth: PositiveInt = Field(6, description="Transformer blocks; they look at the image and the text in turns.")
-    heads: PositiveInt = Field(8, description="Attention heads.")
-    timesteps: PositiveInt = Field(1000, description="Noise levels in training (cosine schedule).")
-    sampler_steps: PositiveInt = Field(5, description="Steps of the DPM-Solver++ that draws a chunk.")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> DiffusionPolicy:
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} must divide width {self.width}")
-        return self
-
-
 def policy_problems(policy: Policy, data: Data) -> list[str]:
     """What in the rest of a recipe does not fit its policy."""
     problems = []
     if not data.horizon:
         problems.append("data.horizon: a policy needs the actions of a chunk; set 1 for OpenVLA, 8 for OpenVLA-OFT")
+    cached = policy.targets == "cached"
+    if cached and data.augment.active:
+        problems.append("policy.targets: cached states are of frames as they are; set online, or data.augment off")
+    if cached and policy.world is not None and policy.world.target == "dinov2":
+        problems.append("policy.targets: states are cached, raw DINOv2 patches are not; set policy.targets: online")
+    if cached and policy.tokenizer is None:
+        problems.append("policy.tokenizer: is missing, and policy.targets: cached are the states it gives")
+    if policy.diffusion is not None:
+        problems += _diffusion_problems(policy, policy.diffusion, data)
     if policy.world is not None and not data.target:
         problems.append("data.target: policy.world predicts from the frame at t + horizon; set data.target: true")
     if policy.tokenizer is None and (policy.world is not None or policy.vision == "stamo"):
         reader = "policy.world" if policy.world is not None else "policy.vision"
         problems.append(f"policy.tokenizer: is missing, and {reader} needs the run folder of a StaMo tokenizer")
-    if policy.views > 1:
-        problems.append(f"policy.views: {policy.views}, but training reads one camera a moment; set policy.views: 1")
+    if policy.views != data.views:
+        problems.append(f"policy.views: {policy.views}, but data.views reads {data.views}; give both the same number")
     if data.latents == "cached":
         problems.append("data.latents: a policy reads frames, not a VAE's latents; set data.latents: online")
     if not any(source.actions for source in data.used.values()):
@@ -138,4 +165,25 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
                 f"data.sources.{name}.horizon: {source.horizon}, but a policy predicts {data.horizon} actions "
                 "(data.horizon); leave it out, or set actions: false to read the source as video"
             )
+    return problems
+
+
+_OPENVLA_ONLY = ("weights", "config", "actions", "film", "prompt", "lora", "world")
+
+
+def _diffusion_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) -> list[str]:
+    defaults = Policy()
+    problems = [
+        f"policy.{name}: is of OpenVLA, and policy.diffusion trains another network; leave it out"
+        for name in _OPENVLA_ONLY
+        if getattr(policy, name) != getattr(defaults, name)
+    ]
+    if policy.vision != "stamo":
+        problems.append("policy.vision: the diffusion policy sees through the StaMo encoder; set vision: stamo")
+    if policy.stamo == "both":
+        problems.append("policy.stamo: the diffusion policy reads one kind of tokens; set patches or states")
+    if diffusion.pseudo != "none" and not data.target:
+        problems.append("data.target: pseudo-actions come from the frame at t + horizon; set data.target: true")
+    if policy.targets == "cached" and diffusion.pseudo != "motion":
+        problems.append(f"policy.targets: pseudo: {diffusion.pseudo} needs no states; set policy.targets: online")
     return problems

@@ -42,6 +42,10 @@ class Source(Section):
         None, description="data.horizon of this source, at most that: at 5 Hz fewer frames are as long as at 20 Hz."
     )
     actions: bool = Field(True, description="Read its actions; false takes it as video, whatever it holds.")
+    labelled: Fraction = Field(
+        1.0,
+        description="Share of its episodes, evenly spread, whose actions a policy learns; it sees the rest as video.",
+    )
     instruction: str | None = Field(
         None, description="Instruction of its episodes that have none; a policy needs one for each."
     )
@@ -80,6 +84,9 @@ class Data(Section):
         0, description="Frames from t to the target frame, and actions in a chunk; 0 reads single frames."
     )
     target: bool = Field(True, description="With a horizon: also read the frame at t + horizon.")
+    views: PositiveInt = Field(
+        1, description="Cameras read of each moment, a source's first ones; with 1 each camera is samples of its own."
+    )
     shuffle: Shuffle = Shuffle()
     augment: Augment = Augment()
     latents: Literal["online", "cached"] = Field(
@@ -361,6 +368,10 @@ class Recipe(Section):
                     f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
                     f"({self.train.global_batch})"
                 )
+        if self.data.views > 1 and self.stage != "policy":
+            problems.append(
+                f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"
+            )
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:

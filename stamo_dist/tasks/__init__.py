@@ -28,6 +28,10 @@ def build_task(recipe: Recipe, mixture: Mixture, *, later: bool = False) -> Task
         from stamo_dist.tasks.vae import VAETask
 
         return VAETask(recipe)
+    if recipe.stage == "policy" and recipe.policy.diffusion is not None:
+        from stamo_dist.tasks.diffusion import DiffusionTask
+
+        return DiffusionTask(recipe, mixture, recipe.policy.diffusion)
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 

@@ -20,14 +20,13 @@ from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
-from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData
+from stamo_dist.tasks.policy_eyes import open_eyes, target_of
 
 
 class PolicyTask:
@@ -47,7 +46,8 @@ class PolicyTask:
         assert window is not None, "a policy's recipe has a horizon"
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
-        self._eyes, self._fingerprint = _eyes(recipe)
+        self._eyes, self._fingerprint = open_eyes(recipe, mixture)
+        self.states = self._fingerprint if cfg.targets == "cached" else None
         self._text = _text(recipe, data)
         self._processor = (
             ImageProcessor.from_folder(data.folder, data.config)
@@ -131,23 +131,25 @@ class PolicyTask:
         assert batch.replaced is not None
         cfg, own = self._cfg, ~batch.replaced
         has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own
+        has_actions &= self._data.instructions.labelled(batch.sample)
         actions = self._actions.normalise(batch.actions, batch.source)
         text = self._prompts.rows(self._data.instructions.of(batch.sample), actions, has_actions)
         target = has_target = proprio = None
         now = None  # the frame itself is encoded once, for what the policy sees and for a motion's beginning
-        if self._eyes is not None and (cfg.vision == "stamo" or (cfg.world and cfg.world.target == "motion")):
-            now = self._eyes.look(batch.images)
-        if cfg.world is not None:
+        if cfg.vision == "stamo":
             assert self._eyes is not None
-            assert batch.target is not None
-            target = self._eyes.look(batch.target).target(now, cfg.world.target)
+            now = self._eyes.look(batch.cameras().flatten(0, 1))
+        if cfg.world is not None:
+            before = None if now is None else now.first_view(cfg.views)
+            target = target_of(batch, self._eyes, cfg.world.target, before)
             has_target = (batch.ahead == self._horizons[batch.source]) & own
         images: Tensor | Features
         if cfg.vision == "stamo":
             assert now is not None
-            images = now.features(cfg.stamo)
+            images = now.features(cfg.stamo, cfg.views)
         else:
-            images = self._processor.normalise(batch.images)
+            views = batch.cameras().unbind(1)
+            images = torch.cat([self._processor.normalise(view) for view in views], dim=1)
         if self._proprio is not None:
             assert batch.proprio is not None
             proprio = self._proprio.normalise(batch.proprio, batch.source).float()
@@ -173,9 +175,9 @@ class PolicyTask:
     def _frames(self) -> int:
         """Frames of a sample that the frozen tokenizer encodes."""
         cfg = self._cfg
-        looks = cfg.vision == "stamo"
-        now = cfg.views if looks else int(cfg.world is not None and cfg.world.target == "motion")
-        return now + (cfg.world is not None)
+        online = cfg.world if cfg.targets == "online" else None
+        now = cfg.views if cfg.vision == "stamo" else int(online is not None and online.target == "motion")
+        return now + (online is not None)
 
     def export(
         self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
@@ -188,18 +190,6 @@ class PolicyTask:
             tokenizer_fingerprint=self._fingerprint, form=layout.form, dtype=layout.dtype,
             shard_size=layout.shard_size,
         )  # fmt: skip
-
-
-def _eyes(recipe: Recipe) -> tuple[StamoVision | None, str | None]:
-    """The frozen tokenizer's encoder and compressor, where they are read, and the whole tokenizer's fingerprint."""
-    cfg = recipe.policy
-    if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
-        return None, None
-    tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
-    fingerprint = tokenizer.fingerprint()
-    eyes = StamoVision(tokenizer)
-    del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
-    return eyes, fingerprint
 
 
 def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:

@@ -22,6 +22,7 @@ class TokenizerTask:
     """L = ‖v(z_σ, σ, E(o)) − (ε − z₀)‖², averaged over the latent (STAMO §1)."""
 
     terms: tuple[str, ...] = ("loss",)
+    states: str | None = None
 
     def __init__(self, recipe: Recipe, *, later: bool = False):
         self._flow = recipe.flow

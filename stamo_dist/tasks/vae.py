@@ -20,6 +20,7 @@ class VAETask:
 
     terms: tuple[str, ...] = ("loss", "l1", "mse", "kl")
     latents: str | None = None
+    states: str | None = None
     init_frames = 0
     notes: tuple[str, ...] = ("the latents will be standardised on training frames when the VAE is exported",)
 

@@ -80,7 +80,7 @@ class Policy:
         config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
         statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
         cfg, sizes = _settings(folder, config, dict(options or {}), chunk, statistics)
-        eyes = _eyes(folder, cfg, tokenizer, device)
+        eyes = read_eyes(folder, cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
@@ -97,6 +97,11 @@ class Policy:
     @property
     def cfg(self) -> recipe.Policy:
         return self.network.cfg
+
+    @property
+    def chunk(self) -> int:
+        """Actions it predicts at once."""
+        return self.network.sizes.chunk
 
     @property
     def device(self) -> torch.device:
@@ -177,14 +182,29 @@ class Policy:
         return actions.restore(values, epsilon=self.network.parallel), found.world
 
     def _look(self, images: Sequence[Sequence[Picture]]) -> Tensor | Features:
-        if wrong := {len(views) for views in images} - {self.cfg.views}:
-            raise DataError(f"the policy looks at {self.cfg.views} views of a moment, not {sorted(wrong)[0]}")
-        if self.vision is None:
-            return torch.stack([self.processor(views) for views in images])
-        frames = [
-            np.stack([np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for v in m]) for m in images
-        ]
-        return self.vision.read(torch.from_numpy(np.stack(frames)), self.cfg.stamo)
+        if self.vision is not None:
+            return look_through(self.vision, self.cfg, images)
+        _check_views(self.cfg, images)
+        return torch.stack([self.processor(views) for views in images])
+
+
+def look_through(vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]]) -> Features:
+    """What the StaMo encoder sees in B moments of V views.
+
+    Raises:
+        DataError: another number of views, or images of different sizes.
+    """
+    _check_views(cfg, images)
+    frames = [np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for moment in images for v in moment]
+    if len(shapes := {frame.shape for frame in frames}) > 1:
+        raise DataError(f"the images have different sizes: {', '.join(map(str, sorted(shapes)))}")
+    batch = torch.from_numpy(np.stack(frames)).unflatten(0, (len(images), cfg.views))
+    return vision.read(batch, cfg.stamo)
+
+
+def _check_views(cfg: recipe.Policy, images: Sequence[Sequence[Picture]]) -> None:
+    if wrong := {len(views) for views in images} - {cfg.views}:
+        raise DataError(f"the policy looks at {cfg.views} views of a moment, not {sorted(wrong)[0]}")
 
 
 def _one(values: np.ndarray | None) -> np.ndarray | None:
@@ -197,9 +217,14 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
     return Features(*(None if part is None else part.to(device) for part in images))
 
 
-def _eyes(
+def read_eyes(
     folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
+    """The tokenizer that a policy sees through, None where it has towers.
+
+    Raises:
+        CheckpointError: it is not said where it lies, or it is not the one the policy was trained with.
+    """
     if cfg.vision != "stamo":
         return None
     source = tokenizer or cfg.tokenizer

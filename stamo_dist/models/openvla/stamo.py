@@ -71,6 +71,10 @@ class Seen(NamedTuple):
     patches: Tensor  # (B, N, D)
     states: Tensor  # (B, tokens, dim)
 
+    def first_view(self, views: int) -> Seen:
+        """What the first of so many views of each moment showed."""
+        return Seen(self.patches[::views], self.states[::views])
+
     def features(self, reads: Reads, views: int = 1) -> Features:
         """What the policy reads, of (B / views) moments."""
         return Features(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from made import make_data, write_source
 
-from stamo_dist.data.latents import Precision, find_latents, has_latents, latents_path, write_latents
+from stamo_dist.data.frame_cache import Precision, cache_path, find_cache, has_cache, write_cache
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError
@@ -26,7 +26,7 @@ def cache(mixture: Mixture, precision: Precision) -> None:
     for shard, first in zip(mixture.shards, mixture.first, strict=True):
         samples = torch.arange(first, first + shard.samples).float()
         latents = samples[:, None, None, None].expand(-1, 4, 2, 2).to(getattr(torch, precision))
-        write_latents(shard, VAE, latents.contiguous().view(torch.int16).numpy(), precision)
+        write_cache(shard, "latents", VAE, latents.contiguous().view(torch.int16).numpy(), precision)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -59,17 +59,17 @@ def test_missing_and_stale_caches_are_listed_with_the_command(tmp_path: Path) ->
     assert "run `stamo encode RECIPE`" in str(caught.value)
 
     cache(mixture, "float16")
-    assert find_latents(mixture.shards, VAE).shape == (4, 2, 2)
-    assert not has_latents(mixture.shards[0], "another VAE")
+    assert find_cache(mixture.shards, "latents", VAE).shape == (4, 2, 2)
+    assert not has_cache(mixture.shards[0], "latents", "another VAE")
     # Shard 0 was encoded from other frames, the array of shard 1 is cut short, shard 2 was killed while it was written.
-    paths = [latents_path(shard, VAE) for shard in mixture.shards]
+    paths = [cache_path(shard, "latents", VAE) for shard in mixture.shards]
     meta = json.loads(paths[0].with_suffix(".json").read_text())
     paths[0].with_suffix(".json").write_text(json.dumps({**meta, "shard": "of yesterday"}))
     paths[1].write_bytes(paths[1].read_bytes()[:100])
     paths[2].with_suffix(".json").unlink()
     with pytest.raises(DataError) as caught:
-        find_latents(mixture.shards, VAE)
+        find_cache(mixture.shards, "latents", VAE)
     for part in ("shard.00000.npy: stale", "shard.00001.npy: cut short", "shard.00002.npy: missing"):
         assert part in str(caught.value)
     with pytest.raises(DataError, match="do not fit latents"):
-        write_latents(mixture.shards[0], VAE, np.zeros((1, 4, 2, 2), np.float16), "float16")
+        write_cache(mixture.shards[0], "latents", VAE, np.zeros((1, 4, 2, 2), np.float16), "float16")

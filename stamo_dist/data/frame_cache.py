@@ -1,0 +1,190 @@
+"""What frozen models make of every frame, cached beside the shards: a VAE's latents, a StaMo tokenizer's states.
+
+SOURCE/SPLIT/CAMERA/KIND-<first 16 characters of the model's fingerprint>/shard.NNNNN.npy holds one array per sample of
+shard.NNNNN; bfloat16 is stored as its bit pattern, uint16, as numpy has no such type. shard.NNNNN.json, written after
+it, says what it was made of; without it the array does not count. manifest.json says what the whole folder is; it is
+written once every shard of the camera has its arrays, by each process that finds it so.
+
+Loader workers import this module, so it must stay free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.shards import ShardSpec
+from stamo_dist.errors import DataError
+
+Kind = Literal["latents", "states"]
+Precision = Literal["float16", "bfloat16", "float32"]
+MANIFEST = "manifest.json"
+_STORED: dict[Precision, type] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+_NDIM = {"latents": 4, "states": 3}  # (n, C, h, w) and (n, tokens, dim)
+_FIELD = {"latents": "data.latents", "states": "policy.targets"}
+
+
+def cache_path(shard: ShardSpec, kind: Kind, fingerprint: str) -> Path:
+    """Where what the model of `fingerprint` makes of `shard` is kept."""
+    path = Path(shard.path)
+    return path.parent / f"{kind}-{fingerprint[:16]}" / f"{path.stem}.npy"
+
+
+def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[Any], precision: Precision) -> Path:
+    """Write the rows of one shard; a reader sees either all of them or none.
+
+    Args:
+        shard: The shard they were made of.
+        kind: What they are.
+        fingerprint: Of the model and what was done to its output.
+        rows: latents (n, C, h, w) or states (n, tokens, dim); bfloat16 as 2-byte integers holding the bit patterns.
+        precision: What the bytes mean.
+
+    Raises:
+        DataError: Not one row per sample of that precision, or the folder cannot be written.
+    """
+    size = np.dtype(_STORED[precision]).itemsize
+    if rows.dtype.itemsize != size or rows.ndim != _NDIM[kind] or len(rows) != shard.samples:
+        raise DataError(f"{shard.path}: {shard.samples} samples do not fit {kind} {rows.shape} {rows.dtype}")
+    path = cache_path(shard, kind, fingerprint)
+    meta = {**_expected(shard, fingerprint), "shape": list(rows.shape[1:]), "precision": precision}
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with scratch.open("wb") as file:
+            np.save(file, np.ascontiguousarray(rows).view(_STORED[precision]))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        scratch.write_text(json.dumps(meta))
+        scratch.replace(path.with_suffix(".json"))
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written: {e.strerror or e}") from e
+    return path
+
+
+def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, about: Mapping[str, Any]) -> list[Path]:
+    """Describe every folder whose shards all have their rows, and remove what killed processes left there."""
+    folders: dict[Path, list[ShardSpec]] = {}
+    for shard in shards:
+        folders.setdefault(cache_path(shard, kind, fingerprint).parent, []).append(shard)
+    written = []
+    for folder, of_folder in folders.items():
+        metas = [_read_meta(shard, kind, fingerprint) for shard in of_folder]
+        if not all(isinstance(meta, dict) for meta in metas):
+            continue
+        for scratch in folder.glob("*.tmp"):
+            scratch.unlink(missing_ok=True)
+        first = metas[0]
+        assert isinstance(first, dict)
+        content = {
+            "kind": kind, "fingerprint": fingerprint, "shape": list(first["shape"]), "precision": first["precision"],
+            "shards": len(of_folder), "samples": sum(shard.samples for shard in of_folder), **about,
+        }  # fmt: skip
+        scratch = folder / f".{MANIFEST}.{os.getpid()}"
+        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        scratch.replace(folder / MANIFEST)
+        written.append(folder / MANIFEST)
+    return written
+
+
+def has_cache(shard: ShardSpec, kind: Kind, fingerprint: str) -> bool:
+    """Whether the cache of `shard` is whole and was made from the shard as it is now."""
+    return isinstance(_read_meta(shard, kind, fingerprint), dict)
+
+
+def _expected(shard: ShardSpec, fingerprint: str) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "shard": shard.digest, "samples": shard.samples}
+
+
+def _read_meta(shard: ShardSpec, kind: Kind, fingerprint: str) -> dict[str, Any] | str:
+    """The cache's description, or what is wrong with it."""
+    path = cache_path(shard, kind, fingerprint)
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        for key, value in _expected(shard, fingerprint).items():
+            if meta[key] != value:
+                return "stale: the shard has changed since"
+        size = np.dtype(_STORED[meta["precision"]]).itemsize
+        if path.stat().st_size < size * meta["samples"] * int(np.prod(meta["shape"])):
+            return "cut short"
+        return {"shape": tuple(meta["shape"]), "precision": meta["precision"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        others = sorted(p.name for p in path.parent.parent.glob(f"{kind}-*") if p != path.parent)
+        return f"missing (there is {', '.join(others)}, of another model)" if others else "missing"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A whole cache: one file per shard, all of one shape and precision."""
+
+    files: Sequence[str]
+    shape: tuple[int, ...]
+    precision: Precision
+
+    @property
+    def dtype(self) -> str:
+        """Of one stored number, for numpy."""
+        return np.dtype(_STORED[self.precision]).str
+
+
+def find_cache(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str) -> CacheSpec:
+    """The caches of all `shards`.
+
+    Raises:
+        DataError: Any of them is missing, stale, cut short or of another shape; names the command that makes them.
+    """
+    metas = [_read_meta(shard, kind, fingerprint) for shard in shards]
+    good = [meta for meta in metas if isinstance(meta, dict)]
+    bad = [
+        f"{cache_path(shard, kind, fingerprint)}: {meta}"
+        for shard, meta in zip(shards, metas, strict=True)
+        if isinstance(meta, str)
+    ]
+    bad += [
+        f"{cache_path(shard, kind, fingerprint)}: {meta['shape']} {meta['precision']}, others have {good[0]['shape']}"
+        for shard, meta in zip(shards, metas, strict=True)
+        if isinstance(meta, dict) and meta != good[0]
+    ]
+    if bad:
+        lines = [f"  - {line}" for line in bad[:5]] + ([f"  … and {len(bad) - 5} more"] if len(bad) > 5 else [])
+        raise DataError(
+            "\n".join([f"{kind} are not cached for {len(bad)} of {len(shards)} shards:", *lines])
+            + f"\nrun `stamo encode RECIPE`, or set {_FIELD[kind]}: online"
+        )
+    files = [str(cache_path(shard, kind, fingerprint)) for shard in shards]
+    return CacheSpec(files, good[0]["shape"], good[0]["precision"])
+
+
+class CacheFiles:
+    """The cached rows of the shards by number, mapped; item `i` is (n, *shape), bfloat16 as bit patterns."""
+
+    def __init__(self, spec: CacheSpec, limit: int = 256):
+        self._spec, self._limit = spec, limit
+        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        array = self._open.get(number)
+        if array is None:
+            path = self._spec.files[number]
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False).view(self._spec.dtype)
+            except (OSError, ValueError) as e:
+                raise DataError(f"{path}: not readable: {e}; run `stamo encode RECIPE` again") from None
+            if array.shape[1:] != self._spec.shape:
+                raise DataError(f"{path}: holds {array.shape[1:]}, not {self._spec.shape}; run `stamo encode` again")
+            self._open[number] = array
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(number)
+        return array

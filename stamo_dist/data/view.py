@@ -1,0 +1,46 @@
+"""The shards of one camera of every folder of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.sources import CameraShards
+
+
+class View:
+    """Streams one after the other, their shards, and where each shard's samples begin.
+
+    All cameras of a folder hold the same moments in the same order, so a sample number means the same moment in every
+    view; the bounds between shards may differ.
+
+    Attributes:
+        shards: Of all streams.
+        first: int64 (shards,), number of each shard's first sample.
+        shard_stream: int64 (shards,), index into `streams`.
+        samples: How many there are.
+    """
+
+    def __init__(self, streams: Sequence[CameraShards]):
+        self.streams = streams
+        self.shards = [shard for stream in streams for shard in stream.shards]
+        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        self.samples = int(counts.sum())
+        self.first: NDArray[np.int64] = counts.cumsum() - counts
+        self.shard_stream = np.repeat(np.arange(len(streams)), [len(stream.shards) for stream in streams])
+        self._stream_first = np.searchsorted(self.shard_stream, np.arange(len(streams)))
+
+    def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index into `shards` of each sample number."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+    def prepare(self, number: int) -> None:
+        """Put raw shard `number` on local disk, if it is remote or packed.
+
+        Raises:
+            DataError: It cannot be had.
+        """
+        stream = self.shard_stream[number]
+        self.streams[stream].prepare(number - int(self._stream_first[stream]))

@@ -1,0 +1,152 @@
+"""A trained diffusion-transformer policy for use: images and an instruction in, actions in the robot's units out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.models import weights
+from stamo_dist.models.openvla.actions import STATISTICS, Statistics
+from stamo_dist.models.openvla.policy import FORMAT, SETTINGS, Picture, look_through, read_eyes
+from stamo_dist.models.openvla.stamo import StamoVision
+from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
+from stamo_dist.recipe import policy as recipe
+
+KIND = "diffusion"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclasses.dataclass
+class RDTPolicy:
+    """A network with all it needs to be used; `from_pretrained` builds it, `act` and `act_batch` are as `Policy`'s."""
+
+    network: DiffusionTransformer
+    cfg: recipe.Policy
+    text: TextTokenizer
+    statistics: Statistics
+    vision: StamoVision
+    scale: float  # of the pseudo-actions
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", tokenizer: str | Path | None = None
+    ) -> RDTPolicy:
+        """Read a run's `model/`; `tokenizer` is where the StaMo tokenizer lies on this machine.
+
+        Raises:
+            CheckpointError: the folder is missing or damaged, or the tokenizer is another one.
+        """
+        folder = Path(path)
+        settings = folder / SETTINGS
+        try:
+            about = json.loads(settings.read_text(encoding="utf-8"))
+            if about["format"] != FORMAT or about["kind"] != KIND:
+                raise CheckpointError(f"{settings}: is not a diffusion policy of format {FORMAT}; export it again")
+            cfg, sizes = recipe.Policy.model_validate(about["policy"]), about["sizes"]
+            assert cfg.diffusion is not None, "what is written has it"
+            motion = tuple(sizes["motion"]) if sizes["motion"] else None
+            network = DiffusionTransformer(cfg.diffusion, Sizes(**{**sizes, "motion": motion}))
+            network.load_state_dict(load_file(folder / _WEIGHTS))
+            statistics = Statistics.read(folder, {})
+            text = TextTokenizer.from_folder(folder, about["pad"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: cannot be read ({type(error).__name__}: {error}); export it again"
+            ) from error
+        eyes = read_eyes(folder, cfg, tokenizer, device)
+        assert eyes is not None, "it sees through the tokenizer"
+        return cls(network.to(device).eval(), cfg, text, statistics, eyes, about["scale"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.positions.device
+
+    @property
+    def chunk(self) -> int:
+        """Actions it predicts at once."""
+        return self.network.sizes.chunk
+
+    def act(
+        self,
+        image: Picture | Sequence[Picture],
+        instruction: str,
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One moment → (C, A) float64 actions in the units of the source `unnorm_key`.
+
+        Raises:
+            DataError: unknown statistics, a wrong number of views, or proprioception missing or of another size.
+        """
+        views = list(image) if isinstance(image, Sequence) else [image]
+        felt = None if proprio is None else np.asarray(proprio)[None]
+        return self.act_batch([views], [instruction], unnorm_key=unnorm_key, proprio=felt)[0]
+
+    @torch.no_grad()
+    def act_batch(
+        self,
+        images: Sequence[Sequence[Picture]],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | None = None,
+        proprio: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """As `act`, for B moments of one source → (B, C, A). Each moment starts from the same noise, that of `seed`."""
+        sizes = self.network.sizes
+        actions = self.statistics.range(unnorm_key, "action", self.cfg.bounds)
+        state = None
+        if self.cfg.proprio:
+            if proprio is None:
+                raise DataError("this policy reads proprioception: give `proprio`")
+            felt = self.statistics.range(unnorm_key, "proprio", self.cfg.bounds)
+            state = torch.from_numpy(felt.normalise_proprio(np.asarray(proprio))).float().to(self.device)
+        seen = look_through(self.vision, self.cfg, images)
+        image = seen.patches if seen.patches is not None else seen.states
+        assert image is not None, "one of them is read"
+        prompts = self.text.encode(instructions).to(self.device)
+        known = Condition(image.to(self.device), prompts.input_ids, prompts.attention_mask, state)
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(sizes.chunk, sizes.action_dim), sizes.motion]
+        start = [
+            None if s is None else torch.randn(1, *s, generator=generator).to(self.device).repeat(len(images), 1, 1)
+            for s in shapes
+        ]
+        assert start[0] is not None, "there are always actions"
+        plan = draw(self.network, known, Plan(start[0], start[1]))
+        return actions.restore(plan.actions.double().clamp(-1, 1).cpu().numpy(), epsilon=True)
+
+
+def save_rdt(
+    folder: Path,
+    network: DiffusionTransformer,
+    cfg: recipe.Policy,
+    text: TextTokenizer,
+    statistics: Statistics,
+    tokenizer_fingerprint: str | None,
+    scale: float,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what `RDTPolicy.from_pretrained` reads, cast to `dtype`; `policy.json` comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    weights.save(network.state_dict(), folder / _WEIGHTS, dtype)
+    text.save(folder)
+    (folder / STATISTICS).write_text(json.dumps(statistics.sources, indent=2) + "\n", encoding="utf-8")
+    about = {
+        "format": FORMAT, "kind": KIND, "policy": cfg.model_dump(mode="json"),
+        "sizes": dataclasses.asdict(network.sizes), "tokenizer_fingerprint": tokenizer_fingerprint, "pad": text.pad,
+        "scale": scale,
+    }  # fmt: skip
+    (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

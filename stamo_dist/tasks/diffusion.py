@@ -1,0 +1,216 @@
+"""Training the diffusion-transformer policy: labelled episodes teach actions, all of them pseudo-actions (STAMO §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import DataError, RecipeError
+from stamo_dist.models.images import to_float
+from stamo_dist.models.openvla.stamo import Seen
+from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise
+from stamo_dist.models.rdt_policy import save_rdt
+from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.noise import StepNoise
+from stamo_dist.tasks.policy_batch import Ranges
+from stamo_dist.tasks.policy_data import PolicyData
+from stamo_dist.tasks.policy_eyes import open_eyes, target_of
+
+_LEVEL, _ACTIONS, _PSEUDO = 0, 1, 2  # independent noise streams of one sample
+_SCALED_ON = 64  # pairs of frames
+
+
+class DiffusionTask:
+    """L = λ_a · MSE(clean chunk) + w · MSE(clean pseudo-action), the mean over all samples of the batch.
+
+    Both are denoised together, at one noise level a sample. What a sample lacks is hidden from the network and has no
+    loss: actions, where its episode is a video or not `labelled` or ends within the chunk; the pseudo-action, where the
+    episode ends before the target frame; both, where it stands in for an unreadable frame.
+
+    Pseudo-actions are divided by their root mean square over the first pairs of the run's data, which is kept with the
+    weights: noise is of unit size.
+    """
+
+    init_frames = 0
+    latents: str | None = None
+
+    def __init__(self, recipe: Recipe, mixture: Mixture, cfg: DiffusionPolicy):
+        window = mixture.window
+        assert window is not None, "a policy's recipe has a horizon"
+        self._cfg, self._policy = cfg, recipe.policy
+        self._data = data = PolicyData(recipe, mixture)
+        eyes, fingerprint = open_eyes(recipe, mixture)
+        assert eyes is not None, "the recipe's check wants vision: stamo"
+        self._eyes, self._fingerprint = eyes, fingerprint
+        self.states = fingerprint if recipe.policy.targets == "cached" else None
+        texts = data.instructions.texts
+        try:
+            self._text = TextTokenizer.from_instructions(texts, size=cfg.vocabulary, bins=0)
+        except ValueError as error:
+            raise RecipeError([f"policy.diffusion.vocabulary: {error}"]) from None
+        prompts = self._text.encode(texts)
+        self._prompts = [prompts.input_ids, prompts.attention_mask]
+        tokens, dim = eyes.state_shape
+        self._grid = max(1, round((tokens * dim / 3) ** 0.5))
+        self.sizes = Sizes(
+            window.horizon,
+            window.action_dim,
+            eyes.patch_dim if recipe.policy.stamo == "patches" else dim,
+            cfg.vocabulary + 1,  # and the padding
+            {"none": None, "motion": (tokens, dim), "pixels": (self._grid, 3 * self._grid)}[cfg.pseudo],
+            window.proprio_dim if recipe.policy.proprio else 0,
+        )
+        self.network = DiffusionTransformer(cfg, self.sizes)
+        self.trained: nn.Module = self.network
+        self.block_classes = self.network.block_classes()
+        if recipe.train.gradient_checkpointing:
+            self.network.set_gradient_checkpointing(True)
+        if recipe.train.compile:
+            for block in self.network.blocks:
+                block.forward = torch.compile(block.forward)
+        self._actions = Ranges(data.actions, self.sizes.action_dim, constant_is_zero=True)
+        self._proprio = (
+            Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if recipe.policy.proprio else None
+        )
+        self._horizons = torch.tensor(window.horizons)
+        self.scale = 1.0 if self.sizes.motion is None else self._scale_on(mixture)
+        self.terms: tuple[str, ...] = ("loss", "action", *(("pseudo",) if self.sizes.motion else ()))
+        self.notes: tuple[str, ...] = (
+            f"policy: random initial weights; pseudo-actions: {cfg.pseudo}, divided by {self.scale:g}",
+        )
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        return {"tokenizer": self._fingerprint or "", "pseudo_scale": f"{self.scale:g}"}
+
+    def initialise(self, frames: Tensor) -> None:
+        """The scale is known since the task was built."""
+
+    def fill(self) -> None:
+        """It was built whole."""
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._eyes.tokenizer.to(device)
+        self._eyes.tokenizer.encoder.to(dtype=dtype)
+        for table in (self._data.instructions, self._actions, self._proprio):
+            if table is not None:
+                table.to(device)
+        self._horizons = self._horizons.to(device)
+        self._prompts = [table.to(device) for table in self._prompts]
+
+    def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
+        with torch.no_grad():
+            known, clean, has_actions, has_motion = self._moment(batch)
+            seeds = Plan(
+                noise.normal(batch.sample, clean.actions.shape[1:], _ACTIONS),
+                None if clean.motion is None else noise.normal(batch.sample, clean.motion.shape[1:], _PSEUDO),
+            )
+            noisy, level = add_noise(self._cfg, clean, seeds, noise.uniform(batch.sample, _LEVEL))
+        found = module(noisy, level, known, has_actions, has_motion)
+        action = _error(found.actions, clean.actions, has_actions)
+        loss = self._policy.action_weight * action
+        terms, present = {"action": action}, {"action": has_actions}
+        if clean.motion is not None:
+            pseudo = _error(found.motion, clean.motion, has_motion)
+            loss = loss + self._cfg.pseudo_weight * pseudo
+            terms["pseudo"], present["pseudo"] = pseudo, has_motion
+        return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
+
+    def _moment(self, batch: Batch) -> tuple[Condition, Plan, Tensor, Tensor]:
+        """What is known, what is to be found, and which samples have actions and a pseudo-action."""
+        assert batch.actions is not None
+        assert batch.mask is not None
+        assert batch.ahead is not None
+        assert batch.replaced is not None
+        own, instructions = ~batch.replaced, self._data.instructions
+        has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own & instructions.labelled(batch.sample)
+        actions = self._actions.normalise(batch.actions, batch.source).float()
+        now = self._eyes.look(batch.cameras().flatten(0, 1))
+        seen = now.features(self._policy.stamo, self._policy.views)
+        image = seen.patches if seen.patches is not None else seen.states
+        assert image is not None, "one of them is read"
+        proprio = None
+        if self._proprio is not None:
+            assert batch.proprio is not None
+            proprio = self._proprio.normalise(batch.proprio, batch.source).float()
+        texts = instructions.of(batch.sample)
+        known = Condition(image, self._prompts[0][texts], self._prompts[1][texts], proprio)
+        motion = (
+            None if self.sizes.motion is None else self._pseudo(batch, now.first_view(self._policy.views)) / self.scale
+        )
+        has_motion = (batch.ahead == self._horizons[batch.source]) & own
+        # What is hidden must not be NaN: attention would spread it all the same.
+        return known, Plan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
+
+    def _pseudo(self, batch: Batch, now: Seen | None = None) -> Tensor:
+        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1."""
+        if self._cfg.pseudo == "motion":
+            return target_of(batch, self._eyes, "motion", now)
+        assert batch.target is not None, "the recipe's check wants data.target"
+        pooled = [F.adaptive_avg_pool2d(to_float(frames), self._grid) for frames in (batch.target, batch.images)]
+        return (pooled[0] - pooled[1]).permute(0, 2, 3, 1).flatten(2)
+
+    @torch.no_grad()
+    def _scale_on(self, mixture: Mixture) -> float:
+        """Root mean square, to two digits: processes whose sums differ in the last bit agree on it.
+
+        Raises:
+            DataError: None of the frames looked at has a target, or nothing moves.
+        """
+        squares: list[Tensor] = []
+        with closing(
+            build_loader(
+                mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=None,
+                states=self.states,
+            )
+        ) as loader:  # fmt: skip
+            for _, batch in zip(range(_SCALED_ON), loader, strict=False):
+                for part in batch.split(_SCALED_ON // 4):
+                    assert part.ahead is not None
+                    whole = part.ahead == self._horizons[part.source]
+                    squares += self._pseudo(part)[whole].square().mean((1, 2))
+                    if len(squares) >= _SCALED_ON:
+                        break
+                if len(squares) >= _SCALED_ON:
+                    break
+        scale = float(torch.stack(squares).mean().sqrt()) if squares else 0.0
+        if not scale:
+            raise DataError("nothing moves between the first frames and their targets; is data.horizon too short?")
+        return float(f"{scale:.2g}")
+
+    def flops_per_sample(self) -> float:
+        """Two operations a weight and token, three times where it learns; the encoder on every frame it reads."""
+        encoder = self._eyes.tokenizer.encoder
+        patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
+        online = self._cfg.pseudo == "motion" and self.states is None
+        frozen = 2.0 * (self._policy.views + online) * patches * sum(p.numel() for p in encoder.parameters())
+        tokens = self.network.positions.shape[0]
+        learnt = 2.0 * tokens * sum(p.numel() for p in self.network.blocks.parameters())
+        seen = self._policy.views * (patches if self._policy.stamo == "patches" else self._eyes.state_shape[0])
+        learnt += 2.0 * seen * sum(p.numel() for p in self.network.image_in.parameters())
+        return 3 * learnt + frozen
+
+    def export(
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+    ) -> None:
+        """Write the folder that `load_policy` reads, with the statistics."""
+        load_trained(self.network, weights)
+        save_rdt(
+            folder, self.network, self._policy, self._text, self._data.statistics, self._fingerprint, self.scale,
+            layout.dtype,
+        )  # fmt: skip
+
+
+def _error(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:
+    """(b,) mean squared error, and zero with a zero gradient where a sample has nothing."""
+    return (found - torch.where(has[:, None, None], wanted, found.detach())).square().mean((1, 2))

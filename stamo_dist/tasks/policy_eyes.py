@@ -1,0 +1,47 @@
+"""The frozen StaMo tokenizer beside a policy: what it sees through, and what it learns to predict."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stamo_dist.data.frame_cache import find_cache
+from stamo_dist.data.loader import Batch
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.models.openvla.stamo import Seen, StamoVision, Target
+from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.recipe.schema import Recipe
+
+
+def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str | None]:
+    """The tokenizer's encoder and compressor, where they are read, and the whole tokenizer's fingerprint.
+
+    Raises:
+        CheckpointError: There is no such tokenizer.
+        DataError: `targets: cached` asks for states that are not there, or not of this tokenizer and these shards.
+    """
+    cfg = recipe.policy
+    cached = cfg.targets == "cached"
+    if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo" and not cached):
+        return None, None
+    tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
+    fingerprint = tokenizer.fingerprint()
+    if cached:
+        find_cache(mixture.shards, "states", fingerprint)
+    eyes = StamoVision(tokenizer)
+    del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
+    return eyes, fingerprint
+
+
+def target_of(batch: Batch, eyes: StamoVision | None, target: Target, now: Seen | None = None) -> Tensor:
+    """What the frames at t + ahead give the policy to predict, (b, tokens, dim) float32: cached, or computed now.
+
+    `now`: the frames at t, where they were encoded before.
+    """
+    if batch.target_state is not None:
+        assert batch.state is not None, "they come together"
+        return batch.target_state if target == "state" else batch.target_state - batch.state
+    assert eyes is not None, "without a cache there is a tokenizer"
+    assert batch.target is not None, "without a cache the target frames are read"
+    if target == "motion" and now is None:
+        now = eyes.look(batch.images)
+    return eyes.look(batch.target).target(now, target)

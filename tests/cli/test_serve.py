@@ -1,0 +1,150 @@
+"""A served policy answers what it answers in Python, to clients of OpenVLA and of OFT, and names what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_policy import TEXTS, write_policy_recipe
+
+json_numpy = pytest.importorskip("json_numpy")
+requests = pytest.importorskip("requests")
+uvicorn = pytest.importorskip("uvicorn")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def export(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a policy with random weights."""
+    import torch
+
+    import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+    from stamo_dist.data.mixture import Mixture
+    from stamo_dist.recipe.load import load
+    from stamo_dist.tasks import build_task
+
+    def build(actions: str, *, proprio: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp(actions)
+        recipe = load(write_policy_recipe(folder / "toy.yaml", toy_policy, actions=actions, proprio=proprio)).recipe
+        torch.manual_seed(0)
+        task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
+        task.export(folder / "model", task.trained.state_dict(), [])
+        return folder / "model"
+
+    return build
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[..., str]]:
+    """Answer in a thread; gives the URL."""
+    import socket
+
+    from stamo_dist.serve import Server
+
+    servers = []
+
+    def start(policy, **options) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(Server(policy, "toy", **options).app(), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join()
+
+
+def frames(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def post(url: str, payload: object, code: int = 200):
+    answer = requests.post(f"{url}/act", data=json_numpy.dumps(payload), timeout=30)
+    assert answer.status_code == code, answer.text
+    return json_numpy.loads(answer.text)
+
+
+def test_clients_of_openvla(export, served) -> None:
+    from stamo_dist.models.policies import load_policy
+
+    policy = load_policy(export("tokens"))
+    url = served(policy)
+    a, b = frames(2)
+    payload = {"image": a, "instruction": TEXTS[0], "unnorm_key": "a"}
+    expected = policy.act(a, TEXTS[0])
+    assert np.array_equal(post(url, payload), expected)
+    wrapped = post(url, {"encoded": json_numpy.dumps(payload)})
+    assert np.array_equal(json_numpy.loads(wrapped), expected)
+    both = post(url, {"observations": [payload, {"image": [b], "instruction": TEXTS[1]}]})
+    assert np.allclose(both, policy.act_batch([[a], [b]], TEXTS))
+
+    about = requests.get(f"{url}/health", timeout=30).json()
+    assert (about["status"], about["chunk"], about["unnorm_keys"], about["requests"]) == ("ok", 2, ["a"], 3)
+    assert about["latency"]["median_ms"] > 0
+    for field, wrong in {
+        "image": {"instruction": "x"},
+        "instruction": {"image": a},
+        "unnorm_key": {"image": a, "instruction": "x", "unnorm_key": "nothing"},
+        "observations": {"observations": []},
+        "observations[1].image": {"observations": [payload, {"image": a.astype(float), "instruction": "x"}]},
+        "encoded": {"encoded": "{"},
+    }.items():
+        said = post(url, wrong, code=400)
+        assert said["field"] == field, said
+        assert field in said["error"]
+    assert "2 views (image[0], image[1]), the policy looks at 1" in post(
+        url, {"image": [a, b], "instruction": "x"}, code=400
+    )["error"]  # fmt: skip
+    assert requests.post(f"{url}/act", data="not JSON", timeout=30).json()["field"] == "body"
+
+
+def test_clients_of_oft(export, served) -> None:
+    from stamo_dist.models.policies import load_policy
+
+    policy = load_policy(export("regression", proprio=True))
+    url = served(policy, unnorm_key="a")
+    (frame,), felt = frames(1), np.array([1.0, 2.0])
+    found = post(url, {"full_image": frame, "wrist_image": frame, "state": felt, "instruction": TEXTS[0]})
+    assert isinstance(found, list)
+    assert np.allclose(found, policy.act(frame, TEXTS[0], proprio=felt), atol=1e-6)
+    said = post(url, {"full_image": frame, "instruction": TEXTS[0]}, code=400)
+    assert said["field"] == "state"
+    said = post(url, {"full_image": frame, "state": [1.0], "instruction": TEXTS[0]}, code=400)
+    assert "has shape (1,); 2 finite numbers are wanted" in said["error"]
+
+
+def test_the_client_of_the_page_speaks_to_the_command(export) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "stamo_dist.cli", "serve", str(export("tokens")), "--port", "0"], cwd=ROOT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", said)
+        assert url is not None, said
+        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serve.md").read_text(), re.DOTALL)
+        code = code.replace("http://127.0.0.1:8777", url[0])
+        for _ in range(100):  # it listens from then on, and answers once it runs
+            try:
+                requests.get(f"{url[0]}/health", timeout=10)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        names: dict = {}
+        exec(code, names)
+        assert names["action"].shape == (2, 3)
+    finally:
+        server.terminate()
+        server.wait(30)

@@ -1,0 +1,109 @@
+"""The diffusion policy on the shared loop: what a video may touch, how it is spread and resumed, and that it acts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_policy import TEXTS, write_diffusion_recipe
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.errors import RecipeError
+from stamo_dist.models.policies import load_policy
+from stamo_dist.models.rdt_policy import RDTPolicy
+from stamo_dist.recipe.load import load
+from stamo_dist.tasks import build_task
+from stamo_dist.tasks.noise import Noise
+
+
+def first_batch(mixture: Mixture) -> Batch:
+    with closing(build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)) as loader:
+        return next(iter(loader))
+
+
+@pytest.mark.parametrize("pseudo", ["none", "motion", "pixels"])
+def test_what_a_sample_lacks_teaches_nothing(toy_policy: Path, tmp_path: Path, pseudo: str) -> None:
+    settings = ["data.sources.a.labelled=0.5"]
+    recipe = load(write_diffusion_recipe(tmp_path / "toy.yaml", toy_policy, pseudo=pseudo), settings).recipe
+    mixture = Mixture(recipe.data, seed=0, global_batch=16)
+    torch.manual_seed(0)
+    task = build_task(recipe, mixture)
+    batch = first_batch(mixture)
+    assert batch.mask is not None
+    assert batch.actions is not None
+    episode = batch.sample // 12  # of source a: every second of its four is labelled
+    labelled = (batch.source == 0) & (episode % 2 == 1) & batch.mask.all(1)
+    assert 0 < labelled.sum() < (batch.source == 0).sum()
+
+    out = task.loss(task.trained, batch, Noise(0).at(1))
+    assert torch.equal(out.present["action"], labelled)
+    assert not out.per_sample["action"][~labelled].any()
+    garbage = torch.where(labelled[:, None, None], batch.actions, torch.nan)
+    other = task.loss(task.trained, replace(batch, actions=garbage), Noise(0).at(1))
+    assert torch.equal(other.per_sample["loss"], out.per_sample["loss"])
+    broken = task.loss(task.trained, replace(batch, actions=batch.actions * torch.nan), Noise(0).at(1))
+    assert not broken.loss.isfinite(), "an action that is not finite must be noticed"
+    halves = [task.loss(task.trained, half, Noise(0).at(1)).loss for half in batch.split(8)]
+    torch.testing.assert_close(sum(halves) / 2, out.loss)
+    assert ("pseudo" in out.per_sample) == (pseudo != "none")
+    if pseudo != "none":
+        assert (out.per_sample["pseudo"] > 0).sum() > labelled.sum(), "videos have pseudo-actions"
+
+
+def curve(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "action", "pseudo", "grad_norm", "samples")
+    return [{k: v for k, v in line.items() if k.partition("/")[0] in kept} for line in lines]
+
+
+def test_it_trains_alike_resumes_exactly_and_acts(toy_policy: Path, ranks, tmp_path: Path) -> None:
+    one, two = (
+        write_diffusion_recipe(tmp_path / name / "toy.yaml", toy_policy, strategy=strategy)
+        for name, strategy in (("one", "ddp"), ("two", "fsdp"))
+    )
+    ranks(1, "train", one)
+    ranks(2, "train", two)
+    expected, found = curve(one.parent / "run"), curve(two.parent / "run")
+    assert len(expected) == 12
+    for a, b in zip(expected, found, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+    run = two.parent / "run"
+    exported = (run / "model/model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    assert "after step 6" in ranks(2, "train", two)[1]
+    assert curve(run) == found
+    assert (run / "model/model.safetensors").read_bytes() == exported
+
+    policy = load_policy(run)
+    assert isinstance(policy, RDTPolicy)
+    recipe = load(two).recipe
+    frames = first_batch(Mixture(recipe.data, seed=0, global_batch=2)).images.numpy()
+    felt = np.zeros((2, 2))
+    actions = policy.act_batch([[f] for f in frames], list(TEXTS), proprio=felt)
+    assert actions.shape == (2, 2, 3)
+    assert ((actions >= -1e-6) & (actions <= 10 + 1e-6)).all(), "inside the statistics"
+    assert np.allclose(policy.act(frames[1], TEXTS[1], proprio=felt[1]), actions[1], atol=1e-4)
+
+
+def test_fields_of_the_other_policy_are_refused(toy_policy: Path, tmp_path: Path) -> None:
+    recipe = write_diffusion_recipe(tmp_path / "toy.yaml", toy_policy, pseudo="pixels")
+    wrong = ["policy.weights=x", "policy.stamo=both", "policy.vision=fused", "policy.targets=cached"]
+    with pytest.raises(RecipeError) as refused:
+        load(recipe, wrong)
+    said = "\n".join(refused.value.problems)
+    for part in (
+        "policy.weights: is of OpenVLA",
+        "policy.stamo: ",
+        "policy.vision: ",
+        "policy.targets: pseudo: pixels",
+    ):
+        assert part in said, said
