@@ -80,8 +80,9 @@ def test_what_is_wrong_is_found(tried, tmp_path):
     assert (other.losses, other.good) == (NOT, False)
     bit = doctored("metrics.jsonl", loss=loss * (1 + 2**-24))
     assert compare(bit, untouched[1:]).losses == NOT
-    assert compare(bit, untouched).losses == WITHIN
-    assert compare(doctored("metrics.jsonl", loss=loss * 1.001), untouched).losses == NOT
+    apart = [untouched[1], doctored("metrics.jsonl", loss=loss * 1.00001)]  # as of a device that is not deterministic
+    assert compare(bit, apart).losses == WITHIN
+    assert compare(doctored("metrics.jsonl", loss=loss * 1.001), apart).losses == NOT
 
 
 def test_a_twin_does_each_step_on_as_many_processes(tried):
