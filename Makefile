@@ -22,9 +22,9 @@ opengl:
 # A real Slurm for tests/slurm, which say that they are skipped where it cannot be installed.
 .PHONY: slurm
 slurm:
-	@command -v slurmctld munged >/dev/null || (command -v apt-get >/dev/null && test "$$(id -u)" = 0 && apt-get update -qq \
-	  && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2) \
-	  || echo "no Slurm: install it (Debian: slurm-wlm munge) to run tests/slurm"
+	@{ command -v slurmctld && command -v munged && command -v slurmdbd && command -v mariadbd; } >/dev/null || (command -v apt-get >/dev/null && test "$$(id -u)" = 0 && apt-get update -qq \
+	  && apt-get install -y -qq --no-install-recommends slurm-wlm slurmdbd mariadb-server munge iproute2) \
+	  || echo "no Slurm: install it (Debian: slurm-wlm slurmdbd mariadb-server munge) to run tests/slurm"
 
 # The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
 STAMO := $(BIN)/stamo
