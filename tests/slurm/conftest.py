@@ -93,12 +93,17 @@ class Run:
         self.until(lambda: self.story[-1] == how, seconds)
         self.until(lambda: self.cluster.state(self.job) not in ("RUNNING", "COMPLETING"))
 
-    def assert_as_uninterrupted(self, *settings: str, processes: int, exactly: bool = True) -> None:
-        """Losses, gradient norms and samples are those of a run that nobody disturbed."""
+    def assert_as_uninterrupted(self, *, processes: int, exactly: bool = True) -> None:
+        """Losses, gradient norms and samples are those of a run on this machine that nobody disturbed."""
         whole = self.folder.parent / "whole"
-        command = [*self.command, "--nproc", str(processes), "--set", f"run_dir={whole}"]
+        settings = [f"run_dir={whole}", "tracking.wandb=off"]
+        command = [*self.command, "--nproc", str(processes), *(w for s in settings for w in ("--set", s))]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.assert_as(whole, exactly=exactly)
+
+    def assert_as(self, whole: Path, *, exactly: bool = True) -> None:
+        """Losses, gradient norms and samples are those of the run in `whole`."""
         expected, got = self.metrics(whole), self.metrics()
         assert [m["step"] for m in got] == [m["step"] for m in expected]
         for e, g in zip(expected, got, strict=True):

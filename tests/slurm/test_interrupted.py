@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from toy import write_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 # Steps take long enough for a test to come between them, and cost no CPU.
 SLOW = (
     "tasks/tokenizer.py",
@@ -19,8 +24,8 @@ SLOW = (
 def test_time_limit_and_preemption(submit, cluster, preempt):
     """2 nodes × 2 tasks: asked to stop before its time is up, then preempted with time to save. No step is lost."""
     profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:01:00", "signal_delay": 59}
-    settings = ("train.steps=100", "train.checkpoint.every=1000")
-    run = submit("run", profile, *settings)
+    settings = ("train.steps=100", "train.checkpoint.every=1000", "strategy.name=fsdp")
+    run = submit("run", profile, *settings, "tracking.wandb=offline")
     run.release(SLOW)
     run.until(lambda: "requeued" in run.story)
     assert run.steps == run.events[-1].step
@@ -39,16 +44,57 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     heads = (run.folder / "logs/rank_00003.log").read_text().split("\n")
     assert sum(f"of job {run.job}: rank 3 of 4 @ {cluster.names[1]}," in line for line in heads) == 3
     assert cluster.state(run.job) == "COMPLETED"
-    run.assert_as_uninterrupted(processes=4, exactly=False)  # among 4, the order of a sum is not fixed
+    steps = wandb_steps(run.folder)
+    assert len(steps) == 1, "one W&B run"
+    assert len(steps[0]) == 3, "with one folder a start"
+    assert [step for start in steps[0] for step in start] == list(range(1, 101))
+    whole = submit("whole", {**profile, "time": "00:10:00"}, *settings)
+    whole.release()
+    whole.ends("finished")
+    run.assert_as(whole.folder)
+
+
+def wandb_steps(run: Path) -> list[list[list[int]]]:
+    """Of each W&B run id, of each of its starts in turn, the steps in the offline file of the start."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[list[int]]] = {}
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime):
+        steps, identity = [], ""
+        for data in logged(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            identity = record.run.run_id or identity
+            if any("loss" in (item.key, *item.nested_key) for item in record.history.item):
+                steps.append(record.history.step.num)
+        found.setdefault(identity, []).append(steps)
+    return list(found.values())
+
+
+def logged(data: bytes) -> Iterator[bytes]:
+    """The records of a file in LevelDB's log format, in which W&B writes: parts with a head, in blocks of 32 kB."""
+    at, whole = 7, b""  # after the file's own head
+    while at + 7 <= len(data):
+        if (left := -at % 32768 or 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
 
 
 def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
-    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node."""
+    """1–2 nodes: preempted with GraceTime 0, and queued again by Slurm itself; then goes on without a dead node, and
+    with it when it is back. Virtual workers: no number of processes changes a bit."""
     first, second, third = cluster.names
     profile = {"partition": "now", "nodes": 2, "min_nodes": 1, "exclude": third, "processes_per_node": 1}
     settings = (
-        "train.steps=60",
+        "train.steps=70",
         "train.micro_batch=8",
+        "train.virtual_workers=2",
         "train.checkpoint.every=1000",
         "train.checkpoint.ephemeral_every=4",
     )
@@ -67,12 +113,47 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
         assert started.nodes == [first]
         assert started.world_size == 1
         assert started.step >= before - 4
-        run.ends("finished")
     finally:
         cluster.start_node(second)
+    cluster.until(lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "2")
+    cluster.run("scontrol", "requeue", run.job)
+    run.starts(4)
+    assert (run.events[-1].nodes, run.events[-1].world_size) == ([first, second], 2)
+    run.ends("finished")
     assert run.story[-3:] == ["requeued", "started", "finished"]
-    run.assert_as_uninterrupted(processes=2, exactly=False)
-    cluster.until(lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "3")
+    run.assert_as_uninterrupted(processes=2)
+
+
+def test_no_scontrol(submit, cluster):
+    """Where the nodes have none, it says so and `stamo resume` goes on; where only PATH lacks it, it is found."""
+    node = cluster.names[2]
+    settings = ("train.steps=40", "train.micro_batch=8", "train.checkpoint.every=1000")
+    path = cluster.root / "few"
+    path.mkdir()
+    for name in ("srun", "sh", "uname", "nsenter"):  # the cluster's srun is a script
+        (path / name).symlink_to(cluster.bin / name if name == "srun" else shutil.which(name) or "")
+    profile = {"sbatch": {"nodelist": node}, "environment": {"OMP_NUM_THREADS": 1, "PATH": str(path)}}
+    run = submit("run", profile, *settings)
+    run.release(SLOW)
+    with cluster.without(node, cluster.bin / "scontrol", *cluster.programs("scontrol")):
+        run.starts(1, steps=3)
+        cluster.run("scancel", "--signal=USR1", run.job)
+        run.ends("stopped")
+    assert "scontrol: not found" in run.events[-1].reason
+    assert f"`stamo resume {run.folder}` goes on" in run.events[-1].reason
+    assert run.events[-1].step == run.steps  # it saved
+    done = subprocess.run(
+        [sys.executable, "-m", "stamo_dist.cli", "resume", str(run.folder)], check=False, capture_output=True,
+        text=True, timeout=60, cwd=ROOT, env={**cluster.env, "XDG_STATE_HOME": str(run.folder.parent / "state")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cluster.run("scontrol", "release", run.job)
+    run.starts(2, steps=3)
+    cluster.run("scancel", "--signal=USR1", run.job)
+    run.starts(3)
+    run.ends("finished")
+    assert run.story[-5:] == ["started", "preempted", "requeued", "started", "finished"]
+    run.assert_as_uninterrupted(processes=1)
 
 
 def test_two_jobs_on_one_node(submit, cluster):
