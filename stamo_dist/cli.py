@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from data_tools.commands import app as data_app
+from data_tools.simulators.catalogue import Benchmarks
 from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import StamoError
+from stamo_dist.evaluate import loop_commands
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
+loop_commands.register(eval_app, Benchmarks())
 app.add_typer(eval_app, name="eval")
 app.command()(launch_commands.submit)
 for verb in verbs.COMMANDS:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -21,8 +19,6 @@ from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 OTHER_LIBERO_STEPS = 520
 METAWORLD_STEPS = 500
-#: Initial states that LIBERO has of each task.
-LIBERO_TRIALS = 50
 
 
 class Driven(Protocol):
@@ -93,33 +89,20 @@ def to_native(spec: ActionSpec, action: np.ndarray, convention: str) -> np.ndarr
     return np.clip(native, -1, 1)
 
 
-@dataclass(frozen=True)
-class Benchmarks:
-    """LIBERO and Meta-World, as installed."""
+def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
+    """Start one task of a benchmark.
 
-    def resolve(self, benchmark: str, names: Sequence[str], setting: Setting) -> list[str]:
-        return tasks.check_request(benchmark, names, setting.cameras, episodes=1, size=setting.size)
+    Raises:
+        DataError: No headless OpenGL, no such task, or a goal image is wanted and the expert cannot solve it.
+    """
+    tasks.prepare_environment()
+    check_opengl()
+    if benchmark == "libero":
+        from data_tools.simulators.libero import LiberoWorld, instruction
 
-    def open(self, benchmark: str, task: str, setting: Setting) -> Simulator:
-        tasks.prepare_environment()
-        check_opengl()
-        world: Any
-        if benchmark == "libero":
-            from data_tools.simulators.libero import LiberoWorld, instruction
+        suite, name = task.split("/")
+        world = LiberoWorld(task, expert=setting.goals)
+        return ClosedLoop(world, OSC_POSE, setting, instruction(name), LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
+    from data_tools.simulators.metaworld import MetaWorld, instruction_of
 
-            suite, name = task.split("/")
-            world = LiberoWorld(task, expert=setting.goals)
-            steps = LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS)
-            return ClosedLoop(world, OSC_POSE, setting, instruction(name), steps)
-        from data_tools.simulators.metaworld import MetaWorld, instruction_of
-
-        return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, instruction_of(task), METAWORLD_STEPS)
-
-    def default_processes(self, benchmark: str) -> int:
-        return tasks.default_processes(benchmark)
-
-    def default_camera(self, benchmark: str) -> str:
-        return tasks.DEFAULT_CAMERAS.get(benchmark, [""])[0]
-
-    def trials(self, benchmark: str) -> int | None:
-        return LIBERO_TRIALS if benchmark == "libero" else None
+    return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, instruction_of(task), METAWORLD_STEPS)

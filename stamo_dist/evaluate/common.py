@@ -189,9 +189,14 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
     return tokenizer, Provenance(
         recipe=recipe.name, data_fingerprint=fingerprint, checkpoint=source, step=step, ema=ema,
         trained_commit=trained_commit, git_commit=git_commit(), seed=recipe.seed,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=typed_command(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
+
+
+def typed_command() -> str:
+    """What the user typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:
