@@ -156,11 +156,17 @@ class Compressor(Section):
     standardise: NonNegativeInt = Field(
         0, description="Training frames on which the initial states are standardised per dimension; 0 leaves them."
     )
+    whiten: bool = Field(
+        False,
+        description="With standardise: decorrelate the initial states too, so that what differs little counts as much.",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Compressor:
         if self.width % self.heads:
             raise ValueError(f"model.compressor.heads: {self.heads} must divide width {self.width}")
+        if self.whiten and self.standardise <= self.dim:
+            raise ValueError(f"model.compressor.whiten: needs standardise frames, more than dim ({self.dim})")
         return self
 
 
