@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
 from stamo_dist.launch.doctor.commands import doctor, probe
 from stamo_dist.recipe.commands import app as recipe_app
+
+if TYPE_CHECKING:
+    from stamo_dist.train import Measure
 
 app = typer.Typer(
     help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
@@ -92,11 +95,18 @@ def train(
     def body() -> int:
         from stamo_dist.train import train as run
 
+        measure = _measure() if loaded.recipe.evaluate.every else None
         gc.freeze()
         gc.enable()
-        return run(loaded, world, resume=resume, allowed=allowed)
+        return run(loaded, world, resume=resume, allowed=allowed, measure=measure)
 
     leave(run_rank(world, body))
+
+
+def _measure() -> Measure:
+    from stamo_dist.evaluate.during import measure
+
+    return measure
 
 
 @app.command()

@@ -60,6 +60,9 @@ def probe(
     epochs: int = 60,
     patch_dim: int = 4096,
     batch: int = 64,
+    kinds: Sequence[str] = heads.KINDS,
+    representations: Sequence[str] = REPRESENTATIONS,
+    keep_features: bool = True,
     out: Path | None = None,
     console: Console | None = None,
 ) -> Result:
@@ -67,8 +70,8 @@ def probe(
 
     `ks`: frames between the two. `seeds`: heads of each kind. `episodes`: at most so many of each split, evenly spaced.
     `epochs`: at most so many for a head. `patch_dim`: at most so many numbers of patch tokens. `batch`: frames encoded
-    at once. Features are kept in RUN/eval/features/; started again after a kill it goes on, and what is there is marked
-    partial until then.
+    at once. `kinds`, `representations`: which heads and motions. Features are kept in RUN/eval/features/ unless
+    `keep_features` is false; started again after a kill it goes on, and what is there is marked partial until then.
 
     Raises:
         StamoError: No such run, no checkpoint yet, a source without a held-out split, no source with actions, or
@@ -83,7 +86,7 @@ def probe(
     represent = Representations(
         tokenizer, standardising_frames({s.name: s.train for s in sources}), patch_dim=patch_dim
     )
-    features = FeatureCache(run.evaluations / "features", represent, batch)
+    features = FeatureCache(run.evaluations / "features" if keep_features else None, represent, batch)
     settings = {
         "k": list(ks), "seeds": seeds, "episodes": episodes, "epochs": epochs, "patch_dim": patch_dim,
         "tokenizer": represent.key["tokenizer"],
@@ -108,13 +111,13 @@ def probe(
         result = None
         for done, (source, k) in enumerate(((s, k) for s in sources for k in ks), 1):
             data = SourceData(source, recipe, features, *splits[source.name])
-            watched = bar.add_task(f"{source.name}, k = {k}", total=len(REPRESENTATIONS) * len(heads.KINDS) * seeds)
+            watched = bar.add_task(f"{source.name}, k = {k}", total=len(representations) * len(kinds) * seeds)
             targets, tests = data.targets(k)
             key = (source.name, "–", NOTHING)
             found.setdefault(key, {})[k] = [tests.square().mean().item()]
-            for name in REPRESENTATIONS:
+            for name in representations:
                 inputs, test_inputs, episode = data.inputs(k, name)
-                for kind in heads.KINDS:
+                for kind in kinds:
                     scores = found.setdefault((source.name, kind, name), {}).setdefault(k, [])
                     for seed in range(seeds):
                         part_name = f"{source.name}/{k}/{name}/{kind}/{seed}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
 from stamo_dist.recipe.policy import Policy, policy_problems
 from stamo_dist.recipe.sampling import Augment, Shuffle
 from stamo_dist.recipe.section import (
@@ -329,6 +330,7 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     train: Train
     strategy: Strategy = Strategy()
+    evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -362,6 +364,7 @@ class Recipe(Section):
                     f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
                     f"({self.train.global_batch})"
                 )
+        problems += evaluate_problems(self.evaluate, self.stage, self.train.checkpoint.every)
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:
