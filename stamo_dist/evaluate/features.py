@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers, which imports torchvision
 from transformers import Dinov2Model
 
 from stamo_dist.data.frames import Episodes

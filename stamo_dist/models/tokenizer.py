@@ -51,13 +51,16 @@ class TokenizerCore(nn.Module):
         self.compressor = compressor
         self.decoder = decoder
 
-    def forward(self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor) -> Tensor:
+    def forward(
+        self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor, state_noise: Tensor | None = None
+    ) -> Tensor:
         """Velocity (B, C, h, w) float32 of z_σ (B, C, h, w) at σ (B,) float32.
 
         The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
-        images.
+        images. `state_noise` (B, tokens, dim) is added to the state.
         """
-        return self.decoder(z_sigma, sigma, self.state(features_or_images))
+        state = self.state(features_or_images)
+        return self.decoder(z_sigma, sigma, state if state_noise is None else state + state_noise.to(state.dtype))
 
     def state(self, features_or_images: Tensor) -> Tensor:
         """(B, tokens, dim) state tokens."""
@@ -253,7 +256,8 @@ class Tokenizer(nn.Module):
         return {
             "image_size": self.vae.image_size,
             "encoder_image_size": self.encoder.image_size,
-            "compressor": self.cfg.compressor.model_dump(),
+            # Training alone knows noise; a whitening map is among the weights.
+            "compressor": self.cfg.compressor.model_dump(exclude={"noise", "whiten"}),
             "latent": self.vae.latent,
         }
 

@@ -157,6 +157,11 @@ class Compressor(Section):
     standardise: NonNegativeInt = Field(
         0, description="Training frames on which the initial states are standardised per dimension; 0 leaves them."
     )
+    noise: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Deviation of the noise on the states in training (their own is 1): frames that look alike get "
+        "near states, and motions in proportion to what moved.",
+    )
     whiten: bool = Field(
         False,
         description="With standardise: decorrelate the initial states too, so that what differs little counts as much.",
