@@ -35,6 +35,15 @@ app = typer.Typer(
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 loop_commands.register(eval_app, Benchmarks())
+
+
+@eval_app.callback()
+def _bring_launcher(context: typer.Context) -> None:
+    from stamo_dist.launch.local import launch_local
+
+    context.obj = launch_local
+
+
 app.add_typer(eval_app, name="eval")
 app.command()(launch_commands.submit)
 for verb in verbs.COMMANDS:

@@ -20,6 +20,7 @@ from stamo_dist.evaluate.common import (
     read_recipe,
     sampler_noise,
 )
+from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.figures import cell_size, file_name, save_grid
 from stamo_dist.evaluate.held_out import (
     MOVING_RULE,
@@ -63,16 +64,18 @@ def reconstruct(
     batch: int = 32,
     out: Path | None = None,
     console: Console | None = None,
+    crew: Crew = Crew(),  # noqa: B008 (frozen)
 ) -> Result:
     """Measure a run's tokenizer on the held-out frames of its sources and write RUN/eval/reconstruct/.
 
     `frames`: at most so many of each source, evenly spaced in its episodes. `steps`: of the sampler, the recipe's when
-    omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to.
+    omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to. `crew`:
+    processes that measure together; the first writes.
 
     Raises:
         StamoError: No such run, no checkpoint yet, or a source without a held-out split; nothing was written.
     """
-    console = console or Console()
+    console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
     sources = open_sources(recipe)
@@ -90,21 +93,24 @@ def reconstruct(
             mean, moving = stats.mean.to(tokenizer.device), stats.moving.to(tokenizer.device)
             chosen = picks[source.name]
             shown = [chosen[i] for i in spread(_SHOWN, len(chosen))]
-            scores: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-            drawn: dict[Pick, list[Tensor]] = {}
-            for first in range(0, len(chosen), batch):
-                chunk = chosen[first : first + batch]
-                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)
-                for kind in KINDS:
-                    scores[kind].append(_scores(made[kind], made[ORIGINAL], moving))
-                drawn |= {p: [made[kind][i] for kind in _DRAWN] for i, p in enumerate(chunk) if p in shown}
-                bar.advance(tasks[source.name], len(chunk))
-            tables[source.name] = {kind: torch.cat(parts) for kind, parts in scores.items()}
+            chunks = [chosen[first : first + batch] for first in range(0, len(chosen), batch)]
+
+            def measure(chunk: Sequence[Pick]) -> tuple[dict[str, Tensor], dict[Pick, list[Tensor]]]:
+                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)  # noqa: B023
+                bar.advance(tasks[source.name], len(chunk))  # noqa: B023
+                scores = {kind: _scores(made[kind], made[ORIGINAL], moving) for kind in KINDS}  # noqa: B023
+                drawn = {i: p for i, p in enumerate(chunk) if p in shown}  # noqa: B023
+                return scores, {p: [made[kind][i].cpu() for kind in _DRAWN] for i, p in drawn.items()}
+
+            parts = crew.share(chunks, measure)
+            tables[source.name] = {kind: torch.cat([scores[kind] for scores, _ in parts]) for kind in KINDS}
+            drawn = {pick: images for _, part in parts for pick, images in part.items()}
             file = file_name(source.name, "png")
             # The whole id would be wider than the pictures.
             labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in drawn]
             cell = cell_size(recipe.data.image_size)
-            save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
+            if crew.main:
+                save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
             figures.append(
                 Figure(file, f"{source.name}, camera {source.camera}: held-out frames, {steps} sampler steps")
             )
@@ -117,7 +123,8 @@ def reconstruct(
         NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures,
         by=["source", "image"], better=dict.fromkeys(("psnr", "ssim", "psnr_moving"), "higher"),
     )  # fmt: skip
-    result.write(folder)
+    if crew.main:
+        result.write(folder)
     result.show(console, folder)
     return result
 
