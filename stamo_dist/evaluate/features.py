@@ -50,7 +50,11 @@ class Representations:
         self.grid = max(1, min(frames.shape[1], round((cfg.tokens * cfg.dim / 3) ** 0.5)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._encoder = Encoder(Dinov2Model(encoder.model.config), encoder.image_size).to(tokenizer.device).eval()
+            self._encoder = (
+                Encoder(Dinov2Model(encoder.model.config), encoder.image_size, encoder.output)
+                .to(tokenizer.device)
+                .eval()
+            )
             self._compressor = Compressor(cfg, encoder.dim).to(tokenizer.device).eval()
         if cfg.standardise:
             with torch.no_grad():

@@ -31,7 +31,7 @@ from stamo_dist.evaluate.held_out import (
     reference,
     spread,
 )
-from stamo_dist.evaluate.metrics import psnr, ssim
+from stamo_dist.evaluate.metrics import ALEXNET, LPIPS, psnr, ssim
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
@@ -46,6 +46,7 @@ _COLUMNS = {
     "psnr": "PSNR dB",
     "ssim": "SSIM",
     "psnr_moving": "moving dB",
+    "lpips": "LPIPS",
 }
 _ABOUT = (
     f"Split {SPLIT!r}, first camera. PSNR, over all and over the moving pixels, and SSIM of each frame; means over the "
@@ -82,6 +83,7 @@ def reconstruct(
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     steps = steps or recipe.flow.sampler_steps
+    perceptual = LPIPS.at_hand(tokenizer.device)
 
     picks = {source.name: pick_frames(source.held_out, frames) for source in sources}
     tables: dict[str, dict[str, Tensor]] = {}
@@ -98,7 +100,7 @@ def reconstruct(
             def measure(chunk: Sequence[Pick]) -> tuple[dict[str, Tensor], dict[Pick, list[Tensor]]]:
                 made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)  # noqa: B023
                 bar.advance(tasks[source.name], len(chunk))  # noqa: B023
-                scores = {kind: _scores(made[kind], made[ORIGINAL], moving) for kind in KINDS}  # noqa: B023
+                scores = {kind: _scores(made[kind], made[ORIGINAL], moving, perceptual) for kind in KINDS}  # noqa: B023
                 drawn = {i: p for i, p in enumerate(chunk) if p in shown}  # noqa: B023
                 return scores, {p: [made[kind][i].cpu() for kind in _DRAWN] for i, p in drawn.items()}
 
@@ -120,8 +122,9 @@ def reconstruct(
     rows = [_row(name, kind, table[kind]) for name, table in tables.items() for kind in KINDS]
     settings = {"frames": frames, "steps": steps}
     result = Result(
-        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures,
-        by=["source", "image"], better=dict.fromkeys(("psnr", "ssim", "psnr_moving"), "higher"),
+        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance,
+        _notes(rows, perceptual), figures,
+        by=["source", "image"], better={"psnr": "higher", "ssim": "higher", "psnr_moving": "higher", "lpips": "lower"},
     )  # fmt: skip
     if crew.main:
         result.write(folder)
@@ -141,20 +144,26 @@ def pictures(
     return {ORIGINAL: to_float(images), VAE: through_vae, TOKENIZER: decoded, MEAN: mean.expand_as(decoded)}
 
 
-def _scores(images: Tensor, truth: Tensor, moving: Tensor) -> Tensor:
-    """(B, 3) float64: PSNR, SSIM, PSNR over the moving pixels."""
+def _scores(images: Tensor, truth: Tensor, moving: Tensor, perceptual: LPIPS | None) -> Tensor:
+    """(B, 4) float64: PSNR, SSIM, PSNR over the moving pixels, LPIPS (NaN without its weights)."""
     columns = [psnr(images, truth), ssim(images, truth), psnr(images, truth, moving)]
+    columns.append(torch.full_like(columns[0], torch.nan) if perceptual is None else perceptual(images, truth))
     return torch.stack(columns, 1).to("cpu", torch.float64)
 
 
 def _row(source: str, kind: str, table: Tensor) -> dict[str, object]:
-    psnr_all, similarity, psnr_moving = (known(value) for value in table.nanmean(0).tolist())
-    scores = {"psnr": psnr_all, "ssim": similarity, "psnr_moving": psnr_moving}
+    values = [known(value) for value in table.nanmean(0).tolist()]
+    scores = dict(zip(("psnr", "ssim", "psnr_moving", "lpips"), values, strict=True))
     return {"source": source, "image": kind, "frames": len(table), **scores}
 
 
-def _notes(rows: Sequence[dict[str, object]]) -> list[str]:
+def _notes(rows: Sequence[dict[str, object]], perceptual: LPIPS | None) -> list[str]:
     notes = []
+    if perceptual is None:
+        notes.append(
+            f"LPIPS: not measured, AlexNet's weights are not at hand; put download.pytorch.org/models/{ALEXNET} at "
+            f"{LPIPS.weights()}"
+        )
     for group in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         mean, ours, vae = (row["psnr_moving"] for row in group)
         if isinstance(mean, float) and isinstance(ours, float) and isinstance(vae, float):

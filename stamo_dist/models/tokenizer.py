@@ -224,7 +224,8 @@ class Tokenizer(nn.Module):
         with torch.device("meta"):
             transformer = SD3Transformer2DModel.from_config(self.trained.decoder.transformer.config)
             vae = VAE(AutoencoderKL.from_config(self.vae.model.config), size)
-            features = torch.empty(1, (encoder.image_size // encoder.model.config.patch_size) ** 2, encoder.dim)
+            patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
+            features = torch.empty(1, 1 if encoder.output == "cls" else patches, encoder.dim)
             tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
             frame = torch.empty(1, 3, size, size)
             return Flops(
@@ -253,7 +254,9 @@ class Tokenizer(nn.Module):
         return weights.fingerprint(config, self.trained.state_dict())
 
     def _settings(self) -> dict[str, Any]:
+        more = {} if self.encoder.output == "patches" else {"encoder_output": self.encoder.output}
         return {
+            **more,
             "image_size": self.vae.image_size,
             "encoder_image_size": self.encoder.image_size,
             # Training alone knows noise; a whitening map is among the weights.
@@ -303,7 +306,7 @@ class Tokenizer(nn.Module):
         cfg, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
         vae = VAE.from_folder(root / "vae", about["image_size"], cfg.vae.latent)
         if cfg.encoder.train:
-            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size)
+            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
         else:
             source = {"weights": encoder_weights} if encoder_weights else {}
             encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))

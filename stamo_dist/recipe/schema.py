@@ -138,6 +138,9 @@ class Encoder(Section):
     )
     image_size: PositiveInt = Field(224, description="Frames are resized to this square before the encoder.")
     train: bool = Field(False, description="Train the encoder jointly; the paper keeps it frozen.")
+    output: Literal["patches", "cls"] = Field(
+        "patches", description="What the compressor sees: the patch tokens, or, as a baseline, the [CLS] token alone."
+    )
 
     @model_validator(mode="after")
     def _frozen_random_encoder_is_useless(self) -> Encoder:
