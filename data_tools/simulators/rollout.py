@@ -5,6 +5,7 @@ Episodes are rolled out without a camera first. Only those that succeed are rend
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,11 @@ def get_state(model: Any, data: Any) -> np.ndarray:
     state = np.empty(mujoco.mj_stateSize(model, _state_spec()))
     mujoco.mj_getState(model, data, state, _state_spec())
     return state
+
+
+def seed_of(task: str, trial: int) -> int:
+    """Seed of a trial; none that `stamo data simulate` uses, so nothing was trained on it."""
+    return int.from_bytes(hashlib.sha256(f"{task}/trial/{trial}".encode()).digest()[:4], "big")
 
 
 def axis_angle(quat: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from stamo_dist.recipe.schema import Recipe
 _LISTED = 8
 _FROZEN = "model.frozen."
 _DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
+#: Fields younger than the first checkpoints, which go on without them, and what they were then.
+_YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "model.encoder.output": "patches"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
                 {column: stats.model_dump() for column, stats in folder.manifest.stats.items()}
                 for folder in mixture.opened[number]
             ]
+    fields = {name: value for name, value in fields.items() if name not in _YOUNGER or value != _YOUNGER[name]}
     return Identity(mixture.fingerprint, json.loads(json.dumps(fields)))
 
 

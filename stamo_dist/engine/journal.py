@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ class Journal:
     def fact(self, **values: Any) -> None:
         """Add what is no property of one step to the next line of metrics."""
         self._facts |= values
+
+    def measured(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """Tell what an evaluation of `step` found."""
+        self.fact(**numbers)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **numbers})
+        for name, path in pictures.items():
+            self.picture(name, path, step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         if self._wandb is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ CheckpointOption = Annotated[
 StepsOption = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=1, help="Sampler steps; flow.sampler_steps when omitted.")
 ]
+ProcessesOption = Annotated[int, typer.Option("--nproc", metavar="N", min=1, help="Processes that measure together.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where to write; RUN/eval/NAME when omitted.")
 ]
@@ -24,8 +26,10 @@ OutOption = Annotated[
 
 @app.command()
 def reconstruct(
+    context: typer.Context,
     run: RunArgument,
     *,
+    nproc: ProcessesOption = 1,
     checkpoint: CheckpointOption = None,
     frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 128,
     steps: StepsOption = None,
@@ -36,9 +40,13 @@ def reconstruct(
 
     Example: stamo eval reconstruct runs/tokenizer_demo --frames 64
     """
+    from stamo_dist.evaluate.crew import Crew, run_crew
     from stamo_dist.evaluate.reconstruct import reconstruct as measure
 
-    measure(run, checkpoint=checkpoint, frames=frames, steps=steps, batch=batch, out=out)
+    def body(crew: Crew) -> None:
+        measure(run, checkpoint=checkpoint, frames=frames, steps=steps, batch=batch, out=out, crew=crew)
+
+    run_crew(run, nproc, context.obj, body, sys.argv[1:])
 
 
 @app.command()
@@ -64,8 +72,10 @@ def interpolate(
 
 @app.command()
 def probe(
+    context: typer.Context,
     run: RunArgument,
     *,
+    nproc: ProcessesOption = 1,
     checkpoint: CheckpointOption = None,
     k: Annotated[
         list[int] | None,
@@ -84,12 +94,16 @@ def probe(
 
     Example: stamo eval probe runs/tokenizer_demo --seeds 3
     """
+    from stamo_dist.evaluate.crew import Crew, run_crew
     from stamo_dist.evaluate.probe import probe as measure
 
-    measure(
-        run, checkpoint=checkpoint, ks=sorted(set(k or (1, 2, 4, 8))), seeds=seeds, episodes=episodes, epochs=epochs,
-        patch_dim=patch_dim, batch=batch, out=out,
-    )  # fmt: skip
+    def body(crew: Crew) -> None:
+        measure(
+            run, checkpoint=checkpoint, ks=sorted(set(k or (1, 2, 4, 8))), seeds=seeds, episodes=episodes,
+            epochs=epochs, patch_dim=patch_dim, batch=batch, out=out, crew=crew,
+        )  # fmt: skip
+
+    run_crew(run, nproc, context.obj, body, sys.argv[1:])
 
 
 @app.command()

@@ -111,14 +111,22 @@ class Trials:
     Parts of another `identity` (weights, data, settings) are thrown away.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self._path, self._done = path, dict[str, Any]()
+    def __init__(self, path: Path, identity: Mapping[str, Any], rank: int = 0):
         head = json.dumps(identity, sort_keys=True, default=str)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        if not lines or lines[0] != head:
-            write_atomic(path, head + "\n")
+        self._path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        self._done = dict[str, Any]()
+        for file in (path, *path.parent.glob(f"{path.stem}.*{path.suffix}")):  # each process writes its own
+            self._read(file, head)
+        if not self._is_of(self._path, head):
+            write_atomic(self._path, head + "\n")
+
+    def _is_of(self, file: Path, head: str) -> bool:
+        return file.is_file() and file.read_text().partition("\n")[0] == head
+
+    def _read(self, file: Path, head: str) -> None:
+        if not self._is_of(file, head):
             return
-        for line in lines[1:]:
+        for line in file.read_text().splitlines()[1:]:
             try:
                 part = json.loads(line)
             except ValueError:  # the last line of a killed process
@@ -189,9 +197,14 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
     return tokenizer, Provenance(
         recipe=recipe.name, data_fingerprint=fingerprint, checkpoint=source, step=step, ema=ema,
         trained_commit=trained_commit, git_commit=git_commit(), seed=recipe.seed,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=typed_command(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
+
+
+def typed_command() -> str:
+    """What the user typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers, which imports torchvision
 from transformers import Dinov2Model
 
 from stamo_dist.data.frames import Episodes
@@ -48,7 +50,11 @@ class Representations:
         self.grid = max(1, min(frames.shape[1], round((cfg.tokens * cfg.dim / 3) ** 0.5)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._encoder = Encoder(Dinov2Model(encoder.model.config), encoder.image_size).to(tokenizer.device).eval()
+            self._encoder = (
+                Encoder(Dinov2Model(encoder.model.config), encoder.image_size, encoder.output)
+                .to(tokenizer.device)
+                .eval()
+            )
             self._compressor = Compressor(cfg, encoder.dim).to(tokenizer.device).eval()
         if cfg.standardise:
             with torch.no_grad():
@@ -80,10 +86,14 @@ class Representations:
 
 
 class FeatureCache:
-    """One file an episode under `folder`, named by all that decides its content; half-written ones have other names."""
+    """One file an episode under `folder`, named by all that decides its content; half-written ones have other names.
 
-    def __init__(self, folder: Path, represent: Representations, batch: int = 64):
+    Without a folder nothing is kept but in memory.
+    """
+
+    def __init__(self, folder: Path | None, represent: Representations, batch: int = 64):
         self.folder, self._represent, self._batch = folder, represent, batch
+        self._memory: dict[str, dict[str, Tensor]] = {}
 
     def episode(self, episodes: Episodes, split: str, index: int) -> dict[str, Tensor]:
         """Representation → (frames of the episode, dimension)."""
@@ -94,21 +104,29 @@ class FeatureCache:
             "episode": found.id, "length": found.length,
         }  # fmt: skip
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        if self.folder is None:
+            if name not in self._memory:
+                self._memory[name] = self._compute(episodes, index)
+            return self._memory[name]
         path = self.folder / f"{name}.safetensors"
         if path.is_file():
             try:
                 return load_file(path)
             except SafetensorError:
                 path.unlink()
-        parts = [
-            self._represent(load(episodes, index, range(first, min(first + self._batch, found.length))))
-            for first in range(0, found.length, self._batch)
-        ]
-        rows = {name: torch.cat([part[name] for part in parts]) for name in REPRESENTATIONS}
+        rows = self._compute(episodes, index)
         unfinished = path.with_suffix(".tmp")
         save(rows, unfinished)
         unfinished.replace(path)
         return rows
+
+    def _compute(self, episodes: Episodes, index: int) -> dict[str, Tensor]:
+        length = episodes.episodes[index].length
+        parts = [
+            self._represent(load(episodes, index, range(first, min(first + self._batch, length))))
+            for first in range(0, length, self._batch)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in REPRESENTATIONS}
 
 
 def standardising_frames(training: Mapping[str, Episodes]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede torchmetrics, which imports torchvision
@@ -10,6 +13,37 @@ from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 MAX_PSNR = 100.0
+#: torchvision's ImageNet weights of AlexNet, on which LPIPS (Zhang et al. 2018) stands.
+ALEXNET = "alexnet-owt-7be5be79.pth"
+
+
+class LPIPS:
+    """Perceptual distance by AlexNet, where its weights lie in torch's hub folder: nothing is downloaded.
+
+    The linear weights above it come with torchmetrics.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self._net = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device).net
+
+    @staticmethod
+    def weights() -> Path:
+        """Where AlexNet's weights must lie."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+
+    @classmethod
+    def at_hand(cls, device: torch.device) -> LPIPS | None:
+        return cls(device) if cls.weights().is_file() else None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Of each image, (B,); lower is better. Images smaller than AlexNet takes are enlarged to 64 pixels."""
+        if images.shape[-1] < 64:
+            images, truth = (F.interpolate(x, size=64, mode="bilinear", antialias=True) for x in (images, truth))
+        distance: Tensor = self._net(images.clamp(0, 1), truth.clamp(0, 1), normalize=True)
+        return distance.flatten()
 
 
 def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:

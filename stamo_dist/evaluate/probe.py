@@ -26,6 +26,7 @@ from stamo_dist.evaluate.common import (
     progress,
     read_recipe,
 )
+from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.features import (
     REPRESENTATIONS,
     STATE,
@@ -60,21 +61,25 @@ def probe(
     epochs: int = 60,
     patch_dim: int = 4096,
     batch: int = 64,
+    kinds: Sequence[str] = heads.KINDS,
+    representations: Sequence[str] = REPRESENTATIONS,
+    keep_features: bool = True,
     out: Path | None = None,
     console: Console | None = None,
+    crew: Crew = Crew(),  # noqa: B008 (frozen)
 ) -> Result:
     """Probe a run's tokenizer on every source that has actions and write RUN/eval/probe/.
 
     `ks`: frames between the two. `seeds`: heads of each kind. `episodes`: at most so many of each split, evenly spaced.
     `epochs`: at most so many for a head. `patch_dim`: at most so many numbers of patch tokens. `batch`: frames encoded
-    at once. Features are kept in RUN/eval/features/; started again after a kill it goes on, and what is there is marked
-    partial until then.
+    at once. `kinds`, `representations`: which heads and motions. Features are kept in RUN/eval/features/ unless
+    `keep_features` is false; started again after a kill it goes on, and what is there is marked partial until then.
 
     Raises:
         StamoError: No such run, no checkpoint yet, a source without a held-out split, no source with actions, or
             episodes too short or too few; nothing was written.
     """
-    console = console or Console()
+    console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
     sources = probed(open_sources(recipe), max(ks))
@@ -83,14 +88,16 @@ def probe(
     represent = Representations(
         tokenizer, standardising_frames({s.name: s.train for s in sources}), patch_dim=patch_dim
     )
-    features = FeatureCache(run.evaluations / "features", represent, batch)
+    features = FeatureCache(run.evaluations / "features" if keep_features else None, represent, batch)
     settings = {
         "k": list(ks), "seeds": seeds, "episodes": episodes, "epochs": epochs, "patch_dim": patch_dim,
         "tokenizer": represent.key["tokenizer"],
     }  # fmt: skip
     splits = {s.name: (spread(episodes, len(s.train)), spread(episodes, len(s.held_out))) for s in sources}
     checksums = [s.train.manifest.checksums for s in sources]
-    trials = Trials(folder / f"{NAME}.parts.jsonl", {**settings, "data": checksums, "features": represent.key})
+    identity = {**settings, "data": checksums, "features": represent.key}
+    trials = Trials(folder / f"{NAME}.parts.jsonl", identity, crew.rank)
+    crew.wait()  # all have read what was measured before anything is added
 
     found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     dims: dict[str, int] = {}
@@ -100,40 +107,49 @@ def probe(
         for source in sources:
             train, test = splits[source.name]
             watched = bar.add_task(f"{source.name}: features", total=len(train) + len(test))
-            for split, part, chosen in _parts(source, recipe, train, test):
-                for e in chosen:
-                    shown = features.episode(part, split, e)
-                    bar.advance(watched)
-            dims = {name: rows.shape[1] for name, rows in shown.items()}
+            episodes_of = [(split, part, e) for split, part, ones in _parts(source, recipe, train, test) for e in ones]
+
+            def compute(one: tuple[str, Episodes, int]) -> dict[str, int]:
+                rows = features.episode(one[1], one[0], one[2])
+                bar.advance(watched)  # noqa: B023
+                return {name: part.shape[1] for name, part in rows.items()}
+
+            dims = crew.share(episodes_of, compute)[-1]
         result = None
         for done, (source, k) in enumerate(((s, k) for s in sources for k in ks), 1):
             data = SourceData(source, recipe, features, *splits[source.name])
-            watched = bar.add_task(f"{source.name}, k = {k}", total=len(REPRESENTATIONS) * len(heads.KINDS) * seeds)
+            watched = bar.add_task(f"{source.name}, k = {k}", total=len(representations) * len(kinds) * seeds)
             targets, tests = data.targets(k)
             key = (source.name, "–", NOTHING)
             found.setdefault(key, {})[k] = [tests.square().mean().item()]
-            for name in REPRESENTATIONS:
-                inputs, test_inputs, episode = data.inputs(k, name)
-                for kind in heads.KINDS:
-                    scores = found.setdefault((source.name, kind, name), {}).setdefault(k, [])
-                    for seed in range(seeds):
-                        part_name = f"{source.name}/{k}/{name}/{kind}/{seed}"
+            inputs = {name: data.inputs(k, name) for name in representations}
+            wanted = [(name, kind, seed) for name in representations for kind in kinds for seed in range(seeds)]
 
-                        def measure(kind: str = kind, seed: int = seed) -> float:
-                            head = heads.fit(kind, inputs, targets, episode, seed=seed, epochs=epochs)  # noqa: B023
-                            return heads.error(head, test_inputs, tests)  # noqa: B023
+            def measure(part: tuple[str, str, int]) -> float:
+                name, kind, seed = part
+                x, test_x, episode = inputs[name]  # noqa: B023
 
-                        scores.append(trials.get(part_name, measure))
-                        bar.advance(watched)
+                def fit() -> float:
+                    head = heads.fit(kind, x, targets, episode, seed=seed, epochs=epochs)  # noqa: B023
+                    return heads.error(head, test_x, tests)  # noqa: B023
+
+                score: float = trials.get(f"{source.name}/{k}/{name}/{kind}/{seed}", fit)  # noqa: B023
+                bar.advance(watched)  # noqa: B023
+                return score
+
+            for (name, kind, _), score in zip(wanted, crew.share(wanted, measure), strict=True):
+                found.setdefault((source.name, kind, name), {}).setdefault(k, []).append(score)
             if not data.varies.all():
                 left_out = [i for i, v in enumerate(data.varies.tolist()) if not v]
                 note = f"{source.name}: action dimensions {left_out} never change and are left out"
                 notes += [note] if note not in notes else []
             result = _result(found, dims, ks, notes, settings, provenance)
             result.partial = None if done == total else f"{done} of {total} pairs of a source and a k are measured"
-            result.figures = _draw(result, ks, folder)
-            result.write(folder)
+            if crew.main:
+                result.figures = _draw(result, ks, folder)
+                result.write(folder)
     assert result is not None
+    crew.wait()
     trials.close()
     result.show(console, folder)
     return result

@@ -20,6 +20,7 @@ from stamo_dist.evaluate.common import (
     read_recipe,
     sampler_noise,
 )
+from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.figures import cell_size, file_name, save_grid
 from stamo_dist.evaluate.held_out import (
     MOVING_RULE,
@@ -30,7 +31,7 @@ from stamo_dist.evaluate.held_out import (
     reference,
     spread,
 )
-from stamo_dist.evaluate.metrics import psnr, ssim
+from stamo_dist.evaluate.metrics import ALEXNET, LPIPS, psnr, ssim
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
@@ -45,6 +46,7 @@ _COLUMNS = {
     "psnr": "PSNR dB",
     "ssim": "SSIM",
     "psnr_moving": "moving dB",
+    "lpips": "LPIPS",
 }
 _ABOUT = (
     f"Split {SPLIT!r}, first camera. PSNR, over all and over the moving pixels, and SSIM of each frame; means over the "
@@ -63,22 +65,25 @@ def reconstruct(
     batch: int = 32,
     out: Path | None = None,
     console: Console | None = None,
+    crew: Crew = Crew(),  # noqa: B008 (frozen)
 ) -> Result:
     """Measure a run's tokenizer on the held-out frames of its sources and write RUN/eval/reconstruct/.
 
     `frames`: at most so many of each source, evenly spaced in its episodes. `steps`: of the sampler, the recipe's when
-    omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to.
+    omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to. `crew`:
+    processes that measure together; the first writes.
 
     Raises:
         StamoError: No such run, no checkpoint yet, or a source without a held-out split; nothing was written.
     """
-    console = console or Console()
+    console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
     sources = open_sources(recipe)
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     steps = steps or recipe.flow.sampler_steps
+    perceptual = LPIPS.at_hand(tokenizer.device)
 
     picks = {source.name: pick_frames(source.held_out, frames) for source in sources}
     tables: dict[str, dict[str, Tensor]] = {}
@@ -90,21 +95,24 @@ def reconstruct(
             mean, moving = stats.mean.to(tokenizer.device), stats.moving.to(tokenizer.device)
             chosen = picks[source.name]
             shown = [chosen[i] for i in spread(_SHOWN, len(chosen))]
-            scores: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-            drawn: dict[Pick, list[Tensor]] = {}
-            for first in range(0, len(chosen), batch):
-                chunk = chosen[first : first + batch]
-                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)
-                for kind in KINDS:
-                    scores[kind].append(_scores(made[kind], made[ORIGINAL], moving))
-                drawn |= {p: [made[kind][i] for kind in _DRAWN] for i, p in enumerate(chunk) if p in shown}
-                bar.advance(tasks[source.name], len(chunk))
-            tables[source.name] = {kind: torch.cat(parts) for kind, parts in scores.items()}
+            chunks = [chosen[first : first + batch] for first in range(0, len(chosen), batch)]
+
+            def measure(chunk: Sequence[Pick]) -> tuple[dict[str, Tensor], dict[Pick, list[Tensor]]]:
+                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)  # noqa: B023
+                bar.advance(tasks[source.name], len(chunk))  # noqa: B023
+                scores = {kind: _scores(made[kind], made[ORIGINAL], moving, perceptual) for kind in KINDS}  # noqa: B023
+                drawn = {i: p for i, p in enumerate(chunk) if p in shown}  # noqa: B023
+                return scores, {p: [made[kind][i].cpu() for kind in _DRAWN] for i, p in drawn.items()}
+
+            parts = crew.share(chunks, measure)
+            tables[source.name] = {kind: torch.cat([scores[kind] for scores, _ in parts]) for kind in KINDS}
+            drawn = {pick: images for _, part in parts for pick, images in part.items()}
             file = file_name(source.name, "png")
             # The whole id would be wider than the pictures.
             labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in drawn]
             cell = cell_size(recipe.data.image_size)
-            save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
+            if crew.main:
+                save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
             figures.append(
                 Figure(file, f"{source.name}, camera {source.camera}: held-out frames, {steps} sampler steps")
             )
@@ -114,10 +122,12 @@ def reconstruct(
     rows = [_row(name, kind, table[kind]) for name, table in tables.items() for kind in KINDS]
     settings = {"frames": frames, "steps": steps}
     result = Result(
-        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance, _notes(rows), figures,
-        by=["source", "image"], better=dict.fromkeys(("psnr", "ssim", "psnr_moving"), "higher"),
+        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance,
+        _notes(rows, perceptual), figures,
+        by=["source", "image"], better={"psnr": "higher", "ssim": "higher", "psnr_moving": "higher", "lpips": "lower"},
     )  # fmt: skip
-    result.write(folder)
+    if crew.main:
+        result.write(folder)
     result.show(console, folder)
     return result
 
@@ -134,20 +144,26 @@ def pictures(
     return {ORIGINAL: to_float(images), VAE: through_vae, TOKENIZER: decoded, MEAN: mean.expand_as(decoded)}
 
 
-def _scores(images: Tensor, truth: Tensor, moving: Tensor) -> Tensor:
-    """(B, 3) float64: PSNR, SSIM, PSNR over the moving pixels."""
+def _scores(images: Tensor, truth: Tensor, moving: Tensor, perceptual: LPIPS | None) -> Tensor:
+    """(B, 4) float64: PSNR, SSIM, PSNR over the moving pixels, LPIPS (NaN without its weights)."""
     columns = [psnr(images, truth), ssim(images, truth), psnr(images, truth, moving)]
+    columns.append(torch.full_like(columns[0], torch.nan) if perceptual is None else perceptual(images, truth))
     return torch.stack(columns, 1).to("cpu", torch.float64)
 
 
 def _row(source: str, kind: str, table: Tensor) -> dict[str, object]:
-    psnr_all, similarity, psnr_moving = (known(value) for value in table.nanmean(0).tolist())
-    scores = {"psnr": psnr_all, "ssim": similarity, "psnr_moving": psnr_moving}
+    values = [known(value) for value in table.nanmean(0).tolist()]
+    scores = dict(zip(("psnr", "ssim", "psnr_moving", "lpips"), values, strict=True))
     return {"source": source, "image": kind, "frames": len(table), **scores}
 
 
-def _notes(rows: Sequence[dict[str, object]]) -> list[str]:
+def _notes(rows: Sequence[dict[str, object]], perceptual: LPIPS | None) -> list[str]:
     notes = []
+    if perceptual is None:
+        notes.append(
+            f"LPIPS: not measured, AlexNet's weights are not at hand; put download.pytorch.org/models/{ALEXNET} at "
+            f"{LPIPS.weights()}"
+        )
     for group in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         mean, ours, vae = (row["psnr_moving"] for row in group)
         if isinstance(mean, float) and isinstance(ours, float) and isinstance(vae, float):

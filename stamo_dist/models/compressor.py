@@ -18,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stamo_dist.recipe import schema
 
+#: Of the mean variance: directions in which the initial states differ less are not brought up to the others, or the
+#: smallest change of a weight would throw the states about.
+_LEAST_VARIANCE = 1e-4
+
 
 class CompressorLayer(nn.Module):
     """Pre-norm attention and MLP, as in ViT."""
@@ -47,6 +51,7 @@ class Compressor(nn.Module):
 
     state_mean: Tensor
     state_std: Tensor
+    state_map: Tensor | None
 
     def __init__(self, cfg: schema.Compressor, features: int):
         super().__init__()
@@ -59,6 +64,9 @@ class Compressor(nn.Module):
         self.output = nn.Linear(cfg.width, cfg.dim)
         self.register_buffer("state_mean", torch.zeros(cfg.tokens, cfg.dim))
         self.register_buffer("state_std", torch.ones(cfg.tokens, cfg.dim))
+        # Registered only where it is used, so that other compressors keep their files.
+        whiten = torch.eye(cfg.dim).expand(cfg.tokens, -1, -1).clone() if cfg.whiten else None
+        self.register_buffer("state_map", whiten)
         self.state_norm = nn.LayerNorm(cfg.dim, elementwise_affine=False)
         self._initialise()
 
@@ -79,17 +87,23 @@ class Compressor(nn.Module):
                 x = checkpoint(layer, x, keep, use_reentrant=False)
             else:
                 x = layer(x, keep)
-        return self.state_norm((self.output(self.norm(x)) - self.state_mean) / self.state_std)
+        states = (self.output(self.norm(x)) - self.state_mean) / self.state_std
+        if self.state_map is not None:
+            states = torch.einsum("btd,tde->bte", states, self.state_map.to(states.dtype))
+        return self.state_norm(states)
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
         """Set the mean and deviation that are taken off before the last norm to those of these frames.
 
         Frames of one scene look nearly alike to random weights: without this their initial states differ by a few
-        percent, the decoder takes the difference for noise, and training removes it.
+        percent, the decoder takes the difference for noise, and training removes it. Of several scenes, which differ
+        far more from each other than frames of one do, only decorrelated states show what happens within one.
         """
         self.state_mean.zero_()
         self.state_std.fill_(1)
+        if self.state_map is not None:
+            self.state_map.copy_(torch.eye(self.dim, device=self.state_map.device).expand_as(self.state_map))
         outputs: list[Tensor] = []
         handle = self.output.register_forward_hook(lambda module, inputs, output: outputs.append(output.float()))
         for part in features.split(32):
@@ -98,3 +112,8 @@ class Compressor(nn.Module):
         states = torch.cat(outputs)
         self.state_mean.copy_(states.mean(0))
         self.state_std.copy_(states.std(0).clamp_min(1e-6))
+        if self.state_map is not None:
+            standard = ((states - self.state_mean) / self.state_std).to(torch.float64)
+            values, directions = torch.linalg.eigh(torch.einsum("ntd,nte->tde", standard, standard) / len(standard))
+            scale = values.clamp_min(_LEAST_VARIANCE).rsqrt()
+            self.state_map.copy_(directions * scale[:, None, :])

@@ -30,18 +30,20 @@ def config_problems(cfg: schema.Encoder) -> list[str]:
 class Encoder(nn.Module):
     """Images → patch tokens (B, N, D): the last hidden states after the final LayerNorm, without the class token.
 
+    With `output` "cls" the class token alone, (B, 1, D).
+
     The whole frame is resized to a square of `image_size` (DINOv2's own evaluation crops the centre; a robot's frame
     has no part to spare). The position embeddings are resampled to that size once, by transformers' own function, so
     a forward pass does not interpolate and a trained encoder trains the resampled ones.
     """
 
-    def __init__(self, model: Dinov2Model, image_size: int):
+    def __init__(self, model: Dinov2Model, image_size: int, output: str = "patches"):
         super().__init__()
         patch = model.config.patch_size
         if image_size % patch:
             raise RecipeError([f"{FIELD}.image_size: {image_size} is not a multiple of the patch size {patch}"])
         self.model = model
-        self.image_size = image_size
+        self.image_size, self.output = image_size, output
         self.report: LoadReport | None = None
         _resample_positions(model, image_size)
         if hasattr(model.embeddings, "mask_token"):
@@ -56,17 +58,19 @@ class Encoder(nn.Module):
             CheckpointError: the checkpoint is missing, incomplete or of another model.
         """
         if cfg.weights is not None:
-            return cls.from_folder(weights.locate(cfg.weights, ("", "encoder"), f"{FIELD}.weights"), cfg.image_size)
+            folder = weights.locate(cfg.weights, ("", "encoder"), f"{FIELD}.weights")
+            return cls.from_folder(folder, cfg.image_size, cfg.output)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
-        return cls(Dinov2Model(Dinov2Config(**{"image_size": cfg.image_size, **cfg.config})), cfg.image_size)
+        model = Dinov2Model(Dinov2Config(**{"image_size": cfg.image_size, **cfg.config}))
+        return cls(model, cfg.image_size, cfg.output)
 
     @classmethod
-    def from_folder(cls, folder: Path, image_size: int) -> Encoder:
+    def from_folder(cls, folder: Path, image_size: int, output: str = "patches") -> Encoder:
         """Load a folder in transformers' layout."""
         config = Dinov2Config.from_dict(weights.read_config(folder, f"{FIELD}.weights", _KIND))
         model, report = weights.load(lambda: Dinov2Model(config), folder, f"{FIELD}.weights")
-        encoder = cls(model, image_size)
+        encoder = cls(model, image_size, output)
         encoder.report = report
         return encoder
 
@@ -80,9 +84,10 @@ class Encoder(nn.Module):
         return self.model.embeddings.patch_embeddings.projection.weight.dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1] → patch tokens (B, N, D), row by row."""
+        """uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1] → patch tokens (B, N, D), row by row; or (B, 1, D)."""
         pixels = imagenet_normalise(resize(to_float(images), self.image_size))
-        return self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state[:, 1:]
+        tokens: Tensor = self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state
+        return tokens[:, :1] if self.output == "cls" else tokens[:, 1:]
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:
@@ -92,7 +97,10 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of what else decides the features."""
-        return weights.fingerprint({"class": "Dinov2Model", "image_size": self.image_size}, self.model.state_dict())
+        decides: dict[str, object] = {"class": "Dinov2Model", "image_size": self.image_size}
+        if self.output != "patches":  # which the first fingerprints do not name
+            decides["output"] = self.output
+        return weights.fingerprint(decides, self.model.state_dict())
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write transformers' layout."""

@@ -51,13 +51,16 @@ class TokenizerCore(nn.Module):
         self.compressor = compressor
         self.decoder = decoder
 
-    def forward(self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor) -> Tensor:
+    def forward(
+        self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor, state_noise: Tensor | None = None
+    ) -> Tensor:
         """Velocity (B, C, h, w) float32 of z_σ (B, C, h, w) at σ (B,) float32.
 
         The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
-        images.
+        images. `state_noise` (B, tokens, dim) is added to the state.
         """
-        return self.decoder(z_sigma, sigma, self.state(features_or_images))
+        state = self.state(features_or_images)
+        return self.decoder(z_sigma, sigma, state if state_noise is None else state + state_noise.to(state.dtype))
 
     def state(self, features_or_images: Tensor) -> Tensor:
         """(B, tokens, dim) state tokens."""
@@ -223,7 +226,8 @@ class Tokenizer(nn.Module):
         with torch.device("meta"):
             transformer = SD3Transformer2DModel.from_config(self.trained.decoder.transformer.config)
             vae = VAE(AutoencoderKL.from_config(self.vae.model.config), size)
-            features = torch.empty(1, (encoder.image_size // encoder.model.config.patch_size) ** 2, encoder.dim)
+            patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
+            features = torch.empty(1, 1 if encoder.output == "cls" else patches, encoder.dim)
             tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
             frame = torch.empty(1, 3, size, size)
             return Flops(
@@ -252,10 +256,13 @@ class Tokenizer(nn.Module):
         return weights.fingerprint(config, self.trained.state_dict())
 
     def _settings(self) -> dict[str, Any]:
+        more = {} if self.encoder.output == "patches" else {"encoder_output": self.encoder.output}
         return {
+            **more,
             "image_size": self.vae.image_size,
             "encoder_image_size": self.encoder.image_size,
-            "compressor": self.cfg.compressor.model_dump(),
+            # Training alone knows noise; a whitening map is among the weights.
+            "compressor": self.cfg.compressor.model_dump(exclude={"noise", "whiten"}),
             "latent": self.vae.latent,
         }
 
@@ -301,7 +308,7 @@ class Tokenizer(nn.Module):
         cfg, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
         vae = VAE.from_folder(root / "vae", about["image_size"], cfg.vae.latent)
         if cfg.encoder.train:
-            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size)
+            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
         else:
             source = {"weights": encoder_weights} if encoder_weights else {}
             encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
 from stamo_dist.recipe.policy import Policy, policy_problems
 from stamo_dist.recipe.sampling import Augment, Shuffle
 from stamo_dist.recipe.section import (
@@ -144,6 +145,9 @@ class Encoder(Section):
     )
     image_size: PositiveInt = Field(224, description="Frames are resized to this square before the encoder.")
     train: bool = Field(False, description="Train the encoder jointly; the paper keeps it frozen.")
+    output: Literal["patches", "cls"] = Field(
+        "patches", description="What the compressor sees: the patch tokens, or, as a baseline, the [CLS] token alone."
+    )
 
     @model_validator(mode="after")
     def _frozen_random_encoder_is_useless(self) -> Encoder:
@@ -163,11 +167,22 @@ class Compressor(Section):
     standardise: NonNegativeInt = Field(
         0, description="Training frames on which the initial states are standardised per dimension; 0 leaves them."
     )
+    noise: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Deviation of the noise on the states in training (their own is 1): frames that look alike get "
+        "near states, and motions in proportion to what moved.",
+    )
+    whiten: bool = Field(
+        False,
+        description="With standardise: decorrelate the initial states too, so that what differs little counts as much.",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Compressor:
         if self.width % self.heads:
             raise ValueError(f"model.compressor.heads: {self.heads} must divide width {self.width}")
+        if self.whiten and self.standardise <= self.dim:
+            raise ValueError(f"model.compressor.whiten: needs standardise frames, more than dim ({self.dim})")
         return self
 
 
@@ -335,6 +350,7 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     train: Train
     strategy: Strategy = Strategy()
+    evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -372,6 +388,7 @@ class Recipe(Section):
             problems.append(
                 f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"
             )
+        problems += evaluate_problems(self.evaluate, self.stage, self.train.checkpoint.every)
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:

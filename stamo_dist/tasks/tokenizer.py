@@ -15,11 +15,11 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
-_SIGMA, _EPSILON, _POSTERIOR = 0, 1, 2  # independent noise streams of one sample
+_SIGMA, _EPSILON, _POSTERIOR, _STATE = 0, 1, 2, 3  # independent noise streams of one sample
 
 
 class TokenizerTask:
-    """L = ‖v(z_σ, σ, E(o)) − (ε − z₀)‖², averaged over the latent (STAMO §1)."""
+    """L = ‖v(z_σ, σ, E(o) + noise) − (ε − z₀)‖², averaged over the latent (STAMO §1); the paper has no such noise."""
 
     terms: tuple[str, ...] = ("loss",)
     states: str | None = None
@@ -30,6 +30,7 @@ class TokenizerTask:
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
+        self._compressor = recipe.model.compressor
         self._joint_encoder = recipe.model.encoder.train
         self._sample_posterior = recipe.model.vae.latent == "sample"
         self.init_frames = recipe.model.compressor.standardise
@@ -66,7 +67,11 @@ class TokenizerTask:
             epsilon = noise.normal(batch.sample, z0.shape[1:], _EPSILON)
             z = flow.interpolate(z0, epsilon, sigma)
             seen = batch.images if self._joint_encoder else self.tokenizer.features(batch.images)
-        velocity = module(seen, z, sigma)
+            blur = None
+            if self._compressor.noise:
+                shape = (self._compressor.tokens, self._compressor.dim)
+                blur = self._compressor.noise * noise.normal(batch.sample, shape, _STATE)
+        velocity = module(seen, z, sigma, blur)
         per_sample = (velocity.float() - (epsilon - z0)).square().flatten(1).mean(1)
         return LossOutput(per_sample.mean(), {"loss": per_sample})
 

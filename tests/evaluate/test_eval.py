@@ -30,7 +30,10 @@ def _pixels(episodes: Episodes) -> np.ndarray:
     return np.concatenate([episodes.frames(e, range(12)) for e in range(len(episodes))]) / 255
 
 
-def test_reconstruct_measures_the_held_out_frames(run: Path, toy: SimpleNamespace):
+def test_reconstruct_measures_the_held_out_frames(
+    run: Path, toy: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # without AlexNet's weights
     result = reconstruct(run, frames=1000)
     rows = {(r["source"], r["image"]): r for r in result.rows}
     assert list(rows) == [(s, k) for s in ("a", "b", "all") for k in (MEAN, TOKENIZER, VAE)]
@@ -53,6 +56,7 @@ def test_reconstruct_measures_the_held_out_frames(run: Path, toy: SimpleNamespac
     assert (origin["recipe"], origin["step"], origin["ema"], origin["seed"]) == ("toy", 4, True, 0)
     assert origin["data_fingerprint"]
     assert origin["checkpoint"].endswith("step_00000004")
+    assert any(note.startswith("LPIPS: not measured") and "alexnet" in note for note in written["notes"])
 
 
 def test_reconstruct_gives_the_same_numbers_again(run: Path, tmp_path: Path):

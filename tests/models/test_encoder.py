@@ -61,3 +61,18 @@ def test_wrong_checkpoint_and_wrong_fields_are_refused(official: Path) -> None:
         Encoder.from_config(schema.Encoder(config={"num_hidden_layer": 2}, train=True))
     with pytest.raises(RecipeError, match="40 is not a multiple of the patch size 14"):
         load(official, 40)
+
+
+def test_the_class_token_alone_is_a_baseline_that_survives_saving(tmp_path):
+    torch.manual_seed(0)
+    config = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = {"image_size": 16, "train": True, "config": config, "output": "cls"}
+    made = Encoder.from_config(schema.Encoder.model_validate(encoder))
+    images = torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8)
+    token = made(images)
+    assert token.shape == (3, 1, 32)
+    patches = Encoder(made.model, 16)
+    assert patches(images).shape == (3, 4, 32)
+    assert patches.fingerprint() != made.fingerprint()
+    made.save_pretrained(tmp_path)
+    assert torch.equal(Encoder.from_folder(tmp_path, 16, "cls")(images), token)

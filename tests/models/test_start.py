@@ -24,6 +24,21 @@ def test_standardised_states_differ_between_frames_that_look_alike():
     assert "state_mean" in compressor.state_dict()
 
 
+def test_whitened_states_show_what_happens_within_each_of_two_scenes():
+    torch.manual_seed(0)
+    scenes = torch.randn(2, 1, 9, 16).expand(-1, 200, -1, -1) + 0.02 * torch.randn(2, 200, 9, 16)
+    within = {}
+    for whiten in (False, True):
+        torch.manual_seed(1)
+        cfg = schema.Compressor(tokens=2, dim=8, width=32, depth=1, heads=2, standardise=400, whiten=whiten)
+        compressor = Compressor(cfg, 16)
+        compressor.standardise(scenes.flatten(0, 1))
+        within[whiten] = torch.stack([compressor(scene).std(0).mean() for scene in scenes])
+    assert (within[False] < 0.4).all()
+    assert (within[True] > 0.6).all()
+    assert "state_map" in compressor.state_dict()
+
+
 def test_preconditioned_decoder_starts_at_the_best_linear_guess():
     """With a zero last layer the velocity is the linear part alone; at σ = 1 that is z, at σ = ½ nothing."""
     compressor = schema.Compressor(tokens=2, dim=32, width=32, depth=1, heads=2)

@@ -1,0 +1,41 @@
+"""The simulators as `stamo eval plan` and `rollout` are handed them; nothing heavy is imported before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stamo_dist.evaluate.simulators import Setting, Simulator
+
+#: Initial states that LIBERO has of each task.
+_LIBERO_TRIALS = 50
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """LIBERO and Meta-World, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
+
+    def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
+        from data_tools.simulators.tasks import check_request
+
+        return check_request(benchmark, tasks, setting.cameras, episodes=1, size=setting.size)
+
+    def open(self, benchmark: str, task: str, setting: Setting) -> Simulator:
+        from data_tools.simulators.closed_loop import open_task
+
+        return open_task(benchmark, task, setting)
+
+    def default_processes(self, benchmark: str) -> int:
+        from data_tools.simulators.tasks import default_processes
+
+        return default_processes(benchmark)
+
+    def default_camera(self, benchmark: str) -> str:
+        from data_tools.simulators.tasks import DEFAULT_CAMERAS
+
+        return DEFAULT_CAMERAS.get(benchmark, [""])[0]
+
+    def trials(self, benchmark: str) -> int | None:
+        return _LIBERO_TRIALS if benchmark == "libero" else None

@@ -1,0 +1,108 @@
+"""The simulators for an agent that acts from outside, step by step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.metaworld import ACTION as HAND_DELTA
+from data_tools.formats.source import ActionSpec
+from data_tools.simulators import tasks
+from data_tools.simulators.rollout import check_opengl
+from stamo_dist.errors import DataError
+from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
+
+#: Most steps of a trial: LIBERO's as OpenVLA's evaluation sets them (experiments/robot/libero/run_libero_eval.py), a
+#: little more than the longest demonstration of each suite; Meta-World's as its environments do.
+LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+OTHER_LIBERO_STEPS = 520
+METAWORLD_STEPS = 500
+
+
+class Driven(Protocol):
+    """A world of this package that can be driven."""
+
+    def start(self, trial: int) -> None: ...
+
+    def act(self, action: np.ndarray) -> bool: ...
+
+    def solve(self, trial: int) -> bool: ...
+
+    def picture(self, camera: str, size: int) -> np.ndarray: ...
+
+    def proprio(self) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+class ClosedLoop:
+    """One task of a benchmark; a `stamo_dist.evaluate.simulators.Simulator`."""
+
+    def __init__(self, world: Driven, spec: ActionSpec, setting: Setting, instruction: str, max_steps: int):
+        self._world, self._spec, self._setting = world, spec, setting
+        self._instruction, self.max_steps = instruction, max_steps
+        self._goal: np.ndarray | None = None
+
+    def reset(self, trial: int) -> Observation:
+        if self._setting.goals:
+            self._world.start(trial)
+            if not self._world.solve(trial):
+                raise DataError(f"the scripted expert does not solve trial {trial}, so there is no picture of its goal")
+            self._goal = self._world.picture(self._setting.cameras[0], self._setting.size)
+        self._world.start(trial)
+        return self.observe()
+
+    def step(self, action: np.ndarray) -> bool:
+        return self._world.act(to_native(self._spec, action, self._setting.actions))
+
+    def observe(self) -> Observation:
+        images = tuple(self._world.picture(c, self._setting.size) for c in self._setting.cameras)
+        return Observation(images, self._world.proprio(), self._instruction, self._goal)
+
+    def close(self) -> None:
+        self._world.close()
+
+
+def to_native(spec: ActionSpec, action: np.ndarray, convention: str) -> np.ndarray:
+    """One action (A,) as the simulator takes it, within ±1; the inverse of `data_tools.convert.actions` for one step.
+
+    Raises:
+        DataError: It has another number of dimensions.
+    """
+    action = np.asarray(action, np.float64)
+    expected = 7 if convention == "delta" else spec.dim
+    if action.shape != (expected,):
+        raise DataError(f"an action has {len(action)} numbers, {expected} in the convention {convention!r}")
+    assert spec.gripper is not None
+    if convention == "delta":
+        native = np.zeros(spec.dim)
+        native[list(spec.translation)] = action[:3] / spec.metres
+        if spec.rotation:
+            native[list(spec.rotation)] = action[3:6] / spec.radians
+    else:
+        native = action.copy()
+    if convention != "original":
+        opened = action[-1]
+        native[spec.gripper] = spec.gripper_closed + opened * (spec.gripper_open - spec.gripper_closed)
+    return np.clip(native, -1, 1)
+
+
+def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
+    """Start one task of a benchmark.
+
+    Raises:
+        DataError: No headless OpenGL, no such task, or a goal image is wanted and the expert cannot solve it.
+    """
+    tasks.prepare_environment()
+    check_opengl()
+    if benchmark == "libero":
+        from data_tools.simulators.libero import LiberoWorld, instruction
+
+        suite, name = task.split("/")
+        world = LiberoWorld(task, expert=setting.goals)
+        return ClosedLoop(world, OSC_POSE, setting, instruction(name), LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
+    from data_tools.simulators.metaworld import MetaWorld, instruction_of
+
+    return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, instruction_of(task), METAWORLD_STEPS)

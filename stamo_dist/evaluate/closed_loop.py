@@ -1,0 +1,273 @@
+"""Trials of an agent in simulators: one process each, the agent in this process for all of them, a file a trial."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stamo_dist.engine.runfolder import write_atomic
+from stamo_dist.errors import DataError
+from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
+
+#: Most pictures of a video; of longer trials every second, fourth, … is kept.
+VIDEO_FRAMES = 96
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Trial:
+    task: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished trial, as its file keeps it."""
+
+    task: str
+    trial: int
+    success: bool
+    steps: int
+    seconds: float
+
+
+class Agent(Protocol):
+    def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        """Each moment's next actions, (C, A) each: all C are taken before the next look.
+
+        `steps`: how many were taken before, in each trial.
+        """
+
+
+class TrialFolder:
+    """Finished trials under `folder`/KEY/, one JSON file each; KEY is made of all that decides an outcome."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.path = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "settings.json", json.dumps(identity, indent=1, default=str) + "\n")
+
+    def read(self, trials: Sequence[Trial]) -> dict[Trial, Outcome]:
+        """Those of `trials` that are finished."""
+        found = {}
+        for trial in trials:
+            with suppress(FileNotFoundError):
+                found[trial] = Outcome(**json.loads(self._file(trial).read_text()))
+        return found
+
+    def write(self, outcome: Outcome, video: Sequence[Frame]) -> None:
+        """Keep an outcome, and its video (none when empty) beside it."""
+        path = self._file(Trial(outcome.task, outcome.trial))
+        path.parent.mkdir(exist_ok=True)
+        if video:
+            _save_video(path.with_suffix(".gif"), video)
+        write_atomic(path, json.dumps(asdict(outcome)) + "\n")
+
+    def video(self, outcome: Outcome) -> Path | None:
+        path = self._file(Trial(outcome.task, outcome.trial)).with_suffix(".gif")
+        return path if path.is_file() else None
+
+    def _file(self, trial: Trial) -> Path:
+        return self.path / re.sub(r"[^\w.-]", "_", trial.task) / f"{trial.number:05d}.json"
+
+
+def _save_video(path: Path, frames: Sequence[Frame], fps: float = 12) -> None:
+    side = min(224, max(144, frames[0].shape[0]))
+    sheets = [Image.fromarray(f).resize((side * f.shape[1] // f.shape[0], side)) for f in frames]
+    pause = round(1000 / fps)
+    lasts = [pause] * (len(sheets) - 1) + [1500]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=lasts, loop=0)
+
+
+def drive(
+    agent: Agent,
+    benchmarks: Benchmarks,
+    benchmark: str,
+    setting: Setting,
+    trials: Sequence[Trial],
+    folder: TrialFolder,
+    *,
+    processes: int,
+    max_steps: int | None = None,
+    keep_video: Callable[[Outcome], bool] = lambda outcome: not outcome.success,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> None:
+    """Run the trials and write each into `folder`; `done` hears of each.
+
+    `max_steps`: instead of the benchmark's. `keep_video`: of which outcomes a video is kept.
+
+    Raises:
+        DataError: A simulator cannot be started, a trial cannot begin, or an action does not fit.
+    """
+    waiting = sorted(trials, key=lambda trial: (trial.task, trial.number))
+    if not waiting:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers: dict[Connection, _Worker] = {}
+        for _ in range(min(processes, len(waiting))):
+            worker = _Worker(context, benchmarks, benchmark, setting, max_steps)
+            stack.callback(worker.close)
+            workers[worker.pipe] = worker
+            worker.begin(_next(waiting, [w.trial.task for w in workers.values() if w.trial], None))
+        while busy := {pipe: worker for pipe, worker in workers.items() if worker.trial}:
+            asking = []
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                worker = busy[pipe]
+                message = worker.hear()
+                if isinstance(message, _Finished):
+                    trial = worker.trial
+                    assert trial is not None
+                    outcome = Outcome(trial.task, trial.number, message.success, message.steps, message.seconds)
+                    folder.write(outcome, message.video if keep_video(outcome) else [])
+                    done(outcome)
+                    others = [w.trial.task for w in busy.values() if w.trial and w is not worker]
+                    worker.begin(_next(waiting, others, trial.task))
+                else:
+                    asking.append((worker, message))
+            if asking:
+                seen = [moment for _, (moment, _) in asking]
+                actions = agent.act(seen, [w.trial for w, _ in asking if w.trial], [n for _, (_, n) in asking])
+                for (worker, _), chunk in zip(asking, actions, strict=True):
+                    worker.pipe.send(np.asarray(chunk, np.float64))
+
+
+def _next(waiting: list[Trial], others: Sequence[str], last: str | None) -> Trial | None:
+    """Take the next trial: of the same task, because starting one takes seconds; else of a task that nobody runs."""
+    if not waiting:
+        return None
+    found = next((t for t in waiting if t.task == last), None) or next(
+        (t for t in waiting if t.task not in others), waiting[0]
+    )
+    waiting.remove(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Finished:
+    success: bool
+    steps: int
+    seconds: float
+    video: list[Frame]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    why: str
+    user: bool  # a mistake that a user can mend
+
+
+class _Worker:
+    """This process's end of one simulator process."""
+
+    def __init__(
+        self, context: Any, benchmarks: Benchmarks, benchmark: str, setting: Setting, max_steps: int | None
+    ):  # fmt: skip
+        self.trial: Trial | None = None
+        self.pipe, other = context.Pipe()
+        arguments = (other, benchmarks, benchmark, setting, max_steps)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        other.close()
+
+    def begin(self, trial: Trial | None) -> None:
+        self.trial = trial
+        if trial is not None:
+            self.pipe.send(trial)
+
+    def hear(self) -> _Finished | tuple[Observation, int]:
+        try:
+            message = self.pipe.recv()
+        except EOFError:
+            raise DataError(f"{self.trial}: the simulator's process died (out of memory?); start again") from None
+        if isinstance(message, _Failed):
+            if message.user:
+                raise DataError(message.why)
+            raise RuntimeError(f"{self.trial}: the simulator failed:\n{message.why}")
+        return message
+
+    def close(self) -> None:
+        self.pipe.close()  # the process sees the end of its pipe and leaves
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _serve(
+    pipe: Connection, benchmarks: Benchmarks, benchmark: str, setting: Setting, max_steps: int | None
+) -> None:  # fmt: skip
+    """A simulator process: trials come in, moments and outcomes go out."""
+    import os
+    import signal
+    import traceback
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end closes the pipe
+    # The simulators print and warn; Mesa's software renderer would use every core in every process.
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    simulator, task = None, None
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            trial = pipe.recv()
+            try:
+                if simulator is None or task != trial.task:
+                    if simulator is not None:
+                        simulator.close()
+                    simulator, task = benchmarks.open(benchmark, trial.task, setting), trial.task
+                pipe.send(_run(pipe, simulator, trial.number, max_steps or simulator.max_steps))
+            except DataError as e:
+                pipe.send(_Failed(f"{trial.task}: {e}" if trial.task not in str(e) else str(e), True))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception:
+                pipe.send(_Failed(traceback.format_exc(), False))
+    os._exit(0)  # EGL's finalisers fail after the end of the pipe, and nothing is left to do
+
+
+def _run(pipe: Connection, simulator: Any, number: int, max_steps: int) -> _Finished:
+    start = time.monotonic()
+    moment = simulator.reset(number)
+    film, steps, success = _Film(moment.goal), 0, False
+    while not success and steps < max_steps:
+        film.add(moment.images[0])
+        pipe.send((moment, steps))
+        for action in pipe.recv():
+            success = simulator.step(action)
+            steps += 1
+            if success or steps == max_steps:
+                break
+        moment = simulator.observe()
+    film.add(moment.images[0], always=True)
+    return _Finished(success, steps, time.monotonic() - start, film.frames)
+
+
+class _Film:
+    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal stands beside."""
+
+    def __init__(self, goal: Frame | None):
+        self.frames: list[Frame] = []
+        self._goal, self._every, self._seen = goal, 1, 0
+
+    def add(self, frame: Frame, always: bool = False) -> None:
+        if always or self._seen % self._every == 0:
+            self.frames.append(frame if self._goal is None else np.concatenate([frame, self._goal], axis=1))
+        self._seen += 1
+        if len(self.frames) > VIDEO_FRAMES:
+            self.frames, self._every = self.frames[::2], 2 * self._every

@@ -1,0 +1,81 @@
+"""Small measurements of a tokenizer while it trains: one row a step and source, for the report and W&B."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stamo_dist.engine.checkpoint import folder_of
+from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.evaluate import heads
+from stamo_dist.evaluate.common import Figure, Provenance, Result
+from stamo_dist.evaluate.features import STATE
+from stamo_dist.evaluate.probe import probe
+from stamo_dist.evaluate.reconstruct import TOKENIZER, reconstruct
+from stamo_dist.recipe.schema import Recipe
+
+NAME = "during"
+_HEADINGS = {"step": "step", "source": "source", "psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "moving dB"}
+_ABOUT = (
+    "Measured on saved weights while it trained, on a few held-out frames and episodes (`evaluate` in the recipe): "
+    "reconstruction, and the squared error of the MLP head that reads actions from motions, one seed."
+)
+_EPISODES, _EPOCHS = 16, 20  # of the probe
+
+
+def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dict[str, Path]]:
+    """Measure the checkpoint of `step`; returns numbers and pictures by name, for the metrics and W&B.
+
+    Raises:
+        StamoError: A source has no held-out split, or one too short for the probe.
+    """
+    silent = Console(file=io.StringIO())
+    folder = RunFolder(run).evaluations / NAME
+    here = folder / f"step_{step:08d}"
+    checkpoint = str(folder_of(RunFolder(run).checkpoints, step))
+    rows: dict[str, dict[str, Any]] = {}
+    pictures: dict[str, Path] = {}
+    provenance = None
+    if recipe.evaluate.reconstruct:
+        result = reconstruct(run, checkpoint=checkpoint, frames=recipe.evaluate.reconstruct, out=here, console=silent)
+        provenance = result.provenance
+        for row in result.rows:
+            if row["image"] == TOKENIZER and row["source"] != "all":
+                rows[row["source"]] = {key: row[key] for key in ("psnr", "ssim", "psnr_moving")}
+        sources = [row["source"] for row in result.rows[::3] if row["source"] != "all"]
+        pictures = {f"eval/{s}": here / f.file for s, f in zip(sources, result.figures, strict=True)}
+    if recipe.evaluate.probe:
+        result = probe(
+            run, checkpoint=checkpoint, ks=recipe.evaluate.probe, seeds=1, episodes=_EPISODES, epochs=_EPOCHS,
+            kinds=(heads.MLP,), representations=(STATE,), keep_features=False, out=here / "probe", console=silent,
+        )  # fmt: skip
+        provenance = provenance or result.provenance
+        for row in result.rows:
+            if row["representation"] == STATE:
+                found = {f"mse_{k}": row[f"mse_{k}"] for k in recipe.evaluate.probe}
+                rows.setdefault(row["source"], {}).update(found)
+    if provenance is None:
+        return {}, {}
+    table = [{"step": step, "source": source, **row} for source, row in rows.items()]
+    (here / "row.json").write_text(json.dumps({"rows": table, "provenance": asdict(provenance)}))
+    _summary(folder, recipe, pictures, step, provenance)
+    numbers = {f"eval/{row['source']}/{key}": row[key] for row in table for key in row if key not in ("step", "source")}
+    return {key: value for key, value in numbers.items() if value is not None}, pictures
+
+
+def _summary(folder: Path, recipe: Recipe, pictures: dict[str, Path], step: int, provenance: Provenance) -> None:
+    """One table of all steps up to this one; those after it are of a start that was given up."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*/row.json"))]
+    rows = [row for part in parts for row in part["rows"] if row["step"] <= step]
+    columns = dict(_HEADINGS) if recipe.evaluate.reconstruct else {"step": "step", "source": "source"}
+    columns |= {f"mse_{k}": f"k = {k}" for k in recipe.evaluate.probe}
+    figures = [Figure(str(p.relative_to(folder)), f"{name[5:]}, step {step}") for name, p in pictures.items()]
+    Result(
+        NAME, "While it trained", _ABOUT, columns, [{key: row.get(key) for key in columns} for row in rows],
+        recipe.evaluate.model_dump(), provenance, [], figures,
+    ).write(folder)  # fmt: skip

@@ -1,0 +1,123 @@
+"""`stamo eval plan` and `rollout`: measurements in a simulator, which the caller of `register` brings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stamo_dist.evaluate.commands import CheckpointOption, OutOption, RunArgument
+
+if TYPE_CHECKING:
+    from stamo_dist.evaluate.simulators import Benchmarks
+
+TasksOption = Annotated[
+    list[str],
+    typer.Option(
+        help="LIBERO: SUITE, SUITE/INDEX or SUITE/NAME; Meta-World: reach-v3, …. Repeat or separate by commas."
+    ),
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Simulators at once; as cores and memory allow when omitted.")
+]
+StepLimit = Annotated[
+    int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps of a trial; the benchmark's when omitted.")
+]
+VideosOption = Annotated[int, typer.Option(metavar="N", min=0, help="Most videos shown of each task.")]
+
+
+def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
+    """Add the commands to `app`."""
+
+    @app.command()
+    def plan(
+        run: RunArgument,
+        tasks: TasksOption,
+        *,
+        benchmark: Annotated[
+            str | None, typer.Option(metavar="libero|metaworld", help="The format of the source when omitted.")
+        ] = None,
+        source: Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="Where the head learns; the benchmark's first source if omitted."),
+        ] = None,
+        checkpoint: CheckpointOption = None,
+        trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task and agent.")] = 20,
+        k: Annotated[int, typer.Option("--k", metavar="N", min=1, help="Actions between two looks.")] = 4,
+        epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60,
+        max_steps: StepLimit = None,
+        processes: ProcessesOption = None,
+        videos: VideosOption = 1,
+        seed: Annotated[int, typer.Option(metavar="N", help="Of the heads and the random agent.")] = 0,
+        out: OutOption = None,
+    ) -> None:
+        """Let the probe's head drive a simulated robot from (now, goal image), beside the same head on other motions.
+
+        Started again after a kill it goes on; with more --trials it adds them.
+
+        Example: stamo eval plan runs/tokenizer_demo --tasks libero_spatial/2 --trials 20
+        """
+        from stamo_dist.evaluate.plan import plan as measure
+
+        measure(
+            run, benchmarks, tasks=split(tasks), benchmark=benchmark, source=source, checkpoint=checkpoint,
+            trials=trials, k=k, epochs=epochs, max_steps=max_steps, processes=processes, videos=videos, seed=seed,
+            out=out,
+        )  # fmt: skip
+
+    @app.command()
+    def rollout(
+        policy: Annotated[
+            str, typer.Argument(metavar="POLICY", help="A policy's run folder, or a folder or hub id with its weights.")
+        ],
+        tasks: TasksOption,
+        *,
+        benchmark: Annotated[str, typer.Option(metavar="libero|metaworld", help="Which simulator.")] = "libero",
+        trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
+        cameras: Annotated[
+            list[str] | None, typer.Option(metavar="NAME", help="What it sees, in the order of its views.")
+        ] = None,
+        size: Annotated[int, typer.Option(metavar="PIXELS", min=16, help="Side of the frames.")] = 256,
+        actions: Annotated[
+            str, typer.Option(metavar="delta|original|openvla", help="What its numbers mean; see docs/evaluate.md.")
+        ] = "delta",
+        unnorm_key: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Source whose statistics scale the actions.")
+        ] = None,
+        act_steps: Annotated[
+            int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
+        ] = None,
+        max_steps: StepLimit = None,
+        tokenizer: Annotated[
+            str | None, typer.Option(metavar="PATH", help="The StaMo tokenizer it sees through, where it moved.")
+        ] = None,
+        device: Annotated[
+            str | None, typer.Option(metavar="cpu|cuda", help="Where it runs; the GPU where there is one.")
+        ] = None,
+        processes: ProcessesOption = None,
+        videos: VideosOption = 1,
+        num_slices: Annotated[int, typer.Option(min=1, help="Runs that share the trials, for a Slurm array.")] = 1,
+        slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
+        out: OutOption = None,
+    ) -> None:
+        """Success rate of a policy in closed loop, from the benchmark's initial states and by its own success check.
+
+        Started again after a kill it goes on, trial by trial; whichever slice ends last makes the whole table.
+
+        Example: stamo eval rollout runs/policy_openvla_state --tasks libero_spatial --trials 20
+
+        Example: stamo eval rollout runs/my_policy --tasks libero_10 --num-slices 8 --slice $SLURM_ARRAY_TASK_ID
+        """
+        from stamo_dist.evaluate.rollout import rollout as measure
+
+        measure(
+            policy, benchmarks, tasks=split(tasks), benchmark=benchmark, trials=trials, cameras=split(cameras or []),
+            size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
+            tokenizer=tokenizer, device=device, processes=processes, videos=videos, num_slices=num_slices, slice=slice,
+            out=out,
+        )  # fmt: skip
+
+
+def split(values: list[str]) -> list[str]:
+    """Options may be repeated or separated by commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]

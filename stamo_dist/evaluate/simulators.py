@@ -1,0 +1,82 @@
+"""What closed-loop measurements need of a simulator. Whoever brings one (`stamo_dist.cli`) hands a `Benchmarks` in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an agent is shown before it acts."""
+
+    images: tuple[NDArray[np.uint8], ...]  # upright (S, S, 3), one of each camera asked for
+    proprio: NDArray[np.float64]  # (P,), as in the shards: position, rotation vector, fingers
+    instruction: str
+    goal: NDArray[np.uint8] | None = None  # (S, S, 3): the first camera's picture of the solved task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a task is shown and driven."""
+
+    size: int  # side of the frames
+    cameras: tuple[str, ...]
+    actions: str = "delta"  # what the agent's numbers are: one of ACTIONS
+    goals: bool = False  # the expert solves each trial first, and its last frame is the goal
+
+
+#: delta: metres, radians and a gripper that is 1 open and 0 closed, as `stamo data convert` writes them; original: the
+#: simulator's own numbers; openvla: those with the gripper 1 open and 0 closed, as OpenVLA's LIBERO checkpoints give.
+ACTIONS = ("delta", "original", "openvla")
+
+
+class Simulator(Protocol):
+    """One task, one episode at a time."""
+
+    max_steps: int  # after which a trial has failed
+
+    def reset(self, trial: int) -> Observation:
+        """Go to the benchmark's initial state number `trial`.
+
+        Raises:
+            DataError: The benchmark has fewer, or the expert does not solve it and a goal was asked for.
+        """
+
+    def step(self, action: NDArray[np.float64]) -> bool:
+        """Act once; True when the benchmark's success check holds."""
+
+    def observe(self) -> Observation:
+        """The present moment."""
+
+    def close(self) -> None: ...
+
+
+class Benchmarks(Protocol):
+    """The simulators there are. Implementations must be picklable: every worker process gets one."""
+
+    def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
+        """Full names of the tasks, without starting one.
+
+        Raises:
+            DataError: Unknown benchmark, task or camera, or a simulator that is not installed (with the install line).
+        """
+
+    def open(self, benchmark: str, task: str, setting: Setting) -> Simulator:
+        """Start one task; called in a worker process.
+
+        Raises:
+            DataError: It cannot be started.
+        """
+
+    def default_processes(self, benchmark: str) -> int:
+        """As many simulators as this machine's cores and memory allow."""
+
+    def default_camera(self, benchmark: str) -> str: ...
+
+    def trials(self, benchmark: str) -> int | None:
+        """How many initial states each task has; None when any number."""

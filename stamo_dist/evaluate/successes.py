@@ -1,0 +1,67 @@
+"""Success rates of trials: rows, what is still missing, and videos for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from stamo_dist.errors import RunError
+from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder
+from stamo_dist.evaluate.common import Figure
+from stamo_dist.evaluate.figures import file_name
+
+INTERVAL = "low and high bound the success rate with 95 % (Wilson's interval)."
+
+
+def interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate, in %."""
+    z, p = 1.96, successes / trials
+    middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Trials, success in %, its interval, and the mean steps of the trials that succeeded."""
+    good = [o for o in outcomes if o.success]
+    low, high = interval(len(good), len(outcomes)) if outcomes else (None, None)
+    return {
+        "trials": len(outcomes), "success": 100 * len(good) / len(outcomes) if outcomes else None,
+        "low": low, "high": high, "steps": fmean(o.steps for o in good) if good else None,
+    }  # fmt: skip
+
+
+COLUMNS = {"trials": "trials", "success": "success %", "low": "low", "high": "high", "steps": "steps"}
+
+
+def my_share(trials: Sequence[Trial], slice: int, num_slices: int) -> list[Trial]:
+    """What this one of several runs does.
+
+    Raises:
+        RunError: There is no such slice.
+    """
+    if not 0 <= slice < num_slices:
+        raise RunError(f"--slice {slice}: must be between 0 and --num-slices − 1 ({num_slices - 1})")
+    return list(trials[slice::num_slices])
+
+
+def partial(done: Mapping[Trial, Outcome] | int, wanted: int) -> str | None:
+    count = done if isinstance(done, int) else len(done)
+    return None if count == wanted else f"{count} of {wanted} trials are there"
+
+
+def videos(found: Sequence[Outcome], trials: TrialFolder, folder: Path, label: str, most: int) -> list[Figure]:
+    """Copies of up to `most` videos into the result's folder."""
+    figures: list[Figure] = []
+    for outcome in found:
+        video = trials.video(outcome)
+        if video is None or len(figures) == most:
+            continue
+        how = f"succeeded after {outcome.steps} steps" if outcome.success else f"failed in {outcome.steps} steps"
+        file = file_name(f"{label}_{outcome.task.rsplit('/', 1)[-1][:60]}_{outcome.trial}", "gif")
+        (folder / file).write_bytes(video.read_bytes())
+        figures.append(Figure(file, f"{label}, {outcome.task}, trial {outcome.trial}: {how}"))
+    return figures

@@ -1,0 +1,113 @@
+"""`stamo eval rollout` and `plan` with real processes and real (tiny) models, in a world whose outcomes are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from point_world import PointBenchmarks
+from toy_policy import write_policy_recipe
+
+from stamo_dist.errors import DataError, RunError
+from stamo_dist.evaluate import closed_loop
+from stamo_dist.evaluate.features import STATE
+from stamo_dist.evaluate.plan import AGENTS, plan
+from stamo_dist.evaluate.rollout import PolicyAgent, rollout
+from stamo_dist.evaluate.successes import interval
+from stamo_dist.report import write_report
+
+TASKS = ("suite/one", "suite/two")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, toy_policy: Path, stamo: Callable[..., Any]) -> Path:
+    recipe = write_policy_recipe(tmp_path_factory.mktemp("policy") / "toy.yaml", toy_policy)
+    stamo("train", recipe, "--set", "train.steps=2", "--set", "train.checkpoint.every=2")
+    return recipe.parent / "run"
+
+
+def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options: dict[str, Any] = {"tasks": TASKS, "benchmark": "toy", "size": 32, "max_steps": 2, "processes": 2}
+    whole = rollout(str(policy), PointBenchmarks(), trials=3, out=tmp_path / "whole", **options)
+    assert whole is not None
+    assert [(r["task"], r["trials"], r["success"], r["steps"]) for r in whole.rows] == [
+        ("one", 3, pytest.approx(200 / 3), 1.5), ("two", 3, pytest.approx(200 / 3), 1.5),
+        ("all tasks", 6, pytest.approx(200 / 3), 1.5),
+    ]  # fmt: skip
+    assert len(whole.figures) == 2, "a video of the failure of each task"
+    with Image.open(tmp_path / "whole" / whole.figures[0].file) as video:
+        assert video.n_frames == 2, "the policy looks once before its chunk of two actions"
+    table = list(csv.DictReader((tmp_path / "whole" / "rollout_suites.csv").open()))
+    assert table[0]["suite"] == table[0]["mean"] == str(200 / 3)
+
+    looks, act = 0, PolicyAgent.act
+
+    def counted(self: PolicyAgent, seen: Any, *more: Any) -> Any:
+        nonlocal looks
+        looks += len(seen)
+        return act(self, seen, *more)
+
+    monkeypatch.setattr(PolicyAgent, "act", counted)
+    monkeypatch.setattr(closed_loop, "wait", lambda pipes: pipes[:1])  # so a kill leaves some trials done
+    shared = {**options, "out": tmp_path / "shared", "trials": 3, "num_slices": 2}
+    assert rollout(str(policy), PointBenchmarks(), slice=1, **shared) is None
+    mine = len(list((tmp_path / "shared").glob("trials/*/*/*.json")))
+    assert mine == 3
+    again = rollout(str(policy), PointBenchmarks(), slice=0, **shared)
+    assert again is not None
+    assert again.rows == whole.rows
+    before = looks
+    more = rollout(str(policy), PointBenchmarks(), **{**options, "out": tmp_path / "shared", "trials": 4})
+    assert more is not None
+    assert more.rows[2]["trials"] == 8
+    assert looks - before == 2, "two trials of one look were missing"
+
+
+def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
+    options: dict[str, Any] = {"tasks": TASKS, "benchmark": "toy", "size": 32, "out": tmp_path / "out", "processes": 1}
+    for changed, error, says in (
+        ({"benchmark": "libero"}, DataError, "pip install 'stamo-dist"),
+        ({"trials": 10}, DataError, "has 9 initial states"),
+        ({"slice": 2, "num_slices": 2}, RunError, "--slice 2: must be between"),
+        ({"actions": "radians"}, RunError, "--actions radians: must be one of delta, original, openvla"),
+        ({"cameras": ("a", "b")}, RunError, "looks at 1 views"),
+        ({"tasks": ("suite/broken",)}, DataError, "suite/broken: the simulator broke"),
+        ({"unnorm_key": "droid"}, DataError, "droid"),
+    ):
+        with pytest.raises(error, match=says):
+            rollout(str(policy), PointBenchmarks(), **{**options, "trials": 1, **changed})
+
+
+def test_plan_of_a_run(run: Path, toy: SimpleNamespace, tmp_path: Path):
+    shards = shutil.copytree(toy.shards, tmp_path / "shards")
+    for name in ("a", "b"):
+        path = shards / name / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "convention": "end-effector delta: of a toy"}))
+    with pytest.raises(DataError, match="the simulators take deltas; convert it"):
+        plan(run, PointBenchmarks(), tasks=["suite/one"])
+    recipe = run / "resolved.yaml"
+    recipe.write_text(recipe.read_text().replace(str(toy.shards), str(shards)))
+    options: dict[str, Any] = {"tasks": ["suite/one"], "k": 2, "epochs": 1, "processes": 2, "max_steps": 2}
+    result = plan(run, PointBenchmarks(), trials=3, videos=1, **options)
+    assert [row["agent"] for row in result.rows] == list(AGENTS)
+    assert all(row["trials"] == 3 and row["success"] == pytest.approx(200 / 3) for row in result.rows)
+    assert result.partial is None
+    assert len(result.figures) == len(AGENTS)
+    with Image.open(run / "eval" / "plan" / result.figures[0].file) as video:
+        assert video.size == (2 * 144, 144), "the goal beside the robot"
+    assert any(note.startswith(f"suite/one: {STATE} 67 %, level with") for note in result.notes)
+    assert "Goal-conditioned planning" in write_report([run]).read_text()
+    with pytest.raises(DataError, match="no source with actions of c; the recipe has a"):
+        plan(run, PointBenchmarks(), source="c", **options)
+
+
+def test_the_interval_is_wilsons():
+    assert interval(8, 10) == pytest.approx((49.0, 94.3), abs=0.1)
+    assert interval(0, 20)[0] == 0

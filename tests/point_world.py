@@ -1,0 +1,60 @@
+"""A benchmark of its own: a point that moves over a picture. Trial n is solved by n + 1 steps, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from toy import toy_frame
+
+from stamo_dist.errors import DataError
+from stamo_dist.evaluate.simulators import Observation, Setting
+
+
+class PointSimulator:
+    max_steps = 5
+
+    def __init__(self, task: str, setting: Setting):
+        self._task, self._setting = task, setting
+        if task == "suite/broken":
+            raise DataError("the simulator broke; pip install it anew")
+
+    def reset(self, trial: int) -> Observation:
+        self._trial, self._steps = trial, 0
+        return self.observe()
+
+    def step(self, action: np.ndarray) -> bool:
+        assert action.shape == (3,)
+        assert np.isfinite(action).all()
+        self._steps += 1
+        return self._steps > self._trial
+
+    def observe(self) -> Observation:
+        size = self._setting.size
+        images = tuple(toy_frame(self._trial, self._steps, size) for _ in self._setting.cameras)
+        goal = toy_frame(self._trial, self._trial + 1, size) if self._setting.goals else None
+        return Observation(images, np.zeros(2), "move the square", goal)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class PointBenchmarks:
+    def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
+        if benchmark != "toy":
+            raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
+        return list(tasks)
+
+    def open(self, benchmark: str, task: str, setting: Setting) -> PointSimulator:
+        return PointSimulator(task, setting)
+
+    def default_processes(self, benchmark: str) -> int:
+        return 2
+
+    def default_camera(self, benchmark: str) -> str:
+        return "front"
+
+    def trials(self, benchmark: str) -> int | None:
+        return 9
