@@ -27,7 +27,7 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
-from stamo_dist.tasks.policy_data import PolicyData
+from stamo_dist.tasks.policy_data import PolicyData, check_eyes
 
 
 class PolicyTask:
@@ -48,6 +48,7 @@ class PolicyTask:
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
         self._eyes, self._fingerprint = _eyes(recipe)
+        check_eyes(data.folder, cfg, self._fingerprint)
         self._text = _text(recipe, data)
         self._processor = (
             ImageProcessor.from_folder(data.folder, data.config)
