@@ -84,7 +84,9 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     task.fill()
     noise = Noise(0)
-    loader = build_loader(mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0)
+    loader = build_loader(
+        mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
+    )
     with closing(loader):
         batches = iter(loader)
         for step in range(steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config
 
+from stamo_dist.data.instructions import Instructions
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import StamoError
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.tokenizer import Tokenizer, exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
@@ -169,16 +171,29 @@ def _eyes(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
 
 def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tuple[int, int, int]:
     """Numbers of an action and of proprioception, ids of the longest prompt."""
+    action, proprio, text, missing = _ACTION, _PROPRIO, _TEXT, list[str]()
     try:
         mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
         assert mixture.window is not None, "a policy's recipe has a horizon"
-        return mixture.window.action_dim or _ACTION, mixture.window.proprio_dim or _PROPRIO, _TEXT
+        action, proprio = mixture.window.action_dim or action, mixture.window.proprio_dim or proprio
+        try:
+            text = _longest(recipe, config, Instructions(mixture).texts)
+        except (StamoError, ValueError):
+            missing = [f"texts of {text} ids"]
     except StamoError:
-        notes.append(
-            f"data.sources: not there; actions of {_ACTION} numbers, {_PROPRIO} of proprioception and texts of {_TEXT} "
-            "ids are assumed"
-        )
-        return _ACTION, _PROPRIO, _TEXT
+        missing = [f"actions of {action} numbers", f"{proprio} of proprioception", f"texts of {text} ids"]
+    if missing:
+        notes.append(f"data.sources or policy.weights are not there: {', '.join(missing)}")
+    return action, proprio, text
+
+
+def _longest(recipe: schema.Recipe, config: OpenVLAConfig, texts: Sequence[str]) -> int:
+    cfg = recipe.policy
+    if cfg.weights is not None:
+        tokenizer = TextTokenizer.from_folder(Path(cfg.weights).expanduser(), config.pad, cfg.prompt)
+    else:
+        tokenizer = TextTokenizer.from_instructions(texts, size=config.text_vocabulary, bins=config.bins)
+    return max(len(tokenizer.prompt_ids(text)) for text in texts)
 
 
 def _frame(recipe: schema.Recipe) -> tuple[int, int, int]:

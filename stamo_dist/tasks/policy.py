@@ -25,7 +25,7 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
-from stamo_dist.tasks.policy_data import PolicyData
+from stamo_dist.tasks.policy_data import PolicyData, check_eyes
 from stamo_dist.tasks.policy_eyes import open_eyes, target_of
 
 
@@ -47,6 +47,7 @@ class PolicyTask:
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
         self._eyes, self._fingerprint = open_eyes(recipe, mixture)
+        check_eyes(data.folder, cfg, self._fingerprint)
         self.states = self._fingerprint if cfg.targets == "cached" else None
         self._text = _text(recipe, data)
         self._processor = (

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import LlamaConfig
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers' models
 from stamo_dist.data.instructions import Instructions
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.errors import DataError, RecipeError, StamoError
+from stamo_dist.data.schema import Stats
+from stamo_dist.data.shards import MappedShard
+from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import Range, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.policy import SETTINGS
 from stamo_dist.models.tokenizer import exported
 from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Recipe
+
+_SPLIT = "train"  # whose statistics `stamo data stats` keeps
+_LOOKED_AT = 64  # samples of a source that are compared with its statistics before training
 
 
 class PolicyData:
@@ -50,7 +58,7 @@ class PolicyData:
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
         found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
-        for name, folders in zip(mixture.sources, mixture.opened, strict=True):
+        for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
             acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
             feels = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
@@ -74,6 +82,8 @@ class PolicyData:
                         f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
                         f"{dim}; leave one out or set its actions: false"
                     )
+                elif wrong := _stale(mixture, number, column, stats[column], path):
+                    problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
                 else:
                     values = stats[column].model_dump()
                     ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
@@ -89,6 +99,27 @@ class PolicyData:
         self.statistics = Statistics(found, "the recipe's sources")
 
 
+def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str | Path) -> str | None:
+    """Why the statistics of a source are not of its frames, judged by their number and by some of its first shard."""
+    opened, split = mixture.opened[number][0], mixture.data.sources[mixture.sources[number]].split
+    frames = opened.manifest.splits[_SPLIT].frames if _SPLIT in opened.manifest.splits else stats.count
+    if stats.count != frames:
+        return f"{path} has statistics of {stats.count} frames, but {frames} frames"
+    spec = mixture.shards[int(np.searchsorted(mixture.shard_source, number))]
+    if split != _SPLIT or not Path(spec.path).is_file():  # a remote shard has not come yet
+        return None
+    shard, low, high = MappedShard(spec), np.array(stats.min), np.array(stats.max)
+    slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-6  # they are kept rounded
+    for i in np.unique(np.linspace(0, len(shard) - 1, _LOOKED_AT).astype(int)).tolist():
+        values = np.ravel(shard.sample(i, [column])[column])
+        for place in np.flatnonzero((values < low - slack) | (values > high + slack)).tolist():
+            return (
+                f"{shard.describe(i)}: {column}[{place}] is {values[place]:.6g}, outside the statistics' "
+                f"{low[place]:.6g} … {high[place]:.6g}"
+            )
+    return None
+
+
 def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
     """The folder of `policy.weights`, if there are any, and the network's configuration.
 
@@ -101,6 +132,11 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
         config = OpenVLAConfig.from_folder(folder, load.FIELD, cfg.config.get("timm_kwargs") or ())
         if problems := _contradictions(cfg.config, config, folder):
             raise RecipeError(problems)
+        if cfg.vision == "fused" and not config.towers:
+            raise RecipeError([
+                f"policy.vision: fused, but {folder} has no towers of its own: it sees through a StaMo encoder; set "
+                "policy.vision: stamo, or give other policy.weights"
+            ])  # fmt: skip
         return folder, config.with_vision(cfg.vision)
     problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
     text: Mapping[str, Any] = cfg.config.get("text_config") or {}
@@ -115,6 +151,23 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
             f"{config.text_vocabulary}: text_config.vocab_size less pad_to_multiple_of"
         ])  # fmt: skip
     return None, config.with_vision(cfg.vision)
+
+
+def check_eyes(folder: Path | None, cfg: Policy, fingerprint: str | None) -> None:
+    """Whether weights that saw through a StaMo tokenizer go on with the same one.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    settings = folder / SETTINGS if folder is not None else None
+    if settings is None or cfg.vision != "stamo" or not settings.is_file():
+        return
+    before = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_fingerprint")
+    if before not in (None, fingerprint):
+        raise CheckpointError(
+            f"policy.weights: {folder} was trained to see through another StaMo tokenizer than {cfg.tokenizer}; set "
+            "policy.tokenizer to that one"
+        )
 
 
 def _contradictions(given: Mapping[str, Any], config: OpenVLAConfig, folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import write_recipe
 from toy_policy import TEXTS, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
@@ -82,6 +83,18 @@ def test_the_losses_are_those_of_whole_copies_and_of_a_resumed_run(toy_policy, r
     assert "after step 2" in ranks(2, "train", tmp_path / "fsdp_fp32/toy.yaml", *settings)[1]
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in before]
     assert (run / "model/model.safetensors").read_bytes() == model
+
+
+def test_a_tokenizer_s_decoder_too(toy, ranks, tmp_path) -> None:
+    first = write_recipe(tmp_path / "first/toy.yaml", toy.shards, toy.vae)
+    ranks(1, "train", first, "--set", "train.steps=2")
+    found = {}
+    for name, processes in (("ddp", 1), ("fsdp", 2)):
+        recipe = write_recipe(tmp_path / name / "toy.yaml", toy.shards, toy.vae, strategy=name)
+        weights = f"model.decoder.weights={load(first).recipe.run_dir}/model/transformer"
+        ranks(processes, "train", recipe, "--set", weights, "--set", "train.steps=3")
+        found[name] = [line["loss"] for line in lines(Path(load(recipe).recipe.run_dir))]
+    assert found["fsdp"] == pytest.approx(found["ddp"], rel=1e-4)
 
 
 def private_bytes() -> int:
