@@ -23,7 +23,7 @@ from stamo_dist.tasks.base import LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Ranges
 from stamo_dist.tasks.policy_data import PolicyData
-from stamo_dist.tasks.policy_eyes import open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import open_eyes, seen_in, target_of
 
 _LEVEL, _ACTIONS, _PSEUDO = 0, 1, 2  # independent noise streams of one sample
 _SCALED_ON = 64  # pairs of frames
@@ -131,7 +131,7 @@ class DiffusionTask:
         own, instructions = ~batch.replaced, self._data.instructions
         has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own & instructions.labelled(batch.sample)
         actions = self._actions.normalise(batch.actions, batch.source).float()
-        seen = self._eyes.read(batch.cameras(), self._policy.stamo)
+        seen = seen_in(batch, self._eyes, self._policy.stamo)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
         proprio = None
@@ -186,7 +186,9 @@ class DiffusionTask:
         encoder = self._eyes.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
         online = self._cfg.pseudo == "motion" and self.states is None
-        frozen = 2.0 * (self._policy.views + 2 * online) * patches * sum(p.numel() for p in encoder.parameters())
+        spared = self.states is not None and self._policy.stamo == "states" and self._policy.views == 1
+        read = 0 if spared else self._policy.views
+        frozen = 2.0 * (read + 2 * online) * patches * sum(p.numel() for p in encoder.parameters())
         tokens = self.network.positions.shape[0]
         learnt = 2.0 * tokens * sum(p.numel() for p in self.network.blocks.parameters())
         seen = self._policy.views * (patches if self._policy.stamo == "patches" else self._eyes.state_shape[0])

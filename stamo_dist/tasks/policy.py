@@ -26,7 +26,7 @@ from stamo_dist.tasks.base import LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData
-from stamo_dist.tasks.policy_eyes import open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import open_eyes, seen_in, target_of
 
 
 class PolicyTask:
@@ -134,7 +134,7 @@ class PolicyTask:
             has_target = (batch.ahead == self._horizons[batch.source]) & own
         if cfg.vision == "stamo":
             assert self._eyes is not None
-            images = self._eyes.read(batch.cameras(), cfg.stamo)
+            images = seen_in(batch, self._eyes, cfg.stamo)
         else:
             views = batch.cameras().unbind(1)
             images = torch.cat([self._processor.normalise(view) for view in views], dim=1)
@@ -199,7 +199,8 @@ def _flops(network: PolicyNetwork, text: int, recipe: Recipe, eyes: StamoVision 
         encoder = eyes.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
         cfg = recipe.policy
-        frames = cfg.views if cfg.vision == "stamo" else 0
+        spared = cfg.targets == "cached" and cfg.stamo == "states" and cfg.views == 1
+        frames = cfg.views if cfg.vision == "stamo" and not spared else 0
         if cfg.world and cfg.targets == "online":
             frames += 2 if cfg.world.target == "motion" else 1
         total += 2.0 * frames * patches * sum(p.numel() for p in encoder.parameters())

@@ -7,7 +7,8 @@ from torch import Tensor
 from stamo_dist.data.frame_cache import find_cache
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.models.openvla.stamo import StamoVision, Target
+from stamo_dist.models.openvla.network import Features
+from stamo_dist.models.openvla.stamo import Reads, StamoVision, Target
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 
@@ -30,6 +31,13 @@ def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str
     eyes = StamoVision(tokenizer)
     del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
     return eyes, fingerprint
+
+
+def seen_in(batch: Batch, eyes: StamoVision, reads: Reads) -> Features:
+    """What the tokenizer sees in the frames at t of all views: the cache spares its encoder where states suffice."""
+    if batch.state is not None and reads == "states" and batch.views is None:
+        return Features(states=batch.state)
+    return eyes.read(batch.cameras(), reads)
 
 
 def target_of(batch: Batch, eyes: StamoVision | None, target: Target) -> Tensor:
