@@ -68,7 +68,7 @@ def main() -> None:
                     *options.set, f"run_dir={run}", f"seed={seed}", f"train.steps={steps}",
                     *(f"data.sources.{name}.labelled={share}" for name in labelled),
                     f"policy.diffusion.pseudo={pseudo}",
-                    *(["policy.targets=online"] if pseudo == "pixels" or needless and pseudo == "none" else []),
+                    *(["policy.targets=online"] if pseudo == "pixels" or (needless and pseudo == "none") else []),
                 ]  # fmt: skip
                 stamo("train", options.recipe, *(x for setting in settings for x in ("--set", setting)))
                 stamo("eval", "actions", run, "--frames", options.frames)

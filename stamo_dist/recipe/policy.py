@@ -121,7 +121,7 @@ class Policy(Section):
     world: WorldModel | None = Field(None, description="World modelling beside the actions; null trains without.")
     targets: Literal["online", "cached"] = Field(
         "online",
-        description="States to predict, and to see with stamo: states: computed in the step, or what `stamo encode` wrote.",
+        description="States to predict (and see, with stamo: states): computed in the step, or by `stamo encode`.",
     )
     diffusion: DiffusionPolicy | None = Field(
         None, description="A small diffusion transformer (RDT) in place of OpenVLA; null trains OpenVLA."
