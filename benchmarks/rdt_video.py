@@ -51,6 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load(options.recipe, options.set).recipe
     steps = options.steps or recipe.train.steps
+    needless = recipe.policy.stamo != "states"  # without a pseudo-action nothing else reads the cache
     labelled = [name for name, source in recipe.data.used.items() if source.actions]
     rows: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}
     with (
@@ -67,7 +68,7 @@ def main() -> None:
                     *options.set, f"run_dir={run}", f"seed={seed}", f"train.steps={steps}",
                     *(f"data.sources.{name}.labelled={share}" for name in labelled),
                     f"policy.diffusion.pseudo={pseudo}",
-                    *(["policy.targets=online"] if pseudo != "motion" else []),
+                    *(["policy.targets=online"] if pseudo == "pixels" or (needless and pseudo == "none") else []),
                 ]  # fmt: skip
                 stamo("train", options.recipe, *(x for setting in settings for x in ("--set", setting)))
                 stamo("eval", "actions", run, "--frames", options.frames)

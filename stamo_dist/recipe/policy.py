@@ -121,7 +121,7 @@ class Policy(Section):
     world: WorldModel | None = Field(None, description="World modelling beside the actions; null trains without.")
     targets: Literal["online", "cached"] = Field(
         "online",
-        description="States to predict: the frozen tokenizer runs in the step, or what `stamo encode` wrote is read.",
+        description="States to predict (and see, with stamo: states): computed in the step, or by `stamo encode`.",
     )
     diffusion: DiffusionPolicy | None = Field(
         None, description="A small diffusion transformer (RDT) in place of OpenVLA; null trains OpenVLA."
@@ -184,6 +184,7 @@ def _diffusion_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) 
         problems.append("policy.stamo: the diffusion policy reads one kind of tokens; set patches or states")
     if diffusion.pseudo != "none" and not data.target:
         problems.append("data.target: pseudo-actions come from the frame at t + horizon; set data.target: true")
-    if policy.targets == "cached" and diffusion.pseudo != "motion":
+    of_use = diffusion.pseudo == "motion" or (diffusion.pseudo == "none" and policy.stamo == "states")
+    if policy.targets == "cached" and not of_use:
         problems.append(f"policy.targets: pseudo: {diffusion.pseudo} needs no states; set policy.targets: online")
     return problems

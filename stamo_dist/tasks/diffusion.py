@@ -135,7 +135,7 @@ class DiffusionTask:
         own, instructions = ~batch.replaced, self._data.instructions
         has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own & instructions.labelled(batch.sample)
         actions = self._actions.normalise(batch.actions, batch.source).float()
-        now = self._eyes.look(batch.cameras().flatten(0, 1))
+        now = look_at(batch, self._eyes, self._policy.stamo)
         seen = now.features(self._policy.stamo, self._policy.views)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
@@ -193,7 +193,9 @@ class DiffusionTask:
         encoder = self._eyes.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
         online = self._cfg.pseudo == "motion" and self.states is None
-        frozen = 2.0 * (self._policy.views + online) * patches * sum(p.numel() for p in encoder.parameters())
+        spared = self.states is not None and self._policy.stamo == "states" and self._policy.views == 1
+        read = 0 if spared else self._policy.views
+        frozen = 2.0 * (read + online) * patches * sum(p.numel() for p in encoder.parameters())
         tokens = self.network.positions.shape[0]
         learnt = 2.0 * tokens * sum(p.numel() for p in self.network.blocks.parameters())
         seen = self._policy.views * (patches if self._policy.stamo == "patches" else self._eyes.state_shape[0])

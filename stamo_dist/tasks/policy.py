@@ -26,7 +26,7 @@ from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData, check_eyes
-from stamo_dist.tasks.policy_eyes import open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import look_at, open_eyes, target_of
 
 
 class PolicyTask:
@@ -139,7 +139,7 @@ class PolicyTask:
         now = None  # the frame itself is encoded once, for what the policy sees and for a motion's beginning
         if cfg.vision == "stamo":
             assert self._eyes is not None
-            now = self._eyes.look(batch.cameras().flatten(0, 1))
+            now = look_at(batch, self._eyes, cfg.stamo)
         if cfg.world is not None:
             before = None if now is None else now.first_view(cfg.views)
             target = target_of(batch, self._eyes, cfg.world.target, before)
@@ -177,7 +177,11 @@ class PolicyTask:
         """Frames of a sample that the frozen tokenizer encodes."""
         cfg = self._cfg
         online = cfg.world if cfg.targets == "online" else None
-        now = cfg.views if cfg.vision == "stamo" else int(online is not None and online.target == "motion")
+        if cfg.vision == "stamo":
+            spared = cfg.targets == "cached" and cfg.stamo == "states" and cfg.views == 1
+            now = 0 if spared else cfg.views
+        else:
+            now = int(online is not None and online.target == "motion")
         return now + (online is not None)
 
     def export(

@@ -7,7 +7,7 @@ from torch import Tensor
 from stamo_dist.data.frame_cache import find_cache
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.models.openvla.stamo import Seen, StamoVision, Target
+from stamo_dist.models.openvla.stamo import Reads, Seen, StamoVision, Target
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 
@@ -30,6 +30,13 @@ def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str
     eyes = StamoVision(tokenizer)
     del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
     return eyes, fingerprint
+
+
+def look_at(batch: Batch, eyes: StamoVision, reads: Reads) -> Seen:
+    """The frames at t of all views, view by view; the cache spares the encoder where their states suffice."""
+    if batch.state is not None and reads == "states" and batch.views is None:
+        return Seen(None, batch.state)
+    return eyes.look(batch.cameras().flatten(0, 1))
 
 
 def target_of(batch: Batch, eyes: StamoVision | None, target: Target, now: Seen | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_policy import TEXTS, write_policy_recipe
+from toy import make_source
+from toy_policy import TEXTS, set_statistics, write_policy_recipe
 
 json_numpy = pytest.importorskip("json_numpy")
 requests = pytest.importorskip("requests")
@@ -31,9 +32,16 @@ def export(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     from stamo_dist.recipe.load import load
     from stamo_dist.tasks import build_task
 
-    def build(actions: str, *, proprio: bool = False) -> Path:
+    def build(actions: str, *, views: int = 1, proprio: bool = False) -> Path:
         folder = tmp_path_factory.mktemp(actions)
-        recipe = load(write_policy_recipe(folder / "toy.yaml", toy_policy, actions=actions, proprio=proprio)).recipe
+        settings = [f"data.views={views}", f"policy.views={views}"]
+        if views > 1:
+            cameras = tuple(f"camera_{v}" for v in range(views))
+            source = make_source(folder, "a", cameras=cameras, splits=("train",), shard_bytes=1 << 20)
+            set_statistics(source)
+            settings += [f"data.sources.a.path={source}", "data.sources.a.instruction=x", "data.sources.b.weight=0"]
+        path = write_policy_recipe(folder / "toy.yaml", toy_policy, actions=actions, proprio=proprio)
+        recipe = load(path, settings).recipe
         torch.manual_seed(0)
         task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
         task.export(folder / "model", task.trained.state_dict(), [])
@@ -112,16 +120,21 @@ def test_clients_of_openvla(export, served) -> None:
 def test_clients_of_oft(export, served) -> None:
     from stamo_dist.models.policies import load_policy
 
-    policy = load_policy(export("regression", proprio=True))
+    policy = load_policy(export("regression", views=3, proprio=True))
     url = served(policy, unnorm_key="a")
-    (frame,), felt = frames(1), np.array([1.0, 2.0])
-    found = post(url, {"full_image": frame, "wrist_image": frame, "state": felt, "instruction": TEXTS[0]})
+    (full, left, right), felt = frames(3), np.array([1.0, 2.0])
+    payload = {"left_wrist": left, "full_image": full, "right_wrist": right, "state": felt, "instruction": TEXTS[0]}
+    found = post(url, payload)
     assert isinstance(found, list)
-    assert np.allclose(found, policy.act(frame, TEXTS[0], proprio=felt), atol=1e-6)
-    said = post(url, {"full_image": frame, "instruction": TEXTS[0]}, code=400)
+    expected = policy.act([full, left, right], TEXTS[0], proprio=felt)
+    assert np.allclose(found, expected, atol=1e-6)
+    assert not np.allclose(found, policy.act([full, right, left], TEXTS[0], proprio=felt), atol=1e-6)
+    said = post(url, {name: value for name, value in payload.items() if name != "state"}, code=400)
     assert said["field"] == "state"
-    said = post(url, {"full_image": frame, "state": [1.0], "instruction": TEXTS[0]}, code=400)
+    said = post(url, {**payload, "state": [1.0]}, code=400)
     assert "has shape (1,); 2 finite numbers are wanted" in said["error"]
+    said = post(url, {name: value for name, value in payload.items() if name != "left_wrist"}, code=400)
+    assert said["error"] == "full_image: 2 views (full_image, right_wrist), the policy looks at 3"
 
 
 def test_the_client_of_the_page_speaks_to_the_command(export) -> None:

@@ -68,17 +68,21 @@ class StamoVision:
 class Seen(NamedTuple):
     """Frames as the frozen tokenizer sees them, encoded once for all that is read of them."""
 
-    patches: Tensor  # (B, N, D)
+    patches: Tensor | None  # (B, N, D), where they were computed
     states: Tensor  # (B, tokens, dim)
 
     def first_view(self, views: int) -> Seen:
         """What the first of so many views of each moment showed."""
-        return Seen(self.patches[::views], self.states[::views])
+        return Seen(None if self.patches is None else self.patches[::views], self.states[::views])
 
     def features(self, reads: Reads, views: int = 1) -> Features:
         """What the policy reads, of (B / views) moments."""
+        patches = None
+        if reads != "states":
+            assert self.patches is not None, "what is read was computed"
+            patches = self.patches.unflatten(0, (-1, views)).flatten(1, 2)
         return Features(
-            self.patches.unflatten(0, (-1, views)).flatten(1, 2) if reads != "states" else None,
+            patches,
             self.states.unflatten(0, (-1, views)).flatten(1, 2) if reads != "patches" else None,
         )
 
@@ -88,6 +92,7 @@ class Seen(NamedTuple):
         `before` are the frames before it, of which only a motion makes use.
         """
         if target == "dinov2":
+            assert self.patches is not None, "what is predicted was computed"
             return self.patches.float()
         if target == "state":
             return self.states.float()
