@@ -33,6 +33,10 @@ _FIRST = (
     "interpolate",
     "transfer",
     "probe",
+    "plan",
+    "rollout_suites",
+    "rollout",
+    "during",
     "speed",
 )  # evaluations that open the page; the rest follow by name
 
