@@ -24,7 +24,7 @@ from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Ranges
 from stamo_dist.tasks.policy_data import PolicyData
-from stamo_dist.tasks.policy_eyes import open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import look_at, open_eyes, target_of
 
 _LEVEL, _ACTIONS, _PSEUDO = 0, 1, 2  # independent noise streams of one sample
 _SCALED_ON = 64  # pairs of frames
