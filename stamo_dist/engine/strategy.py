@@ -32,7 +32,6 @@ from stamo_dist.engine.compiling import clear_dead_locks
 from stamo_dist.engine.processes import PATIENCE
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
-from stamo_dist.models.shards import materialise
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.schema import Strategy
 
@@ -251,6 +250,8 @@ def build(
     del names
     module, optimizer = accelerator.prepare(module, optimizer)
     if hollow:
+        from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
+
         materialise(module, accelerator.device)
         # Accelerate finds the optimizer's parameters by their address, which they did not have.
         parameters = dict(module.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from contextlib import closing
@@ -56,13 +57,23 @@ def publish(
             task.export(part, weights, batches, layout)
         card = model_card(recipe, run, folder, layout, trained=task.trained)
         (part / "README.md").write_text(card, encoding="utf-8")
+        _as_others_files(part)
         part.rename(out)
     except OSError as e:
         raise RunError(f"{out}: cannot be written ({e.strerror}); make room or give another folder") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"exported {folder} to {out}: {form}, {dtype}, {size / 1e9:.2f} GB")
+    print(f"exported {folder} to {out}: {form}, {dtype}, {size / 1e6:,.1f} MB")
+
+
+def _as_others_files(folder: Path) -> None:
+    """Give every file the rights of a new one: safetensors writes for its owner alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _locate(given: Path) -> tuple[RunFolder, Path]:

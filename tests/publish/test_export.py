@@ -45,6 +45,7 @@ def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, ranks, tmp_p
     out = tmp_path / "out"
     _, said = ranks(1, "export", run, out, "--shard-size", "20KB")
     assert "step_00000002" in said
+    assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1, "a colleague can read it"
     weights = checkpoint.read_weights(checkpoint.complete(run / "checkpoints")[0][0])
     language = AutoModelForCausalLM.from_pretrained(out / "language_model")
     for name, tensor in language.state_dict().items():
