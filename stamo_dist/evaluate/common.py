@@ -100,7 +100,10 @@ class Result:
                 table.add_section()
             table.add_row(*(show_value(row[key]) for key in self.columns))
         whole = Measurement.get(console, console.options.update(max_width=400), table).maximum
-        console.print(table, width=max(console.width, whole), crop=False, soft_wrap=True)
+        width = console.width
+        console.width = max(width, whole)  # print's own `width` would be cut to the terminal's
+        console.print(table, crop=False, soft_wrap=True)
+        console.width = width
         for note in [*self.notes, f"wrote {folder}"]:
             console.print(note, highlight=False, soft_wrap=True)
 
