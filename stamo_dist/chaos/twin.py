@@ -6,6 +6,7 @@ processes as that start had, so its sums run in the same order, and the two must
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[
         saved, settings = None, []
         if part.last is not None:
             saved = folder_of(run / "checkpoints", part.last)
+            shutil.rmtree(saved, ignore_errors=True)  # where the part before got as far before it left
             # The first multiple of the last step is the step itself; keep_every: it stays, however far the part gets.
             settings = [f"every={part.last}", f"keep_every={part.last}", "ephemeral_every=null", "background=false"]
         given = [*arguments, *resume, *(x for s in settings for x in ("--set", f"train.checkpoint.{s}"))]
