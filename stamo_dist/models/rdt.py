@@ -36,6 +36,11 @@ class Sizes:
     proprio_dim: int = 0
 
 
+def pixel_grid(tokens: int, dim: int) -> int:
+    """Side of the square grid of pooled pixels that holds about as many numbers as a state."""
+    return max(1, round((tokens * dim / 3) ** 0.5))
+
+
 class Condition(NamedTuple):
     """What is known of a moment."""
 

@@ -16,14 +16,17 @@ from transformers import Dinov2Config
 from stamo_dist.data.instructions import Instructions
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import StamoError
+from stamo_dist.models import rdt
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import Sizes
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.rdt import DiffusionTransformer, pixel_grid
 from stamo_dist.models.tokenizer import Tokenizer, exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
 from stamo_dist.recipe import schema
+from stamo_dist.recipe.policy import DiffusionPolicy
 
 _ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's, and a long instruction's ids
 
@@ -119,6 +122,9 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)
     eyes = _eyes(recipe, notes)
     action, proprio, text = _data(recipe, config, notes)
+    if cfg.diffusion is not None:
+        assert eyes is not None, "the recipe's check wants vision: stamo"
+        return _diffusion(recipe, cfg.diffusion, eyes, (action, proprio if cfg.proprio else 0, text), notes)
     patches = states = 0
     target: tuple[int, int] | None = None
     if eyes is not None:
@@ -148,6 +154,42 @@ def _policy(recipe: schema.Recipe) -> Shapes:
 
     frozen: list[nn.Module] = [] if eyes is None else [eyes.encoder, eyes.trained.compressor]
     return Shapes(network, frozen, step, network.block_classes(), notes)
+
+
+def _diffusion(
+    recipe: schema.Recipe, cfg: DiffusionPolicy, eyes: Tokenizer, data: tuple[int, int, int], notes: list[str]
+) -> Shapes:
+    policy, compressor = recipe.policy, eyes.trained.compressor
+    action, proprio, text = data
+    whole, patches = policy.stamo == "patches", (eyes.encoder.image_size // eyes.encoder.model.config.patch_size) ** 2
+    tokens = policy.views * (patches if whole else compressor.tokens)
+    side = pixel_grid(compressor.tokens, compressor.dim)
+    motion = {"none": None, "motion": (compressor.tokens, compressor.dim), "pixels": (side, 3 * side)}[cfg.pseudo]
+    dim = eyes.encoder.dim if whole else compressor.dim
+    with torch.device("meta"):
+        network = DiffusionTransformer(
+            cfg, rdt.Sizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
+        )
+    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.train()
+    looks = policy.views + (cfg.pseudo == "motion" and policy.targets == "online")
+
+    def step(batch: int) -> Tensor:
+        with torch.no_grad():
+            for _ in range(looks):
+                eyes.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
+        ids = torch.zeros(batch, text, dtype=torch.int64)
+        known = rdt.Condition(
+            torch.empty(batch, tokens, dim), ids, ids > 0, torch.empty(batch, proprio) if proprio else None
+        )
+        noisy = rdt.Plan(
+            torch.empty(batch, recipe.data.horizon, action), torch.empty(batch, *motion) if motion else None
+        )
+        has = torch.ones(batch, dtype=torch.bool)
+        found = network(noisy, torch.zeros(batch), known, has, has)
+        return sum((part.sum() for part in found if part is not None), torch.zeros(()))
+
+    return Shapes(network, [eyes.encoder, compressor], step, network.block_classes(), notes)
 
 
 def _eyes(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:

@@ -16,7 +16,7 @@ from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.models.images import to_float
 from stamo_dist.models.openvla.stamo import Seen
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise
+from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, pixel_grid
 from stamo_dist.models.rdt_policy import save_rdt
 from stamo_dist.recipe.policy import DiffusionPolicy
 from stamo_dist.recipe.schema import Recipe
@@ -61,7 +61,7 @@ class DiffusionTask:
         prompts = self._text.encode(texts)
         self._prompts = [prompts.input_ids, prompts.attention_mask]
         tokens, dim = eyes.state_shape
-        self._grid = max(1, round((tokens * dim / 3) ** 0.5))
+        self._grid = pixel_grid(tokens, dim)
         self.sizes = Sizes(
             window.horizon,
             window.action_dim,
