@@ -199,7 +199,7 @@ class _Session:
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
             states=self.task.states, groups=self.plan.workers,
         )  # fmt: skip
-        watch = Stopwatch(engine.device)
+        watch, first = Stopwatch(engine.device), state.step + 1
         with closing(loader):
             batches = iter(loader)
             while state.step < recipe.train.steps:
@@ -214,7 +214,10 @@ class _Session:
                 lr = lr_at(update, recipe.train.steps, recipe.optimizer)
                 engine.set_lr(lr, update)
                 sums = StepSums.empty(self.task.terms, len(self.mixture.sources), engine.device)
-                for micro in batch.to(engine.device).split(self.plan.micro_batch):
+                micros = batch.to(engine.device).split(self.plan.micro_batch)
+                if step == first:
+                    engine.rehearse(lambda: self.task.loss(engine.module, micros[0], noise.at(first)).loss)  # noqa: B023
+                for micro in micros:
                     working("computing", step)
                     with engine.accumulate():
                         out = self.task.loss(engine.module, micro, noise.at(step))

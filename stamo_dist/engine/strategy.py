@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -96,6 +96,16 @@ class Engine:
         """Around each micro-batch: gradients are reduced at the last one only."""
         with self.accelerator.accumulate(self.module):
             yield
+
+    def rehearse(self, loss: Callable[[], Tensor]) -> None:
+        """Before the first step of a start: settle in which order gradients are reduced; nothing else changes.
+
+        PyTorch's DDP regroups them after its first backward pass, and the sum of three or more numbers depends on
+        their order: the first step after a resumption would differ from that of a run that was never stopped.
+        """
+        if isinstance(self.module, DistributedDataParallel) and self.world.size > 2:
+            loss().backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> float | None:
         """Backward pass of one micro-batch; at the last one clip and step.

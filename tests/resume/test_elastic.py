@@ -86,6 +86,20 @@ def test_chain_of_shapes(start, uninterrupted, tmp_path, chain):
         torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
+def test_three_and_more_are_bit_identical(start, tmp_path, strategy):
+    """A sum of two does not depend on their order; one of four does."""
+    start(tmp_path / "whole", 8, (strategy, 4), 6)
+    for steps in (3, 6):
+        start(tmp_path / "broken", 8, (strategy, 4), steps)
+    whole, broken = (
+        [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(tmp_path / name / "run")]
+        for name in ("whole", "broken")
+    )
+    assert broken == whole
+    assert all(map(torch.equal, averages(tmp_path / "whole/run").values(), averages(tmp_path / "broken/run").values()))
+
+
 def test_zero1_in_bf16(start, tmp_path):
     """DeepSpeed has another optimizer class and other files for it."""
     start(tmp_path / "whole", 8, ("zero2", 1), 3 * 2, "bf16")
