@@ -4,9 +4,9 @@ The queries are prepended to the projected patch tokens and all attend to all, a
 arXiv 2406.07550); what comes out at the queries' places is the state. DINOv2's patch tokens already carry their
 position (its position embeddings are added before the first block), so none is added here.
 
-A LayerNorm without affine parameters ends the compressor: every state token has mean 0 and norm √dim. So the decoder
-sees one scale throughout training, states cannot drift to make the loss small, and a motion (the difference of two
-states) is never longer than 2·√dim.
+A LayerNorm without affine parameters ends the compressor, unless `norm` is false: every state token has mean 0 and norm
+√dim. So the decoder sees one scale throughout training, states cannot drift to make the loss small, and a motion (the
+difference of two states) is never longer than 2·√dim. States on a sphere are bent, though, which small ones feel.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Compressor(nn.Module):
         # Registered only where it is used, so that other compressors keep their files.
         whiten = torch.eye(cfg.dim).expand(cfg.tokens, -1, -1).clone() if cfg.whiten else None
         self.register_buffer("state_map", whiten)
-        self.state_norm = nn.LayerNorm(cfg.dim, elementwise_affine=False)
+        self.state_norm = nn.LayerNorm(cfg.dim, elementwise_affine=False) if cfg.norm else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -42,25 +43,47 @@ _FORMAT = 1
 _BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer)
 
 
-class TokenizerCore(nn.Module):
-    """The trained part: compressor and decoder, and the encoder when it is trained jointly."""
+class Prediction(NamedTuple):
+    """What the core says of z_σ and of the state: float32 (B, C, h, w) each."""
 
-    def __init__(self, compressor: Compressor, decoder: Decoder, encoder: Encoder | None = None):
+    velocity: Tensor
+    straight: Tensor | None  # the latents z₀, by a linear map of the state alone
+
+
+class TokenizerCore(nn.Module):
+    """The trained part: compressor and decoder, and the encoder when it is trained jointly.
+
+    `straight`, from the flattened state to the flattened latents, is there for training alone.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        decoder: Decoder,
+        encoder: Encoder | None = None,
+        straight: nn.Linear | None = None,
+    ):
         super().__init__()
         self.encoder = encoder
         self.compressor = compressor
         self.decoder = decoder
+        self.straight = straight
 
     def forward(
         self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor, state_noise: Tensor | None = None
-    ) -> Tensor:
-        """Velocity (B, C, h, w) float32 of z_σ (B, C, h, w) at σ (B,) float32.
+    ) -> Prediction:
+        """Velocity of z_σ (B, C, h, w) at σ (B,) float32.
 
         The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
         images. `state_noise` (B, tokens, dim) is added to the state.
         """
         state = self.state(features_or_images)
-        return self.decoder(z_sigma, sigma, state if state_noise is None else state + state_noise.to(state.dtype))
+        if state_noise is not None:
+            state = state + state_noise.to(state.dtype)
+        straight = None
+        if self.straight is not None:
+            straight = self.straight(state.flatten(1)).float().view(z_sigma.shape)
+        return Prediction(self.decoder(z_sigma, sigma, state), straight)
 
     def state(self, features_or_images: Tensor) -> Tensor:
         """(B, tokens, dim) state tokens."""
@@ -97,7 +120,11 @@ class Tokenizer(nn.Module):
         super().__init__()
         joint = cfg.encoder.train
         self.cfg, self.flow = cfg, flow
-        self.trained = TokenizerCore(compressor, decoder, encoder if joint else None)
+        straight = None
+        if cfg.compressor.straighten:
+            straight = nn.Linear(cfg.compressor.tokens * cfg.compressor.dim, math.prod(vae.latent_shape))
+            nn.init.zeros_(straight.weight)
+        self.trained = TokenizerCore(compressor, decoder, encoder if joint else None, straight)
         self.frozen_encoder = None if joint else encoder.requires_grad_(False).eval()
         self.vae = vae.requires_grad_(False).eval()
         self._frozen_fingerprints: dict[str, str] | None = None
@@ -194,7 +221,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images → state tokens (B, tokens, dim) float32, each of mean 0 and norm √dim."""
+        """Images → state tokens (B, tokens, dim) float32; each of mean 0 and norm √dim, but for `norm: false`."""
         return self.trained.state(self.features(images.to(self.device))).to(torch.float32)
 
     @torch.no_grad()
@@ -253,7 +280,8 @@ class Tokenizer(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the whole tokenizer: configuration, frozen parts and the core's weights as they are now."""
         config = {"flow": self.flow.model_dump(), "frozen": self.frozen_fingerprints(), **self._settings()}
-        return weights.fingerprint(config, self.trained.state_dict())
+        lasting = {k: v for k, v in self.trained.state_dict().items() if not k.startswith("straight.")}
+        return weights.fingerprint(config, lasting)
 
     def _settings(self) -> dict[str, Any]:
         more = {} if self.encoder.output == "patches" else {"encoder_output": self.encoder.output}
@@ -261,8 +289,8 @@ class Tokenizer(nn.Module):
             **more,
             "image_size": self.vae.image_size,
             "encoder_image_size": self.encoder.image_size,
-            # Training alone knows noise; a whitening map is among the weights.
-            "compressor": self.cfg.compressor.model_dump(exclude={"noise", "whiten"}),
+            # Training alone knows noise and the straight map; a whitening map is among the weights.
+            "compressor": self.cfg.compressor.model_dump(exclude={"noise", "whiten", "straighten"}),
             "latent": self.vae.latent,
         }
 

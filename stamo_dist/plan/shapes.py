@@ -79,8 +79,9 @@ def _tokenizer(recipe: schema.Recipe) -> Shapes:
             sigma, epsilon = torch.empty(batch), torch.empty_like(z0)
             z = sigma.view(-1, 1, 1, 1) * (epsilon - z0) + z0
             seen = frames if joint else tokenizer.features(frames)
-        velocity = core(seen, z, sigma)
-        return (velocity.float() - (epsilon - z0)).square().mean()
+        velocity, straight = core(seen, z, sigma)
+        loss = (velocity.float() - (epsilon - z0)).square().mean()
+        return loss if straight is None else loss + (straight - z0).square().mean()
 
     frozen: list[nn.Module] = [m for m in (tokenizer.vae, tokenizer.frozen_encoder) if m is not None]
     return Shapes(core, frozen, step, core.block_classes(), notes)

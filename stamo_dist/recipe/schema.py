@@ -177,6 +177,11 @@ class Compressor(Section):
         description="With standardise: decorrelate the initial states too, so that what differs little counts as much.",
     )
 
+    norm: bool = Field(True, description="End with a LayerNorm of each token, which puts the states on a sphere.")
+    straighten: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of a second loss: what a linear map of the state alone leaves of the latents."
+    )
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Compressor:
         if self.width % self.heads:

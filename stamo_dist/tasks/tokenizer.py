@@ -19,9 +19,11 @@ _SIGMA, _EPSILON, _POSTERIOR, _STATE = 0, 1, 2, 3  # independent noise streams o
 
 
 class TokenizerTask:
-    """L = ‖v(z_σ, σ, E(o) + noise) − (ε − z₀)‖², averaged over the latent (STAMO §1); the paper has no such noise."""
+    """L = ‖v(z_σ, σ, s) − (ε − z₀)‖², averaged over the latent (STAMO §1), s = E(o).
 
-    terms: tuple[str, ...] = ("loss",)
+    The paper knows neither noise on s, nor the second loss λ·‖W s + b − z₀‖² of `model.compressor.straighten`.
+    """
+
     states: str | None = None
 
     def __init__(self, recipe: Recipe, *, later: bool = False):
@@ -31,6 +33,7 @@ class TokenizerTask:
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
         self._compressor = recipe.model.compressor
+        self.terms: tuple[str, ...] = ("loss", "flow", "straight") if self._compressor.straighten else ("loss",)
         self._joint_encoder = recipe.model.encoder.train
         self._sample_posterior = recipe.model.vae.latent == "sample"
         self.init_frames = recipe.model.compressor.standardise
@@ -71,9 +74,13 @@ class TokenizerTask:
             if self._compressor.noise:
                 shape = (self._compressor.tokens, self._compressor.dim)
                 blur = self._compressor.noise * noise.normal(batch.sample, shape, _STATE)
-        velocity = module(seen, z, sigma, blur)
-        per_sample = (velocity.float() - (epsilon - z0)).square().flatten(1).mean(1)
-        return LossOutput(per_sample.mean(), {"loss": per_sample})
+        velocity, straight = module(seen, z, sigma, blur)
+        by_flow = (velocity.float() - (epsilon - z0)).square().flatten(1).mean(1)
+        if straight is None:
+            return LossOutput(by_flow.mean(), {"loss": by_flow})
+        by_line = (straight - z0).square().flatten(1).mean(1)
+        loss = by_flow + self._compressor.straighten * by_line
+        return LossOutput(loss.mean(), {"loss": loss, "flow": by_flow, "straight": by_line})
 
     def flops_per_sample(self) -> float:
         trained, frozen = self.tokenizer.flops_per_sample(cached_latents=self._cached)

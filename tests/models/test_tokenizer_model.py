@@ -24,7 +24,9 @@ def loss(tokenizer: Tokenizer, frames: Tensor, core: torch.nn.Module | None = No
     z0 = tokenizer.latents(frames)
     noise = torch.randn(z0.shape, generator=generator)
     sigma = torch.rand(len(z0), generator=generator)
-    velocity = (core or tokenizer.trained)(tokenizer.features(frames), interpolate(z0, noise, sigma), sigma)
+    z = interpolate(z0, noise, sigma)
+    velocity, straight = (core or tokenizer.trained)(tokenizer.features(frames), z, sigma)
+    assert straight is None
     assert velocity.shape == z0.shape
     assert velocity.dtype == torch.float32
     return (velocity - (noise - z0)).square().mean()
@@ -193,6 +195,30 @@ def test_fingerprint_follows_the_weights(tokenizer: Build) -> None:
     model.trained.compressor.queries.data[0, 0] += 1
     assert model.fingerprint() != before
     assert model.frozen_fingerprints() == frozen
+
+
+def test_a_straight_map_is_trained_and_is_no_part_of_the_tokenizer(
+    model_cfg: Callable[..., schema.Model], frames: Tensor, tmp_path: Path
+) -> None:
+    cfg = model_cfg(weights=False)
+    compressor = cfg.compressor.model_copy(update={"straighten": 0.5, "norm": False})
+    cfg = cfg.model_copy(update={"compressor": compressor})
+    model = Tokenizer.from_config(cfg, schema.Flow(), frames.shape[1])
+    z0 = model.latents(frames)
+    with torch.no_grad():
+        model.trained.straight.weight.normal_()
+    _, guess = model.trained(frames, z0, torch.rand(3))
+    state = model.trained.state(frames)
+    expected = state.flatten(1) @ model.trained.straight.weight.T + model.trained.straight.bias
+    torch.testing.assert_close(guess.flatten(1), expected)
+    assert not torch.allclose(state.norm(dim=-1), torch.full((3, 2), 24**0.5), rtol=1e-3)
+    (guess - z0).square().mean().backward()
+    assert model.trained.compressor.queries.grad.abs().sum() > 0
+
+    model.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(frames), model.eval().encode(frames))
+    assert again.fingerprint() == model.fingerprint()
 
 
 def test_unknown_fields_of_all_parts_are_reported_together() -> None:
