@@ -85,6 +85,12 @@ def probe(
     episodes: Annotated[int, typer.Option(metavar="N", min=2, help="Most episodes of each split of a source.")] = 256,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60,
     patch_dim: Annotated[int, typer.Option(metavar="N", min=1, help="Most numbers of patch tokens.")] = 4096,
+    pixels: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Pixel difference: N × N cells; as many numbers as the state when omitted."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames encoded at once.")] = 64,
     out: OutOption = None,
 ) -> None:
@@ -100,7 +106,7 @@ def probe(
     def body(crew: Crew) -> None:
         measure(
             run, checkpoint=checkpoint, ks=sorted(set(k or (1, 2, 4, 8))), seeds=seeds, episodes=episodes,
-            epochs=epochs, patch_dim=patch_dim, batch=batch, out=out, crew=crew,
+            epochs=epochs, patch_dim=patch_dim, pixels=pixels, batch=batch, out=out, crew=crew,
         )  # fmt: skip
 
     run_crew(run, nproc, context.obj, body, sys.argv[1:])

@@ -38,16 +38,19 @@ _STANDARDISE = 256
 class Representations:
     """Frames → one row of each representation, float32.
 
-    pixel difference: the frame averaged over the grid of cells that makes its row as long as the state's. Δencoder: the
+    pixel difference: the frame averaged over a grid of `pixels` × `pixels` cells, by default those that make its row as
+    long as the state's. Δencoder: the
     tokenizer's own patch tokens, their mean, and all of them (averaged over a grid where they are more than `patch_dim`
     numbers). random encoder: encoder and compressor as they are, with random weights, and with states standardised on
     `frames` where the recipe does so. state: the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, frames: Tensor, *, patch_dim: int, seed: int = 0):
+    def __init__(
+        self, tokenizer: Tokenizer, frames: Tensor, *, patch_dim: int, pixels: int | None = None, seed: int = 0
+    ):
         self.tokenizer, self.patch_dim, self.seed = tokenizer, patch_dim, seed
         cfg, encoder = tokenizer.cfg.compressor, tokenizer.encoder
-        self.grid = max(1, min(frames.shape[1], round((cfg.tokens * cfg.dim / 3) ** 0.5)))
+        self.grid = max(1, min(frames.shape[1], pixels or round((cfg.tokens * cfg.dim / 3) ** 0.5)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._encoder = (
@@ -61,6 +64,7 @@ class Representations:
                 parts = [self._encoder(part) for part in frames.to(tokenizer.device).split(32)]
                 self._compressor.standardise(torch.cat(parts))
         self.key = {"version": _VERSION, "tokenizer": tokenizer.fingerprint(), "patch_dim": patch_dim, "seed": seed}
+        self.key["grid"] = self.grid
         self.key["standardised_on"] = hashlib.sha256(frames.cpu().numpy().tobytes()).hexdigest()
 
     @torch.no_grad()

@@ -46,8 +46,8 @@ _ABOUT = (
     "mean squared error on held-out episodes, first camera; lower is better. The head learns on episodes of the "
     "training split; actions are standardised per dimension by them, dimensions that never change are left out, and "
     "1 is about what the mean action scores. ± is the deviation over the seeds of the head. pixel difference: frames "
-    "averaged over a grid of cells, as many numbers as the state; Δencoder: the patch tokens in front of the "
-    "compressor; random encoder: the same networks before any training. "
+    "averaged over a grid of cells, as many numbers as the state unless --pixels says otherwise; Δencoder: the patch "
+    "tokens in front of the compressor; random encoder: the same networks before any training. "
 )
 
 
@@ -60,6 +60,7 @@ def probe(
     episodes: int = 256,
     epochs: int = 60,
     patch_dim: int = 4096,
+    pixels: int | None = None,
     batch: int = 64,
     kinds: Sequence[str] = heads.KINDS,
     representations: Sequence[str] = REPRESENTATIONS,
@@ -71,9 +72,10 @@ def probe(
     """Probe a run's tokenizer on every source that has actions and write RUN/eval/probe/.
 
     `ks`: frames between the two. `seeds`: heads of each kind. `episodes`: at most so many of each split, evenly spaced.
-    `epochs`: at most so many for a head. `patch_dim`: at most so many numbers of patch tokens. `batch`: frames encoded
-    at once. `kinds`, `representations`: which heads and motions. Features are kept in RUN/eval/features/ unless
-    `keep_features` is false; started again after a kill it goes on, and what is there is marked partial until then.
+    `epochs`: at most so many for a head. `patch_dim`: at most so many numbers of patch tokens. `pixels`: cells on a
+    side of the pixel difference. `batch`: frames encoded at once. `kinds`, `representations`: which heads and motions.
+    Features are kept in RUN/eval/features/ unless `keep_features` is false; started again after a kill it goes on, and
+    what is there is marked partial until then.
 
     Raises:
         StamoError: No such run, no checkpoint yet, a source without a held-out split, no source with actions, or
@@ -86,12 +88,12 @@ def probe(
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     represent = Representations(
-        tokenizer, standardising_frames({s.name: s.train for s in sources}), patch_dim=patch_dim
+        tokenizer, standardising_frames({s.name: s.train for s in sources}), patch_dim=patch_dim, pixels=pixels
     )
     features = FeatureCache(run.evaluations / "features" if keep_features else None, represent, batch)
     settings = {
         "k": list(ks), "seeds": seeds, "episodes": episodes, "epochs": epochs, "patch_dim": patch_dim,
-        "tokenizer": represent.key["tokenizer"],
+        "pixels": represent.grid, "tokenizer": represent.key["tokenizer"],
     }  # fmt: skip
     splits = {s.name: (spread(episodes, len(s.train)), spread(episodes, len(s.held_out))) for s in sources}
     checksums = [s.train.manifest.checksums for s in sources]
