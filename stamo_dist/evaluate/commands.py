@@ -51,8 +51,10 @@ def reconstruct(
 
 @app.command()
 def interpolate(
+    context: typer.Context,
     run: RunArgument,
     *,
+    nproc: ProcessesOption = 1,
     checkpoint: CheckpointOption = None,
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out episodes of each source.")] = 4,
     points: Annotated[int, typer.Option(metavar="N", min=3, help="Pictures on the line, ends included.")] = 9,
@@ -65,9 +67,16 @@ def interpolate(
 
     Example: stamo eval interpolate runs/tokenizer_demo --span 48
     """
+    from stamo_dist.evaluate.crew import Crew, run_crew
     from stamo_dist.evaluate.interpolate import interpolate as measure
 
-    measure(run, checkpoint=checkpoint, episodes=episodes, points=points, start=start, span=span, steps=steps, out=out)
+    def body(crew: Crew) -> None:
+        measure(
+            run, checkpoint=checkpoint, episodes=episodes, points=points, start=start, span=span, steps=steps, out=out,
+            crew=crew,
+        )  # fmt: skip
+
+    run_crew(run, nproc, context.obj, body, sys.argv[1:])
 
 
 @app.command()
@@ -114,8 +123,10 @@ def probe(
 
 @app.command()
 def transfer(
+    context: typer.Context,
     run: RunArgument,
     *,
+    nproc: ProcessesOption = 1,
     checkpoint: CheckpointOption = None,
     pairs: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs of episodes, of each two sources.")] = 2,
     points: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures of a motion, the first included.")] = 7,
@@ -127,9 +138,13 @@ def transfer(
 
     Example: stamo eval transfer runs/tokenizer_demo --span 48
     """
+    from stamo_dist.evaluate.crew import Crew, run_crew
     from stamo_dist.evaluate.transfer import transfer as measure
 
-    measure(run, checkpoint=checkpoint, pairs=pairs, points=points, span=span, steps=steps, out=out)
+    def body(crew: Crew) -> None:
+        measure(run, checkpoint=checkpoint, pairs=pairs, points=points, span=span, steps=steps, out=out, crew=crew)
+
+    run_crew(run, nproc, context.obj, body, sys.argv[1:])
 
 
 @app.command()

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -115,21 +115,24 @@ class Trials:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], rank: int = 0):
-        head = json.dumps(identity, sort_keys=True, default=str)
+        self._head = json.dumps(identity, sort_keys=True, default=str)
         self._path = path.with_suffix(f".{rank}{path.suffix}") if rank else path
+        self._main = not rank
+        self._all = lambda: (path, *path.parent.glob(f"{path.stem}.*{path.suffix}"))  # each process writes its own
         self._done = dict[str, Any]()
-        for file in (path, *path.parent.glob(f"{path.stem}.*{path.suffix}")):  # each process writes its own
-            self._read(file, head)
-        if not self._is_of(self._path, head):
-            write_atomic(self._path, head + "\n")
+        for file in self._all():
+            self._read(file)
 
-    def _is_of(self, file: Path, head: str) -> bool:
-        return file.is_file() and file.read_text().partition("\n")[0] == head
-
-    def _read(self, file: Path, head: str) -> None:
-        if not self._is_of(file, head):
+    def _read(self, file: Path) -> None:
+        try:
+            head, *lines = file.read_text().splitlines()
+        except (FileNotFoundError, ValueError):  # the first process has removed it, or it is empty
             return
-        for line in file.read_text().splitlines()[1:]:
+        if head != self._head:
+            if self._main:
+                file.unlink()
+            return
+        for line in lines:
             try:
                 part = json.loads(line)
             except ValueError:  # the last line of a killed process
@@ -139,22 +142,34 @@ class Trials:
     def __len__(self) -> int:
         return len(self._done)
 
+    def known(self, parts: Iterable[str]) -> dict[str, Any]:
+        """Those of `parts` that are measured."""
+        return {part: self._done[part] for part in parts if part in self._done}
+
     def get(self, part: str, measure: Callable[[], Any]) -> Any:
         """What an earlier start measured, or measure it now; the value must be what JSON can hold."""
         if part not in self._done:
             self._done[part] = value = measure()
+            if not self._path.is_file():
+                write_atomic(self._path, self._head + "\n")
             with self._path.open("a") as f:
                 f.write("\n" + json.dumps({"part": part, "value": value}))
         return self._done[part]
 
     def close(self) -> None:
-        """All is measured and written elsewhere."""
-        self._path.unlink(missing_ok=True)
+        """All is measured and written elsewhere: the first process removes the parts of all."""
+        for file in self._all() if self._main else ():
+            file.unlink(missing_ok=True)
 
 
 def known(value: float) -> float | None:
     """What JSON and the tables hold for a number that could not be measured: nothing."""
     return None if math.isnan(value) else value
+
+
+def partial(done: int, wanted: int, what: str) -> str | None:
+    """`Result.partial`."""
+    return None if done == wanted else f"{done} of {wanted} {what} are measured"
 
 
 def show_value(value: Any) -> str:

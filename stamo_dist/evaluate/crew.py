@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from stamo_dist.engine.processes import barrier, leave, run_rank
+from stamo_dist.engine.processes import barrier, broadcast, leave, run_rank
 from stamo_dist.engine.world import world_from_environment
+from stamo_dist.evaluate.common import Trials
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -44,6 +45,30 @@ class Crew:
         dist.all_gather_object(shares, mine)
         found = {i: value for share in shares for i, value in share.items()}
         return [found[i] for i in range(len(items))]
+
+    def trials(self, folder: Path, name: str, identity: Mapping[str, Any]) -> Trials:
+        """The parts of a measurement; all processes have read those of earlier starts before one is added."""
+        trials = Trials(folder / f"{name}.parts.jsonl", identity, self.rank)
+        self.wait()
+        return trials
+
+    def rounds(
+        self, trials: Trials, parts: Mapping[str, T], measure: Callable[[T], S], tell: Callable[[dict[str, S]], None]
+    ) -> None:
+        """`measure` the `parts`, by name, that `trials` doesn't know; `tell` hears after each round of all there are.
+
+        All processes hear the same, in the order of `parts`, and go on when all have heard.
+        """
+        done: dict[str, S] = broadcast(trials.known(parts))
+        missing = [name for name in parts if name not in done]
+        if not missing:
+            tell(done)
+        for first in range(0, len(missing), self.size):
+            these = missing[first : first + self.size]
+            found = self.share(these, lambda name: trials.get(name, lambda: measure(parts[name])))
+            done |= dict(zip(these, found, strict=True))
+            tell({name: done[name] for name in parts if name in done})
+            self.wait()
 
     def wait(self) -> None:
         """Until all are here."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.sources import open_source
 from stamo_dist.errors import DataError
+from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 
 SPLIT = "val"
@@ -79,6 +81,12 @@ def open_sources(recipe: Recipe) -> list[Source]:
     if problems:
         raise DataError("\n".join(problems))
     return sources
+
+
+def identity(tokenizer: Tokenizer, sources: Sequence[Source], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a measurement's numbers."""
+    checksums = {source.name: [source.camera, source.train.manifest.checksums] for source in sources}
+    return {**settings, "tokenizer": tokenizer.fingerprint(), "data": checksums}
 
 
 def load(episodes: Episodes, index: int, ts: Sequence[int]) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,18 +19,21 @@ from stamo_dist.evaluate.common import (
     known,
     load_tokenizer,
     output_folder,
+    partial,
     progress,
     read_recipe,
     sampler_noise,
 )
+from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, load, open_sources, reference, spread
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, identity, load, open_sources, reference, spread
 from stamo_dist.evaluate.metrics import order, psnr
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
 NAME = "interpolate"
 FADE, LINE, OWN = KINDS = ("cross-fade", "line of states", "own states")
+Scores = dict[str, list[float]]
 _COLUMNS = {
     "source": "source",
     "image": "image",
@@ -59,56 +64,94 @@ def interpolate(
     steps: int | None = None,
     out: Path | None = None,
     console: Console | None = None,
+    crew: Crew = Crew(),  # noqa: B008 (frozen)
 ) -> Result:
     """Interpolate at most `episodes` held-out episodes of each source and write RUN/eval/interpolate/.
 
     `points`: pictures on the line, ends included, 3 or more. The line goes from frame `start` to `start + span`, or to
     the episode's last frame. `steps`: of the sampler, the recipe's when omitted. `out`: another folder to write to.
+    `crew`: processes that measure together; the first writes the table. Started again after a kill it goes on.
 
     Raises:
         StamoError: No such run, no checkpoint yet, a source without a held-out split or without a long enough episode;
             nothing was written.
     """
-    console = console or Console()
+    console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
-    sources = open_sources(recipe)
-    chosen = {source.name: _choose(source, episodes, start) for source in sources}
+    sources = {source.name: source for source in open_sources(recipe)}
+    parts = {
+        f"{name}/{index}": Part(source, index, start, min(start + span, source.held_out.episodes[index].length - 1))
+        for name, source in sources.items()
+        for index in _choose(source, episodes, start)
+    }
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     steps = steps or recipe.flow.sampler_steps
-
-    rows, strips, gifs = [], [], []
-    with progress(console) as bar:
-        tasks = {name: bar.add_task(name, total=len(indices)) for name, indices in chosen.items()}
-        for source in sources:
-            moving = reference(source.train).moving.to(tokenizer.device)
-            scores: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
-            for index in chosen[source.name]:
-                episode = source.held_out.episodes[index]
-                goal = min(start + span, episode.length - 1)
-                frames = load(source.held_out, index, range(start, goal + 1)).to(tokenizer.device)
-                count = min(points, len(frames))
-                at = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
-                line = Line(tokenizer, frames, at, episode.start + start, steps)
-                for kind, values in line.scores(moving).items():
-                    scores[kind].append(values)
-                stem = file_name(f"{source.name}_{index}")
-                line.draw(folder / f"{stem}.png", folder / f"{stem}.gif", [f"frame {start + t}" for t in at])
-                where = f"{source.name}, {episode.id}, frames {start} to {goal}"
-                strips.append(Figure(f"{stem}.png", f"{where}: {LINE} above the real frames"))
-                gifs.append(Figure(f"{stem}.gif", f"{where}: {LINE} beside the real frames"))
-                bar.advance(tasks[source.name])
-            rows += [_row(source.name, kind, values) for kind, values in scores.items()]
-
     settings = {"episodes": episodes, "points": points, "start": start, "span": span, "steps": steps}
-    result = Result(
-        NAME, "Interpolation of states", _ABOUT, _COLUMNS, rows, settings, provenance, [], strips + gifs,
-        by=["source", "image"], better=dict.fromkeys(("psnr", "psnr_moving", "spearman"), "higher"),
-    )  # fmt: skip
-    result.write(folder)
+    trials = crew.trials(folder, NAME, identity(tokenizer, list(sources.values()), settings))
+    moving = cache(lambda name: reference(sources[name].train).moving.to(tokenizer.device))
+
+    def measure(part: Part) -> Scores:
+        frames = load(part.source.held_out, part.episode, range(part.start, part.goal + 1)).to(tokenizer.device)
+        count = min(points, len(frames))
+        at = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
+        line = Line(tokenizer, frames, at, part.source.held_out.episodes[part.episode].start + part.start, steps)
+        strip, gif = (folder / file for file in part.files)
+        line.draw(strip, gif, [f"frame {part.start + t}" for t in at])
+        return line.scores(moving(part.source.name))
+
+    result: Result
+
+    def tell(done: dict[str, Scores]) -> None:
+        nonlocal result
+        bar.update(watched, completed=len(done))
+        there = [parts[name] for name in done]
+        rows = [
+            _row(name, kind, values)
+            for name in sources
+            for kind in KINDS
+            if (values := [scores[kind] for key, scores in done.items() if parts[key].source.name == name])
+        ]
+        figures = [
+            Figure(part.files[gif], f"{part}: {LINE} {'beside' if gif else 'above'} the real frames")
+            for gif in (0, 1)
+            for part in there
+        ]
+        result = Result(
+            NAME, "Interpolation of states", _ABOUT, _COLUMNS, rows, settings, provenance, [], figures,
+            by=["source", "image"], better=dict.fromkeys(("psnr", "psnr_moving", "spearman"), "higher"),
+            partial=partial(len(done), len(parts), "episodes"),
+        )  # fmt: skip
+        if crew.main:
+            result.write(folder)
+
+    with progress(console) as bar:
+        watched = bar.add_task("episodes", total=len(parts))
+        crew.rounds(trials, parts, measure, tell)
+    trials.close()
     result.show(console, folder)
     return result
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line between two frames of a held-out episode."""
+
+    source: Source
+    episode: int
+    start: int
+    goal: int
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The strip and the loop."""
+        stem = file_name(f"{self.source.name}_{self.episode}")
+        return f"{stem}.png", f"{stem}.gif"
+
+    def __str__(self) -> str:
+        episode = self.source.held_out.episodes[self.episode].id
+        return f"{self.source.name}, {episode}, frames {self.start} to {self.goal}"
 
 
 def _choose(source: Source, episodes: int, start: int) -> list[int]:
@@ -138,7 +181,7 @@ class Line:
         }
         self.order = {FADE: order(pixels), LINE: order(states), OWN: (float("nan"), float("nan"))}
 
-    def scores(self, moving: Tensor) -> dict[str, list[float]]:
+    def scores(self, moving: Tensor) -> Scores:
         """Picture → PSNR, PSNR over the moving pixels (means over the pictures between the ends), and the order."""
         truth = self.truth[1:-1]
         return {

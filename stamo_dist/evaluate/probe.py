@@ -20,7 +20,6 @@ from stamo_dist.evaluate.common import (
     Figure,
     Provenance,
     Result,
-    Trials,
     load_tokenizer,
     output_folder,
     progress,
@@ -98,8 +97,7 @@ def probe(
     splits = {s.name: (spread(episodes, len(s.train)), spread(episodes, len(s.held_out))) for s in sources}
     checksums = [s.train.manifest.checksums for s in sources]
     identity = {**settings, "data": checksums, "features": represent.key}
-    trials = Trials(folder / f"{NAME}.parts.jsonl", identity, crew.rank)
-    crew.wait()  # all have read what was measured before anything is added
+    trials = crew.trials(folder, NAME, identity)
 
     found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     dims: dict[str, int] = {}

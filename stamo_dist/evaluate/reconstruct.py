@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from stamo_dist.evaluate.common import (
     known,
     load_tokenizer,
     output_folder,
+    partial,
     progress,
     read_recipe,
     sampler_noise,
@@ -26,6 +28,7 @@ from stamo_dist.evaluate.held_out import (
     MOVING_RULE,
     SPLIT,
     Pick,
+    identity,
     open_sources,
     pick_frames,
     reference,
@@ -71,7 +74,7 @@ def reconstruct(
 
     `frames`: at most so many of each source, evenly spaced in its episodes. `steps`: of the sampler, the recipe's when
     omitted. `batch`: frames decoded at once; it does not change the result. `out`: another folder to write to. `crew`:
-    processes that measure together; the first writes.
+    processes that measure together; the first writes. Started again after a kill it goes on.
 
     Raises:
         StamoError: No such run, no checkpoint yet, or a source without a held-out split; nothing was written.
@@ -79,55 +82,78 @@ def reconstruct(
     console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
-    sources = open_sources(recipe)
+    opened = open_sources(recipe)
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     steps = steps or recipe.flow.sampler_steps
     perceptual = LPIPS.at_hand(tokenizer.device)
 
-    picks = {source.name: pick_frames(source.held_out, frames) for source in sources}
-    tables: dict[str, dict[str, Tensor]] = {}
-    figures = []
-    with progress(console) as bar:
-        tasks = {name: bar.add_task(name, total=len(chosen)) for name, chosen in picks.items()}
-        for source in sources:
-            stats = reference(source.train)
-            mean, moving = stats.mean.to(tokenizer.device), stats.moving.to(tokenizer.device)
-            chosen = picks[source.name]
-            shown = [chosen[i] for i in spread(_SHOWN, len(chosen))]
-            chunks = [chosen[first : first + batch] for first in range(0, len(chosen), batch)]
-
-            def measure(chunk: Sequence[Pick]) -> tuple[dict[str, Tensor], dict[Pick, list[Tensor]]]:
-                made = pictures(tokenizer, source.images(chunk).to(tokenizer.device), chunk, mean, steps)  # noqa: B023
-                bar.advance(tasks[source.name], len(chunk))  # noqa: B023
-                scores = {kind: _scores(made[kind], made[ORIGINAL], moving, perceptual) for kind in KINDS}  # noqa: B023
-                drawn = {i: p for i, p in enumerate(chunk) if p in shown}  # noqa: B023
-                return scores, {p: [made[kind][i].cpu() for kind in _DRAWN] for i, p in drawn.items()}
-
-            parts = crew.share(chunks, measure)
-            tables[source.name] = {kind: torch.cat([scores[kind] for scores, _ in parts]) for kind in KINDS}
-            drawn = {pick: images for _, part in parts for pick, images in part.items()}
-            file = file_name(source.name, "png")
-            # The whole id would be wider than the pictures.
-            labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in drawn]
-            cell = cell_size(recipe.data.image_size)
-            if crew.main:
-                save_grid(folder / file, list(drawn.values()), headings=_DRAWN, labels=labels, cell=cell)
-            figures.append(
-                Figure(file, f"{source.name}, camera {source.camera}: held-out frames, {steps} sampler steps")
-            )
-    if len(sources) > 1:
-        tables["all"] = {kind: torch.cat([table[kind] for table in tables.values()]) for kind in KINDS}
-
-    rows = [_row(name, kind, table[kind]) for name, table in tables.items() for kind in KINDS]
+    sources = {source.name: source for source in opened}
+    picks = {name: pick_frames(source.held_out, frames) for name, source in sources.items()}
+    parts = {
+        f"{name}/{first}": (name, chosen[first : first + batch])
+        for name, chosen in picks.items()
+        for first in range(0, len(chosen), batch)
+    }
     settings = {"frames": frames, "steps": steps}
-    result = Result(
-        NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance,
-        _notes(rows, perceptual), figures,
-        by=["source", "image"], better={"psnr": "higher", "ssim": "higher", "psnr_moving": "higher", "lpips": "lower"},
-    )  # fmt: skip
-    if crew.main:
-        result.write(folder)
+    lpips = {"batch": batch, "lpips": perceptual is not None}
+    trials = crew.trials(folder, NAME, identity(tokenizer, opened, settings | lpips))
+
+    @cache
+    def baseline(name: str) -> tuple[Tensor, Tensor]:
+        stats = reference(sources[name].train)
+        return stats.mean.to(tokenizer.device), stats.moving.to(tokenizer.device)
+
+    def make(name: str, chunk: Sequence[Pick]) -> dict[str, Tensor]:
+        images = sources[name].images(chunk).to(tokenizer.device)
+        return pictures(tokenizer, images, chunk, baseline(name)[0], steps)
+
+    def measure(part: tuple[str, Sequence[Pick]]) -> dict[str, list[list[float]]]:
+        made = make(*part)
+        moving = baseline(part[0])[1]
+        return {kind: _scores(made[kind], made[ORIGINAL], moving, perceptual).tolist() for kind in KINDS}
+
+    @cache
+    def draw(name: str) -> Figure:
+        chosen, source, file = picks[name], sources[name], file_name(name, "png")
+        if crew.main:
+            shown = [chosen[i] for i in spread(_SHOWN, len(chosen))]
+            made = [make(name, shown[first : first + batch]) for first in range(0, len(shown), batch)]
+            drawn = [[image for part in made for image in part[kind].cpu()] for kind in _DRAWN]
+            # The whole id would be wider than the pictures.
+            labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in shown]
+            cell = cell_size(recipe.data.image_size)
+            save_grid(folder / file, list(zip(*drawn, strict=True)), headings=_DRAWN, labels=labels, cell=cell)
+        return Figure(file, f"{name}, camera {source.camera}: held-out frames, {steps} sampler steps")
+
+    result: Result
+
+    def tell(done: dict[str, dict[str, list[list[float]]]]) -> None:
+        nonlocal result
+        tables: dict[str, dict[str, list[list[float]]]] = {}
+        for name in [*sources, *(["all"] if len(sources) > 1 else [])]:
+            found = [scores for part, scores in done.items() if name in (parts[part][0], "all")]
+            if found:
+                tables[name] = {kind: [row for scores in found for row in scores[kind]] for kind in KINDS}
+        rows = [_row(name, kind, tables[name][kind]) for name in tables for kind in KINDS]
+        count = {name: len(tables[name][VAE]) for name in sources if name in tables}
+        for name, n in count.items():
+            bar.update(watched[name], completed=n)
+        whole = [name for name, n in count.items() if n == len(picks[name])]
+        everything = sum(map(len, picks.values()))
+        result = Result(
+            NAME, "Reconstruction of held-out frames", _ABOUT, _COLUMNS, rows, settings, provenance,
+            _notes(rows, perceptual), [draw(name) for name in whole], by=["source", "image"],
+            better={"psnr": "higher", "ssim": "higher", "psnr_moving": "higher", "lpips": "lower"},
+            partial=partial(sum(count.values()), everything, "frames"),
+        )  # fmt: skip
+        if crew.main:
+            result.write(folder)
+
+    with progress(console) as bar:
+        watched = {name: bar.add_task(name, total=len(chosen)) for name, chosen in picks.items()}
+        crew.rounds(trials, parts, measure, tell)
+    trials.close()
     result.show(console, folder)
     return result
 
@@ -151,8 +177,8 @@ def _scores(images: Tensor, truth: Tensor, moving: Tensor, perceptual: LPIPS | N
     return torch.stack(columns, 1).to("cpu", torch.float64)
 
 
-def _row(source: str, kind: str, table: Tensor) -> dict[str, object]:
-    values = [known(value) for value in table.nanmean(0).tolist()]
+def _row(source: str, kind: str, table: Sequence[Sequence[float]]) -> dict[str, object]:
+    values = [known(value) for value in torch.tensor(table, dtype=torch.float64).nanmean(0).tolist()]
     scores = dict(zip(("psnr", "ssim", "psnr_moving", "lpips"), values, strict=True))
     return {"source": source, "image": kind, "frames": len(table), **scores}
 

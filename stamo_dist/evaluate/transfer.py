@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,18 +20,21 @@ from stamo_dist.evaluate.common import (
     known,
     load_tokenizer,
     output_folder,
+    partial,
     progress,
     read_recipe,
     sampler_noise,
 )
+from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, load, open_sources, reference, spread
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, identity, load, open_sources, reference, spread
 from stamo_dist.evaluate.metrics import psnr
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
 NAME = "transfer"
 ADDED, PIXELS, STILL = KINDS = ("motion added", "pixels added", "scene alone")
+Scores = dict[str, list[float]]
 _COLUMNS = {
     "source": "motion from → scene of",
     "image": "image",
@@ -50,6 +55,7 @@ _ABOUT = (
 class Pair:
     """Episodes of two scenes."""
 
+    number: int
     source: Source
     episode: int
     scene: Source
@@ -58,6 +64,12 @@ class Pair:
     @property
     def name(self) -> str:
         return f"{self.source.name} → {self.scene.name}"
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The strip and the loop."""
+        stem = file_name(f"{self.number:02d}_{self.source.name}_{self.scene.name}")
+        return f"{stem}.png", f"{stem}.gif"
 
 
 def transfer(
@@ -70,70 +82,89 @@ def transfer(
     steps: int | None = None,
     out: Path | None = None,
     console: Console | None = None,
+    crew: Crew = Crew(),  # noqa: B008 (frozen)
 ) -> Result:
     """Transfer motions between held-out episodes of every two sources, both ways, and within each source.
 
     `pairs`: of episodes, of each two sources. `points`: pictures of a motion, the first included. `span`: frames the
-    motion lasts, at most. `steps`: of the sampler, the recipe's when omitted. Writes RUN/eval/transfer/.
+    motion lasts, at most. `steps`: of the sampler, the recipe's when omitted. Writes RUN/eval/transfer/. `crew`:
+    processes that measure together; the first writes the table. Started again after a kill it goes on.
 
     Raises:
         StamoError: No such run, no checkpoint yet, a source without a held-out split, or no two episodes of 2 frames;
             nothing was written.
     """
-    console = console or Console()
+    console = crew.console(console)
     run = open_run(run_path)
     recipe = read_recipe(run)
-    chosen = _choose(open_sources(recipe), pairs)
+    sources = open_sources(recipe)
+    parts = {str(number): pair for number, pair in enumerate(_choose(sources, pairs))}
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
     folder = output_folder(run, NAME, out)
     steps = steps or recipe.flow.sampler_steps
-
-    scenes = {pair.scene.name: pair.scene for pair in chosen}
-    still = {name: ~reference(scene.train).moving.to(tokenizer.device) for name, scene in scenes.items()}
-    scores: dict[str, dict[str, list[list[float]]]] = {}
-    figures = []
-    with progress(console) as bar:
-        watched = bar.add_task("motions", total=len(chosen))
-        for number, pair in enumerate(chosen):
-            length = pair.source.held_out.episodes[pair.episode].length
-            at = sorted({round(i * min(span, length - 1) / (points - 1)) for i in range(points)})
-            made = _pictures(tokenizer, pair, at, steps)
-            for kind, values in _scores(tokenizer, made, still[pair.scene.name]).items():
-                scores.setdefault(pair.name, {}).setdefault(kind, []).append(values)
-            stem = file_name(f"{number:02d}_{pair.source.name}_{pair.scene.name}")
-            rows, cell = [list(made["real"]), list(made[ADDED])], cell_size(recipe.data.image_size)
-            headings, labels = [f"frame {t}" for t in at], [f"{pair.source.name}\nreal", f"{pair.scene.name}\n+ motion"]
-            save_grid(folder / f"{stem}.png", rows, headings=headings, labels=labels, cell=cell)
-            save_gif(folder / f"{stem}.gif", list(zip(*rows, strict=True)), cell=cell)
-            caption = f"{pair.name}: the real motion, and it in the other scene"
-            figures += [Figure(f"{stem}.{suffix}", caption) for suffix in ("png", "gif")]
-            bar.advance(watched)
-
-    table = []
-    for name, kinds in scores.items():
-        for kind, measured in kinds.items():
-            cosine, kept = torch.tensor(measured, dtype=torch.float64).nanmean(0).tolist()
-            means = {"cosine": known(cosine), "psnr_still": known(kept)}
-            table.append({"source": name, "image": kind, "pairs": len(measured), **means})
     settings = {"pairs": pairs, "points": points, "span": span, "steps": steps}
-    result = Result(
-        NAME, "Motion transfer", _ABOUT, _COLUMNS, table, settings, provenance, [], figures,
-        by=["source", "image"], better={"cosine": "higher", "psnr_still": "higher"},
-    )  # fmt: skip
-    result.write(folder)
+    trials = crew.trials(folder, NAME, identity(tokenizer, sources, settings))
+    training = {source.name: source.train for source in sources}
+    still = cache(lambda name: ~reference(training[name]).moving.to(tokenizer.device))
+
+    def measure(pair: Pair) -> Scores:
+        length = pair.source.held_out.episodes[pair.episode].length
+        at = sorted({round(i * min(span, length - 1) / (points - 1)) for i in range(points)})
+        made = _pictures(tokenizer, pair, at, steps)
+        rows, cell = [list(made["real"]), list(made[ADDED])], cell_size(recipe.data.image_size)
+        headings, labels = [f"frame {t}" for t in at], [f"{pair.source.name}\nreal", f"{pair.scene.name}\n+ motion"]
+        strip, gif = (folder / file for file in pair.files)
+        save_grid(strip, rows, headings=headings, labels=labels, cell=cell)
+        save_gif(gif, list(zip(*rows, strict=True)), cell=cell)
+        return _scores(tokenizer, made, still(pair.scene.name))
+
+    result: Result
+
+    def tell(done: dict[str, Scores]) -> None:
+        nonlocal result
+        bar.update(watched, completed=len(done))
+        there = [parts[number] for number in done]
+        rows = [
+            _row(name, kind, [scores[kind] for number, scores in done.items() if parts[number].name == name])
+            for name in dict.fromkeys(pair.name for pair in there)
+            for kind in KINDS
+        ]
+        figures = [
+            Figure(file, f"{pair.name}: the real motion, and it in the other scene")
+            for pair in there
+            for file in pair.files
+        ]
+        result = Result(
+            NAME, "Motion transfer", _ABOUT, _COLUMNS, rows, settings, provenance, [], figures,
+            by=["source", "image"], better={"cosine": "higher", "psnr_still": "higher"},
+            partial=partial(len(done), len(parts), "pairs"),
+        )  # fmt: skip
+        if crew.main:
+            result.write(folder)
+
+    with progress(console) as bar:
+        watched = bar.add_task("motions", total=len(parts))
+        crew.rounds(trials, parts, measure, tell)
+    trials.close()
     result.show(console, folder)
     return result
 
 
+def _row(name: str, kind: str, measured: Sequence[Sequence[float]]) -> dict[str, object]:
+    cosine, kept = torch.tensor(measured, dtype=torch.float64).nanmean(0).tolist()
+    means = {"cosine": known(cosine), "psnr_still": known(kept)}
+    return {"source": name, "image": kind, "pairs": len(measured), **means}
+
+
 def _choose(sources: list[Source], pairs: int) -> list[Pair]:
-    found = []
+    found: list[Pair] = []
     for source in sources:
         moving = [i for i, episode in enumerate(source.held_out.episodes) if episode.length > 1]
         for scene in sources:
             for n, e in enumerate(moving[i] for i in spread(pairs, len(moving))):
                 others = [i for i in range(len(scene.held_out)) if scene.name != source.name or i != e]
                 if others:
-                    found.append(Pair(source, e, scene, others[(e + n) % len(others)]))
+                    found.append(Pair(len(found), source, e, scene, others[(e + n) % len(others)]))
     if not found:
         raise DataError("a motion and a scene are two held-out episodes of 2 frames or more; convert more episodes")
     return found
@@ -156,7 +187,7 @@ def _pictures(tokenizer: Tokenizer, pair: Pair, at: list[int], steps: int) -> di
     }
 
 
-def _scores(tokenizer: Tokenizer, made: dict[str, Tensor], still: Tensor) -> dict[str, list[float]]:
+def _scores(tokenizer: Tokenizer, made: dict[str, Tensor], still: Tensor) -> Scores:
     """Picture → motion kept, scene kept."""
     asked = _motion(tokenizer, made["real"])
     found = {}

@@ -7,16 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from stamo_dist.evaluate.interpolate import interpolate
 from stamo_dist.evaluate.probe import probe
 from stamo_dist.evaluate.reconstruct import reconstruct
+from stamo_dist.evaluate.transfer import transfer
+from stamo_dist.models.tokenizer import Tokenizer
 
 
 def test_two_processes_find_what_one_finds(run: Path, ranks: Callable[..., Any], tmp_path: Path):
     alone = {
         "reconstruct": reconstruct(run, frames=10, batch=3, out=tmp_path / "reconstruct"),
+        "interpolate": interpolate(run, episodes=2, points=4, span=6, out=tmp_path / "interpolate"),
+        "transfer": transfer(run, pairs=1, points=3, span=4, out=tmp_path / "transfer"),
         "probe": probe(run, ks=(1, 3), seeds=2, epochs=2, out=tmp_path / "probe"),
     }
     ranks(2, "eval", "reconstruct", run, "--frames", "10", "--batch", "3")
+    ranks(2, "eval", "interpolate", run, "--episodes", "2", "--points", "4", "--span", "6")
+    ranks(2, "eval", "transfer", run, "--pairs", "1", "--points", "3", "--span", "4")
     for path in (run / "eval" / "features").iterdir():
         path.unlink()
     ranks(2, "eval", "probe", run, "--k", "1", "--k", "3", "--seeds", "2", "--epochs", "2")
@@ -26,6 +35,45 @@ def test_two_processes_find_what_one_finds(run: Path, ranks: Callable[..., Any],
         assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / name).iterdir()}
         for figure in result.figures:
             assert (folder / figure.file).read_bytes() == (tmp_path / name / figure.file).read_bytes()
+
+
+class KilledError(Exception):
+    """As kill -9 would: nothing after it runs."""
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "interpolate", "transfer"])
+def test_a_killed_one_is_marked_partial_and_goes_on(name: str, run: Path, monkeypatch: pytest.MonkeyPatch):
+    measure, options = {
+        "reconstruct": (reconstruct, {"frames": 8, "batch": 4}),
+        "interpolate": (interpolate, {"episodes": 2, "points": 3}),
+        "transfer": (transfer, {"pairs": 1, "points": 3}),
+    }[name]
+    whole = measure(run, **options)
+    folder = run / "eval" / name
+    files = {path.name for path in folder.iterdir()}
+    decode, frames = Tokenizer.decode, []
+
+    def count(self: Tokenizer, *arguments: Any) -> Any:
+        if len(frames) == stop:
+            raise KilledError
+        frames.append(1)
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Tokenizer, "decode", count)
+    each = {"reconstruct": 1, "interpolate": 2, "transfer": 2}[name]  # decodings of a part
+    stop = each
+    with pytest.raises(KilledError):
+        measure(run, **options)
+    kept = json.loads((folder / f"{name}.json").read_text())
+    assert kept["partial"].startswith({"reconstruct": "4 of 16 frames"}.get(name, "1 of 4"))
+    assert 0 < len(kept["rows"]) < len(whole.rows)
+    assert all((folder / figure["file"]).is_file() for figure in kept["figures"])
+    stop = 1000
+    frames.clear()
+    assert measure(run, **options).rows == whole.rows
+    pictures = 4 if name == "reconstruct" else 0  # five frames of each source, four at a time
+    assert len(frames) == 3 * each + pictures, "the part that was there was not measured again"
+    assert {path.name for path in folder.iterdir()} == files
 
 
 def test_the_command_starts_its_processes_and_passes_on_what_is_wrong(run: Path, stamo: Callable[..., Any]):
