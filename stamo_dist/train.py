@@ -194,6 +194,8 @@ class _Session:
         """The loop. Returns 0 at the end, `EXIT_PREEMPTED` after a stop, None after too many bad steps in a row."""
         recipe, engine, state, working = self.recipe, self.engine, self.state, self.watchdog.mark
         noise = Noise(recipe.seed)
+        if checkpoint.folder_of(self.run_folder.checkpoints, state.step).exists():
+            self._evaluate(state.step)  # a stop may have come before, and the line that told it was taken back
         loader = build_loader(
             self.mixture, rank=engine.world.rank, world_size=engine.world.size,
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
@@ -291,15 +293,15 @@ class _Session:
             if self.main and saved.error is None and not saved.beside:
                 for note in self.grace.measured(self.step_seconds, saved.seconds):
                     self.journal.say(f"  {note}")
-            every = self.recipe.evaluate.every
-            if self.main and every and saved.step % every == 0 and saved.error is None and not self.signals:
-                measured = True
-                self._evaluate(saved.step)
+            if saved.error is None and not self.signals:
+                measured = self._evaluate(saved.step) or measured
         return measured
 
-    def _evaluate(self, step: int) -> None:
-        if self._measure is None:
-            return
+    def _evaluate(self, step: int) -> bool:
+        """Measure what was saved of `step` if it is due for it; whether it was tried."""
+        every = self.recipe.evaluate.every
+        if self._measure is None or not (self.main and every and step and step % every == 0):
+            return False
         self.watchdog.mark("evaluating", step)
         began = time.perf_counter()
         try:
@@ -307,10 +309,11 @@ class _Session:
                 numbers, pictures = self._measure(self.run_folder.path, self.recipe, step)
         except StamoError as e:
             self.journal.say(f"step {step} could not be evaluated: {e}")
-            return
+            return True
         self.journal.measured(step, numbers, pictures)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         self.journal.say(f"step {step} evaluated in {time.perf_counter() - began:.1f} s: {shown}")
+        return True
 
     def _show_first(self, batch: Batch) -> None:
         picture = self.run_folder.path / "first_batch.png"

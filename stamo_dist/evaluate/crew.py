@@ -59,7 +59,8 @@ class Crew:
 
         All processes hear the same, in the order of `parts`, and go on when all have heard.
         """
-        done: dict[str, S] = broadcast(trials.known(parts))
+        known = trials.known(parts)
+        done: dict[str, S] = broadcast(known) if self.size > 1 else known
         missing = [name for name in parts if name not in done]
         if not missing:
             tell(done)

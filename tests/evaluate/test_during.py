@@ -49,3 +49,20 @@ def test_what_cannot_be_measured_stops_nothing(toy: SimpleNamespace, stamo: Call
     refused = stamo("train", recipe, *(x for s in settings for x in ("--set", s)), check=False)
     assert refused.returncode == 2
     assert "evaluate.every: 3 is no multiple of train.checkpoint.every (2)" in refused.stderr
+
+
+def test_processes_that_were_stopped_before_it(toy: SimpleNamespace, ranks: Callable[..., Any], tmp_path: Path):
+    found = {}
+    for name, stops in (("alone", [4]), ("stopped", [2, 4])):
+        recipe = write_recipe(tmp_path / name / "toy.yaml", toy.shards, toy.vae)
+        run = tmp_path / name / "run"
+        common = ["train.steps=4", "train.checkpoint.every=2", "evaluate.reconstruct=3", "evaluate.probe=[2]"]
+        for stop in stops:
+            every = 2 if stop == 4 else "null"  # as if it had been stopped right after the save of step 2
+            settings = [*common[1:], f"train.steps={stop}", "optimizer.schedule=constant", f"evaluate.every={every}"]
+            ranks(2, "train", recipe, *(x for s in settings for x in ("--set", s)))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines]
+        assert len(json.loads((run / "eval" / "during" / "during.json").read_text())["rows"]) == 4
+    assert found["alone"] == found["stopped"]
+    assert {"eval/a/psnr", "eval/b/mse_2"} <= set(found["alone"][2])
