@@ -82,8 +82,10 @@ def actions(
     return result
 
 
-def open_policy(run: RunFolder, recipe: Recipe, device: str | None = None) -> tuple[AnyPolicy, Provenance]:
-    """The policy that a run exported, and where it comes from.
+def open_policy(
+    run: RunFolder, recipe: Recipe, device: str | None = None, tokenizer: str | None = None
+) -> tuple[AnyPolicy, Provenance]:
+    """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
 
     Raises:
         RunError: The run trains something else.
@@ -95,7 +97,9 @@ def open_policy(run: RunFolder, recipe: Recipe, device: str | None = None) -> tu
         raise CheckpointError(f"{run.path}: nothing exported yet; train it to its end")
     step = int(json.loads(run.exported.read_text())["step"])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"tokenizer": recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
+    options: dict[str, Any] = (
+        {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
+    )
     policy = load_policy(run.model, device=device, **options)
     return policy, provenance_of(recipe, str(run.model), step)
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
+from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
-from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 
 NAME = "rollout"
@@ -59,7 +60,7 @@ def rollout(
 ) -> Result | None:
     """Roll a policy out and write OUT (RUN/eval/rollout/ of a run); None where other slices' trials are missing.
 
-    `policy`: a run folder, or what `Policy.from_pretrained` takes. `cameras`: as many as the policy's views; the
+    `policy`: a run folder, or what `load_policy` takes. `cameras`: as many as the policy's views; the
     benchmark's first when omitted. `actions`: one of ACTIONS. `unnorm_key`: may be omitted where the policy knows one
     source. `act_steps`: of a chunk. `videos`: of failures, of each task.
 
@@ -80,9 +81,11 @@ def rollout(
     if run is None and out is None:
         raise RunError(f"{policy}: is no run folder; say with --out where the results go")
     weights = str(run.model) if run else policy
-    loaded = Policy.from_pretrained(
-        weights, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), tokenizer=tokenizer
-    )
+    if run:
+        loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer)
+    else:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded, provenance = load_policy(policy, device=device, tokenizer=tokenizer), _provenance(policy)
     if loaded.cfg.views != len(setting.cameras):
         raise RunError(f"--cameras: the policy looks at {loaded.cfg.views} views, give as many; these are {cameras}")
     agent = PolicyAgent(loaded, unnorm_key or _only_source(loaded), act_steps)
@@ -105,13 +108,13 @@ def rollout(
     if num_slices > 1 and len(found) < len(todo):
         console.print(f"slice {slice} of {num_slices} is done; {len(todo) - len(found)} trials of others are missing")
         return None
-    return _write(found, names, store, folder, settings, _provenance(run, weights), videos, len(todo), console)
+    return _write(found, names, store, folder, settings, provenance, videos, len(todo), console)
 
 
 class PolicyAgent:
     """A policy for `drive`; `source` names the statistics its actions are scaled by."""
 
-    def __init__(self, policy: Policy, source: str, act_steps: int | None):
+    def __init__(self, policy: AnyPolicy, source: str, act_steps: int | None):
         self.policy, self.source, self._act_steps = policy, source, act_steps
 
     @torch.no_grad()
@@ -124,7 +127,7 @@ class PolicyAgent:
         return [chunk[: self._act_steps] for chunk in chunks]
 
 
-def _only_source(policy: Policy) -> str:
+def _only_source(policy: AnyPolicy) -> str:
     known = list(policy.statistics.sources)
     if len(known) != 1:
         raise RunError(f"--unnorm-key: the policy has statistics of {', '.join(known) or 'no source'}; choose one")
@@ -139,12 +142,11 @@ def _stamp(folder: Path) -> Any:
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
-def _provenance(run: RunFolder | None, weights: str) -> Provenance:
-    recipe = load(run.resolved).recipe if run else None
+def _provenance(weights: str) -> Provenance:
+    """Of weights that no run of ours is known for."""
     return Provenance(
-        recipe=recipe.name if recipe else Path(weights).name, data_fingerprint=None, checkpoint=weights,
-        step=recipe.train.steps if recipe else 0, ema=bool(recipe and recipe.train.ema), trained_commit=None,
-        git_commit=git_commit(), seed=recipe.seed if recipe else 0, command=typed_command(),
+        recipe=Path(weights).name, data_fingerprint=None, checkpoint=weights, step=0, ema=False, trained_commit=None,
+        git_commit=git_commit(), seed=0, command=typed_command(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
 
