@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from point_world import PointBenchmarks
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.actions import actions
 from stamo_dist.evaluate.policy_speed import PARTS, policy_speed
+from stamo_dist.evaluate.rollout import rollout
 from stamo_dist.models.rdt_policy import RDTPolicy
 
 
@@ -44,6 +47,17 @@ def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pyt
     assert row["mae"] == pytest.approx(np.mean([number for e in error for number in e]), rel=1e-6)
     assert row["first"] == pytest.approx(np.mean([e[0] for e in error]), rel=1e-6)
     assert row["last"] == pytest.approx(np.mean([e[1] for e in error if len(e) == 2]), rel=1e-6)
+
+
+def test_the_diffusion_policy_is_rolled_out_and_a_tokenizer_is_not(
+    runs: dict[str, Path], run: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tasks": ("suite/one",), "benchmark": "toy", "size": 32, "max_steps": 2, "trials": 2}
+    result = rollout(str(runs["diffusion"]), PointBenchmarks(), processes=1, out=tmp_path / "out", **options)
+    assert result is not None
+    assert (result.rows[0]["trials"], result.provenance.step) == (2, 3)
+    with pytest.raises(RunError, match="its recipe trains the tokenizer stage; give the run folder of a policy"):
+        rollout(str(run), PointBenchmarks(), **options)
 
 
 def test_speed_with_each_head(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_policy import write_policy_recipe
+from safetensors.torch import load_file
+from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.errors import RecipeError
@@ -92,3 +93,13 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
     assert found["notes"] == [], "the toy's data and tokenizer are there"
     with pytest.raises(RecipeError, match=r"policy.weights: there is no config.json in owner/other, .* known: openvla"):
         plan(load(recipe, ["policy.weights=owner/other"]).recipe, 2)
+
+
+def test_a_diffusion_policy_counts_as_what_it_trains(ranks, toy_policy: Path, tmp_path: Path) -> None:
+    recipe = write_diffusion_recipe(tmp_path / "toy.yaml", toy_policy)
+    (found,) = [m for m in plan(load(recipe).recipe, 1) if m.strategy == "ddp"]
+    ranks(1, "train", recipe, "--set", "train.steps=1")
+    trained = load_file(tmp_path / "run/model/model.safetensors")
+    assert found.trained_numel == sum(tensor.numel() for tensor in trained.values())
+    assert found.frozen_numel > 0, "the tokenizer it sees through"
+    assert found.peak > found.activations > 0
