@@ -91,7 +91,9 @@ class Result:
         """Print the table, the notes and where it was written."""
         if self.partial:
             console.print(f"PARTIAL: {self.partial}", style="bold yellow")
-        table = Table(title=f"{self.title} · {self.provenance.recipe}, step {self.provenance.step}", title_style="bold")
+        weights = "averaged weights" if self.provenance.ema else "weights without an average"
+        title = f"{self.title} · {self.provenance.recipe}, step {self.provenance.step}, {weights}"
+        table = Table(title=title, title_style="bold")
         group = next(iter(self.columns))
         for key, heading in self.columns.items():
             table.add_column(heading, justify="left" if isinstance(self.rows[0][key], str) else "right", no_wrap=True)
