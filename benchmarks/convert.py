@@ -18,12 +18,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import simplejpeg
+from layouts import write_droid, write_maniskill, write_metaworld, write_robomimic
 from rich.console import Console
 from rich.table import Table
 
@@ -32,17 +34,34 @@ from data_tools.convert.plan import Settings, make_plan
 from data_tools.images import decode, encode_frames
 
 QUALITY = 95
+DROID_STEPS = 100
+HDF5: dict[str, dict[str, Any]] = {
+    "libero": {"image_timing": "before"}, "robomimic": {}, "maniskill": {}, "metaworld": {},
+}  # fmt: skip
+WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    "libero": Path.symlink_to, "robomimic": write_robomimic, "maniskill": write_maniskill, "metaworld": write_metaworld,
+}  # fmt: skip
 COPIES = 4  # of small sources, so that what a conversion costs once is small beside what a frame costs
 
 Frames = Iterator[np.ndarray]
 
 
 def hdf5_frames(files: Iterable[Path]) -> Frames:
+    """Every picture below the groups of each file that has an action of its own: ManiSkill's last one has none."""
     for path in files:
         with h5py.File(path) as file:
-            for demo in file["data"].values():
-                for name in ("agentview_rgb", "eye_in_hand_rgb"):
-                    yield from demo["obs"][name][:][:, ::-1]
+            for episode in file["data"].values() if "data" in file else file.values():
+                length = len(episode["actions"])
+                for images in _pictures(episode["obs"]):
+                    yield from images[:length][:, ::-1]
+
+
+def _pictures(group: h5py.Group) -> Iterator[h5py.Dataset]:
+    for child in group.values():
+        if isinstance(child, h5py.Group):
+            yield from _pictures(child)
+        elif child.ndim == 4:
+            yield child
 
 
 def video_frames(files: Iterable[Path]) -> Frames:
@@ -116,11 +135,12 @@ def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
     """The formats that there is data for."""
     libero = shared / "libero_spatial_task2_128.hdf5"
     if libero.is_file():
-        (root / "libero").mkdir()
-        for i in range(COPIES):
-            (root / "libero" / f"{i}.hdf5").symlink_to(libero.resolve())
-        files = sorted((root / "libero").iterdir())
-        yield Case("libero", root / "libero", 128, lambda: hdf5_frames(files), {"image_timing": "before"})
+        for format, options in HDF5.items():
+            files = [root / format / f"{i}.hdf5" for i in range(COPIES)]
+            (root / format).mkdir()
+            for file in files:
+                WRITERS[format](file, libero)
+            yield Case(format, root / format, 128, partial(hdf5_frames, files), options)
     bridge = shared / "bridge_rlds" / "1.0.0"
     if bridge.is_dir():
         bridge = copied_rlds(bridge, root / "rlds")
@@ -136,6 +156,9 @@ def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
     if human.is_dir():
         films = sorted(human.glob("*.mp4"))
         yield Case("video", human, size, lambda: video_frames(films), {})
+        droid = write_droid(root / "droid-raw", video_frames(films), DROID_STEPS)
+        recordings = sorted(droid.rglob("*.mp4"))
+        yield Case("droid-raw", droid, size, lambda: video_frames(recordings), {})
 
 
 def main() -> None:

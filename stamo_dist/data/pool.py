@@ -1,4 +1,4 @@
-"""The loader's worker processes: batches go out round robin and come back in order.
+"""The loader's worker processes: batches go to whoever has the least to do, and come back in order.
 
 torch's DataLoader is not used, for three reasons that were measured or met: it hands every batch over in fresh shared
 memory, whose page faults halve the rate of the decoder; its workers are forks of a process that holds CUDA and NCCL
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -19,8 +20,8 @@ from collections.abc import Callable
 
 from stamo_dist.data.reader import ReaderSpec
 from stamo_dist.data.slots import Slots
-from stamo_dist.data.worker import ANSWER, BAD_DATA, DONE, LENGTH, SLOT, receive
-from stamo_dist.errors import DataError, RunError
+from stamo_dist.data.worker import ANSWER, BAD_DATA, BUG, DONE, LENGTH, SLOT, receive
+from stamo_dist.errors import DataError, RunError, StamoError
 
 _log = logging.getLogger(__name__)
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -45,59 +46,72 @@ class Pool:
         self, spec: ReaderSpec, slots: Slots, workers: int, *, stuck: Callable[[int], str], timeout: float
     ):  # fmt: skip
         self._stuck, self._timeout = stuck, timeout
-        self._pending: deque[tuple[int, int]] = deque()
-        self._next = 0
+        self._order: deque[int] = deque()  # slots that were submitted and not taken
+        self._filling: list[list[int]] = [[] for _ in range(workers)]  # those each worker was given, in order
+        self._filled: dict[int, list[str] | StamoError] = {}
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         # Also runs when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _end, self._workers, self._connections)
-        for _ in range(workers):
+        self._answers = selectors.DefaultSelector()
+        self._finalizer = weakref.finalize(self, _end, self._workers, self._connections, self._answers)
+        for worker in range(workers):
             process, connection = _start(slots.fd)
             self._workers.append(process)
             self._connections.append(connection)
+            self._answers.register(connection, selectors.EVENT_READ, worker)
         message = spec.dumps()
         for worker in range(workers):
             self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, slot: int) -> None:
-        """Have the next worker fill a slot, which must be free."""
-        worker = self._next
-        self._next = (worker + 1) % len(self._workers)
+        """Have a slot, which must be free, filled by the worker with the fewest: a slow one keeps no other waiting."""
+        worker = min(range(len(self._workers)), key=lambda w: len(self._filling[w]))
         self._send(worker, SLOT.pack(slot))
-        self._pending.append((worker, slot))
+        self._filling[worker].append(slot)
+        self._order.append(slot)
 
     def __len__(self) -> int:
         """Batches that were submitted and not taken yet."""
-        return len(self._pending)
+        return len(self._order)
 
     def take(self) -> tuple[int, list[str]]:
         """Wait until the slot submitted first is filled; returns it, and what was skipped.
 
         Raises:
             DataError: The batch cannot be read, or not in time.
-            RunError: The worker died.
+            RunError: A worker died.
         """
-        worker, slot = self._pending.popleft()
-        connection = self._connections[worker]
-        waited = 0.0
-        while True:
-            try:
-                kind, size = ANSWER.unpack(receive(connection, ANSWER.size))
-                message = receive(connection, size).decode() if size else ""
-                break
-            except TimeoutError:
+        slot, waited = self._order.popleft(), 0.0
+        while slot not in self._filled:
+            ready = self._answers.select(_PATIENCE)
+            for key, _ in ready:
+                self._receive(key.data)
+            if not ready:
                 waited += _PATIENCE
+                worker = next(w for w, slots in enumerate(self._filling) if slot in slots)
                 where = f"loader worker {worker} is at {self._stuck(slot)}"
                 if waited >= self._timeout:
                     raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
                 _log.warning("waiting for a batch for %.0f s; %s", waited, where)
-            except (EOFError, OSError):
-                raise self._death(worker) from None
-        if kind == DONE:
-            return slot, message.splitlines()
-        if kind == BAD_DATA:
-            raise DataError(message)
-        raise RunError(f"loader worker {worker} failed:\n{message}")
+        wrong = self._filled.pop(slot)
+        if isinstance(wrong, StamoError):
+            raise wrong
+        return slot, wrong
+
+    def _receive(self, worker: int) -> None:
+        """Read a worker's answer about the slot it was given first."""
+        connection = self._connections[worker]
+        try:
+            kind, size = ANSWER.unpack(receive(connection, ANSWER.size))
+            message = receive(connection, size).decode() if size else ""
+        except (EOFError, OSError):
+            raise self._death(worker) from None
+        outcomes: dict[int, list[str] | StamoError] = {
+            DONE: message.splitlines(),
+            BAD_DATA: DataError(message),
+            BUG: RunError(f"loader worker {worker} failed:\n{message}"),
+        }
+        self._filled[self._filling[worker].pop(0)] = outcomes[kind]
 
     def _send(self, worker: int, message: bytes) -> None:
         try:
@@ -143,7 +157,10 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _end(workers: list[subprocess.Popen[bytes]], connections: list[socket.socket]) -> None:
+def _end(
+    workers: list[subprocess.Popen[bytes]], connections: list[socket.socket], answers: selectors.BaseSelector
+) -> None:  # fmt: skip
+    answers.close()
     for connection in connections:
         connection.close()
     for process in workers:

@@ -14,7 +14,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,45 @@ class ShardSpec:
     digest: str  # identifies the content
 
 
+class _Columns:
+    """Where the columns of a layout lie in a sample. The shards of a layout share it: what each of ten thousand shards
+    has for itself is never in the CPU's caches when it is needed.
+
+    Attributes:
+        heads: A sample begins with one uint32 size for every column of varying size.
+        fixed: Bytes of a sample's heads and columns of fixed size.
+        places: Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
+        vectors: Name → how to unpack the column, where its size is fixed.
+    """
+
+    def __init__(self, layout: Layout):
+        sizes = layout.sizes
+        self.heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
+        self.fixed = self.heads.size + sum(size or 0 for size in sizes)
+        self.places = {
+            name: (
+                self.heads.size + sum(size or 0 for size in sizes[:n]),
+                sum(size is None for size in sizes[:n]),
+                sizes[n],
+            )
+            for n, name in enumerate(layout.names)
+        }
+        self.vectors = {name: struct.Struct(f"{size}s") for name, (_, _, size) in self.places.items() if size}
+
+    @cached_property
+    def moments(self) -> tuple[int, int, int, int, struct.Struct]:
+        """Where `t` is and where `length` is, as in `places`, and what to unpack there: length, proprioception.
+
+        MDS sorts columns by name, so only vectors, of fixed size, lie between these two.
+        """
+        (t_at, t_varying, _), (at, varying, _) = self.places["t"], self.places["length"]
+        last, _, size = self.places.get("proprio", (at + _INT.size, 0, 0))
+        return t_at, t_varying, at, varying, struct.Struct(f"<q{last - at - _INT.size}x{size}s")
+
+
+_columns = lru_cache(_Columns)
+
+
 class MappedShard:
     """One raw MDS shard, memory-mapped.
 
@@ -55,6 +94,8 @@ class MappedShard:
     Raises:
         DataError: The file is missing or does not match index.json.
     """
+
+    __slots__ = ("_begins", "_columns", "_map", "spec")
 
     def __init__(self, spec: ShardSpec):
         self.spec = spec
@@ -71,38 +112,24 @@ class MappedShard:
         if header is None or header[0] != spec.samples or header[-1] != size or header[1] < table:
             raise DataError(f"{spec.path}: its header does not match index.json")
         self._begins = header[1:]
-        sizes = spec.layout.sizes
-        # A sample begins with one uint32 size for every column of varying size.
-        self._heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
-        self._fixed = self._heads.size + sum(size or 0 for size in sizes)
-        if (np.diff(np.asarray(self._begins).astype(np.int64)) < self._fixed).any():
+        self._columns = _columns(spec.layout)
+        if (np.diff(np.asarray(self._begins).astype(np.int64)) < self._columns.fixed).any():
             raise DataError(f"{spec.path}: the table of samples in its header is corrupt")
-        # Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
-        self._places = {
-            name: (
-                self._heads.size + sum(size or 0 for size in sizes[:n]),
-                sum(size is None for size in sizes[:n]),
-                sizes[n],
-            )
-            for n, name in enumerate(spec.layout.names)
-        }
-
-        self._vectors = {name: struct.Struct(f"{size}s") for name, (_, _, size) in self._places.items() if size}
 
     def __len__(self) -> int:
         return self.spec.samples
 
     def __contains__(self, column: str) -> bool:
-        return column in self._places
+        return column in self._columns.places
 
     def _heads_of(self, i: int) -> tuple[int, tuple[int, ...]]:
         """Where sample `i` begins, and the sizes of its columns of varying size."""
-        begin = self._begins[i]
+        begin, columns = self._begins[i], self._columns
         try:
-            heads = self._heads.unpack_from(self._map, begin)
+            heads = columns.heads.unpack_from(self._map, begin)
         except struct.error:
             heads = ()
-        if begin + self._fixed + sum(heads) != self._begins[i + 1]:
+        if begin + columns.fixed + sum(heads) != self._begins[i + 1]:
             raise DataError(f"{self.spec.path}: sample {i}: the sizes of its columns do not add up")
         return begin, heads
 
@@ -114,9 +141,9 @@ class MappedShard:
         """
         begin, heads = self._heads_of(i)
         try:
-            fixed, varying, size = self._places[column]
+            fixed, varying, size = self._columns.places[column]
         except KeyError:
-            raise DataError(f"{self.spec.path}: no column {column!r}, only {list(self._places)}") from None
+            raise DataError(f"{self.spec.path}: no column {column!r}, only {list(self._columns.places)}") from None
         at = begin + fixed + sum(heads[:varying])
         return self._map[at : at + (heads[varying] if size is None else size)]
 
@@ -127,30 +154,20 @@ class MappedShard:
             DataError: The sample is corrupt, or its episode does not fit the shard.
         """
         begin, heads = self._heads_of(i)
-        t_at, t_varying, at, varying, vectors = self._moments
+        t_at, t_varying, at, varying, vectors = self._columns.moments
         (t,) = _INT.unpack_from(self._map, begin + t_at + sum(heads[:t_varying]))
         length, proprio = vectors.unpack_from(self._map, begin + at + sum(heads[:varying]))
         if not 0 <= t < length or i + length - t > self.spec.samples:
             raise DataError(f"{self.describe(i)}: frame {t} of {length} does not fit a shard of {self.spec.samples}")
         return t, length, proprio
 
-    @cached_property
-    def _moments(self) -> tuple[int, int, int, int, struct.Struct]:
-        """Where `t` is and where `length` is, as in `_places`, and what to unpack there: length, proprioception.
-
-        MDS sorts columns by name, so only vectors, of fixed size, lie between these two.
-        """
-        (t_at, t_varying, _), (at, varying, _) = self._places["t"], self._places["length"]
-        last, _, size = self._places.get("proprio", (at + _INT.size, 0, 0))
-        return t_at, t_varying, at, varying, struct.Struct(f"<q{last - at - _INT.size}x{size}s")
-
     def run(self, start: int, stop: int, column: str) -> builtins.bytes:
         """The stored bytes of a column of fixed size of samples `start` up to `stop`, joined."""
-        fixed, varying, _ = self._places[column]
+        fixed, varying, _ = self._columns.places[column]
         begins: Sequence[int] = self._begins[start:stop]
         if varying:
             begins = [begin + sum(self._heads_of(start + k)[1][:varying]) for k, begin in enumerate(begins)]
-        read = self._vectors[column].unpack_from
+        read = self._columns.vectors[column].unpack_from
         return b"".join([read(self._map, begin + fixed)[0] for begin in begins])
 
     def sample(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -156,6 +157,25 @@ def test_a_dead_worker_ends_the_run_at_once(two: Callable[..., Data]) -> None:
     with pytest.raises(RunError, match="killed, most likely for want of memory"):
         list(islice(loader, 20))
     assert time.monotonic() - began < 4
+
+
+def test_a_slow_worker_gets_fewer_batches(two: Callable[..., Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others take over what it does not get to, and the order stays."""
+    mixture = Mixture(two(prefetch=4), seed=0, global_batch=8)
+    loader, given = alone(mixture, workers=2), list[int]()
+    pool = loader._pool
+    assert pool is not None
+    slow = pool._workers[1].pid
+    os.kill(slow, signal.SIGSTOP)
+    send = pool._send
+    monkeypatch.setattr(pool, "_send", lambda worker, message: (given.append(worker), send(worker, message)))
+    woken = threading.Timer(1, os.kill, (slow, signal.SIGCONT))
+    woken.start()
+    batches = take(loader, 20)
+    woken.join()
+    assert given[:8] == [0, 1] * 4
+    assert given[8:10] == [0, 0], "once for the batch that came, once while the other's was waited for"
+    assert same(batches, take(alone(mixture), 20))
 
 
 def test_workers_survive_the_signals_of_a_cluster_and_end_with_the_run(two: Callable[..., Data]) -> None:
