@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -52,19 +52,24 @@ class Pool:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         # Also runs when the interpreter exits.
-        self._answers = selectors.DefaultSelector()
-        self._finalizer = weakref.finalize(self, _end, self._workers, self._connections, self._answers)
+        self._finalizer = weakref.finalize(self, _end, self._workers, self._connections)
+        self._answers = select.poll()
+        self._worker_of: dict[int, int] = {}
         for worker in range(workers):
             process, connection = _start(slots.fd)
             self._workers.append(process)
             self._connections.append(connection)
-            self._answers.register(connection, selectors.EVENT_READ, worker)
+            self._answers.register(connection, select.POLLIN)
+            self._worker_of[connection.fileno()] = worker
         message = spec.dumps()
         for worker in range(workers):
             self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, slot: int) -> None:
         """Have a slot, which must be free, filled by the worker with the fewest: a slow one keeps no other waiting."""
+        while answers := self._answers.poll(0):
+            for descriptor, _ in answers:
+                self._receive(self._worker_of[descriptor])
         worker = min(range(len(self._workers)), key=lambda w: len(self._filling[w]))
         self._send(worker, SLOT.pack(slot))
         self._filling[worker].append(slot)
@@ -83,12 +88,11 @@ class Pool:
         """
         slot, waited = self._order.popleft(), 0.0
         while slot not in self._filled:
-            ready = self._answers.select(_PATIENCE)
-            for key, _ in ready:
-                self._receive(key.data)
-            if not ready:
+            worker = next(w for w, slots in enumerate(self._filling) if slot in slots)
+            try:
+                self._receive(worker)
+            except TimeoutError:
                 waited += _PATIENCE
-                worker = next(w for w, slots in enumerate(self._filling) if slot in slots)
                 where = f"loader worker {worker} is at {self._stuck(slot)}"
                 if waited >= self._timeout:
                     raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
@@ -99,11 +103,18 @@ class Pool:
         return slot, wrong
 
     def _receive(self, worker: int) -> None:
-        """Read a worker's answer about the slot it was given first."""
+        """Read a worker's answer about the slot it was given first.
+
+        Raises:
+            RunError: It died.
+            TimeoutError: No answer comes.
+        """
         connection = self._connections[worker]
         try:
             kind, size = ANSWER.unpack(receive(connection, ANSWER.size))
             message = receive(connection, size).decode() if size else ""
+        except TimeoutError:
+            raise
         except (EOFError, OSError):
             raise self._death(worker) from None
         outcomes: dict[int, list[str] | StamoError] = {
@@ -157,10 +168,7 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _end(
-    workers: list[subprocess.Popen[bytes]], connections: list[socket.socket], answers: selectors.BaseSelector
-) -> None:  # fmt: skip
-    answers.close()
+def _end(workers: list[subprocess.Popen[bytes]], connections: list[socket.socket]) -> None:
     for connection in connections:
         connection.close()
     for process in workers:
