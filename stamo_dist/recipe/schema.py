@@ -94,7 +94,7 @@ class Data(Section):
         "online", description="online: the frozen VAE runs in the step; cached: read what `stamo encode` wrote."
     )
     workers: NonNegativeInt = Field(4, description="Loader processes per rank; 0 decodes in the training process.")
-    prefetch: PositiveInt = Field(2, description="Batches each worker keeps ready.")
+    prefetch: PositiveInt = Field(2, description="Batches kept ready for each worker.")
     cache: str = Field("~/.cache/stamo", description="Where remote shards are kept on local disk.")
     cache_limit: PositiveFloat | None = Field(
         None, description="GB of remote shards kept there; those used longest ago are removed. No limit when omitted."
