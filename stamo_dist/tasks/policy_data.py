@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers' models
 from stamo_dist.data.instructions import Instructions
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.schema import Stats
+from stamo_dist.data.schema import Stats, scaling_notes
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
@@ -38,6 +38,7 @@ class PolicyData:
         instructions: What each sample asks for.
         statistics: As inference reads them, of each source with actions.
         actions, proprio: Range of each source, None where it has none or the policy reads none.
+        notes: Dimensions that are scaled in another way than the rest, a line each.
 
     Raises:
         StamoError: The policy cannot be trained on this data; everything that is wrong at once.
@@ -57,6 +58,7 @@ class PolicyData:
             problems.append("data.sources: none of them has actions; a policy needs those of one at least")
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
+        self.notes: list[str] = []
         found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
@@ -85,7 +87,8 @@ class PolicyData:
                 elif wrong := _stale(mixture, number, column, stats[column], path):
                     problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
                 else:
-                    values = stats[column].model_dump()
+                    values = stats[column].for_scaling().model_dump()
+                    self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
                     ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
                     found.setdefault(name, {})[column] = values
             if name in found:

@@ -16,6 +16,7 @@ from stamo_dist.recipe.policy import Bounds
 STATISTICS = "dataset_statistics.json"
 _ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 _EPSILON = 1e-8  # of the official normalisation, against a range of zero
+_NOISE = 1e-5  # of a number that is constant, relative and absolute
 
 
 class ActionTokenizer:
@@ -53,12 +54,16 @@ class ActionTokenizer:
 
 @dataclass(frozen=True)
 class Range:
-    """Where the values of one vector lie; dimensions outside `mask` (a gripper) are left as they are."""
+    """Where the values of one vector lie.
+
+    Dimensions outside `mask` (a gripper) are left as they are, but for those that never change: they are 0 when
+    normalised and come back as what they always were. The official code gives them back as 0, which may be a command.
+    """
 
     low: np.ndarray  # (A,)
     high: np.ndarray  # (A,)
     mask: np.ndarray  # (A,) bool
-    constant: np.ndarray  # (A,) bool: min is max
+    constant: np.ndarray  # (A,) bool: min is max, and so are low and high
 
     @classmethod
     def from_statistics(cls, statistics: Mapping[str, Any], bounds: Bounds, source: str) -> Range:
@@ -75,7 +80,10 @@ class Range:
         extremes = [np.asarray(statistics.get(k, v), np.float64) for k, v in (("min", low), ("max", high))]
         if not low.shape == high.shape == mask.shape == extremes[0].shape == extremes[1].shape:
             raise DataError(f"{source}: its fields have different lengths; compute them anew with `stamo data stats`")
-        return cls(low, high, mask, extremes[0] == extremes[1])
+        # Quantiles alone do not tell a gripper that never moves from one that seldom does.
+        known = mask | ("min" in statistics and "max" in statistics)
+        constant = (extremes[0] == extremes[1]) & known
+        return cls(np.where(constant, extremes[0], low), np.where(constant, extremes[0], high), mask, constant)
 
     def __len__(self) -> int:
         return len(self.low)
@@ -91,16 +99,25 @@ class Range:
         return np.where(self.constant, 0.0, np.where(self.mask, scaled, values))
 
     def normalise_proprio(self, values: np.ndarray) -> np.ndarray:
-        """(…, A) → (…, A) as OFT's inference treats proprioception: constant dimensions are not special."""
+        """(…, A) → (…, A) as OFT's inference treats proprioception: a constant dimension is -1.
+
+        A sensor's noise around a constant is no signal: scaled by a range of zero it would jump between the two ends.
+        """
         self._check(values)
+        noise = self.constant & np.isclose(values, self.low, rtol=_NOISE, atol=_NOISE)
+        values = np.where(noise, self.low, values)
         scaled = np.clip(2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1, -1, 1)
         return np.where(self.mask, scaled, values)
 
     def restore(self, values: np.ndarray, epsilon: bool) -> np.ndarray:
-        """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not."""
+        """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not.
+
+        What never changed in the data is what it was there, whatever the network says of it.
+        """
         self._check(values)
         width = self.high - self.low + (_EPSILON if epsilon else 0.0)
-        return np.where(self.mask, 0.5 * (values + 1) * width + self.low, values)
+        moving = np.where(self.mask, 0.5 * (values + 1) * width + self.low, values)
+        return np.where(self.constant, self.low, moving)
 
     def _check(self, values: np.ndarray) -> None:
         if np.shape(values)[-1:] != self.low.shape:
