@@ -9,6 +9,7 @@ import numpy as np
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.metaworld import ACTION as HAND_DELTA
 from data_tools.formats.source import ActionSpec
+from data_tools.images import resized
 from data_tools.simulators import tasks
 from data_tools.simulators.rollout import check_opengl
 from stamo_dist.errors import DataError
@@ -50,7 +51,7 @@ class ClosedLoop:
             self._world.start(trial)
             if not self._world.solve(trial):
                 raise DataError(f"the scripted expert does not solve trial {trial}, so there is no picture of its goal")
-            self._goal = self._world.picture(self._setting.cameras[0], self._setting.size)
+            self._goal = self._picture(self._setting.cameras[0])
         self._world.start(trial)
         return self.observe()
 
@@ -58,8 +59,13 @@ class ClosedLoop:
         return self._world.act(to_native(self._spec, action, self._setting.actions))
 
     def observe(self) -> Observation:
-        images = tuple(self._world.picture(c, self._setting.size) for c in self._setting.cameras)
+        images = tuple(self._picture(camera) for camera in self._setting.cameras)
         return Observation(images, self._world.proprio(), self._instruction, self._goal)
+
+    def _picture(self, camera: str) -> np.ndarray:
+        setting = self._setting
+        drawn = self._world.picture(camera, setting.rendered or setting.size)
+        return resized(drawn, setting.size)
 
     def close(self) -> None:
         self._world.close()

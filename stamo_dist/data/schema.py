@@ -155,6 +155,7 @@ class Manifest(BaseModel):
     original_action_dim: int = 0
     original_convention: str = ""  # what `original_action` means
     gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
+    frame_size: tuple[int, int] | None = None  # (H, W) of the frames that became these, where the dataset says
     options: dict[str, Any] = {}  # the converter's options
     source_fingerprint: str = ""  # of the files that were converted
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256

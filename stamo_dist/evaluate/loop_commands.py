@@ -72,17 +72,26 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ],
         tasks: TasksOption,
         *,
-        benchmark: Annotated[str, typer.Option(metavar="libero|metaworld", help="Which simulator.")] = "libero",
+        benchmark: Annotated[
+            str | None,
+            typer.Option(metavar="libero|metaworld", help="Which simulator; that of the training data when omitted."),
+        ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
         cameras: Annotated[
-            list[str] | None, typer.Option(metavar="NAME", help="What it sees, in the order of its views.")
+            list[str] | None,
+            typer.Option(metavar="NAME", help="What it sees, in the order of its views; as trained when omitted."),
         ] = None,
-        size: Annotated[int, typer.Option(metavar="PIXELS", min=16, help="Side of the frames.")] = 256,
+        size: Annotated[
+            int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
+        ] = None,
         actions: Annotated[
             str, typer.Option(metavar="delta|original|openvla", help="What its numbers mean; see docs/evaluate.md.")
         ] = "delta",
         unnorm_key: Annotated[
-            str | None, typer.Option(metavar="NAME", help="Source whose statistics scale the actions.")
+            str | None,
+            typer.Option(
+                metavar="NAME", help="Source whose statistics scale the actions; the benchmark's or suite's own."
+            ),
         ] = None,
         act_steps: Annotated[
             int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")

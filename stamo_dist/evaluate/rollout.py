@@ -19,7 +19,8 @@ from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
-from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
+from stamo_dist.evaluate.shown import Shown
+from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 
@@ -41,10 +42,10 @@ def rollout(
     benchmarks: Benchmarks,
     *,
     tasks: Sequence[str],
-    benchmark: str = "libero",
+    benchmark: str | None = None,
     trials: int = 20,
     cameras: Sequence[str] = (),
-    size: int = 256,
+    size: int | None = None,
     actions: str = "delta",
     unnorm_key: str | None = None,
     act_steps: int | None = None,
@@ -60,9 +61,10 @@ def rollout(
 ) -> Result | None:
     """Roll a policy out and write OUT (RUN/eval/rollout/ of a run); None where other slices' trials are missing.
 
-    `policy`: a run folder, or what `load_policy` takes. `cameras`: as many as the policy's views; the
-    benchmark's first when omitted. `actions`: one of ACTIONS. `unnorm_key`: may be omitted where the policy knows one
-    source. `act_steps`: of a chunk. `videos`: of failures, of each task.
+    `policy`: a run folder, or what `load_policy` takes. `benchmark`, `cameras` (as many as the policy's views), `size`
+    and `unnorm_key`: those the policy was trained with when omitted; where its folder does not say, LIBERO, the
+    benchmark's first camera, 256 px and the one source it knows. `actions`: one of ACTIONS. `act_steps`: of a chunk.
+    `videos`: of failures, of each task.
 
     Raises:
         StamoError: A policy, task, camera or option that is none, or a simulator that is not installed.
@@ -70,7 +72,8 @@ def rollout(
     console = console or Console()
     if actions not in ACTIONS:
         raise RunError(f"--actions {actions}: must be one of {', '.join(ACTIONS)}")
-    setting = Setting(size, tuple(cameras) or (benchmarks.default_camera(benchmark),), actions)
+    shown = Shown.to(policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
+    benchmark, setting = shown.benchmark, shown.setting
     names = benchmarks.resolve(benchmark, tasks, setting)
     most = benchmarks.trials(benchmark)
     if most is not None and trials > most:
@@ -86,14 +89,15 @@ def rollout(
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, provenance = load_policy(policy, device=device, tokenizer=tokenizer), _provenance(policy)
-    if loaded.cfg.views != len(setting.cameras):
-        raise RunError(f"--cameras: the policy looks at {loaded.cfg.views} views, give as many; these are {cameras}")
-    agent = PolicyAgent(loaded, unnorm_key or _only_source(loaded), act_steps)
+    setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
+    agent = PolicyAgent(loaded, shown.sources_of(names, loaded), act_steps)
     folder = output_folder(run, NAME, out) if run else output_folder(RunFolder(Path(weights)), NAME, out)
     settings = {
-        "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": size, "actions": actions,
-        "unnorm_key": agent.source, "act_steps": act_steps, "max_steps": max_steps,
+        "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": setting.size,
+        "rendered": setting.rendered, "actions": actions, "unnorm_key": agent.said, "act_steps": act_steps,
+        "max_steps": max_steps,
     }  # fmt: skip
+    console.print(f"{shown.said(setting)}; actions ({actions}) scaled as {agent.said}", soft_wrap=True)
     identity: dict[str, Any] = {**settings, "policy": _stamp(Path(weights)), "weights": weights}
     del identity["trials"]  # more trials go on where fewer stopped
     store = TrialFolder(folder / "trials", identity)
@@ -112,26 +116,30 @@ def rollout(
 
 
 class PolicyAgent:
-    """A policy for `drive`; `source` names the statistics its actions are scaled by."""
+    """A policy for `drive`; `sources` names the statistics that the actions of each task are scaled by."""
 
-    def __init__(self, policy: AnyPolicy, source: str, act_steps: int | None):
-        self.policy, self.source, self._act_steps = policy, source, act_steps
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str], act_steps: int | None):
+        self.policy, self._sources, self._act_steps = policy, sources, act_steps
+
+    @property
+    def said(self) -> str:
+        return ", ".join(dict.fromkeys(self._sources.values()))
 
     @torch.no_grad()
     def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
-        proprio = np.stack([moment.proprio for moment in seen]) if self.policy.cfg.proprio else None
-        chunks = self.policy.act_batch(
-            [moment.images for moment in seen], [moment.instruction for moment in seen],
-            unnorm_key=self.source, proprio=proprio,
-        )  # fmt: skip
-        return [chunk[: self._act_steps] for chunk in chunks]
-
-
-def _only_source(policy: AnyPolicy) -> str:
-    known = list(policy.statistics.sources)
-    if len(known) != 1:
-        raise RunError(f"--unnorm-key: the policy has statistics of {', '.join(known) or 'no source'}; choose one")
-    return known[0]
+        chunks: list[NDArray[Any]] = [np.empty(0)] * len(seen)
+        for source in dict.fromkeys(self._sources.values()):
+            mine = [i for i, trial in enumerate(trials) if self._sources[trial.task] == source]
+            if not mine:
+                continue
+            moments = [seen[i] for i in mine]
+            found = self.policy.act_batch(
+                [moment.images for moment in moments], [moment.instruction for moment in moments], unnorm_key=source,
+                proprio=np.stack([moment.proprio for moment in moments]) if self.policy.cfg.proprio else None,
+            )  # fmt: skip
+            for i, chunk in zip(mine, found, strict=True):
+                chunks[i] = chunk[: self._act_steps]
+        return chunks
 
 
 def _stamp(folder: Path) -> Any:

@@ -28,6 +28,7 @@ class Setting:
     cameras: tuple[str, ...]
     actions: str = "delta"  # what the agent's numbers are: one of ACTIONS
     goals: bool = False  # the expert solves each trial first, and its last frame is the goal
+    rendered: int | None = None  # side at which frames are drawn, then resized as by a conversion; `size` when None
 
 
 #: delta: metres, radians and a gripper that is 1 open and 0 closed, as `stamo data convert` writes them; original: the

@@ -18,9 +18,8 @@ from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import Range, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.policy import SETTINGS
 from stamo_dist.models.tokenizer import exported
 from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Recipe
@@ -99,7 +98,13 @@ class PolicyData:
         if problems:
             head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
-        self.statistics = Statistics(found, "the recipe's sources")
+        self.statistics = Statistics(found, "the recipe's sources", {name: _seen(mixture, name) for name in found})
+
+
+def _seen(mixture: Mixture, name: str) -> SeenAs:
+    source, manifest = mixture.data.sources[name], mixture.opened[mixture.sources.index(name)][0].manifest
+    cameras = tuple(source.cameras or manifest.cameras)
+    return SeenAs(manifest.source_format, cameras, mixture.data.image_size, manifest.frame_size)
 
 
 def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str | Path) -> str | None:

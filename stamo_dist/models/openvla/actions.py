@@ -14,6 +14,7 @@ from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.recipe.policy import Bounds
 
 STATISTICS = "dataset_statistics.json"
+SETTINGS = "policy.json"
 _ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 _EPSILON = 1e-8  # of the official normalisation, against a range of zero
 _NOISE = 1e-5  # of a number that is constant, relative and absolute
@@ -124,11 +125,24 @@ class Range:
             raise DataError(f"{np.shape(values)[-1:]} values, but the statistics are of {len(self.low)} dimensions")
 
 
-class Statistics:
-    """Statistics of every source a policy was trained on, by its name."""
+@dataclass(frozen=True)
+class SeenAs:
+    """How the frames of a source came to a policy that was trained on them."""
 
-    def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str):
-        self.sources, self.origin = dict(sources), origin
+    format: str  # of the dataset, which is also the name of the simulator where it is simulated
+    cameras: tuple[str, ...]  # of one moment, in the order of the policy's views
+    size: int  # side of the frames
+    frame_size: tuple[int, int] | None = None  # (H, W) before they were resized, where the dataset says
+
+
+class Statistics:
+    """Statistics of every source a policy was trained on, by its name.
+
+    `seen`: how their frames came to it; empty where the weights do not say, as released ones.
+    """
+
+    def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str, seen: Mapping[str, SeenAs] | None = None):
+        self.sources, self.origin, self.seen = dict(sources), origin, dict(seen or {})
 
     @classmethod
     def read(cls, folder: Path, inside: Mapping[str, Any]) -> Statistics:
@@ -138,15 +152,16 @@ class Statistics:
             CheckpointError: the file is not a JSON map.
         """
         path = folder / STATISTICS
+        seen = seen_as(folder)
         if not path.is_file():
-            return cls(inside, str(folder / "config.json"))
+            return cls(inside, str(folder / "config.json"), seen)
         try:
             sources = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
         if not isinstance(sources, dict):
             raise CheckpointError(f"{path}: is not a map from a source's name to its statistics; copy it again")
-        return cls(sources, str(path))
+        return cls(sources, str(path), seen)
 
     def key(self, name: str | None, suffixes: Sequence[str] = ("", "_no_noops")) -> str:
         """The source called `name`, or `name` with a suffix that the released LIBERO policies have.
@@ -176,3 +191,17 @@ class Statistics:
         if statistics is None:
             raise DataError(f"{source} is missing; compute it with `stamo data stats`")
         return Range.from_statistics(statistics, bounds, source)
+
+
+def seen_as(folder: Path) -> dict[str, SeenAs]:
+    """How a policy's sources came to it, by their names, read from its settings alone: no weights are opened."""
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["sources"]
+        return {
+            name: SeenAs(
+                s["format"], tuple(s["cameras"]), s["size"], tuple(s["frame_size"]) if s["frame_size"] else None
+            )
+            for name, s in found.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # of another program, or written before these were kept
