@@ -105,6 +105,12 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ] = None,
         processes: ProcessesOption = None,
         videos: VideosOption = 1,
+        baselines: Annotated[
+            bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
+        ] = False,
+        shuffle_instructions: Annotated[
+            bool, typer.Option("--shuffle-instructions", help="Tell every task what the next one is to do.")
+        ] = False,
         num_slices: Annotated[int, typer.Option(min=1, help="Runs that share the trials, for a Slurm array.")] = 1,
         slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
         out: OutOption = None,
@@ -122,8 +128,8 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         measure(
             policy, benchmarks, tasks=split(tasks), benchmark=benchmark, trials=trials, cameras=split(cameras or []),
             size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
-            tokenizer=tokenizer, device=device, processes=processes, videos=videos, num_slices=num_slices, slice=slice,
-            out=out,
+            tokenizer=tokenizer, device=device, processes=processes, videos=videos, baselines=baselines,
+            shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from stamo_dist.evaluate.rollout import PolicyAgent, rollout
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import Setting
 from stamo_dist.evaluate.successes import interval
+from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.policies import load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.report import write_report
@@ -74,6 +75,32 @@ def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, 
     assert more is not None
     assert more.rows[2]["trials"] == 8
     assert looks - before == 2, "two trials of one look were missing"
+
+
+def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"tasks": TASKS, "max_steps": 2, "processes": 2, "trials": 3, "out": tmp_path / "out"}
+    told: list[str] = []
+    batch = Policy.act_batch
+
+    def heard(self: Policy, images: Any, instructions: Any, **more: Any) -> Any:
+        told.extend(instructions)
+        return batch(self, images, instructions, **more)
+
+    monkeypatch.setattr(Policy, "act_batch", heard)
+    found = rollout(str(policy), PointBenchmarks(), baselines=True, **options)
+    assert found is not None
+    assert set(told) == {"move the square"}
+    # Trial n is solved by n + 1 steps, whoever takes them, and nobody has more than two.
+    assert [(r["task"], r["agent"], r["trials"], r["success"]) for r in found.rows[6:]] == [
+        ("all tasks", agent, 6, pytest.approx(200 / 3)) for agent in ("toy_policy", "random actions", "the expert")
+    ]
+    assert len(found.figures) == 2, "videos are the policy's alone"
+    told.clear()
+    shuffled = rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **options)
+    assert shuffled is not None
+    assert set(told) == {"move the square of suite/one", "move the square of suite/two"}
+    with pytest.raises(RunError, match="these tasks have one instruction"):
+        rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **{**options, "tasks": TASKS[:1]})
 
 
 def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
