@@ -52,7 +52,7 @@ demo-policy: $(VENV)/.installed opengl
 	$(STAMO) data convert metaworld demo/raw/metaworld_tasks demo/shards/metaworld_tasks --size 64 --val-fraction 0.1
 	$(STAMO) data stats demo/shards/metaworld_tasks
 	$(STAMO) encode recipes/policy_metaworld_demo.yaml
-	$(STAMO) train recipes/policy_metaworld_demo.yaml
+	$(STAMO) train recipes/policy_metaworld_demo.yaml --nproc 2
 	$(STAMO) eval rollout demo/runs/policy_metaworld --tasks $(TASKS) --baselines
 	$(STAMO) report demo/runs/policy_metaworld
 

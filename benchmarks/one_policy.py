@@ -54,6 +54,7 @@ def stamo(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--nproc", type=int, default=2, help="processes of the training")
     parser.add_argument("--trials", type=int, help="of each task")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe")
     options = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     stamo(f"data convert {suite.benchmark} {raw} {shards} --size 64 --val-fraction 0.1")
     stamo(f"data stats {shards}")
     stamo(f"encode {suite.recipe} {settings}")
-    stamo(f"train {suite.recipe} {settings}")
+    stamo(f"train {suite.recipe} --nproc {options.nproc} {settings}")
     from stamo_dist.recipe.load import load
 
     run = load(suite.recipe, options.set).recipe.run_dir
