@@ -19,6 +19,7 @@ from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
+from stamo_dist.evaluate.saved_policy import open_saved
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
@@ -40,6 +41,7 @@ def rollout(
     policy: str,
     benchmarks: Benchmarks,
     *,
+    checkpoint: str | None = None,
     tasks: Sequence[str],
     benchmark: str = "libero",
     trials: int = 20,
@@ -62,7 +64,8 @@ def rollout(
 
     `policy`: a run folder, or what `load_policy` takes. `cameras`: as many as the policy's views; the
     benchmark's first when omitted. `actions`: one of ACTIONS. `unnorm_key`: may be omitted where the policy knows one
-    source. `act_steps`: of a chunk. `videos`: of failures, of each task.
+    source. `act_steps`: of a chunk. `videos`: of each task's successes, and of its failures. `checkpoint`: of a run, in
+    place of its export: a step, `best`, or a path.
 
     Raises:
         StamoError: A policy, task, camera or option that is none, or a simulator that is not installed.
@@ -81,7 +84,12 @@ def rollout(
     if run is None and out is None:
         raise RunError(f"{policy}: is no run folder; say with --out where the results go")
     weights = str(run.model) if run else policy
-    if run:
+    stamp: Any = None
+    if checkpoint is not None:
+        folder = output_folder(run or RunFolder(Path(policy)), NAME, out)
+        loaded, provenance, stamp = open_saved(run, checkpoint, folder, device, tokenizer)
+        weights = provenance.checkpoint
+    elif run:
         loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +102,7 @@ def rollout(
         "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": size, "actions": actions,
         "unnorm_key": agent.source, "act_steps": act_steps, "max_steps": max_steps,
     }  # fmt: skip
-    identity: dict[str, Any] = {**settings, "policy": _stamp(Path(weights)), "weights": weights}
+    identity: dict[str, Any] = {**settings, "policy": stamp or _stamp(Path(weights)), "weights": weights}
     del identity["trials"]  # more trials go on where fewer stopped
     store = TrialFolder(folder / "trials", identity)
     missing = [trial for trial in mine if trial not in (there := store.read(mine))]
@@ -103,6 +111,7 @@ def rollout(
         drive(
             agent, benchmarks, benchmark, setting, missing, store, max_steps=max_steps,
             processes=processes or benchmarks.default_processes(benchmark), done=lambda o: bar.advance(watched),
+            keep_video=successes.Films(store, mine, videos),
         )  # fmt: skip
     found = store.read(todo)
     if num_slices > 1 and len(found) < len(todo):
@@ -163,8 +172,7 @@ def _write(
         for task in tasks:
             outcomes = [o for trial, o in found.items() if trial.task == task]
             rows.append({"suite": suite, "task": task.rpartition("/")[2], **successes.row(outcomes)})
-            failures = [o for o in outcomes if not o.success]
-            figures += successes.videos(failures, store, folder, suite, videos)
+            figures += successes.side_by_side(outcomes, store, folder, suite, videos)
         all_of_it = successes.row([o for trial, o in found.items() if trial.task in tasks])
         rows.append({"suite": suite, "task": "all tasks", **all_of_it})
         rates[SUITES.get(suite, suite)] = all_of_it["success"]

@@ -43,6 +43,7 @@ def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: SetOption = None,
     world_size: Annotated[
@@ -55,6 +56,8 @@ def check(
     """
     loaded = load(recipe, overrides or (), world_size)
     r = loaded.recipe
+    if context.obj is not None:  # what the layers above know
+        context.obj(r)
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)
