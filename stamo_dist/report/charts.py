@@ -12,7 +12,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 24
 _POINTS = 300  # drawn per line; more steps are averaged in equal groups
-_MARKED = 40  # at most so many points of a line that is not smoothed are marked
+_MARKED = 40  # at most so many points of a line are marked
 COLOURS = 8  # --c0 … --c7 on the page
 
 
@@ -36,7 +36,7 @@ def line_chart(
     """An SVG with one line per series, in the order of the page's colours, and a legend when there are several.
 
     `smooth` draws an exponential average and, of a single series, the values behind it. `zero`: the y axis starts at 0.
-    `within`: what the y axis spans. Few points are marked. Empty when no series has a point.
+    `within`: what the y axis spans; few points are marked then. Empty when no series has a point.
     """
     drawn = [(s.label, grouped(s)) for s in series]
     points = [p for _, line in drawn for p in line]
@@ -64,7 +64,7 @@ def line_chart(
             up, down = (list(zip(series[i].x, edge, strict=True)) for edge in (series[i].high, series[i].low))
             path = " ".join(place(*p) for p in [*up, *reversed(down)])
             parts.append(f'<polygon class="band" style="fill:var(--c{i % COLOURS})" points="{path}"/>')
-        if not smooth and len(line) <= _MARKED:
+        if within and len(line) <= _MARKED:
             spots = [place(*p).split(",") for p in line]
             dots = (f'<circle cx="{x}" cy="{y}" r="3" style="fill:var(--c{i % COLOURS})"/>' for x, y in spots)
             parts.append("".join(dots))
