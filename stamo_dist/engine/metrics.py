@@ -250,6 +250,7 @@ class WandB:
     def __init__(self, recipe: Recipe, folder: Path, resolved: dict[str, Any]):
         self._run: Any = None
         self._late: list[dict[str, Any]] = []
+        self._free: int | None = None  # W&B's step for the next of them after the last training step
         if recipe.tracking.wandb == "off":
             return
         import wandb
@@ -273,6 +274,7 @@ class WandB:
     def log(self, line: dict[str, Any]) -> None:
         if self._run is not None:
             late = self._late.pop(0) if self._late else {}
+            self._free = line["step"] + bool(late)
             self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
 
     def late(self, line: Mapping[str, Any]) -> None:
@@ -291,8 +293,8 @@ class WandB:
 
     def finish(self) -> None:
         if self._run is not None:
-            for late in self._late:
-                self._run.log(late)
+            for i, late in enumerate(self._late):
+                self._run.log(late, step=None if self._free is None else self._free + i)
             self._run.finish()
 
 

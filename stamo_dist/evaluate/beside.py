@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,10 @@ class Rollouts(Evaluation):
 
     def begin(self, step: int, journal: Journal, working: Callable[[str, int], None]) -> None:
         self._journal = journal
+        with self._at_no_cost():
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
         self._forget(step)
         unfinished = []
         for at in [at for at in curve.steps(self._run) if at not in self.needed()]:
@@ -99,14 +104,27 @@ class Rollouts(Evaluation):
             return False
         if not known:
             self._drop(step)
-        folder = self._folder(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failed.json").unlink(missing_ok=True)  # a new start tries the newest once more
-        write_atomic(folder / "request.json", json.dumps({"checkpoint": checkpoint}) + "\n")
-        self._queue(step)
+        with self._at_no_cost():
+            folder = self._folder(step)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "failed.json").unlink(missing_ok=True)  # a new start tries the newest once more
+            write_atomic(folder / "request.json", json.dumps({"checkpoint": checkpoint}) + "\n")
+            self._queue(step)
         return False
 
     def poll(self) -> None:
+        with self._at_no_cost():
+            self._poll()
+
+    @contextmanager
+    def _at_no_cost(self) -> Iterator[None]:
+        """A full disk ends no training."""
+        try:
+            yield
+        except OSError as e:
+            self._say(f"rollouts beside the training: {e.filename or 'the run folder'}: {e.strerror}")
+
+    def _poll(self) -> None:
         running = self._running
         if running is None:
             return
@@ -194,16 +212,16 @@ class Rollouts(Evaluation):
             self._fail(step, curve.reason(Path(ticket["log"])), ticket)
             return
         self._running = None
+        self._start()
         self._tell(step, result)
         curve.write(self._run, self._recipe)
-        self._start()
 
     def _fail(self, step: int, why: str, ticket: Ticket | None) -> None:
         first, log = (why.splitlines() or ["no reason is known"])[0], f"; see {ticket['log']}" if ticket else ""
         self._say(f"step {step} could not be rolled out: {first}{log}")
-        write_atomic(self._folder(step) / "failed.json", json.dumps({"why": why}) + "\n")
         self._running = None
         self._start()
+        write_atomic(self._folder(step) / "failed.json", json.dumps({"why": why}) + "\n")
 
     def _tell(self, step: int, result: dict[str, Any]) -> None:
         """Once, however often the run is started."""

@@ -58,10 +58,10 @@ def steps_of(run: Path) -> list[tuple[Any, ...]]:
 
 
 def test_the_training_is_the_same_to_the_bit(
-    toy_policy: Path, stamo: Callable[..., Any], world: None, tmp_path: Path
+    toy_policy: Path, stamo: Callable[..., Any], ranks: Callable[..., Any], world: None, tmp_path: Path
 ) -> None:
     plain, beside = (written(tmp_path / name / "toy.yaml", toy_policy) for name in ("plain", "beside"))
-    stamo("train", plain, *settings("evaluate.every=null"))
+    ranks(1, "train", plain, *settings("evaluate.every=null"))
     said = stamo("train", beside, *settings()).stdout
     run = beside.parent / "run"
     assert steps_of(run) == steps_of(plain.parent / "run")
@@ -89,8 +89,6 @@ def test_the_training_is_the_same_to_the_bit(
 
     stamo("export", run, tmp_path / "best", "--checkpoint", "best")
     assert "from step 6 of 6" in (tmp_path / "best" / "README.md").read_text()
-    again = stamo("train", beside, *settings()).stdout
-    assert "already trained to step 6" in again
 
 
 def test_a_kill_loses_and_repeats_nothing(
@@ -129,9 +127,7 @@ def test_two_processes_and_a_rollout_that_breaks(
 ) -> None:
     recipe = written(tmp_path / "toy.yaml", toy_policy, ROLLOUT.replace("suite/two", "suite/broken"))
     said = stamo("train", recipe, "--nproc", "2", *settings("evaluate.every=6")).stdout
-    assert (
-        said.count("step 6 could not be rolled out: suite/broken: the simulator broke; pip install it anew; see") == 1
-    )
+    assert said.count("step 6 could not be rolled out: suite/broken: the simulator broke; pip install it anew;") == 1
     assert "exported" in said
     assert read_late(tmp_path / "run" / "metrics.jsonl") == {}
 
