@@ -125,15 +125,23 @@ def _begin(
         if code == 0:
             if world.is_main and not exported:
                 export(recipe, mixture, run, session.state.step)
-            part()  # rank 0 may have to wait for what is measured beside the training
-            if not evaluation.finish(lambda: stop.asked):
+            barrier()
+            if recipe.evaluate.beside and not _wait(evaluation, session, stop):
                 code = EXIT_PREEMPTED
-            if world.is_main:
-                session.saver.prune()
     finally:
         evaluation.close()
         session.journal.close()
     return code
+
+
+def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:
+    """Let all processes but the first go, which waits for what is measured beside it; False when asked to stop."""
+    part()
+    whole = evaluation.finish(lambda: stop.asked)
+    if session.main:
+        session.guard()
+        session.saver.prune()  # what was held for it
+    return whole
 
 
 class _Session:

@@ -48,7 +48,7 @@ def broadcast(value: T) -> T:
 
 
 def part() -> None:
-    """Once all are here, leave the process group: from now on no process waits for another."""
+    """Once all are here, leave the process group: from now on none waits for another."""
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # as in `leave`
             dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -157,7 +158,8 @@ def check_rollout(recipe: Recipe, benchmarks: Benchmarks) -> None:
         cameras = tuple(wanted.cameras) or (benchmarks.default_camera(wanted.benchmark),)
         benchmarks.resolve(wanted.benchmark, wanted.tasks, Setting(wanted.size or 256, cameras, wanted.actions))
     except DataError as e:
-        raise RecipeError([f"evaluate.rollout: {line}" for line in str(e).splitlines()]) from None
+        joints = (("." if re.match("(cameras|tasks|size): ", line) else ": ", line) for line in str(e).splitlines())
+        raise RecipeError([f"evaluate.rollout{joint}{line}" for joint, line in joints]) from None
     most = benchmarks.trials(wanted.benchmark)
     if most is not None and wanted.trials > most:
         raise RecipeError([f"evaluate.rollout.trials: {wanted.benchmark} has {most} initial states of each task"])

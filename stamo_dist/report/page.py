@@ -231,11 +231,10 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _tasks(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Task → side → its figures; of each task all the sides that one of them has, in the same order."""
+    """Task → side → its figures."""
     paired = [figure for figure in figures if figure.get("task")]
-    sides = sorted({figure["side"] for figure in paired}, reverse=True)  # succeeded, failed
     return {
-        task: {side: [f for f in paired if (f["task"], f["side"]) == (task, side)] for side in sides}
+        task: {side: [f for f in paired if (f["task"], f["side"]) == (task, side)] for side in ("succeeded", "failed")}
         for task in dict.fromkeys(figure["task"] for figure in paired)
     }
 
