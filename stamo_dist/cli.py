@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,8 +47,14 @@ def _bring_launcher(context: typer.Context) -> None:
 
 
 @recipe_app.callback()
-def _bring_simulators(context: typer.Context) -> None:
-    context.obj = partial(loop_commands.check_rollout, benchmarks=Benchmarks())
+def _bring_advice(context: typer.Context) -> None:
+    def look(recipe: Recipe) -> list[str]:
+        from stamo_dist.data.advice import advice
+
+        loop_commands.check_rollout(recipe, Benchmarks())
+        return advice(recipe)
+
+    context.obj = look
 
 
 app.add_typer(eval_app, name="eval")

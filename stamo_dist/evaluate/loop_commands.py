@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,17 +79,26 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ],
         tasks: TasksOption,
         *,
-        benchmark: Annotated[str, typer.Option(metavar="libero|metaworld", help="Which simulator.")] = "libero",
+        benchmark: Annotated[
+            str | None,
+            typer.Option(metavar="libero|metaworld", help="Which simulator; that of the training data when omitted."),
+        ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
         cameras: Annotated[
-            list[str] | None, typer.Option(metavar="NAME", help="What it sees, in the order of its views.")
+            list[str] | None,
+            typer.Option(metavar="NAME", help="What it sees, in the order of its views; as trained when omitted."),
         ] = None,
-        size: Annotated[int, typer.Option(metavar="PIXELS", min=16, help="Side of the frames.")] = 256,
+        size: Annotated[
+            int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
+        ] = None,
         actions: Annotated[
             str, typer.Option(metavar="delta|original|openvla", help="What its numbers mean; see docs/evaluate.md.")
         ] = "delta",
         unnorm_key: Annotated[
-            str | None, typer.Option(metavar="NAME", help="Source whose statistics scale the actions.")
+            str | None,
+            typer.Option(
+                metavar="NAME", help="Source whose statistics scale the actions; the benchmark's or suite's own."
+            ),
         ] = None,
         act_steps: Annotated[
             int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
@@ -105,6 +115,12 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ] = None,
         processes: ProcessesOption = None,
         videos: BothVideosOption = 1,
+        baselines: Annotated[
+            bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
+        ] = False,
+        shuffle_instructions: Annotated[
+            bool, typer.Option("--shuffle-instructions", help="Tell every task what the next one is to do.")
+        ] = False,
         num_slices: Annotated[int, typer.Option(min=1, help="Runs that share the trials, for a Slurm array.")] = 1,
         slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
         out: OutOption = None,
@@ -123,8 +139,8 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             policy, benchmarks, checkpoint=checkpoint, tasks=split(tasks), benchmark=benchmark, trials=trials,
             cameras=split(cameras or []),
             size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
-            tokenizer=tokenizer, device=device, processes=processes, videos=videos, num_slices=num_slices, slice=slice,
-            out=out,
+            tokenizer=tokenizer, device=device, processes=processes, videos=videos, baselines=baselines,
+            shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
         )  # fmt: skip
 
     @app.command()
@@ -152,17 +168,32 @@ def check_rollout(recipe: Recipe, benchmarks: Benchmarks) -> None:
     from stamo_dist.evaluate.simulators import Setting
 
     wanted = recipe.evaluate.rollout
-    if wanted is None or not benchmarks.checkable(wanted.benchmark):
+    benchmark = (wanted.benchmark or _format(recipe)) if wanted is not None else None
+    if wanted is None or benchmark is None or not benchmarks.checkable(benchmark):
         return
     try:
-        cameras = tuple(wanted.cameras) or (benchmarks.default_camera(wanted.benchmark),)
-        benchmarks.resolve(wanted.benchmark, wanted.tasks, Setting(wanted.size or 256, cameras, wanted.actions))
+        cameras = tuple(wanted.cameras) or (benchmarks.default_camera(benchmark),)
+        benchmarks.resolve(benchmark, wanted.tasks, Setting(wanted.size or 256, cameras, wanted.actions))
     except DataError as e:
         joints = (("." if re.match("(cameras|tasks|size): ", line) else ": ", line) for line in str(e).splitlines())
         raise RecipeError([f"evaluate.rollout{joint}{line}" for joint, line in joints]) from None
-    most = benchmarks.trials(wanted.benchmark)
+    most = benchmarks.trials(benchmark)
     if most is not None and wanted.trials > most:
-        raise RecipeError([f"evaluate.rollout.trials: {wanted.benchmark} has {most} initial states of each task"])
+        raise RecipeError([f"evaluate.rollout.trials: {benchmark} has {most} initial states of each task"])
+
+
+def _format(recipe: Recipe) -> str | None:
+    """Of the data with actions, where it is one and at hand: what a policy is rolled out in unless it is said."""
+    from stamo_dist.data.schema import read_manifest
+
+    found = set()
+    for source in recipe.data.used.values():
+        if source.actions:
+            try:
+                found.add(read_manifest(Path(source.paths[0]).expanduser()).source_format)
+            except DataError:
+                return None
+    return found.pop() if len(found) == 1 else None
 
 
 def split(values: list[str]) -> list[str]:

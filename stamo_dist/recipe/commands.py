@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +17,11 @@ from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
+Advice = Callable[[Recipe], list[str]]  # what the data at hand say of a recipe
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
@@ -52,12 +54,14 @@ def check(
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
+    Where the shards are at hand: also dimensions of actions that never or seldom move, and what could be cached.
+
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
     """
     loaded = load(recipe, overrides or (), world_size)
     r = loaded.recipe
-    if context.obj is not None:  # what the layers above know
-        context.obj(r)
+    advice: Advice | None = context.obj  # who registers the commands may bring one, which refuses what it knows wrong
+    advised = advice(r) if advice else []
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)
@@ -71,6 +75,8 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
+    for line in advised:
+        console.print(f"    {line}")
 
 
 @app.command()

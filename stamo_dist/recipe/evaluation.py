@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 class Rollout(Section):
     """Closed-loop trials of a policy's saved weights beside its training; the options of `stamo eval rollout`."""
 
-    benchmark: str = Field("libero", description="Which simulator: libero, metaworld.")
+    benchmark: str | None = Field(None, description="Which simulator, e.g. metaworld; that of the data when omitted.")
     tasks: list[str] = Field(
         min_length=1, description="LIBERO: SUITE, SUITE/INDEX or SUITE/NAME; Meta-World: reach-v3, …"
     )
     trials: PositiveInt = Field(10, description="Trials of each task.")
     cameras: list[str] = Field(
-        default_factory=list, description="What the policy sees, in the order of its views; the benchmark's if empty."
+        default_factory=list, description="What the policy sees, in the order of its views; as in training if empty."
     )
-    size: PositiveInt | None = Field(None, description="Side of the frames; that of `stamo eval rollout` when omitted.")
+    size: PositiveInt | None = Field(None, description="Side of the frames; as in training when omitted.")
     actions: Literal["delta", "original", "openvla"] = Field("delta", description="What the policy's numbers mean.")
     unnorm_key: str | None = Field(
-        None, description="Source whose statistics scale the actions; may be omitted where one alone has actions."
+        None, description="Source whose statistics scale the actions; that of the task's suite or benchmark if omitted."
     )
     act_steps: PositiveInt | None = Field(None, description="Actions taken of a chunk; all when omitted.")
     max_steps: PositiveInt | None = Field(None, description="Steps of a trial; the benchmark's when omitted.")
@@ -90,11 +90,8 @@ def evaluate_problems(evaluate: Evaluate, stage: str, checkpoint_every: int, dat
 
 def _rollout_problems(rollout: Rollout, data: Data) -> list[str]:
     problems = []
-    if max(1, len(rollout.cameras)) != data.views:
+    if rollout.cameras and len(rollout.cameras) != data.views:
         problems.append(f"evaluate.rollout.cameras: the policy looks at {data.views} views (data.views); name as many")
-    labelled = [name for name, source in data.used.items() if source.actions]
-    if rollout.unnorm_key is None and len(labelled) > 1:
-        problems.append(f"evaluate.rollout.unnorm_key: is missing; choose a source's: {', '.join(labelled)}")
     if rollout.cluster is not None and rollout.where != "slurm":
         problems.append("evaluate.rollout.cluster: is the profile of Slurm jobs; set evaluate.rollout.where: slurm")
     return problems

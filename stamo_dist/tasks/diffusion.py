@@ -87,6 +87,7 @@ class DiffusionTask:
         self.terms: tuple[str, ...] = ("loss", "action", *(("pseudo",) if self.sizes.motion else ()))
         self.notes: tuple[str, ...] = (
             f"policy: random initial weights; pseudo-actions: {cfg.pseudo}, divided by {self.scale:g}",
+            *data.notes,
         )
 
     @property

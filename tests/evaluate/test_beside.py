@@ -291,7 +291,6 @@ def test_a_recipe_that_asks_for_the_impossible(toy_policy: Path, tmp_path: Path)
             ],
         ),
         (["evaluate.rollout.trials=0", "evaluate.rollout.where=moon"], ["trials: must be", "where: must be"]),
-        (["data.sources.b.actions=true"], ["evaluate.rollout.unnorm_key: is missing; choose a source's: a, b"]),
         (["stage=tokenizer"], ["evaluate.rollout: only a policy is rolled out"]),
     ):
         with pytest.raises(RecipeError) as refused:
