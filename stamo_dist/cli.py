@@ -25,7 +25,8 @@ from stamo_dist.publish.commands import export
 from stamo_dist.recipe.commands import app as recipe_app
 
 if TYPE_CHECKING:
-    from stamo_dist.train import Measure
+    from stamo_dist.engine.evaluation import Evaluation
+    from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(
     help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
@@ -34,16 +35,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
-
-@recipe_app.callback()
-def _bring_advice(context: typer.Context) -> None:
-    from stamo_dist.data.advice import advice
-
-    context.obj = advice
-
-
-app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 loop_commands.register(eval_app, Benchmarks())
 
@@ -55,7 +46,19 @@ def _bring_launcher(context: typer.Context) -> None:
     context.obj = launch_local
 
 
+@recipe_app.callback()
+def _bring_advice(context: typer.Context) -> None:
+    def look(recipe: Recipe) -> list[str]:
+        from stamo_dist.data.advice import advice
+
+        loop_commands.check_rollout(recipe, Benchmarks())
+        return advice(recipe)
+
+    context.obj = look
+
+
 app.add_typer(eval_app, name="eval")
+app.add_typer(recipe_app, name="recipe")
 app.command()(launch_commands.submit)
 for verb in verbs.COMMANDS:
     app.command()(verb)
@@ -77,7 +80,8 @@ def train(
     recipe: RecipePath,
     nproc: Processes = 1,
     resume: Annotated[
-        str, typer.Option(metavar="auto|none|PATH", help="Continue the newest whole checkpoint, none, or that one.")
+        str,
+        typer.Option(metavar="auto|none|best|PATH", help="Go on from the newest whole one, none, the best, or that."),
     ] = "auto",
     set_: Overrides = [],  # noqa: B006 (typer reads the default)
     allow_changed_data: Annotated[
@@ -117,18 +121,28 @@ def train(
     def body() -> int:
         from stamo_dist.train import train as run
 
-        measure = _measure() if loaded.recipe.evaluate.every else None
+        evaluation = _evaluation(loaded.recipe) if loaded.recipe.evaluate.every and world.is_main else None
         gc.freeze()
         gc.enable()
-        return run(loaded, world, resume=resume, allowed=allowed, measure=measure)
+        return run(loaded, world, resume=resume, allowed=allowed, evaluation=evaluation)
 
     leave(run_rank(world, body))
 
 
-def _measure() -> Measure:
-    from stamo_dist.evaluate.during import measure
+def _evaluation(recipe: Recipe) -> Evaluation:
+    """What measures while it trains."""
+    run = Path(recipe.run_dir)
+    if recipe.evaluate.rollout is None:
+        from stamo_dist.evaluate.during import Standing
 
-    return measure
+        return Standing(run, recipe)
+    from stamo_dist.engine.runfolder import RunFolder
+    from stamo_dist.evaluate.beside import Rollouts
+    from stamo_dist.launch.aside import launcher
+
+    wanted = recipe.evaluate.rollout
+    loop_commands.check_rollout(recipe, Benchmarks())
+    return Rollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
 
 
 @app.command()

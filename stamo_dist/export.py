@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Generator
 from contextlib import closing
+from pathlib import Path
 
 from stamo_dist.data.loader import Batch, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
@@ -32,19 +33,27 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
     Raises:
         CheckpointError: The checkpoint is not whole.
     """
-    path = checkpoint.folder_of(run.checkpoints, step)
-    weights = checkpoint.read_weights(path)
-    # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
-    task = build_task(recipe, mixture, later=checkpoint.holds_all(path))
     part = run.path / ".model.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    with closing(training_data(mixture, task)) as batches:
-        task.export(part, weights, batches)
+    write_model(recipe, mixture, checkpoint.folder_of(run.checkpoints, step), part)
     run.exported.unlink(missing_ok=True)
     shutil.rmtree(run.model, ignore_errors=True)
     part.rename(run.model)
     write_atomic(run.exported, json.dumps({"step": step}) + "\n")
     print(f"exported {run.model}", flush=True)
+
+
+def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> None:
+    """Write the model of the checkpoint at `path` into `folder`, in place of what is there.
+
+    Raises:
+        CheckpointError: The checkpoint is not whole.
+    """
+    weights = checkpoint.read_weights(path)
+    # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
+    task = build_task(recipe, mixture, later=checkpoint.holds_all(path))
+    shutil.rmtree(folder, ignore_errors=True)
+    with closing(training_data(mixture, task)) as batches:
+        task.export(folder, weights, batches)
 
 
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint, faults, strategy
 from stamo_dist.engine.checkpoint import RunState
 from stamo_dist.engine.ema import EMA
+from stamo_dist.engine.evaluation import Evaluation
 from stamo_dist.engine.generation import Generation, take
 from stamo_dist.engine.identity import Identity, identify
 from stamo_dist.engine.journal import Journal
@@ -25,38 +26,30 @@ from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
 from stamo_dist.engine.pictures import save_grid
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, Grace, Stop, requests
-from stamo_dist.engine.processes import barrier, broadcast
+from stamo_dist.engine.processes import barrier, broadcast, part
 from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World, survive_launcher
-from stamo_dist.errors import RecipeError, RunError, StamoError
+from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export, exported_step
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
-from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
 
 
-class Measure(Protocol):
-    """Measures what was saved of a step, as the recipe's `evaluate` says."""
-
-    def __call__(self, run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        """Numbers by name, and pictures by name."""
-
-
 def train(
     loaded: Loaded, world: World, *, resume: str = "auto", allowed: frozenset[str] = frozenset(),
-    measure: Measure | None = None,
+    evaluation: Evaluation | None = None,
 ) -> int:  # fmt: skip
     """Train the recipe to its end or until asked to stop; every process of the run calls it.
 
     `resume`: "auto" continues the newest whole checkpoint of the run folder, "none" insists on a fresh folder, anything
     else is the path of a checkpoint or a run. `allowed`: flags that let the recipe differ from the checkpoint's.
-    `measure`: what the recipe's `evaluate` calls for.
+    `evaluation`: rank 0's, what the recipe's `evaluate` calls for.
     Returns the exit code: 0 when finished, `EXIT_PREEMPTED` when it was asked to stop.
 
     Raises:
@@ -77,17 +70,17 @@ def train(
     identity = identify(recipe, mixture)
     choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
     if not world.is_main:  # one process looks, so that all see the same
-        return _begin(loaded, world, run, mixture, identity, plan, None, choose, measure)
+        return _begin(loaded, world, run, mixture, identity, plan, None, choose, Evaluation())
     choose(identity)  # what is refused is refused before anything is written
     run.prepare()
     with take(run.path) as generation:
         generation.notes += clean(run.checkpoints, generation.number)
-        return _begin(loaded, world, run, mixture, identity, plan, generation, choose, measure)
+        return _begin(loaded, world, run, mixture, identity, plan, generation, choose, evaluation or Evaluation())
 
 
 def _begin(
     loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
-    generation: Generation | None, choose: Callable[..., checkpoint.Choice], measure: Measure | None,
+    generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, and train; `generation` is rank 0's."""
     recipe = loaded.recipe
@@ -118,23 +111,37 @@ def _begin(
             start, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(faults.BadBatches(run.bad_batches, mixture).after(state.cursor))
-    if state.step >= recipe.train.steps and exported_step(run) == state.step:
+    exported = state.step >= recipe.train.steps and exported_step(run) == state.step
+    if exported and not broadcast(evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
-    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, measure)
+    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, evaluation)
     if generation is not None:
         session.open([*generation.notes, *notes, *([f"continuing {start} after step {state.step}"] if start else [])])
     barrier()
     try:
         code = session.run(stop)
+        if code == 0:
+            if world.is_main and not exported:
+                export(recipe, mixture, run, session.state.step)
+            barrier()
+            if recipe.evaluate.beside and not _wait(evaluation, session, stop):
+                code = EXIT_PREEMPTED
     finally:
+        evaluation.close()
         session.journal.close()
-    if code == 0:
-        if world.is_main:
-            export(recipe, mixture, run, session.state.step)
-        barrier()
     return code
+
+
+def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:
+    """Let all processes but the first go, which waits for what is measured beside it; False when asked to stop."""
+    part()
+    whole = evaluation.finish(lambda: stop.asked)
+    if session.main:
+        session.guard()
+        session.saver.prune()  # what was held for it
+    return whole
 
 
 class _Session:
@@ -143,17 +150,18 @@ class _Session:
     def __init__(
         self, loaded: Loaded, run: RunFolder, mixture: Mixture, identity: Identity, task: Task, engine: strategy.Engine,
         ema: EMA | None, plan: Batching, state: RunState, generation: Generation | None,
-        measure: Measure | None,
+        evaluation: Evaluation,
     ):  # fmt: skip
         self.loaded, self.recipe, self.run_folder, self.mixture = loaded, loaded.recipe, run, mixture
         self.task, self.engine, self.ema, self.plan, self.state = task, engine, ema, plan, state
-        self.main, self._measure = engine.world.is_main, measure
+        self.main, self.evaluation = engine.world.is_main, evaluation
         self.reducer = Reducer(engine.device, engine.world.rank, engine.world.size)
         self.grace = Grace(run.logs / "leaving.json", self.recipe.train.checkpoint.grace_seconds)
         self.signals: dict[int, str] = {}  # rank → the signal that asks the run to stop
         self.saver = Saver(
             run.checkpoints, engine, ema, self.recipe.train.checkpoint, identity=identity,
             precision=self.recipe.train.precision, git_commit=git_commit(), generation=generation,
+            needed=evaluation.needed,
         )  # fmt: skip
         flops = task.flops_per_sample() if engine.device.type == "cuda" else None
         self.guard: Callable[[], None] = generation.check if generation else lambda: None
@@ -194,8 +202,7 @@ class _Session:
         """The loop. Returns 0 at the end, `EXIT_PREEMPTED` after a stop, None after too many bad steps in a row."""
         recipe, engine, state, working = self.recipe, self.engine, self.state, self.watchdog.mark
         noise = Noise(recipe.seed)
-        if checkpoint.folder_of(self.run_folder.checkpoints, state.step).exists():
-            self._evaluate(state.step)  # a stop may have come before, and the line that told it was taken back
+        self.evaluation.begin(state.step, self.journal, working)
         loader = build_loader(
             self.mixture, rank=engine.world.rank, world_size=engine.world.size,
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
@@ -274,7 +281,8 @@ class _Session:
             self.journal.say(note)
 
     def _log(self) -> None:
-        """Take in what the ranks said about the step that was finished last."""
+        """Take in what the ranks said about the step that was finished last, and what was measured beside it."""
+        self.evaluation.poll()
         reduced = self.reducer.take()
         if reduced is not None:
             self.signals, self.step_seconds = self.signals or reduced.signals, reduced.seconds
@@ -294,26 +302,8 @@ class _Session:
                 for note in self.grace.measured(self.step_seconds, saved.seconds):
                     self.journal.say(f"  {note}")
             if saved.error is None and not self.signals:
-                measured = self._evaluate(saved.step) or measured
+                measured = self.evaluation.saved(saved.step) or measured
         return measured
-
-    def _evaluate(self, step: int) -> bool:
-        """Measure what was saved of `step` if it is due for it; whether it was tried."""
-        every = self.recipe.evaluate.every
-        if self._measure is None or not (self.main and every and step and step % every == 0):
-            return False
-        self.watchdog.mark("evaluating", step)
-        began = time.perf_counter()
-        try:
-            with torch.random.fork_rng():  # what trains on must not notice
-                numbers, pictures = self._measure(self.run_folder.path, self.recipe, step)
-        except StamoError as e:
-            self.journal.say(f"step {step} could not be evaluated: {e}")
-            return True
-        self.journal.measured(step, numbers, pictures)
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-        self.journal.say(f"step {step} evaluated in {time.perf_counter() - began:.1f} s: {shown}")
-        return True
 
     def _show_first(self, batch: Batch) -> None:
         picture = self.run_folder.path / "first_batch.png"

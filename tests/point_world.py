@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from toy import toy_frame
@@ -45,6 +47,9 @@ class PointSimulator:
 
 @dataclass(frozen=True)
 class PointBenchmarks:
+    def checkable(self, benchmark: str) -> bool:
+        return True
+
     def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
         if benchmark != "toy":
             raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
@@ -64,3 +69,14 @@ class PointBenchmarks:
 
     def trials(self, benchmark: str) -> int | None:
         return 9
+
+
+def as_simulators(folder: Path) -> str:
+    """A PYTHONPATH under which every `stamo` process has this world for its simulators."""
+    (folder / "sitecustomize.py").write_text(
+        "import data_tools.simulators.catalogue as catalogue\n"
+        "from point_world import PointBenchmarks\n"
+        "catalogue.Benchmarks = PointBenchmarks\n"
+    )
+    here = Path(__file__).parent
+    return os.pathsep.join(map(str, (folder, here, here.parent)))

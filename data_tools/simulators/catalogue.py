@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stamo_dist.errors import DataError
+
 if TYPE_CHECKING:
     from stamo_dist.evaluate.simulators import Setting, Simulator
 
@@ -16,6 +18,21 @@ _LIBERO_TRIALS = 50
 @dataclass(frozen=True)
 class Benchmarks:
     """LIBERO and Meta-World, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
+
+    def checkable(self, benchmark: str) -> bool:
+        from importlib.util import find_spec
+
+        from data_tools.simulators.rollout import check_opengl
+        from data_tools.simulators.tasks import PACKAGES, prepare_environment
+
+        if benchmark in PACKAGES and find_spec(PACKAGES[benchmark]) is None:
+            return False
+        prepare_environment()
+        try:
+            check_opengl()
+        except DataError:
+            return False
+        return True
 
     def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
         from data_tools.simulators.tasks import check_request

@@ -28,6 +28,7 @@ from stamo_dist.engine.marker import MARKER, Marker, RunState, damage, damaged, 
 from stamo_dist.engine.parts import ZERO_TAG
 from stamo_dist.engine.processes import broadcast
 from stamo_dist.engine.retention import complete, folder_of, scan, set_aside
+from stamo_dist.engine.retention import named as named_checkpoint
 from stamo_dist.engine.strategy import ZERO_STAGE, Engine
 from stamo_dist.engine.world import World
 from stamo_dist.errors import CheckpointError, RunError, StamoError
@@ -61,7 +62,8 @@ def choose(
 
     Args:
         checkpoints: The run's own checkpoints.
-        resume: "auto": the newest whole one; "none": none may be there; else the path of a checkpoint or a run.
+        resume: "auto": the newest whole one; "none": none may be there; "best": the run's best by success; else the
+            path of a checkpoint or a run.
         identity: What the recipe trains; None accepts any checkpoint.
         allowed: Flags of the command line that let some of it differ.
         without: Checkpoints that are known to be damaged.
@@ -75,7 +77,7 @@ def choose(
     if resume in ("auto", "none"):
         folder = checkpoints
     else:
-        given = Path(resume)
+        given = named_checkpoint(checkpoints, resume) if resume == "best" else Path(resume)
         named = not (given / "checkpoints").is_dir()
         folder = given.parent if named else given / "checkpoints"
     if named:

@@ -47,9 +47,13 @@ class Owner:
 
     @classmethod
     def this(cls) -> Owner:
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Owner:
+        """A process on this machine."""
         return cls(
-            node=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=os.getpid(),
-            started=_started(os.getpid()) or "",
+            node=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=pid, started=_started(pid) or "",
             job=os.environ.get("SLURM_JOB_ID"), restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 
 from stamo_dist.data.loader import Batch
 from stamo_dist.engine.marker import RunState
-from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB
+from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB, read_late
 from stamo_dist.engine.progress import TrainingProgress
 from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.engine.samples import SampleLog
@@ -87,6 +87,22 @@ class Journal:
             self._wandb.log({"step": step, **numbers})
         for name, path in pictures.items():
             self.picture(name, path, step)
+
+    def late(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell what was measured of an earlier step beside the training: a line of its own."""
+        line = {"step": step, **numbers}
+        if self._file is not None:
+            self._file.write(line)
+        if self._wandb is not None:
+            self._wandb.late(line)
+
+    def told(self) -> set[int]:
+        """Steps of which `late` has told, in this start or an earlier one."""
+        return self.told_by(self._run)
+
+    @staticmethod
+    def told_by(run: RunFolder) -> set[int]:
+        return set(read_late(run.metrics))
 
     def picture(self, name: str, path: Path, step: int) -> None:
         if self._wandb is not None:

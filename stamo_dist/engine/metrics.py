@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stamo_dist.engine.preempt import few_of
+from stamo_dist.engine.success import KEY, is_late
 from stamo_dist.recipe.schema import Recipe
 
 
@@ -228,7 +229,16 @@ def _step(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl."""
+    """The steps' whole lines of a metrics.jsonl."""
+    return [line for line in _lines(path) if not is_late(line)]
+
+
+def read_late(path: Path) -> dict[int, dict[str, Any]]:
+    """Step → what was measured of it later, beside the training."""
+    return {line["step"]: line for line in _lines(path) if is_late(line)}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]
@@ -239,6 +249,8 @@ class WandB:
 
     def __init__(self, recipe: Recipe, folder: Path, resolved: dict[str, Any]):
         self._run: Any = None
+        self._late: list[dict[str, Any]] = []
+        self._free: int | None = None  # W&B's step for the next of them after the last training step
         if recipe.tracking.wandb == "off":
             return
         import wandb
@@ -257,10 +269,21 @@ class WandB:
             dir=str(folder),
             config=resolved,
         )
+        self._run.define_metric(f"{KEY}/*", step_metric=f"{KEY}/step")
 
     def log(self, line: dict[str, Any]) -> None:
         if self._run is not None:
-            self._run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+            late = self._late.pop(0) if self._late else {}
+            self._free = line["step"] + bool(late)
+            self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
+
+    def late(self, line: Mapping[str, Any]) -> None:
+        """Log what was measured of an earlier step, on an axis of its own.
+
+        It goes with the next step: W&B's own steps only ascend, and a row of its own would take the next step's place.
+        """
+        if self._run is not None:
+            self._late.append({f"{KEY}/step": line["step"], **{k: v for k, v in line.items() if k != "step"}})
 
     def picture(self, name: str, path: Path, step: int) -> None:
         if self._run is not None:
@@ -270,6 +293,8 @@ class WandB:
 
     def finish(self) -> None:
         if self._run is not None:
+            for i, late in enumerate(self._late):
+                self._run.log(late, step=None if self._free is None else self._free + i)
             self._run.finish()
 
 

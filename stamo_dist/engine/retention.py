@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stamo_dist.engine.marker import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
+from stamo_dist.engine.success import Successes
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.schema import Checkpoint
 
@@ -87,11 +88,35 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def superseded(whole: list[tuple[Path, Marker]], policy: Checkpoint) -> list[Path]:
+def named(checkpoints: Path, name: str) -> Path:
+    """The checkpoint that a person calls so: best (by success in closed loop), a step, or a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = Path(name)
+    if name == "best":
+        best = Successes.read(checkpoints.parent).best
+        if best is None:
+            raise CheckpointError(
+                f"best: {checkpoints.parent} has measured no success while it trained (evaluate.rollout in the recipe)"
+            )
+        path = folder_of(checkpoints, best.step)
+    elif name.isdecimal():
+        path = folder_of(checkpoints, int(name))
+    if not path.is_dir():
+        steps = ", ".join(p.name for p in complete(checkpoints)[0]) or "none"
+        raise CheckpointError(f"{name}: there is no {path}; the run's checkpoints: {steps}")
+    return path
+
+
+def superseded(
+    whole: list[tuple[Path, Marker]], policy: Checkpoint, needed: Collection[int] = ()
+) -> list[Path]:  # fmt: skip
     """Which of the checkpoints, newest first, are not needed any more.
 
-    Needed are the newest `keep` regular ones, those of every `keep_every`-th step, and the newest temporary one while
-    it is newer than the oldest of the regular ones kept.
+    Needed are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is
+    newer than the oldest of the regular ones kept, and those of the steps `needed`.
     """
     kept = [marker.state.step for _, marker in whole if marker.kind == "regular"][: policy.keep]
     temporary = [marker.state.step for _, marker in whole if marker.kind == "temporary"]
@@ -100,7 +125,8 @@ def superseded(whole: list[tuple[Path, Marker]], policy: Checkpoint) -> list[Pat
     return [
         path
         for path, marker in whole
-        if marker.state.step not in kept and not (policy.keep_every and marker.state.step % policy.keep_every == 0)
+        if marker.state.step not in {*kept, *needed}
+        and not (policy.keep_every and marker.state.step % policy.keep_every == 0)
     ]
 
 

@@ -8,6 +8,7 @@
     checkpoints/     step_00000123/                 model/          the final export, of the step in exported.json
     logs/            rank_00000.log                 first_batch.png
     samples.jsonl    what each step read (train.log_samples)
+    success.json     a policy's success while it trains: the last and the best
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def success(self) -> Path:
+        return self.path / "success.json"
 
     def prepare(self) -> None:
         """Create the folder and prove that it can be written.

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from stamo_dist.engine.parts import DcpPart, Part, Staging, ZeroPart
 from stamo_dist.engine.processes import broadcast
 from stamo_dist.engine.retention import clean, folder_of, part_of, remove, scan, set_aside, superseded, sync, sync_tree
 from stamo_dist.engine.strategy import Engine
+from stamo_dist.engine.success import Successes
 from stamo_dist.errors import CheckpointError, StamoError
 from stamo_dist.recipe.schema import Checkpoint
 
@@ -114,15 +116,17 @@ class Saver:
         precision: The recipe's train.precision.
         git_commit: Of the code, for the marker.
         generation: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
+        needed: Rank 0: steps whose checkpoints stay beside those of the policy; so does the best by success.
     """
 
     def __init__(
         self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: Checkpoint, *, identity: Identity,
         precision: str, git_commit: str | None = None, generation: Generation | None = None,
+        needed: Callable[[], Collection[int]] = tuple,
     ):  # fmt: skip
         self._checkpoints, self._engine, self._ema, self._policy = checkpoints, engine, ema, policy
         self._identity, self._precision, self._commit_id = identity, precision, git_commit
-        self._generation = generation
+        self._generation, self._needed = generation, needed
         self._number = broadcast(generation.number if generation else 0)
         self._writing: _Writing | None = None
         self._staging = Staging()
@@ -235,8 +239,14 @@ class Saver:
             raise RuntimeError(f"step {writing.state.step} could not be saved:\n{bug}")
         if world.is_main and outcome is None:
             clean(self._checkpoints, self._number)
-            self._remove(superseded(scan(self._checkpoints).whole, self._policy), beside=writing.beside)
+            self.prune(beside=writing.beside)
         return outcome
+
+    def prune(self, *, beside: bool = False) -> None:
+        """Rank 0: remove the checkpoints that are not needed any more."""
+        best = Successes.read(self._checkpoints.parent).best
+        needed = {*self._needed(), *([best.step] if best else [])}
+        self._remove(superseded(scan(self._checkpoints).whole, self._policy, needed), beside=beside)
 
     def _remove(self, paths: list[Path], *, beside: bool) -> None:
         """Delete checkpoints, large files in another thread where training need not wait for it."""

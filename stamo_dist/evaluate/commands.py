@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="STEP|PATH", help="Which checkpoint; the newest whole one when omitted."),
+    typer.Option("--checkpoint", metavar="STEP|best|PATH", help="Which one; the newest whole one when omitted."),
 ]
 StepsOption = Annotated[
     int | None, typer.Option("--steps", metavar="N", min=1, help="Sampler steps; flow.sampler_steps when omitted.")

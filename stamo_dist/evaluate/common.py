@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from stamo_dist.engine import checkpoint as checkpoints
+from stamo_dist.engine.retention import named
 from stamo_dist.engine.runfolder import RunFolder, git_commit, write_atomic
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.models.tokenizer import Tokenizer
@@ -49,6 +50,8 @@ class Provenance:
 class Figure:
     file: str  # relative to the result's folder
     caption: str
+    task: str = ""  # figures of one task stand together, …
+    side: str = ""  # … and those of its sides side by side
 
 
 @dataclass
@@ -229,11 +232,7 @@ def typed_command() -> str:
 
 def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:
     if checkpoint is not None:
-        path = checkpoints.folder_of(run.checkpoints, int(checkpoint)) if checkpoint.isdecimal() else Path(checkpoint)
-        if not path.is_dir():
-            steps = ", ".join(p.name for p in checkpoints.complete(run.checkpoints)[0]) or "none"
-            raise CheckpointError(f"--checkpoint {checkpoint}: there is no {path}; the run's checkpoints: {steps}")
-        return path
+        return named_checkpoint(run, checkpoint)
     whole, broken = checkpoints.complete(run.checkpoints)
     if whole:
         return whole[0]
@@ -243,6 +242,18 @@ def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:
     raise CheckpointError(
         f"{run.path}: no checkpoint yet; train on until the first is saved (train.checkpoint.every){why}"
     )
+
+
+def named_checkpoint(run: RunFolder, name: str) -> Path:
+    """What `--checkpoint` names: a step, `best`, or a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    try:
+        return named(run.checkpoints, name)
+    except CheckpointError as e:
+        raise CheckpointError(f"--checkpoint {e}") from None
 
 
 def sampler_noise(tokenizer: Tokenizer, samples: Sequence[int], stream: int = 1) -> Tensor:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from stamo_dist.engine.checkpoint import folder_of
+from stamo_dist.engine.evaluation import Evaluation
+from stamo_dist.engine.journal import Journal
 from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.errors import StamoError
 from stamo_dist.evaluate import heads
 from stamo_dist.evaluate.common import Figure, Provenance, Result
 from stamo_dist.evaluate.features import STATE
@@ -26,6 +32,35 @@ _ABOUT = (
     "reconstruction, and the squared error of the MLP head that reads actions from motions, one seed."
 )
 _EPISODES, _EPOCHS = 16, 20  # of the probe
+
+
+class Standing(Evaluation):
+    """Measures a tokenizer on rank 0 while the others wait."""
+
+    def __init__(self, run: Path, recipe: Recipe):
+        self._run, self._recipe = run, recipe
+
+    def begin(self, step: int, journal: Journal, working: Callable[[str, int], None]) -> None:
+        self._journal, self._working = journal, working
+        if folder_of(RunFolder(self._run).checkpoints, step).exists():
+            self.saved(step)  # a stop may have come before, and the line that told it was taken back
+
+    def saved(self, step: int) -> bool:
+        every, say = self._recipe.evaluate.every, self._journal.say
+        if not (every and step and step % every == 0):
+            return False
+        self._working("evaluating", step)
+        began = time.perf_counter()
+        try:
+            with torch.random.fork_rng():  # what trains on must not notice
+                numbers, pictures = measure(self._run, self._recipe, step)
+        except StamoError as e:
+            say(f"step {step} could not be evaluated: {e}")
+            return True
+        self._journal.measured(step, numbers, pictures)
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        say(f"step {step} evaluated in {time.perf_counter() - began:.1f} s: {shown}")
+        return True
 
 
 def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dict[str, Path]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.evaluate.commands import CheckpointOption, OutOption, RunArgument
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.simulators import Benchmarks
+    from stamo_dist.recipe.schema import Recipe
 
 TasksOption = Annotated[
     list[str],
@@ -24,6 +28,9 @@ StepLimit = Annotated[
     int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps of a trial; the benchmark's when omitted.")
 ]
 VideosOption = Annotated[int, typer.Option(metavar="N", min=0, help="Most videos shown of each task.")]
+BothVideosOption = Annotated[
+    int, typer.Option("--videos", metavar="N", min=0, help="Videos kept of each task's successes, and of its failures.")
+]
 
 
 def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
@@ -97,6 +104,9 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
         ] = None,
         max_steps: StepLimit = None,
+        checkpoint: Annotated[
+            str | None, typer.Option(metavar="STEP|best|PATH", help="Of a run, in place of its export.")
+        ] = None,
         tokenizer: Annotated[
             str | None, typer.Option(metavar="PATH", help="The StaMo tokenizer it sees through, where it moved.")
         ] = None,
@@ -104,7 +114,7 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             str | None, typer.Option(metavar="cpu|cuda", help="Where it runs; the GPU where there is one.")
         ] = None,
         processes: ProcessesOption = None,
-        videos: VideosOption = 1,
+        videos: BothVideosOption = 1,
         baselines: Annotated[
             bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
         ] = False,
@@ -126,11 +136,64 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         from stamo_dist.evaluate.rollout import rollout as measure
 
         measure(
-            policy, benchmarks, tasks=split(tasks), benchmark=benchmark, trials=trials, cameras=split(cameras or []),
+            policy, benchmarks, checkpoint=checkpoint, tasks=split(tasks), benchmark=benchmark, trials=trials,
+            cameras=split(cameras or []),
             size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
             tokenizer=tokenizer, device=device, processes=processes, videos=videos, baselines=baselines,
             shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
         )  # fmt: skip
+
+    @app.command()
+    def during(
+        run: RunArgument,
+        step: Annotated[int, typer.Argument(metavar="STEP", help="Of a checkpoint that is still there.")],
+    ) -> None:
+        """Roll a policy's checkpoint out as `evaluate.rollout` in its recipe says: what a training does by itself.
+
+        Trials that are there are not made again. The training tells the result at its next look or start.
+
+        Example: stamo eval during runs/policy_openvla_state 4000
+        """
+        from stamo_dist.evaluate.saved_rollout import roll_out
+
+        roll_out(run, step, benchmarks)
+
+
+def check_rollout(recipe: Recipe, benchmarks: Benchmarks) -> None:
+    """Refuse what the rollouts that a recipe asks for would refuse, where the simulator is here to ask.
+
+    Raises:
+        RecipeError: Unknown benchmark, task or camera, or more trials than there are initial states.
+    """
+    from stamo_dist.evaluate.simulators import Setting
+
+    wanted = recipe.evaluate.rollout
+    benchmark = (wanted.benchmark or _format(recipe)) if wanted is not None else None
+    if wanted is None or benchmark is None or not benchmarks.checkable(benchmark):
+        return
+    try:
+        cameras = tuple(wanted.cameras) or (benchmarks.default_camera(benchmark),)
+        benchmarks.resolve(benchmark, wanted.tasks, Setting(wanted.size or 256, cameras, wanted.actions))
+    except DataError as e:
+        joints = (("." if re.match("(cameras|tasks|size): ", line) else ": ", line) for line in str(e).splitlines())
+        raise RecipeError([f"evaluate.rollout{joint}{line}" for joint, line in joints]) from None
+    most = benchmarks.trials(benchmark)
+    if most is not None and wanted.trials > most:
+        raise RecipeError([f"evaluate.rollout.trials: {benchmark} has {most} initial states of each task"])
+
+
+def _format(recipe: Recipe) -> str | None:
+    """Of the data with actions, where it is one and at hand: what a policy is rolled out in unless it is said."""
+    from stamo_dist.data.schema import read_manifest
+
+    found = set()
+    for source in recipe.data.used.values():
+        if source.actions:
+            try:
+                found.add(read_manifest(Path(source.paths[0]).expanduser()).source_format)
+            except DataError:
+                return None
+    return found.pop() if len(found) == 1 else None
 
 
 def split(values: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
+from stamo_dist.evaluate.saved_policy import Saved
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
 from stamo_dist.models.policies import AnyPolicy, load_policy
@@ -41,6 +42,7 @@ def rollout(
     policy: str,
     benchmarks: Benchmarks,
     *,
+    checkpoint: str | None = None,
     tasks: Sequence[str],
     benchmark: str | None = None,
     trials: int = 20,
@@ -66,7 +68,8 @@ def rollout(
     `policy`: a run folder, or what `load_policy` takes. `benchmark`, `cameras` (as many as the policy's views), `size`
     and `unnorm_key`: those the policy was trained with when omitted; where its folder does not say, LIBERO, the
     benchmark's first camera, 256 px and the one source it knows. `actions`: one of ACTIONS. `act_steps`: of a chunk.
-    `videos`: of failures, of each task. `baselines`: random actions and the benchmark's expert in the same trials.
+    `videos`: of each task's successes, and of its failures. `checkpoint`: of a run, in place of its export: a step,
+    `best`, or a path. `baselines`: random actions and the benchmark's expert in the same trials.
     `shuffle_instructions`: every task is told what the next one is, which a policy that reads them fails.
 
     Raises:
@@ -75,7 +78,8 @@ def rollout(
     console = console or Console()
     if actions not in ACTIONS:
         raise RunError(f"--actions {actions}: must be one of {', '.join(ACTIONS)}")
-    shown = Shown.to(policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
+    saved = Saved(policy, checkpoint, out, NAME) if checkpoint is not None else None
+    shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
     benchmark, setting = shown.benchmark, shown.setting
     names = benchmarks.resolve(benchmark, tasks, setting)
     most = benchmarks.trials(benchmark)
@@ -87,7 +91,10 @@ def rollout(
     if run is None and out is None:
         raise RunError(f"{policy}: is no run folder; say with --out where the results go")
     weights = str(run.model) if run else policy
-    if run:
+    if saved:
+        loaded, provenance = saved.open(device, tokenizer)
+        weights = provenance.checkpoint
+    elif run:
         loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +111,8 @@ def rollout(
         "max_steps": max_steps, **({"shuffle_instructions": True} if shuffle_instructions else {}),
     }  # fmt: skip
     console.print(f"{shown.said(setting)}; actions ({actions}) scaled as {agent.said}", soft_wrap=True)
-    identity: dict[str, Any] = {**settings, "policy": _stamp(Path(weights)), "weights": weights}
+    stamp = saved.digest if saved else _stamp(Path(weights))
+    identity: dict[str, Any] = {**settings, "policy": stamp, "weights": weights}
     del identity["trials"]  # more trials go on where fewer stopped
     arms = [Arm(provenance.recipe, agent, setting, TrialFolder(folder / "trials", identity))]
     if baselines:
@@ -123,7 +131,7 @@ def rollout(
                 arm.agent, benchmarks, benchmark, arm.setting, missing, arm.store, max_steps=max_steps,
                 processes=processes or benchmarks.default_processes(benchmark),
                 done=lambda o: bar.advance(watched),  # noqa: B023
-                keep_video=lambda o: arm.agent is agent and not o.success,  # noqa: B023
+                keep_video=successes.Films(arm.store, mine, videos if arm.agent is agent else 0),
             )  # fmt: skip
     found = {arm.name: arm.store.read(todo) for arm in arms}
     if num_slices > 1 and (absent := sum(len(todo) - len(outcomes) for outcomes in found.values())):
@@ -233,8 +241,8 @@ def _write(
                 row = successes.row([o for trial, o in outcomes.items() if trial.task in of])
                 rows.append({"suite": suite, "task": label, **({"agent": arm} if len(found) > 1 else {}), **row})
         for task in tasks:
-            failures = [o for trial, o in found[ours].items() if trial.task == task and not o.success]
-            figures += successes.videos(failures, store, folder, suite, videos)
+            of_task = [o for trial, o in found[ours].items() if trial.task == task]
+            figures += successes.side_by_side(of_task, store, folder, suite, videos)
         of_suite = [o for trial, o in found[ours].items() if trial.task in tasks]
         rates[SUITES.get(suite, suite)] = successes.row(of_suite)["success"]
     result = Result(

@@ -68,6 +68,9 @@ class Simulator(Protocol):
 class Benchmarks(Protocol):
     """The simulators there are. Implementations must be picklable: every worker process gets one."""
 
+    def checkable(self, benchmark: str) -> bool:
+        """Whether `resolve` can tell what there is: not so where the simulator is not installed here."""
+
     def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
         """Full names of the tasks, without starting one.
 

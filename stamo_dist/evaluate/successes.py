@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,6 +53,38 @@ def my_share(trials: Sequence[Trial], slice: int, num_slices: int) -> list[Trial
 def partial(done: Mapping[Trial, Outcome] | int, wanted: int) -> str | None:
     count = done if isinstance(done, int) else len(done)
     return None if count == wanted else f"{count} of {wanted} trials are there"
+
+
+class Films:
+    """Of which outcomes a video is kept: up to `most` of each task's successes and of its failures.
+
+    Those of `trials` that were kept before count too.
+    """
+
+    def __init__(self, store: TrialFolder, trials: Sequence[Trial], most: int):
+        there = [o for o in store.read(trials).values() if store.video(o) is not None]
+        self._kept, self._most = Counter((o.task, o.success) for o in there), most
+
+    def __call__(self, outcome: Outcome) -> bool:
+        key = (outcome.task, outcome.success)
+        self._kept[key] += 1
+        return self._kept[key] <= self._most
+
+
+SIDES = {True: "succeeded", False: "failed"}
+
+
+def side_by_side(
+    found: Sequence[Outcome], trials: TrialFolder, folder: Path, label: str, most: int
+) -> list[Figure]:  # fmt: skip
+    """As `videos`, of one task: up to `most` of its successes, and as many of its failures beside them."""
+    figures = []
+    for success, side in SIDES.items():
+        chosen = [o for o in found if o.success == success]
+        task = f"{found[0].task}: {len(chosen) if success else len(found) - len(chosen)} of {len(found)} succeeded"
+        shown = videos(chosen, trials, folder, label, most)
+        figures += [replace(figure, task=task, side=side) for figure in shown]
+    return figures
 
 
 def videos(found: Sequence[Outcome], trials: TrialFolder, folder: Path, label: str, most: int) -> list[Figure]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stamo_dist.engine.generation import Owner, newest_owner
+from stamo_dist.engine.success import Successes, is_late
 
 _TAIL = 1 << 17  # bytes at the end of metrics.jsonl that are read
 _WINDOW = 50  # logged steps over which the speed is taken
@@ -37,6 +38,7 @@ class Progress:
     silence: float | None = None  # seconds since the owner's last heartbeat
     exported: bool = False  # trained to the end
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
+    successes: Successes = field(default_factory=Successes)  # of a policy in closed loop
 
     @property
     def finished(self) -> bool:
@@ -59,7 +61,7 @@ def look(run: Path, recipe: Path | None = None) -> Progress:
     """
     resolved = _yaml(run / "resolved.yaml") or (_yaml(recipe) if recipe else {})
     train = resolved.get("train") or {}
-    lines = tail(run / "metrics.jsonl")
+    lines = [line for line in tail(run / "metrics.jsonl") if not is_late(line)]
     step_seconds = _step_seconds(lines)
     last = lines[-1] if lines else {}
     batch = train.get("global_batch")
@@ -73,7 +75,7 @@ def look(run: Path, recipe: Path | None = None) -> Progress:
         name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
         loss=_loss(last), mean_loss=mean, rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
         checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
-        terms=terms,
+        terms=terms, successes=Successes.read(run),
     )  # fmt: skip
 
 

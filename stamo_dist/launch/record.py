@@ -26,7 +26,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.launch.known import remember
 
 VERSION = 1
-Kind = Literal["run", "array", "stage"]
+Kind = Literal["run", "array", "stage", "beside"]  # beside: of a run that trains, and no run of its own
 _ENDS = ("failed", "stopped", "cancelled")
 What = Literal["submitted", "started", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"]
 
@@ -88,7 +88,8 @@ class Launch:
         where = folder(self.run_dir)
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(where / "launch.json", json.dumps(asdict(self), indent=1) + "\n")
-        remember(self.run_dir)
+        if self.kind != "beside":
+            remember(self.run_dir)
 
 
 @dataclass(frozen=True)

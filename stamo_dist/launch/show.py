@@ -33,6 +33,7 @@ def status_table(runs: Sequence[Run]) -> RenderableType:
         ("ETA", lambda r: duration(r.progress.eta) if r.progress.eta is not None and r.state.training else ""),
         ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
         ("saved", _saved),
+        *([("success", _success)] if any(r.progress.successes.last for r in runs) else []),
         ("nodes", lambda r: r.nodes),
         ("job", lambda r: (r.launch.job or "") if r.launch else ""),
     ]
@@ -91,6 +92,10 @@ def one_run(run: Run) -> RenderableType:
         rows.append(("ETA", duration(p.eta)))
     if p.checkpoint is not None:
         rows.append(("checkpoint", f"step {p.checkpoint}, {duration(age(p.saved) or 0)} ago"))
+    if p.successes.last is not None:
+        rows.append(("success", f"{p.successes.last}, of {p.successes.last.trials} trials"))
+    if p.successes.best is not None:
+        rows.append(("best", f"{p.successes.best}; its checkpoint is kept"))
     if run.nodes:
         rows.append(("nodes", run.nodes))
     if run.launch:
@@ -123,6 +128,14 @@ def _step(run: Run) -> str:
 def _saved(run: Run) -> str:
     seconds = age(run.progress.saved)
     return "" if seconds is None else f"{duration(seconds)} ago"
+
+
+def _success(run: Run) -> str:
+    """The newest, and the best where that is another."""
+    last, best = run.progress.successes.last, run.progress.successes.best
+    if last is None:
+        return ""
+    return f"{last.success:.0f} %" + (f", best {best.success:.0f} % @{best.step}" if best and best != last else "")
 
 
 def _details(runs: Sequence[Run]) -> Text:

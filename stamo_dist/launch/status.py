@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Run:
             "restarts": self.state.restarts, "step": p.step, "steps": p.steps, "samples_per_second": p.rate,
             "eta": p.eta, "loss": p.loss, "checkpoint": p.checkpoint, "checkpoint_age": age(p.saved),
             "nodes": self.nodes, "job": self.launch.job if self.launch else None,
-            "cluster": self.launch.cluster if self.launch else None,
+            "cluster": self.launch.cluster if self.launch else None, **asdict(p.successes),
         }  # fmt: skip
 
 

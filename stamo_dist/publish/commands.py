@@ -40,6 +40,10 @@ def export(
     dtype: Annotated[DType, typer.Option(help="Of the trained weights; what was frozen stays as it was.")] = (
         DType.float32
     ),
+    which: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="STEP|best", help="Of a run: that one, in place of its newest."),
+    ] = None,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Most of one file.")] = "5GB",
 ) -> None:
     """Write a checkpoint's model for others: safetensors, statistics, and a card with recipe, data and metrics.
@@ -51,4 +55,4 @@ def export(
     """
     from stamo_dist.publish.publish import publish
 
-    publish(checkpoint, out, form=form.value, dtype=dtype.value, shard_size=shard_size)
+    publish(checkpoint, out, form=form.value, dtype=dtype.value, shard_size=shard_size, checkpoint=which)

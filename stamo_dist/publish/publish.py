@@ -13,6 +13,7 @@ import torch
 
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint as checkpoints
+from stamo_dist.engine.retention import named
 from stamo_dist.engine.runfolder import RunFolder, open_run
 from stamo_dist.errors import RunError
 from stamo_dist.export import training_data
@@ -23,16 +24,19 @@ from stamo_dist.tasks.base import Layout
 
 
 def publish(
-    given: Path, out: Path, *, form: Literal["openvla", "hf"] = "hf", dtype: str = "float32", shard_size: str = "5GB"
-) -> None:
+    given: Path, out: Path, *, form: Literal["openvla", "hf"] = "hf", dtype: str = "float32", shard_size: str = "5GB",
+    checkpoint: str | None = None,
+) -> None:  # fmt: skip
     """Write the model of a checkpoint, or of a run's newest one, into the new folder `out`.
+
+    `checkpoint`: of the run `given`: a step, or `best` by success in closed loop.
 
     Raises:
         RunError: `given` is neither, `out` exists, or the format does not suit the stage or the policy.
         CheckpointError: The checkpoint is not whole.
         DataError: The run's data, which names statistics and instructions, is no longer there.
     """
-    run, folder = _locate(given)
+    run, folder = _locate(given, checkpoint)
     recipe = load(run.resolved).recipe
     if not re.fullmatch(r"\d+([KMG]i?B|B)?", shard_size, re.IGNORECASE):
         raise RunError(f"--shard-size {shard_size}: give a size as 5GB or 200MB")
@@ -76,8 +80,11 @@ def _as_others_files(folder: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
-def _locate(given: Path) -> tuple[RunFolder, Path]:
+def _locate(given: Path, checkpoint: str | None) -> tuple[RunFolder, Path]:
     """The run and the checkpoint that the user means."""
+    if checkpoint is not None:
+        run = open_run(given)
+        return run, named(run.checkpoints, checkpoint)
     if (given / checkpoints.MARKER).is_file():
         return open_run(given.resolve().parent.parent), given
     run = open_run(given)

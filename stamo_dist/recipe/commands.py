@@ -60,6 +60,8 @@ def check(
     """
     loaded = load(recipe, overrides or (), world_size)
     r = loaded.recipe
+    advice: Advice | None = context.obj  # who registers the commands may bring one, which refuses what it knows wrong
+    advised = advice(r) if advice else []
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)
@@ -73,8 +75,7 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
-    advice: Advice | None = context.obj  # who registers the commands may bring one
-    for line in advice(r) if advice else ():
+    for line in advised:
         console.print(f"    {line}")
 
 

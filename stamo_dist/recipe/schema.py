@@ -393,7 +393,7 @@ class Recipe(Section):
             problems.append(
                 f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"
             )
-        problems += evaluate_problems(self.evaluate, self.stage, self.train.checkpoint.every)
+        problems += evaluate_problems(self.evaluate, self.stage, self.train.checkpoint.every, self.data)
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
         if problems:

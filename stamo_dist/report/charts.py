@@ -12,30 +12,38 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 24
 _POINTS = 300  # drawn per line; more steps are averaged in equal groups
+_MARKED = 40  # at most so many points of a line are marked
 COLOURS = 8  # --c0 … --c7 on the page
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `x` ascending, `y` of the same length; points that are not finite are left out."""
+    """One line: `x` ascending, `y` of the same length; points that are not finite are left out.
+
+    `low` and `high`: an interval around each of few points, drawn as a band.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
-def line_chart(series: Sequence[Series], *, smooth: bool = True, zero: bool = False) -> Markup:
+def line_chart(
+    series: Sequence[Series], *, smooth: bool = True, zero: bool = False, within: tuple[float, float] | None = None
+) -> Markup:
     """An SVG with one line per series, in the order of the page's colours, and a legend when there are several.
 
     `smooth` draws an exponential average and, of a single series, the values behind it. `zero`: the y axis starts at 0.
-    Empty when no series has a point.
+    `within`: what the y axis spans; few points are marked then. Empty when no series has a point.
     """
     drawn = [(s.label, grouped(s)) for s in series]
     points = [p for _, line in drawn for p in line]
     if not points:
         return Markup("")
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    y0, y1 = _range([p[1] for p in points], zero)
+    y0, y1 = within or _range([p[1] for p in points], zero)
 
     def place(x: float, y: float) -> str:
         px = _LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - _LEFT - _RIGHT)
@@ -52,6 +60,14 @@ def line_chart(series: Sequence[Series], *, smooth: bool = True, zero: bool = Fa
         parts.append(f'<text x="{x}" y="{HEIGHT - 7}" text-anchor="middle">{tick:,g}</text>')
     for i, (_, line) in enumerate(drawn):
         colour = f"stroke:var(--c{i % COLOURS})"
+        if series[i].low:
+            up, down = (list(zip(series[i].x, edge, strict=True)) for edge in (series[i].high, series[i].low))
+            path = " ".join(place(*p) for p in [*up, *reversed(down)])
+            parts.append(f'<polygon class="band" style="fill:var(--c{i % COLOURS})" points="{path}"/>')
+        if within and len(line) <= _MARKED:
+            spots = [place(*p).split(",") for p in line]
+            dots = (f'<circle cx="{x}" cy="{y}" r="3" style="fill:var(--c{i % COLOURS})"/>' for x, y in spots)
+            parts.append("".join(dots))
         if smooth and len(drawn) == 1:
             path = " ".join(place(*p) for p in line)
             parts.append(f'<polyline class="raw" style="{colour}" points="{path}"/>')

@@ -7,7 +7,7 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from statistics import fmean, median
@@ -22,10 +22,11 @@ from stamo_dist.engine.checkpoint import Marker, complete, read_marker
 from stamo_dist.engine.metrics import read_metrics
 from stamo_dist.engine.progress import duration
 from stamo_dist.engine.runfolder import RunFolder, open_run, write_atomic
+from stamo_dist.engine.success import Successes
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe, Source
-from stamo_dist.report.charts import Series, line_chart
+from stamo_dist.report.charts import COLOURS, Series, line_chart
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
 _FIRST = (
@@ -68,6 +69,8 @@ class Run:
             if "mfu" in self.metrics[-1]:
                 facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in self.metrics):.1%}"
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
+        if best := Successes.read(self.folder.path).best:
+            facts["best success"] = f"{best.success:.0f} % @ {best.step:,}"
         facts["global batch"] = str(train.global_batch)
         facts["strategy"] = f"{self.recipe.strategy.name}, {train.precision}"
         return facts
@@ -76,7 +79,7 @@ class Run:
     def charts(self) -> list[tuple[str, Markup]]:
         """(title, SVG) of every curve that has points."""
         sources = [key for key in (self.metrics[-1] if self.metrics else {}) if key.startswith("loss/")]
-        found = [("loss", line_chart([self.curve("loss")]))]
+        found = [*_success_charts(self.evaluations), ("loss", line_chart([self.curve("loss")]))]
         if len(sources) > 1:
             curves = [self.curve(key, label=key.partition("/")[2]) for key in sources]
             found.append(("loss per source", line_chart(curves)))
@@ -192,6 +195,24 @@ def read_run(folder: RunFolder) -> Run:
     )
 
 
+def _success_charts(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """A policy's success over the steps of its training: of all trials with its interval, and task by task."""
+    rows: list[dict[str, Any]] = next((e["rows"] for e in evaluations if e["name"] == e["place"] == "during"), [])
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("success") is not None:
+            curves.setdefault(f"{row['suite']}/{row['task']}", []).append(row)
+    lines = {
+        name: Series(name.partition("/")[2], *([row[k] for row in points] for k in ("step", "success", "low", "high")))
+        for name, points in curves.items()
+    }
+    whole = [line for name, line in lines.items() if line.label == "all tasks"]
+    tasks = [replace(line, low=(), high=()) for name, line in lines.items() if line.label != "all tasks"]
+    charts = [("success in closed loop, %, and its 95 % interval", whole)] if whole else []
+    charts += [("success in closed loop, task by task, %", tasks)] if 1 < len(tasks) <= COLOURS else []
+    return [(title, line_chart(found, smooth=False, within=(0, 100))) for title, found in charts]
+
+
 def _place(path: Path) -> tuple[int, str]:
     return (_FIRST.index(path.stem) if path.stem in _FIRST else len(_FIRST)), path.stem
 
@@ -202,9 +223,20 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
         shown = {key: result[key] for key in _SHOWN}
         kept = {"by": result.get("by", []), "better": result.get("better", {}), "partial": result.get("partial")}
-        return {"name": path.stem, "place": path.parent.name, **shown, **kept, "figures": figures}
+        return {
+            "name": path.stem, "place": path.parent.name, **shown, **kept, "figures": figures, "tasks": _tasks(figures)
+        }  # fmt: skip
     except (KeyError, TypeError, OSError) as e:
         raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
+
+
+def _tasks(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Task → side → its figures."""
+    paired = [figure for figure in figures if figure.get("task")]
+    return {
+        task: {side: [f for f in paired if (f["task"], f["side"]) == (task, side)] for side in ("succeeded", "failed")}
+        for task in dict.fromkeys(figure["task"] for figure in paired)
+    }
 
 
 def _read_json(path: Path) -> Any:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from stamo_dist.engine.checkpoint import choose
 from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, damage, read_marker
 from stamo_dist.engine.parts import DcpPart, Staging
-from stamo_dist.engine.retention import clean, complete, folder_of, part_of, scan, superseded
+from stamo_dist.engine.retention import clean, complete, folder_of, named, part_of, scan, superseded
+from stamo_dist.engine.success import Success, Successes
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.schema import Checkpoint
 
@@ -62,6 +64,20 @@ def test_retention(tmp_path, policy, kinds, gone):
         write(tmp_path, step, "regular" if kind == "r" else "temporary")
     removed = superseded(scan(tmp_path).whole, Checkpoint(**policy))
     assert sorted(int(p.name[5:]) for p in removed) == gone
+
+
+def test_the_best_has_a_name_and_stays(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match="has measured no success while it trained"):
+        named(checkpoints, "best")
+    for step in (1, 2, 3):
+        write(checkpoints, step)
+    Successes(best=Success(1, 70, 40, 89, 10)).write(tmp_path)
+    assert named(checkpoints, "best") == choose(checkpoints, "best").path == folder_of(checkpoints, 1)
+    assert named(checkpoints, "3") == folder_of(checkpoints, 3)
+    assert superseded(scan(checkpoints).whole, Checkpoint(keep=1), {1}) == [folder_of(checkpoints, 2)]
+    with pytest.raises(CheckpointError, match=r"4: there is no .*the run's checkpoints: step_00000003, step_00000002"):
+        named(checkpoints, "4")
 
 
 def test_leftovers_are_cleaned_up_and_the_newest_is_found_by_looking(tmp_path):

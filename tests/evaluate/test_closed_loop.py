@@ -48,8 +48,12 @@ def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, 
         ("one", 3, pytest.approx(200 / 3), 1.5), ("two", 3, pytest.approx(200 / 3), 1.5),
         ("all tasks", 6, pytest.approx(200 / 3), 1.5),
     ]  # fmt: skip
-    assert len(whole.figures) == 2, "a video of the failure of each task"
-    with Image.open(tmp_path / "whole" / whole.figures[0].file) as video:
+    sides = [(figure.task, figure.side) for figure in whole.figures]
+    tasks = [f"suite/{name}: 2 of 3 succeeded" for name in ("one", "two")]
+    assert sides == [(task, side) for task in tasks for side in ("succeeded", "failed")]
+    kept = list((tmp_path / "whole").glob("trials/*/*/*.gif"))
+    assert len(kept) == 4, "--videos of each task's successes, and of its failures"
+    with Image.open(tmp_path / "whole" / whole.figures[1].file) as video:
         assert video.n_frames == 2, "the policy looks once before its chunk of two actions"
     table = list(csv.DictReader((tmp_path / "whole" / "rollout_suites.csv").open()))
     assert table[0]["suite"] == table[0]["mean"] == str(200 / 3)
@@ -94,7 +98,7 @@ def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monk
     assert [(r["task"], r["agent"], r["trials"], r["success"]) for r in found.rows[6:]] == [
         ("all tasks", agent, 6, pytest.approx(200 / 3)) for agent in ("toy_policy", "random actions", "the expert")
     ]
-    assert len(found.figures) == 2, "videos are the policy's alone"
+    assert len(found.figures) == 4, "videos are the policy's alone"
     told.clear()
     shuffled = rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **options)
     assert shuffled is not None

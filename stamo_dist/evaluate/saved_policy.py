@@ -1,0 +1,75 @@
+"""A policy from a checkpoint of its run, before anything is exported."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.engine.checkpoint import MARKER, read_marker
+from stamo_dist.engine.runfolder import git_commit, open_run
+from stamo_dist.errors import RunError
+from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
+from stamo_dist.export import write_model
+from stamo_dist.models.policies import AnyPolicy, load_policy
+from stamo_dist.recipe.load import load
+
+SCRATCH = ".model."  # what a killed process leaves is called so
+
+
+class Saved:
+    """The exported model of a checkpoint, in a folder that is there until it is opened.
+
+    Args:
+        run: The run folder.
+        checkpoint: A step, `best`, or a path.
+        out, name: Where results go; RUN/eval/NAME when `out` is None. The model is written there.
+
+    Raises:
+        RunError: It is no run folder, or the run trains something else.
+        CheckpointError: No such checkpoint, or it is not whole.
+    """
+
+    def __init__(self, run: str, checkpoint: str, out: Path | None, name: str):
+        folder = open_run(run)
+        self._recipe = load(folder.resolved).recipe
+        if self._recipe.stage != "policy":
+            raise RunError(f"{run}: its recipe trains the {self._recipe.stage} stage; give the run folder of a policy")
+        self._path = named_checkpoint(folder, checkpoint)
+        self._marker = read_marker(self._path)
+        self.digest = digest(self._path)
+        data, batch = self._recipe.data, self._recipe.train.global_batch
+        scratch = output_folder(folder, name, out)
+        self._folder = TemporaryDirectory(prefix=SCRATCH, dir=scratch, ignore_cleanup_errors=True)
+        self.model = str(Path(self._folder.name) / "model")
+        write_model(
+            self._recipe, Mixture(data, seed=self._recipe.seed, global_batch=batch), self._path, Path(self.model)
+        )
+
+    def open(self, device: str | None, tokenizer: str | None) -> tuple[AnyPolicy, Provenance]:
+        """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
+        recipe, marker = self._recipe, self._marker
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
+        policy = load_policy(self.model, device=device, **options)
+        self._folder.cleanup()  # a large policy must not lie there while it acts
+        return policy, Provenance(
+            recipe=recipe.name, data_fingerprint=marker.fingerprint, checkpoint=str(self._path),
+            step=marker.state.step, ema=(self._path / "ema").is_dir(), trained_commit=marker.git_commit,
+            git_commit=git_commit(), seed=recipe.seed, command=typed_command(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )  # fmt: skip
+
+
+def digest(checkpoint: Path) -> str | None:
+    """What tells a checkpoint from another of the same step; None where there is no whole one."""
+    try:
+        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
+        return str(marker["sha256"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,187 @@
+"""Commands of `stamo` that run beside a training and never in its way: processes, or Slurm jobs, of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.engine.generation import Owner
+from stamo_dist.errors import RunError, StamoError
+from stamo_dist.launch import slurm
+from stamo_dist.launch.profile import LOCAL, Profile, load_profile
+from stamo_dist.launch.record import Launch, events, main_log, read, since_submitted
+
+_NICE = 10
+_ASK = 60.0  # seconds between questions to Slurm
+_ENDS = ("finished", "failed", "stopped", "cancelled")
+_ROOT = Path(__file__).resolve().parents[2]  # of the package, which may be a snapshot's
+#: What makes a process a rank of the training, or a part of its job.
+_RANK = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "STAMO_LAUNCHED", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+})  # fmt: skip
+Ticket = dict[str, Any]
+
+
+class Processes:
+    """Each command is a process on this machine, of low priority and in a session of its own."""
+
+    stays = False
+
+    def __init__(self) -> None:
+        self._mine: list[subprocess.Popen[bytes]] = []
+
+    def start(self, arguments: Sequence[str], folder: Path) -> Ticket:
+        """Run `stamo ARGUMENTS`, printing into FOLDER/log.txt."""
+        log, nice = folder / "log.txt", shutil.which("nice")
+        command = [*([nice, "-n", str(_NICE)] if nice else []), sys.executable, "-m", "stamo_dist.cli", *arguments]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, env=environment(gpus=True), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
+        self._mine.append(process)
+        return {"process": asdict(Owner.of(process.pid)), "log": str(log)}
+
+    def alive(self, ticket: Ticket) -> bool:
+        """Whether it runs; a process of another machine, which the training has left, counts as dead."""
+        for process in self._mine:
+            process.poll()  # one that has ended is a zombie until it is asked
+        owner = Owner(**ticket["process"])
+        return owner.local and owner.alive
+
+    def stop(self, ticket: Ticket) -> None:
+        if self.alive(ticket):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(ticket["process"]["pid"], signal.SIGTERM)
+
+
+class Jobs:
+    """Each command is a Slurm job on one node, with one process and at most one GPU.
+
+    Args:
+        run: The run that is trained.
+        cluster: The profile; that under which the run was submitted when None.
+
+    Raises:
+        StamoError: There is no Slurm here, no such profile, or the run was not submitted to Slurm.
+    """
+
+    stays = True
+
+    def __init__(self, run: Path, cluster: str | None):
+        self._run, self._cluster = run, cluster
+        self._asked: dict[str, tuple[float, bool]] = {}
+        if not slurm.available():
+            raise RunError("evaluate.rollout.where: slurm, but this machine cannot submit to Slurm; set process")
+        profile_of(run, cluster)
+
+    def start(self, arguments: Sequence[str], folder: Path) -> Ticket:
+        """Queue `stamo ARGUMENTS`, or find the job that was queued before; `folder` is its run folder."""
+        words = [str(self._run), self._cluster or "", str(folder), *arguments]
+        # In a process of its own: what Slurm tells the training's job about itself must not reach the new one.
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *words], env=environment(gpus=False), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise RunError(lines[-1] if lines else "could not be submitted")
+        ticket: Ticket = json.loads(done.stdout.splitlines()[-1])
+        return ticket
+
+    def alive(self, ticket: Ticket) -> bool:
+        job, last = ticket["job"], since_submitted(events(ticket["folder"]))[-1:]
+        if last and last[0].event in _ENDS:
+            return False
+        when, was = self._asked.get(job, (0.0, True))
+        if not when or time.monotonic() > when + _ASK:
+            with contextlib.suppress(slurm.SlurmError):  # it does not answer: ask again later
+                was = any(j.active for j in slurm.jobs([job]))
+            self._asked[job] = (time.monotonic(), was)
+        return was
+
+    def stop(self, ticket: Ticket) -> None:
+        with contextlib.suppress(slurm.SlurmError):
+            slurm.cancel(ticket["job"])
+
+
+def launcher(run: Path, where: str, cluster: str | None) -> Processes | Jobs:
+    """What `evaluate.rollout.where` names.
+
+    Raises:
+        StamoError: There can be no jobs.
+    """
+    return Jobs(run, cluster) if where == "slurm" else Processes()
+
+
+def environment(*, gpus: bool) -> dict[str, str]:
+    """This process's variables, without those that make it a rank of a training; `gpus`: it sees the same ones."""
+    env = {k: v for k, v in os.environ.items() if k not in _RANK and (k == "SLURM_CONF" or not k.startswith("SLURM"))}
+    if gpus:
+        env |= {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if k in os.environ}
+    env["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return env
+
+
+def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | None]:
+    """(name, the profile for one process on one node, how the training was submitted) of jobs beside a run.
+
+    Raises:
+        StamoError: It is not known under which profile.
+    """
+    try:
+        training = read(run)
+    except RunError:
+        training = None
+    if cluster is not None:
+        name, profile = load_profile(cluster)
+    elif training is not None and training.cluster != LOCAL and training.profile:
+        name, profile = training.cluster, Profile.model_validate(training.profile)
+    else:
+        raise RunError("evaluate.rollout.cluster: is missing, and the training was not submitted to Slurm; name one")
+    if profile.backend != "slurm":
+        raise RunError(f"evaluate.rollout.cluster: {name} is no Slurm cluster; set evaluate.rollout.where: process")
+    one: Mapping[str, Any] = {
+        "nodes": 1, "min_nodes": None, "max_nodes": None, "gpus_per_node": min(1, profile.gpus_per_node),
+        "processes_per_node": None,
+    }  # fmt: skip
+    return name, Profile.model_validate({**profile.model_dump(mode="json"), **one}), training
+
+
+def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, Profile]:
+    """What is asked for; the code is that of the training's snapshot, if it has one."""
+    name, profile, training = profile_of(run, cluster)
+    launch = Launch(
+        name=f"{run.name} {folder.name}", run_dir=str(folder.absolute()), recipe=training.recipe if training else "",
+        kind="beside", command=list(arguments), cluster=name, profile=profile.model_dump(mode="json"),
+        node_counts=[1], max_restarts=profile.max_restarts, snapshot=training.snapshot if training else None,
+    )  # fmt: skip
+    return launch, profile
+
+
+def main(run: str, cluster: str, folder: str, *arguments: str) -> None:
+    from stamo_dist.launch.submit import Order, active, submit
+
+    job = active(folder)
+    if job is None:
+        launch, profile = launch_of(Path(run), cluster or None, Path(folder), arguments)
+        job = submit(Order(launch, profile)).job
+    print(json.dumps({"job": job, "folder": folder, "log": str(main_log(folder))}))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except StamoError as e:
+        sys.exit(str(e))
