@@ -1,10 +1,10 @@
-# make demo: set up and run the whole way on this machine.  make test: set up, lint and run the tests.
+# make demo: set up and run the whole way on this machine.  make demo-policy: then a policy that acts.  make test: set up, lint and run the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-policy test lint format clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,17 @@ demo: $(VENV)/.installed opengl
 	$(STAMO) eval reconstruct demo/runs/tokenizer
 	$(STAMO) eval interpolate demo/runs/tokenizer
 	$(STAMO) report demo/runs/tokenizer
+
+# After `make demo`: one policy for four tasks, and how often it solves each, beside random actions and the expert.
+TASKS := drawer-open-v3,drawer-close-v3,button-press-topdown-v3,door-open-v3
+demo-policy: $(VENV)/.installed opengl
+	$(STAMO) data simulate metaworld demo/raw/metaworld_tasks --tasks $(TASKS) --episodes 30 --size 128 --cameras corner3
+	$(STAMO) data convert metaworld demo/raw/metaworld_tasks demo/shards/metaworld_tasks --size 64 --val-fraction 0.1
+	$(STAMO) data stats demo/shards/metaworld_tasks
+	$(STAMO) encode recipes/policy_metaworld_demo.yaml
+	$(STAMO) train recipes/policy_metaworld_demo.yaml
+	$(STAMO) eval rollout demo/runs/policy_metaworld --tasks $(TASKS) --baselines
+	$(STAMO) report demo/runs/policy_metaworld
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -100,6 +100,11 @@ def _fit(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:
     return _resize(pixels, (size, size))
 
 
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A square frame (S, S, 3) at (size, size, 3), as a conversion would have it."""
+    return _resize(pixels, (size, size))
+
+
 def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """With Lanczos, to (H, W); far larger images are first averaged over whole pixels down to twice that."""
     if pixels.shape[:2] == shape:

@@ -34,6 +34,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+@recipe_app.callback()
+def _bring_advice(context: typer.Context) -> None:
+    from stamo_dist.data.advice import advice
+
+    context.obj = advice
+
+
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 loop_commands.register(eval_app, Benchmarks())

@@ -24,6 +24,9 @@ class PointSimulator:
         self._trial, self._steps = trial, 0
         return self.observe()
 
+    def solve(self, trial: int) -> int | None:
+        return trial + 1
+
     def step(self, action: np.ndarray) -> bool:
         assert action.shape == (3,)
         assert np.isfinite(action).all()
@@ -49,6 +52,9 @@ class PointBenchmarks:
 
     def open(self, benchmark: str, task: str, setting: Setting) -> PointSimulator:
         return PointSimulator(task, setting)
+
+    def instruction(self, benchmark: str, task: str) -> str:
+        return f"move the square of {task}"
 
     def default_processes(self, benchmark: str) -> int:
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ def toy_frame(episode: int, t: int, size: int) -> np.ndarray:
 def make_source(
     root: Path, name: str, *, episodes: int = 4, length: int = 12, size: int = 32,
     cameras: tuple[str, ...] = ("front",), splits: tuple[str, ...] = ("train", "val"), shard_bytes: int = 40_000,
+    action: Callable[[int, int], Sequence[float]] = lambda episode, t: [t] * 3,
 ) -> Path:  # fmt: skip
-    """Write one source under `root`/`name` and return its folder."""
+    """Write one source under `root`/`name` and return its folder; `action` gives three numbers."""
     from streaming.base.format import MDSWriter
 
     source = root / name
@@ -44,7 +46,7 @@ def make_source(
                                 "t": t,
                                 "length": length,
                                 "time": t / 10,
-                                "action": np.full(3, t, np.float32),
+                                "action": np.array(action(e, t), np.float32),
                                 "proprio": np.zeros(2, np.float32),
                                 "instruction": "move the square",
                                 "source": name,

@@ -185,6 +185,7 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
             **{key: value for key, value in asdict(settings).items() if key in RECORDED},
             **{f"set.{key}": value for key, value in scan.options.items()},
         },
+        frame_size=scan.frame_size,
         source_fingerprint=fingerprint(src, scan.files),
         tool_version=_version(),
     )

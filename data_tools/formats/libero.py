@@ -102,6 +102,7 @@ class LiberoReader:
             proprio_dim=common["proprio dimensions"],
             options={"image_timing": self.image_timing, "image_orientation": self.image_orientation},
             bad=bad,
+            frame_size=episodes[0].private["frame_size"] if episodes else None,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -170,6 +171,7 @@ class LiberoReader:
             for what, value in properties.items():
                 seen.setdefault(what, {}).setdefault(value, name)
             length = len(demo["actions"]) - _shift(private["image_timing"])
+            private = {**private, "frame_size": next(iter(shapes.values()), None)}
             episodes.append(EpisodeRef(name, relative, key, length, task, instruction, private=private))
         if not episodes:
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")

@@ -87,6 +87,7 @@ class Scan:
     proprio_dim: int
     options: dict[str, Any]  # what the reader settled on, for the manifest
     bad: list[str] = field(default_factory=list)
+    frame_size: tuple[int, int] | None = None  # (H, W) of the first camera's frames, where the files say
 
 
 class Reader(Protocol):

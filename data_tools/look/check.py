@@ -19,11 +19,11 @@ from data_tools.look.check_shard import Extreme, Looked, Task, as_entries, look
 from data_tools.look.check_table import Table
 from data_tools.look.columns import INDEX, IndexedShard
 from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
-from data_tools.look.stats import Sums, dimension_names, merge
+from data_tools.look.stats import Sums, merge
 from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
 from data_tools.stores.verified import Verified
-from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest
+from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, dimension_names
 from stamo_dist.errors import DataError
 
 #: One shard in so many is looked at in full by a sample, and the first of each camera.

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.look.stats import dimension_names
-from stamo_dist.data.schema import Episode, Manifest
+from stamo_dist.data.schema import Episode, Manifest, dimension_names
 from stamo_dist.errors import DataError
 
 WIDTH, MARGIN, LABELS, GAP = 1280, 16, 196, 3  # pixels

@@ -17,7 +17,7 @@ from data_tools.look.each_shard import frames_bar, in_order, processes_for, shar
 from data_tools.look.sketch import Moments, Quantiles
 from data_tools.stores.store import at_hand
 from data_tools.stores.sync import fetch_manifest, put_bytes
-from stamo_dist.data.schema import MANIFEST, Manifest, Stats
+from stamo_dist.data.schema import MANIFEST, Manifest, Stats, dimension_names, scaling_notes
 from stamo_dist.errors import DataError
 
 #: The split that is trained on, whose statistics the manifest keeps.
@@ -135,20 +135,6 @@ def to_stats(sums: Sums, gripper: int | None) -> Stats:
     )
 
 
-def dimension_names(manifest: Manifest, column: str) -> list[str]:
-    """What to call each dimension: dx dy dz rx ry rz gripper for end-effector deltas, numbers otherwise."""
-    if column != "action":
-        return [str(d) for d in range(manifest.proprio_dim)]
-    names = [str(d) for d in range(manifest.action_dim)]
-    if manifest.convention.startswith("end-effector delta") and manifest.action_dim >= 6:
-        names[:6] = ["dx", "dy", "dz", "rx", "ry", "rz"]
-    elif manifest.convention.startswith("end-effector pose") and manifest.action_dim >= 6:
-        names[:6] = ["x", "y", "z", "rx", "ry", "rz"]
-    if manifest.gripper is not None:
-        names[manifest.gripper] = "gripper"
-    return names
-
-
 def print_stats(manifest: Manifest, split: str, stats: Mapping[str, Stats]) -> None:
     """One table a vector, one row a dimension."""
     from rich.box import SIMPLE_HEAD
@@ -165,3 +151,5 @@ def print_stats(manifest: Manifest, split: str, stats: Mapping[str, Stats]) -> N
         for name, numbers, mask in zip(dimension_names(manifest, column), rows, found.mask, strict=True):
             table.add_row(name, *(f"{x + 0.0:.3g}" for x in numbers), "yes" if mask else "no")
         console.print(table)
+        for note in scaling_notes(manifest, column, found):
+            console.print(f"  {note}", soft_wrap=True)

@@ -27,6 +27,11 @@ class Benchmarks:
 
         return open_task(benchmark, task, setting)
 
+    def instruction(self, benchmark: str, task: str) -> str:
+        from data_tools.simulators.closed_loop import instruction_of
+
+        return instruction_of(benchmark, task)
+
     def default_processes(self, benchmark: str) -> int:
         from data_tools.simulators.tasks import default_processes
 

@@ -9,6 +9,7 @@ import numpy as np
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.metaworld import ACTION as HAND_DELTA
 from data_tools.formats.source import ActionSpec
+from data_tools.images import resized
 from data_tools.simulators import tasks
 from data_tools.simulators.rollout import check_opengl
 from stamo_dist.errors import DataError
@@ -28,7 +29,7 @@ class Driven(Protocol):
 
     def act(self, action: np.ndarray) -> bool: ...
 
-    def solve(self, trial: int) -> bool: ...
+    def solve(self, trial: int) -> int | None: ...
 
     def picture(self, camera: str, size: int) -> np.ndarray: ...
 
@@ -48,18 +49,27 @@ class ClosedLoop:
     def reset(self, trial: int) -> Observation:
         if self._setting.goals:
             self._world.start(trial)
-            if not self._world.solve(trial):
+            if self._world.solve(trial) is None:
                 raise DataError(f"the scripted expert does not solve trial {trial}, so there is no picture of its goal")
-            self._goal = self._world.picture(self._setting.cameras[0], self._setting.size)
+            self._goal = self._picture(self._setting.cameras[0])
         self._world.start(trial)
         return self.observe()
+
+    def solve(self, trial: int) -> int | None:
+        self._world.start(trial)
+        return self._world.solve(trial)
 
     def step(self, action: np.ndarray) -> bool:
         return self._world.act(to_native(self._spec, action, self._setting.actions))
 
     def observe(self) -> Observation:
-        images = tuple(self._world.picture(c, self._setting.size) for c in self._setting.cameras)
+        images = tuple(self._picture(camera) for camera in self._setting.cameras)
         return Observation(images, self._world.proprio(), self._instruction, self._goal)
+
+    def _picture(self, camera: str) -> np.ndarray:
+        setting = self._setting
+        drawn = self._world.picture(camera, setting.rendered or setting.size)
+        return resized(drawn, setting.size)
 
     def close(self) -> None:
         self._world.close()
@@ -89,6 +99,17 @@ def to_native(spec: ActionSpec, action: np.ndarray, convention: str) -> np.ndarr
     return np.clip(native, -1, 1)
 
 
+def instruction_of(benchmark: str, task: str) -> str:
+    """What a policy is told to do in a task."""
+    if benchmark == "libero":
+        from data_tools.simulators.libero import instruction
+
+        return instruction(task.rpartition("/")[2])
+    from data_tools.simulators import metaworld
+
+    return metaworld.instruction_of(task)
+
+
 def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
     """Start one task of a benchmark.
 
@@ -97,12 +118,13 @@ def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
     """
     tasks.prepare_environment()
     check_opengl()
+    told = instruction_of(benchmark, task)
     if benchmark == "libero":
-        from data_tools.simulators.libero import LiberoWorld, instruction
+        from data_tools.simulators.libero import LiberoWorld
 
-        suite, name = task.split("/")
-        world = LiberoWorld(task, expert=setting.goals)
-        return ClosedLoop(world, OSC_POSE, setting, instruction(name), LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
-    from data_tools.simulators.metaworld import MetaWorld, instruction_of
+        suite = task.partition("/")[0]
+        world = LiberoWorld(task, expert=setting.goals or setting.expert)
+        return ClosedLoop(world, OSC_POSE, setting, told, LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
+    from data_tools.simulators.metaworld import MetaWorld
 
-    return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, instruction_of(task), METAWORLD_STEPS)
+    return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, told, METAWORLD_STEPS)

@@ -151,15 +151,15 @@ class LiberoWorld:
         self.env.step(action)
         return bool(self.env.check_success())
 
-    def solve(self, trial: int) -> bool:
-        """Let the expert act from here until the success check holds; False when it does not come to that."""
+    def solve(self, trial: int) -> int | None:
+        """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
         expert = Expert(self.env, self.goals, np.random.default_rng(trial))
         for step, action in enumerate(expert.actions()):
             if self.act(action):
-                return True
+                return step + 1
             if step == MAX_STEPS:
                 break
-        return False
+        return None
 
     def picture(self, camera: str, size: int) -> np.ndarray:
         """The present moment, upright (size, size, 3) uint8."""

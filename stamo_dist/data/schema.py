@@ -56,6 +56,15 @@ class Episode(BaseModel):
     meta: dict[str, Any] = {}  # what else the dataset says of it
 
 
+#: Quantiles are known to a two-thousandth of their value (`stamo data stats`): closer ones are the same.
+_SAME = 1e-3
+
+
+def _same(a: float, b: float, width: float) -> bool:
+    """Two quantiles of a dimension whose values span `width`."""
+    return b - a <= _SAME * min(max(abs(a), abs(b)), width)
+
+
 class Stats(BaseModel):
     """Of one vector over all frames of a source, a list of one number per dimension each."""
 
@@ -69,6 +78,56 @@ class Stats(BaseModel):
     q99: list[float]
     mask: list[bool]  # dimensions to normalise; false for the gripper
     count: int  # frames
+
+    @property
+    def constant(self) -> list[int]:
+        """Dimensions that never change."""
+        return [d for d, (low, high) in enumerate(zip(self.min, self.max, strict=True)) if low == high]
+
+    @property
+    def rare(self) -> list[int]:
+        """Dimensions that move, but in so few frames that q01 is q99: scaled by these, they could never move."""
+        rows = enumerate(zip(self.q01, self.q99, self.min, self.max, strict=True))
+        return [d for d, (a, b, low, high) in rows if low < high and _same(a, b, high - low)]
+
+    def for_scaling(self) -> Stats:
+        """With min and max in place of the quantiles of `rare` dimensions."""
+        rare = self.rare
+        q01, q99 = ([ends[d] if d in rare else q for d, q in enumerate(qs)]
+                    for ends, qs in ((self.min, self.q01), (self.max, self.q99)))  # fmt: skip
+        return self.model_copy(update={"q01": q01, "q99": q99})
+
+
+def dimension_names(manifest: Manifest, column: str) -> list[str]:
+    """What to call each dimension: dx dy dz rx ry rz gripper for end-effector deltas, numbers otherwise."""
+    if column != "action":
+        return [str(d) for d in range(manifest.proprio_dim)]
+    names = [str(d) for d in range(manifest.action_dim)]
+    if manifest.convention.startswith("end-effector delta") and manifest.action_dim >= 6:
+        names[:6] = ["dx", "dy", "dz", "rx", "ry", "rz"]
+    elif manifest.convention.startswith("end-effector pose") and manifest.action_dim >= 6:
+        names[:6] = ["x", "y", "z", "rx", "ry", "rz"]
+    if manifest.gripper is not None:
+        names[manifest.gripper] = "gripper"
+    return names
+
+
+def scaling_notes(manifest: Manifest, column: str, stats: Stats) -> list[str]:
+    """What is special about the scaling of some dimensions of "action" or "proprio", a line each."""
+    names = dimension_names(manifest, column)
+    same, few = stats.constant, stats.rare
+    notes = []
+    if same:
+        which = ", ".join(f"{names[d]} (always {stats.min[d]:.3g})" for d in same)
+        notes.append(f"{column} {which}: never changes" + ("; a policy gives it back as it was" * (column == "action")))
+    if few:
+        which = ", ".join(
+            f"{names[d]} ({stats.q01[d]:.3g}, from {stats.min[d]:.3g} to {stats.max[d]:.3g})" for d in few
+        )
+        notes.append(
+            f"{column} {which}: moves in so few frames that q01 is q99; a policy's scaling takes min and max instead"
+        )
+    return notes
 
 
 class Split(BaseModel):
@@ -96,6 +155,7 @@ class Manifest(BaseModel):
     original_action_dim: int = 0
     original_convention: str = ""  # what `original_action` means
     gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
+    frame_size: tuple[int, int] | None = None  # (H, W) of the frames that became these, where the dataset says
     options: dict[str, Any] = {}  # the converter's options
     source_fingerprint: str = ""  # of the files that were converted
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256

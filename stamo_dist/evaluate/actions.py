@@ -150,8 +150,12 @@ def _measure(policy: AnyPolicy, source: Watched, frames: int, batch: int, advanc
         chunks = policy.act_batch(images, texts, unnorm_key=source.name, proprio=felt)
         for pick, chunk in zip(part, chunks, strict=True):
             stop = min(pick.t + policy.chunk, first.episodes[pick.episode].length)
-            wanted = ranges.normalise(first.actions(pick.episode, range(pick.t, stop)).astype(np.float64))
-            error = ranges.normalise(chunk[: len(wanted)]) - wanted
+            taken = first.actions(pick.episode, range(pick.t, stop)).astype(np.float64)
+            wanted = ranges.normalise(taken)
+            # Normalised, a constant is 0 whatever comes back for it: there the error is in its own units.
+            error = np.where(
+                ranges.constant, chunk[: len(taken)] - taken, ranges.normalise(chunk[: len(taken)]) - wanted
+            )
             errors.append(error)
             baseline.append(np.abs(wanted - mean))
             if len(wanted) == policy.chunk:

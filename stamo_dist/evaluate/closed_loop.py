@@ -20,7 +20,7 @@ from PIL import Image
 
 from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
+from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting, Simulator
 
 #: Most pictures of a video; of longer trials every second, fourth, … is kept.
 VIDEO_FRAMES = 96
@@ -94,7 +94,7 @@ def _save_video(path: Path, frames: Sequence[Frame], fps: float = 12) -> None:
 
 
 def drive(
-    agent: Agent,
+    agent: Agent | None,
     benchmarks: Benchmarks,
     benchmark: str,
     setting: Setting,
@@ -108,7 +108,8 @@ def drive(
 ) -> None:
     """Run the trials and write each into `folder`; `done` hears of each.
 
-    `max_steps`: instead of the benchmark's. `keep_video`: of which outcomes a video is kept.
+    `agent`: None where the setting has the benchmark's expert act. `max_steps`: instead of the benchmark's.
+    `keep_video`: of which outcomes a video is kept.
 
     Raises:
         DataError: A simulator cannot be started, a trial cannot begin, or an action does not fit.
@@ -141,6 +142,7 @@ def drive(
                 else:
                     asking.append((worker, message))
             if asking:
+                assert agent is not None, "the expert asks nobody"
                 seen = [moment for _, (moment, _) in asking]
                 actions = agent.act(seen, [w.trial for w, _ in asking if w.trial], [n for _, (_, n) in asking])
                 for (worker, _), chunk in zip(asking, actions, strict=True):
@@ -231,7 +233,9 @@ def _serve(
                     if simulator is not None:
                         simulator.close()
                     simulator, task = benchmarks.open(benchmark, trial.task, setting), trial.task
-                pipe.send(_run(pipe, simulator, trial.number, max_steps or simulator.max_steps))
+                limit = max_steps or simulator.max_steps
+                run = _solve(simulator, trial.number, limit) if setting.expert else None
+                pipe.send(run or _run(pipe, simulator, trial.number, limit))
             except DataError as e:
                 pipe.send(_Failed(f"{trial.task}: {e}" if trial.task not in str(e) else str(e), True))
             except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -241,12 +245,12 @@ def _serve(
     os._exit(0)  # EGL's finalisers fail after the end of the pipe, and nothing is left to do
 
 
-def _run(pipe: Connection, simulator: Any, number: int, max_steps: int) -> _Finished:
+def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) -> _Finished:
     start = time.monotonic()
     moment = simulator.reset(number)
     film, steps, success = _Film(moment.goal), 0, False
     while not success and steps < max_steps:
-        film.add(moment.images[0])
+        film.add(moment)
         pipe.send((moment, steps))
         for action in pipe.recv():
             success = simulator.step(action)
@@ -254,8 +258,16 @@ def _run(pipe: Connection, simulator: Any, number: int, max_steps: int) -> _Fini
             if success or steps == max_steps:
                 break
         moment = simulator.observe()
-    film.add(moment.images[0], always=True)
+    film.add(moment, always=True)
     return _Finished(success, steps, time.monotonic() - start, film.frames)
+
+
+def _solve(simulator: Simulator, number: int, max_steps: int) -> _Finished:
+    """Let the expert act, without a camera."""
+    start = time.monotonic()
+    steps = simulator.solve(number)
+    success = steps is not None and steps <= max_steps
+    return _Finished(success, steps or max_steps, time.monotonic() - start, [])
 
 
 class _Film:
@@ -265,7 +277,10 @@ class _Film:
         self.frames: list[Frame] = []
         self._goal, self._every, self._seen = goal, 1, 0
 
-    def add(self, frame: Frame, always: bool = False) -> None:
+    def add(self, moment: Observation, always: bool = False) -> None:
+        if not moment.images:
+            return
+        frame = moment.images[0]
         if always or self._seen % self._every == 0:
             self.frames.append(frame if self._goal is None else np.concatenate([frame, self._goal], axis=1))
         self._seen += 1

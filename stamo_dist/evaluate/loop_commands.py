@@ -72,17 +72,26 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ],
         tasks: TasksOption,
         *,
-        benchmark: Annotated[str, typer.Option(metavar="libero|metaworld", help="Which simulator.")] = "libero",
+        benchmark: Annotated[
+            str | None,
+            typer.Option(metavar="libero|metaworld", help="Which simulator; that of the training data when omitted."),
+        ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
         cameras: Annotated[
-            list[str] | None, typer.Option(metavar="NAME", help="What it sees, in the order of its views.")
+            list[str] | None,
+            typer.Option(metavar="NAME", help="What it sees, in the order of its views; as trained when omitted."),
         ] = None,
-        size: Annotated[int, typer.Option(metavar="PIXELS", min=16, help="Side of the frames.")] = 256,
+        size: Annotated[
+            int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
+        ] = None,
         actions: Annotated[
             str, typer.Option(metavar="delta|original|openvla", help="What its numbers mean; see docs/evaluate.md.")
         ] = "delta",
         unnorm_key: Annotated[
-            str | None, typer.Option(metavar="NAME", help="Source whose statistics scale the actions.")
+            str | None,
+            typer.Option(
+                metavar="NAME", help="Source whose statistics scale the actions; the benchmark's or suite's own."
+            ),
         ] = None,
         act_steps: Annotated[
             int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
@@ -96,6 +105,12 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         ] = None,
         processes: ProcessesOption = None,
         videos: VideosOption = 1,
+        baselines: Annotated[
+            bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
+        ] = False,
+        shuffle_instructions: Annotated[
+            bool, typer.Option("--shuffle-instructions", help="Tell every task what the next one is to do.")
+        ] = False,
         num_slices: Annotated[int, typer.Option(min=1, help="Runs that share the trials, for a Slurm array.")] = 1,
         slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
         out: OutOption = None,
@@ -113,8 +128,8 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         measure(
             policy, benchmarks, tasks=split(tasks), benchmark=benchmark, trials=trials, cameras=split(cameras or []),
             size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
-            tokenizer=tokenizer, device=device, processes=processes, videos=videos, num_slices=num_slices, slice=slice,
-            out=out,
+            tokenizer=tokenizer, device=device, processes=processes, videos=videos, baselines=baselines,
+            shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.actions import open_policy
-from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder, drive
+from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
+from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
@@ -29,7 +30,7 @@ SUITES = {
     "libero_spatial": "Spatial", "libero_object": "Object", "libero_goal": "Goal", "libero_10": "Long",
     "libero_90": "90",
 }  # fmt: skip
-_COLUMNS = {"suite": "suite", "task": "task", **successes.COLUMNS}
+RANDOM, EXPERT = "random actions", "the expert"
 _ABOUT = (
     "Closed loop: the policy looks, acts, and looks again until the benchmark's own success check holds or the steps "
     "are used up. Trial n of a task begins in the benchmark's initial state number n. "
@@ -41,10 +42,10 @@ def rollout(
     benchmarks: Benchmarks,
     *,
     tasks: Sequence[str],
-    benchmark: str = "libero",
+    benchmark: str | None = None,
     trials: int = 20,
     cameras: Sequence[str] = (),
-    size: int = 256,
+    size: int | None = None,
     actions: str = "delta",
     unnorm_key: str | None = None,
     act_steps: int | None = None,
@@ -53,6 +54,8 @@ def rollout(
     device: str | None = None,
     processes: int | None = None,
     videos: int = 1,
+    baselines: bool = False,
+    shuffle_instructions: bool = False,
     num_slices: int = 1,
     slice: int = 0,
     out: Path | None = None,
@@ -60,9 +63,11 @@ def rollout(
 ) -> Result | None:
     """Roll a policy out and write OUT (RUN/eval/rollout/ of a run); None where other slices' trials are missing.
 
-    `policy`: a run folder, or what `load_policy` takes. `cameras`: as many as the policy's views; the
-    benchmark's first when omitted. `actions`: one of ACTIONS. `unnorm_key`: may be omitted where the policy knows one
-    source. `act_steps`: of a chunk. `videos`: of failures, of each task.
+    `policy`: a run folder, or what `load_policy` takes. `benchmark`, `cameras` (as many as the policy's views), `size`
+    and `unnorm_key`: those the policy was trained with when omitted; where its folder does not say, LIBERO, the
+    benchmark's first camera, 256 px and the one source it knows. `actions`: one of ACTIONS. `act_steps`: of a chunk.
+    `videos`: of failures, of each task. `baselines`: random actions and the benchmark's expert in the same trials.
+    `shuffle_instructions`: every task is told what the next one is, which a policy that reads them fails.
 
     Raises:
         StamoError: A policy, task, camera or option that is none, or a simulator that is not installed.
@@ -70,7 +75,8 @@ def rollout(
     console = console or Console()
     if actions not in ACTIONS:
         raise RunError(f"--actions {actions}: must be one of {', '.join(ACTIONS)}")
-    setting = Setting(size, tuple(cameras) or (benchmarks.default_camera(benchmark),), actions)
+    shown = Shown.to(policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
+    benchmark, setting = shown.benchmark, shown.setting
     names = benchmarks.resolve(benchmark, tasks, setting)
     most = benchmarks.trials(benchmark)
     if most is not None and trials > most:
@@ -86,52 +92,112 @@ def rollout(
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, provenance = load_policy(policy, device=device, tokenizer=tokenizer), _provenance(policy)
-    if loaded.cfg.views != len(setting.cameras):
-        raise RunError(f"--cameras: the policy looks at {loaded.cfg.views} views, give as many; these are {cameras}")
-    agent = PolicyAgent(loaded, unnorm_key or _only_source(loaded), act_steps)
+    setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
+    sources = shown.sources_of(names, loaded)
+    agent = PolicyAgent(loaded, sources, act_steps)
+    if shuffle_instructions:
+        agent.told = _shuffled(benchmarks, benchmark, names)
     folder = output_folder(run, NAME, out) if run else output_folder(RunFolder(Path(weights)), NAME, out)
     settings = {
-        "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": size, "actions": actions,
-        "unnorm_key": agent.source, "act_steps": act_steps, "max_steps": max_steps,
+        "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": setting.size,
+        "rendered": setting.rendered, "actions": actions, "unnorm_key": agent.said, "act_steps": act_steps,
+        "max_steps": max_steps, **({"shuffle_instructions": True} if shuffle_instructions else {}),
     }  # fmt: skip
+    console.print(f"{shown.said(setting)}; actions ({actions}) scaled as {agent.said}", soft_wrap=True)
     identity: dict[str, Any] = {**settings, "policy": _stamp(Path(weights)), "weights": weights}
     del identity["trials"]  # more trials go on where fewer stopped
-    store = TrialFolder(folder / "trials", identity)
-    missing = [trial for trial in mine if trial not in (there := store.read(mine))]
+    arms = [Arm(provenance.recipe, agent, setting, TrialFolder(folder / "trials", identity))]
+    if baselines:
+        same = {key: settings[key] for key in ("benchmark", "max_steps")}
+        random = RandomAgent(loaded, sources)
+        store = TrialFolder(folder / "trials", {**same, "agent": RANDOM, "actions": actions, "ranges": random.ranges})
+        arms.append(Arm(RANDOM, random, replace(setting, cameras=()), store))  # it does not look
+        store = TrialFolder(folder / "trials", {**same, "agent": EXPERT})
+        arms.append(Arm(EXPERT, None, replace(setting, expert=True), store))
     with progress(console) as bar:
-        watched = bar.add_task(f"{benchmark}: trials", total=len(mine), completed=len(there) if mine else 0)
-        drive(
-            agent, benchmarks, benchmark, setting, missing, store, max_steps=max_steps,
-            processes=processes or benchmarks.default_processes(benchmark), done=lambda o: bar.advance(watched),
-        )  # fmt: skip
-    found = store.read(todo)
-    if num_slices > 1 and len(found) < len(todo):
-        console.print(f"slice {slice} of {num_slices} is done; {len(todo) - len(found)} trials of others are missing")
+        for arm in arms:
+            missing = [trial for trial in mine if trial not in (there := arm.store.read(mine))]
+            what = f"{benchmark}: trials" + (f" of {arm.name}" if baselines else "")
+            watched = bar.add_task(what, total=len(mine), completed=len(there) if mine else 0)
+            drive(
+                arm.agent, benchmarks, benchmark, arm.setting, missing, arm.store, max_steps=max_steps,
+                processes=processes or benchmarks.default_processes(benchmark),
+                done=lambda o: bar.advance(watched),  # noqa: B023
+                keep_video=lambda o: arm.agent is agent and not o.success,  # noqa: B023
+            )  # fmt: skip
+    found = {arm.name: arm.store.read(todo) for arm in arms}
+    if num_slices > 1 and (absent := sum(len(todo) - len(outcomes) for outcomes in found.values())):
+        console.print(f"slice {slice} of {num_slices} is done; {absent} trials of others are missing")
         return None
-    return _write(found, names, store, folder, settings, provenance, videos, len(todo), console)
+    return _write(found, names, arms[0].store, folder, settings, provenance, videos, len(todo), console)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One who drives the robot through all the trials."""
+
+    name: str
+    agent: Agent | None  # None: the expert of `setting`
+    setting: Setting
+    store: TrialFolder
+
+
+def _shuffled(benchmarks: Benchmarks, benchmark: str, tasks: Sequence[str]) -> dict[str, str]:
+    """Task → the instruction of the next task.
+
+    Raises:
+        RunError: There is only one instruction.
+    """
+    told = [benchmarks.instruction(benchmark, task) for task in tasks]
+    if len(set(told)) < 2:
+        raise RunError("--shuffle-instructions: these tasks have one instruction; name tasks that differ by theirs")
+    return dict(zip(tasks, [*told[1:], told[0]], strict=True))
 
 
 class PolicyAgent:
-    """A policy for `drive`; `source` names the statistics its actions are scaled by."""
+    """A policy for `drive`; `sources` names the statistics that the actions of each task are scaled by."""
 
-    def __init__(self, policy: AnyPolicy, source: str, act_steps: int | None):
-        self.policy, self.source, self._act_steps = policy, source, act_steps
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str], act_steps: int | None):
+        self.policy, self._sources, self._act_steps = policy, sources, act_steps
+        self.told: dict[str, str] = {}  # task → an instruction in place of the benchmark's
+
+    @property
+    def said(self) -> str:
+        return ", ".join(dict.fromkeys(self._sources.values()))
 
     @torch.no_grad()
     def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
-        proprio = np.stack([moment.proprio for moment in seen]) if self.policy.cfg.proprio else None
-        chunks = self.policy.act_batch(
-            [moment.images for moment in seen], [moment.instruction for moment in seen],
-            unnorm_key=self.source, proprio=proprio,
-        )  # fmt: skip
-        return [chunk[: self._act_steps] for chunk in chunks]
+        chunks: list[NDArray[Any]] = [np.empty(0)] * len(seen)
+        for source in dict.fromkeys(self._sources.values()):
+            mine = [i for i, trial in enumerate(trials) if self._sources[trial.task] == source]
+            if not mine:
+                continue
+            moments = [seen[i] for i in mine]
+            found = self.policy.act_batch(
+                [moment.images for moment in moments],
+                [self.told.get(trials[i].task, seen[i].instruction) for i in mine], unnorm_key=source,
+                proprio=np.stack([moment.proprio for moment in moments]) if self.policy.cfg.proprio else None,
+            )  # fmt: skip
+            for i, chunk in zip(mine, found, strict=True):
+                chunks[i] = chunk[: self._act_steps]
+        return chunks
 
 
-def _only_source(policy: AnyPolicy) -> str:
-    known = list(policy.statistics.sources)
-    if len(known) != 1:
-        raise RunError(f"--unnorm-key: the policy has statistics of {', '.join(known) or 'no source'}; choose one")
-    return known[0]
+class RandomAgent:
+    """Chunks of actions drawn evenly between the bounds that the policy's own actions are scaled by."""
+
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str]):
+        self._chunk, self._sources = policy.chunk, sources
+        found = {s: policy.statistics.range(s, "action", policy.cfg.bounds) for s in dict.fromkeys(sources.values())}
+        self.ranges = {source: [r.low.tolist(), r.high.tolist()] for source, r in found.items()}
+
+    def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        chunks = []
+        for trial, step in zip(trials, steps, strict=True):
+            rng = np.random.default_rng([*trial.task.encode(), trial.number, step])
+            low, high = self.ranges[self._sources[trial.task]]
+            chunks.append(rng.uniform(low, high, (self._chunk, len(low))))
+        return chunks
 
 
 def _stamp(folder: Path) -> Any:
@@ -152,25 +218,29 @@ def _provenance(weights: str) -> Provenance:
 
 
 def _write(
-    found: Mapping[Trial, Outcome], names: Sequence[str], store: TrialFolder, folder: Path, settings: dict[str, Any],
-    provenance: Provenance, videos: int, wanted: int, console: Console,
+    found: Mapping[str, Mapping[Trial, Outcome]], names: Sequence[str], store: TrialFolder, folder: Path,
+    settings: dict[str, Any], provenance: Provenance, videos: int, wanted: int, console: Console,
 ) -> Result:  # fmt: skip
+    ours = next(iter(found))
+    columns = {"suite": "suite", "task": "task", **({"agent": "driven by"} if len(found) > 1 else {})}
     by_suite: dict[str, list[str]] = {}
     for name in names:
         by_suite.setdefault(name.partition("/")[0] if "/" in name else settings["benchmark"], []).append(name)
     rows, rates, figures = [], dict[str, float | None](), []
     for suite, tasks in by_suite.items():
+        for label, of in [*((task.rpartition("/")[2], [task]) for task in tasks), ("all tasks", tasks)]:
+            for arm, outcomes in found.items():
+                row = successes.row([o for trial, o in outcomes.items() if trial.task in of])
+                rows.append({"suite": suite, "task": label, **({"agent": arm} if len(found) > 1 else {}), **row})
         for task in tasks:
-            outcomes = [o for trial, o in found.items() if trial.task == task]
-            rows.append({"suite": suite, "task": task.rpartition("/")[2], **successes.row(outcomes)})
-            failures = [o for o in outcomes if not o.success]
+            failures = [o for trial, o in found[ours].items() if trial.task == task and not o.success]
             figures += successes.videos(failures, store, folder, suite, videos)
-        all_of_it = successes.row([o for trial, o in found.items() if trial.task in tasks])
-        rows.append({"suite": suite, "task": "all tasks", **all_of_it})
-        rates[SUITES.get(suite, suite)] = all_of_it["success"]
+        of_suite = [o for trial, o in found[ours].items() if trial.task in tasks]
+        rates[SUITES.get(suite, suite)] = successes.row(of_suite)["success"]
     result = Result(
-        NAME, "Rollouts of the policy", _ABOUT + successes.INTERVAL, _COLUMNS, rows, settings, provenance, [], figures,
-        by=["suite", "task"], better={"success": "higher"}, partial=successes.partial(len(found), wanted),
+        NAME, "Rollouts of the policy", _ABOUT + successes.INTERVAL, {**columns, **successes.COLUMNS}, rows, settings,
+        provenance, [], figures, by=list(columns), better={"success": "higher"},
+        partial=successes.partial(sum(map(len, found.values())), wanted * len(found)),
     )  # fmt: skip
     result.write(folder)
     result.show(console, folder)

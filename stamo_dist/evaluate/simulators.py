@@ -28,6 +28,8 @@ class Setting:
     cameras: tuple[str, ...]
     actions: str = "delta"  # what the agent's numbers are: one of ACTIONS
     goals: bool = False  # the expert solves each trial first, and its last frame is the goal
+    expert: bool = False  # the expert acts, and nobody is asked
+    rendered: int | None = None  # side at which frames are drawn, then resized as by a conversion; `size` when None
 
 
 #: delta: metres, radians and a gripper that is 1 open and 0 closed, as `stamo data convert` writes them; original: the
@@ -45,6 +47,13 @@ class Simulator(Protocol):
 
         Raises:
             DataError: The benchmark has fewer, or the expert does not solve it and a goal was asked for.
+        """
+
+    def solve(self, trial: int) -> int | None:
+        """Let the scripted expert act from initial state number `trial`; the steps it took, None where it failed.
+
+        Raises:
+            DataError: There is no expert for this task.
         """
 
     def step(self, action: NDArray[np.float64]) -> bool:
@@ -72,6 +81,9 @@ class Benchmarks(Protocol):
         Raises:
             DataError: It cannot be started.
         """
+
+    def instruction(self, benchmark: str, task: str) -> str:
+        """What a policy is told to do in a task, without starting it."""
 
     def default_processes(self, benchmark: str) -> int:
         """As many simulators as this machine's cores and memory allow."""

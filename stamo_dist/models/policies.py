@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.models.openvla.policy import SETTINGS, Policy
+from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, seen_as
+from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
 
 AnyPolicy = Policy | RDTPolicy
+
+
+def trained_on(path: str | Path) -> dict[str, SeenAs]:
+    """How the sources of the policy in a folder came to it, without opening its weights; empty where it is not said."""
+    folder = Path(path)
+    return seen_as(folder) or seen_as(folder / "model")
 
 
 def load_policy(path: str | Path, **options: Any) -> AnyPolicy:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models import weights
-from stamo_dist.models.openvla.actions import STATISTICS, Statistics
-from stamo_dist.models.openvla.policy import FORMAT, SETTINGS, Picture, look_through, read_eyes
+from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
+from stamo_dist.models.openvla.policy import FORMAT, Picture, look_through, read_eyes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
@@ -147,6 +147,6 @@ def save_rdt(
     about = {
         "format": FORMAT, "kind": KIND, "policy": cfg.model_dump(mode="json"),
         "sizes": dataclasses.asdict(network.sizes), "tokenizer_fingerprint": tokenizer_fingerprint, "pad": text.pad,
-        "scale": scale,
+        "scale": scale, "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +17,11 @@ from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
+Advice = Callable[[Recipe], list[str]]  # what the data at hand say of a recipe
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
@@ -43,6 +45,7 @@ def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: SetOption = None,
     world_size: Annotated[
@@ -50,6 +53,8 @@ def check(
     ] = None,
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
+
+    Where the shards are at hand: also dimensions of actions that never or seldom move, and what could be cached.
 
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
     """
@@ -68,6 +73,9 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
+    advice: Advice | None = context.obj  # who registers the commands may bring one
+    for line in advice(r) if advice else ():
+        console.print(f"    {line}")
 
 
 @app.command()

@@ -91,6 +91,7 @@ class DiffusionTask:
         pseudo = f"{cfg.pseudo} of each step" if self._each else cfg.pseudo
         self.notes: tuple[str, ...] = (
             f"policy: random initial weights; pseudo-actions: {pseudo}, divided by {self.scale:g}",
+            *data.notes,
         )
 
     @property
@@ -160,7 +161,7 @@ class DiffusionTask:
         return known, Plan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
 
     def _pseudo(self, batch: Batch, now: Seen | None = None) -> Tensor:
-        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are none of."""
+        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are not."""
         if self._each:
             assert batch.state is not None, "they come together"
             assert batch.next_states is not None, "the recipe's check wants cached states"

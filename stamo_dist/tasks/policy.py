@@ -82,7 +82,7 @@ class PolicyTask:
         self._proprio = Ranges(data.proprio, sizes.proprio_dim, constant_is_zero=False) if cfg.proprio else None
         self._horizons = torch.tensor(window.horizons)
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
-        self.notes = (*notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
+        self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
         self._sizes = sizes
 
     @property

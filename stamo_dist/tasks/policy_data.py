@@ -13,14 +13,13 @@ from transformers import LlamaConfig
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers' models
 from stamo_dist.data.instructions import Instructions
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.schema import Stats
+from stamo_dist.data.schema import Stats, scaling_notes
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import Range, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.policy import SETTINGS
 from stamo_dist.models.tokenizer import exported
 from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Recipe
@@ -38,6 +37,7 @@ class PolicyData:
         instructions: What each sample asks for.
         statistics: As inference reads them, of each source with actions.
         actions, proprio: Range of each source, None where it has none or the policy reads none.
+        notes: Dimensions that are scaled in another way than the rest, a line each.
 
     Raises:
         StamoError: The policy cannot be trained on this data; everything that is wrong at once.
@@ -57,6 +57,7 @@ class PolicyData:
             problems.append("data.sources: none of them has actions; a policy needs those of one at least")
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
+        self.notes: list[str] = []
         found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
@@ -85,7 +86,8 @@ class PolicyData:
                 elif wrong := _stale(mixture, number, column, stats[column], path):
                     problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
                 else:
-                    values = stats[column].model_dump()
+                    values = stats[column].for_scaling().model_dump()
+                    self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
                     ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
                     found.setdefault(name, {})[column] = values
             if name in found:
@@ -96,7 +98,13 @@ class PolicyData:
         if problems:
             head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
-        self.statistics = Statistics(found, "the recipe's sources")
+        self.statistics = Statistics(found, "the recipe's sources", {name: _seen(mixture, name) for name in found})
+
+
+def _seen(mixture: Mixture, name: str) -> SeenAs:
+    source, manifest = mixture.data.sources[name], mixture.opened[mixture.sources.index(name)][0].manifest
+    cameras = tuple(source.cameras or manifest.cameras)
+    return SeenAs(manifest.source_format, cameras, mixture.data.image_size, manifest.frame_size)
 
 
 def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str | Path) -> str | None:

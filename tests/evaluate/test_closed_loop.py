@@ -15,13 +15,20 @@ from PIL import Image
 from point_world import PointBenchmarks
 from toy_policy import write_policy_recipe
 
+from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import closed_loop
 from stamo_dist.evaluate.features import STATE
 from stamo_dist.evaluate.plan import AGENTS, plan
 from stamo_dist.evaluate.rollout import PolicyAgent, rollout
+from stamo_dist.evaluate.shown import Shown
+from stamo_dist.evaluate.simulators import Setting
 from stamo_dist.evaluate.successes import interval
+from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.policies import load_policy
+from stamo_dist.recipe.load import load
 from stamo_dist.report import write_report
+from stamo_dist.tasks import build_task
 
 TASKS = ("suite/one", "suite/two")
 
@@ -70,19 +77,71 @@ def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, 
     assert looks - before == 2, "two trials of one look were missing"
 
 
+def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"tasks": TASKS, "max_steps": 2, "processes": 2, "trials": 3, "out": tmp_path / "out"}
+    told: list[str] = []
+    batch = Policy.act_batch
+
+    def heard(self: Policy, images: Any, instructions: Any, **more: Any) -> Any:
+        told.extend(instructions)
+        return batch(self, images, instructions, **more)
+
+    monkeypatch.setattr(Policy, "act_batch", heard)
+    found = rollout(str(policy), PointBenchmarks(), baselines=True, **options)
+    assert found is not None
+    assert set(told) == {"move the square"}
+    # Trial n is solved by n + 1 steps, whoever takes them, and nobody has more than two.
+    assert [(r["task"], r["agent"], r["trials"], r["success"]) for r in found.rows[6:]] == [
+        ("all tasks", agent, 6, pytest.approx(200 / 3)) for agent in ("toy_policy", "random actions", "the expert")
+    ]
+    assert len(found.figures) == 2, "videos are the policy's alone"
+    told.clear()
+    shuffled = rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **options)
+    assert shuffled is not None
+    assert set(told) == {"move the square of suite/one", "move the square of suite/two"}
+    with pytest.raises(RunError, match="these tasks have one instruction"):
+        rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **{**options, "tasks": TASKS[:1]})
+
+
 def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
     options: dict[str, Any] = {"tasks": TASKS, "benchmark": "toy", "size": 32, "out": tmp_path / "out", "processes": 1}
     for changed, error, says in (
-        ({"benchmark": "libero"}, DataError, "pip install 'stamo-dist"),
+        ({"benchmark": "libero"}, RunError, r"was trained on a \(toy\), not on libero; choose another --benchmark"),
+        ({"benchmark": "libero", "unnorm_key": "a"}, DataError, "pip install 'stamo-dist"),
         ({"trials": 10}, DataError, "has 9 initial states"),
         ({"slice": 2, "num_slices": 2}, RunError, "--slice 2: must be between"),
         ({"actions": "radians"}, RunError, "--actions radians: must be one of delta, original, openvla"),
-        ({"cameras": ("a", "b")}, RunError, "looks at 1 views"),
+        ({"cameras": ("a", "b")}, RunError, "looks at 1 view of a moment, and a, b are 2; name 1"),
         ({"tasks": ("suite/broken",)}, DataError, "suite/broken: the simulator broke"),
         ({"unnorm_key": "droid"}, DataError, "droid"),
     ):
         with pytest.raises(error, match=says):
             rollout(str(policy), PointBenchmarks(), **{**options, "trials": 1, **changed})
+
+
+def test_a_policy_is_shown_what_it_was_trained_on(toy_policy: Path, tmp_path: Path) -> None:
+    """Benchmark, camera, size and statistics are its folder's; frames are drawn as the dataset's were, then resized."""
+    root = tmp_path / "data"
+    shutil.copytree(toy_policy, root)
+    path = root / "shards/a/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "frame_size": [64, 64]}))
+    recipe = load(write_policy_recipe(tmp_path / "toy.yaml", root)).recipe
+    task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
+    task.export(tmp_path / "model", dict(task.trained.state_dict()), [])
+    shown = Shown.to(str(tmp_path / "model"), PointBenchmarks(), None, (), None, "delta", None)
+    assert (shown.benchmark, shown.setting) == ("toy", Setting(32, ("front",), "delta", rendered=64))
+    loaded = load_policy(tmp_path / "model")
+    assert shown.sources_of(["suite/one"], loaded) == {"suite/one": "a"}
+    assert shown.said(shown.with_views(1, named=False)) == "toy: front drawn at 64 px, seen at 32 px"
+    with pytest.raises(RunError, match="looks at 2 views of a moment, and front is 1; name 2"):
+        shown.with_views(2, named=False)
+
+    other = Shown.to(str(tmp_path / "model"), PointBenchmarks(), None, ("top",), 48, "delta", None)
+    assert other.setting == Setting(48, ("top",), "delta")
+    statistics = json.loads((tmp_path / "model/dataset_statistics.json").read_text())
+    (tmp_path / "model/dataset_statistics.json").write_text(json.dumps({"a": {"proprio": statistics["a"]["action"]}}))
+    with pytest.raises(DataError, match=r"a.action is missing; compute it with `stamo data stats`"):
+        shown.sources_of(["suite/one"], load_policy(tmp_path / "model"))
 
 
 def test_plan_of_a_run(run: Path, toy: SimpleNamespace, tmp_path: Path):

@@ -35,6 +35,7 @@ def test_episode(tmp_path: Path) -> None:
     reader = MetaworldReader(tmp_path)
     scan = reader.scan()
     assert (scan.rate_hz, scan.cameras, scan.episodes[0].instruction) == (80, ["corner3"], "drawer open")
+    assert scan.frame_size == (16, 16)
     spec = scan.action
     assert spec is not None
     assert (spec.mode, spec.metres, spec.rotation, spec.gripper) == ("delta", 0.01, (), 3)

@@ -14,8 +14,10 @@ from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.recipe.policy import Bounds
 
 STATISTICS = "dataset_statistics.json"
+SETTINGS = "policy.json"
 _ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
 _EPSILON = 1e-8  # of the official normalisation, against a range of zero
+_NOISE = 1e-5  # of a number that is constant, relative and absolute
 
 
 class ActionTokenizer:
@@ -53,12 +55,16 @@ class ActionTokenizer:
 
 @dataclass(frozen=True)
 class Range:
-    """Where the values of one vector lie; dimensions outside `mask` (a gripper) are left as they are."""
+    """Where the values of one vector lie.
+
+    Dimensions outside `mask` (a gripper) are left as they are, but for those that never change: they are 0 when
+    normalised and come back as what they always were. The official code gives them back as 0, which may be a command.
+    """
 
     low: np.ndarray  # (A,)
     high: np.ndarray  # (A,)
     mask: np.ndarray  # (A,) bool
-    constant: np.ndarray  # (A,) bool: min is max
+    constant: np.ndarray  # (A,) bool: min is max, and so are low and high
 
     @classmethod
     def from_statistics(cls, statistics: Mapping[str, Any], bounds: Bounds, source: str) -> Range:
@@ -75,7 +81,10 @@ class Range:
         extremes = [np.asarray(statistics.get(k, v), np.float64) for k, v in (("min", low), ("max", high))]
         if not low.shape == high.shape == mask.shape == extremes[0].shape == extremes[1].shape:
             raise DataError(f"{source}: its fields have different lengths; compute them anew with `stamo data stats`")
-        return cls(low, high, mask, extremes[0] == extremes[1])
+        # Quantiles alone do not tell a gripper that never moves from one that seldom does.
+        known = mask | ("min" in statistics and "max" in statistics)
+        constant = (extremes[0] == extremes[1]) & known
+        return cls(np.where(constant, extremes[0], low), np.where(constant, extremes[0], high), mask, constant)
 
     def __len__(self) -> int:
         return len(self.low)
@@ -91,27 +100,49 @@ class Range:
         return np.where(self.constant, 0.0, np.where(self.mask, scaled, values))
 
     def normalise_proprio(self, values: np.ndarray) -> np.ndarray:
-        """(…, A) → (…, A) as OFT's inference treats proprioception: constant dimensions are not special."""
+        """(…, A) → (…, A) as OFT's inference treats proprioception: a constant dimension is -1.
+
+        A sensor's noise around a constant is no signal: scaled by a range of zero it would jump between the two ends.
+        """
         self._check(values)
+        noise = self.constant & np.isclose(values, self.low, rtol=_NOISE, atol=_NOISE)
+        values = np.where(noise, self.low, values)
         scaled = np.clip(2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1, -1, 1)
         return np.where(self.mask, scaled, values)
 
     def restore(self, values: np.ndarray, epsilon: bool) -> np.ndarray:
-        """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not."""
+        """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not.
+
+        What never changed in the data is what it was there, whatever the network says of it.
+        """
         self._check(values)
         width = self.high - self.low + (_EPSILON if epsilon else 0.0)
-        return np.where(self.mask, 0.5 * (values + 1) * width + self.low, values)
+        moving = np.where(self.mask, 0.5 * (values + 1) * width + self.low, values)
+        return np.where(self.constant, self.low, moving)
 
     def _check(self, values: np.ndarray) -> None:
         if np.shape(values)[-1:] != self.low.shape:
             raise DataError(f"{np.shape(values)[-1:]} values, but the statistics are of {len(self.low)} dimensions")
 
 
-class Statistics:
-    """Statistics of every source a policy was trained on, by its name."""
+@dataclass(frozen=True)
+class SeenAs:
+    """How the frames of a source came to a policy that was trained on them."""
 
-    def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str):
-        self.sources, self.origin = dict(sources), origin
+    format: str  # of the dataset, which is also the name of the simulator where it is simulated
+    cameras: tuple[str, ...]  # of one moment, in the order of the policy's views
+    size: int  # side of the frames
+    frame_size: tuple[int, int] | None = None  # (H, W) before they were resized, where the dataset says
+
+
+class Statistics:
+    """Statistics of every source a policy was trained on, by its name.
+
+    `seen`: how their frames came to it; empty where the weights do not say, as released ones.
+    """
+
+    def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str, seen: Mapping[str, SeenAs] | None = None):
+        self.sources, self.origin, self.seen = dict(sources), origin, dict(seen or {})
 
     @classmethod
     def read(cls, folder: Path, inside: Mapping[str, Any]) -> Statistics:
@@ -121,15 +152,16 @@ class Statistics:
             CheckpointError: the file is not a JSON map.
         """
         path = folder / STATISTICS
+        seen = seen_as(folder)
         if not path.is_file():
-            return cls(inside, str(folder / "config.json"))
+            return cls(inside, str(folder / "config.json"), seen)
         try:
             sources = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
         if not isinstance(sources, dict):
             raise CheckpointError(f"{path}: is not a map from a source's name to its statistics; copy it again")
-        return cls(sources, str(path))
+        return cls(sources, str(path), seen)
 
     def key(self, name: str | None, suffixes: Sequence[str] = ("", "_no_noops")) -> str:
         """The source called `name`, or `name` with a suffix that the released LIBERO policies have.
@@ -159,3 +191,17 @@ class Statistics:
         if statistics is None:
             raise DataError(f"{source} is missing; compute it with `stamo data stats`")
         return Range.from_statistics(statistics, bounds, source)
+
+
+def seen_as(folder: Path) -> dict[str, SeenAs]:
+    """How a policy's sources came to it, by their names, read from its settings alone: no weights are opened."""
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["sources"]
+        return {
+            name: SeenAs(
+                s["format"], tuple(s["cameras"]), s["size"], tuple(s["frame_size"]) if s["frame_size"] else None
+            )
+            for name, s in found.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # of another program, or written before these were kept

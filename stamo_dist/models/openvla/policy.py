@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.network import Features
@@ -26,7 +26,6 @@ from stamo_dist.models.openvla.text import Encoded, TextTokenizer
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import policy as recipe
 
-SETTINGS = "policy.json"
 FORMAT = 1
 Picture = Image.Image | np.ndarray
 # (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stamo_dist.models import weights
-from stamo_dist.models.openvla.actions import STATISTICS, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.load import HEADS, LANGUAGE
-from stamo_dist.models.openvla.policy import FORMAT, SETTINGS, Policy
+from stamo_dist.models.openvla.policy import FORMAT, Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
 
@@ -124,6 +124,7 @@ def save_parts(
         {
             "format": FORMAT, "policy": network.cfg.model_dump(mode="json"), "sizes": dataclasses.asdict(network.sizes),
             "tokenizer_fingerprint": tokenizer_fingerprint,
+            "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
         },
     )  # fmt: skip
 

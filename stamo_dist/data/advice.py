@@ -1,0 +1,74 @@
+"""What `stamo recipe check` says of a recipe whose shards are at hand; nothing here needs torch or reads a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stamo_dist.data.schema import Manifest, read_manifest, scaling_notes
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.schema import Recipe
+
+
+def advice(recipe: Recipe) -> list[str]:
+    """Dimensions that are scaled in another way than the rest, and what could be computed once; a line each.
+
+    Sources that are remote, or not converted yet, have no say.
+    """
+    manifests = {
+        name: [found for path in source.paths if (found := _manifest(path)) is not None]
+        for name, source in recipe.data.used.items()
+    }
+    lines = list(_scaling(recipe, manifests)) if recipe.stage == "policy" else []
+    frames = sum(
+        manifest.splits[recipe.data.sources[name].split].frames
+        for name, folders in manifests.items()
+        for manifest in folders
+        if recipe.data.sources[name].split in manifest.splits
+    )
+    return lines + list(_caching(recipe, frames))
+
+
+def _manifest(path: str) -> Manifest | None:
+    if "://" in path:
+        return None
+    try:
+        return read_manifest(Path(path).expanduser())
+    except DataError:
+        return None
+
+
+def _scaling(recipe: Recipe, manifests: dict[str, list[Manifest]]) -> Iterator[str]:
+    for name, folders in manifests.items():
+        columns = ["action"] * recipe.data.sources[name].actions + ["proprio"] * recipe.policy.proprio
+        for manifest in folders:
+            for column in columns:
+                if column in manifest.stats:
+                    for note in scaling_notes(manifest, column, manifest.stats[column]):
+                        yield f"data.sources.{name}: {note}"
+
+
+def _caching(recipe: Recipe, frames: int) -> Iterator[str]:
+    """Frozen models whose output `stamo encode` could keep, where they would see every frame more than once."""
+    seen = recipe.train.steps * recipe.train.global_batch
+    if recipe.stage == "policy":
+        policy = recipe.policy
+        motion = policy.diffusion is not None and policy.diffusion.pseudo == "motion"
+        states = policy.vision == "stamo" and policy.stamo == "states" and policy.views == 1
+        target = motion or (policy.world is not None and policy.world.target != "dinov2")
+        if policy.targets == "cached" or policy.tokenizer is None or not (states or target):
+            return
+        if policy.world is not None and policy.world.target == "dinov2":
+            return
+        field, what, reads = "policy.targets", "the tokenizer's states", int(states) + int(target)
+    else:
+        if recipe.stage != "tokenizer" or recipe.data.latents == "cached" or recipe.data.horizon:
+            return
+        field, what, reads = "data.latents", "the VAE's latents", 1
+    if not frames or reads * seen <= frames:
+        return
+    times = f"{what} of {frames:,} frames are computed {reads * seen / frames:.1f} times each"
+    if recipe.data.augment.active:
+        yield f"{field}: {times}; without data.augment `stamo encode` could do it once ({field}: cached)"
+    else:
+        yield f"{field}: {times}; `stamo encode` does it once: set {field}: cached"
