@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stamo_dist.evaluate.successes import interval
+from stamo_dist.evaluate.successes import difference, interval
 from stamo_dist.recipe.load import load
 
 TASKS = "drawer-open-v3,drawer-close-v3,button-press-topdown-v3,door-open-v3"
@@ -80,7 +79,7 @@ class Steps:
             (out / folder).mkdir(parents=True, exist_ok=True)
 
     def stamo(self, name: str, made: Path, *words: object, after: str | None = None) -> bool:
-        """Whether it was run now. `made` is what it leaves, `after` the step it builds on; its output is in OUT/logs."""
+        """Whether it was run now. `made` is what it leaves, `after` the step it builds on; see OUT/logs."""
         self._advance(name)
         command, done = [str(word) for word in words], self._out / "done" / f"{name}.json"
         record = {"command": command, "after": after and json.loads((done.parent / f"{after}.json").read_text())}
@@ -194,20 +193,13 @@ def _read(found: Found, errors: Sequence[Mapping[str, Any]], rows: Sequence[Mapp
         found.tasks.setdefault(task, []).append(pair)
 
 
-def difference(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
-    """Of two success rates in %, with Newcombe's 95 % interval (1998, method 10); (successes, trials) each."""
-    p, q = 100 * first[0] / first[1], 100 * second[0] / second[1]
-    (p_low, p_high), (q_low, q_high) = interval(*first), interval(*second)
-    return p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
-
-
 def verdicts(found: Mapping[str, Found], claims: Sequence[tuple[str, str]]) -> list[str]:
     """Whether the first of each pair is ahead, by the interval of the difference of the pooled trials."""
     lines = []
     for ours, other in claims:
         if not all(name in found and found[name].trials for name in (ours, other)):
             continue
-        by, low, high = difference(found[ours].counts(), found[other].counts())
+        by, low, high = difference(_row(found[ours]), _row(found[other]))
         word = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
         lines.append(f"{ours}: {word} {other} ({by:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})")
     return lines
