@@ -48,7 +48,7 @@ class Found:
         return sum(self.successes), sum(self.trials)
 
 
-def parser(doc: str, name: str, recipe: str) -> argparse.ArgumentParser:
+def parser(doc: str, recipe: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("recipe", nargs="?", default=recipe, help="of the policy (%(default)s)")
     made.add_argument("--tokenizer-recipe", default="recipes/tokenizer_demo.yaml", help="(%(default)s)")
@@ -63,7 +63,7 @@ def parser(doc: str, name: str, recipe: str) -> argparse.ArgumentParser:
     made.add_argument("--nproc", type=int, default=1, help="processes that train (%(default)s)")
     made.add_argument("--arms", help="only these, by their numbers from 1, separated by commas")
     made.add_argument(
-        "--out", type=Path, default=Path("demo") / name, help="runs and table; goes on there (%(default)s)"
+        "--out", type=Path, default=Path("demo/claims"), help="where it goes on, and finds tokenizers (%(default)s)"
     )
     made.add_argument("--set", action="append", default=[], metavar="A.B=C", help="of the policies' recipe")
     made.add_argument("--tokenizer-set", action="append", default=[], metavar="A.B=C", help="of the tokenizers' recipe")
@@ -97,7 +97,7 @@ class Steps:
 
 
 def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Sequence[tuple[str, str]]) -> None:
-    """Train and roll out every arm, print the table and write OUT/table.json after each seed.
+    """Train and roll out every arm, print the table and write it to OUT after each seed.
 
     `claims`: pairs of arms of which the first is said to be better.
     """
@@ -107,6 +107,7 @@ def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Se
     policy = load(options.recipe, options.set).recipe
     tokenizer = load(options.tokenizer_recipe, options.tokenizer_set).recipe
     found = {arm.name: Found() for arm in arms}
+    table = out / f"{title.lower().replace(' ', '_')}-{policy.name}.json"
     cached = tokenizer.data.latents == "cached"
     console = Console(stderr=True)
     with Progress(
@@ -134,35 +135,28 @@ def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Se
             )  # fmt: skip
             common = [*options.set, f"seed={seed}", f"policy.tokenizer={eyes}"]
             common += [f"train.steps={options.steps}"] if options.steps else []
-            steps.stamo(
-                f"encode-{seed}", out / "done", "encode", options.recipe, *_sets(common), after=f"tokenizer-{seed}"
-            )
+            states = f"encode-{policy.name}-{seed}"
+            steps.stamo(states, out / "done", "encode", options.recipe, *_sets(common), after=f"tokenizer-{seed}")
             for arm in arms:
-                _arm(options, steps, arm, seed, common, found[arm.name])
+                name = f"{policy.name}-{''.join(c if c.isalnum() else '_' for c in arm.name)}-{seed}"
+                _arm(options, steps, name, [*common, f"run_dir={out / name}", *arm.settings], states, found[arm.name])
             rows = {name: of_arm for name, of_arm in found.items() if of_arm.trials}
-            _write(out / "table.json", options, policy.name, rows, claims)
+            _write(table, options, policy.name, rows, claims)
         bar.update(watched, completed=bar.tasks[0].total)
     Console().print(_table(f"{title}: {policy.name}, {options.seeds} seeds of tokenizer and policy", found))
     for line in verdicts(found, claims):
         print(line)
-    print(f"wrote {out / 'table.json'}")
+    print(f"wrote {table}")
 
 
 def _arm(
-    options: argparse.Namespace, steps: Steps, arm: Arm, seed: int, common: Sequence[str], found: Found
+    options: argparse.Namespace, steps: Steps, name: str, settings: Sequence[str], states: str, found: Found
 ) -> None:  # fmt: skip
-    name = f"{''.join(c if c.isalnum() else '_' for c in arm.name)}-{seed}"
     folder = options.out / name
-    settings = [*common, f"run_dir={folder}", *arm.settings]
     trained = steps.stamo(
-        f"train-{name}",
-        folder / "exported.json",
-        "train",
-        options.recipe,
-        *_sets(settings),
-        *_nproc(options),
-        after=f"encode-{seed}",
-    )
+        f"train-{name}", folder / "exported.json", "train", options.recipe, *_sets(settings), *_nproc(options),
+        after=states,
+    )  # fmt: skip
     if trained:  # the results of other weights are none of its
         for result in ("actions", "rollout"):
             shutil.rmtree(folder / "eval" / result, ignore_errors=True)

@@ -21,7 +21,7 @@ CLAIMS = [(CHUNK, ONE), (STEP, ONE), (CHUNK, PIXELS), (STEP, PIXELS), (STEP, CHU
 
 
 def main() -> None:
-    options = parser(__doc__ or "", "cotraining", "recipes/policy_metaworld_demo.yaml").parse_args()
+    options = parser(__doc__ or "", "recipes/policy_metaworld_demo.yaml").parse_args()
     recipe = load(options.recipe, options.set).recipe
     acting = [name for name, source in recipe.data.used.items() if source.actions]
     # Without a pseudo-action only eyes that see states read the cache; pixel differences come from the frames.
