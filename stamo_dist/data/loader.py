@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize
 
 import numpy as np
@@ -42,6 +42,8 @@ class Batch:
         latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`.
         views: uint8 (b, views − 1, H, W, 3), what the source's further cameras saw at t.
         state, target_state: float32 (b, tokens, dim), cached states of the frames at t and t + ahead.
+        next_states: float32 (b, horizon, tokens, dim), in place of `target_state` with `CachedStates.each`: those of
+            the frames t + 1, t + 2, …; 0 from number `ahead` on.
         ahead: int64 (b,), frames from t to the target; less than the horizon where the episode ends before.
         target: uint8 (b, H, W, 3), the frames at t + ahead.
         actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 where `mask` is false.
@@ -60,6 +62,7 @@ class Batch:
     views: Tensor | None = None
     state: Tensor | None = None
     target_state: Tensor | None = None
+    next_states: Tensor | None = None
     ahead: Tensor | None = None
     target: Tensor | None = None
     actions: Tensor | None = None
@@ -90,9 +93,16 @@ class Batch:
         return replace(self, **{name: change(value) for name, value in vars(self).items() if torch.is_tensor(value)})
 
 
+class CachedStates(NamedTuple):
+    """Which cached states to read: those of the frames at t and t + ahead, or of each frame from t to t + ahead."""
+
+    fingerprint: str  # of the StaMo tokenizer
+    each: bool = False
+
+
 def build_loader(
     mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
-    latents: str | None = None, states: str | None = None, groups: int = 1,
+    latents: str | None = None, states: CachedStates | None = None, groups: int = 1,
 ) -> Loader:  # fmt: skip
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
@@ -103,7 +113,7 @@ def build_loader(
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
         latents: With `latents: cached`, the fingerprint of the VAE whose cache to read.
-        states: Fingerprint of the StaMo tokenizer whose cached states to read, in place of the target frames.
+        states: Cached states to read, in place of the target frames.
         groups: Virtual workers of this process, a power of two; the samples of each follow one another.
 
     Raises:
@@ -119,12 +129,12 @@ def build_loader(
         if latents is None:
             raise ValueError("latents: cached needs the fingerprint of the VAE")
         spec = find_cache(mixture.shards, "latents", latents)
-    targets = None if states is None else find_cache(mixture.shards, "states", states)
+    targets = None if states is None else find_cache(mixture.shards, "states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
     return Loader(
         mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec,
-        states=targets, groups=groups,
+        states=targets, each=states is not None and states.each, groups=groups,
     )  # fmt: skip
 
 
@@ -138,7 +148,7 @@ class Loader:
 
     def __init__(
         self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
-        latents: CacheSpec | None, states: CacheSpec | None, groups: int,
+        latents: CacheSpec | None, states: CacheSpec | None, each: bool, groups: int,
     ):  # fmt: skip
         self._mixture = mixture
         self._latents = latents
@@ -157,6 +167,7 @@ class Loader:
             else None,
             latents=latents,
             states=states,
+            each=each,
             views=[camera.shards for camera in mixture.views[1:]],
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",

@@ -61,6 +61,7 @@ class ReaderSpec:
     augment: tuple[float, float, float] | None  # crop, brightness, contrast
     latents: CacheSpec | None
     states: CacheSpec | None
+    each: bool  # read the states of each frame up to the target, which only a window has
     views: Sequence[Sequence[ShardSpec]]  # of each camera after the first, in the order of the samples
     window: Window | None
     skip: bool  # take another frame for one that cannot be read
@@ -71,7 +72,12 @@ class ReaderSpec:
         if self.latents is not None:
             parts.append(Part("latents", "<u2", self.latents.shape))
         if self.states is not None:
-            parts += [Part(name, self.states.dtype, self.states.shape) for name in ("state", "target_state")]
+            dtype, shape = self.states.dtype, self.states.shape
+            parts.append(Part("state", dtype, shape))
+            if self.each and self.window is not None:
+                parts.append(Part("next_states", dtype, (self.window.horizon, *shape)))
+            else:
+                parts.append(Part("target_state", dtype, shape))
         if self.views:
             parts.append(Part("views", "|u1", (len(self.views), self.image_size, self.image_size, 3)))
         if self.window is not None:
@@ -186,8 +192,13 @@ class Reader:
         if self._latents is not None:
             views["latents"][k] = self._latents[number][row].view(np.uint16)
         if self._states is not None:
-            states = self._states[number]
-            views["state"][k], views["target_state"][k] = states[row], states[row + self._around[k][0]]
+            states, ahead = self._states[number], self._around[k][0]
+            views["state"][k] = states[row]
+            if "next_states" in views:
+                views["next_states"][k][:ahead] = states[row + 1 : row + 1 + ahead]
+                views["next_states"][k][ahead:] = 0
+            else:
+                views["target_state"][k] = states[row + ahead]
 
     def _look_around(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         window, shard = self._spec.window, self._shards[number]

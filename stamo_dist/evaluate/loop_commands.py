@@ -45,8 +45,8 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             str | None, typer.Option(metavar="libero|metaworld", help="The format of the source when omitted.")
         ] = None,
         source: Annotated[
-            str | None,
-            typer.Option(metavar="NAME", help="Where the head learns; the benchmark's first source if omitted."),
+            list[str] | None,
+            typer.Option(metavar="NAME", help="Where the head learns; all sources of the benchmark if omitted."),
         ] = None,
         checkpoint: CheckpointOption = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task and agent.")] = 20,
@@ -67,7 +67,7 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         from stamo_dist.evaluate.plan import plan as measure
 
         measure(
-            run, benchmarks, tasks=split(tasks), benchmark=benchmark, source=source, checkpoint=checkpoint,
+            run, benchmarks, tasks=split(tasks), benchmark=benchmark, source=split(source or []), checkpoint=checkpoint,
             trials=trials, k=k, epochs=epochs, max_steps=max_steps, processes=processes, videos=videos, seed=seed,
             out=out,
         )  # fmt: skip

@@ -33,6 +33,7 @@ from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
 
 NAME = "plan"
 NOBODY = "random actions"
+_ALL = "all tasks"
 AGENTS = (STATE, POOLED, PATCHES, PIXELS, RANDOM, NOBODY)
 #: The simulators draw at this many times the frames' side, and the picture is averaged, as a camera does.
 _FINER = 2
@@ -52,7 +53,7 @@ def plan(
     *,
     tasks: Sequence[str],
     benchmark: str | None = None,
-    source: str | None = None,
+    source: str | Sequence[str] | None = None,
     checkpoint: str | None = None,
     trials: int = 20,
     k: int = 4,
@@ -69,9 +70,10 @@ def plan(
 ) -> Result:
     """Drive the robot of a benchmark by the motions of a run's tokenizer and write RUN/eval/plan/.
 
-    `tasks`: the benchmark's names. `benchmark`: the format of `source` when omitted. `source`: of the recipe; the head
-    learns on it; the first of the benchmark when omitted. `k`: actions between two looks. `agents`: which of AGENTS.
-    `max_steps`: instead of the benchmark's. `videos`: kept of each task and agent. Started again it goes on.
+    `tasks`: the benchmark's names. `benchmark`: the format of the first `source` when omitted. `source`: one or more of
+    the recipe's, on which the head learns; all of the benchmark when omitted. `k`: actions between two looks.
+    `agents`: which of AGENTS. `max_steps`: instead of the benchmark's. `videos`: kept of each task and
+    agent. Started again it goes on.
 
     Raises:
         StamoError: No such run, task or source, a simulator that is not installed, or a goal the expert does not reach.
@@ -79,10 +81,11 @@ def plan(
     console = console or Console()
     run = open_run(run_path)
     recipe = read_recipe(run)
-    chosen = _choose(open_sources(recipe), source, benchmark, k)
-    benchmark = chosen.train.manifest.source_format if benchmark is None else benchmark
+    chosen = _choose(open_sources(recipe), [source] if isinstance(source, str) else source or [], benchmark, k)
+    camera = chosen[0].camera
+    benchmark = chosen[0].train.manifest.source_format if benchmark is None else benchmark
     size = recipe.data.image_size
-    setting = Setting(_FINER * size, (chosen.camera,), goals=True)
+    setting = Setting(_FINER * size, (camera,), goals=True)
     names = benchmarks.resolve(benchmark, tasks, setting)
     _check_trials(benchmarks, benchmark, trials)
     tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
@@ -90,19 +93,21 @@ def plan(
     sources = {s.name: s.train for s in open_sources(recipe)}
     represent = Representations(tokenizer, standardising_frames(sources), patch_dim=patch_dim)
     features = FeatureCache(run.evaluations / "features", represent)
-    data = _Pairs(chosen, recipe.data.sources[chosen.name].split, features, episodes, k)
+    data = _Pairs([(s, recipe.data.sources[s.name].split) for s in chosen], features, episodes, k)
     settings: dict[str, Any] = {
-        "benchmark": benchmark, "source": chosen.name, "trials": trials, "k": k, "episodes": episodes, "epochs": epochs,
-        "max_steps": max_steps, "seed": seed, "tokenizer": represent.key["tokenizer"],
+        "benchmark": benchmark, "source": ", ".join(s.name for s in chosen), "trials": trials, "k": k,
+        "episodes": episodes, "epochs": epochs, "max_steps": max_steps, "seed": seed,
+        "tokenizer": represent.key["tokenizer"],
     }  # fmt: skip
+    checksums = [s.train.manifest.checksums for s in chosen]
     todo = [Trial(name, number) for name in names for number in range(trials)]
     rows, figures, count = [], [], 0
     with progress(console) as bar:
         found: dict[str, dict[Trial, Outcome]] = {}
         stores: dict[str, TrialFolder] = {}
         for name in agents:
-            identity = {**settings, "agent": name, "features": represent.key, "camera": chosen.camera, "size": size}
-            identity["data"] = chosen.train.manifest.checksums
+            identity = {**settings, "agent": name, "features": represent.key, "camera": camera, "size": size}
+            identity["data"] = checksums[0] if len(checksums) == 1 else checksums
             del identity["trials"]  # more trials go on where fewer stopped
             store = stores[name] = TrialFolder(folder / "trials", identity)
             there = store.read(todo)
@@ -136,30 +141,39 @@ def plan(
     return result
 
 
-def _choose(sources: Sequence[Source], name: str | None, benchmark: str | None, k: int) -> Source:
-    fitting = [
-        s for s in sources
-        if (name is None or s.name == name)
-        and (name is not None or benchmark is None or s.train.manifest.source_format == benchmark)
-        and s.train.manifest.action_dim
-    ]  # fmt: skip
-    if not fitting:
+def _choose(sources: Sequence[Source], names: Sequence[str], benchmark: str | None, k: int) -> list[Source]:
+    """Those named, or all of the benchmark: of the first source with actions, when that is omitted, too."""
+    acting = [s for s in sources if s.train.manifest.action_dim and (not names or s.name in names)]
+    if not names:
+        benchmark = benchmark or next((s.train.manifest.source_format for s in acting), None)
+        acting = [s for s in acting if s.train.manifest.source_format == benchmark]
+    missing = [name for name in names if name not in [s.name for s in acting]]
+    if missing or not acting:
         there = ", ".join(f"{s.name} ({s.train.manifest.source_format})" for s in sources)
         raise DataError(
-            f"no source with actions of {name or benchmark or 'any benchmark'}; the recipe has {there}; choose with "
-            "--source"
+            f"no source with actions of {', '.join(missing) or benchmark or 'any benchmark'}; the recipe has {there}; "
+            "choose with --source"
         )
-    source = fitting[0]
-    if not source.train.manifest.convention.startswith("end-effector delta"):
-        raise DataError(
-            f"data.sources.{source.name}: its actions are {source.train.manifest.convention!r}, the simulators take "
-            "deltas; convert it with --action delta"
-        )
-    if sum(episode.length > k for episode in source.train.episodes) < 2:
-        raise DataError(
-            f"data.sources.{source.name}: fewer than 2 training episodes of {k + 1} frames; use a smaller --k"
-        )
-    return source
+    for source in acting:
+        if not source.train.manifest.convention.startswith("end-effector delta"):
+            raise DataError(
+                f"data.sources.{source.name}: its actions are {source.train.manifest.convention!r}, the simulators "
+                "take deltas; convert it with --action delta, or choose others with --source"
+            )
+        if sum(episode.length > k for episode in source.train.episodes) < 2:
+            raise DataError(
+                f"data.sources.{source.name}: fewer than 2 training episodes of {k + 1} frames; use a smaller --k"
+            )
+        for what, own, first in (
+            ("actions", source.train.manifest.action_dim, acting[0].train.manifest.action_dim),
+            ("camera", source.camera, acting[0].camera),
+        ):
+            if own != first:
+                raise DataError(
+                    f"data.sources.{source.name}: {what} {own}, but {acting[0].name} has {first}: one head cannot "
+                    "learn on both; choose with --source"
+                )
+    return acting
 
 
 def _check_trials(benchmarks: Benchmarks, benchmark: str, trials: int) -> None:
@@ -169,19 +183,27 @@ def _check_trials(benchmarks: Benchmarks, benchmark: str, trials: int) -> None:
 
 
 class _Pairs:
-    """From every frame of the training episodes to the last: motions, and the next k actions."""
+    """From every frame of the training episodes to the last: motions, and the next k actions.
 
-    def __init__(self, source: Source, split: str, features: FeatureCache, episodes: int, k: int):
-        self._source, self._split, self._features, self._k = source, split, features, k
-        self._chosen = [e for e in spread(episodes, len(source.train)) if source.train.episodes[e].length > k]
-        self.actions = [torch.as_tensor(source.train.actions(e)) for e in self._chosen]
+    `sources` come with their training splits; `episodes` is the most of each.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Source, str]], features: FeatureCache, episodes: int, k: int):
+        self._features, self._k = features, k
+        self._chosen = [
+            (source.train, split, e)
+            for source, split in sources
+            for e in spread(episodes, len(source.train))
+            if source.train.episodes[e].length > k
+        ]
+        self.actions = [torch.as_tensor(train.actions(e)) for train, _, e in self._chosen]
         self._scale = heads.Scale.of(torch.cat(self.actions))
 
     def agent(self, represent: Representations, name: str, size: int, *, epochs: int, seed: int) -> Agent:
         """Raises RuntimeError for a name that is not one of AGENTS."""
         if name == NOBODY:
             return _Random(self.actions, self._k, seed)
-        rows = [self._features.episode(self._source.train, self._split, e)[name] for e in self._chosen]
+        rows = [self._features.episode(train, split, e)[name] for train, split, e in self._chosen]
         inputs = torch.cat([r[-1] - r[: len(a) - self._k + 1] for r, a in zip(rows, self.actions, strict=True)])
         varies = self._scale.varies
         targets = torch.cat(
@@ -238,23 +260,26 @@ def _shrink(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def _rows(names: Sequence[str], found: dict[str, dict[Trial, Outcome]]) -> list[dict[str, Any]]:
-    rows = []
-    for task in names:
-        for agent, outcomes in found.items():
-            of_task = [o for t, o in outcomes.items() if t.task == task]
-            rows.append({"task": task, "agent": agent, **successes.row(of_task)})
-    return rows
+    groups = {name: [name] for name in names} | ({_ALL: list(names)} if len(names) > 1 else {})
+    return [
+        {"task": task, "agent": agent, **successes.row([o for t, o in outcomes.items() if t.task in members])}
+        for task, members in groups.items()
+        for agent, outcomes in found.items()
+    ]
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        rates = {row["agent"]: row["success"] for row in rows if row["task"] == task}
-        ours = rates.get(STATE)
-        others = {name: rate for name, rate in rates.items() if name != STATE and rate is not None}
+        of_task = {row["agent"]: row for row in rows if row["task"] == task and row["success"] is not None}
+        ours, others = of_task.pop(STATE, None), of_task
         if ours is None or not others:
             continue
-        best = max(others, key=lambda name: others[name])
-        word = "ahead of" if ours > others[best] else "level with" if ours == others[best] else "behind"
-        notes.append(f"{task}: {STATE} {ours:.0f} %, {word} {best} ({others[best]:.0f} %)")
+        best = others[max(others, key=lambda name: others[name]["success"])]
+        by, low, high = successes.difference(ours, best)
+        word = "ahead of" if by > 0 else "level with" if by == 0 else "behind"
+        notes.append(
+            f"{task}: {STATE} {ours['success']:.0f} %, {word} {best['agent']} ({best['success']:.0f} %); difference "
+            f"{low:+.0f} to {high:+.0f} points (95 %, Newcombe)"
+        )
     return notes

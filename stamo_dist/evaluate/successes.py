@@ -36,6 +36,13 @@ def row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Success of one `row` over that of another in points, and its 95 % interval: Newcombe's (1998, method 10)."""
+    p, q = first["success"], second["success"]
+    down, up = math.hypot(p - first["low"], second["high"] - q), math.hypot(first["high"] - p, q - second["low"])
+    return p - q, p - q - down, p - q + up
+
+
 COLUMNS = {"trials": "trials", "success": "success %", "low": "low", "high": "high", "steps": "steps"}
 
 

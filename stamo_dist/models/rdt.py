@@ -1,7 +1,8 @@
 """A small diffusion-transformer policy in the manner of RDT (Liu et al. 2024, arXiv 2410.07864), of diffusers' parts.
 
-Action chunk and pseudo-action (a motion of the StaMo tokenizer) are denoised together, each number predicted clean. A
-video without actions trains the pseudo-action alone: its action tokens are hidden from all others and from the loss.
+Action chunk and pseudo-actions (one motion of the StaMo tokenizer over the chunk, or one a step) are denoised together,
+each number predicted clean. A video without actions trains the pseudo-actions alone: its action tokens are hidden from
+all others and from the loss.
 Blocks look at the image and at the instruction in turns, as RDT's do. Randomness always comes from the caller.
 """
 
@@ -32,8 +33,19 @@ class Sizes:
     action_dim: int  # A
     image_dim: int  # of one image token
     vocabulary: int  # ids of the text tokenizer
-    motion: tuple[int, int] | None = None  # tokens and dim of the pseudo-action
+    motion: tuple[int, int] | None = None  # of the pseudo-actions: tokens, of the motion or one a step, and dim
     proprio_dim: int = 0
+
+
+def motion_shape(pseudo: str, per: str, horizon: int, state: tuple[int, int]) -> tuple[int, int] | None:
+    """`Sizes.motion` for states of (tokens, dim)."""
+    tokens, dim = state
+    if pseudo == "none":
+        return None
+    if pseudo == "pixels":
+        side = pixel_grid(tokens, dim)
+        return side, 3 * side
+    return (horizon, tokens * dim) if per == "step" else state
 
 
 def pixel_grid(tokens: int, dim: int) -> int:
@@ -87,7 +99,9 @@ class DiffusionTransformer(nn.Module):
         self, noisy: Plan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None,
         has_motion: Tensor | None = None,
     ) -> Plan:  # fmt: skip
-        """The clean plan, float32; `timestep` (B,) counts noise levels, (B,) bool masks hide what a sample lacks."""
+        """The clean plan, float32. `timestep` (B,) counts noise levels; bool masks, (B,), or for the pseudo-action also
+        (B, its tokens), hide what a sample lacks.
+        """
         dtype, batch = self.action_out.weight.dtype, len(noisy.actions)
         time = self.time[1](self.time[0](timestep).to(dtype))
         parts = [time[:, None]]
@@ -107,7 +121,7 @@ class DiffusionTransformer(nn.Module):
             if has_actions is not None:
                 seen[:, start:end] = has_actions[:, None]
             if has_motion is not None:
-                seen[:, end:] = has_motion[:, None]
+                seen[:, end:] = has_motion.view(batch, -1)
             hidden = _bias(seen, dtype)
         image, text = self.image_in(known.image.to(dtype)), self.text_in(known.text)
         for i, block in enumerate(self.blocks):

@@ -21,7 +21,7 @@ from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import Sizes
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import DiffusionTransformer, pixel_grid
+from stamo_dist.models.rdt import DiffusionTransformer, motion_shape
 from stamo_dist.models.tokenizer import Tokenizer, exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
@@ -164,8 +164,7 @@ def _diffusion(
     action, proprio, text = data
     whole, patches = policy.stamo == "patches", (eyes.encoder.image_size // eyes.encoder.model.config.patch_size) ** 2
     tokens = policy.views * (patches if whole else compressor.tokens)
-    side = pixel_grid(compressor.tokens, compressor.dim)
-    motion = {"none": None, "motion": (compressor.tokens, compressor.dim), "pixels": (side, 3 * side)}[cfg.pseudo]
+    motion = motion_shape(cfg.pseudo, cfg.pseudo_per, recipe.data.horizon, (compressor.tokens, compressor.dim))
     dim = eyes.encoder.dim if whole else compressor.dim
     with torch.device("meta"):
         network = DiffusionTransformer(

@@ -77,6 +77,10 @@ class DiffusionPolicy(Section):
         description="What a video has for actions: StaMo's motion over the chunk, as many averaged pixel differences, "
         "or nothing.",
     )
+    pseudo_per: Literal["chunk", "step"] = Field(
+        "chunk",
+        description="One motion over the chunk, or one beside each action, as in the paper; step needs cached states.",
+    )
     pseudo_weight: Weight = Field(1.0, description="Weight of their loss beside policy.action_weight.")
 
     @model_validator(mode="after")
@@ -184,7 +188,28 @@ def _diffusion_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) 
         problems.append("policy.stamo: the diffusion policy reads one kind of tokens; set patches or states")
     if diffusion.pseudo != "none" and not data.target:
         problems.append("data.target: pseudo-actions come from the frame at t + horizon; set data.target: true")
+    if diffusion.pseudo_per == "step" and diffusion.pseudo != "none":
+        problems += _step_problems(policy, diffusion, data)
     of_use = diffusion.pseudo == "motion" or (diffusion.pseudo == "none" and policy.stamo == "states")
     if policy.targets == "cached" and not of_use:
         problems.append(f"policy.targets: pseudo: {diffusion.pseudo} needs no states; set policy.targets: online")
+    return problems
+
+
+def _step_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) -> list[str]:
+    """What keeps a chunk's pseudo-actions from being one for each action."""
+    problems = []
+    if diffusion.pseudo == "pixels":
+        problems.append("policy.diffusion.pseudo_per: step has motions only; set pseudo: motion, or pseudo_per: chunk")
+    elif policy.targets != "cached":
+        problems.append(
+            "policy.diffusion.pseudo_per: step needs the states of every frame of the chunk, too many to encode in the "
+            "step; run `stamo encode` and set policy.targets: cached, or pseudo_per: chunk"
+        )
+    problems += [
+        f"data.sources.{name}.horizon: {source.horizon}, but with pseudo_per: step a motion must last as long as an "
+        "action everywhere; leave it out and convert the source with --rate"
+        for name, source in data.used.items()
+        if source.horizon not in (None, data.horizon)
+    ]
     return problems

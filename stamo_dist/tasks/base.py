@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch
+from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.errors import CheckpointError
 from stamo_dist.tasks.noise import StepNoise
 
@@ -52,7 +52,7 @@ class Task(Protocol):
     block_classes: tuple[str, ...]  # transformer blocks that FSDP shards one by one
     init_frames: int  # training frames that `initialise` wants; 0: it need not be called
     latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
-    states: str | None  # fingerprint of the tokenizer whose cached states it reads, if it does
+    states: CachedStates | None  # which cached states it reads, if it does
     notes: tuple[str, ...]  # what a person should know about how the model was built
 
     @property

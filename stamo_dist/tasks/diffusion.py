@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.loader import Batch, CachedStates, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.models.images import to_float
 from stamo_dist.models.openvla.stamo import Seen
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, pixel_grid
+from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, motion_shape, pixel_grid
 from stamo_dist.models.rdt_policy import save_rdt
 from stamo_dist.recipe.policy import DiffusionPolicy
 from stamo_dist.recipe.schema import Recipe
@@ -31,11 +31,12 @@ _SCALED_ON = 64  # pairs of frames
 
 
 class DiffusionTask:
-    """L = λ_a · MSE(clean chunk) + w · MSE(clean pseudo-action), the mean over all samples of the batch.
+    """L = λ_a · MSE(clean chunk) + w · MSE(clean pseudo-actions), the mean over all samples of the batch.
 
     Both are denoised together, at one noise level a sample. What a sample lacks is hidden from the network and has no
-    loss: actions, where its episode is a video or not `labelled` or ends within the chunk; the pseudo-action, where the
-    episode ends before the target frame; both, where it stands in for an unreadable frame.
+    loss: actions, where its episode is a video or not `labelled` or ends within the chunk; the chunk's pseudo-action,
+    where the episode ends before the target frame, and with `pseudo_per: step` those behind the episode's end; both,
+    where it stands in for an unreadable frame. A sample's loss is the mean over the steps that it has.
 
     Pseudo-actions are divided by their root mean square over the first pairs of the run's data, which is kept with the
     weights: noise is of unit size.
@@ -52,7 +53,9 @@ class DiffusionTask:
         eyes, fingerprint = open_eyes(recipe, mixture)
         assert eyes is not None, "the recipe's check wants vision: stamo"
         self._eyes, self._fingerprint = eyes, fingerprint
-        self.states = fingerprint if recipe.policy.targets == "cached" else None
+        self._each = cfg.pseudo == "motion" and cfg.pseudo_per == "step"
+        cached = recipe.policy.targets == "cached"
+        self.states = CachedStates(fingerprint, self._each) if cached and fingerprint else None
         texts = data.instructions.texts
         try:
             self._text = TextTokenizer.from_instructions(texts, size=cfg.vocabulary, bins=0)
@@ -67,7 +70,7 @@ class DiffusionTask:
             window.action_dim,
             eyes.patch_dim if recipe.policy.stamo == "patches" else dim,
             cfg.vocabulary + 1,  # and the padding
-            {"none": None, "motion": (tokens, dim), "pixels": (self._grid, 3 * self._grid)}[cfg.pseudo],
+            motion_shape(cfg.pseudo, cfg.pseudo_per, window.horizon, (tokens, dim)),
             window.proprio_dim if recipe.policy.proprio else 0,
         )
         self.network = DiffusionTransformer(cfg, self.sizes)
@@ -82,11 +85,12 @@ class DiffusionTask:
         self._proprio = (
             Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if recipe.policy.proprio else None
         )
-        self._horizons = torch.tensor(window.horizons)
+        self._horizons, self._steps = torch.tensor(window.horizons), torch.arange(window.horizon)
         self.scale = 1.0 if self.sizes.motion is None else self._scale_on(mixture)
         self.terms: tuple[str, ...] = ("loss", "action", *(("pseudo",) if self.sizes.motion else ()))
+        pseudo = f"{cfg.pseudo} of each step" if self._each else cfg.pseudo
         self.notes: tuple[str, ...] = (
-            f"policy: random initial weights; pseudo-actions: {cfg.pseudo}, divided by {self.scale:g}",
+            f"policy: random initial weights; pseudo-actions: {pseudo}, divided by {self.scale:g}",
             *data.notes,
         )
 
@@ -106,7 +110,7 @@ class DiffusionTask:
         for table in (self._data.instructions, self._actions, self._proprio):
             if table is not None:
                 table.to(device)
-        self._horizons = self._horizons.to(device)
+        self._horizons, self._steps = self._horizons.to(device), self._steps.to(device)
         self._prompts = [table.to(device) for table in self._prompts]
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
@@ -124,11 +128,11 @@ class DiffusionTask:
         if clean.motion is not None:
             pseudo = _error(found.motion, clean.motion, has_motion)
             loss = loss + self._cfg.pseudo_weight * pseudo
-            terms["pseudo"], present["pseudo"] = pseudo, has_motion
+            terms["pseudo"], present["pseudo"] = pseudo, has_motion.view(len(batch), -1).any(1)
         return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
 
     def _moment(self, batch: Batch) -> tuple[Condition, Plan, Tensor, Tensor]:
-        """What is known, what is to be found, and which samples have actions and a pseudo-action."""
+        """What is known, what is to be found, who has actions (b,) and which pseudo-actions, (b,) or (b, C)."""
         assert batch.actions is not None
         assert batch.mask is not None
         assert batch.ahead is not None
@@ -149,12 +153,22 @@ class DiffusionTask:
         motion = (
             None if self.sizes.motion is None else self._pseudo(batch, now.first_view(self._policy.views)) / self.scale
         )
-        has_motion = (batch.ahead == self._horizons[batch.source]) & own
+        if self._each:
+            has_motion = (self._steps < batch.ahead[:, None]) & own[:, None]
+        else:
+            has_motion = (batch.ahead == self._horizons[batch.source]) & own
         # What is hidden must not be NaN: attention would spread it all the same.
         return known, Plan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
 
     def _pseudo(self, batch: Batch, now: Seen | None = None) -> Tensor:
-        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1."""
+        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are not."""
+        if self._each:
+            assert batch.state is not None, "they come together"
+            assert batch.next_states is not None, "the recipe's check wants cached states"
+            before = torch.cat([batch.state[:, None], batch.next_states[:, :-1]], dim=1)
+            assert batch.ahead is not None, "they come together"
+            there = (self._steps < batch.ahead[:, None])[..., None, None]
+            return torch.where(there, batch.next_states - before, 0).flatten(2)
         if self._cfg.pseudo == "motion":
             return target_of(batch, self._eyes, "motion", now)
         assert batch.target is not None, "the recipe's check wants data.target"
@@ -215,5 +229,9 @@ class DiffusionTask:
 
 
 def _error(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:
-    """(b,) mean squared error, and zero with a zero gradient where a sample has nothing."""
-    return (found - torch.where(has[:, None, None], wanted, found.detach())).square().mean((1, 2))
+    """(b,) mean squared error over what it has, `has` (b,) or (b, tokens); 0 with a zero gradient for nothing."""
+    has = has.view(len(has), -1)
+    squares = (found - torch.where(has[:, :, None], wanted, found.detach())).square().mean((1, 2))
+    if has.shape[1] == 1:
+        return squares
+    return squares * (has.shape[1] / has.sum(1).clamp_min(1))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch
+from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla import load, shapes
@@ -48,7 +48,7 @@ class PolicyTask:
         self._data = data = PolicyData(recipe, mixture)
         self._eyes, self._fingerprint = open_eyes(recipe, mixture)
         check_eyes(data.folder, cfg, self._fingerprint)
-        self.states = self._fingerprint if cfg.targets == "cached" else None
+        self.states = CachedStates(self._fingerprint) if cfg.targets == "cached" and self._fingerprint else None
         self._text = _text(recipe, data)
         self._processor = (
             ImageProcessor.from_folder(data.folder, data.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch
+from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.models import flow
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
@@ -24,7 +24,7 @@ class TokenizerTask:
     The paper knows neither noise on s, nor the second loss λ·‖W s + b − z₀‖² of `model.compressor.straighten`.
     """
 
-    states: str | None = None
+    states: CachedStates | None = None
 
     def __init__(self, recipe: Recipe, *, later: bool = False):
         self._flow = recipe.flow

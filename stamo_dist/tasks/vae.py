@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch
+from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
@@ -20,7 +20,7 @@ class VAETask:
 
     terms: tuple[str, ...] = ("loss", "l1", "mse", "kl")
     latents: str | None = None
-    states: str | None = None
+    states: CachedStates | None = None
     init_frames = 0
     notes: tuple[str, ...] = ("the latents will be standardised on training frames when the VAE is exported",)
 

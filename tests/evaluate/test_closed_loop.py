@@ -23,7 +23,7 @@ from stamo_dist.evaluate.plan import AGENTS, plan
 from stamo_dist.evaluate.rollout import PolicyAgent, rollout
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import Setting
-from stamo_dist.evaluate.successes import interval
+from stamo_dist.evaluate.successes import difference, interval
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.policies import load_policy
 from stamo_dist.recipe.load import load
@@ -169,8 +169,25 @@ def test_plan_of_a_run(run: Path, toy: SimpleNamespace, tmp_path: Path):
     assert "Goal-conditioned planning" in write_report([run]).read_text()
     with pytest.raises(DataError, match="no source with actions of c; the recipe has a"):
         plan(run, PointBenchmarks(), source="c", **options)
+    # Several tasks and sources: the head learns on all of them, and the last rows are those of all tasks.
+    assert result.settings["source"] == "a, b"
+    two = {**options, "tasks": ["suite/one", "suite/two"]}
+    more = plan(run, PointBenchmarks(), trials=3, source=["b", "a"], **two)
+    assert more.settings["source"] == "a, b"
+    assert [row["task"] for row in more.rows] == [t for t in ("suite/one", "suite/two", "all tasks") for _ in AGENTS]
+    whole = more.rows[-1]
+    assert whole["trials"] == 6
+    assert whole["success"] == pytest.approx((more.rows[-1 - len(AGENTS)]["success"] + 200 / 3) / 2)
+    assert any(note.startswith("all tasks: ") for note in more.notes)
+    alone = plan(run, PointBenchmarks(), trials=3, source="b", **options)
+    assert (alone.settings["source"], len(alone.rows)) == ("b", len(AGENTS))
 
 
-def test_the_interval_is_wilsons():
+def test_intervals_are_wilsons_and_newcombes():
+    rows = [
+        dict(zip(("success", "low", "high"), (100 * g / n, *interval(g, n)), strict=True))
+        for g, n in ((56, 70), (48, 80))
+    ]
+    assert difference(*rows) == pytest.approx((20.0, 5.24, 33.39), abs=0.02), "the paper's example (a)"
     assert interval(8, 10) == pytest.approx((49.0, 94.3), abs=0.1)
     assert interval(0, 20)[0] == 0

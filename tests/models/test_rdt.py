@@ -44,6 +44,20 @@ def test_what_a_video_lacks_is_not_seen(model: DiffusionTransformer) -> None:
         assert not torch.allclose(model(plan, time, other, has).actions, before.actions)
 
 
+def test_a_step_behind_the_episodes_end_is_not_seen(model: DiffusionTransformer) -> None:
+    known, plan = moments(2), Plan(torch.randn(2, 4, 3), torch.randn(2, 2, 8))
+    has, steps, time = torch.ones(2).bool(), torch.tensor([[True, True], [True, False]]), torch.tensor([10, 90])
+    before = model(plan, time, known, has, steps)
+    other = plan.motion.clone()  # type: ignore[union-attr]
+    other[:, 1] += 1
+    after = model(plan._replace(motion=other), time, known, has, steps)
+    assert not torch.allclose(before.actions[0], after.actions[0])
+    close(after.actions[1], before.actions[1], 1e-6)
+    close(after.motion[1, 0], before.motion[1, 0], 1e-6)
+    whole = model(plan, time, known, has, torch.ones(2).bool())  # (B,) says it of all tokens
+    assert torch.equal(whole.actions[0], before.actions[0])
+
+
 def test_noise_runs_from_nearly_none_to_nearly_all() -> None:
     clean, noise = Plan(torch.ones(3, 4, 3), torch.ones(3, 2, 8)), Plan(torch.zeros(3, 4, 3), torch.zeros(3, 2, 8))
     noisy, timestep = add_noise(CFG, clean, noise, torch.tensor([0.0, 0.5, 0.9999]))
