@@ -163,7 +163,7 @@ class ManiskillReader:
                     key=key,
                     length=len(actions),
                     task=env_id,
-                    instruction=self.instruction or _words(env_id),
+                    instruction=self.instruction or words(env_id),
                     meta={"env_id": env_id, **meta, "success": success},
                     private={"rate_hz": rate},
                 )
@@ -272,7 +272,7 @@ def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
     return None if said is None else bool(said)
 
 
-def _words(env_id: str) -> str:
+def words(env_id: str) -> str:
     """PickCube-v1 → pick cube."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", re.sub(r"-v\d+$", "", env_id))).lower()
 

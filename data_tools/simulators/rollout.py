@@ -46,6 +46,9 @@ class Rollout:
         robot_states: (T, R) float64.
         obs: LIBERO's low-dimensional observations, each (T, ·): ee_pos, ee_ori, ee_states, gripper_states,
             joint_states.
+        seed: Of the environment's reset, where the layout keeps it.
+
+    ManiSkill's `states` and `obs` are the package's own, and have a row more: the moment after the last action.
     """
 
     success: bool
@@ -53,6 +56,7 @@ class Rollout:
     states: np.ndarray
     robot_states: np.ndarray
     obs: Mapping[str, np.ndarray]
+    seed: int | None = None
 
 
 class World(Protocol):

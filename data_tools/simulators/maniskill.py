@@ -1,0 +1,218 @@
+"""ManiSkill 3's simulator (PyPI `mani-skill`) on the CPU, with scripted experts of our own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.formats.maniskill import CONTROL_HZ, words
+from data_tools.simulators.maniskill_expert import EXPERTS, Expert
+from data_tools.simulators.rollout import Rollout, seed_of
+from stamo_dist.errors import DataError
+
+CONTROL_MODE = "pd_ee_delta_pose"
+#: The Panda with a camera at its hand in every task, so that all have the same cameras.
+ROBOT = "panda_wristcam"
+CAMERAS = ("base_camera", "hand_camera")
+MAX_STEPS = 150
+STEPS_AFTER_SUCCESS = 2
+#: Where `make maniskill` unpacks Mesa's Vulkan driver.
+DRIVER = Path(sys.prefix) / "share" / "lavapipe"
+VULKAN_FIX = "no Vulkan driver that it can use: Mesa 24.3 or later is needed (`make maniskill`, or mesa-vulkan-drivers)"
+
+
+def tasks() -> list[str]:
+    """Environments that there is an expert for."""
+    return list(EXPERTS)
+
+
+def instruction_of(task: str) -> str:
+    """PickCube-v1 → pick cube, as the converter has it."""
+    return words(task)
+
+
+def prepare() -> None:
+    """Make Vulkan find the driver that `make maniskill` unpacked, if it did; before the first import of sapien."""
+    manifest = DRIVER / "lvp_icd.json"
+    if not manifest.is_file() or "VK_ICD_FILENAMES" in os.environ or "VK_DRIVER_FILES" in os.environ:
+        return
+    os.environ["VK_ICD_FILENAMES"] = os.environ["VK_DRIVER_FILES"] = str(manifest)
+
+
+def _load_driver_libraries() -> None:
+    """The driver's own libraries are outside the linker's path; loaded by name they are found."""
+    waiting = sorted(DRIVER.glob("lib/*.so*"))
+    for _ in range(len(waiting)):  # one needs another: until no more can be loaded
+        failed = []
+        for library in waiting:
+            try:
+                ctypes.CDLL(str(library))
+            except OSError:
+                failed.append(library)
+        if len(failed) in (0, len(waiting)):
+            return
+        waiting = failed
+
+
+class ManiSkillWorld:
+    """One ManiSkill task; `pd_ee_delta_pose` moves its Panda.
+
+    The goal of PickCube, which the package hides from its cameras, is drawn: no policy could see it otherwise.
+
+    Args:
+        task: e.g. "PickCube-v1".
+    """
+
+    def __init__(self, task: str):
+        self.task = task
+        self._env: Any = None
+        self._size = 128
+        self._seed = 0
+        self.attributes: dict[str, Any] = {
+            "env_id": task,
+            "env_kwargs": json.dumps(
+                {"obs_mode": "rgb", "control_mode": CONTROL_MODE, "robot_uids": ROBOT, "sim_backend": "physx_cpu"}
+            ),
+            "rate_hz": CONTROL_HZ,
+        }
+
+    def rollout(self, seed: int) -> Rollout:
+        self._fresh(seed)
+        actions, states, seen = [], [self._state()], [self._low()]
+        succeeded, success = 0, False
+        for action in islice(self._advice(seed), MAX_STEPS):
+            success = self.act(action)
+            actions.append(action)
+            states.append(self._state())
+            seen.append(self._low())
+            succeeded += success
+            if succeeded > STEPS_AFTER_SUCCESS:
+                break
+        return Rollout(
+            success=success,
+            actions=np.stack(actions),
+            states=np.stack(states),
+            robot_states=np.zeros((len(actions), 0)),
+            obs={key: np.stack([low[key] for low in seen]) for key in seen[0]},
+            seed=seed,
+        )
+
+    def start(self, trial: int) -> None:
+        """Begin trial number `trial`, drawn by a seed that only trials have."""
+        self._fresh(seed_of(self.task, trial))
+
+    def act(self, action: np.ndarray) -> bool:
+        """One control step; True when the environment's own success check holds."""
+        info = self._env.step(np.asarray(action, np.float32))[-1]
+        return bool(info["success"].item())
+
+    def solve(self, trial: int) -> int | None:
+        """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
+        advice = islice(self._advice(seed_of(self.task, trial)), MAX_STEPS)
+        return next((n for n, action in enumerate(advice, 1) if self.act(action)), None)
+
+    def picture(self, camera: str, size: int) -> np.ndarray:
+        """The present moment, upright (size, size, 3) uint8."""
+        self._resize(size)
+        return self._draw([camera])[camera]
+
+    def proprio(self) -> np.ndarray:
+        """(16,): qpos (9) and tcp_pose (7), as the shards hold them."""
+        return np.concatenate(list(self._low().values()))
+
+    def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
+        """Frames (T + 1, size, size, 3) of every camera."""
+        import torch
+
+        self._resize(size)
+        frames = []
+        for state in rollout.states:
+            self._env.set_state(torch.from_numpy(state[None]))
+            frames.append(self._draw(cameras))
+        return {camera: np.stack([frame[camera] for frame in frames]) for camera in cameras}
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _advice(self, seed: int) -> Iterator[np.ndarray]:
+        for action in EXPERTS[self.task](Expert(self._env, np.random.default_rng(seed))):
+            yield np.clip(action, -1, 1).astype(np.float32).astype(np.float64)
+
+    def _fresh(self, seed: int) -> None:
+        if self._env is None:
+            self._env = _make(self.task, self._size)
+        self._seed = seed
+        self._env.reset(seed=seed, options={"reconfigure": True})  # nothing is kept of the episode before
+        self._env._hidden_objects.clear()
+
+    def _resize(self, size: int) -> None:
+        """Have cameras of another size; the moment stays."""
+        if size == self._size:
+            return
+        state = self._env.get_state()
+        self.close()
+        self._size = size
+        self._fresh(self._seed)
+        self._env.set_state(state)
+
+    def _state(self) -> np.ndarray:
+        """The simulation's state (S,) float32, enough to draw the moment again."""
+        return np.array(self._env.get_state()[0].cpu())
+
+    def _low(self) -> dict[str, np.ndarray]:
+        robot = self._env.agent
+        return {
+            "agent/qpos": np.array(robot.robot.get_qpos()[0].cpu()),
+            "extra/tcp_pose": np.array(robot.tcp.pose.raw_pose[0].cpu()),
+        }
+
+    def _draw(self, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        scene = self._env.scene
+        scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        pictures = {}
+        for name in cameras:
+            sensor = scene.sensors[name]
+            sensor.capture()
+            found = sensor.get_obs(rgb=True, depth=False, position=False, segmentation=False)
+            pictures[name] = np.array(found["rgb"][0].cpu())
+        return pictures
+
+
+def _make(task: str, size: int) -> Any:
+    """The unwrapped environment: without a limit of steps.
+
+    Raises:
+        DataError: It cannot render here.
+    """
+    prepare()
+    if str(DRIVER) in os.environ.get("VK_ICD_FILENAMES", ""):
+        _load_driver_libraries()
+    import gymnasium
+    import mani_skill.envs  # noqa: F401
+    import torch
+
+    logging.getLogger("mani_skill").setLevel(logging.ERROR)
+    try:
+        return gymnasium.make(
+            task,
+            num_envs=1,
+            obs_mode="none",
+            control_mode=CONTROL_MODE,
+            robot_uids=ROBOT,
+            sim_backend="physx_cpu",
+            render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            sensor_configs={"width": size, "height": size},
+        ).unwrapped
+    except RuntimeError as e:
+        raise DataError(f"ManiSkill cannot render: {VULKAN_FIX} ({e})") from e
