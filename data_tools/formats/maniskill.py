@@ -98,6 +98,7 @@ class ManiskillReader:
                 "files_without_pictures": [hdf5.relative(src, p) for p in blind],
             },
             bad=bad,
+            frame_size=episodes[0].private["frame_size"],
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -165,7 +166,7 @@ class ManiskillReader:
                     task=env_id,
                     instruction=self.instruction or words(env_id),
                     meta={"env_id": env_id, **meta, "success": success},
-                    private={"rate_hz": rate},
+                    private={"rate_hz": rate, "frame_size": next(iter(cameras.values())).shape[1:3]},
                 )
             )
         if faults and len(faults) == len(trajectories):
@@ -273,7 +274,7 @@ def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
 
 
 def words(env_id: str) -> str:
-    """PickCube-v1 → pick cube."""
+    """An environment's instruction: PickCube-v1 → pick cube."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", re.sub(r"-v\d+$", "", env_id))).lower()
 
 

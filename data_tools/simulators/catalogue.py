@@ -17,19 +17,17 @@ _LIBERO_TRIALS = 50
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """LIBERO and Meta-World, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
+    """LIBERO, Meta-World and ManiSkill, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
 
     def checkable(self, benchmark: str) -> bool:
         from importlib.util import find_spec
 
-        from data_tools.simulators.rollout import check_opengl
-        from data_tools.simulators.tasks import PACKAGES, prepare_environment
+        from data_tools.simulators.tasks import PACKAGES, check_graphics
 
         if benchmark in PACKAGES and find_spec(PACKAGES[benchmark]) is None:
             return False
-        prepare_environment()
         try:
-            check_opengl()
+            check_graphics(benchmark)
         except DataError:
             return False
         return True

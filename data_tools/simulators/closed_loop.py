@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.maniskill import action_spec
 from data_tools.formats.metaworld import ACTION as HAND_DELTA
 from data_tools.formats.source import ActionSpec
 from data_tools.images import resized
 from data_tools.simulators import tasks
-from data_tools.simulators.rollout import check_opengl
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 
@@ -20,6 +20,8 @@ from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 OTHER_LIBERO_STEPS = 520
 METAWORLD_STEPS = 500
+#: Twice the steps of the expert's longest of 50 episodes, rounded up.
+MANISKILL_STEPS = {"PickCube-v1": 100, "PushCube-v1": 100, "PullCube-v1": 100, "StackCube-v1": 200}
 
 
 class Driven(Protocol):
@@ -105,8 +107,10 @@ def instruction_of(benchmark: str, task: str) -> str:
         from data_tools.simulators.libero import instruction
 
         return instruction(task.rpartition("/")[2])
-    from data_tools.simulators import metaworld
+    from data_tools.simulators import maniskill, metaworld
 
+    if benchmark == "maniskill":
+        return maniskill.instruction_of(task)
     return metaworld.instruction_of(task)
 
 
@@ -114,10 +118,9 @@ def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
     """Start one task of a benchmark.
 
     Raises:
-        DataError: No headless OpenGL, no such task, or a goal image is wanted and the expert cannot solve it.
+        DataError: No headless OpenGL or Vulkan, no such task, or a goal image is wanted and the expert cannot solve it.
     """
-    tasks.prepare_environment()
-    check_opengl()
+    tasks.check_graphics(benchmark)
     told = instruction_of(benchmark, task)
     if benchmark == "libero":
         from data_tools.simulators.libero import LiberoWorld
@@ -125,6 +128,12 @@ def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
         suite = task.partition("/")[0]
         world = LiberoWorld(task, expert=setting.goals or setting.expert)
         return ClosedLoop(world, OSC_POSE, setting, told, LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
+    if benchmark == "maniskill":
+        from data_tools.simulators.maniskill import CONTROL_MODE, ROBOT, ManiSkillWorld
+
+        return ClosedLoop(
+            ManiSkillWorld(task), action_spec(CONTROL_MODE, ROBOT, 7, 3), setting, told, MANISKILL_STEPS[task]
+        )
     from data_tools.simulators.metaworld import MetaWorld
 
     return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, told, METAWORLD_STEPS)

@@ -73,15 +73,15 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
             demo = data.create_group(f"demo_{index}")
             if isinstance(part, Path):
                 with h5py.File(part, "r") as source:
-                    _copy(source, demo)
+                    copy(source, demo)
             else:
-                _copy(part, demo)
+                copy(part, demo)
             total += int(demo.attrs["num_samples"])
         for name, value in sorted({**CONVENTIONS, **attributes, "num_demos": len(parts), "total": total}.items()):
             data.attrs[name] = value
 
 
-def _copy(source: h5py.Group, target: h5py.Group) -> None:
+def copy(source: h5py.Group, target: h5py.Group) -> None:
     for name in source:
         source.copy(name, target)
     for name, value in source.attrs.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 
-from data_tools.simulators.demo_file import assemble
+from data_tools.simulators import demo_file, maniskill_file
 from stamo_dist.errors import DataError
 
 PARTS = ".parts"
@@ -55,14 +55,16 @@ class TaskJob:
         """
         # The folder of parts is named by the options, so another size or seed never picks up these parts.
         key = hashlib.sha256(json.dumps({**options, "task": task}, sort_keys=True).encode()).hexdigest()[:12]
-        job = cls(task, out / f"{task}_demo.hdf5", out / PARTS / key, options, episodes)
+        name = f"{task}.h5" if options["benchmark"] == "maniskill" else f"{task}_demo.hdf5"
+        job = cls(task, out / name, out / PARTS / key, options, episodes)
         if job.path.exists():
             try:
                 with h5py.File(job.path, "r") as file:
-                    stored = json.loads(file["data"].attrs["simulate_options"])
-                    attempts = int(file["data"].attrs["attempts"])
-                    good = {int(demo.attrs["attempt"]) for demo in file["data"].values()}
-                    job.attributes = {k: v for k, v in file["data"].attrs.items() if k != "attempts"}
+                    data = job.root(file)
+                    stored = json.loads(data.attrs["simulate_options"])
+                    attempts = int(data.attrs["attempts"])
+                    good = {int(demo.attrs["attempt"]) for demo in data.values()}
+                    job.attributes = {k: v for k, v in data.attrs.items() if k != "attempts"}
             except (OSError, KeyError, ValueError) as e:
                 raise DataError(f"{job.path}: not a file that `stamo data simulate` wrote ({e}); remove it") from e
             if stored != options:
@@ -82,6 +84,10 @@ class TaskJob:
         except OSError as e:
             raise DataError(f"{out}: cannot be written: {e.strerror}") from e
         return job
+
+    def root(self, file: h5py.File) -> h5py.Group:
+        """The group that holds the episodes."""
+        return file if self.options["benchmark"] == "maniskill" else file["data"]
 
     @property
     def missing(self) -> int:
@@ -131,13 +137,14 @@ class TaskJob:
             chosen += self.outcomes[attempts]
             attempts += 1
         with contextlib.ExitStack() as stack:
-            old = stack.enter_context(h5py.File(self.path, "r"))["data"] if self.kept else {}
+            old = self.root(stack.enter_context(h5py.File(self.path, "r"))) if self.kept else {}
             parts: dict[int, Any] = {int(demo.attrs["attempt"]): demo for demo in old.values()}
             for attempt in range(self.kept, attempts):
                 if self.outcomes[attempt]:
                     parts[attempt] = self.parts / f"{attempt:05d}.hdf5"
             extra = {"simulate_options": json.dumps(self.options), "attempts": attempts}
-            assemble(self.path, parts, {**self.attributes, **extra})
+            layout = maniskill_file if self.options["benchmark"] == "maniskill" else demo_file
+            layout.assemble(self.path, parts, {**self.attributes, **extra})
         self.kept = attempts
         self.outcomes = {k: v for k, v in self.outcomes.items() if k < attempts}
         shutil.rmtree(self.parts, ignore_errors=True)

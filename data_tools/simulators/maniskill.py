@@ -26,7 +26,7 @@ CAMERAS = ("base_camera", "hand_camera")
 MAX_STEPS = 150
 STEPS_AFTER_SUCCESS = 2
 #: Where `make maniskill` unpacks Mesa's Vulkan driver.
-DRIVER = Path(sys.prefix) / "share" / "lavapipe"
+DRIVER = Path(os.environ.get("STAMO_LAVAPIPE") or Path(sys.prefix) / "share" / "lavapipe")
 VULKAN_FIX = "no Vulkan driver that it can use: Mesa 24.3 or later is needed (`make maniskill`, or mesa-vulkan-drivers)"
 
 
@@ -40,26 +40,23 @@ def instruction_of(task: str) -> str:
     return words(task)
 
 
-def prepare() -> None:
-    """Make Vulkan find the driver that `make maniskill` unpacked, if it did; before the first import of sapien."""
+def _find_driver() -> None:
+    """Have Vulkan use the driver that `make maniskill` unpacked, if it did and none is named; before sapien's import.
+
+    Its libraries are outside the linker's path: once loaded they are found by their names.
+    """
     manifest = DRIVER / "lvp_icd.json"
-    if not manifest.is_file() or "VK_ICD_FILENAMES" in os.environ or "VK_DRIVER_FILES" in os.environ:
+    if not manifest.is_file() or {"VK_ICD_FILENAMES", "VK_DRIVER_FILES"} & set(os.environ):
         return
     os.environ["VK_ICD_FILENAMES"] = os.environ["VK_DRIVER_FILES"] = str(manifest)
-
-
-def _load_driver_libraries() -> None:
-    """The driver's own libraries are outside the linker's path; loaded by name they are found."""
-    waiting = sorted(DRIVER.glob("lib/*.so*"))
-    for _ in range(len(waiting)):  # one needs another: until no more can be loaded
+    waiting = sorted(DRIVER.glob("lib/*"))
+    for _ in range(len(waiting)):  # one may need another
         failed = []
         for library in waiting:
             try:
                 ctypes.CDLL(str(library))
             except OSError:
                 failed.append(library)
-        if len(failed) in (0, len(waiting)):
-            return
         waiting = failed
 
 
@@ -195,9 +192,7 @@ def _make(task: str, size: int) -> Any:
     Raises:
         DataError: It cannot render here.
     """
-    prepare()
-    if str(DRIVER) in os.environ.get("VK_ICD_FILENAMES", ""):
-        _load_driver_libraries()
+    _find_driver()
     import gymnasium
     import mani_skill.envs  # noqa: F401
     import torch

@@ -56,23 +56,27 @@ def simulate(
     processes: int | None = None,
     quiet: bool = False,
 ) -> Simulated:
-    """Write OUT/SUITE/TASK_demo.hdf5 (Meta-World: OUT/TASK_demo.hdf5) with `episodes` successful episodes each.
+    """Write OUT/SUITE/TASK_demo.hdf5 with `episodes` successful episodes each.
+
+    Meta-World: OUT/TASK_demo.hdf5; ManiSkill: OUT/TASK.h5 and OUT/TASK.json.
 
     Run again after a kill it continues; the files come out the same. Asked for more episodes it adds to its files.
 
     Args:
-        benchmark: "libero" or "metaworld".
+        benchmark: "libero", "metaworld" or "maniskill".
         out: Folder to write into.
         tasks: LIBERO: "SUITE/INDEX", "SUITE/TASK_NAME" or "SUITE" for all of it. Meta-World: "reach-v3", ….
+            ManiSkill: "PickCube-v1", ….
         episodes: Successful episodes per task.
         size: Side of the square frames in pixels.
-        cameras: LIBERO: agentview, eye_in_hand, …; Meta-World: corner, corner2, corner3, topview, ….
+        cameras: LIBERO: agentview, eye_in_hand, …; Meta-World: corner, corner2, corner3, topview, …; ManiSkill:
+            base_camera, hand_camera.
         seed: Base seed.
         processes: Simulator processes; when omitted one per usable core, as far as memory allows.
         quiet: No progress bar.
 
     Raises:
-        DataError: Unknown benchmark, task or camera, missing [sim] extra or OpenGL, an output folder that cannot be
+        DataError: Unknown benchmark, task or camera, missing extra, OpenGL or Vulkan, an output folder that cannot be
             written or holds files made with other options, or a task the expert does not solve.
     """
     cameras = list(cameras or DEFAULT_CAMERAS.get(benchmark, []))
@@ -164,17 +168,18 @@ _world: tuple[str, World] | None = None
 
 def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> Outcome:
     """In a worker: roll out one attempt and, if it succeeds, render and write it."""
-    from data_tools.simulators.demo_file import whole_file, write_episode
+    from data_tools.simulators import demo_file, maniskill_file
 
+    layout = maniskill_file if options["benchmark"] == "maniskill" else demo_file
     world = _enter(task)
     seed = int.from_bytes(hashlib.sha256(f"{task}/{options['seed']}/{attempt}".encode()).digest()[:4], "big")
     rollout = world.rollout(seed)
     if rollout.success:
         frames = world.render(rollout, options["cameras"], options["size"])
-        write_episode(parts / f"{attempt:05d}.hdf5", rollout, frames, attempt)
+        layout.write_episode(parts / f"{attempt:05d}.hdf5", rollout, frames, attempt)
     outcome = Outcome(attempt, rollout.success, len(rollout.actions), world.attributes)
     # Written last: an attempt counts only once its report exists.
-    with whole_file(parts / f"{attempt:05d}.json") as temporary:
+    with demo_file.whole_file(parts / f"{attempt:05d}.json") as temporary:
         temporary.write_text(json.dumps(outcome.__dict__))
     return outcome
 
@@ -182,20 +187,27 @@ def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> O
 def _enter(task: str) -> World:
     """The world of `task`; a worker keeps the last one, because making it takes seconds."""
     global _world
-    check_opengl()
     if _world is None or _world[0] != task:
         if _world is not None:
             _world[1].close()
             _world = None
-        if _benchmark == "libero":
-            from data_tools.simulators.libero import LiberoWorld
-
-            _world = (task, LiberoWorld(task))
-        else:
-            from data_tools.simulators.metaworld import MetaWorld
-
-            _world = (task, MetaWorld(task))
+        _world = (task, _open(task))
     return _world[1]
+
+
+def _open(task: str) -> World:
+    if _benchmark == "maniskill":
+        from data_tools.simulators.maniskill import ManiSkillWorld
+
+        return ManiSkillWorld(task)
+    check_opengl()
+    if _benchmark == "libero":
+        from data_tools.simulators.libero import LiberoWorld
+
+        return LiberoWorld(task)
+    from data_tools.simulators.metaworld import MetaWorld
+
+    return MetaWorld(task)
 
 
 @contextlib.contextmanager

