@@ -19,6 +19,12 @@ opengl:
 	  && apt-get install -y -qq --no-install-recommends libegl1 libgl1-mesa-dri) \
 	  || echo "no libEGL: install it (Debian: libegl1 libgl1-mesa-dri) to simulate"
 
+# ManiSkill beside the other simulators, and a Vulkan driver that can draw it where Debian's is too old.
+.PHONY: maniskill
+maniskill: $(VENV)/.installed
+	$(BIN)/python -c "import mani_skill" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[maniskill]"
+	sh data_tools/simulators/lavapipe.sh $(VENV)/share/lavapipe
+
 # A real Slurm for tests/slurm, which say that they are skipped where it cannot be installed.
 .PHONY: slurm
 slurm:

@@ -20,26 +20,27 @@ def _split(values: list[str] | None) -> list[str]:
 
 @app.command()
 def simulate(
-    benchmark: Annotated[str, typer.Argument(help="libero or metaworld.")],
+    benchmark: Annotated[str, typer.Argument(help="libero, metaworld or maniskill.")],
     out: Annotated[Path, typer.Argument(help="Folder for the HDF5 files.")],
     tasks: Annotated[
         list[str],
         typer.Option(
-            help="LIBERO: SUITE/INDEX, SUITE/NAME or SUITE; Meta-World: reach-v3, …. Repeat or separate by commas."
+            help="LIBERO: SUITE/INDEX, SUITE/NAME or SUITE; Meta-World: reach-v3, …; ManiSkill: PickCube-v1, …. "
+            "Repeat or separate by commas."
         ),
     ],
     episodes: Annotated[int, typer.Option(help="Successful episodes per task.")] = 50,
     size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256,
     cameras: Annotated[
         list[str] | None,
-        typer.Option(help="LIBERO: agentview, eye_in_hand, …; Meta-World: corner3, topview, …."),
+        typer.Option(help="LIBERO: agentview, eye_in_hand, …; Meta-World: corner3, …; ManiSkill: base_camera, hand_camera."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Base seed; attempt k of a task is seeded by task, seed and k.")] = 0,
     processes: Annotated[
         int | None, typer.Option(help="Simulator processes; one per core, as memory allows, when omitted.")
     ] = None,
 ) -> None:
-    """Run scripted experts in real simulators and keep the successful episodes, in LIBERO's HDF5 layout.
+    """Run scripted experts in real simulators and keep the successful episodes: HDF5 as LIBERO's, ManiSkill's as its own.
 
     Run it again after a kill and it continues; ask for more episodes and it adds them.
 

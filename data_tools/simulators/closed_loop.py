@@ -20,7 +20,7 @@ from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 OTHER_LIBERO_STEPS = 520
 METAWORLD_STEPS = 500
-#: Twice the steps of the expert's longest of 50 episodes, rounded up.
+#: Twice the expert's longest of 20 episodes (41, 28, 31 and 72 steps) and more, in round numbers.
 MANISKILL_STEPS = {"PickCube-v1": 100, "PushCube-v1": 100, "PullCube-v1": 100, "StackCube-v1": 200}
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 TasksOption = Annotated[
     list[str],
     typer.Option(
-        help="LIBERO: SUITE, SUITE/INDEX or SUITE/NAME; Meta-World: reach-v3, …. Repeat or separate by commas."
+        help="LIBERO: SUITE, SUITE/INDEX or SUITE/NAME; Meta-World: reach-v3, …; ManiSkill: PickCube-v1, …. "
+        "Repeat or separate by commas."
     ),
 ]
 ProcessesOption = Annotated[
@@ -42,7 +43,7 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         tasks: TasksOption,
         *,
         benchmark: Annotated[
-            str | None, typer.Option(metavar="libero|metaworld", help="The format of the source when omitted.")
+            str | None, typer.Option(metavar="libero|metaworld|maniskill", help="The format of the source when omitted.")
         ] = None,
         source: Annotated[
             list[str] | None,
@@ -81,7 +82,7 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         *,
         benchmark: Annotated[
             str | None,
-            typer.Option(metavar="libero|metaworld", help="Which simulator; that of the training data when omitted."),
+            typer.Option(metavar="libero|metaworld|maniskill", help="Which simulator; that of the training data when omitted."),
         ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
         cameras: Annotated[
