@@ -33,7 +33,9 @@ def simulate(
     size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256,
     cameras: Annotated[
         list[str] | None,
-        typer.Option(help="LIBERO: agentview, eye_in_hand, …; Meta-World: corner3, …; ManiSkill: base_camera, hand_camera."),
+        typer.Option(
+            help="LIBERO: agentview, eye_in_hand, …; Meta-World: corner3, …; ManiSkill: base_camera, hand_camera."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Base seed; attempt k of a task is seeded by task, seed and k.")] = 0,
     processes: Annotated[

@@ -43,7 +43,8 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         tasks: TasksOption,
         *,
         benchmark: Annotated[
-            str | None, typer.Option(metavar="libero|metaworld|maniskill", help="The format of the source when omitted.")
+            str | None,
+            typer.Option(metavar="libero|metaworld|maniskill", help="The format of the source when omitted."),
         ] = None,
         source: Annotated[
             list[str] | None,
@@ -82,7 +83,9 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         *,
         benchmark: Annotated[
             str | None,
-            typer.Option(metavar="libero|metaworld|maniskill", help="Which simulator; that of the training data when omitted."),
+            typer.Option(
+                metavar="libero|metaworld|maniskill", help="Which simulator; that of the training data when omitted."
+            ),
         ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
         cameras: Annotated[
