@@ -42,7 +42,7 @@ def simulate(
         int | None, typer.Option(help="Simulator processes; one per core, as memory allows, when omitted.")
     ] = None,
 ) -> None:
-    """Run scripted experts in real simulators and keep the successful episodes, in LIBERO's HDF5 layout or ManiSkill's own.
+    """Run scripted experts in real simulators and keep the successful episodes, in LIBERO's or ManiSkill's HDF5 layout.
 
     Run it again after a kill and it continues; ask for more episodes and it adds them.
 
