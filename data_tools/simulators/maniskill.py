@@ -25,7 +25,7 @@ ROBOT = "panda_wristcam"
 CAMERAS = ("base_camera", "hand_camera")
 MAX_STEPS = 150
 STEPS_AFTER_SUCCESS = 2
-#: Where `make maniskill` unpacks Mesa's Vulkan driver.
+#: Where `make maniskill` unpacks Mesa's Vulkan driver, or where another checkout's did.
 DRIVER = Path(os.environ.get("STAMO_LAVAPIPE") or Path(sys.prefix) / "share" / "lavapipe")
 VULKAN_FIX = "no Vulkan driver that it can use: Mesa 24.3 or later is needed (`make maniskill`, or mesa-vulkan-drivers)"
 
@@ -46,7 +46,8 @@ def _find_driver() -> None:
     Its libraries are outside the linker's path: once loaded they are found by their names.
     """
     manifest = DRIVER / "lvp_icd.json"
-    if not manifest.is_file() or {"VK_ICD_FILENAMES", "VK_DRIVER_FILES"} & set(os.environ):
+    named = {os.environ.get(name, str(manifest)) for name in ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")}
+    if not manifest.is_file() or named != {str(manifest)}:
         return
     os.environ["VK_ICD_FILENAMES"] = os.environ["VK_DRIVER_FILES"] = str(manifest)
     waiting = sorted(DRIVER.glob("lib/*"))
