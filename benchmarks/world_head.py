@@ -1,10 +1,10 @@
 """Success rates with and without the world head: OpenVLA* without, with the next state, with the motion to it.
 
-    python benchmarks/world_head.py recipes/policy_oft_metaworld_demo.yaml --trials 15 --seeds 3
+    python benchmarks/world_head.py recipes/policy_oft_metaworld_demo.yaml
     python benchmarks/world_head.py recipes/policy_tokens_metaworld_demo.yaml
-    python benchmarks/world_head.py --steps 100 --trials 1 --seeds 1 --tasks drawer-open-v3 --out /tmp/try
+    python benchmarks/world_head.py --steps 100 --trials 1 --seeds 1 --out /tmp/try
 
-After `make demo-policy`, whose data it reads. For each seed a tokenizer and three policies are trained, which differ in
+After `make demo-policy`, whose episodes of the drawer it reads (docs/results.md converts them). For each seed a tokenizer and three policies are trained, which differ in
 nothing but the head. Started again it goes on.
 """
 
@@ -17,6 +17,7 @@ WITHOUT, STATE, MOTION = "without the head", "state", "motion"
 
 def main() -> None:
     options_parser = parser(__doc__ or "", "recipes/policy_oft_metaworld_demo.yaml")
+    options_parser.set_defaults(tasks="drawer-open-v3", trials=20)
     options_parser.add_argument(
         "--actions",
         choices=["tokens", "parallel_tokens", "regression"],

@@ -82,10 +82,8 @@ def actions(
     return result
 
 
-def open_policy(
-    run: RunFolder, recipe: Recipe, device: str | None = None, tokenizer: str | None = None
-) -> tuple[AnyPolicy, Provenance]:
-    """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
+def exported_at(run: RunFolder, recipe: Recipe) -> int:
+    """The step whose policy a run has exported.
 
     Raises:
         RunError: The run trains something else.
@@ -95,7 +93,19 @@ def open_policy(
         raise RunError(f"{run.path}: its recipe trains the {recipe.stage} stage; give the run folder of a policy")
     if not run.exported.is_file():
         raise CheckpointError(f"{run.path}: nothing exported yet; train it to its end")
-    step = int(json.loads(run.exported.read_text())["step"])
+    return int(json.loads(run.exported.read_text())["step"])
+
+
+def open_policy(
+    run: RunFolder, recipe: Recipe, device: str | None = None, tokenizer: str | None = None
+) -> tuple[AnyPolicy, Provenance]:
+    """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
+
+    Raises:
+        RunError: The run trains something else.
+        CheckpointError: It has exported nothing yet.
+    """
+    step = exported_at(run, recipe)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = (
         {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}

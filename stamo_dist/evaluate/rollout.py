@@ -16,7 +16,7 @@ from rich.console import Console
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.actions import open_policy
+from stamo_dist.evaluate.actions import exported_at, open_policy
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.saved_policy import Saved
@@ -79,6 +79,9 @@ def rollout(
     if actions not in ACTIONS:
         raise RunError(f"--actions {actions}: must be one of {', '.join(ACTIONS)}")
     saved = Saved(policy, checkpoint, out, NAME) if checkpoint is not None else None
+    run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
+    if run and not saved:
+        exported_at(run, load(run.resolved).recipe)
     shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
     benchmark, setting = shown.benchmark, shown.setting
     names = benchmarks.resolve(benchmark, tasks, setting)
@@ -87,7 +90,6 @@ def rollout(
         raise DataError(f"--trials {trials}: {benchmark} has {most} initial states of each task")
     todo = [Trial(name, number) for number in range(trials) for name in names]
     mine = successes.my_share(todo, slice, num_slices)
-    run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
     if run is None and out is None:
         raise RunError(f"{policy}: is no run folder; say with --out where the results go")
     weights = str(run.model) if run else policy

@@ -57,7 +57,7 @@ def test_the_diffusion_policy_is_rolled_out_and_a_tokenizer_is_not(
     assert result is not None
     assert (result.rows[0]["trials"], result.provenance.step) == (2, 3)
     with pytest.raises(RunError, match="its recipe trains the tokenizer stage; give the run folder of a policy"):
-        rollout(str(run), PointBenchmarks(), **options)
+        rollout(str(run), PointBenchmarks(), **{**options, "benchmark": None})
 
 
 def test_speed_with_each_head(runs: dict[str, Path], tmp_path: Path) -> None:
