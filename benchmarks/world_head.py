@@ -4,8 +4,8 @@
     python benchmarks/world_head.py recipes/policy_tokens_metaworld_demo.yaml
     python benchmarks/world_head.py --steps 100 --trials 1 --seeds 1 --out /tmp/try
 
-After `make demo-policy`, whose episodes of the drawer it reads (docs/results.md converts them). For each seed a tokenizer and three policies are trained, which differ in
-nothing but the head. Started again it goes on.
+After `make demo-policy`, whose episodes of the drawer it reads (docs/results.md converts them). For each seed a
+tokenizer and three policies are trained, which differ in nothing but the head. Started again it goes on.
 """
 
 from __future__ import annotations
