@@ -69,19 +69,19 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
     with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
         for index, attempt in enumerate(sorted(parts)):
-            part = parts[attempt]
             demo = data.create_group(f"demo_{index}")
-            if isinstance(part, Path):
-                with h5py.File(part, "r") as source:
-                    copy(source, demo)
-            else:
-                copy(part, demo)
+            copy(parts[attempt], demo)
             total += int(demo.attrs["num_samples"])
         for name, value in sorted({**CONVENTIONS, **attributes, "num_demos": len(parts), "total": total}.items()):
             data.attrs[name] = value
 
 
-def copy(source: h5py.Group, target: h5py.Group) -> None:
+def copy(source: Path | h5py.Group, target: h5py.Group) -> None:
+    """Everything below a group, or of a file, with its attributes."""
+    if isinstance(source, Path):
+        with h5py.File(source, "r") as file:
+            copy(file, target)
+        return
     for name in source:
         source.copy(name, target)
     for name, value in source.attrs.items():

@@ -42,13 +42,8 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
     with whole_file(path) as temporary:
         with h5py.File(temporary, "w") as file:
             for index, attempt in enumerate(sorted(parts)):
-                part = parts[attempt]
                 trajectory = file.create_group(f"traj_{index}")
-                if isinstance(part, Path):
-                    with h5py.File(part, "r") as source:
-                        copy(source, trajectory)
-                else:
-                    copy(part, trajectory)
+                copy(parts[attempt], trajectory)
                 seed = int(trajectory.attrs["seed"])
                 episodes.append(
                     {

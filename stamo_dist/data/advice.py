@@ -53,13 +53,13 @@ def _caching(recipe: Recipe, frames: int) -> Iterator[str]:
     seen = recipe.train.steps * recipe.train.global_batch
     if recipe.stage == "policy":
         policy = recipe.policy
-        motion = policy.diffusion is not None and policy.diffusion.pseudo == "motion"
+        pseudo = policy.diffusion.pseudo if policy.diffusion is not None else "none"
         states = policy.vision == "stamo" and policy.stamo == "states" and policy.views == 1
-        target = motion or (policy.world is not None and policy.world.target != "dinov2")
+        target = pseudo == "motion" or policy.world is not None
         if policy.targets == "cached" or policy.tokenizer is None or not (states or target):
             return
-        if policy.world is not None and policy.world.target == "dinov2":
-            return
+        if pseudo == "pixels" or (policy.world is not None and policy.world.target == "dinov2"):
+            return  # these are of frames, which the cache does not hold
         field, what, reads = "policy.targets", "the tokenizer's states", int(states) + int(target)
     else:
         if recipe.stage != "tokenizer" or recipe.data.latents == "cached" or recipe.data.horizon:
