@@ -17,6 +17,14 @@ from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.evaluate import loop_commands
 from stamo_dist.evaluate.commands import app as eval_app
+from stamo_dist.evaluate.use_options import (
+    AsOption,
+    BoundsOption,
+    ChunkOption,
+    CropOption,
+    OrientationOption,
+    ViewsOption,
+)
 from stamo_dist.launch import commands as launch_commands
 from stamo_dist.launch import verbs
 from stamo_dist.launch.doctor.commands import doctor, probe
@@ -188,20 +196,39 @@ def serve(
     unnorm_key: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
     ] = None,
+    as_: AsOption = None,
+    orientation: OrientationOption = None,
+    crop: CropOption = None,
+    views: ViewsOption = None,
+    chunk: ChunkOption = None,
+    bounds: BoundsOption = None,
+    frames: Annotated[
+        str,
+        typer.Option(
+            metavar="as-trained|upright",
+            help="How clients send frames: turned as the policy was trained, as the official clients do, or upright.",
+        ),
+    ] = "as-trained",
 ) -> None:
     """Answer observations with actions over HTTP, as clients of OpenVLA and OpenVLA-OFT speak. There is no login.
 
     Needs `pip install "stamo-dist[serve]"`.
 
     Example: stamo serve runs/policy_oft_state --port 8777
+
+    Example: stamo serve moojink/openvla-7b-oft-finetuned-libero-spatial --as oft-libero
     """
     from importlib.util import find_spec
 
     if missing := [name for name in ("json_numpy", "starlette", "uvicorn") if find_spec(name) is None]:
         raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
+    from stamo_dist.models.openvla.framing import Use
     from stamo_dist.serve import serve as answer
 
-    answer(run, host=host, port=port, device=device, tokenizer=tokenizer, unnorm_key=unnorm_key)
+    answer(
+        run, host=host, port=port, device=device, tokenizer=tokenizer, unnorm_key=unnorm_key, frames=frames,
+        use=Use(as_, orientation, crop, views, chunk, bounds),
+    )  # fmt: skip
 
 
 @app.command()

@@ -18,7 +18,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stamo_dist.errors import DataError, RunError
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 
 _REMEMBERED = 1000  # requests whose latency /health reports
@@ -60,13 +61,14 @@ class Moment:
 class Server:
     """Answers for one policy; one request is computed at a time."""
 
-    def __init__(self, policy: AnyPolicy, name: str, unnorm_key: str | None = None):
-        """`unnorm_key` is that of requests that name none.
+    def __init__(self, policy: AnyPolicy, name: str, unnorm_key: str | None = None, *, upright: bool = False):
+        """`unnorm_key` is that of requests that name none; `upright`: frames come so and are turned here.
 
         Raises:
             DataError: The policy has no such statistics.
         """
-        self.policy, self.name = policy, name
+        self.name, self.framing, self.upright = name, policy.framing, upright
+        self.policy = policy if upright else replace(policy, framing=policy.framing.as_sent())
         self.key = None if unnorm_key is None else policy.statistics.key(unnorm_key)
         self._lock = asyncio.Lock()
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
@@ -87,7 +89,8 @@ class Server:
         return _answer({
             "status": "ok", "policy": self.name, "views": cfg.views, "proprio": cfg.proprio,
             "chunk": self.policy.chunk, "unnorm_keys": sorted(self.policy.statistics.sources),
-            "device": str(self.policy.device), "requests": self._served, "latency": latency,
+            "frames": "upright" if self.upright else self.framing.orientation, "framing": self.framing.to_dict(),
+            "bounds": cfg.bounds, "device": str(self.policy.device), "requests": self._served, "latency": latency,
         })  # fmt: skip
 
     async def act(self, request: Request) -> Response:
@@ -177,17 +180,22 @@ class Server:
 
 def serve(
     path: Path, *, host: str, port: int, device: str | None = None, tokenizer: Path | None = None,
-    unnorm_key: str | None = None,
+    unnorm_key: str | None = None, frames: str = "as-trained", use: Use = AS_RECORDED,
 ) -> None:  # fmt: skip
     """Load the policy of a run or an export and answer until asked to stop.
+
+    `frames`: how clients send them, turned as the policy was trained or upright. `use`: what a policy of others leaves
+    unsaid.
 
     Raises:
         CheckpointError: There is no policy.
         DataError: It has no such statistics.
-        RunError: The address cannot be listened on.
+        RunError: The address cannot be listened on, or it is not said how the policy sees frames.
     """
     import torch
 
+    if frames not in ("as-trained", "upright"):
+        raise RunError(f"--frames {frames}: must be as-trained or upright")
     try:
         listening = socket.create_server((host, port))
     except OSError as e:
@@ -196,9 +204,15 @@ def serve(
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {} if tokenizer is None else {"tokenizer": tokenizer}
-    policy = load_policy(path, device=device, **options)
-    app = Server(policy, str(path), unnorm_key).app()
+    policy = load_policy(path, use=use, device=device, **options)
+    server = Server(policy, str(path), unnorm_key, upright=frames == "upright")
+    app, cfg = server.app(), policy.cfg
     host, port = listening.getsockname()[:2]
+    sent = "upright" if server.upright else f"{policy.framing.orientation.replace('_', ' ')} already"
+    print(
+        f"it sees {cfg.views} view{'s' * (cfg.views > 1)}, {policy.framing.said()}, and is sent them {sent}; "
+        f"{policy.chunk} actions at a time, scaled by {cfg.bounds}"
+    )
     print(f"{path} answers at http://{host}:{port}/act", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 

@@ -126,7 +126,7 @@ def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
         from data_tools.simulators.libero import LiberoWorld
 
         suite = task.partition("/")[0]
-        world = LiberoWorld(task, expert=setting.goals or setting.expert)
+        world = LiberoWorld(task, expert=setting.goals or setting.expert, finely=setting.finely)
         return ClosedLoop(world, OSC_POSE, setting, told, LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
     if benchmark == "maniskill":
         from data_tools.simulators.maniskill import CONTROL_MODE, ROBOT, ManiSkillWorld

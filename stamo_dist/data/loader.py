@@ -162,9 +162,7 @@ class Loader:
             batch=mixture.global_batch // world_size,
             slots=self._depth + _HELD + 1,
             seed=mixture.seed,
-            augment=(data.augment.crop, data.augment.brightness, data.augment.contrast)
-            if data.augment.active
-            else None,
+            augment=data.augment.model_dump() if data.augment.active else None,
             latents=latents,
             states=states,
             each=each,

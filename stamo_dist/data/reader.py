@@ -58,7 +58,7 @@ class ReaderSpec:
     batch: int
     slots: int
     seed: int
-    augment: tuple[float, float, float] | None  # crop, brightness, contrast
+    augment: dict[str, Any] | None  # the recipe's data.augment
     latents: CacheSpec | None
     states: CacheSpec | None
     each: bool  # read the states of each frame up to the target, which only a window has
@@ -115,7 +115,6 @@ class ReaderSpec:
                 files, shape, precision = raw[kind]
                 raw[kind] = CacheSpec(files, tuple(shape), precision)
         raw["window"] = raw["window"] and Window(*raw["window"])
-        raw["augment"] = raw["augment"] and tuple(raw["augment"])
         return cls(**raw)
 
 
@@ -137,9 +136,9 @@ class Reader:
         self._steps = [self._look_around, self._decode] if spec.window else [self._decode]
         self._augment = None
         if spec.augment is not None:
-            from stamo_dist.data.transforms import Augmentation
+            from stamo_dist.data.transforms import augmentation
 
-            self._augment = Augmentation(*spec.augment, seed=spec.seed)
+            self._augment = augmentation(**spec.augment, seed=spec.seed)
 
     def fill(self, slot: int) -> list[str]:
         """Read the samples whose numbers a slot holds into it; returns what is wrong with those that were replaced.
@@ -187,8 +186,8 @@ class Reader:
             for name in ("images", "target"):
                 if name in views:
                     self._augment(views[name][k], int(views["passes"][k]), int(views["samples"][k]))
-            for frame in views["views"][k] if self._views else ():
-                self._augment(frame, int(views["passes"][k]), int(views["samples"][k]))
+            for v, frame in enumerate(views["views"][k] if self._views else (), 1):
+                self._augment(frame, int(views["passes"][k]), int(views["samples"][k]), v)
         if self._latents is not None:
             views["latents"][k] = self._latents[number][row].view(np.uint16)
         if self._states is not None:

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from stamo_dist.pixels import to_uint8, window
+from stamo_dist.recipe.sampling import OPENVLA_AREA
+
+
+class Augments(Protocol):
+    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
+        """Augment `image`, uint8 (H, H, 3), in place.
+
+        `turn`: how often its source was gone through before; `view`: which camera of the moment it is.
+        """
+
+
+def augmentation(*, preset: str | None, crop: float, brightness: float, contrast: float, seed: int) -> Augments:
+    """What the recipe's `data.augment` asks for; `seed` is the run's."""
+    return (
+        OpenVLAAugmentation(seed=seed) if preset == "openvla" else Augmentation(crop, brightness, contrast, seed=seed)
+    )
+
+
+def _draw(n: int, *, seed: int, turn: int, sample: int, view: int) -> list[float]:
+    bits = np.random.Philox(key=[seed, turn], counter=[sample, view, 0, 0])
+    return np.random.Generator(bits).random(n).tolist()
 
 
 class Augmentation:
@@ -20,10 +47,10 @@ class Augmentation:
     def __init__(self, crop: float, brightness: float, contrast: float, *, seed: int):
         self._crop, self._brightness, self._contrast, self._seed = crop, brightness, contrast, seed
 
-    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int) -> None:
-        """Augment `image`, uint8 (H, H, 3), in place; `turn`: how often its source was gone through before."""
-        bits = np.random.Philox(key=[self._seed, turn], counter=[sample, 0, 0, 0])
-        side, top, left, brightness, contrast = np.random.Generator(bits).random(5)
+    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
+        """All views of a moment change alike."""
+        drawn = _draw(5, seed=self._seed, turn=turn, sample=sample, view=0)
+        side, top, left, brightness, contrast = drawn
         if self._crop < 1:
             _crop_and_resize(image, 1 - (1 - self._crop) * side, top, left)
         if self._brightness or self._contrast:
@@ -43,3 +70,49 @@ def _crop_and_resize(image: NDArray[np.uint8], scale: float, top: float, left: f
     window = torch.from_numpy(image[y : y + side, x : x + side]).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(window, size=(height, height), mode="bilinear", antialias=True)
     image[...] = resized[0].permute(1, 2, 0).numpy()
+
+
+class OpenVLAAugmentation:
+    """As OpenVLA trains: a window, brightness, contrast, saturation, hue, in this order; each view on its own.
+
+    The official code gives all five one seed, and with it one and the same random number: its windows lie on the
+    diagonal, and what is bright is also rich in contrast. Here each is drawn for itself, from the same ranges.
+    """
+
+    def __init__(self, *, seed: int):
+        self._seed = seed
+
+    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
+        drawn = _draw(6, seed=self._seed, turn=turn, sample=sample, view=view)
+        image[...] = openvla_changed(torch.from_numpy(image), *drawn).numpy()
+
+
+def openvla_changed(
+    frame: Tensor, top: float, left: float, brightness: float, contrast: float, saturation: float, hue: float
+) -> Tensor:
+    """uint8 (H, H, 3) → the same, changed by amounts in [0, 1] that stand for the official ranges."""
+    side = math.sqrt(OPENVLA_AREA)
+    image = frame.permute(2, 0, 1).float() / 255
+    image = window(image, top * (1 - side), left * (1 - side), side, len(frame))
+    image = (image + (brightness - 0.5) * 0.4).clamp_(0, 1)
+    mean = image.mean((1, 2), keepdim=True)
+    image = ((image - mean) * (0.8 + 0.4 * contrast) + mean).clamp_(0, 1)
+    image = _coloured(image, 0.8 + 0.4 * saturation, (hue - 0.5) * 0.1)
+    return to_uint8(image).permute(1, 2, 0)
+
+
+def _coloured(image: Tensor, saturation: float, hue: float) -> Tensor:
+    """RGB (3, H, W) of [0, 1] with its HSV saturation multiplied, at most to 1, and its hue turned by a share."""
+    red, green, blue = image
+    value, least = image.amax(0), image.amin(0)
+    chroma = value - least
+    divisor = chroma.clamp_min(1e-12)
+    sector = torch.where(
+        red == value,
+        (green - blue) / divisor,
+        torch.where(green == value, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    chroma = torch.minimum(chroma * saturation, value)
+    starts = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    k = (starts + (sector + 6 * hue)).remainder_(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)

@@ -21,6 +21,7 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit, open_run
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress
 from stamo_dist.evaluate.held_out import SPLIT, pick_frames
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
@@ -66,6 +67,11 @@ def actions(
     recipe = load(run.resolved).recipe
     policy, provenance = open_policy(run, recipe)
     watched = _open(recipe, policy)
+    seen = "; ".join(f"{source.name}: {', '.join(camera.camera for camera in source.cameras)}" for source in watched)
+    console.print(
+        f"{seen}; {policy.framing.said()}; {policy.chunk} actions at a time, scaled by {policy.cfg.bounds}",
+        soft_wrap=True,
+    )
     folder = output_folder(run, NAME, out)
     rows = []
     with progress(console) as bar:
@@ -74,7 +80,8 @@ def actions(
             rows.append(_measure(policy, source, frames, batch, lambda n: bar.advance(task, n)))
         bar.update(task, completed=frames * len(watched))
     result = Result(
-        NAME, "Held-out action error", _ABOUT, _COLUMNS, rows, {"frames": frames, "chunk": policy.chunk}, provenance,
+        NAME, "Held-out action error", _ABOUT, _COLUMNS, rows,
+        {"frames": frames, "chunk": policy.chunk, "framing": policy.framing.to_dict()}, provenance,
         by=["source"], better={"mae": "lower", "rmse": "lower"},
     )  # fmt: skip
     result.write(folder)
@@ -97,7 +104,11 @@ def exported_at(run: RunFolder, recipe: Recipe) -> int:
 
 
 def open_policy(
-    run: RunFolder, recipe: Recipe, device: str | None = None, tokenizer: str | None = None
+    run: RunFolder,
+    recipe: Recipe,
+    device: str | None = None,
+    tokenizer: str | None = None,
+    use: Use = AS_RECORDED,
 ) -> tuple[AnyPolicy, Provenance]:
     """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
 
@@ -110,7 +121,7 @@ def open_policy(
     options: dict[str, Any] = (
         {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
     )
-    policy = load_policy(run.model, device=device, **options)
+    policy = load_policy(run.model, use=use, device=device, **options)
     return policy, provenance_of(recipe, str(run.model), step)
 
 

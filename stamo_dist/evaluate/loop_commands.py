@@ -10,6 +10,14 @@ import typer
 
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.evaluate.commands import CheckpointOption, OutOption, RunArgument
+from stamo_dist.evaluate.use_options import (
+    AsOption,
+    BoundsOption,
+    ChunkOption,
+    CropOption,
+    OrientationOption,
+    ViewsOption,
+)
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.simulators import Benchmarks
@@ -96,8 +104,18 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
         ] = None,
         actions: Annotated[
-            str, typer.Option(metavar="delta|original|openvla", help="What its numbers mean; see docs/evaluate.md.")
-        ] = "delta",
+            str | None,
+            typer.Option(
+                metavar="delta|original|openvla",
+                help="What its numbers mean, see docs/evaluate.md; delta, or as the preset says, when omitted.",
+            ),
+        ] = None,
+        as_: AsOption = None,
+        orientation: OrientationOption = None,
+        crop: CropOption = None,
+        views: ViewsOption = None,
+        chunk: ChunkOption = None,
+        bounds: BoundsOption = None,
         unnorm_key: Annotated[
             str | None,
             typer.Option(
@@ -136,15 +154,18 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
         Example: stamo eval rollout runs/policy_openvla_state --tasks libero_spatial --trials 20
 
         Example: stamo eval rollout runs/my_policy --tasks libero_10 --num-slices 8 --slice $SLURM_ARRAY_TASK_ID
+
+        Example: stamo eval rollout weights/openvla-oft-libero-spatial --as oft-libero --tasks libero_spatial --out oft
         """
         from stamo_dist.evaluate.rollout import rollout as measure
+        from stamo_dist.models.openvla.framing import Use
 
         measure(
             policy, benchmarks, checkpoint=checkpoint, tasks=split(tasks), benchmark=benchmark, trials=trials,
-            cameras=split(cameras or []),
-            size=size, actions=actions, unnorm_key=unnorm_key, act_steps=act_steps, max_steps=max_steps,
-            tokenizer=tokenizer, device=device, processes=processes, videos=videos, baselines=baselines,
-            shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
+            cameras=split(cameras or []), size=size, actions=actions,
+            use=Use(as_, orientation, crop, views, chunk, bounds), unnorm_key=unnorm_key, act_steps=act_steps,
+            max_steps=max_steps, tokenizer=tokenizer, device=device, processes=processes, videos=videos,
+            baselines=baselines, shuffle_instructions=shuffle_instructions, num_slices=num_slices, slice=slice, out=out,
         )  # fmt: skip
 
     @app.command()

@@ -22,6 +22,7 @@ from stamo_dist.evaluate.common import Provenance, Result, output_folder, progre
 from stamo_dist.evaluate.saved_policy import Saved
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 
@@ -48,7 +49,8 @@ def rollout(
     trials: int = 20,
     cameras: Sequence[str] = (),
     size: int | None = None,
-    actions: str = "delta",
+    actions: str | None = None,
+    use: Use = AS_RECORDED,
     unnorm_key: str | None = None,
     act_steps: int | None = None,
     max_steps: int | None = None,
@@ -67,7 +69,8 @@ def rollout(
 
     `policy`: a run folder, or what `load_policy` takes. `benchmark`, `cameras` (as many as the policy's views), `size`
     and `unnorm_key`: those the policy was trained with when omitted; where its folder does not say, LIBERO, the
-    benchmark's first camera, 256 px and the one source it knows. `actions`: one of ACTIONS. `act_steps`: of a chunk.
+    benchmark's first camera, 256 px and the one source it knows. `actions`: one of ACTIONS, delta when omitted. `use`:
+    what a policy of others leaves unsaid, such as how its frames are turned. `act_steps`: of a chunk.
     `videos`: of each task's successes, and of its failures. `checkpoint`: of a run, in place of its export: a step,
     `best`, or a path. `baselines`: random actions and the benchmark's expert in the same trials.
     `shuffle_instructions`: every task is told what the next one is, which a policy that reads them fails.
@@ -76,14 +79,15 @@ def rollout(
         StamoError: A policy, task, camera or option that is none, or a simulator that is not installed.
     """
     console = console or Console()
-    if actions not in ACTIONS:
+    if actions is not None and actions not in ACTIONS:
         raise RunError(f"--actions {actions}: must be one of {', '.join(ACTIONS)}")
     saved = Saved(policy, checkpoint, out, NAME) if checkpoint is not None else None
     run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
     if run and not saved:
         exported_at(run, load(run.resolved).recipe)
-    shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key)
-    benchmark, setting = shown.benchmark, shown.setting
+    shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key,
+                     use.named)  # fmt: skip
+    benchmark, setting, actions = shown.benchmark, shown.setting, shown.setting.actions
     names = benchmarks.resolve(benchmark, tasks, setting)
     most = benchmarks.trials(benchmark)
     if most is not None and trials > most:
@@ -94,13 +98,13 @@ def rollout(
         raise RunError(f"{policy}: is no run folder; say with --out where the results go")
     weights = str(run.model) if run else policy
     if saved:
-        loaded, provenance = saved.open(device, tokenizer)
+        loaded, provenance = saved.open(device, tokenizer, use)
         weights = provenance.checkpoint
     elif run:
-        loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer)
+        loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer, use)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, provenance = load_policy(policy, device=device, tokenizer=tokenizer), _provenance(policy)
+        loaded, provenance = load_policy(policy, use=use, device=device, tokenizer=tokenizer), _provenance(policy)
     setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
     sources = shown.sources_of(names, loaded)
     agent = PolicyAgent(loaded, sources, act_steps)
@@ -109,10 +113,14 @@ def rollout(
     folder = output_folder(run, NAME, out) if run else output_folder(RunFolder(Path(weights)), NAME, out)
     settings = {
         "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": setting.size,
-        "rendered": setting.rendered, "actions": actions, "unnorm_key": agent.said, "act_steps": act_steps,
-        "max_steps": max_steps, **({"shuffle_instructions": True} if shuffle_instructions else {}),
+        "rendered": setting.rendered, "finely": setting.finely, "actions": actions,
+        "unnorm_key": agent.said, "act_steps": act_steps, "max_steps": max_steps,
+        "framing": loaded.framing.to_dict(), "chunk": loaded.chunk, "bounds": loaded.cfg.bounds, **({"shuffle_instructions": True} if shuffle_instructions else {}),
     }  # fmt: skip
-    console.print(f"{shown.said(setting)}; actions ({actions}) scaled as {agent.said}", soft_wrap=True)
+    console.print(
+        f"{shown.said(setting, loaded.framing)}; {act_steps or loaded.chunk} of {loaded.chunk} actions taken at a "
+        f"time ({actions}), scaled as {agent.said} ({loaded.cfg.bounds})", soft_wrap=True,
+    )  # fmt: skip
     stamp = saved.digest if saved else _stamp(Path(weights))
     identity: dict[str, Any] = {**settings, "policy": stamp, "weights": weights}
     del identity["trials"]  # more trials go on where fewer stopped

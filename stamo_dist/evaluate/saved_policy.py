@@ -16,6 +16,7 @@ from stamo_dist.engine.runfolder import git_commit, open_run
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
 from stamo_dist.export import write_model
+from stamo_dist.models.openvla.framing import Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 
@@ -51,12 +52,12 @@ class Saved:
             self._recipe, Mixture(data, seed=self._recipe.seed, global_batch=batch), self._path, Path(self.model)
         )
 
-    def open(self, device: str | None, tokenizer: str | None) -> tuple[AnyPolicy, Provenance]:
+    def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
         """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
         recipe, marker = self._recipe, self._marker
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
-        policy = load_policy(self.model, device=device, **options)
+        policy = load_policy(self.model, use=use, device=device, **options)
         self._folder.cleanup()  # a large policy must not lie there while it acts
         return policy, Provenance(
             recipe=recipe.name, data_fingerprint=marker.fingerprint, checkpoint=str(self._path),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate.simulators import Benchmarks, Setting
 from stamo_dist.models.openvla.actions import SeenAs
+from stamo_dist.models.openvla.framing import Framing, Preset
 from stamo_dist.models.policies import AnyPolicy, trained_on
 
 #: Where neither the policy nor the user says.
@@ -27,13 +28,21 @@ class Shown:
     @classmethod
     def to(
         cls, policy: str, benchmarks: Benchmarks, benchmark: str | None, cameras: Sequence[str], size: int | None,
-        actions: str, unnorm_key: str | None,
+        actions: str | None, unnorm_key: str | None, preset: Preset | None = None,
     ) -> Shown:  # fmt: skip
-        """What is None or empty is taken from the policy's folder, whose weights are not opened.
+        """What is None or empty is taken from the policy's folder, whose weights are not opened, else from a preset.
 
         Raises:
-            RunError: The policy was trained on other benchmarks, or on several and none is named.
+            RunError: The policy was trained on other benchmarks, on several and none is named, or on the cameras named
+                in another order.
         """
+        if preset is not None:
+            benchmark, actions = benchmark or preset.benchmark, actions or preset.actions
+            if benchmark == preset.benchmark:
+                _check_order(cameras, preset.cameras, "its authors show it")
+                cameras = tuple(cameras) or preset.cameras
+            size = size or preset.size
+        actions = actions or "delta"
         trained = trained_on(policy)
         key = next((name for name in (unnorm_key, f"{unnorm_key}_no_noops") if name in trained), None)
         formats = dict.fromkeys(seen.format for seen in ([trained[key]] if key else trained.values()))
@@ -50,9 +59,12 @@ class Shown:
         seen = trained[key] if key else next((s for s in trained.values() if s.format == benchmark), None)
         if seen is None:
             setting = Setting(size or _SIZE, tuple(cameras) or (benchmarks.default_camera(benchmark),), actions)
+            setting = replace(setting, finely=not trained)  # frames of others are not of our renderer
         else:
             square = seen.frame_size is not None and seen.frame_size[0] == seen.frame_size[1]
             rendered = seen.frame_size[0] if seen.frame_size and square and size in (None, seen.size) else None
+            if seen.format == benchmark:
+                _check_order(cameras, seen.cameras, "it was trained with")
             theirs = seen.cameras if seen.format == benchmark else (benchmarks.default_camera(benchmark),)
             setting = Setting(size or seen.size, tuple(cameras) or theirs, actions, rendered=rendered)
         return cls(policy, benchmark, setting, unnorm_key, trained)
@@ -101,7 +113,15 @@ class Shown:
                 known.range(source, "proprio", policy.cfg.bounds)
         return found
 
-    def said(self, setting: Setting) -> str:
+    def said(self, setting: Setting, framing: Framing) -> str:
         """One line for the user."""
         drawn = f"drawn at {setting.rendered} px, seen at" if setting.rendered not in (None, setting.size) else "at"
-        return f"{self.benchmark}: {', '.join(setting.cameras)} {drawn} {setting.size} px"
+        return f"{self.benchmark}: {', '.join(setting.cameras)} {drawn} {setting.size} px, {framing.said()}"
+
+
+def _check_order(named: Sequence[str], theirs: Sequence[str], whose: str) -> None:
+    if tuple(named) != tuple(theirs) and sorted(named) == sorted(theirs):
+        raise RunError(
+            f"--cameras {','.join(named)}: {whose} {', '.join(theirs)}, in this order, which its views keep; leave "
+            "--cameras out"
+        )

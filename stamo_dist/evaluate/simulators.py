@@ -29,6 +29,7 @@ class Setting:
     actions: str = "delta"  # what the agent's numbers are: one of ACTIONS
     goals: bool = False  # the expert solves each trial first, and its last frame is the goal
     expert: bool = False  # the expert acts, and nobody is asked
+    finely: bool = False  # frames are drawn as the benchmark's own renderer does; ours is faster where it can be
     rendered: int | None = None  # side at which frames are drawn, then resized as by a conversion; `size` when None
 
 

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, seen_as
-from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.errors import RunError
+from stamo_dist.models import weights
+from stamo_dist.models.openvla import load
+from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, Statistics, seen_as
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
+from stamo_dist.models.openvla.policy import Policy, recorded_framing
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
 
 AnyPolicy = Policy | RDTPolicy
@@ -19,20 +23,38 @@ def trained_on(path: str | Path) -> dict[str, SeenAs]:
     return seen_as(folder) or seen_as(folder / "model")
 
 
-def load_policy(path: str | Path, **options: Any) -> AnyPolicy:
+def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> AnyPolicy:
     """The policy in a folder: OpenVLA, OpenVLA-OFT or the diffusion transformer; a run's folder means its `model/`.
 
-    `options` are those of its `from_pretrained`, such as `device` and `tokenizer`.
+    `use`: what its folder may leave unsaid; `options` are those of its `from_pretrained`, such as `device` and
+    `tokenizer`.
 
     Raises:
         CheckpointError: the folder is missing, damaged or of another model.
+        RunError: it does not say how it sees frames and neither does `use`, or they contradict each other.
     """
-    folder = Path(path)
-    settings = next((f / SETTINGS for f in (folder, folder / "model") if (f / SETTINGS).is_file()), None)
-    if settings is None:
-        return Policy.from_pretrained(path, **options)
+    folder = _with_settings(Path(path))
+    if folder is None:
+        return _released(str(path), use, options)
+    if said := [f"--{name}" for name, value in use.decided().items() if value is not None]:
+        raise RunError(f"{', '.join(said)}: {path} was trained here and says it itself; leave it out")
+    options["framing"] = use.framing(recorded_framing(folder), str(path), ())
     try:
-        kind = json.loads(settings.read_text(encoding="utf-8")).get("kind")
+        kind = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("kind")
     except ValueError:
         kind = None  # the policy's own reader says what is wrong
-    return (RDTPolicy if kind == KIND else Policy).from_pretrained(settings.parent, **options)
+    return (RDTPolicy if kind == KIND else Policy).from_pretrained(folder, **options)
+
+
+def _released(path: str, use: Use, options: dict[str, Any]) -> AnyPolicy:
+    folder = load.locate(path)
+    if _with_settings(folder) is not None:  # one of ours, from the hub
+        return load_policy(folder, use=use, **options)
+    config = weights.read_config(folder, load.FIELD, ("model_type", "openvla"))
+    framing = use.framing(None, path, list(Statistics.read(folder, config.get("norm_stats") or {}).sources))
+    use.check(load.has_part(folder, "action_head"), path)
+    return Policy.from_pretrained(folder, options=use.options(), chunk=use.actions_at_once, framing=framing, **options)
+
+
+def _with_settings(path: Path) -> Path | None:
+    return next((folder for folder in (path, path / "model") if (folder / SETTINGS).is_file()), None)

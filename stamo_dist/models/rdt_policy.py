@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
-from stamo_dist.models.openvla.policy import FORMAT, Picture, look_through, read_eyes
+from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
+from stamo_dist.models.openvla.policy import FORMAT, look_through, read_eyes, recorded_framing
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
@@ -36,12 +37,20 @@ class RDTPolicy:
     statistics: Statistics
     vision: StamoVision
     scale: float  # of the pseudo-actions
+    framing: Framing = AS_IT_IS  # of frames that come upright
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", tokenizer: str | Path | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        tokenizer: str | Path | None = None,
+        framing: Framing | None = None,
     ) -> RDTPolicy:
         """Read a run's `model/`; `tokenizer` is where the StaMo tokenizer lies on this machine.
+
+        `framing`: how it sees upright frames; as the folder says when omitted.
 
         Raises:
             CheckpointError: the folder is missing or damaged, or the tokenizer is another one.
@@ -63,9 +72,10 @@ class RDTPolicy:
             raise CheckpointError(
                 f"{folder}: cannot be read ({type(error).__name__}: {error}); export it again"
             ) from error
+        seen = framing or recorded_framing(folder) or AS_IT_IS
         eyes = read_eyes(folder, cfg, tokenizer, device)
         assert eyes is not None, "it sees through the tokenizer"
-        return cls(network.to(device).eval(), cfg, text, statistics, eyes, about["scale"])
+        return cls(network.to(device).eval(), cfg, text, statistics, eyes, about["scale"], seen)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +122,7 @@ class RDTPolicy:
                 raise DataError("this policy reads proprioception: give `proprio`")
             felt = self.statistics.range(unnorm_key, "proprio", self.cfg.bounds)
             state = torch.from_numpy(felt.normalise_proprio(np.asarray(proprio))).float().to(self.device)
-        seen = look_through(self.vision, self.cfg, images)
+        seen = look_through(self.vision, self.cfg, images, self.framing)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
         prompts = self.text.encode(instructions).to(self.device)
@@ -136,6 +146,7 @@ def save_rdt(
     statistics: Statistics,
     tokenizer_fingerprint: str | None,
     scale: float,
+    framing: Framing,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write what `RDTPolicy.from_pretrained` reads, cast to `dtype`; `policy.json` comes last."""
@@ -147,6 +158,7 @@ def save_rdt(
     about = {
         "format": FORMAT, "kind": KIND, "policy": cfg.model_dump(mode="json"),
         "sizes": dataclasses.asdict(network.sizes), "tokenizer_fingerprint": tokenizer_fingerprint, "pad": text.pad,
-        "scale": scale, "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
+        "scale": scale, "framing": framing.to_dict(),
+        "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stamo_dist.recipe.section import Fraction, PositiveInt, Section
+
+#: Of the random crop and of the centre crop after it (moojink/openvla-oft, prismatic/vla/datasets/datasets.py).
+OPENVLA_AREA = 0.9
 
 
 class Shuffle(Section):
@@ -22,6 +25,11 @@ class Shuffle(Section):
 class Augment(Section):
     """Image augmentation, keyed by (seed, epoch, sample): workers and restarts do not change it."""
 
+    preset: Literal["openvla"] | None = Field(
+        None,
+        description="openvla: as OpenVLA's training does, in place of the fields below: a window of 0.9 of the area, "
+        "brightness ±0.2, contrast and saturation ×0.8 to 1.2, hue ±0.05. Such a policy later sees the centre of 0.9.",
+    )
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Smallest side of the random crop relative to the image; 1 turns cropping off."
     )
@@ -30,4 +38,15 @@ class Augment(Section):
 
     @property
     def active(self) -> bool:
-        return self.crop < 1 or self.brightness > 0 or self.contrast > 0
+        return self.preset is not None or self.crop < 1 or self.brightness > 0 or self.contrast > 0
+
+    @property
+    def middle(self) -> float:
+        """Share of the area that a policy trained so is to see; without a preset the whole frame is a crop too."""
+        return OPENVLA_AREA if self.preset == "openvla" else 1.0
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Augment:
+        if self.preset is not None and (self.crop < 1 or self.brightness > 0 or self.contrast > 0):
+            raise ValueError(f"preset: {self.preset} stands in place of crop, brightness and contrast; remove them")
+        return self

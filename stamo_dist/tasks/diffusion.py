@@ -224,7 +224,7 @@ class DiffusionTask:
         load_trained(self.network, weights)
         save_rdt(
             folder, self.network, self._policy, self._text, self._data.statistics, self._fingerprint, self.scale,
-            layout.dtype,
+            self._data.framing, layout.dtype,
         )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ class PolicyTask:
         merge_lora(self.network.vla)
         save_parts(
             folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            tokenizer_fingerprint=self._fingerprint, form=layout.form, dtype=layout.dtype,
+            self._data.framing, tokenizer_fingerprint=self._fingerprint, form=layout.form, dtype=layout.dtype,
             shard_size=layout.shard_size,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+from stamo_dist.models.openvla.framing import Framing
 from stamo_dist.models.tokenizer import exported
 from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Recipe
@@ -98,6 +99,8 @@ class PolicyData:
         if problems:
             head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
+        # The middle of what it was trained on; shards hold frames upright.
+        self.framing = Framing(crop=mixture.data.augment.middle)
         self.statistics = Statistics(found, "the recipe's sources", {name: _seen(mixture, name) for name in found})
 
 

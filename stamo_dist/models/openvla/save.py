@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
+from stamo_dist.models.openvla.framing import Framing
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.load import HEADS, LANGUAGE
 from stamo_dist.models.openvla.policy import FORMAT, Policy
@@ -50,7 +51,8 @@ def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5G
     """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
     save_parts(
         Path(folder), policy.network, policy.network.state_dict(), policy.text, policy.processor, policy.statistics,
-        tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None, shard_size=shard_size,
+        policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None,
+        shard_size=shard_size,
     )  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def save_parts(
     text: TextTokenizer,
     processor: ImageProcessor,
     statistics: Statistics,
+    framing: Framing,
     *,
     tokenizer_fingerprint: str | None = None,
     form: Form = "openvla",
@@ -123,7 +126,7 @@ def save_parts(
         folder / SETTINGS,
         {
             "format": FORMAT, "policy": network.cfg.model_dump(mode="json"), "sizes": dataclasses.asdict(network.sizes),
-            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint, "framing": framing.to_dict(),
             "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
         },
     )  # fmt: skip
