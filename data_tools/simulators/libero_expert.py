@@ -25,6 +25,8 @@ FINGERTIP = 0.012
 FINGER_ROOM = 0.06  # outside a rim: an open finger stands 4 cm from it
 MIN_GRIPPER_STEPS, MAX_GRIPPER_STEPS = 5, 20
 MAX_PHASE_STEPS = 60
+#: Metres from a place (3,) along a direction (3,) to something else.
+Beside = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,12 @@ def room(model: Any, data: Any, start: np.ndarray, direction: np.ndarray, body: 
     return float(distance) if distance >= 0 else np.inf
 
 
-def plan_grasp(
-    points: np.ndarray,
-    position: np.ndarray,
-    rng: np.random.Generator,
-    beside: Callable[[np.ndarray, np.ndarray], float],
-) -> Grasp:
+def plan_grasp(points: np.ndarray, position: np.ndarray, rng: np.random.Generator, beside: Beside) -> Grasp:
     """Grasp an object given the corners (N, 3) of its geometry and its body position (3,).
 
     Narrow objects are taken around the middle across their narrowest side, wide ones by the rim with the fingers
     astride the wall, where there is room for them. At rest the fingers close along the world's y axis; `yaw` turns that
-    axis. `beside`: how far it is from a place (3,) along a direction (3,) to something else.
+    axis. `beside` tells how much room there is.
     """
     low, high = points.min(0), points.max(0)
     yaws = np.deg2rad(np.arange(-80, 91, 10))
@@ -89,9 +86,8 @@ def plan_grasp(
     radius = np.ptp(points[:, 1]) / 2
 
     def free(towards: np.ndarray) -> float:
-        return min(
-            FINGER_ROOM, beside(np.array([*(position[:2] + radius * towards), height]), np.array([*towards, 0.0]))
-        )
+        place = np.array([*(position[:2] + radius * towards), height])
+        return min(FINGER_ROOM, beside(place, np.array([*towards, 0.0])))
 
     side = rng.choice([-1.0, 1.0])
     towards, yaw = np.array([0.0, side]), 0.0

@@ -115,7 +115,8 @@ def rollout(
         "benchmark": benchmark, "trials": trials, "cameras": list(setting.cameras), "size": setting.size,
         "rendered": setting.rendered, "finely": setting.finely, "actions": actions,
         "unnorm_key": agent.said, "act_steps": act_steps, "max_steps": max_steps,
-        "framing": loaded.framing.to_dict(), "chunk": loaded.chunk, "bounds": loaded.cfg.bounds, **({"shuffle_instructions": True} if shuffle_instructions else {}),
+        "framing": loaded.framing.to_dict(), "chunk": loaded.chunk, "bounds": loaded.cfg.bounds,
+        **({"shuffle_instructions": True} if shuffle_instructions else {}),
     }  # fmt: skip
     console.print(
         f"{shown.said(setting, loaded.framing)}; {act_steps or loaded.chunk} of {loaded.chunk} actions taken at a "

@@ -144,6 +144,7 @@ def test_the_client_of_the_page_speaks_to_the_command(export) -> None:
     )  # fmt: skip
     try:
         assert server.stdout is not None
+        assert "it sees 1 view, upright, no crop, and is sent them upright" in server.stdout.readline()
         said = server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+", said)
         assert url is not None, said
