@@ -2,6 +2,7 @@
 
     python benchmarks/one_policy.py metaworld          # ten tasks; after `make demo`, whose tokenizer it sees through
     python benchmarks/one_policy.py libero_spatial     # ten tasks that differ by their instructions; then shuffled
+    python benchmarks/one_policy.py maniskill          # four cube tasks; after `make maniskill`
 
 Every step is a command that goes on where it was stopped, and is printed before it runs.
 """
@@ -26,6 +27,8 @@ class Suite:
     recipe: str
     trials: int
     shuffled: bool = False
+    vae: str | None = None  # recipes of a tokenizer of its own
+    tokenizer: str | None = None
 
 
 SUITES = {
@@ -38,6 +41,11 @@ SUITES = {
     "libero_spatial": Suite(
         "libero", "libero_spatial", "libero_spatial", 20, "agentview", "recipes/policy_libero_spatial_demo.yaml", 10,
         shuffled=True,
+    ),
+    "maniskill": Suite(
+        "maniskill", "maniskill", "PushCube-v1,PullCube-v1,PickCube-v1,StackCube-v1", 100, "base_camera",
+        "recipes/policy_maniskill_demo.yaml", 50, vae="recipes/vae_maniskill_demo.yaml",
+        tokenizer="recipes/tokenizer_maniskill_demo.yaml",
     ),
 }  # fmt: skip
 
@@ -67,6 +75,10 @@ def main() -> None:
     )
     stamo(f"data convert {suite.benchmark} {raw} {shards} --size 64 --val-fraction 0.1")
     stamo(f"data stats {shards}")
+    if suite.vae and suite.tokenizer:
+        stamo(f"train {suite.vae}")
+        stamo(f"encode {suite.tokenizer}")
+        stamo(f"train {suite.tokenizer} --nproc {options.nproc}")
     stamo(f"encode {suite.recipe} {settings}")
     stamo(f"train {suite.recipe} --nproc {options.nproc} {settings}")
     from stamo_dist.recipe.load import load

@@ -209,11 +209,11 @@ def serve(
     app, cfg = server.app(), policy.cfg
     host, port = listening.getsockname()[:2]
     sent = "upright" if server.upright else f"{policy.framing.orientation.replace('_', ' ')} already"
+    print(f"{path} answers at http://{host}:{port}/act", flush=True)
     print(
         f"it sees {cfg.views} view{'s' * (cfg.views > 1)}, {policy.framing.said()}, and is sent them {sent}; "
-        f"{policy.chunk} actions at a time, scaled by {cfg.bounds}"
-    )
-    print(f"{path} answers at http://{host}:{port}/act", flush=True)
+        f"{policy.chunk} actions at a time, scaled by {cfg.bounds}", flush=True,
+    )  # fmt: skip
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 

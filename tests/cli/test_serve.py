@@ -144,10 +144,10 @@ def test_the_client_of_the_page_speaks_to_the_command(export) -> None:
     )  # fmt: skip
     try:
         assert server.stdout is not None
-        assert "it sees 1 view, upright, no crop, and is sent them upright" in server.stdout.readline()
         said = server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+", said)
         assert url is not None, said
+        assert "it sees 1 view, upright, no crop, and is sent them upright" in server.stdout.readline()
         (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serve.md").read_text(), re.DOTALL)
         code = code.replace("http://127.0.0.1:8777", url[0])
         for _ in range(100):  # it listens from then on, and answers once it runs
