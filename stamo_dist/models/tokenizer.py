@@ -35,6 +35,7 @@ from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.flops import Flops, count
 from stamo_dist.models.vae import VAE
+from stamo_dist.pretrained.pin import pin_model
 from stamo_dist.recipe import schema
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,9 @@ class Tokenizer(nn.Module):
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
         decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, later=later)
-        return cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+        tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+        tokenizer.cfg = pin_model(cfg, tokenizer.sources)
+        return tokenizer
 
     @property
     def encoder(self) -> Encoder:
@@ -170,11 +173,18 @@ class Tokenizer(nn.Module):
     @property
     def notes(self) -> list[str]:
         """What a person should know about how the parts were built: their sources, and every re-initialised layer."""
-        parts = {encoders.FIELD: self.encoder, decoders.FIELD: self.trained.decoder, vaes.FIELD: self.vae}
         return [
             f"{field}: {part.report if part.report is not None else 'random initial weights'}"
-            for field, part in parts.items()
+            for field, part in self._parts().items()
         ]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Recipe field → where its weights were found: a path, or OWNER/NAME@COMMIT of the hub."""
+        return {f"{field}.weights": part.report.source for field, part in self._parts().items() if part.report}
+
+    def _parts(self) -> dict[str, Encoder | Decoder | VAE]:
+        return {encoders.FIELD: self.encoder, decoders.FIELD: self.trained.decoder, vaes.FIELD: self.vae}
 
     def train(self, mode: bool = True) -> Tokenizer:
         """As nn.Module.train, but the frozen parts stay in evaluation mode."""

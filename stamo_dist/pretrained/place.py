@@ -99,8 +99,8 @@ def _from_hub(repo: str, revision: str | None, subfolders: Sequence[str], field:
         ) from error
     raise CheckpointError(
         f"{field}: there is no {_names(subfolders)} in {named} on the hub; give a repository in the layout of "
-        "diffusers or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers), or download its "
-        f"single file and set {field}: FILE.safetensors"
+        "diffusers or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers), or download "
+        f"its single file and set {field}: FILE.safetensors"
     )
 
 

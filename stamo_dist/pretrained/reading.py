@@ -78,13 +78,18 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
         if form is None:
             raise CheckpointError(f"{field}: {path} {_unlike(shapes)}; {kind.convert}")
         return Opened(form.config, form.parts, shapes, dict.fromkeys(shapes, path))
-    if part == "encoder" and "dinov2" in str(read_json(path / "config.json", field).get("architecture")):  # timm's
+    if part == "encoder" and is_timm(path, field):
         shapes, files = tensors(path, field)
         if form := forms.dinov2(shapes):
             return Opened(form.config, form.parts, shapes, files)
     config = read_config(path, part, field)
     shapes, files = tensors(path, field)
     return Opened(config, {key: Part.whole(key, shape) for key, shape in shapes.items()}, shapes, files)
+
+
+def is_timm(folder: Path, field: str) -> bool:
+    """Whether a folder holds a DINOv2 as timm saves it."""
+    return "dinov2" in str(read_json(folder / "config.json", field).get("architecture"))
 
 
 def look(path: Path, part: str, field: str) -> Opened | None:

@@ -96,7 +96,8 @@ class Policy(Section):
     """The network that turns images and an instruction into actions."""
 
     weights: str | None = Field(
-        None, description="Local folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; random when omitted."
+        None,
+        description="OpenVLA or OpenVLA-OFT: a folder or hub id (owner/name, owner/name@revision); random when omitted.",
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="Fields of OpenVLA's config.json that differ from openvla-7b's."

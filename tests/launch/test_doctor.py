@@ -147,9 +147,9 @@ def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):
     assert len(errors) == 1
     assert "data.sources.a.path: there is no folder nowhere" in errors[0]
     fine = stamo("doctor", recipe, "--no-job").stdout
-    assert "data and weights are there" in fine
+    assert "data and weights are there and fit the recipe" in fine
     assert "✗" not in fine
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     absent = stamo("doctor", recipe, "--no-job", "--set", "model.decoder.weights=some/model").stdout
-    assert "! model.decoder.weights: some/model is not on this machine" in absent
+    assert "! model.decoder.weights: some/model is not in the hub's cache" in absent
     assert "hf download some/model" in absent
