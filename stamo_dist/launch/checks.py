@@ -196,14 +196,12 @@ def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}
     """Look at the headers of all weights that the stage reads; offline, what is not on this machine is a problem."""
     environ = {**os.environ, **environment}
     looked = look_at(loaded.recipe, environ)
-    problems = [
-        _placed(loaded, field) + p.removeprefix(field) for field, found in looked.problems.items() for p in found
-    ]
+    problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
     absent = [
         (_placed(loaded, field), f"{repo} is not in the hub's cache", f"`{command}` here, into a cache that they see")
         for field, (repo, command) in looked.absent.items()
     ]
-    if environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off"):
+    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it
         return Weights(problems, absent)
     return Weights([*problems, *(f"{f}: {what}, and HF_HUB_OFFLINE is set; {fix}" for f, what, fix in absent)], [])
 

@@ -125,8 +125,10 @@ def cached(repo: str, revision: str | None, subfolders: Sequence[str], environ: 
 
     A folder of the repository without files (a download that failed, or was made elsewhere) holds nothing.
     """
-    home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
+    hub = Path(
+        environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or caches / "huggingface") / "hub"
+    ).expanduser()
     folder = hub / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision

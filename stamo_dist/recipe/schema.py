@@ -138,13 +138,10 @@ class Encoder(Section):
     """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model), also with registers."""
 
     weights: str | None = Field(
-        None,
-        description="DINOv2 of transformers, timm or Meta: a folder, a .pth or .safetensors file, or a hub id (owner/name "
-        "or owner/name@revision); random initialisation when omitted.",
+        None, description="DINOv2: a folder, .pth or .safetensors file, or hub id (owner/name[@revision]); else random."
     )
     config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Dinov2Config fields for an encoder without weights; beside them they must be theirs.",
+        default_factory=dict, description="Dinov2Config fields; beside weights they must be theirs."
     )
     image_size: PositiveInt = Field(224, description="Frames are resized to this square before the encoder.")
     train: bool = Field(False, description="Train the encoder jointly; the paper keeps it frozen.")
@@ -199,12 +196,10 @@ class Decoder(Section):
 
     weights: str | None = Field(
         None,
-        description="Stable Diffusion 3: a folder or hub id (owner/name or owner/name@revision) with transformer/, or "
-        "its single .safetensors file; random when omitted.",
+        description="Stable Diffusion 3: folder or hub id (owner/name[@revision]), or its single file; else random.",
     )
     config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="SD3Transformer2DModel fields for a decoder without weights; beside them they must be theirs.",
+        default_factory=dict, description="SD3Transformer2DModel fields; beside weights they must be theirs."
     )
     precondition: bool = Field(
         False, description="Add the linear part of the velocity analytically; for a decoder without weights."
@@ -222,12 +217,10 @@ class VAE(Section):
 
     weights: str | None = Field(
         None,
-        description="Folder or hub id (owner/name or owner/name@revision; vae/ subfolder or itself), Stable Diffusion "
-        "3's single .safetensors file, or the run folder of a finished vae stage.",
+        description="As the decoder's, or a folder or hub id of its own, or the run folder of a finished vae stage.",
     )
     config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="AutoencoderKL fields for a VAE without weights; beside them they must be theirs.",
+        default_factory=dict, description="AutoencoderKL fields; beside weights they must be theirs."
     )
     latent: Literal["mean", "sample"] = Field("mean", description="Take the posterior's mean or a sample of it.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-6, description="vae stage: weight of the KL term.")
