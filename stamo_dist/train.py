@@ -34,6 +34,7 @@ from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World, survive_launcher
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.export import export, exported_step
+from stamo_dist.pretrained.pin import pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.tasks import build_task, check_task
@@ -160,8 +161,8 @@ class _Session:
         self.signals: dict[int, str] = {}  # rank → the signal that asks the run to stop
         self.saver = Saver(
             run.checkpoints, engine, ema, self.recipe.train.checkpoint, identity=identity,
-            precision=self.recipe.train.precision, git_commit=git_commit(), generation=generation,
-            needed=evaluation.needed,
+            precision=self.recipe.train.precision, git_commit=git_commit(), sources=task.sources,
+            generation=generation, needed=evaluation.needed,
         )  # fmt: skip
         flops = task.flops_per_sample() if engine.device.type == "cuda" else None
         self.guard: Callable[[], None] = generation.check if generation else lambda: None
@@ -173,10 +174,11 @@ class _Session:
         """Rank 0: write what this run is and say it."""
         self.run_folder.describe(
             self.loaded.text,
-            dump(self.loaded.recipe),
+            dump(pin(self.loaded.recipe, self.task.sources)),
             sys.argv,
             step=self.state.step,
             processes=self.plan.world_size,
+            sources=self.task.sources,
         )
         r, p = self.recipe, self.plan
         parameters = sum(x.numel() for x in self.task.trained.parameters())

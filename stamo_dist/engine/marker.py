@@ -64,6 +64,7 @@ class Marker:
     kind: str = "regular"  # regular | temporary (ephemeral_every, or saved on leaving)
     generation: int = 0  # which start of the run wrote it
     git_commit: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:

@@ -19,6 +19,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -111,11 +112,16 @@ class RunFolder:
                 f"run_dir: {self.path} cannot be written ({e.strerror}); choose another with --set run_dir=…"
             ) from e
 
-    def describe(self, text: str, resolved: str, command: list[str], *, step: int, processes: int) -> None:
-        """Write what this run is: recipe as written and as resolved, versions, machine, command, and this start."""
+    def describe(
+        self, text: str, resolved: str, command: list[str], *, step: int, processes: int, sources: Mapping[str, str]
+    ) -> None:
+        """Write what this run is: recipe as written and as resolved, versions, machine, command, and this start.
+
+        `sources`: recipe field → where its weights were found.
+        """
         write_atomic(self.recipe, text)
         write_atomic(self.resolved, resolved)
-        about = environment(command)
+        about = {**environment(command), "weights": dict(sources)}
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step,

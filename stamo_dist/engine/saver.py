@@ -11,9 +11,10 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,18 +116,19 @@ class Saver:
         identity: Of the run, for the marker.
         precision: The recipe's train.precision.
         git_commit: Of the code, for the marker.
+        sources: Recipe field → where its weights were found, for the marker.
         generation: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
         needed: Rank 0: steps whose checkpoints stay beside those of the policy; so does the best by success.
     """
 
     def __init__(
         self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: Checkpoint, *, identity: Identity,
-        precision: str, git_commit: str | None = None, generation: Generation | None = None,
-        needed: Callable[[], Collection[int]] = tuple,
+        precision: str, git_commit: str | None = None, sources: Mapping[str, str] = MappingProxyType({}),
+        generation: Generation | None = None, needed: Callable[[], Collection[int]] = tuple,
     ):  # fmt: skip
         self._checkpoints, self._engine, self._ema, self._policy = checkpoints, engine, ema, policy
         self._identity, self._precision, self._commit_id = identity, precision, git_commit
-        self._generation, self._needed = generation, needed
+        self._sources, self._generation, self._needed = sources, generation, needed
         self._number = broadcast(generation.number if generation else 0)
         self._writing: _Writing | None = None
         self._staging = Staging()
@@ -277,7 +279,7 @@ class Saver:
         marker = Marker(
             state, self._engine.strategy, self._engine.world.size, self._precision, self._identity.fingerprint, files,
             identity=dict(self._identity.fields), kind=writing.kind, generation=self._number,
-            git_commit=self._commit_id,
+            git_commit=self._commit_id, sources=dict(self._sources),
         )  # fmt: skip
         part_file = final / f".{MARKER}.tmp"
         try:

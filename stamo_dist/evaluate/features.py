@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers, which imports torchvision
-from transformers import Dinov2Model
 
 from stamo_dist.data.frames import Episodes
 from stamo_dist.evaluate.held_out import load, spread
 from stamo_dist.models.compressor import Compressor
-from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.models.weights import save
@@ -53,11 +51,7 @@ class Representations:
         self.grid = max(1, min(frames.shape[1], pixels or round((cfg.tokens * cfg.dim / 3) ** 0.5)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._encoder = (
-                Encoder(Dinov2Model(encoder.model.config), encoder.image_size, encoder.output)
-                .to(tokenizer.device)
-                .eval()
-            )
+            self._encoder = encoder.hollow().to(tokenizer.device).eval()
             self._compressor = Compressor(cfg, encoder.dim).to(tokenizer.device).eval()
         if cfg.standardise:
             with torch.no_grad():

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import Profile, ProfileError, seconds
+from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 
 EXPORTED = "stamo.json"  # what makes a folder an exported tokenizer
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HINTS = (
     (
         "Invalid account or account/partition",
@@ -67,15 +68,20 @@ def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]
     return fits, notes
 
 
-def recipe(loaded: Loaded) -> None:
-    """Whether the data and the weights are there.
+def recipe(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Whether the data are there, and the weights, which their headers must show to be of the recipe's model.
+
+    `environment` is what the run will find set beside this process's variables. Returns notes on weights that the run
+    would have to download.
 
     Raises:
-        RecipeError: With all that is missing.
+        RecipeError: With all that is missing or wrong.
     """
-    problems = [*_data(loaded), *_weights(loaded), *_policy(loaded)]
+    looked = weights(loaded, environment)
+    problems = [*_data(loaded), *looked.problems, *_policy(loaded)]
     if problems:
         raise RecipeError(problems)
+    return [f"{field}: {what}; nodes without network cannot get it: {fix}" for field, what, fix in looked.to_download]
 
 
 def folder(run: Path) -> None:
@@ -178,35 +184,26 @@ def _data(loaded: Loaded) -> Iterator[str]:
                 yield f"{field}: {path} has no {MANIFEST}, so it was not converted to its end"
 
 
-def to_download(loaded: Loaded) -> dict[str, str]:
-    """Field → hub id, of the weights that are not on this machine yet."""
-    return {
-        field: weights
-        for field, weights in _used_weights(loaded)
-        if not Path(weights).expanduser().exists() and _HUB_ID.fullmatch(weights) and not _cached(weights)
-    }
+@dataclass(frozen=True)
+class Weights:
+    """What is wrong with a recipe's weights, and (field, what is the matter, what to do) of those to be downloaded."""
+
+    problems: list[str]
+    to_download: list[tuple[str, str, str]]
 
 
-def _weights(loaded: Loaded) -> Iterator[str]:
-    for field, weights in _used_weights(loaded):
-        if not Path(weights).expanduser().exists() and not _HUB_ID.fullmatch(weights):
-            yield f"{field}: there is no folder {weights}"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        for field, repo in to_download(loaded).items():
-            yield f"{field}: {repo} is not in the local cache and HF_HUB_OFFLINE is set; `hf download {repo}`"
-
-
-def _used_weights(loaded: Loaded) -> Iterator[tuple[str, str]]:
-    """(field, with its place; what it says) of the weights that the stage reads."""
-    recipe = loaded.recipe
-    found = {f"model.{part}.weights": getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")}
-    if recipe.stage == "vae":
-        found = {"model.vae.weights": found["model.vae.weights"]}
-    elif recipe.stage == "policy":
-        found = {"policy.weights": recipe.policy.weights}
-    for field, weights in found.items():
-        if weights is not None:
-            yield _placed(loaded, field), weights
+def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> Weights:
+    """Look at the headers of all weights that the stage reads; offline, what is not on this machine is a problem."""
+    environ = {**os.environ, **environment}
+    looked = look_at(loaded.recipe, environ)
+    problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
+    absent = [
+        (_placed(loaded, field), f"{repo} is not in the hub's cache", f"`{command}` here, into a cache that they see")
+        for field, (repo, command) in looked.absent.items()
+    ]
+    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it
+        return Weights(problems, absent)
+    return Weights([*problems, *(f"{f}: {what}, and HF_HUB_OFFLINE is set; {fix}" for f, what, fix in absent)], [])
 
 
 def _policy(loaded: Loaded) -> Iterator[str]:
@@ -227,12 +224,6 @@ def _policy(loaded: Loaded) -> Iterator[str]:
                 if manifest.action_dim and "action" not in manifest.stats:
                     field = _placed(loaded, f"data.sources.{name}.path")
                     yield f"{field}: {path} has no statistics of its actions; `stamo data stats {path}` makes them"
-
-
-def _cached(repo: str) -> bool:
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    return (hub / f"models--{repo.replace('/', '--')}").is_dir()
 
 
 def _placed(loaded: Loaded, field: str) -> str:

@@ -113,7 +113,7 @@ def ask(
     )  # fmt: skip
     order = Order(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
-        checks.recipe(loaded)
+        notes += checks.recipe(loaded, profile.environment)
     checks.folder(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm" and slurm.available():

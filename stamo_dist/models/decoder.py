@@ -24,7 +24,6 @@ from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
 FIELD = "model.decoder"
-_KIND = ("_class_name", "SD3Transformer2DModel")
 _CONDITIONING = ("context_embedder", "time_text_embed.text_embedder.linear_1")
 _DERIVED = {"joint_attention_dim": "model.compressor.dim", "pooled_projection_dim": "model.compressor tokens × dim"}
 
@@ -61,7 +60,8 @@ class Decoder(nn.Module):
         the latents (C, h, w) and the heads need.
 
         Raises:
-            RecipeError: unknown or derived fields in `cfg.config`, or a transformer that does not take these latents.
+            RecipeError: fields in `cfg.config` that are unknown, derived or not the checkpoint's, or a transformer that
+                does not take these latents.
             CheckpointError: the checkpoint is missing or incomplete, or differs beyond the conditioning layers.
         """
         conditioning = {
@@ -69,8 +69,8 @@ class Decoder(nn.Module):
             "pooled_projection_dim": compressor.tokens * compressor.dim,
         }
         if cfg.weights is not None:
-            folder = weights.locate(cfg.weights, ("transformer", ""), f"{FIELD}.weights")
-            return cls.from_folder(folder, latent_shape, conditioning, later=later)
+            found = weights.find(cfg.weights, "decoder", f"{FIELD}.weights", cfg.config)
+            return cls.from_checkpoint(found, latent_shape, conditioning, later=later)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
         channels, side, _ = latent_shape
@@ -84,18 +84,22 @@ class Decoder(nn.Module):
         return decoder
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, latent_shape: tuple[int, int, int], conditioning: Mapping[str, int] | None = None, *,
-        later: bool = False,
+    def from_folder(cls, folder: Path, latent_shape: tuple[int, int, int]) -> Decoder:
+        """Load a folder in diffusers' layout, conditioning layers and all."""
+        return cls.from_checkpoint(weights.opened(folder, "decoder", f"{FIELD}.weights"), latent_shape)
+
+    @classmethod
+    def from_checkpoint(
+        cls, found: weights.Checkpoint, latent_shape: tuple[int, int, int],
+        conditioning: Mapping[str, int] | None = None, *, later: bool = False,
     ) -> Decoder:  # fmt: skip
-        """Load a folder in diffusers' layout; `conditioning` replaces config fields of the conditioning layers."""
-        config = {**weights.read_config(folder, f"{FIELD}.weights", _KIND), **(conditioning or {})}
+        """Load an opened checkpoint; `conditioning` replaces config fields of the conditioning layers."""
+        config = {**found.config, **(conditioning or {})}
         _check(config, latent_shape)
         stored: dict[str, Stored] = {}
         transformer, report = weights.load(
             lambda: SD3Transformer2DModel.from_config(config),
-            folder,
-            f"{FIELD}.weights",
+            found,
             reinitialise=_CONDITIONING if conditioning else (),
             later=stored if later else None,
         )

@@ -1,12 +1,17 @@
-"""The feature extractor: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), transformers' Dinov2Model."""
+"""The feature extractor: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), transformers' Dinov2Model.
+
+Also with registers (Darcet et al. 2023, arXiv 2309.16588), its Dinov2WithRegistersModel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
@@ -15,20 +20,22 @@ from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
 FIELD = "model.encoder"
-_KIND = ("model_type", "dinov2")
+_REGISTERS = "num_register_tokens"  # in a config, it says that there are some
+Dinov2 = Dinov2Model | Dinov2WithRegistersModel
 
 
 def config_problems(cfg: schema.Encoder) -> list[str]:
     """What is wrong with `cfg.config` and `cfg.image_size`, before any weight is read."""
-    problems = weights.unknown_keys(cfg.config, Dinov2Config().to_dict(), f"{FIELD}.config")
-    patch = cfg.config.get("patch_size", Dinov2Config().patch_size)
+    config = Dinov2WithRegistersConfig() if _REGISTERS in cfg.config else Dinov2Config()
+    problems = weights.unknown_keys(cfg.config, [*config.to_dict(), _REGISTERS], f"{FIELD}.config")
+    patch = cfg.config.get("patch_size", config.patch_size)
     if cfg.weights is None and cfg.image_size % patch:
         problems.append(f"{FIELD}.image_size: {cfg.image_size} is not a multiple of the patch size {patch}")
     return problems
 
 
 class Encoder(nn.Module):
-    """Images → patch tokens (B, N, D): the last hidden states after the final LayerNorm, without the class token.
+    """Images → patch tokens (B, N, D): the last hidden states after the final LayerNorm, without class and registers.
 
     With `output` "cls" the class token alone, (B, 1, D).
 
@@ -37,13 +44,14 @@ class Encoder(nn.Module):
     a forward pass does not interpolate and a trained encoder trains the resampled ones.
     """
 
-    def __init__(self, model: Dinov2Model, image_size: int, output: str = "patches"):
+    def __init__(self, model: Dinov2, image_size: int, output: str = "patches"):
         super().__init__()
         patch = model.config.patch_size
         if image_size % patch:
             raise RecipeError([f"{FIELD}.image_size: {image_size} is not a multiple of the patch size {patch}"])
         self.model = model
         self.image_size, self.output = image_size, output
+        self.registers = int(getattr(model.config, _REGISTERS, 0))
         self.report: LoadReport | None = None
         _resample_positions(model, image_size)
         if hasattr(model.embeddings, "mask_token"):
@@ -54,25 +62,33 @@ class Encoder(nn.Module):
         """Load `cfg.weights`, or build `cfg.config` with random weights.
 
         Raises:
-            RecipeError: unknown fields in `cfg.config`, or an image size that the patches do not divide.
+            RecipeError: fields in `cfg.config` that are unknown or not the checkpoint's, or an image size that the
+                patches do not divide.
             CheckpointError: the checkpoint is missing, incomplete or of another model.
         """
         if cfg.weights is not None:
-            folder = weights.locate(cfg.weights, ("", "encoder"), f"{FIELD}.weights")
-            return cls.from_folder(folder, cfg.image_size, cfg.output)
+            found = weights.find(cfg.weights, "encoder", f"{FIELD}.weights", cfg.config)
+            return cls.from_checkpoint(found, cfg.image_size, cfg.output)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
-        model = Dinov2Model(Dinov2Config(**{"image_size": cfg.image_size, **cfg.config}))
-        return cls(model, cfg.image_size, cfg.output)
+        return cls(_build({"image_size": cfg.image_size, **cfg.config}), cfg.image_size, cfg.output)
 
     @classmethod
     def from_folder(cls, folder: Path, image_size: int, output: str = "patches") -> Encoder:
-        """Load a folder in transformers' layout."""
-        config = Dinov2Config.from_dict(weights.read_config(folder, f"{FIELD}.weights", _KIND))
-        model, report = weights.load(lambda: Dinov2Model(config), folder, f"{FIELD}.weights")
+        """Load a folder in the layout of transformers, or of timm."""
+        return cls.from_checkpoint(weights.opened(folder, "encoder", f"{FIELD}.weights"), image_size, output)
+
+    @classmethod
+    def from_checkpoint(cls, found: weights.Checkpoint, image_size: int, output: str = "patches") -> Encoder:
+        """Load an opened checkpoint."""
+        model, report = weights.load(lambda: _build(found.config), found)
         encoder = cls(model, image_size, output)
         encoder.report = report
         return encoder
+
+    def hollow(self) -> Encoder:
+        """Another of this shape, as its class begins: for counting, or for comparing with random weights."""
+        return Encoder(_build(self.model.config.to_dict()), self.image_size, self.output)
 
     @property
     def dim(self) -> int:
@@ -87,7 +103,7 @@ class Encoder(nn.Module):
         """uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1] → patch tokens (B, N, D), row by row; or (B, 1, D)."""
         pixels = imagenet_normalise(resize(to_float(images), self.image_size))
         tokens: Tensor = self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state
-        return tokens[:, :1] if self.output == "cls" else tokens[:, 1:]
+        return tokens[:, :1] if self.output == "cls" else tokens[:, 1 + self.registers :]
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:
@@ -97,7 +113,7 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of what else decides the features."""
-        decides: dict[str, object] = {"class": "Dinov2Model", "image_size": self.image_size}
+        decides: dict[str, object] = {"class": type(self.model).__name__, "image_size": self.image_size}
         if self.output != "patches":  # which the first fingerprints do not name
             decides["output"] = self.output
         return weights.fingerprint(decides, self.model.state_dict())
@@ -108,8 +124,14 @@ class Encoder(nn.Module):
         weights.save(self.model.state_dict(), folder / "model.safetensors", dtype)
 
 
+def _build(config: Mapping[str, Any]) -> Dinov2:
+    if _REGISTERS in config:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig.from_dict(dict(config)))
+    return Dinov2Model(Dinov2Config.from_dict(dict(config)))
+
+
 @torch.no_grad()
-def _resample_positions(model: Dinov2Model, image_size: int) -> None:
+def _resample_positions(model: Dinov2, image_size: int) -> None:
     embeddings = model.embeddings
     patches = (image_size // model.config.patch_size) ** 2
     table = embeddings.position_embeddings

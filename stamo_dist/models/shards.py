@@ -35,6 +35,9 @@ class Stored:
         # safetensors cannot slice a scalar.
         return cls(shape, lambda slices: file.get_slice(key)[slices] if shape else file.get_tensor(key))
 
+    def whole(self) -> Tensor:
+        return self.read((slice(None),) * len(self.shape))
+
     @classmethod
     def in_memory(cls, tensor: Tensor) -> Stored:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])

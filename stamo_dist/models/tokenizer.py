@@ -21,8 +21,8 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
-from transformers import Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
 
 from stamo_dist.errors import CheckpointError, RecipeError
 from stamo_dist.models import decoder as decoders
@@ -35,12 +35,13 @@ from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.flops import Flops, count
 from stamo_dist.models.vae import VAE
+from stamo_dist.pretrained.pin import pin_model
 from stamo_dist.recipe import schema
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer)
+_BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer, Dinov2WithRegistersLayer)
 
 
 class Prediction(NamedTuple):
@@ -143,15 +144,15 @@ class Tokenizer(nn.Module):
         for part, module in ((cfg.encoder, encoders), (cfg.vae, vaes), (cfg.decoder, decoders)):
             if part.weights is None:
                 problems += module.config_problems(part)
-            elif part.config:
-                log.warning("%s.config is not read: weights are given, and they have their own", module.FIELD)
         if problems:
             raise RecipeError(problems)
         vae = VAE.from_config(cfg.vae, image_size)
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
         decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, later=later)
-        return cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+        tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
+        tokenizer.cfg = pin_model(cfg, tokenizer.sources)
+        return tokenizer
 
     @property
     def encoder(self) -> Encoder:
@@ -172,11 +173,18 @@ class Tokenizer(nn.Module):
     @property
     def notes(self) -> list[str]:
         """What a person should know about how the parts were built: their sources, and every re-initialised layer."""
-        parts = {encoders.FIELD: self.encoder, decoders.FIELD: self.trained.decoder, vaes.FIELD: self.vae}
         return [
             f"{field}: {part.report if part.report is not None else 'random initial weights'}"
-            for field, part in parts.items()
+            for field, part in self._parts().items()
         ]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Recipe field → where its weights were found: a path, or OWNER/NAME@COMMIT of the hub."""
+        return {f"{field}.weights": part.report.source for field, part in self._parts().items() if part.report}
+
+    def _parts(self) -> dict[str, Encoder | Decoder | VAE]:
+        return {encoders.FIELD: self.encoder, decoders.FIELD: self.trained.decoder, vaes.FIELD: self.vae}
 
     def train(self, mode: bool = True) -> Tokenizer:
         """As nn.Module.train, but the frozen parts stay in evaluation mode."""
@@ -258,7 +266,7 @@ class Tokenizer(nn.Module):
             tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
             frame = torch.empty(1, 3, size, size)
             return Flops(
-                encoder=count(Encoder(Dinov2Model(encoder.model.config), encoder.image_size), frame),
+                encoder=count(encoder.hollow(), frame),
                 compressor=count(Compressor(self.cfg.compressor, encoder.dim), features),
                 decoder=count(Decoder(transformer), torch.empty(1, *self.latent_shape), torch.empty(1), tokens),
                 vae_encoder=count(vae.model.encoder, frame),
@@ -340,7 +348,9 @@ class Tokenizer(nn.Module):
         else:
             source = {"weights": encoder_weights} if encoder_weights else {}
             encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))
-        compressor, _ = weights.load(lambda: Compressor(cfg.compressor, encoder.dim), root / "compressor", str(root))
+        compressor, _ = weights.load(
+            lambda: Compressor(cfg.compressor, encoder.dim), weights.folder(root / "compressor", str(root))
+        )
         decoder = Decoder.from_folder(root / "transformer", vae.latent_shape)
         decoder.precondition = cfg.decoder.precondition
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)

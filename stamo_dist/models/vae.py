@@ -20,8 +20,6 @@ from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
 FIELD = "model.vae"
-_KIND = ("_class_name", "AutoencoderKL")
-_SUBFOLDERS = ("vae", "model/vae", "model", "")  # Stable Diffusion's layout, finished runs, the VAE itself
 
 
 def config_problems(cfg: schema.VAE) -> list[str]:
@@ -51,12 +49,13 @@ class VAE(nn.Module):
         """Load `cfg.weights`, or build `cfg.config` with random weights (to be trained by the vae stage).
 
         Raises:
-            RecipeError: unknown fields in `cfg.config`, or an image size that is not a multiple of the VAE's factor.
+            RecipeError: fields in `cfg.config` that are unknown or not the checkpoint's, or an image size that is not a
+                multiple of the VAE's factor.
             CheckpointError: the checkpoint is missing, incomplete or of another model.
         """
         if cfg.weights is not None:
-            folder = weights.locate(cfg.weights, _SUBFOLDERS, f"{FIELD}.weights")
-            return cls.from_folder(folder, image_size, cfg.latent)
+            found = weights.find(cfg.weights, "vae", f"{FIELD}.weights", cfg.config)
+            return cls.from_checkpoint(found, image_size, cfg.latent)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
         return cls(AutoencoderKL.from_config(cfg.config), image_size, cfg.latent)
@@ -64,8 +63,12 @@ class VAE(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path, image_size: int, latent: str = "mean") -> VAE:
         """Load a folder in diffusers' layout."""
-        config = weights.read_config(folder, f"{FIELD}.weights", _KIND)
-        model, report = weights.load(lambda: AutoencoderKL.from_config(config), folder, f"{FIELD}.weights")
+        return cls.from_checkpoint(weights.opened(folder, "vae", f"{FIELD}.weights"), image_size, latent)
+
+    @classmethod
+    def from_checkpoint(cls, found: weights.Checkpoint, image_size: int, latent: str = "mean") -> VAE:
+        """Load an opened checkpoint."""
+        model, report = weights.load(lambda: AutoencoderKL.from_config(found.config), found)
         vae = cls(model, image_size, latent)
         vae.report = report
         return vae

@@ -1,8 +1,8 @@
 """Reading, checking and writing weights in the layouts of diffusers and transformers.
 
-A checkpoint is a folder with `config.json` and safetensors (one file, or shards with an index). Its keys and shapes
-are compared with the model's before a tensor is read: what does not fit is either a layer the caller announced will be
-re-initialised, or an error that lists everything at once. Pickle files are never opened.
+A checkpoint is a folder with `config.json` and safetensors (one file, or shards with an index), or in one of the forms
+that `pretrained.forms` knows. Its keys and shapes are compared with the model's before a tensor is read: what does not
+fit is either a layer the caller announced will be re-initialised, or an error that lists everything at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import difflib
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -23,17 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stamo_dist.errors import CheckpointError
-from stamo_dist.models.shards import Stored
+from stamo_dist.errors import CheckpointError, RecipeError
+from stamo_dist.models.shards import Slices, Stored
+from stamo_dist.pretrained.files import Shape
+from stamo_dist.pretrained.forms import Part, Span
+from stamo_dist.pretrained.place import locate, source
+from stamo_dist.pretrained.reading import KINDS, differing, is_pickled, read, tensors
 
 log = logging.getLogger(__name__)
 
-Shape = tuple[int, ...]
 M = TypeVar("M", bound=nn.Module)
 
-_STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LAYOUT = "give a folder in the layout of diffusers' or transformers' save_pretrained"
 _LISTED = 20  # keys of one kind that an error message spells out
 
 
@@ -70,78 +70,102 @@ def _listing(what: str, keys: Sequence[str]) -> list[str]:
     return [f"{what}: {key}" for key in keys[:_LISTED]] + more
 
 
-def locate(weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = ()) -> Path:
-    """The folder that holds `config.json` of the checkpoint `weights`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a part of the model, by the names of our classes; its tensors are read when asked for."""
 
-    `weights` is a local folder or a hub id; `subfolders` are tried in order ("" is the root). `field` is the recipe
-    field that an error names. Hub files come from the local cache or are downloaded, no more of them than needed;
-    `extra` are patterns of further files.
+    field: str  # of the recipe, for errors
+    source: str  # the path, or OWNER/NAME@COMMIT
+    config: dict[str, Any]
+    stored: dict[str, Stored]
+
+
+def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+    """Open what a recipe names as the weights of a part of the model ("encoder", "decoder", "vae").
+
+    `config` is what the recipe says of the model beside them.
 
     Raises:
-        CheckpointError: no such folder, none of the subfolders is there, or the hub could not be reached.
+        CheckpointError: the checkpoint is missing, incomplete or of another model.
+        RecipeError: the recipe's `config` is not that of the checkpoint.
     """
-    root = Path(weights).expanduser()
-    if root.exists():
-        for sub in subfolders:
-            if (root / sub / "config.json").is_file():
-                return root / sub
-        unfinished = (root / "resolved.yaml").is_file()
-        raise CheckpointError(
-            f"{field}: there is no {_names(subfolders)} in {weights}; "
-            + ("that run has not finished and exported its model" if unfinished else _LAYOUT)
-        )
-    if not _HUB_ID.fullmatch(weights):
-        raise CheckpointError(
-            f"{field}: there is no folder {weights}; give an existing folder or a hub id (owner/name)"
-        )
-    return _from_hub(weights, subfolders, field, extra)
+    checkpoint = opened(locate(weights, KINDS[part].subfolders, field), part, field)
+    if problems := differing(config, checkpoint.config, field.removesuffix(".weights"), weights):
+        raise RecipeError(problems)
+    return checkpoint
 
 
-def _names(subfolders: Sequence[str]) -> str:
-    return " or ".join(f"{sub}/config.json" if sub else "config.json" for sub in subfolders)
+def opened(path: Path, part: str, field: str) -> Checkpoint:
+    """Open a checkpoint that was located.
+
+    Raises:
+        CheckpointError: it is incomplete or of another model.
+    """
+    if is_pickled(path):
+        loaded = unpickled(path, field)
+        headers = read(path, part, field, {key: tuple(tensor.shape) for key, tensor in loaded.items()})
+        whole = {key: Stored.in_memory(tensor) for key, tensor in loaded.items()}
+    else:
+        headers = read(path, part, field)
+        whole = _stored(headers.files, field)
+    stored = {name: _assembled(part, whole) for name, part in headers.parts.items()}
+    return Checkpoint(field, source(path), headers.config, stored)
 
 
-def _from_hub(repo: str, subfolders: Sequence[str], field: str, extra: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+def folder(path: Path, field: str) -> Checkpoint:
+    """Open the tensors of a folder of our own, whatever its config.json says.
 
-    prefixes = [f"{sub}/" if sub else "" for sub in subfolders]
+    Raises:
+        CheckpointError: files are missing or corrupt.
+    """
+    return Checkpoint(field, source(path), {}, _stored(tensors(path, field)[1], field))
+
+
+def _stored(files: Mapping[str, Path], field: str) -> dict[str, Stored]:
+    maps = {path: open_file(path, field) for path in set(files.values())}
+    return {key: Stored.in_file(maps[path], key) for key, path in files.items()}
+
+
+def _assembled(part: Part, whole: Mapping[str, Stored]) -> Stored:
+    first = part.spans[0]
+    if len(part.spans) == 1 and first.key and whole[first.key].shape == part.shape:
+        return whole[first.key]
+
+    def read(slices: Slices) -> Tensor:
+        pieces = [_span(span, part, whole) for span in part.spans]
+        return torch.cat(pieces, part.axis).view(part.shape)[slices]
+
+    return Stored(part.shape, read)
+
+
+def _span(span: Span, part: Part, whole: Mapping[str, Stored]) -> Tensor:
+    if not span.key:
+        shape = list(part.shape)
+        shape[part.axis] = span.stop - span.start
+        return torch.zeros(shape)
+    tensor = whole[span.key]
+    everything = [slice(None)] * len(tensor.shape)
+    everything[part.axis] = slice(span.start, span.stop)
+    return tensor.read(tuple(everything))
+
+
+def unpickled(path: Path, field: str) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, mapped into memory; nothing but tensors is ever unpickled.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+    """
     try:
-        for prefix in prefixes:
-            stems = [f"{prefix}{stem}" for stem in _STEMS[:2]]
-            index = [f"{prefix}config.json", *(f"{stem}.safetensors.index.json" for stem in stems)]
-            root = Path(snapshot_download(repo, allow_patterns=index))
-            if (root / prefix / "config.json").is_file():
-                shards = [f"{stem}{tail}.safetensors" for stem in stems for tail in ("", "-?????-of-?????")]
-                return Path(snapshot_download(repo, allow_patterns=[*index, *shards, *extra])) / prefix
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it is no map of tensors")
+    except Exception as error:  # a damaged zip, a foreign class or no map of tensors
+        why = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{field}: there is no folder {repo}, and the hub did not supply it ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[-1]}). On a machine with network (and, for gated models, after "
-            f"`hf auth login`) run `hf download {repo} --local-dir DIR` and set {field}: DIR"
+            f"{field}: {path} is no map of tensors, or is incomplete ({why}); download it again, or write its "
+            "state dict alone with torch.save"
         ) from error
-    raise CheckpointError(
-        f"{field}: there is no {_names(subfolders)} in {repo} on the hub; give a repository in the layout of diffusers "
-        "or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers)"
-    )
-
-
-def read_config(folder: Path, field: str, kind: tuple[str, str]) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder; `kind` is the (key, value) that tells the class it belongs to.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON or belongs to another class.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{field}: {path} cannot be read ({error}); download the checkpoint again") from error
-    key, value = kind
-    found = config.get(key) if isinstance(config, dict) else None
-    if found != value:
-        raise CheckpointError(f"{field}: {path} says {key} {found}, expected {value}; give a checkpoint of that class")
-    return config
+    return state
 
 
 def unknown_keys(config: Mapping[str, Any], known: Iterable[str], field: str) -> list[str]:
@@ -152,33 +176,6 @@ def unknown_keys(config: Mapping[str, Any], known: Iterable[str], field: str) ->
             near = difflib.get_close_matches(key, known, n=2)
             problems.append(f"{field}.{key}: unknown field" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     return problems
-
-
-def weight_files(folder: Path, field: str) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those that its index names.
-
-    Raises:
-        CheckpointError: there are none, or some that the index names are missing.
-    """
-    for stem in _STEMS:
-        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{field}: {index} is not a weight index ({error}); download it again") from error
-            absent = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
-            if absent:
-                raise CheckpointError(f"{field}: {index} names files that are not there: {', '.join(absent)}")
-            return [folder / n for n in names]
-        if single.is_file():
-            return [single]
-    other = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f" ({', '.join(other)} is pickle, which is never opened: save it again as safetensors)" if other else ""
-    raise CheckpointError(
-        f"{field}: {folder} has no {_STEMS[0]}.safetensors and no {_STEMS[1]}.safetensors{hint}"
-        + ("" if hint else "; copy or download the checkpoint again")
-    )
 
 
 def open_file(path: Path, field: str) -> Any:
@@ -216,34 +213,31 @@ def _layer(key: str) -> str:
 
 
 def load(
-    build: Callable[[], M], folder: Path, field: str, reinitialise: Collection[str] = (),
+    build: Callable[[], M], checkpoint: Checkpoint, reinitialise: Collection[str] = (),
     later: dict[str, Stored] | None = None,
 ) -> tuple[M, LoadReport]:  # fmt: skip
-    """Build a model with the weights of a checkpoint folder, in float32 on the CPU.
+    """Build a model with the weights of a checkpoint, in float32 on the CPU.
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
     differs from the checkpoint's keep PyTorch's initialisation and are reported. With `later` the parameters stay
     without memory, and what is to be read into each is put there.
 
     Raises:
-        CheckpointError: files are missing or corrupt, or any other key or shape differs; all of them are listed.
+        CheckpointError: any other key or shape differs; all of them are listed.
     """
     with torch.device("meta"):
         model = build()
-    files = [open_file(path, field) for path in weight_files(folder, field)]
-    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in where.items()}
-    report = _compare(model, shapes, str(folder), reinitialise)
+    stored, field = checkpoint.stored, checkpoint.field
+    report = _compare(model, {key: tensor.shape for key, tensor in stored.items()}, checkpoint.source, reinitialise)
     if not report.fits:
         raise CheckpointError(f"{field}: the checkpoint does not fit the model\n{report}")
 
     loaded = report.loaded
     if later is not None:
         parameters = dict(model.named_parameters())
-        later.update({key: Stored.in_file(where[key], key) for key in loaded if key in parameters})
+        later.update({key: stored[key] for key in loaded if key in parameters})
         loaded = tuple(key for key in loaded if key not in parameters)
-    tensors = {key: _as_float32(where[key].get_tensor(key)) for key in loaded}
-    model.load_state_dict(tensors, assign=True, strict=False)
+    model.load_state_dict({key: _as_float32(stored[key].whole()) for key in loaded}, assign=True, strict=False)
     for layer in sorted({_layer(key) for key in report.reinitialised}):
         module = model.get_submodule(layer)
         module.to_empty(device="cpu")

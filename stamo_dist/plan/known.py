@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.config import OPENVLA_7B
+from stamo_dist.models.weights import opened
+from stamo_dist.pretrained.place import cached, hub_id, on_disk
+from stamo_dist.pretrained.reading import KINDS, is_timm, read_json
 
 _DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14}
+_SIZES = (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
 _SD3: dict[str, Any] = {
     "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
     "patch_size": 2, "caption_projection_dim": 1536, "pos_embed_max_size": 192, "sample_size": 128,
@@ -26,7 +28,13 @@ KNOWN: dict[str, dict[str, dict[str, Any]]] = {
         f"facebook/dinov2-{size}": {
             **_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
         }
-        for size, width, depth, heads in (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
+        for size, width, depth, heads in _SIZES
+    } | {
+        f"facebook/dinov2-with-registers-{size}": {
+            **_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            "num_register_tokens": 4,
+        }
+        for size, width, depth, heads in _SIZES
     },
     "decoder": dict.fromkeys(_MEDIUM, _SD3),
     "vae": dict.fromkeys(_MEDIUM, _SD3_VAE),
@@ -36,19 +44,23 @@ KNOWN: dict[str, dict[str, dict[str, Any]]] = {
 PAPER = {"encoder": KNOWN["encoder"]["facebook/dinov2-large"], "decoder": _SD3, "vae": _SD3_VAE}
 
 
-def config_of(part: str, weights: str, subfolders: tuple[str, ...], field: str) -> dict[str, Any]:
-    """The configuration of the checkpoint `weights`: of its folder, or of a released one.
+def config_of(part: str, weights: str, field: str) -> dict[str, Any]:
+    """The configuration of the checkpoint `weights`: of its folder or file, or of a released one.
 
     Raises:
-        RecipeError: It is neither a folder with a config.json nor known.
+        RecipeError: It is a hub id, and neither in its cache nor known.
+        CheckpointError: It should be on this machine, and is missing, damaged or of another model.
     """
-    for sub in subfolders:
-        path = Path(weights).expanduser() / sub / "config.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-    if weights not in KNOWN[part]:
+    hub, subfolders = hub_id(weights), KINDS[part].subfolders
+    path = on_disk(weights, subfolders, field) if hub is None else cached(*hub, subfolders)
+    if path is not None and path.is_dir() and not is_timm(path, field):
+        return read_json(path / "config.json", field)
+    if path is not None:
+        return opened(path, part, field).config
+    assert hub is not None, "what is no hub id is on disk"
+    if hub[0] not in KNOWN[part]:
         known = ", ".join(KNOWN[part])
         raise RecipeError(
             [f"{field}: there is no config.json in {weights}, and its sizes are not known; known: {known}"]
         )
-    return KNOWN[part][weights]
+    return KNOWN[part][hub[0]]

@@ -91,16 +91,16 @@ def hollow_tokenizer(model: schema.Model, flow: schema.Flow, image_size: int, no
     """A recipe's tokenizer on the meta device."""
     parts: dict[str, Any] = {}
     keys = {
-        "encoder": (Dinov2Config().to_dict(), ("", "encoder")),
-        "decoder": (inspect.signature(diffusers.SD3Transformer2DModel.__init__).parameters, ("transformer", "")),
-        "vae": (inspect.signature(diffusers.AutoencoderKL.__init__).parameters, ("vae", "model/vae", "model", "")),
+        "encoder": [*Dinov2Config().to_dict(), "num_register_tokens"],
+        "decoder": inspect.signature(diffusers.SD3Transformer2DModel.__init__).parameters,
+        "vae": inspect.signature(diffusers.AutoencoderKL.__init__).parameters,
     }
     derived = {"joint_attention_dim", "pooled_projection_dim"}
-    for name, (known, subfolders) in keys.items():
+    for name, known in keys.items():
         part = getattr(model, name)
         if part.weights is not None:
             try:
-                config = config_of(name, part.weights, subfolders, f"model.{name}.weights")
+                config = config_of(name, part.weights, f"model.{name}.weights")
             except StamoError:
                 if name != "vae" or Path(part.weights).exists():
                     raise
@@ -117,7 +117,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     cfg, notes = recipe.policy, list[str]()
     raw: dict[str, Any] = OPENVLA_7B
     if cfg.weights is not None:
-        raw = config_of("policy", cfg.weights, ("",), "policy.weights")
+        raw = config_of("policy", cfg.weights, "policy.weights")
     else:
         raw = {**raw, **cfg.config, "text_config": {**raw["text_config"], **cfg.config.get("text_config", {})}}
     config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)

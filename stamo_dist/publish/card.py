@@ -87,6 +87,7 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout,
         "## Metrics",
         _metrics(run, marker),
         *_evaluations(run),
+        *_weights(marker),
         "## Recipe",
         f"```yaml\n{run.resolved.read_text(encoding='utf-8').rstrip()}\n```",
         f"Code: commit `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
@@ -100,6 +101,11 @@ def _data(marker: Marker) -> str:
     rows = [[name, marker.identity[f"data.sources.{name}.shards"], f"{seen.get(name, 0):,}"] for name in seen]
     table = _table(["source", "shards", "samples trained on"], rows)
     return f"Fingerprint of the mixture: `{marker.fingerprint}`.\n\n{table}"
+
+
+def _weights(marker: Marker) -> Iterator[str]:
+    if marker.sources:
+        yield "## Weights that it began with\n\n" + _table(["", ""], [[*row] for row in marker.sources.items()])
 
 
 def _metrics(run: RunFolder, marker: Marker) -> str:

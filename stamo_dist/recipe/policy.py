@@ -96,7 +96,7 @@ class Policy(Section):
     """The network that turns images and an instruction into actions."""
 
     weights: str | None = Field(
-        None, description="Local folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; random when omitted."
+        None, description="Folder or hub id (owner/name[@revision]) of OpenVLA or OpenVLA-OFT; random when omitted."
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="Fields of OpenVLA's config.json that differ from openvla-7b's."

@@ -135,13 +135,13 @@ class Data(Section):
 
 
 class Encoder(Section):
-    """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model)."""
+    """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model), also with registers."""
 
     weights: str | None = Field(
-        None, description="Local folder or hub id of a DINOv2 checkpoint; random initialisation when omitted."
+        None, description="DINOv2: a folder, .pth or .safetensors file, or hub id (owner/name[@revision]); else random."
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="Dinov2Config fields for an encoder without weights."
+        default_factory=dict, description="Dinov2Config fields; beside weights they must be theirs."
     )
     image_size: PositiveInt = Field(224, description="Frames are resized to this square before the encoder.")
     train: bool = Field(False, description="Train the encoder jointly; the paper keeps it frozen.")
@@ -195,10 +195,11 @@ class Decoder(Section):
     """The Diffusion Transformer (diffusers' SD3Transformer2DModel), conditioned on the state tokens."""
 
     weights: str | None = Field(
-        None, description="Local folder or hub id in the Stable Diffusion 3 layout (transformer/); random when omitted."
+        None,
+        description="Stable Diffusion 3: folder or hub id (owner/name[@revision]), or its single file; else random.",
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="SD3Transformer2DModel fields for a decoder without weights."
+        default_factory=dict, description="SD3Transformer2DModel fields; beside weights they must be theirs."
     )
     precondition: bool = Field(
         False, description="Add the linear part of the velocity analytically; for a decoder without weights."
@@ -215,9 +216,12 @@ class VAE(Section):
     """Pixels ↔ latents (diffusers' AutoencoderKL), frozen while the tokenizer trains."""
 
     weights: str | None = Field(
-        None, description="Folder or hub id (vae/ subfolder or itself), or the run folder of a finished vae stage."
+        None,
+        description="As the decoder's, or a folder or hub id of its own, or the run folder of a finished vae stage.",
     )
-    config: dict[str, Any] = Field(default_factory=dict, description="AutoencoderKL fields for a VAE without weights.")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="AutoencoderKL fields; beside weights they must be theirs."
+    )
     latent: Literal["mean", "sample"] = Field("mean", description="Take the posterior's mean or a sample of it.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-6, description="vae stage: weight of the KL term.")
     l1_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="vae stage: weight of |x − x̂|.")

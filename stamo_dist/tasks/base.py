@@ -54,6 +54,7 @@ class Task(Protocol):
     latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
     states: CachedStates | None  # which cached states it reads, if it does
     notes: tuple[str, ...]  # what a person should know about how the model was built
+    sources: Mapping[str, str]  # recipe field → where its weights were found: a path, or OWNER/NAME@COMMIT of the hub
 
     @property
     def frozen(self) -> Mapping[str, str]:

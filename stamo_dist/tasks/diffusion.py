@@ -24,7 +24,7 @@ from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Ranges
 from stamo_dist.tasks.policy_data import PolicyData
-from stamo_dist.tasks.policy_eyes import look_at, open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import look_at, open_eyes, sources_of, target_of
 
 _LEVEL, _ACTIONS, _PSEUDO = 0, 1, 2  # independent noise streams of one sample
 _SCALED_ON = 64  # pairs of frames
@@ -75,6 +75,7 @@ class DiffusionTask:
         )
         self.network = DiffusionTransformer(cfg, self.sizes)
         self.trained: nn.Module = self.network
+        self.sources: Mapping[str, str] = sources_of(eyes)
         self.block_classes = self.network.block_classes()
         if recipe.train.gradient_checkpointing:
             self.network.set_gradient_checkpointing(True)

@@ -21,12 +21,13 @@ from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.pretrained.place import source
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData, check_eyes
-from stamo_dist.tasks.policy_eyes import look_at, open_eyes, target_of
+from stamo_dist.tasks.policy_eyes import look_at, open_eyes, sources_of, target_of
 
 
 class PolicyTask:
@@ -83,6 +84,10 @@ class PolicyTask:
         self._horizons = torch.tensor(window.horizons)
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
+        self.sources: Mapping[str, str] = {
+            **({} if data.folder is None else {"policy.weights": source(data.folder)}),
+            **sources_of(self._eyes),
+        }
         self._sizes = sizes
 
     @property

@@ -32,6 +32,12 @@ def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str
     return eyes, fingerprint
 
 
+def sources_of(eyes: StamoVision | None) -> dict[str, str]:
+    """Where a policy's frozen encoder was found, by recipe field."""
+    report = None if eyes is None else eyes.tokenizer.encoder.report
+    return {} if report is None else {"policy.tokenizer": report.source}
+
+
 def look_at(batch: Batch, eyes: StamoVision, reads: Reads) -> Seen:
     """The frames at t of all views, view by view; the cache spares the encoder where their states suffice."""
     if batch.state is not None and reads == "states" and batch.views is None:

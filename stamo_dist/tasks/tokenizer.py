@@ -32,6 +32,7 @@ class TokenizerTask:
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
+        self.sources: Mapping[str, str] = self.tokenizer.sources
         self._compressor = recipe.model.compressor
         self.terms: tuple[str, ...] = ("loss", "flow", "straight") if self._compressor.straighten else ("loss",)
         self._joint_encoder = recipe.model.encoder.train

@@ -28,6 +28,8 @@ class VAETask:
         self._cfg = recipe.model.vae
         self.vae = VAE.from_config(recipe.model.vae, recipe.data.image_size)
         self.trained: nn.Module = self.vae
+        report = self.vae.report
+        self.sources: Mapping[str, str] = {} if report is None else {"model.vae.weights": report.source}
         self.block_classes: tuple[str, ...] = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
 
     @property

@@ -147,9 +147,29 @@ def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):
     assert len(errors) == 1
     assert "data.sources.a.path: there is no folder nowhere" in errors[0]
     fine = stamo("doctor", recipe, "--no-job").stdout
-    assert "data and weights are there" in fine
+    assert "data and weights are there and fit the recipe" in fine
     assert "✗" not in fine
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     absent = stamo("doctor", recipe, "--no-job", "--set", "model.decoder.weights=some/model").stdout
-    assert "! model.decoder.weights: some/model is not on this machine" in absent
+    assert "! model.decoder.weights: some/model is not in the hub's cache" in absent
     assert "hf download some/model" in absent
+
+
+def test_weights_of_another_model_and_an_empty_cache_are_refused(stamo, toy, tmp_path, monkeypatch):
+    """`doctor` and `submit` say so here, with the recipe's line and the fix; nothing is started."""
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    wrong = ("--set", f"model.decoder.weights={toy.vae}", "--set", "model.vae.weights=some/vae@v1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--some--vae" / "refs").mkdir(parents=True)
+    for command in (("doctor", recipe, "--no-job"), ("submit", recipe, "--cluster", "local", "--dry-run")):
+        done = stamo(*command, *wrong, check=False)
+        assert done.returncode == (1 if command[0] == "doctor" else 2)
+        said = done.stdout + done.stderr
+        assert f"model.decoder.weights: {toy.vae}/config.json says _class_name AutoencoderKL" in said
+        assert "some/vae@v1 is not in the hub's cache, and HF_HUB_OFFLINE is set" in said
+        assert "`hf download some/vae --revision v1`" in said
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    noted = stamo("submit", recipe, "--cluster", "local", "--dry-run", *wrong[2:]).stdout
+    assert "some/vae@v1 is not in the hub's cache; nodes without network cannot get it: `hf download some/vae" in noted
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.vae import VAE
-from stamo_dist.models.weights import fingerprint, locate
+from stamo_dist.models.weights import fingerprint
+from stamo_dist.pretrained.place import locate
 from stamo_dist.recipe import schema
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -61,7 +62,7 @@ def test_missing_shards_and_pickles_are_refused(folder: Path) -> None:
 
 def test_what_cannot_be_found_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"there is no folder /no/such/place; give an existing folder or a hub id"
+        CheckpointError, match=r"there is no folder /no/such/place; give an existing folder or file, or a hub"
     ):
         locate("/no/such/place", ("vae", ""), "model.vae.weights")
     with pytest.raises(CheckpointError, match=r"there is no vae/config.json or config.json in "):

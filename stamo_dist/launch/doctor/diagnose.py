@@ -45,7 +45,7 @@ def diagnose(
     run = Path(loaded.recipe.run_dir if loaded else "runs").absolute()
     paths, wandb = [str(run)], ""
     if loaded is not None:
-        yield from machine.judge_recipe(loaded)
+        yield from machine.judge_recipe(loaded, profile.environment)
         yield from machine.judge_wandb(loaded.recipe)
         wandb = machine.wandb_host(loaded.recipe)
         if any("://" in path for source in loaded.recipe.data.used.values() for path in source.paths):

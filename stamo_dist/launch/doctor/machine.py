@@ -6,7 +6,7 @@ import importlib.util
 import netrc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,19 +58,19 @@ def judge_versions() -> Iterator[Finding]:
         yield Finding("fine", _HERE, f"python {python} and the {looked} packages are as required")
 
 
-def judge_recipe(loaded: Loaded) -> Iterator[Finding]:
-    """Whether data and weights are there, and how fast the data is read."""
+def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether data and weights are there and right, for a run in this environment, and how fast the data is read."""
     try:
-        checks.recipe(loaded)
+        checks.recipe(loaded, environment)
     except StamoError as e:
         for problem in getattr(e, "problems", [str(e)]):
-            yield Finding("error", _RECIPE, problem, "put it there, or change the field")
+            yield Finding("error", _RECIPE, problem, "do as it says, put it there, or change the field")
     else:
-        yield Finding("fine", _RECIPE, "data and weights are there, or can be had")
-        for field, repo in checks.to_download(loaded).items():
+        yield Finding("fine", _RECIPE, "data and weights are there and fit the recipe, or can be had")
+        for field, what, fix in checks.weights(loaded, environment).to_download:
             yield Finding(
-                "warning", _RECIPE, f"{field}: {repo} is not on this machine; nodes without network cannot get it",
-                f"`hf download {repo}` here, into a cache (HF_HOME) that the nodes see; then set HF_HUB_OFFLINE=1",
+                "warning", _RECIPE, f"{field}: {what}; nodes without network cannot get it",
+                f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1",
             )  # fmt: skip
     for name, source in loaded.recipe.data.used.items():
         shard = next(

@@ -11,9 +11,8 @@ from typing import Any, Literal
 from transformers import LlamaConfig
 
 from stamo_dist.errors import CheckpointError, RecipeError
-from stamo_dist.models import weights
+from stamo_dist.pretrained.reading import read_config
 
-_KIND = ("model_type", "openvla")
 DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
 SIGLIP = "vit_so400m_patch14_siglip_224"
 _TOWERS: dict[str, tuple[list[str], int]] = {
@@ -99,7 +98,7 @@ class OpenVLAConfig:
     @classmethod
     def from_folder(cls, folder: Path, source: str, tower_options: Sequence[Mapping[str, Any]] = ()) -> OpenVLAConfig:
         """Read `config.json` of a checkpoint folder; `source` is the recipe field that an error names."""
-        return cls.from_dict(weights.read_config(folder, source, _KIND), f"{source}: {folder}", tower_options)
+        return cls.from_dict(read_config(folder, "policy", source), f"{source}: {folder}", tower_options)
 
     def with_vision(self, vision: Literal["fused", "dinov2", "stamo"]) -> OpenVLAConfig:
         """The same language model behind other eyes: `dinov2` keeps the first tower, `stamo` none.

@@ -24,6 +24,9 @@ from stamo_dist.models import weights
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.shards import Slices, Stored, materialise, on_meta, write
 from stamo_dist.models.weights import LoadReport
+from stamo_dist.pretrained import place
+from stamo_dist.pretrained.files import weight_files
+from stamo_dist.pretrained.reading import KINDS
 from stamo_dist.recipe.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -52,12 +55,12 @@ def fresh_parts(cfg: Policy) -> str:
 
 
 def locate(checkpoint: str) -> Path:
-    """The folder of a checkpoint: itself, or what the hub supplies.
+    """Where a checkpoint lies: its own folder, or what the hub supplies.
 
     Raises:
         CheckpointError: there is no such folder, and the hub did not supply it.
     """
-    return weights.locate(checkpoint, ("",), FIELD, EXTRA_FILES)
+    return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES)
 
 
 def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
@@ -70,9 +73,9 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
     Raises:
         CheckpointError: files are missing, damaged, or there are several of one part.
     """
-    found = {f"vla.{_vla_name(k, network)}": v for k, v in _safetensors(weights.weight_files(folder, FIELD)).items()}
+    found = {f"vla.{_vla_name(k, network)}": v for k, v in _safetensors(weight_files(folder, FIELD)).items()}
     if (folder / LANGUAGE / "config.json").is_file():
-        language = _safetensors(weights.weight_files(folder / LANGUAGE, FIELD))
+        language = _safetensors(weight_files(folder / LANGUAGE, FIELD))
         found.update({f"vla.language_model.{key}": tensor for key, tensor in language.items()})
     for head in HEADS:
         if getattr(network, head) is not None:
@@ -112,11 +115,7 @@ def _part_file(folder: Path, part: str) -> Path | None:
 def _tensors(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return _safetensors([path])
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {key: Stored.in_memory(tensor) for key, tensor in state.items()}
-    except Exception as error:  # a damaged zip, a foreign class or no map of tensors
-        raise CheckpointError(f"{FIELD}: {path} is no map of tensors, or is incomplete ({error})") from error
+    return {key: Stored.in_memory(tensor) for key, tensor in weights.unpickled(path, FIELD).items()}
 
 
 def _safetensors(paths: Iterable[Path]) -> dict[str, Stored]:
@@ -139,7 +138,7 @@ def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def _merged(base: Stored, a: Stored, b: Stored) -> Stored:
     def read(slices: Slices) -> Tensor:
-        down, up = (s.read((slice(None),) * len(s.shape)).float() for s in (a, b))
+        down, up = (s.whole().float() for s in (a, b))
         rank = len(down)
         delta = (up.flatten(1) @ down.flatten(1)).view(base.shape) * (min(rank, _LORA_ALPHA) / rank)
         return base.read(slices).float() + delta[slices]

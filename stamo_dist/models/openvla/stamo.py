@@ -6,10 +6,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Dinov2Model
 
 from stamo_dist.models.compressor import Compressor
-from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.flops import count
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.tokenizer import Tokenizer
@@ -45,10 +43,9 @@ class StamoVision:
         """Arithmetic of encoding so many frames."""
         encoder, compressor = self.tokenizer.encoder, self.tokenizer.cfg.compressor
         with torch.device("meta"):
-            model = Encoder(Dinov2Model(encoder.model.config), encoder.image_size)
             patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
             frame = torch.empty(1, 3, encoder.image_size, encoder.image_size)
-            return frames * (count(model, frame) + count(Compressor(compressor, encoder.dim), patches))
+            return frames * (count(encoder.hollow(), frame) + count(Compressor(compressor, encoder.dim), patches))
 
     @torch.no_grad()
     def look(self, frames: Tensor) -> Seen:

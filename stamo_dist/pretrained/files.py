@@ -1,0 +1,112 @@
+"""The files of a checkpoint: which ones hold its tensors, and what their headers say."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from stamo_dist.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+STEMS = ("diffusion_pytorch_model", "model")
+#: In the order in which they are taken; "" is the full precision.
+VARIANTS = ("", "fp16", "bf16")
+PICKLED = (".pth", ".pt")  # read by torch.load(weights_only=True) alone
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+
+
+def index_name(stem: str, variant: str) -> str:
+    """The index of sharded weights: diffusers and transformers put the variant before the last dot."""
+    return f"{stem}.safetensors.index{variant and '.'}{variant}.json"
+
+
+def file_name(stem: str, variant: str) -> str:
+    return f"{stem}{variant and '.'}{variant}.safetensors"
+
+
+def weight_files(folder: Path, field: str) -> list[Path]:
+    """The safetensors files of a checkpoint folder: one, or those that its index names; the full precision first.
+
+    Raises:
+        CheckpointError: there are none, or some that the index names are missing.
+    """
+    for variant in VARIANTS:
+        for stem in STEMS:
+            index, single = folder / index_name(stem, variant), folder / file_name(stem, variant)
+            if index.is_file():
+                return _of_index(index, field)
+            if single.is_file():
+                return [single]
+    raise CheckpointError(f"{field}: {folder} has no {STEMS[0]}.safetensors and no {STEMS[1]}.safetensors; " + _how(
+        folder, field
+    ))  # fmt: skip
+
+
+def _of_index(index: Path, field: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{field}: {index} is not a weight index ({error}); download it again") from error
+    absent = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{field}: {index} names files that are not there: {', '.join(absent)}; copy or download them too"
+        )
+    return [index.parent / n for n in names]
+
+
+def _how(folder: Path, field: str) -> str:
+    """What to do with the weights that a folder has in another form."""
+    files = sorted(p.name for p in folder.iterdir() if p.is_file())
+    for name in files:
+        if name.endswith((".safetensors", *PICKLED)):
+            return f"if you mean {name}, set {field}: {folder / name}"
+    pickled = [name for name in files if name.endswith((".bin", ".ckpt"))]
+    if pickled:
+        return (
+            f"{', '.join(pickled)} is pickle, which is never opened: save it again as safetensors, with the class's "
+            f"from_pretrained({str(folder)!r}).save_pretrained(DIR)"
+        )
+    return "copy or download the checkpoint again"
+
+
+def header(path: Path, field: str) -> dict[str, Shape]:
+    """Name → shape of the tensors of a safetensors file, of which only the header is read.
+
+    Raises:
+        CheckpointError: it is no such file, or shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _LONGEST_HEADER:
+                raise ValueError("it has no safetensors header")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        size = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        if path.stat().st_size != size:
+            raise ValueError(f"{path.stat().st_size:,} bytes of {size:,}")
+        return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{field}: {path} is corrupt or incomplete ({error}); copy or download it again"
+        ) from error
+
+
+def pickled_names(path: Path, field: str) -> bytes:
+    """The part of a file of torch.save that holds the tensors' names, not unpickled, to look for some in it.
+
+    Raises:
+        CheckpointError: it is no such file, or incomplete.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # its directory is at its end: a file that was cut off has none
+            name = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
+            return archive.read(name)
+    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+        raise CheckpointError(
+            f"{field}: {path} is corrupt, incomplete or no file of torch.save; download it again, or write it anew "
+            f"with torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+        ) from error

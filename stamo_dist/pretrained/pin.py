@@ -1,0 +1,34 @@
+"""Recipes that say which commit of the hub was read, so that whoever uses them again reads the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from stamo_dist.pretrained.place import hub_id
+from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.schema import VAE, Decoder, Encoder, Model, Recipe
+
+S = TypeVar("S", Encoder, Decoder, VAE, Policy)
+
+
+def pin(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
+    """The recipe with its hub ids at these commits; `sources`: recipe field → what was found."""
+    policy = _pinned(recipe.policy, sources.get("policy.weights"))
+    return recipe.model_copy(update={"model": pin_model(recipe.model, sources), "policy": policy})
+
+
+def pin_model(model: Model, sources: Mapping[str, str]) -> Model:
+    """As `pin`, of a recipe's model."""
+    parts = {
+        "encoder": _pinned(model.encoder, sources.get("model.encoder.weights")),
+        "decoder": _pinned(model.decoder, sources.get("model.decoder.weights")),
+        "vae": _pinned(model.vae, sources.get("model.vae.weights")),
+    }
+    return model.model_copy(update=parts)
+
+
+def _pinned(section: S, found: str | None) -> S:
+    hub = None if section.weights is None or found is None else hub_id(section.weights)
+    # A part that was read back from an export lies elsewhere, and is named as it was.
+    return section.model_copy(update={"weights": found}) if hub and str(found).startswith(f"{hub[0]}@") else section

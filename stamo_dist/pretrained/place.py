@@ -1,0 +1,138 @@
+"""Where a checkpoint lies: a folder, a file, or a revision of a hub repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stamo_dist.errors import CheckpointError
+from stamo_dist.pretrained.files import PICKLED, STEMS, VARIANTS, file_name, index_name
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
+_FILES = (".safetensors", *PICKLED)
+
+
+def hub_id(weights: str) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision) of a recipe's `weights`; None where they are no hub id, or lie on this machine."""
+    match = _HUB_ID.fullmatch(weights)
+    if match is None or Path(weights).expanduser().exists():
+        return None
+    return match["repo"], match["revision"]
+
+
+def source(path: Path) -> str:
+    """What a record says of a located checkpoint: OWNER/NAME@COMMIT where it lies in the hub's cache, else its path."""
+    match = _CACHED.search(path.as_posix())
+    return f"{match['owner']}/{match['name']}@{match['commit']}" if match else str(path)
+
+
+def locate(weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = ()) -> Path:
+    """Find the checkpoint `weights`, which the hub may supply: the folder with config.json, or the file that is all.
+
+    `weights` is a local folder or file or a hub id, OWNER/NAME or OWNER/NAME@REVISION; `subfolders` are tried in order
+    ("" is the root). `field` is the recipe field that an error names. Hub files come from the local cache or are
+    downloaded, no more of them than needed; `extra` are patterns of further files.
+
+    Raises:
+        CheckpointError: there is no such thing, none of the subfolders is there, or the hub could not be reached.
+    """
+    hub = hub_id(weights)
+    return on_disk(weights, subfolders, field) if hub is None else _from_hub(*hub, subfolders, field, extra)
+
+
+def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
+    """As `locate`, of what lies on this machine outside the hub's cache."""
+    root = Path(weights).expanduser()
+    if root.is_file():
+        if root.suffix not in _FILES:
+            raise CheckpointError(f"{field}: {weights} is no folder, nor a file {' or '.join(_FILES)}; convert it")
+        return root
+    if not root.exists():
+        raise CheckpointError(
+            f"{field}: there is no folder {weights}; give an existing folder or file, or a hub id (owner/name or "
+            "owner/name@revision)"
+        )
+    for sub in subfolders:
+        if (root / sub / "config.json").is_file():
+            return root / sub
+    raise CheckpointError(f"{field}: there is no {_names(subfolders)} in {weights}; {_instead(root, field)}")
+
+
+def _instead(root: Path, field: str) -> str:
+    if (root / "resolved.yaml").is_file():
+        return "that run has not finished and exported its model"
+    files = sorted(p.name for p in root.iterdir() if p.suffix in _FILES)
+    if files:
+        return f"if you mean {files[0]}, set {field}: {root / files[0]}"
+    return "give a folder in the layout of diffusers' or transformers' save_pretrained"
+
+
+def _names(subfolders: Sequence[str]) -> str:
+    return " or ".join(f"{sub}/config.json" if sub else "config.json" for sub in subfolders)
+
+
+def _from_hub(repo: str, revision: str | None, subfolders: Sequence[str], field: str, extra: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    named = repo + (f"@{revision}" if revision else "")
+    try:
+        for prefix in [f"{sub}/" if sub else "" for sub in subfolders]:
+            root = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{prefix}config.json"]))
+            if not (root / prefix / "config.json").is_file():
+                continue
+            # Every commit has a folder of its own in the cache; all files are of that one, should the branch move now.
+            for variant in VARIANTS:
+                patterns = [f"{prefix}{pattern}" for pattern in _patterns(variant)]
+                snapshot_download(repo, revision=root.name, allow_patterns=[*patterns, *extra])
+                if any(next((root / prefix).glob(pattern), None) for pattern in _patterns(variant)):
+                    break
+            return root / prefix
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{field}: there is no folder {named}, and the hub did not supply it ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[-1]}). On a machine with network (and, for gated models, after "
+            f"`hf auth login`) run `{download(repo, revision)} --local-dir DIR` and set {field}: DIR"
+        ) from error
+    raise CheckpointError(
+        f"{field}: there is no {_names(subfolders)} in {named} on the hub; give a repository in the layout of "
+        "diffusers or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers), or download "
+        f"its single file and set {field}: FILE.safetensors"
+    )
+
+
+def _patterns(variant: str) -> list[str]:
+    """Files that hold weights, in a folder on the hub."""
+    of_variant = f".{variant}" if variant else ""
+    found = [name(stem, variant) for stem in STEMS for name in (index_name, file_name)]
+    # Both orders of shard number and variant are in use.
+    found += [f"{stem}{of_variant}-?????-of-?????.safetensors" for stem in STEMS]
+    return found + [f"{stem}-?????-of-?????{of_variant}.safetensors" for stem in STEMS if variant]
+
+
+def download(repo: str, revision: str | None) -> str:
+    """The command that fills the cache."""
+    return f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+
+
+def cached(repo: str, revision: str | None, subfolders: Sequence[str], environ: Mapping[str, str] = os.environ) -> (
+    Path | None
+):  # fmt: skip
+    """What the hub's cache holds of a repository, for a process with these environment variables; None: nothing of use.
+
+    A folder of the repository without files (a download that failed, or was made elsewhere) holds nothing.
+    """
+    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
+    hub = Path(
+        environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or caches / "huggingface") / "hub"
+    ).expanduser()
+    folder = hub / f"models--{repo.replace('/', '--')}"
+    ref = folder / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    if not commit:
+        return None
+    root = folder / "snapshots" / commit
+    return next((root / sub for sub in subfolders if (root / sub / "config.json").is_file()), None)

@@ -1,0 +1,160 @@
+"""Whether the checkpoints that a recipe names are those it needs, from their headers alone.
+
+What is compared are the tensors that tell one model, and one size of it, from another; loading compares all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import CheckpointError
+from stamo_dist.pretrained.files import Shape
+from stamo_dist.pretrained.place import cached, download, hub_id, on_disk
+from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
+from stamo_dist.recipe.schema import Model, Recipe
+
+_FIELDS = {"encoder": "model.encoder", "decoder": "model.decoder", "vae": "model.vae", "policy": "policy"}
+_EXPORTED = "stamo.json"
+
+
+@dataclass
+class Looked:
+    """What was found: problems, and the hub ids whose files are not on this machine, by recipe field."""
+
+    problems: dict[str, list[str]] = field(default_factory=dict)  # field → what is wrong, each beginning with a field
+    absent: dict[str, tuple[str, str]] = field(default_factory=dict)  # field → (hub id, the command that downloads it)
+
+
+def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Looked:
+    """Look at all weights that the recipe's stage reads, as a process with these environment variables finds them."""
+    looked, opened = Looked(), dict[str, Opened]()
+    for part, name, weights in wanted(recipe):
+        problems = looked.problems.setdefault(name, [])
+        try:
+            found = _find(part, name, weights, looked, environ)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if found is not None:
+            opened[part] = found
+            problems += _misfits(part, found, name, weights, recipe)
+    if not any(looked.problems.values()):
+        _together(recipe, opened, looked)
+    return looked
+
+
+def wanted(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """(part, recipe field, weights) of the checkpoints that the stage reads."""
+    parts = {"vae": ("vae",), "policy": ("policy",), "tokenizer": ("encoder", "decoder", "vae")}[recipe.stage]
+    for part in parts:
+        section = recipe.policy if part == "policy" else getattr(recipe.model, part)
+        if section.weights is not None:
+            yield part, f"{_FIELDS[part]}.weights", section.weights
+    if recipe.stage == "policy" and (eyes := _eyes(recipe)) is not None and eyes.weights is not None:
+        yield "encoder", "policy.tokenizer", eyes.weights
+
+
+def _eyes(recipe: Recipe) -> Any:
+    """The frozen encoder that the policy's tokenizer was trained on and does not hold; None where there is none."""
+    root = Path(recipe.policy.tokenizer or "/").expanduser()
+    about = next((p / _EXPORTED for p in (root, root / "model") if (p / _EXPORTED).is_file()), None)
+    if recipe.policy.tokenizer is None or about is None:
+        return None
+    try:
+        encoder = Model.model_validate(read_json(about, "policy.tokenizer")["model"]).encoder
+    except (CheckpointError, KeyError, ValueError):
+        return None  # who reads the tokenizer says what is wrong with it
+    return None if encoder.train else encoder
+
+
+def _find(part: str, name: str, weights: str, looked: Looked, environ: Mapping[str, str]) -> Opened | None:
+    hub = hub_id(weights)
+    if hub is None:
+        return look(on_disk(weights, KINDS[part].subfolders, name), part, name)
+    folder = cached(*hub, KINDS[part].subfolders, environ)
+    if folder is None or not any(folder.glob("*.safetensors")):
+        looked.absent[name] = weights, download(*hub)
+        return None
+    return look(folder, part, name)
+
+
+def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:
+    """What the headers have otherwise than config.json, and config.json otherwise than the recipe."""
+    if part == "policy":  # a checkpoint of one size, whose parts may be another's
+        return []
+    try:
+        telling = _TELLING[part](found.config)
+    except (KeyError, TypeError, IndexError):
+        telling = {}  # fields that config.json leaves to the class's defaults, which only torch's side knows
+    problems = []
+    for key, shape in telling.items():
+        has = found.parts[key].shape if key in found.parts else None
+        if has != shape:
+            says = f"has no {key}" if has is None else f"has {key} {list(has)}"
+            wants = f"asks for {list(shape)}" if shape is not None else "asks for none"
+            problems.append(f"{name}: {weights} {says}, its config.json {wants}; download the checkpoint again")
+            break  # the others are wrong in the same way
+    if name != "policy.tokenizer":
+        problems += differing(getattr(recipe.model, part).config, found.config, _FIELDS[part], weights)
+    return problems
+
+
+def _encoder(config: Mapping[str, Any]) -> dict[str, Shape | None]:
+    width, depth, patch = (config[k] for k in ("hidden_size", "num_hidden_layers", "patch_size"))
+    return {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        f"encoder.layer.{depth - 1}.attention.attention.query.weight": (width, width),
+        f"encoder.layer.{depth}.attention.attention.query.weight": None,
+        "embeddings.position_embeddings": (1, (config["image_size"] // patch) ** 2 + 1, width),
+    }
+
+
+def _decoder(config: Mapping[str, Any]) -> dict[str, Shape | None]:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    depth, patch, channels = config["num_layers"], config["patch_size"], config["in_channels"]
+    return {
+        "pos_embed.proj.weight": (width, channels, patch, patch),
+        f"transformer_blocks.{depth - 1}.attn.to_q.weight": (width, width),
+        f"transformer_blocks.{depth}.attn.to_q.weight": None,
+        "proj_out.weight": ((config.get("out_channels") or channels) * patch**2, width),
+    }
+
+
+def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
+    widths, channels = config["block_out_channels"], config["latent_channels"]
+    last = len(widths) - 1
+    return {
+        "encoder.conv_in.weight": (widths[0], config.get("in_channels", 3), 3, 3),
+        "encoder.conv_out.weight": (2 * channels, widths[-1], 3, 3),
+        f"encoder.down_blocks.{last}.resnets.0.conv1.weight": (widths[last], widths[max(0, last - 1)], 3, 3),
+        f"encoder.down_blocks.{last + 1}.resnets.0.conv1.weight": None,
+    }
+
+
+_TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
+
+
+def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: Looked) -> None:
+    """What does not fit the rest of the recipe, of parts that are what they should be."""
+    if recipe.stage != "tokenizer":
+        return
+    model, configs = recipe.model, {part: found.config for part, found in opened.items()}
+    if encoder := configs.get("encoder"):
+        size, patch = model.encoder.image_size, encoder["patch_size"]
+        if size % patch:
+            name = "model.encoder.image_size"
+            looked.problems[name] = [
+                f"{name}: {size} is no multiple of the patch size {patch} of {model.encoder.weights}"
+            ]
+    if (decoder := configs.get("decoder")) and (vae := configs.get("vae")):
+        takes, gives = decoder["in_channels"], vae["latent_channels"]
+        if takes != gives:
+            looked.problems.setdefault("model.vae.weights", []).append(
+                f"model.vae.weights: {model.vae.weights} gives latents of {gives} channels, and the decoder "
+                f"{model.decoder.weights} takes {takes}; name the VAE that belongs to it"
+            )
