@@ -35,6 +35,10 @@ class Stored:
         # safetensors cannot slice a scalar.
         return cls(shape, lambda slices: file.get_slice(key)[slices] if shape else file.get_tensor(key))
 
+    def rounded(self, dtype: torch.dtype) -> Stored:
+        """The same tensor as it is once it was kept in `dtype`."""
+        return Stored(self.shape, lambda slices: self.read(slices).to(dtype))
+
     @classmethod
     def in_memory(cls, tensor: Tensor) -> Stored:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])
