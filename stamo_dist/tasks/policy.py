@@ -65,6 +65,7 @@ class PolicyTask:
             self._eyes.state_shape[1] if cfg.vision == "stamo" and cfg.stamo != "patches" and self._eyes else None,
         )
         self.network, self._filling, notes = _network(recipe, data, sizes)
+        self._unfilled = self._filling is not None
         if not later and self._filling is not None:
             load.materialise(self.network)
             self.fill()
@@ -95,8 +96,9 @@ class PolicyTask:
         """Nothing here depends on data but the statistics, which the manifests hold."""
 
     def fill(self) -> None:
-        if self._filling is not None:
+        if self._filling is not None and self._unfilled:
             self._filling.write(self.network)
+            self._unfilled = False
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._eyes is not None:
@@ -199,8 +201,8 @@ class PolicyTask:
             merge_lora(self.network.vla)
         save_parts(
             folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            tokenizer_fingerprint=self._fingerprint, form="hf" if layout.form == "hf" else "openvla", dtype=layout.dtype,
-            shard_size=layout.shard_size, base=base,
+            tokenizer_fingerprint=self._fingerprint, form="hf" if layout.form == "hf" else "openvla",
+            dtype=layout.dtype, shard_size=layout.shard_size, base=base,
         )  # fmt: skip
 
     def _peft_base(self) -> Base:
