@@ -39,7 +39,7 @@ from stamo_dist.engine.processes import leave
 from stamo_dist.engine.world import world_from_environment
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.openvla import shapes
-from stamo_dist.models.openvla.adapt import add_lora, freeze
+from stamo_dist.models.openvla.adapt import prepare
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.network import IGNORE
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
@@ -284,9 +284,7 @@ def policy_step(
     """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
     with torch.device(device):
         network = PolicyNetwork(config, cfg, Sizes(7))
-        freeze(network.vla, cfg.freeze)
-        if cfg.lora is not None:
-            add_lora(network.vla, cfg.lora)
+        prepare(network, cfg, base=torch.bfloat16)
     network.set_gradient_checkpointing(True)
     for module in network.modules():
         if compiled and type(module).__name__ in network.block_classes():

@@ -181,11 +181,11 @@ class _Session:
             sources=self.task.sources,
         )
         r, p = self.recipe, self.plan
-        parameters = sum(x.numel() for x in self.task.trained.parameters())
+        parameters = sum(getattr(x, "ds_numel", x.numel()) for x in self.task.trained.parameters() if x.requires_grad)
         self.journal.say(
             f"{r.name}: {r.strategy.name} {r.train.precision} on {p.world_size} × {self.engine.device.type}, "
             f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
-            f"{parameters / 1e6:.1f} M trained parameters per process, {r.train.steps} steps → {self.run_folder.path}"
+            f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {self.run_folder.path}"
         )
         for note in [*self.task.notes, *notes, *self.grace.notes()]:
             self.journal.say(f"  {note}")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RunError
-from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, Statistics, seen_as
+from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, SeenAs, Statistics, seen_as
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.openvla.policy import Policy, recorded_framing
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
+from stamo_dist.pretrained.reading import read_config
 
 AnyPolicy = Policy | RDTPolicy
 
@@ -47,13 +47,14 @@ def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> 
 
 
 def _released(path: str, use: Use, options: dict[str, Any]) -> AnyPolicy:
-    folder = load.locate(path)
-    if _with_settings(folder) is not None:  # one of ours, from the hub
-        return load_policy(folder, use=use, **options)
-    config = weights.read_config(folder, load.FIELD, ("model_type", "openvla"))
-    framing = use.framing(None, path, list(Statistics.read(folder, config.get("norm_stats") or {}).sources))
-    use.check(load.has_part(folder, "action_head"), path)
-    return Policy.from_pretrained(folder, options=use.options(), chunk=use.actions_at_once, framing=framing, **options)
+    found = load.locate(path)
+    if _with_settings(found.folder) is not None:  # one of ours, from the hub
+        return load_policy(found.folder, use=use, **options)
+    config = read_config(found.holding("config.json"), "policy", load.FIELD)
+    known = Statistics.read(found.holding(STATISTICS), config.get("norm_stats") or {})
+    framing = use.framing(None, path, list(known.sources))
+    use.check(bool(found.part("action_head")), path)
+    return Policy.from_pretrained(path, options=use.options(), chunk=use.actions_at_once, framing=framing, **options)
 
 
 def _with_settings(path: Path) -> Path | None:

@@ -38,6 +38,10 @@ class Stored:
     def whole(self) -> Tensor:
         return self.read((slice(None),) * len(self.shape))
 
+    def rounded(self, dtype: torch.dtype) -> Stored:
+        """The same tensor as it is once it was kept in `dtype`."""
+        return Stored(self.shape, lambda slices: self.read(slices).to(dtype))
+
     @classmethod
     def in_memory(cls, tensor: Tensor) -> Stored:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from stamo_dist.engine.strategy import ZERO_STAGE
@@ -70,7 +71,8 @@ class _Counted:
         parameters = list(made.trained.parameters())
         self.all = sum(p.numel() for p in parameters)
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
-        self.matrices = sum(p.numel() for p in parameters if p.ndim > 1)
+        self.stored = sum(p.numel() * p.element_size() for p in parameters)  # bytes; a frozen base may be bf16
+        self.matrices = sum(p.numel() for p in parameters if p.ndim > 1 and p.dtype == torch.float32)
         self.beside = sum(p.numel() for module in made.frozen for p in module.parameters())
         buffers = [b for module in (made.trained, *made.frozen) for b in module.buffers()]
         self.buffers = sum(b.numel() * b.element_size() for b in buffers)
@@ -84,7 +86,7 @@ class _Counted:
         average = 4 * self.trained if ema else 0
         gathered = 0.0
         if name == "ddp":
-            parameters, gradients, optimizer = 4.0 * self.all, 4.0 * self.trained, 8.0 * self.trained + average
+            parameters, gradients, optimizer = float(self.stored), 4.0 * self.trained, 8.0 * self.trained + average
             gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold every gradient once more
         elif name in ZERO_STAGE:
             stage = ZERO_STAGE[name]
@@ -96,7 +98,7 @@ class _Counted:
             if stage == 3:
                 gathered += 2.0 * size * (self.unit + self.root)
         else:
-            parameters, gradients = 4 * self.all * share, 4 * self.trained * share
+            parameters, gradients = self.stored * share, 4 * self.trained * share
             optimizer = 8 * self.trained * share + average * share
             if shards > 1:
                 # The root stays whole from forward to backward; of the blocks one is computed and one on its way. Then

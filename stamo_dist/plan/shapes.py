@@ -141,7 +141,8 @@ def _policy(recipe: schema.Recipe) -> Shapes:
         encoder.dim if sees and cfg.stamo != "states" else None,
         compressor.dim if sees and cfg.stamo != "patches" else None,
     )  # fmt: skip
-    network = policies.hollow(config, cfg, sizes)
+    base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    network = policies.hollow(config, cfg, sizes, base=base)
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     network.train()
     seen = policies.Seen(text + sizes.action_tokens + 1, patches, states)

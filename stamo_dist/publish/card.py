@@ -65,6 +65,9 @@ _OFFICIAL = """
 The layout is that of openvla-7b and OpenVLA-OFT: with the official code (`trust_remote_code=True`, fetched from
 `openvla/openvla-7b`) `AutoModelForVision2Seq` and `AutoProcessor` open it; a world head beside it is not read there."""
 
+_PEFT = """
+These are PEFT's adapters and what else was trained; the base is fetched from where `adapter_config.json` says."""
+
 
 def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout, *, trained: nn.Module) -> str:
     """Markdown: what it is, how it is used, what it was trained on and how, what was measured."""
@@ -74,7 +77,7 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout,
     diffusion = recipe.stage == "policy" and recipe.policy.diffusion is not None
     use = _USE["diffusion policy" if diffusion else recipe.stage]
     if recipe.stage == "policy" and not diffusion:
-        use += "\n" + (_HF_POLICY if layout.form == "hf" else _OFFICIAL)
+        use += "\n" + {"hf": _HF_POLICY, "openvla": _OFFICIAL, "peft": _PEFT}[layout.form]
     parts = [
         f"---\nlibrary_name: stamo-dist\ntags: [robotics, {recipe.stage}]\n---",
         f"# {recipe.name}",

@@ -14,6 +14,7 @@ class Form(str, Enum):
 
     hf = "hf"
     openvla = "openvla"
+    peft = "peft"
 
 
 class DType(str, Enum):
@@ -34,7 +35,7 @@ def export(
         typer.Option(
             "--format",
             help="hf: parts that plain diffusers and transformers open. openvla: the layout of the released policies, "
-            "which the official code reads.",
+            "which the official code reads. peft: the adapters of a run with policy.lora, without their base.",
         ),
     ] = Form.hf,
     dtype: Annotated[DType, typer.Option(help="Of the trained weights; what was frozen stays as it was.")] = (

@@ -24,8 +24,8 @@ from stamo_dist.tasks.base import Layout
 
 
 def publish(
-    given: Path, out: Path, *, form: Literal["openvla", "hf"] = "hf", dtype: str = "float32", shard_size: str = "5GB",
-    checkpoint: str | None = None,
+    given: Path, out: Path, *, form: Literal["openvla", "hf", "peft"] = "hf", dtype: str = "float32",
+    shard_size: str = "5GB", checkpoint: str | None = None,
 ) -> None:  # fmt: skip
     """Write the model of a checkpoint, or of a run's newest one, into the new folder `out`.
 
@@ -40,13 +40,15 @@ def publish(
     recipe = load(run.resolved).recipe
     if not re.fullmatch(r"\d+([KMG]i?B|B)?", shard_size, re.IGNORECASE):
         raise RunError(f"--shard-size {shard_size}: give a size as 5GB or 200MB")
-    if form == "openvla" and recipe.stage != "policy":
-        raise RunError(f"--format openvla: is a layout of policies, and {run.path} trains the {recipe.stage}; give hf")
+    if form != "hf" and recipe.stage != "policy":
+        raise RunError(f"--format {form}: is a layout of policies, and {run.path} trains the {recipe.stage}; give hf")
     if form == "openvla" and recipe.policy.vision == "stamo":
         raise RunError(
             f"--format openvla: the official code has no StaMo encoder, through which {run.path} sees "
             "(policy.vision: stamo); give --format hf"
         )
+    if form == "peft" and recipe.policy.lora is None:
+        raise RunError(f"--format peft: writes adapters, and {run.path} trains none (policy.lora); give --format hf")
     if out.exists():
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = checkpoints.read_weights(folder)

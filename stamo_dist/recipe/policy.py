@@ -32,7 +32,7 @@ class Lora(Section):
 
 
 class Freeze(Section):
-    """Which parts of the network keep their weights."""
+    """Which parts of the network keep their weights; what a checkpoint lacks of them trains all the same."""
 
     vision: bool = Field(False, description="Keep the vision towers as they are.")
     projector: bool = Field(False, description="Keep the projector as it is.")
@@ -120,7 +120,9 @@ class Policy(Section):
     bounds: Bounds = Field("q99", description="What becomes [-1, 1]: the 1 % and 99 % quantiles, or the extremes.")
     prompt: Literal["openvla", "v01"] = Field("openvla", description="The prompt's form; v01 is that of openvla-v01.")
     action_weight: Weight = Field(1.0, description="λ_a, the weight of the action loss.")
-    lora: Lora | None = Field(None, description="Train adapters instead of the whole network.")
+    lora: Lora | None = Field(
+        None, description="Train adapters in place of the weights that were loaded; what starts at random trains whole."
+    )
     freeze: Freeze = Freeze()
     world: WorldModel | None = Field(None, description="World modelling beside the actions; null trains without.")
     targets: Literal["online", "cached"] = Field(
@@ -157,6 +159,11 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
     if policy.tokenizer is None and (policy.world is not None or policy.vision == "stamo"):
         reader = "policy.world" if policy.world is not None else "policy.vision"
         problems.append(f"policy.tokenizer: is missing, and {reader} needs the run folder of a StaMo tokenizer")
+    if policy.lora is not None and policy.weights is None:
+        problems.append(
+            "policy.lora: adapts pretrained weights, and without policy.weights all of them start at random; "
+            "name some, or set policy.lora: null"
+        )
     if policy.views != data.views:
         problems.append(f"policy.views: {policy.views}, but data.views reads {data.views}; give both the same number")
     if data.latents == "cached":

@@ -32,11 +32,12 @@ class Layout:
     """How an exported model lies on disk.
 
     `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
-    language model is a folder of its own that plain transformers opens. `dtype` is that of the trained weights, fp32
-    when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a file, as 5GB.
+    language model is a folder of its own that plain transformers opens; peft is adapters without their base. `dtype` is
+    that of the trained weights, fp32 when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a
+    file, as 5GB.
     """
 
-    form: Literal["openvla", "hf"] = "openvla"
+    form: Literal["openvla", "hf", "peft"] = "openvla"
     dtype: torch.dtype | None = None
     shard_size: str = "5GB"
 

@@ -15,12 +15,13 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla import load, shapes
 from stamo_dist.models.openvla.actions import ActionTokenizer
-from stamo_dist.models.openvla.adapt import add_lora, freeze, merge_lora
-from stamo_dist.models.openvla.images import ImageProcessor
+from stamo_dist.models.openvla.adapt import listing, merge_lora, prepare
+from stamo_dist.models.openvla.adapters import Base
+from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
-from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.openvla.text import TOKENIZER, TextTokenizer
 from stamo_dist.pretrained.place import source
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
@@ -48,12 +49,12 @@ class PolicyTask:
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
         self._eyes, self._fingerprint = open_eyes(recipe, mixture)
-        check_eyes(data.folder, cfg, self._fingerprint)
+        check_eyes(data.checkpoint, cfg, self._fingerprint)
         self.states = CachedStates(self._fingerprint) if cfg.targets == "cached" and self._fingerprint else None
         self._text = _text(recipe, data)
         self._processor = (
-            ImageProcessor.from_folder(data.folder, data.config)
-            if data.folder and data.config.towers and cfg.vision == "fused"
+            ImageProcessor.from_folder(data.checkpoint.holding(PREPROCESSOR), data.config)
+            if data.checkpoint and data.config.towers and cfg.vision == "fused"
             else ImageProcessor.from_config(data.config)
         )
         sizes = Sizes(
@@ -65,6 +66,7 @@ class PolicyTask:
             self._eyes.state_shape[1] if cfg.vision == "stamo" and cfg.stamo != "patches" and self._eyes else None,
         )
         self.network, self._filling, notes = _network(recipe, data, sizes)
+        self._unfilled = self._filling is not None
         if not later and self._filling is not None:
             load.materialise(self.network)
             self.fill()
@@ -85,7 +87,7 @@ class PolicyTask:
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
         self.sources: Mapping[str, str] = {
-            **({} if data.folder is None else {"policy.weights": source(data.folder)}),
+            **({} if data.checkpoint is None else {"policy.weights": source(data.checkpoint.folder)}),
             **sources_of(self._eyes),
         }
         self._sizes = sizes
@@ -99,8 +101,9 @@ class PolicyTask:
         """Nothing here depends on data but the statistics, which the manifests hold."""
 
     def fill(self) -> None:
-        if self._filling is not None:
+        if self._filling is not None and self._unfilled:
             self._filling.write(self.network)
+            self._unfilled = False
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._eyes is not None:
@@ -166,7 +169,8 @@ class PolicyTask:
 
     def flops_per_sample(self) -> float:
         seen = self._seen()
-        trained = shapes.training_flops(shapes.hollow(self._data.config, self._cfg, self._sizes), seen)
+        whole = self._filling.whole if self._filling is not None else ()
+        trained = shapes.training_flops(shapes.hollow(self._data.config, self._cfg, self._sizes, whole=whole), seen)
         return trained + (self._eyes.flops(self._frames()) if self._eyes is not None else 0)
 
     def _seen(self) -> shapes.Seen:
@@ -194,19 +198,37 @@ class PolicyTask:
     ) -> None:
         """Write the folder that `Policy.from_pretrained` and the official code read, with the statistics."""
         load_trained(self.network, weights)
-        merge_lora(self.network.vla)
+        base = None
+        if layout.form == "peft":
+            base = self._peft_base()
+        else:
+            self.network.float()  # a base in bf16 would round what is added to it
+            merge_lora(self.network.vla)
         save_parts(
             folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            self._data.framing, tokenizer_fingerprint=self._fingerprint, form=layout.form, dtype=layout.dtype,
-            shard_size=layout.shard_size,
+            framing=self._data.framing, tokenizer_fingerprint=self._fingerprint,
+            form="hf" if layout.form == "hf" else "openvla", dtype=layout.dtype, shard_size=layout.shard_size,
+            base=base,
         )  # fmt: skip
+
+    def _peft_base(self) -> Base:
+        checkpoint, filling = self._data.checkpoint, self._filling
+        assert checkpoint is not None, "adapters have a base"
+        assert filling is not None, "which is filled"
+        if filling.merged(self.network):
+            raise RecipeError([
+                f"--format peft: the run began by merging the adapter {checkpoint.adapter} into its base, which so is "
+                "no checkpoint; give --format hf"
+            ])  # fmt: skip
+        return Base(checkpoint.name, filling.whole)
 
 
 def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
     config, cfg = data.config, recipe.policy
-    if data.folder is not None:
-        text = TextTokenizer.from_folder(data.folder, config.pad, cfg.prompt)
-        text.check(config.text_vocabulary, config.text.vocab_size, str(data.folder))
+    if data.checkpoint is not None:
+        folder = data.checkpoint.holding(TOKENIZER)
+        text = TextTokenizer.from_folder(folder, config.pad, cfg.prompt)
+        text.check(config.text_vocabulary, config.text.vocab_size, str(folder))
         return text
     try:
         texts = data.instructions.texts
@@ -217,14 +239,24 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
 
 def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetwork, load.Filling | None, list[str]]:
     """The network, on the meta device where a checkpoint supplies its weights, and how it is filled from that."""
-    cfg = recipe.policy
-    with load.on_meta() if data.folder is not None else contextlib.nullcontext():
+    cfg, checkpoint, filling = recipe.policy, data.checkpoint, None
+    with load.on_meta() if checkpoint is not None else contextlib.nullcontext():
         network = PolicyNetwork(data.config, cfg, sizes)
-        freeze(network.vla, cfg.freeze)
-        layers = add_lora(network.vla, cfg.lora) if cfg.lora is not None else []
-    notes = [f"policy.lora: rank {cfg.lora.rank} on {len(layers)} layers"] if cfg.lora is not None else []
-    if data.folder is None:
-        return network, None, ["policy: random initial weights", *notes]
-    found, fresh = load.stored(data.folder, network), load.fresh_parts(cfg)
-    filling = load.Filling(network, found, str(data.folder), fresh=fresh, seed=recipe.seed)
-    return network, filling, [f"policy: {filling.report}", *notes]
+        if checkpoint is not None:
+            found, adapter = load.read(checkpoint, network)
+            filling = load.Filling(
+                network, found, str(checkpoint.folder), adapter=adapter, fresh=load.fresh_parts(cfg), seed=recipe.seed
+            )
+        base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        layers = prepare(network, cfg, filling.whole if filling is not None else (), base)
+    notes = ["policy: random initial weights"] if filling is None else [f"policy: {filling.report}"]
+    notes += checkpoint.notes() if checkpoint is not None else []
+    if checkpoint is not None and filling is not None and adapter is not None:
+        merged = len(filling.merged(network))
+        notes.append(
+            f"{adapter.folder}: an adapter on {checkpoint.base}: {len(adapter.whole)} whole parameters, "
+            f"{len(adapter.layers)} layers, of which {len(adapter.goes_on(network))} train on and {merged} are merged"
+        )
+    if cfg.lora is not None:
+        notes.append(f"policy.lora: rank {cfg.lora.rank} on {len(layers)} layers, the base in {recipe.train.precision}")
+    return network, filling, [*notes, *(f"  {line}" for line in listing(network))]

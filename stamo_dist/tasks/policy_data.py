@@ -33,7 +33,7 @@ class PolicyData:
     """Made from the manifests and episode tables; no frame is read and no model built.
 
     Attributes:
-        folder: Of the checkpoint to start from, if any.
+        checkpoint: To start from, if any.
         config: Of the network.
         instructions: What each sample asks for.
         statistics: As inference reads them, of each source with actions.
@@ -46,7 +46,7 @@ class PolicyData:
 
     def __init__(self, recipe: Recipe, mixture: Mixture):
         cfg = recipe.policy
-        self.folder, self.config = network_config(cfg)
+        self.checkpoint, self.config = network_config(cfg)
         window = mixture.window
         assert window is not None, "a policy's recipe has a horizon"
         problems: list[str] = _image_size(cfg, self.config, recipe.data.image_size)
@@ -131,15 +131,16 @@ def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str |
     return None
 
 
-def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
-    """The folder of `policy.weights`, if there are any, and the network's configuration.
+def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
+    """The checkpoint `policy.weights`, if there are any, and the network's configuration.
 
     Raises:
         RecipeError: fields of `policy.config` that OpenVLA or Llama does not have, or that contradict `policy.weights`.
         CheckpointError: the checkpoint is missing or of another model.
     """
     if cfg.weights is not None:
-        folder = load.locate(cfg.weights)
+        checkpoint = load.locate(cfg.weights)
+        folder = checkpoint.holding("config.json")
         config = OpenVLAConfig.from_folder(folder, load.FIELD, cfg.config.get("timm_kwargs") or ())
         if problems := _contradictions(cfg.config, config, folder):
             raise RecipeError(problems)
@@ -148,7 +149,7 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
                 f"policy.vision: fused, but {folder} has no towers of its own: it sees through a StaMo encoder; set "
                 "policy.vision: stamo, or give other policy.weights"
             ])  # fmt: skip
-        return folder, config.with_vision(cfg.vision)
+        return checkpoint, config.with_vision(cfg.vision)
     problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
     text: Mapping[str, Any] = cfg.config.get("text_config") or {}
     problems += weights.unknown_keys(text, [*LlamaConfig().to_dict(), "torch_dtype"], "policy.config.text_config")
@@ -164,20 +165,20 @@ def network_config(cfg: Policy) -> tuple[Path | None, OpenVLAConfig]:
     return None, config.with_vision(cfg.vision)
 
 
-def check_eyes(folder: Path | None, cfg: Policy, fingerprint: str | None) -> None:
+def check_eyes(checkpoint: load.Checkpoint | None, cfg: Policy, fingerprint: str | None) -> None:
     """Whether weights that saw through a StaMo tokenizer go on with the same one.
 
     Raises:
         CheckpointError: They do not.
     """
-    settings = folder / SETTINGS if folder is not None else None
+    settings = checkpoint.holding(SETTINGS) / SETTINGS if checkpoint is not None else None
     if settings is None or cfg.vision != "stamo" or not settings.is_file():
         return
     before = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_fingerprint")
     if before not in (None, fingerprint):
         raise CheckpointError(
-            f"policy.weights: {folder} was trained to see through another StaMo tokenizer than {cfg.tokenizer}; set "
-            "policy.tokenizer to that one"
+            f"policy.weights: {settings.parent} was trained to see through another StaMo tokenizer than "
+            f"{cfg.tokenizer}; set policy.tokenizer to that one"
         )
 
 

@@ -115,8 +115,8 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
     plain = Policy.from_pretrained(folders("openvla"))
     with load.on_meta():
         network = PolicyNetwork(plain.network.vla.config, plain.cfg, plain.network.sizes)
-        adapt.freeze(network.vla, recipe.Freeze(vision=True))
-        layers = adapt.add_lora(network.vla, recipe.Lora(rank=4))
+        cfg = plain.cfg.model_copy(update={"freeze": recipe.Freeze(vision=True), "lora": recipe.Lora(rank=4)})
+        layers = adapt.prepare(network, cfg)
     assert "language_model.lm_head" in layers
     assert not [name for name in layers if name.startswith("vision_backbone")]
     load.materialise(network)
@@ -140,7 +140,7 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
     save_pretrained(plain, tmp_path)
     close(Policy.from_pretrained(tmp_path).predict([given["image"]], [given["instruction"]])[1], changed, 1e-4)
     with pytest.raises(RecipeError, match=r"policy.lora.targets: \['nothing'\] matches no layer"):
-        adapt.add_lora(plain_network.vla, recipe.Lora(targets=["nothing"]))
+        adapt.prepare(plain_network, plain.cfg.model_copy(update={"lora": recipe.Lora(targets=["nothing"])}))
 
 
 def _rank(rank: int, port: int, source: str, out: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -156,6 +157,9 @@ def test_everything_that_is_wrong_is_refused_at_once(toy_policy: Path, tmp_path:
 def test_what_is_trained_can_be_used(toy_policy: Path, tmp_path: Path, ranks) -> None:
     """With adapters: they are in the exported weights, and the statistics and the text tokenizer beside them."""
     recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy, actions="regression")
+    ranks(1, "train", recipe, "--set", "train.steps=1")
+    start = (tmp_path / "run").rename(tmp_path / "start") / "model"
+    recipe.write_text(re.sub(r"  config:\n(    .*\n)+", f"  weights: {start}\n", recipe.read_text()))
     ranks(1, "train", recipe, "--set", "policy.lora.rank=4", "--set", "policy.freeze.projector=true")
     folder = tmp_path / "run/model"
     statistics = json.loads((folder / "dataset_statistics.json").read_text())

@@ -1,16 +1,45 @@
-"""Which parts of a policy train: frozen parts, and low-rank adapters in place of whole weights."""
+"""Which parts of a policy train: frozen parts, low-rank adapters in place of whole weights, and what is new."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Collection
+
+import torch
 from torch import nn
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.network import OpenVLA
-from stamo_dist.recipe.policy import Freeze, Lora
+from stamo_dist.models.openvla.policy_network import PolicyNetwork
+from stamo_dist.recipe.policy import Freeze, Lora, Policy
+
+_FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.")
 
 
-def freeze(vla: OpenVLA, cfg: Freeze) -> None:
-    """Exclude parts from training; call it before adapters are added."""
+def prepare(
+    network: PolicyNetwork, cfg: Policy, whole: Collection[str] = (), base: torch.dtype = torch.float32
+) -> list[str]:
+    """Freeze parts and put adapters in, as `cfg` says; returns the layers with adapters.
+
+    `whole` names the parameters that train whole whatever `cfg` says, for they start at random beside a checkpoint's.
+    Beside adapters, what does not train is kept in `base`. Heads always train whole.
+
+    Raises:
+        RecipeError: no layer that may have adapters is called as `cfg.lora` says.
+    """
+    trains = {name for name, p in network.named_parameters() if p.requires_grad}  # a loss reaches them
+    _freeze(network.vla, cfg.freeze)
+    layers = [] if cfg.lora is None else _add_lora(network.vla, cfg.lora, whole)
+    for name, p in network.named_parameters():
+        if name in trains and name in whole:
+            p.requires_grad_(True)
+        elif layers and not p.requires_grad:
+            p.data = p.data.to(base)
+    return layers
+
+
+def _freeze(vla: OpenVLA, cfg: Freeze) -> None:
     parts = {"vision_backbone": cfg.vision, "projector": cfg.projector, "state_projector": cfg.projector,
              "language_model": cfg.language}  # fmt: skip
     for name, frozen in parts.items():
@@ -18,26 +47,23 @@ def freeze(vla: OpenVLA, cfg: Freeze) -> None:
             getattr(vla, name).requires_grad_(False)
 
 
-def add_lora(vla: OpenVLA, cfg: Lora) -> list[str]:
-    """Put adapters into the layers that train, whose own weights no longer do; returns the layers' names.
+def _add_lora(vla: OpenVLA, cfg: Lora, whole: Collection[str]) -> list[str]:
+    """Put adapters into the layers that train but not whole; nothing else of `vla` trains then.
 
     all-linear is what OpenVLA adapts: every linear layer, the language model's head and the patch embeddings.
-
-    Raises:
-        RecipeError: no layer is called that.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = [
         name
         for name, layer in vla.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.requires_grad
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.requires_grad and f"vla.{name}.weight" not in whole
     ]
     if cfg.targets != "all-linear":
         endings = tuple(cfg.targets)
         layers = [n for n in layers if any(n == e or n.endswith(f".{e}") for e in endings)]
     if not layers:
-        raise RecipeError([f"policy.lora.targets: {cfg.targets} matches no layer that trains"])
+        raise RecipeError([f"policy.lora.targets: {cfg.targets} matches no layer that has weights to adapt and trains"])
     config = LoraConfig(
         r=cfg.rank, lora_alpha=cfg.scale, lora_dropout=cfg.dropout, target_modules=layers, init_lora_weights="gaussian"
     )
@@ -46,7 +72,10 @@ def add_lora(vla: OpenVLA, cfg: Lora) -> list[str]:
 
 
 def merge_lora(vla: OpenVLA) -> None:
-    """Add the adapters to the weights they adapt and take them out: the names are the checkpoints' again."""
+    """Add the adapters to the weights they adapt and take them out: the names are the checkpoints' again.
+
+    The sum is rounded to the number format of the weights.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name: m for name, m in vla.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -54,3 +83,36 @@ def merge_lora(vla: OpenVLA) -> None:
         layer.merge()
         parent, _, leaf = name.rpartition(".")
         setattr(vla.get_submodule(parent), leaf, layer.get_base_layer())
+
+
+def listing(network: PolicyNetwork) -> list[str]:
+    """What trains whole, what by adapters and what not at all, a line each, with the numbers of parameters.
+
+    The three hold every parameter once; those of the adapters are counted beside the ones they adapt.
+    """
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in ("whole", "adapted", "frozen", "adapters")}
+    for name, p in network.named_parameters():
+        if ".lora_" in name:
+            kind = "adapters"
+        elif p.requires_grad:
+            kind = "whole"
+        else:
+            kind = "adapted" if ".base_layer." in name else "frozen"
+        found[kind][_part(name)] += p.numel()
+    adapters = found.pop("adapters")
+    lines = []
+    for kind, parts in found.items():
+        sizes = [
+            f"{part} {size:,}" + (f" by {adapters[part]:,}" if kind == "adapted" else "")
+            for part, size in parts.items()
+        ]
+        by = f" by {adapters.total():,} of adapters" if kind == "adapted" else ""
+        lines += [f"{kind}: {parts.total():,} parameters{by} ({', '.join(sizes)})"] if parts else []
+    return lines
+
+
+def _part(name: str) -> str:
+    if _FILM.search(name):
+        return "FiLM"
+    words = name.split(".")
+    return ".".join(words[: 2 if words[0] == "vla" else 1])

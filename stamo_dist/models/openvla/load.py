@@ -1,9 +1,11 @@
 """Reading checkpoints into a policy, tensor by tensor: no process ever holds more than its own shards and one tensor.
 
+checkpoint = locate(weights)                               # a folder, or an adapter's and its base's
 with on_meta():
     network = PolicyNetwork(...)                           # shapes only
-filling = Filling(network, stored(folder, network), ...)   # compares names and shapes
-engine shards it, or does not
+found, adapter = read(checkpoint, network)
+filling = Filling(network, found, adapter=adapter, ...)    # compares names and shapes
+adapters are put in; an engine shards it, or does not
 materialise(network, device)                               # memory for the local shards
 filling.write(network)                                     # each process reads its slices of the mapped files
 """
@@ -11,9 +13,11 @@ filling.write(network)                                     # each process reads 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +25,11 @@ from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
+from stamo_dist.models.openvla import adapters
+from stamo_dist.models.openvla.actions import SETTINGS
+from stamo_dist.models.openvla.adapters import FIELD, Adapter, LowRank
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.shards import Slices, Stored, materialise, on_meta, write
+from stamo_dist.models.shards import Stored, materialise, on_meta, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.pretrained import place
 from stamo_dist.pretrained.files import weight_files
@@ -31,16 +38,19 @@ from stamo_dist.recipe.policy import Policy
 
 log = logging.getLogger(__name__)
 
-FIELD = "policy.weights"
 __all__ = [
-    "Filling", "Stored", "fill", "fresh_parts", "has_part", "locate", "materialise", "on_meta", "part", "stored",
+    "FIELD", "Checkpoint", "Filling", "Stored", "fill", "fresh_parts", "has_part", "locate", "materialise", "on_meta",
+    "part", "read", "stored",
 ]  # fmt: skip
 
 HEADS = ("action_head", "proprio_projector", "world_head")
 LANGUAGE = "language_model"  # subfolder of exports whose language model plain transformers opens
 NOTHING = r"(?!)"
 #: What a hub repository has beside config.json and the weights.
-EXTRA_FILES = ("*.json", "language_model/*", "*_checkpoint.pt", *(f"{part}.safetensors" for part in HEADS))
+EXTRA_FILES = (
+    "*.json", "language_model/*", "*_checkpoint.pt", adapters.WEIGHTS, *(f"{part}.safetensors" for part in HEADS),
+)  # fmt: skip
+OFT_ADAPTER = "lora_adapter"  # subfolder in which OFT's training leaves the adapter, merged into what lies above or not
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
@@ -54,13 +64,105 @@ def fresh_parts(cfg: Policy) -> str:
     return "|".join(parts)
 
 
-def locate(checkpoint: str) -> Path:
-    """Where a checkpoint lies: its own folder, or what the hub supplies.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the parts of a checkpoint lie: in one folder, or in that of an adapter and in that of its base."""
+
+    folder: Path  # what was asked for: heads, statistics, settings
+    base: Path  # config and weights of the whole network; `folder` itself where it holds them
+    name: str  # by which others find the base: an absolute path or a hub id
+    adapter: Path | None = None  # folder of the adapter
+
+    def holding(self, name: str) -> Path:
+        """The folder that has the file `name`, the base's where neither has it."""
+        return self.folder if (self.folder / name).is_file() else self.base
+
+    def part(self, name: str) -> dict[str, Stored]:
+        """As the function `part`, of the base where the adapter's folder has none."""
+        return part(self.folder, name) or part(self.base, name)
+
+    def notes(self) -> list[str]:
+        """What a person should know about how it lies there."""
+        merged = self.adapter is None and (self.folder / OFT_ADAPTER / adapters.CONFIG).is_file()
+        return [f"{self.folder / OFT_ADAPTER} is not read: OFT leaves it beside weights it is merged into"] * merged
+
+
+def locate(checkpoint: str) -> Checkpoint:
+    """A checkpoint's folder, or what the hub supplies. An adapter in it stands on the weights beside it, else on those
+    that its config names or that lie in the folder above.
 
     Raises:
-        CheckpointError: there is no such folder, and the hub did not supply it.
+        CheckpointError: there is no such folder, the hub did not supply it, or an adapter or its base is not whole.
     """
+    given = Path(checkpoint).expanduser()
+    if not _has_weights(given):
+        for adapter in (given, given / OFT_ADAPTER):
+            if adapters.lies_in(adapter):
+                return _on_base(given, adapter)
+    folder = _place(checkpoint)
+    name = str(folder.resolve()) if given.exists() else checkpoint
+    return Checkpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
+
+
+def _place(checkpoint: str) -> Path:
     return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES)
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def _on_base(folder: Path, adapter: Path) -> Checkpoint:
+    named = adapters.read_config(adapter).get("base_model_name_or_path") or ""
+    places = [adapter / named, Path(named).expanduser()] if named else []
+    base = next((p for p in [*places, adapter.absolute().parent] if _has_weights(p)), None)
+    if base is None:
+        try:
+            base = _place(named)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
+                f"from the hub; correct base_model_name_or_path in its {adapters.CONFIG}, or give the base's folder "
+                f"with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
+            ) from None
+        return Checkpoint(folder, _plain(base), named, adapter)
+    return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+
+
+def _plain(base: Path) -> Path:
+    if adapters.lies_in(base):
+        raise CheckpointError(f"{FIELD}: {base} is the base of an adapter and has one itself; merge that with peft")
+    return base
+
+
+def read(checkpoint: Checkpoint, network: PolicyNetwork) -> tuple[dict[str, Stored], Adapter | None]:
+    """What a checkpoint holds, by the names of `network`, and its adapter, whose whole parameters are in the first.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or there are several of one part.
+    """
+    found = stored(checkpoint.base, network)
+    if checkpoint.adapter is None:
+        return found, None
+    adapter = adapters.read(checkpoint.adapter, lambda key: f"vla.{_vla_name(key, network)}")
+    if checkpoint.folder != checkpoint.base:
+        if dtype := _base_dtype(checkpoint.folder):
+            found = {name: tensor.rounded(dtype) for name, tensor in found.items()}
+        beside = _beside(checkpoint.folder, network)
+        if any(name.startswith("vla.vision_backbone.") for name in beside):  # their adapters are in that file
+            towers = {name for name in adapter.layers if name.startswith("vla.vision_backbone.")}
+            adapter = Adapter(
+                adapter.folder, {k: v for k, v in adapter.layers.items() if k not in towers}, adapter.whole
+            )
+        found |= beside
+    return {**found, **adapter.whole}, adapter
+
+
+def _base_dtype(folder: Path) -> torch.dtype | None:
+    """In which our own training kept the base that an adapter folder was trained on."""
+    path = folder / SETTINGS
+    name = json.loads(path.read_text(encoding="utf-8")).get("base_dtype") if path.is_file() else None
+    return None if name is None else getattr(torch, name)
 
 
 def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
@@ -77,6 +179,12 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
     if (folder / LANGUAGE / "config.json").is_file():
         language = _safetensors(weight_files(folder / LANGUAGE, FIELD))
         found.update({f"vla.language_model.{key}": tensor for key, tensor in language.items()})
+    return found | _beside(folder, network)
+
+
+def _beside(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
+    """What a folder holds in files of their own: heads, and towers with FiLM."""
+    found: dict[str, Stored] = {}
     for head in HEADS:
         if getattr(network, head) is not None:
             found.update({f"{head}.{k}": v for k, v in part(folder, head).items()})
@@ -132,85 +240,108 @@ def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
         if ".lora_A." not in key:
             continue
         name = f"{key.partition('.lora_A.')[0]}.weight"
-        merged[name] = _merged(merged[name], a, state[key.replace(".lora_A.", ".lora_B.")])
+        low = LowRank(a, state[key.replace(".lora_A.", ".lora_B.")], min(a.shape[0], _LORA_ALPHA) / a.shape[0])
+        merged[name] = low.added_to(merged[name])
     return merged
-
-
-def _merged(base: Stored, a: Stored, b: Stored) -> Stored:
-    def read(slices: Slices) -> Tensor:
-        down, up = (s.whole().float() for s in (a, b))
-        rank = len(down)
-        delta = (up.flatten(1) @ down.flatten(1)).view(base.shape) * (min(rank, _LORA_ALPHA) / rank)
-        return base.read(slices).float() + delta[slices]
-
-    return Stored(base.shape, read)
 
 
 class Filling:
     """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
 
     Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
-    where the checkpoint lacks them or has them in another shape. Adapters always do: they start as the identity. What
-    the checkpoint has of towers that this network does not use is left unread.
+    where the checkpoint lacks them or has them in another shape. The network's adapters start as the identity, or go on
+    from the checkpoint's; what does not go on is merged. What the checkpoint has of towers that this network does not
+    use is left unread.
+
+    Attributes:
+        report: What becomes of each parameter, by its name without adapters.
+        whole: Parameters that start at random, or that the checkpoint's adapter has whole: adapters leave them alone.
     """
 
     def __init__(
-        self, network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, fresh: str = NOTHING, seed: int = 0
-    ):
+        self, network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
+        fresh: str = NOTHING, seed: int = 0,
+    ):  # fmt: skip
         """Only names and shapes are looked at; the network may be without memory.
 
         Raises:
             CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
         """
-        state = {name: t for name, t in network.state_dict().items() if ".lora_" not in name}
-        plain = {name: name.replace(".base_layer.", ".") for name in state}
-        shapes = {n: (found[p].shape, tuple(state[n].shape)) for n, p in plain.items() if p in found}
+        state = _unadapted(network)
+        shapes = {n: (found[n].shape, tuple(t.shape)) for n, t in state.items() if n in found}
         differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
-        absent = [n for n, p in plain.items() if p not in found]
-        self._layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, plain[n])}
-        redone = [n for n in plain if n.rpartition(".")[0] in self._layers]
+        absent = [n for n in state if n not in found]
+        self._layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, n)}
+        redone = [n for n in state if n.rpartition(".")[0] in self._layers]
+        low = {} if adapter is None else {f"{layer}.weight": low for layer, low in adapter.layers.items()}
+        unfit = {
+            n: (a.shape, tuple(state[n].shape)) for n, a in low.items() if n in state and a.shape != state[n].shape
+        }
+        known = {*state, *_unused(network, {**found, **low})}
         self.report = LoadReport(
             source=source,
             loaded=tuple(n for n in shapes if n not in differing and n not in redone),
             reinitialised={n: differing.get(n, ((), tuple(state[n].shape))) for n in redone},
-            mismatched={n: pair for n, pair in differing.items() if n not in redone},
+            mismatched={n: pair for n, pair in {**differing, **unfit}.items() if n not in redone},
             missing=tuple(n for n in absent if n not in redone),
-            unexpected=tuple(sorted(set(found) - set(plain.values()) - _unused(network, found))),
+            unexpected=tuple(sorted({*found, *low} - known)),
         )
         if not self.report.fits:
             raise CheckpointError(f"{FIELD}: the checkpoint does not fit the policy\n{self.report}")
         if redone:
             log.warning("%s: %s", FIELD, self.report)
-        self._found, self._plain, self._seed = found, plain, seed
+        self.whole = {*redone, *(() if adapter is None else adapter.whole)}
+        self._found, self._low, self._seed = found, low, seed
+
+    def merged(self, network: PolicyNetwork) -> list[str]:
+        """Parameters into which an adapter of the checkpoint is merged, for it does not go on in `network`."""
+        return [n for n in self.report.loaded if n in self._low and not self._goes_on(network, n)]
+
+    def _goes_on(self, network: PolicyNetwork, name: str) -> bool:
+        return name in self._low and self._low[name].goes_on_in(network.get_submodule(name.removesuffix(".weight")))
 
     @torch.no_grad()
     def write(self, network: PolicyNetwork) -> None:
-        """Fill the network, sharded or not; its parameters have memory."""
-        state = network.state_dict()
+        """Fill the network, with adapters or without, sharded or not; its parameters have memory."""
+        state, merged = _unadapted(network), set(self.merged(network))
         for name in self.report.loaded:
-            write(state[name], self._found[self._plain[name]].read)
+            tensor = self._found[name]
+            write(state[name], (self._low[name].added_to(tensor) if name in merged else tensor).read)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             for layer in sorted(self._layers):
                 _reset(network.get_submodule(layer))
-            for name, tensor in state.items():
-                if ".lora_" in name:
+            for name, tensor in network.state_dict().items():
+                layer, _, matrix = name.partition(".lora_")
+                if not matrix:
+                    continue
+                if self._goes_on(network, f"{layer}.weight"):
+                    low = self._low[f"{layer}.weight"]
+                    write(tensor, (low.up if matrix.startswith("B") else low.down).read)
+                else:
                     start = torch.zeros(tensor.shape)
                     # Peft's gaussian start.
-                    drawn = start if ".lora_B." in name else start.normal_(std=1 / tensor.shape[0])
+                    drawn = start if matrix.startswith("B") else start.normal_(std=1 / tensor.shape[0])
                     write(tensor, drawn.__getitem__)
 
 
+def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
+    """The network's tensors but its adapters', by the names that they have without them."""
+    state = network.state_dict()
+    return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
+
+
 def fill(
-    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, fresh: str = NOTHING, seed: int = 0
-) -> LoadReport:
+    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
+    fresh: str = NOTHING, seed: int = 0,
+) -> LoadReport:  # fmt: skip
     """Compare and write at once; see `Filling`."""
-    filling = Filling(network, found, source, fresh=fresh, seed=seed)
+    filling = Filling(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
     filling.write(network)
     return filling.report
 
 
-def _unused(network: PolicyNetwork, found: Mapping[str, Stored]) -> set[str]:
+def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
     """Towers that the network has not: it reads one of two, or a StaMo encoder instead."""
     prefixes = []
     if not network.vla.config.towers:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import SETTINGS, ActionTokenizer, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
-from stamo_dist.models.openvla.images import ImageProcessor
+from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.stamo import StamoVision
-from stamo_dist.models.openvla.text import Encoded, TextTokenizer
+from stamo_dist.models.openvla.text import TOKENIZER, Encoded, TextTokenizer
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import policy as recipe
 
@@ -61,7 +61,7 @@ class Policy:
         tower_options: Sequence[Mapping[str, Any]] = (),
         framing: Framing | None = None,
     ) -> Policy:
-        """Read a checkpoint: ours, openvla/openvla-7b's layout or OpenVLA-OFT's; a folder or a hub id.
+        """Read a checkpoint: ours, openvla/openvla-7b's layout, OpenVLA-OFT's or a PEFT adapter; a folder or a hub id.
 
         Args:
             path: The folder or hub id.
@@ -78,23 +78,24 @@ class Policy:
             CheckpointError: the folder is missing, damaged or of another model.
             RecipeError: `options` do not fit together.
         """
-        folder = load.locate(str(path))
-        config = OpenVLAConfig.from_folder(folder, load.FIELD, tower_options)
-        statistics = Statistics.read(folder, config.raw.get("norm_stats") or {})
-        cfg, sizes = _settings(folder, config, dict(options or {}), chunk, statistics)
-        eyes = read_eyes(folder, cfg, tokenizer, device)
+        checkpoint = load.locate(str(path))
+        config = OpenVLAConfig.from_folder(checkpoint.holding("config.json"), load.FIELD, tower_options)
+        statistics = Statistics.read(checkpoint.holding(STATISTICS), config.raw.get("norm_stats") or {})
+        cfg, sizes = _settings(checkpoint, config, dict(options or {}), chunk, statistics)
+        eyes = read_eyes(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
         load.materialise(network, device)
-        load.fill(network, load.stored(folder, network), str(folder))
+        found, adapter = load.read(checkpoint, network)
+        load.fill(network, found, str(path), adapter=adapter)
         return cls(
             network.eval(),
-            text or TextTokenizer.from_folder(folder, config.pad, cfg.prompt),
-            ImageProcessor.from_folder(folder, config),
+            text or TextTokenizer.from_folder(checkpoint.holding(TOKENIZER), config.pad, cfg.prompt),
+            ImageProcessor.from_folder(checkpoint.holding(PREPROCESSOR), config),
             statistics,
             eyes,
-            framing or recorded_framing(folder) or AS_IT_IS,
+            framing or recorded_framing(checkpoint.folder) or AS_IT_IS,
         )
 
     @property
@@ -259,11 +260,15 @@ def recorded_framing(folder: Path) -> Framing | None:
 
 
 def _settings(
-    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    checkpoint: load.Checkpoint,
+    config: OpenVLAConfig,
+    options: dict[str, Any],
+    chunk: int | None,
+    statistics: Statistics,
 ) -> tuple[recipe.Policy, Sizes]:
-    path = folder / SETTINGS
+    path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
-        return _official(folder, config, options, chunk, statistics)
+        return _official(checkpoint, config, options, chunk, statistics)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
@@ -277,14 +282,18 @@ def _settings(
 
 
 def _official(
-    folder: Path, config: OpenVLAConfig, options: dict[str, Any], chunk: int | None, statistics: Statistics
+    checkpoint: load.Checkpoint,
+    config: OpenVLAConfig,
+    options: dict[str, Any],
+    chunk: int | None,
+    statistics: Statistics,
 ) -> tuple[recipe.Policy, Sizes]:
     """What the released folders leave unsaid, from the files they have."""
-    head, proprio = load.part(folder, "action_head"), load.part(folder, "proprio_projector")
+    head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {
         "actions": "regression" if head else "tokens",
         "proprio": bool(proprio),
-        "film": load.has_part(folder, "vision_backbone"),
+        "film": any(load.has_part(folder, "vision_backbone") for folder in (checkpoint.folder, checkpoint.base)),
         "prompt": "v01" if "vicuna" in config.raw.get("llm_backbone_id", "") else "openvla",
     }
     widths = [len(s["action"]["q01"]) for s in statistics.sources.values() if "q01" in s.get("action", {})]
@@ -295,8 +304,8 @@ def _official(
         platform = _PLATFORMS.get((action_dim, proprio_dim))
         if platform is None and (chunk is None or "views" not in options):
             raise CheckpointError(
-                f"{folder}: a policy of {action_dim} numbers and {proprio_dim} of proprioception is none of OFT's "
-                "robots; say its chunk, and views and bounds in options"
+                f"{checkpoint.folder}: a policy of {action_dim} numbers and {proprio_dim} of proprioception is none of "
+                "OFT's robots; say its chunk, and views and bounds in options"
             )
         if platform is not None:
             chunk, found["views"], found["bounds"] = chunk or platform[0], platform[1], platform[2]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stamo_dist.models import weights
+from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
-from stamo_dist.models.openvla.framing import Framing
+from stamo_dist.models.openvla.adapters import Base
+from stamo_dist.models.openvla.framing import AS_IT_IS, Framing
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.load import HEADS, LANGUAGE
 from stamo_dist.models.openvla.policy import FORMAT, Policy
@@ -51,7 +53,7 @@ def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5G
     """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
     save_parts(
         Path(folder), policy.network, policy.network.state_dict(), policy.text, policy.processor, policy.statistics,
-        policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None,
+        framing=policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None,
         shard_size=shard_size,
     )  # fmt: skip
 
@@ -63,26 +65,37 @@ def save_parts(
     text: TextTokenizer,
     processor: ImageProcessor,
     statistics: Statistics,
-    framing: Framing,
     *,
+    framing: Framing = AS_IT_IS,
     tokenizer_fingerprint: str | None = None,
     form: Form = "openvla",
     dtype: torch.dtype | None = None,
     shard_size: str = "5GB",
+    base: Base | None = None,
 ) -> None:
     """As `save_pretrained`, with the weights `state` by the names of `network`, cast to `dtype`; its own are not read.
 
     The towers, the projector and the language model go into safetensors shards under the released names; action head,
     proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
-    safetensors. In the form hf the language model lies in a folder of its own, which plain transformers opens.
+    safetensors. In the form hf the language model lies in a folder of its own, which plain transformers opens. With
+    `base`, PEFT's adapter files stand in place of the towers, the projector and the language model.
 
     Raises:
-        ValueError: adapters are not merged.
+        ValueError: there are adapters that are not merged and no `base`, or none and a `base`.
     """
-    if unmerged := next((name for name in state if ".lora_" in name), None):
-        raise ValueError(f"{unmerged} is an adapter: merge them before saving")
+    lora, adapted = network.cfg.lora, next((name for name in state if ".lora_" in name), None)
+    if base is None and adapted:
+        raise ValueError(f"{adapted} is an adapter: merge them before saving")
+    if base is not None and not adapted:
+        raise ValueError("there are no adapters to save for a base")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).unlink(missing_ok=True)
+    about: dict[str, Any] = {}
+    if base is not None:
+        parameters = network.named_parameters()
+        kept = {name: p.dtype for name, p in parameters if not p.requires_grad and name not in base.lacks}
+        state = {name: tensor for name, tensor in state.items() if name not in kept}
+        about["base_dtype"] = str(next(d for n, d in kept.items() if ".base_layer." in n)).removeprefix("torch.")
     state = {name: weights.cast(tensor, dtype) for name, tensor in state.items()}
     parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
     vla = _without_film(parts["vla"])
@@ -93,16 +106,20 @@ def save_parts(
         language = _below(vla, "language_model.")
         vla = {key: tensor for key, tensor in vla.items() if not key.startswith("language_model.")}
         weights.save_shards(language, folder / LANGUAGE, shard_size=shard_size)
-        about = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
-        _write(folder / LANGUAGE / "config.json", about)
+        model = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+        _write(folder / LANGUAGE / "config.json", model)
         text.save(folder / LANGUAGE)
-    weights.save_shards(vla, folder, shard_size=shard_size)
+    if base is not None:
+        assert lora is not None, "which made the adapters"
+        adapters.save(folder, lora, parts["vla"], base.name, _released)
+    else:
+        weights.save_shards(vla, folder, shard_size=shard_size)
     for head in ("action_head", "proprio_projector"):
         if parts[head]:
             torch.save({f"module.{k}": v for k, v in parts[head].items()}, folder / f"{head}--{_STEP}_checkpoint.pt")
     if parts["world_head"]:
         weights.save(parts["world_head"], folder / "world_head.safetensors")
-    if network.vla.film:
+    if network.vla.film and base is None:
         towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
         torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
     official = form == "openvla" and bool(network.vla.config.towers)
@@ -126,7 +143,7 @@ def save_parts(
         folder / SETTINGS,
         {
             "format": FORMAT, "policy": network.cfg.model_dump(mode="json"), "sizes": dataclasses.asdict(network.sizes),
-            "tokenizer_fingerprint": tokenizer_fingerprint, "framing": framing.to_dict(),
+            "tokenizer_fingerprint": tokenizer_fingerprint, "framing": framing.to_dict(), **about,
             "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
         },
     )  # fmt: skip
@@ -142,7 +159,12 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     film = re.compile(r"featurizer\.blocks\.\d+\.(scale|shift)\.")
-    return {re.sub(r"(\.blocks\.\d+\.)block\.", r"\1", k): v for k, v in state.items() if not film.search(k)}
+    return {_released(k): v for k, v in state.items() if not film.search(k)}
+
+
+def _released(name: str) -> str:
+    """A name as it is without FiLM."""
+    return re.sub(r"(\.blocks\.\d+\.)block\.", r"\1", name)
 
 
 def _as_adapted(towers: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stamo_dist.models.flops import counter, shapes_only
-from stamo_dist.models.openvla.adapt import add_lora, freeze
+from stamo_dist.models.openvla.adapt import prepare
 from stamo_dist.models.openvla.config import OpenVLAConfig
+from stamo_dist.models.openvla.load import fresh_parts
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.recipe.policy import Policy
@@ -24,13 +27,21 @@ class Seen:
     states: int = 0  # state tokens of the StaMo encoder, all views
 
 
-def hollow(config: OpenVLAConfig, cfg: Policy, sizes: Sizes) -> PolicyNetwork:
-    """The network on the meta device; what trains is what trains in the recipe's run."""
+def hollow(
+    config: OpenVLAConfig, cfg: Policy, sizes: Sizes, *, whole: Collection[str] | None = None,
+    base: torch.dtype = torch.float32,
+) -> PolicyNetwork:  # fmt: skip
+    """The network on the meta device; what trains is what trains in the recipe's run.
+
+    `whole` and `base` are those of `adapt.prepare`. Without `whole` the checkpoint, if `cfg` names one, is taken to
+    lack all that it may lack.
+    """
     with torch.device("meta"):
         network = PolicyNetwork(config, cfg, sizes)
-        freeze(network.vla, cfg.freeze)
-        if cfg.lora is not None:
-            add_lora(network.vla, cfg.lora)
+        if whole is None:
+            lacks = re.compile(fresh_parts(cfg))
+            whole = {name for name, _ in network.named_parameters() if cfg.weights is not None and lacks.match(name)}
+        prepare(network, cfg, whole, base)
     return network
 
 
