@@ -202,7 +202,13 @@ def connect(
         clear_dead_locks(_log.warning)
         config = _deepspeed_config(ZERO_STAGE[strategy.name], batching, clip, precision)
         # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
-        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # takes a second
+
+        # Under zero3 transformers would spread every model that is built from now on over the processes, with
+        # collectives: also one that a single process builds, as an export does. The engine spreads what is trained.
+        unset_hf_deepspeed_config()
+        return accelerator
 
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     if strategy.name == "ddp":
