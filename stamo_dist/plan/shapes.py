@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config
 
-from stamo_dist.data.instructions import Instructions
+from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import StamoError
 from stamo_dist.models import rdt
@@ -219,7 +219,7 @@ def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tup
         assert mixture.window is not None, "a policy's recipe has a horizon"
         action, proprio = mixture.window.action_dim or action, mixture.window.proprio_dim or proprio
         try:
-            text = _longest(recipe, config, Instructions(mixture).texts)
+            text = _longest(recipe, config, Instructions(mixture, episode_tables(mixture)).texts)
         except (StamoError, ValueError):
             missing = [f"texts of {text} ids"]
     except StamoError:
