@@ -12,7 +12,7 @@ from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.flops import count
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.models.state_encoder import StateEncoder
 
 Reads = Literal["patches", "states", "both"]
 Target = Literal["state", "motion", "dinov2"]
@@ -21,8 +21,8 @@ Target = Literal["state", "motion", "dinov2"]
 class StamoVision:
     """States, motions and patch features of frames. It is no part of the trained network."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer.requires_grad_(False).eval()
+    def __init__(self, tokenizer: StateEncoder):
+        self.tokenizer = tokenizer
 
     @property
     def patch_dim(self) -> int:
@@ -31,7 +31,7 @@ class StamoVision:
     @property
     def state_shape(self) -> tuple[int, int]:
         """(tokens, dim) of a state."""
-        compressor = self.tokenizer.trained.compressor
+        compressor = self.tokenizer.compressor
         return compressor.tokens, compressor.dim
 
     def target_shape(self, target: Target) -> tuple[int, int]:
@@ -43,7 +43,7 @@ class StamoVision:
 
     def flops(self, frames: int) -> int:
         """Arithmetic of encoding so many frames."""
-        encoder, compressor = self.tokenizer.encoder, self.tokenizer.cfg.compressor
+        encoder, compressor = self.tokenizer.encoder, self.tokenizer.compressor.cfg
         with torch.device("meta"):
             model = Encoder(Dinov2Model(encoder.model.config), encoder.image_size)
             patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
@@ -54,7 +54,7 @@ class StamoVision:
     def look(self, frames: Tensor) -> Seen:
         """uint8 (B, H, W, 3) → what the frozen encoder and compressor make of them."""
         patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
-        return Seen(patches, self.tokenizer.trained.compressor(patches))
+        return Seen(patches, self.tokenizer.compressor(patches))
 
     def read(self, frames: Tensor, reads: Reads) -> Features:
         """uint8 (B, V, H, W, 3) → what the policy reads of V views, view by view."""
