@@ -297,8 +297,8 @@ class Tokenizer(nn.Module):
         """Write a folder that `from_pretrained` reads, the trained parts cast to `dtype`.
 
         `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
-        encoder is named by its source and fingerprint. `stamo.json` is written last; it records the fingerprints of what is
-        read back, so that not all of it need be read to know it.
+        encoder is named by its source and fingerprint. `stamo.json` is written last; it records the fingerprints of
+        what is read back, so that who needs half of it need not read all of it.
 
         Raises:
             ValueError: `freeze` has cast the frozen parts, so what would be written is not what was loaded.

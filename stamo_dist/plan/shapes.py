@@ -121,7 +121,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     else:
         raw = {**raw, **cfg.config, "text_config": {**raw["text_config"], **cfg.config.get("text_config", {})}}
     config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)
-    eyes = _eyes(recipe, notes)
+    eyes = eyes_of(recipe, notes)
     action, proprio, text = _data(recipe, config, notes)
     if cfg.diffusion is not None:
         assert eyes is not None, "the recipe's check wants vision: stamo"
@@ -192,7 +192,8 @@ def _diffusion(
     return Shapes(network, [eyes.encoder, compressor], step, network.block_classes(), notes)
 
 
-def _eyes(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+    """The tokenizer that a policy sees or learns through, on the meta device; `notes` says what had to be assumed."""
     cfg = recipe.policy
     if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
         return None
