@@ -168,7 +168,7 @@ def test_what_is_trained_can_be_used(toy_policy: Path, tmp_path: Path, ranks) ->
         assert line["share/action/b"] == 0  # a video
         acting = line["share/action/a"] * line["samples/a"]
         assert line["share/action"] == pytest.approx(acting / (line["samples/a"] + line["samples/b"]))
-    # The run is one pass. Of the 12 frames of an episode the last has no second action, and the last two no frame to predict.
+    # One pass over all. Of an episode's 12 frames the last has no second action, the last two no frame to predict.
     shares = {term: np.mean([line[f"share/{term}"] for line in lines]) for term in ("action", "world_mse", "world_l1")}
     assert shares["action"] == pytest.approx(11 / 24)
     assert shares["world_mse"] == shares["world_l1"] == pytest.approx(10 / 12)
