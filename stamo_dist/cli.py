@@ -241,10 +241,14 @@ def mix(
 ) -> None:
     """Show what the mixture really is: requested and realised shares, unique samples, epochs; as a table and a picture.
 
+    Of a policy's recipe also how many samples have an action loss, and how many a world loss.
+
     Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
     """
+    from stamo_dist.data.instructions import episode_tables
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.data.shares import report
+    from stamo_dist.data.supervised import Supervision
     from stamo_dist.data.table import mixture_picture, mixture_table
     from stamo_dist.recipe.load import load
 
@@ -252,6 +256,9 @@ def mix(
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
     steps = loaded.train.steps
     mixture_table(report(mixture, steps))
+    if loaded.stage == "policy":
+        supervision = Supervision(loaded, episode_tables(mixture))
+        print("\n".join([*supervision.lines, *supervision.problems]))
     print(f"picture: {mixture_picture(mixture, steps, out or Path(loaded.run_dir) / 'mixture.png')}")
 
 

@@ -22,7 +22,8 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError
-from stamo_dist.models.tokenizer import Tokenizer, exported
+from stamo_dist.models.state_encoder import StateEncoder
+from stamo_dist.models.tokenizer import exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
 
@@ -99,10 +100,8 @@ def _states(recipe: Recipe, device: torch.device) -> Encoder:
         raise RecipeError([
             f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"
         ])  # fmt: skip
-    tokenizer = Tokenizer.from_pretrained(folder)
-    fingerprint = tokenizer.fingerprint()
-    tokenizer.requires_grad_(False).eval().to(device)
-    return Encoder("states", fingerprint, "float32", tokenizer.encode, {"model": folder})
+    tokenizer = StateEncoder.from_pretrained(folder).to(device)
+    return Encoder("states", tokenizer.fingerprint, "float32", tokenizer.encode, {"model": folder})
 
 
 def _frames(shard: MappedShard, start: int, stop: int, size: int) -> NDArray[np.uint8]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stamo_dist.data.schema import Manifest, read_manifest, scaling_notes
-from stamo_dist.errors import DataError
+from stamo_dist.data.schema import Manifest, read_episodes, read_manifest, scaling_notes
+from stamo_dist.data.supervised import Supervision, Table
+from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.recipe.schema import Recipe
 
 
 def advice(recipe: Recipe) -> list[str]:
-    """Dimensions that are scaled in another way than the rest, and what could be computed once; a line each.
+    """How many samples have which loss, dimensions that are scaled in another way than the rest, and what could be
+    computed once; a line each.
 
-    Sources that are remote, or not converted yet, have no say.
+    Sources that are remote, or not converted yet, have no say; the shares of the losses need all of them.
+
+    Raises:
+        RecipeError: No sample of a policy has a loss that it is to learn from.
     """
     manifests = {
         name: [found for path in source.paths if (found := _manifest(path)) is not None]
         for name, source in recipe.data.used.items()
     }
-    lines = list(_scaling(recipe, manifests)) if recipe.stage == "policy" else []
+    lines = [*_supervised(recipe), *_scaling(recipe, manifests)] if recipe.stage == "policy" else []
     frames = sum(
         manifest.splits[recipe.data.sources[name].split].frames
         for name, folders in manifests.items()
@@ -36,6 +41,26 @@ def _manifest(path: str) -> Manifest | None:
         return read_manifest(Path(path).expanduser())
     except DataError:
         return None
+
+
+def _supervised(recipe: Recipe) -> list[str]:
+    tables: dict[str, list[Table]] = {}
+    for name, source in recipe.data.used.items():
+        for path in source.paths:
+            manifest = _manifest(path)
+            if manifest is None or source.split not in manifest.splits:
+                return []
+            try:
+                episodes = read_episodes(Path(path).expanduser(), source.split)
+            except DataError:
+                return []
+            if not episodes:
+                return []
+            tables.setdefault(name, []).append((manifest, episodes))
+    supervision = Supervision(recipe, tables)
+    if problems := supervision.problems:
+        raise RecipeError(problems)
+    return supervision.lines
 
 
 def _scaling(recipe: Recipe, manifests: dict[str, list[Manifest]]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,15 +10,28 @@ from torch import Tensor
 
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import read_episodes
-from stamo_dist.data.sources import OpenSource, fetch_episodes
+from stamo_dist.data.sources import fetch_episodes
+from stamo_dist.data.supervised import Table, labelled_episodes, sample_streams
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Source
 
 _NAMED = 3
 
 
+def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
+    """The episodes of every folder of every source.
+
+    Raises:
+        DataError: A table is missing or damaged.
+    """
+    tables: dict[str, list[Table]] = {}
+    for name, folders in zip(mixture.sources, mixture.opened, strict=True):
+        split = mixture.data.sources[name].split
+        tables[name] = [(f.manifest, read_episodes(fetch_episodes(f, split), split)) for f in folders]
+    return tables
+
+
 class Instructions:
-    """Texts by sample number, from the episode tables alone: no frame is opened, and no text travels with a batch.
+    """Texts by sample number, from `episode_tables` alone: no frame is opened, and no text travels with a batch.
 
     An episode without an instruction takes `data.sources.NAME.instruction`.
 
@@ -29,7 +42,7 @@ class Instructions:
         DataError: Episodes have none; all sources at once.
     """
 
-    def __init__(self, mixture: Mixture):
+    def __init__(self, mixture: Mixture, tables: Mapping[str, Sequence[Table]]):
         problems: list[str] = []
         begins: list[np.ndarray] = []
         texts: list[list[str]] = []
@@ -37,9 +50,7 @@ class Instructions:
         offset = 0
         for name, folders in zip(mixture.sources, mixture.opened, strict=True):
             source = mixture.data.sources[name]
-            share = Fraction(str(source.labelled))
-            for folder in folders:
-                episodes = read_episodes(fetch_episodes(folder, source.split), source.split)
+            for folder, (manifest, episodes) in zip(folders, tables[name], strict=True):
                 found = [(e.instruction or source.instruction or "").strip() for e in episodes]
                 if silent := [e.id for e, text in zip(episodes, found, strict=True) if not text]:
                     more = ", …" if len(silent) > _NAMED else ""
@@ -48,12 +59,11 @@ class Instructions:
                         f"instruction ({', '.join(silent[:_NAMED])}{more}); set data.sources.{name}.instruction"
                     )
                 starts = np.array([e.start for e in episodes], np.int64)
-                for _ in range(_streams(mixture, source, folder)):
+                for _ in range(sample_streams(mixture.data, source, manifest)):
                     begins.append(offset + starts)
                     texts.append(found)
-                    # Every fifth episode for 0.2, the same ones in every run.
-                    labelled += [int((i + 1) * share) > int(i * share) for i in range(len(episodes))]
-                    offset += folder.manifest.splits[source.split].frames
+                    labelled += labelled_episodes(len(episodes), source.labelled)
+                    offset += manifest.splits[source.split].frames
         if problems:
             raise DataError("\n".join(problems))
         self.texts = sorted({text for found in texts for text in found})
@@ -76,10 +86,3 @@ class Instructions:
     def to(self, device: torch.device) -> None:
         self._begins, self._numbers = self._begins.to(device), self._numbers.to(device)
         self._labelled = self._labelled.to(device)
-
-
-def _streams(mixture: Mixture, source: Source, folder: OpenSource) -> int:
-    """How many of a folder's cameras are streams of samples of their own."""
-    if mixture.data.views > 1:
-        return 1
-    return len(dict.fromkeys(folder.manifest.cameras if source.cameras is None else source.cameras))

@@ -66,16 +66,7 @@ class Mixture:
         self._source_first = self.first[bounds[:-1]]
         orders = [SourceOrder(self.first[a:b], counts[a:b], data.shuffle, seed) for a, b in pairwise(bounds)]
         self.frames = np.array([order.samples for order in orders], np.int64)
-        self.schedule = Schedule(
-            [
-                {step * global_batch: w ** (1 / data.temperature) for step, w in source.weights(int(frames)).items()}
-                for source, frames in zip(used.values(), self.frames, strict=True)
-            ],
-            [
-                np.inf if source.max_epochs is None else np.floor(source.max_epochs * frames)
-                for source, frames in zip(used.values(), self.frames, strict=True)
-            ],
-        )
+        self.schedule = Schedule.of(data, self.frames.tolist(), global_batch)
         self.planner = Planner(self.schedule, orders, global_batch, seed, shuffle=data.shuffle.enabled)
         self.steps = None if self.schedule.end == np.inf else int(self.schedule.end) // global_batch
         self.window = self._window() if data.horizon else None

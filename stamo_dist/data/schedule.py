@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.recipe.schema import Data
+
 _GOLDEN = 0.6180339887498949
 
 
@@ -94,6 +96,15 @@ class Schedule:
         head, window = order[:before], order[before : before + count]
         begin = low + np.bincount(source[head], minlength=n)
         return Stretch(source[window], begin, begin + np.bincount(source[window], minlength=n))
+
+    @classmethod
+    def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Schedule:
+        """That of a recipe's sources in use, which have so many frames each."""
+        used = list(zip(data.used.values(), frames, strict=True))
+        return cls(
+            [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
+            [np.inf if s.max_epochs is None else np.floor(s.max_epochs * n) for s, n in used],
+        )
 
     def counts(self, at: int) -> NDArray[np.int64]:
         """Samples of each source among the first `at`, (sources,)."""

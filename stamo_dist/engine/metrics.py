@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -34,6 +34,7 @@ class StepSums:
     #: float64, in which sums of so few float32 are exact: no order of samples or ranks changes them.
     #: (2 · terms + 2, sources): the sums, how many samples each is over, all samples, those in place of unreadable ones
     values: Tensor
+    lacking: set[str] = field(default_factory=set)  # terms that some samples may lack
 
     @classmethod
     def empty(cls, terms: Sequence[str], sources: int, device: torch.device) -> StepSums:
@@ -45,6 +46,7 @@ class StepSums:
     ) -> None:  # fmt: skip
         """`per_sample`: term → (B,); `source`: (B,) int64; `replaced`: (B,) bool; `present`: term → (B,) bool."""
         ones, present = torch.ones_like(source), present or {}
+        self.lacking |= set(present)
         there = [present.get(t, ones) for t in self.terms]
         rows = [*(per_sample[t].detach() for t in self.terms), *there, ones]
         rows.append(torch.zeros_like(source) if replaced is None else replaced)
@@ -67,6 +69,8 @@ class Reduced:
     step: int
     losses: dict[str, float]  # mean of each term over the samples that have it; the terms that none has are left out
     per_source: dict[str, list[float | None]]  # the same by source
+    #: The terms that samples may lack → share of the samples that have it, and the same by source.
+    shares: dict[str, tuple[float, list[float | None]]]
     counts: list[int]  # samples, per source
     grad_norm: float
     lr: float
@@ -99,10 +103,12 @@ class Reduced:
         self, sources: Sequence[str], *, rate: float, seconds: float, mfu: float | None, bad_steps: int
     ) -> dict[str, Any]:
         """What metrics.jsonl says of the step; `rate` in samples per second, `seconds` of training up to here."""
-        each = ((t, s, mean) for t, means in self.per_source.items() for s, mean in zip(sources, means, strict=True))
+        terms = [*self.per_source.items(), *((f"share/{t}", shares) for t, (_, shares) in self.shares.items())]
+        each = ((t, s, mean) for t, means in terms for s, mean in zip(sources, means, strict=True))
         return {
             "step": self.step,
             **self.losses,
+            **{f"share/{term}": share for term, (share, _) in self.shares.items()},
             "grad_norm": self.grad_norm,
             "lr": self.lr,
             "samples_per_second": round(rate, 3),
@@ -122,6 +128,7 @@ class Reduced:
 class _Pending:
     step: int
     terms: tuple[str, ...]
+    lacking: set[str]
     shape: tuple[int, ...]
     flat: Tensor
     grad_norm: float
@@ -146,7 +153,7 @@ class Reducer:
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
             dist.all_reduce(flat)
-        self._pending = _Pending(step, sums.terms, tuple(values.shape), flat, grad_norm, lr, lap)
+        self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, lap)
 
     def take(self) -> Reduced | None:
         if self._pending is None:
@@ -163,10 +170,19 @@ class Reducer:
             t: [(total / n).item() if n else None for total, n in zip(sums[i], there[i], strict=True)]
             for i, t in enumerate(now.terms)
         }
+        shares = {
+            t: (
+                (there[i].sum() / count.sum()).item(),
+                [(n / all_).item() if all_ else None for n, all_ in zip(there[i], count, strict=True)],
+            )
+            for i, t in enumerate(now.terms)
+            if t in now.lacking
+        }
         return Reduced(
             step=now.step,
             losses=losses,
             per_source=per_source,
+            shares=shares,
             counts=[int(c) for c in count.tolist()],
             grad_norm=now.grad_norm,
             lr=now.lr,

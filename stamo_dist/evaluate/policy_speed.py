@@ -25,7 +25,7 @@ from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.policies import AnyPolicy
-from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.policy import WorldModel
 from stamo_dist.recipe.schema import Recipe
@@ -116,7 +116,7 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
     eyes = None
     if cfg.vision == "stamo":
         assert cfg.tokenizer is not None, "the recipe's check wants it"
-        eyes = StamoVision(Tokenizer.from_pretrained(cfg.tokenizer).to(device))
+        eyes = StamoVision(StateEncoder.from_pretrained(cfg.tokenizer).to(device))
     sizes = Sizes(
         _ACTION_DIM, recipe.data.horizon, _PROPRIO_DIM if cfg.proprio else 0, _STATE if cfg.world else None,
         eyes.patch_dim if eyes and cfg.stamo != "states" else None,

@@ -11,11 +11,15 @@ difference of two states) is never longer than 2·√dim. States on a sphere are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stamo_dist.models import weights
 from stamo_dist.recipe import schema
 
 #: Of the mean variance: directions in which the initial states differ less are not brought up to the others, or the
@@ -55,6 +59,7 @@ class Compressor(nn.Module):
 
     def __init__(self, cfg: schema.Compressor, features: int):
         super().__init__()
+        self.cfg = cfg
         self.tokens, self.dim, self.features = cfg.tokens, cfg.dim, features
         self.gradient_checkpointing = False
         self.queries = nn.Parameter(torch.empty(cfg.tokens, cfg.width))
@@ -76,6 +81,15 @@ class Compressor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def settings(self) -> dict[str, Any]:
+        """What of the configuration decides the states, beside the weights."""
+        # Training alone knows noise and the straight map; a whitening map is among the weights.
+        return self.cfg.model_dump(exclude={"noise", "whiten", "straighten"})
+
+    def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+        """SHA-256 of the weights (`seen` of each) and of the settings."""
+        return weights.fingerprint(self.settings(), self.state_dict(), seen)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, N, features) of any float dtype → (B, tokens, dim)."""

@@ -5,7 +5,7 @@ Also with registers (Darcet et al. 2023, arXiv 2309.16588), its Dinov2WithRegist
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,12 @@ class Encoder(nn.Module):
         else:
             self.model.gradient_checkpointing_disable()
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights and of what else decides the features."""
+    def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+        """SHA-256 of the weights (`seen` of each) and of what else decides the features."""
         decides: dict[str, object] = {"class": type(self.model).__name__, "image_size": self.image_size}
         if self.output != "patches":  # which the first fingerprints do not name
             decides["output"] = self.output
-        return weights.fingerprint(decides, self.model.state_dict())
+        return weights.fingerprint(decides, self.model.state_dict(), seen)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write transformers' layout."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,11 +285,11 @@ class Tokenizer(nn.Module):
             self._frozen_fingerprints = {name: part.fingerprint() for name, part in parts.items() if part is not None}
         return self._frozen_fingerprints
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the whole tokenizer: configuration, frozen parts and the core's weights as they are now."""
+    def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+        """SHA-256 of the whole tokenizer: configuration, frozen parts and the core's weights (`seen` of each) now."""
         config = {"flow": self.flow.model_dump(), "frozen": self.frozen_fingerprints(), **self._settings()}
         lasting = {k: v for k, v in self.trained.state_dict().items() if not k.startswith("straight.")}
-        return weights.fingerprint(config, lasting)
+        return weights.fingerprint(config, lasting, seen)
 
     def _settings(self) -> dict[str, Any]:
         more = {} if self.encoder.output == "patches" else {"encoder_output": self.encoder.output}
@@ -297,8 +297,7 @@ class Tokenizer(nn.Module):
             **more,
             "image_size": self.vae.image_size,
             "encoder_image_size": self.encoder.image_size,
-            # Training alone knows noise and the straight map; a whitening map is among the weights.
-            "compressor": self.cfg.compressor.model_dump(exclude={"noise", "whiten", "straighten"}),
+            "compressor": self.trained.compressor.settings(),
             "latent": self.vae.latent,
         }
 
@@ -306,7 +305,8 @@ class Tokenizer(nn.Module):
         """Write a folder that `from_pretrained` reads, the trained parts cast to `dtype`.
 
         `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
-        encoder is named by its source and fingerprint. `stamo.json` is written last.
+        encoder is named by its source and fingerprint. `stamo.json` is written last; it records the fingerprints of
+        what is read back, so that who needs half of it need not read all of it.
 
         Raises:
             ValueError: `freeze` has cast the frozen parts, so what would be written is not what was loaded.
@@ -328,6 +328,11 @@ class Tokenizer(nn.Module):
             "model": self.cfg.model_dump(mode="json"),
             "flow": self.flow.model_dump(mode="json"),
             "frozen": self.frozen_fingerprints(),
+            "fingerprint": self.fingerprint(written := weights.written(dtype)),
+            "sees": {
+                "encoder": self.frozen_fingerprints().get("encoder") or self.encoder.fingerprint(written),
+                "compressor": self.trained.compressor.fingerprint(written),
+            },
         }
         (folder / "stamo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -343,19 +348,35 @@ class Tokenizer(nn.Module):
         root, about = exported(folder)
         cfg, flow = schema.Model.model_validate(about["model"]), schema.Flow.model_validate(about["flow"])
         vae = VAE.from_folder(root / "vae", about["image_size"], cfg.vae.latent)
-        if cfg.encoder.train:
-            encoder = Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
-        else:
-            source = {"weights": encoder_weights} if encoder_weights else {}
-            encoder = Encoder.from_config(cfg.encoder.model_copy(update=source))
-        compressor, _ = weights.load(
-            lambda: Compressor(cfg.compressor, encoder.dim), weights.folder(root / "compressor", str(root))
-        )
+        encoder = read_encoder(root, cfg, encoder_weights)
+        compressor = read_compressor(root, cfg, encoder.dim)
         decoder = Decoder.from_folder(root / "transformer", vae.latent_shape)
         decoder.precondition = cfg.decoder.precondition
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
-        _check_frozen(tokenizer, about["frozen"], root)
+        check_parts(tokenizer.frozen_fingerprints(), about["frozen"], root)
         return tokenizer.eval()
+
+
+def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
+    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, wherever that is.
+
+    Raises:
+        CheckpointError: files are missing or corrupt.
+    """
+    if cfg.encoder.train:
+        return Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
+    source = {"weights": encoder_weights} if encoder_weights else {}
+    return Encoder.from_config(cfg.encoder.model_copy(update=source))
+
+
+def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
+    """The compressor of the tokenizer exported to `root`, of patches of `dim` numbers.
+
+    Raises:
+        CheckpointError: files are missing or corrupt.
+    """
+    stored = weights.folder(root / "compressor", str(root))
+    return weights.load(lambda: Compressor(cfg.compressor, dim), stored)[0]
 
 
 def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -377,15 +398,21 @@ def _read_about(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != _FORMAT:
             raise CheckpointError(f"{path}: format {about['format']}, this version reads {_FORMAT}; export it again")
-        return {key: about[key] for key in ("image_size", "model", "flow", "frozen")}
+        recorded = {key: about.get(key) for key in ("fingerprint", "sees")}  # None in the first exports
+        return {**{key: about[key] for key in ("image_size", "model", "flow", "frozen")}, **recorded}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
 
 
-def _check_frozen(tokenizer: Tokenizer, expected: Mapping[str, str], root: Path) -> None:
-    for name, found in tokenizer.frozen_fingerprints().items():
-        if expected.get(name) != found:
+def check_parts(found: Mapping[str, str], expected: Mapping[str, str], root: Path) -> None:
+    """Compare the fingerprints of a tokenizer's parts with those its export recorded.
+
+    Raises:
+        CheckpointError: One is another.
+    """
+    for name, fingerprint in found.items():
+        if expected.get(name) != fingerprint:
             raise CheckpointError(
-                f"{root}: the frozen {name} is not the one this tokenizer was trained with (fingerprint {found[:12]}, "
+                f"{root}: the {name} is not the one this tokenizer was trained with (fingerprint {fingerprint[:12]}, "
                 f"expected {str(expected.get(name))[:12]}); give the original weights"
             )

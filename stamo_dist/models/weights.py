@@ -286,11 +286,21 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous()
 
 
-def fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a configuration and named tensors (name, dtype, shape, bytes); the order does not matter."""
+def written(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """What `load` makes of a tensor that `save` has cast to `dtype`."""
+    return lambda tensor: _as_float32(cast(tensor, dtype))
+
+
+def fingerprint(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], seen: Callable[[Tensor], Tensor] = Tensor.detach
+) -> str:
+    """SHA-256 over a configuration and named tensors (name, dtype, shape, bytes), in any order.
+
+    `seen`: what to take in place of each tensor.
+    """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name in sorted(state):
-        tensor = state[name].detach().to("cpu").contiguous()
+        tensor = seen(state[name]).detach().to("cpu").contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from stamo_dist.recipe.schema import Recipe
+
+_DTYPES = ("float32", "bfloat16", "float16")
 _STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 
 
@@ -15,19 +20,23 @@ def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/policy_openvla_state.yaml.")],
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Devices in all.")] = 8,
     every: Annotated[bool, typer.Option("--all", help="Every strategy, not the recipe's alone.")] = False,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(_DTYPES), help="Weights alone of the policy while it is served, exported in that --dtype."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
     ] = [],  # noqa: B006 (typer reads the default)
 ) -> None:
-    """What one device holds: parameters, gradients, optimizer, activations, and the peak of a step.
+    """What one device holds: parameters, gradients, optimizer, activations, and the peak of a step; or a served policy.
 
     Needs neither a GPU nor weights nor data: only shapes are computed.
 
     Example: stamo plan recipes/policy_openvla_state.yaml --gpus 8 --all
     """
-    from dataclasses import asdict
-
     from rich.console import Console
     from rich.table import Table
 
@@ -36,6 +45,9 @@ def plan(
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
+    if serve is not None:
+        _show_serving(loaded, serve, as_json=as_json)
+        return
     try:
         found = predict(loaded, gpus, _STRATEGIES if every else None)
     except ValueError as e:
@@ -61,4 +73,35 @@ def plan(
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for note in first.notes:
+        console.print(f"assumed  {note}", soft_wrap=True)
+
+
+def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from stamo_dist.errors import StamoError
+    from stamo_dist.plan.serving import serving
+
+    if name not in _DTYPES:
+        raise StamoError(f"--serve: {name} is unknown; give {', '.join(_DTYPES)}")
+    parts, notes = serving(recipe, getattr(torch, name))
+    if as_json:
+        typer.echo(json.dumps([asdict(part) for part in parts], indent=1))
+        return
+    console = Console(highlight=False)
+    table = Table(title=f"{recipe.name} served, exported in {name}: weights in GB")
+    table.add_column("part")
+    for head in ("M parameters", "on the device", "not read"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for part in parts:
+        size = f"{part.size / 1e9:.2f}"
+        table.add_row(part.name, f"{part.numel / 1e6:,.1f}", *((size, "") if part.held else ("", size)))
+    held, left = (f"{sum(part.size for part in parts if part.held is on) / 1e9:.2f}" for on in (True, False))
+    table.add_section()
+    table.add_row("in all", "", held, left)
+    console.print(table)
+    console.print("Weights alone: a request's activations come on top, and 1 GB of a GPU's own.", style="dim")
+    for note in notes:
         console.print(f"assumed  {note}", soft_wrap=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config
 
-from stamo_dist.data.instructions import Instructions
+from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import StamoError
 from stamo_dist.models import rdt
@@ -121,7 +121,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     else:
         raw = {**raw, **cfg.config, "text_config": {**raw["text_config"], **cfg.config.get("text_config", {})}}
     config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)
-    eyes = _eyes(recipe, notes)
+    eyes = eyes_of(recipe, notes)
     action, proprio, text = _data(recipe, config, notes)
     if cfg.diffusion is not None:
         assert eyes is not None, "the recipe's check wants vision: stamo"
@@ -193,7 +193,8 @@ def _diffusion(
     return Shapes(network, [eyes.encoder, compressor], step, network.block_classes(), notes)
 
 
-def _eyes(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+    """The tokenizer that a policy sees or learns through, on the meta device; `notes` says what had to be assumed."""
     cfg = recipe.policy
     if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
         return None
@@ -220,7 +221,7 @@ def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tup
         assert mixture.window is not None, "a policy's recipe has a horizon"
         action, proprio = mixture.window.action_dim or action, mixture.window.proprio_dim or proprio
         try:
-            text = _longest(recipe, config, Instructions(mixture).texts)
+            text = _longest(recipe, config, Instructions(mixture, episode_tables(mixture)).texts)
         except (StamoError, ValueError):
             missing = [f"texts of {text} ids"]
     except StamoError:

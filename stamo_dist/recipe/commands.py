@@ -54,7 +54,8 @@ def check(
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
-    Where the shards are at hand: also dimensions of actions that never or seldom move, and what could be cached.
+    Where the shards are at hand: also how many samples have an action and a world loss, dimensions of actions that
+    never or seldom move, and what could be cached.
 
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
     """

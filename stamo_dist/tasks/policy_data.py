@@ -11,10 +11,11 @@ import numpy as np
 from transformers import LlamaConfig
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers' models
-from stamo_dist.data.instructions import Instructions
+from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import Stats, scaling_notes
 from stamo_dist.data.shards import MappedShard
+from stamo_dist.data.supervised import Supervision
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla import load
@@ -38,7 +39,8 @@ class PolicyData:
         instructions: What each sample asks for.
         statistics: As inference reads them, of each source with actions.
         actions, proprio: Range of each source, None where it has none or the policy reads none.
-        notes: Dimensions that are scaled in another way than the rest, a line each.
+        notes: How many samples have which loss, and dimensions that are scaled in another way than the rest; a line
+            each.
 
     Raises:
         StamoError: The policy cannot be trained on this data; everything that is wrong at once.
@@ -50,15 +52,17 @@ class PolicyData:
         window = mixture.window
         assert window is not None, "a policy's recipe has a horizon"
         problems: list[str] = _image_size(cfg, self.config, recipe.data.image_size)
+        self.notes: list[str] = []
         try:
-            self.instructions = Instructions(mixture)
+            tables = episode_tables(mixture)
+            supervision = Supervision(recipe, tables)
+            problems += supervision.problems
+            self.notes += supervision.lines
+            self.instructions = Instructions(mixture, tables)
         except DataError as error:
             problems += str(error).splitlines()
-        if not window.action_dim:
-            problems.append("data.sources: none of them has actions; a policy needs those of one at least")
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
-        self.notes: list[str] = []
         found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]

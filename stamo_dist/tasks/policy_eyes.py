@@ -8,12 +8,12 @@ from stamo_dist.data.frame_cache import find_cache
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.models.openvla.stamo import Reads, Seen, StamoVision, Target
-from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe.schema import Recipe
 
 
 def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str | None]:
-    """The tokenizer's encoder and compressor, where they are read, and the whole tokenizer's fingerprint.
+    """The half of the tokenizer that sees, where it is read, and the whole tokenizer's fingerprint.
 
     Raises:
         CheckpointError: There is no such tokenizer.
@@ -23,13 +23,10 @@ def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str
     cached = cfg.targets == "cached"
     if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo" and not cached):
         return None, None
-    tokenizer = Tokenizer.from_pretrained(cfg.tokenizer)
-    fingerprint = tokenizer.fingerprint()
+    tokenizer = StateEncoder.from_pretrained(cfg.tokenizer)
     if cached:
-        find_cache(mixture.shards, "states", fingerprint)
-    eyes = StamoVision(tokenizer)
-    del tokenizer.trained.decoder, tokenizer.vae  # most of the memory, and nothing here decodes
-    return eyes, fingerprint
+        find_cache(mixture.shards, "states", tokenizer.fingerprint)
+    return StamoVision(tokenizer), tokenizer.fingerprint
 
 
 def sources_of(eyes: StamoVision | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -81,6 +82,25 @@ def post(url: str, payload: object, code: int = 200):
     answer = requests.post(f"{url}/act", data=json_numpy.dumps(payload), timeout=30)
     assert answer.status_code == code, answer.text
     return json_numpy.loads(answer.text)
+
+
+def test_the_tokenizer_s_decoder_need_not_be_there(
+    export: Callable[..., Path], served: Callable[..., str], toy_policy: Path, tmp_path: Path
+) -> None:
+    """What is answered is what the whole tokenizer, read and held, makes of it."""
+    from stamo_dist.models.openvla.stamo import StamoVision
+    from stamo_dist.models.policies import load_policy
+    from stamo_dist.models.state_encoder import StateEncoder
+    from stamo_dist.models.tokenizer import Tokenizer
+
+    folder, half = export("regression"), shutil.copytree(toy_policy / "tokenizer", tmp_path / "tokenizer")
+    for part in ("transformer", "vae"):
+        shutil.rmtree(half / part)
+    whole = load_policy(folder)
+    whole.vision = StamoVision(StateEncoder.of(Tokenizer.from_pretrained(toy_policy / "tokenizer")))
+    (frame,) = frames(1)
+    found = post(served(load_policy(folder, tokenizer=half)), {"image": frame, "instruction": TEXTS[0]})
+    assert np.array_equal(found, whole.act(frame, TEXTS[0]))
 
 
 def test_clients_of_openvla(export, served) -> None:

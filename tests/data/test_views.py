@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made import colour, make_data, write_source
 
-from stamo_dist.data.instructions import Instructions
+from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
@@ -49,7 +49,7 @@ def test_each_moment_is_seen_by_all_cameras(folder: Path, workers: int, order: t
                 for picture, camera in zip(seen, order, strict=True):
                     expected = colour("s", camera, int(row["episode"].split("-")[1]), row["t"])
                     assert np.abs(picture - expected).max() <= 3
-    assert len(Instructions(mixture)._begins) == 4
+    assert len(Instructions(mixture, episode_tables(mixture))._begins) == 4
 
 
 def test_views_decide_what_a_run_reads(folder: Path) -> None:

@@ -19,6 +19,8 @@ from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_pretrained
 from stamo_dist.models.openvla.stamo import StamoVision
+from stamo_dist.models.policies import load_policy
+from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import policy as recipe
 
@@ -113,8 +115,8 @@ def exported(tokenizer: Callable[..., Tokenizer], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("reads", ["patches", "states", "both"])
-def test_stamo_s_eyes(exported: Path, tmp_path: Path, reads: Any) -> None:
-    eyes = StamoVision(Tokenizer.from_pretrained(exported))
+def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_path: Path, reads: Any) -> None:
+    eyes = StamoVision(StateEncoder.from_pretrained(exported))
     cfg = recipe.Policy(
         vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
     )
@@ -135,10 +137,19 @@ def test_stamo_s_eyes(exported: Path, tmp_path: Path, reads: Any) -> None:
     save_pretrained(policy, tmp_path / "policy")
     again = Policy.from_pretrained(tmp_path / "policy")
     views = list(frames[0].numpy())
-    assert np.array_equal(again.act(views, INSTRUCTIONS[0]), policy.act(views, INSTRUCTIONS[0]))
+    acted = policy.act(views, INSTRUCTIONS[0])
+    assert np.array_equal(again.act(views, INSTRUCTIONS[0]), acted)
+    # It sees through half of the tokenizer: the rest is neither held nor read.
+    for part in ("transformer", "vae"):
+        (exported / part / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    half = load_policy(tmp_path / "policy")
+    assert np.array_equal(half.act(views, INSTRUCTIONS[0]), acted)
+    assert half.vision is not None
+    held = {name.partition(".")[0] for name, _ in half.vision.tokenizer.named_parameters()}
+    assert held == {"encoder", "compressor"}
     with pytest.raises(DataError, match="looks at 2 views of a moment, not 1"):
         again.act(views[0], INSTRUCTIONS[0])
-    other = Tokenizer.from_pretrained(exported)
+    other = tokenizer(weights=False)
     torch.nn.init.zeros_(other.trained.compressor.queries)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"is not the StaMo tokenizer that .* was trained with"):
@@ -147,7 +158,7 @@ def test_stamo_s_eyes(exported: Path, tmp_path: Path, reads: Any) -> None:
 
 def test_targets_of_the_world_head(exported: Path) -> None:
     stamo = Tokenizer.from_pretrained(exported)
-    eyes = StamoVision(stamo)
+    eyes = StamoVision(StateEncoder.from_pretrained(exported))
     now, then = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
     close(eyes.target(now, then, "state"), stamo.encode(then), 1e-6)
     close(eyes.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)

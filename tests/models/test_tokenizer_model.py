@@ -161,7 +161,7 @@ def test_another_frozen_encoder_is_refused(tokenizer: Build, official: Path, tmp
     other = Dinov2Model.from_pretrained(moved)
     other.layernorm.bias.data[0] += 1
     other.save_pretrained(moved)
-    with pytest.raises(CheckpointError, match="the frozen encoder is not the one this tokenizer was trained with"):
+    with pytest.raises(CheckpointError, match="the encoder is not the one this tokenizer was trained with"):
         Tokenizer.from_pretrained(tmp_path, encoder_weights=str(moved))
 
 

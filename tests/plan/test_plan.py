@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,21 @@ from safetensors.torch import load_file
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.policies import load_policy
+from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.plan.live import peak
 from stamo_dist.plan.memory import plan
+from stamo_dist.plan.serving import serving
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe.load import load
+from stamo_dist.tasks import build_task
+from stamo_dist.tasks.base import Layout
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
@@ -93,6 +101,31 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
     assert found["notes"] == [], "the toy's data and tokenizer are there"
     with pytest.raises(RecipeError, match=r"policy.weights: there is no config.json in owner/other, .* known: openvla"):
         plan(load(recipe, ["policy.weights=owner/other"]).recipe, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_served_policy_holds_what_is_planned(toy_policy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    recipe = load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy), ["policy.lora.rank=4"]).recipe
+    task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
+    task.export(tmp_path / "model", task.trained.state_dict(), [], Layout(dtype=dtype))
+    policy = load_policy(tmp_path / "model")
+    assert policy.vision is not None
+    modules = [policy.network, policy.vision.tokenizer]
+    found = [sum(t.nbytes for t in (*module.parameters(), *module.buffers())) for module in modules]
+    parts, _ = serving(recipe, dtype)
+    assert [part.size for part in parts if part.held] == found
+    whole = Tokenizer.from_pretrained(toy_policy / "tokenizer")
+    assert sum(part.numel for part in parts[1:]) == sum(p.numel() for p in whole.parameters())
+
+
+def test_a_full_size_policy_fits_a_card_of_24_gb(stamo: Any) -> None:
+    printed = stamo("plan", "recipes/policy_openvla_state.yaml", "--serve", "bfloat16").stdout
+    page = (ROOT / "docs/serve.md").read_text()
+    numbers = ["6,787.2", "13.57", "355.7", "1.42", "2,107.4", "8.66", "15.00", "8.66"]
+    assert re.findall(r"[\d,]+\.\d+", printed.partition("Weights alone")[0]) == numbers
+    assert re.findall(r"[\d,]+\.\d+", page.partition("| policy | ")[2].partition("\n\n")[0]) == numbers
+    with pytest.raises(RecipeError, match="only a policy is served"):
+        serving(load(ROOT / "recipes/tokenizer_sim.yaml").recipe)
 
 
 def test_a_diffusion_policy_counts_as_what_it_trains(ranks, toy_policy: Path, tmp_path: Path) -> None:

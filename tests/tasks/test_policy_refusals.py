@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_statistics_of_other_data(toy_policy: Path, tmp_path: Path) -> None:
     said = refusal(recipe, source)
     for part in ("data.sources.a: ", "sample 5 (episode a-train-0)", "action[1] is 5, outside the statistics' 0 … 4.5"):
         assert part in said, said
+
+
+def test_a_run_in_which_no_sample_has_an_action_loss(toy_policy: Path, tmp_path: Path, stamo: Any) -> None:
+    """The check of the recipe, the mixture's table and the training say the same, and nothing is written."""
+    recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy)
+    said = "the longest episode of a whose actions are read has 12 frames; set data.horizon: 12 or less"
+    assert said in refusal(recipe, "data.horizon=16")
+    for command in (["train"], ["recipe", "check"]):
+        refused = stamo(*command, recipe, "--set", "data.horizon=16", check=False)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+    assert not (tmp_path / "run").exists()
+    shares = (
+        "action loss: 45.8% of the samples (a 91.7%, b 0.0%)",
+        "world loss: 83.3% of the samples (a 83.3%, b 83.3%)",
+    )
+    for command in (["mix"], ["recipe", "check"]):
+        printed = stamo(*command, recipe).stdout
+        assert all(line in printed for line in shares), printed
 
 
 def test_weights_of_another_tower_vocabulary_or_size(toy_policy: Path, tmp_path: Path) -> None:

@@ -167,6 +167,15 @@ def test_what_is_trained_can_be_used(toy_policy: Path, tmp_path: Path, ranks) ->
     assert statistics["a"]["action"]["q99"] == [10.0] * 3
     marker = json.loads((tmp_path / "run/checkpoints/step_00000012/checkpoint.json").read_text())
     assert marker["identity"]["model.statistics.a"][0]["action"]["q99"] == [10.0] * 3
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["share/action/b"] == 0  # a video
+        acting = line["share/action/a"] * line["samples/a"]
+        assert line["share/action"] == pytest.approx(acting / (line["samples/a"] + line["samples/b"]))
+    # One pass over all. Of an episode's 12 frames the last has no second action, the last two no frame to predict.
+    shares = {term: np.mean([line[f"share/{term}"] for line in lines]) for term in ("action", "world_mse", "world_l1")}
+    assert shares["action"] == pytest.approx(11 / 24)
+    assert shares["world_mse"] == shares["world_l1"] == pytest.approx(10 / 12)
 
     policy = Policy.from_pretrained(folder)
     mixture = mixed(load(recipe).recipe)

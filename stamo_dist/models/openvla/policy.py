@@ -24,7 +24,7 @@ from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TOKENIZER, Encoded, TextTokenizer
-from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe import policy as recipe
 
 FORMAT = 1
@@ -227,7 +227,7 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
 def read_eyes(
     folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
-    """The tokenizer that a policy sees through, None where it has towers.
+    """The half of a tokenizer that a policy sees through, None where it has towers.
 
     Raises:
         CheckpointError: it is not said where it lies, or it is not the one the policy was trained with.
@@ -237,11 +237,11 @@ def read_eyes(
     source = tokenizer or cfg.tokenizer
     if source is None:
         raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
-    eyes = StamoVision(Tokenizer.from_pretrained(source).to(device))
+    seeing = StateEncoder.from_pretrained(source)
     expected = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("tokenizer_fingerprint")
-    if expected != eyes.tokenizer.fingerprint():
+    if expected != seeing.fingerprint:
         raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
-    return eyes
+    return StamoVision(seeing.to(device))
 
 
 def recorded_framing(folder: Path) -> Framing | None:

@@ -53,7 +53,7 @@ def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5G
     """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
     save_parts(
         Path(folder), policy.network, policy.network.state_dict(), policy.text, policy.processor, policy.statistics,
-        framing=policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint() if policy.vision else None,
+        framing=policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint if policy.vision else None,
         shard_size=shard_size,
     )  # fmt: skip
 

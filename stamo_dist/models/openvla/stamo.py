@@ -10,7 +10,7 @@ from torch import Tensor
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.flops import count
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.models.state_encoder import StateEncoder
 
 Reads = Literal["patches", "states", "both"]
 Target = Literal["state", "motion", "dinov2"]
@@ -19,8 +19,8 @@ Target = Literal["state", "motion", "dinov2"]
 class StamoVision:
     """States, motions and patch features of frames. It is no part of the trained network."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer.requires_grad_(False).eval()
+    def __init__(self, tokenizer: StateEncoder):
+        self.tokenizer = tokenizer
 
     @property
     def patch_dim(self) -> int:
@@ -29,7 +29,7 @@ class StamoVision:
     @property
     def state_shape(self) -> tuple[int, int]:
         """(tokens, dim) of a state."""
-        compressor = self.tokenizer.trained.compressor
+        compressor = self.tokenizer.compressor
         return compressor.tokens, compressor.dim
 
     def target_shape(self, target: Target) -> tuple[int, int]:
@@ -41,7 +41,7 @@ class StamoVision:
 
     def flops(self, frames: int) -> int:
         """Arithmetic of encoding so many frames."""
-        encoder, compressor = self.tokenizer.encoder, self.tokenizer.cfg.compressor
+        encoder, compressor = self.tokenizer.encoder, self.tokenizer.compressor.cfg
         with torch.device("meta"):
             patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
             frame = torch.empty(1, 3, encoder.image_size, encoder.image_size)
@@ -51,7 +51,7 @@ class StamoVision:
     def look(self, frames: Tensor) -> Seen:
         """uint8 (B, H, W, 3) → what the frozen encoder and compressor make of them."""
         patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
-        return Seen(patches, self.tokenizer.trained.compressor(patches))
+        return Seen(patches, self.tokenizer.compressor(patches))
 
     def read(self, frames: Tensor, reads: Reads) -> Features:
         """uint8 (B, V, H, W, 3) → what the policy reads of V views, view by view."""

@@ -1,0 +1,151 @@
+"""Which samples of a policy's data have an action loss and which a world loss: from the episode tables alone.
+
+Nothing here needs torch or opens a shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from stamo_dist.data.schedule import Schedule
+from stamo_dist.data.schema import Episode, Manifest
+from stamo_dist.recipe.schema import Data, Recipe, Source
+
+#: A folder of a source, and the episodes of the split that is read.
+Table = tuple[Manifest, Sequence[Episode]]
+
+
+def labelled_episodes(episodes: int, share: float) -> list[bool]:
+    """Which of so many episodes have their actions read: every fifth one for 0.2, the same ones in every run."""
+    exact = Fraction(str(share))
+    return [int((i + 1) * exact) > int(i * exact) for i in range(episodes)]
+
+
+def sample_streams(data: Data, source: Source, manifest: Manifest) -> int:
+    """How many of a folder's cameras are streams of samples of their own."""
+    if data.views > 1:
+        return 1
+    return len(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """One source, its samples counted over the cameras used.
+
+    `action`: samples whose episode is labelled and goes on for a whole chunk. `world`: those whose episode has the
+    frame to predict. `longest`: frames of its longest episode; `longest_labelled`: of those whose actions are read, 0
+    where there are none.
+    """
+
+    name: str
+    acts: bool
+    horizon: int  # frames from t to the target frame
+    episodes: int
+    samples: int
+    action: int
+    world: int
+    longest: int
+    longest_labelled: int
+
+    def share(self, loss: str) -> float:
+        """Share of its samples that have the loss "action" or "world"."""
+        return getattr(self, loss) / self.samples
+
+
+class Supervision:
+    """What a policy's run learns from.
+
+    Args:
+        recipe: Of a policy.
+        tables: Of every source in use, in the recipe's order.
+
+    Attributes:
+        sources: One for each.
+        world: What the second loss is called, None where the policy has none.
+    """
+
+    def __init__(self, recipe: Recipe, tables: Mapping[str, Sequence[Table]]):
+        policy, data = recipe.policy, recipe.data
+        pseudo = policy.diffusion is not None and policy.diffusion.pseudo != "none"
+        self.world = "world" if policy.world is not None else "pseudo-action" if pseudo else None
+        each = pseudo and policy.diffusion is not None and policy.diffusion.pseudo_per == "step"
+        self.sources = [_count(data, name, tables[name], each=each) for name in data.used]
+        self._data = data
+        batch = recipe.train.global_batch
+        schedule = Schedule.of(data, [source.samples for source in self.sources], batch)
+        self._read = schedule.counts(recipe.train.steps * batch).tolist()  # samples of each source in the run
+
+    def share(self, loss: str) -> float:
+        """Share of the run's samples that have the loss "action" or "world"."""
+        there = (n * s.share(loss) for n, s in zip(self._read, self.sources, strict=True))
+        return sum(there) / max(1, sum(self._read))
+
+    @property
+    def lines(self) -> list[str]:
+        """The shares, a line for each loss, by source too."""
+        losses = {"action": "action"} | ({"world": self.world} if self.world else {})
+        return [
+            f"{name} loss: {self.share(loss):.1%} of the samples"
+            f" ({', '.join(f'{s.name} {s.share(loss):.1%}' for s in self.sources)})"
+            for loss, name in losses.items()
+        ]
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each loss that no sample of the run has."""
+        problems = []
+        if not self.share("action"):
+            why = "; ".join(self._no_action(s, n) for s, n in zip(self.sources, self._read, strict=True) if s.acts)
+            why = why or "none of them has actions; a policy needs those of one at least"
+            problems.append(f"data.sources: no sample has an action loss: {why}")
+        if self.world and not self.share("world"):
+            why = "; ".join(
+                f"{s.name} is to predict {s.horizon} frames ahead, its longest episode has {s.longest} frames"
+                for s in self.sources
+            )
+            longest = max(s.longest for s in self.sources)
+            fix = f"set data.horizon: {longest - 1} or less" if longest > 1 else "give sources with longer episodes"
+            problems.append(f"data.horizon: no sample has a {self.world} loss: {why}; {fix}")
+        return problems
+
+    def _no_action(self, source: Supervised, read: int) -> str:
+        if not source.longest_labelled:
+            enough = math.ceil(1e4 / source.episodes) / 1e4
+            labelled = self._data.sources[source.name].labelled
+            return (
+                f"data.sources.{source.name}.labelled: {labelled:g} of {source.episodes} episodes is not one; "
+                f"set {enough:g} or more"
+            )
+        if not source.action:
+            most = source.longest_labelled
+            return (
+                f"data.horizon: {self._data.horizon} actions, but the longest episode of {source.name} whose actions "
+                f"are read has {most} frames; set data.horizon: {most} or less"
+            )
+        assert not read, "else it has some"
+        return f"data.sources.{source.name}.weight: the run reads nothing of it; raise it"
+
+
+def _count(data: Data, name: str, tables: Sequence[Table], *, each: bool) -> Supervised:
+    """`each`: a sample that has any frame after it has a target, as every step on the way is one."""
+    source = data.sources[name]
+    horizon = source.horizon or data.horizon
+    samples = action = world = longest = longest_labelled = 0
+    for manifest, episodes in tables:
+        lengths = np.array([episode.length for episode in episodes], np.int64)
+        has = np.array(labelled_episodes(len(episodes), source.labelled), bool)
+        labelled = lengths[has] if source.actions and manifest.action_dim else lengths[:0]
+        streams = sample_streams(data, source, manifest)
+        samples += streams * int(lengths.sum())
+        action += streams * int((labelled - data.horizon + 1).clip(0).sum())
+        world += streams * int((lengths - (1 if each else horizon)).clip(0).sum())
+        longest = max(longest, int(lengths.max(initial=0)))
+        longest_labelled = max(longest_labelled, int(labelled.max(initial=0)))
+    acts = source.actions and any(manifest.action_dim for manifest, _ in tables)
+    count = sum(len(episodes) for _, episodes in tables)
+    return Supervised(name, acts, horizon, count, samples, action, world, longest, longest_labelled)

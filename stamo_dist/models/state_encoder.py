@@ -1,0 +1,60 @@
+"""The half of a StaMo tokenizer that sees: encoder and compressor, without the decoder and the VAE."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stamo_dist.models.compressor import Compressor
+from stamo_dist.models.encoder import Encoder
+from stamo_dist.models.tokenizer import Tokenizer, check_parts, exported, read_compressor, read_encoder
+from stamo_dist.recipe import schema
+
+log = logging.getLogger(__name__)
+
+
+class StateEncoder(nn.Module):
+    """Frames → patch features and state tokens, frozen. `fingerprint` is the whole tokenizer's."""
+
+    def __init__(self, encoder: Encoder, compressor: Compressor, fingerprint: str):
+        super().__init__()
+        self.encoder, self.compressor, self.fingerprint = encoder, compressor, fingerprint
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> StateEncoder:
+        """The parts of a tokenizer, as they are now; its fingerprint takes reading all of its weights."""
+        return cls(tokenizer.encoder, tokenizer.trained.compressor, tokenizer.fingerprint())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, encoder_weights: str | None = None) -> StateEncoder:
+        """As `Tokenizer.from_pretrained`; neither the decoder's nor the VAE's weights are read or need be there.
+
+        The fingerprint is the one that the export recorded. The two parts, which alone decide the states, are compared
+        with it; of an export from before fingerprints were recorded everything is read once, and then let go.
+
+        Raises:
+            CheckpointError: files are missing or corrupt, or a part is not the one that was exported.
+        """
+        root, about = exported(folder)
+        if about["fingerprint"] is None:
+            log.warning("%s: records no fingerprint, so all of it is read; `stamo export` writes one that does", root)
+            return cls.of(Tokenizer.from_pretrained(folder, encoder_weights))
+        cfg = schema.Model.model_validate(about["model"])
+        encoder = read_encoder(root, cfg, encoder_weights)
+        compressor = read_compressor(root, cfg, encoder.dim)
+        found = {"encoder": encoder.fingerprint(), "compressor": compressor.fingerprint()}
+        check_parts(found, about["sees"], root)
+        return cls(encoder, compressor, about["fingerprint"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.compressor.queries.device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → state tokens (B, tokens, dim) float32, those of `Tokenizer.encode`."""
+        return self.compressor(self.encoder(images.to(self.device))).to(torch.float32)
