@@ -40,7 +40,8 @@ SUITES = {
     ),
     "libero_spatial": Suite(
         "libero", "libero_spatial", "libero_spatial", 20, "agentview", "recipes/policy_libero_spatial_demo.yaml", 10,
-        shuffled=True,
+        shuffled=True, vae="recipes/vae_libero_spatial_demo.yaml",
+        tokenizer="recipes/tokenizer_libero_spatial_demo.yaml",
     ),
     "maniskill": Suite(
         "maniskill", "maniskill", "PushCube-v1,PullCube-v1,PickCube-v1,StackCube-v1", 100, "base_camera",

@@ -85,6 +85,8 @@ def rollout(
     run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
     if run and not saved:
         exported_at(run, load(run.resolved).recipe)
+    if run:
+        use.check_ours(policy)
     shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key,
                      use.named)  # fmt: skip
     benchmark, setting, actions = shown.benchmark, shown.setting, shown.setting.actions

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.errors import RunError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, SeenAs, Statistics, seen_as
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
@@ -36,8 +35,7 @@ def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> 
     folder = _with_settings(Path(path))
     if folder is None:
         return _released(str(path), use, options)
-    if said := [f"--{name}" for name, value in use.decided().items() if value is not None]:
-        raise RunError(f"{', '.join(said)}: {path} was trained here and says it itself; leave it out")
+    use.check_ours(str(path))
     options["framing"] = use.framing(recorded_framing(folder), str(path), ())
     try:
         kind = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("kind")

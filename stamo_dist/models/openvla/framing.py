@@ -181,9 +181,11 @@ class Use:
         changes = {key: value for key in ("orientation", "crop") if (value := getattr(self, key)) is not None}
         return replace(found or AS_IT_IS, **changes)
 
-    def decided(self) -> dict[str, Any]:
-        """What only a released policy leaves to say, by the names of the options."""
-        return {"as": self.preset, "views": self.views, "chunk": self.chunk, "bounds": self.bounds}
+    def check_ours(self, path: str) -> None:
+        """Raises: RunError: What only a released policy leaves to say is said of one that was trained here."""
+        given = {"as": self.preset, "views": self.views, "chunk": self.chunk, "bounds": self.bounds}
+        if said := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise RunError(f"{', '.join(said)}: {path} was trained here and says it itself; leave it out")
 
     @property
     def actions_at_once(self) -> int | None:
