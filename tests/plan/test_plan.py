@@ -105,7 +105,7 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_served_policy_holds_what_is_planned(toy_policy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    recipe = load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy), ["policy.lora.rank=4"]).recipe
+    recipe = load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy)).recipe
     task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
     task.export(tmp_path / "model", task.trained.state_dict(), [], Layout(dtype=dtype))
     policy = load_policy(tmp_path / "model")
