@@ -46,6 +46,7 @@ class Supervised:
     acts: bool
     horizon: int  # frames from t to the target frame
     episodes: int
+    largest: int  # episodes of its largest folder: each is labelled by itself
     samples: int
     action: int
     world: int
@@ -115,7 +116,7 @@ class Supervision:
 
     def _no_action(self, source: Supervised, read: int) -> str:
         if not source.longest_labelled:
-            enough = math.ceil(1e4 / source.episodes) / 1e4
+            enough = math.ceil(1e4 / source.largest) / 1e4
             labelled = self._data.sources[source.name].labelled
             return (
                 f"data.sources.{source.name}.labelled: {labelled:g} of {source.episodes} episodes is not one; "
@@ -147,5 +148,5 @@ def _count(data: Data, name: str, tables: Sequence[Table], *, each: bool) -> Sup
         longest = max(longest, int(lengths.max(initial=0)))
         longest_labelled = max(longest_labelled, int(labelled.max(initial=0)))
     acts = source.actions and any(manifest.action_dim for manifest, _ in tables)
-    count = sum(len(episodes) for _, episodes in tables)
-    return Supervised(name, acts, horizon, count, samples, action, world, longest, longest_labelled)
+    counts = [len(episodes) for _, episodes in tables]
+    return Supervised(name, acts, horizon, sum(counts), max(counts), samples, action, world, longest, longest_labelled)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ from stamo_dist.launch.profile import Profile, load_profile
 from stamo_dist.launch.record import Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.submit import SNAPSHOT, Order
+from stamo_dist.pretrained.pin import pin
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.recipe.schema import Recipe
@@ -118,7 +121,8 @@ def _finished(work: Work) -> float | None:
         assert work.loaded is not None, "a stage that trains has a recipe"
         resolved = work.run_dir / "resolved.yaml"
         try:
-            same = _lasting(load(resolved).recipe) == _lasting(work.loaded.recipe)
+            ran = load(resolved).recipe
+            same = _lasting(ran) == _lasting(_at_the_commits_of(work.loaded.recipe, ran))
         except RecipeError:
             same = False
         if not same or not look(work.run_dir).finished:
@@ -132,6 +136,16 @@ def _finished(work: Work) -> float | None:
     if when is None or launch.digest != digest(work) or (work.makes and not work.makes.exists()):
         return None
     return datetime.fromisoformat(when).timestamp()
+
+
+def _at_the_commits_of(recipe: Recipe, ran: Recipe) -> Recipe:
+    """`recipe` with its hub ids at the commits that a run of it recorded, where it names no revision itself."""
+    commits = {}
+    for name in ("model.encoder", "model.decoder", "model.vae", "policy"):
+        asked, found = (attrgetter(f"{name}.weights")(r) for r in (recipe, ran))
+        if asked and found and hub_id(asked) == (asked, None):
+            commits[f"{name}.weights"] = found
+    return pin(recipe, commits)
 
 
 def _lasting(recipe: Recipe) -> Recipe:

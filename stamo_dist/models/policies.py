@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, SeenAs, Statistics, seen_as
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
@@ -19,6 +20,11 @@ AnyPolicy = Policy | RDTPolicy
 def trained_on(path: str | Path) -> dict[str, SeenAs]:
     """How the sources of the policy in a folder came to it, without opening its weights; empty where it is not said."""
     folder = Path(path)
+    if not folder.exists():
+        try:
+            folder = load.locate(str(path)).folder
+        except CheckpointError:
+            return {}  # who opens it says why
     return seen_as(folder) or seen_as(folder / "model")
 
 

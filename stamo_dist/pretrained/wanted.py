@@ -19,6 +19,7 @@ from stamo_dist.recipe.schema import Model, Recipe
 
 _FIELDS = {"encoder": "model.encoder", "decoder": "model.decoder", "vae": "model.vae", "policy": "policy"}
 _EXPORTED = "stamo.json"
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass
@@ -74,6 +75,8 @@ def _eyes(recipe: Recipe) -> Any:
 def _find(part: str, name: str, weights: str, looked: Looked, environ: Mapping[str, str]) -> Opened | None:
     hub = hub_id(weights)
     if hub is None:
+        if part == "policy" and (Path(weights).expanduser() / _ADAPTER).is_file():
+            return None  # on a base that may lie elsewhere; loading finds it
         return look(on_disk(weights, KINDS[part].subfolders, name), part, name)
     folder = cached(*hub, KINDS[part].subfolders, environ)
     if folder is None or not any(folder.glob("*.safetensors")):

@@ -164,6 +164,15 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
             "policy.lora: adapts pretrained weights, and without policy.weights all of them start at random; "
             "name some, or set policy.lora: null"
         )
+    frozen = [name for name in Freeze.model_fields if getattr(policy.freeze, name)]
+    if frozen and policy.weights is None:
+        problems.append(
+            f"policy.freeze.{frozen[0]}: without policy.weights it would keep what was drawn at random; name some, or "
+            "set it to false"
+        )
+    pseudo = policy.diffusion is not None and policy.diffusion.pseudo != "none" and policy.diffusion.pseudo_weight > 0
+    if not policy.action_weight and policy.world is None and not pseudo:
+        problems.append("policy.action_weight: 0, and there is no other loss to train by; raise it")
     if policy.views != data.views:
         problems.append(f"policy.views: {policy.views}, but data.views reads {data.views}; give both the same number")
     if data.latents == "cached":

@@ -215,6 +215,11 @@ class PolicyTask:
         checkpoint, filling = self._data.checkpoint, self._filling
         assert checkpoint is not None, "adapters have a base"
         assert filling is not None, "which is filled"
+        if checkpoint.adapter == checkpoint.base:
+            raise RecipeError([
+                f"--format peft: the run began from {checkpoint.base}, a base and its adapter in one folder, and its own "
+                "would stand on that; give --format hf"
+            ])  # fmt: skip
         if filling.merged(self.network):
             raise RecipeError([
                 f"--format peft: the run began by merging the adapter {checkpoint.adapter} into its base, which so is "
@@ -249,6 +254,8 @@ def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetw
             )
         base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         layers = prepare(network, cfg, filling.whole if filling is not None else (), base)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise RecipeError(["policy.freeze: keeps all that there is, and nothing is left to train; set one to false"])
     notes = ["policy: random initial weights"] if filling is None else [f"policy: {filling.report}"]
     notes += checkpoint.notes() if checkpoint is not None else []
     if checkpoint is not None and filling is not None and adapter is not None:

@@ -32,7 +32,7 @@ def prepare(
     _freeze(network.vla, cfg.freeze)
     layers = [] if cfg.lora is None else _add_lora(network.vla, cfg.lora, whole)
     for name, p in network.named_parameters():
-        if name in trains and name in whole:
+        if name in trains and name.replace(".base_layer.", ".") in whole:
             p.requires_grad_(True)
         elif layers and not p.requires_grad:
             p.data = p.data.to(base)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
 from stamo_dist.models.shards import Slices, Stored
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.policy import Lora
 
 FIELD = "policy.weights"
@@ -169,8 +170,11 @@ def save(folder: Path, cfg: Lora, state: Mapping[str, Tensor], base: str, rename
     tensors = {rename(name).replace(f".{NAME}.weight", ".weight"): tensor for name, tensor in state.items()}
     low = [found[1] for name in tensors if (found := _LOW_RANK.fullmatch(name))]
     whole = {name.rpartition(".")[0] for name in tensors if not _LOW_RANK.fullmatch(name)}
+    hub = hub_id(base)
     LoraConfig(
+        revision=None if hub is None else hub[1],
         r=cfg.rank, lora_alpha=cfg.scale, lora_dropout=cfg.dropout, target_modules=sorted(set(low)),
-        modules_to_save=sorted(whole) or None, base_model_name_or_path=base, inference_mode=True,
+        modules_to_save=sorted(whole) or None, base_model_name_or_path=base if hub is None else hub[0],
+        inference_mode=True,
     ).save_pretrained(str(folder))  # fmt: skip
     weights.save({f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS)

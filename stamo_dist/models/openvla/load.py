@@ -95,11 +95,17 @@ def locate(checkpoint: str) -> Checkpoint:
         CheckpointError: there is no such folder, the hub did not supply it, or an adapter or its base is not whole.
     """
     given = Path(checkpoint).expanduser()
+    if given.name == OFT_ADAPTER and adapters.lies_in(given):
+        raise CheckpointError(
+            f"{FIELD}: {given} is the adapter that OFT leaves beside the weights it is merged into; give {given.parent}"
+        )
     if not _has_weights(given):
         for adapter in (given, given / OFT_ADAPTER):
             if adapters.lies_in(adapter):
                 return _on_base(given, adapter)
     folder = _place(checkpoint)
+    if adapters.lies_in(folder) and not _has_weights(folder):
+        return _on_base(folder, folder)
     name = str(folder.resolve()) if given.exists() else checkpoint
     return Checkpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
 
@@ -113,7 +119,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _on_base(folder: Path, adapter: Path) -> Checkpoint:
-    named = adapters.read_config(adapter).get("base_model_name_or_path") or ""
+    config = adapters.read_config(adapter)
+    named = config.get("base_model_name_or_path") or ""
+    if (revision := config.get("revision")) and place.hub_id(named) == (named, None):
+        named = f"{named}@{revision}"
     places = [adapter / named, Path(named).expanduser()] if named else []
     base = next((p for p in [*places, adapter.absolute().parent] if _has_weights(p)), None)
     if base is None:

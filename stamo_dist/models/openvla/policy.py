@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TOKENIZER, Encoded, TextTokenizer
 from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe import policy as recipe
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 # (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.
@@ -86,6 +89,8 @@ class Policy:
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
+        if (seen := framing or recorded_framing(checkpoint.folder)) is None:
+            log.warning("%s: does not say how it sees frames, and sees them as they come; `load_policy` takes it", path)
         load.materialise(network, device)
         found, adapter = load.read(checkpoint, network)
         load.fill(network, found, str(path), adapter=adapter)
@@ -95,7 +100,7 @@ class Policy:
             ImageProcessor.from_folder(checkpoint.holding(PREPROCESSOR), config),
             statistics,
             eyes,
-            framing or recorded_framing(checkpoint.folder) or AS_IT_IS,
+            seen or AS_IT_IS,
         )
 
     @property

@@ -93,7 +93,7 @@ def save_parts(
     about: dict[str, Any] = {}
     if base is not None:
         parameters = network.named_parameters()
-        kept = {name: p.dtype for name, p in parameters if not p.requires_grad and name not in base.lacks}
+        kept = {name: p.dtype for name, p in parameters if not p.requires_grad and _plain(name) not in base.lacks}
         state = {name: tensor for name, tensor in state.items() if name not in kept}
         about["base_dtype"] = str(next(d for n, d in kept.items() if ".base_layer." in n)).removeprefix("torch.")
     state = {name: weights.cast(tensor, dtype) for name, tensor in state.items()}
@@ -151,6 +151,10 @@ def save_parts(
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
