@@ -217,8 +217,8 @@ class PolicyTask:
         assert filling is not None, "which is filled"
         if checkpoint.adapter == checkpoint.base:
             raise RecipeError([
-                f"--format peft: the run began from {checkpoint.base}, a base and its adapter in one folder, and its own "
-                "would stand on that; give --format hf"
+                f"--format peft: the run began from {checkpoint.base}, a base and its adapter in one folder, and its "
+                "own would stand on that; give --format hf"
             ])  # fmt: skip
         if filling.merged(self.network):
             raise RecipeError([
