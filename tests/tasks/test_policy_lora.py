@@ -185,3 +185,18 @@ def test_adapters_need_weights(toy_policy: Path, tmp_path: Path) -> None:
     path = write_policy_recipe(tmp_path / "toy.yaml", toy_policy)
     with pytest.raises(RecipeError, match=r"policy.lora: adapts pretrained weights, and without policy.weights"):
         load(path, ["policy.lora.rank=4"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            ["policy.freeze.language=true"],
+            r"policy.freeze.language: without policy.weights it would keep what was drawn",
+        ),
+        (["policy.action_weight=0", "policy.world=null"], r"policy.action_weight: 0, and there is no other loss"),
+    ],
+)
+def test_what_would_train_nothing_of_use_is_refused(tmp_path: Path, toy_policy: Path, settings, says) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy), settings)
