@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,10 +38,11 @@ def resize(images: Tensor, size: int) -> Tensor:
 # Kept out of the modules' buffers: an engine that casts a module to bf16 casts its buffers too.
 @functools.cache
 def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1),
-        torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1),
-    )
+    with unset_fake_temporarily():  # where only shapes are computed a fake one would be kept for good
+        return (
+            torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1),
+            torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1),
+        )
 
 
 def imagenet_normalise(images: Tensor) -> Tensor:
