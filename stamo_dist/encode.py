@@ -22,8 +22,8 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RecipeError
+from stamo_dist.models.exported import exported
 from stamo_dist.models.state_encoder import StateEncoder
-from stamo_dist.models.tokenizer import exported
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
 

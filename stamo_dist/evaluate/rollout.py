@@ -87,8 +87,8 @@ def rollout(
         exported_at(run, load(run.resolved).recipe)
     if run:
         use.check_ours(policy)
-    shown = Shown.to(saved.model if saved else policy, benchmarks, benchmark, cameras, size, actions, unnorm_key,
-                     use.named)  # fmt: skip
+    folder_of = saved.model if saved else policy
+    shown = Shown.to(folder_of, benchmarks, benchmark, cameras, size, actions, unnorm_key, use.named)
     benchmark, setting, actions = shown.benchmark, shown.setting, shown.setting.actions
     names = benchmarks.resolve(benchmark, tasks, setting)
     most = benchmarks.trials(benchmark)

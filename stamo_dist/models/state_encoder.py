@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.encoder import Encoder
-from stamo_dist.models.tokenizer import Tokenizer, check_parts, exported, read_compressor, read_encoder
+from stamo_dist.models.exported import check_parts, exported, read_compressor, read_encoder
+from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import schema
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
 
-from stamo_dist.errors import CheckpointError, RecipeError
+from stamo_dist.errors import RecipeError
 from stamo_dist.models import decoder as decoders
 from stamo_dist.models import encoder as encoders
 from stamo_dist.models import flow as flows
@@ -33,6 +33,7 @@ from stamo_dist.models import weights
 from stamo_dist.models.compressor import Compressor, CompressorLayer
 from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
+from stamo_dist.models.exported import FORMAT, check_parts, exported, read_compressor, read_encoder
 from stamo_dist.models.flops import Flops, count
 from stamo_dist.models.vae import VAE
 from stamo_dist.pretrained.pin import pin_model
@@ -40,7 +41,6 @@ from stamo_dist.recipe import schema
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
 _BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer, Dinov2WithRegistersLayer)
 
 
@@ -322,7 +322,7 @@ class Tokenizer(nn.Module):
         if self.trained.encoder is not None:
             self.trained.encoder.save_pretrained(folder / "encoder", dtype)
         about = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
             "image_size": self.vae.image_size,
             "model": self.cfg.model_dump(mode="json"),
@@ -355,64 +355,3 @@ class Tokenizer(nn.Module):
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         check_parts(tokenizer.frozen_fingerprints(), about["frozen"], root)
         return tokenizer.eval()
-
-
-def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
-    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, wherever that is.
-
-    Raises:
-        CheckpointError: files are missing or corrupt.
-    """
-    if cfg.encoder.train:
-        return Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
-    source = {"weights": encoder_weights} if encoder_weights else {}
-    return Encoder.from_config(cfg.encoder.model_copy(update=source))
-
-
-def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
-    """The compressor of the tokenizer exported to `root`, of patches of `dim` numbers.
-
-    Raises:
-        CheckpointError: files are missing or corrupt.
-    """
-    stored = weights.folder(root / "compressor", str(root))
-    return weights.load(lambda: Compressor(cfg.compressor, dim), stored)[0]
-
-
-def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of an exported tokenizer, which may be a run's `model/`, and what its `stamo.json` says.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
-    if root is None:
-        raise CheckpointError(
-            f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
-        )
-    return root, _read_about(root / "stamo.json")
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: format {about['format']}, this version reads {_FORMAT}; export it again")
-        recorded = {key: about.get(key) for key in ("fingerprint", "sees")}  # None in the first exports
-        return {**{key: about[key] for key in ("image_size", "model", "flow", "frozen")}, **recorded}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
-
-
-def check_parts(found: Mapping[str, str], expected: Mapping[str, str], root: Path) -> None:
-    """Compare the fingerprints of a tokenizer's parts with those its export recorded.
-
-    Raises:
-        CheckpointError: One is another.
-    """
-    for name, fingerprint in found.items():
-        if expected.get(name) != fingerprint:
-            raise CheckpointError(
-                f"{root}: the {name} is not the one this tokenizer was trained with (fingerprint {fingerprint[:12]}, "
-                f"expected {str(expected.get(name))[:12]}); give the original weights"
-            )

@@ -17,12 +17,13 @@ from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import StamoError
 from stamo_dist.models import rdt
+from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import Sizes
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import DiffusionTransformer, motion_shape
-from stamo_dist.models.tokenizer import Tokenizer, exported
+from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
 from stamo_dist.recipe import schema

@@ -18,11 +18,11 @@ from stamo_dist.data.shards import MappedShard
 from stamo_dist.data.supervised import Supervision
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
+from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.framing import Framing
-from stamo_dist.models.tokenizer import exported
 from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Recipe
 

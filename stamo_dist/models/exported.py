@@ -1,0 +1,77 @@
+"""An exported tokenizer's folder: what its `stamo.json` says, and its parts one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.errors import CheckpointError
+from stamo_dist.models import weights
+from stamo_dist.models.compressor import Compressor
+from stamo_dist.models.encoder import Encoder
+from stamo_dist.recipe import schema
+
+FORMAT = 1
+
+
+def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
+    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, wherever that is.
+
+    Raises:
+        CheckpointError: files are missing or corrupt.
+    """
+    if cfg.encoder.train:
+        return Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
+    source = {"weights": encoder_weights} if encoder_weights else {}
+    return Encoder.from_config(cfg.encoder.model_copy(update=source))
+
+
+def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
+    """The compressor of the tokenizer exported to `root`, of patches of `dim` numbers.
+
+    Raises:
+        CheckpointError: files are missing or corrupt.
+    """
+    stored = weights.folder(root / "compressor", str(root))
+    return weights.load(lambda: Compressor(cfg.compressor, dim), stored)[0]
+
+
+def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an exported tokenizer, which may be a run's `model/`, and what its `stamo.json` says.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
+    if root is None:
+        raise CheckpointError(
+            f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
+        )
+    return root, _read_about(root / "stamo.json")
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
+        recorded = {key: about.get(key) for key in ("fingerprint", "sees")}  # None in the first exports
+        return {**{key: about[key] for key in ("image_size", "model", "flow", "frozen")}, **recorded}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+
+
+def check_parts(found: Mapping[str, str], expected: Mapping[str, str], root: Path) -> None:
+    """Compare the fingerprints of a tokenizer's parts with those its export recorded.
+
+    Raises:
+        CheckpointError: One is another.
+    """
+    for name, fingerprint in found.items():
+        if expected.get(name) != fingerprint:
+            raise CheckpointError(
+                f"{root}: the {name} is not the one this tokenizer was trained with (fingerprint {fingerprint[:12]}, "
+                f"expected {str(expected.get(name))[:12]}); give the original weights"
+            )
