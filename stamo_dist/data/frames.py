@@ -64,6 +64,10 @@ class Episodes:
         """Actions taken at frames `ts` (all when omitted), float32 (len(ts), action_dim)."""
         return self._vectors("action", episode, ts)
 
+    def original_actions(self, episode: int, ts: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Actions as the dataset stored them at frames `ts` (all when omitted), float32 (len(ts), A)."""
+        return self._vectors("original_action", episode, ts)
+
     def proprio(self, episode: int, ts: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Proprioception at frames `ts` (all when omitted), float32 (len(ts), proprio_dim)."""
         return self._vectors("proprio", episode, ts)

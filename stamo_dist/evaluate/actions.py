@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,12 +13,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from numpy.typing import NDArray
+
 from stamo_dist.data.frames import Episodes
-from stamo_dist.data.sources import open_source
-from stamo_dist.engine.runfolder import RunFolder, git_commit, open_run
+from stamo_dist.data.schema import Manifest
+from stamo_dist.data.sources import DEFAULT_CACHE, open_source
+from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import CheckpointError, DataError, RunError
-from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress
+from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.held_out import SPLIT, pick_frames
+from stamo_dist.evaluate.simulators import ACTIONS
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
@@ -45,43 +47,77 @@ _ABOUT = (
 
 @dataclass(frozen=True)
 class Watched:
-    """The cameras of one labelled source's held-out episodes."""
+    """The cameras of one labelled source's episodes."""
 
-    name: str
+    name: str  # of the statistics that scale its actions
     cameras: list[Episodes]
     instruction: str
+    convention: str = "delta"  # what the policy's numbers are: one of ACTIONS
+
+    def taken(self, episode: int, ts: Sequence[int]) -> NDArray[np.float64]:
+        """What was done at frames `ts`, in the policy's numbers: (len(ts), A)."""
+        camera = self.cameras[0]
+        if self.convention == "delta":
+            return camera.actions(episode, ts).astype(np.float64)
+        found = camera.original_actions(episode, ts).astype(np.float64)
+        gripper = camera.manifest.gripper
+        if self.convention == "openvla" and gripper is not None:
+            found[:, -1] = camera.actions(episode, ts)[:, gripper]
+        return found
 
 
 def actions(
-    run_path: Path, *, frames: int = 256, batch: int = 16, out: Path | None = None, console: Console | None = None
-) -> Result:
-    """Measure the exported policy of a run and write RUN/eval/actions/.
+    policy: str, *, shards: str | None = None, split: str = SPLIT, cameras: Sequence[str] = (),
+    convention: str | None = None, unnorm_key: str | None = None, use: Use = AS_RECORDED, tokenizer: str | None = None,
+    frames: int = 256, batch: int = 16, out: Path | None = None, console: Console | None = None,
+) -> Result:  # fmt: skip
+    """Measure a policy and write OUT (RUN/eval/actions/ of a run).
 
-    `frames`: most of each source. `batch`: moments at once.
+    `policy`: a run folder, whose recipe says on which data, or what `load_policy` takes, on the `split` of `shards`
+    (a converted source) as `cameras` saw it, in the order of its views. `convention`: one of ACTIONS, in which its
+    numbers are; delta, or the preset's, when omitted. `frames`: most of each source. `batch`: moments at once.
 
     Raises:
-        StamoError: No such run, it trains no policy or has not ended, or a source has nothing held out.
+        StamoError: No such policy, its run trains none or has not ended, a source has nothing held out, or a released
+            policy and the shards do not fit.
     """
     console = console or Console()
-    run = open_run(run_path)
-    recipe = load(run.resolved).recipe
-    policy, provenance = open_policy(run, recipe)
-    watched = _open(recipe, policy)
+    run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
+    if run is None and shards is None:
+        raise RunError(f"{policy}: is no run folder; say with --shards on which converted source its weights are to act")
+    if run:
+        use.check_ours(policy)
+        given = {"shards": shards, "cameras": cameras, "actions": convention, "unnorm-key": unnorm_key}
+        if said := [f"--{name}" for name, value in given.items() if value]:
+            raise RunError(f"{', '.join(said)}: {policy} is a run, whose recipe says it; leave it out")
+        recipe = load(run.resolved).recipe
+        loaded, provenance = open_policy(run, recipe, tokenizer=tokenizer, use=use)
+        watched = _open(recipe, loaded, split)
+    else:
+        if out is None:
+            raise RunError(f"{policy}: is no run folder; say with --out where the results go")
+        assert shards is not None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        manifest = _manifest(shards, split, DEFAULT_CACHE)
+        loaded = load_policy(policy, use=use, device=device, tokenizer=tokenizer)
+        provenance = provenance_of_others(policy)
+        watched = [_of_shards(loaded, manifest, shards, split, cameras, convention, unnorm_key, use)]
     seen = "; ".join(f"{source.name}: {', '.join(camera.camera for camera in source.cameras)}" for source in watched)
+    meant = "".join(f" ({source.convention})" for source in watched[:1] if not run)
     console.print(
-        f"{seen}; {policy.framing.said()}; {policy.chunk} actions at a time, scaled by {policy.cfg.bounds}",
+        f"{seen}; {loaded.framing.said()}; {loaded.chunk} actions at a time{meant}, scaled by {loaded.cfg.bounds}",
         soft_wrap=True,
     )
-    folder = output_folder(run, NAME, out)
+    folder = output_folder(run or RunFolder(Path(policy)), NAME, out)
     rows = []
     with progress(console) as bar:
         task = bar.add_task("frames", total=frames * len(watched))
         for source in watched:
-            rows.append(_measure(policy, source, frames, batch, lambda n: bar.advance(task, n)))
+            rows.append(_measure(loaded, source, frames, batch, lambda n: bar.advance(task, n)))
         bar.update(task, completed=frames * len(watched))
     result = Result(
         NAME, "Held-out action error", _ABOUT, _COLUMNS, rows,
-        {"frames": frames, "chunk": policy.chunk, "framing": policy.framing.to_dict()}, provenance,
+        {"frames": frames, "split": split, "chunk": loaded.chunk, "framing": loaded.framing.to_dict()}, provenance,
         by=["source"], better={"mae": "lower", "rmse": "lower"},
     )  # fmt: skip
     result.write(folder)
@@ -130,23 +166,38 @@ def provenance_of(recipe: Recipe, weights: str, step: int) -> Provenance:
     return Provenance(
         recipe=recipe.name, data_fingerprint=None, checkpoint=weights, step=step,
         ema=bool(step) and recipe.train.ema is not None, trained_commit=None, git_commit=git_commit(), seed=recipe.seed,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=typed_command(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
-def _open(recipe: Recipe, policy: AnyPolicy) -> list[Watched]:
+def provenance_of_others(weights: str) -> Provenance:
+    """Of weights that no run of ours is known for."""
+    return Provenance(
+        recipe=Path(weights).name, data_fingerprint=None, checkpoint=weights, step=0, ema=False, trained_commit=None,
+        git_commit=git_commit(), seed=0, command=typed_command(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _manifest(path: str, split: str, cache: str) -> Manifest:
+    manifest = open_source(path, cache).manifest
+    if split not in manifest.splits or not manifest.splits[split].frames:
+        there = ", ".join(name for name, found in manifest.splits.items() if found.frames) or "none"
+        fix = "convert it anew with a --val-fraction above 0" if split == SPLIT else "choose another --split"
+        raise DataError(f"{path} has no {split!r} split (its splits: {there}); {fix}")
+    return manifest
+
+
+def _open(recipe: Recipe, policy: AnyPolicy, split: str) -> list[Watched]:
     found, problems = [], []
     for name, source in recipe.data.used.items():
         if name not in policy.statistics.sources:
             continue  # a video
         try:
             path, cache = source.paths[0], recipe.data.cache
-            manifest = open_source(path, cache).manifest
-            if SPLIT not in manifest.splits or not manifest.splits[SPLIT].frames:
-                raise DataError(f"{path} has no {SPLIT!r} split; convert it anew with a --val-fraction above 0")
-            cameras = (source.cameras or manifest.cameras)[: policy.cfg.views]
-            opened = [Episodes(path, SPLIT, camera, cache=cache) for camera in cameras]
+            cameras = (source.cameras or _manifest(path, split, cache).cameras)[: policy.cfg.views]
+            opened = [Episodes(path, split, camera, cache=cache) for camera in cameras]
             found.append(Watched(name, opened, source.instruction or ""))
         except DataError as e:
             problems.append(f"data.sources.{name}: {e}")
@@ -155,10 +206,50 @@ def _open(recipe: Recipe, policy: AnyPolicy) -> list[Watched]:
     return found
 
 
+def _of_shards(
+    policy: AnyPolicy, manifest: Manifest, path: str, split: str, cameras: Sequence[str], convention: str | None,
+    unnorm_key: str | None, use: Use,
+) -> Watched:  # fmt: skip
+    """Raises: RunError, DataError: The policy has other views, other numbers, or no statistics for them."""
+    preset = use.named
+    convention = convention or (preset.actions if preset else "delta")
+    if convention not in ACTIONS:
+        raise RunError(f"--actions {convention}: must be one of {', '.join(ACTIONS)}")
+    theirs = preset.cameras if preset and manifest.source_format == preset.benchmark else ()
+    if not cameras and set(theirs) <= set(manifest.cameras):
+        cameras = theirs
+    cameras = cameras or (manifest.cameras if len(manifest.cameras) == policy.cfg.views else ())
+    views = policy.cfg.views
+    if len(cameras) != views or not set(cameras) <= set(manifest.cameras):
+        raise RunError(
+            f"--cameras {','.join(cameras)}: {path} has {', '.join(manifest.cameras)}; name {views} of them, in the "
+            "order of the policy's views"
+        )
+    name = policy.statistics.key(unnorm_key if unnorm_key is not None else _fitting(policy, manifest.name))
+    width = len(policy.statistics.range(name, "action", policy.cfg.bounds).low)
+    has = manifest.action_dim if convention == "delta" else manifest.original_action_dim
+    if has != width:
+        raise DataError(
+            f"--actions {convention}: the policy's actions of {name} have {width} numbers, those of {path} {has or 'no'} "
+            f"({manifest.convention if convention == 'delta' else manifest.original_convention or 'not kept'})"
+        )
+    if policy.cfg.proprio and not manifest.proprio_dim:
+        raise DataError(f"{path}: has no proprioception, which the policy reads")
+    return Watched(name, [Episodes(path, split, camera) for camera in cameras], "", convention)
+
+
+def _fitting(policy: AnyPolicy, name: str) -> str | None:
+    """The statistics that are called as the shards are, else the only ones."""
+    return name if name in policy.statistics.sources or f"{name}_no_noops" in policy.statistics.sources else None
+
+
 def _measure(policy: AnyPolicy, source: Watched, frames: int, batch: int, advance: Any) -> dict[str, Any]:
     first = source.cameras[0]
     ranges = policy.statistics.range(source.name, "action", policy.cfg.bounds)
-    mean = ranges.normalise(np.asarray(policy.statistics.sources[source.name]["action"]["mean"]))
+    known = policy.statistics.sources[source.name]["action"]
+    if "mean" not in known:
+        raise DataError(f"{policy.statistics.origin}: {source.name}.action has no mean, beside which errors are shown")
+    mean = ranges.normalise(np.asarray(known["mean"]))
     errors, wholes, baseline = [], [], []
     picks = pick_frames(first, frames)
     for start in range(0, len(picks), batch):
@@ -171,7 +262,7 @@ def _measure(policy: AnyPolicy, source: Watched, frames: int, batch: int, advanc
         chunks = policy.act_batch(images, texts, unnorm_key=source.name, proprio=felt)
         for pick, chunk in zip(part, chunks, strict=True):
             stop = min(pick.t + policy.chunk, first.episodes[pick.episode].length)
-            taken = first.actions(pick.episode, range(pick.t, stop)).astype(np.float64)
+            taken = source.taken(pick.episode, range(pick.t, stop))
             wanted = ranges.normalise(taken)
             # Normalised, a constant is 0 whatever comes back for it: there the error is in its own units.
             error = np.where(

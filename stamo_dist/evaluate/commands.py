@@ -8,6 +8,18 @@ from typing import Annotated
 
 import typer
 
+from stamo_dist.evaluate.use_options import (
+    ActionsOption,
+    AsOption,
+    BoundsOption,
+    CamerasOption,
+    ChunkOption,
+    CropOption,
+    OrientationOption,
+    ViewsOption,
+)
+from stamo_dist.evaluate.use_options import split as names
+
 app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on held-out episodes.")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
@@ -186,8 +198,30 @@ def speed(
 
 @app.command()
 def actions(
-    run: RunArgument,
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY", help="A policy's run folder, or a folder or hub id with its weights.")
+    ],
     *,
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Converted source on which released weights act; a run knows its own."),
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Whose episodes.")] = "val",
+    cameras: CamerasOption = None,
+    actions: ActionsOption = None,
+    as_: AsOption = None,
+    orientation: OrientationOption = None,
+    crop: CropOption = None,
+    views: ViewsOption = None,
+    chunk: ChunkOption = None,
+    bounds: BoundsOption = None,
+    unnorm_key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose statistics scale the actions; those called as the shards are."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The StaMo tokenizer it sees through, where it moved.")
+    ] = None,
     frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 256,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Moments at once.")] = 16,
     out: OutOption = None,
@@ -195,10 +229,17 @@ def actions(
     """How far a policy's chunks are from the actions of held-out episodes, beside the mean action.
 
     Example: stamo eval actions demo/runs/policy_rdt_1real_4video
+
+    Example: stamo eval actions weights/openvla-7b-libero --as openvla-libero --shards shards/libero_goal --out goal
     """
     from stamo_dist.evaluate.actions import actions as measure
+    from stamo_dist.models.openvla.framing import Use
 
-    measure(run, frames=frames, batch=batch, out=out)
+    measure(
+        policy, shards=shards, split=split, cameras=names(cameras or []), convention=actions,
+        use=Use(as_, orientation, crop, views, chunk, bounds), unnorm_key=unnorm_key, tokenizer=tokenizer,
+        frames=frames, batch=batch, out=out,
+    )  # fmt: skip
 
 
 def _is_policy(run: Path) -> bool:

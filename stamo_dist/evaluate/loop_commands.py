@@ -11,12 +11,15 @@ import typer
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.evaluate.commands import CheckpointOption, OutOption, RunArgument
 from stamo_dist.evaluate.use_options import (
+    ActionsOption,
     AsOption,
     BoundsOption,
+    CamerasOption,
     ChunkOption,
     CropOption,
     OrientationOption,
     ViewsOption,
+    split,
 )
 
 if TYPE_CHECKING:
@@ -96,20 +99,11 @@ def register(app: typer.Typer, benchmarks: Benchmarks) -> None:
             ),
         ] = None,
         trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20,
-        cameras: Annotated[
-            list[str] | None,
-            typer.Option(metavar="NAME", help="What it sees, in the order of its views; as trained when omitted."),
-        ] = None,
+        cameras: CamerasOption = None,
         size: Annotated[
             int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
         ] = None,
-        actions: Annotated[
-            str | None,
-            typer.Option(
-                metavar="delta|original|openvla",
-                help="What its numbers mean, see docs/evaluate.md; delta, or as the preset says, when omitted.",
-            ),
-        ] = None,
+        actions: ActionsOption = None,
         as_: AsOption = None,
         orientation: OrientationOption = None,
         crop: CropOption = None,
@@ -219,8 +213,3 @@ def _format(recipe: Recipe) -> str | None:
             except DataError:
                 return None
     return found.pop() if len(found) == 1 else None
-
-
-def split(values: list[str]) -> list[str]:
-    """Options may be repeated or separated by commas."""
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]

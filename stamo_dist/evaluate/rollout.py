@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from stamo_dist.engine.runfolder import RunFolder, git_commit
+from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.actions import exported_at, open_policy
+from stamo_dist.evaluate.actions import exported_at, open_policy, provenance_of_others
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
-from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
+from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress
 from stamo_dist.evaluate.saved_policy import Saved
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
@@ -106,7 +105,7 @@ def rollout(
         loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer, use)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, provenance = load_policy(policy, use=use, device=device, tokenizer=tokenizer), _provenance(policy)
+        loaded, provenance = load_policy(policy, use=use, device=device, tokenizer=tokenizer), provenance_of_others(policy)
     setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
     sources = shown.sources_of(names, loaded)
     agent = PolicyAgent(loaded, sources, act_steps)
@@ -227,15 +226,6 @@ def _stamp(folder: Path) -> Any:
         return str(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "rollout" not in path.parts)
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-
-
-def _provenance(weights: str) -> Provenance:
-    """Of weights that no run of ours is known for."""
-    return Provenance(
-        recipe=Path(weights).name, data_fingerprint=None, checkpoint=weights, step=0, ema=False, trained_commit=None,
-        git_commit=git_commit(), seed=0, command=typed_command(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )  # fmt: skip
 
 
 def _write(

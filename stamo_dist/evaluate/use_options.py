@@ -34,3 +34,19 @@ ChunkOption = Annotated[
 BoundsOption = Annotated[
     str | None, typer.Option(metavar="q99|minmax", help="What -1 and 1 stand for; as its folder or --as says.")
 ]
+CamerasOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="What it sees, in the order of its views; as trained when omitted."),
+]
+ActionsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="delta|original|openvla",
+        help="What its numbers mean, see docs/evaluate.md; delta, or as the preset says, when omitted.",
+    ),
+]
+
+
+def split(values: list[str]) -> list[str]:
+    """Options may be repeated or separated by commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]

@@ -30,7 +30,7 @@ def runs(toy_policy: Path, ranks, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    result = actions(runs["openvla"], frames=10)
+    result = actions(str(runs["openvla"]), frames=10)
     (row,) = result.rows
     assert (row["source"], row["frames"]) == ("a", 10), "the video has no actions"
     assert 0 < row["mae"] <= row["rmse"] <= 2
@@ -42,7 +42,7 @@ def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pyt
         return np.full((len(images), 2, 3), 5.0)
 
     monkeypatch.setattr(RDTPolicy, "act_batch", five)
-    (row,) = actions(runs["diffusion"], frames=48).rows
+    (row,) = actions(str(runs["diffusion"]), frames=48).rows
     error = [[min(abs(t + k - 5) / 5, 1) for k in range(2) if t + k < 12] for t in range(12)]
     assert row["mae"] == pytest.approx(np.mean([number for e in error for number in e]), rel=1e-6)
     assert row["first"] == pytest.approx(np.mean([e[0] for e in error]), rel=1e-6)

@@ -9,15 +9,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from point_world import PointBenchmarks
+from raw import write_raw
 from rich.console import Console
 from test_openvla_folders import STATISTICS, make
 
 from stamo_dist.data.transforms import OpenVLAAugmentation, openvla_changed
-from stamo_dist.errors import RunError
+from stamo_dist.errors import RunError, StamoError
+from stamo_dist.evaluate.actions import actions
 from stamo_dist.evaluate.rollout import rollout
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import Setting
@@ -170,3 +173,43 @@ def test_cameras_in_another_order_are_refused() -> None:
     arguments[3] = ()
     shown = Shown.to(*arguments, PRESETS["oft-libero"])
     assert shown.setting == Setting(256, ("agentview", "eye_in_hand"), "openvla", finely=True)
+
+
+def test_released_weights_against_what_was_done(
+    released: Callable[[str], Path], stamo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_raw(tmp_path / "raw/low.hdf5")
+    stamo("data", "convert", "robomimic", raw.parent, tmp_path / "cans", "--val-fraction", "0.4")
+    folder = shutil.copytree(released("openvla"), tmp_path / "policy")
+    column = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 6 + [1.0], "min": [-1.0] * 6 + [0.0], "max": [1.0] * 7}
+    column |= {"mean": [0.0] * 7, "mask": [True] * 6 + [False]}
+    (folder / "dataset_statistics.json").write_text(json.dumps({"cans_no_noops": {"action": column}}))
+    options: dict[str, Any] = {"shards": str(tmp_path / "cans"), "use": Use("openvla-libero"), "frames": 10**6}
+    options["out"] = tmp_path / "out"
+
+    def still(self: Policy, images: Any, texts: Any, **_: Any) -> np.ndarray:
+        return np.tile([0.5] * 6 + [1.0], (len(images), 1, 1))  # half to the right of everything, and open
+
+    monkeypatch.setattr(Policy, "act_batch", still)
+    said = Console(file=StringIO(), width=200)
+    found = actions(str(folder), console=said, **options)
+    held_out = {line["id"] for line in map(json.loads, (tmp_path / "cans/val/episodes.jsonl").open())}
+    with h5py.File(raw) as file:
+        done = np.concatenate([np.array(file["data"][name.rsplit("/", 1)[1]]["actions"]) for name in held_out])
+    wrong = np.abs(0.5 - done[:, :6]).sum() + np.abs(1 - (1 - done[:, 6]) / 2).sum()
+    assert found.rows[0]["frames"] == len(done) == 20
+    assert found.rows[0]["mae"] == pytest.approx(wrong / done.size, rel=1e-5)
+    assert found.rows[0]["source"] == "cans_no_noops"
+    assert "cans_no_noops: agentview; mirrored, JPEG and Lanczos to 224 px, centre crop of 0.9" in said.file.getvalue()
+    assert "1 actions at a time (openvla), scaled by q99" in said.file.getvalue()
+    for changes, says in (
+        ({"shards": None}, r"is no run folder; say with --shards"),
+        ({"out": None}, r"is no run folder; say with --out"),
+        ({"use": Use()}, r"does not say how it sees frames"),
+        ({"split": "test"}, r"has no 'test' split \(its splits: train, val\); choose another --split"),
+        ({"cameras": ["wrist"]}, r"--cameras wrist: .* has agentview; name 1 of them"),
+        ({"convention": "metres"}, r"--actions metres: must be one of delta, original, openvla"),
+        ({"unnorm_key": "bridge"}, r"bridge"),
+    ):
+        with pytest.raises(StamoError, match=says):
+            actions(str(folder), **{**options, **changes})
