@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
 from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World, survive_launcher
-from stamo_dist.errors import RecipeError, RunError
+from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.export import export, exported_step
-from stamo_dist.pretrained.pin import pin
+from stamo_dist.pretrained.pin import as_begun, pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.tasks import build_task, check_task
@@ -84,7 +85,8 @@ def _begin(
     generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, and train; `generation` is rank 0's."""
-    recipe = loaded.recipe
+    recipe, pinned = as_begun(loaded.recipe, _recorded(choose))
+    loaded = replace(loaded, recipe=recipe)
     stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
     task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
@@ -119,7 +121,7 @@ def _begin(
         return 0
     session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, evaluation)
     if generation is not None:
-        session.open([*generation.notes, *notes, *([f"continuing {start} after step {state.step}"] if start else [])])
+        session.open([*generation.notes, *pinned, *notes, *([f"continuing {start} after step {state.step}"] if start else [])])
     barrier()
     try:
         code = session.run(stop)
@@ -133,6 +135,14 @@ def _begin(
         evaluation.close()
         session.journal.close()
     return code
+
+
+def _recorded(choose: Callable[[], checkpoint.Choice]) -> Mapping[str, str]:
+    """Recipe field → where the checkpoint's weights were found; every process reads it before they are connected."""
+    try:
+        return choose().sources
+    except StamoError:
+        return {}  # rank 0 says what is wrong
 
 
 def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:

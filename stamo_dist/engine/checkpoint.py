@@ -9,7 +9,7 @@ either under any strategy and on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,7 @@ class Choice:
     path: Path | None
     notes: list[str] = field(default_factory=list)
     named: bool = False  # by the user: no other will do
+    sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
 
 
 def choose(
@@ -100,7 +101,7 @@ def choose(
     path, marker = whole[0]
     if identity is not None:
         identity.check(marker.fingerprint, marker.identity, str(path), allowed)
-    return Choice(path, notes, named)
+    return Choice(path, notes, named, marker.sources)
 
 
 def settle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -26,6 +27,32 @@ def pin_model(model: Model, sources: Mapping[str, str]) -> Model:
         "vae": _pinned(model.vae, sources.get("model.vae.weights")),
     }
     return model.model_copy(update=parts)
+
+
+def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[str]]:
+    """The recipe with hub ids that name no revision at the commits its run began with, and what a person should know.
+
+    `sources`: as the checkpoint says. A checkpoint may lack what is frozen, so a branch that moved would change the run.
+    """
+    sections = {
+        "policy.weights": recipe.policy, "model.encoder.weights": recipe.model.encoder,
+        "model.decoder.weights": recipe.model.decoder, "model.vae.weights": recipe.model.vae,
+    }  # fmt: skip
+    begun, notes = {}, []
+    for field, section in sections.items():
+        named = hub_id(section.weights) if section.weights else None
+        found = sources.get(field, "")
+        if named and found.startswith(f"{named[0]}@"):
+            if named[1] is None:
+                begun[field] = found
+                notes.append(f"{field}: {found}, the commit that this run began with")
+            elif _is_commit(named[1]) and found != f"{named[0]}@{named[1]}":
+                notes.append(f"{field}: {named[0]}@{named[1]}, but this run began with {found}")
+    return pin(recipe, begun), notes
+
+
+def _is_commit(revision: str) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def _pinned(section: S, found: str | None) -> S:

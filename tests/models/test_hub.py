@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import DINO, IMAGE, shake
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from toy import write_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from transformers import Dinov2Config, Dinov2Model
@@ -21,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.pretrained.pin import pin
+from stamo_dist.pretrained.pin import as_begun, pin
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import schema
 
@@ -96,6 +99,37 @@ def test_a_pinned_recipe_names_the_commits(official: Path) -> None:
     found = pin(given, sources | {"model.decoder.weights": "/elsewhere"}).model
     assert (found.encoder.weights, found.vae.weights) == (f"org/dino@{OLD}", f"org/vae@{NEW}")
     assert found.decoder.weights == given.model.decoder.weights
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(
+    toy: SimpleNamespace, stamo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "hub/models--org--vae"
+    shutil.copytree(toy.vae, repo / "snapshots" / OLD)
+    shutil.copytree(toy.vae, repo / "snapshots" / NEW)
+    weights = repo / "snapshots" / NEW / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(OLD)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    toy_recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    hub_vae = ("--set", "model.vae.weights=org/vae")
+    stamo("train", toy_recipe, *hub_vae, "--set", "train.steps=2")
+    (repo / "refs/main").write_text(NEW)
+    more = stamo("train", toy_recipe, *hub_vae, "--set", "train.steps=3", "--nproc", "2")
+    assert f"model.vae.weights: org/vae@{OLD}, the commit that this run began with" in more.stdout
+    assert f"org/vae@{OLD}" in (tmp_path / "run/resolved.yaml").read_text()
+
+
+def test_what_a_checkpoint_says_where_the_recipe_names_no_revision(official: Path) -> None:
+    began = {"model.encoder.weights": f"org/dino@{OLD}", "model.vae.weights": f"org/vae@{OLD}"}
+    found, notes = as_begun(recipe(official, encoder={"weights": "org/dino"}, vae={"weights": "org/other"}), began)
+    assert (found.model.encoder.weights, found.model.vae.weights) == (f"org/dino@{OLD}", "org/other")
+    assert notes == [f"model.encoder.weights: org/dino@{OLD}, the commit that this run began with"]
+    found, notes = as_begun(recipe(official, encoder={"weights": f"org/dino@{NEW}"}), began)
+    assert found.model.encoder.weights == f"org/dino@{NEW}"
+    assert notes == [f"model.encoder.weights: org/dino@{NEW}, but this run began with org/dino@{OLD}"]
 
 
 def problems(official: Path, environ: dict[str, str] | None = None, **parts: dict[str, Any]) -> list[str]:
