@@ -35,7 +35,7 @@ from stamo_dist.engine.watchdog import Watchdog
 from stamo_dist.engine.world import World, survive_launcher
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.export import export, exported_step
-from stamo_dist.pretrained.pin import as_begun, pin
+from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.tasks import build_task, check_task
@@ -85,11 +85,13 @@ def _begin(
     generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, and train; `generation` is rank 0's."""
-    recipe, pinned = as_begun(loaded.recipe, _recorded(choose))
+    begun = _recorded(choose)
+    recipe, pinned = as_begun(loaded.recipe, begun)
     loaded = replace(loaded, recipe=recipe)
     stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
     task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
+    pinned += moved(task.sources, begun)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
@@ -121,7 +123,8 @@ def _begin(
         return 0
     session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, evaluation)
     if generation is not None:
-        session.open([*generation.notes, *pinned, *notes, *([f"continuing {start} after step {state.step}"] if start else [])])
+        notes = [*pinned, *notes, *([f"continuing {start} after step {state.step}"] if start else [])]
+        session.open([*generation.notes, *notes])
     barrier()
     try:
         code = session.run(stop)

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from numpy.typing import NDArray
+from rich.console import Console
 
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.schema import Manifest
@@ -84,7 +83,7 @@ def actions(
     console = console or Console()
     run = RunFolder(Path(policy)) if (Path(policy) / "resolved.yaml").is_file() else None
     if run is None and shards is None:
-        raise RunError(f"{policy}: is no run folder; say with --shards on which converted source its weights are to act")
+        raise RunError(f"{policy}: is no run folder; say with --shards on which converted source it acts")
     if run:
         use.check_ours(policy)
         given = {"shards": shards, "cameras": cameras, "actions": convention, "unnorm-key": unnorm_key}
@@ -227,11 +226,13 @@ def _of_shards(
         )
     name = policy.statistics.key(unnorm_key if unnorm_key is not None else _fitting(policy, manifest.name))
     width = len(policy.statistics.range(name, "action", policy.cfg.bounds).low)
-    has = manifest.action_dim if convention == "delta" else manifest.original_action_dim
+    has, meant = manifest.original_action_dim, manifest.original_convention or "not kept"
+    if convention == "delta":
+        has, meant = manifest.action_dim, manifest.convention
     if has != width:
         raise DataError(
             f"--actions {convention}: the policy's actions of {name} have {width} numbers, those of {path} {has or 'no'} "
-            f"({manifest.convention if convention == 'delta' else manifest.original_convention or 'not kept'})"
+            f"({meant})"
         )
     if policy.cfg.proprio and not manifest.proprio_dim:
         raise DataError(f"{path}: has no proprioception, which the policy reads")

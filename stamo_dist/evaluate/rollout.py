@@ -105,7 +105,8 @@ def rollout(
         loaded, provenance = open_policy(run, load(run.resolved).recipe, device, tokenizer, use)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, provenance = load_policy(policy, use=use, device=device, tokenizer=tokenizer), provenance_of_others(policy)
+        loaded = load_policy(policy, use=use, device=device, tokenizer=tokenizer)
+        provenance = provenance_of_others(policy)
     setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
     sources = shown.sources_of(names, loaded)
     agent = PolicyAgent(loaded, sources, act_steps)

@@ -9,6 +9,7 @@ from stamo_dist.models.openvla.config import OPENVLA_7B
 from stamo_dist.models.weights import opened
 from stamo_dist.pretrained.place import cached, hub_id, on_disk
 from stamo_dist.pretrained.reading import KINDS, is_timm, read_json
+from stamo_dist.pretrained.wanted import adapter_base
 
 _DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14}
 _SIZES = (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
@@ -51,6 +52,8 @@ def config_of(part: str, weights: str, field: str) -> dict[str, Any]:
         RecipeError: It is a hub id, and neither in its cache nor known.
         CheckpointError: It should be on this machine, and is missing, damaged or of another model.
     """
+    if part == "policy":
+        weights = adapter_base(weights) or weights
     hub, subfolders = hub_id(weights), KINDS[part].subfolders
     path = on_disk(weights, subfolders, field) if hub is None else cached(*hub, subfolders)
     if path is not None and path.is_dir() and not is_timm(path, field):

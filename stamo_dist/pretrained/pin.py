@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -32,27 +31,27 @@ def pin_model(model: Model, sources: Mapping[str, str]) -> Model:
 def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[str]]:
     """The recipe with hub ids that name no revision at the commits its run began with, and what a person should know.
 
-    `sources`: as the checkpoint says. A checkpoint may lack what is frozen, so a branch that moved would change the run.
+    `sources`: as the checkpoint says. It may lack what is frozen, so a branch that moved would change the run.
     """
-    sections = {
+    sections: dict[str, Encoder | Decoder | VAE | Policy] = {
         "policy.weights": recipe.policy, "model.encoder.weights": recipe.model.encoder,
         "model.decoder.weights": recipe.model.decoder, "model.vae.weights": recipe.model.vae,
     }  # fmt: skip
-    begun, notes = {}, []
+    begun = {}
     for field, section in sections.items():
         named = hub_id(section.weights) if section.weights else None
-        found = sources.get(field, "")
-        if named and found.startswith(f"{named[0]}@"):
-            if named[1] is None:
-                begun[field] = found
-                notes.append(f"{field}: {found}, the commit that this run began with")
-            elif _is_commit(named[1]) and found != f"{named[0]}@{named[1]}":
-                notes.append(f"{field}: {named[0]}@{named[1]}, but this run began with {found}")
-    return pin(recipe, begun), notes
+        if named and named[1] is None and sources.get(field, "").startswith(f"{named[0]}@"):
+            begun[field] = sources[field]
+    return pin(recipe, begun), [f"{field}: {at}, the commit that this run began with" for field, at in begun.items()]
 
 
-def _is_commit(revision: str) -> bool:
-    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+def moved(sources: Mapping[str, str], begun: Mapping[str, str]) -> list[str]:
+    """Which weights are of another commit than those a run began with, a line each; both: recipe field → place."""
+    return [
+        f"{field}: {found}, but this run began with {begun[field]}"
+        for field, found in sources.items()
+        if found != begun.get(field, found) and found.partition("@")[0] == begun[field].partition("@")[0]
+    ]
 
 
 def _pinned(section: S, found: str | None) -> S:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import PICKLED, STEMS, VARIANTS, file_name, index_name
@@ -29,18 +30,38 @@ def source(path: Path) -> str:
     return f"{match['owner']}/{match['name']}@{match['commit']}" if match else str(path)
 
 
-def locate(weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = ()) -> Path:
+def locate(
+    weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = (), alone: str | None = None
+) -> Path:
     """Find the checkpoint `weights`, which the hub may supply: the folder with config.json, or the file that is all.
 
     `weights` is a local folder or file or a hub id, OWNER/NAME or OWNER/NAME@REVISION; `subfolders` are tried in order
     ("" is the root). `field` is the recipe field that an error names. Hub files come from the local cache or are
-    downloaded, no more of them than needed; `extra` are patterns of further files.
+    downloaded, no more of them than needed; `extra` are patterns of further files. `alone` is one that a
+    repository may have in place of config.json and weights: an adapter's.
 
     Raises:
         CheckpointError: there is no such thing, none of the subfolders is there, or the hub could not be reached.
     """
     hub = hub_id(weights)
-    return on_disk(weights, subfolders, field) if hub is None else _from_hub(*hub, subfolders, field, extra)
+    return on_disk(weights, subfolders, field) if hub is None else _from_hub(*hub, subfolders, field, extra, alone)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole policy, and not an adapter alone."""
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def base_of(adapter: Path, config: Mapping[str, Any]) -> str:
+    """What an adapter stands on: a folder that its adapter_config.json names or the one above, else a hub id or "".
+
+    A path is understood from the adapter's folder, then from here.
+    """
+    named = str(config.get("base_model_name_or_path") or "")
+    if (revision := config.get("revision")) and hub_id(named) == (named, None):
+        named = f"{named}@{revision}"
+    near = [adapter / named, Path(named).expanduser()] if named else []
+    return next((str(p) for p in [*near, adapter.absolute().parent] if has_weights(p)), named)
 
 
 def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
@@ -74,7 +95,9 @@ def _names(subfolders: Sequence[str]) -> str:
     return " or ".join(f"{sub}/config.json" if sub else "config.json" for sub in subfolders)
 
 
-def _from_hub(repo: str, revision: str | None, subfolders: Sequence[str], field: str, extra: Sequence[str]) -> Path:
+def _from_hub(
+    repo: str, revision: str | None, subfolders: Sequence[str], field: str, extra: Sequence[str], alone: str | None
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -91,6 +114,10 @@ def _from_hub(repo: str, revision: str | None, subfolders: Sequence[str], field:
                 if any(next((root / prefix).glob(pattern), None) for pattern in _patterns(variant)):
                     break
             return root / prefix
+        if alone is not None:
+            root = Path(snapshot_download(repo, revision=revision, allow_patterns=[alone]))
+            if (root / alone).is_file():
+                return Path(snapshot_download(repo, revision=root.name, allow_patterns=[alone, *extra]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{field}: there is no folder {named}, and the hub did not supply it ({type(error).__name__}: "
@@ -118,10 +145,12 @@ def download(repo: str, revision: str | None) -> str:
     return f"hf download {repo}" + (f" --revision {revision}" if revision else "")
 
 
-def cached(repo: str, revision: str | None, subfolders: Sequence[str], environ: Mapping[str, str] = os.environ) -> (
-    Path | None
-):  # fmt: skip
-    """What the hub's cache holds of a repository, for a process with these environment variables; None: nothing of use.
+def cached(
+    repo: str, revision: str | None, subfolders: Sequence[str], environ: Mapping[str, str] = os.environ,
+    name: str = "config.json",
+) -> Path | None:  # fmt: skip
+    """The folder with the file `name` of a repository in the hub's cache, as a process with these environment variables
+    finds it; None: nothing of use.
 
     A folder of the repository without files (a download that failed, or was made elsewhere) holds nothing.
     """
@@ -135,4 +164,4 @@ def cached(repo: str, revision: str | None, subfolders: Sequence[str], environ: 
     if not commit:
         return None
     root = folder / "snapshots" / commit
-    return next((root / sub for sub in subfolders if (root / sub / "config.json").is_file()), None)
+    return next((root / sub for sub in subfolders if (root / sub / name).is_file()), None)

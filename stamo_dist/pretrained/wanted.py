@@ -13,7 +13,7 @@ from typing import Any
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
-from stamo_dist.pretrained.place import cached, download, hub_id, on_disk
+from stamo_dist.pretrained.place import base_of, cached, download, has_weights, hub_id, on_disk
 from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
 from stamo_dist.recipe.schema import Model, Recipe
 
@@ -73,16 +73,29 @@ def _eyes(recipe: Recipe) -> Any:
 
 
 def _find(part: str, name: str, weights: str, looked: Looked, environ: Mapping[str, str]) -> Opened | None:
+    if part == "policy" and (base := adapter_base(weights, environ)) is not None:
+        weights, name = base, f"{name} (base of {weights})"
     hub = hub_id(weights)
     if hub is None:
-        if part == "policy" and (Path(weights).expanduser() / _ADAPTER).is_file():
-            return None  # on a base that may lie elsewhere; loading finds it
         return look(on_disk(weights, KINDS[part].subfolders, name), part, name)
     folder = cached(*hub, KINDS[part].subfolders, environ)
     if folder is None or not any(folder.glob("*.safetensors")):
         looked.absent[name] = weights, download(*hub)
         return None
     return look(folder, part, name)
+
+
+def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The weights that a policy's adapter stands on, a path or a hub id; None where `weights` are none or whole.
+
+    Raises:
+        CheckpointError: Its adapter_config.json cannot be read.
+    """
+    hub = hub_id(weights)
+    given = Path(weights).expanduser() if hub is None else cached(*hub, [""], environ, _ADAPTER)
+    if given is None or not (given / _ADAPTER).is_file() or has_weights(given):
+        return None
+    return base_of(given, read_json(given / _ADAPTER, "policy.weights"))
 
 
 def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:

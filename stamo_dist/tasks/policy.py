@@ -22,7 +22,6 @@ from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TOKENIZER, TextTokenizer
-from stamo_dist.pretrained.place import source
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
@@ -87,9 +86,8 @@ class PolicyTask:
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
         self.sources: Mapping[str, str] = {
-            **({} if data.checkpoint is None else {"policy.weights": source(data.checkpoint.folder)}),
-            **sources_of(self._eyes),
-        }
+            **({} if data.checkpoint is None else data.checkpoint.sources()), **sources_of(self._eyes),
+        }  # fmt: skip
         self._sizes = sizes
 
     @property

@@ -24,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.pretrained.pin import as_begun, pin
+from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import schema
 
@@ -129,7 +129,9 @@ def test_what_a_checkpoint_says_where_the_recipe_names_no_revision(official: Pat
     assert notes == [f"model.encoder.weights: org/dino@{OLD}, the commit that this run began with"]
     found, notes = as_begun(recipe(official, encoder={"weights": f"org/dino@{NEW}"}), began)
     assert found.model.encoder.weights == f"org/dino@{NEW}"
-    assert notes == [f"model.encoder.weights: org/dino@{NEW}, but this run began with org/dino@{OLD}"]
+    assert notes == []
+    now = {"model.encoder.weights": f"org/dino@{NEW}", "model.vae.weights": "/here"}
+    assert moved(now, began) == [f"model.encoder.weights: org/dino@{NEW}, but this run began with org/dino@{OLD}"]
 
 
 def problems(official: Path, environ: dict[str, str] | None = None, **parts: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from vla_cases import TINY, text_tokenizer
 
@@ -21,7 +22,10 @@ from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
+from stamo_dist.plan.known import config_of
+from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
+from stamo_dist.recipe import schema
 
 COLUMN: dict[str, Any] = {"q01": [-1.0, 0.0], "q99": [1.0, 4.0], "min": [-2.0, 0.0], "max": [2.0, 5.0]}
 LINEAR, CONV = "language_model.model.layers.0.self_attn.q_proj", "vision_backbone.featurizer.patch_embed.proj"
@@ -42,7 +46,7 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return Policy.from_pretrained(folder).network.vla.state_dict()
 
 
@@ -90,6 +94,41 @@ def test_an_adapter_made_by_hand_is_added_to_the_bit(base: Path, tmp_path: Path)
     check(weights(base), before, parts)
     with pytest.raises(CheckpointError, match="is the base of an adapter and has one itself"):
         load.locate(str(tmp_path / "named"))
+
+
+def test_an_adapter_and_its_base_come_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT publishes them: no config.json beside the adapter."""
+    cache, commits = tmp_path / "hub", {"base": "a" * 40, "lora": "b" * 40}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = weights(base)
+    for name, commit in commits.items():
+        (cache / f"models--org--{name}" / "refs").mkdir(parents=True)
+        (cache / f"models--org--{name}" / "refs/main").write_text(commit)
+    lora = cache / "models--org--lora/snapshots" / commits["lora"]
+    lora.mkdir(parents=True)
+    parts = adapter(lora, before, base_model_name_or_path="org/base", revision="main", alpha_pattern={"lm_head": 12})
+    given = schema.Recipe.model_validate(
+        {"stage": "policy", "data": {"sources": {"a": {"path": "a"}}, "horizon": 1}, "policy": {"weights": "org/lora"},
+         "train": {"steps": 1}}
+    )  # fmt: skip
+    environ = {"HF_HUB_CACHE": str(cache)}
+    assert look_at(given, environ).absent == {
+        "policy.weights (base of org/lora)": ("org/base@main", "hf download org/base --revision main")
+    }
+    with pytest.raises(CheckpointError, match="its base 'org/base@main' is no folder with weights and not to be had"):
+        load.locate("org/lora")
+    shutil.copytree(base, cache / "models--org--base/snapshots" / commits["base"])
+    check(weights("org/lora"), before, parts)
+    assert load.locate("org/lora").sources() == {
+        "policy.weights": f"org/lora@{commits['lora']}", "policy.weights (base)": f"org/base@{commits['base']}",
+    }  # fmt: skip
+    assert not look_at(given, environ).absent
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    assert (
+        config_of("policy", "org/lora", "policy.weights")["text_config"]["vocab_size"]
+        == TINY["text_config"]["vocab_size"]
+    )
 
 
 def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ class Checkpoint:
         """As the function `part`, of the base where the adapter's folder has none."""
         return part(self.folder, name) or part(self.base, name)
 
+    def sources(self) -> dict[str, str]:
+        """Recipe field → where it was found; of an adapter, its base also."""
+        found = {FIELD: place.source(self.folder)}
+        return found if self.base == self.folder else {**found, f"{FIELD} (base)": place.source(self.base)}
+
     def notes(self) -> list[str]:
         """What a person should know about how it lies there."""
         merged = self.adapter is None and (self.folder / OFT_ADAPTER / adapters.CONFIG).is_file()
@@ -99,43 +104,34 @@ def locate(checkpoint: str) -> Checkpoint:
         raise CheckpointError(
             f"{FIELD}: {given} is the adapter that OFT leaves beside the weights it is merged into; give {given.parent}"
         )
-    if not _has_weights(given):
+    if not place.has_weights(given):
         for adapter in (given, given / OFT_ADAPTER):
             if adapters.lies_in(adapter):
                 return _on_base(given, adapter)
     folder = _place(checkpoint)
-    if adapters.lies_in(folder) and not _has_weights(folder):
+    if adapters.lies_in(folder) and not place.has_weights(folder):
         return _on_base(folder, folder)
     name = str(folder.resolve()) if given.exists() else checkpoint
     return Checkpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
 
 
 def _place(checkpoint: str) -> Path:
-    return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES)
-
-
-def _has_weights(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES, adapters.CONFIG)
 
 
 def _on_base(folder: Path, adapter: Path) -> Checkpoint:
-    config = adapters.read_config(adapter)
-    named = config.get("base_model_name_or_path") or ""
-    if (revision := config.get("revision")) and place.hub_id(named) == (named, None):
-        named = f"{named}@{revision}"
-    places = [adapter / named, Path(named).expanduser()] if named else []
-    base = next((p for p in [*places, adapter.absolute().parent] if _has_weights(p)), None)
-    if base is None:
-        try:
-            base = _place(named)
-        except CheckpointError:
-            raise CheckpointError(
-                f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
-                f"from the hub; correct base_model_name_or_path in its {adapters.CONFIG}, or give the base's folder "
-                f"with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
-            ) from None
-        return Checkpoint(folder, _plain(base), named, adapter)
-    return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+    named = place.base_of(adapter, adapters.read_config(adapter))
+    if place.has_weights(base := Path(named)):
+        return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+    try:
+        base = _place(named)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
+            f"from the hub; correct base_model_name_or_path in its {adapters.CONFIG}, or give the base's folder "
+            f"with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
+        ) from None
+    return Checkpoint(folder, _plain(base), named, adapter)
 
 
 def _plain(base: Path) -> Path:
