@@ -12,16 +12,17 @@ def window(image: Tensor, top: float, left: float, side: float, size: int) -> Te
     `top`, `left` and `side` are shares of the image's height and width. Equal to `tf.image.crop_and_resize`, which
     neither smooths nor looks beyond the window's corners.
     """
-    for axis, start in ((1, top), (2, left)):
-        last = image.shape[axis] - 1
+    for start in (top, left):  # rows, then columns, which a copy makes rows: those are picked many times faster
+        image = image.contiguous()
+        last = image.shape[1] - 1
         at = torch.linspace(start * last, (start + side) * last, size).clamp_(0, last)
         below = at.floor().long().clamp_max_(max(0, last - 1))
-        share = (at - below).unsqueeze(-1) if axis == 1 else at - below
         above = (below + 1).clamp_max_(last)
-        image = torch.lerp(image.index_select(axis, below), image.index_select(axis, above), share)
+        picked = torch.lerp(image.index_select(1, below), image.index_select(1, above), (at - below).unsqueeze(-1))
+        image = picked.transpose(1, 2)
     return image
 
 
 def to_uint8(image: Tensor) -> Tensor:
     """Float of [0, 1] → uint8, as `tf.image.convert_image_dtype` rounds."""
-    return (image.clamp(0, 1) * 255.5).to(torch.uint8)
+    return image.clamp(0, 1).mul_(255.5).to(torch.uint8)

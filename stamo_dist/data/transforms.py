@@ -92,27 +92,29 @@ def openvla_changed(
 ) -> Tensor:
     """uint8 (H, H, 3) → the same, changed by amounts in [0, 1] that stand for the official ranges."""
     side = math.sqrt(OPENVLA_AREA)
-    image = frame.permute(2, 0, 1).float() / 255
-    image = window(image, top * (1 - side), left * (1 - side), side, len(frame))
-    image = (image + (brightness - 0.5) * 0.4).clamp_(0, 1)
+    image = frame.permute(2, 0, 1).contiguous().float() / 255
+    image = window(image, top * (1 - side), left * (1 - side), side, len(frame)).contiguous()
+    image.add_((brightness - 0.5) * 0.4).clamp_(0, 1)
     mean = image.mean((1, 2), keepdim=True)
-    image = ((image - mean) * (0.8 + 0.4 * contrast) + mean).clamp_(0, 1)
+    image.sub_(mean).mul_(0.8 + 0.4 * contrast).add_(mean).clamp_(0, 1)
     image = _coloured(image, 0.8 + 0.4 * saturation, (hue - 0.5) * 0.1)
-    return to_uint8(image).permute(1, 2, 0)
+    return to_uint8(image).permute(1, 2, 0).contiguous()
 
 
 def _coloured(image: Tensor, saturation: float, hue: float) -> Tensor:
     """RGB (3, H, W) of [0, 1] with its HSV saturation multiplied, at most to 1, and its hue turned by a share."""
     red, green, blue = image
-    value, least = image.amax(0), image.amin(0)
-    chroma = value - least
-    divisor = chroma.clamp_min(1e-12)
-    sector = torch.where(
-        red == value,
-        (green - blue) / divisor,
-        torch.where(green == value, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    chroma = torch.minimum(chroma * saturation, value)
-    starts = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
-    k = (starts + (sector + 6 * hue)).remainder_(6)
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    value = image.amax(0)
+    chroma = value - image.amin(0)
+    # In place, with masks of 0 and 1: fresh memory, torch.where and remainder would take longer than all the rest.
+    is_red = (red == value).float()
+    is_green = (green == value).float().mul_(1 - is_red)
+    sector = (green - blue).mul_(is_red).add_((blue - red).mul_(is_green))
+    is_blue = is_red.add_(is_green).neg_().add_(1)
+    sector.add_((red - green).mul_(is_blue)).div_(chroma.clamp_min(1e-12))  # of 6, from -1
+    sector.add_(is_green, alpha=2).add_(is_blue, alpha=4).add_(6 * hue)
+    chroma = torch.minimum(chroma.mul_(saturation), value)
+    # Of the distance that a channel is below the largest: a trapezium over the sectors, which begins at 5, 3 and 1.
+    share = sector + torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    share.sub_(5).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
+    return share.mul_(chroma).neg_().add_(value)

@@ -231,8 +231,8 @@ def _of_shards(
         has, meant = manifest.action_dim, manifest.convention
     if has != width:
         raise DataError(
-            f"--actions {convention}: the policy's actions of {name} have {width} numbers, those of {path} {has or 'no'} "
-            f"({meant})"
+            f"--actions {convention}: the policy's actions of {name} have {width} numbers, those of {path} "
+            f"{has or 'no'} ({meant})"
         )
     if policy.cfg.proprio and not manifest.proprio_dim:
         raise DataError(f"{path}: has no proprioception, which the policy reads")
