@@ -263,6 +263,12 @@ def build(
     names = {p: name for name, p in module.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     hollow = any(p.is_meta for p in names)
+    if strategy.name != "ddp":  # what cuts parameters up takes none that lie in another order, as channels-last ones do
+        for parameter in names:
+            # 1 × 1 convolutions have other strides too, but is_contiguous() lets them pass.
+            if parameter.stride() != torch.empty(parameter.shape, device="meta").stride():
+                plain = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+                parameter.data = plain.copy_(parameter.data)
     del names
     module, optimizer = accelerator.prepare(module, optimizer)
     if hollow:
