@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +27,7 @@ from stamo_dist.engine.journal import Journal
 from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
 from stamo_dist.engine.pictures import save_grid
-from stamo_dist.engine.preempt import EXIT_PREEMPTED, Grace, Stop, requests
+from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED, Grace, Stop, requests
 from stamo_dist.engine.processes import barrier, broadcast, part
 from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
@@ -84,14 +85,33 @@ def _begin(
     loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
     generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation,
 ) -> int:  # fmt: skip
-    """Build everything, go back to where the run stood, and train; `generation` is rank 0's."""
+    """Guarded to its end, do all of it; `generation` is rank 0's."""
+    limits = loaded.recipe.train
+    stop = Stop(world.rank, limits.checkpoint.grace_seconds)
+    with closing(Watchdog(run.logs, world, limits.step_timeout, limits.setup_timeout)) as watchdog:
+        watchdog.phase("building", "for", 1)
+        return _go(loaded, world, run, mixture, identity, plan, generation, choose, evaluation, stop, watchdog)
+
+
+def _go(
+    loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
+    generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation, stop: Stop,
+    watchdog: Watchdog,
+) -> int:  # fmt: skip
+    """Build everything, go back to where the run stood, train and export."""
     begun = _recorded(choose)
     recipe, pinned = as_begun(loaded.recipe, begun)
-    loaded = replace(loaded, recipe=recipe)
-    stop = Stop(world.rank)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
     task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
-    pinned += moved(task.sources, begun)
+    changed = moved(task.sources, begun)
+    if recipe.strategy.name in strategy.ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
+        raise RunError(  # DeepSpeed's checkpoints lack what is frozen
+            f"{bases[0]}; name that commit as `revision` in the adapter's adapter_config.json, or train "
+            "under fsdp, hsdp or ddp, whose checkpoints hold the base"
+        )
+    pinned += changed
+    recipe = pin(recipe, task.sources)  # the export reads the same commits, should a branch move meanwhile
+    loaded = replace(loaded, recipe=recipe)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
     choice = choose() if world.is_main else None
@@ -100,6 +120,7 @@ def _begin(
         "precision": recipe.train.precision, "block_classes": task.block_classes,
     }  # fmt: skip
     accelerator = strategy.connect(**how)
+    watchdog.meet()
     start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
     if task.init_frames and start is None:
         task.initialise(first_frames(mixture, task.init_frames))
@@ -121,23 +142,50 @@ def _begin(
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
-    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, evaluation)
+    session = _Session(loaded, run, mixture, identity, task, engine, ema, plan, state, generation, evaluation, watchdog)
     if generation is not None:
         notes = [*pinned, *notes, *([f"continuing {start} after step {state.step}"] if start else [])]
         session.open([*generation.notes, *notes])
     barrier()
     try:
         code = session.run(stop)
-        if code == 0:
-            if world.is_main and not exported:
-                export(recipe, mixture, run, session.state.step)
-            barrier()
-            if recipe.evaluate.beside and not _wait(evaluation, session, stop):
-                code = EXIT_PREEMPTED
+        if code == 0 and not exported:
+            with stop.nothing_to_save("exporting", partial(_give_back, evaluation, generation)):
+                code = _export(session)
+        if code == 0 and recipe.evaluate.beside and not _wait(evaluation, session, stop):
+            code = EXIT_PREEMPTED
     finally:
         evaluation.close()
         session.journal.close()
     return code
+
+
+def _export(session: _Session) -> int:
+    """Rank 0 writes the model while the others wait; a model that cannot be written loses no training."""
+    step, run, problem = session.state.step, session.run_folder, None
+    session.watchdog.phase("exporting", "after", step)
+    if session.main:
+        try:
+            export(session.recipe, session.mixture, run, step)
+        except (StamoError, OSError) as e:
+            problem = str(e)
+        except Exception:
+            problem = traceback.format_exc()
+    problem = broadcast(problem)
+    if problem is None:
+        return 0
+    if session.main:
+        session.journal.say(
+            f"error: {run.path}: trained to step {step} and saved, but the model was not exported: {problem}\n"
+            f"`stamo export {run.path}` writes it once that is mended; leaving with code {EXIT_NOT_EXPORTED}"
+        )
+    return EXIT_NOT_EXPORTED
+
+
+def _give_back(evaluation: Evaluation, generation: Generation | None) -> None:
+    evaluation.close()
+    if generation is not None:
+        generation.end()
 
 
 def _recorded(choose: Callable[[], checkpoint.Choice]) -> Mapping[str, str]:
@@ -150,6 +198,7 @@ def _recorded(choose: Callable[[], checkpoint.Choice]) -> Mapping[str, str]:
 
 def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:
     """Let all processes but the first go, which waits for what is measured beside it; False when asked to stop."""
+    session.watchdog.close()  # it may take hours, and who is alone holds nobody up
     part()
     whole = evaluation.finish(lambda: stop.asked)
     if session.main:
@@ -164,11 +213,11 @@ class _Session:
     def __init__(
         self, loaded: Loaded, run: RunFolder, mixture: Mixture, identity: Identity, task: Task, engine: strategy.Engine,
         ema: EMA | None, plan: Batching, state: RunState, generation: Generation | None,
-        evaluation: Evaluation,
+        evaluation: Evaluation, watchdog: Watchdog,
     ):  # fmt: skip
         self.loaded, self.recipe, self.run_folder, self.mixture = loaded, loaded.recipe, run, mixture
         self.task, self.engine, self.ema, self.plan, self.state = task, engine, ema, plan, state
-        self.main, self.evaluation = engine.world.is_main, evaluation
+        self.main, self.evaluation, self.watchdog = engine.world.is_main, evaluation, watchdog
         self.reducer = Reducer(engine.device, engine.world.rank, engine.world.size)
         self.grace = Grace(run.logs / "leaving.json", self.recipe.train.checkpoint.grace_seconds)
         self.signals: dict[int, str] = {}  # rank → the signal that asks the run to stop
@@ -187,7 +236,7 @@ class _Session:
         """Rank 0: write what this run is and say it."""
         self.run_folder.describe(
             self.loaded.text,
-            dump(pin(self.loaded.recipe, self.task.sources)),
+            dump(self.recipe),
             sys.argv,
             step=self.state.step,
             processes=self.plan.world_size,
@@ -205,13 +254,9 @@ class _Session:
 
     def run(self, stop: Stop) -> int:
         """Train until the end or a stop; returns the exit code."""
-        self.watchdog = Watchdog(self.run_folder.logs, self.engine.world, self.recipe.train.step_timeout)
-        try:
-            while (code := self._train(stop)) is None:
-                self._roll_back()
-            return code
-        finally:
-            self.watchdog.close()
+        while (code := self._train(stop)) is None:
+            self._roll_back()
+        return code
 
     def _train(self, stop: Stop) -> int | None:
         """The loop. Returns 0 at the end, `EXIT_PREEMPTED` after a stop, None after too many bad steps in a row."""
@@ -313,6 +358,7 @@ class _Session:
         for saved in ended:
             self.journal.say(str(saved))
             self.journal.fact(**saved.facts())
+            self.watchdog.saving_takes = max(self.watchdog.saving_takes, saved.seconds)
             if self.main and saved.error is None and not saved.beside:
                 for note in self.grace.measured(self.step_seconds, saved.seconds):
                     self.journal.say(f"  {note}")

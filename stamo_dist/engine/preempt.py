@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,24 +21,35 @@ from stamo_dist.engine.runfolder import write_atomic
 
 #: Exit code of a run that left in order to be started again: it saved because it was asked to stop, or it was hung.
 EXIT_PREEMPTED = 75
+#: Exit code of a run that was trained to its end and saved, but whose model could not be written.
+EXIT_NOT_EXPORTED = 76
 #: Exit code of a second SIGINT, as of a shell's.
 EXIT_INTERRUPTED = 130
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: Seconds. A terminal, srun and torchrun all pass one Ctrl-C on: within that time it is one.
 _ONE_REQUEST = 0.1
+#: Seconds. A scheduler's SIGTERM comes to a rank by several ways: within that time it is one.
+_ONE_END = 5.0
+#: Seconds after the grace time, when the cluster should have killed this process.
+_OVERTIME = 60.0
 
 
 class Stop:
-    """Whether this process was asked to stop, by which signal first. A second SIGINT stops it at once.
+    """Whether this process was asked to stop, by which signal first.
 
-    Made in the main thread. Processes that are forked off this one ignore the signals.
+    It ends at once, saved or not, at a second SIGINT or SIGTERM, a minute after the `grace` seconds that the cluster
+    gives are over, and where nothing is to be saved (`nothing_to_save`). Made in the main thread. Processes that are
+    forked off this one ignore the signals.
     """
 
-    def __init__(self, rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, grace: float | None = None) -> None:
         self.signal: signal.Signals | None = None
-        self._rank = rank
+        self._rank, self._grace = rank, grace
         self._interrupted: float | None = None
+        self._ended: float | None = None  # when the first SIGTERM came
+        self._idle: str | None = None
+        self._last: Callable[[], None] = _nothing
         out, into = os.pipe()
         os.set_blocking(into, False)
         for s in SIGNALS:
@@ -52,6 +63,21 @@ class Stop:
     def asked(self) -> bool:
         return self.signal is not None
 
+    @contextlib.contextmanager
+    def nothing_to_save(self, doing: str, last: Callable[[], None]) -> Iterator[None]:
+        """Inside it a request, or one that came before, ends this process at once, after `last`."""
+        self._idle, self._last = doing, last
+        if self.signal is not None:
+            self._end(f"{self.signal.name} before {doing}", EXIT_PREEMPTED)
+        yield
+        self._idle, self._last = None, _nothing
+
+    def _end(self, why: str, code: int) -> None:
+        print(f"rank {self._rank}: {why}: leaving with code {code} to be started again", flush=True)
+        with contextlib.suppress(Exception):
+            self._last()
+        os._exit(code)
+
     def _listen(self, pipe: int) -> None:
         while True:
             for number in os.read(pipe, 64):
@@ -63,8 +89,19 @@ class Stop:
             if self._interrupted is not None and now - self._interrupted > _ONE_REQUEST:
                 os._exit(EXIT_INTERRUPTED)
             self._interrupted = self._interrupted or now
+        if number == signal.SIGTERM:
+            if self._ended is not None and now - self._ended > _ONE_END:
+                self._end("a second SIGTERM", EXIT_PREEMPTED)
+            self._ended = self._ended or now
+        if self._idle is not None:
+            self._end(f"{number.name} while {self._idle}", EXIT_PREEMPTED)
         if self.signal is None:
             self.signal = number
+            if self._grace is not None:
+                why = f"not left {_OVERTIME:g} s after the {self._grace:g} s of train.checkpoint.grace_seconds"
+                timer = threading.Timer(self._grace + _OVERTIME, self._end, (why, EXIT_PREEMPTED))
+                timer.daemon = True
+                timer.start()
             print(f"rank {self._rank}: {number.name}: will save after the next steps and leave", flush=True)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -15,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError, StamoError
 
 #: Seconds that collectives wait where one rank may work alone for long: before the first step, and while exporting.
 PATIENCE = 7200.0
+#: Seconds that a rank waits for the others when all is done.
+_LEAVING = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
@@ -79,7 +82,10 @@ def leave(code: int) -> None:
     gloo's threads abort a finished process at interpreter exit about one time in ten, which would turn a finished run
     into a failed one.
     """
-    if code in (0, EXIT_PREEMPTED) and dist.is_initialized():
+    late = threading.Timer(_LEAVING, os._exit, (code,))  # should a peer be stuck, or gone without a word
+    late.daemon = True
+    late.start()
+    if code in (0, EXIT_PREEMPTED, EXIT_NOT_EXPORTED) and dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a rank that was killed by now changes nothing about what was done
             dist.barrier()
             dist.destroy_process_group()

@@ -23,6 +23,8 @@ from stamo_dist.engine.processes import PATIENCE, broadcast, set_timeout
 from stamo_dist.engine.world import World
 
 _MARGIN = 60.0  # seconds: the watchdog comes before the process group, which cannot say who is late
+#: Seconds that a rank without a launcher may take for one thing; nobody would end it otherwise.
+_LONELY = 30.0
 _HUNG = "hung"
 
 
@@ -34,6 +36,7 @@ class Heartbeat:
     marks: int = 0  # passed since the start; every rank passes the same ones in the same order
     step: int = 0
     doing: str = "starting"
+    phase: str = ""  # what it does that is no step, in one word
     seconds: float = 0.0  # for how long
     finished: int = 0  # the last step it finished
     dumped: bool = False  # it knows that the run is hung and wrote its stack
@@ -43,41 +46,58 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Watches this rank from the first finished step to `close`; every rank makes one, at the same time.
+    """Watches this rank from its first moment to `close`; every rank makes one.
+
+    Until `meet` a rank knows of no other, and only its own lateness counts.
 
     Args:
         logs: The run's folder for logs, the same for every rank.
         world: Who this is.
-        limit: Seconds without progress after which the run counts as hung.
+        limit: Seconds without progress after which the run counts as hung, from the first finished step on.
+        setup: The same before that and in phases that are no steps.
     """
 
-    def __init__(self, logs: Path, world: World, limit: float):
-        self._logs, self._world, self._limit = logs, world, limit
-        self._every = min(5.0, limit / 10)
-        name = f"watch_{os.getpid()}_{time.time_ns():x}"  # a rank cut off in an earlier start must not mix in
-        if world.is_main:
-            for old in logs.glob("watch_*"):
-                shutil.rmtree(old, ignore_errors=True)
-            (logs / name).mkdir(parents=True)
-        self._folder = logs / broadcast(name)
-        self._file = self._folder / f"rank_{world.rank:05d}.json"
+    def __init__(self, logs: Path, world: World, limit: float, setup: float):
+        self._logs, self._world, self._limit, self._setup = logs, world, limit, setup
+        self._every = min(5.0, limit / 10, setup / 10)
+        self._folder: Path | None = None
         self._beat, self._since = Heartbeat(world.rank), time.monotonic()
-        self._armed = False
+        self._stepping = False  # in the loop, after its first step
+        self.saving_takes = 0.0  # seconds, as last measured: a rank that lost its launcher gets that long
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def meet(self) -> None:
+        """All ranks have found each other, and from now on look at each other; every rank calls it."""
+        name = f"watch_{os.getpid()}_{time.time_ns():x}"  # a rank cut off in an earlier start must not mix in
+        if self._world.is_main:
+            for old in self._logs.glob("watch_*"):
+                shutil.rmtree(old, ignore_errors=True)
+            (self._logs / name).mkdir(parents=True)
+        self._folder = self._logs / broadcast(name)
+
     def mark(self, doing: str, step: int) -> None:
         """This rank begins something: `doing` and `step` make a phrase."""
         self._since = time.monotonic()
-        self._beat = replace(self._beat, marks=self._beat.marks + 1, step=step, doing=doing)
+        self._beat = replace(self._beat, marks=self._beat.marks + 1, step=step, doing=doing, phase="")
+
+    def phase(self, phase: str, words: str, step: int) -> None:
+        """As `mark`, of something that is no step and may take as long as building the model."""
+        self._stepping = False
+        self.mark(f"{phase} {words}", step)
+        self._beat = replace(self._beat, phase=phase)
+        set_timeout(PATIENCE)
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._write(self._folder, dumped=False)
 
     def finished(self, step: int) -> None:
-        """This rank has finished `step`; from the first on, being late counts."""
+        """This rank has finished `step`; from the first on, being late counts by the limit of steps."""
         self.mark("done with", step)
         self._beat = replace(self._beat, finished=step)
-        if not self._armed:
-            self._armed = True
+        if not self._stepping:
+            self._stepping = True
             set_timeout(self._limit + _MARGIN)
 
     def close(self) -> None:
@@ -85,43 +105,85 @@ class Watchdog:
         self._closed.set()
         self._thread.join(timeout=10)
         set_timeout(PATIENCE)
-        with contextlib.suppress(OSError):
-            self._file.unlink()
-            self._folder.rmdir()  # by the last rank
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._file(self._folder).unlink()
+                self._folder.rmdir()  # by the last rank
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"rank_{self._world.rank:05d}.json"
 
     def _watch(self) -> None:
         while not self._closed.wait(self._every):
-            late = self._armed and time.monotonic() - self._since > self._limit
-            with contextlib.suppress(OSError):  # a full disk hangs nobody
-                self._write(dumped=False)
+            limit, field = (self._limit, "step") if self._stepping else (self._setup, "setup")
+            waited, lonely = time.monotonic() - self._since, launcher_is_gone()
+            if lonely:
+                limit = min(limit, max(_LONELY, 3 * self.saving_takes))
+            late, folder = waited > limit, self._folder
+            if folder is None:
                 if late:
-                    (self._folder / _HUNG).touch()
-            if late or (self._folder / _HUNG).exists():
-                self._leave()
+                    self._leave_alone(f"{self._now(dumped=False)} (train.{field}_timeout: {limit:g})")
+                continue
+            with contextlib.suppress(OSError):  # a full disk hangs nobody
+                self._write(folder, dumped=False)
+                if late and not lonely:
+                    (folder / _HUNG).write_text(json.dumps([limit, f"train.{field}_timeout"]))
+            if late and lonely:
+                self._leave_alone(f"what started it is gone, and it got no further: {self._now(dumped=False)}")
+            elif late or (folder / _HUNG).exists():
+                self._leave(folder)
 
     def _now(self, *, dumped: bool) -> Heartbeat:
         return replace(self._beat, seconds=round(time.monotonic() - self._since, 1), dumped=dumped)
 
-    def _write(self, *, dumped: bool) -> None:
-        part = self._file.with_suffix(".tmp")
+    def _write(self, folder: Path, *, dumped: bool) -> None:
+        file = self._file(folder)
+        part = file.with_suffix(f".{threading.get_ident()}.tmp")
         part.write_text(json.dumps(asdict(self._now(dumped=dumped))))
-        part.replace(self._file)
+        part.replace(file)
 
-    def _leave(self) -> None:
+    def _dump(self) -> None:
+        with contextlib.suppress(OSError), stack_file(self._logs, self._world.rank).open("w") as f:
+            print(f"rank {self._world.rank}: {self._now(dumped=False)}", file=f, flush=True)
+            faulthandler.dump_traceback(f, all_threads=True)
+
+    def _leave_alone(self, why: str) -> None:
+        self._dump()
+        print(
+            f"error: rank {self._world.rank} is hung: {why}; its stack is in "
+            f"{stack_file(self._logs, self._world.rank)}. Leaving with code {EXIT_PREEMPTED} to be started again",
+            flush=True,
+        )
+        os._exit(EXIT_PREEMPTED)
+
+    def _leave(self, folder: Path) -> None:
+        self._dump()
         with contextlib.suppress(OSError):
-            with stack_file(self._logs, self._world.rank).open("w") as f:
-                print(f"rank {self._world.rank}: {self._now(dumped=False)}", file=f, flush=True)
-                faulthandler.dump_traceback(f, all_threads=True)
-            self._write(dumped=True)
+            self._write(folder, dumped=True)
             time.sleep(3 * self._every)  # until the others have done the same
-            beats = _read(self._folder)
+            beats = _read(folder)
             answering = [rank for rank, beat in beats.items() if beat.dumped]
             if self._world.rank == min(answering, default=self._world.rank):
-                print(f"error: {diagnosis(beats, self._world.size, self._limit, self._logs)}", flush=True)
+                print(f"error: {diagnosis(beats, self._world.size, *_limit(folder), self._logs)}", flush=True)
         os._exit(EXIT_PREEMPTED)
 
 
-def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, logs: Path) -> str:
+def launcher_is_gone() -> bool:
+    """Whether the process that started this rank with others, and would end it, has been killed."""
+    launcher = os.environ.get("STAMO_LAUNCHED")
+    return launcher is not None and os.getppid() != int(launcher)
+
+
+def _limit(folder: Path) -> tuple[float, str]:
+    """Of the rank that found the run hung: its limit, and the recipe's field."""
+    try:
+        limit, field = json.loads((folder / _HUNG).read_text())
+        return float(limit), str(field)
+    except (OSError, ValueError, TypeError):
+        return 0.0, "train.step_timeout"
+
+
+def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, field: str, logs: Path) -> str:
     """Who holds the run up: ranks that do not answer, else those that got least far."""
     silent = [rank for rank in range(ranks) if rank not in beats or not beats[rank].dumped]
     least = min((beat.marks for beat in beats.values()), default=0)
@@ -135,7 +197,7 @@ def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, logs: Path)
         who, slowest = "all ranks are at the same place, so it is the network or what their stacks show", behind[:1]
     last = "; ".join(f"rank {rank}: {beats[rank]}" for rank in slowest[:4] if rank in beats)
     return (
-        f"the run is hung: no progress for {limit:g} s (train.step_timeout): {who}. Last seen: {last or 'nothing'}. "
+        f"the run is hung: no progress for {limit:g} s ({field}): {who}. Last seen: {last or 'nothing'}. "
         f"The stacks of all that answer are in {logs}/stack_rank_*.txt. Leaving with code {EXIT_PREEMPTED} to be "
         "started again"
     )

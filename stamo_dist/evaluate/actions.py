@@ -21,6 +21,7 @@ from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.held_out import SPLIT, pick_frames
+from stamo_dist.evaluate.shown import check_order
 from stamo_dist.evaluate.simulators import ACTIONS
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
@@ -96,6 +97,7 @@ def actions(
         if out is None:
             raise RunError(f"{policy}: is no run folder; say with --out where the results go")
         assert shards is not None
+        output_folder(RunFolder(Path(policy)), NAME, out)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         manifest = _manifest(shards, split, DEFAULT_CACHE)
         loaded = load_policy(policy, use=use, device=device, tokenizer=tokenizer)
@@ -214,17 +216,21 @@ def _of_shards(
     convention = convention or (preset.actions if preset else "delta")
     if convention not in ACTIONS:
         raise RunError(f"--actions {convention}: must be one of {', '.join(ACTIONS)}")
-    theirs = preset.cameras if preset and manifest.source_format == preset.benchmark else ()
-    if not cameras and set(theirs) <= set(manifest.cameras):
-        cameras = theirs
-    cameras = cameras or (manifest.cameras if len(manifest.cameras) == policy.cfg.views else ())
-    views = policy.cfg.views
-    if len(cameras) != views or not set(cameras) <= set(manifest.cameras):
-        raise RunError(
-            f"--cameras {','.join(cameras)}: {path} has {', '.join(manifest.cameras)}; name {views} of them, in the "
-            "order of the policy's views"
+    if convention == "openvla" and manifest.gripper is None:
+        raise DataError(
+            f"--actions openvla: {path} does not say which of its numbers is the gripper, which is to be 1 open and 0 "
+            "closed; convert it with --action delta (it keeps the original numbers too)"
         )
     name = policy.statistics.key(unnorm_key if unnorm_key is not None else _fitting(policy, manifest.name))
+    seen = policy.statistics.seen.get(name)
+    of = seen.format if seen else preset.benchmark if preset else None
+    if of not in (None, manifest.source_format) and unnorm_key is None:
+        raise RunError(
+            f"{path}: is {manifest.source_format}, and the policy is one of {of}; choose other --shards, or with "
+            "--unnorm-key the source whose actions it is to take there"
+        )
+    theirs = seen.cameras if seen else preset.cameras if preset else ()
+    cameras = _cameras(cameras, theirs if of == manifest.source_format else (), manifest, path, policy.cfg.views)
     width = len(policy.statistics.range(name, "action", policy.cfg.bounds).low)
     has, meant = manifest.original_action_dim, manifest.original_convention or "not kept"
     if convention == "delta":
@@ -234,9 +240,30 @@ def _of_shards(
             f"--actions {convention}: the policy's actions of {name} have {width} numbers, those of {path} "
             f"{has or 'no'} ({meant})"
         )
-    if policy.cfg.proprio and not manifest.proprio_dim:
-        raise DataError(f"{path}: has no proprioception, which the policy reads")
+    if policy.cfg.proprio:
+        reads = len(policy.statistics.range(name, "proprio", policy.cfg.bounds))
+        if manifest.proprio_dim != reads:
+            raise DataError(
+                f"{path}: has {manifest.proprio_dim or 'no'} numbers of proprioception, and the policy reads {reads}"
+            )
     return Watched(name, [Episodes(path, split, camera) for camera in cameras], "", convention)
+
+
+def _cameras(named: Sequence[str], theirs: Sequence[str], manifest: Manifest, path: str, views: int) -> Sequence[str]:
+    """As many as the policy has views: those named, else those it knows, else all that there are."""
+    there = manifest.cameras
+    if len(there) < views:
+        raise RunError(
+            f"{path}: has {len(there)} camera{'s' * (len(there) > 1)}, and the policy looks at {views} views"
+        )
+    check_order(named, theirs, "it knows them as")
+    cameras = named or (theirs if set(theirs) <= set(there) else ()) or (there if len(there) == views else ())
+    if len(set(cameras)) != views or len(cameras) != views or not set(cameras) <= set(there):
+        raise RunError(
+            f"--cameras {','.join(cameras)}: {path} has {', '.join(there)}; name {views} of them, in the order of the "
+            "policy's views"
+        )
+    return cameras
 
 
 def _fitting(policy: AnyPolicy, name: str) -> str | None:

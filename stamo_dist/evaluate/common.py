@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -271,6 +272,8 @@ def output_folder(run: RunFolder, name: str, out: Path | None) -> Path:
     folder = out or run.evaluations / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            """It can be written."""
     except OSError as e:
         raise RunError(f"{folder}: cannot be written ({e.strerror}); choose another with --out") from e
     return folder

@@ -39,7 +39,7 @@ class Shown:
         if preset is not None:
             benchmark, actions = benchmark or preset.benchmark, actions or preset.actions
             if benchmark == preset.benchmark:
-                _check_order(cameras, preset.cameras, "its authors show it")
+                check_order(cameras, preset.cameras, "its authors show it")
                 cameras = tuple(cameras) or preset.cameras
             size = size or preset.size
         actions = actions or "delta"
@@ -64,7 +64,7 @@ class Shown:
             square = seen.frame_size is not None and seen.frame_size[0] == seen.frame_size[1]
             rendered = seen.frame_size[0] if seen.frame_size and square and size in (None, seen.size) else None
             if seen.format == benchmark:
-                _check_order(cameras, seen.cameras, "it was trained with")
+                check_order(cameras, seen.cameras, "it was trained with")
             theirs = seen.cameras if seen.format == benchmark else (benchmarks.default_camera(benchmark),)
             setting = Setting(size or seen.size, tuple(cameras) or theirs, actions, rendered=rendered)
         return cls(policy, benchmark, setting, unnorm_key, trained)
@@ -119,7 +119,8 @@ class Shown:
         return f"{self.benchmark}: {', '.join(setting.cameras)} {drawn} {setting.size} px, {framing.said()}"
 
 
-def _check_order(named: Sequence[str], theirs: Sequence[str], whose: str) -> None:
+def check_order(named: Sequence[str], theirs: Sequence[str], whose: str) -> None:
+    """Raises: RunError: The same cameras are named in another order."""
     if tuple(named) != tuple(theirs) and sorted(named) == sorted(theirs):
         raise RunError(
             f"--cameras {','.join(named)}: {whose} {', '.join(theirs)}, in this order, which its views keep; leave "

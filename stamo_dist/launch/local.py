@@ -14,7 +14,7 @@ from types import FrameType
 from typing import IO, Protocol
 
 from stamo_dist.engine.generation import FOLDER
-from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
+from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED, SIGNALS
 from stamo_dist.engine.world import free_port
 from stamo_dist.errors import RunError
 from stamo_dist.launch.record import rank_log
@@ -152,7 +152,7 @@ class Ranks:
             if failed and first is None:
                 rank, first = failed[0]
                 deadline = time.monotonic() + (1.0 if first == 2 else _GRACE)  # 2: refused before anything started
-                if rank and first > 2 and first != EXIT_PREEMPTED:
+                if rank and first > 2 and first not in (EXIT_PREEMPTED, EXIT_NOT_EXPORTED):
                     self._say(f"rank {rank} of {self._count} failed with code {first}; see {rank_log(self._run, rank)}")
             if time.monotonic() > deadline:
                 for rank, p in enumerate(ranks):

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stamo_dist.engine.generation import Owner, newest_owner
+from stamo_dist.engine.progress import duration
 from stamo_dist.engine.success import Successes, is_late
 
 _TAIL = 1 << 17  # bytes at the end of metrics.jsonl that are read
@@ -37,6 +38,7 @@ class Progress:
     owner: Owner | None = None  # who trains here, or did last
     silence: float | None = None  # seconds since the owner's last heartbeat
     exported: bool = False  # trained to the end
+    phase: str = ""  # what rank 0 does that is no step: "building", "exporting", and for how long
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
     successes: Successes = field(default_factory=Successes)  # of a policy in closed loop
 
@@ -75,7 +77,7 @@ def look(run: Path, recipe: Path | None = None) -> Progress:
         name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
         loss=_loss(last), mean_loss=mean, rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
         checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
-        terms=terms, successes=Successes.read(run),
+        phase=_phase(run), terms=terms, successes=Successes.read(run),
     )  # fmt: skip
 
 
@@ -116,6 +118,20 @@ def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
 
 def age(stamp: float | None) -> float | None:
     return None if stamp is None else max(0.0, time.time() - stamp)
+
+
+def _phase(run: Path) -> str:
+    """From the heartbeat that the watchdog of a start writes and takes away at its end."""
+    newest = max(run.glob("logs/watch_*/rank_00000.json"), key=_when_or_never, default=None)
+    try:
+        found = json.loads(newest.read_text()) if newest is not None else {}
+        return f"{found['phase']} for {duration(found['seconds'])}" if found.get("phase") else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _when_or_never(path: Path) -> float:
+    return _when(path) or 0.0
 
 
 def _loss(line: dict[str, Any]) -> float | None:

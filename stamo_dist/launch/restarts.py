@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.launch.look import newest_checkpoint
 from stamo_dist.launch.record import Event, Launch, What, events
 
@@ -42,16 +42,18 @@ def stalled(history: Iterable[Event]) -> int:
 def judge(launch: Launch, code: int, job: str) -> Verdict:
     """What to do after a start of `job` ended with the exit code `code`.
 
-    Code 2 says that what was asked for cannot be done, and no restart changes that. After any other code but 0 a run is
+    Code 2 says that what was asked for cannot be done, and no restart changes that; 76 that it was trained to its end,
+    and its model could not be written. After any other code but 0 a run is
     started again, unless `max_restarts` restarts in a row before brought it no further: an end that was asked for by a
     signal always does. A command that does not train is only started again if it was asked to end, and so often.
     """
-    if code == 0:
-        return Verdict("finished", False, "")
-    if code == 2:
-        return Verdict("failed", False, "refused, see the log")
-    if code == EXIT_INTERRUPTED:
-        return Verdict("stopped", False, "interrupted twice")
+    not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
+    last: dict[int, tuple[What, str]] = {
+        0: ("finished", ""), 2: ("failed", "refused, see the log"), EXIT_NOT_EXPORTED: ("failed", not_exported),
+        EXIT_INTERRUPTED: ("stopped", "interrupted twice"),
+    }  # fmt: skip
+    if code in last:
+        return Verdict(last[code][0], False, last[code][1])
     left, trains = code == EXIT_PREEMPTED, launch.command[:1] == ["train"]
     event: What = "preempted" if left else "failed"
     how = "it left to be started again" if left else f"it ended with code {code}"

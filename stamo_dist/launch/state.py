@@ -150,10 +150,10 @@ def _running(progress: Progress, last: Event | None, starts: int) -> State:
     if last.event == "cancelled":
         return State("cancelled", "saving", restarts)
     if last.event == "started" and (progress.written or 0) < datetime.fromisoformat(last.time).timestamp():
-        return State("starting", restarts=restarts)
+        return State("starting", progress.phase, restarts)
     if progress.silence is not None and progress.silence > STALE:
         return State("running", f"no heartbeat for {duration(progress.silence)}", restarts)
-    return State("running", restarts=restarts)
+    return State("running", progress.phase, restarts)
 
 
 def _ended(progress: Progress, job: Job) -> State:

@@ -50,7 +50,7 @@ def moved(sources: Mapping[str, str], begun: Mapping[str, str]) -> list[str]:
     return [
         f"{field}: {found}, but this run began with {begun[field]}"
         for field, found in sources.items()
-        if found != begun.get(field, found) and found.partition("@")[0] == begun[field].partition("@")[0]
+        if found != begun.get(field, found) and hub_id(found) and hub_id(begun[field])
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import PICKLED, STEMS, VARIANTS, file_name, index_name
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 _FILES = (".safetensors", *PICKLED)
 
@@ -49,19 +49,32 @@ def locate(
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds a whole policy, and not an adapter alone."""
-    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    try:
+        return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    except OSError:  # what an adapter calls its base may be anything
+        return False
 
 
-def base_of(adapter: Path, config: Mapping[str, Any]) -> str:
-    """What an adapter stands on: a folder that its adapter_config.json names or the one above, else a hub id or "".
+def named_base(adapter: Path, config: Mapping[str, Any]) -> str:
+    """What an adapter says it stands on: a folder with weights where it is one, else what may be an id of the hub.
 
     A path is understood from the adapter's folder, then from here.
+
+    Raises:
+        CheckpointError: It says nothing, and the folder above it has no weights either.
     """
     named = str(config.get("base_model_name_or_path") or "")
+    above = adapter.absolute().parent
+    if not named:
+        if has_weights(above):
+            return str(above)
+        raise CheckpointError(
+            f"policy.weights: {adapter} is an adapter that names no base; set base_model_name_or_path in its "
+            "adapter_config.json to a folder or a hub id"
+        )
     if (revision := config.get("revision")) and hub_id(named) == (named, None):
         named = f"{named}@{revision}"
-    near = [adapter / named, Path(named).expanduser()] if named else []
-    return next((str(p) for p in [*near, adapter.absolute().parent] if has_weights(p)), named)
+    return next((str(p) for p in (adapter / named, Path(named).expanduser()) if has_weights(p)), named)
 
 
 def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:

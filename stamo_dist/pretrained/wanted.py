@@ -13,7 +13,7 @@ from typing import Any
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
-from stamo_dist.pretrained.place import base_of, cached, download, has_weights, hub_id, on_disk
+from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
 from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
 from stamo_dist.recipe.schema import Model, Recipe
 
@@ -89,13 +89,25 @@ def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str |
     """The weights that a policy's adapter stands on, a path or a hub id; None where `weights` are none or whole.
 
     Raises:
-        CheckpointError: Its adapter_config.json cannot be read.
+        CheckpointError: The adapter is not whole, or names no base.
     """
     hub = hub_id(weights)
     given = Path(weights).expanduser() if hub is None else cached(*hub, [""], environ, _ADAPTER)
-    if given is None or not (given / _ADAPTER).is_file() or has_weights(given):
+    if given is None or has_weights(given):
         return None
-    return base_of(given, read_json(given / _ADAPTER, "policy.weights"))
+    # OFT's training leaves its adapter in a folder of that name.
+    adapter = next((p for p in (given, given / "lora_adapter") if (p / _ADAPTER).is_file()), None)
+    if adapter is None:
+        return None
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"policy.weights: {adapter} has {_ADAPTER} and no adapter_model.safetensors; add it")
+    base = named_base(adapter, read_json(adapter / _ADAPTER, "policy.weights"))
+    at = hub_id(base)
+    if at is not None and cached(*at, [""], environ, _ADAPTER) is not None:
+        raise CheckpointError(f"policy.weights: {base} is the base of an adapter and one itself; merge that with peft")
+    above = adapter.absolute().parent
+    there = at is not None and cached(*at, [""], environ) is not None
+    return str(above) if not there and not has_weights(Path(base)) and has_weights(above) else base
 
 
 def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from stamo_dist.errors import RunError
+
 
 class Form(str, Enum):
     """Layouts of an exported model."""
@@ -29,7 +31,12 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="RUN/checkpoints/step_…, or a run folder: its newest checkpoint.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]", help="Folder to write; it must not exist. Without it: the run's own export, RUN/model."
+        ),
+    ] = None,
     form: Annotated[
         Form,
         typer.Option(
@@ -52,8 +59,17 @@ def export(
     The moving average is taken where the checkpoint has one. What is written can be loaded again as policy.weights,
     model.decoder.weights or model.vae.weights.
 
+    A run that was trained, and whose own export failed, is finished by its folder alone.
+
+    Example: stamo export runs/my_run
+
     Example: stamo export runs/policy_oft_state exports/policy --format openvla --dtype bfloat16
     """
-    from stamo_dist.publish.publish import publish
+    from stamo_dist.publish.publish import finish, publish
 
+    if out is None:
+        if which is not None or (form, dtype, shard_size) != (Form.hf, DType.float32, "5GB"):
+            raise RunError("OUT: say where a model of your choice goes; without it the run's own export is written")
+        finish(checkpoint)
+        return
     publish(checkpoint, out, form=form.value, dtype=dtype.value, shard_size=shard_size, checkpoint=which)

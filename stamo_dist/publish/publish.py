@@ -13,10 +13,11 @@ import torch
 
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint as checkpoints
+from stamo_dist.engine.generation import take
 from stamo_dist.engine.retention import named
 from stamo_dist.engine.runfolder import RunFolder, open_run
 from stamo_dist.errors import RunError
-from stamo_dist.export import training_data
+from stamo_dist.export import export, training_data
 from stamo_dist.publish.card import model_card
 from stamo_dist.recipe.load import load
 from stamo_dist.tasks import build_task
@@ -71,6 +72,26 @@ def publish(
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"exported {folder} to {out}: {form}, {dtype}, {size / 1e6:,.1f} MB")
+
+
+def finish(given: Path) -> None:
+    """Write RUN/model of a run that was trained to its end: what its training does last.
+
+    Raises:
+        RunError: It is no run, is not trained to its end, or is training.
+        CheckpointError: The checkpoint is not whole.
+    """
+    run = open_run(given)
+    recipe = load(run.resolved).recipe
+    whole = checkpoints.complete(run.checkpoints)[0]
+    step = checkpoints.read_marker(whole[0]).state.step if whole else 0
+    if step < recipe.train.steps:
+        raise RunError(
+            f"{given}: trained to step {step} of {recipe.train.steps}; train it to its end, or give OUT for the model "
+            "of its newest checkpoint"
+        )
+    with take(run.path, patience=0):
+        export(recipe, Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch), run, step)
 
 
 def _as_others_files(folder: Path) -> None:

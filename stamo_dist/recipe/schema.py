@@ -321,6 +321,9 @@ class Train(Section):
     step_timeout: PositiveFloat = Field(
         1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
     )
+    setup_timeout: PositiveFloat = Field(
+        3600.0, description="The same for what is no step: building, the first step, exporting and leaving."
+    )
 
 
 class Strategy(Section):

@@ -185,7 +185,7 @@ def test_released_weights_against_what_was_done(
     column |= {"mean": [0.0] * 7, "mask": [True] * 6 + [False]}
     (folder / "dataset_statistics.json").write_text(json.dumps({"cans_no_noops": {"action": column}}))
     options: dict[str, Any] = {"shards": str(tmp_path / "cans"), "use": Use("openvla-libero"), "frames": 10**6}
-    options["out"] = tmp_path / "out"
+    options |= {"out": tmp_path / "out", "unnorm_key": "cans"}
 
     def still(self: Policy, images: Any, texts: Any, **_: Any) -> np.ndarray:
         return np.tile([0.5] * 6 + [1.0], (len(images), 1, 1))  # half to the right of everything, and open
@@ -202,11 +202,17 @@ def test_released_weights_against_what_was_done(
     assert found.rows[0]["source"] == "cans_no_noops"
     assert "cans_no_noops: agentview; mirrored, JPEG and Lanczos to 224 px, centre crop of 0.9" in said.file.getvalue()
     assert "1 actions at a time (openvla), scaled by q99" in said.file.getvalue()
+    plain = json.loads((tmp_path / "cans/manifest.json").read_text())
+    (tmp_path / "cans/manifest.json").write_text(json.dumps({**plain, "gripper": None}))
+    with pytest.raises(StamoError, match=r"--actions openvla: .* does not say which of its numbers is the gripper"):
+        actions(str(folder), **options)
+    (tmp_path / "cans/manifest.json").write_text(json.dumps(plain))
     for changes, says in (
         ({"shards": None}, r"is no run folder; say with --shards"),
         ({"out": None}, r"is no run folder; say with --out"),
         ({"use": Use()}, r"does not say how it sees frames"),
         ({"split": "test"}, r"has no 'test' split \(its splits: train, val\); choose another --split"),
+        ({"unnorm_key": None}, r"is robomimic, and the policy is one of libero; choose other --shards, or with"),
         ({"cameras": ["wrist"]}, r"--cameras wrist: .* has agentview; name 1 of them"),
         ({"convention": "metres"}, r"--actions metres: must be one of delta, original, openvla"),
         ({"unnorm_key": "bridge"}, r"bridge"),

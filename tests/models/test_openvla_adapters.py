@@ -23,7 +23,7 @@ from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.plan.known import config_of
-from stamo_dist.pretrained.wanted import look_at
+from stamo_dist.pretrained.wanted import adapter_base, look_at
 from stamo_dist.recipe import policy as recipe
 from stamo_dist.recipe import schema
 
@@ -87,6 +87,8 @@ def test_an_adapter_made_by_hand_is_added_to_the_bit(base: Path, tmp_path: Path)
     check(weights(tmp_path / "oft"), before, parts)
     adapter(base / "inside", before, base_model_name_or_path="gone/away", **pattern)
     check(weights(base / "inside"), before, parts)
+    (note,) = load.locate(str(base / "inside")).notes()
+    assert note.endswith(f"names gone/away, which is not to be had: {base} is its base")
     adapter(base / "lora_adapter", before, **pattern)
     check(weights(base), before, {})  # OFT's, which is merged into what lies above it
     assert "lora_adapter is not read" in load.locate(str(base)).notes()[0]
@@ -94,6 +96,7 @@ def test_an_adapter_made_by_hand_is_added_to_the_bit(base: Path, tmp_path: Path)
     check(weights(base), before, parts)
     with pytest.raises(CheckpointError, match="is the base of an adapter and has one itself"):
         load.locate(str(tmp_path / "named"))
+    assert adapter_base(str(tmp_path / "oft")) == str(base), "OFT's, which nothing was merged with"
 
 
 def test_an_adapter_and_its_base_come_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +122,10 @@ def test_an_adapter_and_its_base_come_from_the_hub(base: Path, tmp_path: Path, m
     with pytest.raises(CheckpointError, match="its base 'org/base@main' is no folder with weights and not to be had"):
         load.locate("org/lora")
     shutil.copytree(base, cache / "models--org--base/snapshots" / commits["base"])
+    inner = base / "inner"  # another policy one folder up is not what it names
+    adapter(inner, before, base_model_name_or_path="org/base")
+    assert load.locate(str(inner)).base == cache / "models--org--base/snapshots" / commits["base"]
+    assert adapter_base(str(inner), environ) == "org/base"
     check(weights("org/lora"), before, parts)
     assert load.locate("org/lora").sources() == {
         "policy.weights": f"org/lora@{commits['lora']}", "policy.weights (base)": f"org/base@{commits['base']}",
@@ -131,7 +138,7 @@ def test_an_adapter_and_its_base_come_from_the_hub(base: Path, tmp_path: Path, m
     )
 
 
-def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, folder = weights(base), tmp_path / "adapter"
 
     def refused(match: str, place: Path = folder) -> None:
@@ -146,6 +153,9 @@ def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path) -
     refused("says peft_type LOHA, and only LORA is read")
     adapter(folder, before, base_model_name_or_path="nobody/nothing")
     refused("is an adapter, and its base 'nobody/nothing' is no folder with weights")
+    monkeypatch.chdir(base)  # where we are is no base
+    adapter(folder, before)
+    refused("is an adapter that names no base; set base_model_name_or_path")
     tensors = adapter(folder, before, **named)
     changes = {
         "no fitting lora_A and lora_B": {f"base_model.model.{LINEAR}.lora_B.weight": None},

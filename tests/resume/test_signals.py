@@ -143,6 +143,37 @@ def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
     assert f"rank {hung} of 2 did not end after the others: killed" in run.output
 
 
+def test_a_rank_that_lost_its_launcher_and_whose_peer_is_stuck_ends_itself(start):
+    """Nobody is left who would end it, and it is asked to save, which it cannot without the other."""
+    run = start()
+    run.reach(3)
+    first, second = (run.rank(rank) for rank in range(2))
+    second.suspend()
+    run.launcher.kill()
+    _, left = psutil.wait_procs([first], timeout=60)
+    second.resume()  # it finds its peer gone
+    assert not left
+    _, left = psutil.wait_procs([second], timeout=60)
+    assert not left
+    assert "what started it is gone, and it got no further" in run.output
+
+
+def test_a_second_sigterm_ends_a_rank_that_cannot_save(start):
+    run = start()
+    run.reach(2)
+    rank, other = run.rank(0), run.rank(1)
+    other.suspend()
+    time.sleep(0.5)
+    rank.terminate()
+    time.sleep(5.2)  # a scheduler's one comes by several ways
+    assert rank.is_running()
+    rank.terminate()
+    run.until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE)
+    other.kill()
+    assert run.launcher.wait(timeout=60) == EXIT_PREEMPTED, run.output
+    assert "rank 0: a second SIGTERM: leaving with code 75" in run.output
+
+
 def test_second_sigint_stops_at_once_even_a_hung_rank(start):
     run = start()
     run.reach(2)

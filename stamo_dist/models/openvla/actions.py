@@ -79,6 +79,8 @@ class Range:
         low, high = (np.asarray(statistics[name], np.float64) for name in names)
         mask = np.asarray(statistics.get("mask", np.ones(low.shape)), bool)
         extremes = [np.asarray(statistics.get(k, v), np.float64) for k, v in (("min", low), ("max", high))]
+        if not all(np.isfinite(ends).all() for ends in (low, high, *extremes)):
+            raise DataError(f"{source}: some of its numbers are none; compute it anew with `stamo data stats`")
         if not low.shape == high.shape == mask.shape == extremes[0].shape == extremes[1].shape:
             raise DataError(f"{source}: its fields have different lengths; compute them anew with `stamo data stats`")
         # Quantiles alone do not tell a gripper that never moves from one that seldom does.
@@ -161,6 +163,8 @@ class Statistics:
             raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
         if not isinstance(sources, dict):
             raise CheckpointError(f"{path}: is not a map from a source's name to its statistics; copy it again")
+        if wrong := [name for name, found in sources.items() if not isinstance(found, dict)]:
+            raise CheckpointError(f"{path}: {wrong[0]} is not a map from a column to its statistics; copy it again")
         return cls(sources, str(path), seen)
 
     def key(self, name: str | None, suffixes: Sequence[str] = ("", "_no_noops")) -> str:
@@ -173,7 +177,7 @@ class Statistics:
         if name is None:
             if len(self.sources) == 1:
                 return next(iter(self.sources))
-            raise DataError(f"{self.origin} has statistics of {known}: name one of them (unnorm_key)")
+            raise DataError(f"{self.origin} has statistics of {known}: name one of them (unnorm_key, --unnorm-key)")
         for candidate in (name + suffix for suffix in suffixes):
             if candidate in self.sources:
                 return candidate

@@ -72,6 +72,9 @@ class Checkpoint:
     base: Path  # config and weights of the whole network; `folder` itself where it holds them
     name: str  # by which others find the base: an absolute path or a hub id
     adapter: Path | None = None  # folder of the adapter
+    instead: str | None = (
+        None  # the base that the adapter names and that is not to be had: `base` lies in the folder above
+    )
 
     def holding(self, name: str) -> Path:
         """The folder that has the file `name`, the base's where neither has it."""
@@ -88,8 +91,14 @@ class Checkpoint:
 
     def notes(self) -> list[str]:
         """What a person should know about how it lies there."""
-        merged = self.adapter is None and (self.folder / OFT_ADAPTER / adapters.CONFIG).is_file()
-        return [f"{self.folder / OFT_ADAPTER} is not read: OFT leaves it beside weights it is merged into"] * merged
+        notes = []
+        if self.adapter is None and (self.folder / OFT_ADAPTER / adapters.CONFIG).is_file():
+            notes.append(f"{self.folder / OFT_ADAPTER} is not read: OFT leaves it beside weights it is merged into")
+        if self.instead is not None:
+            notes.append(
+                f"{FIELD}: {self.adapter} names {self.instead}, which is not to be had: {self.base} is its base"
+            )
+        return notes
 
 
 def locate(checkpoint: str) -> Checkpoint:
@@ -100,7 +109,7 @@ def locate(checkpoint: str) -> Checkpoint:
         CheckpointError: there is no such folder, the hub did not supply it, or an adapter or its base is not whole.
     """
     given = Path(checkpoint).expanduser()
-    if given.name == OFT_ADAPTER and adapters.lies_in(given):
+    if given.name == OFT_ADAPTER and adapters.lies_in(given) and place.has_weights(given.parent):
         raise CheckpointError(
             f"{FIELD}: {given} is the adapter that OFT leaves beside the weights it is merged into; give {given.parent}"
         )
@@ -120,18 +129,21 @@ def _place(checkpoint: str) -> Path:
 
 
 def _on_base(folder: Path, adapter: Path) -> Checkpoint:
-    named = place.base_of(adapter, adapters.read_config(adapter))
+    named = place.named_base(adapter, adapters.read_config(adapter))
     if place.has_weights(base := Path(named)):
         return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+    above = adapter.absolute().parent
     try:
         base = _place(named)
     except CheckpointError:
+        if place.has_weights(above):
+            return Checkpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
         raise CheckpointError(
             f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
             f"from the hub; correct base_model_name_or_path in its {adapters.CONFIG}, or give the base's folder "
             f"with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
         ) from None
-    return Checkpoint(folder, _plain(base), named, adapter)
+    return Checkpoint(folder, _plain(base), place.source(base), adapter)
 
 
 def _plain(base: Path) -> Path:

@@ -1,0 +1,73 @@
+"""What may happen between the last step and the end: an export that fails, and one that is asked to stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from toy import write_recipe
+
+from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
+
+#: As `python -m stamo_dist.cli`, with an export that takes for ever.
+SLOW = """
+import sys, time
+import stamo_dist.train
+def export(*_):
+    print("exporting now", flush=True)
+    time.sleep(600)
+stamo_dist.train.export = export
+from stamo_dist.cli import main
+main()
+"""
+
+
+def test_a_model_that_cannot_be_written_loses_no_training(
+    toy: SimpleNamespace, stamo: Any, ranks: Any, tmp_path: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
+    run.mkdir()
+    (run / "model").write_text("in the way")  # of the folder that the export makes
+    command = ("train", recipe, "--set", "train.steps=2")
+    code, said = ranks(2, *command, check=False)
+    assert code == EXIT_NOT_EXPORTED
+    assert f"{run}: trained to step 2 and saved, but the model was not exported: " in said
+    assert f"`stamo export {run}` writes it once that is mended" in said
+    assert "Traceback" not in said
+    assert not list((run / "logs").glob("watch_*"))
+    assert ranks(2, *command, check=False)[0] == EXIT_NOT_EXPORTED, "it is tried again, and nothing else is done"
+    (run / "model").unlink()
+    stamo("export", run)
+    assert json.loads((run / "exported.json").read_text()) == {"step": 2}
+    assert (run / "model/stamo.json").is_file()
+    assert "already trained to step 2" in ranks(1, *command)[1]
+    early = stamo("export", shutil.copytree(run, tmp_path / "early"), "--dtype", "bfloat16", check=False)
+    assert early.returncode == 2
+    assert "OUT: say where a model of your choice goes" in early.stderr
+
+
+def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tmp_path: Path) -> None:
+    recipe, log = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "log"
+    command = [sys.executable, "-c", SLOW, "train", str(recipe), "--set", "train.steps=2"]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while "exporting now" not in log.read_text():
+                assert time.monotonic() < deadline
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            (beat,) = (tmp_path / "run/logs").glob("watch_*/rank_00000.json")
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(20) == EXIT_PREEMPTED
+            assert json.loads(beat.read_text())["phase"] in ("exporting", "")
+        finally:
+            process.kill()
+    assert "SIGUSR1 while exporting: leaving with code 75 to be started again" in log.read_text()
+    assert json.loads(next((tmp_path / "run/.generations").iterdir()).read_text())["ended"]
