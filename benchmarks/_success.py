@@ -56,6 +56,7 @@ def parser(doc: str, recipe: str) -> argparse.ArgumentParser:
     made.add_argument("--tasks", default=TASKS, help="separated by commas (%(default)s)")
     made.add_argument("--trials", type=int, default=15, help="of each task, arm and seed (%(default)s)")
     made.add_argument("--seeds", type=int, default=3, help="of tokenizer and policy (%(default)s)")
+    made.add_argument("--seed", type=int, help="this one alone, elsewhere or beside the others; the table comes later")
     made.add_argument("--steps", type=int, help="of each policy; the recipe's when omitted")
     made.add_argument("--max-steps", type=int, help="of a trial; the benchmark's when omitted")
     made.add_argument("--frames", type=int, default=400, help="held-out frames of the action error (%(default)s)")
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Se
             steps.stamo(
                 "encode-latents", out / "done", "encode", options.tokenizer_recipe, *_sets(options.tokenizer_set)
             )
-        for seed in range(options.seeds):
+        for seed in range(options.seeds) if options.seed is None else [options.seed]:
             eyes = out / f"tokenizer-{seed}"
             own = [*options.tokenizer_set, f"seed={seed}", f"run_dir={eyes}"]
             steps.stamo(
@@ -141,8 +142,11 @@ def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Se
                 name = f"{policy.name}-{''.join(c if c.isalnum() else '_' for c in arm.name)}-{seed}"
                 _arm(options, steps, name, [*common, f"run_dir={out / name}", *arm.settings], states, found[arm.name])
             rows = {name: of_arm for name, of_arm in found.items() if of_arm.trials}
-            _write(table, options, policy.name, rows, claims)
+            if options.seed is None:
+                _write(table, options, policy.name, rows, claims)
         bar.update(watched, completed=bar.tasks[0].total)
+    if options.seed is not None:
+        return
     Console().print(_table(f"{title}: {policy.name}, {options.seeds} seeds of tokenizer and policy", found))
     for line in verdicts(found, claims):
         print(line)
