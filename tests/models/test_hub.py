@@ -101,6 +101,21 @@ def test_a_pinned_recipe_names_the_commits(official: Path) -> None:
     assert found.decoder.weights == given.model.decoder.weights
 
 
+#: As `python -m stamo_dist.cli`, but the branch moves on before the model is exported.
+MOVING = """
+import os, sys
+import stamo_dist.train
+from pathlib import Path
+export = stamo_dist.train.export
+def moving(*arguments):
+    Path(os.environ["HF_HUB_CACHE"], "models--org--vae/refs/main").write_text("b" * 40)
+    export(*arguments)
+stamo_dist.train.export = moving
+from stamo_dist.cli import main
+main()
+"""
+
+
 def test_a_run_goes_on_with_the_commit_it_began_with(
     toy: SimpleNamespace, stamo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +130,11 @@ def test_a_run_goes_on_with_the_commit_it_began_with(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     toy_recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     hub_vae = ("--set", "model.vae.weights=org/vae")
-    stamo("train", toy_recipe, *hub_vae, "--set", "train.steps=2")
-    (repo / "refs/main").write_text(NEW)
+    command = [sys.executable, "-c", MOVING, "train", str(toy_recipe), *hub_vae, "--set", "train.steps=2"]
+    subprocess.run(command, check=True, timeout=300)
+    assert (repo / "refs/main").read_text() == NEW
+    exported = json.loads((tmp_path / "run/model/stamo.json").read_text())
+    assert exported["model"]["vae"]["weights"] == f"org/vae@{OLD}"
     more = stamo("train", toy_recipe, *hub_vae, "--set", "train.steps=3", "--nproc", "2")
     assert f"model.vae.weights: org/vae@{OLD}, the commit that this run began with" in more.stdout
     assert f"org/vae@{OLD}" in (tmp_path / "run/resolved.yaml").read_text()
