@@ -1,6 +1,7 @@
 """Ranks of `stamo train`, forked from a process that has imported everything: the import takes longer than a toy run.
 
-`python -m tests.forked` reads a JSON list [processes, arguments, output folder] a line and answers with the exit code.
+`python -m tests.forked` reads a JSON list a line,
+[processes, arguments, output folder, compare], and answers with the exit code.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ class Ranks:
             bufsize=1,
         )  # fmt: skip
 
-    def __call__(self, processes: int, *arguments: object, check: bool = True) -> tuple[int, str]:
-        """Run `stamo ARGUMENTS` as `processes` ranks."""
+    def __call__(
+        self, processes: int, *arguments: object, check: bool = True, compare: bool = False
+    ) -> tuple[int, str]:
+        """Run `stamo ARGUMENTS` as `processes` ranks.
+
+        `compare`: every collective of a rank is compared with the others', and one that only some call ends the run
+        with its name. Not for ddp, in which this mode of torch crashes.
+        """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         folder = self._folder / str(self._calls)
         folder.mkdir()
         self._calls += 1
-        self._server.stdin.write(json.dumps([processes, [str(a) for a in arguments], str(folder)]) + "\n")
+        self._server.stdin.write(json.dumps([processes, [str(a) for a in arguments], str(folder), compare]) + "\n")
         code = int(self._server.stdout.readline())
         outputs = [(folder / str(rank)).read_text() for rank in range(processes)]
         assert not (check and code), f"stamo {arguments} on {processes} exited {code}\n" + "\n".join(outputs)
@@ -47,9 +54,12 @@ class Ranks:
         self._server.wait(60)
 
 
-def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Path) -> NoReturn:
+def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Path, compare: bool) -> NoReturn:
+    import torch.distributed as dist
+
     from stamo_dist import cli
 
+    dist.set_debug_level(dist.DebugLevel.DETAIL if compare else dist.DebugLevel.OFF)
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -69,7 +79,7 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
         os._exit(code)
 
 
-def _run(processes: int, arguments: list[str], folder: Path) -> int:
+def _run(processes: int, arguments: list[str], folder: Path, compare: bool) -> int:
     from stamo_dist.engine.world import free_port
 
     port = free_port()
@@ -77,7 +87,7 @@ def _run(processes: int, arguments: list[str], folder: Path) -> int:
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            _rank(rank, processes, port, arguments, folder / str(rank))
+            _rank(rank, processes, port, arguments, folder / str(rank), compare)
         ranks.append(pid)
     first, deadline = 0, float("inf")
     while ranks:
@@ -107,8 +117,8 @@ def _serve(answers: IO[str]) -> None:
     import stamo_dist.train  # noqa: F401
 
     for line in sys.stdin:
-        processes, arguments, folder = json.loads(line)
-        print(_run(processes, arguments, Path(folder)), file=answers, flush=True)
+        processes, arguments, folder, compare = json.loads(line)
+        print(_run(processes, arguments, Path(folder), compare), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,11 @@ def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}
     looked = look_at(loaded.recipe, environ)
     problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
     absent = [
-        (_placed(loaded, field), f"{repo} is not in the hub's cache", f"`{command}` here, into a cache that they see")
+        (
+            _placed(loaded, field),
+            f"{repo} is not in the hub's cache",
+            f"`{command}` here, into a cache that the nodes see",
+        )
         for field, (repo, command) in looked.absent.items()
     ]
     if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it

@@ -101,6 +101,8 @@ def _instead(root: Path, field: str) -> str:
     files = sorted(p.name for p in root.iterdir() if p.suffix in _FILES)
     if files:
         return f"if you mean {files[0]}, set {field}: {root / files[0]}"
+    if field.startswith("policy."):
+        return "give a folder of OpenVLA or OpenVLA-OFT, of a PEFT adapter, or RUN/model"
     return "give a folder in the layout of diffusers' or transformers' save_pretrained"
 
 

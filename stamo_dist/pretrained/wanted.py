@@ -15,6 +15,7 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
 from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
 from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
+from stamo_dist.recipe.policy import Policy
 from stamo_dist.recipe.schema import Model, Recipe
 
 _FIELDS = {"encoder": "model.encoder", "decoder": "model.decoder", "vae": "model.vae", "policy": "policy"}
@@ -112,8 +113,8 @@ def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str |
 
 def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:
     """What the headers have otherwise than config.json, and config.json otherwise than the recipe."""
-    if part == "policy":  # a checkpoint of one size, whose parts may be another's
-        return []
+    if part == "policy":
+        return _policy(found, name, weights, recipe.policy)
     try:
         telling = _TELLING[part](found.config)
     except (KeyError, TypeError, IndexError):
@@ -164,6 +165,40 @@ def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
     }
 
 
+def _policy(found: Opened, name: str, weights: str, policy: Policy) -> list[str]:
+    """As `_misfits`, of OpenVLA's folder; what it lacks of heads and projectors starts at random."""
+    problems, config = [], found.config
+    text = config.get("text_config") or {}
+    width, depth = (text.get(key, default) for key, default in _LLAMA.items())
+    for key, shape in (
+        ("language_model.model.embed_tokens.weight", (text.get("vocab_size", 32000), width)),
+        (f"language_model.model.layers.{depth - 1}.self_attn.q_proj.weight", (width, width)),
+    ):
+        has = found.shapes.get(key)
+        if has is not None and has != shape:
+            problems.append(
+                f"{name}: {weights} has {key} {list(has)}, its config.json asks for {list(shape)}; download the "
+                "checkpoint again"
+            )
+            break
+    if policy.vision == "fused" and config.get("timm_model_ids") == []:
+        problems.append(
+            f"policy.vision: fused, but {weights} has no towers of its own: it sees through a StaMo encoder; set "
+            "policy.vision: stamo, or give other policy.weights"
+        )
+    folders = {file.parent for file in found.files.values()}
+    if name == "policy.weights" and not any((folder / "tokenizer.json").is_file() for folder in folders):
+        problems.append(f"{name}: {weights} has no tokenizer.json; copy the tokenizer of the checkpoint there")
+    problems += differing({k: v for k, v in policy.config.items() if k != "text_config"}, config, "policy", weights)
+    return problems + [
+        f"policy.config.text_config.{key}: {value}, but {weights} has {text[key]}; name other weights, or leave it out"
+        for key, value in (policy.config.get("text_config") or {}).items()
+        if value != text.get(key, value)
+    ]
+
+
+#: What transformers' LlamaConfig has where a config.json leaves it out, as openvla-7b's does.
+_LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32}
 _TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
 
 

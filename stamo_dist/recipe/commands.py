@@ -54,7 +54,8 @@ def check(
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
-    Where the shards are at hand: also how many samples have an action and a world loss, dimensions of actions that
+    Whether shards and weights are there, and the recipe's own, is what `stamo doctor RECIPE --no-job` looks at. Where the
+    shards are at hand: also how many samples have an action and a world loss, dimensions of actions that
     never or seldom move, and what could be cached.
 
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
@@ -78,6 +79,9 @@ def check(
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
     for line in advised:
         console.print(f"    {line}")
+    paths = [path for source in r.data.used.values() for path in source.paths if "://" not in path]
+    if absent := [path for path in paths if not Path(path).expanduser().exists()]:
+        console.print(f"    not there, so not looked at: {', '.join(absent)}", style="dim")
 
 
 @app.command()

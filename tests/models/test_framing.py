@@ -116,7 +116,9 @@ def test_a_released_policy_is_run_as_it_is_said(released: Callable[[str], Path])
     ):
         with pytest.raises(RunError, match=says):
             Use(**wrong)
-    with pytest.raises(RunError, match=r"--as oft-libero: .* has no action head.*choose one of openvla-libero"):
+    with pytest.raises(
+        RunError, match=r"--as oft-libero: .* has no action head .*incomplete; choose one of openvla-libero"
+    ):
         load_policy(folder, use=Use("oft-libero"))
 
 

@@ -27,7 +27,9 @@ from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_pretrained
+from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
+from stamo_dist.recipe import schema
 
 COLUMN: dict[str, Any] = {"q01": [-1.0, 0.0], "q99": [1.0, 4.0], "min": [-2.0, 0.0], "max": [2.0, 5.0]}
 STATISTICS = {"toy": {"action": {**COLUMN, "mask": [True, False]}, "proprio": COLUMN}}
@@ -68,6 +70,30 @@ def moment(policy: Policy) -> dict[str, Any]:
         "instruction": INSTRUCTIONS[0],
         "proprio": np.array([0.3, 1.0]) if policy.cfg.proprio else None,
     }
+
+
+def test_a_login_node_finds_a_folder_that_does_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    save_pretrained(make("openvla"), folder)
+
+    def problems(**policy: Any) -> list[str]:
+        given = schema.Recipe.model_validate({
+            "stage": "policy", "data": {"sources": {"a": {"path": "a"}}, "horizon": 1}, "train": {"steps": 1},
+            "policy": {"weights": str(folder), "vision": "fused", "world": None, **policy},
+        })  # fmt: skip
+        return look_at(given, {}).problems["policy.weights"]
+
+    assert problems() == []
+    (found,) = problems(config={"text_config": {"hidden_size": 99}})
+    assert found.startswith(f"policy.config.text_config.hidden_size: 99, but {folder} has 16")
+    (folder / "tokenizer.json").unlink()
+    assert problems() == [f"policy.weights: {folder} has no tokenizer.json; copy the tokenizer of the checkpoint there"]
+    about = json.loads((folder / "config.json").read_text())
+    about["text_config"]["hidden_size"], about["timm_model_ids"] = 32, []
+    (folder / "config.json").write_text(json.dumps(about))
+    size, towers, _ = problems()
+    assert "has language_model.model.embed_tokens.weight [576, 16], its config.json asks for [576, 32]" in size
+    assert towers.startswith(f"policy.vision: fused, but {folder} has no towers of its own")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -207,7 +207,11 @@ class Use:
         """
         named = self.named
         if named and named.parallel != head:
-            has = "has an action head, as OFT's do" if head else "has no action head, which OFT's do have"
+            has = (
+                "has an action head, as OFT's do"
+                if head
+                else ("has no action head (action_head--*.pt), without which a download of OFT is incomplete")
+            )
             fit = ", ".join(name for name, other in PRESETS.items() if other.parallel == head)
             raise RunError(f"--as {self.preset}: {folder} {has}; choose one of {fit}")
 

@@ -140,10 +140,15 @@ def _on_base(folder: Path, adapter: Path) -> Checkpoint:
             return Checkpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
         raise CheckpointError(
             f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
-            f"from the hub; correct base_model_name_or_path in its {adapters.CONFIG}, or give the base's folder "
-            f"with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
+            f"from the hub{_download(named)}; correct base_model_name_or_path in its {adapters.CONFIG}, or give the "
+            f"base's folder with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
         ) from None
     return Checkpoint(folder, _plain(base), place.source(base), adapter)
+
+
+def _download(named: str) -> str:
+    hub = place.hub_id(named)
+    return f" (on a machine with network: `{place.download(*hub)}`)" if hub else ""
 
 
 def _plain(base: Path) -> Path:
