@@ -54,7 +54,7 @@ def check(
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
-    Whether shards and weights are there, and the recipe's own, is what `stamo doctor RECIPE --no-job` looks at. Where the
+    Whether shards and weights are there, and fit the recipe, `stamo doctor RECIPE --no-job` looks at. Where the
     shards are at hand: also how many samples have an action and a world loss, dimensions of actions that
     never or seldom move, and what could be cached.
 
