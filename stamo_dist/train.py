@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from stamo_dist import rehearsal
 from stamo_dist.data.loader import Batch, Cursor, build_loader, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint, faults, strategy
@@ -277,8 +278,7 @@ class _Session:
                 waiting = time.perf_counter()
                 batch = next(batches)
                 watch.waited += time.perf_counter() - waiting
-                if step == 1 and self.main:
-                    self._show_first(batch)
+                self._show_first(step, batch)
                 update = step - state.bad_steps
                 lr = lr_at(update, recipe.train.steps, recipe.optimizer)
                 engine.set_lr(lr, update)
@@ -308,7 +308,8 @@ class _Session:
                 self.watchdog.finished(step)
                 hopeless = state.bad_in_a_row >= recipe.train.max_bad_steps
                 last = step == recipe.train.steps
-                kind = self.saver.due(step, last=last)
+                trial = first == 1 and self._wants_rehearsal(step)
+                kind = self.saver.due(step, last=last) or ("temporary" if trial else None)
                 if not (self.signals or hopeless or kind):
                     if self._report(self.saver.poll()):
                         watch.reset()
@@ -319,7 +320,7 @@ class _Session:
                     self._report(self.saver.poll(wait=True))
                     return None
                 self.journal.sync()
-                ended = self.saver.save(state, kind or "temporary", wait=last or bool(self.signals))
+                ended = self.saver.save(state, kind or "temporary", wait=last or trial or bool(self.signals))
                 self._report(ended)
                 watch.reset()
                 if last and ended[-1].error:
@@ -329,7 +330,28 @@ class _Session:
                         f"{requests(self.signals)}: {ended[-1]}; leaving with code {EXIT_PREEMPTED} to be started again"
                     )
                     return EXIT_PREEMPTED
+                self._rehearse(step, trial and not ended[-1].error)
         return 0
+
+    def _wants_rehearsal(self, step: int) -> bool:
+        here = step == rehearsal.STEP < self.recipe.train.steps
+        return here and broadcast(rehearsal.wanted(self.recipe, self.step_seconds))
+
+    def _rehearse(self, step: int, wanted: bool) -> None:
+        """Raises: RunError: What is trained could not be exported."""
+        if not wanted:
+            return
+        self.watchdog.phase("exporting", "on trial after", step)
+        problem, notes = (
+            rehearsal.rehearse(self.recipe, self.mixture, self.run_folder, step) if self.main else (None, [])
+        )
+        for note in notes:
+            self.journal.say(f"  {note}")
+        if problem := broadcast(problem):
+            raise RunError(
+                f"train.dry_export: the model could not be exported at the end of this run: {problem}\nmend that and "
+                f"start again: it goes on after step {step}"
+            )
 
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, without the batches that were read since."""
@@ -366,7 +388,9 @@ class _Session:
                 measured = self.evaluation.saved(saved.step) or measured
         return measured
 
-    def _show_first(self, batch: Batch) -> None:
+    def _show_first(self, step: int, batch: Batch) -> None:
+        if step > 1 or not self.main:
+            return
         picture = self.run_folder.path / "first_batch.png"
         try:
             save_grid(picture, batch.images[:32], [self.mixture.sources[s] for s in batch.source[:32].tolist()])

@@ -324,6 +324,9 @@ class Train(Section):
     setup_timeout: PositiveFloat = Field(
         3600.0, description="The same for what is no step: building, the first step, exporting and leaving."
     )
+    dry_export: bool | None = Field(
+        None, description="Export once after the third step, to fail early; null: where training takes over an hour."
+    )
 
 
 class Strategy(Section):

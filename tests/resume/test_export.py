@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from toy import write_recipe
 
 from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
@@ -71,3 +72,36 @@ def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tm
             process.kill()
     assert "SIGUSR1 while exporting: leaving with code 75 to be started again" in log.read_text()
     assert json.loads(next((tmp_path / "run/.generations").iterdir()).read_text())["ended"]
+
+
+#: As `python -m stamo_dist.cli`, with an export that fails.
+BROKEN = """
+import stamo_dist.rehearsal
+def write_model(*_):
+    raise OSError(28, "No space left on device", "here")
+stamo_dist.rehearsal.write_model = write_model
+from stamo_dist.cli import main
+main()
+"""
+
+
+def test_what_would_fail_at_the_end_fails_in_the_first_minutes(
+    toy: SimpleNamespace, ranks: Any, tmp_path: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
+    command = ["train", str(recipe), "--set", "train.steps=5", "--set", "train.dry_export=true"]
+    broken = subprocess.run(
+        [sys.executable, "-c", BROKEN, *command], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert broken.returncode == 2, broken.stderr
+    assert "train.dry_export: the model could not be exported at the end of this run: [Errno 28] No" in broken.stderr
+    assert "Traceback" not in broken.stderr
+    assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
+    ranks(1, *command)
+    assert (run / "exported.json").is_file()
+    _, said = ranks(2, *command, "--set", f"run_dir={tmp_path / 'fresh'}")
+    assert "the model can be exported: " in said
+    assert not list((tmp_path / "fresh").glob(".model*"))
+    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] == [
+        pytest.approx(json.loads(line)["loss"], rel=1e-5) for line in (tmp_path / "fresh/metrics.jsonl").open()
+    ]
