@@ -249,9 +249,10 @@ def _write(
             figures += successes.side_by_side(of_task, store, folder, suite, videos)
         of_suite = [o for trial, o in found[ours].items() if trial.task in tasks]
         rates[SUITES.get(suite, suite)] = successes.row(of_suite)["success"]
+    told = ", each task told the next one's instruction" if settings.get("shuffle_instructions") else ""
     result = Result(
-        NAME, "Rollouts of the policy", _ABOUT + successes.INTERVAL, {**columns, **successes.COLUMNS}, rows, settings,
-        provenance, [], figures, by=list(columns), better={"success": "higher"},
+        NAME, f"Rollouts of the policy{told}", _ABOUT + successes.INTERVAL, {**columns, **successes.COLUMNS}, rows,
+        settings, provenance, [], figures, by=list(columns), better={"success": "higher"},
         partial=successes.partial(sum(map(len, found.values())), wanted * len(found)),
     )  # fmt: skip
     result.write(folder)
@@ -259,7 +260,7 @@ def _write(
     known = [rate for rate in rates.values() if rate is not None]
     line = {"policy": provenance.recipe, **rates, "mean": sum(known) / len(known) if known else None}
     summary = replace(
-        result, name="rollout_suites", title="Success %, suite by suite", columns={key: key for key in line},
+        result, name="rollout_suites", title=f"Success %, suite by suite{told}", columns={key: key for key in line},
         rows=[line], figures=[], by=["policy"], better=dict.fromkeys([*rates, "mean"], "higher"),
         about="Mean over the trials of each suite, and the mean over the suites, as in the paper's table.",
     )  # fmt: skip

@@ -102,6 +102,7 @@ def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monk
     told.clear()
     shuffled = rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **options)
     assert shuffled is not None
+    assert shuffled.title == "Rollouts of the policy, each task told the next one's instruction"
     assert set(told) == {"move the square of suite/one", "move the square of suite/two"}
     with pytest.raises(RunError, match="these tasks have one instruction"):
         rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **{**options, "tasks": TASKS[:1]})
