@@ -33,6 +33,9 @@ def test_the_commit_is_recorded_and_kept(stamo, toy, tmp_path: Path, monkeypatch
     (repo / "refs" / "main").write_text("d" * 40)  # which is not here: what is exported still asks for the first
     stamo("export", run, tmp_path / "out")
     assert f"| model.vae.weights | {found} |" in (tmp_path / "out" / "README.md").read_text()
-    lacking = stamo("train", recipe, "--set", "train.steps=3", check=False)
+    more = stamo("train", recipe, "--set", "train.steps=3")
+    assert f"model.vae.weights: {found}, the commit that this run began with" in more.stdout
+    shutil.rmtree(repo / "snapshots" / COMMIT)
+    lacking = stamo("train", recipe, "--set", "train.steps=4", check=False)
     assert lacking.returncode == 2
-    assert "model.vae.weights: there is no folder org/vae" in lacking.stdout + lacking.stderr
+    assert f"model.vae.weights: there is no folder {found}" in lacking.stdout + lacking.stderr
