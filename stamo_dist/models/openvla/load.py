@@ -72,9 +72,7 @@ class Checkpoint:
     base: Path  # config and weights of the whole network; `folder` itself where it holds them
     name: str  # by which others find the base: an absolute path or a hub id
     adapter: Path | None = None  # folder of the adapter
-    instead: str | None = (
-        None  # the base that the adapter names and that is not to be had: `base` lies in the folder above
-    )
+    instead: str | None = None  # what the adapter names and is not to be had, where `base` lies in the folder above
 
     def holding(self, name: str) -> Path:
         """The folder that has the file `name`, the base's where neither has it."""
