@@ -1,12 +1,10 @@
 """What runs a task: strategy, checkpoints, run folder, metrics, signals. Free of torch, for the launcher."""
 
 import logging
-import os
 import warnings
 
 # The libraries' notices about their own internals do not belong in a user's log. This must precede the first import of
 # torch and DeepSpeed.
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

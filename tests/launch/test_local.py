@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +38,26 @@ def wait(run: Path, *last: str, seconds: float = 120) -> list[str]:
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ranks_share_the_cores(tmp_path):
+    """The launcher's own imports once set the number of threads, which every rank, and every Slurm job, inherited."""
+    program = f"""
+import pathlib, sys
+import stamo_dist.cli, stamo_dist.launch.submit
+from stamo_dist.launch.local import Ranks
+show = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+with Ranks(show, 1, pathlib.Path({str(tmp_path)!r})) as ranks:
+    ranks.wait()
+with Ranks(show, len(os.sched_getaffinity(0)), pathlib.Path({str(tmp_path)!r})) as ranks:
+    ranks.wait()
+"""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import os\n" + program], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert [int(n) for n in run.stdout.split()] == [len(os.sched_getaffinity(0)), 1], run.stdout
 
 
 def test_a_run_goes_on_after_a_signal_and_the_next_follows(toy, tmp_path, ranks):
