@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-policy test lint format clean
+.PHONY: demo demo-policy test test-matrix lint format clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,7 +35,7 @@ slurm:
 # The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
 STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
-	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
+	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 16 --size 128 --cameras agentview
 	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
 	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
 	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
@@ -70,6 +70,11 @@ lint: $(VENV)/.installed
 
 test: $(VENV)/.installed opengl slurm lint
 	$(BIN)/python -m pytest
+
+# Every stage, strategy, kind and pair of options from start to end; about two hours, and another start goes on.
+MATRIX ?= runs/matrix
+test-matrix: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python tests/journeys/matrix.py $(MATRIX)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -145,6 +145,8 @@ def convert(
     splits = ", ".join(f"{k} {v.episodes} episodes, {v.frames} frames" for k, v in manifest.splits.items())
     typer.echo(f"{head}; {splits}; cameras {', '.join(manifest.cameras)}")
     typer.echo(f"  {manifest.rate_hz:g} Hz; action: {manifest.convention}")
+    for note in manifest.notes:
+        typer.echo(f"  {note}")
     if manifest.skipped:
         typer.echo(f"  {len(manifest.skipped)} episodes skipped:")
     for reason in manifest.skipped:

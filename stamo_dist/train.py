@@ -115,14 +115,13 @@ def _go(
     loaded = replace(loaded, recipe=recipe)
     identity = identity.having(task.frozen)
     choose = partial(choose, identity)
-    choice = choose() if world.is_main else None
     how: dict[str, Any] = {
         "strategy": recipe.strategy, "world": world, "batching": plan, "clip": recipe.optimizer.clip,
         "precision": recipe.train.precision, "block_classes": task.block_classes,
     }  # fmt: skip
     accelerator = strategy.connect(**how)
     watchdog.meet()
-    start, notes = checkpoint.settle(choice, run.checkpoints, world, lambda bad: choose(without=bad))
+    start, notes = checkpoint.settle(run.checkpoints, world, lambda bad: choose(without=bad))
     if task.init_frames and start is None:
         task.initialise(first_frames(mixture, task.init_frames))
     engine = strategy.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator=accelerator, **how)
@@ -138,7 +137,8 @@ def _go(
             start, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(faults.BadBatches(run.bad_batches, mixture).after(state.cursor))
-    exported = state.step >= recipe.train.steps and exported_step(run) == state.step
+    # Rank 0's word on both: a shared disk may show the others an older folder.
+    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
     if exported and not broadcast(evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))

@@ -1,22 +1,46 @@
 """Ranks of `stamo train`, forked from a process that has imported everything: the import takes longer than a toy run.
 
-`python -m tests.forked` reads a JSON list a line,
-[processes, arguments, output folder, compare], and answers with the exit code.
+`python -m tests.forked` reads the fields of a `Call` a line and answers with those of an `End`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-_GRACE = 20.0  # seconds for the other ranks once one has failed
+TIMED_OUT = 124
+_GRACE = 20.0  # seconds for the other ranks once one has failed, and for what they started to end
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Call:
+    """`stamo ARGUMENTS` as so many ranks, which write to `folder`/RANK."""
+
+    processes: int
+    arguments: list[str]
+    folder: str
+    compare: bool = False
+    stop: str | None = None  # metrics.jsonl of the run; all ranks get SIGUSR1 once it has `stop_lines` lines
+    stop_lines: int = 0
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class End:
+    """What became of a call: the first exit code that is not 0, and the commands of what it left running."""
+
+    code: int
+    left: list[str]
 
 
 class Ranks:
@@ -30,23 +54,32 @@ class Ranks:
         )  # fmt: skip
 
     def __call__(
-        self, processes: int, *arguments: object, check: bool = True, compare: bool = False
-    ) -> tuple[int, str]:
-        """Run `stamo ARGUMENTS` as `processes` ranks.
+        self, processes: int, *arguments: object, check: bool = True, compare: bool = False,
+        stop: tuple[Path, int] | None = None, timeout: float = 600.0,
+    ) -> tuple[int, str]:  # fmt: skip
+        """Run `stamo ARGUMENTS` as `processes` ranks, of which nothing may be left running.
 
         `compare`: every collective of a rank is compared with the others', and one that only some call ends the run
         with its name. Not for ddp, in which this mode of torch crashes.
+        `stop`: a metrics.jsonl, and with how many lines of it the ranks get SIGUSR1.
+        `timeout`: Seconds after which all are killed, and the code is `TIMED_OUT`.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         folder = self._folder / str(self._calls)
         folder.mkdir()
         self._calls += 1
-        self._server.stdin.write(json.dumps([processes, [str(a) for a in arguments], str(folder), compare]) + "\n")
-        code = int(self._server.stdout.readline())
+        where, lines = stop or (None, 0)
+        call = Call(
+            processes, [str(a) for a in arguments], str(folder), compare, str(where) if where else None, lines, timeout
+        )
+        self._server.stdin.write(json.dumps(asdict(call)) + "\n")
+        end = End(**json.loads(self._server.stdout.readline()))
         outputs = [(folder / str(rank)).read_text() for rank in range(processes)]
-        assert not (check and code), f"stamo {arguments} on {processes} exited {code}\n" + "\n".join(outputs)
-        return code, outputs[0]
+        told = f"stamo {' '.join(call.arguments)} on {processes} exited {end.code}\n" + "\n".join(outputs)
+        assert not end.left, f"left running: {end.left}\n{told}"
+        assert not (check and end.code), told
+        return end.code, outputs[0]
 
     def close(self) -> None:
         assert self._server.stdin is not None
@@ -79,17 +112,17 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
         os._exit(code)
 
 
-def _run(processes: int, arguments: list[str], folder: Path, compare: bool) -> int:
+def _run(call: Call) -> int:
     from stamo_dist.engine.world import free_port
 
     port = free_port()
     ranks = []
-    for rank in range(processes):
+    for rank in range(call.processes):
         pid = os.fork()
         if pid == 0:
-            _rank(rank, processes, port, arguments, folder / str(rank), compare)
+            _rank(rank, call.processes, port, call.arguments, Path(call.folder) / str(rank), call.compare)
         ranks.append(pid)
-    first, deadline = 0, float("inf")
+    first, deadline, stop = 0, time.monotonic() + call.timeout, Path(call.stop) if call.stop else None
     while ranks:
         for pid in list(ranks):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -98,12 +131,36 @@ def _run(processes: int, arguments: list[str], folder: Path, compare: bool) -> i
                 code = os.waitstatus_to_exitcode(status)
                 if code and not first:
                     first, deadline = code, time.monotonic() + _GRACE
+        if stop and stop.exists() and stop.read_bytes().count(b"\n") >= call.stop_lines:
+            stop = None
+            for pid in ranks:
+                os.kill(pid, signal.SIGUSR1)
         if time.monotonic() > deadline:
             for pid in ranks:
                 os.kill(pid, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.02)
+            first, deadline = first or TIMED_OUT, float("inf")
+        time.sleep(0.01)
     return first
+
+
+def _left() -> list[str]:
+    """The commands of what the ranks started and did not end; it is killed."""
+    import psutil
+
+    here, deadline = psutil.Process(), time.monotonic() + _GRACE
+    while True:
+        left = {p.pid: p for p in here.children(recursive=True)}
+        for pid in list(left):
+            if left[pid].status() == psutil.STATUS_ZOMBIE and left[pid].ppid() == here.pid:
+                os.waitpid(pid, 0)
+                del left[pid]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    names = [" ".join(p.cmdline()) for p in left.values()]
+    for p in left.values():
+        p.kill()
+    return names
 
 
 def _serve(answers: IO[str]) -> None:
@@ -116,9 +173,10 @@ def _serve(answers: IO[str]) -> None:
     import stamo_dist.tasks.tokenizer
     import stamo_dist.train  # noqa: F401
 
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a rank leaves behind becomes this process's child
     for line in sys.stdin:
-        processes, arguments, folder, compare = json.loads(line)
-        print(_run(processes, arguments, Path(folder), compare), file=answers, flush=True)
+        code = _run(Call(**json.loads(line)))
+        print(json.dumps(asdict(End(code, _left()))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from toy import make_source, make_vae
 
 from stamo_dist.data.schema import EPISODES, MANIFEST
 
+LLAMA = {"model_type": "llama", "vocab_size": 448, "pad_token_id": 384, "hidden_size": 16, "intermediate_size": 40,
+         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 TEXTS = ("move the square", "Push the square down")
 
 RECIPE = """\
@@ -63,7 +66,7 @@ def set_statistics(source: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def make_policy_data(root: Path) -> Path:
+def make_policy_data(root: Path, cameras: tuple[str, ...] = ("front",)) -> Path:
     """Sources a (labelled, two instructions) and b (neither statistics nor instructions), and a tokenizer."""
     import torch
 
@@ -72,7 +75,7 @@ def make_policy_data(root: Path) -> Path:
     from stamo_dist.recipe.schema import Flow, Model
 
     for name in ("a", "b"):
-        source = make_source(root / "shards", name, shard_bytes=1 << 20)
+        source = make_source(root / "shards", name, shard_bytes=1 << 20, cameras=cameras)
     source = root / "shards" / "a"
     for split in ("train", "val"):
         table = source / split / EPISODES
@@ -95,6 +98,36 @@ def make_policy_data(root: Path) -> Path:
     )
     Tokenizer.from_config(model, Flow(), 32).save_pretrained(root / "tokenizer")
     return root
+
+
+def make_base(folder: Path) -> Path:
+    """A checkpoint in float32 without a projector that fits, as openvla-7b is to StaMo's eyes."""
+    import torch
+
+    from stamo_dist.models.openvla.actions import Statistics
+    from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
+    from stamo_dist.models.openvla.images import ImageProcessor
+    from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+    from stamo_dist.models.openvla.save import save_parts
+    from stamo_dist.models.openvla.text import TextTokenizer
+    from stamo_dist.recipe.policy import Policy
+
+    torch.manual_seed(3)
+    config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": LLAMA}, "test")
+    config = config.with_vision("stamo")
+    network = PolicyNetwork(config, Policy(vision="stamo"), Sizes(3, patch_dim=12))
+    language = {name: t for name, t in network.state_dict().items() if name.startswith("vla.language_model.")}
+    save_parts(
+        folder, network, language, TextTokenizer.from_instructions(TEXTS, size=384),
+        ImageProcessor.from_config(config), Statistics({}, "test"),
+    )  # fmt: skip
+    return folder
+
+
+def on_base(recipe: Path, base: Path) -> Path:
+    """Let a recipe that `write_policy_recipe` wrote start from these weights."""
+    recipe.write_text(re.sub(r"  config:\n(    .*\n)+", f"  weights: {base}\n", recipe.read_text()))
+    return recipe
 
 
 def write_policy_recipe(

@@ -31,11 +31,12 @@ class Processing:
 
 @dataclass(frozen=True)
 class Converted:
-    """K moments as they are stored: JPEGs by camera, times float64 (K,), float32 vectors (K, D) by column."""
+    """K moments as they are stored: JPEGs by camera, times float64 (K,), float32 vectors (K, D) by column, K texts."""
 
     images: dict[str, list[bytes]]
     times: np.ndarray
     vectors: dict[str, np.ndarray]
+    instructions: list[str]
 
     def __len__(self) -> int:
         return len(self.times)
@@ -60,9 +61,12 @@ def read_episode(
         _check(data, cameras, spec, proprio_dim)
         kept, vectors, times = _moments(data, processing, spec)
         images = {c: _encode(data, c, kept, processing) for c in cameras}
+        texts = [episode.instruction] * len(kept)
+        if data.instructions is not None:
+            texts = [data.instructions[t] for t in kept.tolist()]
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
-    return Converted(images, times, vectors)
+    return Converted(images, times, vectors, texts)
 
 
 def _encode(data: EpisodeData, camera: str, kept: np.ndarray, processing: Processing) -> list[bytes]:
@@ -107,6 +111,8 @@ def _check(data: EpisodeData, cameras: Sequence[str], spec: ActionSpec | None, p
     lengths = {"frames": len(data.times), "actions": len(data.actions), "proprio": len(data.proprio)}
     if data.pose is not None:
         lengths["pose"] = len(data.pose)
+    if data.instructions is not None:
+        lengths["instructions"] = len(data.instructions)
     if len(set(lengths.values())) > 1:
         raise DataError("lengths differ: " + ", ".join(f"{name} {n}" for name, n in lengths.items()))
     if not len(data.times):

@@ -187,6 +187,7 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
         },
         frame_size=scan.frame_size,
         source_fingerprint=fingerprint(src, scan.files),
+        notes=scan.notes,
         tool_version=_version(),
     )
 

@@ -231,12 +231,14 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     for episode in part.episodes:
         reasons = len(skipped)
         try:
-            length = _convert_episode(job, episode, writers)
+            texts = _convert_episode(job, episode, writers)
+            changes = [t for t in range(1, len(texts)) if texts[t] != texts[t - 1]]
             converted.append(
                 {
                     "id": episode.id,
-                    "length": length,
-                    "instruction": episode.instruction,
+                    "length": len(texts),
+                    "instruction": texts[0],
+                    "later_instructions": {t: texts[t] for t in changes},
                     "task": episode.task,
                     "meta": dict(episode.meta),
                 }
@@ -249,8 +251,11 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     return {"episodes": converted, "skipped": skipped}
 
 
-def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWriter]) -> int:
-    """Encode every camera before writing any, so that a bad frame leaves no camera ahead of the others."""
+def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWriter]) -> list[str]:
+    """Encode every camera before writing any, so that a bad frame leaves no camera ahead of the others.
+
+    Returns the instruction of each frame.
+    """
     manifest = job.manifest
     data = read_episode(
         job.reader,
@@ -263,15 +268,19 @@ def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWr
     shared = {
         "episode": episode.id,
         "length": len(data),
-        "instruction": episode.instruction,
         "source": manifest.name,
         "convention": manifest.convention,
     }
-    each = {"t": np.arange(len(data), dtype=np.int64), "time": data.times, **data.vectors}
+    each: dict[str, Sequence[bytes] | np.ndarray] = {
+        "t": np.arange(len(data), dtype=np.int64),
+        "time": data.times,
+        "instruction": [text.encode() for text in data.instructions],
+        **data.vectors,
+    }
     encoded = {
         camera: writer.encode({**shared, "camera": camera}, {**each, "image": data.images[camera]})
         for camera, writer in writers.items()
     }
     for camera, writer in writers.items():
         writer.write_episode(encoded[camera])
-    return len(data)
+    return data.instructions

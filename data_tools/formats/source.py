@@ -66,6 +66,7 @@ class EpisodeData:
         actions: (T, A) in the dataset's own convention; actions[t] is taken at frame t. A = 0: has none.
         proprio: (T, P).
         pose: (T, 6) end-effector position in m and rotation vector in rad, needed to turn absolute actions into deltas.
+        instructions: Each frame's own, T of them, where they change within the episode; None: the episode's throughout.
     """
 
     frames: Mapping[str, Frames]
@@ -73,11 +74,16 @@ class EpisodeData:
     actions: np.ndarray
     proprio: np.ndarray
     pose: np.ndarray | None = None
+    instructions: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds. `bad` lists the episodes that cannot be used, as "EPISODE: reason"."""
+    """What a source holds.
+
+    `bad` lists the episodes that cannot be used, as "EPISODE: reason"; `notes` says, a line each, what was guessed,
+    left out or not found, for the screen and the manifest.
+    """
 
     episodes: list[EpisodeRef]
     files: list[Path]  # what the fingerprint is made of
@@ -87,6 +93,7 @@ class Scan:
     proprio_dim: int
     options: dict[str, Any]  # what the reader settled on, for the manifest
     bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     frame_size: tuple[int, int] | None = None  # (H, W) of the first camera's frames, where the files say
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,7 +48,7 @@ class Row:
     id: str
     start: int
     length: int
-    instruction: str = ""
+    instructions: Mapping[int, str]  # from which frame on
 
 
 def runs_of(shard: ColumnShard) -> list[Run]:
@@ -118,9 +118,11 @@ def _check_rows(shard: ColumnShard, runs: Sequence[Run], begin: int, rows: Seque
             last = row.start + row.length - 1
             text = f"episodes.jsonl has it at samples {row.start} to {last} of the split, where this shard has another"
             yield Finding("episode", ERROR, text, episode=row.id)
-        elif shard.shard.bytes(first, "instruction") != row.instruction.encode():
-            text = f"episodes.jsonl gives it the instruction {row.instruction!r}, this shard another"
-            yield Finding("episode", ERROR, text, episode=row.id)
+        else:
+            for t, instruction in row.instructions.items():
+                if t >= row.length or shard.shard.bytes(first + t, "instruction") != instruction.encode():
+                    text = f"episodes.jsonl gives frame {t} the instruction {instruction!r}, this shard does not"
+                    yield Finding("episode", ERROR, text, episode=row.id)
 
 
 def check_numbers(shard: ColumnShard, runs: Sequence[Run], names: Sequence[str]) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ class Table:
 
     def rows(self) -> Iterator[Row]:
         """What places each episode; raises as `lines` does."""
-        return (Row(e.id, e.start, e.length, e.instruction) for e in self.lines())
+        return (Row(e.id, e.start, e.length, {0: e.instruction, **e.later_instructions}) for e in self.lines())
 
     def lines(self) -> Iterator[Episode]:
         """Its lines.

@@ -1,4 +1,4 @@
-"""What is known of each sample by its episode: its instruction, one of few distinct texts, and if it is labelled."""
+"""What is known of each sample by its place in its episode: its instruction, and if it is labelled."""
 
 from __future__ import annotations
 
@@ -51,36 +51,40 @@ class Instructions:
         for name, folders in zip(mixture.sources, mixture.opened, strict=True):
             source = mixture.data.sources[name]
             for folder, (manifest, episodes) in zip(folders, tables[name], strict=True):
-                found = [(e.instruction or source.instruction or "").strip() for e in episodes]
-                if silent := [e.id for e, text in zip(episodes, found, strict=True) if not text]:
+                spans = [
+                    (e.id, e.start + t, (text or source.instruction or "").strip(), mine)
+                    for e, mine in zip(episodes, labelled_episodes(len(episodes), source.labelled), strict=True)
+                    for t, text in {0: e.instruction, **e.later_instructions}.items()
+                ]
+                if silent := list(dict.fromkeys(id for id, _, text, _ in spans if not text)):
                     more = ", …" if len(silent) > _NAMED else ""
                     problems.append(
                         f"data.sources.{name}: {len(silent)} of {len(episodes)} episodes of {folder.path} have no "
                         f"instruction ({', '.join(silent[:_NAMED])}{more}); set data.sources.{name}.instruction"
                     )
-                starts = np.array([e.start for e in episodes], np.int64)
+                starts = np.array([start for _, start, _, _ in spans], np.int64)
                 for _ in range(sample_streams(mixture.data, source, manifest)):
                     begins.append(offset + starts)
-                    texts.append(found)
-                    labelled += labelled_episodes(len(episodes), source.labelled)
+                    texts.append([text for _, _, text, _ in spans])
+                    labelled += [mine for _, _, _, mine in spans]
                     offset += manifest.splits[source.split].frames
         if problems:
             raise DataError("\n".join(problems))
         self.texts = sorted({text for found in texts for text in found})
         number = {text: i for i, text in enumerate(self.texts)}
-        self._begins = torch.from_numpy(np.concatenate(begins))  # (episodes,) each one's first sample
+        self._begins = torch.from_numpy(np.concatenate(begins))  # (S,) first samples of stretches
         self._numbers = torch.tensor([number[text] for found in texts for text in found])
         self._labelled = torch.tensor(labelled)
 
     def labelled(self, samples: Tensor) -> Tensor:
         """Sample numbers, int64 (b,) → whether the actions of their episodes may be read, bool (b,)."""
-        return self._labelled[self._episode(samples)]
+        return self._labelled[self._span(samples)]
 
     def of(self, samples: Tensor) -> Tensor:
         """Sample numbers, int64 (b,) → index into `texts`, int64 (b,)."""
-        return self._numbers[self._episode(samples)]
+        return self._numbers[self._span(samples)]
 
-    def _episode(self, samples: Tensor) -> Tensor:
+    def _span(self, samples: Tensor) -> Tensor:
         return torch.searchsorted(self._begins, samples, right=True) - 1
 
     def to(self, device: torch.device) -> None:

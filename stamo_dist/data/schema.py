@@ -52,8 +52,14 @@ class Episode(BaseModel):
     start: int = Field(ge=0)  # first sample of the episode within its split
     length: int = Field(gt=0)
     instruction: str = ""
+    later_instructions: dict[int, str] = {}  # first frame → instruction from there on, where it changes on the way
     task: str = ""
     meta: dict[str, Any] = {}  # what else the dataset says of it
+
+    def instruction_at(self, t: int) -> str:
+        """Of frame `t`."""
+        begun = [first for first in self.later_instructions if first <= t]
+        return self.later_instructions[max(begun)] if begun else self.instruction
 
 
 #: Quantiles are known to a two-thousandth of their value (`stamo data stats`): closer ones are the same.
@@ -161,6 +167,7 @@ class Manifest(BaseModel):
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
     tool_version: str = ""
     skipped: list[str] = []  # "EPISODE: reason"
+    notes: list[str] = []  # what the converter guessed, left out or did not find
     stats: dict[str, Stats] = {}  # "action", "proprio"; of split train; by `stamo data stats`
 
 

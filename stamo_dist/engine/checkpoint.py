@@ -105,32 +105,32 @@ def choose(
 
 
 def settle(
-    choice: Choice | None, checkpoints: Path, world: World, again: Callable[[frozenset[Path]], Choice]
+    checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], Choice]
 ) -> tuple[Path | None, list[str]]:
     """Read all of the chosen checkpoint, spread over the processes, and fall back while it is damaged.
 
-    Every process calls it; rank 0 gives its `choice` and `again`, which chooses without some checkpoints. Damaged ones
-    in `checkpoints`, the run's own, are renamed. Returns the checkpoint to load and what a person should know.
+    Every process calls it; rank 0 calls `choose`, which goes without some checkpoints. Damaged ones in `checkpoints`,
+    the run's own, are renamed. Returns the checkpoint to load and what a person should know.
 
     Raises:
         CheckpointError: The user named this one, and it is damaged.
-        StamoError: What `again` raises.
+        StamoError: What `choose` raises.
     """
     notes: list[str] = []
     bad: set[Path] = set()
 
     def next_choice(damaged_files: list[str]) -> Choice:
-        assert choice is not None, "rank 0 chooses"
         assert choice.path is not None, "only a checkpoint can be damaged"
         error = damaged(choice.path, damaged_files)
         if choice.named:
             raise error
         bad.add(choice.path)
         notes.append(f"DAMAGED CHECKPOINT, not used: {error}")
-        return again(frozenset(bad))
+        return choose(frozenset(bad))
 
+    choice = on_main(world, lambda: choose(frozenset()))
     while True:
-        path = broadcast(choice.path if choice else None)
+        path = choice.path
         wrong: list[str] = []
         if path is not None:
             marker = read_marker(path)
@@ -144,7 +144,6 @@ def settle(
             break
         choice = on_main(world, lambda wrong=wrong: next_choice(wrong))  # type: ignore[misc]
     if world.is_main:
-        assert choice is not None
         notes = [*choice.notes, *notes]
         own = [p for p, _ in scan(checkpoints).corrupt] + [p for p in bad if p.parent == checkpoints]
         notes += [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in own]

@@ -58,13 +58,12 @@ def roll_back(
     """
     batches = BadBatches(run.bad_batches, mixture)
 
-    def choose(damaged: frozenset[Path] = frozenset()) -> checkpoint.Choice:
+    def choose(damaged: frozenset[Path]) -> checkpoint.Choice:
         guard()
         whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
         return checkpoint.Choice(batches.last_good(whole, state, train.steps))
 
-    choice = checkpoint.on_main(engine.world, choose)
-    path, notes = checkpoint.settle(choice, run.checkpoints, engine.world, choose)
+    path, notes = checkpoint.settle(run.checkpoints, engine.world, choose)
     assert path is not None, "last_good found one"
 
     def record() -> None:

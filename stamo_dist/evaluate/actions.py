@@ -283,7 +283,7 @@ def _measure(policy: AnyPolicy, source: Watched, frames: int, batch: int, advanc
     for start in range(0, len(picks), batch):
         part = picks[start : start + batch]
         images = [[camera.frames(p.episode, [p.t])[0] for camera in source.cameras] for p in part]
-        texts = [first.episodes[p.episode].instruction or source.instruction for p in part]
+        texts = [first.episodes[p.episode].instruction_at(p.t) or source.instruction for p in part]
         felt = None
         if policy.cfg.proprio:
             felt = np.concatenate([first.proprio(p.episode, [p.t]) for p in part])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,21 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_policy import TEXTS, write_policy_recipe
+from toy_policy import TEXTS, make_base, on_base, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine.optim import adamw
 from stamo_dist.errors import RecipeError
-from stamo_dist.models.openvla.actions import Statistics
-from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
-from stamo_dist.models.openvla.save import save_parts
-from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task
@@ -33,30 +25,17 @@ from stamo_dist.tasks.base import Layout
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.policy import PolicyTask
 
-LLAMA = {"model_type": "llama", "vocab_size": 448, "pad_token_id": 384, "hidden_size": 16, "intermediate_size": 40,
-         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 NEW = ("vla.projector.", "vla.state_projector.", "proprio_projector.", "action_head.", "world_head.")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in float32 without a projector that fits, as openvla-7b is to StaMo's eyes."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(3)
-    raw = {**OPENVLA_7B, "pad_token_id": 384, "text_config": LLAMA}
-    config = OpenVLAConfig.from_dict(raw, "test").with_vision("stamo")
-    network = PolicyNetwork(config, recipes.Policy(vision="stamo"), Sizes(3, patch_dim=12))
-    language = {name: t for name, t in network.state_dict().items() if name.startswith("vla.language_model.")}
-    save_parts(
-        folder, network, language, TextTokenizer.from_instructions(TEXTS, size=384),
-        ImageProcessor.from_config(config), Statistics({}, "test"),
-    )  # fmt: skip
-    return folder
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def recipe_of(folder: Path, toy_policy: Path, weights: Path, *settings: str) -> Recipe:
-    path = write_policy_recipe(folder / "toy.yaml", toy_policy, actions="regression", proprio=True)
-    path.write_text(re.sub(r"  config:\n(    .*\n)+", f"  weights: {weights}\n", path.read_text()))
+    path = on_base(write_policy_recipe(folder / "toy.yaml", toy_policy, actions="regression", proprio=True), weights)
     return load(path, ["policy.lora.rank=4", "train.precision=bf16", "optimizer.weight_decay=0", *settings]).recipe
 
 
