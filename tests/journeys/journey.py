@@ -29,7 +29,7 @@ _TOKENIZER_EVALS = (
 #: What docs/ say that a run folder holds; STEP stands for any number.
 _DOCUMENTED = re.compile(
     r"checkpoints/step_\d+/.+|model/.+|eval/.+|logs/.+|\.generations/\d+(\.json)?|"
-    r"(recipe|resolved)\.yaml|metrics\.jsonl|starts\.jsonl|env\.json|exported\.json|"
+    r"\.lock|(recipe|resolved)\.yaml|metrics\.jsonl|starts\.jsonl|env\.json|exported\.json|"
     r"(first_batch|mixture)\.png|report\.html"
 )
 
