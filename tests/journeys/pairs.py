@@ -150,8 +150,9 @@ class Toys:
                 on_base(recipe, self.base)
         else:
             recipe = write_recipe(folder / "toy.yaml", self.shards, self.vae)
-            recipe.write_text(recipe.read_text().replace("  augment: {brightness: 0.1}\n", f"stage: {stage}\n"))
+            recipe.write_text(recipe.read_text().replace("  augment: {brightness: 0.1}\n", ""))
         settings = ["train.steps=5", "train.checkpoint.every=2"]
+        settings += [f"stage={stage}"] if stage == "vae" else []
         settings += [s for option, value in row.items() for s in OPTIONS[stage][option][value]]
         return recipe, [x for s in settings for x in ("--set", s)]
 
