@@ -18,10 +18,10 @@ from toy_policy import write_diffusion_recipe, write_policy_recipe
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
-STEPS = 14
-_STOP_AT = 4
+STEPS = 10
+_STOP_AT = 3
 _TIMEOUT = 120.0
-_ALWAYS = ("train.global_batch=12", f"train.steps={STEPS}", "train.checkpoint.every=5")
+_ALWAYS = ("train.global_batch=12", "train.micro_batch=4", f"train.steps={STEPS}", "train.checkpoint.every=5")
 _TOKENIZER_EVALS = (
     "reconstruct --frames 4", "interpolate --episodes 1 --points 3 --span 4", "transfer --pairs 1 --points 2 --span 4",
     "probe --k 2 --seeds 1 --epochs 2 --pixels 4",
