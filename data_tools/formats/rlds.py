@@ -23,7 +23,7 @@ from stamo_dist.errors import DataError
 #: Files whose headers are read at once: the scan waits for the file system, not for the CPU.
 SCAN_THREADS = 8
 #: How images (H, W, 3) are stored → the index that turns them upright.
-_TURN: dict[str, tuple[slice, ...]] = {
+TURN: dict[str, tuple[slice, ...]] = {
     "upright": (),
     "mirrored": (slice(None), slice(None, None, -1)),
     "flipped_vertically": (slice(None, None, -1),),
@@ -141,7 +141,7 @@ class RldsReader:
             times=np.arange(length - first) / layout.rate_hz,
             actions=actions[first:],
             proprio=columns(layout.proprio, length)[first:],
-            pose=_pose(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
+            pose=pose_vectors(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
         )
 
     def _scan_shard(self, shard: tfds.Shard) -> tuple[list[EpisodeRef], list[str]]:
@@ -191,7 +191,7 @@ class RldsReader:
 
     def _frames(self, data: bytes, found: Mapping[str, tfrecord.Values], key: str, length: int, first: int) -> Frames:
         feature = self.dataset.steps[key]
-        turn = _TURN[self.layout.orientation]
+        turn = TURN[self.layout.orientation]
         if feature.kind == "tensor":
             pixels = tfds.read_tensor(data, found, key, feature).astype(np.uint8)
             _check_count(key, len(pixels), length)
@@ -238,7 +238,7 @@ def absolute_gripper(relative: np.ndarray) -> np.ndarray:
     return absolute.astype(np.float32)
 
 
-def _pose(values: np.ndarray, rotation: Rotation) -> np.ndarray:
+def pose_vectors(values: np.ndarray, rotation: Rotation) -> np.ndarray:
     """(T, ≥ 6) position and rotation → (T, 6) position and rotation vector."""
     from scipy.spatial.transform import Rotation as Turn
 

@@ -82,7 +82,7 @@ def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
         problems += [f"instruction: no {k!r}" for k in instruction if k not in steps]
     spec = None
     if action is not None:
-        spec, unclear = _spec(preset, sum(known[k].size for k in action), action)
+        spec, unclear = declared_spec(preset, sum(known[k].size for k in action), action)
         problems += unclear
     if problems or action is None or spec is None:
         raise DataError("\n".join([*(f"{dataset.folder}: {p}" for p in problems), _inventory(dataset)]))
@@ -146,11 +146,11 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
     if changed.get("rate_hz", 1.0) <= 0:
         problems.append(f"rate_hz: {asked.rate_hz} must be positive")
     if asked.gripper is not None:
-        changed["gripper"] = _gripper(asked.gripper, problems)
+        changed["gripper"] = parse_gripper(asked.gripper, problems)
     return replace(preset, **changed)
 
 
-def _gripper(value: str, problems: list[str]) -> Any:
+def parse_gripper(value: str, problems: list[str]) -> Any:
     if value in ("relative", "absent"):
         return value if value == "relative" else None
     try:
@@ -170,7 +170,7 @@ def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
     return preset.pose
 
 
-def _spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
+def declared_spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
     """What the action of this many dimensions means, and why that cannot be."""
     arm = dim - (preset.gripper is not None)
     turning = 0 if arm == 3 else ROTATION_SIZE[preset.rotation]

@@ -39,6 +39,7 @@ class ActionSpec:
     gripper: int | None = None  # dimension of the gripper command
     gripper_open: float = 1.0  # its value when open
     gripper_closed: float = 0.0
+    unstated: str = ""  # how to say what it is, where "other" was not said but for want of a word: it may be deltas
 
 
 @dataclass(frozen=True)
