@@ -119,19 +119,24 @@ def walk(ranks: Ranks, name: str, variant: Variant, strategy: str, processes: in
          expected: list[float]) -> Walked:  # fmt: skip
     """Walk the whole way; what goes wrong is told in the result, with the end of the output."""
     walked, began = Walked(name, strategy, processes, processes % 3 + 1), time.monotonic()
-    shared = set(Path("/dev/shm").iterdir())
+    shared = _shared_memory()
     try:
         run = _walk(ranks, variant, walked, folder)
         walked.losses = losses(run)
         assert walked.losses == pytest.approx(expected, rel=2e-4), f"the losses are not ddp's: {walked.losses}"
         odd = [f for f in _files(run) if not _DOCUMENTED.fullmatch(f)]
         assert not odd, f"left in the run folder: {odd}"
-        left = sorted(str(p) for p in set(Path("/dev/shm").iterdir()) - shared)
+        left = sorted(_shared_memory() - shared)
         assert not left, f"left in shared memory: {left}"
     except AssertionError as e:
         walked.problem = str(e)[-3000:]
     walked.seconds = round(time.monotonic() - began, 1)
     return walked
+
+
+def _shared_memory() -> set[str]:
+    """Its files; semaphores of other processes, which are there for a moment, are not among them."""
+    return {p.name for p in Path("/dev/shm").iterdir() if not p.name.startswith("sem.")}
 
 
 def _files(run: Path) -> list[str]:
