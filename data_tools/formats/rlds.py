@@ -5,7 +5,7 @@ The values equal those of tensorflow_datasets; images stay the PNG or JPEG bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,21 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats import tfds, tfrecord
-from data_tools.formats.rlds_layout import ROTATION_SIZE, Layout, settle
-from data_tools.formats.rlds_presets import Mode, Orientation, Rotation
+from data_tools.formats.declared import Mode, Orientation, Rotation, pose_rotvec, upright
+from data_tools.formats.rlds_layout import Layout, settle
 from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
 from data_tools.images import decode
 from stamo_dist.errors import DataError
 
 #: Files whose headers are read at once: the scan waits for the file system, not for the CPU.
 SCAN_THREADS = 8
-#: How images (H, W, 3) are stored → the index that turns them upright.
-_TURN: dict[str, tuple[slice, ...]] = {
-    "upright": (),
-    "mirrored": (slice(None), slice(None, None, -1)),
-    "flipped_vertically": (slice(None, None, -1),),
-    "rotated_180": (slice(None, None, -1), slice(None, None, -1)),
-}
 #: A picture whose brightest value is below this is black.
 BLACK = 8
 #: A first action whose motion is below this is the zero that Bridge's episodes begin with.
@@ -137,11 +130,14 @@ class RldsReader:
         motion = actions[:1, : layout.spec.gripper]
         first = int(layout.drop_first and length > 0 and np.abs(motion).max() < STILL)
         return EpisodeData(
-            frames={c: self._frames(data, found, key, length, first) for c, key in layout.cameras.items()},
+            frames={
+                c: upright(self._frames(data, found, key, length, first), layout.orientation)
+                for c, key in layout.cameras.items()
+            },
             times=np.arange(length - first) / layout.rate_hz,
             actions=actions[first:],
             proprio=columns(layout.proprio, length)[first:],
-            pose=_pose(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
+            pose=pose_rotvec(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
         )
 
     def _scan_shard(self, shard: tfds.Shard) -> tuple[list[EpisodeRef], list[str]]:
@@ -191,20 +187,14 @@ class RldsReader:
 
     def _frames(self, data: bytes, found: Mapping[str, tfrecord.Values], key: str, length: int, first: int) -> Frames:
         feature = self.dataset.steps[key]
-        turn = _TURN[self.layout.orientation]
         if feature.kind == "tensor":
             pixels = tfds.read_tensor(data, found, key, feature).astype(np.uint8)
             _check_count(key, len(pixels), length)
-            upright = (slice(None), *turn)
-            return pick(pixels[first:][upright])
+            return pick(pixels[first:])
         encoded = tfds.read_bytes(data, found, key)
         _check_count(key, len(encoded), length)
 
-        def frames(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
-            for i in indices:
-                yield decode(encoded[first + i])[turn] if turn else encoded[first + i]
-
-        return frames
+        return lambda indices: (encoded[first + i] for i in indices)
 
     def _black(self, episodes: Sequence[EpisodeRef]) -> list[str]:
         """Cameras whose middle picture in the first episode is black."""
@@ -236,20 +226,6 @@ def absolute_gripper(relative: np.ndarray) -> np.ndarray:
     last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
     absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
     return absolute.astype(np.float32)
-
-
-def _pose(values: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """(T, ≥ 6) position and rotation → (T, 6) position and rotation vector."""
-    from scipy.spatial.transform import Rotation as Turn
-
-    turned = values[:, 3 : 3 + ROTATION_SIZE[rotation]].astype(np.float64)
-    if rotation == "euler_xyz":
-        turn = Turn.from_euler("xyz", turned)
-    elif rotation == "rotvec":
-        turn = Turn.from_rotvec(turned)
-    else:
-        turn = Turn.from_quat(turned if rotation == "quat_xyzw" else turned[:, [1, 2, 3, 0]])
-    return np.concatenate([values[:, :3], turn.as_rotvec()], axis=1)
 
 
 def _check_count(key: str, count: int, length: int) -> None:

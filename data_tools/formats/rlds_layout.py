@@ -7,20 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from data_tools.formats import tfds
-from data_tools.formats.rlds_presets import INSTRUCTION, OPEN_1, PRESETS, Mode, Orientation, Preset, Rotation, preset_of
+from data_tools.formats.declared import ROTATION_SIZE, Mode, Orientation, Rotation, declared_spec, parse_gripper
+from data_tools.formats.rlds_presets import INSTRUCTION, PRESETS, Preset, preset_of
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from data_tools.formats.rlds import RldsReader
-
-ROTATION_SIZE = {"rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "quat_wxyz": 4, "rot6d": 6}
-_TEXT = {
-    "delta": "end-effector delta",
-    "absolute": "end-effector pose to reach",
-    "velocity": "end-effector velocity",
-    "other": "as the dataset has it",
-}
 
 
 @dataclass(frozen=True)
@@ -146,21 +139,11 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
     if changed.get("rate_hz", 1.0) <= 0:
         problems.append(f"rate_hz: {asked.rate_hz} must be positive")
     if asked.gripper is not None:
-        changed["gripper"] = _gripper(asked.gripper, problems)
+        try:
+            changed["gripper"] = parse_gripper(asked.gripper)
+        except DataError as e:
+            problems.append(str(e))
     return replace(preset, **changed)
-
-
-def _gripper(value: str, problems: list[str]) -> Any:
-    if value in ("relative", "absent"):
-        return value if value == "relative" else None
-    try:
-        open_, closed = (float(part) for part in str(value).split(","))
-    except ValueError:
-        problems.append(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent")
-        return None
-    if open_ == closed:
-        problems.append(f"gripper: {value!r}: open and closed must differ")
-    return open_, closed
 
 
 def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
@@ -171,39 +154,15 @@ def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
 
 
 def _spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
-    """What the action of this many dimensions means, and why that cannot be."""
-    arm = dim - (preset.gripper is not None)
-    turning = 0 if arm == 3 else ROTATION_SIZE[preset.rotation]
-    problems = []
-    if preset.mode != "other" and arm != 3 + turning:
-        problems.append(
-            f"action: {' + '.join(keys)} has {dim} dimensions; x y z, rotation ({preset.rotation})"
-            f"{', gripper' if preset.gripper is not None else ''} would be {4 + turning - (preset.gripper is None)}; "
-            "give other keys, another rotation, or mode=other"
-        )
-    relative = preset.gripper == "relative"
-    ends = OPEN_1 if relative else preset.gripper
-    text = f"{_TEXT[preset.mode]}: {' + '.join(keys)}"
-    if preset.mode != "other":
-        turned = f", {preset.rotation} (1 = {preset.radians:g} rad)" if turning else ""
-        text += f", x y z (1 = {preset.metres:g} m){turned}"
-    if isinstance(ends, tuple):
-        text += f", gripper {ends[0]:g} open {ends[1]:g} closed" + (" (stored relative)" if relative else "")
-    motion = preset.mode != "other"
-    spec = ActionSpec(
-        dim=dim,
-        text=text,
+    return declared_spec(
+        " + ".join(keys),
+        dim,
         mode=preset.mode,
-        translation=(0, 1, 2) if motion else (),
+        rotation=preset.rotation,
         metres=preset.metres,
-        rotation=tuple(range(3, 3 + turning)) if motion else (),
-        rotation_kind=preset.rotation,
         radians=preset.radians,
-        gripper=dim - 1 if ends else None,
-        gripper_open=ends[0] if isinstance(ends, tuple) else 1.0,
-        gripper_closed=ends[1] if isinstance(ends, tuple) else 0.0,
+        gripper=preset.gripper,
     )
-    return spec, problems
 
 
 def _inventory(dataset: tfds.Dataset) -> str:

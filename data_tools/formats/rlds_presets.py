@@ -8,11 +8,8 @@ Rates are those of LeRobot's Open X-Embodiment configs; keys and grippers those 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["delta", "absolute", "velocity", "other"]
-Rotation = Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"]
-Orientation = Literal["upright", "mirrored", "flipped_vertically", "rotated_180"]
+from data_tools.formats.declared import OPEN_1, Gripper, Mode, Orientation, Rotation
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Preset:
     rotation: Rotation = "euler_xyz"
     metres: float = 1.0
     radians: float = 1.0
-    gripper: tuple[float, float] | Literal["relative"] | None = None
+    gripper: Gripper = None
     proprio: tuple[str, ...] = ()
     pose: tuple[str, Rotation] | None = None
     instruction: tuple[str, ...] = ()
@@ -46,7 +43,6 @@ class Preset:
     orientation: Orientation = "upright"
 
 
-OPEN_1 = (1.0, 0.0)
 CLOSED_1 = (0.0, 1.0)
 SIGN_CLOSES = (-1.0, 1.0)
 SIGN_OPENS = (1.0, -1.0)
