@@ -35,14 +35,14 @@ slurm:
 # The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
 STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
-	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 16 --size 128 --cameras agentview
+	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
 	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
 	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
 	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
 	$(STAMO) data stats demo/shards/libero
 	$(STAMO) data stats demo/shards/metaworld
 	$(STAMO) mix recipes/tokenizer_demo.yaml
-	$(STAMO) train recipes/vae_demo.yaml
+	$(STAMO) train recipes/vae_demo.yaml --nproc 2
 	$(STAMO) encode recipes/tokenizer_demo.yaml
 	@echo "training the tokenizer, and killing it after a while, as a cluster would"
 	-timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2

@@ -147,7 +147,8 @@ def run(options: argparse.Namespace, title: str, arms: Sequence[Arm], claims: Se
         bar.update(watched, completed=bar.tasks[0].total)
     if options.seed is not None:
         return
-    Console().print(_table(f"{title}: {policy.name}, {options.seeds} seeds of tokenizer and policy", found))
+    table = _table(f"{title}: {policy.name}, {options.seeds} seeds of tokenizer and policy", found)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     for line in verdicts(found, claims):
         print(line)
     print(f"wrote {table}")

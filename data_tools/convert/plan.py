@@ -158,6 +158,7 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
     ]:
         raise DataError("\n".join([f"{src}: episodes that cannot be told apart", *some(doubles)]))
     check_rate(settings.rate_hz, scan.rate_hz)
+    check_stated(settings, scan)
     if scan.action and scan.action.mode != "other" and find_spec("scipy") is None:
         raise DataError("converting actions needs the package scipy; pip install 'stamo-dist[convert]'")
     manifest = _manifest(format, src, name, settings, scan)
@@ -238,6 +239,19 @@ def check_bad(bad: Sequence[str], max_bad: int) -> None:
     if len(bad) > max_bad:
         head = f"{len(bad)} episodes cannot be used (max_bad is {max_bad}; raise it with --max-bad to skip them):"
         raise DataError("\n".join([head, *some(bad)]))
+
+
+def check_stated(settings: Settings, scan: Scan) -> None:
+    """Raises:
+    DataError: Frames are dropped, and nobody said whether the actions are deltas, which would have to be added up.
+    """
+    dropped = (settings.rate_hz or scan.rate_hz) < scan.rate_hz
+    if scan.action and scan.action.unstated and dropped and settings.action != "original":
+        raise DataError(
+            f"rate: {settings.rate_hz:g} Hz leaves out frames of {scan.rate_hz:g} Hz, but what the actions "
+            f"({scan.action.text}) mean is not said: deltas would have to be added up; give {scan.action.unstated}, or "
+            "--action original"
+        )
 
 
 def _cut(episodes: Sequence[EpisodeRef], slice_frames: int) -> list[list[EpisodeRef]]:

@@ -7,17 +7,15 @@ from typing import Literal
 
 import numpy as np
 
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec, Frames
 from data_tools.images import decode
-from stamo_dist.errors import DataError
 
 Mode = Literal["delta", "absolute", "velocity", "other"]
-Rotation = Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"]
 Orientation = Literal["upright", "mirrored", "flipped_vertically", "rotated_180"]
 #: (value when open, value when closed); "relative": +1 closes, -1 opens, 0 keeps; None: the action has none.
 Gripper = tuple[float, float] | Literal["relative"] | None
 
-ROTATION_SIZE = {"rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "quat_wxyz": 4, "rot6d": 6}
 OPEN_1 = (1.0, 0.0)
 #: How an image (H, W, 3) is stored → the index that turns it upright.
 TURN: dict[str, tuple[slice, ...]] = {
@@ -54,12 +52,8 @@ def upright(frames: Frames, orientation: str | None) -> Frames:
     return turned
 
 
-def parse_gripper(value: str) -> Gripper:
-    """The option `gripper`: "OPEN,CLOSED", "relative", or "absent".
-
-    Raises:
-        DataError: It is something else.
-    """
+def parse_gripper(value: str, problems: list[str]) -> Gripper:
+    """The option `gripper`: "OPEN,CLOSED", "relative" or "absent"; anything else goes to `problems`."""
     if value == "relative":
         return "relative"
     if value in ("absent", "none"):
@@ -67,9 +61,10 @@ def parse_gripper(value: str) -> Gripper:
     try:
         open_, closed = (float(part) for part in str(value).split(","))
     except ValueError:
-        raise DataError(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent") from None
+        problems.append(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent")
+        return None
     if open_ == closed:
-        raise DataError(f"gripper: {value!r}: open and closed must differ")
+        problems.append(f"gripper: {value!r}: open and closed must differ")
     return open_, closed
 
 
@@ -129,15 +124,15 @@ def declared_spec(
     return spec, problems
 
 
-def pose_rotvec(values: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """(T, ≥ 6) position in m and rotation → (T, 6) position and rotation vector in rad."""
-    from scipy.spatial.transform import Rotation as Turn
+def absolute_gripper(relative: np.ndarray) -> np.ndarray:
+    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
 
-    turned = values[:, 3 : 3 + ROTATION_SIZE[rotation]].astype(np.float64)
-    if rotation == "euler_xyz":
-        turn = Turn.from_euler("xyz", turned)
-    elif rotation == "rotvec":
-        turn = Turn.from_rotvec(turned)
-    else:
-        turn = Turn.from_quat(turned if rotation == "quat_xyzw" else turned[:, [1, 2, 3, 0]])
-    return np.concatenate([values[:, :3], turn.as_rotvec()], axis=1)
+    OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
+    """
+    command = np.where(relative > 0.1, 0.0, np.where(relative < -0.1, 1.0, np.nan))
+    given = np.flatnonzero(~np.isnan(command))
+    if not len(given):
+        return np.ones(len(relative), np.float32)
+    last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
+    absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
+    return absolute.astype(np.float32)

@@ -1,14 +1,14 @@
-"""LeRobotDataset v2.1 and v3.0 as written by LeRobot: parquet for numbers, mp4 (or images in parquet) for cameras.
+"""LeRobotDataset v2.x and v3.0, LeRobot's own and its relatives: parquet for numbers, mp4 (or images in parquet).
 
 Frame t is paired with the state at t and the action taken at t. What the numbers of an action mean is nowhere in the
-files, so the user says it (`action_kind`); unsaid, actions are kept as they are.
+files, so the user says it (`action_kind` or `mode`); unsaid, actions are kept as they are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,155 +17,254 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.formats.lerobot_files import Listed, find_layout, parquet_file, read_columns, read_info
-from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
+from data_tools.formats.lerobot_actions import action_spec, orientation
+from data_tools.formats.lerobot_files import Listed, Window, find_layout, parquet_file, read_columns, read_tasks
+from data_tools.formats.lerobot_meta import Feature, Info, read_info
+from data_tools.formats.lerobot_tasks import TASK_INDEX, episode_text, instruction_column, row_texts
+from data_tools.formats.lerobot_vectors import Part, choose, matrix
+from data_tools.formats.lerobot_windows import check_windows, paired_frames
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
 from stamo_dist.errors import DataError
 
-#: Known action conventions by `action_kind`.
-ACTIONS = {
-    "libero": OSC_POSE,
-    "bridge": ActionSpec(
-        dim=7,
-        text="end-effector delta: dx dy dz (m), droll dpitch dyaw (rad), gripper 1 open 0 close",
-        mode="delta",
-        translation=(0, 1, 2),
-        rotation=(3, 4, 5),
-        rotation_kind="euler_xyz",
-        gripper=6,
-    ),
-}
 #: The shortest prefix that tells a camera's name from its feature's.
 _PREFIXES = ("observation.images.", "observation.")
 #: Frames whose stored time is this close to their number / fps have exactly that time; the stored one is float32.
 _TIME_TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What the options and info.json come down to."""
+
+    info: Info
+    cameras: dict[str, str]
+    action: list[Part]
+    state: list[Part]
+    pose: list[Part]
+    spec: ActionSpec | None
+    turned: Orientation
+    instruction: str | None
+    notes: list[str]
+
+    @property
+    def columns(self) -> list[str]:
+        parts = [*self.action, *self.state, *self.pose]
+        return list(dict.fromkeys(p.feature.name for p in parts))
+
+
 @dataclass
 class LerobotReader:
-    """Reads a LeRobotDataset's folder, the one with `meta`, `data` and `videos`.
+    """Reads a LeRobotDataset's folder, the one with `meta`, `data` and `videos`; also GR00T's and AgiBot's.
+
+    Rows and frames are paired by order; where their numbers differ, each row needs a frame at its own time.
 
     Args:
         src: The dataset's folder.
         cameras: Cameras to convert, by feature (observation.images.front) or in short (front); all when omitted. Depth
             maps are left out.
         action_kind: What `action` means: "libero" (OSC_POSE deltas), "bridge" (deltas in m and rad, gripper 1 open), or
-            "other" (joints, or anything else): kept as stored.
-        action: Feature with the actions; a dataset without it gives a source without actions.
-        state: Feature with the proprioception; none gives proprio of dimension 0.
-        gripper: With action_kind "other": which number of the action is the gripper's, from 0; none when omitted.
-        gripper_open: With `gripper`: its value when open.
-        gripper_closed: With `gripper`: its value when closed.
+            "other" (joints, or anything else): kept as stored. Or say it in full with `mode`.
+        action: Features whose numbers, side by side, are the action, or slices of GR00T's meta/modality.json; "none"
+            for none. Omitted: action or actions.
+        state: Likewise the proprioception. Omitted: observation.state, state or observation.states.
+        instruction: Feature with each row's instruction, a text or the number of one in meta/tasks; "none" for the
+            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index.
+        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180". Omitted:
+            upright, but for action_kind "libero" with openpi's or Hugging Face's cameras (image, wrist_image).
+        gripper: With `mode`: "OPEN,CLOSED", the last number's value when open and when closed; "relative": +1 closes,
+            -1 opens, 0 keeps; or "absent". With action_kind "other": which number is the gripper's, from 0.
+        gripper_open: With a number as `gripper`: its value when open.
+        gripper_closed: With a number as `gripper`: its value when closed.
+        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper), of an action x y z,
+            rotation, gripper; needs `rotation` and `gripper`.
+        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
+        metres: Metres of one unit of translation.
+        radians: Radians of one unit of rotation.
+        pose: Feature whose first numbers are the end effector's position and rotation, for absolute actions.
+        pose_rotation: Its rotation; as `rotation` when omitted.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
-    action_kind: Literal["other", "libero", "bridge"] = "other"
-    action: str = "action"
-    state: str = "observation.state"
-    gripper: int | None = None
+    action_kind: Literal["other", "libero", "bridge"] | None = None
+    action: Sequence[str] = ()
+    state: Sequence[str] = ()
+    instruction: str = ""  # not None, so that "none" can be said
+    image_orientation: Orientation | None = None
+    gripper: int | str | None = None
     gripper_open: float = 1.0
     gripper_closed: float = 0.0
+    mode: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float = 1.0
+    radians: float = 1.0
+    pose: str | None = None
+    pose_rotation: Rotation | None = None
 
     def scan(self) -> Scan:
-        info = read_info(self.src)
-        features = info["features"]
-        problems: list[str] = []
-        chosen = self._chosen(features, problems)
-        spec = self._action_spec(features, problems)
-        if problems:
-            raise DataError("\n".join(problems))
-        layout = find_layout(self.src, [f for f in chosen.values() if features[f]["dtype"] == "video"])
-        splits = _splits(info)
+        chosen = self._settle()
+        info, features, notes = chosen.info, chosen.info.features, list(chosen.notes)
+        layout = find_layout(self.src, [f for f in chosen.cameras.values() if features[f].dtype == "video"])
+        windows, short = check_windows(layout.episodes, info.fps)
+        needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
+        parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
+        data = {path: _data_fault(path, needed, parts) for path in {e.data for e in layout.episodes if e.data}}
+        by_rows = _RowTexts(chosen.instruction, layout.tasks)
         episodes: list[EpisodeRef] = []
         bad: list[str] = []
-        sizes = {name: _size(features, name) for name in (self.action, self.state)}
-        data_faults = {path: _data_fault(path, sizes) for path in {e.data for e in layout.episodes if e.data}}
         for listed in layout.episodes:
-            ref = self._reference(listed, splits)
-            if fault := _episode_fault(listed, data_faults):
+            fault = listed.fault or (data[listed.data] if listed.data else "") or windows.get(listed.index, "")
+            fault = fault or ("" if listed.length > 1 else f"{listed.length} frames")
+            try:
+                text = "" if fault else episode_text(listed.tasks, layout.tasks)
+                ref = self._reference(listed, by_rows.first(listed) if text is None else text, info)
+            except DataError as e:
+                ref, fault = self._reference(listed, "", info), str(e)
+            if fault:
                 bad.append(f"{ref.id}: {fault}")
-            else:
-                episodes.append(ref)
+                continue
+            if listed.index in short:
+                notes.append(f"{ref.id}: its last row is left out: {short[listed.index]} has no frame for it")
+                ref = replace(ref, length=ref.length - 1)
+            episodes.append(ref)
+        if silent := sum(not e.instruction for e in episodes):
+            notes.append(
+                f"{silent} of {len(episodes)} episodes have no instruction; give them with --instructions FILE.csv"
+            )
         return Scan(
             episodes=episodes,
             files=layout.files,
-            cameras=list(chosen),
-            rate_hz=float(info["fps"]),
-            action=spec,
-            proprio_dim=_size(features, self.state),
+            cameras=list(chosen.cameras),
+            rate_hz=info.fps,
+            action=chosen.spec,
+            proprio_dim=sum(p.end - p.start for p in chosen.state),
             options={
                 "layout": layout.version,
-                "cameras": chosen,
-                "action_kind": self.action_kind,
-                "action": self.action,
-                "state": self.state,
-                "robot_type": info.get("robot_type"),
+                "cameras": chosen.cameras,
+                "action_kind": self.action_kind or "other",
+                "action": [p.feature.name for p in chosen.action],
+                "state": [p.feature.name for p in chosen.state],
+                "instruction": chosen.instruction,
+                "image_orientation": chosen.turned,
+                "robot_type": info.robot_type,
             },
             bad=bad,
+            notes=notes,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
-        info = read_info(self.src)
-        features, fps = info["features"], float(info["fps"])
+        chosen = self._settle()
+        fps = chosen.info.fps
         path, index = self.src / episode.file, int(episode.key)
-        names = [n for n in (self.action, self.state) if n in features]
-        rows = _numbers(path, ("episode_index", "frame_index", "timestamp", *names))
-        rows = rows.filter(pc.equal(rows["episode_index"], index)).sort_by("frame_index")
-        if len(rows) != episode.length:
-            raise DataError(f"{path.name}: {len(rows)} rows; the episode table says {episode.length}")
+        there = set(parquet_file(path).schema_arrow.names)
+        extra = [n for n in ("frame_index", "timestamp", chosen.instruction) if n is not None and n in there]
+        rows = _numbers(path, ("episode_index", *dict.fromkeys([*extra, *chosen.columns])))
+        rows = _in_order(rows.filter(pc.equal(rows["episode_index"], index)))
+        listed: int = episode.private["rows"]
+        if len(rows) != listed:
+            raise DataError(f"{path.name}: {len(rows)} rows; the episode table says {listed}")
         times = _times(rows, fps)
-        vectors = {n: _matrix(rows[n], n, _size(features, n)) for n in names}
-        nothing = np.zeros((len(rows), 0), np.float32)
+        frames: dict[str, Frames] = {}
+        count = len(rows)
+        for camera, feature in chosen.cameras.items():
+            if feature in episode.private["videos"]:
+                file, begins, ends = episode.private["videos"][feature]
+                pictures, paired = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
+                count = min(count, paired)
+            else:
+                pictures = self._images(path, index, feature)
+            frames[camera] = upright(pictures, chosen.turned)
+        rows, times = rows.slice(0, count), times[:count]
+        actions = matrix(rows, chosen.action)
+        if self.gripper == "relative":
+            actions = np.column_stack([actions[:, :-1], absolute_gripper(actions[:, -1])])
         return EpisodeData(
-            frames={
-                camera: self._frames(episode, feature, times, 1 / fps)
-                for camera, feature in self._chosen(features, []).items()
-            },
+            frames=frames,
             times=times,
-            actions=vectors.get(self.action, nothing),
-            proprio=vectors.get(self.state, nothing),
+            actions=actions,
+            proprio=matrix(rows, chosen.state),
+            pose=pose_vectors(matrix(rows, chosen.pose), self._pose_rotation) if chosen.pose else None,
+            instructions=self._instructions(rows, chosen, episode),
         )
 
-    def _frames(self, episode: EpisodeRef, feature: str, times: np.ndarray, period: float) -> Frames:
-        if feature not in episode.private["videos"]:
-            return self._images(self.src / episode.file, int(episode.key), feature)
-        from data_tools.formats.decode import video_frames
+    @property
+    def _pose_rotation(self) -> Rotation:
+        return self.pose_rotation or self.rotation or "euler_xyz"
 
-        file, begins = episode.private["videos"][feature]
-        wanted = begins + times
-        window = max(0.0, float(wanted[0]) - period / 2), float(wanted[-1]) + period
-        shown, frames = video_frames(self.src / file, *window)
-        numbers = _nearest(shown, wanted)
-        lost = np.flatnonzero(np.abs(shown[numbers] - wanted) > period / 2)
-        if len(lost):
-            raise DataError(
-                f"{feature}: {Path(file).name} lacks {len(lost)} of {len(wanted)} frames, the first at "
-                f"{wanted[lost[0]]:.3f} s"
-            )
-        return lambda indices: frames(numbers[np.asarray(indices, np.int64)].tolist())
+    def _instructions(self, rows: pa.Table, chosen: _Choice, episode: EpisodeRef) -> list[str] | None:
+        """Each row's, where they differ; an episode whose table has one text and whose rows one other keeps its own."""
+        if chosen.instruction not in rows.column_names or chosen.instruction is None:
+            return None
+        tasks = read_tasks(self.src)
+        if chosen.instruction == TASK_INDEX and not tasks:
+            return None
+        texts = row_texts(rows[chosen.instruction], chosen.instruction, tasks)
+        return texts if len(set(texts)) > 1 else None
+
+    def _settle(self) -> _Choice:
+        """Settle every feature and convention.
+
+        Raises:
+            DataError: All that is unknown or contradictory.
+        """
+        info = read_info(self.src)
+        problems: list[str] = []
+        notes: list[str] = []
+        cameras = self._cameras(info.features, notes, problems)
+        parts: dict[str, list[Part]] = {"action": [], "state": [], "pose": []}
+        for option in ("action", "state"):
+            try:
+                parts[option] = choose(self.src, option, getattr(self, option), info.features, notes)
+            except DataError as e:
+                problems.append(str(e))
+        if self.pose is not None:
+            try:
+                parts["pose"] = choose(self.src, "pose", [self.pose], info.features, notes)
+                if sum(p.end - p.start for p in parts["pose"]) < 3 + ROTATION_SIZE[self._pose_rotation]:
+                    problems.append(f"pose: {self.pose} has no room for a position and a rotation")
+            except (DataError, KeyError) as e:
+                problems.append(str(e))
+        instruction = None
+        try:
+            instruction = instruction_column(self.instruction, info.features)
+        except DataError as e:
+            problems.append(str(e))
+        spec = action_spec(self, parts["action"], problems)
+        turned = orientation(self, list(cameras), notes, problems)
+        if problems:
+            raise DataError("\n".join(problems))
+        return _Choice(info, cameras, **parts, spec=spec, turned=turned, instruction=instruction, notes=notes)
 
     def _images(self, path: Path, index: int, feature: str) -> Frames:
-        """Encoded images from a parquet column of structs {bytes, path}."""
+        """Encoded images from a parquet column of structs {bytes, path}, or of the bytes themselves."""
 
         def frames(indices: Sequence[int]) -> Iterator[bytes]:
-            rows = read_columns(path, ["episode_index", "frame_index", feature], index).sort_by("frame_index")
+            order = [n for n in ("frame_index", "timestamp") if n in parquet_file(path).schema_arrow.names]
+            rows = _in_order(read_columns(path, ["episode_index", *order, feature], index))
             for i in indices:
-                image = rows[feature][i].as_py() or {}
-                if not image.get("bytes"):
+                image = rows[feature][i].as_py()
+                image = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(image, bytes) or not image:
                     raise DataError(f"{feature}: frame {i} has no image in {path.name}")
-                yield image["bytes"]
+                yield image
 
         return frames
 
-    def _chosen(self, features: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    def _cameras(self, features: Mapping[str, Feature], notes: list[str], problems: list[str]) -> dict[str, str]:
         """Camera → feature, in the order asked for."""
-        images = [f for f, about in features.items() if about.get("dtype") in ("video", "image") and not _depth(about)]
+        pictures = {f: about for f, about in features.items() if about.dtype in ("video", "image")}
+        images = [f for f, about in pictures.items() if not about.depth]
+        if depth := [f for f, about in pictures.items() if about.depth]:
+            notes.append(f"depth maps are left out: {', '.join(depth)}")
         short = {
             f: next((f.removeprefix(p) for p in _PREFIXES if f.startswith(p)), f).replace("/", "_") for f in images
         }
         if not images:
             problems.append(f"{self.src}: no camera among the features {', '.join(features)}")
+        if doubles := [name for name, n in Counter(short.values()).items() if n > 1]:
+            short = {f: f.replace("/", "_") if name in doubles else name for f, name in short.items()}
         if self.cameras is None:
             return {short[f]: f for f in images}
         by_name = {name: f for f in images for name in (f, short[f])}
@@ -173,30 +272,7 @@ class LerobotReader:
             problems.append(f"cameras: no {', '.join(unknown)}; there is: {', '.join(short.values())}")
         return {short[by_name[c]]: by_name[c] for c in self.cameras if c in by_name}
 
-    def _action_spec(self, features: Mapping[str, Any], problems: list[str]) -> ActionSpec | None:
-        dim = _size(features, self.action)
-        if self.action_kind not in ("other", *ACTIONS):
-            problems.append(f"action_kind: {self.action_kind!r} must be one of other, {', '.join(ACTIONS)}")
-        if self.gripper is not None and not (self.action_kind == "other" and 0 <= self.gripper < dim):
-            problems.append(f"gripper: {self.gripper} must be below {dim}, and only with action_kind other")
-        if not dim:
-            return None
-        if spec := ACTIONS.get(self.action_kind):
-            if spec.dim != dim:
-                problems.append(f"action_kind: {self.action_kind} has {spec.dim} numbers, but {self.action} has {dim}")
-            return spec
-        names = ", ".join(_names(features[self.action].get("names"))) or f"{dim} numbers"
-        return ActionSpec(
-            dim=dim,
-            text=f"{self.action} as stored: {names}",
-            mode="other",
-            gripper=self.gripper,
-            gripper_open=self.gripper_open,
-            gripper_closed=self.gripper_closed,
-        )
-
-    def _reference(self, listed: Listed, splits: Callable[[int], str]) -> EpisodeRef:
-        instruction = "; ".join(listed.tasks)
+    def _reference(self, listed: Listed, instruction: str, info: Info) -> EpisodeRef:
         return EpisodeRef(
             id=f"episode_{listed.index:06d}",
             file=listed.data.relative_to(self.src).as_posix() if listed.data else "",
@@ -204,60 +280,51 @@ class LerobotReader:
             length=listed.length,
             task=instruction,
             instruction=instruction,
-            split=splits(listed.index),
+            split=next((name for name, members in info.splits.items() if listed.index in members), ""),
             meta=listed.meta,
-            private={"videos": {k: (str(p.relative_to(self.src)), t) for k, (p, t) in listed.videos.items() if p}},
+            private={
+                "rows": listed.length,
+                "videos": {
+                    key: (window.path.relative_to(self.src).as_posix(), window.begins, window.ends)
+                    for key, window in listed.videos.items()
+                },
+            },
         )
 
 
-def _splits(info: Mapping[str, Any]) -> Callable[[int], str]:
-    """Episode → split, from info.json's "splits": {"train": "0:45", …}."""
-    ranges = {}
-    for name, text in (info.get("splits") or {}).items():
-        first, _, last = str(text).partition(":")
-        if first.isdigit() and last.isdigit():
-            ranges[name] = range(int(first), int(last))
-    return lambda index: next((name for name, members in ranges.items() if index in members), "")
+@dataclass
+class _RowTexts:
+    """Instructions by the rows, for episodes whose table has none or several."""
+
+    column: str | None
+    tasks: Mapping[int, str]
+
+    def first(self, listed: Listed) -> str:
+        """The instruction of the episode's first row; "" where rows have none."""
+        if self.column is None or listed.data is None:
+            return ""
+        schema = parquet_file(listed.data).schema_arrow.names
+        if self.column not in schema or (self.column == TASK_INDEX and not self.tasks):
+            return ""
+        order = [n for n in ("frame_index", "timestamp") if n in schema]
+        rows = _numbers(listed.data, ("episode_index", *order, self.column))
+        rows = _in_order(rows.filter(pc.equal(rows["episode_index"], listed.index)))
+        return row_texts(rows[self.column].slice(0, 1), self.column, self.tasks)[0] if len(rows) else ""
 
 
-def _size(features: Mapping[str, Any], name: str) -> int:
-    return math.prod(features[name]["shape"]) if name in features else 0
-
-
-def _depth(about: Mapping[str, Any]) -> bool:
-    info = {**about, **(about.get("info") or {}), **(about.get("video_info") or {})}
-    return bool(info.get("video.is_depth_map") or info.get("is_depth_map"))
-
-
-def _names(names: Any) -> list[str]:
-    """A feature's names are a list, or lists in a dict such as {"motors": […]}, or missing."""
-    if isinstance(names, Mapping):
-        return [name for part in names.values() for name in _names(part)]
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def _data_fault(path: Path, sizes: Mapping[str, int]) -> str:
+def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, Feature]) -> str:
     """What is wrong with a data file, by its footer alone; nothing: ""."""
     try:
         schema = parquet_file(path).schema_arrow
     except DataError as e:
         return str(e)
-    for name, size in sizes.items():
-        if size and name not in schema.names:
-            return f"{path.name}: has no column {name}"
-        if size and pa.types.is_fixed_size_list(kind := schema.field(name).type) and kind.list_size != size:
-            return f"{path.name}: {name} has {kind.list_size} numbers; info.json says {size}"
+    if missing := [name for name in ("episode_index", *needed) if name not in schema.names]:
+        return f"{path.name}: has no column {', '.join(missing)}"
+    for name, feature in parts.items():
+        kind: Any = schema.field(name).type
+        if pa.types.is_fixed_size_list(kind) and kind.list_size != feature.size:
+            return f"{path.name}: {name} has {kind.list_size} numbers; info.json says {feature.size}"
     return ""
-
-
-def _episode_fault(listed: Listed, data_faults: Mapping[Path, str]) -> str:
-    if listed.data is None:
-        return "its data file is missing"
-    if data_faults[listed.data]:
-        return data_faults[listed.data]
-    if missing := [feature for feature, (path, _) in listed.videos.items() if path is None]:
-        return f"its video file of {', '.join(missing)} is missing"
-    return "" if listed.length > 1 else f"{listed.length} frames"
 
 
 def _numbers(path: Path, columns: tuple[str, ...]) -> pa.Table:
@@ -273,35 +340,20 @@ def _kept_numbers(path: Path, modified: int, columns: tuple[str, ...]) -> pa.Tab
     return read_columns(path, list(columns))
 
 
+def _in_order(rows: pa.Table) -> pa.Table:
+    """By frame_index, else by time; rows with neither are in order already."""
+    by = next((name for name in ("frame_index", "timestamp") if name in rows.column_names), None)
+    return rows.sort_by(by) if by else rows
+
+
 def _times(rows: pa.Table, fps: float) -> np.ndarray:
+    numbered = np.arange(len(rows)) / fps
+    if "frame_index" in rows.column_names:
+        numbered = rows["frame_index"].to_numpy() / fps
+    if "timestamp" not in rows.column_names:
+        return numbered
     stored = rows["timestamp"].to_numpy().astype(np.float64).ravel()
-    numbered = rows["frame_index"].to_numpy() / fps
     times = numbered if np.abs(stored - numbered).max() < _TIME_TOLERANCE else stored
-    if (np.diff(times) <= 0).any():
-        raise DataError(f"timestamps do not increase at frame {int(np.argmax(np.diff(times) <= 0)) + 1}")
+    if not (np.diff(times) > 0).all():
+        raise DataError(f"timestamps do not increase at frame {int(np.argmin(np.diff(times) > 0)) + 1}")
     return times
-
-
-def _matrix(column: pa.ChunkedArray, name: str, size: int) -> np.ndarray:
-    """A column of numbers, or of lists of `size` numbers, as (T, size)."""
-    values = column.combine_chunks()
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
-        lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
-        nested = pa.types.is_nested(values.type.value_type)
-        if not nested and (lengths != size).any():
-            t = int(np.argmax(lengths != size))
-            raise DataError(f"{name} has {lengths[t]} numbers at frame {t}; info.json says {size}")
-    while pa.types.is_nested(values.type):
-        values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False)
-    if flat.size != len(column) * size:
-        raise DataError(f"{name} has {flat.size} numbers in {len(column)} frames; info.json says {size} each")
-    return flat.reshape(len(column), size)
-
-
-def _nearest(shown: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Index of the time in `shown` (increasing) that is nearest to each in `wanted`."""
-    right = np.clip(np.searchsorted(shown, wanted), 1, max(1, len(shown) - 1))
-    right = np.minimum(right, len(shown) - 1)
-    left = np.maximum(right - 1, 0)
-    return np.where(wanted - shown[left] <= shown[right] - wanted, left, right)

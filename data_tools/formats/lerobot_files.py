@@ -13,7 +13,6 @@ files that are there decide, and info.json's templates and version are not looke
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_tools.formats.lerobot_meta import check_lfs, read_lines, seconds, walk, whole
 from stamo_dist.errors import DataError
 
 _NUMBER = re.compile(r"episode_(\d+)\.\w+$|chunk-(\d+)/(?:.*/)?file-(\d+)\.\w+$")
 _VIDEO_FOLDERS = ("videos", "video")
+#: Columns with one number a row.
+SCALARS = ("episode_index", "frame_index", "timestamp", "task_index", "index")
 #: Columns of the episode table that say where things are, or are statistics.
 _LOCATIONS = ("stats/", "data/", "videos/", "meta/", "dataset_from_index", "dataset_to_index")
 
@@ -35,15 +38,25 @@ Files = Mapping[tuple[str, tuple[int, ...]], Path]
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where an episode is in a video file: from `begins` up to `ends`, in seconds; None: the file's end."""
+
+    path: Path
+    begins: float = 0.0
+    ends: float | None = None
+
+
+@dataclass(frozen=True)
 class Listed:
     """One episode as the episode table has it."""
 
     index: int
     length: int
-    tasks: tuple[str, ...]
+    tasks: tuple[str | int, ...]  # texts, or numbers of tasks
     data: Path | None  # None: the file is missing
-    videos: Mapping[str, tuple[Path | None, float]]  # by feature: file, and the time in it at which the episode begins
+    videos: Mapping[str, Window]  # by feature
     meta: Mapping[str, Any]
+    fault: str = ""  # why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -52,25 +65,8 @@ class Layout:
 
     version: str  # "2.1" or "3.0", by the files
     episodes: list[Listed]
+    tasks: Mapping[int, str]  # text by task_index
     files: list[Path]
-
-
-def read_info(root: Path) -> dict[str, Any]:
-    """meta/info.json, with "features" and a positive "fps".
-
-    Raises:
-        DataError: It is missing, no JSON, or lacks them.
-    """
-    path = root / "meta" / "info.json"
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"{root}: no meta/info.json: not a LeRobotDataset") from None
-    except (ValueError, OSError) as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
-    if not isinstance(info, dict) or not isinstance(info.get("features"), dict) or not info.get("fps", 0) > 0:
-        raise DataError(f"{path}: has no features or no fps")
-    return info
 
 
 def find_layout(root: Path, video_features: list[str]) -> Layout:
@@ -81,7 +77,7 @@ def find_layout(root: Path, video_features: list[str]) -> Layout:
     """
     data = _numbered(root, ("data",))
     videos = _numbered(root, _VIDEO_FOLDERS)
-    tables = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+    tables = [p for p in walk(root / "meta" / "episodes") if p.suffix == ".parquet"]
     lines = root / "meta" / "episodes.jsonl"
     shared = any(len(number) == 2 for _, number in data)
     if not data or not (tables if shared else lines.is_file()):
@@ -94,55 +90,75 @@ def find_layout(root: Path, video_features: list[str]) -> Layout:
             f"{root}: neither LeRobot v2.1 (data/…/episode_*.parquet, meta/episodes.jsonl) nor v3.0 "
             f"(data/…/file-*.parquet, meta/episodes/…/*.parquet); of these it has {', '.join(has) or 'nothing'}"
         )
-    rows = _rows_of_tables(tables) if shared else _rows_of_lines(lines)
-    tasks = _tasks(root)
-    locate = _locate_shared if shared else _locate_single
-    episodes = []
-    for where, row in rows:
-        try:
-            place, begins = locate(row, video_features)
-            episodes.append(
-                Listed(
-                    index=int(row["episode_index"]),
-                    length=int(row["length"]),
-                    tasks=tuple(tasks.get(t, str(t)) for t in row.get("tasks") or ()),
-                    data=data.get(("", place)),
-                    videos={key: (videos.get((key, number)), begin) for key, (number, begin) in begins.items()},
-                    meta={k: v for k, v in row.items() if _is_meta(k, v)},
-                )
-            )
-        except (KeyError, TypeError, ValueError) as e:
-            raise DataError(f"{where}: the episode table lacks {e}, or it is not a number") from e
+    rows = _rows_of_tables(tables) if shared else read_lines(lines)
+    episodes = [_listed(where, row, data, videos, video_features, shared) for where, row in rows]
     used = {path for (key, _), path in videos.items() if key in video_features}
-    meta = [
-        p for p in (root / "meta").rglob("*") if p.suffix in (".json", ".jsonl", ".parquet") and "stats" not in p.name
-    ]
-    return Layout("3.0" if shared else "2.1", episodes, sorted({*data.values(), *used, *meta}))
+    meta = [p for p in walk(root / "meta") if p.suffix in (".json", ".jsonl", ".parquet") and "stats" not in p.name]
+    return Layout("3.0" if shared else "2.1", episodes, read_tasks(root), sorted({*data.values(), *used, *meta}))
 
 
 def _numbered(root: Path, folders: tuple[str, ...]) -> dict[tuple[str, tuple[int, ...]], Path]:
     """Files by the feature their path names ("" for none) and their number."""
     found = {}
     for folder in folders:
-        for path in sorted((root / folder).rglob("*")):
+        for path in walk(root / folder):
             relative = path.relative_to(root / folder)
             match = _NUMBER.search(relative.as_posix())
-            if match and path.suffix in (".parquet", ".mp4") and not path.name.startswith("."):
+            if match and path.suffix in (".parquet", ".mp4"):
                 feature = "/".join(part for part in relative.parts[:-1] if not part.startswith("chunk-"))
                 found[feature, tuple(int(g) for g in match.groups() if g is not None)] = path
     return found
 
 
-def _locate_single(row: Mapping[str, Any], features: list[str]) -> tuple[tuple[int, ...], dict[str, Any]]:
-    number = (int(row["episode_index"]),)
-    return number, dict.fromkeys(features, (number, 0.0))
+def _listed(
+    where: str, row: Mapping[str, Any], data: Files, videos: Files, features: list[str], shared: bool
+) -> Listed:
+    """One row of the episode table; a place that it lacks is the episode's fault, not the dataset's.
+
+    Raises:
+        DataError: It does not say which episode it is, or how long.
+    """
+    index, length = (whole(row.get(key), f"{where}, {key}") for key in ("episode_index", "length"))
+    path, windows, faults = None, {}, []
+    try:
+        path = data.get(("", _place(row, "data", where) if shared else (index,)))
+    except DataError as e:
+        faults.append(str(e))
+    else:
+        faults += [] if path else ["its data file is missing"]
+    for feature in features:
+        key = f"videos/{feature}"
+        try:
+            video = videos.get((feature, _place(row, key, where) if shared else (index,)))
+            if video is None:
+                faults.append(f"its video file of {feature} is missing")
+            elif shared:
+                ends = row.get(f"{key}/to_timestamp")
+                windows[feature] = Window(
+                    video,
+                    seconds(row.get(f"{key}/from_timestamp"), f"{where}, {key}/from_timestamp"),
+                    None if ends is None else seconds(ends, f"{where}, {key}/to_timestamp"),
+                )
+            else:
+                windows[feature] = Window(video)
+        except DataError as e:
+            faults.append(str(e))
+    meta = {k: v for k, v in row.items() if _is_meta(k, v)}
+    tasks = _task_list(row.get("tasks"), f"{where}, tasks")
+    return Listed(index, length, tasks, path, windows, meta, "; ".join(faults))
 
 
-def _locate_shared(row: Mapping[str, Any], features: list[str]) -> tuple[tuple[int, ...], dict[str, Any]]:
-    def number(prefix: str) -> tuple[int, ...]:
-        return int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
+def _place(row: Mapping[str, Any], prefix: str, where: str) -> tuple[int, int]:
+    chunk, file = (whole(row.get(key), f"{where}, {key}") for key in (f"{prefix}/chunk_index", f"{prefix}/file_index"))
+    return chunk, file
 
-    return number("data"), {f: (number(f"videos/{f}"), float(row[f"videos/{f}/from_timestamp"])) for f in features}
+
+def _task_list(tasks: Any, where: str) -> tuple[str | int, ...]:
+    """A text, a number, or a list of them."""
+    parts = tasks if isinstance(tasks, list) else [] if tasks is None else [tasks]
+    if wrong := [part for part in parts if not isinstance(part, str | int)]:
+        raise DataError(f"{where}: must be a text or a list of texts, not {wrong[0]!r}")
+    return tuple(parts)
 
 
 def _rows_of_tables(tables: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -152,17 +168,12 @@ def _rows_of_tables(tables: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}, row {number}", row
 
 
-def _rows_of_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", dict(json.loads(line))
-            except (TypeError, ValueError) as e:
-                raise DataError(f"{path}, line {number}: not a JSON object: {e}") from e
+def read_tasks(root: Path) -> dict[int, str]:
+    """Task texts by task_index; in tasks.parquet the text is the table's (pandas') index.
 
-
-def _tasks(root: Path) -> dict[int, str]:
-    """Task texts by task_index; in tasks.parquet the text is the table's (pandas') index."""
+    Raises:
+        DataError: The table cannot be read.
+    """
     parquet, lines = root / "meta" / "tasks.parquet", root / "meta" / "tasks.jsonl"
     if parquet.is_file():
         table = read_columns(parquet, None)
@@ -170,11 +181,12 @@ def _tasks(root: Path) -> dict[int, str]:
         if "task_index" not in table.column_names or not texts:
             raise DataError(f"{parquet}: has no task_index or no task texts")
         return dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), strict=True))
-    if lines.is_file():
-        return {
-            row["task_index"]: row["task"] for _, row in _rows_of_lines(lines) if {"task_index", "task"} <= set(row)
-        }
-    return {}
+    found = {}
+    for where, row in read_lines(lines) if lines.is_file() else ():
+        if not isinstance(row.get("task"), str):
+            raise DataError(f"{where}, task: must be a text, not {row.get('task')!r}")
+        found[whole(row.get("task_index"), f"{where}, task_index")] = row["task"]
+    return found
 
 
 def _is_meta(key: str, value: Any) -> bool:
@@ -188,6 +200,7 @@ def parquet_file(path: Path) -> pq.ParquetFile:
     Raises:
         DataError: It is truncated or no parquet file.
     """
+    check_lfs(path)
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:
@@ -197,11 +210,36 @@ def parquet_file(path: Path) -> pq.ParquetFile:
 def read_columns(path: Path, columns: list[str] | None, episode: int | None = None) -> pa.Table:
     """Columns of a parquet file, of one episode if given; row groups without it are not read.
 
+    `episode_index`, `frame_index`, `timestamp` and `task_index` are numbers even where they are stored as [number].
+
     Raises:
         DataError: The file is corrupt or lacks a column.
     """
+    file = parquet_file(path)
+    schema = file.schema_arrow
+    if lacking := [name for name in columns or () if name not in schema.names]:
+        raise DataError(f"{path.name}: has no column {', '.join(lacking)}")
+    plain = episode is not None and pa.types.is_integer(schema.field("episode_index").type)
     try:
-        only = None if episode is None else [("episode_index", "==", episode)]
-        return pq.read_table(path, columns=columns, filters=only)
+        # By its file object: no folder's name on the way (KEY=VALUE) becomes a column.
+        with path.open("rb") as source:
+            table = pq.read_table(
+                source, columns=columns, filters=[("episode_index", "==", episode)] if plain else None
+            )
+        for number, name in enumerate(table.column_names):
+            if name in SCALARS and pa.types.is_nested(table.schema.field(name).type):
+                if (flat := _flat(table[name].combine_chunks())) is None:
+                    raise DataError(f"{path.name}, {name}: must be one number a row")
+                table = table.set_column(number, name, flat)
+        if episode is not None and not plain:
+            table = table.filter(pc.equal(table["episode_index"], episode))
+        return table
     except (pa.ArrowException, OSError, KeyError) as e:
         raise DataError(f"{path.name}: cannot be read ({e})") from e
+
+
+def _flat(values: pa.Array) -> pa.Array | None:
+    """Lists of one number each as numbers."""
+    if not pc.all(pc.equal(pc.list_value_length(values), 1).fill_null(False)).as_py():
+        return None
+    return values.flatten()

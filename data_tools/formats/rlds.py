@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats import tfds, tfrecord
-from data_tools.formats.declared import Mode, Orientation, Rotation, pose_rotvec, upright
+from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
 from data_tools.formats.rlds_layout import Layout, settle
+from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
 from data_tools.images import decode
 from stamo_dist.errors import DataError
@@ -137,7 +138,7 @@ class RldsReader:
             times=np.arange(length - first) / layout.rate_hz,
             actions=actions[first:],
             proprio=columns(layout.proprio, length)[first:],
-            pose=pose_rotvec(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
+            pose=pose_vectors(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
         )
 
     def _scan_shard(self, shard: tfds.Shard) -> tuple[list[EpisodeRef], list[str]]:
@@ -212,20 +213,6 @@ class RldsReader:
             return black
         except DataError:  # it will be told, and counted, when the episode is converted
             return []
-
-
-def absolute_gripper(relative: np.ndarray) -> np.ndarray:
-    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
-
-    OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
-    """
-    command = np.where(relative > 0.1, 0.0, np.where(relative < -0.1, 1.0, np.nan))
-    given = np.flatnonzero(~np.isnan(command))
-    if not len(given):
-        return np.ones(len(relative), np.float32)
-    last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
-    absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
-    return absolute.astype(np.float32)
 
 
 def _check_count(key: str, count: int, length: int) -> None:

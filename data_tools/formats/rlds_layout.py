@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from data_tools.formats import tfds
-from data_tools.formats.declared import ROTATION_SIZE, Mode, Orientation, Rotation, declared_spec, parse_gripper
+from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
 from data_tools.formats.rlds_presets import INSTRUCTION, PRESETS, Preset, preset_of
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
@@ -139,10 +140,7 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
     if changed.get("rate_hz", 1.0) <= 0:
         problems.append(f"rate_hz: {asked.rate_hz} must be positive")
     if asked.gripper is not None:
-        try:
-            changed["gripper"] = parse_gripper(asked.gripper)
-        except DataError as e:
-            problems.append(str(e))
+        changed["gripper"] = parse_gripper(asked.gripper, problems)
     return replace(preset, **changed)
 
 

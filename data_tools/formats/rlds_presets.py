@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_tools.formats.declared import OPEN_1, Gripper, Mode, Orientation, Rotation
+from data_tools.formats.declared import OPEN_1, Gripper, Mode, Orientation
+from data_tools.formats.rotations import Rotation
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from stamo_dist.engine.retention import scan
 from stamo_dist.engine.runfolder import RunFolder, write_atomic
 from stamo_dist.engine.strategy import Engine
 from stamo_dist.errors import RunError
-from stamo_dist.recipe.schema import Data, Train
+from stamo_dist.recipe.schema import Data
+from stamo_dist.recipe.training import Train
 
 
 def count_step(state: RunState, *, good: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.recipe.schema import Optimizer
+from stamo_dist.recipe.training import Optimizer
 
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from pathlib import Path
 from stamo_dist.engine.marker import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
 from stamo_dist.engine.success import Successes
 from stamo_dist.errors import CheckpointError
-from stamo_dist.recipe.schema import Checkpoint
+from stamo_dist.recipe.training import Checkpoint
 
 _PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
 

@@ -31,7 +31,7 @@ from stamo_dist.engine.retention import clean, folder_of, part_of, remove, scan,
 from stamo_dist.engine.strategy import Engine
 from stamo_dist.engine.success import Successes
 from stamo_dist.errors import CheckpointError, StamoError
-from stamo_dist.recipe.schema import Checkpoint
+from stamo_dist.recipe.training import Checkpoint
 
 
 @dataclass(frozen=True)

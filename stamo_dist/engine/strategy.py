@@ -33,7 +33,7 @@ from stamo_dist.engine.processes import PATIENCE
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.batching import Batching
-from stamo_dist.recipe.schema import Strategy
+from stamo_dist.recipe.training import Strategy
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stamo_dist.recipe.schema import Section, Train
+from stamo_dist.recipe.section import Section
+from stamo_dist.recipe.training import Train
 
 
 class Batching(Section):

@@ -73,7 +73,8 @@ def check(
     console.print(f"    sources   {shares}")
     console.print(f"    schedule  {r.train.steps} steps × {r.train.global_batch} samples")
     console.print("    processes  per process = micro-batch × accumulation", style="dim")
-    sizes = [world_size] if world_size else [2**k for k in range(11) if r.train.global_batch % 2**k == 0]
+    shared = r.train.virtual_workers or r.train.global_batch
+    sizes = [world_size] if world_size else [2**k for k in range(11) if shared % 2**k == 0]
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")

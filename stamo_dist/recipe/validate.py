@@ -13,7 +13,9 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.fields import ROOT, Field, all_fields, find, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
-from stamo_dist.recipe.schema import Recipe, Section, Train
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.section import Section
+from stamo_dist.recipe.training import Train
 
 T = TypeVar("T", bound=Section)
 

@@ -14,7 +14,7 @@ from stamo_dist.engine.parts import DcpPart, Staging
 from stamo_dist.engine.retention import clean, complete, folder_of, named, part_of, scan, superseded
 from stamo_dist.engine.success import Success, Successes
 from stamo_dist.errors import CheckpointError
-from stamo_dist.recipe.schema import Checkpoint
+from stamo_dist.recipe.training import Checkpoint
 
 
 def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:

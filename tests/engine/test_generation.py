@@ -23,7 +23,7 @@ from stamo_dist.engine.metrics import MetricsFile
 from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.engine.world import World
 from stamo_dist.errors import RunError
-from stamo_dist.recipe.schema import Train
+from stamo_dist.recipe.training import Train
 
 HOLD = """
 import sys, time

@@ -101,7 +101,7 @@ def main() -> int:
     args = parser.parse_args()
     root: Path = args.out.resolve()
     room = root / "room"
-    for folder in ("toys", "room"):
+    for folder in ("toys", "room", "ranks"):
         _fresh(root / folder).mkdir(parents=True)
     for name in ("a", "b"):
         make_source(root / "toys/shards", name, episodes=5 if name == "a" else 3, cameras=("front", "wrist"))
@@ -109,7 +109,7 @@ def main() -> int:
         root / "toys/shards", make_vae(root / "toys/vae"), make_policy_data(root / "toys/policy", ("front", "wrist")),
         make_base(root / "toys/base"),
     )  # fmt: skip
-    results, ranks, bad = Results(root / "results.jsonl"), Ranks(_fresh(root / "ranks")), 0
+    results, ranks, bad = Results(root / "results.jsonl"), Ranks(root / "ranks"), 0
     if args.part != "pairs":
         every = variants(toys.shards, toys.vae, toys.policy)
         walked = journeys(ranks, every, results, room, args.only)

@@ -65,7 +65,8 @@ DIFFUSION = COMMON | _POLICY | {
         "step": ("policy.diffusion.pseudo_per=step",),
     },
 }  # fmt: skip
-OPTIONS = {"vae": COMMON, "tokenizer": TOKENIZER, "openvla": OPENVLA, "diffusion": DIFFUSION}
+_VAE = {option: values for option, values in COMMON.items() if option not in ("compile", "recompute")}
+OPTIONS = {"vae": _VAE, "tokenizer": TOKENIZER, "openvla": OPENVLA, "diffusion": DIFFUSION}
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,21 @@ class Refusal:
 
 
 _VIRTUAL = Refusal("train.virtual_workers", {"virtual": ["2"], "strategy": STRATEGY[1:]})
+_COMPILED = Refusal("train.compile", {"compile": ["yes"], "strategy": ["zero3"]})
 _AUGMENTED = Refusal("policy.targets", {"targets": ["cached"], "augment": ["brightness", "openvla"]})
 REFUSED = {
     "vae": (_VIRTUAL,),
     "tokenizer": (
-        _VIRTUAL,
+        _VIRTUAL, _COMPILED,
         Refusal("data.latents", {"latents": ["cached"], "augment": ["brightness", "openvla"]}),
         Refusal("data.latents", {"latents": ["cached"], "posterior": ["sample"]}),
     ),
-    "openvla": (_VIRTUAL, _AUGMENTED, Refusal("policy.targets", {"targets": ["cached"], "world": ["dinov2"]})),
+    "openvla": (
+        _VIRTUAL, _COMPILED, _AUGMENTED,
+        Refusal("policy.targets", {"targets": ["cached"], "world": ["dinov2"]}),
+    ),
     "diffusion": (
-        _VIRTUAL, _AUGMENTED,
+        _VIRTUAL, _COMPILED, _AUGMENTED,
         Refusal("policy.targets", {"targets": ["cached"], "pseudo": ["pixels"]}),
         Refusal("policy.targets", {"targets": ["cached"], "pseudo": ["none"], "sees": ["patches"]}),
         Refusal("policy.diffusion.pseudo_per", {"targets": ["online"], "pseudo": ["step"]}),
@@ -120,7 +125,10 @@ def missed(stage: str, those: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def refused(stage: str) -> list[tuple[dict[str, str], str]]:
-    """A row for each value that is refused beside others, else of first values; and the field that is named."""
+    """A row for each value that is refused beside others, else of first values; and the field that is named.
+
+    So are the pairs in which no run can meet, as each needs what the other refuses; by which field is left open.
+    """
     options, out = OPTIONS[stage], []
     for refusal in REFUSED[stage]:
         last, values = list(refusal.values.items())[-1]
@@ -128,7 +136,8 @@ def refused(stage: str) -> list[tuple[dict[str, str], str]]:
             row = {option: next(iter(choices)) for option, choices in options.items()}
             row |= {option: choices[0] for option, choices in refusal.values.items()} | {last: value}
             out.append((row, refusal.field))
-    return out
+    first = {option: next(iter(choices)) for option, choices in options.items()}
+    return out + [(first | pair, "") for pair in missed(stage, rows(stage))]
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,9 @@ class Toys:
                 on_base(recipe, self.base)
         else:
             recipe = write_recipe(folder / "toy.yaml", self.shards, self.vae)
-            recipe.write_text(recipe.read_text().replace("  augment: {brightness: 0.1}\n", f"stage: {stage}\n"))
+            recipe.write_text(recipe.read_text().replace("  augment: {brightness: 0.1}\n", ""))
         settings = ["train.steps=5", "train.checkpoint.every=2"]
+        settings += [f"stage={stage}"] if stage == "vae" else []
         settings += [s for option, value in row.items() for s in OPTIONS[stage][option][value]]
         return recipe, [x for s in settings for x in ("--set", s)]
 

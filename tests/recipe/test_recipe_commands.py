@@ -58,6 +58,12 @@ def test_check_prints_shares_and_batching():
     assert re.search(r"^ +8 +96 = +48 × 2$", out, re.MULTILINE)
 
 
+def test_check_lists_the_sizes_that_share_the_virtual_workers():
+    settings = ("--set", "train.virtual_workers=4", "--set", "strategy.name=ddp")
+    out = run("check", "recipes/tokenizer_sim_droid.yaml", *settings)
+    assert re.findall(r"^ +(\d+) +\d+ = ", out, re.MULTILINE) == ["1", "2", "4"]
+
+
 def test_check_lists_what_is_wrong():
     with pytest.raises(RecipeError, match=r"tokenizer\.yaml:\d+: train\.global_batch: 768 is not divisible by 7"):
         run("check", "recipes/tokenizer_sim_droid.yaml", "--world-size", "7")

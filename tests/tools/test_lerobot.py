@@ -221,7 +221,10 @@ def damage(root: Path, how: str) -> None:
         ("missing parquet", "its data file is missing"),
         ("missing video", r"its video file of observation\.image is missing"),
         ("truncated video", r"episode_000001\.mp4: truncated or corrupt video"),
-        ("short video", r"observation\.image: episode_000001\.mp4 lacks 6 of 15 frames, the first at 0\.900 s"),
+        (
+            "short video",
+            r"episode_000001\.mp4 has 9 frames for 15 rows, .* the first row 9 at 0\.900 s",
+        ),
         ("another action", r"episode_000001\.parquet: action has 1 numbers; info\.json says 2"),
         ("one action longer", r"action has 3 numbers at frame 14; info\.json says 2"),
         ("rows lost", r"episode_000001\.parquet: 11 rows; the episode table says 15"),

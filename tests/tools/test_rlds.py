@@ -16,7 +16,8 @@ from records import TEXT, image, png, tensor, write_tfds
 
 from data_tools.convert.driver import convert
 from data_tools.formats import tfds, tfrecord
-from data_tools.formats.rlds import RldsReader, absolute_gripper
+from data_tools.formats.declared import absolute_gripper
+from data_tools.formats.rlds import RldsReader
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 

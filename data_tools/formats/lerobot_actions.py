@@ -1,0 +1,126 @@
+"""What the numbers of a LeRobotDataset's action mean: nowhere in its files, so known by name or declared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, get_args
+
+from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
+from data_tools.formats.lerobot_vectors import Part
+from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.rotations import Rotation
+from data_tools.formats.source import ActionSpec
+
+if TYPE_CHECKING:
+    from data_tools.formats.lerobot import LerobotReader
+
+#: Known action conventions by `action_kind`.
+ACTIONS = {
+    "libero": OSC_POSE,
+    "bridge": ActionSpec(
+        dim=7,
+        text="end-effector delta: dx dy dz (m), droll dpitch dyaw (rad), gripper 1 open 0 close",
+        mode="delta",
+        translation=(0, 1, 2),
+        rotation=(3, 4, 5),
+        rotation_kind="euler_xyz",
+        gripper=6,
+    ),
+}
+#: Cameras of LIBERO as openpi and Hugging Face publish it: turned by 180°, which leaves the scene mirrored.
+TURNED = {"image", "wrist_image", "image2"}
+#: Numbers with such names are joints or positions to reach, of which the last counts.
+_TARGETS = re.compile(r"joint|motor|shoulder|elbow|waist|wrist|\.pos$|_pos$|position|absolute|angle", re.IGNORECASE)
+
+
+def action_spec(asked: LerobotReader, parts: Sequence[Part], problems: list[str]) -> ActionSpec | None:
+    """What the action is; what contradicts itself goes to `problems`."""
+    dim = sum(p.end - p.start for p in parts)
+    for option, kinds in (("mode", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):
+        if (value := getattr(asked, option)) is not None and value not in get_args(kinds):
+            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(kinds))}")
+            return None
+    if asked.action_kind not in (None, "other", *ACTIONS):
+        problems.append(f"action_kind: {asked.action_kind!r} must be one of other, {', '.join(ACTIONS)}")
+    known = ACTIONS.get(asked.action_kind or "")
+    if asked.mode and known:
+        problems.append(f"mode: {asked.mode} contradicts action_kind {asked.action_kind}; give one of them")
+    number = isinstance(asked.gripper, int)
+    if number and (known or not 0 <= int(asked.gripper or 0) < dim or asked.mode not in (None, "other")):
+        problems.append(
+            f"gripper: {asked.gripper} must be below {dim}, and only with action_kind other; with mode, OPEN,CLOSED"
+        )
+    if not dim:
+        return None
+    names = [p.feature.name for p in parts]
+    if known:
+        if known.dim != dim:
+            problems.append(
+                f"action_kind: {asked.action_kind} has {known.dim} numbers, but {' + '.join(names)} has {dim}"
+            )
+        return known
+    if asked.mode or (asked.gripper is not None and not number):
+        return _declared(asked, names, dim, problems)
+    labels = [name for part in parts for name in part.names]
+    spec = ActionSpec(
+        dim=dim,
+        text=f"{' + '.join(names)} as stored: {', '.join(labels) or f'{dim} numbers'}",
+        mode="other",
+        gripper=int(asked.gripper) if asked.gripper is not None else None,
+        gripper_open=asked.gripper_open,
+        gripper_closed=asked.gripper_closed,
+    )
+    if asked.action_kind is None and not any(_TARGETS.search(name) for name in (*labels, *names)):
+        spec = replace(spec, unstated="--set action_kind=other if they are joints or targets, else what they are, e.g. "
+                       "--set mode=delta --set rotation=rotvec --set gripper=1,0")  # fmt: skip
+    return spec
+
+
+def _declared(asked: LerobotReader, names: Sequence[str], dim: int, problems: list[str]) -> ActionSpec | None:
+    mode = asked.mode or "other"
+    needed = () if mode == "other" else ("rotation", "gripper")
+    if missing := [option for option in needed if getattr(asked, option) is None]:
+        problems.append(f"mode: {mode} also needs {', '.join(missing)} (gripper: OPEN,CLOSED or absent)")
+        return None
+    if mode in ("absolute", "velocity", "delta") and (asked.metres <= 0 or asked.radians <= 0):
+        problems.append(f"metres, radians: {asked.metres:g} and {asked.radians:g} must be positive")
+    ends = None
+    if asked.gripper is not None:
+        ends = (asked.gripper_open, asked.gripper_closed) if isinstance(asked.gripper, int) else parse_gripper(
+            asked.gripper, problems)  # fmt: skip
+    spec, unclear = declared_spec(
+        " + ".join(names),
+        dim,
+        mode=mode,
+        rotation=asked.rotation or "euler_xyz",
+        metres=asked.metres,
+        radians=asked.radians,
+        gripper=ends,
+    )
+    problems += unclear
+    return replace(spec, gripper=asked.gripper) if isinstance(asked.gripper, int) else spec
+
+
+def orientation(asked: LerobotReader, cameras: Sequence[str], notes: list[str], problems: list[str]) -> Orientation:
+    """How the images are stored, as asked, else as this publisher's LIBERO is known to be; said in `notes`."""
+    if asked.image_orientation is not None:
+        if asked.image_orientation not in get_args(Orientation):
+            problems.append(
+                f"image_orientation: {asked.image_orientation!r} must be one of {', '.join(get_args(Orientation))}"
+            )
+        return asked.image_orientation
+    if asked.action_kind != "libero":
+        return "upright"
+    if set(cameras) <= TURNED:
+        notes.append(
+            "images: mirrored back, as openpi's and Hugging Face's LIBERO (image, wrist_image) are turned by 180°; if "
+            "these are upright, give --set image_orientation=upright"
+        )
+        return "mirrored"
+    notes.append(
+        f"images: taken as upright, as {', '.join(cameras)} are not the cameras of openpi's or Hugging Face's turned "
+        "LIBERO; if these are turned, give --set image_orientation=mirrored"
+    )
+    return "upright"

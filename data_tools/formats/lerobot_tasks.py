@@ -1,0 +1,53 @@
+"""The instructions of a LeRobotDataset: the episode table's texts, or each row's by its task_index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from data_tools.formats.lerobot_meta import Feature
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.layers import did_you_mean
+
+TASK_INDEX = "task_index"
+#: GR00T's columns with the number of a text; among its texts are verdicts on the episode.
+ANNOTATION = "annotation.human."
+VERDICTS = ("valid", "invalid")
+
+
+def instruction_column(asked: str, features: Mapping[str, Feature]) -> str | None:
+    """The feature whose rows say their instruction; None: none does, or `asked` is "none"; "" finds it.
+
+    Raises:
+        DataError: `asked` is no feature.
+    """
+    if asked == "none":
+        return None
+    if asked:
+        if asked not in features:
+            hint = did_you_mean(asked, features) or f"there is: {', '.join(features)}"
+            raise DataError(f"instruction: no feature {asked!r}; {hint}")
+        return asked
+    described = [name for name in features if name.startswith(ANNOTATION) and name.endswith("description")]
+    return next(iter(described), TASK_INDEX)
+
+
+def episode_text(tasks: Sequence[str | int], texts: Mapping[int, str]) -> str | None:
+    """The episode's one instruction; None where the table has none or several, so that its rows must say."""
+    said = [text for task in tasks if (text := task if isinstance(task, str) else texts.get(task))]
+    said = [text for text in dict.fromkeys(said) if len(said) == 1 or text.strip().lower() not in VERDICTS]
+    return said[0] if len(said) == 1 else None
+
+
+def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str]) -> list[str]:
+    """Each row's instruction: its text, or the text of its number.
+
+    Raises:
+        DataError: A number has no text.
+    """
+    values = column.to_pylist()
+    values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+    if unknown := [v for v in values if not isinstance(v, str | None) and v not in texts]:
+        raise DataError(f"{name}: {unknown[0]!r} is no task_index of meta/tasks")
+    return [value if isinstance(value, str) else "" if value is None else texts[value] for value in values]

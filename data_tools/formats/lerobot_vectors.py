@@ -1,0 +1,113 @@
+"""Which columns of a LeRobotDataset, side by side, are its action or its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_tools.formats.lerobot_meta import Feature, read_object, whole
+from stamo_dist.errors import DataError
+from stamo_dist.recipe.layers import did_you_mean
+
+#: Where datasets keep them; the first that is there is taken.
+DEFAULTS = {"action": ("action", "actions"), "state": ("observation.state", "state", "observation.states")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A feature's numbers from `start` up to `end`."""
+
+    feature: Feature
+    start: int
+    end: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        names = self.feature.names
+        return names[self.start : self.end] if len(names) == self.feature.size else ()
+
+
+def choose(
+    root: Path, option: str, asked: Sequence[str], features: Mapping[str, Feature], notes: list[str]
+) -> list[Part]:
+    """The parts of `option` ("action" or "state"), in order; none: the dataset has none, or `asked` is "none".
+
+    Names are features, or slices of meta/modality.json. What is found without being asked for is said in `notes`.
+
+    Raises:
+        DataError: A name is unknown, or nothing was asked for and several features could be meant.
+    """
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if names == ["none"]:
+        return []
+    if names:
+        slices = _modality(root, option, features)
+        if unknown := [name for name in names if name not in features and name not in slices]:
+            known = [*features, *slices]
+            hint = did_you_mean(unknown[0], known) or "choose among them, or none"
+            raise DataError(f"{option}: no feature {', '.join(unknown)}; {hint} There is: {', '.join(known)}")
+        return [slices[n] if n in slices else Part(features[n], 0, features[n].size) for n in names]
+    if found := next((name for name in DEFAULTS[option] if name in features), None):
+        if found != DEFAULTS[option][0]:
+            notes.append(f"{option}: taken from the feature {found}")
+        return [Part(features[found], 0, features[found].size)]
+    if like := [name for name in features if option in name.lower()]:
+        raise DataError(
+            f"{option}: no feature {' or '.join(DEFAULTS[option])}; give those meant, in order, as --set "
+            f"{option}={','.join(like)}, or --set {option}=none"
+        )
+    notes.append(f"{option}: none of the features is one ({', '.join(features)}); say which with --set {option}=NAME")
+    return []
+
+
+def matrix(rows: pa.Table, parts: Sequence[Part]) -> np.ndarray:
+    """The parts side by side, (T, D).
+
+    Raises:
+        DataError: A row has another number of numbers than info.json says.
+    """
+    columns = [_numbers(rows[p.feature.name], p.feature)[:, p.start : p.end] for p in parts]
+    return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0), np.float32)
+
+
+def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[str, Part]:
+    """GR00T's slices of the action or the state, by name."""
+    path = root / "meta" / "modality.json"
+    section = read_object(path).get(option) if path.is_file() else None
+    parts: dict[str, Part] = {}
+    for name, about in section.items() if isinstance(section, dict) else ():
+        where = f"{path}, {option}.{name}"
+        if not isinstance(about, dict):
+            raise DataError(f"{where}: must be an object with start and end")
+        key = about.get("original_key") or DEFAULTS.get(option, ("",))[0]
+        start, end = (whole(about.get(side), f"{where}.{side}") for side in ("start", "end"))
+        if key not in features or not 0 <= start < end <= features[key].size:
+            raise DataError(f"{where}: {key} has no numbers {start} to {end}")
+        parts[name] = Part(features[key], start, end)
+    return parts
+
+
+def _numbers(column: pa.ChunkedArray, feature: Feature) -> np.ndarray:
+    """A column of numbers, or of lists of `size` numbers, as (T, size)."""
+    values, name, size = column.combine_chunks(), feature.name, feature.size
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
+        nested = pa.types.is_nested(values.type.value_type)
+        if not nested and (lengths != size).any():
+            t = int(np.argmax(lengths != size))
+            raise DataError(f"{name} has {lengths[t]} numbers at frame {t}; info.json says {size}")
+    while pa.types.is_nested(values.type):
+        if pa.types.is_struct(values.type):
+            raise DataError(f"{name}: a record of {', '.join(f.name for f in values.type)}, not numbers")
+        values = values.flatten()
+    flat = values.to_numpy(zero_copy_only=False)
+    if flat.dtype.kind not in "fiub":
+        raise DataError(f"{name}: {values.type}, not numbers")
+    if flat.size != len(column) * size:
+        raise DataError(f"{name} has {flat.size} numbers in {len(column)} frames; info.json says {size} each")
+    return flat.reshape(len(column), size)

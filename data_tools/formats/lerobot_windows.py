@@ -1,0 +1,131 @@
+"""Which frame of a video belongs to which row, and what is wrong with the windows in which episodes lie.
+
+Rows and frames are the same moments in the same order. Times only tell them apart where the video has other frames too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.formats.decode import VideoInfo, probe, video_frames
+from data_tools.formats.lerobot_files import Listed, Window
+from data_tools.formats.lerobot_meta import check_lfs
+from data_tools.formats.source import Frames
+from stamo_dist.errors import DataError
+
+#: Share of a frame's period by which a row's time may miss its frame's: rounding, not another frame.
+TOLERANCE = 0.1
+#: Headers that are read at once: the scan waits for the file system.
+THREADS = 8
+
+
+def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -> tuple[Frames, int]:
+    """The frames of the rows at `times` (T,), seconds since the episode begins.
+
+    By order where there are as many frames as rows; else each row's own frame, by times that agree.
+
+    Returns:
+        Frames, and how many rows have one: T, or T - 1 where the last row's is missing.
+
+    Raises:
+        DataError: Neither can be; says the numbers.
+    """
+    period, name = 1 / fps, window.path.name
+    start = None if window.begins < period / 2 else window.begins - period / 2
+    end = None if window.ends is None else window.ends - period / 2
+    shown, frames = video_frames(window.path, start, end)
+    if len(shown) == len(times):
+        return frames, len(times)
+    wanted = window.begins + times
+    numbers = _nearest(shown, wanted)
+    agree = np.abs(shown[numbers] - wanted) <= TOLERANCE * period
+    agree[1:] &= np.diff(numbers) > 0
+    rows = len(times) - (not agree[-1])
+    if len(shown) == rows < len(times):
+        numbers, agree = np.arange(rows), np.ones(rows, bool)
+    if not agree[:rows].all() or not rows:
+        t = int(np.argmin(agree))
+        raise DataError(
+            f"{feature}: {name} has {len(shown)} frames for {len(times)} rows, and {(~agree).sum()} rows have no frame "
+            f"at their time, the first row {t} at {wanted[t]:.3f} s"
+        )
+    return (lambda indices: frames(numbers[np.asarray(indices, np.int64)].tolist())), rows
+
+
+def check_windows(episodes: Sequence[Listed], fps: float) -> tuple[dict[int, str], dict[int, str]]:
+    """Check the videos of episodes by the episode table and the files' headers.
+
+    Returns:
+        By episode: why it cannot be used; and where only its last frame is missing, which video lacks it.
+    """
+    faults: dict[int, str] = {}
+    short: dict[int, str] = {}
+    windows: dict[Path, list[tuple[Window, Listed, str]]] = defaultdict(list)
+    for episode in episodes:
+        for feature, window in episode.videos.items():
+            windows[window.path].append((window, episode, feature))
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = dict(zip(windows, pool.map(_header, windows), strict=True))
+    for path, members in windows.items():
+        header = headers[path]
+        members.sort(key=lambda member: member[0].begins)
+        for number, (window, episode, feature) in enumerate(members):
+            fault = header if isinstance(header, str) else ""
+            if isinstance(header, VideoInfo):
+                lost = _lost_frames(window, episode.length, header, fps)
+                if lost == 1 and episode.length > 1:
+                    short[episode.index] = f"{feature}: {path.name}"
+                fault = _fault(window, episode.length, header, fps)
+            if number and (before := members[number - 1])[0].ends is not None:
+                ends = before[0].ends
+                if ends is not None and window.begins < ends - 0.5 / fps:
+                    why = f"{path.name}: windows overlap: episode {before[1].index} ends at {ends:g} s, " + (
+                        f"episode {episode.index} begins at {window.begins:g} s"
+                    )
+                    faults.setdefault(before[1].index, f"{feature}: {why}")
+                    fault = fault or why
+            if fault:
+                faults.setdefault(episode.index, f"{feature}: {fault}")
+    return faults, short
+
+
+def _header(path: Path) -> VideoInfo | str:
+    try:
+        check_lfs(path)
+        return probe(path)
+    except DataError as e:
+        return str(e)
+
+
+def _lost_frames(window: Window, length: int, header: VideoInfo, fps: float) -> int:
+    """How many of the episode's last frames are behind the file's end."""
+    if window.ends is None:
+        return length - header.frames
+    return max(0, round((window.ends - header.seconds) * fps))
+
+
+def _fault(window: Window, length: int, header: VideoInfo, fps: float) -> str:
+    if window.ends is None:
+        return ""  # whole files are paired frame by frame when they are read
+    seconds = window.ends - window.begins
+    said = f"its window is {window.begins:g} s to {window.ends:g} s"
+    if window.begins < 0 or seconds <= 0:
+        return f"{said}, which is no stretch of time; mend from_timestamp and to_timestamp"
+    if abs(seconds * fps - length) >= 1:
+        return f"{said}, {seconds * fps:.1f} frames at {fps:g} fps, but it has {length} rows"
+    if _lost_frames(window, length, header, fps) > 1:
+        return f"{said}, but {window.path.name} ends at {header.seconds:.2f} s"
+    return ""
+
+
+def _nearest(shown: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Index of the time in `shown` (increasing) that is nearest to each in `wanted`."""
+    right = np.clip(np.searchsorted(shown, wanted), 1, max(1, len(shown) - 1))
+    right = np.minimum(right, len(shown) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(wanted - shown[left] <= shown[right] - wanted, left, right)

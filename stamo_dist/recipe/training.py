@@ -1,0 +1,127 @@
+"""What a recipe says of the training itself: optimizer, schedule, checkpoints, strategy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stamo_dist.recipe.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class Optimizer(Section):
+    """AdamW with warm-up."""
+
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's moment decays.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's ε.")
+    encoder_lr: PositiveFloat = Field(
+        1.0, description="Learning rate of the encoder and compressor relative to the decoder's."
+    )
+    encoder_start: NonNegativeInt = Field(
+        0, description="Step after which the encoder and compressor learn; a random decoder first learns to read them."
+    )
+    lr_scale: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="Beginning of parameters' names → their learning rate relative to lr, e.g. {world_head: 10}; "
+        "the longest one that fits counts.",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Decoupled weight decay on matrices; biases, norms and queries have none."
+    )
+    warmup_steps: NonNegativeInt = Field(1000, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
+    final_lr: Fraction = Field(0.1, description="Learning rate at the end of the cosine, relative to the peak.")
+    clip: PositiveFloat | None = Field(1.0, description="Largest gradient norm; null turns clipping off.")
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step is always saved.")
+    keep: PositiveInt = Field(3, description="How many of the newest checkpoints to keep.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Save every so many steps and never remove that one; null: none is kept for ever."
+    )
+    ephemeral_every: PositiveInt | None = Field(
+        None, description="Steps between saves of which only the newest is kept; null turns them off."
+    )
+    background: bool = Field(
+        False, description="Write while training goes on; it stands still only for a copy into host memory."
+    )
+    grace_seconds: PositiveFloat | None = Field(
+        None, description="Seconds the cluster gives a run between asking it to stop and killing it; null: unknown."
+    )
+
+
+class Train(Section):
+    """The schedule of one run."""
+
+    steps: PositiveInt = Field(description="Optimizer steps in all.")
+    global_batch: PositiveInt = Field(256, description="Samples per optimizer step over all processes.")
+    micro_batch: PositiveInt = Field(
+        32, description="Most samples one process puts through the model at once; accumulation is derived."
+    )
+    virtual_workers: PositiveInt | None = Field(
+        None,
+        description="A power of two: losses are the same to the bit on 1, 2, 4, … up to so many processes; ddp only.",
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the model; states stay fp32.")
+    gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
+    compile: bool = Field(False, description="torch.compile the DiT block by block and the frozen parts.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay of an exponential moving average of the trained weights; null keeps none."
+    )
+    log_every: PositiveInt = Field(1, description="Steps between lines in metrics.jsonl.")
+    log_samples: bool = Field(
+        False, description="Write samples.jsonl: which samples each step read, and a checksum of each."
+    )
+    checkpoint: Checkpoint = Checkpoint()
+    max_bad_steps: PositiveInt = Field(
+        10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."
+    )
+    step_timeout: PositiveFloat = Field(
+        1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
+    )
+    setup_timeout: PositiveFloat = Field(
+        3600.0, description="The same for what is no step: building, the first step, exporting and leaving."
+    )
+    dry_export: bool | None = Field(
+        None, description="Export once after the third step, to fail early; null: where training takes over an hour."
+    )
+
+
+class Strategy(Section):
+    """How the trained module is spread over processes."""
+
+    name: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = Field(
+        "zero2", description="ddp, DeepSpeed ZeRO stage 1–3, PyTorch FSDP2, or its hybrid (sharded inside a group)."
+    )
+    shard_group: PositiveInt | None = Field(
+        None, description="hsdp: processes that share one sharded copy; those of one node when omitted."
+    )
+
+
+def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
+    """What of the training does not go together, or has no meaning in the stage."""
+    problems = []
+    if virtual := train.virtual_workers:
+        if strategy.name != "ddp":
+            problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {strategy.name}")
+        if virtual & (virtual - 1) or train.global_batch % virtual:
+            problems.append(
+                f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
+                f"({train.global_batch})"
+            )
+    if stage == "vae":
+        problems += [
+            f"train.{name}: is of the tokenizer and policy stages, and the vae stage would ignore it; set it to false"
+            for name in ("compile", "gradient_checkpointing")
+            if getattr(train, name)
+        ]
+    elif train.compile and strategy.name == "zero3":
+        problems.append(
+            "train.compile: zero3 gathers each layer's weights in hooks, which torch.compile would compile one by one "
+            "and give up on; set it to false, or strategy.name: fsdp, hsdp, zero2, zero1 or ddp"
+        )
+    return problems
