@@ -69,11 +69,9 @@ def succeeded(episodes: Sequence[EpisodeRef], only: bool) -> tuple[list[EpisodeR
     return [e for e in episodes if not only or e.meta.get("success") is not False], notes
 
 
-def no_proprio(there: Iterable[str], taken_on_purpose: bool) -> list[str]:
-    """A note where no proprioception was found and "none" was not asked for."""
-    if taken_on_purpose:
-        return []
+def no_proprio(there: Iterable[str]) -> list[str]:
+    """A note that no proprioception was found, with the numeric keys that there are."""
     return [
-        f"proprio: none of the usual keys; numeric keys are {', '.join(there) or 'none'}; "
+        f"proprio: none of the usual keys; numeric ones are: {', '.join(there) or 'none'}; "
         "name them with --set proprio=KEY,KEY, or say --set proprio=none"
     ]

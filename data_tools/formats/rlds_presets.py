@@ -25,7 +25,6 @@ class Preset:
             None: the action has none.
         proprio: Keys of the proprioception, those that exist.
         pose: Key and rotation of the end effector's pose, for absolute actions.
-        instruction: Keys of the instruction; the first that is not empty is taken.
         drop_first: The first step is dropped where its action is all zero.
         orientation: How the images are stored.
     """
@@ -39,7 +38,6 @@ class Preset:
     gripper: Gripper = None
     proprio: tuple[str, ...] = ()
     pose: tuple[str, Rotation] | None = None
-    instruction: tuple[str, ...] = ()
     drop_first: bool = False
     orientation: Orientation = "upright"
 
@@ -50,15 +48,6 @@ SIGN_OPENS = (1.0, -1.0)
 #: RT-X's way of splitting an action.
 _SPLIT = ("action/world_vector", "action/rotation_delta")
 _CLOSEDNESS = ((*_SPLIT, "action/gripper_closedness_action"),)
-#: Where RLDS datasets keep their instruction.
-INSTRUCTION = (
-    "language_instruction",
-    "observation/natural_language_instruction",
-    "natural_language_instruction",
-    "language_instruction_2",
-    "language_instruction_3",
-    "observation/instruction",
-)
 
 PRESETS = {
     # BridgeData V2: metres and roll-pitch-yaw since the last frame; every episode starts with an all-zero action.
