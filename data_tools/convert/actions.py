@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools.formats.rotations import read_rotations
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
@@ -158,30 +159,9 @@ def _rotation(spec: ActionSpec, actions: np.ndarray) -> Rotation:
     if not spec.rotation:
         return Rotation.identity(len(actions))
     try:
-        if spec.rotation_kind == "rotvec":
-            return Rotation.from_rotvec(values * spec.radians)
-        if spec.rotation_kind == "euler_xyz":
-            return Rotation.from_euler("xyz", values * spec.radians)
-        if spec.rotation_kind == "quat_xyzw":
-            return Rotation.from_quat(values)
-        if spec.rotation_kind == "quat_wxyz":
-            return Rotation.from_quat(values[:, [1, 2, 3, 0]])
-        return Rotation.from_matrix(_matrices(values))
+        return read_rotations(values, spec.rotation_kind, spec.radians)
     except ValueError as e:
         raise DataError(f"actions: no {spec.rotation_kind} rotation in dimensions {list(spec.rotation)} ({e})") from e
-
-
-def _matrices(rot6d: np.ndarray) -> np.ndarray:
-    """(T, 3, 3) from the first two rows, by Gram-Schmidt; Zhou et al. 2019, https://arxiv.org/abs/1812.07035."""
-    a, b = rot6d[:, :3], rot6d[:, 3:]
-    lengths = np.linalg.norm(a, axis=1, keepdims=True)
-    first = a / np.where(lengths > 0, lengths, np.nan)
-    rest = b - (first * b).sum(axis=1, keepdims=True) * first
-    lengths = np.linalg.norm(rest, axis=1, keepdims=True)
-    second = rest / np.where(lengths > 0, lengths, np.nan)
-    if not np.isfinite(second).all():
-        raise ValueError("rows of length 0 or parallel ones")
-    return np.stack([first, second, np.cross(first, second)], axis=1)
 
 
 def _deltas(

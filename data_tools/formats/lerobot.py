@@ -17,17 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
 from data_tools.formats.lerobot_actions import action_spec, orientation
 from data_tools.formats.lerobot_files import Listed, Window, find_layout, parquet_file, read_columns, read_tasks
 from data_tools.formats.lerobot_meta import Feature, Info, read_info
 from data_tools.formats.lerobot_tasks import TASK_INDEX, episode_text, instruction_column, row_texts
 from data_tools.formats.lerobot_vectors import Part, choose, matrix
 from data_tools.formats.lerobot_windows import check_windows, paired_frames
-from data_tools.formats.rlds import TURN, absolute_gripper, pose_vectors
-from data_tools.formats.rlds_layout import ROTATION_SIZE
-from data_tools.formats.rlds_presets import Mode, Orientation, Rotation
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
-from data_tools.images import decode
 from stamo_dist.errors import DataError
 
 #: The shortest prefix that tells a camera's name from its feature's.
@@ -93,7 +91,7 @@ class LerobotReader:
     action_kind: Literal["other", "libero", "bridge"] | None = None
     action: Sequence[str] = ()
     state: Sequence[str] = ()
-    instruction: str | None = None
+    instruction: str = ""  # not None, so that "none" can be said
     image_orientation: Orientation | None = None
     gripper: int | str | None = None
     gripper_open: float = 1.0
@@ -177,7 +175,7 @@ class LerobotReader:
                 count = min(count, paired)
             else:
                 pictures = self._images(path, index, feature)
-            frames[camera] = _upright(pictures, chosen.turned)
+            frames[camera] = upright(pictures, chosen.turned)
         rows, times = rows.slice(0, count), times[:count]
         actions = matrix(rows, chosen.action)
         if self.gripper == "relative":
@@ -312,14 +310,6 @@ class _RowTexts:
         rows = _numbers(listed.data, ("episode_index", *order, self.column))
         rows = _in_order(rows.filter(pc.equal(rows["episode_index"], listed.index)))
         return row_texts(rows[self.column].slice(0, 1), self.column, self.tasks)[0] if len(rows) else ""
-
-
-def _upright(frames: Frames, stored: Orientation) -> Frames:
-    if not (turn := TURN[stored]):
-        return frames
-    return lambda indices: (
-        np.ascontiguousarray((decode(image) if isinstance(image, bytes) else image)[turn]) for image in frames(indices)
-    )
 
 
 def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, Feature]) -> str:

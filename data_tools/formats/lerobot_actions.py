@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
+from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
 from data_tools.formats.lerobot_vectors import Part
 from data_tools.formats.libero import OSC_POSE
-from data_tools.formats.rlds_layout import declared_spec, parse_gripper
-from data_tools.formats.rlds_presets import Mode, Orientation, Preset, Rotation
+from data_tools.formats.rotations import Rotation
 from data_tools.formats.source import ActionSpec
 
 if TYPE_CHECKING:
@@ -90,15 +90,15 @@ def _declared(asked: LerobotReader, names: Sequence[str], dim: int, problems: li
     if asked.gripper is not None:
         ends = (asked.gripper_open, asked.gripper_closed) if isinstance(asked.gripper, int) else parse_gripper(
             asked.gripper, problems)  # fmt: skip
-    preset = Preset(
-        rate_hz=1.0,
+    spec, unclear = declared_spec(
+        " + ".join(names),
+        dim,
         mode=mode,
         rotation=asked.rotation or "euler_xyz",
         metres=asked.metres,
         radians=asked.radians,
         gripper=ends,
     )
-    spec, unclear = declared_spec(preset, dim, names)
     problems += unclear
     return replace(spec, gripper=asked.gripper) if isinstance(asked.gripper, int) else spec
 

@@ -16,15 +16,15 @@ ANNOTATION = "annotation.human."
 VERDICTS = ("valid", "invalid")
 
 
-def instruction_column(asked: str | None, features: Mapping[str, Feature]) -> str | None:
-    """The feature whose rows say their instruction; None: none does, or `asked` is "none".
+def instruction_column(asked: str, features: Mapping[str, Feature]) -> str | None:
+    """The feature whose rows say their instruction; None: none does, or `asked` is "none"; "" finds it.
 
     Raises:
         DataError: `asked` is no feature.
     """
     if asked == "none":
         return None
-    if asked is not None:
+    if asked:
         if asked not in features:
             hint = did_you_mean(asked, features) or f"there is: {', '.join(features)}"
             raise DataError(f"instruction: no feature {asked!r}; {hint}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, find_files
+from data_tools.formats import hdf5
+from data_tools.formats.declared import TURN, orientation_problems, upright
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
 #: robosuite's controller as LIBERO sets it.
@@ -34,20 +36,12 @@ OSC_POSE = ActionSpec(
 )
 
 TIMINGS = ("before", "after")
-#: How images (T, H, W, 3) are stored → the index that turns them upright.
-_TURN: dict[str, tuple[slice, ...]] = {
-    "upright": (slice(None),),
-    "flipped_vertically": (slice(None), slice(None, None, -1)),
-    "rotated_180": (slice(None), slice(None, None, -1), slice(None, None, -1)),
-}
 #: robosuite's `macros_image_convention` → how the images lie.
 MACROS = {"opengl": "flipped_vertically", "opencv": "upright"}
 #: The tag of LIBERO's own create_dataset.py, which stores obs[t] after actions[t].
 OFFICIAL_TAG = "libero-v1"
 PROPRIO = ("ee_states", "gripper_states")
 DEFAULT_RATE_HZ = 20.0
-#: Frames that are read at a time.
-RUN = 32
 #: Dimensions of a pose: position and rotation vector.
 POSE = 6
 DEFAULT_ACTION = "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close"
@@ -64,7 +58,8 @@ class LiberoReader:
         src: A .hdf5 file or a folder, searched recursively.
         cameras: Cameras to convert (`obs/CAMERA_rgb`); all when omitted.
         image_timing: "before" or "after" the action, for files that do not say.
-        image_orientation: "upright", "flipped_vertically" or "rotated_180", for files that do not say.
+        image_orientation: "upright", "mirrored", "flipped_vertically" or "rotated_180", for files that do not
+            say.
     """
 
     src: Path
@@ -113,11 +108,12 @@ class LiberoReader:
                 obs = demo["obs"]
                 shift = _shift(episode.private["image_timing"])
                 keep = len(demo["actions"]) - shift
-                turn = _TURN[episode.private["image_orientation"]]
+                orientation = episode.private["image_orientation"]
                 vectors = {key: obs[key][:keep] for key in PROPRIO}
                 return EpisodeData(
                     frames={
-                        c: _frames(path, f"data/{episode.key}/obs/{c}_rgb", turn) for c in self.cameras or _cameras(obs)
+                        c: upright(hdf5.read_frames(path, f"data/{episode.key}/obs/{c}_rgb"), orientation)
+                        for c in self.cameras or _cameras(obs)
                     },
                     times=np.arange(keep) / episode.private["rate_hz"],
                     actions=demo["actions"][shift:],
@@ -131,9 +127,7 @@ class LiberoReader:
         problems = []
         if self.image_timing not in (None, *TIMINGS):
             problems.append(f"image_timing: {self.image_timing!r} must be one of {', '.join(TIMINGS)}")
-        if self.image_orientation not in (None, *_TURN):
-            problems.append(f"image_orientation: {self.image_orientation!r} must be one of {', '.join(_TURN)}")
-        return problems
+        return problems + orientation_problems(self.image_orientation)
 
     def _scan_file(
         self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str]
@@ -193,7 +187,7 @@ class LiberoReader:
                 f"{path}: does not say when its images were taken; give --set image_timing=before "
                 "(OpenVLA's regenerated files) or after (LIBERO's official files)"
             )
-        if orientation not in _TURN:
+        if orientation not in TURN:
             unsaid.append(
                 f"{path}: does not say which way up its images are; give --set "
                 "image_orientation=flipped_vertically (as the simulator renders), upright or rotated_180"
@@ -241,33 +235,6 @@ def _action_spec(text: str, dim: int) -> ActionSpec:
             gripper_closed=1.0,
         )
     return ActionSpec(dim, text, "other")
-
-
-def _frames(path: Path, name: str, turn: tuple[slice, ...]) -> Frames:
-    """Upright frames of a dataset (T, H, W, 3), read in runs of chunks so that none is unpacked twice."""
-
-    def frames(numbers: Sequence[int]) -> Iterable[np.ndarray]:
-        try:
-            with h5py.File(path, "r") as file:
-                images = file[name]
-                run = _run(images, numbers)
-                start, block = 0, images[:0]
-                for number in numbers:
-                    if not start <= number < start + len(block):
-                        start = number - number % run
-                        block = images[start : start + run][turn]
-                    yield block[number - start]
-        except (OSError, KeyError) as e:
-            raise DataError(f"cannot be read ({e})") from e
-
-    return frames
-
-
-def _run(images: h5py.Dataset, numbers: Sequence[int]) -> int:
-    """Frames to read at a time: whole chunks, several of them where most frames are wanted."""
-    chunk = images.chunks[0] if images.chunks else 1
-    dense = 2 * len(numbers) > numbers[-1] - numbers[0]
-    return chunk * -(-RUN // chunk) if dense else chunk
 
 
 def _shift(image_timing: str) -> int:

@@ -32,7 +32,8 @@ class MetaworldReader(LiberoReader):
         src: A .hdf5 file or a folder, searched recursively.
         cameras: Cameras to convert (`obs/CAMERA_rgb`); all when omitted.
         image_timing: "before" or "after" the action, for files that do not say.
-        image_orientation: "upright", "flipped_vertically" or "rotated_180", for files that do not say.
+        image_orientation: "upright", "mirrored", "flipped_vertically" or "rotated_180", for
+            files that do not say.
     """
 
     def scan(self) -> Scan:

@@ -5,7 +5,7 @@ The values equal those of tensorflow_datasets; images stay the PNG or JPEG bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,22 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.formats import tfds, tfrecord
-from data_tools.formats.rlds_layout import ROTATION_SIZE, Layout, settle
-from data_tools.formats.rlds_presets import Mode, Orientation, Rotation
+from data_tools.formats import remarks, tfds, tfrecord
+from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
+from data_tools.formats.rlds_layout import Layout, settle, texts
+from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
 from data_tools.images import decode
 from stamo_dist.errors import DataError
 
 #: Files whose headers are read at once: the scan waits for the file system, not for the CPU.
 SCAN_THREADS = 8
-#: How images (H, W, 3) are stored → the index that turns them upright.
-TURN: dict[str, tuple[slice, ...]] = {
-    "upright": (),
-    "mirrored": (slice(None), slice(None, None, -1)),
-    "flipped_vertically": (slice(None, None, -1),),
-    "rotated_180": (slice(None, None, -1), slice(None, None, -1)),
-}
+WAY = "--set instruction=KEY"
+#: Values of `episode_metadata/success`.
+SUCCESS = (True, "true", "True", "success")
 #: A picture whose brightest value is below this is black.
 BLACK = 8
 #: A first action whose motion is below this is the zero that Bridge's episodes begin with.
@@ -46,11 +43,14 @@ class RldsReader:
         src: Folder with dataset_info.json, or one above it.
         preset: A dataset whose conventions hold; by the name in dataset_info.json when omitted.
         cameras: Image keys below `observation/`; all when omitted.
-        action: Keys whose values, side by side, are the action: x y z, rotation, gripper.
-        proprio: Keys of the proprioception; "absent" for none.
-        pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions.
+        action: Keys whose values, side by side, are the action: x y z, rotation, gripper; "none" for
+            none.
+        proprio: Keys of the proprioception; "none" for none.
+        pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions;
+            "none" for none.
         pose_rotation: Its rotation; as `rotation` when omitted.
-        instruction: Keys of the instruction; the first that is not empty is taken.
+        instruction: Keys of the instruction, of each step or `episode_metadata/KEY` of the episode; the first that is
+            not empty is taken. Those with a usual name when omitted; "none" for none.
         rate_hz: Steps per second.
         mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
         rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
@@ -58,26 +58,28 @@ class RldsReader:
         radians: Radians of one unit of rotation.
         gripper: "OPEN,CLOSED": the last dimension's value when open and when closed; "relative": +1 closes, -1 opens,
             0 keeps, made absolute (1 open); "absent".
-        orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
+        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
         drop_first: Drop the first step where its action does not move (below 1e-5 in all dimensions but the gripper).
+        only_successful: Leave out episodes whose metadata say `success` false.
     """
 
     src: Path
     preset: str | None = None
     cameras: Sequence[str] | None = None
-    action: Sequence[str] | None = None
-    proprio: Sequence[str] | None = None
-    pose: str | None = None
+    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    proprio: Sequence[str] = ()
+    pose: str = ""
     pose_rotation: Rotation | None = None
-    instruction: Sequence[str] | None = None
+    instruction: Sequence[str] = ()
     rate_hz: float | None = None
     mode: Mode | None = None
     rotation: Rotation | None = None
     metres: float | None = None
     radians: float | None = None
     gripper: str | None = None
-    orientation: Orientation | None = None
+    image_orientation: Orientation | None = None
     drop_first: bool | None = None
+    only_successful: bool = False
 
     @cached_property
     def dataset(self) -> tfds.Dataset:
@@ -94,8 +96,12 @@ class RldsReader:
             scanned = list(pool.map(self._scan_shard, dataset.shards))
         episodes = [episode for found, _ in scanned for episode in found]
         bad = [reason for _, reasons in scanned for reason in reasons]
+        black = self._black(episodes)
+        taken, notes = remarks.succeeded(episodes, self.only_successful)
+        notes = [*layout.notes, *notes, *remarks.unsaid_instructions(taken, self._like_language(), WAY)]
+        notes += [f"cameras: {camera} is black in the first episode" for camera in black]
         return Scan(
-            episodes=episodes,
+            episodes=taken,
             files=[
                 path
                 for path in (
@@ -109,8 +115,9 @@ class RldsReader:
             rate_hz=layout.rate_hz,
             action=layout.spec,
             proprio_dim=sum(dataset.steps[k].size for k in layout.proprio),
-            options={**layout.options, "black_cameras": self._black(episodes)},
+            options={**layout.options, "black_cameras": black, "only_successful": self.only_successful},
             bad=bad,
+            notes=notes,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -120,28 +127,30 @@ class RldsReader:
         found = tfds.read_features(data)
         layout, steps = self.layout, self.dataset.steps
 
-        def columns(keys: Sequence[str], length: int | None = None) -> np.ndarray:
+        length = self._count(data, found)
+
+        def columns(keys: Sequence[str]) -> np.ndarray:
             parts = [tfds.read_tensor(data, found, k, steps[k]) for k in keys]
-            counts = {len(p) for p in parts} | ({length} if length is not None else set())
-            if len(counts) > 1:
-                raise DataError(
-                    "lengths differ: " + ", ".join(f"{k} {len(p)}" for k, p in zip(keys, parts, strict=True))
-                )
+            if wrong := {k: len(p) for k, p in zip(keys, parts, strict=True) if len(p) != length}:
+                raise DataError(f"lengths differ: {length} steps, " + ", ".join(f"{k} {n}" for k, n in wrong.items()))
             flat = [p.reshape(len(p), -1).astype(np.float32, copy=False) for p in parts]
-            return np.concatenate(flat, axis=1) if flat else np.zeros((length or 0, 0), np.float32)
+            return np.concatenate([np.zeros((length, 0), np.float32), *flat], axis=1)
 
         actions = columns(layout.action)
         if layout.relative_gripper:
             actions = np.column_stack([actions[:, :-1], absolute_gripper(actions[:, -1])])
-        length = len(actions)
-        motion = actions[:1, : layout.spec.gripper]
-        first = int(layout.drop_first and length > 0 and np.abs(motion).max() < STILL)
+        motion = actions[:1, : layout.spec.gripper if layout.spec else 0]
+        first = int(layout.drop_first and motion.size > 0 and np.abs(motion).max() < STILL)
         return EpisodeData(
-            frames={c: self._frames(data, found, key, length, first) for c, key in layout.cameras.items()},
+            frames={
+                c: upright(self._frames(data, found, key, length, first), layout.orientation)
+                for c, key in layout.cameras.items()
+            },
             times=np.arange(length - first) / layout.rate_hz,
             actions=actions[first:],
-            proprio=columns(layout.proprio, length)[first:],
-            pose=pose_vectors(columns([layout.pose[0]], length)[first:], layout.pose[1]) if layout.pose else None,
+            proprio=columns(layout.proprio)[first:],
+            pose=pose_vectors(columns([layout.pose[0]])[first:], layout.pose[1]) if layout.pose else None,
+            instructions=self._texts(data, found, length, first, note["instruction"]),
         )
 
     def _scan_shard(self, shard: tfds.Shard) -> tuple[list[EpisodeRef], list[str]]:
@@ -178,33 +187,59 @@ class RldsReader:
             raise
         if length < 1:
             raise DataError("has no steps")
+        meta = tfds.read_metadata(fetch, found, self.dataset.features)
+        if "success" in meta:
+            meta["success"] = meta["success"] in SUCCESS
+        key, text = self._first_text(fetch, found)
         return EpisodeRef(
             id=id,
             file=path.name,
             key=str(record.number),
             length=length,
-            instruction=tfds.read_text(fetch, found, self.layout.instruction),
+            instruction=text,
             split=split,
-            meta=tfds.read_metadata(fetch, found, self.dataset.features),
-            private={"number": record.number, "offset": record.offset, "bytes": record.length},
+            meta=meta,
+            private={"instruction": key, "number": record.number, "offset": record.offset, "bytes": record.length},
         )
 
     def _frames(self, data: bytes, found: Mapping[str, tfrecord.Values], key: str, length: int, first: int) -> Frames:
         feature = self.dataset.steps[key]
-        turn = TURN[self.layout.orientation]
         if feature.kind == "tensor":
             pixels = tfds.read_tensor(data, found, key, feature).astype(np.uint8)
             _check_count(key, len(pixels), length)
-            upright = (slice(None), *turn)
-            return pick(pixels[first:][upright])
+            return pick(pixels[first:])
         encoded = tfds.read_bytes(data, found, key)
         _check_count(key, len(encoded), length)
 
-        def frames(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
-            for i in indices:
-                yield decode(encoded[first + i])[turn] if turn else encoded[first + i]
+        return lambda indices: (encoded[first + i] for i in indices)
 
-        return frames
+    def _first_text(self, fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values]) -> tuple[str | None, str]:
+        """The first instruction key with a text, and that text; the first step's are looked at before the others'."""
+        for first in (True, False):
+            for key in self.layout.instruction:
+                said = tfds.read_texts(fetch, found, key, self.dataset.features[key], first)
+                if text := next((text for text in said if text), ""):
+                    return key, text
+        return None, ""
+
+    def _texts(
+        self, data: bytes, found: Mapping[str, tfrecord.Values], length: int, first: int, key: str | None
+    ) -> list[str] | None:
+        """Each step's instruction, where it changes within the episode."""
+        if key is None or not key.startswith("steps/"):
+            return None
+        said = tfds.read_texts(lambda a, b: data[a:b], found, key, self.dataset.features[key])
+        if len(said) != length:
+            raise DataError(f"{key} has {len(said)} texts for {length} steps")
+        return said[first:] if len(set(said)) > 1 else None
+
+    def _like_language(self) -> list[str]:
+        """The text keys that are not taken and might be instructions."""
+        named = (k for k in texts(self.dataset) if k not in self.layout.instruction)
+        return [k.removeprefix("steps/") for k in named if remarks.looks_like_language(k)]
+
+    def _count(self, data: bytes, found: Mapping[str, tfrecord.Values]) -> int:
+        return tfds.count_steps(lambda a, b: data[a:b], found, self.dataset.steps)
 
     def _black(self, episodes: Sequence[EpisodeRef]) -> list[str]:
         """Cameras whose middle picture in the first episode is black."""
@@ -222,34 +257,6 @@ class RldsReader:
             return black
         except DataError:  # it will be told, and counted, when the episode is converted
             return []
-
-
-def absolute_gripper(relative: np.ndarray) -> np.ndarray:
-    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
-
-    OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
-    """
-    command = np.where(relative > 0.1, 0.0, np.where(relative < -0.1, 1.0, np.nan))
-    given = np.flatnonzero(~np.isnan(command))
-    if not len(given):
-        return np.ones(len(relative), np.float32)
-    last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
-    absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
-    return absolute.astype(np.float32)
-
-
-def pose_vectors(values: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """(T, ≥ 6) position and rotation → (T, 6) position and rotation vector."""
-    from scipy.spatial.transform import Rotation as Turn
-
-    turned = values[:, 3 : 3 + ROTATION_SIZE[rotation]].astype(np.float64)
-    if rotation == "euler_xyz":
-        turn = Turn.from_euler("xyz", turned)
-    elif rotation == "rotvec":
-        turn = Turn.from_rotvec(turned)
-    else:
-        turn = Turn.from_quat(turned if rotation == "quat_xyzw" else turned[:, [1, 2, 3, 0]])
-    return np.concatenate([values[:, :3], turn.as_rotvec()], axis=1)
 
 
 def _check_count(key: str, count: int, length: int) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from data_tools.formats import tfds
-from data_tools.formats.rlds_presets import INSTRUCTION, OPEN_1, PRESETS, Mode, Orientation, Preset, Rotation, preset_of
+from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
+from data_tools.formats.remarks import language_keys, no_proprio
+from data_tools.formats.rlds_presets import PRESETS, Preset, preset_of
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from data_tools.formats.rlds import RldsReader
 
-ROTATION_SIZE = {"rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "quat_wxyz": 4, "rot6d": 6}
-_TEXT = {
-    "delta": "end-effector delta",
-    "absolute": "end-effector pose to reach",
-    "velocity": "end-effector velocity",
-    "other": "as the dataset has it",
-}
-
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a dataset keeps what, and what it means; keys below `steps/`."""
+    """Where a dataset keeps what, and what it means; keys below `steps/`, but for `instruction`'s full names."""
 
     cameras: dict[str, str]
     action: tuple[str, ...]
@@ -33,18 +28,20 @@ class Layout:
     pose: tuple[str, Rotation] | None
     instruction: tuple[str, ...]
     rate_hz: float
-    spec: ActionSpec
+    spec: ActionSpec | None
     relative_gripper: bool
     orientation: str
     drop_first: bool
     options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
-    if value is None:
+    """The keys of an option; None: omitted, (): "none" on purpose."""
+    if not value:
         return None
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(p.strip().removeprefix("steps/") for p in parts if p.strip() not in ("", "absent"))
+    parts = [p.strip() for p in (value.split(",") if isinstance(value, str) else value)]
+    return tuple(p.removeprefix("steps/") for p in parts if p not in ("", "absent", "none"))
 
 
 def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
@@ -66,25 +63,23 @@ def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
         cameras = {c.replace("/", "_"): cameras.get(c.replace("/", "_"), c) for c in chosen}
     if not cameras:
         problems.append("cameras: the dataset has no images")
-    choices = [a] if (a := _listed(asked.action)) else list(preset.action)
+    choices = list(preset.action) if (a := _listed(asked.action)) is None else [a]
     action = next((c for c in choices if all(k in known for k in c)), None)
     if action is None:
         missing = " or ".join(" + ".join(c) for c in choices)
-        problems.append(f"action: no numeric {missing}; name the key with action=KEY (several by commas)")
+        problems.append(f"action: no numeric {missing}; name the key with action=KEY (several by commas), or none")
     proprio = p if (p := _listed(asked.proprio)) is not None else tuple(k for k in preset.proprio if k in known)
     pose = _pose_key(asked, preset)
     for option, keys in (("proprio", proprio), ("pose", (pose[0],) if pose else ())):
         problems += [f"{option}: no numeric {k!r}" for k in keys if k not in known]
     if pose and pose[0] in known and known[pose[0]].size < 3 + ROTATION_SIZE[pose[1]]:
         problems.append(f"pose: {pose[0]} ({known[pose[0]]}) has no room for a position and a rotation as {pose[1]}")
-    instruction = _listed(asked.instruction) or preset.instruction or INSTRUCTION
-    if asked.instruction is not None:
-        problems += [f"instruction: no {k!r}" for k in instruction if k not in steps]
+    instruction = _instruction(asked, dataset, problems)
     spec = None
-    if action is not None:
-        spec, unclear = declared_spec(preset, sum(known[k].size for k in action), action)
+    if action:
+        spec, unclear = _spec(preset, sum(known[k].size for k in action), action)
         problems += unclear
-    if problems or action is None or spec is None:
+    if problems or action is None:
         raise DataError("\n".join([*(f"{dataset.folder}: {p}" for p in problems), _inventory(dataset)]))
     return Layout(
         cameras=cameras,
@@ -94,7 +89,7 @@ def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
         instruction=instruction,
         rate_hz=float(preset.rate_hz),
         spec=spec,
-        relative_gripper=preset.gripper == "relative",
+        relative_gripper=spec is not None and preset.gripper == "relative",
         orientation=preset.orientation,
         drop_first=preset.drop_first,
         options={
@@ -102,11 +97,36 @@ def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
             "action": list(action),
             "proprio": list(proprio),
             "pose": list(pose) if pose else None,
-            "instruction": [k for k in instruction if k in steps],
-            "orientation": preset.orientation,
+            "instruction": list(instruction),
+            "image_orientation": preset.orientation,
             "drop_first": preset.drop_first,
         },
+        notes=_notes(asked, preset, proprio, known),
     )
+
+
+def texts(dataset: tfds.Dataset) -> list[str]:
+    """Full names of the features that are strings, of a step or of the episode."""
+    return [k for k, f in dataset.features.items() if f.depth == k.startswith("steps/") and f.is_text]
+
+
+def _instruction(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
+    """Full names of the instruction's keys, as asked, else those with usual names."""
+    there = texts(dataset)
+    if (keys := _listed(asked.instruction)) is None:
+        return tuple(language_keys(there))
+    full = {key: f"steps/{key}" if f"steps/{key}" in dataset.features else key for key in keys}
+    said = ", ".join(k.removeprefix("steps/") for k in there) or "none"
+    problems += [f"instruction: no text {key!r}; there is: {said}" for key in keys if full[key] not in there]
+    return tuple(full.values())
+
+
+def _notes(asked: RldsReader, preset: Preset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
+    if _listed(asked.proprio) is not None:
+        return []
+    if not proprio:
+        return no_proprio(k for k in known if k.startswith("observation/"))
+    return [f"proprio: no {k}, which {asked.preset or 'such datasets'} have" for k in preset.proprio if k not in known]
 
 
 def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Preset:
@@ -119,12 +139,15 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
         ("mode", Mode),
         ("rotation", Rotation),
         ("pose_rotation", Rotation),
-        ("orientation", Orientation),
+        ("image_orientation", Orientation),
     ):
         if (value := getattr(asked, option)) is not None and value not in get_args(allowed):
             problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(allowed))}")
     if name is None:
-        needed = ["rate_hz", "mode"] + ([] if asked.mode == "other" else ["rotation", "gripper"])
+        if _listed(asked.action) == ():
+            needed = ["rate_hz"]
+        else:
+            needed = ["rate_hz", "mode"] + ([] if asked.mode == "other" else ["rotation", "gripper"])
         if missing := [option for option in needed if getattr(asked, option) is None]:
             problems.append(
                 f"unknown dataset {dataset.name!r}, and RLDS does not say what its numbers mean; give "
@@ -133,10 +156,10 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
             )
     preset = PRESETS[name] if name else Preset(rate_hz=1.0)
     changed: dict[str, Any] = {
-        option: value
-        for option in ("mode", "rotation", "orientation", "drop_first")
-        if (value := getattr(asked, option)) is not None
+        option: value for option in ("mode", "rotation", "drop_first") if (value := getattr(asked, option)) is not None
     }
+    if asked.image_orientation is not None:
+        changed["orientation"] = asked.image_orientation
     for option in ("rate_hz", "metres", "radians"):
         if (value := getattr(asked, option)) is not None:
             try:
@@ -150,62 +173,26 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
     return replace(preset, **changed)
 
 
-def parse_gripper(value: str, problems: list[str]) -> Any:
-    if value in ("relative", "absent"):
-        return value if value == "relative" else None
-    try:
-        open_, closed = (float(part) for part in str(value).split(","))
-    except ValueError:
-        problems.append(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent")
-        return None
-    if open_ == closed:
-        problems.append(f"gripper: {value!r}: open and closed must differ")
-    return open_, closed
-
-
 def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
-    if asked.pose is not None:
-        key = asked.pose.strip().removeprefix("steps/")
-        return None if key in ("", "absent") else (key, asked.pose_rotation or preset.rotation)
-    return preset.pose
+    if (keys := _listed(asked.pose)) is None:
+        return preset.pose
+    return (keys[0], asked.pose_rotation or preset.rotation) if keys else None
 
 
-def declared_spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
-    """What the action of this many dimensions means, and why that cannot be."""
-    arm = dim - (preset.gripper is not None)
-    turning = 0 if arm == 3 else ROTATION_SIZE[preset.rotation]
-    problems = []
-    if preset.mode != "other" and arm != 3 + turning:
-        problems.append(
-            f"action: {' + '.join(keys)} has {dim} dimensions; x y z, rotation ({preset.rotation})"
-            f"{', gripper' if preset.gripper is not None else ''} would be {4 + turning - (preset.gripper is None)}; "
-            "give other keys, another rotation, or mode=other"
-        )
-    relative = preset.gripper == "relative"
-    ends = OPEN_1 if relative else preset.gripper
-    text = f"{_TEXT[preset.mode]}: {' + '.join(keys)}"
-    if preset.mode != "other":
-        turned = f", {preset.rotation} (1 = {preset.radians:g} rad)" if turning else ""
-        text += f", x y z (1 = {preset.metres:g} m){turned}"
-    if isinstance(ends, tuple):
-        text += f", gripper {ends[0]:g} open {ends[1]:g} closed" + (" (stored relative)" if relative else "")
-    motion = preset.mode != "other"
-    spec = ActionSpec(
-        dim=dim,
-        text=text,
+def _spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
+    return declared_spec(
+        " + ".join(keys),
+        dim,
         mode=preset.mode,
-        translation=(0, 1, 2) if motion else (),
+        rotation=preset.rotation,
         metres=preset.metres,
-        rotation=tuple(range(3, 3 + turning)) if motion else (),
-        rotation_kind=preset.rotation,
         radians=preset.radians,
-        gripper=dim - 1 if ends else None,
-        gripper_open=ends[0] if isinstance(ends, tuple) else 1.0,
-        gripper_closed=ends[1] if isinstance(ends, tuple) else 0.0,
+        gripper=preset.gripper,
     )
-    return spec, problems
 
 
 def _inventory(dataset: tfds.Dataset) -> str:
     lines = [f"{dataset.name} has below steps/:", *(f"  {key}: {feature}" for key, feature in dataset.steps.items())]
+    if beside := {key: feature for key, feature in dataset.features.items() if not key.startswith("steps/")}:
+        lines += ["and beside them:", *(f"  {key}: {feature}" for key, feature in beside.items())]
     return "\n".join(lines)

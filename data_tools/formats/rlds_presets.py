@@ -8,11 +8,9 @@ Rates are those of LeRobot's Open X-Embodiment configs; keys and grippers those 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["delta", "absolute", "velocity", "other"]
-Rotation = Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"]
-Orientation = Literal["upright", "mirrored", "flipped_vertically", "rotated_180"]
+from data_tools.formats.declared import OPEN_1, Gripper, Mode, Orientation
+from data_tools.formats.rotations import Rotation
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,6 @@ class Preset:
             None: the action has none.
         proprio: Keys of the proprioception, those that exist.
         pose: Key and rotation of the end effector's pose, for absolute actions.
-        instruction: Keys of the instruction; the first that is not empty is taken.
         drop_first: The first step is dropped where its action is all zero.
         orientation: How the images are stored.
     """
@@ -38,30 +35,19 @@ class Preset:
     rotation: Rotation = "euler_xyz"
     metres: float = 1.0
     radians: float = 1.0
-    gripper: tuple[float, float] | Literal["relative"] | None = None
+    gripper: Gripper = None
     proprio: tuple[str, ...] = ()
     pose: tuple[str, Rotation] | None = None
-    instruction: tuple[str, ...] = ()
     drop_first: bool = False
     orientation: Orientation = "upright"
 
 
-OPEN_1 = (1.0, 0.0)
 CLOSED_1 = (0.0, 1.0)
 SIGN_CLOSES = (-1.0, 1.0)
 SIGN_OPENS = (1.0, -1.0)
 #: RT-X's way of splitting an action.
 _SPLIT = ("action/world_vector", "action/rotation_delta")
 _CLOSEDNESS = ((*_SPLIT, "action/gripper_closedness_action"),)
-#: Where RLDS datasets keep their instruction.
-INSTRUCTION = (
-    "language_instruction",
-    "observation/natural_language_instruction",
-    "natural_language_instruction",
-    "language_instruction_2",
-    "language_instruction_3",
-    "observation/instruction",
-)
 
 PRESETS = {
     # BridgeData V2: metres and roll-pitch-yaw since the last frame; every episode starts with an all-zero action.

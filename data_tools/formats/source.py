@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from data_tools.formats.rotations import Rotation
 from stamo_dist.errors import DataError
 
 #: Given increasing frame numbers of an episode, these frames in order: upright RGB (H, W, 3) uint8, or an encoded image
@@ -34,7 +35,7 @@ class ActionSpec:
     translation: tuple[int, ...] = ()  # dimensions of x, y, z
     metres: float = 1.0  # metres (or metres per second) of one unit
     rotation: tuple[int, ...] = ()  # dimensions of the rotation
-    rotation_kind: Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"] = "rotvec"
+    rotation_kind: Rotation = "rotvec"
     radians: float = 1.0  # radians of one unit, for rotvec and euler_xyz
     gripper: int | None = None  # dimension of the gripper command
     gripper_open: float = 1.0  # its value when open

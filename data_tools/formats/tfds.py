@@ -6,7 +6,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,10 @@ INFO, FEATURES = "dataset_info.json", "features.json"
 DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 #: Splits that hold validation data under another name.
 VAL_NAMES = ("val", "valid", "validation")
+
+
+#: A shorter row of numbers is no text.
+CHARACTERS = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class Feature:
     def is_picture(self) -> bool:
         """RGB frames: encoded, or raw pixels."""
         return self.dtype == "uint8" and len(self.shape) == 3 and self.shape[2] in (3, -1) and self.depth == 1
+
+    @property
+    def is_text(self) -> bool:
+        """A string, or its characters as numbers."""
+        characters = self.dtype in ("int32", "int64", "uint8") and len(self.shape) == 1 and self.size >= CHARACTERS
+        return self.kind == "text" or (self.kind == "tensor" and (self.dtype in ("string", "object") or characters))
 
     @property
     def size(self) -> int:
@@ -99,17 +109,24 @@ def open_dataset(src: Path) -> Dataset:
     if form != "tfrecord":
         raise DataError(f"{folder / INFO}: fileFormat {form!r} is not read; write it again with file_format=tfrecord")
     name = str(info.get("name") or folder.parent.name)
-    leaves = dict(_leaves(declared, "", 0))
+    try:
+        leaves = dict(_leaves(declared, "", 0))
+    except DataError as e:
+        raise DataError(f"{folder / FEATURES}: {e}") from e
     if not any(key.startswith("steps/") for key in leaves):
         raise DataError(
             f"{folder / FEATURES}: no feature below `steps`: not RLDS; it has {', '.join(leaves) or 'none'}"
         )
-    return Dataset(name, folder, tuple(_shards(folder, name, info)), leaves)
+    try:
+        shards = tuple(_shards(folder, name, info))
+    except (TypeError, ValueError, AttributeError, KeyError) as e:
+        raise DataError(f"{folder / INFO}: splits: not a list of name, shardLengths ({type(e).__name__}: {e})") from e
+    return Dataset(name, folder, shards, leaves)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
     except (OSError, ValueError) as e:
@@ -149,27 +166,43 @@ def _file_name_parts(name: str, split: str, number: int, shards: int) -> dict[st
     }
 
 
-def _leaves(node: Mapping[str, Any], name: str, depth: int) -> Iterator[tuple[str, Feature]]:
+def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, Feature]]:
+    """The leaves below a node of features.json, by name.
+
+    Raises:
+        DataError: This is no feature; without the file's name.
+    """
+    if not isinstance(node, dict):
+        raise DataError(f"{name or 'the whole'}: {node!r:.80} is no feature")
     if "featuresDict" in node:
-        for key, child in sorted(node["featuresDict"].get("features", {}).items()):
+        features = _object(_object(node["featuresDict"], name).get("features", {}), name)
+        for key, child in sorted(features.items()):
             yield from _leaves(child, f"{name}/{key}" if name else key, depth)
     elif "sequence" in node:
-        yield from _leaves(node["sequence"]["feature"], name, depth + 1)
-    elif "image" in node:
-        image = node["image"]
-        yield name, Feature("image", _shape(image), image.get("dtype", "uint8"), image.get("encodingFormat", ""), depth)
+        yield from _leaves(_object(node["sequence"], name).get("feature"), name, depth + 1)
     elif "text" in node:
         yield name, Feature("text", (), "string", "", depth)
-    elif "tensor" in node:
-        tensor = node["tensor"]
-        yield name, Feature("tensor", _shape(tensor), tensor.get("dtype", ""), tensor.get("encoding", "none"), depth)
+    elif kind := next((kind for kind in ("image", "tensor") if kind in node), None):
+        about = _object(node[kind], name)
+        dtype, encoding = ("uint8", about.get("encodingFormat")) if kind == "image" else ("", about.get("encoding"))
+        default = "" if kind == "image" else "none"
+        yield name, Feature(kind, _shape(about, name), str(about.get("dtype", dtype)), str(encoding or default), depth)
     else:
         kind = str(node.get("pythonClassName", "unknown")).rsplit(".", 1)[-1]
         yield name, Feature("other", (), kind, "", depth)
 
 
-def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(n) for n in node.get("shape", {}).get("dimensions", []))
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{name or 'the whole'}: {value!r:.80} is no JSON object")
+    return value
+
+
+def _shape(node: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in _object(node.get("shape", {}), name).get("dimensions", []))
+    except (TypeError, ValueError):
+        raise DataError(f"{name}: shape.dimensions: {node['shape']['dimensions']!r} are no numbers") from None
 
 
 def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], steps: Mapping[str, Feature]) -> int:
@@ -195,8 +228,11 @@ def read_tensor(data: bytes, found: Mapping[str, tfrecord.Values], key: str, fea
     values = _values(found, key)
     if feature.encoding in ("bytes", "zlib"):
         raw = tfrecord.bytes_list(fetch, values)
-        plain = [zlib.decompress(r) for r in raw] if feature.encoding == "zlib" else raw
-        flat = np.frombuffer(b"".join(plain), np.dtype(feature.dtype).newbyteorder("<"))
+        try:
+            plain = [zlib.decompress(r) for r in raw] if feature.encoding == "zlib" else raw
+            flat = np.frombuffer(b"".join(plain), np.dtype(feature.dtype).newbyteorder("<"))
+        except (TypeError, ValueError, zlib.error) as e:
+            raise DataError(f"steps/{key} cannot be unpacked as {feature} ({e})") from e
     else:
         flat = tfrecord.numbers(fetch, values)
     if flat.dtype == np.float64:
@@ -232,19 +268,25 @@ def read_features(data: bytes) -> dict[str, tfrecord.Values]:
     return tfrecord.features(_fetch(data), 0, len(data))
 
 
-def read_text(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], keys: Sequence[str]) -> str:
-    """The first non-empty text at the first step, of these keys below `steps/`."""
-    for key in keys:
-        values = found.get(f"steps/{key}")
-        if values is None:
-            continue
-        if values.kind == "int64":  # characters, padded with zeros
-            raw = bytes(tfrecord.numbers(fetch, values)[:512].astype(np.uint8)).split(b"\0")[0]
-        else:
-            raw = tfrecord.first_bytes(fetch, values) or b""
-        if text := raw.decode("utf-8", "replace").strip():
-            return text
-    return ""
+def read_texts(
+    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], key: str, feature: Feature, first: bool = False
+) -> list[str]:
+    """The texts of a feature by its full name, stripped: one a step, or one for the episode; none where it is missing.
+
+    Characters may be stored as numbers, padded with zeros. With `first` only the first one is read, if it is a string.
+    """
+    values = found.get(key)
+    if values is None:
+        return []
+    if values.kind == "int64":
+        codes = tfrecord.numbers(fetch, values).astype(np.uint8)
+        width = feature.shape[-1] if feature.shape and feature.shape[-1] > 0 else len(codes)
+        raw = [bytes(row).split(b"\0")[0] for row in codes[: len(codes) // width * width].reshape(-1, width)]
+    elif first:
+        raw = [text for text in [tfrecord.first_bytes(fetch, values)] if text is not None]
+    else:
+        raw = tfrecord.bytes_list(fetch, values)
+    return [text.decode("utf-8", "replace").strip() for text in raw]
 
 
 def read_metadata(

@@ -85,6 +85,7 @@ def write_tfds(
     episodes: Sequence[Mapping[str, Any]],
     split: str = "train",
     shards: int = 1,
+    metadata: Mapping[str, Any] = {},  # noqa: B006: read only
 ) -> Path:
     """Write a TFDS folder; `steps` declares the features of a step, `episodes` hold their values by full name."""
     folder.mkdir(parents=True)
@@ -92,7 +93,7 @@ def write_tfds(
         "featuresDict": {
             "features": {
                 "steps": {"sequence": {"feature": _tree(steps), "length": "-1"}},
-                "episode_metadata": _tree({"file_path": TEXT}),
+                "episode_metadata": _tree({"file_path": TEXT} | {k.split("/")[-1]: v for k, v in metadata.items()}),
             }
         }
     }

@@ -16,7 +16,8 @@ from records import TEXT, image, png, tensor, write_tfds
 
 from data_tools.convert.driver import convert
 from data_tools.formats import tfds, tfrecord
-from data_tools.formats.rlds import RldsReader, absolute_gripper
+from data_tools.formats.declared import absolute_gripper
+from data_tools.formats.rlds import RldsReader
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 
@@ -282,6 +283,113 @@ def test_pictures_and_actions_of_other_lengths(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="steps/observation/image has 3 pictures for 4 actions"):
         reader.read(reader.scan().episodes[0])
+
+
+KNOWN: dict[str, Any] = {"rate_hz": 5, "mode": "other"}
+
+
+def test_each_step_has_its_own_instruction(tmp_path: Path) -> None:
+    """Also where the first step has none, and where characters are stored as numbers."""
+    texts = [b"open it", b"open it", b"put it in", b"put it in"]
+    codes = np.zeros((4, 20), np.int64)
+    for row, text in zip(codes, texts, strict=True):
+        row[: len(text)] = np.frombuffer(text, np.uint8)
+    steps = {**ACTION, **SIGHT, "observation/instruction": tensor("int32", 20)}
+    numbers = {"steps/observation/instruction": codes}
+    changing = small(0) | numbers | {"steps/language_instruction": texts}
+    coded = small(0) | numbers | {"steps/language_instruction": [b""] * 4}
+    source = write_tfds(tmp_path / "new", "new_robot", steps, [changing, coded, small(1) | numbers, small(2) | numbers])
+    reader = RldsReader(source, **KNOWN)
+    scan = reader.scan()
+    assert [e.instruction for e in scan.episodes] == ["open it", "open it", "open it", "push it"]
+    own = ["open it", "open it", "put it in", "put it in"]
+    assert [reader.read(e).instructions for e in scan.episodes] == [own, own, own, None]
+    alone = RldsReader(source, **KNOWN, instruction=["language_instruction"])
+    third = alone.scan().episodes[2]
+    assert (third.instruction, alone.read(third).instructions) == ("later", ["", "later", "later", "later"])
+
+    manifest, _ = convert("rlds", source, tmp_path / "out", size=16, val_fraction=0, quiet=True, options=KNOWN)
+    assert manifest.splits["train"].episodes == 4
+    first = read_episodes(tmp_path / "out", "train")[0]
+    assert (first.instruction, first.later_instructions) == ("open it", {2: "put it in"})
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("observation/task_description", "lift"), ("episode_metadata/prompt", "lift"), ("observation/todo_text", "")],
+)
+def test_language_under_another_name(tmp_path: Path, key: str, text: str) -> None:
+    """Usual names are taken, of the episode too; others are named with the ways out."""
+    beside = key.startswith("episode_metadata/")
+    episode = small(0) | {key if beside else f"steps/{key}": [b"lift"] if beside else [b"lift"] * 4}
+    del episode["steps/language_instruction"]
+    steps = {"action": ACTION["action"], **SIGHT, **({} if beside else {key: TEXT})}
+    source = write_tfds(tmp_path / "new", "new_robot", steps, [episode], metadata={key: TEXT} if beside else {})
+    scan = RldsReader(source, **KNOWN).scan()
+    assert [e.instruction for e in scan.episodes] == [text]
+    said = " ".join(scan.notes)
+    assert ("1 of 1 episodes have none" in said) == (not text)
+    if not text:
+        assert key in said
+        assert "--instructions FILE.csv" in said
+    named = RldsReader(source, **KNOWN, instruction=[key]).scan()
+    assert named.episodes[0].instruction == "lift"
+
+
+def test_asked_for_and_absent(tmp_path: Path) -> None:
+    source = write_tfds(tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    with pytest.raises(DataError) as error:
+        RldsReader(source, **KNOWN, action=["acton"], proprio=["stat"], instruction=["lang"], cameras=["top"]).scan()
+    for word in ("no numeric acton", "no numeric 'stat'", "no text 'lang'", "no image 'top'", "  action: float32 7"):
+        assert word in str(error.value)
+    nothing = RldsReader(source, rate_hz=5, action=["none"], proprio=["none"], instruction=["none"])
+    scan = nothing.scan()
+    assert (scan.action, scan.proprio_dim, scan.episodes[0].instruction) == (None, 0, "")
+    assert nothing.read(scan.episodes[0]).actions.shape == (4, 0)
+
+
+def test_failures_are_said_and_left_out_when_asked(tmp_path: Path) -> None:
+    episodes = [small(k) | {"episode_metadata/success": np.array([k != 2])} for k in (0, 2, 3)]
+    source = write_tfds(
+        tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, episodes, metadata={"success": tensor("bool")}
+    )
+    scan = RldsReader(source, **KNOWN).scan()
+    assert len(scan.episodes) == 3
+    assert any("1 of 3 episodes failed, taken all the same" in note for note in scan.notes)
+    assert any(note.startswith("proprio: none") for note in scan.notes)
+    left = RldsReader(source, **KNOWN, only_successful=True).scan()
+    assert [e.key for e in left.episodes] == ["0", "2"]
+
+
+def test_images_are_turned(tmp_path: Path) -> None:
+    source = write_tfds(tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    reader = RldsReader(source, **KNOWN, image_orientation="rotated_180")
+    (frame,) = reader.read(reader.scan().episodes[0]).frames["image"]([1])
+    np.testing.assert_array_equal(frame, pictures(4)[1][::-1, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("features.json", '["7"]', '["seven"]', r"steps/action: shape\.dimensions"),
+        ("features.json", '{"text": {}}', '"text"', r"file_path: 'text' is no feature"),
+        (
+            "features.json",
+            '{"shape": {"dimensions": ["7"]}',
+            '7, "x": {"shape": {}',
+            r"steps/action: 7 is no JSON object",
+        ),
+        ("dataset_info.json", '["1"]', '["one"]', r"splits: not a list of name, shardLengths"),
+        ("dataset_info.json", '[{"name"', '[{"nom"', r"splits: not a list of name, shardLengths"),
+    ],
+)
+def test_metadata_faults_name_file_and_field(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+    source = write_tfds(tmp_path / "new", "new_robot", {**ACTION, **SIGHT}, [small(0)])
+    text = (source / file).read_text()
+    assert old in text
+    (source / file).write_text(text.replace(old, new))
+    with pytest.raises(DataError, match=rf"{file}: .*{message}"):
+        RldsReader(source, **KNOWN).scan()
 
 
 def test_no_tfds_folder_and_two_versions(tmp_path: Path) -> None:

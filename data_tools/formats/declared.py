@@ -1,0 +1,138 @@
+"""What the caller declares where files do not say it: what an action's numbers mean, and which way up images lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from data_tools.formats.rotations import ROTATION_SIZE, Rotation
+from data_tools.formats.source import ActionSpec, Frames
+from data_tools.images import decode
+
+Mode = Literal["delta", "absolute", "velocity", "other"]
+Orientation = Literal["upright", "mirrored", "flipped_vertically", "rotated_180"]
+#: (value when open, value when closed); "relative": +1 closes, -1 opens, 0 keeps; None: the action has none.
+Gripper = tuple[float, float] | Literal["relative"] | None
+
+OPEN_1 = (1.0, 0.0)
+#: How an image (H, W, 3) is stored → the index that turns it upright.
+TURN: dict[str, tuple[slice, ...]] = {
+    "upright": (),
+    "mirrored": (slice(None), slice(None, None, -1)),
+    "flipped_vertically": (slice(None, None, -1),),
+    "rotated_180": (slice(None, None, -1), slice(None, None, -1)),
+}
+_TEXT = {
+    "delta": "end-effector delta",
+    "absolute": "end-effector pose to reach",
+    "velocity": "end-effector velocity",
+    "other": "as the dataset has it",
+}
+
+
+def orientation_problems(orientation: str | None, option: str = "image_orientation") -> list[str]:
+    """What is wrong with this value of the option."""
+    if orientation is None or orientation in TURN:
+        return []
+    return [f"{option}: {orientation!r} must be one of {', '.join(TURN)}"]
+
+
+def upright(frames: Frames, orientation: str | None) -> Frames:
+    """Frames that are stored in this orientation (None: upright), turned upright; encoded ones are decoded for it."""
+    turn = TURN[orientation or "upright"]
+    if not turn:
+        return frames
+
+    def turned(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
+        for frame in frames(indices):
+            yield (decode(frame) if isinstance(frame, bytes) else frame)[turn]
+
+    return turned
+
+
+def parse_gripper(value: str, problems: list[str]) -> Gripper:
+    """The option `gripper`: "OPEN,CLOSED", "relative" or "absent"; anything else goes to `problems`."""
+    if value == "relative":
+        return "relative"
+    if value in ("absent", "none"):
+        return None
+    try:
+        open_, closed = (float(part) for part in str(value).split(","))
+    except ValueError:
+        problems.append(f"gripper: {value!r} must be OPEN,CLOSED (e.g. 1,0), relative or absent")
+        return None
+    if open_ == closed:
+        problems.append(f"gripper: {value!r}: open and closed must differ")
+    return open_, closed
+
+
+def declared_spec(
+    name: str,
+    dim: int,
+    *,
+    mode: Mode,
+    rotation: Rotation,
+    metres: float = 1.0,
+    radians: float = 1.0,
+    gripper: Gripper = None,
+    gripper_dim: int | None = None,
+) -> tuple[ActionSpec, list[str]]:
+    """What an action of `dim` dimensions means: x y z, rotation, then the gripper, or the gripper at `gripper_dim`.
+
+    Dimensions beyond these are allowed only with a `gripper_dim`; they stay in `original_action`.
+
+    Returns:
+        The spec, and why it cannot be.
+    """
+    has_gripper = gripper is not None
+    arm = dim - has_gripper if gripper_dim is None else gripper_dim
+    turning = 0 if arm == 3 else ROTATION_SIZE[rotation]
+    problems = []
+    if gripper_dim is not None and not (has_gripper and 0 <= gripper_dim < dim):
+        problems.append(f"gripper_dim: {gripper_dim} needs gripper=OPEN,CLOSED and must be below {dim} dimensions")
+    elif mode != "other" and arm != 3 + turning:
+        problems.append(
+            f"action: {name} has {dim} dimensions; x y z, rotation ({rotation}){', gripper' if has_gripper else ''} "
+            f"would be {3 + turning + has_gripper}; give other keys, another rotation, or mode=other"
+        )
+    ends = OPEN_1 if gripper == "relative" else gripper
+    text = f"{_TEXT[mode]}: {name}"
+    if mode != "other":
+        turned = f", {rotation} (1 = {radians:g} rad)" if turning else ""
+        text += f", x y z (1 = {metres:g} m){turned}"
+    at = None if ends is None else dim - 1 if gripper_dim is None else gripper_dim
+    if ends is not None:
+        place = f" (dimension {at})" if gripper_dim is not None else ""
+        text += f", gripper{place} {ends[0]:g} open {ends[1]:g} closed"
+        text += " (stored relative)" if gripper == "relative" else ""
+    motion = mode != "other"
+    spec = ActionSpec(
+        dim=dim,
+        text=text,
+        mode=mode,
+        translation=(0, 1, 2) if motion else (),
+        metres=metres,
+        rotation=tuple(range(3, 3 + turning)) if motion else (),
+        rotation_kind=rotation,
+        radians=radians,
+        gripper=at,
+        gripper_open=ends[0] if ends else 1.0,
+        gripper_closed=ends[1] if ends else 0.0,
+    )
+    return spec, problems
+
+
+def absolute_gripper(relative: np.ndarray) -> np.ndarray:
+    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
+
+    OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
+    """
+    command = np.where(relative > 0.1, 0.0, np.where(relative < -0.1, 1.0, np.nan))
+    given = np.flatnonzero(~np.isnan(command))
+    if not len(given):
+        return np.ones(len(relative), np.float32)
+    last = np.searchsorted(given, np.arange(len(command)), side="right") - 1
+    absolute = np.where(last >= 0, command[given[np.maximum(last, 0)]], 1 - command[given[0]])
+    return absolute.astype(np.float32)

@@ -1,0 +1,77 @@
+"""What the formats' scans say alike: episodes without an instruction, without success, without proprioception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from data_tools.formats.source import EpisodeRef
+
+#: Usual names of an instruction, the surest first; compared in lower case.
+LANGUAGE = (
+    "language_instruction",
+    "natural_language_instruction",
+    "language_instruction_2",
+    "language_instruction_3",
+    "instruction",
+    "task_description",
+    "task_instruction",
+    "language",
+    "lang",
+    "language_goal",
+    "goal_language",
+    "task_language",
+    "language_description",
+    "language_annotation",
+    "language_raw",
+    "prompt",
+    "caption",
+)
+_HINTS = ("lang", "instr", "task", "text", "prompt", "descr", "goal", "caption", "annot", "command", "utter")
+
+
+def looks_like_language(key: str) -> bool:
+    """Whether a key that is none of LANGUAGE might hold an instruction all the same."""
+    return any(hint in key.lower() for hint in _HINTS)
+
+
+def language_keys(keys: Iterable[str]) -> list[str]:
+    """Those of these keys (paths with /) whose last part is one of LANGUAGE, the surest first."""
+    named = [(LANGUAGE.index(last), key) for key in keys if (last := key.rsplit("/", 1)[-1].lower()) in LANGUAGE]
+    return [key for _, key in sorted(named, key=lambda pair: pair[0])]
+
+
+def unsaid_instructions(episodes: Sequence[EpisodeRef], candidates: Iterable[str] = (), way: str = "") -> list[str]:
+    """A note where episodes have no instruction, with the keys that look like one and the option that takes them."""
+    silent = sum(not e.instruction.strip() for e in episodes)
+    if not silent:
+        return []
+    found = sorted(candidates)
+    hint = f"; these look like one: {', '.join(found)}" + (f" ({way})" if way else "") if found else ""
+    return [
+        f"instructions: {silent} of {len(episodes)} episodes have none{hint}; "
+        "give them with --instructions FILE.csv (columns episode,instruction)"
+    ]
+
+
+def succeeded(episodes: Sequence[EpisodeRef], only: bool) -> tuple[list[EpisodeRef], list[str]]:
+    """The episodes to take, by their meta's `success` (bool; absent or None: unknown), and what to say of failures.
+
+    With `only` those that are known to have failed are left out.
+    """
+    failed = [e for e in episodes if e.meta.get("success") is False]
+    unknown = sum(e.meta.get("success") is None for e in episodes)
+    notes = []
+    if failed:
+        end = "left out" if only else "taken all the same; --set only_successful=true leaves them out"
+        notes.append(f"success: {len(failed)} of {len(episodes)} episodes failed, {end}")
+    if only and unknown:
+        notes.append(f"success: {unknown} of {len(episodes)} episodes do not say whether they succeeded; taken")
+    return [e for e in episodes if not only or e.meta.get("success") is not False], notes
+
+
+def no_proprio(there: Iterable[str]) -> list[str]:
+    """A note that no proprioception was found, with the numeric keys that there are."""
+    return [
+        f"proprio: none of the usual keys; numeric ones are: {', '.join(there) or 'none'}; "
+        "name them with --set proprio=KEY,KEY, or say --set proprio=none"
+    ]
