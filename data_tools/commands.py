@@ -89,6 +89,12 @@ def convert(
     seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0,
     max_episodes: Annotated[int | None, typer.Option(help="Take only the first ones, to try things out.")] = None,
     max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be used.")] = 10,
+    instructions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv", help="Instructions by episode (columns episode,instruction), before the dataset's own."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the format; may be repeated. See `formats`."),
@@ -134,6 +140,7 @@ def convert(
         num_slices=num_slices,
         slice=slice,
         work=work,
+        instructions=instructions,
         options={**parse_options(format, set_ or []), "cameras": _split(cameras) or None},
     )
     outcome = run(format, src, out, settings)

@@ -62,7 +62,7 @@ def read_episode(
         kept, vectors, times = _moments(data, processing, spec)
         images = {c: _encode(data, c, kept, processing) for c in cameras}
         texts = [episode.instruction] * len(kept)
-        if data.instructions is not None:
+        if data.instructions is not None and not episode.told:
             texts = [data.instructions[t] for t in kept.tolist()]
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e

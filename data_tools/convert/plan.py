@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from data_tools.convert.actions import KINDS, convention
 from data_tools.convert.episode import Processing
+from data_tools.convert.instructions import FLAG, give, silent
 from data_tools.convert.merge import some
 from data_tools.convert.slices import Job, Slice
 from data_tools.convert.timing import check_rate
@@ -53,6 +54,7 @@ class Settings:
         shard_bytes: Size at which a shard is closed; an episode longer than that gets a shard of its own.
         slice_frames: Frames that are converted as one resumable unit.
         quiet: No progress bar.
+        instructions: CSV file with the columns episode and instruction, which wins over the dataset's own.
         options: The format's own options, and `cameras`.
     """
 
@@ -76,6 +78,7 @@ class Settings:
     shard_bytes: int = 1 << 26
     slice_frames: int = 8192
     quiet: bool = False
+    instructions: Path | None = None
     options: Mapping[str, Any] | None = None
 
     def check(self) -> None:
@@ -161,9 +164,15 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
     check_stated(settings, scan)
     if scan.action and scan.action.mode != "other" and find_spec("scipy") is None:
         raise DataError("converting actions needs the package scipy; pip install 'stamo-dist[convert]'")
-    manifest = _manifest(format, src, name, settings, scan)
+    episodes, notes = scan.episodes, scan.notes
+    if settings.instructions is not None:
+        episodes, given = give(episodes, settings.instructions)
+        notes = [*(note for note in notes if FLAG not in note), *given]
+    if not any(FLAG in note for note in notes):
+        notes = [*notes, *silent(episodes)]
+    manifest = _manifest(format, src, name, settings, replace(scan, notes=notes))
     job = Job(reader, manifest, scan.action, settings.processing, settings.shard_bytes)
-    episodes = scan.episodes[: settings.max_episodes]
+    episodes = episodes[: settings.max_episodes]
     return Plan(job, manifest, split_episodes(episodes, settings), list(scan.bad), settings.slice_frames)
 
 
@@ -185,12 +194,17 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
         options={
             **{key: value for key, value in asdict(settings).items() if key in RECORDED},
             **{f"set.{key}": value for key, value in scan.options.items()},
+            **({"instructions": _digest(settings.instructions)} if settings.instructions else {}),
         },
         frame_size=scan.frame_size,
         source_fingerprint=fingerprint(src, scan.files),
         notes=scan.notes,
         tool_version=_version(),
     )
+
+
+def _digest(table: Path) -> str:
+    return f"{table.name}, sha256 {hashlib.sha256(table.read_bytes()).hexdigest()[:16]}"
 
 
 def fingerprint(src: Path, files: Sequence[Path]) -> str:

@@ -56,6 +56,7 @@ class EpisodeRef:
     split: str = ""  # the dataset's own split, where it has one
     meta: Mapping[str, Any] = field(default_factory=dict)  # JSON; kept in the episode table
     private: Mapping[str, Any] = field(default_factory=dict)  # the reader's own notes; not kept
+    told: bool = False  # the user gave the instruction, which then holds throughout
 
 
 @dataclass(frozen=True)

@@ -299,3 +299,39 @@ def test_command_prints_what_it_did_and_errors_without_a_traceback(
     assert failed.returncode == 2
     assert "no such file or folder" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_table_gives_instructions(tmp_path: Path, cut: Callable[..., Path]) -> None:
+    path, table = cut(tmp_path / "a.hdf5"), tmp_path / "table.csv"
+
+    def run(text: str, out: str = "out") -> list[str]:
+        table.write_text(text)
+        settings = {"size": 32, "val_fraction": 0, "quiet": True, "instructions": table}
+        return convert("libero", path, tmp_path / out, **settings)[0].notes
+
+    notes = run('episode,instruction\na/demo_1,"wave, then bow"\nb/demo_9,bow\n')
+    own, told, _ = read_episodes(tmp_path / "out", "train")
+    assert (told.instruction, told.task) == ("wave, then bow", "wave, then bow")
+    assert own.instruction not in ("", told.instruction)
+    texts = {
+        row["episode"]: row["instruction"] for rows in shards(tmp_path / "out", "train", "agentview") for row in rows
+    }
+    assert texts["a/demo_1"] == "wave, then bow"
+    assert texts["a/demo_0"] == own.instruction
+    assert notes == [
+        "instructions: 1 episodes have theirs from table.csv",
+        "instructions: 1 of these had another one in the dataset",
+        "instructions: 1 episodes of table.csv are not in the dataset (b/demo_9)",
+    ]
+    for text, problem in (
+        ("episode,text\na/demo_1,wave\n", "its first line lacks instruction; it has episode, text"),
+        ("episode,instruction\na/demo_1,\n", "line 2: needs an episode and an instruction"),
+        ("episode,instruction\na/demo_1,x\na/demo_1,y\n", "line 3: a/demo_1 is there twice"),
+        ("episode,instruction\nz,x\n", "none of its 1 episodes is in the dataset, whose first are a/demo_0"),
+        (
+            "episode,instruction\na/demo_1,bow\n",
+            "instructions: table.csv, sha256 ",
+        ),  # another table, another conversion
+    ):
+        with pytest.raises(DataError, match=problem):
+            run(text)
