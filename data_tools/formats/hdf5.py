@@ -25,13 +25,15 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file open for reading.
 
     Raises:
-        DataError: It is truncated, no HDF5 file, or broken at a place that was read.
+        DataError: It is truncated, no HDF5 file, broken at a place that was read, or not laid out as expected there.
     """
     try:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, KeyError, RuntimeError) as e:
         raise DataError(f"{path}: not a whole HDF5 file ({e})") from e
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise DataError(f"{path}: not laid out as expected ({type(e).__name__}: {e})") from e
 
 
 def read_frames(path: Path, name: str) -> Frames:
@@ -84,13 +86,70 @@ def image_faults(group: h5py.Group, keys: Sequence[str]) -> list[str]:
     return [f"{d.name} is {d.dtype} {d.shape}, not uint8 RGB (T, H, W, 3)" for d in wrong]
 
 
-def read_json(value: Any) -> dict[str, Any]:
-    """A JSON object in an attribute or text; {} if it is none."""
-    try:
-        parsed = json.loads(value)
-    except (TypeError, ValueError):
+def read_json(node: h5py.Group, name: str) -> dict[str, Any]:
+    """A JSON object in an attribute of a group; {} if there is no such attribute.
+
+    Raises:
+        DataError: It is something else; names file and attribute.
+    """
+    value = node.attrs.get(name)
+    if value is None:
         return {}
-    return parsed if isinstance(parsed, dict) else {}
+    try:
+        parsed = json.loads(text(value))
+    except ValueError as e:
+        raise DataError(f"{node.file.filename}: {node.name}: attribute {name} is no JSON ({e})") from e
+    if not isinstance(parsed, dict):
+        raise DataError(f"{node.file.filename}: {node.name}: attribute {name} is no JSON object")
+    return parsed
+
+
+def text(value: Any) -> str:
+    """An attribute or a scalar in words: strings and bytes as they are, the first of a list."""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    if isinstance(value, np.ndarray):
+        value = value.ravel()[0] if value.size else ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def flag(value: Any) -> bool | None:
+    """A success that an attribute or the last of a dataset's values says; None if it says nothing of the kind."""
+    if isinstance(value, h5py.Dataset):
+        value = value[()]
+    values = np.asarray(value).ravel()
+    if not values.size:
+        return None
+    last = values[-1]
+    if isinstance(last, (bytes, str)):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text(last).lower())
+    return bool(last) if np.issubdtype(values.dtype, np.number) or values.dtype == bool else None
+
+
+def numeric(group: h5py.Group) -> list[str]:
+    """The keys below a group of numbers (T, …) that are no pictures, with their shapes, for messages."""
+    found: list[str] = []
+
+    def note(key: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset) and node.ndim in (1, 2) and np.issubdtype(node.dtype, np.number):
+            found.append(f"{key} {node.shape[1:]}" if node.ndim > 1 else key)
+
+    group.visititems(note)
+    return found
+
+
+def columns(group: h5py.Group, keys: Sequence[str], length: int) -> np.ndarray:
+    """The first `length` rows of datasets side by side, (length, D); D = 0 without keys."""
+    parts = [group[key][:length].reshape(length, -1) for key in keys]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
+
+
+def chosen(asked: Sequence[str], usual: Sequence[str], group: h5py.Group) -> list[str]:
+    """The keys of an option: as asked ("none": none), else those of the usual ones that are there."""
+    keys = [asked] if isinstance(asked, str) else list(asked or ())
+    if not keys:
+        return [key for key in usual if key in group]
+    return [] if keys == ["none"] else keys
 
 
 def relative(src: Path, path: Path) -> str:

@@ -10,76 +10,122 @@ mask/train, valid    names of demos
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
 
-from data_tools.formats import hdf5
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
+from data_tools.formats import hdf5, remarks
+from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
+from data_tools.formats.hdf5_language import find_texts, like_language
+from data_tools.formats.remarks import language_keys
+from data_tools.formats.robomimic_actions import check_options, check_range, is_declared, settle_actions
+from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
 IMAGE = "_image"
 POSE = ("robot0_eef_pos", "robot0_eef_quat")
 PROPRIO = (*POSE, "robot0_gripper_qpos")
 SPLITS = {"train": "train", "valid": "val"}
-#: Normalised actions may exceed ±1 by rounding.
-NORMALISED = 1.0 + 1e-3
+#: What a demonstration's attribute or dataset of its outcome is called.
+SUCCESS = ("success", "is_success", "task_success")
 
 
 @dataclass
 class RobomimicReader:
-    """Reads a file or a folder of files in robomimic's HDF5 layout.
+    """Reads a file or a folder of files in robomimic's HDF5 layout, also RoboCasa's and Isaac Lab's.
 
     obs[t] was taken before actions[t]. Images are upright: robomimic turns the simulator's over before it stores them.
-    The rate and what actions mean come from the `env_args` of the file. The files' own split (mask/train, mask/valid)
-    is kept.
+    The rate and what actions mean come from the `env_args` of the file, or are declared. The files' own split
+    (mask/train, mask/valid) is kept. Instructions are those of `ep_meta`, or of attributes and string datasets with a
+    usual name (`language_instruction`, `task_description`, `lang`, …), of each step where they are.
 
     Args:
         src: A .hdf5 file or a folder, searched recursively.
         cameras: Cameras to convert (`obs/CAMERA_image`, or a key of uint8 RGB frames); all when omitted.
-        proprio: Keys below obs, side by side; those of the end effector and gripper when omitted.
+        action_keys: Keys below a demonstration whose numbers, side by side, are the action; `actions` when omitted.
+        proprio: Keys below obs, side by side; those of the end effector and gripper when omitted; "none" for none.
         action: "delta" or "absolute" end-effector poses, where that is not what the file's controller says (files of
-            Diffusion Policy hold absolute poses and still say delta), or "other" to keep actions as they are.
+            Diffusion Policy hold absolute poses and still say delta), "velocity", or "other" to keep actions as they
+            are. With any of the next five, it is declared in full and env_args are not asked.
+        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
+        metres: Metres of one unit of translation; 1 when omitted.
+        radians: Radians of one unit of rotation; 1 when omitted.
+        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
+            opens, 0 keeps; or "absent".
+        gripper_dim: The gripper's dimension, from 0, where others (a mobile base) follow it; the last when omitted.
+        pose: Keys below obs whose numbers, side by side, begin with the end effector's position and rotation;
+            robot0_eef_pos and robot0_eef_quat when omitted; "none" for none.
+        pose_rotation: Its rotation; "quat_xyzw" when omitted.
         rate_hz: For files without a control_freq.
-        instruction: For files that have none; the environment's name in words when omitted.
+        instruction: For episodes that have none.
+        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
+            "rotated_180".
+        only_successful: Leave out demonstrations whose `success` is false.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
-    proprio: Sequence[str] | None = None
-    action: Literal["delta", "absolute", "other"] | None = None
+    action_keys: Sequence[str] = ()
+    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    action: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float | None = None
+    radians: float | None = None
+    gripper: str | None = None
+    gripper_dim: int | None = None
+    pose: Sequence[str] = ()
+    pose_rotation: Rotation | None = None
     rate_hz: float | None = None
     instruction: str | None = None
+    image_orientation: Orientation | None = None
+    only_successful: bool = False
 
     def scan(self) -> Scan:
         src = Path(self.src)
         files = find_files(src, hdf5.SUFFIXES)
-        problems = self._check_options()
+        problems = check_options(self)
         agreement = hdf5.Agreement()
-        episodes: list[EpisodeRef] = []
-        bad: list[str] = []
+        found = _Found()
         for path in files:
             try:
                 with hdf5.open_file(path) as file:
-                    episodes += self._scan_file(path, file, agreement, bad)
+                    self._scan_file(path, file, agreement, found)
             except DataError as e:
                 problems.append(str(e))
         if problems := problems + agreement.problems():
             raise DataError("\n".join(problems))
+        spec = agreement["actions"]
+        episodes, notes = remarks.succeeded(found.episodes, self.only_successful)
+        notes += remarks.unsaid_instructions(episodes, found.like_language)
+        if not agreement["proprio keys"] and not self.proprio:
+            notes += remarks.no_proprio(found.numeric)
+        if spec.unstated:
+            notes.append(f"actions: {spec.text}, the gripper too; to say what they are give {spec.unstated}")
+        elif spec.mode != "other" and (
+            beyond := spec.dim - 1 - max(*spec.rotation, *spec.translation, spec.gripper or 0)
+        ):
+            notes.append(f"actions: the last {beyond} of {spec.dim} dimensions are only in original_action")
         return Scan(
             episodes=episodes,
             files=files,
             cameras=list(agreement["cameras"]),
             rate_hz=agreement["rates in Hz"],
-            action=agreement["actions"],
+            action=spec,
             proprio_dim=agreement["proprio dimensions"],
-            options={"proprio": list(agreement["proprio keys"]), "action": self.action},
-            bad=bad,
+            options={
+                "action_keys": self._action_keys(),
+                "proprio": list(agreement["proprio keys"]),
+                "action": self.action,
+                "image_orientation": self.image_orientation,
+                "only_successful": self.only_successful,
+            },
+            bad=found.bad,
+            notes=notes,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -87,30 +133,34 @@ class RobomimicReader:
         with hdf5.open_file(path) as file:
             demo = file[f"data/{episode.key}"]
             obs = demo["obs"]
-            cameras = _cameras(obs, self.cameras)
-            actions = demo["actions"][:]
-            proprio = [obs[key][:].reshape(len(actions), -1) for key in self._proprio(obs)]
+            length = len(demo[self._action_keys()[0]])
+            actions = hdf5.columns(demo, self._action_keys(), length)
+            if self.gripper == "relative":
+                at = actions.shape[1] - 1 if self.gripper_dim is None else self.gripper_dim
+                actions[:, at] = absolute_gripper(actions[:, at])
+            pose = hdf5.chosen(self.pose, POSE, obs)
             return EpisodeData(
-                frames={c: hdf5.read_frames(path, obs[key].name) for c, key in cameras.items()},
-                times=np.arange(len(actions)) / episode.private["rate_hz"],
+                frames={
+                    camera: upright(hdf5.read_frames(path, obs[key].name), self.image_orientation)
+                    for camera, key in _cameras(obs, self.cameras).items()
+                },
+                times=np.arange(length) / episode.private["rate_hz"],
                 actions=actions,
-                proprio=np.concatenate(proprio, axis=1) if proprio else np.zeros((len(actions), 0), np.float32),
-                pose=_pose(obs) if all(key in obs for key in POSE) else None,
+                proprio=hdf5.columns(obs, self._proprio(obs), length),
+                pose=pose_vectors(hdf5.columns(obs, pose, length), self.pose_rotation or "quat_xyzw")
+                if pose and (self.pose or len(pose) == len(POSE))
+                else None,
+                instructions=find_texts([demo, obs]) if episode.private["by_step"] else None,
             )
 
-    def _check_options(self) -> list[str]:
-        problems = []
-        if self.action not in (None, "delta", "absolute", "other"):
-            problems.append(f"action: {self.action!r} must be delta, absolute or other")
-        if self.rate_hz is not None and not float(self.rate_hz) > 0:
-            problems.append(f"rate_hz: {self.rate_hz} must be positive")
-        return problems
+    def _action_keys(self) -> list[str]:
+        return list(self.action_keys) or ["actions"]
 
     def _proprio(self, obs: h5py.Group) -> list[str]:
-        return list(self.proprio) if self.proprio is not None else [key for key in PROPRIO if key in obs]
+        return hdf5.chosen(self.proprio, PROPRIO, obs)
 
-    def _scan_file(self, path: Path, file: h5py.File, agreement: hdf5.Agreement, bad: list[str]) -> list[EpisodeRef]:
-        """The file's usable episodes; adds the others to `bad`.
+    def _scan_file(self, path: Path, file: h5py.File, agreement: hdf5.Agreement, found: _Found) -> None:
+        """Add the file's usable episodes, and the others as bad, to `found`.
 
         Raises:
             DataError: Nothing in this file can be used.
@@ -119,21 +169,30 @@ class RobomimicReader:
         demos = hdf5.numbered(data, "demo_") if isinstance(data, h5py.Group) else []
         if not demos:
             raise DataError(f"{path}: no group data/demo_0: not robomimic's HDF5 layout")
-        env = hdf5.read_json(data.attrs.get("env_args"))
+        env = hdf5.read_json(data, "env_args")
         rate = self._rate(path, env)
         splits = _splits(file)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
         task = str(env.get("env_name") or path.stem)
-        episodes, faults = [], []
+        faults = []
         for key in demos:
             demo, id = data[key], f"{stem}/{key}"
-            if fault := self._fault(demo):
+            try:
+                fault, texts = self._fault(demo), self._texts(env, demo, file)
+            except DataError as e:
+                fault, texts = str(e), []
+            if fault:
                 faults.append(f"{id}: {fault}")
                 continue
-            obs = demo["obs"]
-            spec = action_spec(env, demo["actions"].shape[1], self.action)
-            _check_range(path, id, demo["actions"], spec)
+            obs, length = demo["obs"], len(demo[self._action_keys()[0]])
+            dim = sum(demo[k].shape[1] for k in self._action_keys())
+            try:
+                spec = settle_actions(self, env, dim)
+            except DataError as e:
+                raise DataError(f"{path}: {e}") from e
+            if not is_declared(self):
+                check_range(path, id, demo[self._action_keys()[0]], spec)
             cameras = _cameras(obs, self.cameras)
             proprio = self._proprio(obs)
             agreement.note(
@@ -146,114 +205,92 @@ class RobomimicReader:
                     "rates in Hz": rate,
                 },
             )
-            episodes.append(
+            said = next((text for text in texts if text), self.instruction or "")
+            if not said:
+                found.like_language.update(like_language([demo, obs, data]))
+            if not proprio:
+                found.numeric = hdf5.numeric(obs)
+            meta = {"env_name": task, "env_version": env.get("env_version", "")}
+            if (success := _success(demo)) is not None:
+                meta["success"] = success
+            found.episodes.append(
                 EpisodeRef(
                     id=id,
                     file=file_name,
                     key=key,
-                    length=len(demo["actions"]),
+                    length=length,
                     task=task,
-                    instruction=self._instruction(env, demo),
+                    instruction=said,
                     split=splits.get(key, ""),
-                    meta={"env_name": task, "env_version": env.get("env_version", "")},
-                    private={"rate_hz": rate},
+                    meta=meta,
+                    private={"rate_hz": rate, "by_step": len(texts) == length and len(set(texts)) > 1},
                 )
             )
-        if not episodes:
+        if len(faults) == len(demos):
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
-        bad += faults
-        return episodes
+        found.bad += faults
 
     def _rate(self, path: Path, env: Mapping[str, Any]) -> float:
-        rate = env.get("env_kwargs", {}).get("control_freq") or self.rate_hz
+        kwargs = env.get("env_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise DataError(f"{path}: /data: attribute env_args: env_kwargs {kwargs!r:.60} is no JSON object")
+        rate = kwargs.get("control_freq") or self.rate_hz
         if rate is None:
             raise DataError(
                 f"{path}: env_args has no env_kwargs.control_freq; give the steps per second with --set rate_hz=HZ"
             )
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+            raise DataError(f"{path}: /data: attribute env_args: control_freq {rate!r:.60} is no positive number")
         return float(rate)
 
-    def _instruction(self, env: Mapping[str, Any], demo: h5py.Group) -> str:
-        episode = hdf5.read_json(demo.attrs.get("ep_meta"))
-        said = episode.get("lang") or env.get("lang") or env.get("env_lang") or self.instruction
-        return str(said) if said else " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", env.get("env_name", ""))).lower()
+    def _texts(self, env: Mapping[str, Any], demo: h5py.Group, file: h5py.File) -> list[str]:
+        """The episode's instruction, or one a step; [] if it has none."""
+        about = hdf5.read_json(demo, "ep_meta")
+        said = next((str(about[k]) for k in language_keys(about) if about[k]), "")
+        texts = (
+            [said] if said else find_texts([demo, *([demo["obs"]] if isinstance(demo.get("obs"), h5py.Group) else [])])
+        )
+        said = next((str(env[k]) for k in ("lang", "env_lang", *language_keys(env)) if env.get(k)), "")
+        return texts or ([said] if said else find_texts([file["data"], file]))
 
     def _fault(self, demo: h5py.Group) -> str | None:
         """Why an episode cannot be used, by its shapes alone."""
         obs = demo.get("obs")
-        if not isinstance(demo.get("actions"), h5py.Dataset) or not isinstance(obs, h5py.Group):
-            return f"no actions or no obs; it has {', '.join(hdf5.keys_below(demo)) or 'nothing'}"
+        if missing := hdf5.missing_keys(demo, self._action_keys()):
+            return missing
+        if not isinstance(obs, h5py.Group):
+            return f"no obs; it has {', '.join(hdf5.keys_below(demo))}"
         cameras = _cameras(obs, self.cameras)
-        keys = [*(cameras.values() or [f"*{IMAGE}"]), *self._proprio(obs)]
+        keys = [*(cameras.values() or [f"*{IMAGE}"]), *self._proprio(obs), *hdf5.chosen(self.pose, (), obs)]
         if missing := hdf5.missing_keys(obs, keys):
             return f"obs has {missing}"
         faults = hdf5.image_faults(obs, list(cameras.values()))
-        if demo["actions"].ndim != 2 or not np.issubdtype(demo["actions"].dtype, np.floating):
-            faults.append(f"actions are {demo['actions'].dtype} {demo['actions'].shape}, not floats (T, A)")
-        lengths = {"actions": len(demo["actions"]), **{f"obs/{key}": len(obs[key]) for key in keys}}
-        if len(set(lengths.values())) > 1 or not len(demo["actions"]):
+        actions = {key: demo[key] for key in self._action_keys()}
+        for key, values in actions.items():
+            if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+                faults.append(f"{key} are {values.dtype} {values.shape}, not floats (T, A)")
+        lengths = {**{key: len(v) for key, v in actions.items()}, **{f"obs/{key}": len(obs[key]) for key in keys}}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
             faults.append("lengths differ: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
         return "; ".join(faults) or None
 
 
-def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> ActionSpec:
-    """What robosuite's controller makes of an action, from the file's env_args; the arms' own if there are several.
+@dataclass
+class _Found:
+    """What the files hold, as they are scanned."""
 
-    OSC_POSE: 1 of a normalised delta is output_max (robosuite/controllers/…/osc.py); absolute poses are metres and a
-    rotation vector in the world's frame, not normalised.
-    """
-    controller = _controller(env.get("env_kwargs", {}))
-    kind = str(controller.get("type", "unknown"))
-    delta = controller.get("control_delta", controller.get("input_type", "delta") == "delta")
-    mode = asked or ("delta" if delta else "absolute")
-    turning = 3 if kind == "OSC_POSE" else 0
-    pose_size = 3 + turning
-    one_arm = dim in (pose_size, pose_size + 1)
-    if asked == "other" or kind not in ("OSC_POSE", "OSC_POSITION") or not one_arm:
-        return ActionSpec(dim=dim, text=f"robosuite {kind}, {dim} dimensions as stored", mode="other")
-    scale = controller.get("output_max", 1.0)
-    scale = scale if isinstance(scale, list) else [scale] * pose_size
-    metres, radians = (1.0, 1.0) if mode == "absolute" else (float(scale[0]), float(scale[-1]))
-    gripper = pose_size if dim > pose_size else None
-    return ActionSpec(
-        dim=dim,
-        text=f"robosuite {kind} {mode}: x y z (1 = {metres:g} m)"
-        + (f", rotation vector (1 = {radians:g} rad)" if turning else "")
-        + (", gripper -1 open +1 close" if gripper else ""),
-        mode="absolute" if mode == "absolute" else "delta",
-        translation=(0, 1, 2),
-        metres=metres,
-        rotation=tuple(range(3, pose_size)),
-        radians=radians,
-        gripper=gripper,
-        gripper_open=-1.0,
-        gripper_closed=1.0,
-    )
+    episodes: list[EpisodeRef] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    like_language: set[str] = field(default_factory=set)
+    numeric: list[str] = field(default_factory=list)
 
 
-def _controller(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arm's controller: robosuite's ≤ 1.4 config, or the right arm's part of a composite one (≥ 1.5)."""
-    configs = kwargs.get("controller_configs") or {}
-    if isinstance(configs, list):
-        configs = configs[0] if configs else {}
-    parts = configs.get("body_parts") or configs.get("body_parts_controller_configs") or {}
-    arms = parts.get("arms", parts)
-    return next((arms[side] for side in ("right", "left") if isinstance(arms.get(side), dict)), configs)
-
-
-def _check_range(path: Path, id: str, actions: h5py.Dataset, spec: ActionSpec) -> None:
-    """A normalised action beyond ±1 is no delta.
-
-    Raises:
-        DataError: The file says one thing and holds another.
-    """
-    if spec.mode != "delta":
-        return
-    largest = float(np.abs(actions[:, list(spec.translation + spec.rotation)]).max())
-    if largest > NORMALISED:
-        raise DataError(
-            f"{path}: actions of {id} reach {largest:.2f}, beyond the ±1 of the delta its controller takes; if they "
-            "are poses to reach (as in Diffusion Policy's *_abs.hdf5) give --set action=absolute, else action=other"
-        )
+def _success(demo: h5py.Group) -> bool | None:
+    for name in SUCCESS:
+        for value in (demo.attrs.get(name), demo.get(name)):
+            if value is not None and (said := hdf5.flag(value)) is not None:
+                return said
+    return None
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:
@@ -262,13 +299,6 @@ def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:
         return {c.removesuffix(IMAGE): f"{c}{IMAGE}" if f"{c}{IMAGE}" in obs else c for c in asked}
     keys = sorted(key for key in obs if key.endswith(IMAGE) or hdf5.is_images(obs[key]))
     return {key.removesuffix(IMAGE): key for key in keys}
-
-
-def _pose(obs: h5py.Group) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
-    position, quat = (obs[key][:] for key in POSE)
-    return np.concatenate([position, Rotation.from_quat(quat).as_rotvec()], axis=1)
 
 
 def _splits(file: h5py.File) -> dict[str, str]:

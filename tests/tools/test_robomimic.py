@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from data_tools.convert.episode import Processing, read_episode
 from data_tools.formats.robomimic import RobomimicReader
 from stamo_dist.errors import DataError
 
@@ -79,7 +80,10 @@ def test_episodes(tmp_path: Path) -> None:
         ("can/image/demo_2", 9, "train"),
     ]
     assert (scan.cameras, scan.rate_hz, scan.proprio_dim) == (["agentview", "robot0_eye_in_hand"], 20, 9)
-    assert (scan.episodes[0].task, scan.episodes[0].instruction) == ("PickPlaceCan", "pick place can")
+    assert (scan.episodes[0].task, scan.episodes[0].instruction) == ("PickPlaceCan", "")  # nothing made up, but said
+    assert scan.notes == [
+        "instructions: 3 of 3 episodes have none; give them with --instructions FILE.csv (columns episode,instruction)"
+    ]
     spec = scan.action
     assert spec is not None
     assert (spec.mode, spec.metres, spec.radians, spec.rotation) == ("delta", 0.05, 0.5, (3, 4, 5))
@@ -161,3 +165,125 @@ def test_grey_pictures(tmp_path: Path) -> None:
             file[f"data/demo_{k}/obs/agentview_image"] = np.zeros((length, 12, 12, 1), np.float32)
     with pytest.raises(DataError, match=r"agentview_image is float32 \(40, 12, 12, 1\), not uint8 RGB"):
         RobomimicReader(path).scan()
+
+
+def spoken(path: Path, where: str, name: str, value: Any) -> list[str]:
+    """The instructions of a file that says them in one more place."""
+    write(path)
+    with h5py.File(path, "a") as file:
+        groups = [file[where]] if where != "demo" else [file[f"data/demo_{k}"] for k in range(3)]
+        for group in groups:
+            group.attrs[name] = value
+    return [e.instruction for e in RobomimicReader(path).scan().episodes]
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("demo", "ep_meta", json.dumps({"lang": "lift"})),
+        ("demo", "task_description", "lift"),
+        ("demo", "lang", np.bytes_(b"lift ")),
+        ("data", "language_instruction", "lift"),
+        ("data", "env_args", json.dumps({**env_args(), "env_lang": "lift"})),
+    ],
+)
+def test_instructions(tmp_path: Path, where: str, name: str, value: Any) -> None:
+    assert spoken(tmp_path / "a.hdf5", where, name, value) == ["lift"] * 3
+
+
+def test_instruction_of_each_step_and_unusual_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5")
+    own = ["open it"] * 5 + ["close it"] * 7
+    with h5py.File(path, "a") as file:
+        file["data/demo_1/obs/language_instruction"] = own
+        file["data/demo_2"].attrs["goal_words"] = "lift"
+    reader = RobomimicReader(path)
+    scan = reader.scan()
+    assert [e.instruction for e in scan.episodes] == ["", "open it", ""]
+    assert reader.read(scan.episodes[1]).instructions == own
+    assert any("2 of 3 episodes have none" in n and "/data/demo_2/goal_words" in n for n in scan.notes)
+
+
+def test_failures_proprio_and_orientation(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5")
+    with h5py.File(path, "a") as file:
+        for k in range(3):
+            file[f"data/demo_{k}"].attrs["success"] = k != 1
+            for key in ("eef_pos", "eef_quat", "gripper_qpos"):
+                file.move(f"data/demo_{k}/obs/robot0_{key}", f"data/demo_{k}/obs/{key}")
+    scan = RobomimicReader(path).scan()
+    assert (len(scan.episodes), scan.proprio_dim) == (3, 0)
+    assert any("1 of 3 episodes failed, taken" in note for note in scan.notes)
+    assert any(note.startswith("proprio: none") and "eef_pos (3,)" in note for note in scan.notes)
+
+    reader = RobomimicReader(
+        path,
+        proprio=["eef_pos", "gripper_qpos"],
+        pose=["eef_pos", "eef_quat"],
+        pose_rotation="quat_wxyz",
+        image_orientation="flipped_vertically",
+        only_successful=True,
+    )
+    scan = reader.scan()
+    assert [e.key for e in scan.episodes] == ["demo_0", "demo_2"]
+    assert scan.proprio_dim == 5
+    data = reader.read(scan.episodes[0])
+    assert data.pose is not None
+    # (w x y z) = (0 0 √½ √½): half a turn about the axis between y and z.
+    np.testing.assert_allclose(np.abs(data.pose[:, 3:]), [[0, np.pi / 2**0.5, np.pi / 2**0.5]] * 40)
+    np.testing.assert_array_equal(next(iter(data.frames["agentview"]([7]))), frames(40)[7][::-1])
+    assert not any("proprio" in note for note in RobomimicReader(path, proprio=["none"]).scan().notes)
+
+
+def test_mobile_arm_is_declared(tmp_path: Path) -> None:
+    """RoboCasa: arm, gripper and a mobile base, 12 dimensions; the arm's become a motion, all stay as they were too."""
+    path = write(tmp_path / "a.hdf5", actions=12)
+    undeclared = RobomimicReader(path).scan()
+    assert undeclared.action is not None
+    assert (undeclared.action.mode, undeclared.action.gripper) == ("other", None)
+    assert any("gripper_dim" in note for note in undeclared.notes)
+    how: dict[str, Any] = {"action": "delta", "rotation": "rotvec", "metres": 0.05, "radians": 0.5, "gripper": "-1,1"}
+    reader = RobomimicReader(path, **how, gripper_dim=6)
+    scan = reader.scan()
+    assert any("last 5 of 12 dimensions" in note for note in scan.notes)
+    converted = read_episode(
+        reader, scan.episodes[0], Processing(16), cameras=scan.cameras, spec=scan.action, proprio_dim=scan.proprio_dim
+    )
+    with h5py.File(path) as file:
+        actions = file["data/demo_0/actions"][:]
+    np.testing.assert_array_equal(converted.vectors["original_action"], actions.astype(np.float32))
+    assert converted.vectors["action"].shape == (40, 7)
+    np.testing.assert_allclose(
+        converted.vectors["action"][:, :6], actions[:, :6] * [*[0.05] * 3, *[0.5] * 3], atol=1e-6
+    )
+    np.testing.assert_allclose(converted.vectors["action"][:, 6], (1 - actions[:, 6]) / 2, atol=1e-6)
+    with pytest.raises(DataError, match=r"12 dimensions; x y z, rotation \(rotvec\), gripper would be 7"):
+        RobomimicReader(path, **how).scan()
+    with pytest.raises(DataError, match="also needs rotation"):
+        RobomimicReader(path, action="delta", gripper="-1,1").scan()
+
+
+def test_asked_for_and_absent(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5")
+    for options in ({"action_keys": ["acton"]}, {"proprio": ["eef"]}, {"cameras": ["top"]}, {"pose": ["eef"]}):
+        missing = next(iter(options.values()))[0]
+        with pytest.raises(DataError, match=rf"a\.hdf5: .*no {missing}.*; it has .*robot0_eef_pos float64"):
+            RobomimicReader(path, **options).scan()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("data", "env_args", "{", "/data: attribute env_args is no JSON"),
+        ("data", "env_args", "[1]", "/data: attribute env_args is no JSON object"),
+        ("data", "env_args", '{"env_kwargs": 3}', "/data: attribute env_args: env_kwargs 3 is no JSON object"),
+        ("data", "env_args", json.dumps(env_args(control_freq="x")), "control_freq 'x' is no positive number"),
+        ("data", "env_args", json.dumps(env_args("OSC")), "controller_configs 'OSC' is no"),  # type: ignore[arg-type]
+        ("data", "env_args", json.dumps(env_args({**OSC, "output_max": "x"})), "output_max 'x' are no numbers"),
+        ("demo", "ep_meta", "{", "/data/demo_0: attribute ep_meta is no JSON"),
+    ],
+)
+def test_metadata_faults_name_file_and_field(tmp_path: Path, where: str, name: str, value: str, message: str) -> None:
+    with pytest.raises(DataError, match=r"a\.hdf5: .*" + message) as error:
+        spoken(tmp_path / "a.hdf5", where, name, value)
+    assert "\n" not in str(error.value)

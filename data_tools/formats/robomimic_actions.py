@@ -1,0 +1,158 @@
+"""What the actions of a robomimic file mean: by the controller in its env_args, or as declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import h5py
+import numpy as np
+
+from data_tools.formats.declared import Mode, declared_spec, orientation_problems, parse_gripper
+from data_tools.formats.rotations import Rotation
+from data_tools.formats.source import ActionSpec
+from stamo_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from data_tools.formats.robomimic import RobomimicReader
+
+#: Normalised actions may exceed ±1 by rounding.
+NORMALISED = 1.0 + 1e-3
+#: Options that say what actions are, whatever env_args say.
+DECLARED = ("rotation", "metres", "radians", "gripper", "gripper_dim")
+HOW = (
+    "--set action=delta --set rotation=rotvec --set metres=0.05 --set radians=0.5 --set gripper=-1,1 (gripper_dim=6 "
+    "where more dimensions follow)"
+)
+
+
+def check_options(asked: RobomimicReader) -> list[str]:
+    """What is wrong with the options, by their values alone."""
+    problems = orientation_problems(asked.image_orientation)
+    for option, kinds in (("action", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):
+        if (value := getattr(asked, option)) is not None and value not in get_args(kinds):
+            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(kinds))}")
+    for option in ("rate_hz", "metres", "radians"):
+        if (value := getattr(asked, option)) is not None and not float(value) > 0:
+            problems.append(f"{option}: {value} must be positive")
+    if asked.gripper is not None:
+        parse_gripper(asked.gripper, problems)
+    if is_declared(asked) and asked.action not in (None, "other"):
+        problems += [
+            f"action: {asked.action}, declared, also needs {option} (gripper: OPEN,CLOSED or absent)"
+            for option in ("rotation", "gripper")
+            if getattr(asked, option) is None
+        ]
+    if asked.action == "velocity" and not is_declared(asked):
+        problems.append("action: velocity also needs rotation, gripper and their units")
+    return problems
+
+
+def is_declared(asked: RobomimicReader) -> bool:
+    return any(getattr(asked, option) is not None for option in DECLARED)
+
+
+def settle_actions(asked: RobomimicReader, env: Mapping[str, Any], dim: int) -> ActionSpec:
+    """What an action of `dim` dimensions means, as declared, else as the file's env_args say.
+
+    Raises:
+        DataError: What was declared does not fit.
+    """
+    if not is_declared(asked):
+        return action_spec(env, dim, asked.action)
+    spec, problems = declared_spec(
+        " + ".join(asked.action_keys) or "actions",
+        dim,
+        mode=asked.action or "other",
+        rotation=asked.rotation or "rotvec",
+        metres=asked.metres or 1.0,
+        radians=asked.radians or 1.0,
+        gripper=None if asked.gripper is None else parse_gripper(asked.gripper, []),
+        gripper_dim=asked.gripper_dim,
+    )
+    if problems:
+        raise DataError("; ".join(problems))
+    return spec
+
+
+def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> ActionSpec:
+    """What robosuite's controller makes of an action, from the file's env_args; the arms' own if there are several.
+
+    OSC_POSE: 1 of a normalised delta is output_max (robosuite/controllers/…/osc.py); absolute poses are metres and a
+    rotation vector in the world's frame, not normalised.
+    """
+    controller = _controller(env.get("env_kwargs", {}))
+    kind = str(controller.get("type", "unknown"))
+    delta = controller.get("control_delta", controller.get("input_type", "delta") == "delta")
+    mode = asked or ("delta" if delta else "absolute")
+    turning = 3 if kind == "OSC_POSE" else 0
+    pose_size = 3 + turning
+    one_arm = dim in (pose_size, pose_size + 1)
+    if asked == "other" or kind not in ("OSC_POSE", "OSC_POSITION") or not one_arm:
+        spec = ActionSpec(dim=dim, text=f"robosuite {kind}, {dim} dimensions as stored", mode="other")
+        unclear = asked is None and kind in ("OSC_POSE", "OSC_POSITION", "unknown")
+        return replace(spec, unstated=f"--set action=other if they are no deltas, else e.g. {HOW}" if unclear else "")
+    metres, radians = (1.0, 1.0) if mode == "absolute" else _units(controller.get("output_max", 1.0))
+    gripper = pose_size if dim > pose_size else None
+    return ActionSpec(
+        dim=dim,
+        text=f"robosuite {kind} {mode}: x y z (1 = {metres:g} m)"
+        + (f", rotation vector (1 = {radians:g} rad)" if turning else "")
+        + (", gripper -1 open +1 close" if gripper else ""),
+        mode="absolute" if mode == "absolute" else "delta",
+        translation=(0, 1, 2),
+        metres=metres,
+        rotation=tuple(range(3, pose_size)),
+        radians=radians,
+        gripper=gripper,
+        gripper_open=-1.0,
+        gripper_closed=1.0,
+    )
+
+
+def _units(output_max: Any) -> tuple[float, float]:
+    """Metres and radians of one unit.
+
+    Raises:
+        DataError: output_max is no number and no list of them.
+    """
+    try:
+        scale = np.asarray(output_max, float).ravel()
+        return float(scale[0]), float(scale[-1])
+    except (TypeError, ValueError, IndexError):
+        raise DataError(f"env_args: controller_configs: output_max {output_max!r:.60} are no numbers") from None
+
+
+def _controller(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arm's controller: robosuite's ≤ 1.4 config, or the right arm's part of a composite one (≥ 1.5).
+
+    Raises:
+        DataError: controller_configs is something else.
+    """
+    configs = kwargs.get("controller_configs") or {}
+    if isinstance(configs, list):
+        configs = configs[0] if configs else {}
+    try:
+        parts = configs.get("body_parts") or configs.get("body_parts_controller_configs") or {}
+        arms = parts.get("arms", parts)
+        return next((arms[side] for side in ("right", "left") if isinstance(arms.get(side), dict)), configs)
+    except AttributeError:
+        raise DataError(f"env_args: controller_configs {configs!r:.60} is no controller's config") from None
+
+
+def check_range(path: Path, id: str, actions: h5py.Dataset, spec: ActionSpec) -> None:
+    """A normalised action beyond ±1 is no delta.
+
+    Raises:
+        DataError: The file says one thing and holds another.
+    """
+    if spec.mode != "delta":
+        return
+    largest = float(np.abs(actions[:, list(spec.translation + spec.rotation)]).max())
+    if largest > NORMALISED:
+        raise DataError(
+            f"{path}: actions of {id} reach {largest:.2f}, beyond the ±1 of the delta its controller takes; if they "
+            "are poses to reach (as in Diffusion Policy's *_abs.hdf5) give --set action=absolute, else action=other"
+        )
