@@ -85,7 +85,7 @@ def write_tfds(
     episodes: Sequence[Mapping[str, Any]],
     split: str = "train",
     shards: int = 1,
-    metadata: Mapping[str, Any] = {},  # noqa: B006 (read only)
+    metadata: Mapping[str, Any] = {},
 ) -> Path:
     """Write a TFDS folder; `steps` declares the features of a step, `episodes` hold their values by full name."""
     folder.mkdir(parents=True)
