@@ -23,7 +23,8 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from data_tools.formats import hdf5
+from data_tools.formats import hdf5, remarks
+from data_tools.formats.declared import Orientation, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
 from stamo_dist.errors import DataError
 
@@ -97,7 +98,10 @@ class DroidRawReader:
             with the gripper's position.
         annotations: DROID's aggregated-annotations-….json (instructions by uuid); the one in SRC when omitted. Episodes
             that it does not have are described by their metadata's current_task.
-        success_only: Leave failed episodes out.
+        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
+            "rotated_180".
+        only_successful: Leave failed episodes out.
+        success_only: The older name of only_successful.
         skipped: "drop" or "keep" the steps at which the operator paused, whose actions were not executed.
     """
 
@@ -107,6 +111,8 @@ class DroidRawReader:
         "cartesian_position"
     )
     annotations: Path | None = None
+    image_orientation: Orientation | None = None
+    only_successful: bool = False
     success_only: bool = False
     skipped: Literal["drop", "keep"] = "drop"
 
@@ -124,10 +130,8 @@ class DroidRawReader:
             id = path.parent.relative_to(src).as_posix()
             try:
                 meta, episode_files = self._metadata(path)
-                if self.success_only and not meta.get("success"):
-                    continue
                 videos = self._videos(path.parent, meta)
-                length = int(meta.get("trajectory_length") or _length(path))
+                length = _stated_length(meta) or _length(path)
             except DataError as e:
                 bad.append(f"{id}: {e}")
                 continue
@@ -144,8 +148,11 @@ class DroidRawReader:
                     private={c: {"video": p.name, "serial": meta[f"{c}_cam_serial"]} for c, p in videos.items()},
                 )
             )
+        only = self.only_successful or self.success_only
+        episodes, notes = remarks.succeeded(episodes, only)
+        notes += remarks.unsaid_instructions(episodes)
         if not episodes:
-            head = f"{src}: none of {len(found)} episodes can be used" + (" or succeeded" if self.success_only else "")
+            head = f"{src}: none of {len(found)} episodes can be used" + (" or succeeded" if only else "")
             raise DataError("\n".join([head, *bad[:5]]))
         return Scan(
             episodes=episodes,
@@ -154,8 +161,14 @@ class DroidRawReader:
             rate_hz=RATE_HZ,
             action=ACTIONS[self.action],
             proprio_dim=PROPRIO_DIM,
-            options={"action": self.action, "success_only": self.success_only, "skipped": self.skipped},
+            options={
+                "action": self.action,
+                "only_successful": only,
+                "skipped": self.skipped,
+                "image_orientation": self.image_orientation,
+            },
             bad=bad,
+            notes=notes,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -176,7 +189,9 @@ class DroidRawReader:
         if not len(steps):
             raise DataError("no step was executed")
         return EpisodeData(
-            frames={camera: _at(frames, steps) for camera, (_, frames) in videos.items()},
+            frames={
+                camera: upright(_at(frames, steps), self.image_orientation) for camera, (_, frames) in videos.items()
+            },
             times=times,
             **{name: rows[steps] for name, rows in values.items()},
         )
@@ -186,6 +201,7 @@ class DroidRawReader:
 
     def _check_options(self) -> list[str]:
         problems = [f"cameras: no {c!r}; there are {', '.join(CAMERAS)}" for c in self._cameras() if c not in CAMERAS]
+        problems += orientation_problems(self.image_orientation)
         if self.action not in ACTIONS:
             problems.append(f"action: {self.action!r} must be one of {', '.join(ACTIONS)}")
         if self.skipped not in ("drop", "keep"):
@@ -205,6 +221,8 @@ class DroidRawReader:
         said: dict[str, str] = {}
         for path in found:
             for uuid, entry in _json(path).items():
+                if not isinstance(entry, dict):
+                    raise DataError(f"{path}: {uuid}: {entry!r:.60} is no JSON object")
                 texts = [str(entry.get(f"language_instruction{k}") or "") for k in (1, 2, 3)]
                 said[uuid] = next((t.strip() for t in texts if t.strip()), "")
         return said
@@ -322,6 +340,14 @@ def _at(frames: Frames, steps: np.ndarray) -> Frames:
                 yield image
 
     return chosen
+
+
+def _stated_length(meta: Mapping[str, Any]) -> int:
+    """The metadata's trajectory_length; 0 where it has none."""
+    said = meta.get("trajectory_length") or 0
+    if isinstance(said, bool) or not isinstance(said, int):
+        raise DataError(f"metadata_*.json: trajectory_length {said!r:.60} is no whole number")
+    return said
 
 
 def _length(path: Path) -> int:

@@ -16,6 +16,8 @@ from data_tools.formats.source import Frames
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".hdf5", ".h5")
+#: What an episode's attribute or dataset of its outcome is called.
+SUCCESS = ("success", "is_success", "task_success")
 #: Frames read at once, at least: a compressed chunk often holds several, and would be unpacked again for each.
 RUN = 32
 
@@ -113,17 +115,22 @@ def text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def flag(value: Any) -> bool | None:
-    """A success that an attribute or the last of a dataset's values says; None if it says nothing of the kind."""
-    if isinstance(value, h5py.Dataset):
-        value = value[()]
-    values = np.asarray(value).ravel()
+def success(episode: h5py.Group) -> bool | None:
+    """Whether an episode succeeded, by an attribute of it or the last of a dataset's values; None: it does not say."""
+    for name in SUCCESS:
+        for value in (episode.attrs.get(name), episode.get(name)):
+            if value is not None and not isinstance(value, h5py.Group) and (said := _flag(value)) is not None:
+                return said
+    return None
+
+
+def _flag(value: Any) -> bool | None:
+    values = np.asarray(value[()] if isinstance(value, h5py.Dataset) else value).ravel()
     if not values.size:
         return None
-    last = values[-1]
-    if isinstance(last, (bytes, str)):
-        return {"true": True, "1": True, "false": False, "0": False}.get(text(last).lower())
-    return bool(last) if np.issubdtype(values.dtype, np.number) or values.dtype == bool else None
+    if values.dtype.kind in "SUO":
+        return {"true": True, "1": True, "false": False, "0": False}.get(text(values[-1]).lower())
+    return bool(values[-1])
 
 
 def numeric(group: h5py.Group) -> list[str]:

@@ -25,7 +25,7 @@ def find_texts(groups: Sequence[h5py.Group]) -> list[str]:
 
 def like_language(groups: Sequence[h5py.Group]) -> list[str]:
     """Names of attributes and string datasets that are not usual ones and might be instructions all the same."""
-    names = {name: f"{group.name}/{name}" for group in groups for name in _strings(group)}
+    names = {name: f"{group.name.rstrip('/')}/{name}" for group in groups for name in _strings(group)}
     return [full for name, full in names.items() if name.lower() not in LANGUAGE and looks_like_language(name)]
 
 

@@ -6,7 +6,6 @@ their tag; for anything else the caller must say. A wrong guess would pair every
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_tools.formats import hdf5
+from data_tools.formats import hdf5, remarks
 from data_tools.formats.declared import TURN, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
@@ -60,12 +59,14 @@ class LiberoReader:
         image_timing: "before" or "after" the action, for files that do not say.
         image_orientation: "upright", "mirrored", "flipped_vertically" or "rotated_180", for files that do not
             say.
+        only_successful: Leave out demonstrations whose `success` is false.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
     image_timing: str | None = None
     image_orientation: str | None = None
+    only_successful: bool = False
 
     def scan(self) -> Scan:
         files = find_files(self.src, (".hdf5", ".h5"))
@@ -75,12 +76,10 @@ class LiberoReader:
         seen: dict[str, dict[Any, str]] = {}  # property → value → the first episode that has it
         for path in files:
             try:
-                with h5py.File(path, "r") as file:
+                with hdf5.open_file(path) as file:
                     episodes += self._scan_file(path, file, seen, bad)
             except DataError as e:
                 problems.append(str(e))
-            except OSError as e:
-                problems.append(f"{path}: not a whole HDF5 file ({e})")
         for what, values in seen.items():
             if len(values) > 1:
                 each = "; ".join(f"{value} in {where}" for value, where in values.items())
@@ -88,6 +87,12 @@ class LiberoReader:
         if problems:
             raise DataError("\n".join(problems))
         common = {what: next(iter(values)) for what, values in seen.items()}
+        episodes, notes = remarks.succeeded(episodes, self.only_successful)
+        if named := sum(e.private["named"] for e in episodes):
+            notes.append(
+                f"instructions: {named} of {len(episodes)} episodes have none (problem_info.language_instruction); "
+                "taken from the files' names, as LIBERO names them; give others with --instructions FILE.csv"
+            )
         return Scan(
             episodes=episodes,
             files=files,
@@ -95,33 +100,35 @@ class LiberoReader:
             rate_hz=common["rates in Hz"],
             action=_action_spec(common["action conventions"], common["action dimensions"]),
             proprio_dim=common["proprio dimensions"],
-            options={"image_timing": self.image_timing, "image_orientation": self.image_orientation},
+            options={
+                "image_timing": self.image_timing,
+                "image_orientation": self.image_orientation,
+                "only_successful": self.only_successful,
+            },
             bad=bad,
+            notes=notes,
             frame_size=episodes[0].private["frame_size"] if episodes else None,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
         path = self.src / episode.file if self.src.is_dir() else self.src
-        try:
-            with h5py.File(path, "r") as file:
-                demo = file[f"data/{episode.key}"]
-                obs = demo["obs"]
-                shift = _shift(episode.private["image_timing"])
-                keep = len(demo["actions"]) - shift
-                orientation = episode.private["image_orientation"]
-                vectors = {key: obs[key][:keep] for key in PROPRIO}
-                return EpisodeData(
-                    frames={
-                        c: upright(hdf5.read_frames(path, f"data/{episode.key}/obs/{c}_rgb"), orientation)
-                        for c in self.cameras or _cameras(obs)
-                    },
-                    times=np.arange(keep) / episode.private["rate_hz"],
-                    actions=demo["actions"][shift:],
-                    proprio=np.concatenate(list(vectors.values()), axis=1),
-                    pose=vectors["ee_states"] if vectors["ee_states"].shape[1] == POSE else None,
-                )
-        except (OSError, KeyError) as e:
-            raise DataError(f"cannot be read ({e})") from e
+        with hdf5.open_file(path) as file:
+            demo = file[f"data/{episode.key}"]
+            obs = demo["obs"]
+            shift = _shift(episode.private["image_timing"])
+            keep = len(demo["actions"]) - shift
+            orientation = episode.private["image_orientation"]
+            vectors = {key: obs[key][:keep] for key in PROPRIO}
+            return EpisodeData(
+                frames={
+                    c: upright(hdf5.read_frames(path, f"data/{episode.key}/obs/{c}_rgb"), orientation)
+                    for c in self.cameras or _cameras(obs)
+                },
+                times=np.arange(keep) / episode.private["rate_hz"],
+                actions=demo["actions"][shift:],
+                proprio=np.concatenate(list(vectors.values()), axis=1),
+                pose=vectors["ee_states"] if vectors["ee_states"].shape[1] == POSE else None,
+            )
 
     def _check_options(self) -> list[str]:
         problems = []
@@ -141,10 +148,11 @@ class LiberoReader:
         demos = [key for key in data if key.startswith("demo_")] if isinstance(data, h5py.Group) else []
         if not demos:
             raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
-        private: dict[str, Any] = {**self._conventions(path, data.attrs), "rate_hz": _rate(data.attrs)}
+        private: dict[str, Any] = {**self._conventions(path, data.attrs), "rate_hz": _rate(path, data)}
         relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
         stem = relative.removesuffix(path.suffix)
-        task, instruction = path.stem.removesuffix("_demo"), _instruction(data.attrs, path)
+        task, instruction = path.stem.removesuffix("_demo"), _instruction(data)
+        private["named"] = not instruction
         episodes = []
         faults = []
         for key in sorted(demos, key=lambda key: (len(key), key)):
@@ -165,8 +173,11 @@ class LiberoReader:
             for what, value in properties.items():
                 seen.setdefault(what, {}).setdefault(value, name)
             length = len(demo["actions"]) - _shift(private["image_timing"])
+            meta = {} if (success := hdf5.success(demo)) is None else {"success": success}
             private = {**private, "frame_size": next(iter(shapes.values()), None)}
-            episodes.append(EpisodeRef(name, relative, key, length, task, instruction, private=private))
+            episodes.append(
+                EpisodeRef(name, relative, key, length, task, instruction or _named(path), meta=meta, private=private)
+            )
         if not episodes:
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
         bad += faults
@@ -200,12 +211,12 @@ class LiberoReader:
         """Why an episode cannot be used, by its shapes alone."""
         obs = demo.get("obs")
         if "actions" not in demo or not isinstance(obs, h5py.Group):
-            yield "no actions or no obs"
+            yield f"no actions or no obs; it has {', '.join(hdf5.keys_below(demo)) or 'nothing'}"
             return
         cameras = self.cameras or _cameras(obs)
         keys = [*PROPRIO, *(f"{c}_rgb" for c in cameras or ["CAMERA"])]
         if missing := [f"obs/{key}" for key in keys if key not in obs]:
-            yield f"no {', '.join(missing)}"
+            yield f"no {', '.join(missing)}; obs has {', '.join(hdf5.keys_below(obs)) or 'nothing'}"
             return
         if demo["actions"].ndim != 2 or any(obs[key].ndim != 2 for key in PROPRIO):
             yield "actions and proprio must be (T, D)"
@@ -246,23 +257,21 @@ def _cameras(obs: h5py.Group) -> list[str]:
     return sorted(key.removesuffix("_rgb") for key in obs if key.endswith("_rgb"))
 
 
-def _json(attrs: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _rate(path: Path, data: h5py.Group) -> float:
+    kwargs = hdf5.read_json(data, "env_args").get("env_kwargs") or {}
+    said = data.attrs.get("rate_hz", kwargs.get("control_freq", DEFAULT_RATE_HZ) if isinstance(kwargs, dict) else None)
     try:
-        value = json.loads(attrs.get(key, "{}"))
+        return float(said)
     except (TypeError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        raise DataError(f"{path}: /data: neither rate_hz nor env_args.env_kwargs.control_freq is a number") from None
 
 
-def _rate(attrs: Mapping[str, Any]) -> float:
-    if "rate_hz" in attrs:
-        return float(attrs["rate_hz"])
-    return float(_json(attrs, "env_args").get("env_kwargs", {}).get("control_freq", DEFAULT_RATE_HZ))
+def _instruction(data: h5py.Group) -> str:
+    """What problem_info says."""
+    said = hdf5.read_json(data, "problem_info").get("language_instruction")
+    return " ".join(map(str, said)) if isinstance(said, list) else str(said or "")
 
 
-def _instruction(attrs: Mapping[str, Any], path: Path) -> str:
-    """From problem_info; else from the file's name, as LIBERO names its files by their instruction."""
-    said = _json(attrs, "problem_info").get("language_instruction")
-    if said:
-        return " ".join(said) if isinstance(said, list) else str(said)
+def _named(path: Path) -> str:
+    """The instruction in a file's name, as LIBERO names its files by it."""
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")

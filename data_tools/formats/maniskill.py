@@ -22,7 +22,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_tools.formats import hdf5
+from data_tools.formats import hdf5, remarks
+from data_tools.formats.declared import Orientation, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
@@ -44,23 +45,29 @@ class ManiskillReader:
     Args:
         src: A .h5 file or a folder, searched recursively.
         cameras: Cameras to convert (`obs/sensor_data/CAMERA/rgb`); all when omitted.
-        proprio: Keys below obs, side by side; agent/qpos and extra/tcp_pose, where they exist, when omitted.
+        proprio: Keys below obs, side by side; agent/qpos and extra/tcp_pose, where they exist, when omitted;
+            "none" for none.
         rate_hz: Steps per second; control_freq of the file's env_kwargs, else 20, when omitted.
         instruction: What the robot is to do; the environment's name in words when omitted.
-        success_only: Leave failed episodes out.
+        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
+            "rotated_180".
+        only_successful: Leave failed episodes out.
+        success_only: The older name of only_successful.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
-    proprio: Sequence[str] | None = None
+    proprio: Sequence[str] = ()  # not None, so that "none" can be said
     rate_hz: float | None = None
     instruction: str | None = None
+    image_orientation: Orientation | None = None
+    only_successful: bool = False
     success_only: bool = False
 
     def scan(self) -> Scan:
         src = Path(self.src)
         files = find_files(src, hdf5.SUFFIXES)
-        problems: list[str] = []
+        problems = orientation_problems(self.image_orientation)
         if self.rate_hz is not None and not float(self.rate_hz) > 0:
             problems.append(f"rate_hz: {self.rate_hz} must be positive")
         agreement = hdf5.Agreement()
@@ -82,8 +89,20 @@ class ManiskillReader:
             problems += [f"{p}: no pictures; replay it with --obs-mode rgb (mani_skill.trajectory)" for p in blind]
         if problems := problems + agreement.problems():
             raise DataError("\n".join(problems))
+        only = self.only_successful or self.success_only
+        episodes, notes = remarks.succeeded(episodes, only)
         if not episodes:
-            raise DataError(f"{src}: no usable episode" + (" that succeeded" if self.success_only else ""))
+            raise DataError(f"{src}: no usable episode" + (" that succeeded" if only else ""))
+        if not agreement["proprio keys"] and not self.proprio:
+            notes += remarks.no_proprio(agreement["numeric keys"])
+        if self.instruction is None:
+            names = ", ".join(sorted({e.instruction for e in episodes}))
+            notes.append(
+                f"instructions: ManiSkill has none; taken from the environment's name ({names}); give others with "
+                "--set instruction=TEXT or --instructions FILE.csv"
+            )
+        if blind:
+            notes.append(f"files: {len(blind)} without pictures left out: {', '.join(p.name for p in blind)}")
         used = [path for path in files if path not in blind]
         return Scan(
             episodes=episodes,
@@ -94,10 +113,12 @@ class ManiskillReader:
             proprio_dim=agreement["proprio dimensions"],
             options={
                 "proprio": list(agreement["proprio keys"]),
-                "success_only": self.success_only,
+                "only_successful": only,
+                "image_orientation": self.image_orientation,
                 "files_without_pictures": [hdf5.relative(src, p) for p in blind],
             },
             bad=bad,
+            notes=notes,
             frame_size=episodes[0].private["frame_size"],
         )
 
@@ -107,17 +128,19 @@ class ManiskillReader:
             group = file[episode.key]
             obs, actions = group["obs"], group["actions"][:]
             length = len(actions)
-            proprio = [obs[key][:length].reshape(length, -1) for key in self._proprio(obs)]
             return EpisodeData(
-                frames={c: hdf5.read_frames(path, d.name) for c, d in _cameras(obs, self.cameras).items()},
+                frames={
+                    camera: upright(hdf5.read_frames(path, images.name), self.image_orientation)
+                    for camera, images in _cameras(obs, self.cameras).items()
+                },
                 times=np.arange(length) / episode.private["rate_hz"],
                 actions=actions,
-                proprio=np.concatenate(proprio, axis=1) if proprio else np.zeros((length, 0), np.float32),
+                proprio=hdf5.columns(obs, self._proprio(obs), length),
                 pose=_pose(obs[POSE][:length]) if POSE in obs else None,
             )
 
     def _proprio(self, obs: h5py.Group) -> list[str]:
-        return list(self.proprio) if self.proprio is not None else [key for key in PROPRIO if key in obs]
+        return hdf5.chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(
         self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str]
@@ -128,9 +151,12 @@ class ManiskillReader:
             DataError: Nothing in this file can be used.
         """
         env, told = _read_json(path.with_suffix(".json"))
-        kwargs = env.get("env_kwargs") or {}
-        rate = self.rate_hz or (kwargs.get("sim_config") or {}).get("control_freq") or kwargs.get("control_freq")
-        rate = float(rate or CONTROL_HZ)
+        kwargs = _object(path, env, "env_kwargs")
+        rate = self.rate_hz or _object(path, kwargs, "sim_config").get("control_freq") or kwargs.get("control_freq")
+        try:
+            rate = float(rate or CONTROL_HZ)
+        except (TypeError, ValueError):
+            raise DataError(f"{path.with_suffix('.json')}: control_freq {rate!r:.60} is no number") from None
         env_id = str(env.get("env_id") or path.parent.name)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
@@ -142,8 +168,6 @@ class ManiskillReader:
                 faults.append(f"{id}: {fault}")
                 continue
             success = _success(group, meta)
-            if self.success_only and not success:
-                continue
             obs, actions = group["obs"], group["actions"]
             control_mode = str(meta.get("control_mode") or kwargs.get("control_mode"))
             cameras, proprio = _cameras(obs, self.cameras), self._proprio(obs)
@@ -153,6 +177,7 @@ class ManiskillReader:
                     "cameras": tuple(cameras),
                     "actions": action_spec(control_mode, _robot(kwargs), actions.shape[1], _version(group) or 3),
                     "proprio keys": tuple(proprio),
+                    **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
                     "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
                     "rates in Hz": rate,
                 },
@@ -228,6 +253,14 @@ def action_spec(control_mode: str, robot: str, dim: int, version: int) -> Action
     )
 
 
+def _object(path: Path, holder: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object of the .json beside a file; {} where there is none."""
+    value = holder.get(key) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"{path.with_suffix('.json')}: {key} {value!r:.60} is no JSON object")
+    return value
+
+
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """env_info, and each episode's own entry by its number."""
     try:
@@ -267,10 +300,9 @@ def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
-    said = meta.get("success", (meta.get("info") or {}).get("success"))
-    if said is None and isinstance(group.get("success"), h5py.Dataset) and len(group["success"]):
-        said = bool(group["success"][-1])
-    return None if said is None else bool(said)
+    about = meta.get("info")
+    said = meta.get("success", about.get("success") if isinstance(about, dict) else None)
+    return hdf5.success(group) if said is None else bool(said)
 
 
 def words(env_id: str) -> str:

@@ -34,6 +34,7 @@ class MetaworldReader(LiberoReader):
         image_timing: "before" or "after" the action, for files that do not say.
         image_orientation: "upright", "mirrored", "flipped_vertically" or "rotated_180", for
             files that do not say.
+        only_successful: Leave out demonstrations whose `success` is false.
     """
 
     def scan(self) -> Scan:

@@ -27,7 +27,11 @@ FORMATS: dict[str, tuple[str, str]] = {
     ),
     "robomimic": (
         "data_tools.formats.robomimic.RobomimicReader",
-        "robomimic's HDF5",
+        "robomimic's HDF5, also RoboCasa's and Isaac Lab's",
+    ),
+    "aloha": (
+        "data_tools.formats.aloha.AlohaReader",
+        "ALOHA's and ACT's HDF5: an episode a file, raw frames or JPEGs",
     ),
     "maniskill": (
         "data_tools.formats.maniskill.ManiskillReader",

@@ -31,8 +31,6 @@ IMAGE = "_image"
 POSE = ("robot0_eef_pos", "robot0_eef_quat")
 PROPRIO = (*POSE, "robot0_gripper_qpos")
 SPLITS = {"train": "train", "valid": "val"}
-#: What a demonstration's attribute or dataset of its outcome is called.
-SUCCESS = ("success", "is_success", "task_success")
 
 
 @dataclass
@@ -211,7 +209,7 @@ class RobomimicReader:
             if not proprio:
                 found.numeric = hdf5.numeric(obs)
             meta = {"env_name": task, "env_version": env.get("env_version", "")}
-            if (success := _success(demo)) is not None:
+            if (success := hdf5.success(demo)) is not None:
                 meta["success"] = success
             found.episodes.append(
                 EpisodeRef(
@@ -283,14 +281,6 @@ class _Found:
     bad: list[str] = field(default_factory=list)
     like_language: set[str] = field(default_factory=set)
     numeric: list[str] = field(default_factory=list)
-
-
-def _success(demo: h5py.Group) -> bool | None:
-    for name in SUCCESS:
-        for value in (demo.attrs.get(name), demo.get(name)):
-            if value is not None and (said := hdf5.flag(value)) is not None:
-                return said
-    return None
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:

@@ -125,6 +125,8 @@ def test_outcome_and_missing_metadata(tmp_path: Path) -> None:
     assert [e.length for e in scan.episodes] == [STEPS, STEPS]
     assert scan.episodes[1].private == scan.episodes[0].private
     assert len(DroidRawReader(tmp_path, success_only=True).scan().episodes) == 1
+    assert len(DroidRawReader(tmp_path, only_successful=True).scan().episodes) == 1
+    assert any("1 of 2 episodes failed, taken" in note for note in DroidRawReader(tmp_path).scan().notes)
 
 
 def test_broken_episodes(tmp_path: Path) -> None:

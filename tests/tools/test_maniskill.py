@@ -122,6 +122,48 @@ def test_faults_are_named(tmp_path: Path) -> None:
         assert text in str(error.value)
 
 
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5")
+    reader = ManiskillReader(path, image_orientation="rotated_180", proprio=["none"], only_successful=True)
+    scan = reader.scan()
+    assert [e.key for e in scan.episodes] == ["traj_0", "traj_1"]
+    assert (scan.proprio_dim, reader.read(scan.episodes[0]).proprio.shape) == (0, (7, 0))
+    with h5py.File(path, "a") as file:
+        for k in range(3):
+            del file[f"traj_{k}/obs/extra"], file[f"traj_{k}/obs/agent/qpos"]
+            file[f"traj_{k}/obs/agent/joints"] = np.zeros((LENGTHS[k] + 1, 9))
+    said = "\n".join(ManiskillReader(path).scan().notes)
+    for text in (
+        "1 of 3 episodes failed, taken",
+        "numeric ones are: agent/joints (9,)",
+        "environment's name (pick cube)",
+    ):
+        assert text in said
+    with pytest.raises(DataError, match="image_orientation: 'over' must be one of upright"):
+        ManiskillReader(path, image_orientation="over").scan()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("env_kwargs", [1]), ("sim_config", "x"), ("control_freq", "fast"), ("info", 3)]
+)
+def test_metadata_faults_name_file_and_field(tmp_path: Path, key: str, value: Any) -> None:
+    path = write(tmp_path / "a.h5")
+    told = json.loads(path.with_suffix(".json").read_text())
+    if key == "env_kwargs":
+        told["env_info"][key] = value
+    elif key == "info":
+        for episode in told["episodes"]:
+            episode[key] = value
+    else:
+        told["env_info"]["env_kwargs"][key] = value
+    path.with_suffix(".json").write_text(json.dumps(told))
+    if key == "info":  # `success` says it
+        assert len(ManiskillReader(path).scan().episodes) == 3
+        return
+    with pytest.raises(DataError, match=rf"a\.json: {key}"):
+        ManiskillReader(path).scan()
+
+
 def test_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pictures; replay it with --obs-mode rgb"):
         ManiskillReader(write(tmp_path / "trajectory.h5", images=None)).scan()
