@@ -14,7 +14,7 @@ from toy_policy import on_base, write_diffusion_recipe, write_policy_recipe
 
 Row = Mapping[str, str]
 STRATEGY = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
-_TIMEOUT = 300.0
+_TIMEOUT = 600.0  # torch.compile on a busy CPU
 
 #: Option → its values → what the recipe says of them. The first value says nothing.
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {

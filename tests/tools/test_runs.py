@@ -183,7 +183,7 @@ def test_an_episode_that_breaks_while_its_frames_are_read_is_skipped(tmp_path: P
         raw_file.write(b"\0" * 64)
     manifest, _ = convert("libero", path, tmp_path / "out", **OPTIONS)
     assert len(manifest.skipped) == 1
-    assert manifest.skipped[0].startswith("a/demo_1: agentview: cannot be read (")
+    assert manifest.skipped[0].startswith(f"a/demo_1: agentview: {path}: not a whole HDF5 file (")
     assert sum(split.episodes for split in manifest.splits.values()) == 2
 
 
