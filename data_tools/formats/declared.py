@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec, Frames
 from data_tools.images import decode
+from stamo_dist.errors import DataError
 
 Mode = Literal["delta", "absolute", "velocity", "other"]
 Orientation = Literal["upright", "mirrored", "flipped_vertically", "rotated_180"]
@@ -122,6 +123,88 @@ def declared_spec(
         gripper_closed=ends[1] if ends else 0.0,
     )
     return spec, problems
+
+
+class Declares(Protocol):
+    """The options of a format whose actions can be declared in full, besides their mode."""
+
+    rotation: Rotation | None
+    metres: float | None
+    radians: float | None
+    gripper: str | None
+    gripper_dim: int | None
+    pose_rotation: Rotation | None
+    rate_hz: float | None
+    image_orientation: Orientation | None
+
+
+def is_declared(asked: Declares) -> bool:
+    """Whether any option says what actions are, whatever the files say."""
+    return any(v is not None for v in (asked.rotation, asked.metres, asked.radians, asked.gripper, asked.gripper_dim))
+
+
+def declared_problems(asked: Declares, mode: Mode | None, option: str) -> list[str]:
+    """What is wrong with these options by their values alone; `option` is the one that says the mode."""
+    problems = orientation_problems(asked.image_orientation)
+    for name, value, kinds in (
+        (option, mode, Mode),
+        ("rotation", asked.rotation, Rotation),
+        ("pose_rotation", asked.pose_rotation, Rotation),
+    ):
+        if value is not None and value not in get_args(kinds):
+            problems.append(f"{name}: {value!r} must be one of {', '.join(get_args(kinds))}")
+    for name, number in (("rate_hz", asked.rate_hz), ("metres", asked.metres), ("radians", asked.radians)):
+        if number is not None and not float(number) > 0:
+            problems.append(f"{name}: {number} must be positive")
+    if asked.gripper is not None:
+        parse_gripper(asked.gripper, problems)
+    if is_declared(asked) and mode not in (None, "other"):
+        needed = {"rotation": asked.rotation, "gripper": asked.gripper}
+        problems += [
+            f"{option}: {mode}, declared, also needs {name} (gripper: OPEN,CLOSED or absent)"
+            for name, value in needed.items()
+            if value is None
+        ]
+    return problems
+
+
+def declare(asked: Declares, mode: Mode | None, name: str, dim: int) -> ActionSpec:
+    """What an action of `dim` dimensions means, as declared.
+
+    Raises:
+        DataError: It does not fit.
+    """
+    spec, problems = declared_spec(
+        name,
+        dim,
+        mode=mode or "other",
+        rotation=asked.rotation or "rotvec",
+        metres=asked.metres or 1.0,
+        radians=asked.radians or 1.0,
+        gripper=None if asked.gripper is None else parse_gripper(asked.gripper, []),
+        gripper_dim=asked.gripper_dim,
+    )
+    if problems:
+        raise DataError("; ".join(problems))
+    return spec
+
+
+def beyond(spec: ActionSpec | None) -> list[str]:
+    """A note where dimensions follow the motion and the gripper, which `action` then lacks."""
+    if spec is None or spec.mode == "other":
+        return []
+    rest = spec.dim - 1 - max(*spec.rotation, *spec.translation, spec.gripper or 0)
+    return [f"actions: the last {rest} of {spec.dim} dimensions are only in original_action"] if rest else []
+
+
+def settle_gripper(asked: Declares, actions: np.ndarray) -> np.ndarray:
+    """The actions (T, A), a gripper that was declared relative made absolute."""
+    if asked.gripper != "relative":
+        return actions
+    settled = np.array(actions)
+    at = actions.shape[1] - 1 if asked.gripper_dim is None else asked.gripper_dim
+    settled[:, at] = absolute_gripper(actions[:, at])
+    return settled
 
 
 def absolute_gripper(relative: np.ndarray) -> np.ndarray:

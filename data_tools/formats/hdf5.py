@@ -12,14 +12,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_tools.formats.source import Frames
+from data_tools.formats.source import Frames, in_runs
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".hdf5", ".h5")
 #: What an episode's attribute or dataset of its outcome is called.
 SUCCESS = ("success", "is_success", "task_success")
-#: Frames read at once, at least: a compressed chunk often holds several, and would be unpacked again for each.
-RUN = 32
 
 
 @contextmanager
@@ -43,14 +41,7 @@ def read_frames(path: Path, name: str) -> Frames:
 
     def frames(indices: Sequence[int]) -> Iterator[np.ndarray]:
         with open_file(path) as file:
-            images = file[name]
-            run = images.chunks[0] * -(-RUN // images.chunks[0]) if images.chunks else RUN
-            block, start = images[:0], 0
-            for i in indices:
-                if not start <= i < start + len(block):
-                    start = i - i % run
-                    block = images[start : start + run]
-                yield block[i - start]
+            yield from in_runs(file[name], indices)
 
     return frames
 

@@ -19,10 +19,18 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
-from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
+from data_tools.formats.declared import (
+    Mode,
+    Orientation,
+    beyond,
+    declared_problems,
+    is_declared,
+    settle_gripper,
+    upright,
+)
 from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
-from data_tools.formats.robomimic_actions import check_options, check_range, is_declared, settle_actions
+from data_tools.formats.robomimic_actions import check_range, settle_actions
 from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
@@ -86,7 +94,7 @@ class RobomimicReader:
     def scan(self) -> Scan:
         src = Path(self.src)
         files = find_files(src, hdf5.SUFFIXES)
-        problems = check_options(self)
+        problems = self._check_options()
         agreement = hdf5.Agreement()
         found = _Found()
         for path in files:
@@ -104,10 +112,7 @@ class RobomimicReader:
             notes += remarks.no_proprio(found.numeric)
         if spec.unstated:
             notes.append(f"actions: {spec.text}, the gripper too; to say what they are give {spec.unstated}")
-        elif spec.mode != "other" and (
-            beyond := spec.dim - 1 - max(*spec.rotation, *spec.translation, spec.gripper or 0)
-        ):
-            notes.append(f"actions: the last {beyond} of {spec.dim} dimensions are only in original_action")
+        notes += beyond(spec)
         return Scan(
             episodes=episodes,
             files=files,
@@ -133,9 +138,6 @@ class RobomimicReader:
             obs = demo["obs"]
             length = len(demo[self._action_keys()[0]])
             actions = hdf5.columns(demo, self._action_keys(), length)
-            if self.gripper == "relative":
-                at = actions.shape[1] - 1 if self.gripper_dim is None else self.gripper_dim
-                actions[:, at] = absolute_gripper(actions[:, at])
             pose = hdf5.chosen(self.pose, POSE, obs)
             return EpisodeData(
                 frames={
@@ -143,13 +145,19 @@ class RobomimicReader:
                     for camera, key in _cameras(obs, self.cameras).items()
                 },
                 times=np.arange(length) / episode.private["rate_hz"],
-                actions=actions,
+                actions=settle_gripper(self, actions),
                 proprio=hdf5.columns(obs, self._proprio(obs), length),
                 pose=pose_vectors(hdf5.columns(obs, pose, length), self.pose_rotation or "quat_xyzw")
                 if pose and (self.pose or len(pose) == len(POSE))
                 else None,
                 instructions=find_texts([demo, obs]) if episode.private["by_step"] else None,
             )
+
+    def _check_options(self) -> list[str]:
+        problems = declared_problems(self, self.action, "action")
+        if self.action == "velocity" and not is_declared(self):
+            problems.append("action: velocity also needs rotation and gripper, and their units")
+        return problems
 
     def _action_keys(self) -> list[str]:
         return list(self.action_keys) or ["actions"]

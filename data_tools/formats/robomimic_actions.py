@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
-from data_tools.formats.declared import Mode, declared_spec, orientation_problems, parse_gripper
-from data_tools.formats.rotations import Rotation
+from data_tools.formats.declared import declare, is_declared
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
@@ -20,38 +19,10 @@ if TYPE_CHECKING:
 
 #: Normalised actions may exceed ±1 by rounding.
 NORMALISED = 1.0 + 1e-3
-#: Options that say what actions are, whatever env_args say.
-DECLARED = ("rotation", "metres", "radians", "gripper", "gripper_dim")
 HOW = (
     "--set action=delta --set rotation=rotvec --set metres=0.05 --set radians=0.5 --set gripper=-1,1 (gripper_dim=6 "
     "where more dimensions follow)"
 )
-
-
-def check_options(asked: RobomimicReader) -> list[str]:
-    """What is wrong with the options, by their values alone."""
-    problems = orientation_problems(asked.image_orientation)
-    for option, kinds in (("action", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):
-        if (value := getattr(asked, option)) is not None and value not in get_args(kinds):
-            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(kinds))}")
-    for option in ("rate_hz", "metres", "radians"):
-        if (value := getattr(asked, option)) is not None and not float(value) > 0:
-            problems.append(f"{option}: {value} must be positive")
-    if asked.gripper is not None:
-        parse_gripper(asked.gripper, problems)
-    if is_declared(asked) and asked.action not in (None, "other"):
-        problems += [
-            f"action: {asked.action}, declared, also needs {option} (gripper: OPEN,CLOSED or absent)"
-            for option in ("rotation", "gripper")
-            if getattr(asked, option) is None
-        ]
-    if asked.action == "velocity" and not is_declared(asked):
-        problems.append("action: velocity also needs rotation, gripper and their units")
-    return problems
-
-
-def is_declared(asked: RobomimicReader) -> bool:
-    return any(getattr(asked, option) is not None for option in DECLARED)
 
 
 def settle_actions(asked: RobomimicReader, env: Mapping[str, Any], dim: int) -> ActionSpec:
@@ -62,19 +33,7 @@ def settle_actions(asked: RobomimicReader, env: Mapping[str, Any], dim: int) -> 
     """
     if not is_declared(asked):
         return action_spec(env, dim, asked.action)
-    spec, problems = declared_spec(
-        " + ".join(asked.action_keys) or "actions",
-        dim,
-        mode=asked.action or "other",
-        rotation=asked.rotation or "rotvec",
-        metres=asked.metres or 1.0,
-        radians=asked.radians or 1.0,
-        gripper=None if asked.gripper is None else parse_gripper(asked.gripper, []),
-        gripper_dim=asked.gripper_dim,
-    )
-    if problems:
-        raise DataError("; ".join(problems))
-    return spec
+    return declare(asked, asked.action, " + ".join(asked.action_keys) or "actions", dim)
 
 
 def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> ActionSpec:

@@ -6,7 +6,7 @@ convention, no-ops dropped, a split) is the driver's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +19,10 @@ from stamo_dist.errors import DataError
 #: Given increasing frame numbers of an episode, these frames in order: upright RGB (H, W, 3) uint8, or an encoded image
 #: (JPEG, PNG, …) as bytes, which must be upright too. It decodes what it is asked for, lazily.
 Frames = Callable[[Sequence[int]], Iterable[np.ndarray | bytes]]
+
+
+#: Rows read at once, at least: a compressed chunk often holds several, and would be unpacked again for each.
+RUN = 32
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,18 @@ class Reader(Protocol):
 def pick(frames: np.ndarray) -> Frames:
     """Frames that are in memory already, (T, H, W, 3)."""
     return lambda indices: (frames[i] for i in indices)
+
+
+def in_runs(rows: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Rows of a stored array (HDF5, zarr) at increasing indices, read in runs of whole chunks."""
+    chunk = rows.chunks[0] if rows.chunks else 1
+    run = chunk * -(-RUN // chunk)
+    block, start = np.empty(0), 0
+    for i in indices:
+        if not start <= i < start + len(block):
+            start = i - i % run
+            block = rows[start : start + run]
+        yield block[i - start]
 
 
 def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
