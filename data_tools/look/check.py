@@ -19,6 +19,7 @@ from data_tools.look.check_shard import Extreme, Looked, Task, as_entries, look
 from data_tools.look.check_table import Table
 from data_tools.look.columns import INDEX, IndexedShard
 from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
+from data_tools.look.sketch import RELATIVE_ERROR
 from data_tools.look.stats import Sums, merge
 from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
@@ -200,7 +201,8 @@ class _Check:
         scale = np.where(scale > 0, scale, moments.std)
         if self.manifest.gripper is not None:
             scale[self.manifest.gripper] = np.inf
-        far = OUTLIER_SCALES * scale
+        # A bin is no finer, so that a dimension which stands still has no outliers.
+        far = np.maximum(OUTLIER_SCALES * scale, 2 * RELATIVE_ERROR * np.abs(median))
         counts = quantiles.outside(median - far, median + far)
         names = dimension_names(self.manifest, "action")
         for d in np.flatnonzero(counts).tolist():
