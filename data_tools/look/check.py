@@ -92,6 +92,7 @@ class _Check:
     def run(self, split: str | None, processes: int | None, quiet: bool) -> None:
         """Fill the report."""
         splits = [split] if split else list(self.manifest.splits)
+        self.report.unseen = list(_unseen(self.manifest, splits))
         if not splits or not self.manifest.cameras:
             self.report.add([Finding("manifest", ERROR, "lists no splits or no cameras", shard=MANIFEST)])
             return
@@ -240,6 +241,17 @@ class _Check:
             if table.whole:
                 found |= {(split, row.start): row.id for row in table.rows() if (split, row.start) in wanted}
         return found
+
+
+def _unseen(manifest: Manifest, splits: list[str]) -> Iterator[str]:
+    """What no check of these splits tells."""
+    yield "whether frames, actions and instructions are those of the dataset it was converted from"
+    if others := [split for split in manifest.splits if split not in splits]:
+        yield f"split {', '.join(others)}"
+    if manifest.proprio_dim:
+        yield "outliers of the proprioception"
+    if manifest.skipped:
+        yield f"{len(manifest.skipped)} episodes that were skipped while converting"
 
 
 def _furthest(extremes: list[Extreme]) -> list[Extreme]:

@@ -266,4 +266,8 @@ def test_processes_find_the_same_and_json_has_it_all(good: Path, tmp_path: Path)
     assert result.exit_code == 1
     said = json.loads(out.read_text())
     assert (said["errors"], said["findings"][0]["frame"]) == (1, 5)
+    assert "error number: 1 (actions, proprio and times are finite)\n  " in result.stdout
     assert "frame 5: action is NaN or infinite" in result.stdout.replace("\n", " ")
+    assert "not looked at: whether frames, actions and instructions are those of the dataset" in result.stdout
+    assert said["unseen"] == alone.unseen == look(source).unseen
+    assert "split val" in look(source, split="train").unseen
