@@ -25,7 +25,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.declared import Orientation, orientation_problems, upright
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, walk
 from stamo_dist.errors import DataError
 
 CAMERAS = ("ext1", "ext2", "wrist")
@@ -120,7 +120,7 @@ class DroidRawReader:
         src = Path(self.src)
         if problems := self._check_options():
             raise DataError("\n".join(problems))
-        if not (found := sorted(src.rglob(TRAJECTORY))):
+        if not (found := [p for p in walk(src) if p.name == TRAJECTORY]):
             raise DataError(f"{src}: no {TRAJECTORY} in this folder: not DROID's raw layout")
         said = self._annotations()
         episodes: list[EpisodeRef] = []

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.formats.lerobot_meta import check_lfs, read_lines, seconds, walk, whole
+from data_tools.formats.lerobot_meta import read_lines, seconds, whole
+from data_tools.formats.source import check_lfs, walk
 from stamo_dist.errors import DataError
 
 _NUMBER = re.compile(r"episode_(\d+)\.\w+$|chunk-(\d+)/(?:.*/)?file-(\d+)\.\w+$")

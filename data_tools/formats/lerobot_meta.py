@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.source import check_lfs
 from stamo_dist.errors import DataError
-
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -108,19 +106,6 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 (byte {data[e.start]:#x}); save the file as UTF-8") from e
 
 
-def check_lfs(path: Path) -> None:
-    """Raises:
-    DataError: The file is only Git LFS's pointer to it.
-    """
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(len(_LFS)) == _LFS
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror})") from e
-    if pointer:
-        raise DataError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in the dataset")
-
-
 def whole(value: Any, where: str) -> int:
     """A whole number; also as text, or alone in a list.
 
@@ -143,21 +128,6 @@ def seconds(value: Any, where: str) -> float:
     if number is None:
         raise DataError(f"{where}: must be a number of seconds, not {_shown(value)}")
     return number
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """Files below a folder, sorted, hidden ones left out; linked folders are followed once."""
-    seen: set[str] = set()
-    found: list[Path] = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder) / name for name in files if not name.startswith(".")]
-    return iter(sorted(found))
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import numpy as np
 
 from data_tools.formats.decode import VideoInfo, probe, video_frames
 from data_tools.formats.lerobot_files import Listed, Window
-from data_tools.formats.lerobot_meta import check_lfs
-from data_tools.formats.source import Frames
+from data_tools.formats.source import Frames, check_lfs
 from stamo_dist.errors import DataError
 
 #: Share of a frame's period by which a row's time may miss its frame's: rounding, not another frame.

@@ -6,6 +6,7 @@ convention, no-ops dropped, a split) is the driver's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 
 from data_tools.formats.rotations import Rotation
 from stamo_dist.errors import DataError
+
+_LFS = b"version https://git-lfs"
 
 #: Given increasing frame numbers of an episode, these frames in order: upright RGB (H, W, 3) uint8, or an encoded image
 #: (JPEG, PNG, …) as bytes, which must be upright too. It decodes what it is asked for, lazily.
@@ -142,18 +145,61 @@ def in_runs(rows: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
         yield block[i - start]
 
 
-def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
-    """`src` itself if it is a file, else the files below it with one of these suffixes, sorted, hidden ones left out.
+def walk(root: Path) -> Iterator[Path]:
+    """Files below a folder, sorted, hidden ones left out; each folder once, linked ones too, by its own path if it can.
 
     Raises:
-        DataError: There is none.
+        DataError: A folder cannot be listed.
     """
-    if src.is_file():
-        return [src]
-    if not src.is_dir():
+    seen: set[str] = set()
+    found: list[Path] = []
+    todo = [str(root)]
+    while todo:  # links come after the folders that are there in their own right
+        for folder, folders, files in os.walk(todo.pop(0), onerror=_cannot_list):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            todo += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+            found += [Path(folder) / name for name in files if not name.startswith(".")]
+    return iter(sorted(found))
+
+
+def _cannot_list(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a folder that is not there has no files
+        raise DataError(f"{error.filename}: cannot be listed: {error.strerror or error}") from error
+
+
+def check_lfs(path: Path) -> None:
+    """Raises:
+    DataError: The file is only Git LFS's pointer to it, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_LFS)) == _LFS
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from e
+    if pointer:
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in the dataset")
+
+
+def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
+    """`src` itself if it is a file, else the files below it with one of these suffixes, as `walk` finds them.
+
+    Raises:
+        DataError: There is none, one is a Git LFS pointer or a link to nothing, or a folder cannot be listed.
+    """
+    if not src.is_file() and not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
-    found = (p for p in src.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(src).parts))
+    files = [src] if src.is_file() else [p for p in walk(src) if p.suffix.lower() in suffixes and not p.is_dir()]
     if not files:
         raise DataError(f"{src}: no {' or '.join(suffixes)} file in this folder")
+    for path in files:
+        if not path.exists():
+            raise DataError(
+                f"{path}: a link to {os.readlink(path)}, which is not there; bring it back or remove the link"
+            )
+        check_lfs(path)
     return files

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats import tfrecord
+from data_tools.formats.source import walk
 from stamo_dist.errors import DataError
 
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -97,7 +98,7 @@ def open_dataset(src: Path) -> Dataset:
     """
     if not src.is_dir():
         raise DataError(f"{src}: no such folder; give a TFDS folder, NAME/VERSION, with {INFO}")
-    folders = [src] if (src / INFO).is_file() else sorted(p.parent for p in src.rglob(INFO))
+    folders = [src] if (src / INFO).is_file() else [p.parent for p in walk(src) if p.name == INFO]
     if not folders:
         raise DataError(f"{src}: no {INFO} here or below: not a TFDS folder")
     if len(folders) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -11,12 +12,14 @@ from typing import Literal
 import numpy as np
 
 from data_tools.formats.decode import VideoInfo, probe, video_frames
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files
+from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
 from data_tools.formats.video_segments import Segment, read_labels, read_table
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+#: Suffixes of moving pictures that are not read.
+OTHERS = (".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob", ".gif", ".apng")
 #: Seconds by which a segment may exceed its video; it is cut there.
 END_TOLERANCE = 0.5
 
@@ -77,6 +80,11 @@ class VideoReader:
                 "left_out_as_video_not_there": len(absent),
                 "rates_hz": dict(zip(("min", "median", "max"), shelf.rates, strict=True)),
             },
+            notes=[
+                *self._unread(),
+                *self._short([s for s, part in known if part.frames < self.min_frames]),
+                *_absent(absent),
+            ],
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
@@ -88,6 +96,23 @@ class VideoReader:
     def root(self) -> Path:
         """The folder that paths are relative to."""
         return self.src if self.src.is_dir() else self.src.parent
+
+    def _unread(self) -> list[str]:
+        """A note on the videos below `src` whose suffix is none of SUFFIXES."""
+        if self.src.is_file():
+            return []
+        counts = Counter(suffix for path in walk(self.src) if (suffix := path.suffix.lower()) in OTHERS)
+        said = ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items()))
+        return [f"left out: {said} (read are {', '.join(SUFFIXES)}; convert them, e.g. with ffmpeg)"] if said else []
+
+    def _short(self, segments: Sequence[Segment]) -> list[str]:
+        """A note on the segments that have fewer than `min_frames` frames."""
+        if not segments:
+            return []
+        return [
+            f"left out: {len(segments)} shorter than {self.min_frames} frames (--set min_frames=1 takes them): "
+            f"{_few(segments)}"
+        ]
 
     def _check_options(self) -> None:
         problems = []
@@ -215,6 +240,18 @@ class _Shelf:
             return _Place(_Part(path, None, None, info.frames))
         frames = round(((end or info.seconds) - segment.start) * info.rate_hz)
         return _Place(_Part(path, segment.start, end, frames))
+
+
+def _absent(segments: Sequence[Segment]) -> list[str]:
+    """A note on the segments whose video is not there."""
+    if not segments:
+        return []
+    return [f"left out: {len(segments)} annotated segments whose video is not there: {_few(segments)}"]
+
+
+def _few(segments: Sequence[Segment], shown: int = 3) -> str:
+    rest = len(segments) - shown
+    return ", ".join(s.id or s.where for s in segments[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _check_rows(placed: Sequence[tuple[Segment, _Place]]) -> None:

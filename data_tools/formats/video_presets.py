@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.source import walk
 from data_tools.formats.video_segments import Segment, around, read_json, read_table, split_of
 from stamo_dist.errors import DataError
 
@@ -43,7 +44,7 @@ def ssv2(given: Given) -> Listing:
 
     A list has {id, label, template, placeholders}; those of the test split have only the id.
     """
-    lists = list(given.annotations) or sorted(given.src.rglob("*something-v2-*.json"))
+    lists = list(given.annotations) or [p for p in walk(given.src) if p.match("*something-v2-*.json")]
     if not lists:
         raise DataError(_MISSING.format(given.src, "something-something-v2-train.json or -validation.json"))
     segments: list[Segment] = []
@@ -278,7 +279,8 @@ def _parts(whole: Segment, about: Iterable[Mapping[str, Any]], path: Path, windo
 
 
 def _found(src: Path, names: Sequence[str]) -> list[Path]:
-    return [path for name in names for path in sorted(src.rglob(name))]
+    files = list(walk(src))
+    return [path for name in names for path in files if path.match(name)]
 
 
 PRESETS: dict[str, Callable[[Given], Listing]] = {

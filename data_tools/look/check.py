@@ -19,6 +19,7 @@ from data_tools.look.check_shard import Extreme, Looked, Task, as_entries, look
 from data_tools.look.check_table import Table
 from data_tools.look.columns import INDEX, IndexedShard
 from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
+from data_tools.look.sketch import RELATIVE_ERROR
 from data_tools.look.stats import Sums, merge
 from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
@@ -91,6 +92,7 @@ class _Check:
     def run(self, split: str | None, processes: int | None, quiet: bool) -> None:
         """Fill the report."""
         splits = [split] if split else list(self.manifest.splits)
+        self.report.unseen = list(_unseen(self.manifest, splits))
         if not splits or not self.manifest.cameras:
             self.report.add([Finding("manifest", ERROR, "lists no splits or no cameras", shard=MANIFEST)])
             return
@@ -200,7 +202,8 @@ class _Check:
         scale = np.where(scale > 0, scale, moments.std)
         if self.manifest.gripper is not None:
             scale[self.manifest.gripper] = np.inf
-        far = OUTLIER_SCALES * scale
+        # A bin is no finer, so that a dimension which stands still has no outliers.
+        far = np.maximum(OUTLIER_SCALES * scale, 2 * RELATIVE_ERROR * np.abs(median))
         counts = quantiles.outside(median - far, median + far)
         names = dimension_names(self.manifest, "action")
         for d in np.flatnonzero(counts).tolist():
@@ -238,6 +241,17 @@ class _Check:
             if table.whole:
                 found |= {(split, row.start): row.id for row in table.rows() if (split, row.start) in wanted}
         return found
+
+
+def _unseen(manifest: Manifest, splits: list[str]) -> Iterator[str]:
+    """What no check of these splits tells."""
+    yield "whether frames, actions and instructions are those of the dataset it was converted from"
+    if others := [split for split in manifest.splits if split not in splits]:
+        yield f"split {', '.join(others)}"
+    if manifest.proprio_dim:
+        yield "outliers of the proprioception"
+    if manifest.skipped:
+        yield f"{len(manifest.skipped)} episodes that were skipped while converting"
 
 
 def _furthest(extremes: list[Extreme]) -> list[Extreme]:

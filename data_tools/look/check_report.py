@@ -69,6 +69,7 @@ class Report:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # check → severity → findings
     looked: dict[str, int] = field(default_factory=dict)  # what → how many were looked at
     total: dict[str, int] = field(default_factory=dict)  # what → how many there are
+    unseen: list[str] = field(default_factory=list)  # what this run could not, or was not asked to, look at
     unchanged: int = 0  # shards that were verified before
 
     def add(self, findings: Iterable[Finding]) -> None:
@@ -120,7 +121,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def print_report(report: Report) -> None:
-    """A table of the checks, then the first findings of each."""
+    """A table of the checks, then of each kind of finding how many there are and the first ones."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -138,18 +139,21 @@ def print_report(report: Report) -> None:
             check, what, f"[red]{errors}[/]" if errors else "–", f"[yellow]{warnings}[/]" if warnings else "–"
         )
     console.print(table)
-    for check in CHECKS:
+    for check, what in CHECKS.items():
         for severity, colour in ((ERROR, "red"), (WARNING, "yellow")):
             found = [f for f in report.findings if (f.check, f.severity) == (check, severity)]
+            if found:
+                console.print(f"[{colour}]{severity}[/] {check}: {report.counts[check][severity]} ({what})")
             for finding in found[:PRINTED]:
-                text = f"{escape(finding.where(report.source))}: {escape(finding.text)}"
-                console.print(f"[{colour}]{severity}[/] {check}: {text}")
+                console.print(f"  {escape(finding.where(report.source))}: {escape(finding.text)}")
             shown = sum(finding.count for finding in found[:PRINTED])
             if found and (rest := report.counts[check][severity] - shown):
-                console.print(f"  … and {rest} more of {check}")
+                console.print(f"  … and {rest} more")
     if report.total:
         sampled = " (sampled: --fast)" if report.fast else ""
         console.print(f"looked at{sampled}: {report.shares()}")
+    for unseen in report.unseen:
+        console.print(f"not looked at: {escape(unseen)}")
     if report.unchanged:
         console.print(f"{report.unchanged} shards were verified before and have not changed since")
     verdict = f"{report.number(ERROR)} errors, {report.number(WARNING)} warnings"

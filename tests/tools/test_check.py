@@ -234,6 +234,17 @@ def test_a_wrong_dimension_is_an_error(copy: Path) -> None:
     assert "ndarray:float32:8" in finding.text
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_a_dimension_that_stands_still_has_no_outliers(good: Path, tmp_path: Path, noise: float) -> None:
+    def still(samples: Samples) -> Samples:
+        for n, sample in enumerate(samples):
+            sample["action"] = np.append(np.float32(0.3 + noise * (n == 5)), sample["action"][1:])
+        return samples
+
+    report = look(remake(good, tmp_path / "libero", still, splits=("train", "val")))
+    assert found(report, "action", WARNING) == []
+
+
 def test_fast_looks_at_some_frames_of_every_episode_and_says_how_many(good: Path, tmp_path: Path) -> None:
     source = remake(good, tmp_path / "libero", freeze)
     report = look(source, fast=True)
@@ -255,4 +266,8 @@ def test_processes_find_the_same_and_json_has_it_all(good: Path, tmp_path: Path)
     assert result.exit_code == 1
     said = json.loads(out.read_text())
     assert (said["errors"], said["findings"][0]["frame"]) == (1, 5)
+    assert "error number: 1 (actions, proprio and times are finite)\n  " in result.stdout
     assert "frame 5: action is NaN or infinite" in result.stdout.replace("\n", " ")
+    assert "not looked at: whether frames, actions and instructions are those of the dataset" in result.stdout
+    assert said["unseen"] == alone.unseen == look(source).unseen
+    assert "split val" in look(source, split="train").unseen

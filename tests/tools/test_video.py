@@ -53,6 +53,35 @@ def test_a_folder_of_mixed_videos(tmp_path: Path) -> None:
         reader.scan()
 
 
+def test_linked_folders_are_followed_once_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    film(tmp_path / "elsewhere/a.mp4", 20)
+    film(tmp_path / "raw/y/b.mp4", 24)
+    film(tmp_path / "raw/one.mp4", 1)
+    (tmp_path / "raw/kitchen").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "raw")  # a cycle
+    (tmp_path / "raw/alias").symlink_to("y")  # there already, by its own name
+    for name in ("c.GIF", "d.mpg", "e.mpg"):
+        put(tmp_path / "raw" / name, "x")
+    scan = VideoReader(tmp_path / "raw").scan()
+    assert [(e.id, e.length) for e in scan.episodes] == [("kitchen/a.mp4", 20), ("y/b.mp4", 24)]
+    assert scan.notes == [
+        "left out: 1 .gif, 2 .mpg (read are .mp4, .webm, .mkv, .avi, .mov; convert them, e.g. with ffmpeg)",
+        "left out: 1 shorter than 2 frames (--set min_frames=1 takes them): one.mp4",
+    ]
+    assert [e.id for e in VideoReader(tmp_path / "raw", min_frames=1).scan().episodes][-2:] == ["one.mp4", "y/b.mp4"]
+
+
+def test_videos_that_are_not_there_yet_are_named(tmp_path: Path) -> None:
+    film(tmp_path / "raw/a.mp4", 20)
+    put(tmp_path / "raw/b.mp4", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match=r"b\.mp4: a Git LFS pointer.*run `git lfs pull`"):
+        VideoReader(tmp_path / "raw").scan()
+    (tmp_path / "raw/b.mp4").unlink()
+    (tmp_path / "raw/b.mp4").symlink_to("../blobs/b")
+    with pytest.raises(DataError, match=r"b\.mp4: a link to \.\./blobs/b, which is not there"):
+        VideoReader(tmp_path / "raw").scan()
+
+
 SEGMENTS = """video,start,end,text,id,split,subject
 a.mp4,00:00:00.5,1.0,lift the cup,first,train,7
 deep/b,0.25,,drop it,,val,
