@@ -37,6 +37,10 @@ FORMATS: dict[str, tuple[str, str]] = {
         "data_tools.formats.maniskill.ManiskillReader",
         "ManiSkill's HDF5 with its JSON",
     ),
+    "zarr": (
+        "data_tools.formats.replay_buffer.ReplayBufferReader",
+        "ReplayBuffers of Diffusion Policy and UMI: .zarr and .zarr.zip",
+    ),
     "rlds": (
         "data_tools.formats.rlds.RldsReader",
         "RLDS (TFDS): Bridge, DROID, Open X-Embodiment; needs no TensorFlow",
