@@ -71,7 +71,7 @@ lint: $(VENV)/.installed
 test: $(VENV)/.installed opengl slurm lint
 	$(BIN)/python -m pytest
 
-# Every stage, strategy, kind and pair of options from start to end; about two hours, and another start goes on.
+# Every stage, strategy, kind and pair of options from start to end; hours, and another start goes on.
 MATRIX ?= runs/matrix
 test-matrix: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python tests/journeys/matrix.py $(MATRIX)

@@ -49,7 +49,7 @@ def choose(
         slices = _modality(root, option, features)
         if unknown := [name for name in names if name not in features and name not in slices]:
             known = [*features, *slices]
-            hint = did_you_mean(unknown[0], known) or "choose among them, or none"
+            hint = did_you_mean(unknown[0], known) or "choose among these, or none."
             raise DataError(f"{option}: no feature {', '.join(unknown)}; {hint} There is: {', '.join(known)}")
         return [slices[n] if n in slices else Part(features[n], 0, features[n].size) for n in names]
     if found := next((name for name in DEFAULTS[option] if name in features), None):
