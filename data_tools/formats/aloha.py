@@ -21,7 +21,7 @@ import numpy as np
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.declared import Orientation, orientation_problems, upright
 from data_tools.formats.hdf5_language import find_texts, like_language
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, find_files
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, find_files
 from data_tools.images import decode
 from stamo_dist.errors import DataError
 
@@ -127,8 +127,8 @@ class AlohaReader:
                     for c in self._cameras(file)
                 },
                 times=np.arange(length) / float(self.rate_hz or RATE_HZ),
-                actions=hdf5.columns(file, self._keys(file), length),
-                proprio=hdf5.columns(file, self._proprio(file), length),
+                actions=columns(file, self._keys(file), length),
+                proprio=columns(file, self._proprio(file), length),
                 instructions=find_texts([file]) if episode.private["by_step"] else None,
             )
 
@@ -141,10 +141,10 @@ class AlohaReader:
         return problems
 
     def _keys(self, file: h5py.File) -> list[str]:
-        return hdf5.chosen(self.action or ("action",), (), file)
+        return chosen(self.action or ("action",), (), file)
 
     def _proprio(self, file: h5py.File) -> list[str]:
-        return hdf5.chosen(self.proprio, ("observations/qpos",), file)
+        return chosen(self.proprio, ("observations/qpos",), file)
 
     def _cameras(self, file: h5py.File) -> list[str]:
         return list(self.cameras or sorted(file.get(IMAGES) or ()))

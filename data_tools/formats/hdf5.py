@@ -136,20 +136,6 @@ def numeric(group: h5py.Group) -> list[str]:
     return found
 
 
-def columns(group: h5py.Group, keys: Sequence[str], length: int) -> np.ndarray:
-    """The first `length` rows of datasets side by side, (length, D); D = 0 without keys."""
-    parts = [group[key][:length].reshape(length, -1) for key in keys]
-    return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
-
-
-def chosen(asked: Sequence[str], usual: Sequence[str], group: h5py.Group) -> list[str]:
-    """The keys of an option: as asked ("none": none), else those of the usual ones that are there."""
-    keys = [asked] if isinstance(asked, str) else list(asked or ())
-    if not keys:
-        return [key for key in usual if key in group]
-    return [] if keys == ["none"] else keys
-
-
 def relative(src: Path, path: Path) -> str:
     """`path` below `src`, which may be the file itself."""
     return path.relative_to(src).as_posix() if src.is_dir() else path.name

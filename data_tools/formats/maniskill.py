@@ -24,7 +24,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.declared import Orientation, orientation_problems, upright
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
 #: Version → where its pictures are, below obs.
@@ -135,12 +135,12 @@ class ManiskillReader:
                 },
                 times=np.arange(length) / episode.private["rate_hz"],
                 actions=actions,
-                proprio=hdf5.columns(obs, self._proprio(obs), length),
+                proprio=columns(obs, self._proprio(obs), length),
                 pose=_pose(obs[POSE][:length]) if POSE in obs else None,
             )
 
     def _proprio(self, obs: h5py.Group) -> list[str]:
-        return hdf5.chosen(self.proprio, PROPRIO, obs)
+        return chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(
         self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str]

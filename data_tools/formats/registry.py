@@ -37,6 +37,10 @@ FORMATS: dict[str, tuple[str, str]] = {
         "data_tools.formats.maniskill.ManiskillReader",
         "ManiSkill's HDF5 with its JSON",
     ),
+    "zarr": (
+        "data_tools.formats.replay_buffer.ReplayBufferReader",
+        "ReplayBuffers of Diffusion Policy and UMI: .zarr and .zarr.zip",
+    ),
     "rlds": (
         "data_tools.formats.rlds.RldsReader",
         "RLDS (TFDS): Bridge, DROID, Open X-Embodiment; needs no TensorFlow",
@@ -54,6 +58,17 @@ FORMATS: dict[str, tuple[str, str]] = {
         "a folder of videos, or segments of them; presets for human video sets",
     ),
 }
+#: What else sets are called → the format that reads them.
+NEAREST = {
+    **dict.fromkeys(("umi", "diffusion-policy", "diffusion_policy", "replay-buffer", "pusht"), "zarr"),
+    **dict.fromkeys(("act", "mobile-aloha", "mobile_aloha", "interbotix"), "aloha"),
+    **dict.fromkeys(("robocasa", "mimicgen", "isaaclab", "isaac-lab", "robosuite", "hdf5", "h5"), "robomimic"),
+    **dict.fromkeys(("tfds", "oxe", "openx", "open-x-embodiment", "bridge", "tfrecord"), "rlds"),
+    **dict.fromkeys(("groot", "gr00t", "openpi", "agibot", "so100", "parquet"), "lerobot"),
+    **dict.fromkeys(("droid", "droid_raw"), "droid-raw"),
+    **dict.fromkeys(("mp4", "ssv2", "ego4d", "epic-kitchens", "egodex"), "video"),
+}
+ADD = 'to read another, write a reader: docs/convert.md, "Add a format"'
 #: Fields of a Reader that the command line gives in another way.
 COMMON = ("src", "cameras")
 
@@ -77,7 +92,9 @@ def reader_class(format: str) -> Any:
         DataError: Unknown format, or one whose libraries are not installed.
     """
     if format not in FORMATS:
-        raise DataError(f"unknown format {format!r}; {_suggest(format, FORMATS)}".removesuffix("; "))
+        near = NEAREST.get(format.lower())
+        hint = f"the nearest is {near} ({FORMATS[near][1]})" if near else _suggest(format, FORMATS)
+        raise DataError(f"unknown format {format!r}; {hint}; {ADD}")
     module, name = FORMATS[format][0].rsplit(".", 1)
     try:
         return getattr(importlib.import_module(module), name)

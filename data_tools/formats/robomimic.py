@@ -32,7 +32,7 @@ from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
 from data_tools.formats.robomimic_actions import check_range, settle_actions
 from data_tools.formats.rotations import Rotation, pose_vectors
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files
+from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
 IMAGE = "_image"
@@ -137,8 +137,8 @@ class RobomimicReader:
             demo = file[f"data/{episode.key}"]
             obs = demo["obs"]
             length = len(demo[self._action_keys()[0]])
-            actions = hdf5.columns(demo, self._action_keys(), length)
-            pose = hdf5.chosen(self.pose, POSE, obs)
+            actions = columns(demo, self._action_keys(), length)
+            pose = chosen(self.pose, POSE, obs)
             return EpisodeData(
                 frames={
                     camera: upright(hdf5.read_frames(path, obs[key].name), self.image_orientation)
@@ -146,8 +146,8 @@ class RobomimicReader:
                 },
                 times=np.arange(length) / episode.private["rate_hz"],
                 actions=settle_gripper(self, actions),
-                proprio=hdf5.columns(obs, self._proprio(obs), length),
-                pose=pose_vectors(hdf5.columns(obs, pose, length), self.pose_rotation or "quat_xyzw")
+                proprio=columns(obs, self._proprio(obs), length),
+                pose=pose_vectors(columns(obs, pose, length), self.pose_rotation or "quat_xyzw")
                 if pose and (self.pose or len(pose) == len(POSE))
                 else None,
                 instructions=find_texts([demo, obs]) if episode.private["by_step"] else None,
@@ -163,7 +163,7 @@ class RobomimicReader:
         return list(self.action_keys) or ["actions"]
 
     def _proprio(self, obs: h5py.Group) -> list[str]:
-        return hdf5.chosen(self.proprio, PROPRIO, obs)
+        return chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(self, path: Path, file: h5py.File, agreement: hdf5.Agreement, found: _Found) -> None:
         """Add the file's usable episodes, and the others as bad, to `found`.
@@ -267,7 +267,7 @@ class RobomimicReader:
         if not isinstance(obs, h5py.Group):
             return f"no obs; it has {', '.join(hdf5.keys_below(demo))}"
         cameras = _cameras(obs, self.cameras)
-        keys = [*(cameras.values() or [f"*{IMAGE}"]), *self._proprio(obs), *hdf5.chosen(self.pose, (), obs)]
+        keys = [*(cameras.values() or [f"*{IMAGE}"]), *self._proprio(obs), *chosen(self.pose, (), obs)]
         if missing := hdf5.missing_keys(obs, keys):
             return f"obs has {missing}"
         faults = hdf5.image_faults(obs, list(cameras.values()))

@@ -7,7 +7,7 @@ convention, no-ops dropped, a split) is the driver's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -143,6 +143,20 @@ def in_runs(rows: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
             start = i - i % run
             block = rows[start : start + run]
         yield block[i - start]
+
+
+def columns(arrays: Any, keys: Sequence[str], length: int, start: int = 0) -> np.ndarray:
+    """Rows of stored arrays (HDF5, zarr) from `start` on, side by side, (length, D); D = 0 without keys."""
+    parts = [np.asarray(arrays[key][start : start + length]).reshape(length, -1) for key in keys]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
+
+
+def chosen(asked: Sequence[str], usual: Sequence[str], there: Container[str]) -> list[str]:
+    """The keys of an option: as asked ("none": none), else those of the usual ones that are there."""
+    keys = [asked] if isinstance(asked, str) else list(asked or ())
+    if not keys:
+        return [key for key in usual if key in there]
+    return [] if keys == ["none"] else keys
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 
+from data_tools.convert.driver import convert
 from data_tools.convert.plan import Settings, make_plan
 from data_tools.formats import registry as formats
+from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 
 
@@ -71,7 +74,9 @@ def test_all_wrong_options_are_named_at_once() -> None:
 
 
 def test_an_unknown_format_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(DataError, match=r"unknown format 'lerobt'; did you mean lerobot\?"):
+    with pytest.raises(DataError, match=r"unknown format 'UMI'; the nearest is zarr \(.*Add a format"):
+        formats.reader_class("UMI")
+    with pytest.raises(DataError, match=r"unknown format 'lerobt'; did you mean lerobot\?.*Add a format"):
         formats.reader_class("lerobt")
 
 
@@ -98,3 +103,23 @@ def test_the_command_lists_formats_and_options(stamo: Callable[..., subprocess.C
     listed = stamo("data", "formats").stdout
     assert all(re.search(rf"^{format}\b", listed, re.MULTILINE) for format in formats.FORMATS)
     assert "image_timing" in stamo("data", "formats", "libero").stdout
+
+
+def test_the_pages_reader_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code block of "Add a format" converts, and explains its option."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "convert.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page.split("## Add a format")[1], re.DOTALL)
+    (tmp_path / "npz_reader_of_the_page.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(formats.FORMATS, "npz", ("npz_reader_of_the_page.NpzReader", "a folder of .npz episodes"))
+    src = tmp_path / "raw"
+    src.mkdir()
+    actions = np.random.default_rng(0).uniform(0, 0.1, (5, 7))
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+    np.savez(src / "a.npz", front=frames, action=actions, joints=np.ones((5, 3)), instruction="push")
+    np.savez(src / "b.npz", front=frames, joints=np.ones((5, 3)))
+    options = formats.parse_options("npz", ["rate_hz=5"])
+    manifest, _ = convert("npz", src, tmp_path / "out", size=16, val_fraction=0, quiet=True, options=options)
+    assert (manifest.rate_hz, manifest.action_dim, manifest.proprio_dim) == (5, 7, 3)
+    assert "action" in manifest.skipped[0]
+    assert read_episodes(tmp_path / "out", "train")[0].instruction == "push"

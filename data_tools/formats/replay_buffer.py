@@ -1,0 +1,381 @@
+"""Diffusion Policy's and UMI's ReplayBuffer in zarr, a folder or a .zarr.zip.
+
+  data/KEY (N, …)            all episodes end to end: img or camera0_rgb (N, H, W, 3), state, action, robot0_eef_pos, …
+  meta/episode_ends (E,)     where each episode ends
+
+Layout: https://github.com/real-stanford/diffusion_policy/blob/main/diffusion_policy/common/replay_buffer.py.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from data_tools.formats import remarks
+from data_tools.formats.declared import (
+    Mode,
+    Orientation,
+    beyond,
+    declare,
+    declared_problems,
+    is_declared,
+    settle_gripper,
+    upright,
+)
+from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
+from stamo_dist.errors import DataError
+
+ENDS = "meta/episode_ends"
+#: Where replay buffers keep the proprioception; all that are there are taken.
+PROPRIO = (
+    "state",
+    "agent_pos",
+    "robot_eef_pose",
+    "robot0_eef_pos",
+    "robot0_eef_rot_axis_angle",
+    "robot0_gripper_width",
+)
+UMI = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
+TIMES = "timestamp"
+#: How to declare UMI's: its action is the pose that comes next.
+UMI_HOW = (
+    f"--set action={','.join(UMI)} --set action_at=next --set mode=absolute --set rotation=rotvec "
+    f"--set gripper=0.08,0 --set pose={','.join(UMI[:2])}"
+)
+HOW = (
+    "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
+)
+#: Codecs that run what the file says.
+UNSAFE = ("pickle",)
+#: Pictures stored as floats are 0 to 1 if they do not exceed this.
+ONE = 1.0 + 1e-3
+
+
+@dataclass
+class ReplayBufferReader:
+    """Reads a ReplayBuffer of Diffusion Policy or UMI: a .zarr folder, a .zarr.zip, or a folder of them.
+
+    Keys are names below `data`. data[t] holds what was seen and done at step t.
+
+    Args:
+        src: The .zarr folder or .zarr.zip, or a folder that is searched for them.
+        cameras: Keys of the pictures, (N, H, W, 3); all such keys when omitted.
+        action: Keys whose numbers, side by side, are the action; `action` when omitted; "none" for none.
+        action_at: "now": actions[t] is in row t; "next": in row t + 1, as UMI's poses are; the last frame has none then
+            and drops out.
+        proprio: Keys of the proprioception; state, agent_pos, robot_eef_pose and UMI's, where they exist, when omitted;
+            "none" for none.
+        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
+        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
+        metres: Metres of one unit of translation; 1 when omitted.
+        radians: Radians of one unit of rotation; 1 when omitted.
+        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
+            opens, 0 keeps; or "absent".
+        gripper_dim: The gripper's dimension, from 0, where others follow it; the last when omitted.
+        pose: Keys whose numbers, side by side, begin with the end effector's position and rotation; for absolute
+            actions.
+        pose_rotation: Its rotation; as `rotation` when omitted.
+        rate_hz: Steps per second, for buffers without data/timestamp.
+        instruction: What the robot is to do, which such buffers do not say.
+        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
+            "rotated_180".
+    """
+
+    src: Path
+    cameras: Sequence[str] | None = None
+    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    action_at: Literal["now", "next"] = "now"
+    proprio: Sequence[str] = ()
+    mode: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float | None = None
+    radians: float | None = None
+    gripper: str | None = None
+    gripper_dim: int | None = None
+    pose: Sequence[str] = ()
+    pose_rotation: Rotation | None = None
+    rate_hz: float | None = None
+    instruction: str | None = None
+    image_orientation: Orientation | None = None
+
+    def scan(self) -> Scan:
+        src = Path(self.src)
+        problems = self._check_options()
+        if problems:
+            raise DataError("\n".join(problems))
+        found = find_buffers(src)
+        episodes: list[EpisodeRef] = []
+        seen: dict[_Settled, str] = {}  # what buffers hold → the first of them
+        notes: list[str] = []
+        for path in found:
+            try:
+                with open_buffer(path) as buffer:
+                    settled = self._settle(path, buffer, notes)
+                    episodes += self._episodes(path, buffer, settled)
+                    seen.setdefault(settled, path.name)
+            except DataError as e:
+                problems.append(str(e))
+        if len(seen) > 1:
+            problems.append(f"keys, actions or rates differ: {', '.join(seen.values())}; convert them separately")
+        if problems:
+            raise DataError("\n".join(problems))
+        common = next(iter(seen))
+        spec = common.spec
+        notes += [*beyond(spec), *remarks.unsaid_instructions(episodes)]
+        if spec is not None and spec.unstated:
+            notes.append(f"actions: {spec.text}; to say what they are give {spec.unstated}")
+        return Scan(
+            episodes=episodes,
+            files=[file for path in found for file in _files(path)],
+            cameras=list(common.cameras),
+            rate_hz=common.rate,
+            action=spec,
+            proprio_dim=common.size,
+            options={
+                "action": list(common.action),
+                "action_at": self.action_at,
+                "proprio": list(common.proprio),
+                "pose": list(self.pose),
+                "image_orientation": self.image_orientation,
+            },
+            notes=list(dict.fromkeys(notes)),
+        )
+
+    def read(self, episode: EpisodeRef) -> EpisodeData:
+        src = Path(self.src)
+        path = src if is_buffer(src) else src / episode.file
+        start, length = episode.private["start"], episode.length
+        with open_buffer(path) as buffer:
+            data = buffer["data"]
+            keys = chosen(self.action, ("action",), data)
+            shift = int(self.action_at == "next")
+            times = np.arange(length) / episode.private["rate_hz"]
+            if self.rate_hz is None and TIMES in data:
+                times = np.asarray(data[TIMES][start : start + length], np.float64).ravel()
+            pose = columns(data, list(self.pose), length, start)
+            return EpisodeData(
+                frames={
+                    camera: upright(_frames(path, camera, start), self.image_orientation)
+                    for camera in self.cameras or _pictures(data)
+                },
+                times=times - times[0],
+                actions=settle_gripper(self, columns(data, keys, length, start + shift)),
+                proprio=columns(data, chosen(self.proprio, PROPRIO, data), length, start),
+                pose=pose_vectors(pose, self.pose_rotation or self.rotation or "rotvec") if self.pose else None,
+            )
+
+    def _check_options(self) -> list[str]:
+        problems = declared_problems(self, self.mode, "mode")
+        if self.action_at not in ("now", "next"):
+            problems.append(f"action_at: {self.action_at!r} must be now or next")
+        if self.mode in get_args(Mode) and self.mode != "other" and not is_declared(self):
+            problems.append(f"mode: {self.mode} also needs rotation and gripper (OPEN,CLOSED or absent)")
+        return problems
+
+    def _settle(self, path: Path, buffer: Any, notes: list[str]) -> _Settled:
+        """Which keys of a buffer are what.
+
+        Raises:
+            DataError: Keys are missing, or of the wrong shape.
+        """
+        data = buffer["data"]
+        keys, proprio = chosen(self.action, ("action",), data), chosen(self.proprio, PROPRIO, data)
+        cameras = list(self.cameras or _pictures(data))
+        there = ", ".join(f"{k} {data[k].dtype} {data[k].shape}" for k in sorted(data.array_keys())) or "nothing"
+        if missing := [k for k in (*cameras, *keys, *proprio, *self.pose) if k not in data]:
+            raise DataError(f"{path}: data has no {', '.join(missing)}; it has {there}")
+        if wrong := [c for c in cameras if not _is_picture(data[c])]:
+            raise DataError(f"{path}: {', '.join(wrong)} are no pictures (N, H, W, 3); data has {there}")
+        if not cameras:
+            raise DataError(f"{path}: no key has pictures (N, H, W, 3); data has {there}")
+        for key in (*cameras, *keys, *proprio, *self.pose):
+            check_codecs(path, data[key])
+        numeric = [k for k in sorted(data.array_keys()) if k not in cameras]
+        if not keys and not self.action:
+            umi = f"; UMI's is said with {UMI_HOW}" if all(k in data for k in UMI) else ""
+            notes.append(
+                f"action: no key action, so there are none; numeric keys are {', '.join(numeric)}; name them with "
+                f"--set action=KEY,KEY, or say --set action=none{umi}"
+            )
+        if not proprio and not self.proprio:
+            notes += remarks.no_proprio(numeric)
+        for camera in cameras:
+            if data[camera].dtype.kind == "f":
+                top = 255 / _unit(data[camera])
+                notes.append(f"cameras: {camera} is stored as floats, read as 0 to {top:g} by its first frames")
+            if lost := data[camera].nchunks - data[camera].nchunks_initialized:
+                notes.append(f"{path.name}: {lost} chunks of {camera} are not stored, and read as their fill value")
+        spec = self._spec(path, data, keys)
+        size = sum(int(np.prod(data[k].shape[1:])) for k in proprio)
+        return _Settled(tuple(cameras), tuple(keys), spec, tuple(proprio), size, self._rate(path, buffer))
+
+    def _spec(self, path: Path, data: Any, keys: Sequence[str]) -> ActionSpec | None:
+        if not keys:
+            return None
+        dim = sum(int(np.prod(data[k].shape[1:])) for k in keys)
+        name = " + ".join(keys)
+        if is_declared(self):
+            try:
+                return declare(self, self.mode, name, dim)
+            except DataError as e:
+                raise DataError(f"{path}: {e}") from e
+        return ActionSpec(dim, f"{name}: {dim} numbers as stored", "other", unstated="" if self.mode else HOW)
+
+    def _rate(self, path: Path, buffer: Any) -> float:
+        if self.rate_hz is not None:
+            return float(self.rate_hz)
+        if TIMES not in buffer["data"]:
+            raise DataError(f"{path}: no data/{TIMES}; give the steps per second with --set rate_hz=HZ")
+        ends = _ends(path, buffer)
+        first = np.asarray(buffer["data"][TIMES][: ends[0]], np.float64).ravel()
+        steps = np.diff(first)
+        if not len(steps) or not np.isfinite(steps).all() or (steps <= 0).any():
+            raise DataError(f"{path}: data/{TIMES} does not increase in the first episode; give --set rate_hz=HZ")
+        return round(1 / float(np.median(steps)), 3)
+
+    def _episodes(self, path: Path, buffer: Any, settled: _Settled) -> Iterator[EpisodeRef]:
+        ends = _ends(path, buffer)
+        data = buffer["data"]
+        for key in (*settled.cameras, *settled.action, *settled.proprio, *self.pose):
+            if (rows := data[key].shape[0]) < ends[-1]:
+                raise DataError(f"{path}: data/{key} has {rows} rows; {ENDS} needs {ends[-1]}")
+        src = Path(self.src)
+        alone = is_buffer(src)
+        name = path.name.removesuffix(".zip").removesuffix(".zarr")
+        stem = name if alone else path.relative_to(src).with_name(name).as_posix()
+        shift = int(self.action_at == "next" and bool(settled.action))
+        for k, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+            yield EpisodeRef(
+                id=f"{stem}/episode_{k:06d}",
+                file=path.name if alone else path.relative_to(src).as_posix(),
+                key=str(k),
+                length=end - start - shift,
+                task=name,
+                instruction=self.instruction or "",
+                private={"start": start, "rate_hz": settled.rate},
+            )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What a buffer's keys are; `size`: of the proprioception."""
+
+    cameras: tuple[str, ...]
+    action: tuple[str, ...]
+    spec: ActionSpec | None
+    proprio: tuple[str, ...]
+    size: int
+    rate: float
+
+
+def is_buffer(path: Path) -> bool:
+    """A zarr group as a folder, or zipped."""
+    return (path.is_file() and path.suffix == ".zip") or any((path / n).is_file() for n in (".zgroup", "zarr.json"))
+
+
+def find_buffers(src: Path) -> list[Path]:
+    """`src` itself, or the .zarr folders and .zarr.zip files below it.
+
+    Raises:
+        DataError: There is none.
+    """
+    if is_buffer(src):
+        return [src]
+    if not src.is_dir():
+        raise DataError(f"{src}: no such .zarr folder or .zarr.zip")
+    found = sorted(p for p in (*src.rglob("*.zarr"), *src.rglob("*.zarr.zip")) if is_buffer(p))
+    if not found:
+        raise DataError(f"{src}: no zarr group, and no .zarr folder or .zarr.zip in this folder")
+    return found
+
+
+@contextmanager
+def open_buffer(path: Path) -> Iterator[Any]:
+    """The zarr group of a ReplayBuffer, open for reading.
+
+    Raises:
+        DataError: zarr is not installed, or this is no ReplayBuffer, or damaged where it was read.
+    """
+    try:
+        import zarr
+    except ImportError as e:
+        raise DataError("reading .zarr needs the package zarr; pip install 'stamo-dist[zarr]'") from e
+    try:
+        from imagecodecs.numcodecs import register_codecs  # JPEG XL, which UMI's pictures are stored in
+
+        register_codecs(verbose=False)
+    except ImportError:
+        pass  # the error of a missing codec names it
+    try:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer (not a whole zip file)")
+        if path.is_file():
+            with zarr.storage.ZipStore(str(path), mode="r") as store:
+                yield _checked(path, zarr.open_group(store, mode="r"))
+        else:
+            yield _checked(path, zarr.open_group(str(path), mode="r"))
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, zipfile.BadZipFile) as e:
+        hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
+        raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
+
+
+def _checked(path: Path, group: Any) -> Any:
+    if "data" not in group or ENDS not in group:
+        raise DataError(f"{path}: no data and {ENDS}: not a ReplayBuffer; it has {', '.join(group) or 'nothing'}")
+    return group
+
+
+def check_codecs(path: Path, array: Any) -> None:
+    """Raises:
+    DataError: Reading this array would run what the file says.
+    """
+    codecs = [*(array.filters or ()), *(getattr(array, "compressors", None) or [getattr(array, "compressor", None)])]
+    if array.dtype.kind == "O" or any(getattr(codec, "codec_id", "") in UNSAFE for codec in codecs):
+        raise DataError(f"{path}: {array.name} holds pickled objects, which are not read")
+
+
+def _ends(path: Path, buffer: Any) -> np.ndarray:
+    """int64 (E,), increasing."""
+    check_codecs(path, buffer[ENDS])
+    ends = np.asarray(buffer[ENDS][:])
+    if ends.ndim != 1 or not len(ends) or ends.dtype.kind not in "iu" or (np.diff(ends, prepend=0) <= 0).any():
+        raise DataError(f"{path}: {ENDS} must be increasing whole numbers, not {ends.dtype} {ends.shape}")
+    return ends.astype(np.int64)
+
+
+def _is_picture(array: Any) -> bool:
+    return array.ndim == 4 and array.shape[3] == 3 and (array.dtype == np.uint8 or array.dtype.kind == "f")
+
+
+def _pictures(data: Any) -> list[str]:
+    return [key for key in sorted(data.array_keys()) if _is_picture(data[key])]
+
+
+def _unit(images: Any) -> float:
+    """What one unit of the stored pictures is, of 255; floats are 0 to 1 where the first frames do not exceed it."""
+    floats = images.dtype.kind == "f"
+    return 255.0 if floats and float(np.max(images[:RUN], initial=0)) <= ONE else 1.0
+
+
+def _frames(path: Path, key: str, start: int) -> Frames:
+    """Frames of the episode that begins at row `start`, as uint8."""
+
+    def frames(indices: Sequence[int]) -> Iterator[np.ndarray]:
+        with open_buffer(path) as buffer:
+            images = buffer["data"][key]
+            unit = _unit(images)
+            for image in in_runs(images, [start + i for i in indices]):
+                yield image if image.dtype == np.uint8 else np.clip(np.rint(image * unit), 0, 255).astype(np.uint8)
+
+    return frames
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
