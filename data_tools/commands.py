@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools import look_commands
+from stamo_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from data_tools.convert.folder import Outcome
 
 app = typer.Typer(no_args_is_help=True, help="Make, convert and look at data.")
 look_commands.register(app)
@@ -88,6 +93,10 @@ def convert(
     split_by: Annotated[str, typer.Option(help="hash (of the episode's name), or source: the dataset's own.")] = "hash",
     seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0,
     max_episodes: Annotated[int | None, typer.Option(help="Take only the first ones, to try things out.")] = None,
+    episodes: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Take only those from number A up to B, from 0; B may be left out."),
+    ] = None,
     max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be used.")] = 10,
     instructions: Annotated[
         Path | None,
@@ -102,6 +111,15 @@ def convert(
     processes: Annotated[int | None, typer.Option(help="Converter processes; one per core when omitted.")] = None,
     num_slices: Annotated[int, typer.Option(help="Number of runs that share the work, for a Slurm array.")] = 1,
     slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
+    slice_frames: Annotated[
+        int, typer.Option(help="Frames that are converted as one unit, which a kill loses at most.")
+    ] = 8192,
+    hash_: Annotated[
+        bool,
+        typer.Option(
+            "--hash", help="Read all of SRC's files to tell whether they changed; their sizes and times when omitted."
+        ),
+    ] = False,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to convert before an upload; a cache when omitted.")
     ] = None,
@@ -109,7 +127,7 @@ def convert(
 ) -> None:
     """Turn a dataset into streaming shards.
 
-    Run it again after a kill and it continues; a finished OUT is left alone.
+    Run it again after a kill and it continues; a finished OUT is left alone, or gets what SRC has gained since.
 
     Example: stamo data convert libero raw/libero shards/libero --size 64
 
@@ -134,6 +152,9 @@ def convert(
         split_by=split_by,
         seed=seed,
         max_episodes=max_episodes,
+        episodes=_range(episodes),
+        hash_files=hash_,
+        slice_frames=slice_frames,
         max_bad=max_bad,
         overwrite=overwrite,
         processes=processes,
@@ -148,12 +169,14 @@ def convert(
         typer.echo(f"{out}: slice {slice} of {num_slices} is done; still missing: {_few(outcome.missing)}")
         typer.echo("  whichever run finds all slices there puts them together")
         return
-    head = f"{out}: {'converted' if outcome.done else 'already converted with these options'}"
+    head = f"{out}: {_what_was_done(outcome)}"
     splits = ", ".join(f"{k} {v.episodes} episodes, {v.frames} frames" for k, v in manifest.splits.items())
     typer.echo(f"{head}; {splits}; cameras {', '.join(manifest.cameras)}")
     typer.echo(f"  {manifest.rate_hz:g} Hz; action: {manifest.convention}")
     for note in manifest.notes:
         typer.echo(f"  {note}")
+    if outcome.done and manifest.before and manifest.before[-1].stats:
+        typer.echo(f"  the statistics are to be made anew: stamo data stats {out}")
     if manifest.skipped:
         typer.echo(f"  {len(manifest.skipped)} episodes skipped:")
     for reason in manifest.skipped:
@@ -186,6 +209,26 @@ def formats(
             default = "none" if option.default is None else str(option.default)
             table.add_row(option.name, type_text(option.type), default, option.doc)
     Console().print(table)
+
+
+def _what_was_done(outcome: Outcome) -> str:
+    manifest = outcome.manifest
+    if not outcome.done:
+        return "already converted with these options"
+    if manifest is None or not manifest.before:
+        return "converted"
+    before = manifest.as_of(len(manifest.before) - 1)
+    return f"added {manifest.episodes - before.episodes} episodes to {before.episodes}"
+
+
+def _range(text: str | None) -> tuple[int, int | None] | None:
+    """Of A:B, A: or :B."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if match is None:
+        raise DataError(f"episodes: {text!r} is no range of numbers; give A:B, e.g. 0:100")
+    return int(match[1] or 0), int(match[2]) if match[2] else None
 
 
 def _few(names: list[str], shown: int = 5) -> str:

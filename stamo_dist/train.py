@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from stamo_dist.engine.checkpoint import RunState
 from stamo_dist.engine.ema import EMA
 from stamo_dist.engine.evaluation import Evaluation
 from stamo_dist.engine.generation import Generation, take
-from stamo_dist.engine.identity import Identity, identify
+from stamo_dist.engine.identity import MAY_CHANGE_DATA, Identity, identify
 from stamo_dist.engine.journal import Journal
 from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
@@ -65,14 +65,15 @@ def train(
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     run = RunFolder(Path(recipe.run_dir))
-    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
+    growth = {} if MAY_CHANGE_DATA in allowed else _recorded(choose).growth
+    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         raise RecipeError([
             f"train.steps: {recipe.train.steps}, but data.sources.*.max_epochs lets the data end after {mixture.steps}"
         ])  # fmt: skip
     check_task(recipe, mixture)
     identity = identify(recipe, mixture)
-    choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
     if not world.is_main:  # one process looks, so that all see the same
         return _begin(loaded, world, run, mixture, identity, plan, None, choose, Evaluation())
     choose(identity)  # what is refused is refused before anything is written
@@ -89,8 +90,8 @@ def _begin(
     """Guarded to its end, do all of it; `generation` is rank 0's."""
     limits = loaded.recipe.train
     stop = Stop(world.rank, limits.checkpoint.grace_seconds)
-    with closing(Watchdog(run.logs, world, limits.step_timeout, limits.setup_timeout)) as watchdog:
-        watchdog.phase("building", "for", 1)
+    with closing(Watchdog(run.logs, world, limits)) as watchdog:
+        watchdog.mark("building for", 1)
         return _go(loaded, world, run, mixture, identity, plan, generation, choose, evaluation, stop, watchdog)
 
 
@@ -100,7 +101,7 @@ def _go(
     watchdog: Watchdog,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, train and export."""
-    begun = _recorded(choose)
+    begun = _recorded(choose).sources
     recipe, pinned = as_begun(loaded.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
     task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
@@ -156,6 +157,7 @@ def _go(
         if code == 0 and recipe.evaluate.beside and not _wait(evaluation, session, stop):
             code = EXIT_PREEMPTED
     finally:
+        watchdog.mark("leaving after", session.state.step)
         evaluation.close()
         session.journal.close()
     return code
@@ -164,7 +166,7 @@ def _go(
 def _export(session: _Session) -> int:
     """Rank 0 writes the model while the others wait; a model that cannot be written loses no training."""
     step, run, problem = session.state.step, session.run_folder, None
-    session.watchdog.phase("exporting", "after", step)
+    session.watchdog.mark("exporting after", step)
     if session.main:
         try:
             export(session.recipe, session.mixture, run, step)
@@ -189,12 +191,12 @@ def _give_back(evaluation: Evaluation, generation: Generation | None) -> None:
         generation.end()
 
 
-def _recorded(choose: Callable[[], checkpoint.Choice]) -> Mapping[str, str]:
-    """Recipe field → where the checkpoint's weights were found; every process reads it before they are connected."""
+def _recorded(choose: Callable[[], checkpoint.Choice]) -> checkpoint.Choice:
+    """What the checkpoint says of its weights and data; every process reads it before they are connected."""
     try:
-        return choose().sources
+        return choose()
     except StamoError:
-        return {}  # rank 0 says what is wrong
+        return checkpoint.Choice(None)  # rank 0 says what is wrong
 
 
 def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:
@@ -250,7 +252,7 @@ class _Session:
             f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
             f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {self.run_folder.path}"
         )
-        for note in [*self.task.notes, *notes, *self.grace.notes()]:
+        for note in [*self.mixture.notes, *self.task.notes, *notes, *self.grace.notes()]:
             self.journal.say(f"  {note}")
 
     def run(self, stop: Stop) -> int:
@@ -263,7 +265,7 @@ class _Session:
         """The loop. Returns 0 at the end, `EXIT_PREEMPTED` after a stop, None after too many bad steps in a row."""
         recipe, engine, state, working = self.recipe, self.engine, self.state, self.watchdog.mark
         noise = Noise(recipe.seed)
-        self.evaluation.begin(state.step, self.journal, working)
+        self._measure(state.step, partial(self.evaluation.begin, state.step, self.journal))
         loader = build_loader(
             self.mixture, rank=engine.world.rank, world_size=engine.world.size,
             cursor=Cursor.from_dict(state.cursor), pin_memory=engine.device.type == "cuda", latents=self.task.latents,
@@ -341,7 +343,7 @@ class _Session:
         """Raises: RunError: What is trained could not be exported."""
         if not wanted:
             return
-        self.watchdog.phase("exporting", "on trial after", step)
+        self.watchdog.mark("exporting on trial after", step)
         problem, notes = (
             rehearsal.rehearse(self.recipe, self.mixture, self.run_folder, step) if self.main else (None, [])
         )
@@ -385,8 +387,17 @@ class _Session:
                 for note in self.grace.measured(self.step_seconds, saved.seconds):
                     self.journal.say(f"  {note}")
             if saved.error is None and not self.signals:
-                measured = self.evaluation.saved(saved.step) or measured
+                measured = self._measure(saved.step, partial(self.evaluation.saved, saved.step)) or measured
         return measured
+
+    def _measure(self, step: int, measure: Callable[[], bool | None]) -> bool:
+        """Rank 0 measures; where that holds the training up, the others know and wait here. Whether it did."""
+        if not self.recipe.evaluate.holds_up(step):
+            return bool(measure())
+        self.watchdog.mark("evaluating", step)
+        measure()
+        barrier()
+        return True
 
     def _show_first(self, step: int, batch: Batch) -> None:
         if step > 1 or not self.main:

@@ -1,7 +1,8 @@
 """The `stamo` command with a fault in the loss: `python faulty.py '{"RANK": {"FAULT": [...]}}' train …`.
 
 Faults of a rank: `nan` and `gradient` take numbers of global batches, from 1, at which the loss, or only its gradient,
-is not a number; `stuck` those at which it stops computing; `slow` takes [seconds] that each micro-batch takes longer.
+is not a number; `stuck` those at which it stops computing; `slow` takes [seconds] that each micro-batch takes longer,
+`evaluate` those that a measurement between steps does.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import sys
 import time
 
 from stamo_dist import cli
+from stamo_dist.evaluate import during
 from stamo_dist.tasks.tokenizer import TokenizerTask
 
 faults = json.loads(sys.argv.pop(1)).get(os.environ["RANK"], {})
-honest = TokenizerTask.loss
+honest, measure = TokenizerTask.loss, during.measure
 
 
 def loss(self, module, batch, noise):
@@ -32,5 +34,12 @@ def loss(self, module, batch, noise):
     return out
 
 
+def slowly(*args):
+    time.sleep(*faults["evaluate"])
+    return measure(*args)
+
+
+if "evaluate" in faults:
+    during.measure = slowly
 TokenizerTask.loss, TokenizerTask.global_batch = loss, 8
 cli.main()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.convert import slices
+from data_tools.convert.growth import only_new
 from data_tools.convert.merge import merge, put_in_place
-from data_tools.convert.plan import Plan, Settings, check_bad
+from data_tools.convert.plan import TRAIN, VAL, Plan, Settings, check_bad, split_episodes
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
@@ -37,10 +38,15 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
     """Convert this run's share of a plan into the folder OUT."""
     partial = _partial(out)
     with _alone(out):
-        if (existing := _existing(out, plan.manifest, settings.overwrite)) is not None:
-            _discard(partial, plan.manifest)
+        existing = _existing(out, plan.manifest, settings.overwrite)
+        if existing is not None and existing.source_fingerprint == plan.manifest.source_fingerprint:
+            _discard(partial, plan)
             return Outcome(existing, False)
-        _prepare(partial, out, plan.manifest)
+        if existing is not None:
+            plan = only_new(plan, out, existing, settings)
+        if existing is not None and not plan.splits:
+            return Outcome(merge(out, plan.manifest, [], plan.bad, existing), False)
+        _prepare(partial, out, plan)
 
     work = plan.slices(partial)
     share = [part for number, part in enumerate(work) if number % settings.num_slices == settings.slice]
@@ -51,23 +57,48 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
             check_bad(bad, settings.max_bad)
     except DataError:
         # Another run may have put OUT together meanwhile.
-        if not _is_whole(out, plan.manifest):
+        if not _is_whole(out, plan):
             raise
 
     with _alone(out):
-        if _is_whole(out, plan.manifest):
-            _discard(partial, plan.manifest)
+        if _is_whole(out, plan):
+            _discard(partial, plan)
             return Outcome(read_manifest(out), True)
         if missing := [part.folder.name for part in work if part.report() is None]:
             return Outcome(None, True, missing)
         bad = [*plan.bad, *(reason for part in work for reason in (part.report() or {})["skipped"])]
         check_bad(bad, settings.max_bad)
-        whole = partial / "whole"
-        shutil.rmtree(whole, ignore_errors=True)
-        manifest = merge(whole, plan.manifest, work, plan.bad)
-        put_in_place(whole, out)
+        if (other := _split_again(plan, work, settings)) is not None:
+            plan, work = other, other.slices(partial, "again-")
+            for _ in slices.run(plan.job, work, settings.processes, settings.quiet):
+                pass
+        if plan.base is not None:
+            if read_manifest(out) != plan.base:
+                raise DataError(f"{out}: was changed while it was added to; run again")
+            manifest = merge(out, plan.manifest, work, plan.bad, plan.base)
+        else:
+            whole = partial / "whole"
+            shutil.rmtree(whole, ignore_errors=True)
+            manifest = merge(whole, plan.manifest, work, plan.bad)
+            put_in_place(whole, out)
         shutil.rmtree(partial, ignore_errors=True)
     return Outcome(manifest, True)
+
+
+def _split_again(plan: Plan, work: Sequence[slices.Slice], settings: Settings) -> Plan | None:
+    """Another choice of what is held out, of readable episodes alone, should one side have turned out to have none."""
+    reports = {part: part.report() or {} for part in work}
+    read = {e["id"] for report in reports.values() for e in report["episodes"]}
+    empty = [s for s in (TRAIN, VAL) if not any(reports[part]["episodes"] for part in work if part.split == s)]
+    sides = {e.id: split for split, members in plan.splits.items() for e in members}
+    if plan.base or settings.split_by != "hash" or not settings.val_fraction or not empty or len(read) < 2:
+        return None
+    readable = [e for e in plan.episodes if e.id in read]
+    splits, notes = split_episodes(readable, settings)
+    skipped = [reason for report in reports.values() for reason in report["skipped"]]
+    why = f"split {empty[0]}: none of the {sum(s == empty[0] for s in sides.values())} episodes chosen could be read"
+    manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, why, *notes]})
+    return replace(plan, manifest=manifest, splits=splits, bad=[*plan.bad, *skipped])
 
 
 @contextmanager
@@ -108,36 +139,43 @@ def identity(manifest: Manifest) -> dict[str, Any]:
     return {key: dumped[key] for key in _IDENTITY}
 
 
-def check_same(where: str, found: Manifest, plan: Manifest) -> None:
+def check_same(where: str, found: Manifest, plan: Manifest, but: Collection[str] = ()) -> None:
     """Raises:
-    DataError: `found` is another conversion than the plan's; says what differs.
+    DataError: `found` is another conversion than the plan's in more than `but`; says what differs.
     """
-    old, new = identity(found), identity(plan)
+    old, new = ({k: v for k, v in identity(m).items() if k not in but} for m in (found, plan))
     if old == new:
         return
     lines = [f"{where}: already converted, but with another"]
-    for key in _IDENTITY:
+    for key in old:
         if key == "options":
             changed = sorted(k for k in {**old[key], **new[key]} if old[key].get(k) != new[key].get(k))
             lines += [f"  - {k}: {old[key].get(k)} (asked: {new[key].get(k)})" for k in changed]
+        elif key == "source_fingerprint" and old[key] != new[key]:
+            lines.append(
+                "  - the dataset's files have changed since; what is new can be added in a folder, and "
+                "`stamo data sync FOLDER URL --overwrite` sends that"
+            )
         elif old[key] != new[key]:
             lines.append(f"  - {key}: {old[key]} (asked: {new[key]})")
     raise DataError("\n".join([*lines, "choose another OUT, or replace it with --overwrite"]))
 
 
-def _is_whole(out: Path, plan: Manifest) -> bool:
-    return (out / MANIFEST).is_file() and identity(read_manifest(out)) == identity(plan)
+def _is_whole(out: Path, plan: Plan) -> bool:
+    return (out / MANIFEST).is_file() and identity(read_manifest(out)) == identity(plan.manifest)
 
 
 def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
-    """The manifest in OUT if it is what the plan would give; None if OUT is free or may be replaced."""
+    """The manifest in OUT if it is what the plan would give, or gave before the dataset changed; None if OUT is free or
+    may be replaced.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out}: exists and was not written by `stamo data convert`; choose another OUT")
     try:
         found = read_manifest(out)
-        check_same(str(out), found, plan)
+        check_same(str(out), found, plan, but=() if overwrite else ("source_fingerprint",))
     except DataError:
         if overwrite:
             return None
@@ -145,7 +183,7 @@ def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
     return found
 
 
-def _prepare(partial: Path, out: Path, plan: Manifest) -> None:
+def _prepare(partial: Path, out: Path, plan: Plan) -> None:
     """Make the folder of slices; keep what other runs of the same plan left or are writing, drop anything else."""
     stamp = partial / slices.STAMP
     if partial.exists() and (not stamp.is_file() or not _is_of(stamp, plan)):
@@ -159,18 +197,19 @@ def _prepare(partial: Path, out: Path, plan: Manifest) -> None:
         os.replace(temporary, stamp)
 
 
-def _is_of(stamp: Path, plan: Manifest) -> bool:
+def _is_of(stamp: Path, plan: Plan) -> bool:
     return json.loads(stamp.read_text()) == _stamp(plan)
 
 
-def _stamp(plan: Manifest) -> dict[str, Any]:
-    return {**identity(plan), "tool_version": plan.tool_version}
+def _stamp(plan: Plan) -> dict[str, Any]:
+    base = [plan.base.source_fingerprint, len(plan.base.before)] if plan.base else None
+    return {**identity(plan.manifest), "tool_version": plan.manifest.tool_version, "adds_to": base}
 
 
-def _discard(partial: Path, plan: Manifest) -> None:
+def _discard(partial: Path, plan: Plan) -> None:
     """Remove the slices of a plan whose OUT is whole, but not those of another plan that is to replace it."""
     stamp = partial / slices.STAMP
-    if not stamp.is_file() or _is_of(stamp, plan):
+    if not stamp.is_file() or json.loads(stamp.read_text()).items() >= identity(plan.manifest).items():
         shutil.rmtree(partial, ignore_errors=True)
 
 

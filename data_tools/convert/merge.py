@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.slices import Slice
-from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Size, Split, first_entries
 from stamo_dist.errors import DataError
 
 
-def merge(whole: Path, plan: Manifest, work: Sequence[Slice], bad: Sequence[str]) -> Manifest:
-    """Lay whole slices out as one source in the new folder `whole`.
+def merge(
+    whole: Path, plan: Manifest, work: Sequence[Slice], bad: Sequence[str], base: Manifest | None = None
+) -> Manifest:
+    """Lay whole slices out as one source in the new folder `whole`, or add them to the source there.
 
     Args:
-        whole: Folder to create.
+        whole: Folder to create, or the source.
         plan: Everything of the manifest that is known beforehand.
         work: All slices.
         bad: Episodes that were never tried, "EPISODE: reason".
+        base: Manifest of the source that is there. Whoever reads by it is not disturbed, at no time.
 
     Raises:
         DataError: No episode is left, or a slice was damaged since it was written.
@@ -30,28 +33,40 @@ def merge(whole: Path, plan: Manifest, work: Sequence[Slice], bad: Sequence[str]
     skipped = sorted([*bad, *(reason for report in reports.values() for reason in report["skipped"])])
     if damaged := [problem for part in work if (problem := _damage(part, plan.cameras))]:
         raise DataError("\n".join(damaged))
-    splits: dict[str, Split] = {}
-    checksums: dict[str, str] = {}
+    splits: dict[str, Split] = dict(base.splits) if base else {}
+    checksums: dict[str, str] = dict(base.checksums) if base else {}
     for split in dict.fromkeys(part.split for part in work):
         parts = [part for part in work if part.split == split]
-        start = 0
+        before = splits.get(split, Split(episodes=0, frames=0))
+        start = before.frames
+        old = (whole / split / EPISODES).read_text().split("\n")[: before.episodes] if start else []
         lines = []
         for episode in (e for part in parts for e in reports[part]["episodes"]):
             lines.append(Episode(**{**episode, "start": start}).model_dump_json())
             start += episode["length"]
         if not lines:
             continue
-        (whole / split).mkdir(parents=True)
         for camera in plan.cameras:
-            sums = _merge_camera([part.folder / camera for part in parts], whole / split / camera)
+            sums = _merge_camera([part.folder / camera for part in parts], whole / split / camera, before.frames)
             checksums |= {f"{split}/{camera}/{shard}": value for shard, value in sums.items()}
-        (whole / split / EPISODES).write_text("".join(f"{line}\n" for line in lines))
-        splits[split] = Split(episodes=len(lines), frames=start)
+        _replace(whole / split / EPISODES, "".join(f"{line}\n" for line in [*old, *lines]))
+        splits[split] = Split(episodes=len(old) + len(lines), frames=start)
     if not splits:
         raise DataError("\n".join(["no episode could be read:", *some(skipped)]))
     manifest = plan.model_copy(update={"splits": splits, "checksums": checksums, "skipped": skipped})
-    (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    if base is not None and splits == base.splits:
+        manifest = manifest.model_copy(update={"before": base.before, "stats": base.stats})
+    elif base is not None:
+        sizes = [*base.before, Size(splits=base.splits, stats=base.stats)]
+        manifest = manifest.model_copy(update={"before": sizes})
+    _replace(whole / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def put_in_place(whole: Path, out: Path) -> None:
@@ -85,10 +100,10 @@ def _damage(part: Slice, cameras: Sequence[str]) -> str:
     return ""
 
 
-def _merge_camera(parts: Sequence[Path], target: Path) -> dict[str, str]:
-    """Join slices' MDS folders into one, renumbering the shards; returns shard file → sha256."""
-    target.mkdir()
-    shards: list[dict[str, Any]] = []
+def _merge_camera(parts: Sequence[Path], target: Path, frames: int) -> dict[str, str]:
+    """Join slices' MDS folders into one, after its first `frames`; returns new shard file → sha256."""
+    target.mkdir(parents=True, exist_ok=True)
+    shards = first_entries(_index(target), frames) if frames else []
     checksums: dict[str, str] = {}
     for part in parts:
         for shard in _index(part):
@@ -98,11 +113,12 @@ def _merge_camera(parts: Sequence[Path], target: Path) -> dict[str, str]:
             raw["basename"] = name
             checksums[name] = raw["hashes"]["sha256"]
             shards.append(shard)
-    (target / "index.json").write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    _replace(target / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
     return checksums
 
 
 def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # of an addition that was killed: no index or manifest counts it
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

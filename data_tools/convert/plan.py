@@ -27,6 +27,8 @@ TRAIN, VAL = "train", "val"
 #: What datasets call the episodes they hold out.
 HELD_OUT = ("val", "valid", "validation", "test")
 SPLITS_BY = ("hash", "source")
+#: Bytes that are read of a file's beginning and end to tell whether it changed, at most of all files, and at a time.
+_ENDS, _CHEAP, _BLOCK = 1 << 20, 32 << 20, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Settings:
         rate_hz: Frames per second to keep, by their times; all of them when omitted.
         action: "delta", "absolute" or "original"; see data_tools/convert/actions.py.
         drop_noops: Leave out steps without motion and without a new gripper command.
-        val_fraction: Share of the episodes held out as split "val", chosen by a hash of `seed` and the episode's id.
+        val_fraction: Share of the episodes held out as split "val": those whose hash (of `seed` and id) is below it.
         split_by: "hash", or "source": the dataset's own split.
         seed: Of the split.
         max_episodes: Take only the first ones.
+        episodes: Take only those from the first number up to the second, from 0, in stored order.
         max_bad: Give up when more episodes than this cannot be used; they are skipped and listed in the manifest.
+        hash_files: Tell whether the dataset changed by its files' content, not by their sizes and times.
         overwrite: Replace an OUT that was converted with other options or from other files.
         processes: One per usable core when omitted.
         num_slices: Number of runs that share the work.
@@ -69,6 +73,8 @@ class Settings:
     split_by: str = "hash"
     seed: int = 0
     max_episodes: int | None = None
+    episodes: tuple[int, int | None] | None = None
+    hash_files: bool = False
     max_bad: int = 10
     overwrite: bool = False
     processes: int | None = None
@@ -93,6 +99,10 @@ class Settings:
             (self.action in KINDS, f"action: {self.action!r} must be one of {', '.join(KINDS)}"),
             (1 <= self.quality <= 100, f"quality: {self.quality} must be between 1 and 100"),
             (self.max_episodes is None or self.max_episodes > 0, f"max_episodes: {self.max_episodes} must be positive"),
+            (
+                self.episodes is None or 0 <= self.episodes[0] < (self.episodes[1] or self.episodes[0] + 1),
+                f"episodes: {self.episodes} must be a first number and a greater last, e.g. 0:100",
+            ),
             (self.max_bad >= 0, f"max_bad: {self.max_bad} must not be negative"),
             (1 <= self.shard_bytes < 2**31, f"shard_bytes: {self.shard_bytes} must be positive and below 2 GiB"),
             (self.slice_frames >= 1, f"slice_frames: {self.slice_frames} must be positive"),
@@ -135,10 +145,16 @@ class Plan:
     bad: list[str]  # "EPISODE: reason"
     slice_frames: int
 
-    def slices(self, folder: Path) -> list[Slice]:
+    base: Manifest | None = None  # what it adds to
+
+    @property
+    def episodes(self) -> list[EpisodeRef]:
+        return [e for members in self.splits.values() for e in members]
+
+    def slices(self, folder: Path, prefix: str = "") -> list[Slice]:
         """The resumable units, each to be written to a folder of its own in `folder`."""
         return [
-            Slice(split, number, tuple(episodes), folder / f"{split}-{number:05d}")
+            Slice(split, number, tuple(episodes), folder / f"{prefix}{split}-{number:05d}")
             for split, chosen in self.splits.items()
             for number, episodes in enumerate(_cut(chosen, self.slice_frames))
         ]
@@ -170,10 +186,13 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
         notes = [*(note for note in notes if FLAG not in note), *given]
     if not any(FLAG in note for note in notes):
         notes = [*notes, *silent(episodes)]
-    manifest = _manifest(format, src, name, settings, replace(scan, notes=notes))
+    episodes = episodes[slice(*(settings.episodes or (None,)))][: settings.max_episodes]
+    if not episodes:
+        raise DataError(f"episodes: {src} has {len(scan.episodes)}; none is left of what was asked for")
+    splits, chosen = split_episodes(episodes, settings)
+    manifest = _manifest(format, src, name, settings, replace(scan, notes=[*notes, *chosen]))
     job = Job(reader, manifest, scan.action, settings.processing, settings.shard_bytes)
-    episodes = episodes[: settings.max_episodes]
-    return Plan(job, manifest, split_episodes(episodes, settings), list(scan.bad), settings.slice_frames)
+    return Plan(job, manifest, splits, list(scan.bad), settings.slice_frames)
 
 
 def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan) -> Manifest:
@@ -193,11 +212,12 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
         gripper=actions.gripper,
         options={
             **{key: value for key, value in asdict(settings).items() if key in RECORDED},
+            **({"episodes": list(settings.episodes)} if settings.episodes else {}),
             **{f"set.{key}": value for key, value in scan.options.items()},
             **({"instructions": _digest(settings.instructions)} if settings.instructions else {}),
         },
         frame_size=scan.frame_size,
-        source_fingerprint=fingerprint(src, scan.files),
+        source_fingerprint=fingerprint(src, scan.files, whole=settings.hash_files),
         notes=scan.notes,
         tool_version=_version(),
     )
@@ -207,43 +227,63 @@ def _digest(table: Path) -> str:
     return f"{table.name}, sha256 {hashlib.sha256(table.read_bytes()).hexdigest()[:16]}"
 
 
-def fingerprint(src: Path, files: Sequence[Path]) -> str:
-    """sha256 over every file's name below `src`, size, first and last MiB: cheap on terabytes, blind to the middle."""
+def fingerprint(src: Path, files: Sequence[Path], *, whole: bool = False) -> str:
+    """sha256 over every file's name below `src`, size and time; of small sets, content in place of the time.
+
+    `whole`: All of their content, however long that takes.
+    """
     digest = hashlib.sha256()
     root = src if src.is_dir() else src.parent
-    for path in sorted(files):
-        size = path.stat().st_size
+    stats = {path: path.stat() for path in sorted(files)}
+    timed = not whole and sum(min(stat.st_size, 2 * _ENDS) for stat in stats.values()) > _CHEAP
+    for path, stat in stats.items():
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        digest.update(f"{name}\0{size}\0".encode())
+        digest.update(f"{name}\0{stat.st_size}\0".encode())
+        if timed:
+            digest.update(f"{stat.st_mtime_ns}\0".encode())
+            continue
         with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
+            if whole:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+            else:
+                digest.update(file.read(_ENDS))
+                file.seek(max(0, stat.st_size - _ENDS))
+                digest.update(file.read(_ENDS))
+    return ("whole " if whole else "times " if timed else "") + digest.hexdigest()
 
 
-def split_episodes(episodes: Sequence[EpisodeRef], settings: Settings) -> dict[str, list[EpisodeRef]]:
-    """Episodes of "train" and "val" in stored order.
+def split_episodes(
+    episodes: Sequence[EpisodeRef], settings: Settings, *, fill: bool = True
+) -> tuple[dict[str, list[EpisodeRef]], list[str]]:
+    """Episodes of "train" and "val" in stored order, and a note on what was done so that neither is empty.
 
-    By hash, the `val_fraction` of episodes with the smallest hash are held out (at least one of two).
+    By hash, an episode is held out or not whatever else there is: a set may grow, and none changes sides. With `fill`,
+    of two or more episodes one is held out, and one is not.
 
     Raises:
         DataError: The dataset has no split of its own, and it was asked for.
     """
+    notes = []
     if settings.split_by == "source":
         if not any(e.split for e in episodes):
             raise DataError("split_by: this dataset has no split of its own; give --split-by hash")
         held = {e.id for e in episodes if e.split.lower() in HELD_OUT}
     else:
-        count = round(len(episodes) * settings.val_fraction)
-        if settings.val_fraction > 0 and len(episodes) > 1:
-            count = min(max(count, 1), len(episodes) - 1)
-        elif len(episodes) == 1:
-            count = 0
-        ranked = sorted(episodes, key=lambda e: hashlib.sha256(f"{settings.seed}/{e.id}".encode()).digest())
-        held = {e.id for e in ranked[:count]}
+        shares = {e.id: _share(settings.seed, e.id) for e in episodes}
+        held = {id for id, share in shares.items() if share < settings.val_fraction}
+        if fill and settings.val_fraction and len(shares) > 1 and len(held) in (0, len(shares)):
+            odd = max(shares, key=shares.__getitem__) if held else min(shares, key=shares.__getitem__)
+            side = "not held out" if held else "held out"
+            notes = [f"{odd}: {side}, as its hash ({shares[odd]:.3f}) comes nearest to {settings.val_fraction:g}"]
+            held ^= {odd}
     chosen = {TRAIN: [e for e in episodes if e.id not in held], VAL: [e for e in episodes if e.id in held]}
-    return {split: members for split, members in chosen.items() if members}
+    return {split: members for split, members in chosen.items() if members}, notes
+
+
+def _share(seed: int, id: str) -> float:
+    """Uniform in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "big") / 2**64
 
 
 def check_bad(bad: Sequence[str], max_bad: int) -> None:

@@ -20,11 +20,12 @@ class Progress:
         total: Frames of the whole work, as far as they are known.
         done: Frames that were there already.
         quiet: Show nothing.
+        what: Is done.
     """
 
-    def __init__(self, total: int, done: int, quiet: bool):
+    def __init__(self, total: int, done: int, quiet: bool, what: str = "convert"):
         self.total, self.before, self.done, self.skipped = total, done, done, 0
-        self.quiet = quiet
+        self.quiet, self.what = quiet, what
         self.started = self.last = time.monotonic()
         self.bar: Any = None
 
@@ -36,7 +37,7 @@ class Progress:
         console = Console(file=sys.stderr)
         if not self.quiet and console.is_terminal:
             self.bar = Bar(
-                TextColumn("convert"),
+                TextColumn(self.what),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("frames · {task.fields[said]} · ETA"),
@@ -44,7 +45,7 @@ class Progress:
                 console=console,
             )
             self.bar.start()
-            self.line = self.bar.add_task("convert", total=self.total, completed=self.done, said="–")
+            self.line = self.bar.add_task(self.what, total=self.total, completed=self.done, said="–")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +65,7 @@ class Progress:
             self.last = now
             left = (self.total - self.done) / fps / 60 if fps else 0.0
             print(
-                f"convert: {self.done:,} of {self.total:,} frames · {said} · {left:.0f} min left",
+                f"{self.what}: {self.done:,} of {self.total:,} frames · {said} · {left:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -231,7 +231,7 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     for episode in part.episodes:
         reasons = len(skipped)
         try:
-            texts = _convert_episode(job, episode, writers)
+            texts, digest = _convert_episode(job, episode, writers)
             changes = [t for t in range(1, len(texts)) if texts[t] != texts[t - 1]]
             converted.append(
                 {
@@ -241,6 +241,7 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
                     "later_instructions": {t: texts[t] for t in changes},
                     "task": episode.task,
                     "meta": dict(episode.meta),
+                    "digest": digest,
                 }
             )
         except DataError as e:
@@ -251,10 +252,10 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     return {"episodes": converted, "skipped": skipped}
 
 
-def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWriter]) -> list[str]:
+def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWriter]) -> tuple[list[str], str]:
     """Encode every camera before writing any, so that a bad frame leaves no camera ahead of the others.
 
-    Returns the instruction of each frame.
+    Returns the instruction of each frame, and the episode's digest.
     """
     manifest = job.manifest
     data = read_episode(
@@ -283,4 +284,4 @@ def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWr
     }
     for camera, writer in writers.items():
         writer.write_episode(encoded[camera])
-    return data.instructions
+    return data.instructions, data.digest

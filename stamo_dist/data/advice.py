@@ -51,7 +51,7 @@ def _supervised(recipe: Recipe) -> list[str]:
             if manifest is None or source.split not in manifest.splits:
                 return []
             try:
-                episodes = read_episodes(Path(path).expanduser(), source.split)
+                episodes = read_episodes(Path(path).expanduser(), source.split, manifest.splits[source.split].episodes)
             except DataError:
                 return []
             if not episodes:

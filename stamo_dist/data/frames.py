@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.data.schema import Episode, read_episodes
+from stamo_dist.data.schema import Episode
 from stamo_dist.data.shards import OpenShards
-from stamo_dist.data.sources import DEFAULT_CACHE, fetch_episodes, open_camera, open_source
+from stamo_dist.data.sources import DEFAULT_CACHE, open_camera, open_source
 from stamo_dist.errors import DataError
 
 
@@ -39,7 +39,7 @@ class Episodes:
         self._open = OpenShards(self._shards.shards)
         counts = np.array([shard.samples for shard in self._shards.shards])
         self._first = counts.cumsum() - counts
-        self.episodes: list[Episode] = read_episodes(fetch_episodes(source, split), split)
+        self.episodes: list[Episode] = source.episodes(split)
         last = self.episodes[-1] if self.episodes else None
         if last is None or last.start + last.length != self._shards.frames:
             raise DataError(f"{path}: the episode table of {split} does not match its {self._shards.frames} frames")

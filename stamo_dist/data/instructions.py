@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.schema import read_episodes
-from stamo_dist.data.sources import fetch_episodes
 from stamo_dist.data.supervised import Table, labelled_episodes, sample_streams
 from stamo_dist.errors import DataError
 
@@ -26,7 +24,7 @@ def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
     tables: dict[str, list[Table]] = {}
     for name, folders in zip(mixture.sources, mixture.opened, strict=True):
         split = mixture.data.sources[name].split
-        tables[name] = [(f.manifest, read_episodes(fetch_episodes(f, split), split)) for f in folders]
+        tables[name] = [(f.manifest, f.episodes(split)) for f in folders]
     return tables
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ class Mixture:
         data: The recipe's `data` section.
         seed: Of the run; it decides the order.
         global_batch: Samples per optimizer step over all processes.
+        growth: Source → of each of its paths, after how many growths to read it; others are read as they are.
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
@@ -48,11 +51,13 @@ class Mixture:
         DataError: All problems of all sources at once.
     """
 
-    def __init__(self, data: Data, seed: int, global_batch: int):
+    def __init__(
+        self, data: Data, seed: int, global_batch: int, growth: Mapping[str, Sequence[int]] = MappingProxyType({})
+    ):
         self.data, self.seed, self.global_batch = data, seed, global_batch
         used = data.used
         self.sources = list(used)
-        self.opened, streams = _open_all(used, data)
+        self.opened, streams = _open_all(used, data, growth)
         cameras = [stream for of_source in streams for stream in of_source]
         # The cameras of one moment follow one another.
         self.views = [View(cameras[v :: data.views]) for v in range(data.views)]
@@ -83,6 +88,17 @@ class Mixture:
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
         return self.views[0].shard_of(samples)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the sources is not read, for they grew since."""
+        return [
+            f"{opened.path}: has grown by {opened.later} episodes since this run began, which goes on without them; "
+            "a new run reads all"
+            for of_source in self.opened
+            for opened in of_source
+            if opened.later
+        ]
 
     def prepare(self, number: int) -> None:
         """Put raw shard `number` on local disk, if it is remote or packed.
@@ -128,7 +144,9 @@ class Mixture:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _open_all(sources: dict[str, Source], data: Data) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
+def _open_all(
+    sources: dict[str, Source], data: Data, growth: Mapping[str, Sequence[int]]
+) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
     """Every source's folders, and its cameras."""
     problems: list[str] = []
     streams: list[list[CameraShards]] = []
@@ -136,9 +154,10 @@ def _open_all(sources: dict[str, Source], data: Data) -> tuple[list[list[OpenSou
     found: dict[str, list[OpenSource]] = {}
     for name, source in sources.items():
         streams.append([])
-        for path in source.paths:
+        pinned = [*growth[name], *[0] * len(source.paths)] if name in growth else [None] * len(source.paths)
+        for path, grown in zip(source.paths, pinned, strict=False):
             try:
-                found.setdefault(name, []).append(opened := open_source(path, data.cache))
+                found.setdefault(name, []).append(opened := open_source(path, data.cache, grown))
                 problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
                 streams[-1] += _open_cameras(name, opened, source, seen, data.views)
             except DataError as e:

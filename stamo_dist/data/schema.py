@@ -6,6 +6,9 @@ A converted source is a folder::
     SOURCE/SPLIT/episodes.jsonl               one Episode a line, in stored order, shared by all cameras
     SOURCE/SPLIT/CAMERA/index.json, shard.*   mosaicml-streaming MDS, one sample a frame
 
+A source may grow: shards, lines of episodes.jsonl and entries of index.json are added at their ends, then a manifest
+takes the place of the one before. Who reads by an older manifest takes as many as that one counts.
+
 Frames of an episode are contiguous and in one shard, so frame t+k is sample i+k of the same shard. All cameras of
 a split hold the same episodes in the same order, so sample i is the same moment in each of them.
 """
@@ -13,6 +16,7 @@ a split hold the same episodes in the same order, so sample i is the same moment
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ class Episode(BaseModel):
     later_instructions: dict[int, str] = {}  # first frame → instruction from there on, where it changes on the way
     task: str = ""
     meta: dict[str, Any] = {}  # what else the dataset says of it
+    digest: str = ""  # of its rows as the dataset has them: times, actions, proprioception, texts
 
     def instruction_at(self, t: int) -> str:
         """Of frame `t`."""
@@ -143,6 +148,15 @@ class Split(BaseModel):
     frames: int
 
 
+class Size(BaseModel):
+    """What a source held before it grew."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    splits: dict[str, Split]
+    stats: dict[str, Stats] = {}
+
+
 class Manifest(BaseModel):
     """What a converted source is and how it came about."""
 
@@ -169,6 +183,24 @@ class Manifest(BaseModel):
     skipped: list[str] = []  # "EPISODE: reason"
     notes: list[str] = []  # what the converter guessed, left out or did not find
     stats: dict[str, Stats] = {}  # "action", "proprio"; of split train; by `stamo data stats`
+    before: list[Size] = []  # what it held each time before it grew
+
+    @property
+    def episodes(self) -> int:
+        return sum(split.episodes for split in self.splits.values())
+
+    def as_of(self, growth: int | None) -> Manifest:
+        """After it had grown that many times; None: as it is.
+
+        Raises:
+            DataError: It has not grown so often.
+        """
+        if growth is None or growth == len(self.before):
+            return self
+        if growth > len(self.before):
+            raise DataError(f"{self.name}: has grown {len(self.before)} times, not {growth}; another source lies there")
+        size = self.before[growth]
+        return self.model_copy(update={"splits": size.splits, "stats": size.stats, "before": self.before[:growth]})
 
 
 def read_manifest(source: Path) -> Manifest:
@@ -195,13 +227,19 @@ def read_manifest(source: Path) -> Manifest:
         raise DataError(f"{path}: not a manifest: {e}") from e
 
 
-def read_episodes(source: Path, split: str) -> list[Episode]:
-    """Read the episode table of one split, in stored order."""
+def read_episodes(source: Path, split: str, count: int | None = None) -> list[Episode]:
+    """Read the episode table of one split, in stored order; of a source that is growing, the first `count`."""
     path = source / split / EPISODES
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")[:count]
         return [Episode.model_validate_json(line) for line in lines if line]
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run `stamo data convert` again") from None
     except ValidationError as e:
         raise DataError(f"{path}: not an episode table: {e}") from e
+
+
+def first_entries(entries: list[dict[str, Any]], frames: int) -> list[dict[str, Any]]:
+    """Of index.json's, those that hold the first frames: the others came when the source grew. All if none fits."""
+    counts = list(accumulate(entry["samples"] for entry in entries))
+    return entries[: counts.index(frames) + 1] if frames in counts else entries

@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
-from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
 from stamo_dist.data.shards import Layout, ShardSpec
 from stamo_dist.errors import DataError
 
@@ -53,6 +53,20 @@ class OpenSource:
     remote: str | None
     cache: Path
     manifest: Manifest
+    later: int = 0  # episodes that came when it grew, and are not read
+
+    def episodes(self, split: str) -> list[Episode]:
+        """The episode table of a split, fetched if it is remote.
+
+        Raises:
+            DataError: It cannot be had, or is damaged.
+        """
+        path = self.root / split / EPISODES
+        if self.remote and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT):
+                _download(f"{self.remote}/{split}/{EPISODES}", path)
+        return read_episodes(self.root, split, self.manifest.splits[split].episodes)
 
 
 @dataclass(frozen=True)
@@ -145,12 +159,23 @@ def resolve(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def open_source(path: str, cache: str = DEFAULT_CACHE) -> OpenSource:
+def open_source(path: str, cache: str = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
     """Read the manifest of a local or remote source.
+
+    Args:
+        path: Folder or URL.
+        cache: Where remote sources are kept.
+        growth: Read it as it was after it had grown that many times; None: as it is.
 
     Raises:
         DataError: Missing, empty, unfinished or unreachable.
     """
+    opened = _open_source(path, cache)
+    manifest = opened.manifest.as_of(growth)
+    return replace(opened, manifest=manifest, later=opened.manifest.episodes - manifest.episodes)
+
+
+def _open_source(path: str, cache: str) -> OpenSource:
     resolved, root = resolve(path), Path(os.path.realpath(os.path.expanduser(cache)))
     if not is_remote(resolved):
         folder = Path(resolved)
@@ -177,16 +202,6 @@ def _download(remote: str, local: Path) -> None:
         _try(lambda: CloudDownloader.direct_download(remote, str(local), 60.0), remote)
     except Exception as e:  # every store raises its own
         raise DataError(f"{remote}: cannot be read: {_said(e)}") from e
-
-
-def fetch_episodes(source: OpenSource, split: str) -> Path:
-    """Make sure that the episode table of `split` is on local disk and return the folder that read_episodes takes."""
-    path = source.root / split / EPISODES
-    if source.remote and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT):
-            _download(f"{source.remote}/{split}/{EPISODES}", path)
-    return source.root
 
 
 def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
@@ -221,8 +236,9 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         local = source.remote is None
         if local:
             _check_files(folder, entries, packed=False)
-    frames = sum(entry["samples"] for entry in entries)
     expected = manifest.splits[split].frames
+    entries = first_entries(entries, expected)
+    frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
     layouts: dict[Layout, Layout] = {}

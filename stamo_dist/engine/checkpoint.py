@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from stamo_dist.engine import elastic, zerofiles
 from stamo_dist.engine.dcp import read_dcp
 from stamo_dist.engine.ema import EMA
-from stamo_dist.engine.identity import Identity, sources_of
+from stamo_dist.engine.identity import Identity, growth_of, sources_of
 from stamo_dist.engine.marker import MARKER, Marker, RunState, damage, damaged, read_marker
 from stamo_dist.engine.parts import ZERO_TAG
 from stamo_dist.engine.processes import broadcast
@@ -49,6 +49,7 @@ class Choice:
     notes: list[str] = field(default_factory=list)
     named: bool = False  # by the user: no other will do
     sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
+    growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
 
 
 def choose(
@@ -101,7 +102,7 @@ def choose(
     path, marker = whole[0]
     if identity is not None:
         identity.check(marker.fingerprint, marker.identity, str(path), allowed)
-    return Choice(path, notes, named, marker.sources)
+    return Choice(path, notes, named, marker.sources, growth_of(marker.identity))
 
 
 def settle(

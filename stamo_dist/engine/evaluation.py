@@ -17,11 +17,8 @@ class Evaluation:
         """Whether a run that was trained to its end at `step` has something left to measure or to tell."""
         return False
 
-    def begin(self, step: int, journal: Journal, working: Callable[[str, int], None]) -> None:
-        """The loop goes on after `step`, at a start or after a rollback.
-
-        `working` keeps the watchdog quiet about what takes long.
-        """
+    def begin(self, step: int, journal: Journal) -> None:
+        """The loop goes on after `step`, at a start or after a rollback."""
 
     def saved(self, step: int) -> bool:
         """The checkpoint of `step` is whole. Returns whether training stood still for it."""

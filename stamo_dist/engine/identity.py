@@ -14,7 +14,7 @@ from stamo_dist.recipe.schema import Recipe
 
 _LISTED = 8
 _FROZEN = "model.frozen."
-_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
+MAY_CHANGE_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
 #: Fields younger than the first checkpoints, which go on without them, and what they were then.
 _YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "model.encoder.output": "patches"}
 
@@ -51,8 +51,8 @@ class Identity:
             )
         model = {k for k in changed if k.startswith("model.")}
         data = changed - model
-        if saved_fingerprint != self.fingerprint and _DATA not in allowed:
-            self._refuse(where, "another mixture", data, saved, _DATA)
+        if saved_fingerprint != self.fingerprint and MAY_CHANGE_DATA not in allowed:
+            self._refuse(where, "another mixture", data, saved, MAY_CHANGE_DATA)
         if model and _MODEL not in allowed:
             self._refuse(where, "another model", model, saved, _MODEL)
 
@@ -96,6 +96,8 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
             f"data.sources.{name}.shards": f"{len(shards)} shards, {mixture.frames[number]} frames, "
             f"{content.hexdigest()[:12]}",
         }
+        if any(grown := [len(folder.manifest.before) for folder in mixture.opened[number]]):
+            fields[f"data.sources.{name}.grown"] = grown
         if source.labelled < 1:
             fields[f"data.sources.{name}.labelled"] = source.labelled
         if recipe.stage == "policy":  # they decide what an action is, so they are kept with the weights
@@ -110,6 +112,11 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
 def sources_of(fields: Mapping[str, Any]) -> list[str]:
     """Names of the sources, in the recipe's order."""
     return [k.split(".")[2] for k in fields if k.startswith("data.sources.") and k.endswith(".shards")]
+
+
+def growth_of(fields: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Of each source's paths, how many times it had grown; sources that never did may be left out."""
+    return {name: fields.get(f"data.sources.{name}.grown", [0]) for name in sources_of(fields)}
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from typing import Any
 from stamo_dist.engine.preempt import EXIT_PREEMPTED, few_of
 from stamo_dist.engine.processes import PATIENCE, broadcast, set_timeout
 from stamo_dist.engine.world import World
+from stamo_dist.recipe.training import Train
 
+#: What is no step → the field of `train` that limits it; the word is what `stamo status` shows.
+PHASES = {
+    "building": "setup_timeout",
+    "saving": "save_timeout",
+    "evaluating": "evaluate_timeout",
+    "exporting": "export_timeout",
+    "leaving": "setup_timeout",
+}
 _MARGIN = 60.0  # seconds: the watchdog comes before the process group, which cannot say who is late
 #: Seconds that a rank without a launcher may take for one thing; nobody would end it otherwise.
 _LONELY = 30.0
@@ -53,16 +62,16 @@ class Watchdog:
     Args:
         logs: The run's folder for logs, the same for every rank.
         world: Who this is.
-        limit: Seconds without progress after which the run counts as hung, from the first finished step on.
-        setup: The same before that and in phases that are no steps.
+        limits: Of its `…_timeout` fields, seconds without progress after which the run counts as hung.
     """
 
-    def __init__(self, logs: Path, world: World, limit: float, setup: float):
-        self._logs, self._world, self._limit, self._setup = logs, world, limit, setup
-        self._every = min(5.0, limit / 10, setup / 10)
+    def __init__(self, logs: Path, world: World, limits: Train):
+        self._logs, self._world, self._limits = logs, world, limits
+        self._every = min(5.0, min(getattr(limits, field) for field in ("step_timeout", *PHASES.values())) / 10)
         self._folder: Path | None = None
         self._beat, self._since = Heartbeat(world.rank), time.monotonic()
-        self._stepping = False  # in the loop, after its first step
+        self._field = "setup_timeout"
+        self._gone = False  # the run is hung, and what this rank was doing then is what counts
         self.saving_takes = 0.0  # seconds, as last measured: a rank that lost its launcher gets that long
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -78,27 +87,29 @@ class Watchdog:
         self._folder = self._logs / broadcast(name)
 
     def mark(self, doing: str, step: int) -> None:
-        """This rank begins something: `doing` and `step` make a phrase."""
-        self._since = time.monotonic()
-        self._beat = replace(self._beat, marks=self._beat.marks + 1, step=step, doing=doing, phase="")
+        """This rank begins something: `doing`, which for what is no step begins with a phase, and `step` make a phrase.
 
-    def phase(self, phase: str, words: str, step: int) -> None:
-        """As `mark`, of something that is no step and may take as long as building the model."""
-        self._stepping = False
-        self.mark(f"{phase} {words}", step)
-        self._beat = replace(self._beat, phase=phase)
-        set_timeout(PATIENCE)
-        if self._folder is not None:
+        The first step may take as long as building the model.
+        """
+        if self._gone:
+            return
+        self._since = time.monotonic()
+        word = doing.split(maxsplit=1)[0]
+        phase, before = word if word in PHASES else "", self._beat.phase
+        self._beat = replace(self._beat, marks=self._beat.marks + 1, step=step, doing=doing, phase=phase)
+        field = PHASES[phase] if phase else "step_timeout" if self._beat.finished else "setup_timeout"
+        if field != self._field:
+            self._field = field
+            seconds = getattr(self._limits, field) + _MARGIN
+            set_timeout(seconds if field == "step_timeout" else max(seconds, PATIENCE))
+        if phase != before and self._folder is not None:
             with contextlib.suppress(OSError):
                 self._write(self._folder, dumped=False)
 
     def finished(self, step: int) -> None:
         """This rank has finished `step`; from the first on, being late counts by the limit of steps."""
-        self.mark("done with", step)
         self._beat = replace(self._beat, finished=step)
-        if not self._stepping:
-            self._stepping = True
-            set_timeout(self._limit + _MARGIN)
+        self.mark("done with", step)
 
     def close(self) -> None:
         """Watch no longer."""
@@ -115,19 +126,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._every):
-            limit, field = (self._limit, "step") if self._stepping else (self._setup, "setup")
+            field = self._field
+            limit = getattr(self._limits, field)
             waited, lonely = time.monotonic() - self._since, launcher_is_gone()
             if lonely:
                 limit = min(limit, max(_LONELY, 3 * self.saving_takes))
             late, folder = waited > limit, self._folder
             if folder is None:
                 if late:
-                    self._leave_alone(f"{self._now(dumped=False)} (train.{field}_timeout: {limit:g})")
+                    self._leave_alone(f"{self._now(dumped=False)} (train.{field}: {limit:g})")
                 continue
             with contextlib.suppress(OSError):  # a full disk hangs nobody
                 self._write(folder, dumped=False)
                 if late and not lonely:
-                    (folder / _HUNG).write_text(json.dumps([limit, f"train.{field}_timeout"]))
+                    (folder / _HUNG).write_text(json.dumps([limit, f"train.{field}"]))
             if late and lonely:
                 self._leave_alone(f"what started it is gone, and it got no further: {self._now(dumped=False)}")
             elif late or (folder / _HUNG).exists():
@@ -157,6 +169,7 @@ class Watchdog:
         os._exit(EXIT_PREEMPTED)
 
     def _leave(self, folder: Path) -> None:
+        self._gone = True
         self._dump()
         with contextlib.suppress(OSError):
             self._write(folder, dumped=True)

@@ -68,7 +68,7 @@ class Rollouts(Evaluation):
             if at <= step
         )
 
-    def begin(self, step: int, journal: Journal, working: Callable[[str, int], None]) -> None:
+    def begin(self, step: int, journal: Journal) -> None:
         self._journal = journal
         with self._at_no_cost():
             self._begin(step)

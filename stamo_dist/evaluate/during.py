@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ class Standing(Evaluation):
     def __init__(self, run: Path, recipe: Recipe):
         self._run, self._recipe = run, recipe
 
-    def begin(self, step: int, journal: Journal, working: Callable[[str, int], None]) -> None:
-        self._journal, self._working = journal, working
+    def begin(self, step: int, journal: Journal) -> None:
+        self._journal = journal
         if folder_of(RunFolder(self._run).checkpoints, step).exists():
             self.saved(step)  # a stop may have come before, and the line that told it was taken back
 
@@ -49,7 +48,6 @@ class Standing(Evaluation):
         every, say = self._recipe.evaluate.every, self._journal.say
         if not (every and step and step % every == 0):
             return False
-        self._working("evaluating", step)
         began = time.perf_counter()
         try:
             with torch.random.fork_rng():  # what trains on must not notice

@@ -64,6 +64,10 @@ class Evaluate(Section):
         """The rollouts that are made, if they are."""
         return self.rollout if self.every else None
 
+    def holds_up(self, step: int) -> bool:
+        """Whether training stands still after `step` while rank 0 measures."""
+        return bool(self.every and step and step % self.every == 0 and self.rollout is None)
+
 
 def evaluate_problems(evaluate: Evaluate, stage: str, checkpoint_every: int, data: Data) -> list[str]:
     """What does not fit the rest of the recipe."""

@@ -83,9 +83,10 @@ class Train(Section):
     step_timeout: PositiveFloat = Field(
         1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
     )
-    setup_timeout: PositiveFloat = Field(
-        3600.0, description="The same for what is no step: building, the first step, exporting and leaving."
-    )
+    setup_timeout: PositiveFloat = Field(3600.0, description="The same for building, the first step and leaving.")
+    save_timeout: PositiveFloat = Field(3600.0, description="The same for what a checkpoint holds the steps up.")
+    evaluate_timeout: PositiveFloat = Field(3600.0, description="The same for one measurement between steps.")
+    export_timeout: PositiveFloat = Field(3600.0, description="The same for writing the model at the end.")
     dry_export: bool | None = Field(
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
     )

@@ -100,6 +100,19 @@ def test_stuck_rank_is_named(toy, tmp_path):
     assert "in backward" in stacks[0]
 
 
+def test_a_measurement_may_take_longer_than_a_step(toy, tmp_path):
+    """Rank 0 measures for longer than `train.step_timeout`, and the rank that waits is not taken for hung."""
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    settings = ["train.steps=4", "train.checkpoint.every=2", "evaluate.every=2", "evaluate.reconstruct=1"]
+    code, output = train(recipe, {"0": {"evaluate": [12]}}, 2, "train.step_timeout=5", *settings)
+    assert code == 0, output
+    assert "step 2 evaluated in 1" in output
+    settings += ["train.step_timeout=5", "train.evaluate_timeout=6", "train.steps=8"]
+    code, output = train(recipe, {"0": {"evaluate": [60]}}, 2, *settings)
+    assert code == EXIT_PREEMPTED, output
+    assert "no progress for 6 s (train.evaluate_timeout)" in output
+
+
 def test_roll_back_once(toy, tmp_path):
     """Many bad steps: the run goes on from before them, without what it read since. Again: it says why and stops."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)

@@ -180,7 +180,7 @@ class Bench:
         self.hand = Hand()
         self.rollouts = Rollouts(self.run, self.recipe.recipe, self.hand)
         self.journal = Told(self.run, step)
-        self.rollouts.begin(step, self.journal, lambda what, at: None)  # type: ignore[arg-type]
+        self.rollouts.begin(step, self.journal)  # type: ignore[arg-type]
 
     def save(self, step: int, version: str = "") -> None:
         folder = self.run.checkpoints / f"step_{step:08d}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 from forked import Ranks
 from toy import write_recipe
@@ -135,8 +139,16 @@ def walk(ranks: Ranks, name: str, variant: Variant, strategy: str, processes: in
 
 
 def _shared_memory() -> set[str]:
-    """Its files; semaphores of other processes, which are there for a moment, are not among them."""
-    return {p.name for p in Path("/dev/shm").iterdir() if not p.name.startswith("sem.")}
+    """Its files but those that a process has open: all of the journey's have ended."""
+    files = list(Path("/dev/shm").iterdir())
+    held = {path for pid in psutil.pids() for path in _open_files(pid)}
+    return {p.name for p in files if str(p) not in held and p.exists()}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    for link in glob.glob(f"/proc/{pid}/fd/*") + glob.glob(f"/proc/{pid}/map_files/*"):
+        with contextlib.suppress(OSError):  # it is closed, or not ours to look at
+            yield os.readlink(link)
 
 
 def _files(run: Path) -> list[str]:

@@ -131,7 +131,7 @@ def test_launcher_killed_before_it_has_started_all_ranks(start):
 
 @pytest.mark.parametrize("hung", [0, 1])
 def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
-    run = start("train.step_timeout=3")
+    run = start("train.step_timeout=3", "train.dry_export=false")  # no save comes between
     run.reach(3)
     run.rank(hung).suspend()
     assert run.launcher.wait(timeout=60) == EXIT_PREEMPTED, run.output

@@ -167,9 +167,6 @@ def test_finished_output_is_left_alone_and_replaced_only_when_asked(tmp_path: Pa
     assert tree(out) == before
     manifest, done = convert("libero", src, out, size=32, overwrite=True, quiet=True)
     assert (manifest.image_size, done) == (32, True)
-    cut(tmp_path / "raw" / "b.hdf5")
-    with pytest.raises(DataError, match="source_fingerprint"):
-        convert("libero", tmp_path / "raw", out, size=32, quiet=True)
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, cut: Callable[..., Path]) -> None:

@@ -1,0 +1,55 @@
+"""A dataset that has grown: what is new is added to its shards, and nothing that is there is written again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from data_tools.convert.episode import read_digest
+from data_tools.convert.merge import some
+from data_tools.convert.plan import VAL, Plan, Settings, split_episodes
+from data_tools.convert.progress import Progress
+from data_tools.formats.source import EpisodeRef
+from stamo_dist.data.schema import Episode, Manifest, read_episodes
+from stamo_dist.errors import DataError
+
+
+def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan:
+    """Of a plan, what OUT does not hold yet: `found` was converted in the same way, from other files.
+
+    Raises:
+        DataError: Episodes that OUT holds are gone or changed.
+    """
+    held = {e.id: e for split, of in found.splits.items() for e in read_episodes(out, split, of.episodes)}
+    there = {e.id: e for members in plan.splits.values() for e in members}
+    changed = [f"{id}: is no longer there" for id in held if id not in there]
+    known = [there[id] for id in held if id in there]
+    with Progress(sum(e.length for e in known), 0, settings.quiet, "compare") as progress:
+        for episode, problem in _compare(plan, known, held):
+            changed += [f"{episode.id}: {problem}"] if problem else []
+            progress.show(episode.length, bool(problem))
+    if changed:
+        head = f"{out}: was converted from a dataset that has changed since, not only grown ({len(changed)} episodes):"
+        tail = "choose another OUT, or replace it with --overwrite"
+        raise DataError("\n".join([head, *some(changed), tail]))
+    fresh = [e for e in there.values() if e.id not in held]
+    splits, notes = split_episodes(fresh, settings, fill=VAL not in found.splits) if fresh else ({}, [])
+    note = (
+        f"compared with the dataset: rows of the {len(known)} episodes that were there, not their frames "
+        "(`stamo data check --source` does)"
+    )
+    manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, *notes, note]})
+    return replace(plan, job=replace(plan.job, manifest=manifest), manifest=manifest, splits=splits, base=found)
+
+
+def _compare(plan: Plan, known: list[EpisodeRef], held: dict[str, Episode]) -> Iterator[tuple[EpisodeRef, str]]:
+    """Each episode, and what is wrong with it."""
+    for episode in known:
+        before = held[episode.id].digest
+        if not before:
+            yield episode, "was converted by a version that did not keep what tells whether it changed"
+        elif before != read_digest(plan.job.reader, episode):
+            yield episode, "has other rows (times, actions, proprioception or instruction), or cannot be read any more"
+        else:
+            yield episode, ""
