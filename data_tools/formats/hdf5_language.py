@@ -15,25 +15,30 @@ from data_tools.formats.remarks import LANGUAGE, language_keys, looks_like_langu
 def find_texts(groups: Sequence[h5py.Group]) -> list[str]:
     """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any."""
     for group in groups:
-        found = _strings(group)
-        for key in language_keys(found):
-            texts = _texts(found[key])
-            if any(texts):
+        for key in language_keys([*group, *group.attrs]):
+            value = _string(group, key)
+            if value is not None and any(texts := _texts(value)):
                 return texts
     return []
 
 
 def like_language(groups: Sequence[h5py.Group]) -> list[str]:
     """Names of attributes and string datasets that are not usual ones and might be instructions all the same."""
-    names = {name: f"{group.name.rstrip('/')}/{name}" for group in groups for name in _strings(group)}
-    return [full for name, full in names.items() if name.lower() not in LANGUAGE and looks_like_language(name)]
+    named = {
+        name: f"{group.name.rstrip('/')}/{name}"
+        for group in groups
+        for name in [*group, *group.attrs]
+        if name.lower() not in LANGUAGE and looks_like_language(name) and _string(group, name) is not None
+    }
+    return list(named.values())
 
 
-def _strings(group: h5py.Group) -> dict[str, Any]:
-    """The group's texts by name: of attributes, and of datasets right below it."""
-    datasets = {k: d for k in group if isinstance(d := group.get(k), h5py.Dataset) and d.dtype.kind in "SO"}
-    attributes = {k: v for k, v in group.attrs.items() if np.asarray(v).dtype.kind in "SUO"}
-    return {**datasets, **attributes}
+def _string(group: h5py.Group, name: str) -> Any:
+    """A text, or several, of the group: an attribute, or a dataset right below it; None if it is neither."""
+    if name in group.attrs and np.asarray(group.attrs[name]).dtype.kind in "SUO":
+        return group.attrs[name]
+    dataset = group.get(name)
+    return dataset if isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "SO" else None
 
 
 def _texts(value: Any) -> list[str]:

@@ -119,6 +119,15 @@ def growth_of(fields: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: fields.get(f"data.sources.{name}.grown", [0]) for name in sources_of(fields)}
 
 
+def mixture_of(recipe: Recipe, fields: Mapping[str, Any]) -> Mixture:
+    """What a checkpoint with these fields was trained on, should its sources have grown since.
+
+    Raises:
+        DataError: All problems of all sources at once.
+    """
+    return Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth_of(fields))
+
+
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}

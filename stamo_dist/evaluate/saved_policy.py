@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine.checkpoint import MARKER, read_marker
+from stamo_dist.engine.identity import mixture_of
 from stamo_dist.engine.runfolder import git_commit, open_run
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
@@ -44,13 +44,10 @@ class Saved:
         self._path = named_checkpoint(folder, checkpoint)
         self._marker = read_marker(self._path)
         self.digest = digest(self._path)
-        data, batch = self._recipe.data, self._recipe.train.global_batch
         scratch = output_folder(folder, name, out)
         self._folder = TemporaryDirectory(prefix=SCRATCH, dir=scratch, ignore_cleanup_errors=True)
         self.model = str(Path(self._folder.name) / "model")
-        write_model(
-            self._recipe, Mixture(data, seed=self._recipe.seed, global_batch=batch), self._path, Path(self.model)
-        )
+        write_model(self._recipe, mixture_of(self._recipe, self._marker.identity), self._path, Path(self.model))
 
     def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
         """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from stamo_dist.data.mixture import Mixture
 from stamo_dist.engine import checkpoint as checkpoints
 from stamo_dist.engine.generation import take
+from stamo_dist.engine.identity import mixture_of
 from stamo_dist.engine.retention import named
 from stamo_dist.engine.runfolder import RunFolder, open_run
 from stamo_dist.errors import RunError
@@ -53,7 +53,7 @@ def publish(
     if out.exists():
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = checkpoints.read_weights(folder)
-    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
+    mixture = mixture_of(recipe, checkpoints.read_marker(folder).identity)
     task = build_task(recipe, mixture, later=checkpoints.holds_all(folder))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
@@ -84,14 +84,15 @@ def finish(given: Path) -> None:
     run = open_run(given)
     recipe = load(run.resolved).recipe
     whole = checkpoints.complete(run.checkpoints)[0]
-    step = checkpoints.read_marker(whole[0]).state.step if whole else 0
-    if step < recipe.train.steps:
+    marker = checkpoints.read_marker(whole[0]) if whole else None
+    step = marker.state.step if marker else 0
+    if marker is None or step < recipe.train.steps:
         raise RunError(
             f"{given}: trained to step {step} of {recipe.train.steps}; train it to its end, or give OUT for the model "
             "of its newest checkpoint"
         )
     with take(run.path, patience=0):
-        export(recipe, Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch), run, step)
+        export(recipe, mixture_of(recipe, marker.identity), run, step)
 
 
 def _as_others_files(folder: Path) -> None:
