@@ -37,8 +37,8 @@ STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
 	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
 	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
-	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.2
-	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.2
+	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.15
+	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.13
 	$(STAMO) data stats demo/shards/libero
 	$(STAMO) data stats demo/shards/metaworld
 	$(STAMO) mix recipes/tokenizer_demo.yaml

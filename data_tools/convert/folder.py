@@ -154,7 +154,7 @@ def check_same(where: str, found: Manifest, plan: Manifest, but: Collection[str]
         elif key == "source_fingerprint" and old[key] != new[key]:
             lines.append(
                 "  - the dataset's files have changed since; what is new can be added in a folder, and "
-                "`stamo data sync FOLDER URL --overwrite` sends that"
+                "`stamo data sync FOLDER URL` sends that"
             )
         elif old[key] != new[key]:
             lines.append(f"  - {key}: {old[key]} (asked: {new[key]})")

@@ -64,7 +64,7 @@ def sync(
         src: Folder or s3://BUCKET/PREFIX of a whole source.
         dst: Folder or URL to create or to complete.
         parallel: Files copied at once.
-        overwrite: Replace another source, or another conversion, that DST holds.
+        overwrite: Replace another source, or another conversion, that DST holds; what SRC has gained needs no leave.
         quiet: No progress bar.
         pause: Seconds before the second attempt; each further pause doubles.
 
@@ -78,7 +78,7 @@ def sync(
     files = _list(source, manifest)
     with _alone(target):
         old = _existing(target, manifest, overwrite)
-        if old is not None and not _same(old, manifest):
+        if old is not None and not _same(old, manifest) and not _grown(old, manifest):
             target.delete(MANIFEST)
             for name in sorted((set(old.checksums) & set(target.sizes())) - {file.name for file in files}):
                 target.delete(name)
@@ -158,7 +158,7 @@ def _existing(target: Store, manifest: Manifest, overwrite: bool) -> Manifest | 
             target.delete(MANIFEST)
             return None
         raise DataError(f"{e}; replace it with --overwrite, or choose another DST") from None
-    if not _same(old, manifest) and not overwrite:
+    if not _same(old, manifest) and not _grown(old, manifest) and not overwrite:
         raise DataError(
             f"{target.url}: holds another source or conversion ({old.name}: {old.source_format}, {old.image_size} px, "
             f"cameras {', '.join(old.cameras)}); choose another DST, or replace it with --overwrite"
@@ -169,6 +169,15 @@ def _existing(target: Store, manifest: Manifest, overwrite: bool) -> Manifest | 
 def _same(a: Manifest, b: Manifest) -> bool:
     """Whether two manifests describe the same shards; statistics may be added later."""
     return a.model_dump(exclude={"stats"}) == b.model_dump(exclude={"stats"})
+
+
+def _grown(old: Manifest, new: Manifest) -> bool:
+    """Whether the new source is the old one and more, so that it is added to under the eyes of its readers."""
+    times = len(old.before)
+    if times >= len(new.before) or not old.checksums.items() <= new.checksums.items():
+        return False
+    changes = {"stats", "splits", "before", "checksums", "skipped", "notes", "source_fingerprint", "tool_version"}
+    return new.as_of(times).splits == old.splits and old.model_dump(exclude=changes) == new.model_dump(exclude=changes)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from data_tools.convert import merge as merging
 from data_tools.convert.driver import Settings, convert, run
 from data_tools.convert.plan import make_plan
 from data_tools.look.check import check
+from data_tools.stores.sync import sync
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import read_episodes, read_manifest
 from stamo_dist.errors import DataError
@@ -105,6 +106,22 @@ def test_a_reader_is_disturbed_at_no_moment(
     convert("libero", raw, out, **OPTIONS)
     assert files(out) == files(whole)
     assert sorted(os.listdir(tmp_path)) == ["out", "raw", "whole"]
+
+
+def test_a_copy_is_added_to(tmp_path: Path, raw: Path, cut: Callable[..., Path]) -> None:
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    convert("libero", raw, out, **OPTIONS)
+    sync(str(out), str(copy), quiet=True)
+    shards = len([name for name in files(copy) if name.endswith(".mds")])
+    grow(raw, cut)
+    convert("libero", raw, out, **OPTIONS)
+    done = sync(str(out), str(copy), quiet=True)
+    assert done.skipped == shards
+    assert mixture(copy).fingerprint == mixture(out).fingerprint
+    other = tmp_path / "other"
+    convert("libero", raw, other, **{**OPTIONS, "size": 48})
+    with pytest.raises(DataError, match="holds another source or conversion"):
+        sync(str(other), str(copy), quiet=True)
 
 
 def test_an_array_adds_together(tmp_path: Path, raw: Path, cut: Callable[..., Path]) -> None:
