@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,23 @@ def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -
     return (lambda indices: frames(numbers[np.asarray(indices, np.int64)].tolist())), rows
 
 
-def check_windows(episodes: Sequence[Listed], fps: float) -> tuple[dict[int, str], dict[int, str]]:
-    """Check the videos of episodes by the episode table and the files' headers.
+@dataclass(frozen=True)
+class Windows:
+    """What is found of the episodes' videos.
 
-    Returns:
-        By episode: why it cannot be used; and where only its last frame is missing, which video lacks it.
+    Attributes:
+        faults: By episode: why it cannot be used.
+        short: By episode whose last frame alone is missing: which video lacks it.
+        hdr: By whole video, named below the dataset: "PQ", "HLG", or "" for the usual range.
     """
+
+    faults: dict[int, str]
+    short: dict[int, str]
+    hdr: dict[str, str]
+
+
+def check_windows(root: Path, episodes: Sequence[Listed], fps: float) -> Windows:
+    """Check the videos of a dataset's episodes by the episode table and the files' headers."""
     faults: dict[int, str] = {}
     short: dict[int, str] = {}
     windows: dict[Path, list[tuple[Window, Listed, str]]] = defaultdict(list)
@@ -90,7 +102,8 @@ def check_windows(episodes: Sequence[Listed], fps: float) -> tuple[dict[int, str
                     fault = fault or why
             if fault:
                 faults.setdefault(episode.index, f"{feature}: {fault}")
-    return faults, short
+    kinds = {path.relative_to(root).as_posix(): about.hdr for path, about in headers.items() if not isinstance(about, str)}
+    return Windows(faults, short, kinds)
 
 
 def _header(path: Path) -> VideoInfo | str:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_tools.formats import remarks
 from data_tools.formats.decode import VideoInfo, probe, video_frames
 from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
@@ -84,6 +85,7 @@ class VideoReader:
                 *self._unread(),
                 *self._short([s for s, part in known if part.frames < self.min_frames]),
                 *_absent(absent),
+                *remarks.hdr_videos(shelf.hdr),
             ],
         )
 
@@ -208,6 +210,11 @@ class _Shelf:
         """Least, median and greatest average rate of the videos that were looked at, in Hz."""
         rates = [info.rate_hz for info in self._infos.values() if isinstance(info, VideoInfo)] or [0.0]
         return round(min(rates), 3), round(float(np.median(rates)), 3), round(max(rates), 3)
+
+    @property
+    def hdr(self) -> dict[str, str]:
+        """Of each whole video that was looked at, by name: "PQ", "HLG", or "" for the usual range."""
+        return {self.name(path): info.hdr for path, info in self._infos.items() if isinstance(info, VideoInfo)}
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
