@@ -239,7 +239,7 @@ def _decoded(path: Path, timeline: _Timeline, wanted: np.ndarray) -> Iterator[np
                         f"{float(int(timeline.ticks[number]) * stream.time_base - begins):.3f} s is "
                         + ("corrupt" if at == number else "missing")
                     )
-                turn = turn or _turn(frame, stream)
+                turn = turn or turn_upright(frame, stream)
                 image = np.ascontiguousarray(turn(convert.reformat(frame, **_RGB).to_ndarray()))
             yield image
 
@@ -257,7 +257,7 @@ def _numbered(container: Any, stream: Any, timeline: _Timeline, number: int) -> 
             yield k, frame
 
 
-def _turn(frame: Any, stream: Any) -> Callable[[np.ndarray], np.ndarray]:
+def turn_upright(frame: Any, stream: Any) -> Callable[[np.ndarray], np.ndarray]:
     """What turns (H, W, 3) upright.
 
     The display matrix (a b u; c d v; x y w) takes column p and row q of the stored picture to column ap + cq + x and

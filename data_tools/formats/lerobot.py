@@ -27,7 +27,7 @@ from data_tools.formats.lerobot_tasks import TASK_INDEX, instruction_column, row
 from data_tools.formats.lerobot_vectors import Part, choose, matrix
 from data_tools.formats.lerobot_windows import check_windows, paired_frames
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Film, Frames, Scan
 from stamo_dist.errors import DataError
 
 #: The shortest prefix that tells a camera's name from its feature's.
@@ -72,7 +72,8 @@ class LerobotReader:
             for none. Omitted: action or actions.
         state: Likewise the proprioception. Omitted: observation.state, state or observation.states.
         instruction: Feature with each row's instruction, a text or the number of one in meta/tasks; "none" for the
-            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. Rows win over the table.
+            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. What
+            rows say wins over the table.
         image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180". Omitted:
             upright, but for action_kind "libero" with openpi's or Hugging Face's cameras (image, wrist_image).
         gripper: With `mode`: "OPEN,CLOSED", the last number's value when open and when closed; "relative": +1 closes,
@@ -171,12 +172,14 @@ class LerobotReader:
             raise DataError(f"{path.name}: {len(rows)} rows; the episode table says {listed}")
         times = _times(rows, fps)
         frames: dict[str, Frames] = {}
+        films: dict[str, Film] = {}
         count = len(rows)
         for camera, feature in chosen.cameras.items():
             if feature in episode.private["videos"]:
                 file, begins, ends = episode.private["videos"][feature]
-                pictures, paired = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
-                count = min(count, paired)
+                pictures, shown = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
+                films[camera] = Film(self.src / file, shown, chosen.turned)
+                count = min(count, len(shown))
             else:
                 pictures = self._images(path, index, feature)
             frames[camera] = upright(pictures, chosen.turned)
@@ -191,6 +194,7 @@ class LerobotReader:
             proprio=matrix(rows, chosen.state),
             pose=pose_vectors(matrix(rows, chosen.pose), self._pose_rotation) if chosen.pose else None,
             instructions=self._instructions(rows, chosen, episode),
+            films=films,
         )
 
     @property

@@ -42,7 +42,7 @@ def read_rows(paths: Iterable[Path], column: str | None, tasks: Mapping[int, str
 
 
 def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping[int, str], fps: float) -> list[str]:
-    """What is to be said of these episodes: another instruction in the rows than in the table, clocks off the rate."""
+    """What is to be said of these episodes: other instructions in the rows than in the table, clocks off the rate."""
     notes = []
     both = [(e.index, rows[e.index].texts, table_texts(e.tasks, tasks)) for e in listed]
     if other := [(index, mine, table) for index, mine, table in both if table and set(mine) - set(table)]:
@@ -57,7 +57,7 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
         more = ", …" if len(off) > _NAMED else ""
         notes.append(
             f"times: {len(off)} of {len(listed)} episodes have timestamps off the {fps:g} Hz grid, by up to "
-            f"{max(rows[e].off for e in off):.3g} s (episode {', '.join(map(str, off[:_NAMED]))}{more}); their rows are "
+            f"{max(rows[e].off for e in off):.3g} s (episode {', '.join(map(str, off[:_NAMED]))}{more}); they are "
             "paired with the frames of their videos by order"
         )
     return notes
@@ -86,7 +86,8 @@ def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: floa
     ends = [*starts[1:].tolist(), len(table)]
     found = {}
     for episode, begin, end in zip(episodes.tolist(), starts.tolist(), ends, strict=True):
-        texts, fault = (), ""
+        texts: tuple[str, ...] = ()
+        fault = ""
         if column is not None:
             try:
                 texts = _texts(table[column].take(pa.array(order[begin:end])), column, tasks)

@@ -1,6 +1,6 @@
 """The instructions of a LeRobotDataset: each row's by its task_index, else the episode table's.
 
-LeRobot's own reader gives each row the text of its task_index (LeRobotDataset.__getitem__) and does not look at the table's.
+LeRobot's own reader gives each row the text of its task_index (LeRobotDataset.__getitem__), whatever the table says.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     actions (T, A), terminated, truncated, success (T,), env_states
   NAME.json                      env_info {env_id, env_kwargs}, episodes [{episode_id, control_mode, success, …}]
 
-ManiSkill stores no instruction; a usual key of the JSON's episodes or env_info may hold one, as with `stamo data simulate`.
+ManiSkill stores no instruction; a usual key of the JSON's episodes or env_info may hold one (`stamo data simulate`).
 
 Layout: https://maniskill.readthedocs.io/en/latest/user_guide/datasets/demos.html. Units of the Panda's controllers:
 mani_skill/agents/robots/panda/panda.py and agents/controllers/pd_ee_pose.py.

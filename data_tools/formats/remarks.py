@@ -84,7 +84,7 @@ def hdr_videos(kinds: Mapping[str, str], named: int = 3) -> list[str]:
         return []
     names = ", ".join(found[:named]) + (f" and {len(found) - named} more" if len(found) > named else "")
     return [
-        f"colours: {len(found)} of {len(kinds)} videos are HDR ({', '.join(sorted({kinds[n] for n in found}))}) and are "
+        f"colours: {len(found)} of {len(kinds)} videos are HDR ({', '.join(sorted({kinds[n] for n in found}))}), "
         f"read as they are stored, paler than they should be: {names}; map them to BT.709 first, e.g. with ffmpeg's "
         "filters zscale and tonemap"
     ]

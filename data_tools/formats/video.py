@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools.formats import remarks
 from data_tools.formats.decode import VideoInfo, probe, video_frames
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files, walk
+from data_tools.formats.source import EpisodeData, EpisodeRef, Film, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
 from data_tools.formats.video_segments import Segment, read_labels, read_table
 from stamo_dist.errors import DataError
@@ -92,7 +92,8 @@ class VideoReader:
     def read(self, episode: EpisodeRef) -> EpisodeData:
         times, frames = video_frames(self.root / episode.file, episode.private["start"], episode.private["end"])
         nothing = np.zeros((len(times), 0), np.float32)
-        return EpisodeData({episode.private["camera"]: frames}, times, actions=nothing, proprio=nothing)
+        camera, film = episode.private["camera"], Film(self.root / episode.file, times)
+        return EpisodeData({camera: frames}, times, actions=nothing, proprio=nothing, films={camera: film})
 
     @property
     def root(self) -> Path:

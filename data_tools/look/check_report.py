@@ -29,6 +29,7 @@ CHECKS = {
     "frozen": "consecutive frames that are identical",
     "action": "outliers among the actions; gripper between 0 and 1",
     "duplicate": "episodes that occur twice",
+    "source": "frames, numbers and texts are those of the dataset (--against)",
 }
 #: Findings of a check that are kept and printed; all are counted.
 KEPT, PRINTED = 100, 3

@@ -163,6 +163,7 @@ class Manifest(BaseModel):
     gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
     frame_size: tuple[int, int] | None = None  # (H, W) of the frames that became these, where the dataset says
     options: dict[str, Any] = {}  # the converter's options
+    given: dict[str, Any] = {}  # the format's own options as they were given
     source_fingerprint: str = ""  # of the files that were converted
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
     tool_version: str = ""

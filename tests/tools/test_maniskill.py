@@ -159,7 +159,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for text in (
         "1 of 3 episodes failed, taken",
         "numeric ones are: agent/joints (9,)",
-        "3 of 3 episodes have none; these look like one: env_info/task_of_day (--set instruction=TEXT says one for all)",
+        "3 of 3 episodes have none; these look like one: env_info/task_of_day (--set instruction=TEXT",
     ):
         assert text in said
     with pytest.raises(DataError, match="image_orientation: 'over' must be one of upright"):

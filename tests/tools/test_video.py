@@ -167,7 +167,7 @@ def test_videos_of_high_dynamic_range_are_counted(tmp_path: Path) -> None:
         film(tmp_path / "set" / name, 3, transfer=transfer)
     notes = VideoReader(tmp_path / "set").scan().notes
     (note,) = (n for n in notes if n.startswith("colours: "))
-    assert note.startswith("colours: 2 of 4 videos are HDR (HLG, PQ) and are read as they are stored")
+    assert note.startswith("colours: 2 of 4 videos are HDR (HLG, PQ), read as they are stored")
     assert ": a.mp4, b.mkv; map them" in note
     film(tmp_path / "usual/c.mp4", 3)
     assert not [n for n in VideoReader(tmp_path / "usual").scan().notes if n.startswith("colours: ")]
