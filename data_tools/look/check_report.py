@@ -134,6 +134,8 @@ def print_report(report: Report) -> None:
     table.add_column("errors", justify="right")
     table.add_column("warnings", justify="right")
     for check, what in CHECKS.items():
+        if check == "source" and "compared" not in report.total:
+            continue
         counts = report.counts.get(check, {ERROR: 0, WARNING: 0})
         errors, warnings = counts[ERROR], counts[WARNING]
         table.add_row(
