@@ -128,7 +128,10 @@ class LerobotReader:
                 bad.append(f"{ref.id}: {fault}")
                 continue
             if listed.index in windows.short:
-                notes.append(f"{ref.id}: its last row is left out: {windows.short[listed.index]} has no frame for it")
+                notes.append(
+                    f"{ref.id}: its last row is left out: {windows.short[listed.index]} has a frame too few; if that is "
+                    "not the last one, the rows after it show the next one's"
+                )
                 ref = replace(ref, length=ref.length - 1)
             episodes.append(ref)
             taken.append(listed)

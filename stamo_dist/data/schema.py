@@ -200,7 +200,7 @@ def read_episodes(source: Path, split: str) -> list[Episode]:
     """Read the episode table of one split, in stored order."""
     path = source / split / EPISODES
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")  # a text may hold other line separators
         return [Episode.model_validate_json(line) for line in lines if line]
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run `stamo data convert` again") from None

@@ -133,7 +133,9 @@ def test_sources_without_actions_are_named_and_all_of_them_are_refused(shards: P
     recipe = policy(shards)
     recipe.data.sources["video"] = recipe.data.sources["video"].model_copy(update={"actions": True})
     assert advice(recipe)[2] == "no actions from: video (its shards have none)"
-    refused = "data.sources: no sample has an action loss: none of them has actions; a policy needs those of one at least"
+    refused = (
+        "data.sources: no sample has an action loss: none of them has actions; a policy needs those of one at least"
+    )
     nothing = policy(shards, path=str(shutil.copytree(shards / "video", tmp_path / "film")))
     with pytest.raises(RecipeError) as caught:
         advice(nothing)
