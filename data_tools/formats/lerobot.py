@@ -129,8 +129,8 @@ class LerobotReader:
                 continue
             if listed.index in windows.short:
                 notes.append(
-                    f"{ref.id}: its last row is left out: {windows.short[listed.index]} has a frame too few; if that is "
-                    "not the last one, the rows after it show the next one's"
+                    f"{ref.id}: its last row is left out: {windows.short[listed.index]} has a frame too few; if it is "
+                    "not the last that is missing, the rows after it show the next one's"
                 )
                 ref = replace(ref, length=ref.length - 1)
             episodes.append(ref)

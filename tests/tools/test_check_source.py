@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_droid_raw
+import test_maniskill
+import test_replay_buffer
 import typer
 from films import film, picture
 from records import TEXT, image, png, tensor, write_tfds
@@ -45,33 +48,39 @@ def step(seed: int, length: int = 9) -> dict[str, Any]:
     }
 
 
-def raw_of(kind: str, root: Path, cut: Callable[..., Path]) -> tuple[str, Path, dict[str, Any]]:
-    """A small dataset of this kind: its format, where it is, and settings."""
-    if kind == "libero":
-        return "libero", cut(root / "a.hdf5"), {}
-    if kind == "rlds":
-        episodes = [step(n) for n in range(3)]
-        return (
-            "rlds",
-            write_tfds(root / "set", "new_robot", STEPS, episodes),
-            {"options": {"rate_hz": 5.0, "mode": "other"}},
-        )
-    if kind == "video":
-        film(root / "set/a.mp4", moving(40), b_frames=2)
-        film(root / "set/b.mp4", moving(35), rotation=(90, False, False))
-        film(root / "set/c.avi", moving(30), codec="mpeg4")
-        return "video", root / "set", {"rate_hz": 10.0}
-    options = {"action_kind": "other"}
-    return "lerobot", small(root / "set", video=kind == "lerobot"), {"rate_hz": 5.0, "options": options}
+def videos(root: Path) -> Path:
+    """Reordered frames, a turned picture, and a container without presentation times."""
+    film(root / "set/a.mp4", moving(40), b_frames=2)
+    film(root / "set/b.mp4", moving(35), rotation=(90, False, False))
+    film(root / "set/c.avi", moving(30), codec="mpeg4")
+    return root / "set"
 
 
-KINDS = ("libero", "lerobot", "lerobot-images", "rlds", "video")
+def rlds(root: Path) -> Path:
+    return write_tfds(root / "set", "new_robot", STEPS, [step(n) for n in range(3)])
 
 
-@pytest.fixture(params=KINDS)
+#: Its name → the format, how a small dataset of it is written below a folder, and how it is converted.
+MADE: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
+    "lerobot": ("lerobot", lambda root: small(root / "set"), {"rate_hz": 5.0, "options": {"action_kind": "other"}}),
+    "images": ("lerobot", lambda root: small(root / "set", video=False), {}),
+    "rlds": ("rlds", rlds, {"options": {"rate_hz": 5.0, "mode": "other"}}),
+    "video": ("video", videos, {"rate_hz": 10.0}),
+    "zarr": (
+        "zarr",
+        lambda root: test_replay_buffer.pusht(root / "set.zarr"),
+        {"options": {"rate_hz": 10.0, "mode": "other"}},
+    ),
+    "maniskill": ("maniskill", lambda root: test_maniskill.write(root / "set/a.h5"), {}),
+    "droid-raw": ("droid-raw", lambda root: test_droid_raw.write(root / "set").parents[3], {}),
+}
+
+
+@pytest.fixture(params=["libero", *MADE])
 def made(request: pytest.FixtureRequest, tmp_path: Path, cut: Callable[..., Path]) -> tuple[Path, Path]:
     """A dataset, and what was converted from it."""
-    format, raw, settings = raw_of(request.param, tmp_path, cut)
+    format, write, settings = MADE.get(request.param) or ("libero", lambda root: cut(root / "a.hdf5"), {})
+    raw = write(tmp_path)
     convert(format, raw, tmp_path / "out", size=64, val_fraction=0, processes=1, quiet=True, **settings)
     return raw, tmp_path / "out"
 
