@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,18 @@ from stamo_dist.errors import DataError
 
 FITS = ("crop", "letterbox", "stretch")
 _JPEG = b"\xff\xd8"
+_EXIF = b"Exif\0\0"
+#: EXIF's tag Orientation → what turns the stored picture upright; 1 is upright (CIPA DC-008, 4.6.4).
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Modes of Pillow that become RGB without losing anything but an alpha channel.
 _MODES = ("RGB", "RGBA", "RGBX", "P", "L", "LA", "1")
 
@@ -22,7 +35,7 @@ def encode_frames(
 ) -> list[bytes]:
     """JPEG-encode frames at (size, size).
 
-    A JPEG that has this size already is kept byte for byte.
+    A JPEG that has this size already, and lies upright, is kept byte for byte.
 
     Args:
         frames: uint8 (H, W, 3) or encoded images, one for each of `numbers`.
@@ -48,23 +61,44 @@ def encode_frames(
 
 
 def decode(image: bytes) -> np.ndarray:
-    """An encoded image as uint8 (H, W, 3).
+    """An encoded image as uint8 (H, W, 3), turned upright as its EXIF says.
 
     Raises:
         DataError: Corrupt, or not an 8-bit image.
     """
     if image[:2] == _JPEG:
         try:
-            return simplejpeg.decode_jpeg(image, "RGB")
+            pixels = simplejpeg.decode_jpeg(image, "RGB")
         except ValueError as e:
             raise DataError(f"corrupt JPEG ({e})") from e
+        turn = _jpeg_turn(image)
+        return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
     try:
         with Image.open(io.BytesIO(image)) as opened:
             if opened.mode not in _MODES:
                 raise DataError(f"{opened.format} of mode {opened.mode}, expected 8-bit RGB")
-            return np.asarray(opened.convert("RGB"))
+            upright, turn = opened.convert("RGB"), _turn(opened)
+            return np.asarray(upright if turn is None else upright.transpose(turn))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f"corrupt or unknown image ({e})") from e
+
+
+def _jpeg_turn(image: bytes) -> Image.Transpose | None:
+    if _EXIF not in image:  # as nearly always: nothing is parsed
+        return None
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return _turn(opened)
+    except (OSError, SyntaxError):
+        return None
+
+
+def _turn(opened: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright; None: nothing, or its EXIF is broken."""
+    try:
+        return _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return None
 
 
 def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> bytes:
@@ -72,7 +106,7 @@ def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> byt
     pixels = frame if isinstance(frame, np.ndarray) else decode(frame)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DataError(f"{pixels.dtype} {pixels.shape}, expected uint8 RGB")
-    if not isinstance(frame, np.ndarray) and pixels.shape[:2] == (size, size) and _is_colour_jpeg(frame):
+    if not isinstance(frame, np.ndarray) and pixels.shape[:2] == (size, size) and _can_be_kept(frame):
         return bytes(frame)
     subsampling = "444" if size < 128 else "420"
     return simplejpeg.encode_jpeg(
@@ -80,8 +114,9 @@ def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> byt
     )
 
 
-def _is_colour_jpeg(image: bytes) -> bool:
-    return image[:2] == _JPEG and simplejpeg.decode_jpeg_header(image)[2] != "Gray"
+def _can_be_kept(image: bytes) -> bool:
+    """A JPEG in colour that lies upright."""
+    return image[:2] == _JPEG and simplejpeg.decode_jpeg_header(image)[2] != "Gray" and _jpeg_turn(image) is None
 
 
 def _fit(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:

@@ -21,6 +21,14 @@ def check(
             "--fast", help="Look at a sample: three frames of every episode, the checksum of one shard in ten."
         ),
     ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="SRC", help="Also compare with the dataset it was converted from."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="With --against: an option of SRC's format; may be repeated."),
+    ] = None,
     processes: Processes = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all findings there.")] = None,
     quiet: Quiet = False,
@@ -30,11 +38,15 @@ def check(
     Shards that were verified before and have not changed are not decoded again.
 
     Example: stamo data check shards/libero --fast
+
+    Example: stamo data check shards/libero --against raw/libero
     """
     from data_tools.look.check import check as run
     from data_tools.look.check_report import print_report, write_report
 
-    report = run(source, split=split, fast=fast, processes=processes, quiet=quiet)
+    if set_ and against is None:
+        raise typer.BadParameter("--set is for the dataset of --against SRC")
+    report = run(source, split=split, fast=fast, against=against, set=set_ or (), processes=processes, quiet=quiet)
     if json:
         write_report(report, json)
     print_report(report)

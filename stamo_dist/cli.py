@@ -14,7 +14,7 @@ import typer
 from data_tools.commands import app as data_app
 from data_tools.simulators.catalogue import Benchmarks
 from stamo_dist.chaos.commands import chaos
-from stamo_dist.errors import RunError, StamoError
+from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.evaluate import loop_commands
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.evaluate.use_options import (
@@ -241,7 +241,8 @@ def mix(
 ) -> None:
     """Show what the mixture really is: requested and realised shares, unique samples, epochs; as a table and a picture.
 
-    Of a policy's recipe also how many samples have an action loss, and how many a world loss.
+    Of a policy's recipe also how many samples have an action loss, and how many a world loss, and which sources give no
+    actions; it fails (exit code 2) where none does.
 
     Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
     """
@@ -256,10 +257,14 @@ def mix(
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
     steps = loaded.train.steps
     mixture_table(report(mixture, steps))
+    problems: list[str] = []
     if loaded.stage == "policy":
         supervision = Supervision(loaded, episode_tables(mixture))
-        print("\n".join([*supervision.lines, *supervision.problems]))
+        print("\n".join(supervision.lines))
+        problems = supervision.problems
     print(f"picture: {mixture_picture(mixture, steps, out or Path(loaded.run_dir) / 'mixture.png')}")
+    if problems:
+        raise RecipeError(problems)
 
 
 @app.command()

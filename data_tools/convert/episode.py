@@ -45,6 +45,43 @@ class Converted:
         return len(self.times)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """The K moments of an episode that are kept: their frames' numbers in it; times, vectors and texts as stored."""
+
+    data: EpisodeData
+    kept: np.ndarray
+    times: np.ndarray
+    vectors: dict[str, np.ndarray]
+    instructions: list[str]
+
+
+def read_moments(
+    reader: Reader,
+    episode: EpisodeRef,
+    processing: Processing,
+    *,
+    cameras: Sequence[str],
+    spec: ActionSpec | None,
+    proprio_dim: int,
+) -> Moments:
+    """Read an episode but for its images.
+
+    Raises:
+        DataError: Why this episode cannot be used.
+    """
+    try:
+        data = reader.read(episode)
+        _check(data, cameras, spec, proprio_dim)
+        kept, vectors, times = _moments(data, processing, spec)
+    except DAMAGE as e:
+        raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    texts = [episode.instruction] * len(kept)
+    if data.instructions is not None and not episode.told:
+        texts = [data.instructions[t] for t in kept.tolist()]
+    return Moments(data, kept, times, vectors, texts)
+
+
 def read_episode(
     reader: Reader,
     episode: EpisodeRef,
@@ -59,17 +96,12 @@ def read_episode(
     Raises:
         DataError: Why this episode cannot be used.
     """
+    read = read_moments(reader, episode, processing, cameras=cameras, spec=spec, proprio_dim=proprio_dim)
     try:
-        data = reader.read(episode)
-        _check(data, cameras, spec, proprio_dim)
-        kept, vectors, times = _moments(data, processing, spec)
-        images = {c: _encode(data, c, kept, processing) for c in cameras}
-        texts = [episode.instruction] * len(kept)
-        if data.instructions is not None and not episode.told:
-            texts = [data.instructions[t] for t in kept.tolist()]
+        images = {c: _encode(read.data, c, read.kept, processing) for c in cameras}
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
-    return Converted(images, times, vectors, texts, digest(data, episode))
+    return Converted(images, read.times, read.vectors, read.instructions, digest(read.data, episode))
 
 
 def read_digest(reader: Reader, episode: EpisodeRef) -> str:

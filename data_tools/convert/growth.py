@@ -37,7 +37,7 @@ def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan
     splits, notes = split_episodes(fresh, settings, fill=VAL not in found.splits) if fresh else ({}, [])
     note = (
         f"compared with the dataset: rows of the {len(known)} episodes that were there, not their frames "
-        "(`stamo data check --source` does)"
+        "(`stamo data check --against` does)"
     )
     manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, *notes, note]})
     return replace(plan, job=replace(plan.job, manifest=manifest), manifest=manifest, splits=splits, base=found)

@@ -17,7 +17,7 @@ from data_tools.convert.instructions import FLAG, give, silent
 from data_tools.convert.merge import some
 from data_tools.convert.slices import Job, Slice
 from data_tools.convert.timing import check_rate
-from data_tools.formats.registry import open_reader
+from data_tools.formats.registry import as_record, open_reader
 from data_tools.formats.source import EpisodeRef, Scan
 from data_tools.images import FITS
 from stamo_dist.data.schema import Manifest
@@ -216,6 +216,7 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
             **{f"set.{key}": value for key, value in scan.options.items()},
             **({"instructions": _digest(settings.instructions)} if settings.instructions else {}),
         },
+        given=as_record(settings.options or {}),
         frame_size=scan.frame_size,
         source_fingerprint=fingerprint(src, scan.files, whole=settings.hash_files),
         notes=scan.notes,

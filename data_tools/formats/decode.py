@@ -32,6 +32,8 @@ END_TOLERANCE = 0.5
 SEEK_MARGIN = 10
 #: Containers without presentation times: there, frames are told apart by their order since the beginning.
 UNTIMED = ("avi",)
+#: Transfer characteristics of high dynamic range (ISO/IEC 23091-2): its levels are not those of a usual picture.
+HDR = {16: "PQ", 18: "HLG"}
 #: Before version 17, PyAV's colour conversion always had one thread.
 _RGB: dict[str, Any] = {"format": "rgb24"} | ({"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {})
 
@@ -45,6 +47,7 @@ class VideoInfo:
     rate_hz: float  # average frames per second
     width: int  # as stored, before any rotation
     height: int
+    hdr: str = ""  # one of HDR's, "" for the usual range
 
 
 def probe(path: Path) -> VideoInfo:
@@ -57,13 +60,14 @@ def probe(path: Path) -> VideoInfo:
         seconds, frames = _declared_seconds(container, stream), stream.frames
         nominal = float(stream.average_rate or 0)
         width, height = stream.codec_context.width, stream.codec_context.height
+        hdr = HDR.get(int(stream.codec_context.color_trc or 0), "")
     if not seconds or not frames:
         times, _ = video_frames(path)
         frames = len(times)
         seconds = float(times[-1]) + (float(np.median(np.diff(times))) if frames > 1 else 1.0)
     average = frames / seconds
     rate = nominal if abs(nominal - average) < SAME_RATE * average else average
-    return VideoInfo(seconds, frames, rate, width, height)
+    return VideoInfo(seconds, frames, rate, width, height, hdr)
 
 
 def video_frames(path: Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, Frames]:
@@ -235,7 +239,7 @@ def _decoded(path: Path, timeline: _Timeline, wanted: np.ndarray) -> Iterator[np
                         f"{float(int(timeline.ticks[number]) * stream.time_base - begins):.3f} s is "
                         + ("corrupt" if at == number else "missing")
                     )
-                turn = turn or _turn(frame, stream)
+                turn = turn or turn_upright(frame, stream)
                 image = np.ascontiguousarray(turn(convert.reformat(frame, **_RGB).to_ndarray()))
             yield image
 
@@ -253,7 +257,7 @@ def _numbered(container: Any, stream: Any, timeline: _Timeline, number: int) -> 
             yield k, frame
 
 
-def _turn(frame: Any, stream: Any) -> Callable[[np.ndarray], np.ndarray]:
+def turn_upright(frame: Any, stream: Any) -> Callable[[np.ndarray], np.ndarray]:
     """What turns (H, W, 3) upright.
 
     The display matrix (a b u; c d v; x y w) takes column p and row q of the stored picture to column ap + cq + x and

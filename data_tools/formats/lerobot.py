@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_tools.formats import remarks
 from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
 from data_tools.formats.lerobot_actions import action_spec, orientation
 from data_tools.formats.lerobot_files import Listed, Window, find_layout, parquet_file, read_columns, read_tasks
 from data_tools.formats.lerobot_meta import Feature, Info, read_info
-from data_tools.formats.lerobot_tasks import TASK_INDEX, episode_text, instruction_column, row_texts
+from data_tools.formats.lerobot_rows import Rows, read_rows, row_notes
+from data_tools.formats.lerobot_tasks import TASK_INDEX, instruction_column, row_texts, table_texts
 from data_tools.formats.lerobot_vectors import Part, choose, matrix
 from data_tools.formats.lerobot_windows import check_windows, paired_frames
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Film, Frames, Scan
 from stamo_dist.errors import DataError
 
 #: The shortest prefix that tells a camera's name from its feature's.
@@ -70,7 +72,8 @@ class LerobotReader:
             for none. Omitted: action or actions.
         state: Likewise the proprioception. Omitted: observation.state, state or observation.states.
         instruction: Feature with each row's instruction, a text or the number of one in meta/tasks; "none" for the
-            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index.
+            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. What
+            rows say wins over the table.
         image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180". Omitted:
             upright, but for action_kind "libero" with openpi's or Hugging Face's cameras (image, wrist_image).
         gripper: With `mode`: "OPEN,CLOSED", the last number's value when open and when closed; "relative": +1 closes,
@@ -107,28 +110,33 @@ class LerobotReader:
         chosen = self._settle()
         info, features, notes = chosen.info, chosen.info.features, list(chosen.notes)
         layout = find_layout(self.src, [f for f in chosen.cameras.values() if features[f].dtype == "video"])
-        windows, short = check_windows(layout.episodes, info.fps)
+        windows = check_windows(self.src, layout.episodes, info.fps)
         needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
         parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
         data = {path: _data_fault(path, needed, parts) for path in {e.data for e in layout.episodes if e.data}}
-        by_rows = _RowTexts(chosen.instruction, layout.tasks)
+        by_rows = read_rows(data, chosen.instruction, layout.tasks, info.fps)
         episodes: list[EpisodeRef] = []
+        taken: list[Listed] = []
         bad: list[str] = []
         for listed in layout.episodes:
-            fault = listed.fault or (data[listed.data] if listed.data else "") or windows.get(listed.index, "")
-            fault = fault or ("" if listed.length > 1 else f"{listed.length} frames")
-            try:
-                text = "" if fault else episode_text(listed.tasks, layout.tasks)
-                ref = self._reference(listed, by_rows.first(listed) if text is None else text, info)
-            except DataError as e:
-                ref, fault = self._reference(listed, "", info), str(e)
+            rows = by_rows.setdefault(listed.index, Rows())
+            fault = listed.fault or (data[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
+            fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
+            texts = rows.texts or table_texts(listed.tasks, layout.tasks)
+            ref = self._reference(listed, next(iter(texts), ""), info)
             if fault:
                 bad.append(f"{ref.id}: {fault}")
                 continue
-            if listed.index in short:
-                notes.append(f"{ref.id}: its last row is left out: {short[listed.index]} has no frame for it")
+            if listed.index in windows.short:
+                notes.append(
+                    f"{ref.id}: its last row is left out: {windows.short[listed.index]} has a frame too few; if it is "
+                    "not the last that is missing, the rows after it show the next one's"
+                )
                 ref = replace(ref, length=ref.length - 1)
             episodes.append(ref)
+            taken.append(listed)
+        notes += remarks.hdr_videos(windows.hdr)
+        notes += row_notes(taken, by_rows, layout.tasks, info.fps)
         if silent := sum(not e.instruction for e in episodes):
             notes.append(
                 f"{silent} of {len(episodes)} episodes have no instruction; give them with --instructions FILE.csv"
@@ -167,12 +175,14 @@ class LerobotReader:
             raise DataError(f"{path.name}: {len(rows)} rows; the episode table says {listed}")
         times = _times(rows, fps)
         frames: dict[str, Frames] = {}
+        films: dict[str, Film] = {}
         count = len(rows)
         for camera, feature in chosen.cameras.items():
             if feature in episode.private["videos"]:
                 file, begins, ends = episode.private["videos"][feature]
-                pictures, paired = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
-                count = min(count, paired)
+                pictures, shown = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
+                films[camera] = Film(self.src / file, shown, chosen.turned)
+                count = min(count, len(shown))
             else:
                 pictures = self._images(path, index, feature)
             frames[camera] = upright(pictures, chosen.turned)
@@ -187,6 +197,7 @@ class LerobotReader:
             proprio=matrix(rows, chosen.state),
             pose=pose_vectors(matrix(rows, chosen.pose), self._pose_rotation) if chosen.pose else None,
             instructions=self._instructions(rows, chosen, episode),
+            films=films,
         )
 
     @property
@@ -194,7 +205,7 @@ class LerobotReader:
         return self.pose_rotation or self.rotation or "euler_xyz"
 
     def _instructions(self, rows: pa.Table, chosen: _Choice, episode: EpisodeRef) -> list[str] | None:
-        """Each row's, where they differ; an episode whose table has one text and whose rows one other keeps its own."""
+        """Each row's, where they differ within the episode."""
         if chosen.instruction not in rows.column_names or chosen.instruction is None:
             return None
         tasks = read_tasks(self.src)
@@ -290,26 +301,6 @@ class LerobotReader:
                 },
             },
         )
-
-
-@dataclass
-class _RowTexts:
-    """Instructions by the rows, for episodes whose table has none or several."""
-
-    column: str | None
-    tasks: Mapping[int, str]
-
-    def first(self, listed: Listed) -> str:
-        """The instruction of the episode's first row; "" where rows have none."""
-        if self.column is None or listed.data is None:
-            return ""
-        schema = parquet_file(listed.data).schema_arrow.names
-        if self.column not in schema or (self.column == TASK_INDEX and not self.tasks):
-            return ""
-        order = [n for n in ("frame_index", "timestamp") if n in schema]
-        rows = _numbers(listed.data, ("episode_index", *order, self.column))
-        rows = _in_order(rows.filter(pc.equal(rows["episode_index"], listed.index)))
-        return row_texts(rows[self.column].slice(0, 1), self.column, self.tasks)[0] if len(rows) else ""
 
 
 def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, Feature]) -> str:

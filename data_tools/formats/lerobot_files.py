@@ -222,11 +222,12 @@ def read_columns(path: Path, columns: list[str] | None, episode: int | None = No
         raise DataError(f"{path.name}: has no column {', '.join(lacking)}")
     plain = episode is not None and pa.types.is_integer(schema.field("episode_index").type)
     try:
-        # By its file object: no folder's name on the way (KEY=VALUE) becomes a column.
-        with path.open("rb") as source:
-            table = pq.read_table(
-                source, columns=columns, filters=[("episode_index", "==", episode)] if plain else None
-            )
+        if plain:
+            # By its file object: no folder's name on the way (KEY=VALUE) becomes a column.
+            with path.open("rb") as source:
+                table = pq.read_table(source, columns=columns, filters=[("episode_index", "==", episode)])
+        else:
+            table = file.read(columns)  # without the dataset machinery: a file an episode is read this way
         for number, name in enumerate(table.column_names):
             if name in SCALARS and pa.types.is_nested(table.schema.field(name).type):
                 if (flat := _flat(table[name].combine_chunks())) is None:

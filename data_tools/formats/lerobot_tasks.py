@@ -1,4 +1,7 @@
-"""The instructions of a LeRobotDataset: the episode table's texts, or each row's by its task_index."""
+"""The instructions of a LeRobotDataset: each row's by its task_index, else the episode table's.
+
+LeRobot's own reader gives each row the text of its task_index (LeRobotDataset.__getitem__), whatever the table says.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,10 @@ def instruction_column(asked: str, features: Mapping[str, Feature]) -> str | Non
     return next(iter(described), TASK_INDEX)
 
 
-def episode_text(tasks: Sequence[str | int], texts: Mapping[int, str]) -> str | None:
-    """The episode's one instruction; None where the table has none or several, so that its rows must say."""
+def table_texts(tasks: Sequence[str | int], texts: Mapping[int, str]) -> list[str]:
+    """The episode's instructions by the episode table, verdicts on it left out."""
     said = [text for task in tasks if (text := task if isinstance(task, str) else texts.get(task))]
-    said = [text for text in dict.fromkeys(said) if len(said) == 1 or text.strip().lower() not in VERDICTS]
-    return said[0] if len(said) == 1 else None
+    return [text for text in dict.fromkeys(said) if len(said) == 1 or text.strip().lower() not in VERDICTS]
 
 
 def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str]) -> list[str]:

@@ -93,21 +93,54 @@ def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[
 
 
 def _numbers(column: pa.ChunkedArray, feature: Feature) -> np.ndarray:
-    """A column of numbers, or of lists of `size` numbers, as (T, size)."""
+    """A column of numbers, of lists of `size` numbers, or of records of both (field after field), as (T, size)."""
     values, name, size = column.combine_chunks(), feature.name, feature.size
+    if pa.types.is_struct(values.type):
+        fields = [_field(part, f"{name}.{path}") for path, part in _fields(values)]
+        joined = np.concatenate(fields, axis=1) if fields else np.zeros((len(column), 0), np.float32)
+        if joined.shape[1] != size:
+            each = ", ".join(f"{path} {part.shape[1]}" for (path, _), part in zip(_fields(values), fields, strict=True))
+            raise DataError(f"{name} has {joined.shape[1]} numbers a frame ({each}); info.json says {size}")
+        return joined
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
         nested = pa.types.is_nested(values.type.value_type)
         if not nested and (lengths != size).any():
             t = int(np.argmax(lengths != size))
             raise DataError(f"{name} has {lengths[t]} numbers at frame {t}; info.json says {size}")
+    flat = _flat(values, name)
+    if flat.size != len(column) * size:
+        raise DataError(f"{name} has {flat.size} numbers in {len(column)} frames; info.json says {size} each")
+    return flat.reshape(len(column), size)
+
+
+def _fields(record: pa.StructArray) -> list[tuple[str, pa.Array]]:
+    """A record's fields by their dotted paths, records within it resolved; in the order of the file."""
+    found = []
+    for about, part in zip(record.type, record.flatten(), strict=True):
+        inner = _fields(part) if pa.types.is_struct(part.type) else [("", part)]
+        found += [(f"{about.name}.{path}".rstrip("."), leaf) for path, leaf in inner]
+    return found
+
+
+def _field(values: pa.Array, name: str) -> np.ndarray:
+    """A field of a record, (T, D): as many numbers in each frame."""
+    if pa.types.is_nested(values.type):
+        lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
+        if len(lengths) and (lengths != lengths[0]).any():
+            t = int(np.argmax(lengths != lengths[0]))
+            raise DataError(f"{name} has {lengths[t]} numbers at frame {t}, but {lengths[0]} at frame 0")
+    flat = _flat(values, name)
+    return flat.reshape(len(values), -1) if len(values) else np.zeros((0, 0), np.float32)
+
+
+def _flat(values: pa.Array, name: str) -> np.ndarray:
+    """All numbers of a column, one after the other."""
     while pa.types.is_nested(values.type):
         if pa.types.is_struct(values.type):
-            raise DataError(f"{name}: a record of {', '.join(f.name for f in values.type)}, not numbers")
+            raise DataError(f"{name}: lists of records of {', '.join(f.name for f in values.type)}, not numbers")
         values = values.flatten()
     flat = values.to_numpy(zero_copy_only=False)
     if flat.dtype.kind not in "fiub":
         raise DataError(f"{name}: {values.type}, not numbers")
-    if flat.size != len(column) * size:
-        raise DataError(f"{name} has {flat.size} numbers in {len(column)} frames; info.json says {size} each")
-    return flat.reshape(len(column), size)
+    return flat

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ TOLERANCE = 0.1
 THREADS = 8
 
 
-def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -> tuple[Frames, int]:
+def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -> tuple[Frames, np.ndarray]:
     """The frames of the rows at `times` (T,), seconds since the episode begins.
 
     By order where there are as many frames as rows; else each row's own frame, by times that agree.
 
     Returns:
-        Frames, and how many rows have one: T, or T - 1 where the last row's is missing.
+        Frames, and when each is shown in the file, float64 (R,) s: by the rows' own times where these agree with the
+        video's. R is T, or T - 1 where the last row's is missing.
 
     Raises:
         DataError: Neither can be; says the numbers.
@@ -38,30 +40,44 @@ def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -
     start = None if window.begins < period / 2 else window.begins - period / 2
     end = None if window.ends is None else window.ends - period / 2
     shown, frames = video_frames(window.path, start, end)
-    if len(shown) == len(times):
-        return frames, len(times)
     wanted = window.begins + times
+    if len(shown) == len(times):
+        on_time = (np.abs(shown - wanted) <= TOLERANCE * period).all()
+        return frames, wanted if on_time else shown
     numbers = _nearest(shown, wanted)
     agree = np.abs(shown[numbers] - wanted) <= TOLERANCE * period
     agree[1:] &= np.diff(numbers) > 0
     rows = len(times) - (not agree[-1])
-    if len(shown) == rows < len(times):
-        numbers, agree = np.arange(rows), np.ones(rows, bool)
-    if not agree[:rows].all() or not rows:
+    by_order = len(shown) == rows < len(times)
+    if by_order:
+        numbers = np.arange(rows)
+    elif not agree[:rows].all() or not rows:
         t = int(np.argmin(agree))
         raise DataError(
             f"{feature}: {name} has {len(shown)} frames for {len(times)} rows, and {(~agree).sum()} rows have no frame "
             f"at their time, the first row {t} at {wanted[t]:.3f} s"
         )
-    return (lambda indices: frames(numbers[np.asarray(indices, np.int64)].tolist())), rows
+    seconds = wanted[:rows] if agree[:rows].all() else shown[numbers[:rows]]
+    return (lambda indices: frames(numbers[np.asarray(indices, np.int64)].tolist())), seconds
 
 
-def check_windows(episodes: Sequence[Listed], fps: float) -> tuple[dict[int, str], dict[int, str]]:
-    """Check the videos of episodes by the episode table and the files' headers.
+@dataclass(frozen=True)
+class Windows:
+    """What is found of the episodes' videos.
 
-    Returns:
-        By episode: why it cannot be used; and where only its last frame is missing, which video lacks it.
+    Attributes:
+        faults: By episode: why it cannot be used.
+        short: By episode whose last frame alone is missing: which video lacks it.
+        hdr: By whole video, named below the dataset: "PQ", "HLG", or "" for the usual range.
     """
+
+    faults: dict[int, str]
+    short: dict[int, str]
+    hdr: dict[str, str]
+
+
+def check_windows(root: Path, episodes: Sequence[Listed], fps: float) -> Windows:
+    """Check the videos of a dataset's episodes by the episode table and the files' headers."""
     faults: dict[int, str] = {}
     short: dict[int, str] = {}
     windows: dict[Path, list[tuple[Window, Listed, str]]] = defaultdict(list)
@@ -90,7 +106,10 @@ def check_windows(episodes: Sequence[Listed], fps: float) -> tuple[dict[int, str
                     fault = fault or why
             if fault:
                 faults.setdefault(episode.index, f"{feature}: {fault}")
-    return faults, short
+    kinds = {
+        path.relative_to(root).as_posix(): about.hdr for path, about in headers.items() if not isinstance(about, str)
+    }
+    return Windows(faults, short, kinds)
 
 
 def _header(path: Path) -> VideoInfo | str:

@@ -6,6 +6,8 @@
     actions (T, A), terminated, truncated, success (T,), env_states
   NAME.json                      env_info {env_id, env_kwargs}, episodes [{episode_id, control_mode, success, …}]
 
+ManiSkill stores no instruction; a usual key of the JSON's episodes or env_info may hold one (`stamo data simulate`).
+
 Layout: https://maniskill.readthedocs.io/en/latest/user_guide/datasets/demos.html. Units of the Panda's controllers:
 mani_skill/agents/robots/panda/panda.py and agents/controllers/pd_ee_pose.py.
 """
@@ -48,7 +50,7 @@ class ManiskillReader:
         proprio: Keys below obs, side by side; agent/qpos and extra/tcp_pose, where they exist, when omitted;
             "none" for none.
         rate_hz: Steps per second; control_freq of the file's env_kwargs, else 20, when omitted.
-        instruction: What the robot is to do; the environment's name in words when omitted.
+        instruction: What the robot is to do, in all episodes; what the .json says, if it does, when omitted.
         image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
             "rotated_180".
         only_successful: Leave failed episodes out.
@@ -95,12 +97,8 @@ class ManiskillReader:
             raise DataError(f"{src}: no usable episode" + (" that succeeded" if only else ""))
         if not agreement["proprio keys"] and not self.proprio:
             notes += remarks.no_proprio(agreement["numeric keys"])
-        if self.instruction is None:
-            names = ", ".join(sorted({e.instruction for e in episodes}))
-            notes.append(
-                f"instructions: ManiSkill has none; taken from the environment's name ({names}); give others with "
-                "--set instruction=TEXT or --instructions FILE.csv"
-            )
+        like = {key for e in episodes for key in e.private["like_language"]}
+        notes += remarks.unsaid_instructions(episodes, like, "--set instruction=TEXT says one for all")
         if blind:
             notes.append(f"files: {len(blind)} without pictures left out: {', '.join(p.name for p in blind)}")
         used = [path for path in files if path not in blind]
@@ -160,6 +158,7 @@ class ManiskillReader:
         env_id = str(env.get("env_id") or path.parent.name)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
+        like = [f"env_info/{key}" for key, v in env.items() if isinstance(v, str) and remarks.looks_like_language(key)]
         episodes, faults = [], []
         for key in trajectories:
             group, id = file[key], f"{stem}/{key}"
@@ -189,9 +188,13 @@ class ManiskillReader:
                     key=key,
                     length=len(actions),
                     task=env_id,
-                    instruction=self.instruction or words(env_id),
+                    instruction=self.instruction or _text(meta) or _text(env),
                     meta={"env_id": env_id, **meta, "success": success},
-                    private={"rate_hz": rate, "frame_size": next(iter(cameras.values())).shape[1:3]},
+                    private={
+                        "rate_hz": rate,
+                        "frame_size": next(iter(cameras.values())).shape[1:3],
+                        "like_language": like,
+                    },
                 )
             )
         if faults and len(faults) == len(trajectories):
@@ -305,9 +308,10 @@ def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
     return hdf5.success(group) if said is None else bool(said)
 
 
-def words(env_id: str) -> str:
-    """An environment's instruction: PickCube-v1 → pick cube."""
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", re.sub(r"-v\d+$", "", env_id))).lower()
+def _text(told: Mapping[str, Any]) -> str:
+    """The instruction under the first usual key that has one; "": none."""
+    texts = (told[key] for key in remarks.language_keys(told))
+    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
 
 
 def _pose(tcp: np.ndarray) -> np.ndarray:

@@ -154,6 +154,29 @@ def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def as_record(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON, those that were not given left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str | int | float | bool):
+            return value
+        return [plain(v) for v in value] if isinstance(value, list | tuple | set | frozenset) else str(value)
+
+    return {name: plain(value) for name, value in options.items() if value is not None}
+
+
+def from_record(format: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `as_record` was given."""
+    paths = {option.name for option in options_of(format) if "Path" in str(option.type)}
+
+    def back(name: str, value: Any) -> Any:
+        if name not in paths:
+            return value
+        return [Path(v) for v in value] if isinstance(value, list) else Path(value)
+
+    return {name: back(name, value) for name, value in record.items()}
+
+
 def type_text(annotation: Any) -> str:
     """A field's type in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data_tools.formats.source import EpisodeRef
 
@@ -74,4 +74,17 @@ def no_proprio(there: Iterable[str]) -> list[str]:
     return [
         f"proprio: none of the usual keys; numeric ones are: {', '.join(there) or 'none'}; "
         "name them with --set proprio=KEY,KEY, or say --set proprio=none"
+    ]
+
+
+def hdr_videos(kinds: Mapping[str, str], named: int = 3) -> list[str]:
+    """A note on the videos of high dynamic range: name → "PQ", "HLG", or "" for the others."""
+    found = sorted(name for name, kind in kinds.items() if kind)
+    if not found:
+        return []
+    names = ", ".join(found[:named]) + (f" and {len(found) - named} more" if len(found) > named else "")
+    return [
+        f"colours: {len(found)} of {len(kinds)} videos are HDR ({', '.join(sorted({kinds[n] for n in found}))}), "
+        f"read as they are stored, paler than they should be: {names}; map them to BT.709 first, e.g. with ffmpeg's "
+        "filters zscale and tonemap"
     ]

@@ -67,6 +67,21 @@ class EpisodeRef:
 
 
 @dataclass(frozen=True)
+class Film:
+    """The video that a camera's frames are in, and when: for a second look that shares nothing with `frames`.
+
+    Attributes:
+        path: The file.
+        seconds: float64 (T,); when each frame is shown, since the file begins to play.
+        orientation: How pictures are stored, where not upright.
+    """
+
+    path: Path
+    seconds: np.ndarray
+    orientation: str | None = None
+
+
+@dataclass(frozen=True)
 class EpisodeData:
     """One episode of T moments as the dataset has it.
 
@@ -77,6 +92,7 @@ class EpisodeData:
         proprio: (T, P).
         pose: (T, 6) end-effector position in m and rotation vector in rad, needed to turn absolute actions into deltas.
         instructions: Each frame's own, T of them, where they change within the episode; None: the episode's throughout.
+        films: By camera, where frames are in videos.
     """
 
     frames: Mapping[str, Frames]
@@ -85,6 +101,7 @@ class EpisodeData:
     proprio: np.ndarray
     pose: np.ndarray | None = None
     instructions: Sequence[str] | None = None
+    films: Mapping[str, Film] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from data_tools.formats import remarks
 from data_tools.formats.decode import VideoInfo, probe, video_frames
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files, walk
+from data_tools.formats.source import EpisodeData, EpisodeRef, Film, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
 from data_tools.formats.video_segments import Segment, read_labels, read_table
 from stamo_dist.errors import DataError
@@ -84,13 +85,15 @@ class VideoReader:
                 *self._unread(),
                 *self._short([s for s, part in known if part.frames < self.min_frames]),
                 *_absent(absent),
+                *remarks.hdr_videos(shelf.hdr),
             ],
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:
         times, frames = video_frames(self.root / episode.file, episode.private["start"], episode.private["end"])
         nothing = np.zeros((len(times), 0), np.float32)
-        return EpisodeData({episode.private["camera"]: frames}, times, actions=nothing, proprio=nothing)
+        camera, film = episode.private["camera"], Film(self.root / episode.file, times)
+        return EpisodeData({camera: frames}, times, actions=nothing, proprio=nothing, films={camera: film})
 
     @property
     def root(self) -> Path:
@@ -208,6 +211,11 @@ class _Shelf:
         """Least, median and greatest average rate of the videos that were looked at, in Hz."""
         rates = [info.rate_hz for info in self._infos.values() if isinstance(info, VideoInfo)] or [0.0]
         return round(min(rates), 3), round(float(np.median(rates)), 3), round(max(rates), 3)
+
+    @property
+    def hdr(self) -> dict[str, str]:
+        """Of each whole video that was looked at, by name: "PQ", "HLG", or "" for the usual range."""
+        return {self.name(path): info.hdr for path, info in self._infos.items() if isinstance(info, VideoInfo)}
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -6,11 +6,14 @@ Errors are what training would stumble over or learn wrong; warnings are what a 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,8 +27,11 @@ from data_tools.look.stats import Sums, merge
 from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
 from data_tools.stores.verified import Verified
-from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, dimension_names
+from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, dimension_names
 from stamo_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from data_tools.look.check_source import Original, SourceTask
 
 #: One shard in so many is looked at in full by a sample, and the first of each camera.
 SAMPLE_EVERY = 10
@@ -40,6 +46,8 @@ def check(
     *,
     split: str | None = None,
     fast: bool = False,
+    against: Path | None = None,
+    set: Sequence[str] = (),
     processes: int | None = None,
     cache: Path | None = None,
     quiet: bool = False,
@@ -50,6 +58,8 @@ def check(
         source: Folder or URL.
         split: Only this one; all when omitted.
         fast: Look at a sample: three frames of every episode, the checksums of one shard in ten.
+        against: The dataset it was converted from, to be compared with.
+        set: Options of its format as KEY=VALUE, where they are others than the manifest has.
         processes: One a core on large sources when omitted.
         cache: Folder for the record of verified shards when the source cannot hold it.
         quiet: No progress bar.
@@ -58,7 +68,7 @@ def check(
         All findings. Damage of the source is reported, not raised.
 
     Raises:
-        DataError: There is no such source or split, or it cannot be reached.
+        DataError: There is no such source or split, or it cannot be reached; `against` is no such dataset.
     """
     store = store_at(source)
     report = Report(source.rstrip("/"), fast)
@@ -73,7 +83,10 @@ def check(
         return report
     if split is not None and split not in manifest.splits:
         raise DataError(f"{source}: has no split {split!r}, only {', '.join(manifest.splits) or 'none'}")
-    _Check(store, source, manifest, report, fast, Verified(store, cache)).run(split, processes, quiet)
+    checked = _Check(store, source, manifest, report, fast, Verified(store, cache))
+    checked.run(split, processes, quiet)
+    if against is not None:
+        checked.compare(against, set, split, processes, quiet)
     return report
 
 
@@ -113,6 +126,69 @@ class _Check:
             self.record.save()
             self._outliers()
             self._duplicates()
+
+    def compare(self, src: Path, set: Sequence[str], split: str | None, processes: int | None, quiet: bool) -> None:
+        """Compare with the dataset that it was converted from."""
+        from data_tools.look import check_source
+
+        original, findings = check_source.open_original(self.manifest, src, set)
+        self.report.add(findings)
+        splits = [split] if split else list(self.manifest.splits)
+        pictures = check_source.PICTURES_FAST if self.fast else check_source.PICTURES
+        self.report.unseen[0] = f"frames other than {pictures} of each episode and camera, beside those of {src}"
+        if original.told:
+            self.report.unseen.append("whether instructions are those of the table they were given in")
+        with ExitStack() as stack:
+            tables = {of: self._rows(of, stack) for of in splits}
+            self.report.add(check_source.left_out(original, self.manifest, tables))
+            tasks = list(self._comparisons(original, tables, pictures))
+            frames = sum(task.shard.samples for task in tasks)
+            processes = processes_for(sum(task.shard.nbytes for task in tasks), processes)
+            with frames_bar("compare", frames, quiet) as advance:
+                for task, compared in zip(tasks, in_order(check_source.compare, tasks, processes), strict=True):
+                    self.report.add(compared.findings)
+                    self.report.look(compared=compared.pictures)
+                    advance(task.shard.samples)
+        self.report.total["compared"] = self.report.total.get("frames", 0)
+
+    def _rows(self, split: str, stack: ExitStack) -> list[Episode]:
+        name = f"{split}/{EPISODES}"
+        try:
+            return list(Table(stack.enter_context(at_hand(self.store, name))).lines())
+        except DataError:
+            return []  # found broken before
+
+    def _comparisons(
+        self, original: Original, tables: Mapping[str, list[Episode]], pictures: int
+    ) -> Iterator[SourceTask]:
+        from data_tools.look.check_source import SourceTask
+
+        refs = original.episodes
+        bare = replace(original, scan=replace(original.scan, episodes=[], files=[], bad=[], notes=[]))
+        for split, rows in tables.items():
+            starts = [row.start for row in rows]
+            for camera in self.manifest.cameras:
+                try:
+                    shards = shards_of(self.store, split, camera)
+                except DataError:
+                    continue  # found broken before
+                begin = 0
+                for shard in shards:
+                    here = rows[bisect_left(starts, begin) : bisect_left(starts, begin + shard.samples)]
+                    yield SourceTask(
+                        source=self.source,
+                        split=split,
+                        camera=camera,
+                        shard=shard,
+                        begin=begin,
+                        rows=here,
+                        refs={row.id: refs[row.id] for row in here if row.id in refs},
+                        original=bare,
+                        proprio_dim=self.manifest.proprio_dim,
+                        pictures=pictures,
+                        vectors=camera == self.manifest.cameras[0],
+                    )
+                    begin += shard.samples
 
     def _plan(self, split: str, camera: str, stack: ExitStack) -> tuple[str, str, list[IndexedShard]]:
         """The shards of one camera, none if its index is broken; checks what lists them."""

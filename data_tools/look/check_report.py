@@ -29,6 +29,7 @@ CHECKS = {
     "frozen": "consecutive frames that are identical",
     "action": "outliers among the actions; gripper between 0 and 1",
     "duplicate": "episodes that occur twice",
+    "source": "frames, numbers and texts are those of the dataset (--against)",
 }
 #: Findings of a check that are kept and printed; all are counted.
 KEPT, PRINTED = 100, 3
@@ -133,6 +134,8 @@ def print_report(report: Report) -> None:
     table.add_column("errors", justify="right")
     table.add_column("warnings", justify="right")
     for check, what in CHECKS.items():
+        if check == "source" and "compared" not in report.total:
+            continue
         counts = report.counts.get(check, {ERROR: 0, WARNING: 0})
         errors, warnings = counts[ERROR], counts[WARNING]
         table.add_row(

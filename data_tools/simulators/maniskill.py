@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.formats.maniskill import CONTROL_HZ, words
-from data_tools.simulators.maniskill_expert import EXPERTS, Expert
+from data_tools.formats.maniskill import CONTROL_HZ
+from data_tools.simulators.maniskill_expert import EXPERTS, INSTRUCTIONS, Expert
 from data_tools.simulators.rollout import Rollout, seed_of
 from stamo_dist.errors import DataError
 
@@ -36,8 +36,8 @@ def tasks() -> list[str]:
 
 
 def instruction_of(task: str) -> str:
-    """PickCube-v1 → pick cube, as the converter has it."""
-    return words(task)
+    """What the task's expert does, as its files say it."""
+    return INSTRUCTIONS[task]
 
 
 def _find_driver() -> None:
@@ -81,6 +81,7 @@ class ManiSkillWorld:
                 {"obs_mode": "rgb", "control_mode": CONTROL_MODE, "robot_uids": ROBOT, "sim_backend": "physx_cpu"}
             ),
             "rate_hz": CONTROL_HZ,
+            "instruction": instruction_of(task),
         }
 
     def rollout(self, seed: int) -> Rollout:

@@ -109,6 +109,13 @@ EXPERTS: dict[str, Callable[[Expert], Iterator[np.ndarray]]] = {
     "PullCube-v1": Expert.pull,
     "StackCube-v1": Expert.stack,
 }
+#: What each of them is told to do; ManiSkill says it nowhere.
+INSTRUCTIONS = {
+    "PickCube-v1": "pick cube",
+    "PushCube-v1": "push cube",
+    "PullCube-v1": "pull cube",
+    "StackCube-v1": "stack cube",
+}
 
 
 def up(height: float) -> np.ndarray:

@@ -53,6 +53,7 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
                         "control_mode": json.loads(attributes["env_kwargs"])["control_mode"],
                         "elapsed_steps": int(trajectory.attrs["num_samples"]),
                         "success": True,
+                        "instruction": attributes.get("instruction", ""),  # parts of before have none
                     }
                 )
             for name, value in sorted(attributes.items()):

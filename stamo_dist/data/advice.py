@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stamo_dist.data.schema import Manifest, read_episodes, read_manifest, scaling_notes
-from stamo_dist.data.supervised import Supervision, Table
+from stamo_dist.data.supervised import Supervision, Table, without_actions
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.recipe.schema import Recipe
 
@@ -15,7 +15,8 @@ def advice(recipe: Recipe) -> list[str]:
     """How many samples have which loss, dimensions that are scaled in another way than the rest, and what could be
     computed once; a line each.
 
-    Sources that are remote, or not converted yet, have no say; the shares of the losses need all of them.
+    Sources that are remote, or not converted yet, have no say; the shares of the losses need all of them, which sources
+    give no actions is said of those that are there.
 
     Raises:
         RecipeError: No sample of a policy has a loss that it is to learn from.
@@ -24,7 +25,10 @@ def advice(recipe: Recipe) -> list[str]:
         name: [found for path in source.paths if (found := _manifest(path)) is not None]
         for name, source in recipe.data.used.items()
     }
-    lines = [*_supervised(recipe), *_scaling(recipe, manifests)] if recipe.stage == "policy" else []
+    lines: list[str] = []
+    if recipe.stage == "policy":
+        shares = _supervised(recipe) or without_actions(recipe.data, manifests)
+        lines = [*shares, *_scaling(recipe, manifests)]
     frames = sum(
         manifest.splits[recipe.data.sources[name].split].frames
         for name, folders in manifests.items()

@@ -177,6 +177,7 @@ class Manifest(BaseModel):
     gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
     frame_size: tuple[int, int] | None = None  # (H, W) of the frames that became these, where the dataset says
     options: dict[str, Any] = {}  # the converter's options
+    given: dict[str, Any] = {}  # the format's own options as they were given
     source_fingerprint: str = ""  # of the files that were converted
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
     tool_version: str = ""
@@ -231,7 +232,7 @@ def read_episodes(source: Path, split: str, count: int | None = None) -> list[Ep
     """Read the episode table of one split, in stored order; of a source that is growing, the first `count`."""
     path = source / split / EPISODES
     try:
-        lines = path.read_text().split("\n")[:count]
+        lines = path.read_text().split("\n")[:count]  # a text may hold other line separators
         return [Episode.model_validate_json(line) for line in lines if line]
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run `stamo data convert` again") from None

@@ -33,6 +33,16 @@ def sample_streams(data: Data, source: Source, manifest: Manifest) -> int:
     return len(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
 
 
+def without_actions(data: Data, manifests: Mapping[str, Sequence[Manifest]]) -> list[str]:
+    """A line that names the sources that give a policy no actions, and why; none where all do."""
+    why = {
+        name: "actions: false" if not data.sources[name].actions else "its shards have none"
+        for name, folders in manifests.items()
+        if folders and not (data.sources[name].actions and any(manifest.action_dim for manifest in folders))
+    }
+    return [f"no actions from: {', '.join(f'{name} ({reason})' for name, reason in why.items())}"] if why else []
+
+
 @dataclass(frozen=True)
 class Supervised:
     """One source, its samples counted over the cameras used.
@@ -77,6 +87,7 @@ class Supervision:
         each = pseudo and policy.diffusion is not None and policy.diffusion.pseudo_per == "step"
         self.sources = [_count(data, name, tables[name], each=each) for name in data.used]
         self._data = data
+        self._silent = without_actions(data, {name: [manifest for manifest, _ in tables[name]] for name in data.used})
         batch = recipe.train.global_batch
         schedule = Schedule.of(data, [source.samples for source in self.sources], batch)
         self._read = schedule.counts(recipe.train.steps * batch).tolist()  # samples of each source in the run
@@ -88,13 +99,14 @@ class Supervision:
 
     @property
     def lines(self) -> list[str]:
-        """The shares, a line for each loss, by source too."""
+        """The shares, a line for each loss, by source too; and which sources give no actions."""
         losses = {"action": "action"} | ({"world": self.world} if self.world else {})
-        return [
+        shares = [
             f"{name} loss: {self.share(loss):.1%} of the samples"
             f" ({', '.join(f'{s.name} {s.share(loss):.1%}' for s in self.sources)})"
             for loss, name in losses.items()
         ]
+        return [*shares, *self._silent]
 
     @property
     def problems(self) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made import write_source
+from typer.testing import CliRunner
 
+from stamo_dist.cli import app
 from stamo_dist.data.advice import advice
 from stamo_dist.data.instructions import episode_tables
 from stamo_dist.data.mixture import Mixture
@@ -56,15 +59,16 @@ def test_shares_of_known_episodes(shards: Path) -> None:
     assert found.lines == [
         "action loss: 29.5% of the samples (arm 39.4%, video 0.0%)",
         "world loss: 27.3% of the samples (arm 30.3%, video 18.2%)",
+        "no actions from: video (actions: false)",
     ]
     assert not found.problems
-    assert advice(policy(shards))[:2] == found.lines
+    assert advice(policy(shards))[:3] == found.lines
 
     half = supervision(policy(shards, labelled=0.5, cameras=["front"])).sources[0]  # every second episode: 12 and 9
     assert (half.samples, half.action, half.world) == (33, 7 + 4, 10)
     alone = supervision(policy(shards, world=False))
     assert alone.world is None
-    assert len(alone.lines) == 1
+    assert len(alone.lines) == 2
 
 
 def test_the_loader_masks_the_samples_that_are_counted(shards: Path) -> None:
@@ -120,4 +124,31 @@ def test_the_least_that_is_advised_is_enough(shards: Path) -> None:
 
 
 def test_sources_that_are_not_there_have_no_say(shards: Path, tmp_path: Path) -> None:
-    assert not any("loss" in line for line in advice(policy(shards, horizon=13, path=str(tmp_path / "later"))))
+    lines = advice(policy(shards, horizon=13, path=str(tmp_path / "later")))
+    assert not any("loss" in line for line in lines)
+    assert lines[0] == "no actions from: video (actions: false)"
+
+
+def test_sources_without_actions_are_named_and_all_of_them_are_refused(shards: Path, tmp_path: Path) -> None:
+    recipe = policy(shards)
+    recipe.data.sources["video"] = recipe.data.sources["video"].model_copy(update={"actions": True})
+    assert advice(recipe)[2] == "no actions from: video (its shards have none)"
+    refused = (
+        "data.sources: no sample has an action loss: none of them has actions; a policy needs those of one at least"
+    )
+    nothing = policy(shards, path=str(shutil.copytree(shards / "video", tmp_path / "film")))
+    with pytest.raises(RecipeError) as caught:
+        advice(nothing)
+    assert caught.value.problems == [refused]
+    full = tmp_path / "p.json"  # YAML, too
+    full.write_text(nothing.model_dump_json(exclude_defaults=True))
+    said = CliRunner().invoke(app, ["mix", str(full), "--out", str(tmp_path / "p.png")])
+    assert "no actions from: arm (its shards have none), video (actions: false)" in said.output
+    assert isinstance(said.exception, RecipeError)
+    assert said.exception.problems == [refused]
+
+
+def test_all_sources_with_actions_are_no_news(shards: Path) -> None:
+    recipe = policy(shards)
+    del recipe.data.sources["video"]
+    assert not any("no actions" in line for line in advice(recipe))

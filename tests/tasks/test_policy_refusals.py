@@ -61,6 +61,7 @@ def test_a_run_in_which_no_sample_has_an_action_loss(toy_policy: Path, tmp_path:
     assert not (tmp_path / "run").exists()
     shares = (
         "action loss: 45.8% of the samples (a 91.7%, b 0.0%)",
+        "no actions from: b (actions: false)",
         "world loss: 83.3% of the samples (a 83.3%, b 83.3%)",
     )
     for command in (["mix"], ["recipe", "check"]):

@@ -47,8 +47,12 @@ def film(
     b_frames: int = 0,
     rotation: tuple[float, bool, bool] | None = None,
     container_options: dict[str, str] | None = None,
+    transfer: int | None = None,
 ) -> Path:
-    """Encode `frames` pictures (or these images), at `rate` or at these `times` in seconds."""
+    """Encode `frames` pictures (or these images), at `rate` or at these `times` in seconds.
+
+    `transfer`: of BT.2020; 16 is PQ, 18 HLG.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [picture(n) for n in range(frames)] if isinstance(frames, int) else frames
     with av.open(str(path), "w", options=container_options or {}) as out:
@@ -57,6 +61,8 @@ def film(
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.thread_count, context.gop_size, context.max_b_frames = 1, gop, b_frames
+        if transfer is not None:
+            context.color_trc, context.color_primaries, context.colorspace = transfer, 9, 9
         if codec == "mpeg4":
             context.bit_rate = 4_000_000
         if rotation is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -53,6 +54,35 @@ def test_a_jpeg_of_the_right_size_is_kept_byte_for_byte() -> None:
     assert encode_frames([jpeg], [0], 32, "crop", 95) != [jpeg]
     grey = simplejpeg.encode_jpeg(picture(64, 64)[..., :1].copy(), 60, colorspace="GRAY")
     assert simplejpeg.decode_jpeg_header(encode_frames([grey], [0], 64, "crop", 95)[0])[2] == "YCbCr"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("orientation", "stored"), [
+    (1, lambda p: p), (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (4, lambda p: p[::-1]),
+    (5, lambda p: p.swapaxes(0, 1)), (6, lambda p: np.rot90(p, 1)), (7, lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+    (8, lambda p: np.rot90(p, -1)),
+])  # fmt: skip
+def test_exif_turns_images_upright_and_turned_ones_are_not_kept(
+    form: str, orientation: int, stored: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for height in (64, 96):
+        file = io.BytesIO()
+        image = Image.fromarray(np.ascontiguousarray(stored(picture(height, 64))))
+        image.save(file, form, exif=exif, **({"quality": 95} if form != "PNG" else {}))
+        (made,) = encode_frames([file.getvalue()], [0], 64, "crop", 95)
+        expected = picture(height, 64)[(height - 64) // 2 :][:64]
+        assert np.abs(simplejpeg.decode_jpeg(made).astype(int) - expected).mean() < 4
+        assert (made == file.getvalue()) == (form == "JPEG" and orientation == 1 and height == 64)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_turns_nothing() -> None:
+    jpeg = simplejpeg.encode_jpeg(picture(64, 64), 90)
+    segment = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03"
+    broken = jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
+    assert encode_frames([broken], [0], 64, "crop", 95) == [broken]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])

@@ -66,7 +66,11 @@ def shown(reader: LerobotReader) -> list[int]:
 
 def test_as_many_frames_as_rows_are_paired_by_order_whatever_the_clock_says(tmp_path: Path) -> None:
     stamps = np.float32(0.093) * np.arange(N, dtype=np.float32)
-    assert shown(LerobotReader(dataset(tmp_path / "a", columns={"timestamp": stamps}))) == list(range(N))
+    clock = LerobotReader(dataset(tmp_path / "a", columns={"timestamp": stamps}))
+    assert shown(clock) == list(range(N))
+    (note,) = clock.scan().notes
+    assert note.startswith("times: 1 of 1 episodes have timestamps off the 10 Hz grid, by up to 0.035 s (episode 0)")
+    assert LerobotReader(dataset(tmp_path / "on")).scan().notes == []
     assert shown(LerobotReader(dataset(tmp_path / "b", frames=N + 2))) == list(range(N))
     off = LerobotReader(dataset(tmp_path / "c", frames=N + 2, columns={"timestamp": stamps}))
     with pytest.raises(DataError, match=r"has 8 frames for 6 rows, and \d rows have no frame at their time, the first"):
@@ -156,16 +160,60 @@ def test_actions_and_states_are_found_joined_and_sliced(tmp_path: Path) -> None:
         (["wave", "valid"], {}, "wave", None),
         (None, {"task_index": np.ones(N, np.int64)}, "bow", None),
         (["wave", "bow"], {"task_index": np.arange(N) // 3}, "wave", ["wave"] * 3 + ["bow"] * 3),
-        (["x", "y"], {"annotation.human.action.task_description": np.ones(N, np.int64)}, "bow", None),
+        (["x", "bow"], {"annotation.human.action.task_description": np.ones(N, np.int64)}, "bow", None),
         ([0], {name: [[0]] * N for name in ("task_index", "episode_index")}, "wave", None),
-        ("wave\u2028twice", {}, "wave\u2028twice", None),
+        ("wave\u2028twice", {"task_index": np.full(N, 3)}, "wave\u2028twice", None),
+        ("wave", {"task_index": None}, "wave", None),
     ],
 )  # fmt: skip
 def test_instructions(tmp_path: Path, tasks: Any, columns: Any, text: str, each: list[str] | None) -> None:
-    reader = LerobotReader(dataset(tmp_path / "set", tasks=tasks, columns=columns))
+    texts = ("wave", "bow", "valid", "wave\u2028twice")
+    reader = LerobotReader(dataset(tmp_path / "set", tasks=tasks, columns=columns, texts=texts))
     (episode,) = reader.scan().episodes
     assert episode.instruction == text
     assert reader.read(episode).instructions == each
+    assert not any(note.startswith("instructions: ") for note in reader.scan().notes)
+
+
+def test_where_rows_and_table_differ_the_rows_win_and_it_is_said(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "set", tasks=["bow"])
+    scan = LerobotReader(root).scan()
+    assert scan.episodes[0].instruction == "wave"
+    (note,) = scan.notes
+    assert note.startswith("instructions: 1 of 1 episodes have others in their rows than in the episode table")
+    for part in ("episode 0: 'wave'", "table: 'bow'", "--set instruction=none"):
+        assert part in note
+    table = LerobotReader(root, instruction="none").scan()
+    assert (table.episodes[0].instruction, table.notes) == ("bow", [])
+
+
+def test_a_row_whose_task_is_in_no_table_costs_its_episode(tmp_path: Path) -> None:
+    scan = LerobotReader(dataset(tmp_path / "set", columns={"task_index": np.full(N, 9)})).scan()
+    assert scan.bad == ["episode_000000: task_index: 9 is no task_index of meta/tasks"]
+
+
+def test_records_are_read_field_after_field(tmp_path: Path) -> None:
+    """AgiBot's kinds, nested instead of dotted."""
+    arm = [{"joint": {"position": [10.0 * t, 10.0 * t + 1]}, "effector": 10.0 * t + 2} for t in range(N)]
+    root = dataset(tmp_path / "set", vectors={"observation.state": 2}, columns={"actions": arm})
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"]["actions"] = {"dtype": "float32", "shape": [3]}
+    path.write_text(json.dumps(info))
+    reader = LerobotReader(root)
+    assert reader.read(reader.scan().episodes[0]).actions[2].tolist() == [20, 21, 22]
+    info["features"]["actions"]["shape"] = [4]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"3 numbers a frame \(joint\.position 2, effector 1\); info\.json says 4"):
+        reader.read(reader.scan().episodes[0])
+
+
+def test_videos_of_high_dynamic_range_are_said(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "set")
+    film(root / f"videos/chunk-000/{CAMERA}/episode_000000.mp4", N, rate=10, transfer=16)
+    (note,) = LerobotReader(root).scan().notes
+    assert note.startswith("colours: 1 of 1 videos are HDR (PQ)")
+    assert f"videos/chunk-000/{CAMERA}/episode_000000.mp4; map" in note
 
 
 def test_episodes_without_instruction_are_counted(tmp_path: Path) -> None:

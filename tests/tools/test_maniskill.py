@@ -65,7 +65,7 @@ def test_episodes(tmp_path: Path) -> None:
     assert scan.options["files_without_pictures"] == ["PickCube-v1/trajectory.h5"]
     assert scan.files == [path, path.with_suffix(".json")]
     last = scan.episodes[2]
-    assert (last.task, last.instruction, last.meta["success"]) == ("PickCube-v1", "pick cube", False)
+    assert (last.task, last.instruction, last.meta["success"]) == ("PickCube-v1", "", False)
     assert last.meta["reset_kwargs"]["seed"] == 102
 
     data = pickle.loads(pickle.dumps(reader)).read(scan.episodes[1])
@@ -122,6 +122,28 @@ def test_faults_are_named(tmp_path: Path) -> None:
         assert text in str(error.value)
 
 
+def retell(path: Path, env: dict[str, Any], **episode: Any) -> None:
+    """Add to the JSON's env_info, and to each of its episodes."""
+    told = json.loads(path.with_suffix(".json").read_text())
+    told["env_info"] |= env
+    told["episodes"] = [{**each, **episode} for each in told["episodes"]]
+    path.with_suffix(".json").write_text(json.dumps(told))
+
+
+def test_instructions_are_those_of_the_json_and_never_the_environments_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5")
+    for env, episode, text in (
+        ({}, {}, ""),
+        ({"language_instruction": "lift it"}, {}, "lift it"),
+        ({}, {"instruction": "lift the cube"}, "lift the cube"),
+    ):
+        retell(path, env, **episode)
+        scan = ManiskillReader(path).scan()
+        assert {e.instruction for e in scan.episodes} == {text}
+        assert bool(text) != any("3 of 3 episodes have none" in note for note in scan.notes)
+    assert {e.instruction for e in ManiskillReader(path, instruction="push").scan().episodes} == {"push"}
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5")
     reader = ManiskillReader(path, image_orientation="rotated_180", proprio=["none"], only_successful=True)
@@ -132,11 +154,12 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         for k in range(3):
             del file[f"traj_{k}/obs/extra"], file[f"traj_{k}/obs/agent/qpos"]
             file[f"traj_{k}/obs/agent/joints"] = np.zeros((LENGTHS[k] + 1, 9))
+    retell(path, env={"task_of_day": "lift"})
     said = "\n".join(ManiskillReader(path).scan().notes)
     for text in (
         "1 of 3 episodes failed, taken",
         "numeric ones are: agent/joints (9,)",
-        "environment's name (pick cube)",
+        "3 of 3 episodes have none; these look like one: env_info/task_of_day (--set instruction=TEXT",
     ):
         assert text in said
     with pytest.raises(DataError, match="image_orientation: 'over' must be one of upright"):

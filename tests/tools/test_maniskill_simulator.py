@@ -49,6 +49,7 @@ def test_the_reader_reads_what_is_written_and_more_is_added(tmp_path: Path) -> N
     attributes = {
         "env_id": "PushCube-v1",
         "env_kwargs": json.dumps({"control_mode": "pd_ee_delta_pose", "robot_uids": "panda_wristcam"}),
+        "instruction": "push cube",
     }
     options = {"benchmark": "maniskill", "size": 16}
     for episodes in (1, 2):

@@ -162,6 +162,17 @@ def test_real_videos_to_shards(tmp_path: Path, shared_data: Callable[[str], Path
     assert manifest.skipped == []
 
 
+def test_videos_of_high_dynamic_range_are_counted(tmp_path: Path) -> None:
+    for name, transfer in (("a.mp4", 16), ("b.mkv", 18), ("c.mp4", None), ("d.mp4", 14)):
+        film(tmp_path / "set" / name, 3, transfer=transfer)
+    notes = VideoReader(tmp_path / "set").scan().notes
+    (note,) = (n for n in notes if n.startswith("colours: "))
+    assert note.startswith("colours: 2 of 4 videos are HDR (HLG, PQ), read as they are stored")
+    assert ": a.mp4, b.mkv; map them" in note
+    film(tmp_path / "usual/c.mp4", 3)
+    assert not [n for n in VideoReader(tmp_path / "usual").scan().notes if n.startswith("colours: ")]
+
+
 def test_ssv2(tmp_path: Path) -> None:
     for name in ("74225", "116154", "9"):
         film(tmp_path / f"20bn-something-something-v2/{name}.webm", 12, codec="libvpx-vp9", rate=12)

@@ -1,0 +1,107 @@
+"""What the rows of a LeRobotDataset say of each episode: its instructions, and how well its clock keeps the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data_tools.formats.lerobot_files import Listed, parquet_file, read_columns
+from data_tools.formats.lerobot_tasks import TASK_INDEX, row_texts, table_texts
+from data_tools.formats.lerobot_windows import THREADS, TOLERANCE
+from stamo_dist.errors import DataError
+
+#: Episodes that a note names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One episode's rows.
+
+    Attributes:
+        texts: Their instructions, each once, in the order of their first rows; () where rows have none.
+        off: Seconds by which a row's timestamp is furthest from its number / fps.
+        fault: Why its instructions cannot be read.
+    """
+
+    texts: tuple[str, ...] = ()
+    off: float = 0.0
+    fault: str = ""
+
+
+def read_rows(paths: Iterable[Path], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
+    """By episode. `column` says each row's instruction; None: none does. Files that cannot be read are left out."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = pool.map(lambda path: _of_file(path, column, tasks, fps), sorted(paths))
+        return {episode: rows for part in parts for episode, rows in part.items()}
+
+
+def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping[int, str], fps: float) -> list[str]:
+    """What is to be said of these episodes: other instructions in the rows than in the table, clocks off the rate."""
+    notes = []
+    both = [(e.index, rows[e.index].texts, table_texts(e.tasks, tasks)) for e in listed]
+    if other := [(index, mine, table) for index, mine, table in both if table and set(mine) - set(table)]:
+        index, mine, table = other[0]
+        notes.append(
+            f"instructions: {len(other)} of {len(listed)} episodes have others in their rows than in the episode table "
+            f"(episode {index}: {', '.join(mine)!r:.60}; table: {', '.join(table)!r:.60}); the rows' are taken, as "
+            "LeRobot does; --set instruction=none takes the table's"
+        )
+    off = [e.index for e in listed if rows[e.index].off > TOLERANCE / fps]
+    if off and any(e.videos for e in listed):
+        more = ", …" if len(off) > _NAMED else ""
+        notes.append(
+            f"times: {len(off)} of {len(listed)} episodes have timestamps off the {fps:g} Hz grid, by up to "
+            f"{max(rows[e].off for e in off):.3g} s (episode {', '.join(map(str, off[:_NAMED]))}{more}); they are "
+            "paired with the frames of their videos by order"
+        )
+    return notes
+
+
+def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
+    try:
+        there = set(parquet_file(path).schema_arrow.names)
+        if column not in there or (column == TASK_INDEX and not tasks):
+            column = None
+        names = [n for n in dict.fromkeys(("episode_index", "frame_index", "timestamp", column)) if n in there]
+        table = read_columns(path, [n for n in names if n is not None])
+    except DataError:
+        return {}
+    if "episode_index" not in there or not len(table):
+        return {}
+    owner = _plain(table, "episode_index")
+    within = next((_plain(table, n) for n in ("frame_index", "timestamp") if n in there), np.arange(len(table)))
+    order = np.lexsort((within, owner))
+    episodes, starts = np.unique(owner[order], return_index=True)
+    off = np.zeros(len(table))
+    if "timestamp" in there:
+        number = np.arange(len(table)) - np.repeat(starts, np.diff([*starts, len(table)]))
+        number = within[order] if "frame_index" in there else number
+        off = np.nan_to_num(np.abs(_plain(table, "timestamp")[order] - number / fps))
+    ends = [*starts[1:].tolist(), len(table)]
+    found = {}
+    for episode, begin, end in zip(episodes.tolist(), starts.tolist(), ends, strict=True):
+        texts: tuple[str, ...] = ()
+        fault = ""
+        if column is not None:
+            try:
+                texts = _texts(table[column].take(pa.array(order[begin:end])), column, tasks)
+            except DataError as e:
+                fault = str(e)
+        found[int(episode)] = Rows(texts, float(off[begin:end].max()), fault)
+    return found
+
+
+def _plain(table: pa.Table, name: str) -> np.ndarray:
+    return np.nan_to_num(table[name].to_numpy().astype(np.float64))
+
+
+def _texts(column: pa.ChunkedArray, name: str, tasks: Mapping[int, str]) -> tuple[str, ...]:
+    if pa.types.is_integer(column.type):
+        column = pa.chunked_array([column.unique()])  # in the order of their first rows
+    return tuple(text for text in dict.fromkeys(row_texts(column, name, tasks)) if text)
