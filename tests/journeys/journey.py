@@ -140,7 +140,7 @@ def walk(ranks: Ranks, name: str, variant: Variant, strategy: str, processes: in
 
 def _shared_memory() -> set[str]:
     """Its files but those that a process has open: all of the journey's have ended."""
-    files = list(Path("/dev/shm").iterdir())
+    files = [p for p in Path("/dev/shm").iterdir() if not p.name.startswith("sem.")]  # those are there for a moment
     held = {path for pid in psutil.pids() for path in _open_files(pid)}
     return {p.name for p in files if str(p) not in held and p.exists()}
 
