@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[sim,convert,zarr,serve,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[sim,convert,zarr,ros,serve,dev]"
 	touch $@
 
 # Headless OpenGL for the simulators; a no-op where it is there or cannot be installed.

@@ -19,13 +19,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import simplejpeg
-from layouts import write_droid, write_maniskill, write_metaworld, write_robomimic
+from layouts import (
+    write_aloha,
+    write_calvin,
+    write_droid,
+    write_maniskill,
+    write_metaworld,
+    write_robomimic,
+    write_rosbag,
+    write_zarr,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +85,38 @@ def video_frames(files: Iterable[Path]) -> Frames:
             stream.codec_context.thread_count = 1
             for frame in container.decode(stream):
                 yield convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+
+def calvin_frames(files: Iterable[Path]) -> Frames:
+    for path in files:
+        with np.load(path) as arrays:
+            yield from (arrays["rgb_static"], arrays["rgb_gripper"])
+
+
+def aloha_frames(files: Iterable[Path]) -> Frames:
+    for path in files:
+        with h5py.File(path) as file:
+            for images in file["observations/images"].values():
+                yield from (decode(row.tobytes().rstrip(b"\0")) for row in images)
+
+
+def zarr_frames(path: Path) -> Frames:
+    import zarr
+
+    images = zarr.open_group(str(path), mode="r")["data/img"]
+    for start in range(0, images.shape[0], images.chunks[0]):
+        yield from images[start : start + images.chunks[0]]
+
+
+def bag_frames(files: Iterable[Path]) -> Frames:
+    from rosbags.highlevel import AnyReader
+
+    for path in files:
+        with AnyReader([path]) as bag:
+            for connection, _, content in bag.messages([c for c in bag.connections if "Image" in c.msgtype]):
+                message = bag.deserialize(content, connection.msgtype)
+                raw = connection.topic.endswith("raw")
+                yield message.data.reshape(480, 640, 3) if raw else decode(message.data.tobytes())
 
 
 def stored_images(format: str, src: Path, options: dict[str, Any]) -> list[bytes]:
@@ -141,6 +183,7 @@ def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
             for file in files:
                 WRITERS[format](file, libero)
             yield Case(format, root / format, 128, partial(hdf5_frames, files), options)
+        yield from made_cases(libero, root, size)
     bridge = shared / "bridge_rlds" / "1.0.0"
     if bridge.is_dir():
         bridge = copied_rlds(bridge, root / "rlds")
@@ -159,6 +202,22 @@ def cases(shared: Path, root: Path, size: int) -> Iterator[Case]:
         droid = write_droid(root / "droid-raw", video_frames(films), DROID_STEPS)
         recordings = sorted(droid.rglob("*.mp4"))
         yield Case("droid-raw", droid, size, lambda: video_frames(recordings), {})
+
+
+def made_cases(libero: Path, root: Path, size: int) -> Iterator[Case]:
+    """LIBERO's pictures in layouts of which there is no real set here."""
+    calvin = write_calvin(root / "calvin", libero)
+    frames = sorted(calvin.rglob("episode_*.npz"))
+    yield Case("calvin", calvin, 128, lambda: calvin_frames(frames), {})
+    (root / "aloha").mkdir()
+    episodes = [write_aloha(root / "aloha" / f"{i}.hdf5", libero) for i in range(COPIES)]
+    yield Case("aloha", root / "aloha", size, lambda: aloha_frames(episodes), {})
+    if find_spec("zarr"):
+        buffer = write_zarr(root / "a.zarr", libero)
+        yield Case("zarr", buffer, 96, lambda: zarr_frames(buffer), {"rate_hz": 10.0, "mode": "other"})
+    if find_spec("rosbags"):
+        bags = [write_rosbag(root / "rosbag" / f"{i}", libero) for i in range(COPIES)]
+        yield Case("rosbag", root / "rosbag", size, lambda: bag_frames(bags), {})
 
 
 def main() -> None:

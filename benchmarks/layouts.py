@@ -10,6 +10,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import simplejpeg
 
 VIEWS = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_rgb"}
 OSC_POSE = {
@@ -81,6 +82,92 @@ def write_metaworld(path: Path, source: Path) -> Path:
             demo["obs/ee_states"] = np.zeros((len(actions), 6))
             demo["obs/gripper_states"] = np.zeros((len(actions), 2))
             demo["states"] = np.arange(len(actions), dtype=float)[:, None]
+    return path
+
+
+def resized(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Pictures (T, H, W, 3) at another size."""
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in frames])
+
+
+def write_calvin(root: Path, source: Path) -> Path:
+    """A split of CALVIN: a compressed .npz a frame, pictures of 200 and 84 px."""
+    split, number, ends = root / "training", 0, []
+    split.mkdir(parents=True)
+    for pictures, actions in libero_episodes(source):
+        static = resized(pictures["agentview"], 200, 200)
+        gripper = resized(pictures["robot0_eye_in_hand"], 84, 84)
+        ends.append((number, number + len(actions) - 1))
+        for t, action in enumerate(actions):
+            np.savez_compressed(
+                split / f"episode_{number:07d}.npz", rgb_static=static[t], rgb_gripper=gripper[t],
+                depth_static=static[t, ..., 0].astype(np.float32), robot_obs=np.zeros(15), scene_obs=np.zeros(24),
+                actions=action, rel_actions=action.clip(-1, 1),
+            )  # fmt: skip
+            number += 1
+    np.save(split / "ep_start_end_ids.npy", np.array(ends))
+    return root
+
+
+def write_aloha(path: Path, source: Path) -> Path:
+    """An ALOHA episode: two cameras of 640 × 480 px as padded JPEGs."""
+    pictures, actions = next(libero_episodes(source))
+    with h5py.File(path, "w") as file:
+        file["action"] = file["observations/qpos"] = np.zeros((len(actions), 14))
+        for camera, frames in pictures.items():
+            jpegs = [np.frombuffer(simplejpeg.encode_jpeg(f, 50), np.uint8) for f in resized(frames, 640, 480)]
+            longest = max(map(len, jpegs))
+            file[f"observations/images/{camera}"] = np.stack([np.pad(row, (0, longest - len(row))) for row in jpegs])
+    return path
+
+
+def write_zarr(path: Path, source: Path, copies: int = 16) -> Path:
+    """A ReplayBuffer: pictures of 96 px in compressed chunks of 161 rows, as Push-T's; each episode several times."""
+    import zarr
+
+    found = [(resized(p["agentview"], 96, 96), a.astype(np.float32)) for p, a in libero_episodes(source)] * copies
+    group = zarr.open_group(str(path), mode="w", **({"zarr_format": 2} if zarr.__version__ >= "3" else {}))
+    make = group.create_array if hasattr(group, "create_array") else group.create_dataset
+    ends = np.cumsum([len(actions) for _, actions in found])
+    for key, rows in (
+        ("data/img", np.concatenate([images for images, _ in found])),
+        ("data/action", np.concatenate([actions for _, actions in found])),
+        ("data/state", np.zeros((ends[-1], 5), np.float32)),
+        ("meta/episode_ends", ends),
+    ):
+        make(key, shape=rows.shape, chunks=(min(161, len(rows)), *rows.shape[1:]), dtype=rows.dtype)[:] = rows
+    return path
+
+
+def write_rosbag(path: Path, source: Path) -> Path:
+    """An MCAP bag: a raw camera of 640 × 480 px and one of JPEGs at 30 Hz, joints at 100 Hz."""
+    from rosbags.rosbag2 import StoragePlugin, Writer
+    from rosbags.typesys import Stores, get_typestore
+
+    store = get_typestore(Stores.ROS2_HUMBLE)
+    header = store.types["std_msgs/msg/Header"](store.types["builtin_interfaces/msg/Time"](0, 0), "")
+    pictures, actions = next(libero_episodes(source))
+    front, hand = (resized(frames, 640, 480) for frames in pictures.values())
+    said: list[tuple[int, str, Any]] = []
+    for t in range(len(actions)):
+        at, jpeg = t * 33_333_333, simplejpeg.encode_jpeg(hand[t], 80)
+        raw = store.types["sensor_msgs/msg/Image"](header, 480, 640, "rgb8", 0, 1920, front[t].ravel())
+        small = store.types["sensor_msgs/msg/CompressedImage"](header, "jpeg", np.frombuffer(jpeg, np.uint8))
+        said += [(at, "/front/image_raw", raw), (at, "/hand/compressed", small)]
+    for t in range(len(actions) * 10 // 3):
+        joints = np.zeros(7)
+        names = [f"j{k}" for k in range(7)]
+        message = store.types["sensor_msgs/msg/JointState"](header, names, joints, joints, joints)
+        said.append((t * 10_000_000, "/joint_states", message))
+    with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        connections: dict[str, Any] = {}
+        for at, topic, message in sorted(said, key=lambda entry: entry[0]):
+            kind = message.__msgtype__
+            if topic not in connections:
+                connections[topic] = writer.add_connection(topic, kind, typestore=store)
+            writer.write(connections[topic], at, bytes(store.serialize_cdr(message, kind)))
     return path
 
 

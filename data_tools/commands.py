@@ -73,7 +73,7 @@ def simulate(
 @app.command()
 def convert(
     format: Annotated[str, typer.Argument(help="Format of SRC; `stamo data formats` lists them.")],
-    src: Annotated[Path, typer.Argument(help="File or folder to convert.")],
+    src: Annotated[str, typer.Argument(help="File or folder to convert, or s3://… or hf://datasets/OWNER/NAME.")],
     out: Annotated[str, typer.Argument(help="Folder to create, or a URL such as s3://bucket/name.")],
     name: Annotated[str | None, typer.Option(help="Name of the source; OUT's last part when omitted.")] = None,
     size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256,
@@ -121,7 +121,8 @@ def convert(
         ),
     ] = False,
     work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to convert before an upload; a cache when omitted.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For a SRC or OUT that is a URL: where copies are; a cache when omitted."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False,
 ) -> None:

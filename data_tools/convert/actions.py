@@ -171,7 +171,7 @@ def _deltas(
     from scipy.spatial.transform import Rotation
 
     position = actions[:, list(spec.translation)] * spec.metres
-    turn = _rotation(spec, actions)
+    turn = _added_angles(spec, actions, pose) if spec.euler_added else _rotation(spec, actions)
     if spec.mode == "absolute":
         if pose is None:
             raise DataError(_NEEDS_POSE.format("absolute", "delta", "absolute"))
@@ -188,6 +188,21 @@ def _deltas(
         more = kept + step <= last
         total[more] = (turn[(kept + step)[more]] * Rotation.from_quat(total[more])).as_quat()
     return np.add.reduceat(position, kept), Rotation.from_quat(total)
+
+
+def _added_angles(spec: ActionSpec, actions: np.ndarray, pose: np.ndarray | None) -> Rotation:
+    """T rotations from the pose to what its Euler angles become when the actions' angles are added to them.
+
+    Raises:
+        DataError: There is no pose.
+    """
+    from scipy.spatial.transform import Rotation
+
+    if pose is None:
+        raise DataError(_NEEDS_POSE.format("Euler angle", "delta", "original"))
+    now = Rotation.from_rotvec(pose[:, 3:])
+    there = now.as_euler("xyz") + actions[:, list(spec.rotation)] * spec.radians
+    return Rotation.from_euler("xyz", there) * now.inv()
 
 
 def _targets(

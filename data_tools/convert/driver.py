@@ -11,6 +11,7 @@ last whole slice and gives the same bytes. Any number of runs may work on one OU
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 from data_tools.convert.folder import Outcome, run_plan
 from data_tools.convert.plan import Settings, make_plan
 from data_tools.convert.publish import run_and_publish
+from data_tools.stores.sources import bring, is_remote
 from stamo_dist.data.schema import Manifest
 
 
-def convert(format: str, src: Path, out: Path | str, **settings: Any) -> tuple[Manifest, bool]:
+def convert(format: str, src: Path | str, out: Path | str, **settings: Any) -> tuple[Manifest, bool]:
     """Convert SRC into shards in OUT, alone; see `run`. The keywords are those of `Settings`.
 
     Returns:
@@ -32,20 +34,32 @@ def convert(format: str, src: Path, out: Path | str, **settings: Any) -> tuple[M
     return outcome.manifest, outcome.done
 
 
-def run(format: str, src: Path, out: Path | str, settings: Settings) -> Outcome:
+def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> Outcome:
     """Convert this run's share of SRC; who finds all shares done puts OUT together.
 
     Args:
         format: One of data_tools/formats/registry.py.
-        src: File or folder of the source dataset.
+        src: File or folder of the source dataset; or as a str its URL, which `stores.sources.bring` copies here.
         out: Folder to create, or a URL to upload it to.
         settings: See `Settings`.
 
     Raises:
         DataError: Settings, source or output that cannot be used, all problems at once.
     """
+    src = _here(src, settings)
     if "://" in str(out):
-        return run_and_publish(format, Path(src), str(out), settings)
+        return run_and_publish(format, src, str(out), settings)
     out = Path(out)
-    plan = make_plan(format, Path(src), settings.name or out.resolve().name, settings)
+    plan = make_plan(format, src, settings.name or out.resolve().name, settings)
     return run_plan(plan, out, settings)
+
+
+def _here(src: Path | str, settings: Settings) -> Path:
+    """Where the source lies on this machine; says what was brought here."""
+    if isinstance(src, Path) or not is_remote(src):
+        return Path(src)
+    settings.check()
+    brought = bring(src, settings.work and settings.work / "sources", settings.quiet)
+    if not settings.quiet:
+        print(brought, file=sys.stderr)
+    return brought.path

@@ -53,6 +53,14 @@ FORMATS: dict[str, tuple[str, str]] = {
         "data_tools.formats.droid_raw.DroidRawReader",
         "DROID's raw episodes: trajectory.h5 and mp4",
     ),
+    "calvin": (
+        "data_tools.formats.calvin.CalvinReader",
+        "CALVIN's play data as it is downloaded: an .npz a frame",
+    ),
+    "rosbag": (
+        "data_tools.formats.rosbag.RosbagReader",
+        "ROS bags: MCAP, rosbag2's SQLite, ROS 1's .bag; topics become cameras, actions, state",
+    ),
     "video": (
         "data_tools.formats.video.VideoReader",
         "a folder of videos, or segments of them; presets for human video sets",
@@ -65,6 +73,8 @@ NEAREST = {
     **dict.fromkeys(("robocasa", "mimicgen", "isaaclab", "isaac-lab", "robosuite", "hdf5", "h5"), "robomimic"),
     **dict.fromkeys(("tfds", "oxe", "openx", "open-x-embodiment", "bridge", "tfrecord"), "rlds"),
     **dict.fromkeys(("groot", "gr00t", "openpi", "agibot", "so100", "parquet"), "lerobot"),
+    **dict.fromkeys(("ros", "ros1", "ros2", "bag", "mcap", "rosbag2", "db3"), "rosbag"),
+    **dict.fromkeys(("task_d_d", "task_abc_d", "task_abcd_d"), "calvin"),
     **dict.fromkeys(("droid", "droid_raw"), "droid-raw"),
     **dict.fromkeys(("mp4", "ssv2", "ego4d", "epic-kitchens", "egodex"), "video"),
 }

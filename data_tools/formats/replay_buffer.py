@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,20 +155,20 @@ class ReplayBufferReader:
         start, length = episode.private["start"], episode.length
         with open_buffer(path) as buffer:
             data = buffer["data"]
-            keys = chosen(self.action, ("action",), data)
+            keys = episode.private["action"]  # as the scan found them: every look-up reads the store's metadata
             shift = int(self.action_at == "next")
             times = np.arange(length) / episode.private["rate_hz"]
-            if self.rate_hz is None and TIMES in data:
+            if episode.private["timed"]:
                 times = np.asarray(data[TIMES][start : start + length], np.float64).ravel()
             pose = columns(data, list(self.pose), length, start)
             return EpisodeData(
                 frames={
                     camera: upright(_frames(path, camera, start), self.image_orientation)
-                    for camera in self.cameras or _pictures(data)
+                    for camera in episode.private["cameras"]
                 },
                 times=times - times[0],
                 actions=settle_gripper(self, columns(data, keys, length, start + shift)),
-                proprio=columns(data, chosen(self.proprio, PROPRIO, data), length, start),
+                proprio=columns(data, episode.private["proprio"], length, start),
                 pose=pose_vectors(pose, self.pose_rotation or self.rotation or "rotvec") if self.pose else None,
             )
 
@@ -251,6 +252,7 @@ class ReplayBufferReader:
         name = path.name.removesuffix(".zip").removesuffix(".zarr")
         stem = name if alone else path.relative_to(src).with_name(name).as_posix()
         shift = int(self.action_at == "next" and bool(settled.action))
+        timed = self.rate_hz is None and TIMES in data
         for k, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
             yield EpisodeRef(
                 id=f"{stem}/episode_{k:06d}",
@@ -259,7 +261,14 @@ class ReplayBufferReader:
                 length=end - start - shift,
                 task=name,
                 instruction=self.instruction or "",
-                private={"start": start, "rate_hz": settled.rate},
+                private={
+                    "start": start,
+                    "rate_hz": settled.rate,
+                    "timed": timed,
+                    "cameras": settled.cameras,
+                    "action": settled.action,
+                    "proprio": settled.proprio,
+                },
             )
 
 
@@ -307,12 +316,7 @@ def open_buffer(path: Path) -> Iterator[Any]:
         import zarr
     except ImportError as e:
         raise DataError("reading .zarr needs the package zarr; pip install 'stamo-dist[zarr]'") from e
-    try:
-        from imagecodecs.numcodecs import register_codecs  # JPEG XL, which UMI's pictures are stored in
-
-        register_codecs(verbose=False)
-    except ImportError:
-        pass  # the error of a missing codec names it
+    _register_codecs()
     try:
         if path.is_file() and not zipfile.is_zipfile(path):
             raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer (not a whole zip file)")
@@ -324,6 +328,16 @@ def open_buffer(path: Path) -> Iterator[Any]:
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, zipfile.BadZipFile) as e:
         hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
         raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
+
+
+@cache
+def _register_codecs() -> None:
+    try:
+        from imagecodecs.numcodecs import register_codecs  # JPEG XL, which UMI's pictures are stored in
+
+        register_codecs(verbose=False)
+    except ImportError:
+        pass  # the error of a missing codec names it
 
 
 def _checked(path: Path, group: Any) -> Any:

@@ -44,6 +44,7 @@ class ActionSpec:
     rotation: tuple[int, ...] = ()  # dimensions of the rotation
     rotation_kind: Rotation = "rotvec"
     radians: float = 1.0  # radians of one unit, for rotvec and euler_xyz
+    euler_added: bool = False  # a delta's euler_xyz is to be added to the pose's angles, as CALVIN's
     gripper: int | None = None  # dimension of the gripper command
     gripper_open: float = 1.0  # its value when open
     gripper_closed: float = 0.0

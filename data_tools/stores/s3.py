@@ -98,13 +98,23 @@ class S3Store:
         md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""  # a multipart upload's is no MD5
         return Stat(head["ContentLength"], etag, head["Metadata"].get("sha256", ""), md5)
 
-    @_patient
     def sizes(self) -> dict[str, int]:
+        return {name: size for name, (size, _) in self.listing().items() if is_ours(name)}
+
+    @_patient
+    def listing(self, beginning: str = "") -> dict[str, tuple[int, float]]:
+        """Bytes, and when it was written (seconds since 1970), of every key by its name, sorted; hidden ones too.
+
+        Args:
+            beginning: What names begin with.
+        """
         with self._explained("list", ""):
-            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            pages = self._s3.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + beginning
+            )
             items = [item for page in pages for item in page.get("Contents", ())]
-        found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
-        return {name: found[name] for name in sorted(found) if is_ours(name)}
+        found = {i["Key"].removeprefix(self._prefix): (i["Size"], i["LastModified"].timestamp()) for i in items}
+        return {name: found[name] for name in sorted(found)}
 
     @_patient
     def read(self, name: str) -> bytes:

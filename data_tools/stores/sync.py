@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data_tools.stores.progress import bytes_bar
 from data_tools.stores.store import Advance, Store, md5_of, open_store, part_of, place, sha256_of
 from data_tools.stores.verified import BYTES, Verified, holds
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
@@ -218,7 +218,7 @@ class _Copy:
             DataError: Files that could not be copied, all of them.
         """
         try:
-            with _progress(sum(file.size for file in files), quiet) as self._advance:
+            with bytes_bar("sync", sum(file.size for file in files), quiet) as self._advance:
                 for describing in (False, True):
                     problems = self._all((f for f in files if f.describes == describing), parallel)
                     if problems:
@@ -329,17 +329,3 @@ class _Copy:
         if file.sha256 and stat:
             with self._lock:
                 self._record.add(file.name, stat, digest, BYTES)
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("sync"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
-        line = bar.add_task("sync", total=total)
-        yield lambda moved: bar.update(line, advance=moved)

@@ -1,0 +1,205 @@
+"""Which topics of a bag are what, and what was recorded of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_tools.formats import rosbag_files
+from data_tools.formats.remarks import looks_like_language, no_proprio
+from data_tools.formats.rosbag_files import JOINTS, STRING, Field, parse_field
+from data_tools.formats.rosbag_images import TYPES, image_fault
+from stamo_dist.errors import DataError
+
+#: What image_transport calls the JPEGs of a topic of pictures.
+TWIN = "/compressed"
+#: Messages of each topic that a scan looks at.
+HEADS = 100
+
+
+class Asked(Protocol):
+    """The options that say what topics are."""
+
+    cameras: Sequence[str] | None
+    action: Sequence[str]
+    proprio: Sequence[str]
+    pose: Sequence[str]
+    clock: str | None
+    instruction: str | None
+    instruction_topic: str | None
+
+
+@dataclass(frozen=True)
+class Topics:
+    """What topics are: cameras by name, which of them is the clock, and fields of numbers and of a text."""
+
+    cameras: Mapping[str, str]
+    clock: str
+    action: tuple[Field, ...]
+    proprio: tuple[Field, ...]
+    pose: tuple[Field, ...]
+    text: Field | None
+
+    @property
+    def numeric(self) -> list[str]:
+        """Topics with numbers."""
+        return list(dict.fromkeys(field.topic for field in (*self.action, *self.proprio, *self.pose)))
+
+    @property
+    def spoken(self) -> list[str]:
+        """The topic with the text, if there is one."""
+        return [self.text.topic] if self.text else []
+
+
+def settle(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
+    """Which topics of a bag are what; what was left out goes to `notes`.
+
+    Raises:
+        DataError: One that was asked for is not there, or no topic has pictures.
+    """
+    there = rosbag_files.topics(bag)
+    cameras = _cameras(path, bag, asked, there, notes)
+    action, pose = ([parse_field(text) for text in texts] for texts in (asked.action, asked.pose))
+    joints = [topic for topic, kind in there.items() if kind == JOINTS]
+    if asked.proprio:
+        proprio = [] if list(asked.proprio) == ["none"] else [parse_field(text) for text in asked.proprio]
+    else:
+        proprio = [Field(joints[0], ("position",))] if len(joints) == 1 else []
+    others = [f"{topic} ({kind})" for topic, kind in sorted(there.items()) if kind not in (*TYPES, STRING)]
+    if not proprio and not asked.proprio:
+        notes += no_proprio(others)
+    if not action:
+        notes.append(
+            f"action: none was asked for, so there are none; other topics are: {', '.join(others) or 'none'}; name "
+            "them with --set action=/TOPIC.FIELD"
+        )
+    texts = [topic for topic, kind in there.items() if kind == STRING]
+    like = [topic for topic in texts if looks_like_language(topic)] or texts
+    if asked.instruction_topic is None and asked.instruction is None and like:
+        notes.append(
+            f"instruction: these topics have texts: {', '.join(sorted(like))}; take one with "
+            "--set instruction_topic=/TOPIC"
+        )
+    text = None if asked.instruction_topic is None else parse_field(asked.instruction_topic)
+    if text is not None and not text.path:
+        text = Field(text.topic, ("data",))
+    clock = _named(asked.clock, cameras) if asked.clock else next(iter(cameras))
+    if clock not in cameras:
+        raise DataError(f"{path}: clock: {asked.clock} is no camera; there is {', '.join(cameras)}")
+    settled = Topics(cameras, cameras[clock], tuple(action), tuple(proprio), tuple(pose), text)
+    rosbag_files.check_topics(path, bag, [*settled.numeric, *settled.spoken])
+    return settled
+
+
+def camera_name(topic: str) -> str:
+    """What a camera is called: the topic with _ for /."""
+    return topic.strip("/").replace("/", "_")
+
+
+def _named(camera: str, cameras: Mapping[str, str]) -> str:
+    """The name of a camera that is given by name or topic."""
+    return camera if camera in cameras else camera_name(camera)
+
+
+def _cameras(path: Path, bag: Any, asked: Asked, there: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Name → topic."""
+    pictures = {topic: camera_name(topic) for topic in sorted(there) if there[topic] in TYPES}
+    rosbag_files.check_topics(path, bag, list(pictures))
+    faults = {topic: image_fault(rosbag_files.first_message(bag, topic)) for topic in pictures}
+    usable = {name: topic for topic, name in pictures.items() if not faults[topic]}
+    if asked.cameras:
+        names = [_named(camera, usable) for camera in asked.cameras]
+        if lost := [camera for camera, name in zip(asked.cameras, names, strict=True) if name not in usable]:
+            listed = ", ".join(f"{topic} ({fault})" if fault else topic for topic, fault in faults.items()) or "none"
+            raise DataError(f"{path}: no camera {', '.join(lost)}; topics with pictures are: {listed}")
+        return {name: usable[name] for name in names}
+    twins = [topic for topic in usable.values() if topic.removesuffix(TWIN) in set(usable.values()) - {topic}]
+    notes += [f"cameras: {topic} left out: {fault}" for topic, fault in faults.items() if fault]
+    notes += [f"cameras: {topic} left out: {topic.removesuffix(TWIN)} has the same pictures" for topic in twins]
+    cameras = {name: topic for name, topic in usable.items() if topic not in twins}
+    if not cameras:
+        listed = ", ".join(f"{topic} ({kind})" for topic, kind in sorted(there.items())) or "no messages"
+        raise DataError(f"{path}: no topic has RGB or grey pictures; it has {listed}")
+    return cameras
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a bag holds of the topics: times by topic, int64 (N,) in ns, and the messages of those without pictures."""
+
+    times: dict[str, np.ndarray]
+    contents: dict[str, list[Any]]
+
+    def numbers(self, fields: Sequence[Field], rows: Mapping[str, np.ndarray], length: int) -> np.ndarray:
+        """(T, D): the numbers of these fields, side by side, of the messages `rows` (T,) of each topic.
+
+        Raises:
+            DataError: A field is not there, or has not always as many numbers.
+        """
+        parts = [self._column(field, rows[field.topic]) for field in fields]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
+
+    def _column(self, field: Field, rows: np.ndarray) -> np.ndarray:
+        held, where = np.unique(rows, return_inverse=True)
+        messages = [self.contents[field.topic][row] for row in held.tolist()]
+        values = [rosbag_files.numbers(message, field) for message in messages]
+        for value in values:
+            if len(value) != len(values[0]):
+                raise DataError(f"{field}: has {len(values[0])} numbers, then {len(value)}")
+        return np.stack(values)[where.reshape(-1)]
+
+    def texts(self, field: Field) -> list[str]:
+        """The texts of all messages.
+
+        Raises:
+            DataError: There is no such field, or it is no text.
+        """
+        found = [rosbag_files.reach(message, field) for message in self.contents[field.topic]]
+        if wrong := [text for text in found if not isinstance(text, str)]:
+            raise DataError(f"{field}: {type(wrong[0]).__name__}, no text")
+        return [text.strip() for text in found]
+
+
+def _check_joints(topic: str, messages: Sequence[Any]) -> None:
+    """Raises:
+    DataError: Messages name other joints than the first one does.
+    """
+    names = [list(getattr(message, "name", ())) for message in messages]
+    if other := next((found for found in names if found != names[0]), None):
+        raise DataError(
+            f"{topic}: its messages name {', '.join(names[0])}, then {', '.join(other)}: more than one thing speaks on "
+            "it; record them as topics of their own"
+        )
+
+
+def record(bag: Any, topics: Topics, stamps: str, heads: bool = False) -> Recorded:
+    """Times of all topics, and the messages of those that are no cameras; with `heads` only the first few.
+
+    Raises:
+        DataError: Header's times were asked for and a topic has none, or they go back.
+    """
+    cameras = set(topics.cameras.values())
+    times: dict[str, list[int]] = defaultdict(list)
+    contents: dict[str, list[Any]] = defaultdict(list)
+    there = rosbag_files.topics(bag)
+    wanted = list(dict.fromkeys([*cameras, *topics.numeric, *topics.spoken]))
+    for topic, received, content, kind in rosbag_files.messages(bag, wanted):
+        at: int | None = received
+        if stamps == "header" and topic not in topics.spoken:
+            at = rosbag_files.stamp(bag, content, kind)
+        if at is None:
+            raise DataError(f"{topic}: its messages ({kind}) have no header; give --set stamps=received")
+        if times[topic] and at < times[topic][-1]:
+            raise DataError(f"{topic}: the time of message {len(times[topic])} goes back; give --set stamps=received")
+        times[topic].append(at)
+        if topic not in cameras and (not heads or len(contents[topic]) < HEADS or topic in topics.spoken):
+            contents[topic].append(bag.deserialize(content, kind))
+    for topic in topics.numeric:
+        if there[topic] == JOINTS:
+            _check_joints(topic, contents[topic])
+    return Recorded({topic: np.asarray(times[topic], np.int64) for topic in wanted}, dict(contents))

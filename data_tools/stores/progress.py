@@ -1,0 +1,24 @@
+"""A bar that counts bytes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from data_tools.stores.store import Advance
+
+
+@contextmanager
+def bytes_bar(name: str, total: int, quiet: bool) -> Iterator[Advance]:
+    """A bar on the screen of `total` bytes; what it gives is told the bytes moved."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+        line = bar.add_task(name, total=total)
+        yield lambda moved: bar.update(line, advance=moved)
