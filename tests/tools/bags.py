@@ -65,8 +65,15 @@ class Words:
         return self.make("std_msgs/msg/String", words)
 
 
-def write_bag(path: Path, kind: str, said: Sequence[Said], words: Words, version: int = 9) -> Path:
-    """A bag of these messages at `path`: a folder, or a .bag."""
+def write_bag(
+    path: Path,
+    kind: str,
+    said: Sequence[Said],
+    words: Words,
+    version: int = 9,
+    more: Sequence[tuple[str, str, str]] = (),
+) -> Path:
+    """A bag of these messages at `path`: a folder, or a .bag; `more`: topics with a type and its definition."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "ros1":
         writer: Any = Writer1(path)
@@ -77,6 +84,8 @@ def write_bag(path: Path, kind: str, said: Sequence[Said], words: Words, version
         serialize = words.store.serialize_cdr
     with writer:
         connections: dict[str, Any] = {}
+        for topic, name, text in more:
+            writer.write(writer.add_connection(topic, name, msgdef=text, rihs01="x"), round(said[0][1] * 1e9), b"")
         for topic, seconds, message in sorted(said, key=lambda entry: entry[1]):
             type_ = message.__msgtype__
             if topic not in connections:

@@ -251,3 +251,15 @@ def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "rosbags.highlevel", None)
     with pytest.raises(DataError, match=r"needs the package rosbags; pip install 'stamo-dist\[ros\]'"):
         RosbagReader(path).scan()
+
+
+@pytest.mark.parametrize("where", ["type", "nested type"])
+def test_a_definition_that_is_code_is_not_run(tmp_path: Path, where: str) -> None:
+    """rosbags writes Python with the names that a bag gives, which its grammar must not let through."""
+    words, ran = Words(), tmp_path / "ran"
+    name = f"B(exec(bytes({list(f'open({str(ran)!r}, chr(119)).close()'.encode())})))"
+    kind, text = (f"a/msg/{name}", "int32 x\n") if where == "type" else ("a/msg/A", f"{name} x\n")
+    path = write_bag(tmp_path / "a", "mcap", moments(words), words, more=[("/evil", kind, text)])
+    with pytest.raises(DataError, match="not a whole bag"):
+        RosbagReader(path).scan()
+    assert not ran.exists()
