@@ -415,3 +415,47 @@ def egodex(root: Path) -> None:
                               which_llm_description=str(e + 1))  # fmt: skip
 
 
+
+
+TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
+TINY = {
+    "lerobot-v21": Tiny("lerobot", lerobot_v21, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
+                        "data/chunk-000/episode_000001.parquet")),
+    "lerobot-groot": Tiny("lerobot", lerobot_groot, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
+                          "meta/modality.json", "data/chunk-000/episode_000001.parquet"),
+                          {"action": ["arm", "claw"], "state": ["arm"]}),
+    "lerobot-v30": Tiny("lerobot", lerobot_v30, ("meta/info.json", "meta/tasks.parquet",
+                        "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet")),
+    "libero": Tiny("libero", libero, ("open_the_drawer_demo.hdf5",)),
+    "metaworld": Tiny("metaworld", metaworld, ("open_the_drawer_demo.hdf5",)),
+    "robomimic": Tiny("robomimic", robomimic, ("can.hdf5",)),
+    "aloha": Tiny("aloha", aloha, ("episode_1.hdf5",)),
+    "aloha-jpeg": Tiny("aloha", lambda root: aloha(root, True), ("episode_0.hdf5", "episode_1.hdf5")),
+    "maniskill": Tiny("maniskill", maniskill, ("PickCube-v1.h5", "PickCube-v1.json")),
+    "zarr": Tiny("zarr", zarr, tuple(f"pusht.zarr/{p}" for p in (
+        ".zgroup", "data/.zgroup", "meta/.zgroup", "data/img/.zarray", "data/action/.zarray", "data/state/.zarray",
+        "data/timestamp/.zarray", "meta/episode_ends/.zarray", "data/action/0.0", "meta/episode_ends/0")),
+        src="pusht.zarr"),
+    "zarr-3": Tiny("zarr", zarr3, tuple(f"pusht.zarr/{p}/zarr.json" for p in (
+        ".", "data", "data/img", "data/action", "data/timestamp", "meta/episode_ends"))),
+    "rlds": Tiny("rlds", rlds, ("robot/1.0.0/features.json", "robot/1.0.0/dataset_info.json"),
+                 {"rate_hz": 5, "mode": "other", "proprio": ["observation/state"]}),
+    "droid-raw": Tiny("droid-raw", droid_raw, (
+        "aggregated-annotations-030724.json", "AUTOLab/success/2023-07-07/episode_0/trajectory.h5",
+        "AUTOLab/success/2023-07-07/episode_2/trajectory.h5",
+        "AUTOLab/success/2023-07-07/episode_1/metadata_AUTOLab+84bd5053+2023-07-07-09h-42m-21s.json")),
+    "video-table": Tiny("video", video_table, ("cuts.csv", "labels.json"), TABLE, src="raw"),
+    "video-json": Tiny("video", video_json, ("cuts.json", "labels.json"),
+                       {"segments": ["/cuts.json"], "labels": "/labels.json"}, src="raw"),
+    "ssv2": Tiny("video", ssv2, ("something-something-v2-train.json", "something-something-v2-validation.json"),
+                 {"preset": "ssv2"}),
+    "epic": Tiny("video", epic, ("EPIC_100_train.csv",), {"preset": "epic"}),
+    "egoexo4d": Tiny("video", egoexo4d, ("takes.json",), {"preset": "egoexo4d"}),
+    "egoexo4d-steps": Tiny("video", egoexo4d, ("takes.json", "annotations/keystep_val.json",
+                           "annotations/atomic_descriptions_val.json"), {"preset": "egoexo4d", "window": 0.4,
+                           "segments": ["/annotations/keystep_val.json", "/annotations/atomic_descriptions_val.json"]}),
+    "ego4d": Tiny("video", ego4d, ("annotations/narration.json",), {"preset": "ego4d", "window": 0.4}),
+    "ego4d-moments": Tiny("video", ego4d_moments, ("moments_train.json",),
+                          {"preset": "ego4d", "segments": ["/moments_train.json"]}),
+    "egodex": Tiny("video", egodex, ("part1/lid/0.hdf5", "part1/lid/1.hdf5"), {"preset": "egodex"}),
+}  # fmt: skip
