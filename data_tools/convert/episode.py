@@ -121,6 +121,8 @@ def _check(data: EpisodeData, cameras: Sequence[str], spec: ActionSpec | None, p
         ("actions", data.actions, spec.dim if spec else 0),
         ("proprio", data.proprio, proprio_dim),
     ):
+        if values.dtype.kind not in "fiub":
+            raise DataError(f"{name} are {values.dtype}, not numbers")
         if values.shape[1:] != (dim,):
             raise DataError(f"{name} are {values.shape}, expected (T, {dim})")
     numbers = {"actions": data.actions, "proprio": data.proprio, "pose": data.pose}

@@ -22,6 +22,10 @@ from stamo_dist.errors import DataError
 NO_TEXT = re.compile(r"^\s*([\[{(].*|None|nan|inf|null|True|False|[-+.\d]+(e[-+]?\d+)?|<.*>|b'.*)\s*$", re.DOTALL)
 
 
+#: Words by which a note speaks of a part of the result.
+WORDS = {"proprio": ("state",), "frames": ("camera", "depth map")}
+
+
 @dataclass
 class Outcome:
     """Columns by episode and name; or the error."""
@@ -29,6 +33,7 @@ class Outcome:
     episodes: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     said: str = ""  # what was skipped and noted
     skipped: list[str] = field(default_factory=list)
+    rate: float = 0.0
     error: Exception | None = None
 
 
@@ -53,7 +58,7 @@ def outcome(tiny: Tiny, root: Path, out: Path) -> Outcome:
                     if column in sample and camera == manifest.cameras[0]:
                         value = sample[column]
                         episode[name].append(value.tolist() if isinstance(value, np.ndarray) else value)
-    return Outcome({k: dict(v) for k, v in found.items()}, "\n".join([*manifest.skipped, *manifest.notes]), manifest.skipped)
+    return Outcome({k: dict(v) for k, v in found.items()}, "\n".join([*manifest.skipped, *manifest.notes]), manifest.skipped, manifest.rate_hz)
 
 
 COLUMNS = {"time": "time", "action": "original_action", "mapped action": "action", "proprio": "proprio", "text": "instruction"}
@@ -77,6 +82,8 @@ def problems(tiny: Tiny, mutation: Mutation, was: Outcome, now: Outcome) -> Iter
                 yield f"{id} is missing without a word"
         if more := now.episodes.keys() - was.episodes.keys():
             yield f"episodes from nowhere: {', '.join(more)}"
+    if now.rate != was.rate and "time" not in may_change and "rate" not in now.said and "fps" not in now.said:
+        yield f"the rate is {now.rate:g} for {was.rate:g}"
     for id, columns in now.episodes.items():
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
@@ -85,13 +92,15 @@ def problems(tiny: Tiny, mutation: Mutation, was: Outcome, now: Outcome) -> Iter
             if name in columns and not np.isfinite(np.array(columns[name], float)).all():
                 yield f"{id}: {name} is not finite"
         for text in set(columns["text"]):
-            if NO_TEXT.match(text) and text != mutation.value:
+            if NO_TEXT.match(text) and text != mutation.value and mutation.kind != "texts":
                 yield f"{id}: the instruction is {text!r}"
         if id in was.episodes:
-            yield from _differences(id, was.episodes[id], columns, may_change, now.said)
+            yield from _differences(id, was.episodes[id], columns, may_change, now.said, mutation.value)
 
 
-def _differences(id: str, was: Mapping[str, list[Any]], now: Mapping[str, list[Any]], may: set[str], said: str) -> Iterator[str]:
+def _differences(
+    id: str, was: Mapping[str, list[Any]], now: Mapping[str, list[Any]], may: set[str], said: str, value: Any
+) -> Iterator[str]:
     if "length" in may:
         return
     for name in was.keys() | now.keys():
@@ -99,17 +108,22 @@ def _differences(id: str, was: Mapping[str, list[Any]], now: Mapping[str, list[A
         if kind in may:
             continue
         if name not in now or name not in was:
-            if kind not in said:
+            if not any(word in said for word in (kind, *WORDS.get(kind, ()))):
                 yield f"{id}: {name} {'is gone' if name in was else 'came up'} without a word"
         elif len(was[name]) != len(now[name]):
             if id not in said:
                 yield f"{id}: {name}: {len(now[name])} for {len(was[name])} without a word"
-        elif was[name] != now[name]:
-            t = next(t for t, (a, b) in enumerate(zip(was[name], now[name], strict=True)) if a != b)
+        elif (t := _first_difference(name, was[name], now[name])) is not None:
             a, b = was[name][t], now[name][t]
-            if name == "text" and not b and "instruction" in said:
+            if name == "text" and (b == value or (not b and "instruction" in said)):
                 continue
             yield f"{id}: {name} at {t}: {str(b)[:60]} for {str(a)[:60]}"
+
+
+def _first_difference(name: str, was: list[Any], now: list[Any]) -> int | None:
+    if name == "time":  # may be stored as float32
+        return next((t for t, (a, b) in enumerate(zip(was, now, strict=True)) if abs(a - b) > 1e-6), None)
+    return next((t for t, (a, b) in enumerate(zip(was, now, strict=True)) if a != b), None)
 
 
 def may(tiny: Tiny, mutation: Mutation) -> set[str]:
@@ -133,5 +147,7 @@ def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Excepti
         yield f"the error names no file: {text[:300]}"
     names = {part.lstrip("@") for part in mutation.field if not part.isdigit() and not re.match(r"(line|row) \d", part)}
     names |= {alias for pattern, alias in tiny.aliases.items() if re.search(pattern, "/".join(mutation.field))}
+    if "no usable episode" in text or "no episode could be read" in text:
+        return  # all were skipped, each by name
     if names and not any(name.lower() in text.lower() for name in names):
         yield f"the error names no field: {text[:300]}"

@@ -417,15 +417,30 @@ def egodex(root: Path) -> None:
 
 
 
+#: A parquet's own numbers, and a table's own texts.
+_TASKS = {"__index_level_0__": "task texts"}
+_LEROBOT = (
+    (r"parquet action\S*:(whole numbers|scalars|booleans)", "action"),
+    (r"parquet observation.state\S*:(whole numbers|scalars|booleans)", "proprio"),
+    (r"episodes.* tasks.*:numbers", "text"),
+    (r"tasks\.", "text"),
+    (r"parquet (task_index|annotation).*:(all alike|one more|backwards|empty)", "text"),
+    (r"videos\S*(chunk|file)_index:", "frames"),
+    (r"data/\S*parquet episode_index:backwards", "length"),
+    (r"features/annotation\S*:(drop|rename)", "text"),
+    (r"modality.json action/\S*/(start|end|original_key):", "action"),
+    (r"modality.json state/\S*/(start|end|original_key):", "proprio"),
+    (r"parquet timestamp:(huge|one more|fractions|NaN)", "time"),
+)
 TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
 TINY = {
     "lerobot-v21": Tiny("lerobot", lerobot_v21, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
-                        "data/chunk-000/episode_000001.parquet")),
+                        "data/chunk-000/episode_000001.parquet"), touches=_LEROBOT),
     "lerobot-groot": Tiny("lerobot", lerobot_groot, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
                           "meta/modality.json", "data/chunk-000/episode_000001.parquet"),
-                          {"action": ["arm", "claw"], "state": ["arm"]}),
+                          {"action": ["arm", "claw"], "state": ["arm"]}, touches=_LEROBOT),
     "lerobot-v30": Tiny("lerobot", lerobot_v30, ("meta/info.json", "meta/tasks.parquet",
-                        "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet")),
+                        "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"), touches=_LEROBOT, aliases=_TASKS),
     "libero": Tiny("libero", libero, ("open_the_drawer_demo.hdf5",)),
     "metaworld": Tiny("metaworld", metaworld, ("open_the_drawer_demo.hdf5",)),
     "robomimic": Tiny("robomimic", robomimic, ("can.hdf5",)),
