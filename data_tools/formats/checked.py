@@ -16,6 +16,7 @@ from stamo_dist.errors import DataError
 
 #: Whole numbers are below this, as in the int64 that datasets store.
 _LIMIT = 1 << 63
+_FASTEST_HZ = 10_000
 
 
 def read_text(path: Path) -> str:
@@ -189,6 +190,18 @@ def positive(value: Any, where: str, what: str = "a positive number") -> float:
     number = _number(value)
     if number is None or number <= 0:
         raise DataError(f"{where}: must be {what}, not {shown(value)}")
+    return number
+
+
+def rate(value: Any, where: str) -> float:
+    """A rate in Hz that a robot or a camera may have.
+
+    Raises:
+        DataError: It is none.
+    """
+    number = _number(value)
+    if number is None or not 0 < number <= _FASTEST_HZ:
+        raise DataError(f"{where}: must be a positive number of Hz up to {_FASTEST_HZ}, not {shown(value)}")
     return number
 
 

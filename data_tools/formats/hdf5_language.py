@@ -10,15 +10,25 @@ import numpy as np
 
 from data_tools.formats import hdf5
 from data_tools.formats.remarks import LANGUAGE, language_keys, looks_like_language
+from stamo_dist.errors import DataError
 
 
-def find_texts(groups: Sequence[h5py.Group]) -> list[str]:
-    """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any."""
+def find_texts(groups: Sequence[h5py.Group], length: int | None = None) -> list[str]:
+    """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any.
+
+    Raises:
+        DataError: They are not UTF-8, or with a `length` neither one nor as many.
+    """
     for group in groups:
         found = _strings(group)
         for key in language_keys(found):
-            texts = _texts(found[key])
+            try:
+                texts = _texts(found[key])
+            except DataError as e:
+                raise DataError(f"{group.name}: {key}: {e}") from e
             if any(texts):
+                if length is not None and len(texts) not in (1, length):
+                    raise DataError(f"{group.name}: {key} has {len(texts)} texts for {length} steps")
                 return texts
     return []
 
@@ -31,9 +41,14 @@ def like_language(groups: Sequence[h5py.Group]) -> list[str]:
 
 def _strings(group: h5py.Group) -> dict[str, Any]:
     """The group's texts by name: of attributes, and of datasets right below it."""
-    datasets = {k: d for k in group if isinstance(d := group.get(k), h5py.Dataset) and d.dtype.kind in "SO"}
-    attributes = {k: v for k, v in group.attrs.items() if np.asarray(v).dtype.kind in "SUO"}
+    datasets = {k: d for k in group if hdf5.is_texts(d := hdf5.node(group, k))}
+    attributes = {k: v for k, v in group.attrs.items() if not isinstance(v, h5py.Empty) and _is_string(v)}
     return {**datasets, **attributes}
+
+
+def _is_string(value: Any) -> bool:
+    values = np.asarray(value)
+    return values.dtype.kind in "SU" or (values.dtype.kind == "O" and all(isinstance(v, str | bytes) for v in values.ravel()))
 
 
 def _texts(value: Any) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.checked import flag, positive, read_object, shown
+from data_tools.formats.checked import flag, rate, read_object, shown
 from stamo_dist.errors import DataError
 
 
@@ -60,7 +60,7 @@ def read_info(root: Path) -> Info:
         raise DataError(f"{path}, features: must be an object of features, not {shown(features)}")
     robot = info.get("robot_type")
     return Info(
-        fps=positive(info.get("fps"), f"{path}, fps", "a positive number of frames a second"),
+        fps=rate(info.get("fps"), f"{path}, fps"),
         features={name: _feature(name, about, f"{path}, features.{name}") for name, about in features.items()},
         splits=_splits(info.get("splits")),
         robot_type=robot if isinstance(robot, str) else None,

@@ -395,7 +395,8 @@ def _node_faults(name: str, at: Field, node: Any) -> _Faults:
     yield at, "another axis", _replace(name, lambda d: d[:][..., None]), None
     yield at, "an axis less", _replace(name, lambda d: d[:].reshape(len(d), -1)[:, 0]), None
     yield at, "texts", _replace(name, lambda d: np.array(["many"] * len(d), text)), None
-    yield at, "numbers as texts", _replace(name, lambda d: np.vectorize(str, otypes=["O"])(d[:]).astype(text)), None
+    if node.dtype.kind in "fiu":
+        yield at, "numbers as texts", _replace(name, lambda d: np.vectorize(str, otypes=["O"])(d[:]).astype(text)), None
     yield at, "records", _replace(name, lambda d: np.zeros(len(d), [("a", "f4"), ("b", "i4")])), None
     yield at, "lists", _replace(name, _ragged), None
     if node.ndim > 1:
