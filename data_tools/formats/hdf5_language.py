@@ -21,6 +21,8 @@ def find_texts(groups: Sequence[h5py.Group], length: int | None = None) -> list[
     """
     for group in groups:
         found = _strings(group)
+        if lost := [key for key in language_keys(group) if hdf5.node(group, key) is None]:
+            raise DataError(f"{group.name}: {lost[0]} is a link to what is not there")
         for key in language_keys(found):
             try:
                 texts = _texts(found[key])

@@ -297,7 +297,9 @@ def _robot(kwargs: Mapping[str, Any], where: str) -> str:
     for key in ("robot_uids", "robot"):
         if (robot := kwargs.get(key)) is not None:
             robots = [a_text(r, f"{where}.env_kwargs, {key}") for r in (robot if isinstance(robot, list) else [robot])]
-            return robots[0] if len(robots) == 1 else ", ".join(robots) or "panda"
+            if not all(robots):
+                raise DataError(f"{where}.env_kwargs, {key}: must name the robot, not {robot!r:.40}")
+            return ", ".join(robots) or "panda"
     return "panda"
 
 
@@ -313,7 +315,7 @@ def _pictures(group: Any) -> dict[str, h5py.Dataset]:
     if not isinstance(group, h5py.Group):
         return {}
     found = {c: hdf5.node(camera, "rgb") for c in sorted(group) if isinstance(camera := hdf5.node(group, c), h5py.Group)}
-    return {camera: dataset for camera, dataset in found.items() if isinstance(dataset, h5py.Dataset)}
+    return {camera: dataset for camera, dataset in found.items() if hdf5.is_rows(dataset)}
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:

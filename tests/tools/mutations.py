@@ -391,7 +391,7 @@ def _node_faults(name: str, at: Field, node: Any) -> _Faults:
         return
     yield at, "no rows", _replace(name, lambda d: d[:0]), None
     yield at, "one row less", _replace(name, lambda d: d[:-1]), None
-    yield at, "one row more", _replace(name, lambda d: np.concatenate([d[:], d[-1:]])), None
+    yield at, "one row more", _replace(name, lambda d: np.concatenate([d[:], d[-1:]]).astype(d.dtype)), None
     yield at, "another axis", _replace(name, lambda d: d[:][..., None]), None
     yield at, "an axis less", _replace(name, lambda d: d[:].reshape(len(d), -1)[:, 0]), None
     yield at, "texts", _replace(name, lambda d: np.array(["many"] * len(d), text)), None

@@ -61,6 +61,13 @@ def outcome(tiny: Tiny, root: Path, out: Path) -> Outcome:
     return Outcome({k: dict(v) for k, v in found.items()}, "\n".join([*manifest.skipped, *manifest.notes]), manifest.skipped, manifest.rate_hz)
 
 
+#: What every format's values depend on.
+ALWAYS = (
+    (r"/(demo|traj)_\d+:drop", "episodes"),
+    (r"(h5|hdf5) :(missing|a folder)$", "episodes"),
+    (r"(h5|hdf5) .*:booleans", "action proprio"),
+    (r"(control_freq|rate_hz):(a number|one more|fraction|true|zero|negative|empty|null|drop|rename)", "time"),
+)
 COLUMNS = {"time": "time", "action": "original_action", "mapped action": "action", "proprio": "proprio", "text": "instruction"}
 
 
@@ -129,7 +136,7 @@ def _first_difference(name: str, was: list[Any], now: list[Any]) -> int | None:
 def may(tiny: Tiny, mutation: Mutation) -> set[str]:
     """What may change with this field."""
     where = f"{mutation.file} {'/'.join(mutation.field)}:{mutation.kind}"
-    return {what for pattern, whats in tiny.touches if re.search(pattern, where) for what in whats.split()}
+    return {what for pattern, whats in (*tiny.touches, *ALWAYS) if re.search(pattern, where) for what in whats.split()}
 
 
 def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Exception) -> Iterator[str]:
@@ -142,6 +149,8 @@ def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Excepti
     if not text.strip():
         yield "an empty message"
     file = Path(mutation.file)
+    if mutation.kind in ("missing", "a folder") and "file in this folder" in text:
+        return
     places = [file.name, *was.episodes, *(p.as_posix() for p in file.parents if len(p.parts) > 1)]
     if not any(place in text for place in places):
         yield f"the error names no file: {text[:300]}"

@@ -432,6 +432,20 @@ _LEROBOT = (
     (r"modality.json state/\S*/(start|end|original_key):", "proprio"),
     (r"parquet timestamp:(huge|one more|fractions|NaN)", "time"),
 )
+_LIBERO = ((r"problem_info", "text"), (r"turned over", "action proprio"))
+_ROBOMIMIC = (
+    (r"controller_configs(/type|/output_max)?:", "action"),
+    (r"ep_meta|obs/language_instruction|@env_args/lang", "text"),
+    (r"turned over", "action proprio"),
+)
+_MANISKILL = ((r"env_id", "text"), (r"robot_uids|control_mode", "action"), (r"turned over", "action proprio"))
+_DROID = (
+    (r"observation/timestamp(/cameras|/control|:)", "time"),
+    (r"skip_action|observation/timestamp:", "length"),
+    (r"aggregated|uuid|current_task|metadata.* :", "text"),
+    (r"turned over", "action proprio"),
+)
+_PROPRIO = {"qpos": "proprio"}
 TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
 TINY = {
     "lerobot-v21": Tiny("lerobot", lerobot_v21, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
@@ -441,12 +455,14 @@ TINY = {
                           {"action": ["arm", "claw"], "state": ["arm"]}, touches=_LEROBOT),
     "lerobot-v30": Tiny("lerobot", lerobot_v30, ("meta/info.json", "meta/tasks.parquet",
                         "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"), touches=_LEROBOT, aliases=_TASKS),
-    "libero": Tiny("libero", libero, ("open_the_drawer_demo.hdf5",)),
-    "metaworld": Tiny("metaworld", metaworld, ("open_the_drawer_demo.hdf5",)),
-    "robomimic": Tiny("robomimic", robomimic, ("can.hdf5",)),
-    "aloha": Tiny("aloha", aloha, ("episode_1.hdf5",)),
-    "aloha-jpeg": Tiny("aloha", lambda root: aloha(root, True), ("episode_0.hdf5", "episode_1.hdf5")),
-    "maniskill": Tiny("maniskill", maniskill, ("PickCube-v1.h5", "PickCube-v1.json")),
+    "libero": Tiny("libero", libero, ("open_the_drawer_demo.hdf5",), touches=_LIBERO),
+    "metaworld": Tiny("metaworld", metaworld, ("open_the_drawer_demo.hdf5",), touches=_LIBERO),
+    "robomimic": Tiny("robomimic", robomimic, ("can.hdf5",), touches=_ROBOMIMIC),
+    "aloha": Tiny("aloha", aloha, ("episode_1.hdf5",), aliases=_PROPRIO),
+    "aloha-jpeg": Tiny("aloha", lambda root: aloha(root, True), ("episode_0.hdf5", "episode_1.hdf5"),
+                       aliases=_PROPRIO),
+    "maniskill": Tiny("maniskill", maniskill, ("PickCube-v1.h5", "PickCube-v1.json"), touches=_MANISKILL,
+                      aliases={"control_mode": "actions differ"}),
     "zarr": Tiny("zarr", zarr, tuple(f"pusht.zarr/{p}" for p in (
         ".zgroup", "data/.zgroup", "meta/.zgroup", "data/img/.zarray", "data/action/.zarray", "data/state/.zarray",
         "data/timestamp/.zarray", "meta/episode_ends/.zarray", "data/action/0.0", "meta/episode_ends/0")),
@@ -458,7 +474,7 @@ TINY = {
     "droid-raw": Tiny("droid-raw", droid_raw, (
         "aggregated-annotations-030724.json", "AUTOLab/success/2023-07-07/episode_0/trajectory.h5",
         "AUTOLab/success/2023-07-07/episode_2/trajectory.h5",
-        "AUTOLab/success/2023-07-07/episode_1/metadata_AUTOLab+84bd5053+2023-07-07-09h-42m-21s.json")),
+        "AUTOLab/success/2023-07-07/episode_1/metadata_AUTOLab+84bd5053+2023-07-07-09h-42m-21s.json"), touches=_DROID),
     "video-table": Tiny("video", video_table, ("cuts.csv", "labels.json"), TABLE, src="raw"),
     "video-json": Tiny("video", video_json, ("cuts.json", "labels.json"),
                        {"segments": ["/cuts.json"], "labels": "/labels.json"}, src="raw"),
