@@ -29,6 +29,7 @@ from data_tools.formats.declared import (
     upright,
 )
 from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.zarr_metadata import check_metadata
 from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
 from stamo_dist.errors import DataError
 
@@ -52,6 +53,9 @@ UMI_HOW = (
 HOW = (
     "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
 )
+#: What zarr and its codecs raise where a file says what cannot be.
+DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError, MemoryError,
+          AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
 #: Codecs that run what the file says.
 UNSAFE = ("pickle",)
 #: Pictures stored as floats are 0 to 1 if they do not exceed this.
@@ -320,8 +324,9 @@ def open_buffer(path: Path) -> Iterator[Any]:
             with zarr.storage.ZipStore(str(path), mode="r") as store:
                 yield _checked(path, zarr.open_group(store, mode="r"))
         else:
+            check_metadata(path)
             yield _checked(path, zarr.open_group(str(path), mode="r"))
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, zipfile.BadZipFile) as e:
+    except DAMAGE as e:
         hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
         raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
 
@@ -329,6 +334,8 @@ def open_buffer(path: Path) -> Iterator[Any]:
 def _checked(path: Path, group: Any) -> Any:
     if "data" not in group or ENDS not in group:
         raise DataError(f"{path}: no data and {ENDS}: not a ReplayBuffer; it has {', '.join(group) or 'nothing'}")
+    if not hasattr(group["data"], "array_keys") or not hasattr(group[ENDS], "dtype"):
+        raise DataError(f"{path}: data is no group, or {ENDS} no array: not a ReplayBuffer")
     return group
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from data_tools.formats.decode import VideoInfo, probe, video_frames
 from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
-from data_tools.formats.video_segments import Segment, read_labels, read_table
+from data_tools.formats.video_segments import Segment, once, read_labels, read_table
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
@@ -55,6 +55,9 @@ class VideoReader:
         self._check_options()
         shelf = _Shelf(self.root, find_files(self.src, SUFFIXES))
         listing = self._listing(shelf)
+        if not listing.segments:
+            raise DataError(f"{', '.join(map(str, listing.files)) or self.src}: no segments in it")
+        once(listing.segments)
         placed = [(segment, shelf.place(segment, strict=self.preset is None)) for segment in listing.segments]
         if self.preset is None:
             _check_rows(placed)
@@ -84,6 +87,7 @@ class VideoReader:
                 *self._unread(),
                 *self._short([s for s, part in known if part.frames < self.min_frames]),
                 *_absent(absent),
+                *listing.notes,
             ],
         )
 

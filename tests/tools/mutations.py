@@ -258,7 +258,7 @@ def _csv_faults(path: Path) -> _Faults:
             ):  # fmt: skip
                 new = [list(row) for row in rows]
                 new[r][c] = cell
-                yield (f"row {r + 1}", name), kind, put(new), cell
+                yield (f"row {r + 1}", name), kind, put(new), cell.strip('"')
     for r in range(1, len(rows)):
         at = (f"row {r + 1}",)
         yield at, "drop line", put(rows[:r] + rows[r + 1 :]), None

@@ -22,6 +22,9 @@ from stamo_dist.errors import DataError
 NO_TEXT = re.compile(r"^\s*([\[{(].*|None|nan|inf|null|True|False|[-+.\d]+(e[-+]?\d+)?|<.*>|b'.*)\s*$", re.DOTALL)
 
 
+#: Kinds after which there is less, or something else, to be read.
+LESS = ("drop", "rename", "drop line", "missing", "a folder", "empty list", "empty object", "null", "header alone",
+        "a number less", "true", "parts", "another text", "a link to nothing")  # fmt: skip
 #: Words by which a note speaks of a part of the result.
 WORDS = {"proprio": ("state",), "frames": ("camera", "depth map")}
 
@@ -83,6 +86,9 @@ def problems(tiny: Tiny, mutation: Mutation, was: Outcome, now: Outcome) -> Iter
         yield from _error_problems(tiny, mutation, was, now.error)
         return
     may_change = set() if mutation.kind in SAME else may(tiny, mutation)
+    cut = mutation.kind.startswith("cut at") and mutation.file.endswith(".csv")
+    if len(now.episodes) < len(was.episodes) and mutation.kind not in LESS and not cut and "left out" not in now.said and not now.skipped:
+        yield f"{len(now.episodes)} episodes of {len(was.episodes)} without a word"
     if "episodes" not in may_change:
         for id in was.episodes.keys() - now.episodes.keys():
             if id not in now.said and f"{id.rsplit('/', 1)[-1]}" not in now.said:
@@ -155,7 +161,7 @@ def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Excepti
     if not any(place in text for place in places):
         yield f"the error names no file: {text[:300]}"
     names = {part.lstrip("@") for part in mutation.field if not part.isdigit() and not re.match(r"(line|row) \d", part)}
-    names |= {alias for pattern, alias in tiny.aliases.items() if re.search(pattern, "/".join(mutation.field))}
+    names |= set() if not names else {alias for pattern, alias in tiny.aliases.items() if re.search(pattern, "/".join(mutation.field))}
     if "no usable episode" in text or "no episode could be read" in text:
         return  # all were skipped, each by name
     if names and not any(name.lower() in text.lower() for name in names):

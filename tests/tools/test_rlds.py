@@ -153,7 +153,7 @@ def test_missing_shard_is_counted(bridge: Path) -> None:
     (bridge / TRAIN).unlink()
     scan = RldsReader(bridge).scan()
     assert len(scan.bad) == 25
-    assert scan.bad[0] == f"train/00000/000000: {TRAIN} is missing"
+    assert scan.bad[0] == f"train/00000/000000: {TRAIN} is missing, which dataset_info.json names"
 
 
 ACTION = {"action": tensor("float32", 7), "language_instruction": TEXT}
@@ -377,10 +377,10 @@ def test_images_are_turned(tmp_path: Path) -> None:
             "features.json",
             '{"shape": {"dimensions": ["7"]}',
             '7, "x": {"shape": {}',
-            r"steps/action: 7 is no JSON object",
+            r"steps/action, tensor: 7 is no JSON object",
         ),
-        ("dataset_info.json", '["1"]', '["one"]', r"splits: not a list of name, shardLengths"),
-        ("dataset_info.json", '[{"name"', '[{"nom"', r"splits: not a list of name, shardLengths"),
+        ("dataset_info.json", '["1"]', '["one"]', r"splits\.0, shardLengths: must be a whole number, not 'one'"),
+        ("dataset_info.json", '[{"name"', '[{"nom"', r"splits\.0, name: must be a name that no other split has, not null"),
     ],
 )
 def test_metadata_faults_name_file_and_field(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
@@ -388,7 +388,7 @@ def test_metadata_faults_name_file_and_field(tmp_path: Path, file: str, old: str
     text = (source / file).read_text()
     assert old in text
     (source / file).write_text(text.replace(old, new))
-    with pytest.raises(DataError, match=rf"{file}: .*{message}"):
+    with pytest.raises(DataError, match=rf"{file}[:,] .*{message}"):
         RldsReader(source, **KNOWN).scan()
 
 

@@ -445,6 +445,23 @@ _DROID = (
     (r"aggregated|uuid|current_task|metadata.* :", "text"),
     (r"turned over", "action proprio"),
 )
+_ROWS = (
+    (r":cut at", "episodes text length"),
+    (r"(id|narration_id|video|video_id|cuts.json v\d.mp4\S*):", "episodes text length frames"),
+    (r"(start|end|stop)(_timestamp)?:", "length"),
+    (r"(text|narration|label|labels.json .*|template|placeholders\S*):", "text"),
+    (r"labels.json :", "text"),
+    (r"row \d:(drop line|item twice)", "episodes"),
+    (r"(train|validation).json( 0)?:", "episodes"),
+    (r"(whole|header alone|missing|train.json :|validation.json :)", "episodes"),
+)
+_EGO = (
+    (r"take_name|take_uid|takes.json( \d)?:", "episodes text length"),
+    (r"frame_aligned|root_dir", "episodes frames length"),
+    (r"task_name", "text"),
+    (r"annotations/|moments", "episodes text length"),
+)
+_CSV = {r".": "field larger than", "video_id": "column video"}
 _PROPRIO = {"qpos": "proprio"}
 TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
 TINY = {
@@ -475,18 +492,20 @@ TINY = {
         "aggregated-annotations-030724.json", "AUTOLab/success/2023-07-07/episode_0/trajectory.h5",
         "AUTOLab/success/2023-07-07/episode_2/trajectory.h5",
         "AUTOLab/success/2023-07-07/episode_1/metadata_AUTOLab+84bd5053+2023-07-07-09h-42m-21s.json"), touches=_DROID),
-    "video-table": Tiny("video", video_table, ("cuts.csv", "labels.json"), TABLE, src="raw"),
+    "video-table": Tiny("video", video_table, ("cuts.csv", "labels.json"), TABLE, _ROWS, "raw", _CSV),
     "video-json": Tiny("video", video_json, ("cuts.json", "labels.json"),
-                       {"segments": ["/cuts.json"], "labels": "/labels.json"}, src="raw"),
+                       {"segments": ["/cuts.json"], "labels": "/labels.json"}, _ROWS, "raw", {r"^v\d": "item"}),
     "ssv2": Tiny("video", ssv2, ("something-something-v2-train.json", "something-something-v2-validation.json"),
-                 {"preset": "ssv2"}),
-    "epic": Tiny("video", epic, ("EPIC_100_train.csv",), {"preset": "epic"}),
-    "egoexo4d": Tiny("video", egoexo4d, ("takes.json",), {"preset": "egoexo4d"}),
+                 {"preset": "ssv2"}, _ROWS),
+    "epic": Tiny("video", epic, ("EPIC_100_train.csv",), {"preset": "epic"}, _ROWS, aliases=_CSV),
+    "egoexo4d": Tiny("video", egoexo4d, ("takes.json",), {"preset": "egoexo4d"}, _EGO),
     "egoexo4d-steps": Tiny("video", egoexo4d, ("takes.json", "annotations/keystep_val.json",
                            "annotations/atomic_descriptions_val.json"), {"preset": "egoexo4d", "window": 0.4,
-                           "segments": ["/annotations/keystep_val.json", "/annotations/atomic_descriptions_val.json"]}),
-    "ego4d": Tiny("video", ego4d, ("annotations/narration.json",), {"preset": "ego4d", "window": 0.4}),
+                           "segments": ["/annotations/keystep_val.json", "/annotations/atomic_descriptions_val.json"]}, _EGO),
+    "ego4d": Tiny("video", ego4d, ("annotations/narration.json",), {"preset": "ego4d", "window": 0.4}, _EGO,
+                  aliases={"": "texts with times by video"}),
     "ego4d-moments": Tiny("video", ego4d_moments, ("moments_train.json",),
-                          {"preset": "ego4d", "segments": ["/moments_train.json"]}),
-    "egodex": Tiny("video", egodex, ("part1/lid/0.hdf5", "part1/lid/1.hdf5"), {"preset": "egodex"}),
+                          {"preset": "ego4d", "segments": ["/moments_train.json"]}, _EGO, aliases={"": "texts with times by video"}),
+    "egodex": Tiny("video", egodex, ("part1/lid/0.hdf5", "part1/lid/1.hdf5"), {"preset": "egodex"},
+                   ((r"llm", "text"),)),
 }  # fmt: skip
