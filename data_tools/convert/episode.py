@@ -9,9 +9,10 @@ import numpy as np
 
 from data_tools.convert import timing
 from data_tools.convert.actions import map_actions, no_ops
+from data_tools.convert.guard import unforeseen
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Reader
 from data_tools.images import encode_frames
-from stamo_dist.errors import DataError
+from stamo_dist.errors import DataError, StamoError
 
 #: What reading a damaged file may raise besides DataError.
 DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError)
@@ -66,6 +67,10 @@ def read_episode(
             texts = [data.instructions[t] for t in kept.tolist()]
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    except StamoError:
+        raise
+    except Exception as e:
+        raise unforeseen("cannot be read", e) from e
     return Converted(images, times, vectors, texts)
 
 

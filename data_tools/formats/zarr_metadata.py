@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.checked import a_list, a_text, an_object, read_object, shown, whole
+from data_tools.formats.checked import a_list, a_text, an_object, object_at, read_object, shown, whole
 from stamo_dist.errors import DataError
 
+#: Its last four bytes are the length of the whole, little endian: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
+BLOSC_HEADER = 16
 ARRAY, GROUP, ATTRIBUTES, V3 = ".zarray", ".zgroup", ".zattrs", "zarr.json"
 
 
@@ -26,9 +28,43 @@ def check_metadata(folder: Path) -> None:
             raise DataError(f"{path}, zarr_format: must be 2, not {shown(about.get('zarr_format'))}")
 
 
+def check_nodes(folder: Path, open_node: Callable[[str], Any], damage: tuple[type[BaseException], ...]) -> None:
+    """Open each array and group of the folder, whose metadata `check_metadata` found fine.
+
+    Raises:
+        DataError: zarr cannot.
+    """
+    for path in sorted(p for name in (ARRAY, GROUP, V3) for p in folder.rglob(name)):
+        try:
+            open_node(str(path.parent))
+        except damage as e:
+            hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
+            raise DataError(
+                f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}"
+            ) from e
+
+
+def check_chunks(folder: Path) -> None:
+    """Raises:
+    DataError: A chunk in Blosc, which does not check itself, has another length than it says.
+    """
+    for path in sorted(folder.rglob(ARRAY)):
+        compressor = read_object(path)["compressor"]
+        if not isinstance(compressor, dict) or compressor.get("id") != "blosc":
+            continue
+        for chunk in (p for p in path.parent.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            with chunk.open("rb") as file:
+                header = file.read(BLOSC_HEADER)
+            length, said = chunk.stat().st_size, int.from_bytes(header[12:16], "little")
+            if len(header) < BLOSC_HEADER or said != length:
+                raise DataError(f"{chunk}: a chunk of {length} bytes that says it has {said}: truncated or corrupt")
+
+
 def _check_array(about: Mapping[str, Any], path: Path) -> None:
     _check_sizes(about.get("shape"), about.get("chunks"), f"{path}, shape", f"{path}, chunks")
     dtype = about.get("dtype")
+    if not dtype:
+        raise DataError(f"{path}, dtype: missing")
     for part in dtype if isinstance(dtype, list) else [dtype]:
         if not isinstance(part, list):
             a_text(part, f"{path}, dtype")
@@ -53,6 +89,7 @@ def _check_v3(about: Mapping[str, Any], path: Path) -> None:
         raise DataError(f"{path}, zarr_format: must be 3, not {shown(about.get('zarr_format'))}")
     if (kind := about.get("node_type")) not in ("array", "group"):
         raise DataError(f"{path}, node_type: must be array or group, not {shown(kind)}")
+    object_at(about, "attributes", str(path))
     if kind == "group":
         return
     grid = an_object(about.get("chunk_grid"), f"{path}, chunk_grid")

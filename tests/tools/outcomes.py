@@ -16,6 +16,7 @@ from remade import read
 from tiny_sources import Tiny
 
 from data_tools.convert.driver import convert
+from data_tools.convert.guard import REPORT
 from stamo_dist.errors import DataError
 
 #: A value's text in place of an instruction: something else was read as one.
@@ -95,6 +96,8 @@ def problems(tiny: Tiny, mutation: Mutation, was: Outcome, now: Outcome) -> Iter
                 yield f"{id} is missing without a word"
         if more := now.episodes.keys() - was.episodes.keys():
             yield f"episodes from nowhere: {', '.join(more)}"
+    if REPORT in now.said:
+        yield f"an unexpected error: {now.said[:300]}"
     if now.rate != was.rate and "time" not in may_change and "rate" not in now.said and "fps" not in now.said:
         yield f"the rate is {now.rate:g} for {was.rate:g}"
     for id, columns in now.episodes.items():
@@ -150,14 +153,15 @@ def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Excepti
     if not isinstance(error, DataError):
         yield f"{type(error).__name__}: {text[:200]}"
         return
-    if "please report" in text:
+    if REPORT in text:
         yield f"an unexpected error: {text[:300]}"
     if not text.strip():
         yield "an empty message"
     file = Path(mutation.file)
     if mutation.kind in ("missing", "a folder") and "file in this folder" in text:
         return
-    places = [file.name, *was.episodes, *(p.as_posix() for p in file.parents if len(p.parts) > 1)]
+    places = [file.name, *was.episodes, *("/".join(p.parts[-2:]) for p in file.parents if len(p.parts) > 1)]
+    places += [path.removeprefix("pusht.zarr/") for path in places]
     if not any(place in text for place in places):
         yield f"the error names no file: {text[:300]}"
     names = {part.lstrip("@") for part in mutation.field if not part.isdigit() and not re.match(r"(line|row) \d", part)}

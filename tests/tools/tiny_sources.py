@@ -462,6 +462,9 @@ _EGO = (
     (r"annotations/|moments", "episodes text length"),
 )
 _CSV = {r".": "field larger than", "video_id": "column video"}
+_ZARR = ((r"action/0.0 :(missing|a folder|a link)", "action"),)
+_OF_ZARR = {"": "cannot be read as zarr's metadata", "shape": "whole numbers", "sh": "no pictures", "s": " rows; ",
+            "comp|codecs": "cannot be read ("}  # fmt: skip
 _PROPRIO = {"qpos": "proprio"}
 TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
 TINY = {
@@ -483,9 +486,9 @@ TINY = {
     "zarr": Tiny("zarr", zarr, tuple(f"pusht.zarr/{p}" for p in (
         ".zgroup", "data/.zgroup", "meta/.zgroup", "data/img/.zarray", "data/action/.zarray", "data/state/.zarray",
         "data/timestamp/.zarray", "meta/episode_ends/.zarray", "data/action/0.0", "meta/episode_ends/0")),
-        src="pusht.zarr"),
+        {}, _ZARR, "pusht.zarr", _OF_ZARR),
     "zarr-3": Tiny("zarr", zarr3, tuple(f"pusht.zarr/{p}/zarr.json" for p in (
-        ".", "data", "data/img", "data/action", "data/timestamp", "meta/episode_ends"))),
+        ".", "data", "data/img", "data/action", "data/timestamp", "meta/episode_ends")), {}, _ZARR, "pusht.zarr", _OF_ZARR),
     "rlds": Tiny("rlds", rlds, ("robot/1.0.0/features.json", "robot/1.0.0/dataset_info.json"),
                  {"rate_hz": 5, "mode": "other", "proprio": ["observation/state"]}),
     "droid-raw": Tiny("droid-raw", droid_raw, (
