@@ -236,7 +236,9 @@ class DroidRawReader:
             kinds = hdf5.node(file, "observation/camera_type")
             if not isinstance(kinds, h5py.Group):
                 raise DataError(f"no metadata_*.json, and {TRAJECTORY} has no observation/camera_type")
-            if fault := hdf5.missing_keys(kinds, list(kinds)) or next(iter(hdf5.number_faults(kinds, list(kinds))), None):
+            if fault := hdf5.missing_keys(kinds, list(kinds)) or next(
+                iter(hdf5.number_faults(kinds, list(kinds))), None
+            ):
                 raise DataError(f"{TRAJECTORY}, observation/camera_type: {fault}")
             exterior = iter(("ext1", "ext2"))
             serials = [s for s in sorted(kinds) if len(kinds[s])]
@@ -326,7 +328,7 @@ def _times(file: h5py.File, serial: str, length: int) -> np.ndarray:
     stamps = hdf5.node(file, "observation/timestamp")
     names = [f"cameras/{serial}_estimated_capture", "control/step_start", "robot_state/read_start"]
     for name in names:
-        found = hdf5.node(stamps, name) if isinstance(stamps, h5py.Group) else None
+        found: Any = hdf5.node(stamps, name) if isinstance(stamps, h5py.Group) else None
         if (
             hdf5.is_rows(found)
             and found.shape == (length,)

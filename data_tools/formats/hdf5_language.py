@@ -50,7 +50,9 @@ def _strings(group: h5py.Group) -> dict[str, Any]:
 
 def _is_string(value: Any) -> bool:
     values = np.asarray(value)
-    return values.dtype.kind in "SU" or (values.dtype.kind == "O" and all(isinstance(v, str | bytes) for v in values.ravel()))
+    return values.dtype.kind in "SU" or (
+        values.dtype.kind == "O" and all(isinstance(v, str | bytes) for v in values.ravel())
+    )
 
 
 def _texts(value: Any) -> list[str]:

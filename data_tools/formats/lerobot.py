@@ -277,8 +277,8 @@ class LerobotReader:
         }
         if not images:
             problems.append(
-                f"{self.src / 'meta' / 'info.json'}: no camera (of dtype video or image, no depth map) among the features "
-                f"{', '.join(features)}{''.join(f'; {note}' for note in notes)}"
+                f"{self.src / 'meta' / 'info.json'}: no camera (of dtype video or image, no depth map) among the "
+                f"features {', '.join(features)}{''.join(f'; {note}' for note in notes)}"
             )
         if doubles := [name for name, n in Counter(short.values()).items() if n > 1]:
             short = {f: f.replace("/", "_") if name in doubles else name for f, name in short.items()}
@@ -305,7 +305,9 @@ class LerobotReader:
         if step is None or abs(step * fps - 1) < SAME_RATE:
             return []
         where = f"{self.src / 'meta' / 'info.json'}, fps"
-        said = f"{where}: {fps:g}, but the timestamps of {first.data.name} are {step:.3g} s apart, {1 / step:.4g} a second"
+        said = (
+            f"{where}: {fps:g}, but the timestamps of {first.data.name} are {step:.3g} s apart, {1 / step:.4g} a second"
+        )
         if not 1 / OTHER_RATE < step * fps < OTHER_RATE:
             raise DataError(f"{said}; mend the one that is wrong")
         return [said]

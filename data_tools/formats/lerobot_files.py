@@ -134,7 +134,7 @@ def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
 
 
 def _between(path: Path) -> set[int]:
-    """The episodes that a data file may have, by the least and the greatest number in its footer; {-1} if it is mute."""
+    """The episodes that a data file may have, by the bounds in its footer; {-1} if it is mute."""
     footer = parquet_file(path).metadata
     found: set[int] = set()
     for group in (footer.row_group(k) for k in range(footer.num_row_groups)):
@@ -234,7 +234,10 @@ def read_tasks(root: Path) -> dict[int, str]:
             has = ", ".join(f"{field.name} ({field.type})" for field in table.schema) or "nothing"
             raise DataError(f"{parquet}: has no task_index or no task texts; it has {has}")
         said = next((name for name in TASK_TEXTS if name in texts), texts[0])
-        rows = [{"task_index": n, "task": t} for n, t in zip(*(table[c].to_pylist() for c in ("task_index", said)), strict=True)]
+        rows = [
+            {"task_index": n, "task": t}
+            for n, t in zip(*(table[c].to_pylist() for c in ("task_index", said)), strict=True)
+        ]
         numbered = [(f"{parquet}, row {k}", row) for k, row in enumerate(rows)]
     else:
         said, numbered = "task", list(read_lines(lines)) if lines.is_file() else []
@@ -331,6 +334,10 @@ def median_step(path: Path, episode: int) -> float | None:
 
 def _flat(values: pa.Array) -> pa.Array | None:
     """Lists of one number each as numbers."""
-    if pa.types.is_struct(values.type) or pa.types.is_map(values.type) or not pc.all(pc.equal(pc.list_value_length(values), 1).fill_null(False)).as_py():
+    if (
+        pa.types.is_struct(values.type)
+        or pa.types.is_map(values.type)
+        or not pc.all(pc.equal(pc.list_value_length(values), 1).fill_null(False)).as_py()
+    ):
         return None
     return values.flatten()

@@ -49,7 +49,8 @@ def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str], othe
     values = column.to_pylist()
     values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
     values = [
-        int(value) if isinstance(value, str) and value.isdecimal() and int(value) in texts else value for value in values
+        int(value) if isinstance(value, str) and value.isdecimal() and int(value) in texts else value
+        for value in values
     ]
     for value in values:
         if not isinstance(value, str | None) and (not isinstance(value, int | float) or value not in texts):

@@ -65,8 +65,8 @@ def choose(
         return [Part(features[found], 0, features[found].size)]
     if like := [name for name in features if option in name.lower()]:
         raise DataError(
-            f"{root / 'meta' / 'info.json'}: {option}: no feature {' or '.join(DEFAULTS[option])}; give those meant, in order, as --set "
-            f"{option}={','.join(like)}, or --set {option}=none"
+            f"{root / 'meta' / 'info.json'}: {option}: no feature {' or '.join(DEFAULTS[option])}; give those "
+            f"meant, in order, as --set {option}={','.join(like)}, or --set {option}=none"
         )
     notes.append(f"{option}: none of the features is one ({', '.join(features)}); say which with --set {option}=NAME")
     return []
@@ -96,7 +96,10 @@ def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[
         if not isinstance(key, str) or key not in features:
             raise DataError(f"{where}.original_key: {shown(key)} is no feature of info.json")
         if not 0 <= start < end <= features[key].size:
-            raise DataError(f"{where}: there are no numbers {start} to {end} in {features[key].where}, whose shape has {features[key].size}")
+            raise DataError(
+                f"{where}: there are no numbers {start} to {end} in {features[key].where}, "
+                f"whose shape has {features[key].size}"
+            )
         parts[name] = Part(features[key], start, end)
     return parts
 

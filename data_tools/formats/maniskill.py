@@ -158,7 +158,10 @@ class ManiskillReader:
         env, told = _read_json(path.with_suffix(".json"))
         where = f"{path.with_suffix('.json')}, env_info"
         kwargs = object_at(env, "env_kwargs", where)
-        stated = [object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"), kwargs.get("control_freq")]
+        stated = [
+            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
+            kwargs.get("control_freq"),
+        ]
         rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
         rate_hz = float(self.rate_hz or next(iter(rates), CONTROL_HZ))
         if not (env_id := text_at(env, "env_id", where)):
@@ -167,7 +170,9 @@ class ManiskillReader:
         notes += hdf5.left_out(path, hdf5.others(file, "traj_"))
         if lost := sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories}):
             named = ", ".join(f"traj_{k}" for k in lost[:5])
-            notes.append(f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}")
+            notes.append(
+                f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"
+            )
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
         episodes, faults = [], []
@@ -314,7 +319,9 @@ def _version(group: h5py.Group) -> int | None:
 def _pictures(group: Any) -> dict[str, h5py.Dataset]:
     if not isinstance(group, h5py.Group):
         return {}
-    found = {c: hdf5.node(camera, "rgb") for c in sorted(group) if isinstance(camera := hdf5.node(group, c), h5py.Group)}
+    found = {
+        c: hdf5.node(camera, "rgb") for c in sorted(group) if isinstance(camera := hdf5.node(group, c), h5py.Group)
+    }
     return {camera: dataset for camera, dataset in found.items() if hdf5.is_rows(dataset)}
 
 

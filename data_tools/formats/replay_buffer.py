@@ -29,8 +29,8 @@ from data_tools.formats.declared import (
     upright,
 )
 from data_tools.formats.rotations import Rotation, pose_vectors
-from data_tools.formats.zarr_metadata import check_chunks, check_metadata, check_nodes
 from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
+from data_tools.formats.zarr_metadata import check_chunks, check_metadata, check_nodes
 from stamo_dist.errors import DataError
 
 ENDS = "meta/episode_ends"
@@ -54,8 +54,10 @@ HOW = (
     "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
 )
 #: What zarr and its codecs raise where a file says what cannot be.
-DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError, MemoryError,
-          AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError,
+          MemoryError, AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+#: More than any buffer has; they are counted in memory.
+MOST_CHUNKS = 10_000_000
 #: Codecs that run what the file says.
 UNSAFE = ("pickle",)
 #: Pictures stored as floats are 0 to 1 if they do not exceed this.
@@ -217,6 +219,8 @@ class ReplayBufferReader:
                     top = 255 / _unit(data[camera])
                 notes.append(f"cameras: {camera} is stored as floats, read as 0 to {top:g} by its first frames")
         for key in (*cameras, *keys, *proprio, *self.pose):
+            if data[key].nchunks > MOST_CHUNKS:
+                raise DataError(f"{path}: data/{key}, shape: {data[key].shape} would be {data[key].nchunks} chunks")
             with _reading(path, f"data/{key}"):
                 lost = data[key].nchunks - data[key].nchunks_initialized
             if lost:

@@ -47,7 +47,11 @@ def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> A
     controller = _controller(object_at(env, "env_kwargs", "env_args"))
     kind = text_at(controller, "type", where) or "unknown"
     said = controller.get("control_delta")
-    delta = text_at(controller, "input_type", where) in ("", "delta") if said is None else flag(said, f"{where}, control_delta")
+    delta = (
+        text_at(controller, "input_type", where) in ("", "delta")
+        if said is None
+        else flag(said, f"{where}, control_delta")
+    )
     mode = asked or ("delta" if delta else "absolute")
     turning = 3 if kind == "OSC_POSE" else 0
     pose_size = 3 + turning

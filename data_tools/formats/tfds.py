@@ -121,7 +121,8 @@ def open_dataset(src: Path) -> Dataset:
         raise DataError(f"{folder / FEATURES}: {e}") from e
     if not any(key.startswith("steps/") for key in leaves):
         raise DataError(
-            f"{folder / FEATURES}: no feature below `steps` in featuresDict: not RLDS; it has {', '.join(leaves) or 'none'}"
+            f"{folder / FEATURES}: no feature below `steps` in featuresDict: not RLDS; it has "
+            f"{', '.join(leaves) or 'none'}"
         )
     return Dataset(name, folder, tuple(_shards(folder, name, info)), leaves)
 

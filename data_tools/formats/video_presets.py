@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import hdf5
-from data_tools.formats.checked import a_list, a_text, an_object, flag, list_at, object_at, read_json, read_object, shown, text_at
+from data_tools.formats.checked import (
+    a_list,
+    a_text,
+    an_object,
+    flag,
+    list_at,
+    object_at,
+    read_json,
+    read_object,
+    shown,
+    text_at,
+)
 from data_tools.formats.source import walk
 from data_tools.formats.video_segments import Segment, around, read_table, split_of
 from stamo_dist.errors import DataError
@@ -71,7 +82,9 @@ def ssv2(given: Given) -> Listing:
                     where=f"{path.name} item {number}",
                     video=str(row["id"]),
                     text=label or _filled(template, fillers),
-                    fault="" if label or gaps == len(fillers) else f"{len(fillers)} placeholders for {gaps} gaps of its template",
+                    fault=""
+                    if label or gaps == len(fillers)
+                    else f"{len(fillers)} placeholders for {gaps} gaps of its template",
                     id=str(row["id"]),
                     split=split_of(path),
                     task=template.replace("[", "").replace("]", ""),
@@ -117,7 +130,8 @@ def egodex(given: Given) -> Listing:
 def _egodex_segment(path: Path, src: Path) -> Segment:
     relative = path.relative_to(src)
     pose = path.with_suffix(".hdf5")
-    text, meta, fault = "", {}, ""
+    text, fault = "", ""
+    meta: dict[str, Any] = {}
     try:
         if not pose.exists():
             raise DataError(f"{pose.name} beside it is missing")
@@ -192,10 +206,14 @@ def _take_video(take: Mapping[str, Any], name: str, camera: str, there: set[str]
     """The take's video of this camera, relative to SRC; the downscaled one where only that was downloaded."""
     at = f"{where}, frame_aligned_videos"
     cameras = object_at(take, "frame_aligned_videos", where)
-    streams = {c: {k: object_at(about, k, f"{at}.{c}") for k in about} for c in cameras if (about := object_at(cameras, c, at))}
+    streams = {
+        c: {k: object_at(about, k, f"{at}.{c}") for k in about} for c in cameras if (about := object_at(cameras, c, at))
+    }
     exo = sorted(c for c in streams if not c.startswith("aria") and c not in ("collage", "best_exo"))
     if camera == "ego":
-        found = [(about["rgb"], f"{at}.{c}.rgb") for c, about in streams.items() if c.startswith("aria") and "rgb" in about]
+        found = [
+            (about["rgb"], f"{at}.{c}.rgb") for c, about in streams.items() if c.startswith("aria") and "rgb" in about
+        ]
     else:
         cam = (text_at(take, "best_exo", where) or next(iter(exo), "")) if camera == "exo" else camera
         found = [(stream, f"{at}.{cam}.{k}") for k, stream in streams.get(cam, {}).items()]

@@ -60,8 +60,8 @@ def seconds(text: Any) -> float:
 def read_table(path: Path, split: str = "", timed: bool = False) -> list[Segment]:
     """Segments of a .csv or .tsv with a header, or a .json: a list of objects, or {VIDEO: [objects]}.
 
-    A row without start begins with the video, one without end ends with it (where `timed` neither may lack), one without
-    split is of `split`. Other columns become metadata.
+    A row without start begins with the video, one without end ends with it (where `timed` neither may lack), one
+    without split is of `split`. Other columns become metadata.
 
     Raises:
         DataError: The file cannot be read or has no column with the video.
@@ -130,8 +130,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DataError(f"{path}: has two columns {twice[0]}")
             for row in reader:
                 cells = {(k or "").strip().lower(): v for k, v in row.items() if k}
-                full = len(cells) - sum(v is None for v in cells.values()) + len(row.get(None) or ())  # type: ignore[call-overload]
-                yield f"row {reader.line_num}", cells | ({_CELLS: f"{full} of {len(names)}"} if full != len(names) else {})
+                full = len(cells) - sum(v is None for v in cells.values()) + len(row.get(None) or ())
+                yield (
+                    f"row {reader.line_num}",
+                    cells | ({_CELLS: f"{full} of {len(names)}"} if full != len(names) else {}),
+                )
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:

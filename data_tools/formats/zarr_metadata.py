@@ -39,9 +39,7 @@ def check_nodes(folder: Path, open_node: Callable[[str], Any], damage: tuple[typ
             open_node(str(path.parent))
         except damage as e:
             hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
-            raise DataError(
-                f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}"
-            ) from e
+            raise DataError(f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}") from e
 
 
 def check_chunks(folder: Path) -> None:

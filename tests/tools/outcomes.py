@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mutated_sets import Tiny
 from mutations import SAME, Mutation
 from remade import read
-from tiny_sources import Tiny
 
 from data_tools.convert.driver import convert
 from data_tools.convert.guard import REPORT
@@ -62,7 +62,12 @@ def outcome(tiny: Tiny, root: Path, out: Path) -> Outcome:
                     if column in sample and camera == manifest.cameras[0]:
                         value = sample[column]
                         episode[name].append(value.tolist() if isinstance(value, np.ndarray) else value)
-    return Outcome({k: dict(v) for k, v in found.items()}, "\n".join([*manifest.skipped, *manifest.notes]), manifest.skipped, manifest.rate_hz)
+    return Outcome(
+        {k: dict(v) for k, v in found.items()},
+        "\n".join([*manifest.skipped, *manifest.notes]),
+        manifest.skipped,
+        manifest.rate_hz,
+    )
 
 
 #: What every format's values depend on.
@@ -72,7 +77,13 @@ ALWAYS = (
     (r"(h5|hdf5) .*:booleans", "action proprio"),
     (r"(control_freq|rate_hz):(a number|one more|fraction|true|zero|negative|empty|null|drop|rename)", "time"),
 )
-COLUMNS = {"time": "time", "action": "original_action", "mapped action": "action", "proprio": "proprio", "text": "instruction"}
+COLUMNS = {
+    "time": "time",
+    "action": "original_action",
+    "mapped action": "action",
+    "proprio": "proprio",
+    "text": "instruction",
+}
 
 
 def _located(value: Any, root: Path) -> Any:
@@ -88,7 +99,13 @@ def problems(tiny: Tiny, mutation: Mutation, was: Outcome, now: Outcome) -> Iter
         return
     may_change = set() if mutation.kind in SAME else may(tiny, mutation)
     cut = mutation.kind.startswith("cut at") and mutation.file.endswith(".csv")
-    if len(now.episodes) < len(was.episodes) and mutation.kind not in LESS and not cut and "left out" not in now.said and not now.skipped:
+    if (
+        len(now.episodes) < len(was.episodes)
+        and mutation.kind not in LESS
+        and not cut
+        and "left out" not in now.said
+        and not now.skipped
+    ):
         yield f"{len(now.episodes)} episodes of {len(was.episodes)} without a word"
     if "episodes" not in may_change:
         for id in was.episodes.keys() - now.episodes.keys():
@@ -165,7 +182,11 @@ def _error_problems(tiny: Tiny, mutation: Mutation, was: Outcome, error: Excepti
     if not any(place in text for place in places):
         yield f"the error names no file: {text[:300]}"
     names = {part.lstrip("@") for part in mutation.field if not part.isdigit() and not re.match(r"(line|row) \d", part)}
-    names |= set() if not names else {alias for pattern, alias in tiny.aliases.items() if re.search(pattern, "/".join(mutation.field))}
+    names |= (
+        set()
+        if not names
+        else {alias for pattern, alias in tiny.aliases.items() if re.search(pattern, "/".join(mutation.field))}
+    )
     if "no usable episode" in text or "no episode could be read" in text:
         return  # all were skipped, each by name
     if names and not any(name.lower() in text.lower() for name in names):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from mutated_sets import TINY, Tiny
 from mutations import Field, Mutation, mutations
 from outcomes import Outcome, outcome, problems
-from tiny_sources import TINY, Tiny
 
 pytest.importorskip("zarr", reason="needs the [zarr] extra")
 TOTAL = int(os.environ.get("STAMO_MUTATIONS", "220"))

@@ -276,10 +276,20 @@ def test_asked_for_and_absent(tmp_path: Path) -> None:
     [
         ("data", "env_args", "{", "/data: attribute env_args: not JSON"),
         ("data", "env_args", "[1]", "/data: attribute env_args: must be a JSON object, not "),
-        ("data", "env_args", '{"env_kwargs": 3}', "/data: attribute env_args, env_kwargs: must be a JSON object, not 3"),
+        (
+            "data",
+            "env_args",
+            '{"env_kwargs": 3}',
+            "/data: attribute env_args, env_kwargs: must be a JSON object, not 3",
+        ),
         ("data", "env_args", json.dumps(env_args(control_freq="x")), "control_freq: must be a positive number .*'x'"),
         ("data", "env_args", json.dumps(env_args("OSC")), "controller_configs 'OSC' is no"),  # type: ignore[arg-type]
-        ("data", "env_args", json.dumps(env_args({**OSC, "output_max": "x"})), "output_max 'x' are no 6 positive numbers"),
+        (
+            "data",
+            "env_args",
+            json.dumps(env_args({**OSC, "output_max": "x"})),
+            "output_max 'x' are no 6 positive numbers",
+        ),
         ("demo", "ep_meta", "{", "/data/demo_0: attribute ep_meta: not JSON"),
     ],
 )

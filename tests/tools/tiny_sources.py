@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,6 @@ from records import TEXT, image, png, tensor, write_tfds
 SIDE = 32
 LENGTHS = (5, 6, 7)
 HZ = 10
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """How to make one, what to mutate, and what its values depend on.
-
-    Attributes:
-        format: As `stamo data convert` calls it.
-        make: Writes it into a new folder.
-        mutated: Files whose every field is mutated, relative to the folder.
-        options: Of the format; values that begin with "/" are paths below the folder.
-        touches: (part of "FILE FIELD/FIELD", what of the result may change with it): "frames", "action", "proprio",
-            "time", "text", "episodes" (their names or number), "length".
-    """
-
-    format: str
-    make: Callable[[Path], Any]
-    mutated: tuple[str, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    touches: tuple[tuple[str, str], ...] = ()
-    src: str = "."
-    #: Fields that a message calls otherwise.
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def pixels(episode: int, camera: int = 0, length: int | None = None) -> np.ndarray:
@@ -131,7 +107,7 @@ def lerobot_groot(root: Path) -> None:
         first += n
     lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])
     lines(root / "meta/episodes.jsonl",
-          [{"episode_index": e, "tasks": ["wave", "bow", "valid"], "length": n} for e, n in enumerate(LENGTHS)])  # fmt: skip
+          [{"episode_index": e, "tasks": list(TASKS), "length": n} for e, n in enumerate(LENGTHS)])  # fmt: skip
     dump(root / "meta/modality.json", {
         "action": {"arm": {"start": 0, "end": 2}, "claw": {"start": 2, "end": 3, "original_key": "action"}},
         "state": {"arm": {"start": 0, "end": 2, "original_key": "observation.state"}},
@@ -281,7 +257,11 @@ def droid_raw(root: Path) -> None:
                 "uuid": uuid, "lab": "AUTOLab", "success": True, "current_task": "Move object", "trajectory_length": n,
                 **{f"{camera}_cam_serial": serial for camera, serial in DROID_SERIALS.items()},
             })  # fmt: skip
-        said[uuid] = {"language_instruction1": f"put it in box {e}", "language_instruction2": "", "language_instruction3": ""}
+        said[uuid] = {
+            "language_instruction1": f"put it in box {e}",
+            "language_instruction2": "",
+            "language_instruction3": "",
+        }
     dump(root / "aggregated-annotations-030724.json", said)
 
 
@@ -349,7 +329,8 @@ def video_json(root: Path) -> None:
     for e in range(2):
         shots(root / f"raw/v{e}.mp4", e)
     dump(root / "cuts.json", {"v0.mp4": [{"start": 0.1, "end": 0.5, "text": "lift", "id": "a"},
-         {"start": "0:00.5", "end": 0.9, "text": "drop", "id": "b"}], "v1.mp4": [{"start": 0.2, "text": "pour", "id": "c"}]})  # fmt: skip
+         {"start": "0:00.5", "end": 0.9, "text": "drop", "id": "b"}],
+         "v1.mp4": [{"start": 0.2, "text": "pour", "id": "c"}]})  # fmt: skip
     dump(root / "labels.json", [{"video": "v0.mp4", "text": "tidy"}, {"id": "v1", "label": "cook"}])
 
 
@@ -376,15 +357,17 @@ def egoexo4d(root: Path) -> None:
         shots(root / f"takes/{name}/frame_aligned_videos/aria01_214-1.mp4", e)
         rgb = {"rgb": {"relative_path": "frame_aligned_videos/aria01_214-1.mp4"}}
         cam = {"0": {"relative_path": "frame_aligned_videos/cam01.mp4"}}
-        takes.append({"take_name": name, "take_uid": f"u{e}", "root_dir": f"takes/{name}", "task_name": "Remove a Wheel",
+        takes.append({"take_name": name, "take_uid": f"u{e}", "root_dir": f"takes/{name}",
+                      "task_name": "Remove a Wheel",
                       "parent_task_name": "Bike Repair", "university_name": "cmu",
                       "frame_aligned_videos": {"aria01": rgb, "cam01": cam}})  # fmt: skip
     dump(root / "takes.json", takes)
     dump(root / "annotations/keystep_val.json", {"annotations": {"u0": {"segments": [
         {"start_time": 0.1, "end_time": 0.4, "step_description": "loosen"},
         {"start_time": 0.4, "end_time": 0.9, "step_description": "pull"}]}}})  # fmt: skip
-    dump(root / "annotations/atomic_descriptions_val.json", {"annotations": {"u1": [{"rejected": False, "descriptions": [
-        {"text": "C grips", "timestamp": 0.3, "ego_visible": "1"}, {"text": "C lifts", "timestamp": 0.7}]}]}})  # fmt: skip
+    dump(root / "annotations/atomic_descriptions_val.json", {"annotations": {"u1": [{"rejected": False,
+        "descriptions": [{"text": "C grips", "timestamp": 0.3, "ego_visible": "1"},
+                         {"text": "C lifts", "timestamp": 0.7}]}]}})  # fmt: skip
 
 
 def ego4d(root: Path) -> None:
@@ -413,102 +396,3 @@ def egodex(root: Path) -> None:
             file["transforms/camera"] = np.zeros((20, 4, 4), np.float32)
             file.attrs.update(llm_type="reversible", llm_description="Put it on.", llm_description2="Take it off.",
                               which_llm_description=str(e + 1))  # fmt: skip
-
-
-
-
-#: A parquet's own numbers, and a table's own texts.
-_TASKS = {"__index_level_0__": "task texts"}
-_LEROBOT = (
-    (r"parquet action\S*:(whole numbers|scalars|booleans)", "action"),
-    (r"parquet observation.state\S*:(whole numbers|scalars|booleans)", "proprio"),
-    (r"episodes.* tasks.*:numbers", "text"),
-    (r"tasks\.", "text"),
-    (r"parquet (task_index|annotation).*:(all alike|one more|backwards|empty)", "text"),
-    (r"videos\S*(chunk|file)_index:", "frames"),
-    (r"data/\S*parquet episode_index:backwards", "length"),
-    (r"features/annotation\S*:(drop|rename)", "text"),
-    (r"modality.json action/\S*/(start|end|original_key):", "action"),
-    (r"modality.json state/\S*/(start|end|original_key):", "proprio"),
-    (r"parquet timestamp:(huge|one more|fractions|NaN)", "time"),
-)
-_LIBERO = ((r"problem_info", "text"), (r"turned over", "action proprio"))
-_ROBOMIMIC = (
-    (r"controller_configs(/type|/output_max)?:", "action"),
-    (r"ep_meta|obs/language_instruction|@env_args/lang", "text"),
-    (r"turned over", "action proprio"),
-)
-_MANISKILL = ((r"env_id", "text"), (r"robot_uids|control_mode", "action"), (r"turned over", "action proprio"))
-_DROID = (
-    (r"observation/timestamp(/cameras|/control|:)", "time"),
-    (r"skip_action|observation/timestamp:", "length"),
-    (r"aggregated|uuid|current_task|metadata.* :", "text"),
-    (r"turned over", "action proprio"),
-)
-_ROWS = (
-    (r":cut at", "episodes text length"),
-    (r"(id|narration_id|video|video_id|cuts.json v\d.mp4\S*):", "episodes text length frames"),
-    (r"(start|end|stop)(_timestamp)?:", "length"),
-    (r"(text|narration|label|labels.json .*|template|placeholders\S*):", "text"),
-    (r"labels.json :", "text"),
-    (r"row \d:(drop line|item twice)", "episodes"),
-    (r"(train|validation).json( 0)?:", "episodes"),
-    (r"(whole|header alone|missing|train.json :|validation.json :)", "episodes"),
-)
-_EGO = (
-    (r"take_name|take_uid|takes.json( \d)?:", "episodes text length"),
-    (r"frame_aligned|root_dir", "episodes frames length"),
-    (r"task_name", "text"),
-    (r"annotations/|moments", "episodes text length"),
-)
-_CSV = {r".": "field larger than", "video_id": "column video"}
-_ZARR = ((r"action/0.0 :(missing|a folder|a link)", "action"),)
-_OF_ZARR = {"": "cannot be read as zarr's metadata", "shape": "whole numbers", "sh": "no pictures", "s": " rows; ",
-            "comp|codecs": "cannot be read ("}  # fmt: skip
-_PROPRIO = {"qpos": "proprio"}
-TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
-TINY = {
-    "lerobot-v21": Tiny("lerobot", lerobot_v21, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
-                        "data/chunk-000/episode_000001.parquet"), touches=_LEROBOT),
-    "lerobot-groot": Tiny("lerobot", lerobot_groot, ("meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl",
-                          "meta/modality.json", "data/chunk-000/episode_000001.parquet"),
-                          {"action": ["arm", "claw"], "state": ["arm"]}, touches=_LEROBOT),
-    "lerobot-v30": Tiny("lerobot", lerobot_v30, ("meta/info.json", "meta/tasks.parquet",
-                        "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"), touches=_LEROBOT, aliases=_TASKS),
-    "libero": Tiny("libero", libero, ("open_the_drawer_demo.hdf5",), touches=_LIBERO),
-    "metaworld": Tiny("metaworld", metaworld, ("open_the_drawer_demo.hdf5",), touches=_LIBERO),
-    "robomimic": Tiny("robomimic", robomimic, ("can.hdf5",), touches=_ROBOMIMIC),
-    "aloha": Tiny("aloha", aloha, ("episode_1.hdf5",), aliases=_PROPRIO),
-    "aloha-jpeg": Tiny("aloha", lambda root: aloha(root, True), ("episode_0.hdf5", "episode_1.hdf5"),
-                       aliases=_PROPRIO),
-    "maniskill": Tiny("maniskill", maniskill, ("PickCube-v1.h5", "PickCube-v1.json"), touches=_MANISKILL,
-                      aliases={"control_mode": "actions differ"}),
-    "zarr": Tiny("zarr", zarr, tuple(f"pusht.zarr/{p}" for p in (
-        ".zgroup", "data/.zgroup", "meta/.zgroup", "data/img/.zarray", "data/action/.zarray", "data/state/.zarray",
-        "data/timestamp/.zarray", "meta/episode_ends/.zarray", "data/action/0.0", "meta/episode_ends/0")),
-        {}, _ZARR, "pusht.zarr", _OF_ZARR),
-    "zarr-3": Tiny("zarr", zarr3, tuple(f"pusht.zarr/{p}/zarr.json" for p in (
-        ".", "data", "data/img", "data/action", "data/timestamp", "meta/episode_ends")), {}, _ZARR, "pusht.zarr", _OF_ZARR),
-    "rlds": Tiny("rlds", rlds, ("robot/1.0.0/features.json", "robot/1.0.0/dataset_info.json"),
-                 {"rate_hz": 5, "mode": "other", "proprio": ["observation/state"]}),
-    "droid-raw": Tiny("droid-raw", droid_raw, (
-        "aggregated-annotations-030724.json", "AUTOLab/success/2023-07-07/episode_0/trajectory.h5",
-        "AUTOLab/success/2023-07-07/episode_2/trajectory.h5",
-        "AUTOLab/success/2023-07-07/episode_1/metadata_AUTOLab+84bd5053+2023-07-07-09h-42m-21s.json"), touches=_DROID),
-    "video-table": Tiny("video", video_table, ("cuts.csv", "labels.json"), TABLE, _ROWS, "raw", _CSV),
-    "video-json": Tiny("video", video_json, ("cuts.json", "labels.json"),
-                       {"segments": ["/cuts.json"], "labels": "/labels.json"}, _ROWS, "raw", {r"^v\d": "item"}),
-    "ssv2": Tiny("video", ssv2, ("something-something-v2-train.json", "something-something-v2-validation.json"),
-                 {"preset": "ssv2"}, _ROWS),
-    "epic": Tiny("video", epic, ("EPIC_100_train.csv",), {"preset": "epic"}, _ROWS, aliases=_CSV),
-    "egoexo4d": Tiny("video", egoexo4d, ("takes.json",), {"preset": "egoexo4d"}, _EGO),
-    "egoexo4d-steps": Tiny("video", egoexo4d, ("takes.json", "annotations/keystep_val.json",
-                           "annotations/atomic_descriptions_val.json"), {"preset": "egoexo4d", "window": 0.4,
-                           "segments": ["/annotations/keystep_val.json", "/annotations/atomic_descriptions_val.json"]}, _EGO),
-    "ego4d": Tiny("video", ego4d, ("annotations/narration.json",), {"preset": "ego4d", "window": 0.4}, _EGO,
-                  aliases={"": "texts with times by video"}),
-    "ego4d-moments": Tiny("video", ego4d_moments, ("moments_train.json",),
-                          {"preset": "ego4d", "segments": ["/moments_train.json"]}, _EGO, aliases={"": "texts with times by video"}),
-    "egodex": Tiny("video", egodex, ("part1/lid/0.hdf5", "part1/lid/1.hdf5"), {"preset": "egodex"},
-                   ((r"llm", "text"),)),
-}  # fmt: skip
