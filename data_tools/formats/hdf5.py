@@ -89,10 +89,14 @@ def missing_keys(group: h5py.Group, keys: Sequence[str]) -> str | None:
     return None
 
 
-def number_faults(group: h5py.Group, keys: Sequence[str], axes: tuple[int, ...] = (1, 2)) -> list[str]:
-    """Datasets, all of them there, that are not numbers (T,) or (T, D)."""
-    wrong = (found for key in keys if (found := group[key]).dtype.kind not in "fiub" or found.ndim not in axes)
-    form = " or ".join({1: "(T,)", 2: "(T, D)"}[n] for n in axes)
+def number_faults(group: h5py.Group, keys: Sequence[str], axes: tuple[int, ...] | None = (1, 2)) -> list[str]:
+    """Datasets, all of them there, that are not numbers of so many axes (None: any)."""
+    wrong = (
+        found
+        for found in (group[key] for key in keys)
+        if found.dtype.kind not in "fiub" or (axes and found.ndim not in axes)
+    )
+    form = " or ".join({1: "(T,)", 2: "(T, D)"}[n] for n in axes or (2,))
     return [f"{found.name} is {found.dtype} {found.shape}, not numbers {form}" for found in wrong]
 
 

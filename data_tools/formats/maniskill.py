@@ -240,7 +240,7 @@ class ManiskillReader:
         if wrong := {name: n for name, n in rows.items() if n != length + 1}:
             each = ", ".join(f"{name} {n}" for name, n in wrong.items())
             faults.append(f"observations of {length} actions must have {length + 1} rows: {each}")
-        faults += [*hdf5.number_faults(group, ["actions"], (2,)), *hdf5.number_faults(obs, self._proprio(obs))]
+        faults += [*hdf5.number_faults(group, ["actions"], (2,)), *hdf5.number_faults(obs, self._proprio(obs), None)]
         if POSE in obs and (fault := _pose_fault(obs)):
             faults.append(fault)
         if not length:

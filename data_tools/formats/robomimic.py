@@ -276,7 +276,7 @@ class RobomimicReader:
         if missing := hdf5.missing_keys(obs, keys):
             return f"obs has {missing}"
         faults = hdf5.image_faults(obs, list(cameras.values()))
-        faults += hdf5.number_faults(obs, [key for key in keys if key not in cameras.values()])
+        faults += hdf5.number_faults(obs, [key for key in keys if key not in cameras.values()], None)
         actions = {key: demo[key] for key in self._action_keys()}
         for key, values in actions.items():
             if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):

@@ -281,10 +281,11 @@ def _ego4d_moments(node: Any, uid: str, where: str) -> Iterator[tuple[str, Mappi
         return
     if "video_uid" in node and not (uid := text_at(node, "video_uid", where)):
         raise DataError(f"{where}, video_uid: must name a video")
-    for key in _EGO4D.keys() & node.keys():
-        for number, item in enumerate(_EGO4D[key](node, key, where)):
-            if not key.startswith("narration_pass"):
-                an_object(item, f"{where}.{key}.{number}")
+    for key in _EGO4D:
+        if not isinstance(node.get(key), list | dict | None):
+            raise DataError(f"{where}, {key}: must hold annotations, not {shown(node[key])}")
+        for number, item in enumerate(node[key] if isinstance(node.get(key), list) else ()):
+            an_object(item, f"{where}, {key}.{number}")
     if any(node.get(flag) for flag in ("is_rejected", "is_invalid_annotation")):
         return
     whole = bool(_text(node)) and _interval(node) != (None, None)
@@ -303,12 +304,8 @@ def _ego4d_moments(node: Any, uid: str, where: str) -> Iterator[tuple[str, Mappi
 
 
 #: What holds annotations in Ego4D's files: lists of objects, or objects.
-_EGO4D: dict[str, Callable[..., Any]] = {
-    "narration_pass_1": object_at,
-    "narration_pass_2": object_at,
-    **dict.fromkeys(("narrations", "videos", "clips", "annotations", "labels", "annotated_intervals", "segments",
-                     "narrated_actions", "language_queries"), list_at),
-}  # fmt: skip
+_EGO4D = ("narration_pass_1", "narration_pass_2", "narrations", "videos", "clips", "annotations", "labels", "segments",
+          "annotated_intervals", "narrated_actions", "language_queries")  # fmt: skip
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TEXTS = ("narration_text", "step_description", "step_category", "step_name", "label", "query", "text")
 #: In seconds of the whole video; Ego4D's other start_* fields may count from a clip's beginning.
@@ -319,8 +316,6 @@ _INTERVALS = (
     ("start_time", "end_time"),
 )
 _MOMENTS = ("timestamp_sec", "timestamp", "time")
-
-
 _SAID = (*(key for pair in _INTERVALS for key in pair), *_MOMENTS)
 
 

@@ -126,15 +126,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             names = [name.strip().lower() for name in reader.fieldnames or ()]
-            if twice := [name for name in names if names.count(name) > 1]:
+            if twice := [name for name in names if name and names.count(name) > 1]:
                 raise DataError(f"{path}: has two columns {twice[0]}")
             for row in reader:
-                cells = {(k or "").strip().lower(): v for k, v in row.items() if k}
-                full = len(cells) - sum(v is None for v in cells.values()) + len(row.get(None) or ())
-                yield (
-                    f"row {reader.line_num}",
-                    cells | ({_CELLS: f"{full} of {len(names)}"} if full != len(names) else {}),
-                )
+                more: Any = row.pop(None, ())  # type: ignore[call-overload]
+                full = sum(value is not None for value in row.values()) + len(more)
+                cells: dict[str, Any] = {k.strip().lower(): v for k, v in row.items() if k}
+                if full != len(row):
+                    cells[_CELLS] = f"{full} of {len(row)}"
+                yield f"row {reader.line_num}", cells
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
