@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.checked import a_list, a_text, an_object, object_at, read_object, shown, whole
+from data_tools.formats.checked import a_list, a_text, an_object, object_at, read_object, shown
 from stamo_dist.errors import DataError
 
+#: Of an axis.
+LARGEST = 10**10
 #: Its last four bytes are the length of the whole, little endian: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
 BLOSC_HEADER = 16
 ARRAY, GROUP, ATTRIBUTES, V3 = ".zarray", ".zgroup", ".zattrs", "zarr.json"
@@ -108,7 +110,7 @@ def _check_v3(about: Mapping[str, Any], path: Path) -> None:
 def _check_sizes(shape: Any, chunks: Any, of_shape: str, of_chunks: str) -> None:
     for value, where, least in ((shape, of_shape, 0), (chunks, of_chunks, 1)):
         for size in a_list(value, where):
-            if isinstance(size, bool) or not isinstance(size, int) or whole(size, where) < least:
-                raise DataError(f"{where}: must be whole numbers from {least} on, not {shown(value)}")
+            if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= LARGEST:
+                raise DataError(f"{where}: must be whole numbers from {least} to {LARGEST}, not {shown(value)}")
     if len(shape) != len(chunks):
         raise DataError(f"{of_chunks}: has {len(chunks)} axes, and the shape {len(shape)}")

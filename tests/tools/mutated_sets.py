@@ -59,7 +59,7 @@ _TASKS = {"__index_level_0__": "task texts"}
 _LEROBOT = (
     (r"parquet action\S*:(whole numbers|scalars|booleans)", "action"),
     (r"parquet observation.state\S*:(whole numbers|scalars|booleans)", "proprio"),
-    (r"episodes.* tasks.*:numbers", "text"),
+    (r"episodes.* tasks.*:(numbers|texts)", "text"),
     (r"tasks\.", "text"),
     (r"parquet (task_index|annotation).*:(all alike|one more|backwards|empty)", "text"),
     (r"videos\S*(chunk|file)_index:", "frames"),
