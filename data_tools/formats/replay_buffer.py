@@ -226,7 +226,9 @@ class ReplayBufferReader:
             if lost:
                 notes.append(f"{path.name}: {lost} chunks of {key} are not stored, and read as their fill value")
             if 0 in data[key].shape[1:] or (key not in cameras and data[key].dtype.kind not in "fiub"):
-                raise DataError(f"{path}: data/{key} is {data[key].dtype} {data[key].shape}, no numbers")
+                raise DataError(
+                    f"{path}: data/{key}, shape and dtype: {data[key].shape} {data[key].dtype} holds no numbers"
+                )
         spec = self._spec(path, data, keys)
         size = sum(int(np.prod(data[k].shape[1:])) for k in proprio)
         return _Settled(tuple(cameras), tuple(keys), spec, tuple(proprio), size, self._rate(path, buffer))

@@ -100,8 +100,8 @@ _EGO = (
 )
 _CSV = {r".": "field larger than", "video_id": "column video"}
 _ZARR = ((r"action/0.0 :(missing|a folder|a link)", "action"),)
-_OF_ZARR = {"": "cannot be read as zarr's metadata", "shape": "whole numbers", "sh": "no pictures", "s": " rows; ",
-            "comp|codecs": "cannot be read (", "[a-z]": "does not increase"}  # fmt: skip
+_OF_ZARR = {"": "cannot be read as zarr's metadata", "shape": "whole numbers", "sh": "pictures (N", "s": " rows; ",
+            "comp|codecs|chunk": "cannot be read (", "[a-z]": "does not increase"}  # fmt: skip
 _PROPRIO = {"qpos": "proprio"}
 TABLE = {"segments": ["/cuts.csv"], "labels": "/labels.json"}
 TINY = {
