@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ from data_tools.formats.declared import (
 )
 from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
-from data_tools.formats.zarr_metadata import check_chunks, check_metadata, check_nodes
+from data_tools.formats.zarr_metadata import DAMAGE, check_folder
 from stamo_dist.errors import DataError
 
 ENDS = "meta/episode_ends"
@@ -53,9 +53,6 @@ UMI_HOW = (
 HOW = (
     "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
 )
-#: What zarr and its codecs raise where a file says what cannot be.
-DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError,
-          MemoryError, AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
 #: More than any buffer has; they are counted in memory.
 MOST_CHUNKS = 10_000_000
 #: Codecs that run what the file says.
@@ -342,23 +339,6 @@ def open_buffer(path: Path) -> Iterator[Any]:
     except DAMAGE as e:
         hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
         raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
-
-
-def check_folder(path: Path) -> None:
-    """Raises:
-    DataError: A file of a .zarr folder's metadata, or a chunk's length, is wrong; names the file. A zip checks itself.
-    """
-    if not path.is_dir():
-        return
-    check_metadata(path)
-    with suppress(ImportError):  # told when the buffer is opened
-        import zarr
-
-        check_nodes(path, lambda name: zarr.open(name, mode="r"), DAMAGE)
-    try:
-        check_chunks(path)
-    except OSError as e:
-        raise DataError(f"{e.filename or path}: cannot be read ({e.strerror or e})") from e
 
 
 @contextmanager

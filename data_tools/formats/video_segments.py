@@ -129,7 +129,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if twice := [name for name in names if name and names.count(name) > 1]:
                 raise DataError(f"{path}: has two columns {twice[0]}")
             for row in reader:
-                more: Any = row.pop(None, ())  # type: ignore[call-overload]
+                more: Any = row.pop(None, ())
                 full = sum(value is not None for value in row.values()) + len(more)
                 cells: dict[str, Any] = {k.strip().lower(): v for k, v in row.items() if k}
                 if full != len(row):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,27 @@ from stamo_dist.errors import DataError
 LARGEST = 10**10
 #: Its last four bytes are the length of the whole, little endian: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
 BLOSC_HEADER = 16
+#: What zarr and its codecs raise where a file says what cannot be.
+DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError,
+          MemoryError, AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
 ARRAY, GROUP, ATTRIBUTES, V3 = ".zarray", ".zgroup", ".zattrs", "zarr.json"
+
+
+def check_folder(path: Path) -> None:
+    """Raises:
+    DataError: A file of a .zarr folder's metadata, or a chunk's length, is wrong; names the file. A zip checks itself.
+    """
+    if not path.is_dir():
+        return
+    check_metadata(path)
+    with suppress(ImportError):  # told when the buffer is opened
+        import zarr
+
+        check_nodes(path, lambda name: zarr.open(name, mode="r"))
+    try:
+        check_chunks(path)
+    except OSError as e:
+        raise DataError(f"{e.filename or path}: cannot be read ({e.strerror or e})") from e
 
 
 def check_metadata(folder: Path) -> None:
@@ -30,7 +52,7 @@ def check_metadata(folder: Path) -> None:
             raise DataError(f"{path}, zarr_format: must be 2, not {shown(about.get('zarr_format'))}")
 
 
-def check_nodes(folder: Path, open_node: Callable[[str], Any], damage: tuple[type[BaseException], ...]) -> None:
+def check_nodes(folder: Path, open_node: Callable[[str], Any]) -> None:
     """Open each array and group of the folder, whose metadata `check_metadata` found fine.
 
     Raises:
@@ -39,7 +61,7 @@ def check_nodes(folder: Path, open_node: Callable[[str], Any], damage: tuple[typ
     for path in sorted(p for name in (ARRAY, GROUP, V3) for p in folder.rglob(name)):
         try:
             open_node(str(path.parent))
-        except damage as e:
+        except DAMAGE as e:
             hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
             raise DataError(f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}") from e
 
