@@ -11,9 +11,10 @@ import numpy as np
 
 from data_tools.convert import timing
 from data_tools.convert.actions import map_actions, no_ops
+from data_tools.convert.guard import unforeseen
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Reader
 from data_tools.images import encode_frames
-from stamo_dist.errors import DataError
+from stamo_dist.errors import DataError, StamoError
 
 #: What reading a damaged file may raise besides DataError.
 DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError)
@@ -76,6 +77,10 @@ def read_moments(
         kept, vectors, times = _moments(data, processing, spec)
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    except StamoError:
+        raise
+    except Exception as e:
+        raise unforeseen("cannot be read", e) from e
     texts = [episode.instruction] * len(kept)
     if data.instructions is not None and not episode.told:
         texts = [data.instructions[t] for t in kept.tolist()]
@@ -101,6 +106,10 @@ def read_episode(
         images = {c: _encode(read.data, c, read.kept, processing) for c in cameras}
     except DAMAGE as e:
         raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    except StamoError:
+        raise
+    except Exception as e:
+        raise unforeseen("cannot be read", e) from e
     return Converted(images, read.times, read.vectors, read.instructions, digest(read.data, episode))
 
 
@@ -173,6 +182,8 @@ def _check(data: EpisodeData, cameras: Sequence[str], spec: ActionSpec | None, p
         ("actions", data.actions, spec.dim if spec else 0),
         ("proprio", data.proprio, proprio_dim),
     ):
+        if values.dtype.kind not in "fiub":
+            raise DataError(f"{name} are {values.dtype}, not numbers")
         if values.shape[1:] != (dim,):
             raise DataError(f"{name} are {values.shape}, expected (T, {dim})")
     numbers = {"actions": data.actions, "proprio": data.proprio, "pose": data.pose}

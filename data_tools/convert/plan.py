@@ -13,6 +13,7 @@ from typing import Any
 
 from data_tools.convert.actions import KINDS, convention
 from data_tools.convert.episode import Processing
+from data_tools.convert.guard import scanned
 from data_tools.convert.instructions import FLAG, give, silent
 from data_tools.convert.merge import some
 from data_tools.convert.slices import Job, Slice
@@ -168,7 +169,7 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
     """
     settings.check()
     reader = open_reader(format, src, settings.options or {})
-    scan = reader.scan()
+    scan = scanned(format, src, reader)
     check_bad(scan.bad, settings.max_bad)
     if not scan.episodes:
         raise DataError("\n".join([f"{src}: no usable episode", *some(scan.bad)]))

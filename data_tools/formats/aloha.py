@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
+from data_tools.formats.checked import flag
 from data_tools.formats.declared import Orientation, orientation_problems, upright
 from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, find_files
@@ -147,7 +148,8 @@ class AlohaReader:
         return chosen(self.proprio, ("observations/qpos",), file)
 
     def _cameras(self, file: h5py.File) -> list[str]:
-        return list(self.cameras or sorted(file.get(IMAGES) or ()))
+        there = hdf5.node(file, IMAGES)
+        return list(self.cameras or (sorted(there) if isinstance(there, h5py.Group) else ()))
 
     def _fault(self, file: h5py.File) -> str | None:
         """Why a file cannot be used, by its shapes alone."""
@@ -155,7 +157,7 @@ class AlohaReader:
         keys = [*numbers, *(f"{IMAGES}/{c}" for c in self._cameras(file) or ["CAMERA"])]
         if missing := hdf5.missing_keys(file, keys):
             return missing
-        faults = [f"{k} is {file[k].shape}, not (T, D)" for k in numbers if file[k].ndim not in (1, 2)]
+        faults = hdf5.number_faults(file, numbers)
         for images in (file[f"{IMAGES}/{c}"] for c in self._cameras(file)):
             if not hdf5.is_images(images) and not _is_encoded(images):
                 faults.append(f"{images.name} is {images.dtype} {images.shape}, not RGB (T, H, W, 3) nor JPEGs (T, N)")
@@ -167,7 +169,7 @@ class AlohaReader:
     def _reference(self, path: Path, id: str, file: h5py.File, agreement: hdf5.Agreement) -> EpisodeRef:
         cameras, keys, proprio = self._cameras(file), self._keys(file), self._proprio(file)
         length = len(file[f"{IMAGES}/{cameras[0]}"])
-        texts = find_texts([file])
+        texts = find_texts([file], length)
         agreement.note(
             id,
             {
@@ -181,7 +183,7 @@ class AlohaReader:
         )
         meta: dict[str, Any] = {} if (success := hdf5.success(file)) is None else {"success": success}
         if "sim" in file.attrs:
-            meta["sim"] = bool(file.attrs["sim"])
+            meta["sim"] = flag(hdf5.attribute(file, "sim"), hdf5.place(file, "sim"))
         return EpisodeRef(
             id=id,
             file=hdf5.relative(Path(self.src), path),

@@ -14,7 +14,6 @@ used: its nominal rate is the camera's (60 Hz), its frames are the steps (15 Hz)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
+from data_tools.formats.checked import an_object, flag, read_object, shown, text_at, whole
 from data_tools.formats.declared import Orientation, orientation_problems, upright
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, walk
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, check_there, walk
 from stamo_dist.errors import DataError
 
 CAMERAS = ("ext1", "ext2", "wrist")
@@ -129,6 +129,7 @@ class DroidRawReader:
         for path in found:
             id = path.parent.relative_to(src).as_posix()
             try:
+                check_there(path)
                 meta, episode_files = self._metadata(path)
                 videos = self._videos(path.parent, meta)
                 length = _stated_length(meta) or _length(path)
@@ -142,8 +143,8 @@ class DroidRawReader:
                     file=path.relative_to(src).as_posix(),
                     key="",
                     length=length,
-                    task=str(meta.get("current_task") or ""),
-                    instruction=said.get(str(meta.get("uuid")), "") or str(meta.get("current_task") or ""),
+                    task=meta.get("current_task") or "",
+                    instruction=said.get(meta.get("uuid") or "", "") or meta.get("current_task") or "",
                     meta={k: v for k, v in meta.items() if not k.endswith(("_path", "_extrinsics"))},
                     private={c: {"video": p.name, "serial": meta[f"{c}_cam_serial"]} for c, p in videos.items()},
                 )
@@ -220,29 +221,35 @@ class DroidRawReader:
         )
         said: dict[str, str] = {}
         for path in found:
-            for uuid, entry in _json(path).items():
-                if not isinstance(entry, dict):
-                    raise DataError(f"{path}: {uuid}: {entry!r:.60} is no JSON object")
-                texts = [str(entry.get(f"language_instruction{k}") or "") for k in (1, 2, 3)]
-                said[uuid] = next((t.strip() for t in texts if t.strip()), "")
+            for uuid, entry in read_object(path).items():
+                where = f"{path}, {uuid}"
+                texts = [text_at(an_object(entry, where), f"language_instruction{k}", where) for k in (1, 2, 3)]
+                said[uuid] = next((text for text in texts if text), "")
         return said
 
     def _metadata(self, path: Path) -> tuple[dict[str, Any], list[Path]]:
         """The episode's metadata_*.json, or what trajectory.h5 says where there is none."""
         found = sorted(path.parent.glob("metadata_*.json"))
         if found:
-            return _json(found[0]), found[:1]
+            return _checked(read_object(found[0]), found[0]), found[:1]
         with hdf5.open_file(path) as file:
-            kinds = file.get("observation/camera_type")
+            kinds = hdf5.node(file, "observation/camera_type")
             if not isinstance(kinds, h5py.Group):
                 raise DataError(f"no metadata_*.json, and {TRAJECTORY} has no observation/camera_type")
+            if fault := hdf5.missing_keys(kinds, list(kinds)) or next(
+                iter(hdf5.number_faults(kinds, list(kinds))), None
+            ):
+                raise DataError(f"{TRAJECTORY}, observation/camera_type: {fault}")
             exterior = iter(("ext1", "ext2"))
-            names = {("wrist" if kinds[s][0] == 0 else next(exterior, "")): s for s in sorted(kinds)}
+            serials = [s for s in sorted(kinds) if len(kinds[s])]
+            names = {("wrist" if np.ravel(kinds[s][0])[0] == 0 else next(exterior, "")): s for s in serials}
             meta = {f"{name}_cam_serial": serial for name, serial in names.items() if name}
-            task, success = file.attrs.get("current_task"), file.attrs.get("success")
-            if success is None and {"success", "failure"} & set(path.parts):
+            task, success = hdf5.attribute_text(file, "current_task"), hdf5.attribute(file, "success")
+            if success is not None:
+                success = flag(success, hdf5.place(file, "success"))
+            elif {"success", "failure"} & set(path.parts):
                 success = "success" in path.parts
-            return meta | {"current_task": str(task or ""), "success": None if success is None else bool(success)}, []
+            return meta | {"current_task": task or "", "success": success}, []
 
     def _videos(self, folder: Path, meta: Mapping[str, Any]) -> dict[str, Path]:
         """Camera → its recording."""
@@ -282,6 +289,8 @@ def _read(file: h5py.File, action: str) -> dict[str, np.ndarray]:
     keys = [f"action/{action}", "action/gripper_position", *(f"observation/robot_state/{k}" for k in STATE)]
     if fault := hdf5.missing_keys(file, keys):
         raise DataError(f"{TRAJECTORY} has {fault}")
+    if faults := hdf5.number_faults(file, keys):
+        raise DataError(f"{TRAJECTORY}: {'; '.join(faults)}")
     columns = [file[key][:] for key in keys]
     if len({len(c) for c in columns}) > 1:
         raise DataError("lengths differ: " + ", ".join(f"{k} {len(c)}" for k, c in zip(keys, columns, strict=True)))
@@ -300,12 +309,13 @@ def _read(file: h5py.File, action: str) -> dict[str, np.ndarray]:
 
 def _skipped(file: h5py.File, length: int) -> np.ndarray:
     """bool (T,): the operator had paused, and the action was not executed."""
-    skipped = file.get("observation/timestamp/skip_action")
-    if isinstance(skipped, h5py.Dataset) and len(skipped) == length:
-        return skipped[:].astype(bool)
-    moving = file.get("observation/controller_info/movement_enabled")
-    if isinstance(moving, h5py.Dataset) and len(moving) == length:
-        return ~moving[:].astype(bool)
+    for name, means in (("timestamp/skip_action", True), ("controller_info/movement_enabled", False)):
+        if f"observation/{name}" not in file:
+            continue
+        found = hdf5.node(file, f"observation/{name}")
+        if not hdf5.is_rows(found) or found.shape != (length,) or found.dtype.kind not in "biuf":
+            raise DataError(f"{TRAJECTORY}: observation/{name} is no row of {length} true or false")
+        return found[:].astype(bool) == means
     return np.zeros(length, bool)
 
 
@@ -315,13 +325,14 @@ def _times(file: h5py.File, serial: str, length: int) -> np.ndarray:
     Raises:
         DataError: There are no such times.
     """
-    stamps = file.get("observation/timestamp")
+    stamps = hdf5.node(file, "observation/timestamp")
     names = [f"cameras/{serial}_estimated_capture", "control/step_start", "robot_state/read_start"]
     for name in names:
-        found = stamps.get(name) if isinstance(stamps, h5py.Group) else None
+        found: Any = hdf5.node(stamps, name) if isinstance(stamps, h5py.Group) else None
         if (
-            isinstance(found, h5py.Dataset)
+            hdf5.is_rows(found)
             and found.shape == (length,)
+            and found.dtype.kind in "iuf"
             and (np.diff(found[:].astype(np.int64)) > 0).all()
         ):
             milliseconds = found[:].astype(np.float64)
@@ -344,10 +355,8 @@ def _at(frames: Frames, steps: np.ndarray) -> Frames:
 
 def _stated_length(meta: Mapping[str, Any]) -> int:
     """The metadata's trajectory_length; 0 where it has none."""
-    said = meta.get("trajectory_length") or 0
-    if isinstance(said, bool) or not isinstance(said, int):
-        raise DataError(f"metadata_*.json: trajectory_length {said!r:.60} is no whole number")
-    return said
+    said = meta.get("trajectory_length")
+    return 0 if said is None else whole(said, "metadata_*.json, trajectory_length")
 
 
 def _length(path: Path) -> int:
@@ -357,11 +366,20 @@ def _length(path: Path) -> int:
         return len(file["action/gripper_position"])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path.name}: cannot be read: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{path.name}: not a JSON object")
-    return value
+def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An episode's metadata with the types that they must have.
+
+    Raises:
+        DataError: A field is something else.
+    """
+    checked = dict(meta)
+    for key in ("current_task", "uuid"):
+        checked[key] = text_at(meta, key, path.name)
+    for key in (f"{camera}_cam_serial" for camera in CAMERAS):
+        serial = meta.get(key)
+        if isinstance(serial, bool) or not isinstance(serial, str | int | None):
+            raise DataError(f"{path.name}, {key}: must be a serial number, not {shown(serial)}")
+        checked[key] = None if serial is None else str(serial)
+    if (success := meta.get("success")) is not None:
+        checked["success"] = flag(success, f"{path.name}, success")
+    return checked

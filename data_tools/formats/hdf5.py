@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from data_tools.formats.checked import an_object, is_text, parse
 from data_tools.formats.source import Frames, in_runs
 from stamo_dist.errors import DataError
 
@@ -31,7 +31,8 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, KeyError, RuntimeError) as e:
-        raise DataError(f"{path}: not a whole HDF5 file ({e})") from e
+        reason = str(e).encode("utf-8", "replace").decode()
+        raise DataError(f"{path}: not a whole HDF5 file ({reason})") from e
     except (TypeError, ValueError, AttributeError, IndexError) as e:
         raise DataError(f"{path}: not laid out as expected ({type(e).__name__}: {e})") from e
 
@@ -59,11 +60,55 @@ def keys_below(group: h5py.Group) -> list[str]:
     return found
 
 
+def node(group: h5py.Group, key: str) -> Any:
+    """The dataset or group of this key; None where there is none, or a link that leads nowhere."""
+    try:
+        return group.get(key)
+    except (KeyError, OSError, TypeError):
+        return None
+
+
+def is_rows(found: Any) -> bool:
+    """A dataset with rows."""
+    return isinstance(found, h5py.Dataset) and found.shape is not None and found.ndim > 0
+
+
+def is_texts(found: Any) -> bool:
+    """A dataset of strings."""
+    return (
+        isinstance(found, h5py.Dataset)
+        and found.shape is not None
+        and (found.dtype.kind == "S" or h5py.check_string_dtype(found.dtype) is not None)
+    )
+
+
 def missing_keys(group: h5py.Group, keys: Sequence[str]) -> str | None:
-    """What is missing of these datasets, with what there is; None if all are there."""
-    if missing := [key for key in keys if not isinstance(group.get(key), h5py.Dataset)]:
+    """What is missing of these datasets of rows, with what there is; None if all are there."""
+    if missing := [key for key in keys if not is_rows(node(group, key))]:
         return f"no {', '.join(missing)}; it has {', '.join(keys_below(group)) or 'nothing'}"
     return None
+
+
+def number_faults(group: h5py.Group, keys: Sequence[str], axes: tuple[int, ...] | None = (1, 2)) -> list[str]:
+    """Datasets, all of them there, that are not numbers of so many axes (None: any)."""
+    wrong = (
+        found
+        for found in (group[key] for key in keys)
+        if found.dtype.kind not in "fiub" or (axes and found.ndim not in axes)
+    )
+    form = " or ".join({1: "(T,)", 2: "(T, D)"}[n] for n in axes or (2,))
+    return [f"{found.name} is {found.dtype} {found.shape}, not numbers {form}" for found in wrong]
+
+
+def others(group: h5py.Group, prefix: str) -> list[str]:
+    """The keys that begin as the episodes' do and are none: not PREFIX and a number, or no group."""
+    known = set(numbered(group, prefix))
+    return [key for key in group if key.startswith(prefix) and key not in known]
+
+
+def left_out(path: Path, found: Sequence[str]) -> list[str]:
+    """A note on `others`."""
+    return [f"left out: {', '.join(found)} of {path.name}, which are no episodes by their names"] if found else []
 
 
 def is_images(dataset: Any) -> bool:
@@ -85,43 +130,79 @@ def read_json(node: h5py.Group, name: str) -> dict[str, Any]:
     Raises:
         DataError: It is something else; names file and attribute.
     """
+    where = place(node, name)
+    said = attribute_text(node, name)
+    return an_object(parse(said, where), where) if said is not None else {}
+
+
+def place(node: h5py.Group, name: str) -> str:
+    """File and attribute, for messages."""
+    return f"{node.file.filename}: {node.name}: attribute {name}"
+
+
+def attribute(node: h5py.Group, name: str) -> Any:
+    """An attribute as a Python value, alone where it is the only one of an array; None where there is none."""
     value = node.attrs.get(name)
+    if isinstance(value, h5py.Empty):
+        return None
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.ravel()[0]
+    return value.item() if isinstance(value, np.generic) and not isinstance(value, np.bytes_ | np.str_) else value
+
+
+def attribute_text(node: h5py.Group, name: str) -> str | None:
+    """An attribute's text; None where there is none.
+
+    Raises:
+        DataError: It is no text; names file and attribute.
+    """
+    value = attribute(node, name)
     if value is None:
-        return {}
+        return None
+    if not isinstance(value, bytes | str):
+        raise DataError(f"{place(node, name)} must be a text, not {type(value).__name__} {value!r:.40}")
     try:
-        parsed = json.loads(text(value))
-    except ValueError as e:
-        raise DataError(f"{node.file.filename}: {node.name}: attribute {name} is no JSON ({e})") from e
-    if not isinstance(parsed, dict):
-        raise DataError(f"{node.file.filename}: {node.name}: attribute {name} is no JSON object")
-    return parsed
+        return text(value)
+    except DataError as e:
+        raise DataError(f"{place(node, name)}: {e}") from e
 
 
 def text(value: Any) -> str:
-    """An attribute or a scalar in words: strings and bytes as they are, the first of a list."""
+    """An attribute or a scalar in words: strings and bytes as they are, the first of a list.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
     if isinstance(value, h5py.Dataset):
         value = value[()]
     if isinstance(value, np.ndarray):
         value = value.ravel()[0] if value.size else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    said = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    if not is_text(said):
+        raise DataError(f"not UTF-8: {value!r:.60}")
+    return said
 
 
 def success(episode: h5py.Group) -> bool | None:
     """Whether an episode succeeded, by an attribute of it or the last of a dataset's values; None: it does not say."""
     for name in SUCCESS:
-        for value in (episode.attrs.get(name), episode.get(name)):
+        for value in (attribute(episode, name), node(episode, name)):
             if value is not None and not isinstance(value, h5py.Group) and (said := _flag(value)) is not None:
                 return said
     return None
 
 
 def _flag(value: Any) -> bool | None:
-    values = np.asarray(value[()] if isinstance(value, h5py.Dataset) else value).ravel()
-    if not values.size:
+    if isinstance(value, h5py.Dataset):
+        value = value[()] if value.shape is not None else ()
+    values = np.asarray(value).ravel()
+    if not values.size or values.dtype.kind not in "SUObiuf":
         return None
+    last = values[-1]
     if values.dtype.kind in "SUO":
-        return {"true": True, "1": True, "false": False, "0": False}.get(text(values[-1]).lower())
-    return bool(values[-1])
+        said = last.decode("utf-8", "replace") if isinstance(last, bytes) else str(last)
+        return {"true": True, "1": True, "false": False, "0": False}.get(said.lower())
+    return bool(last) if last in (0, 1) else None
 
 
 def numeric(group: h5py.Group) -> list[str]:

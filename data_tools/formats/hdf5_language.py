@@ -10,14 +10,29 @@ import numpy as np
 
 from data_tools.formats import hdf5
 from data_tools.formats.remarks import LANGUAGE, language_keys, looks_like_language
+from stamo_dist.errors import DataError
 
 
-def find_texts(groups: Sequence[h5py.Group]) -> list[str]:
-    """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any."""
+def find_texts(groups: Sequence[h5py.Group], length: int | None = None) -> list[str]:
+    """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any.
+
+    Raises:
+        DataError: They are not UTF-8, or with a `length` neither one nor as many.
+    """
     for group in groups:
-        for key in language_keys([*group, *group.attrs]):
-            value = _string(group, key)
-            if value is not None and any(texts := _texts(value)):
+        keys = language_keys([*group, *group.attrs])
+        if lost := [key for key in keys if key in group and hdf5.node(group, key) is None]:
+            raise DataError(f"{group.name}: {lost[0]} is a link to what is not there")
+        for key in keys:
+            if (value := _string(group, key)) is None:
+                continue
+            try:
+                texts = _texts(value)
+            except DataError as e:
+                raise DataError(f"{group.name}: {key}: {e}") from e
+            if any(texts):
+                if length is not None and len(texts) not in (1, length):
+                    raise DataError(f"{group.name}: {key} has {len(texts)} texts for {length} steps")
                 return texts
     return []
 
@@ -35,10 +50,18 @@ def like_language(groups: Sequence[h5py.Group]) -> list[str]:
 
 def _string(group: h5py.Group, name: str) -> Any:
     """A text, or several, of the group: an attribute, or a dataset right below it; None if it is neither."""
-    if name in group.attrs and np.asarray(group.attrs[name]).dtype.kind in "SUO":
-        return group.attrs[name]
-    dataset = group.get(name)
-    return dataset if isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "SO" else None
+    value = group.attrs.get(name)
+    if value is not None and not isinstance(value, h5py.Empty) and _is_string(value):
+        return value
+    dataset = hdf5.node(group, name) if name in group else None
+    return dataset if hdf5.is_texts(dataset) else None
+
+
+def _is_string(value: Any) -> bool:
+    values = np.asarray(value)
+    return values.dtype.kind in "SU" or (
+        values.dtype.kind == "O" and all(isinstance(v, str | bytes) for v in values.ravel())
+    )
 
 
 def _texts(value: Any) -> list[str]:

@@ -20,7 +20,15 @@ import pyarrow.compute as pc
 from data_tools.formats import remarks
 from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
 from data_tools.formats.lerobot_actions import action_spec, orientation
-from data_tools.formats.lerobot_files import Listed, Window, find_layout, parquet_file, read_columns, read_tasks
+from data_tools.formats.lerobot_files import (
+    Listed,
+    Window,
+    find_layout,
+    median_step,
+    parquet_file,
+    read_columns,
+    read_tasks,
+)
 from data_tools.formats.lerobot_meta import Feature, Info, read_info
 from data_tools.formats.lerobot_rows import Rows, read_rows, row_notes
 from data_tools.formats.lerobot_tasks import TASK_INDEX, instruction_column, row_texts, table_texts
@@ -32,6 +40,10 @@ from stamo_dist.errors import DataError
 
 #: The shortest prefix that tells a camera's name from its feature's.
 _PREFIXES = ("observation.images.", "observation.")
+#: Share by which timestamps may be off the stated rate: clocks, and a rate of 29.97 that is called 30.
+SAME_RATE = 0.02
+#: Beyond this factor one of the two is no rate of this dataset.
+OTHER_RATE = 1.5
 #: Frames whose stored time is this close to their number / fps have exactly that time; the stored one is float32.
 _TIME_TOLERANCE = 1e-3
 
@@ -111,6 +123,7 @@ class LerobotReader:
         info, features, notes = chosen.info, chosen.info.features, list(chosen.notes)
         layout = find_layout(self.src, [f for f in chosen.cameras.values() if features[f].dtype == "video"])
         windows = check_windows(self.src, layout.episodes, info.fps)
+        notes += layout.notes
         needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
         parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
         data = {path: _data_fault(path, needed, parts) for path in {e.data for e in layout.episodes if e.data}}
@@ -137,6 +150,7 @@ class LerobotReader:
             taken.append(listed)
         notes += remarks.hdr_videos(windows.hdr)
         notes += row_notes(taken, by_rows, layout.tasks, info.fps)
+        notes += self._rate_notes(layout.episodes, bad, info.fps)
         if silent := sum(not e.instruction for e in episodes):
             notes.append(
                 f"{silent} of {len(episodes)} episodes have no instruction; give them with --instructions FILE.csv"
@@ -211,7 +225,7 @@ class LerobotReader:
         tasks = read_tasks(self.src)
         if chosen.instruction == TASK_INDEX and not tasks:
             return None
-        texts = row_texts(rows[chosen.instruction], chosen.instruction, tasks)
+        texts = row_texts(rows[chosen.instruction], chosen.instruction, tasks, episode.instruction)
         return texts if len(set(texts)) > 1 else None
 
     def _settle(self) -> _Choice:
@@ -273,7 +287,10 @@ class LerobotReader:
             f: next((f.removeprefix(p) for p in _PREFIXES if f.startswith(p)), f).replace("/", "_") for f in images
         }
         if not images:
-            problems.append(f"{self.src}: no camera among the features {', '.join(features)}")
+            problems.append(
+                f"{self.src / 'meta' / 'info.json'}: no camera (of dtype video or image, no depth map) among the "
+                f"features {', '.join(features)}{''.join(f'; {note}' for note in notes)}"
+            )
         if doubles := [name for name, n in Counter(short.values()).items() if n > 1]:
             short = {f: f.replace("/", "_") if name in doubles else name for f, name in short.items()}
         if self.cameras is None:
@@ -282,6 +299,29 @@ class LerobotReader:
         if unknown := [c for c in self.cameras if c not in by_name]:
             problems.append(f"cameras: no {', '.join(unknown)}; there is: {', '.join(short.values())}")
         return {short[by_name[c]]: by_name[c] for c in self.cameras if c in by_name}
+
+    def _rate_notes(self, episodes: Sequence[Listed], bad: Sequence[str], fps: float) -> list[str]:
+        """What to say where the first episode's timestamps are not as far apart as info.json's fps says.
+
+        Raises:
+            DataError: They are so far from it that one of them is wrong.
+        """
+        known = (e for e in episodes if e.data is not None and not any(f"episode_{e.index:06d}: " in b for b in bad))
+        if (first := next(known, None)) is None or first.data is None:
+            return []
+        try:
+            step = median_step(first.data, first.index)
+        except DataError:  # it will be told when the episode is read
+            return []
+        if step is None or abs(step * fps - 1) < SAME_RATE:
+            return []
+        where = f"{self.src / 'meta' / 'info.json'}, fps"
+        said = (
+            f"{where}: {fps:g}, but the timestamps of {first.data.name} are {step:.3g} s apart, {1 / step:.4g} a second"
+        )
+        if not 1 / OTHER_RATE < step * fps < OTHER_RATE:
+            raise DataError(f"{said}; mend the one that is wrong")
+        return [said]
 
     def _reference(self, listed: Listed, instruction: str, info: Info) -> EpisodeRef:
         return EpisodeRef(

@@ -14,23 +14,31 @@ files that are there decide, and info.json's templates and version are not looke
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.formats.lerobot_meta import read_lines, seconds, whole
-from data_tools.formats.source import check_lfs, walk
+from data_tools.formats.checked import a_text, read_lines, seconds, whole
+from data_tools.formats.source import check_lfs, check_there, walk
 from stamo_dist.errors import DataError
 
 _NUMBER = re.compile(r"episode_(\d+)\.\w+$|chunk-(\d+)/(?:.*/)?file-(\d+)\.\w+$")
 _VIDEO_FOLDERS = ("videos", "video")
+#: The column of meta/tasks.parquet with the texts; pandas' index comes first.
+TASK_TEXTS = ("task", "__index_level_0__")
 #: Columns with one number a row.
 SCALARS = ("episode_index", "frame_index", "timestamp", "task_index", "index")
+#: Of these a number may be missing: the episode table says what to do.
+_MAY_LACK = ("task_index", "index")
+_SHOWN = 5
 #: Columns of the episode table that say where things are, or are statistics.
 _LOCATIONS = ("stats/", "data/", "videos/", "meta/", "dataset_from_index", "dataset_to_index")
 
@@ -68,6 +76,7 @@ class Layout:
     episodes: list[Listed]
     tasks: Mapping[int, str]  # text by task_index
     files: list[Path]
+    notes: list[str]
 
 
 def find_layout(root: Path, video_features: list[str]) -> Layout:
@@ -93,9 +102,51 @@ def find_layout(root: Path, video_features: list[str]) -> Layout:
         )
     rows = _rows_of_tables(tables) if shared else read_lines(lines)
     episodes = [_listed(where, row, data, videos, video_features, shared) for where, row in rows]
+    if not episodes:
+        raise DataError(f"{tables[0] if shared else lines}: lists no episode")
+    if twice := [index for index, n in Counter(e.index for e in episodes).items() if n > 1]:
+        raise DataError(f"{tables[0] if shared else lines}, episode_index: {twice[0]} is there twice")
     used = {path for (key, _), path in videos.items() if key in video_features}
     meta = [p for p in walk(root / "meta") if p.suffix in (".json", ".jsonl", ".parquet") and "stats" not in p.name]
-    return Layout("3.0" if shared else "2.1", episodes, read_tasks(root), sorted({*data.values(), *used, *meta}))
+    for path in meta:
+        check_there(path)
+    files = sorted(path for path in {*data.values(), *used, *meta} if path.exists())
+    return Layout("3.0" if shared else "2.1", episodes, read_tasks(root), files, _unlisted(data, episodes))
+
+
+def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
+    """A note on the episodes that have data and no entry in the episode table."""
+    listed = {e.index for e in episodes}
+    lost: set[int] = set()
+    for (_, number), path in data.items():
+        if len(number) == 1:
+            lost.update(set(number) - listed)
+            continue
+        with suppress(DataError):  # its episodes, if there are any, say what is wrong with the file
+            if not _between(path) <= listed:
+                there = read_columns(path, ["episode_index"])["episode_index"].unique().to_pylist()
+                lost.update({int(index) for index in there} - listed)
+    if not lost:
+        return []
+    named = ", ".join(f"episode_{index:06d}" for index in sorted(lost)[:_SHOWN])
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return [f"left out: data of episodes that the episode table does not list: {named}{more}"]
+
+
+def _between(path: Path) -> set[int]:
+    """The episodes that a data file may have, by the bounds in its footer; {-1} if it is mute."""
+    footer = parquet_file(path).metadata
+    found: set[int] = set()
+    for group in (footer.row_group(k) for k in range(footer.num_row_groups)):
+        for column in (group.column(c) for c in range(group.num_columns)):
+            if column.path_in_schema == "episode_index":
+                about = column.statistics
+                if about is None or not about.has_min_max or not isinstance(about.min, int):
+                    return {-1}
+                if about.max - about.min > group.num_rows:
+                    return {-1}
+                found.update(range(about.min, about.max + 1))
+    return found
 
 
 def _numbered(root: Path, folders: tuple[str, ...]) -> dict[tuple[str, tuple[int, ...]], Path]:
@@ -157,7 +208,7 @@ def _place(row: Mapping[str, Any], prefix: str, where: str) -> tuple[int, int]:
 def _task_list(tasks: Any, where: str) -> tuple[str | int, ...]:
     """A text, a number, or a list of them."""
     parts = tasks if isinstance(tasks, list) else [] if tasks is None else [tasks]
-    if wrong := [part for part in parts if not isinstance(part, str | int)]:
+    if wrong := [part for part in parts if isinstance(part, bool) or not isinstance(part, str | int)]:
         raise DataError(f"{where}: must be a text or a list of texts, not {wrong[0]!r}")
     return tuple(parts)
 
@@ -178,16 +229,29 @@ def read_tasks(root: Path) -> dict[int, str]:
     parquet, lines = root / "meta" / "tasks.parquet", root / "meta" / "tasks.jsonl"
     if parquet.is_file():
         table = read_columns(parquet, None)
-        texts = [c for c, kind in zip(table.column_names, table.schema.types, strict=True) if "string" in str(kind)]
+        texts = [name for name in table.column_names if _is_text(table.schema.field(name).type)]
         if "task_index" not in table.column_names or not texts:
-            raise DataError(f"{parquet}: has no task_index or no task texts")
-        return dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), strict=True))
-    found = {}
-    for where, row in read_lines(lines) if lines.is_file() else ():
-        if not isinstance(row.get("task"), str):
-            raise DataError(f"{where}, task: must be a text, not {row.get('task')!r}")
-        found[whole(row.get("task_index"), f"{where}, task_index")] = row["task"]
+            has = ", ".join(f"{field.name} ({field.type})" for field in table.schema) or "nothing"
+            raise DataError(f"{parquet}: has no task_index or no task texts; it has {has}")
+        said = next((name for name in TASK_TEXTS if name in texts), texts[0])
+        rows = [
+            {"task_index": n, "task": t}
+            for n, t in zip(*(table[c].to_pylist() for c in ("task_index", said)), strict=True)
+        ]
+        numbered = [(f"{parquet}, row {k}", row) for k, row in enumerate(rows)]
+    else:
+        said, numbered = "task", list(read_lines(lines)) if lines.is_file() else []
+    found: dict[int, str] = {}
+    for where, row in numbered:
+        number, text = whole(row.get("task_index"), f"{where}, task_index"), a_text(row.get("task"), f"{where}, {said}")
+        if found.setdefault(number, text) != text:
+            raise DataError(f"{where}, task_index: {number} is there twice, with different texts")
     return found
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_meta(key: str, value: Any) -> bool:
@@ -203,9 +267,13 @@ def parquet_file(path: Path) -> pq.ParquetFile:
     """
     check_lfs(path)
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{path.name}: truncated or no parquet file ({e})") from e
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise DataError(f"{path.name}: has two columns {twice[0]}")
+    return file
 
 
 def read_columns(path: Path, columns: list[str] | None, episode: int | None = None) -> pa.Table:
@@ -233,6 +301,8 @@ def read_columns(path: Path, columns: list[str] | None, episode: int | None = No
                 if (flat := _flat(table[name].combine_chunks())) is None:
                     raise DataError(f"{path.name}, {name}: must be one number a row")
                 table = table.set_column(number, name, flat)
+            if name in SCALARS:
+                _check_numbers(table[name], name, path)
         if episode is not None and not plain:
             table = table.filter(pc.equal(table["episode_index"], episode))
         return table
@@ -240,8 +310,35 @@ def read_columns(path: Path, columns: list[str] | None, episode: int | None = No
         raise DataError(f"{path.name}: cannot be read ({e})") from e
 
 
+def _check_numbers(column: pa.ChunkedArray, name: str, path: Path) -> None:
+    """Raises:
+    DataError: It is no column of numbers, one of them is missing where none may, or not finite.
+    """
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        if not (pa.types.is_null(column.type) and name in _MAY_LACK):
+            raise DataError(f"{path.name}, {name}: must be numbers, not {column.type}")
+        return
+    fine = pc.is_finite(column).fill_null(name in _MAY_LACK).to_pylist()
+    if not all(fine):
+        row = fine.index(False)
+        raise DataError(f"{path.name}, {name}: row {row} has no number ({column[row].as_py()})")
+
+
+def median_step(path: Path, episode: int) -> float | None:
+    """Seconds from row to row of an episode, by its timestamps; None where they do not say."""
+    if "timestamp" not in parquet_file(path).schema_arrow.names:
+        return None
+    stamps = read_columns(path, ["episode_index", "timestamp"], episode)["timestamp"].to_numpy()
+    step = float(np.median(np.diff(np.sort(stamps)))) if len(stamps) > 1 else 0.0
+    return step if step > 0 else None
+
+
 def _flat(values: pa.Array) -> pa.Array | None:
     """Lists of one number each as numbers."""
-    if not pc.all(pc.equal(pc.list_value_length(values), 1).fill_null(False)).as_py():
+    if (
+        pa.types.is_struct(values.type)
+        or pa.types.is_map(values.type)
+        or not pc.all(pc.equal(pc.list_value_length(values), 1).fill_null(False)).as_py()
+    ):
         return None
     return values.flatten()

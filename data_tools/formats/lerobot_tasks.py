@@ -42,14 +42,21 @@ def table_texts(tasks: Sequence[str | int], texts: Mapping[int, str]) -> list[st
     return [text for text in dict.fromkeys(said) if len(said) == 1 or text.strip().lower() not in VERDICTS]
 
 
-def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str]) -> list[str]:
-    """Each row's instruction: its text, or the text of its number.
+def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str], otherwise: str = "") -> list[str]:
+    """Each row's instruction: its text, the text of its number, or `otherwise` where it has neither.
 
     Raises:
         DataError: A number has no text.
     """
     values = column.to_pylist()
     values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
-    if unknown := [v for v in values if not isinstance(v, str | None) and v not in texts]:
-        raise DataError(f"{name}: {unknown[0]!r} is no task_index of meta/tasks")
-    return [value if isinstance(value, str) else "" if value is None else texts[value] for value in values]
+    values = [
+        int(value) if isinstance(value, str) and value.isdecimal() and int(value) in texts else value
+        for value in values
+    ]
+    for value in values:
+        if not isinstance(value, str | None) and (not isinstance(value, int | float) or value not in texts):
+            raise DataError(f"{name}: {value!r} is no task_index of meta/tasks")
+        if isinstance(value, bool):
+            raise DataError(f"{name}: {value!r} is no number of a task, nor a text")
+    return [value if isinstance(value, str) else otherwise if value is None else texts[value] for value in values]

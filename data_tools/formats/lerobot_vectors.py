@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.formats.lerobot_meta import Feature, read_object, whole
+from data_tools.formats.checked import object_at, read_object, shown, whole
+from data_tools.formats.lerobot_meta import Feature
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
 #: Where datasets keep them; the first that is there is taken.
 DEFAULTS = {"action": ("action", "actions"), "state": ("observation.state", "state", "observation.states")}
+
+MODALITY = "modality.json"
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ def choose(
         return []
     if names:
         slices = _modality(root, option, features)
+        info = root / "meta" / "info.json"
         if unknown := [name for name in names if name not in features and name not in slices]:
             known = [*features, *slices]
             hint = did_you_mean(unknown[0], known) or "choose among these, or none."
-            raise DataError(f"{option}: no feature {', '.join(unknown)}; {hint} There is: {', '.join(known)}")
+            raise DataError(
+                f"{option}: no feature {', '.join(unknown)}; {hint} There is: {', '.join(known)} "
+                f"({info}, and slices of {MODALITY})"
+            )
         return [slices[n] if n in slices else Part(features[n], 0, features[n].size) for n in names]
     if found := next((name for name in DEFAULTS[option] if name in features), None):
         if found != DEFAULTS[option][0]:
@@ -58,8 +65,8 @@ def choose(
         return [Part(features[found], 0, features[found].size)]
     if like := [name for name in features if option in name.lower()]:
         raise DataError(
-            f"{option}: no feature {' or '.join(DEFAULTS[option])}; give those meant, in order, as --set "
-            f"{option}={','.join(like)}, or --set {option}=none"
+            f"{root / 'meta' / 'info.json'}: {option}: no feature {' or '.join(DEFAULTS[option])}; give those "
+            f"meant, in order, as --set {option}={','.join(like)}, or --set {option}=none"
         )
     notes.append(f"{option}: none of the features is one ({', '.join(features)}); say which with --set {option}=NAME")
     return []
@@ -77,17 +84,22 @@ def matrix(rows: pa.Table, parts: Sequence[Part]) -> np.ndarray:
 
 def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[str, Part]:
     """GR00T's slices of the action or the state, by name."""
-    path = root / "meta" / "modality.json"
-    section = read_object(path).get(option) if path.is_file() else None
+    path = root / "meta" / MODALITY
+    section = object_at(read_object(path), option, str(path)) if path.is_file() else {}
     parts: dict[str, Part] = {}
-    for name, about in section.items() if isinstance(section, dict) else ():
+    for name, about in section.items():
         where = f"{path}, {option}.{name}"
         if not isinstance(about, dict):
             raise DataError(f"{where}: must be an object with start and end")
         key = about.get("original_key") or DEFAULTS.get(option, ("",))[0]
         start, end = (whole(about.get(side), f"{where}.{side}") for side in ("start", "end"))
-        if key not in features or not 0 <= start < end <= features[key].size:
-            raise DataError(f"{where}: {key} has no numbers {start} to {end}")
+        if not isinstance(key, str) or key not in features:
+            raise DataError(f"{where}.original_key: {shown(key)} is no feature of info.json")
+        if not 0 <= start < end <= features[key].size:
+            raise DataError(
+                f"{where}: there are no numbers {start} to {end} in {features[key].where}, "
+                f"whose shape has {features[key].size}"
+            )
         parts[name] = Part(features[key], start, end)
     return parts
 

@@ -7,7 +7,7 @@ their tag; for anything else the caller must say. A wrong guess would pair every
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
+from data_tools.formats.checked import a_text, object_at, rate
 from data_tools.formats.declared import TURN, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
@@ -73,11 +74,12 @@ class LiberoReader:
         problems = self._check_options()
         episodes: list[EpisodeRef] = []
         bad: list[str] = []
+        notes: list[str] = []
         seen: dict[str, dict[Any, str]] = {}  # property → value → the first episode that has it
         for path in files:
             try:
                 with hdf5.open_file(path) as file:
-                    episodes += self._scan_file(path, file, seen, bad)
+                    episodes += self._scan_file(path, file, seen, bad, notes)
             except DataError as e:
                 problems.append(str(e))
         for what, values in seen.items():
@@ -87,7 +89,8 @@ class LiberoReader:
         if problems:
             raise DataError("\n".join(problems))
         common = {what: next(iter(values)) for what, values in seen.items()}
-        episodes, notes = remarks.succeeded(episodes, self.only_successful)
+        episodes, failures = remarks.succeeded(episodes, self.only_successful)
+        notes += failures
         if named := sum(e.private["named"] for e in episodes):
             notes.append(
                 f"instructions: {named} of {len(episodes)} episodes have none (problem_info.language_instruction); "
@@ -137,26 +140,28 @@ class LiberoReader:
         return problems + orientation_problems(self.image_orientation)
 
     def _scan_file(
-        self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str]
+        self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str], notes: list[str]
     ) -> list[EpisodeRef]:
-        """The file's usable episodes in the order of their numbers; adds the others to `bad`.
+        """The file's usable episodes in the order of their numbers; adds the others to `bad` and `notes`.
 
         Raises:
             DataError: Nothing in this file can be used.
         """
         data = file.get("data")
-        demos = [key for key in data if key.startswith("demo_")] if isinstance(data, h5py.Group) else []
+        demos = hdf5.numbered(data, "demo_") if isinstance(data, h5py.Group) else []
         if not demos:
             raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
-        private: dict[str, Any] = {**self._conventions(path, data.attrs), "rate_hz": _rate(path, data)}
+        private: dict[str, Any] = {**self._conventions(path, data), "rate_hz": _rate(data)}
+        convention = hdf5.attribute_text(data, "action_convention") or DEFAULT_ACTION
+        notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
         stem = relative.removesuffix(path.suffix)
         task, instruction = path.stem.removesuffix("_demo"), _instruction(data)
         private["named"] = not instruction
         episodes = []
         faults = []
-        for key in sorted(demos, key=lambda key: (len(key), key)):
-            demo, name = data[key], f"{stem}/{key}"
+        for key in demos:
+            demo, name = hdf5.node(data, key), f"{stem}/{key}"
             if fault := next(self._faults(demo), None):
                 faults.append(f"{name}: {fault}")
                 continue
@@ -168,7 +173,7 @@ class LiberoReader:
                 "action dimensions": demo["actions"].shape[1],
                 "proprio dimensions": sum(demo["obs"][k].shape[1] for k in PROPRIO),
                 "rates in Hz": private["rate_hz"],
-                "action conventions": str(data.attrs.get("action_convention", DEFAULT_ACTION)),
+                "action conventions": convention,
             }
             for what, value in properties.items():
                 seen.setdefault(what, {}).setdefault(value, name)
@@ -183,15 +188,16 @@ class LiberoReader:
         bad += faults
         return episodes
 
-    def _conventions(self, path: Path, attrs: Mapping[str, Any]) -> dict[str, str]:
+    def _conventions(self, path: Path, data: h5py.Group) -> dict[str, str]:
         """image_timing and image_orientation: as the file says, else as the caller says.
 
         Raises:
             DataError: Neither does.
         """
-        timing = attrs.get("image_timing") or ("after" if attrs.get("tag") == OFFICIAL_TAG else self.image_timing)
-        orientation = attrs.get("image_orientation") or MACROS.get(attrs.get("macros_image_convention", ""))
-        orientation = orientation or self.image_orientation
+        names = ("image_timing", "tag", "image_orientation", "macros_image_convention")
+        timing, tag, orientation, macros = (hdf5.attribute_text(data, name) for name in names)
+        timing = timing or ("after" if tag == OFFICIAL_TAG else self.image_timing)
+        orientation = orientation or MACROS.get(macros or "") or self.image_orientation
         unsaid = []
         if timing not in TIMINGS:
             unsaid.append(
@@ -209,17 +215,20 @@ class LiberoReader:
 
     def _faults(self, demo: h5py.Group) -> Iterator[str]:
         """Why an episode cannot be used, by its shapes alone."""
-        obs = demo.get("obs")
-        if "actions" not in demo or not isinstance(obs, h5py.Group):
+        if not isinstance(demo, h5py.Group):
+            yield "no group"
+            return
+        obs = hdf5.node(demo, "obs")
+        if not hdf5.is_rows(hdf5.node(demo, "actions")) or not isinstance(obs, h5py.Group):
             yield f"no actions or no obs; it has {', '.join(hdf5.keys_below(demo)) or 'nothing'}"
             return
         cameras = self.cameras or _cameras(obs)
         keys = [*PROPRIO, *(f"{c}_rgb" for c in cameras or ["CAMERA"])]
-        if missing := [f"obs/{key}" for key in keys if key not in obs]:
+        if missing := [f"obs/{key}" for key in keys if not hdf5.is_rows(hdf5.node(obs, key))]:
             yield f"no {', '.join(missing)}; obs has {', '.join(hdf5.keys_below(obs)) or 'nothing'}"
             return
-        if demo["actions"].ndim != 2 or any(obs[key].ndim != 2 for key in PROPRIO):
-            yield "actions and proprio must be (T, D)"
+        yield from hdf5.number_faults(demo, ["actions"], (2,))
+        yield from hdf5.number_faults(obs, PROPRIO, (2,))
         for images in (obs[f"{c}_rgb"] for c in cameras):
             if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
                 yield f"{images.name} is {images.dtype} {images.shape}, not uint8 RGB (T, H, W, 3)"
@@ -257,19 +266,21 @@ def _cameras(obs: h5py.Group) -> list[str]:
     return sorted(key.removesuffix("_rgb") for key in obs if key.endswith("_rgb"))
 
 
-def _rate(path: Path, data: h5py.Group) -> float:
-    kwargs = hdf5.read_json(data, "env_args").get("env_kwargs") or {}
-    said = data.attrs.get("rate_hz", kwargs.get("control_freq", DEFAULT_RATE_HZ) if isinstance(kwargs, dict) else None)
-    try:
-        return float(said)
-    except (TypeError, ValueError):
-        raise DataError(f"{path}: /data: neither rate_hz nor env_args.env_kwargs.control_freq is a number") from None
+def _rate(data: h5py.Group) -> float:
+    if (said := hdf5.attribute(data, "rate_hz")) is not None:
+        return rate(said, hdf5.place(data, "rate_hz"))
+    where = hdf5.place(data, "env_args")
+    said = object_at(hdf5.read_json(data, "env_args"), "env_kwargs", where).get("control_freq", DEFAULT_RATE_HZ)
+    return rate(said, f"{where}, env_kwargs.control_freq")
 
 
 def _instruction(data: h5py.Group) -> str:
     """What problem_info says."""
     said = hdf5.read_json(data, "problem_info").get("language_instruction")
-    return " ".join(map(str, said)) if isinstance(said, list) else str(said or "")
+    where = f"{hdf5.place(data, 'problem_info')}, language_instruction"
+    if isinstance(said, list):
+        return " ".join(a_text(word, where) for word in said)
+    return "" if said is None else a_text(said, where).strip()
 
 
 def _named(path: Path) -> str:

@@ -14,7 +14,6 @@ mani_skill/agents/robots/panda/panda.py and agents/controllers/pd_ee_pose.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
+from data_tools.formats.checked import a_list, a_text, an_object, flag, object_at, rate, read_object, text_at, whole
 from data_tools.formats.declared import Orientation, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
@@ -33,6 +33,8 @@ from stamo_dist.errors import DataError
 IMAGES = {3: "sensor_data", 2: "image"}
 POSE = "extra/tcp_pose"
 PROPRIO = ("agent/qpos", POSE)
+#: x y z and a quaternion.
+POSE_SIZE = 7
 #: The simulator's rate where env_kwargs do not say another.
 CONTROL_HZ = 20.0
 
@@ -76,15 +78,16 @@ class ManiskillReader:
         episodes: list[EpisodeRef] = []
         bad: list[str] = []
         blind: list[Path] = []
+        said: list[str] = []
         for path in files:
             try:
                 with hdf5.open_file(path) as file:
                     if not (trajectories := hdf5.numbered(file, "traj_")):
                         raise DataError(f"{path}: no group traj_0: not ManiSkill's layout")
-                    if all(_version(file[key]) is None for key in trajectories):
+                    if all(_version(hdf5.node(file, key)) is None for key in trajectories):
                         blind.append(path)
                         continue
-                    episodes += self._scan_file(path, file, trajectories, agreement, bad)
+                    episodes += self._scan_file(path, file, trajectories, agreement, bad, said)
             except DataError as e:
                 problems.append(str(e))
         if blind and len(blind) == len(files):
@@ -93,6 +96,7 @@ class ManiskillReader:
             raise DataError("\n".join(problems))
         only = self.only_successful or self.success_only
         episodes, notes = remarks.succeeded(episodes, only)
+        notes += said
         if not episodes:
             raise DataError(f"{src}: no usable episode" + (" that succeeded" if only else ""))
         if not agreement["proprio keys"] and not self.proprio:
@@ -141,44 +145,60 @@ class ManiskillReader:
         return chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(
-        self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str]
-    ) -> list[EpisodeRef]:
+        self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str],
+        notes: list[str],
+    ) -> list[EpisodeRef]:  # fmt: skip
         """The file's usable episodes; adds the others to `bad`.
 
         Raises:
             DataError: Nothing in this file can be used.
         """
         env, told = _read_json(path.with_suffix(".json"))
-        kwargs = _object(path, env, "env_kwargs")
-        rate = self.rate_hz or _object(path, kwargs, "sim_config").get("control_freq") or kwargs.get("control_freq")
-        try:
-            rate = float(rate or CONTROL_HZ)
-        except (TypeError, ValueError):
-            raise DataError(f"{path.with_suffix('.json')}: control_freq {rate!r:.60} is no number") from None
-        env_id = str(env.get("env_id") or path.parent.name)
+        where = f"{path.with_suffix('.json')}, env_info"
+        kwargs = object_at(env, "env_kwargs", where)
+        stated = [
+            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
+            kwargs.get("control_freq"),
+        ]
+        rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
+        rate_hz = float(self.rate_hz or next(iter(rates), CONTROL_HZ))
+        if not (env_id := text_at(env, "env_id", where)):
+            raise DataError(f"{where}, env_id: missing; it says which environment this is")
+        robot, mode = _robot(kwargs, where), text_at(kwargs, "control_mode", f"{where}.env_kwargs")
+        notes += hdf5.left_out(path, hdf5.others(file, "traj_"))
+        if lost := sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories}):
+            named = ", ".join(f"traj_{k}" for k in lost[:5])
+            notes.append(
+                f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"
+            )
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
         like = [f"env_info/{key}" for key, v in env.items() if isinstance(v, str) and remarks.looks_like_language(key)]
         episodes, faults = [], []
         for key in trajectories:
-            group, id = file[key], f"{stem}/{key}"
+            group, id = hdf5.node(file, key), f"{stem}/{key}"
             meta = told.get(int(key.removeprefix("traj_")), {})
             if fault := self._fault(group, meta):
                 faults.append(f"{id}: {fault}")
                 continue
-            success = _success(group, meta)
+            told_by = f"{path.with_suffix('.json').name}, episodes of {key}"
+            try:
+                success = _success(group, meta, told_by)
+                control_mode = text_at(meta, "control_mode", told_by) or mode
+            except DataError as e:
+                faults.append(f"{id}: {e}")
+                continue
             obs, actions = group["obs"], group["actions"]
-            control_mode = str(meta.get("control_mode") or kwargs.get("control_mode"))
             cameras, proprio = _cameras(obs, self.cameras), self._proprio(obs)
             agreement.note(
                 id,
                 {
                     "cameras": tuple(cameras),
-                    "actions": action_spec(control_mode, _robot(kwargs), actions.shape[1], _version(group) or 3),
+                    "actions": action_spec(control_mode, robot, actions.shape[1], _version(group) or 3),
                     "proprio keys": tuple(proprio),
                     **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
                     "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate,
+                    "rates in Hz": rate_hz,
                 },
             )
             episodes.append(
@@ -191,7 +211,7 @@ class ManiskillReader:
                     instruction=self.instruction or _text(meta) or _text(env),
                     meta={"env_id": env_id, **meta, "success": success},
                     private={
-                        "rate_hz": rate,
+                        "rate_hz": rate_hz,
                         "frame_size": next(iter(cameras.values())).shape[1:3],
                         "like_language": like,
                     },
@@ -202,11 +222,13 @@ class ManiskillReader:
         bad += faults
         return episodes
 
-    def _fault(self, group: h5py.Group, meta: Mapping[str, Any]) -> str | None:
+    def _fault(self, group: Any, meta: Mapping[str, Any]) -> str | None:
         """Why an episode cannot be used, by its shapes alone."""
+        if not isinstance(group, h5py.Group):
+            return "no group"
         if fault := hdf5.missing_keys(group, ["actions"]):
             return fault
-        if not isinstance(obs := group.get("obs"), h5py.Group) or _version(group) is None:
+        if not isinstance(obs := hdf5.node(group, "obs"), h5py.Group) or _version(group) is None:
             return f"no pictures; it has {', '.join(hdf5.keys_below(group))}"
         cameras = _cameras(obs, self.cameras)
         if missing := [camera for camera, dataset in cameras.items() if dataset is None]:
@@ -221,8 +243,11 @@ class ManiskillReader:
         if wrong := {name: n for name, n in rows.items() if n != length + 1}:
             each = ", ".join(f"{name} {n}" for name, n in wrong.items())
             faults.append(f"observations of {length} actions must have {length + 1} rows: {each}")
-        if group["actions"].ndim != 2 or not length:
-            faults.append(f"actions are {group['actions'].shape}, not (T, A)")
+        faults += [*hdf5.number_faults(group, ["actions"], (2,)), *hdf5.number_faults(obs, self._proprio(obs), None)]
+        if POSE in obs and (fault := _pose_fault(obs)):
+            faults.append(fault)
+        if not length:
+            faults.append("no actions")
         if not meta:
             faults.append("not in the .json's episodes")
         return "; ".join(faults) or None
@@ -256,62 +281,78 @@ def action_spec(control_mode: str, robot: str, dim: int, version: int) -> Action
     )
 
 
-def _object(path: Path, holder: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object of the .json beside a file; {} where there is none."""
-    value = holder.get(key) or {}
-    if not isinstance(value, dict):
-        raise DataError(f"{path.with_suffix('.json')}: {key} {value!r:.60} is no JSON object")
-    return value
-
-
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """env_info, and each episode's own entry by its number."""
-    try:
-        told = json.loads(path.read_text())
-        return told.get("env_info") or {}, {int(e["episode_id"]): e for e in told["episodes"]}
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; it says which controller the actions of the .h5 beside it are for") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"{path}: not ManiSkill's JSON with env_info and episodes ({type(e).__name__}: {e})") from e
+    if not path.exists():
+        raise DataError(f"{path}: missing; it says which controller the actions of the .h5 beside it are for")
+    told = read_object(path)
+    episodes: dict[int, dict[str, Any]] = {}
+    for number, entry in enumerate(a_list(told.get("episodes"), f"{path}, episodes")):
+        where = f"{path}, episodes.{number}"
+        id = whole(an_object(entry, where).get("episode_id"), f"{where}.episode_id")
+        if id in episodes:
+            raise DataError(f"{where}.episode_id: {id} is there twice")
+        episodes[id] = entry
+    return an_object(told.get("env_info"), f"{path}, env_info"), episodes
 
 
-def _robot(kwargs: Mapping[str, Any]) -> str:
-    """The robot; unsaid it is the environment's default, nearly always the Panda."""
-    robot = kwargs.get("robot_uids") or kwargs.get("robot") or "panda"
-    return str(robot[0] if isinstance(robot, (list, tuple)) and len(robot) == 1 else robot)
+def _robot(kwargs: Mapping[str, Any], where: str) -> str:
+    """The robot; unsaid it is the environment's default, nearly always the Panda.
+
+    Raises:
+        DataError: It is neither a text nor a list of them.
+    """
+    for key in ("robot_uids", "robot"):
+        if (robot := kwargs.get(key)) is not None:
+            robots = [a_text(r, f"{where}.env_kwargs, {key}") for r in (robot if isinstance(robot, list) else [robot])]
+            if not all(robots):
+                raise DataError(f"{where}.env_kwargs, {key}: must name the robot, not {robot!r:.40}")
+            return ", ".join(robots) or "panda"
+    return "panda"
 
 
 def _version(group: h5py.Group) -> int | None:
     """ManiSkill's major version, by where pictures are; None without pictures."""
-    obs = group.get("obs")
+    obs = hdf5.node(group, "obs") if isinstance(group, h5py.Group) else None
     if not isinstance(obs, h5py.Group):
         return None
-    return next((version for version, key in IMAGES.items() if _pictures(obs.get(key))), None)
+    return next((version for version, key in IMAGES.items() if _pictures(hdf5.node(obs, key))), None)
 
 
 def _pictures(group: Any) -> dict[str, h5py.Dataset]:
     if not isinstance(group, h5py.Group):
         return {}
-    found = {c: group[c].get("rgb") for c in sorted(group) if isinstance(group[c], h5py.Group)}
-    return {camera: dataset for camera, dataset in found.items() if isinstance(dataset, h5py.Dataset)}
+    found = {
+        c: hdf5.node(camera, "rgb") for c in sorted(group) if isinstance(camera := hdf5.node(group, c), h5py.Group)
+    }
+    return {camera: dataset for camera, dataset in found.items() if hdf5.is_rows(dataset)}
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:
     """Camera → its frames, None where it does not exist."""
-    there = next((found for key in IMAGES.values() if (found := _pictures(obs.get(key)))), {})
+    there = next((found for key in IMAGES.values() if (found := _pictures(hdf5.node(obs, key)))), {})
     return there if asked is None else {camera: there.get(camera) for camera in asked}
 
 
-def _success(group: h5py.Group, meta: Mapping[str, Any]) -> bool | None:
+def _success(group: h5py.Group, meta: Mapping[str, Any], where: str) -> bool | None:
     about = meta.get("info")
     said = meta.get("success", about.get("success") if isinstance(about, dict) else None)
-    return hdf5.success(group) if said is None else bool(said)
+    return hdf5.success(group) if said is None else flag(said, f"{where}, success")
 
 
 def _text(told: Mapping[str, Any]) -> str:
     """The instruction under the first usual key that has one; "": none."""
     texts = (told[key] for key in remarks.language_keys(told))
     return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+
+
+def _pose_fault(obs: h5py.Group) -> str | None:
+    """Why the pose cannot be read."""
+    if fault := hdf5.missing_keys(obs, [POSE]):
+        return fault
+    if faults := hdf5.number_faults(obs, [POSE], (2,)):
+        return faults[0]
+    return None if obs[POSE].shape[1] == POSE_SIZE else f"{POSE} has {obs[POSE].shape[1]} numbers, not {POSE_SIZE}"
 
 
 def _pose(tcp: np.ndarray) -> np.ndarray:

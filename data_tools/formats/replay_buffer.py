@@ -31,6 +31,7 @@ from data_tools.formats.declared import (
 )
 from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
+from data_tools.formats.zarr_metadata import DAMAGE, check_folder
 from stamo_dist.errors import DataError
 
 ENDS = "meta/episode_ends"
@@ -53,6 +54,8 @@ UMI_HOW = (
 HOW = (
     "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
 )
+#: More than any buffer has; they are counted in memory.
+MOST_CHUNKS = 10_000_000
 #: Codecs that run what the file says.
 UNSAFE = ("pickle",)
 #: Pictures stored as floats are 0 to 1 if they do not exceed this.
@@ -117,6 +120,7 @@ class ReplayBufferReader:
         notes: list[str] = []
         for path in found:
             try:
+                check_folder(path)
                 with open_buffer(path) as buffer:
                     settled = self._settle(path, buffer, notes)
                     episodes += self._episodes(path, buffer, settled)
@@ -209,10 +213,20 @@ class ReplayBufferReader:
             notes += remarks.no_proprio(numeric)
         for camera in cameras:
             if data[camera].dtype.kind == "f":
-                top = 255 / _unit(data[camera])
+                with _reading(path, f"data/{camera}"):
+                    top = 255 / _unit(data[camera])
                 notes.append(f"cameras: {camera} is stored as floats, read as 0 to {top:g} by its first frames")
-            if lost := data[camera].nchunks - data[camera].nchunks_initialized:
-                notes.append(f"{path.name}: {lost} chunks of {camera} are not stored, and read as their fill value")
+        for key in (*cameras, *keys, *proprio, *self.pose):
+            if data[key].nchunks > MOST_CHUNKS:
+                raise DataError(f"{path}: data/{key}, shape: {data[key].shape} would be {data[key].nchunks} chunks")
+            with _reading(path, f"data/{key}"):
+                lost = data[key].nchunks - data[key].nchunks_initialized
+            if lost:
+                notes.append(f"{path.name}: {lost} chunks of {key} are not stored, and read as their fill value")
+            if 0 in data[key].shape[1:] or (key not in cameras and data[key].dtype.kind not in "fiub"):
+                raise DataError(
+                    f"{path}: data/{key}, shape and dtype: {data[key].shape} {data[key].dtype} holds no numbers"
+                )
         spec = self._spec(path, data, keys)
         size = sum(int(np.prod(data[k].shape[1:])) for k in proprio)
         return _Settled(tuple(cameras), tuple(keys), spec, tuple(proprio), size, self._rate(path, buffer))
@@ -235,7 +249,8 @@ class ReplayBufferReader:
         if TIMES not in buffer["data"]:
             raise DataError(f"{path}: no data/{TIMES}; give the steps per second with --set rate_hz=HZ")
         ends = _ends(path, buffer)
-        first = np.asarray(buffer["data"][TIMES][: ends[0]], np.float64).ravel()
+        with _reading(path, f"data/{TIMES}"):
+            first = np.asarray(buffer["data"][TIMES][: ends[0]], np.float64).ravel()
         steps = np.diff(first)
         if not len(steps) or not np.isfinite(steps).all() or (steps <= 0).any():
             raise DataError(f"{path}: data/{TIMES} does not increase in the first episode; give --set rate_hz=HZ")
@@ -301,7 +316,7 @@ def find_buffers(src: Path) -> list[Path]:
         raise DataError(f"{src}: no such .zarr folder or .zarr.zip")
     found = sorted(p for p in (*src.rglob("*.zarr"), *src.rglob("*.zarr.zip")) if is_buffer(p))
     if not found:
-        raise DataError(f"{src}: no zarr group, and no .zarr folder or .zarr.zip in this folder")
+        raise DataError(f"{src}: no zarr group (.zgroup or zarr.json), and no .zarr folder or .zarr.zip in this folder")
     return found
 
 
@@ -325,7 +340,7 @@ def open_buffer(path: Path) -> Iterator[Any]:
                 yield _checked(path, zarr.open_group(store, mode="r"))
         else:
             yield _checked(path, zarr.open_group(str(path), mode="r"))
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, zipfile.BadZipFile) as e:
+    except DAMAGE as e:
         hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
         raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
 
@@ -340,9 +355,23 @@ def _register_codecs() -> None:
         pass  # the error of a missing codec names it
 
 
+@contextmanager
+def _reading(path: Path, key: str) -> Iterator[None]:
+    """Says which array is damaged."""
+    try:
+        yield
+    except DAMAGE as e:
+        raise DataError(f"{path}: {key} cannot be read ({type(e).__name__}: {e})") from e
+
+
 def _checked(path: Path, group: Any) -> Any:
     if "data" not in group or ENDS not in group:
-        raise DataError(f"{path}: no data and {ENDS}: not a ReplayBuffer; it has {', '.join(group) or 'nothing'}")
+        raise DataError(
+            f"{path}: no group data (with .zgroup or zarr.json) or no array {ENDS} (with .zarray or zarr.json): not a "
+            f"ReplayBuffer; it has {', '.join(group) or 'nothing'}"
+        )
+    if not hasattr(group["data"], "array_keys") or not hasattr(group[ENDS], "dtype"):
+        raise DataError(f"{path}: data is no group, or {ENDS} no array: not a ReplayBuffer")
     return group
 
 
@@ -350,7 +379,8 @@ def check_codecs(path: Path, array: Any) -> None:
     """Raises:
     DataError: Reading this array would run what the file says.
     """
-    codecs = [*(array.filters or ()), *(getattr(array, "compressors", None) or [getattr(array, "compressor", None)])]
+    compressors = getattr(array, "compressors", None)
+    codecs = [*(array.filters or ()), *([getattr(array, "compressor", None)] if compressors is None else compressors)]
     if array.dtype.kind == "O" or any(getattr(codec, "codec_id", "") in UNSAFE for codec in codecs):
         raise DataError(f"{path}: {array.name} holds pickled objects, which are not read")
 
@@ -358,7 +388,8 @@ def check_codecs(path: Path, array: Any) -> None:
 def _ends(path: Path, buffer: Any) -> np.ndarray:
     """int64 (E,), increasing."""
     check_codecs(path, buffer[ENDS])
-    ends = np.asarray(buffer[ENDS][:])
+    with _reading(path, ENDS):
+        ends = np.asarray(buffer[ENDS][:])
     if ends.ndim != 1 or not len(ends) or ends.dtype.kind not in "iu" or (np.diff(ends, prepend=0) <= 0).any():
         raise DataError(f"{path}: {ENDS} must be increasing whole numbers, not {ends.dtype} {ends.shape}")
     return ends.astype(np.int64)

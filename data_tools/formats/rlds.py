@@ -157,7 +157,7 @@ class RldsReader:
         split = "val" if shard.split in tfds.VAL_NAMES else shard.split
         name = f"{shard.split}/{shard.number:05d}"
         if not shard.path.is_file():
-            why = f"{shard.path.name} is missing"
+            why = f"{shard.path.name} is missing, which {tfds.INFO} names"
             return [], [f"{name}/{k:06d}: {why}" for k in range(shard.episodes or 1)]
         records, rest = tfrecord.scan_records(shard.path)
         episodes, bad = [], []

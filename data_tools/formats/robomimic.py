@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 from data_tools.formats import hdf5, remarks
+from data_tools.formats.checked import object_at, rate, text_at
 from data_tools.formats.declared import (
     Mode,
     Orientation,
@@ -107,7 +108,7 @@ class RobomimicReader:
             raise DataError("\n".join(problems))
         spec = agreement["actions"]
         episodes, notes = remarks.succeeded(found.episodes, self.only_successful)
-        notes += remarks.unsaid_instructions(episodes, found.like_language)
+        notes += [*found.notes, *remarks.unsaid_instructions(episodes, found.like_language)]
         if not agreement["proprio keys"] and not self.proprio:
             notes += remarks.no_proprio(found.numeric)
         if spec.unstated:
@@ -176,16 +177,19 @@ class RobomimicReader:
         if not demos:
             raise DataError(f"{path}: no group data/demo_0: not robomimic's HDF5 layout")
         env = hdf5.read_json(data, "env_args")
-        rate = self._rate(path, env)
+        rate_hz = self._rate(path, env)
         splits = _splits(file)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
-        task = str(env.get("env_name") or path.stem)
+        task = text_at(env, "env_name", hdf5.place(data, "env_args")) or path.stem
+        found.notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         faults = []
         for key in demos:
-            demo, id = data[key], f"{stem}/{key}"
+            demo, id = hdf5.node(data, key), f"{stem}/{key}"
+            texts: list[str] = []
             try:
-                fault, texts = self._fault(demo), self._texts(env, demo, file)
+                if not (fault := self._fault(demo)):
+                    texts = self._texts(env, demo, file)
             except DataError as e:
                 fault, texts = str(e), []
             if fault:
@@ -208,7 +212,7 @@ class RobomimicReader:
                     "actions": spec,
                     "proprio keys": tuple(proprio),
                     "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate,
+                    "rates in Hz": rate_hz,
                 },
             )
             said = next((text for text in texts if text), self.instruction or "")
@@ -229,7 +233,7 @@ class RobomimicReader:
                     instruction=said,
                     split=splits.get(key, ""),
                     meta=meta,
-                    private={"rate_hz": rate, "by_step": len(texts) == length and len(set(texts)) > 1},
+                    private={"rate_hz": rate_hz, "by_step": len(texts) == length and len(set(texts)) > 1},
                 )
             )
         if len(faults) == len(demos):
@@ -237,31 +241,32 @@ class RobomimicReader:
         found.bad += faults
 
     def _rate(self, path: Path, env: Mapping[str, Any]) -> float:
-        kwargs = env.get("env_kwargs") or {}
-        if not isinstance(kwargs, dict):
-            raise DataError(f"{path}: /data: attribute env_args: env_kwargs {kwargs!r:.60} is no JSON object")
-        rate = kwargs.get("control_freq") or self.rate_hz
-        if rate is None:
+        where = f"{path}: /data: attribute env_args"
+        said = object_at(env, "env_kwargs", where).get("control_freq")
+        if said is not None:
+            return rate(said, f"{where}, env_kwargs.control_freq")
+        if self.rate_hz is None:
             raise DataError(
                 f"{path}: env_args has no env_kwargs.control_freq; give the steps per second with --set rate_hz=HZ"
             )
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
-            raise DataError(f"{path}: /data: attribute env_args: control_freq {rate!r:.60} is no positive number")
-        return float(rate)
+        return rate(self.rate_hz, "rate_hz")
 
     def _texts(self, env: Mapping[str, Any], demo: h5py.Group, file: h5py.File) -> list[str]:
         """The episode's instruction, or one a step; [] if it has none."""
-        about = hdf5.read_json(demo, "ep_meta")
-        said = next((str(about[k]) for k in language_keys(about) if about[k]), "")
-        texts = (
-            [said] if said else find_texts([demo, *([demo["obs"]] if isinstance(demo.get("obs"), h5py.Group) else [])])
-        )
-        said = next((str(env[k]) for k in ("lang", "env_lang", *language_keys(env)) if env.get(k)), "")
-        return texts or ([said] if said else find_texts([file["data"], file]))
+        about, where = hdf5.read_json(demo, "ep_meta"), hdf5.place(demo, "ep_meta")
+        said = next((text for k in language_keys(about) if (text := text_at(about, k, where))), "")
+        texts = [said] if said else find_texts([demo, demo["obs"]], len(demo[self._action_keys()[0]]))
+        if texts:
+            return texts
+        where, keys = hdf5.place(file["data"], "env_args"), ("lang", "env_lang", *language_keys(env))
+        said = next((text for k in keys if (text := text_at(env, k, where))), "")
+        return [said] if said else find_texts([file["data"], file])
 
-    def _fault(self, demo: h5py.Group) -> str | None:
+    def _fault(self, demo: Any) -> str | None:
         """Why an episode cannot be used, by its shapes alone."""
-        obs = demo.get("obs")
+        if not isinstance(demo, h5py.Group):
+            return "no group"
+        obs = hdf5.node(demo, "obs")
         if missing := hdf5.missing_keys(demo, self._action_keys()):
             return missing
         if not isinstance(obs, h5py.Group):
@@ -271,6 +276,7 @@ class RobomimicReader:
         if missing := hdf5.missing_keys(obs, keys):
             return f"obs has {missing}"
         faults = hdf5.image_faults(obs, list(cameras.values()))
+        faults += hdf5.number_faults(obs, [key for key in keys if key not in cameras.values()], None)
         actions = {key: demo[key] for key in self._action_keys()}
         for key, values in actions.items():
             if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
@@ -289,13 +295,14 @@ class _Found:
     bad: list[str] = field(default_factory=list)
     like_language: set[str] = field(default_factory=set)
     numeric: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:
     """Camera → key below obs."""
     if asked is not None:
         return {c.removesuffix(IMAGE): f"{c}{IMAGE}" if f"{c}{IMAGE}" in obs else c for c in asked}
-    keys = sorted(key for key in obs if key.endswith(IMAGE) or hdf5.is_images(obs[key]))
+    keys = sorted(key for key in obs if key.endswith(IMAGE) or hdf5.is_images(hdf5.node(obs, key)))
     return {key.removesuffix(IMAGE): key for key in keys}
 
 
@@ -303,7 +310,9 @@ def _splits(file: h5py.File) -> dict[str, str]:
     """demo → split, of mask/train and mask/valid."""
     found: dict[str, str] = {}
     for mask, split in SPLITS.items():
-        names = file.get(f"mask/{mask}")
-        if isinstance(names, h5py.Dataset):
-            found |= {n.decode() if isinstance(n, bytes) else str(n): split for n in names[:]}
+        if (names := hdf5.node(file, f"mask/{mask}")) is None:
+            continue
+        if not hdf5.is_texts(names) or names.ndim != 1:
+            raise DataError(f"{file.filename}: mask/{mask} is no list of demos' names")
+        found |= {hdf5.text(name): split for name in names[:]}
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from data_tools.formats.checked import flag, object_at, positive, text_at
 from data_tools.formats.declared import declare, is_declared
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
@@ -42,18 +43,25 @@ def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> A
     OSC_POSE: 1 of a normalised delta is output_max (robosuite/controllers/…/osc.py); absolute poses are metres and a
     rotation vector in the world's frame, not normalised.
     """
-    controller = _controller(env.get("env_kwargs", {}))
-    kind = str(controller.get("type", "unknown"))
-    delta = controller.get("control_delta", controller.get("input_type", "delta") == "delta")
+    where = "env_args: controller_configs"
+    controller = _controller(object_at(env, "env_kwargs", "env_args"))
+    kind = text_at(controller, "type", where) or "unknown"
+    said = controller.get("control_delta")
+    delta = (
+        text_at(controller, "input_type", where) in ("", "delta")
+        if said is None
+        else flag(said, f"{where}, control_delta")
+    )
     mode = asked or ("delta" if delta else "absolute")
     turning = 3 if kind == "OSC_POSE" else 0
     pose_size = 3 + turning
     one_arm = dim in (pose_size, pose_size + 1)
-    if asked == "other" or kind not in ("OSC_POSE", "OSC_POSITION") or not one_arm:
+    unscaled = mode != "absolute" and controller.get("output_max") is None
+    if asked == "other" or kind not in ("OSC_POSE", "OSC_POSITION") or not one_arm or unscaled:
         spec = ActionSpec(dim=dim, text=f"robosuite {kind}, {dim} dimensions as stored", mode="other")
         unclear = asked is None and kind in ("OSC_POSE", "OSC_POSITION", "unknown")
         return replace(spec, unstated=f"--set action=other if they are no deltas, else e.g. {HOW}" if unclear else "")
-    metres, radians = (1.0, 1.0) if mode == "absolute" else _units(controller.get("output_max", 1.0))
+    metres, radians = (1.0, 1.0) if mode == "absolute" else _units(controller["output_max"], turning)
     gripper = pose_size if dim > pose_size else None
     return ActionSpec(
         dim=dim,
@@ -71,17 +79,23 @@ def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> A
     )
 
 
-def _units(output_max: Any) -> tuple[float, float]:
+def _units(output_max: Any, turning: int) -> tuple[float, float]:
     """Metres and radians of one unit.
 
     Raises:
-        DataError: output_max is no number and no list of them.
+        DataError: output_max is no number and no list of them, or not the same for all axes.
     """
+    where = "env_args: controller_configs: output_max"
+    parts = output_max if isinstance(output_max, list) else [output_max] * (3 + turning)
     try:
-        scale = np.asarray(output_max, float).ravel()
-        return float(scale[0]), float(scale[-1])
-    except (TypeError, ValueError, IndexError):
-        raise DataError(f"env_args: controller_configs: output_max {output_max!r:.60} are no numbers") from None
+        scale = [positive(part, where) for part in parts if not isinstance(part, str | list)]
+    except DataError:
+        scale = []
+    if len(scale) != len(parts) or len(scale) not in (3, 3 + turning):
+        raise DataError(f"{where} {output_max!r:.60} are no {3 + turning} positive numbers")
+    if len(set(scale[:3])) > 1 or len(set(scale[3:])) > 1:
+        raise DataError(f"{where} {output_max!r:.60} are not the same for all axes; {HOW}")
+    return scale[0], scale[-1]
 
 
 def _controller(kwargs: Mapping[str, Any]) -> dict[str, Any]:

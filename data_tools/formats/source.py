@@ -217,6 +217,15 @@ def check_lfs(path: Path) -> None:
         raise DataError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in the dataset")
 
 
+def check_there(path: Path) -> None:
+    """Raises:
+    DataError: The file is a link to nothing, or only Git LFS's pointer.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there; bring it back or remove the link")
+    check_lfs(path)
+
+
 def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
     """`src` itself if it is a file, else the files below it with one of these suffixes, as `walk` finds them.
 
@@ -229,9 +238,5 @@ def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
     if not files:
         raise DataError(f"{src}: no {' or '.join(suffixes)} file in this folder")
     for path in files:
-        if not path.exists():
-            raise DataError(
-                f"{path}: a link to {os.readlink(path)}, which is not there; bring it back or remove the link"
-            )
-        check_lfs(path)
+        check_there(path)
     return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats import tfrecord
+from data_tools.formats.checked import a_list, an_object, list_at, read_object, shown, text_at, whole
 from data_tools.formats.source import walk
 from stamo_dist.errors import DataError
 
@@ -24,6 +24,8 @@ DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 VAL_NAMES = ("val", "valid", "validation")
 
 
+#: A split says of no shard that it has more episodes.
+LONGEST_SHARD = 1_000_000
 #: A shorter row of numbers is no text.
 CHARACTERS = 16
 
@@ -105,49 +107,46 @@ def open_dataset(src: Path) -> Dataset:
         found = ", ".join(str(f.relative_to(src)) for f in folders)
         raise DataError(f"{src}: {len(folders)} datasets or versions; convert one at a time: {found}")
     folder = folders[0]
-    info, declared = _json(folder / INFO), _json(folder / FEATURES)
+    for name in (INFO, FEATURES):
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name}: missing")
+    info, declared = read_object(folder / INFO), read_object(folder / FEATURES)
     form = info.get("fileFormat", "tfrecord")
     if form != "tfrecord":
         raise DataError(f"{folder / INFO}: fileFormat {form!r} is not read; write it again with file_format=tfrecord")
-    name = str(info.get("name") or folder.parent.name)
+    name = text_at(info, "name", str(folder / INFO)) or folder.parent.name
     try:
         leaves = dict(_leaves(declared, "", 0))
     except DataError as e:
         raise DataError(f"{folder / FEATURES}: {e}") from e
     if not any(key.startswith("steps/") for key in leaves):
         raise DataError(
-            f"{folder / FEATURES}: no feature below `steps`: not RLDS; it has {', '.join(leaves) or 'none'}"
+            f"{folder / FEATURES}: no feature below `steps` in featuresDict: not RLDS; it has "
+            f"{', '.join(leaves) or 'none'}"
         )
-    try:
-        shards = tuple(_shards(folder, name, info))
-    except (TypeError, ValueError, AttributeError, KeyError) as e:
-        raise DataError(f"{folder / INFO}: splits: not a list of name, shardLengths ({type(e).__name__}: {e})") from e
-    return Dataset(name, folder, shards, leaves)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing") from None
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be read: {e}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
+    return Dataset(name, folder, tuple(_shards(folder, name, info)), leaves)
 
 
 def _shards(folder: Path, name: str, info: Mapping[str, Any]) -> Iterator[Shard]:
     """The files of every split, in stored order; an older dataset_info.json without splits: what lies there."""
-    splits = info.get("splits") or []
-    for split in splits:
-        lengths = [int(n) for n in split.get("shardLengths", [])]
-        template = split.get("filepathTemplate") or DEFAULT_TEMPLATE
+    splits = list_at(info, "splits", f"{folder / INFO}")
+    names: set[str] = set()
+    for place, split in enumerate(splits):
+        where = f"{folder / INFO}, splits.{place}"
+        split_name = text_at(an_object(split, where), "name", where)
+        if not re.fullmatch(r"[^\x00-\x1f/\u2028]+", split_name) or split_name in names:
+            raise DataError(f"{where}, name: must be a name that no other split has, not {shown(split.get('name'))}")
+        names.add(split_name)
+        stated = a_list(split.get("shardLengths"), f"{where}, shardLengths")
+        lengths = [whole(n, f"{where}, shardLengths") for n in stated]
+        if any(n > LONGEST_SHARD for n in lengths):
+            raise DataError(f"{where}, shardLengths: {max(lengths)} is more than a shard has")
+        template = text_at(split, "filepathTemplate", where) or DEFAULT_TEMPLATE
         for number, episodes in enumerate(lengths):
             file = template
-            for key, value in _file_name_parts(name, split["name"], number, len(lengths)).items():
+            for key, value in _file_name_parts(name, split_name, number, len(lengths)).items():
                 file = file.replace(f"{{{key}}}", value)
-            yield Shard(split["name"], number, folder / file, episodes)
+            yield Shard(split_name, number, folder / file, episodes)
     if not splits:
         for path in sorted(folder.glob("*.tfrecord-*")):
             match = re.match(r".*-(\w+)\.tfrecord-(\d+)-of-\d+$", path.name)
@@ -176,15 +175,16 @@ def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, Feature]]:
     if not isinstance(node, dict):
         raise DataError(f"{name or 'the whole'}: {node!r:.80} is no feature")
     if "featuresDict" in node:
-        features = _object(_object(node["featuresDict"], name).get("features", {}), name)
+        at = f"{name or 'the whole'}, featuresDict"
+        features = _object(_object(node["featuresDict"], at).get("features", {}), f"{at}.features")
         for key, child in sorted(features.items()):
             yield from _leaves(child, f"{name}/{key}" if name else key, depth)
     elif "sequence" in node:
-        yield from _leaves(_object(node["sequence"], name).get("feature"), name, depth + 1)
+        yield from _leaves(_object(node["sequence"], f"{name}, sequence").get("feature"), name, depth + 1)
     elif "text" in node:
         yield name, Feature("text", (), "string", "", depth)
     elif kind := next((kind for kind in ("image", "tensor") if kind in node), None):
-        about = _object(node[kind], name)
+        about = _object(node[kind], f"{name}, {kind}")
         dtype, encoding = ("uint8", about.get("encodingFormat")) if kind == "image" else ("", about.get("encoding"))
         default = "" if kind == "image" else "none"
         yield name, Feature(kind, _shape(about, name), str(about.get("dtype", dtype)), str(encoding or default), depth)
@@ -201,7 +201,7 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 def _shape(node: Mapping[str, Any], name: str) -> tuple[int, ...]:
     try:
-        return tuple(int(n) for n in _object(node.get("shape", {}), name).get("dimensions", []))
+        return tuple(int(n) for n in _object(node.get("shape", {}), f"{name}, shape").get("dimensions", []))
     except (TypeError, ValueError):
         raise DataError(f"{name}: shape.dimensions: {node['shape']['dimensions']!r} are no numbers") from None
 

@@ -15,7 +15,7 @@ from data_tools.formats import remarks
 from data_tools.formats.decode import VideoInfo, probe, video_frames
 from data_tools.formats.source import EpisodeData, EpisodeRef, Film, Scan, find_files, walk
 from data_tools.formats.video_presets import PRESETS, Given, Listing
-from data_tools.formats.video_segments import Segment, read_labels, read_table
+from data_tools.formats.video_segments import Segment, once, read_labels, read_table
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
@@ -56,6 +56,9 @@ class VideoReader:
         self._check_options()
         shelf = _Shelf(self.root, find_files(self.src, SUFFIXES))
         listing = self._listing(shelf)
+        if not listing.segments:
+            raise DataError(f"{', '.join(map(str, listing.files)) or self.src}: no segments in it")
+        once(listing.segments)
         placed = [(segment, shelf.place(segment, strict=self.preset is None)) for segment in listing.segments]
         if self.preset is None:
             _check_rows(placed)
@@ -86,6 +89,7 @@ class VideoReader:
                 *self._short([s for s, part in known if part.frames < self.min_frames]),
                 *_absent(absent),
                 *remarks.hdr_videos(shelf.hdr),
+                *listing.notes,
             ],
         )
 

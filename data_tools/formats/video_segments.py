@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.checked import a_list, a_text, an_object, read_json, shown
 from stamo_dist.errors import DataError
 
 #: What a column may be called; the first name is ours, the others are those of public datasets.
@@ -24,6 +24,7 @@ COLUMNS = {
     "split": ("split",),
 }
 #: Frame numbers go wrong where frame rates are mixed, so they are left out even of the metadata.
+_CELLS = "(cells)"
 _UNUSED = ("start_frame", "stop_frame", "end_frame")
 
 
@@ -56,11 +57,11 @@ def seconds(text: Any) -> float:
     return value
 
 
-def read_table(path: Path, split: str = "") -> list[Segment]:
+def read_table(path: Path, split: str = "", timed: bool = False) -> list[Segment]:
     """Segments of a .csv or .tsv with a header, or a .json: a list of objects, or {VIDEO: [objects]}.
 
-    A row without start begins with the video, one without end ends with it, one without split is of `split`. Other
-    columns become metadata.
+    A row without start begins with the video, one without end ends with it (where `timed` neither may lack), one
+    without split is of `split`. Other columns become metadata.
 
     Raises:
         DataError: The file cannot be read or has no column with the video.
@@ -73,7 +74,7 @@ def read_table(path: Path, split: str = "") -> list[Segment]:
             f"{path}: no column video; a table of segments has the columns video, start, end (seconds or HH:MM:SS.mmm) "
             "and text, and may have id and split"
         )
-    return [_segment(f"{path.name} {where}", row, split) for where, row in rows]
+    return [_segment(f"{path.name} {where}", row, split, timed) for where, row in rows]
 
 
 def split_of(path: Path) -> str:
@@ -82,18 +83,17 @@ def split_of(path: Path) -> str:
     return found[1] if found else ""
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+def once(segments: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments, whose ids are all different.
 
     Raises:
-        DataError: It is missing or no JSON.
+        DataError: They are not.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
+    seen: dict[str, Segment] = {}
+    for segment in segments:
+        if segment.id and seen.setdefault(segment.id, segment) is not segment:
+            raise DataError(f"{segment.where}: id {segment.id!r} is that of {seen[segment.id].where} too")
+    return segments
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -104,11 +104,11 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     raw = read_json(path)
     if isinstance(raw, list):
-        rows = [row if isinstance(row, dict) else {} for row in raw]
+        rows = [_typed(an_object(row, f"{path}, item {n}"), f"{path}, item {n}") for n, row in enumerate(raw, start=1)]
         raw = {_first(row, (*COLUMNS["video"], "id")): _first(row, COLUMNS["text"]) for row in rows}
-    if not isinstance(raw, dict) or not all(k and isinstance(v, str) for k, v in raw.items()):
+    if not isinstance(raw, dict) or not all(raw):
         raise DataError(f"{path}: must be {{VIDEO: text}}, or a list of objects with video and text")
-    return {str(video): text for video, text in raw.items()}
+    return {str(video): a_text(text, f"{path}, {video}").strip() for video, text in raw.items()}
 
 
 def around(times: Sequence[float], window: float) -> list[tuple[float, float]]:
@@ -125,12 +125,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            names = [name.strip().lower() for name in reader.fieldnames or ()]
+            if twice := [name for name in names if name and names.count(name) > 1]:
+                raise DataError(f"{path}: has two columns {twice[0]}")
             for row in reader:
-                yield f"row {reader.line_num}", {(k or "").strip().lower(): v for k, v in row.items() if k}
+                more: Any = row.pop(None, ())
+                full = sum(value is not None for value in row.values()) + len(more)
+                cells: dict[str, Any] = {k.strip().lower(): v for k, v in row.items() if k}
+                if full != len(row):
+                    cells[_CELLS] = f"{full} of {len(row)}"
+                yield f"row {reader.line_num}", cells
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except (UnicodeDecodeError, csv.Error) as e:
+    except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a CSV in UTF-8: {e}") from e
+    except csv.Error as e:
+        raise DataError(f"{path}, line {reader.line_num}: not a CSV: {e}") from e
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -138,14 +148,32 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(raw, dict) and isinstance(raw.get("segments"), list):
         raw = raw["segments"]
     if isinstance(raw, dict):
-        raw = [{"video": video, **part} for video, parts in raw.items() for part in (parts if _is_rows(parts) else [])]
-    if not _is_rows(raw):
+        raw = [
+            {"video": video, **an_object(part, f"{path}, {video}.{n}")}
+            for video, parts in raw.items()
+            for n, part in enumerate(a_list(parts, f"{path}, {video}"))
+        ]
+    if not isinstance(raw, list):
         raise DataError(f"{path}: must be a list of objects, or {{VIDEO: [objects]}}")
-    yield from ((f"item {number}", row) for number, row in enumerate(raw, start=1))
+    for number, row in enumerate(raw, start=1):
+        where = f"{path}, item {number}"
+        yield f"item {number}", _typed(an_object(row, where), where)
 
 
-def _is_rows(raw: Any) -> bool:
-    return isinstance(raw, list) and all(isinstance(row, dict) for row in raw)
+def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A JSON row whose known columns are texts, or numbers where they may be.
+
+    Raises:
+        DataError: One is not.
+    """
+    for ours, names in COLUMNS.items():
+        for name in names:
+            value = row.get(name)
+            if ours == "text" and value is not None:
+                a_text(value, f"{where}, {name}")
+            elif isinstance(value, bool | list | dict):
+                raise DataError(f"{where}, {name}: must be a text or a number, not {shown(value)}")
+    return row
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -153,7 +181,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
     return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
 
 
-def _segment(where: str, row: Mapping[str, Any], split: str) -> Segment:
+def _segment(where: str, row: Mapping[str, Any], split: str, timed: bool) -> Segment:
     values = {ours: _first(row, names) for ours, names in COLUMNS.items()}
     faults, times = [], {"start": 0.0, "end": None}
     for key in times:
@@ -162,12 +190,16 @@ def _segment(where: str, row: Mapping[str, Any], split: str) -> Segment:
                 times[key] = seconds(values[key])
             except ValueError:
                 faults.append(f"{key} {values[key]!r} is neither seconds nor HH:MM:SS.mmm")
+    if _CELLS in row:
+        faults.append(f"has {row[_CELLS]} columns; a text with a comma needs quotes")
+    if timed:
+        faults += [f"no {COLUMNS[key][1]}" for key in times if not values[key]]
     start, end = times["start"] or 0.0, times["end"]
     if end is not None and not faults and start >= end:
         faults.append(f"start {values['start'] or 0} is not before end {values['end']}")
     if not values["video"]:
         faults.append("no video")
-    used = {*_UNUSED, *(name for names in COLUMNS.values() for name in names)}
+    used = {_CELLS, *_UNUSED, *(name for names in COLUMNS.values() for name in names)}
     return Segment(
         where=where,
         video=values["video"].removeprefix("./"),

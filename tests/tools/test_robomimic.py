@@ -274,13 +274,23 @@ def test_asked_for_and_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "value", "message"),
     [
-        ("data", "env_args", "{", "/data: attribute env_args is no JSON"),
-        ("data", "env_args", "[1]", "/data: attribute env_args is no JSON object"),
-        ("data", "env_args", '{"env_kwargs": 3}', "/data: attribute env_args: env_kwargs 3 is no JSON object"),
-        ("data", "env_args", json.dumps(env_args(control_freq="x")), "control_freq 'x' is no positive number"),
+        ("data", "env_args", "{", "/data: attribute env_args: not JSON"),
+        ("data", "env_args", "[1]", "/data: attribute env_args: must be a JSON object, not "),
+        (
+            "data",
+            "env_args",
+            '{"env_kwargs": 3}',
+            "/data: attribute env_args, env_kwargs: must be a JSON object, not 3",
+        ),
+        ("data", "env_args", json.dumps(env_args(control_freq="x")), "control_freq: must be a positive number .*'x'"),
         ("data", "env_args", json.dumps(env_args("OSC")), "controller_configs 'OSC' is no"),  # type: ignore[arg-type]
-        ("data", "env_args", json.dumps(env_args({**OSC, "output_max": "x"})), "output_max 'x' are no numbers"),
-        ("demo", "ep_meta", "{", "/data/demo_0: attribute ep_meta is no JSON"),
+        (
+            "data",
+            "env_args",
+            json.dumps(env_args({**OSC, "output_max": "x"})),
+            "output_max 'x' are no 6 positive numbers",
+        ),
+        ("demo", "ep_meta", "{", "/data/demo_0: attribute ep_meta: not JSON"),
     ],
 )
 def test_metadata_faults_name_file_and_field(tmp_path: Path, where: str, name: str, value: str, message: str) -> None:

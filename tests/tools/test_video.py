@@ -352,7 +352,9 @@ def test_presets_say_which_annotations_they_miss(tmp_path: Path, preset: Any) ->
     with pytest.raises(DataError, match=r"no (something-something-v2-train|EPIC_100_train|takes)\.(json|csv)"):
         VideoReader(tmp_path, preset=preset).scan()
     put(tmp_path / "takes.json", [{"uid": 1}])
-    bad = put(tmp_path / "EPIC_100_train.csv", "video_id,start_timestamp\nzz,1\n")
+    bad = put(tmp_path / "EPIC_100_train.csv", "video_id,start_timestamp,stop_timestamp\nzz,1,2\n")
     given = None if preset == "egoexo4d" else [bad if preset == "epic" else tmp_path / "takes.json"]
-    with pytest.raises(DataError, match=r"are not as egoexo4d's are|none of the 1 annotated videos|item 1 has no id"):
+    with pytest.raises(
+        DataError, match=r"item 1, take_uid: must be a text|none of the 1 annotated videos|item 1 has no id"
+    ):
         VideoReader(tmp_path, preset=preset, segments=given).scan()
