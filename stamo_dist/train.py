@@ -29,7 +29,7 @@ from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
 from stamo_dist.engine.optim import adamw, lr_at
 from stamo_dist.engine.pictures import save_grid
 from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED, Grace, Stop, requests
-from stamo_dist.engine.processes import barrier, broadcast, part
+from stamo_dist.engine.processes import barrier, broadcast, everywhere, part
 from stamo_dist.engine.retention import clean
 from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.engine.saver import Saved, Saver
@@ -43,6 +43,8 @@ from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
+
+_AGAIN = f"Leaving with code {EXIT_PREEMPTED} to be started again"
 
 
 def train(
@@ -59,12 +61,23 @@ def train(
     Raises:
         StamoError: Recipe, data, run folder or checkpoint cannot be used as asked; nothing was trained.
     """
+    run, limits = RunFolder(Path(loaded.recipe.run_dir)), loaded.recipe.train
+    stop = Stop(world.rank, limits.checkpoint.grace_seconds)
+    with closing(Watchdog(run.logs, world, limits)) as watchdog:
+        watchdog.mark("building for", 1)
+        return _begin(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed)
+
+
+def _begin(
+    loaded: Loaded, world: World, run: RunFolder, stop: Stop, watchdog: Watchdog, evaluation: Evaluation, resume: str,
+    allowed: frozenset[str],
+) -> int:  # fmt: skip
+    """Look at everything that may be refused, take the run folder, and do all of it."""
     recipe = loaded.recipe
     try:
         plan = batching(recipe.train, world.size)
     except ValueError as e:
         raise RecipeError([str(e)]) from None
-    run = RunFolder(Path(recipe.run_dir))
     choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
     growth = {} if MAY_CHANGE_DATA in allowed else _recorded(choose).growth
     mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth)
@@ -75,23 +88,11 @@ def train(
     check_task(recipe, mixture)
     identity = identify(recipe, mixture)
     if not world.is_main:  # one process looks, so that all see the same
-        return _begin(loaded, world, run, mixture, identity, plan, None, choose, Evaluation())
+        return _go(loaded, world, run, mixture, identity, plan, None, choose, evaluation, stop, watchdog)
     choose(identity)  # what is refused is refused before anything is written
     run.prepare()
     with take(run.path) as generation:
         generation.notes += clean(run.checkpoints, generation.number)
-        return _begin(loaded, world, run, mixture, identity, plan, generation, choose, evaluation or Evaluation())
-
-
-def _begin(
-    loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
-    generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation,
-) -> int:  # fmt: skip
-    """Guarded to its end, do all of it; `generation` is rank 0's."""
-    limits = loaded.recipe.train
-    stop = Stop(world.rank, limits.checkpoint.grace_seconds)
-    with closing(Watchdog(run.logs, world, limits)) as watchdog:
-        watchdog.mark("building for", 1)
         return _go(loaded, world, run, mixture, identity, plan, generation, choose, evaluation, stop, watchdog)
 
 
@@ -122,6 +123,10 @@ def _go(
     }  # fmt: skip
     accelerator = strategy.connect(**how)
     watchdog.meet()
+    if not everywhere(broadcast(mixture.fingerprint) == mixture.fingerprint):
+        if world.is_main:
+            print(f"{run.path}: the processes see different data: a source changed while they started. {_AGAIN}")
+        return EXIT_PREEMPTED
     start, notes = checkpoint.settle(run.checkpoints, world, lambda bad: choose(without=bad))
     if task.init_frames and start is None:
         task.initialise(first_frames(mixture, task.init_frames))
@@ -317,23 +322,34 @@ class _Session:
                         watch.reset()
                     continue
                 self._log()
-                working("saving", step)
                 if hopeless:
+                    working("saving", step)
                     self._report(self.saver.poll(wait=True))
                     return None
-                self.journal.sync()
-                ended = self.saver.save(state, kind or "temporary", wait=last or trial or bool(self.signals))
-                self._report(ended)
+                if (code := self._save(kind or "temporary", last=last, trial=trial)) is not None:
+                    return code
                 watch.reset()
-                if last and ended[-1].error:
-                    raise RunError(f"the last step could not be saved: {ended[-1].error}; make room and start again")
-                if self.signals and not last:
-                    self.journal.say(
-                        f"{requests(self.signals)}: {ended[-1]}; leaving with code {EXIT_PREEMPTED} to be started again"
-                    )
-                    return EXIT_PREEMPTED
-                self._rehearse(step, trial and not ended[-1].error)
         return 0
+
+    def _save(self, kind: str, *, last: bool, trial: bool) -> int | None:
+        """Save the state, and with `trial` export it; the exit code where the run leaves."""
+        step, waits = self.state.step, last or trial or bool(self.signals)
+        self.watchdog.mark("saving", step)
+        if waits:
+            self._report(self.saver.poll(wait=True))  # and measure it, while it is there
+            self.watchdog.mark("saving", step)
+        self.journal.sync()
+        ended = self.saver.save(self.state, kind, wait=waits)
+        self._report(ended)
+        if last and ended[-1].error:
+            raise RunError(f"the last step could not be saved: {ended[-1].error}; make room and start again")
+        if self.signals and not last:
+            self.journal.say(
+                f"{requests(self.signals)}: {ended[-1]}; leaving with code {EXIT_PREEMPTED} to be started again"
+            )
+            return EXIT_PREEMPTED
+        self._rehearse(step, trial and not ended[-1].error)
+        return None
 
     def _wants_rehearsal(self, step: int) -> bool:
         here = step == rehearsal.STEP < self.recipe.train.steps

@@ -2,7 +2,7 @@
 
 Faults of a rank: `nan` and `gradient` take numbers of global batches, from 1, at which the loss, or only its gradient,
 is not a number; `stuck` those at which it stops computing; `slow` takes [seconds] that each micro-batch takes longer,
-`evaluate` those that a measurement between steps does.
+`evaluate` those that a measurement between steps does; `grown` [folder] of a source that has half of it for this rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 import time
 
 from stamo_dist import cli
+from stamo_dist.data import sources
+from stamo_dist.data.schema import Split, read_manifest
 from stamo_dist.evaluate import during
 from stamo_dist.tasks.tokenizer import TokenizerTask
 
@@ -39,6 +41,16 @@ def slowly(*args):
     return measure(*args)
 
 
+def halved(path):
+    found = read_manifest(path)
+    if str(path) not in faults["grown"]:
+        return found
+    half = {k: Split(episodes=v.episodes // 2, frames=v.frames // 2) for k, v in found.splits.items()}
+    return found.model_copy(update={"splits": half})
+
+
+if "grown" in faults:
+    sources.read_manifest = halved
 if "evaluate" in faults:
     during.measure = slowly
 TokenizerTask.loss, TokenizerTask.global_batch = loss, 8

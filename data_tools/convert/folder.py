@@ -90,13 +90,13 @@ def _split_again(plan: Plan, work: Sequence[slices.Slice], settings: Settings) -
     reports = {part: part.report() or {} for part in work}
     read = {e["id"] for report in reports.values() for e in report["episodes"]}
     empty = [s for s in (TRAIN, VAL) if not any(reports[part]["episodes"] for part in work if part.split == s)]
-    sides = {e.id: split for split, members in plan.splits.items() for e in members}
-    if plan.base or settings.split_by != "hash" or not settings.val_fraction or not empty or len(read) < 2:
+    lost = [split for split in empty if split in plan.splits]
+    if plan.base or settings.split_by != "hash" or not settings.val_fraction or not lost or not read:
         return None
     readable = [e for e in plan.episodes if e.id in read]
     splits, notes = split_episodes(readable, settings)
     skipped = [reason for report in reports.values() for reason in report["skipped"]]
-    why = f"split {empty[0]}: none of the {sum(s == empty[0] for s in sides.values())} episodes chosen could be read"
+    why = f"split {lost[0]}: none of the {len(plan.splits[lost[0]])} episodes chosen could be read"
     manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, why, *notes]})
     return replace(plan, manifest=manifest, splits=splits, bad=[*plan.bad, *skipped])
 

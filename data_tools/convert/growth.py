@@ -36,8 +36,8 @@ def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan
     fresh = [e for e in there.values() if e.id not in held]
     splits, notes = split_episodes(fresh, settings, fill=VAL not in found.splits) if fresh else ({}, [])
     note = (
-        f"compared with the dataset: rows of the {len(known)} episodes that were there, not their frames "
-        "(`stamo data check --against` does)"
+        f"the dataset's files have changed since the last conversion; of the {len(known)} episodes that were there the "
+        "rows are the same, their frames were not compared (`stamo data check --against` does)"
     )
     manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, *notes, note]})
     return replace(plan, job=replace(plan.job, manifest=manifest), manifest=manifest, splits=splits, base=found)

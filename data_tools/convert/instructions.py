@@ -27,7 +27,9 @@ def read_table(path: Path) -> dict[str, str]:
             rows = csv.DictReader(file)
             if missing := [c for c in _COLUMNS if c not in (rows.fieldnames or ())]:
                 has = ", ".join(rows.fieldnames or ()) or "nothing"
-                raise DataError(f"{path}: its first line lacks {', '.join(missing)}; it has {has}")
+                raise DataError(
+                    f"{path}: its first line lacks {', '.join(missing)}; it has {has} (commas between, small letters)"
+                )
             table: dict[str, str] = {}
             for row in rows:
                 episode, text = ((row[c] or "").strip() for c in _COLUMNS)

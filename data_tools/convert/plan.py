@@ -274,7 +274,9 @@ def split_episodes(
     else:
         shares = {e.id: _share(settings.seed, e.id) for e in episodes}
         held = {id for id, share in shares.items() if share < settings.val_fraction}
-        if fill and settings.val_fraction and len(shares) > 1 and len(held) in (0, len(shares)):
+        if fill and settings.val_fraction and len(shares) == 1:
+            notes, held = [f"{episodes[0].id}: not held out, as it is the only one"], set()
+        elif fill and settings.val_fraction and len(held) in (0, len(shares)):
             odd = max(shares, key=shares.__getitem__) if held else min(shares, key=shares.__getitem__)
             side = "not held out" if held else "held out"
             notes = [f"{odd}: {side}, as its hash ({shares[odd]:.3f}) comes nearest to {settings.val_fraction:g}"]

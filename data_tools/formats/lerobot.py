@@ -127,15 +127,22 @@ class LerobotReader:
         needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
         parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
         data = {path: _data_fault(path, needed, parts) for path in {e.data for e in layout.episodes if e.data}}
-        by_rows = read_rows(data, chosen.instruction, layout.tasks, info.fps)
+        by_rows = read_rows(layout.episodes, chosen.instruction, layout.tasks, info.fps)
+        unnamed = ""
+        if chosen.instruction == TASK_INDEX and TASK_INDEX in features and not layout.tasks:
+            unnamed = "meta/tasks names no task, so that the rows' task_index says nothing"
+            if any(table_texts(e.tasks, layout.tasks) for e in layout.episodes):
+                notes.append(f"instructions: {unnamed}; the episode table's are taken")
         episodes: list[EpisodeRef] = []
         taken: list[Listed] = []
         bad: list[str] = []
         for listed in layout.episodes:
-            rows = by_rows.setdefault(listed.index, Rows())
+            rows = by_rows.get(listed.index, Rows())
             fault = listed.fault or (data[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
-            fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
             texts = rows.texts or table_texts(listed.tasks, layout.tasks)
+            if unnamed and len(texts) > 1:
+                fault = fault or f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
+            fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
             ref = self._reference(listed, next(iter(texts), ""), info)
             if fault:
                 bad.append(f"{ref.id}: {fault}")
@@ -219,14 +226,14 @@ class LerobotReader:
         return self.pose_rotation or self.rotation or "euler_xyz"
 
     def _instructions(self, rows: pa.Table, chosen: _Choice, episode: EpisodeRef) -> list[str] | None:
-        """Each row's, where they differ within the episode."""
+        """Each row's, where one differs from the episode's."""
         if chosen.instruction not in rows.column_names or chosen.instruction is None:
             return None
         tasks = read_tasks(self.src)
         if chosen.instruction == TASK_INDEX and not tasks:
             return None
         texts = row_texts(rows[chosen.instruction], chosen.instruction, tasks, episode.instruction)
-        return texts if len(set(texts)) > 1 else None
+        return texts if set(texts) != {episode.instruction} else None
 
     def _settle(self) -> _Choice:
         """Settle every feature and convention.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from data_tools.formats.lerobot_tasks import TASK_INDEX, row_texts, table_texts
 from data_tools.formats.lerobot_windows import THREADS, TOLERANCE
 from stamo_dist.errors import DataError
 
+#: Files whose rows the scan reads beside those it must: each costs a millisecond, and a dataset may have a million.
+LOOKED = 64
 #: Episodes that a note names.
 _NAMED = 3
 
@@ -34,29 +36,36 @@ class Rows:
     fault: str = ""
 
 
-def read_rows(paths: Iterable[Path], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
-    """By episode. `column` says each row's instruction; None: none does. Files that cannot be read are left out."""
+def read_rows(listed: Sequence[Listed], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
+    """By episode, in the file that the table names for it: of those without an instruction in the table, and of LOOKED
+    files, spread over the others. `column` says each row's instruction; None: none does.
+    """
+    silent = {e.data for e in listed if e.data and not table_texts(e.tasks, tasks)}
+    others = sorted({e.data for e in listed if e.data} - silent)
+    paths = [*silent, *others[:: -(-len(others) // LOOKED) or 1]]
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = pool.map(lambda path: _of_file(path, column, tasks, fps), sorted(paths))
-        return {episode: rows for part in parts for episode, rows in part.items()}
+        found = dict(zip(paths, pool.map(lambda path: _of_file(path, column, tasks, fps), paths), strict=True))
+    return {e.index: found[e.data].get(e.index, Rows()) for e in listed if e.data in found}
 
 
 def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping[int, str], fps: float) -> list[str]:
     """What is to be said of these episodes: other instructions in the rows than in the table, clocks off the rate."""
     notes = []
-    both = [(e.index, rows[e.index].texts, table_texts(e.tasks, tasks)) for e in listed]
+    seen = [e for e in listed if e.index in rows]
+    share = f"{len(seen)} episodes" if len(seen) == len(listed) else f"{len(seen)} of {len(listed)} episodes looked at"
+    both = [(e.index, rows[e.index].texts, table_texts(e.tasks, tasks)) for e in seen]
     if other := [(index, mine, table) for index, mine, table in both if table and set(mine) - set(table)]:
         index, mine, table = other[0]
         notes.append(
-            f"instructions: {len(other)} of {len(listed)} episodes have others in their rows than in the episode table "
+            f"instructions: {len(other)} of {share} have others in their rows than in the episode table "
             f"(episode {index}: {', '.join(mine)!r:.60}; table: {', '.join(table)!r:.60}); the rows' are taken, as "
             "LeRobot does; --set instruction=none takes the table's"
         )
-    off = [e.index for e in listed if rows[e.index].off > TOLERANCE / fps]
-    if off and any(e.videos for e in listed):
+    off = [e.index for e in seen if rows[e.index].off > TOLERANCE / fps]
+    if off and any(e.videos for e in seen):
         more = ", …" if len(off) > _NAMED else ""
         notes.append(
-            f"times: {len(off)} of {len(listed)} episodes have timestamps off the {fps:g} Hz grid, by up to "
+            f"times: {len(off)} of {share} have timestamps off the {fps:g} Hz grid, by up to "
             f"{max(rows[e].off for e in off):.3g} s (episode {', '.join(map(str, off[:_NAMED]))}{more}); they are "
             "paired with the frames of their videos by order"
         )

@@ -10,8 +10,9 @@ mask/train, valid    names of demos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,14 @@ class RobomimicReader:
         task = text_at(env, "env_name", hdf5.place(data, "env_args")) or path.stem
         found.notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         faults = []
+        # Once a file: they look through the names of all episodes.
+        shared, like = cache(lambda: find_texts([data, file])), cache(lambda: like_language([data]))
         for key in demos:
             demo, id = hdf5.node(data, key), f"{stem}/{key}"
             texts: list[str] = []
             try:
                 if not (fault := self._fault(demo)):
-                    texts = self._texts(env, demo, file)
+                    texts = self._texts(env, demo, file, shared)
             except DataError as e:
                 fault, texts = str(e), []
             if fault:
@@ -217,7 +220,7 @@ class RobomimicReader:
             )
             said = next((text for text in texts if text), self.instruction or "")
             if not said:
-                found.like_language.update(like_language([demo, obs, data]))
+                found.like_language.update([*like_language([demo, obs]), *like()])
             if not proprio:
                 found.numeric = hdf5.numeric(obs)
             meta = {"env_name": task, "env_version": env.get("env_version", "")}
@@ -251,8 +254,10 @@ class RobomimicReader:
             )
         return rate(self.rate_hz, "rate_hz")
 
-    def _texts(self, env: Mapping[str, Any], demo: h5py.Group, file: h5py.File) -> list[str]:
-        """The episode's instruction, or one a step; [] if it has none."""
+    def _texts(
+        self, env: Mapping[str, Any], demo: h5py.Group, file: h5py.File, shared: Callable[[], list[str]]
+    ) -> list[str]:
+        """The episode's instruction, or one a step; [] if it has none. `shared`: the file's."""
         about, where = hdf5.read_json(demo, "ep_meta"), hdf5.place(demo, "ep_meta")
         said = next((text for k in language_keys(about) if (text := text_at(about, k, where))), "")
         texts = [said] if said else find_texts([demo, demo["obs"]], len(demo[self._action_keys()[0]]))
@@ -260,7 +265,7 @@ class RobomimicReader:
             return texts
         where, keys = hdf5.place(file["data"], "env_args"), ("lang", "env_lang", *language_keys(env))
         said = next((text for k in keys if (text := text_at(env, k, where))), "")
-        return [said] if said else find_texts([file["data"], file])
+        return [said] if said else shared()
 
     def _fault(self, demo: Any) -> str | None:
         """Why an episode cannot be used, by its shapes alone."""

@@ -31,8 +31,10 @@ class Episodes:
         DataError: The source, split or camera is missing or damaged.
     """
 
-    def __init__(self, path: str, split: str, camera: str | None = None, *, cache: str = DEFAULT_CACHE):
-        source = open_source(path, cache)
+    def __init__(
+        self, path: str, split: str, camera: str | None = None, *, cache: str = DEFAULT_CACHE, growth: int | None = None
+    ):
+        source = open_source(path, cache, growth)
         self.manifest = source.manifest
         self.camera = source.manifest.cameras[0] if camera is None else camera
         self._shards = open_camera(source, split, self.camera)

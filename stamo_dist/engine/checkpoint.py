@@ -105,6 +105,12 @@ def choose(
     return Choice(path, notes, named, marker.sources, growth_of(marker.identity))
 
 
+def growth_of_run(run: Path) -> Mapping[str, list[int]]:
+    """How many times each source's folders had grown, by the newest whole checkpoint; nothing without one."""
+    whole = scan(run / "checkpoints").whole
+    return growth_of(whole[0][1].identity) if whole else {}
+
+
 def settle(
     checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], Choice]
 ) -> tuple[Path | None, list[str]]:

@@ -13,6 +13,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Recipe
 
 _LISTED = 8
+_STATISTICS = "model.statistics."
 _FROZEN = "model.frozen."
 MAY_CHANGE_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
 #: Fields younger than the first checkpoints, which go on without them, and what they were then.
@@ -42,6 +43,7 @@ class Identity:
             RunError: Another stage, model or mixture; the message names every field that changed.
         """
         changed = {k for k in (*self.fields, *saved) if self.fields.get(k) != saved.get(k)}
+        changed = {k for k in changed if k in self.fields or not k.startswith(_STATISTICS)}  # of videos, as was
         if not any(k.startswith(_FROZEN) for k in self.fields):
             changed = {k for k in changed if not k.startswith(_FROZEN)}
         if "stage" in changed:
@@ -100,8 +102,10 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
             fields[f"data.sources.{name}.grown"] = grown
         if source.labelled < 1:
             fields[f"data.sources.{name}.labelled"] = source.labelled
-        if recipe.stage == "policy":  # they decide what an action is, so they are kept with the weights
-            fields[f"model.statistics.{name}"] = [
+        if (
+            recipe.stage == "policy" and source.actions
+        ):  # they decide what an action is, so they are kept with the weights
+            fields[f"{_STATISTICS}{name}"] = [
                 {column: stats.model_dump() for column, stats in folder.manifest.stats.items()}
                 for folder in mixture.opened[number]
             ]

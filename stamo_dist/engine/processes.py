@@ -50,6 +50,15 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def everywhere(flag: bool) -> bool:
+    """Whether it holds on every rank."""
+    flags = [flag]
+    if dist.is_initialized():
+        flags = [False] * dist.get_world_size()
+        dist.all_gather_object(flags, flag)
+    return all(flags)
+
+
 def part() -> None:
     """Once all are here, leave the process group: from now on none waits for another."""
     if dist.is_initialized():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.sources import open_source
+from stamo_dist.engine.checkpoint import growth_of_run
 from stamo_dist.errors import DataError
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
@@ -58,23 +60,28 @@ class Reference:
 
 
 def open_sources(recipe: Recipe) -> list[Source]:
-    """Every source that the recipe trains on (of several folders, the first), with its held-out split.
+    """Every source that the recipe trains on (of several folders, the first), with its held-out split, as the run in
+    `run_dir` has it should the source have grown since.
 
     Raises:
         DataError: With every source that cannot be read or has no held-out split.
     """
     sources, problems = [], []
+    growth = growth_of_run(Path(recipe.run_dir))
     for name, entry in recipe.data.used.items():
         try:
             path = entry.paths[0]
-            manifest = open_source(path, recipe.data.cache).manifest
+            grown = growth[name][0] if name in growth else None
+            manifest = open_source(path, recipe.data.cache, grown).manifest
             if SPLIT not in manifest.splits or not manifest.splits[SPLIT].frames:
                 raise DataError(
                     f"{path} has no {SPLIT!r} split (only {', '.join(manifest.splits) or 'none'}), so there is "
                     "nothing held out to measure on; convert it anew with a --val-fraction above 0"
                 )
             camera = (entry.cameras or manifest.cameras)[0]
-            train, held_out = (Episodes(path, split, camera, cache=recipe.data.cache) for split in (entry.split, SPLIT))
+            train, held_out = (
+                Episodes(path, split, camera, cache=recipe.data.cache, growth=grown) for split in (entry.split, SPLIT)
+            )
             sources.append(Source(name, camera, train, held_out))
         except DataError as e:
             problems.append(f"data.sources.{name}: {e}")

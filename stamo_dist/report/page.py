@@ -19,6 +19,7 @@ from PIL import Image
 
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.engine.checkpoint import Marker, complete, read_marker
+from stamo_dist.engine.identity import growth_of
 from stamo_dist.engine.metrics import read_metrics
 from stamo_dist.engine.progress import duration
 from stamo_dist.engine.runfolder import RunFolder, open_run, write_atomic
@@ -100,10 +101,11 @@ class Run:
         """Each source: its share as asked for and as trained on up to the newest checkpoint."""
         active, shares = self.recipe.data.used, self.recipe.data.first_shares() or {}
         seen = self.checkpoints[0][1].state.samples if self.checkpoints else []
+        growth = growth_of(self.checkpoints[0][1].identity) if self.checkpoints else {}
         rows = []
         for i, (name, source) in enumerate(active.items()):
             samples = seen[i] if i < len(seen) else None
-            frames = _frames(source)
+            frames = _frames(source, growth.get(name))
             rows.append({
                 "source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples,
                 "realised": samples / max(1, sum(seen)) if samples is not None else None, "frames": frames,
@@ -266,10 +268,13 @@ def number(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _frames(source: Source) -> int | None:
-    """Training frames of a source over the cameras used; unknown where its shards are not at hand."""
+def _frames(source: Source, growth: Sequence[int] | None) -> int | None:
+    """Training frames of a source over the cameras used, as the run has it; None: its shards are not at hand."""
     try:
-        manifests = [read_manifest(Path(path).expanduser()) for path in source.paths]
+        grown = [*growth, *[0] * len(source.paths)] if growth is not None else [None] * len(source.paths)
+        manifests = [
+            read_manifest(Path(path).expanduser()).as_of(n) for path, n in zip(source.paths, grown, strict=False)
+        ]
         return sum(m.splits[source.split].frames * len(source.cameras or m.cameras) for m in manifests)
     except (DataError, KeyError):
         return None

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import write_recipe
+from toy import make_source, write_recipe
 
 from stamo_dist.engine.preempt import EXIT_PREEMPTED
 from stamo_dist.engine.world import free_port
@@ -111,6 +111,18 @@ def test_a_measurement_may_take_longer_than_a_step(toy, tmp_path):
     code, output = train(recipe, {"0": {"evaluate": [60]}}, 2, *settings)
     assert code == EXIT_PREEMPTED, output
     assert "no progress for 6 s (train.evaluate_timeout)" in output
+
+
+def test_processes_that_see_different_data_leave(toy, tmp_path):
+    """Rank 1 comes when a source has grown already."""
+    shards = tmp_path / "shards"
+    make_source(shards, "a", episodes=6, shard_bytes=1)
+    make_source(shards, "b")
+    recipe = write_recipe(tmp_path / "toy.yaml", shards, toy.vae)
+    code, output = train(recipe, {"1": {"grown": [str(shards / "a")]}}, 2, "train.steps=2")
+    assert code == EXIT_PREEMPTED, output
+    assert "the processes see different data" in output
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_roll_back_once(toy, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,17 @@ def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
     assert "in _train" in stack
     assert "for 0 s" not in stack
     assert f"rank {hung} of 2 did not end after the others: killed" in run.output
+
+
+def test_a_file_system_that_hangs_while_data_are_opened(start, toy, tmp_path):
+    shards = shutil.copytree(toy.shards, tmp_path / "shards")
+    index = next((shards / "a" / "train").glob("*/index.json"))
+    index.unlink()
+    os.mkfifo(index)  # nobody ever writes to it
+    run = start(f"data.sources.a.path={shards / 'a'}", "train.setup_timeout=5")
+    assert run.launcher.wait(timeout=90) == EXIT_PREEMPTED, run.output
+    assert "is hung: building for step 1" in run.output
+    assert "(train.setup_timeout: 5)" in run.output
 
 
 def test_a_rank_that_lost_its_launcher_and_whose_peer_is_stuck_ends_itself(start):

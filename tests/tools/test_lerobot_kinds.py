@@ -68,7 +68,8 @@ def test_as_many_frames_as_rows_are_paired_by_order_whatever_the_clock_says(tmp_
     stamps = np.float32(0.093) * np.arange(N, dtype=np.float32)
     clock = LerobotReader(dataset(tmp_path / "a", columns={"timestamp": stamps}))
     assert shown(clock) == list(range(N))
-    (note,) = clock.scan().notes
+    note, rate = clock.scan().notes
+    assert "fps: 10, but the timestamps of episode_000000.parquet are 0.093 s apart" in rate
     assert note.startswith("times: 1 of 1 episodes have timestamps off the 10 Hz grid, by up to 0.035 s (episode 0)")
     assert LerobotReader(dataset(tmp_path / "on")).scan().notes == []
     assert shown(LerobotReader(dataset(tmp_path / "b", frames=N + 2))) == list(range(N))
