@@ -8,13 +8,11 @@ Layout: https://github.com/real-stanford/diffusion_policy/blob/main/diffusion_po
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+from uuid import uuid4
 
 import numpy as np
 
@@ -30,11 +28,24 @@ from data_tools.formats.declared import (
     upright,
 )
 from data_tools.formats.rotations import Rotation, pose_vectors
-from data_tools.formats.source import RUN, ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, in_runs
-from data_tools.formats.zarr_metadata import DAMAGE, check_folder
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns
+from data_tools.formats.zarr_buffer import (
+    ENDS,
+    OpenBuffer,
+    check_codecs,
+    find_buffers,
+    is_buffer,
+    is_picture,
+    kept_open,
+    open_buffer,
+    pictures,
+    read_ends,
+    reading,
+    unit_of,
+)
+from data_tools.formats.zarr_metadata import check_folder
 from stamo_dist.errors import DataError
 
-ENDS = "meta/episode_ends"
 #: Where replay buffers keep the proprioception; all that are there are taken.
 PROPRIO = (
     "state",
@@ -56,10 +67,6 @@ HOW = (
 )
 #: More than any buffer has; they are counted in memory.
 MOST_CHUNKS = 10_000_000
-#: Codecs that run what the file says.
-UNSAFE = ("pickle",)
-#: Pictures stored as floats are 0 to 1 if they do not exceed this.
-ONE = 1.0 + 1e-3
 
 
 @dataclass
@@ -109,6 +116,9 @@ class ReplayBufferReader:
     instruction: str | None = None
     image_orientation: Orientation | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_mark", uuid4().hex)  # another reader of the same path may find other rows there
+
     def scan(self) -> Scan:
         src = Path(self.src)
         problems = self._check_options()
@@ -157,9 +167,8 @@ class ReplayBufferReader:
         src = Path(self.src)
         path = src if is_buffer(src) else src / episode.file
         start, length = episode.private["start"], episode.length
-        with open_buffer(path) as buffer:
-            data = buffer["data"]
-            keys = episode.private["action"]  # as the scan found them: every look-up reads the store's metadata
+        with reading(path, "data"):
+            data = kept_open(path, self.__dict__["_mark"])
             shift = int(self.action_at == "next")
             times = np.arange(length) / episode.private["rate_hz"]
             if episode.private["timed"]:
@@ -167,11 +176,11 @@ class ReplayBufferReader:
             pose = columns(data, list(self.pose), length, start)
             return EpisodeData(
                 frames={
-                    camera: upright(_frames(path, camera, start), self.image_orientation)
+                    camera: upright(_frames(data, camera, start), self.image_orientation)
                     for camera in episode.private["cameras"]
                 },
                 times=times - times[0],
-                actions=settle_gripper(self, columns(data, keys, length, start + shift)),
+                actions=settle_gripper(self, columns(data, episode.private["action"], length, start + shift)),
                 proprio=columns(data, episode.private["proprio"], length, start),
                 pose=pose_vectors(pose, self.pose_rotation or self.rotation or "rotvec") if self.pose else None,
             )
@@ -192,11 +201,11 @@ class ReplayBufferReader:
         """
         data = buffer["data"]
         keys, proprio = chosen(self.action, ("action",), data), chosen(self.proprio, PROPRIO, data)
-        cameras = list(self.cameras or _pictures(data))
+        cameras = list(self.cameras or pictures(data))
         there = ", ".join(f"{k} {data[k].dtype} {data[k].shape}" for k in sorted(data.array_keys())) or "nothing"
         if missing := [k for k in (*cameras, *keys, *proprio, *self.pose) if k not in data]:
             raise DataError(f"{path}: data has no {', '.join(missing)}; it has {there}")
-        if wrong := [c for c in cameras if not _is_picture(data[c])]:
+        if wrong := [c for c in cameras if not is_picture(data[c])]:
             raise DataError(f"{path}: {', '.join(wrong)} are no pictures (N, H, W, 3); data has {there}")
         if not cameras:
             raise DataError(f"{path}: no key has pictures (N, H, W, 3); data has {there}")
@@ -213,13 +222,13 @@ class ReplayBufferReader:
             notes += remarks.no_proprio(numeric)
         for camera in cameras:
             if data[camera].dtype.kind == "f":
-                with _reading(path, f"data/{camera}"):
-                    top = 255 / _unit(data[camera])
+                with reading(path, f"data/{camera}"):
+                    top = 255 / unit_of(data[camera])
                 notes.append(f"cameras: {camera} is stored as floats, read as 0 to {top:g} by its first frames")
         for key in (*cameras, *keys, *proprio, *self.pose):
             if data[key].nchunks > MOST_CHUNKS:
                 raise DataError(f"{path}: data/{key}, shape: {data[key].shape} would be {data[key].nchunks} chunks")
-            with _reading(path, f"data/{key}"):
+            with reading(path, f"data/{key}"):
                 lost = data[key].nchunks - data[key].nchunks_initialized
             if lost:
                 notes.append(f"{path.name}: {lost} chunks of {key} are not stored, and read as their fill value")
@@ -248,8 +257,8 @@ class ReplayBufferReader:
             return float(self.rate_hz)
         if TIMES not in buffer["data"]:
             raise DataError(f"{path}: no data/{TIMES}; give the steps per second with --set rate_hz=HZ")
-        ends = _ends(path, buffer)
-        with _reading(path, f"data/{TIMES}"):
+        ends = read_ends(path, buffer)
+        with reading(path, f"data/{TIMES}"):
             first = np.asarray(buffer["data"][TIMES][: ends[0]], np.float64).ravel()
         steps = np.diff(first)
         if not len(steps) or not np.isfinite(steps).all() or (steps <= 0).any():
@@ -257,7 +266,7 @@ class ReplayBufferReader:
         return round(1 / float(np.median(steps)), 3)
 
     def _episodes(self, path: Path, buffer: Any, settled: _Settled) -> Iterator[EpisodeRef]:
-        ends = _ends(path, buffer)
+        ends = read_ends(path, buffer)
         data = buffer["data"]
         for key in (*settled.cameras, *settled.action, *settled.proprio, *self.pose):
             if (rows := data[key].shape[0]) < ends[-1]:
@@ -299,125 +308,12 @@ class _Settled:
     rate: float
 
 
-def is_buffer(path: Path) -> bool:
-    """A zarr group as a folder, or zipped."""
-    return (path.is_file() and path.suffix == ".zip") or any((path / n).is_file() for n in (".zgroup", "zarr.json"))
-
-
-def find_buffers(src: Path) -> list[Path]:
-    """`src` itself, or the .zarr folders and .zarr.zip files below it.
-
-    Raises:
-        DataError: There is none.
-    """
-    if is_buffer(src):
-        return [src]
-    if not src.is_dir():
-        raise DataError(f"{src}: no such .zarr folder or .zarr.zip")
-    found = sorted(p for p in (*src.rglob("*.zarr"), *src.rglob("*.zarr.zip")) if is_buffer(p))
-    if not found:
-        raise DataError(f"{src}: no zarr group (.zgroup or zarr.json), and no .zarr folder or .zarr.zip in this folder")
-    return found
-
-
-@contextmanager
-def open_buffer(path: Path) -> Iterator[Any]:
-    """The zarr group of a ReplayBuffer, open for reading.
-
-    Raises:
-        DataError: zarr is not installed, or this is no ReplayBuffer, or damaged where it was read.
-    """
-    try:
-        import zarr
-    except ImportError as e:
-        raise DataError("reading .zarr needs the package zarr; pip install 'stamo-dist[zarr]'") from e
-    _register_codecs()
-    try:
-        if path.is_file() and not zipfile.is_zipfile(path):
-            raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer (not a whole zip file)")
-        if path.is_file():
-            with zarr.storage.ZipStore(str(path), mode="r") as store:
-                yield _checked(path, zarr.open_group(store, mode="r"))
-        else:
-            yield _checked(path, zarr.open_group(str(path), mode="r"))
-    except DAMAGE as e:
-        hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
-        raise DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(e).__name__}: {e}){hint}") from e
-
-
-@cache
-def _register_codecs() -> None:
-    try:
-        from imagecodecs.numcodecs import register_codecs  # JPEG XL, which UMI's pictures are stored in
-
-        register_codecs(verbose=False)
-    except ImportError:
-        pass  # the error of a missing codec names it
-
-
-@contextmanager
-def _reading(path: Path, key: str) -> Iterator[None]:
-    """Says which array is damaged."""
-    try:
-        yield
-    except DAMAGE as e:
-        raise DataError(f"{path}: {key} cannot be read ({type(e).__name__}: {e})") from e
-
-
-def _checked(path: Path, group: Any) -> Any:
-    if "data" not in group or ENDS not in group:
-        raise DataError(
-            f"{path}: no group data (with .zgroup or zarr.json) or no array {ENDS} (with .zarray or zarr.json): not a "
-            f"ReplayBuffer; it has {', '.join(group) or 'nothing'}"
-        )
-    if not hasattr(group["data"], "array_keys") or not hasattr(group[ENDS], "dtype"):
-        raise DataError(f"{path}: data is no group, or {ENDS} no array: not a ReplayBuffer")
-    return group
-
-
-def check_codecs(path: Path, array: Any) -> None:
-    """Raises:
-    DataError: Reading this array would run what the file says.
-    """
-    compressors = getattr(array, "compressors", None)
-    codecs = [*(array.filters or ()), *([getattr(array, "compressor", None)] if compressors is None else compressors)]
-    if array.dtype.kind == "O" or any(getattr(codec, "codec_id", "") in UNSAFE for codec in codecs):
-        raise DataError(f"{path}: {array.name} holds pickled objects, which are not read")
-
-
-def _ends(path: Path, buffer: Any) -> np.ndarray:
-    """int64 (E,), increasing."""
-    check_codecs(path, buffer[ENDS])
-    with _reading(path, ENDS):
-        ends = np.asarray(buffer[ENDS][:])
-    if ends.ndim != 1 or not len(ends) or ends.dtype.kind not in "iu" or (np.diff(ends, prepend=0) <= 0).any():
-        raise DataError(f"{path}: {ENDS} must be increasing whole numbers, not {ends.dtype} {ends.shape}")
-    return ends.astype(np.int64)
-
-
-def _is_picture(array: Any) -> bool:
-    return array.ndim == 4 and array.shape[3] == 3 and (array.dtype == np.uint8 or array.dtype.kind == "f")
-
-
-def _pictures(data: Any) -> list[str]:
-    return [key for key in sorted(data.array_keys()) if _is_picture(data[key])]
-
-
-def _unit(images: Any) -> float:
-    """What one unit of the stored pictures is, of 255; floats are 0 to 1 where the first frames do not exceed it."""
-    floats = images.dtype.kind == "f"
-    return 255.0 if floats and float(np.max(images[:RUN], initial=0)) <= ONE else 1.0
-
-
-def _frames(path: Path, key: str, start: int) -> Frames:
+def _frames(data: OpenBuffer, key: str, start: int) -> Frames:
     """Frames of the episode that begins at row `start`, as uint8."""
 
     def frames(indices: Sequence[int]) -> Iterator[np.ndarray]:
-        with open_buffer(path) as buffer:
-            images = buffer["data"][key]
-            unit = _unit(images)
-            for image in in_runs(images, [start + i for i in indices]):
-                yield image if image.dtype == np.uint8 else np.clip(np.rint(image * unit), 0, 255).astype(np.uint8)
+        with reading(data.path, f"data/{key}"):
+            yield from data.frames(key, [start + i for i in indices])
 
     return frames
 
