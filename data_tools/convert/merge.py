@@ -57,7 +57,7 @@ def merge(
     if base is not None and splits == base.splits:
         manifest = manifest.model_copy(update={"before": base.before, "stats": base.stats})
     elif base is not None:
-        sizes = [*base.before, Size(splits=base.splits, stats=base.stats)]
+        sizes = [*base.before, Size(splits=base.splits, stats=base.stats, digest=base.digest)]
         manifest = manifest.model_copy(update={"before": sizes})
     _replace(whole / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest

@@ -15,6 +15,7 @@ a split hold the same episodes in the same order, so sample i is the same moment
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import accumulate
 from pathlib import Path
@@ -155,6 +156,7 @@ class Size(BaseModel):
 
     splits: dict[str, Split]
     stats: dict[str, Stats] = {}
+    digest: str  # of its manifest without the statistics
 
 
 class Manifest(BaseModel):
@@ -189,6 +191,17 @@ class Manifest(BaseModel):
     @property
     def episodes(self) -> int:
         return sum(split.episodes for split in self.splits.values())
+
+    @property
+    def origin(self) -> str:
+        """The digest of its first manifest, the same however often it grew since."""
+        return self.before[0].digest if self.before else self.digest
+
+    @property
+    def digest(self) -> str:
+        """Of all but what may be added at any time."""
+        dumped = self.model_dump(mode="json", exclude={"stats", "before"})
+        return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
     def as_of(self, growth: int | None) -> Manifest:
         """After it had grown that many times; None: as it is.

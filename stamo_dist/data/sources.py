@@ -61,12 +61,13 @@ class OpenSource:
         Raises:
             DataError: It cannot be had, or is damaged.
         """
-        path = self.root / split / EPISODES
-        if self.remote and not path.exists():
+        path, count = self.root / split / EPISODES, self.manifest.splits[split].episodes
+        if self.remote:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT):
-                _download(f"{self.remote}/{split}/{EPISODES}", path)
-        return read_episodes(self.root, split, self.manifest.splits[split].episodes)
+                if not path.exists() or len(read_episodes(self.root, split, count)) < count:  # it has grown since
+                    _refresh(f"{self.remote}/{split}/{EPISODES}", path)
+        return read_episodes(self.root, split, count)
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,22 @@ def _open_source(path: str, cache: str) -> OpenSource:
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             fresh = Path(scratch) / MANIFEST
             _download(f"{resolved}/{MANIFEST}", fresh)
-            # A source that was converted anew gets a new folder, so nothing stale is read.
-            # Its statistics may be added at any time.
-            identity = read_manifest(Path(scratch)).model_dump(mode="json", exclude={"stats"})
-            digest = hashlib.sha256(json.dumps([resolved, identity], sort_keys=True).encode())
+            manifest = read_manifest(Path(scratch))
+            # A source that was converted anew gets a new folder, so nothing stale is read; one that grew keeps its own.
+            digest = hashlib.sha256(f"{resolved}\0{manifest.origin}".encode())
             folder = root / digest.hexdigest()[:16]
             folder.mkdir(exist_ok=True)
             fresh.replace(folder / MANIFEST)
     except OSError as e:
         raise DataError(f"data.cache: {root}: cannot be written: {e.strerror or e}") from e
-    return OpenSource(path, folder, resolved, root, read_manifest(folder))
+    return OpenSource(path, folder, resolved, root, manifest)
+
+
+def _refresh(remote: str, local: Path) -> None:
+    """Fetch a small file that others may be reading."""
+    with tempfile.TemporaryDirectory(dir=local.parent, prefix=SCRATCH) as scratch:
+        _download(remote, Path(scratch) / local.name)
+        os.replace(Path(scratch) / local.name, local)
 
 
 def _download(remote: str, local: Path) -> None:
@@ -223,12 +230,13 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         raise DataError(f"{source.path}: has no camera {camera!r}, only {', '.join(manifest.cameras) or 'none'}")
     folder = source.root / split / camera
     stream = Stream(remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder))
-    entries = _read_index(stream, folder)
+    expected = manifest.splits[split].frames
+    entries = _read_index(stream, folder, expected)
     if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked in the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
         stream = Stream(remote=str(folder), local=str(source.cache / name))
-        entries = _read_index(stream, source.cache / name)
+        entries = _read_index(stream, source.cache / name, 0)
         _check_files(folder, entries, packed=True)
         folder = source.cache / name
         local = False
@@ -236,7 +244,6 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         local = source.remote is None
         if local:
             _check_files(folder, entries, packed=False)
-    expected = manifest.splits[split].frames
     entries = first_entries(entries, expected)
     frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
@@ -251,7 +258,8 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     )
 
 
-def _read_index(stream: Stream, folder: Path) -> list[dict[str, Any]]:
+def _read_index(stream: Stream, folder: Path, frames: int) -> list[dict[str, Any]]:
+    """The entries of index.json; fetched if it is not there, and again if it counts fewer frames."""
     stream.apply_default(_DOWNLOAD)
     path = folder / "index.json"
     try:
@@ -261,6 +269,8 @@ def _read_index(stream: Stream, folder: Path) -> list[dict[str, Any]]:
                 if not path.exists():
                     get = partial(stream.get_shards, _ALONE, allow_unsafe_types=False)
                     _try(get, stream.remote, is_remote(stream.remote))
+                elif is_remote(stream.remote) and _count(path) < frames:
+                    _refresh(f"{stream.remote}/index.json", path)
         index = json.loads(path.read_bytes())
         entries = index["shards"]
         other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
@@ -271,6 +281,10 @@ def _read_index(stream: Stream, folder: Path) -> list[dict[str, Any]]:
     except Exception as e:  # every store raises its own
         raise DataError(f"{stream.remote or folder}: index.json cannot be read: {e}") from e
     return entries
+
+
+def _count(index: Path) -> int:
+    return sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
 
 
 def _spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -20,6 +21,7 @@ from stamo_dist.data.fetch import Cache
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.schema import MANIFEST, Size, Split, first_entries, read_manifest
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Shuffle, Source
 
@@ -140,3 +142,33 @@ def test_a_server_that_says_no_and_a_corrupt_object_are_named_at_once(
         use(monkeypatch, strict)
         with pytest.raises(DataError, match=r"data\.sources\.s: s3://robots/s/manifest\.json: cannot be read: .*403"):
             Mixture(data.model_copy(update={"cache": str(tmp_path / "other")}), seed=0, global_batch=4)
+
+
+def test_a_source_that_grows_keeps_its_cache(folder: Path, s3: str, tmp_path: Path) -> None:
+    """What was fetched, and what was computed of it, lies beside the new shards."""
+    import boto3
+
+    store, cache, url = boto3.client("s3", endpoint_url=s3), tmp_path / "cache", "s3://robots/s"
+    whole = {name: (folder / name).read_text() for name in (MANIFEST, "train/episodes.jsonl", "train/front/index.json")}
+    full = read_manifest(folder)
+    before = full.model_copy(update={"splits": {"train": Split(episodes=2, frames=40)}})
+    after = full.model_copy(update={"before": [Size(splits=before.splits, digest=before.digest)]})
+    index = json.loads(whole["train/front/index.json"])
+    old = {
+        MANIFEST: before.model_dump_json(),
+        "train/episodes.jsonl": "".join(whole["train/episodes.jsonl"].splitlines(keepends=True)[:2]),
+        "train/front/index.json": json.dumps({**index, "shards": first_entries(index["shards"], 40)}),
+    }
+    data = make_data({"s": Source(path=url)}, cache=str(cache))
+    for name, text in old.items():
+        store.put_object(Bucket="robots", Key=f"s/{name}", Body=text.encode())
+    batches(url, cache)
+    was = Mixture(data, seed=0, global_batch=4).fingerprint
+    fetched = {p: p.stat().st_ino for p in cache.rglob("*.mds")}
+    assert len(Episodes(url, "train", cache=str(cache))) == 2
+    for name, text in {**whole, MANIFEST: after.model_dump_json()}.items():
+        store.put_object(Bucket="robots", Key=f"s/{name}", Body=text.encode())
+    assert batches(url, cache) == batches(str(folder), tmp_path / "none")
+    assert len(Episodes(url, "train", cache=str(cache))) == 4
+    assert {p: p.stat().st_ino for p in fetched} == fetched
+    assert Mixture(data, seed=0, global_batch=4, growth={"s": [0]}).fingerprint == was

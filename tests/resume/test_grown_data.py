@@ -33,7 +33,7 @@ def test_a_run_goes_on_with_what_it_began_with(toy: SimpleNamespace, stamo: Call
     grown = read_manifest(shards / "a")
     small = {name: Split(episodes=4, frames=48) for name in grown.splits}
     before = grown.model_copy(update={"splits": small})
-    after = grown.model_copy(update={"before": [Size(splits=small)]})
+    after = grown.model_copy(update={"before": [Size(splits=small, digest=before.digest)]})
     (shards / "a" / MANIFEST).write_text(before.model_dump_json())
     shutil.copytree(shards, tmp_path / "as_it_was")
 
