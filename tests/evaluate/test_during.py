@@ -71,8 +71,8 @@ def test_processes_that_were_stopped_before_it(toy: SimpleNamespace, ranks: Call
 def test_a_checkpoint_that_goes_next_is_measured_first(toy: SimpleNamespace, stamo: Callable[..., Any], tmp_path: Path):
     """The last save waits for the one before, which is not kept any longer then."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
-    settings = ["train.steps=3", "train.checkpoint.every=1", "train.checkpoint.keep=1", "train.checkpoint.background=true"]
-    settings += ["evaluate.every=1", "evaluate.reconstruct=1"]
+    settings = ["train.steps=3", "train.checkpoint.every=1", "train.checkpoint.keep=1"]
+    settings += ["train.checkpoint.background=true", "evaluate.every=1", "evaluate.reconstruct=1"]
     said = stamo("train", recipe, *(x for s in settings for x in ("--set", s))).stdout
     assert "could not be evaluated" not in said
     assert all(f"step {step} evaluated in" in said for step in (1, 2, 3))
