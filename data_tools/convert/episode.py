@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,19 @@ class Moments:
     instructions: list[str]
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Whatever reading raises becomes a DataError."""
+    try:
+        yield
+    except DAMAGE as e:
+        raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
+    except StamoError:
+        raise
+    except Exception as e:
+        raise unforeseen("cannot be read", e) from e
+
+
 def read_moments(
     reader: Reader,
     episode: EpisodeRef,
@@ -71,16 +85,10 @@ def read_moments(
     Raises:
         DataError: Why this episode cannot be used.
     """
-    try:
+    with _readable():
         data = reader.read(episode)
         _check(data, cameras, spec, proprio_dim)
         kept, vectors, times = _moments(data, processing, spec)
-    except DAMAGE as e:
-        raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
-    except StamoError:
-        raise
-    except Exception as e:
-        raise unforeseen("cannot be read", e) from e
     texts = [episode.instruction] * len(kept)
     if data.instructions is not None and not episode.told:
         texts = [data.instructions[t] for t in kept.tolist()]
@@ -102,14 +110,8 @@ def read_episode(
         DataError: Why this episode cannot be used.
     """
     read = read_moments(reader, episode, processing, cameras=cameras, spec=spec, proprio_dim=proprio_dim)
-    try:
+    with _readable():
         images = {c: _encode(read.data, c, read.kept, processing) for c in cameras}
-    except DAMAGE as e:
-        raise DataError(f"cannot be read ({type(e).__name__}: {e})") from e
-    except StamoError:
-        raise
-    except Exception as e:
-        raise unforeseen("cannot be read", e) from e
     return Converted(images, read.times, read.vectors, read.instructions, digest(read.data, episode))
 
 

@@ -167,6 +167,9 @@ def test_finished_output_is_left_alone_and_replaced_only_when_asked(tmp_path: Pa
     assert tree(out) == before
     manifest, done = convert("libero", src, out, size=32, overwrite=True, quiet=True)
     assert (manifest.image_size, done) == (32, True)
+    cut(tmp_path / "raw" / "b.hdf5")
+    manifest, done = convert("libero", tmp_path / "raw", out, size=32, quiet=True)
+    assert (manifest.as_of(0).episodes, manifest.episodes, done) == (3, 6, True), "what is new was added"
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, cut: Callable[..., Path]) -> None:
