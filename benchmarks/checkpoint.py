@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from stamo_dist.engine import strategy
-from stamo_dist.engine.identity import Identity
-from stamo_dist.engine.marker import RunState
-from stamo_dist.engine.optim import adamw
-from stamo_dist.engine.processes import barrier, broadcast, leave
-from stamo_dist.engine.saver import Saver
-from stamo_dist.engine.world import world_from_environment
+from stamo_dist.checkpoint.compatibility import Identity
+from stamo_dist.checkpoint.save import Saver
+from stamo_dist.distributed import strategies
+from stamo_dist.distributed.collectives import barrier, broadcast, leave
+from stamo_dist.distributed.rank import world_from_environment
+from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.batching import batching
+from stamo_dist.run.state import RunState
 
 WIDTH = 1024
 BLOCK = 12 * WIDTH * WIDTH  # parameters, nearly
@@ -63,7 +63,7 @@ class Training:
         model = Model(-(-options.millions * 1_000_000 // BLOCK))
         recipe = schema.Optimizer(lr=1e-4)
         train = schema.Train(steps=1, global_batch=options.batch * world.size, micro_batch=options.batch)
-        self.engine = strategy.build(
+        self.engine = strategies.build(
             model, adamw(model, recipe), schema.Strategy(name=options.strategy), world,
             batching(train, world.size), clip=1.0, precision="fp32", block_classes=("TransformerEncoderLayer",),
         )  # fmt: skip

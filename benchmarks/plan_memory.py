@@ -59,9 +59,9 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
 
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.engine import strategy
-    from stamo_dist.engine.optim import adamw
-    from stamo_dist.engine.world import world_from_environment
+    from stamo_dist.distributed import strategies
+    from stamo_dist.distributed.rank import world_from_environment
+    from stamo_dist.optim.optimizer import adamw
     from stamo_dist.recipe.batching import batching
     from stamo_dist.recipe.load import load
     from stamo_dist.tasks import build_task
@@ -76,8 +76,8 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     before, watch = private_bytes(), Watch()
     watch.start()
     plan = batching(recipe.train, world)
-    task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
-    engine = strategy.build(
+    task = build_task(recipe, mixture, later=recipe.strategy.name in strategies.FILLS_SHARDS)
+    engine = strategies.build(
         task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world_from_environment(), plan,
         clip=1.0, precision=recipe.train.precision, block_classes=task.block_classes,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
 
 def measure(path: str, settings: list[str], world: int, steps: int) -> float:
     """Peak bytes of the process that took most."""
-    from stamo_dist.engine.world import free_port
+    from stamo_dist.distributed.rank import free_port
 
     context, port, ends = multiprocessing.get_context("spawn"), free_port(), []
     for number in range(world):

@@ -74,7 +74,7 @@ def child(recipe: str, began: float) -> None:
     gc.disable()  # as the command does while it imports
     from stamo_dist import cli, train
     from stamo_dist.data import loader
-    from stamo_dist.engine import strategy
+    from stamo_dist.distributed.engine import Engine
     from stamo_dist.tasks import tokenizer
 
     clock = Clock(began)
@@ -91,14 +91,14 @@ def child(recipe: str, began: float) -> None:
     ):
         for name in names:
             setattr(owner, name, clock.around(part, getattr(owner, name)))
-    backward = clock.around("step", strategy.Engine.backward)
+    backward = clock.around("step", Engine.backward)
 
     def last(*args: Any) -> None:
         if backward(*args) is not None:
             print("\n" + json.dumps(clock.seconds), flush=True)
             os._exit(0)
 
-    strategy.Engine.backward = last  # type: ignore[method-assign, assignment]
+    Engine.backward = last  # type: ignore[method-assign, assignment]
     sys.argv = ["stamo", "train", recipe, "--allow-changed-data"]
     cli.main()
 
@@ -159,7 +159,7 @@ def make_vae(folder: Path) -> Path:
 
 def move(run: Path, cursor: int) -> None:
     """Let the run's checkpoint stand at another place of the data."""
-    from stamo_dist.engine.marker import MARKER, read_marker
+    from stamo_dist.checkpoint.manifest import MARKER, read_marker
 
     path = run / "checkpoints" / "step_00000001"
     marker = read_marker(path)

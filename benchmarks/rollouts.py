@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.simulators.catalogue import Benchmarks
-from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Agent, Trial, TrialFolder, drive
 from stamo_dist.evaluate.rollout import PolicyAgent
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder
 
 
 class Counted:

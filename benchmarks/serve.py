@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.models.policies import load_policy
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import open_run
 
 _WARM = 3
 _TEXT = "put the red block into the drawer"

@@ -32,17 +32,17 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from stamo_dist.data.loader import Batch, Cursor
-from stamo_dist.engine import strategy
-from stamo_dist.engine.journal import PEAK_FLOPS
-from stamo_dist.engine.optim import adamw
-from stamo_dist.engine.processes import leave
-from stamo_dist.engine.world import world_from_environment
+from stamo_dist.distributed import strategies
+from stamo_dist.distributed.collectives import leave
+from stamo_dist.distributed.engine import Engine
+from stamo_dist.distributed.rank import world_from_environment
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.openvla import shapes
 from stamo_dist.models.openvla.adapt import prepare
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.network import IGNORE
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.batching import batching
@@ -50,6 +50,7 @@ from stamo_dist.recipe.load import load
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.tokenizer import TokenizerTask
 from stamo_dist.tasks.vae import VAETask
+from stamo_dist.tracking.logger import PEAK_FLOPS
 from stamo_dist.train import train
 
 FULL = {
@@ -106,7 +107,7 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
 
         return timed
 
-    for owner, name in ((TokenizerTask, "loss"), (VAETask, "loss"), (strategy.Engine, "backward")):
+    for owner, name in ((TokenizerTask, "loss"), (VAETask, "loss"), (Engine, "backward")):
         setattr(owner, name, clocked(getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"run_dir": folder, "train.steps": steps, "train.log_every": 1, "train.checkpoint.every": steps}
@@ -159,7 +160,7 @@ def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callabl
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
     world = world_from_environment()
     task = TokenizerTask(recipe)
-    engine = strategy.build(
+    engine = strategies.build(
         task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, batching(recipe.train, 1),
         clip=1.0, precision="bf16", block_classes=task.block_classes,
     )  # fmt: skip

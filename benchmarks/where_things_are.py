@@ -21,10 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from stamo_dist.data.frames import Episodes
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.evaluate.common import load_tokenizer
 from stamo_dist.evaluate.features import Representations
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import open_run
 
 TASKS = ("PushCube-v1", "PullCube-v1", "PickCube-v1", "StackCube-v1")
 CUBE = slice(13, 15)  # of env_states/flat: x and y of the first cube, behind the table's 13 numbers

@@ -33,8 +33,8 @@ from stamo_dist.publish.commands import export
 from stamo_dist.recipe.commands import app as recipe_app
 
 if TYPE_CHECKING:
-    from stamo_dist.engine.evaluation import Evaluation
     from stamo_dist.recipe.schema import Recipe
+    from stamo_dist.training.evaluation import Evaluation
 
 app = typer.Typer(
     help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
@@ -121,8 +121,8 @@ def train(
     # They wait until there is something to save; Ctrl-C works meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     gc.disable()  # the million objects that imports make are all kept: looking through them takes as long as torch
-    from stamo_dist.engine.processes import leave, run_rank
-    from stamo_dist.engine.world import world_from_environment
+    from stamo_dist.distributed.collectives import leave, run_rank
+    from stamo_dist.distributed.rank import world_from_environment
 
     world = world_from_environment()
 
@@ -144,9 +144,9 @@ def _evaluation(recipe: Recipe) -> Evaluation:
         from stamo_dist.evaluate.during import Standing
 
         return Standing(run, recipe)
-    from stamo_dist.engine.runfolder import RunFolder
     from stamo_dist.evaluate.beside import Rollouts
     from stamo_dist.launch.aside import launcher
+    from stamo_dist.run.folder import RunFolder
 
     wanted = recipe.evaluate.rollout
     loop_commands.check_rollout(recipe, Benchmarks())
@@ -172,8 +172,8 @@ def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> No
     # A launcher blocks them until a rank can act on them; here they end it, and no half-written shard counts.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from stamo_dist.distributed.rank import world_from_environment
     from stamo_dist.encode import encode as run
-    from stamo_dist.engine.world import world_from_environment
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe

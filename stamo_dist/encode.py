@@ -20,7 +20,7 @@ from torch import Tensor
 from stamo_dist.data.frame_cache import Kind, Precision, has_cache, write_cache, write_manifests
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.exported import exported
 from stamo_dist.models.state_encoder import StateEncoder

@@ -8,11 +8,12 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
+from stamo_dist.checkpoint.load import holds_all, read_weights
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.loader import Batch, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine import checkpoint
-from stamo_dist.engine.runfolder import RunFolder, write_atomic
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Task
 
@@ -34,7 +35,7 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
         CheckpointError: The checkpoint is not whole.
     """
     part = run.path / ".model.tmp"
-    write_model(recipe, mixture, checkpoint.folder_of(run.checkpoints, step), part)
+    write_model(recipe, mixture, folder_of(run.checkpoints, step), part)
     run.exported.unlink(missing_ok=True)
     shutil.rmtree(run.model, ignore_errors=True)
     part.rename(run.model)
@@ -48,9 +49,9 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
     Raises:
         CheckpointError: The checkpoint is not whole.
     """
-    weights = checkpoint.read_weights(path)
+    weights = read_weights(path)
     # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
-    task = build_task(recipe, mixture, later=checkpoint.holds_all(path))
+    task = build_task(recipe, mixture, later=holds_all(path))
     shutil.rmtree(folder, ignore_errors=True)
     with closing(training_data(mixture, task)) as batches:
         task.export(folder, weights, batches)

@@ -15,34 +15,38 @@ from typing import Any
 
 import torch
 
-from stamo_dist import rehearsal
+from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, Identity, identify
+from stamo_dist.checkpoint.load import holds_all, load_checkpoint
+from stamo_dist.checkpoint.retention import clean
+from stamo_dist.checkpoint.save import Saved, Saver
+from stamo_dist.checkpoint.select import Choice, select_checkpoint, settle
 from stamo_dist.data.loader import Batch, Cursor, build_loader, first_frames
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine import checkpoint, faults, strategy
-from stamo_dist.engine.checkpoint import RunState
-from stamo_dist.engine.ema import EMA
-from stamo_dist.engine.evaluation import Evaluation
-from stamo_dist.engine.generation import Generation, take
-from stamo_dist.engine.identity import MAY_CHANGE_DATA, Identity, identify
-from stamo_dist.engine.journal import Journal
-from stamo_dist.engine.metrics import Reducer, StepSums, Stopwatch
-from stamo_dist.engine.optim import adamw, lr_at
-from stamo_dist.engine.pictures import save_grid
-from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED, Grace, Stop, requests
-from stamo_dist.engine.processes import barrier, broadcast, everywhere, part
-from stamo_dist.engine.retention import clean
-from stamo_dist.engine.runfolder import RunFolder, git_commit
-from stamo_dist.engine.saver import Saved, Saver
-from stamo_dist.engine.watchdog import Watchdog
-from stamo_dist.engine.world import World, survive_launcher
+from stamo_dist.distributed import strategies
+from stamo_dist.distributed.collectives import barrier, broadcast, everywhere, part
+from stamo_dist.distributed.engine import Engine
+from stamo_dist.distributed.rank import World, survive_launcher
 from stamo_dist.errors import RecipeError, RunError, StamoError
+from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.export import export, exported_step
+from stamo_dist.faults.signals import Grace, Stop, requests
+from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.optim.ema import EMA
+from stamo_dist.optim.optimizer import adamw, lr_at
 from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
+from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.lease import Generation, take
+from stamo_dist.run.state import RunState
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tasks.noise import Noise
+from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.metrics import Reducer, StepSums, Stopwatch
+from stamo_dist.tracking.pictures import save_grid
+from stamo_dist.training import divergence, trial_export
+from stamo_dist.training.evaluation import Evaluation
 
 _AGAIN = f"Leaving with code {EXIT_PREEMPTED} to be started again"
 
@@ -78,7 +82,7 @@ def _begin(
         plan = batching(recipe.train, world.size)
     except ValueError as e:
         raise RecipeError([str(e)]) from None
-    choose = partial(checkpoint.choose, run.checkpoints, resume, allowed=allowed)
+    choose = partial(select_checkpoint, run.checkpoints, resume, allowed=allowed)
     growth = {} if MAY_CHANGE_DATA in allowed else _recorded(choose).growth
     mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
@@ -98,16 +102,16 @@ def _begin(
 
 def _go(
     loaded: Loaded, world: World, run: RunFolder, mixture: Mixture, identity: Identity, plan: Batching,
-    generation: Generation | None, choose: Callable[..., checkpoint.Choice], evaluation: Evaluation, stop: Stop,
+    generation: Generation | None, choose: Callable[..., Choice], evaluation: Evaluation, stop: Stop,
     watchdog: Watchdog,
 ) -> int:  # fmt: skip
     """Build everything, go back to where the run stood, train and export."""
     begun = _recorded(choose).sources
     recipe, pinned = as_begun(loaded.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, mixture, later=recipe.strategy.name in strategy.FILLS_SHARDS)
+    task = build_task(recipe, mixture, later=recipe.strategy.name in strategies.FILLS_SHARDS)
     changed = moved(task.sources, begun)
-    if recipe.strategy.name in strategy.ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
+    if recipe.strategy.name in strategies.ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen
             f"{bases[0]}; name that commit as `revision` in the adapter's adapter_config.json, or train "
             "under fsdp, hsdp or ddp, whose checkpoints hold the base"
@@ -121,28 +125,28 @@ def _go(
         "strategy": recipe.strategy, "world": world, "batching": plan, "clip": recipe.optimizer.clip,
         "precision": recipe.train.precision, "block_classes": task.block_classes,
     }  # fmt: skip
-    accelerator = strategy.connect(**how)
+    accelerator = strategies.connect(**how)
     watchdog.meet()
     if not everywhere(broadcast(mixture.fingerprint) == mixture.fingerprint):
         if world.is_main:
             print(f"{run.path}: the processes see different data: a source changed while they started. {_AGAIN}")
         return EXIT_PREEMPTED
-    start, notes = checkpoint.settle(run.checkpoints, world, lambda bad: choose(without=bad))
+    start, notes = settle(run.checkpoints, world, lambda bad: choose(without=bad))
     if task.init_frames and start is None:
         task.initialise(first_frames(mixture, task.init_frames))
-    engine = strategy.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator=accelerator, **how)
+    engine = strategies.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator=accelerator, **how)
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    if start is None or not checkpoint.holds_all(start):
+    if start is None or not holds_all(start):
         task.fill()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if start is not None:
-        state = checkpoint.load(
+        state = load_checkpoint(
             start, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
-        state.cursor = broadcast(faults.BadBatches(run.bad_batches, mixture).after(state.cursor))
+        state.cursor = broadcast(divergence.BadBatches(run.bad_batches, mixture).after(state.cursor))
     # Rank 0's word on both: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
     if exported and not broadcast(evaluation.pending(state.step)):
@@ -196,12 +200,12 @@ def _give_back(evaluation: Evaluation, generation: Generation | None) -> None:
         generation.end()
 
 
-def _recorded(choose: Callable[[], checkpoint.Choice]) -> checkpoint.Choice:
+def _recorded(choose: Callable[[], Choice]) -> Choice:
     """What the checkpoint says of its weights and data; every process reads it before they are connected."""
     try:
         return choose()
     except StamoError:
-        return checkpoint.Choice(None)  # rank 0 says what is wrong
+        return Choice(None)  # rank 0 says what is wrong
 
 
 def _wait(evaluation: Evaluation, session: _Session, stop: Stop) -> bool:
@@ -219,7 +223,7 @@ class _Session:
     """One start of the run, from `state` to the end or to the next stop."""
 
     def __init__(
-        self, loaded: Loaded, run: RunFolder, mixture: Mixture, identity: Identity, task: Task, engine: strategy.Engine,
+        self, loaded: Loaded, run: RunFolder, mixture: Mixture, identity: Identity, task: Task, engine: Engine,
         ema: EMA | None, plan: Batching, state: RunState, generation: Generation | None,
         evaluation: Evaluation, watchdog: Watchdog,
     ):  # fmt: skip
@@ -307,7 +311,7 @@ class _Session:
                     self.ema.update(update)
                 self._log()  # the step before this one, which the device has finished
                 state.step, state.cursor = step, batch.cursor.to_dict()
-                faults.count_step(state, good=good)
+                divergence.count_step(state, good=good)
                 self.reducer.put(
                     step, sums, grad_norm=grad_norm, lr=lr, lap=watch.lap(), signal=stop.signal or 0
                 )  # fmt: skip
@@ -352,8 +356,8 @@ class _Session:
         return None
 
     def _wants_rehearsal(self, step: int) -> bool:
-        here = step == rehearsal.STEP < self.recipe.train.steps
-        return here and broadcast(rehearsal.wanted(self.recipe, self.step_seconds))
+        here = step == trial_export.STEP < self.recipe.train.steps
+        return here and broadcast(trial_export.wanted(self.recipe, self.step_seconds))
 
     def _rehearse(self, step: int, wanted: bool) -> None:
         """Raises: RunError: What is trained could not be exported."""
@@ -361,7 +365,7 @@ class _Session:
             return
         self.watchdog.mark("exporting on trial after", step)
         problem, notes = (
-            rehearsal.rehearse(self.recipe, self.mixture, self.run_folder, step) if self.main else (None, [])
+            trial_export.rehearse(self.recipe, self.mixture, self.run_folder, step) if self.main else (None, [])
         )
         for note in notes:
             self.journal.say(f"  {note}")
@@ -373,7 +377,7 @@ class _Session:
 
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, without the batches that were read since."""
-        self.state, notes = faults.roll_back(
+        self.state, notes = divergence.roll_back(
             self.run_folder, self.mixture, self.engine, self.ema, self.state, self.recipe.train, self.guard
         )
         self.journal.rewind(self.state.step)
@@ -390,7 +394,7 @@ class _Session:
             self.state.samples = [a + b for a, b in zip(self.state.samples, reduced.counts, strict=True)]
             self.state.skipped = [a + b for a, b in zip(self.state.skipped, reduced.skipped, strict=True)]
             self.journal.step(reduced, self.state)
-            faults.check_skipped(self.state, self.mixture.sources, self.recipe.data)
+            divergence.check_skipped(self.state, self.mixture.sources, self.recipe.data)
 
     def _report(self, ended: list[Saved]) -> bool:
         """Tell what became of these saves, and measure those that are due for it; whether any was measured."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stamo_dist.engine import checkpoint
+from stamo_dist import train
 
-_honest = checkpoint.load
+_honest = train.load_checkpoint
 
 
 def _load(*arguments, **keywords):
@@ -13,4 +13,4 @@ def _load(*arguments, **keywords):
     return state
 
 
-checkpoint.load = _load
+train.load_checkpoint = _load

@@ -113,7 +113,7 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
 
 
 def _run(call: Call) -> int:
-    from stamo_dist.engine.world import free_port
+    from stamo_dist.distributed.rank import free_port
 
     port = free_port()
     ranks = []

@@ -16,10 +16,10 @@ import psutil
 
 from stamo_dist.chaos.starts import Starter, Tree
 from stamo_dist.chaos.watched import Begun, HungError, Watched, tail
-from stamo_dist.engine.marker import MARKER
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
-from stamo_dist.engine.retention import folder_of
+from stamo_dist.checkpoint.manifest import MARKER
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import RunError
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from rich.console import Console
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.schema import Manifest
 from stamo_dist.data.sources import DEFAULT_CACHE, open_source
-from stamo_dist.engine.runfolder import RunFolder, git_commit
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.held_out import SPLIT, pick_frames
@@ -27,6 +26,7 @@ from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, git_commit
 
 NAME = "actions"
 _COLUMNS = {

@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from stamo_dist.engine.evaluation import Evaluation
-from stamo_dist.engine.journal import Journal
-from stamo_dist.engine.retention import folder_of
-from stamo_dist.engine.runfolder import RunFolder, write_atomic
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.evaluate import curve
 from stamo_dist.evaluate.saved_policy import digest
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, write_atomic
+from stamo_dist.tracking.logger import Journal
+from stamo_dist.training.evaluation import Evaluation
 
 _LOOK = 0.5  # seconds between looks at the rollout that runs
 Ticket = dict[str, Any]  # names what was started, in JSON; `log` is where it prints

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting, Simulator
+from stamo_dist.run.folder import write_atomic
 
 #: Most pictures of a video; of longer trials every second, fourth, … is kept.
 VIDEO_FRAMES = 96

@@ -244,8 +244,8 @@ def actions(
 
 def _is_policy(run: Path) -> bool:
     """Whether it is the folder of a run that trains a policy."""
-    from stamo_dist.engine.runfolder import RunFolder
     from stamo_dist.recipe.load import load
+    from stamo_dist.run.folder import RunFolder
 
     resolved = RunFolder(run).resolved
     return resolved.is_file() and load(resolved).recipe.stage == "policy"

@@ -21,13 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from stamo_dist.engine import checkpoint as checkpoints
-from stamo_dist.engine.retention import named
-from stamo_dist.engine.runfolder import RunFolder, git_commit, write_atomic
+from stamo_dist.checkpoint.load import read_weights
+from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, git_commit, write_atomic
 from stamo_dist.tasks.noise import Noise
 
 
@@ -212,9 +213,9 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
         source, step, ema = str(run.model), recipe.train.steps, recipe.train.ema is not None
         fingerprint, trained_commit = None, None
     else:
-        marker = checkpoints.read_marker(path)
+        marker = read_marker(path)
         tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
-        tokenizer.trained.load_state_dict(checkpoints.read_weights(path))
+        tokenizer.trained.load_state_dict(read_weights(path))
         source, step, ema = str(path), marker.state.step, (path / "ema").is_dir()
         fingerprint, trained_commit = marker.fingerprint, marker.git_commit
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -234,7 +235,7 @@ def typed_command() -> str:
 def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:
     if checkpoint is not None:
         return named_checkpoint(run, checkpoint)
-    whole, broken = checkpoints.complete(run.checkpoints)
+    whole, broken = complete(run.checkpoints)
     if whole:
         return whole[0]
     if (run.model / "stamo.json").is_file():

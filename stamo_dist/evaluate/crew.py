@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from stamo_dist.engine.processes import barrier, broadcast, leave, run_rank
-from stamo_dist.engine.world import world_from_environment
+from stamo_dist.distributed.collectives import barrier, broadcast, leave, run_rank
+from stamo_dist.distributed.rank import world_from_environment
 from stamo_dist.evaluate.common import Trials
 
 T = TypeVar("T")

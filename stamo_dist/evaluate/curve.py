@@ -10,12 +10,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.retention import folder_of
-from stamo_dist.engine.runfolder import RunFolder
-from stamo_dist.engine.success import KEY, Success, Successes, best_of
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.common import Figure, Provenance, Result
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.success import KEY, Success, Successes, best_of
 
 NAME = "during"
 ALL = "all tasks"

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stamo_dist.engine.checkpoint import folder_of
-from stamo_dist.engine.evaluation import Evaluation
-from stamo_dist.engine.journal import Journal
-from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate import heads
 from stamo_dist.evaluate.common import Figure, Provenance, Result
@@ -23,6 +20,9 @@ from stamo_dist.evaluate.features import STATE
 from stamo_dist.evaluate.probe import probe
 from stamo_dist.evaluate.reconstruct import TOKENIZER, reconstruct
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.tracking.logger import Journal
+from stamo_dist.training.evaluation import Evaluation
 
 NAME = "during"
 _HEADINGS = {"step": "step", "source": "source", "psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "moving dB"}

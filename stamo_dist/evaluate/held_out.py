@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stamo_dist.checkpoint.select import growth_of_run
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.sources import open_source
-from stamo_dist.engine.checkpoint import growth_of_run
 from stamo_dist.errors import DataError
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe

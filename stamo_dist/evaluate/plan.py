@@ -13,7 +13,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads, successes
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
@@ -30,6 +29,7 @@ from stamo_dist.evaluate.features import (
 )
 from stamo_dist.evaluate.held_out import Source, open_sources, spread
 from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
+from stamo_dist.run.folder import open_run
 
 NAME = "plan"
 NOBODY = "random actions"

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from stamo_dist.engine.runfolder import RunFolder, open_run
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.actions import open_policy, provenance_of
 from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress
@@ -29,6 +28,7 @@ from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.policy import WorldModel
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, open_run
 from stamo_dist.tasks.policy_data import network_config
 
 NAME = "speed"

@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.data.frames import Episodes
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads
 from stamo_dist.evaluate.common import (
@@ -37,6 +36,7 @@ from stamo_dist.evaluate.features import (
 from stamo_dist.evaluate.figures import file_name, save_lines
 from stamo_dist.evaluate.held_out import SPLIT, Source, open_sources, spread
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import open_run
 
 NAME = "probe"
 NOTHING = "mean action"

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.evaluate.common import (
     Figure,
     Result,
@@ -37,6 +36,7 @@ from stamo_dist.evaluate.held_out import (
 from stamo_dist.evaluate.metrics import ALEXNET, LPIPS, psnr, ssim
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.run.folder import open_run
 
 NAME = "reconstruct"
 MEAN, TOKENIZER, VAE = KINDS = ("mean image", "reconstruction", "VAE alone")

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
 from stamo_dist.evaluate.actions import exported_at, open_policy, provenance_of_others
@@ -24,6 +23,7 @@ from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Set
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder
 
 NAME = "rollout"
 #: The paper's names of LIBERO's suites, in its order.

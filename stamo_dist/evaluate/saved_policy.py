@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from stamo_dist.engine.checkpoint import MARKER, read_marker
-from stamo_dist.engine.identity import mixture_of
-from stamo_dist.engine.runfolder import git_commit, open_run
+from stamo_dist.checkpoint.compatibility import mixture_of
+from stamo_dist.checkpoint.manifest import MARKER, read_marker
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
 from stamo_dist.export import write_model
 from stamo_dist.models.openvla.framing import Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import git_commit, open_run
 
 SCRATCH = ".model."  # what a killed process leaves is called so
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate import curve
 from stamo_dist.evaluate.rollout import rollout
 from stamo_dist.evaluate.saved_policy import SCRATCH
 from stamo_dist.evaluate.simulators import Benchmarks
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import open_run
 
 
 def roll_out(run_path: Path, step: int, benchmarks: Benchmarks, console: Console | None = None) -> None:

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.common import Result, load_tokenizer, output_folder, progress, read_recipe
+from stamo_dist.run.folder import open_run
 
 NAME = "speed"
 _WARM = 3

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.common import (
     Figure,
@@ -31,6 +30,7 @@ from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, identity, l
 from stamo_dist.evaluate.metrics import psnr
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.run.folder import open_run
 
 NAME = "transfer"
 ADDED, PIXELS, STILL = KINDS = ("motion added", "pixels added", "scene alone")

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.generation import Owner
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import LOCAL, Profile, load_profile
 from stamo_dist.launch.record import Launch, events, main_log, read, since_submitted
+from stamo_dist.run.lease import Owner
 
 _NICE = 10
 _ASK = 60.0  # seconds between questions to Slurm

@@ -11,7 +11,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
 from stamo_dist.launch.known import PIPELINE
@@ -26,6 +25,7 @@ from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import write_atomic
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED, SIGNALS
-from stamo_dist.engine.world import free_port
+from stamo_dist.distributed.rank import free_port
+from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import rank, slurm
 from stamo_dist.launch.record import Event, Launch, What, events, main_log, now, read, record, since_submitted, task_log
 from stamo_dist.launch.restarts import Verdict, judge, newest_step

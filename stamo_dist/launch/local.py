@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from stamo_dist.engine.generation import FOLDER
-from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED, SIGNALS
-from stamo_dist.engine.world import free_port
+from stamo_dist.distributed.rank import free_port
 from stamo_dist.errors import RunError
+from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
+from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch.record import rank_log
+from stamo_dist.run.lease import FOLDER
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from stamo_dist.engine.generation import Owner, newest_owner
-from stamo_dist.engine.progress import duration
-from stamo_dist.engine.success import Successes, is_late
+from stamo_dist.run.lease import Owner, newest_owner
+from stamo_dist.run.success import Successes, is_late
+from stamo_dist.tracking.progress import duration
 
 _TAIL = 1 << 17  # bytes at the end of metrics.jsonl that are read
 _WINDOW = 50  # logged steps over which the speed is taken

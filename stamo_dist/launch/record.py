@@ -21,9 +21,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
 from stamo_dist.launch.known import remember
+from stamo_dist.run.folder import write_atomic
 
 VERSION = 1
 Kind = Literal["run", "array", "stage", "beside"]  # beside: of a run that trains, and no run of its own

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.launch.look import newest_checkpoint
 from stamo_dist.launch.record import Event, Launch, What, events
 

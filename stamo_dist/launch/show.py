@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stamo_dist.engine.progress import duration
 from stamo_dist.launch.look import age
 from stamo_dist.launch.state import Word
 from stamo_dist.launch.status import Run
+from stamo_dist.tracking.progress import duration
 
 _STYLE: dict[Word, str] = {
     "queued": "cyan", "starting": "cyan", "running": "green", "preempted": "yellow", "requeued": "yellow",

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from stamo_dist.engine.runfolder import COMMIT_FILE, git_commit
 from stamo_dist.errors import RunError
 from stamo_dist.launch.record import Launch, folder
 from stamo_dist.recipe.commands import render
 from stamo_dist.recipe.load import Loaded
+from stamo_dist.run.folder import COMMIT_FILE, git_commit
 
 _PACKAGES = ("stamo_dist", "data_tools")
 _RUN = '''\

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from stamo_dist.engine.generation import STALE
-from stamo_dist.engine.progress import duration
 from stamo_dist.launch.look import Progress
 from stamo_dist.launch.record import Event
 from stamo_dist.launch.slurm import Job
+from stamo_dist.run.lease import STALE
+from stamo_dist.tracking.progress import duration
 
 Word = Literal[
     "queued", "starting", "running", "preempted", "requeued", "suspended", "finished", "failed", "stopped", "cancelled",

@@ -19,10 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stamo_dist.engine.generation import Owner
-from stamo_dist.engine.preempt import SIGNALS
-from stamo_dist.engine.runfolder import write_atomic
 from stamo_dist.errors import RunError
+from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import snapshot
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.record import (
@@ -39,6 +37,8 @@ from stamo_dist.launch.record import (
     record,
 )
 from stamo_dist.launch.restarts import Verdict, judge, newest_step
+from stamo_dist.run.folder import write_atomic
+from stamo_dist.run.lease import Owner
 
 _FILE = "supervisor.json"
 _PATIENCE = 30.0  # seconds for the supervisor to be there

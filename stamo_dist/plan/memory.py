@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from stamo_dist.engine.strategy import ZERO_STAGE
+from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.plan.live import peak
 from stamo_dist.plan.shapes import Shapes, shapes

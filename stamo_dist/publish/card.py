@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from stamo_dist.engine.identity import sources_of
-from stamo_dist.engine.marker import Marker, read_marker
-from stamo_dist.engine.metrics import read_metrics
-from stamo_dist.engine.runfolder import RunFolder
+from stamo_dist.checkpoint.compatibility import sources_of
+from stamo_dist.checkpoint.manifest import Marker, read_marker
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import Layout
+from stamo_dist.tracking.metrics_file import read_metrics
 
 _USE = {
     "tokenizer": """\

@@ -11,15 +11,16 @@ from typing import Literal
 
 import torch
 
-from stamo_dist.engine import checkpoint as checkpoints
-from stamo_dist.engine.generation import take
-from stamo_dist.engine.identity import mixture_of
-from stamo_dist.engine.retention import named
-from stamo_dist.engine.runfolder import RunFolder, open_run
+from stamo_dist.checkpoint.compatibility import mixture_of
+from stamo_dist.checkpoint.load import holds_all, read_weights
+from stamo_dist.checkpoint.manifest import MARKER, read_marker
+from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import RunError
 from stamo_dist.export import export, training_data
 from stamo_dist.publish.card import model_card
 from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder, open_run
+from stamo_dist.run.lease import take
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Layout
 
@@ -52,9 +53,9 @@ def publish(
         raise RunError(f"--format peft: writes adapters, and {run.path} trains none (policy.lora); give --format hf")
     if out.exists():
         raise RunError(f"{out}: exists; give a folder that does not")
-    weights = checkpoints.read_weights(folder)
-    mixture = mixture_of(recipe, checkpoints.read_marker(folder).identity)
-    task = build_task(recipe, mixture, later=checkpoints.holds_all(folder))
+    weights = read_weights(folder)
+    mixture = mixture_of(recipe, read_marker(folder).identity)
+    task = build_task(recipe, mixture, later=holds_all(folder))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +84,8 @@ def finish(given: Path) -> None:
     """
     run = open_run(given)
     recipe = load(run.resolved).recipe
-    whole = checkpoints.complete(run.checkpoints)[0]
-    marker = checkpoints.read_marker(whole[0]) if whole else None
+    whole = complete(run.checkpoints)[0]
+    marker = read_marker(whole[0]) if whole else None
     step = marker.state.step if marker else 0
     if marker is None or step < recipe.train.steps:
         raise RunError(
@@ -109,10 +110,10 @@ def _locate(given: Path, checkpoint: str | None) -> tuple[RunFolder, Path]:
     if checkpoint is not None:
         run = open_run(given)
         return run, named(run.checkpoints, checkpoint)
-    if (given / checkpoints.MARKER).is_file():
+    if (given / MARKER).is_file():
         return open_run(given.resolve().parent.parent), given
     run = open_run(given)
-    whole = checkpoints.complete(run.checkpoints)[0]
+    whole = complete(run.checkpoints)[0]
     if not whole:
         raise RunError(f"{given}: holds no whole checkpoint")
     return run, whole[0]

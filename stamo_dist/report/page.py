@@ -17,17 +17,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from stamo_dist.checkpoint.compatibility import growth_of
+from stamo_dist.checkpoint.manifest import Marker, read_marker
+from stamo_dist.checkpoint.retention import complete
 from stamo_dist.data.schema import read_manifest
-from stamo_dist.engine.checkpoint import Marker, complete, read_marker
-from stamo_dist.engine.identity import growth_of
-from stamo_dist.engine.metrics import read_metrics
-from stamo_dist.engine.progress import duration
-from stamo_dist.engine.runfolder import RunFolder, open_run, write_atomic
-from stamo_dist.engine.success import Successes
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe, Source
 from stamo_dist.report.charts import COLOURS, Series, line_chart
+from stamo_dist.run.folder import RunFolder, open_run, write_atomic
+from stamo_dist.run.success import Successes
+from stamo_dist.tracking.metrics_file import read_metrics
+from stamo_dist.tracking.progress import duration
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
 _FIRST = (

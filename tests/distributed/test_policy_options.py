@@ -45,7 +45,7 @@ def test_same_losses(toy_policy, ranks, tmp_path, plain, processes, settings, to
 def test_gradients_of_bf16_are_reduced_in_fp32() -> None:
     import torch
 
-    from stamo_dist.engine.strategy import _fsdp_plugin
+    from stamo_dist.distributed.strategies import _fsdp_plugin
 
     policy = _fsdp_plugin("bf16", ["Block"]).mixed_precision_policy
     assert policy is not None

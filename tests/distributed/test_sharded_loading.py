@@ -19,15 +19,15 @@ from toy_policy import TEXTS, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine import strategy
-from stamo_dist.engine.optim import adamw
-from stamo_dist.engine.world import World, free_port
+from stamo_dist.distributed import strategies
+from stamo_dist.distributed.rank import World, free_port
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.load import load
@@ -139,7 +139,7 @@ def _rank(rank: int, port: int, recipe: str, later: bool, answer: Connection) ->
     mixture = Mixture(r.data, seed=0, global_batch=8)
     with Peak() as peak:
         task = build_task(r, mixture, later=later)
-        engine = strategy.build(
+        engine = strategies.build(
             task.trained, adamw(task.trained, r.optimizer), r.strategy, World(rank, 2, rank, 2), batching(r.train, 2),
             clip=1.0, precision="fp32", block_classes=task.block_classes,
         )  # fmt: skip

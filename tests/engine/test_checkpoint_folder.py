@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from stamo_dist.engine.checkpoint import choose
-from stamo_dist.engine.dcp import read_dcp
-from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, damage, read_marker
-from stamo_dist.engine.parts import DcpPart, Staging
-from stamo_dist.engine.retention import clean, complete, folder_of, named, part_of, scan, superseded
-from stamo_dist.engine.success import Success, Successes
+from stamo_dist.checkpoint.manifest import MARKER, Marker, Stored, damage, read_marker
+from stamo_dist.checkpoint.retention import clean, complete, folder_of, named, part_of, scan, superseded
+from stamo_dist.checkpoint.select import select_checkpoint
+from stamo_dist.checkpoint.writers import DcpPart, Staging
+from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.run.state import RunState
+from stamo_dist.run.success import Success, Successes
 
 
 def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:
@@ -73,7 +74,7 @@ def test_the_best_has_a_name_and_stays(tmp_path):
     for step in (1, 2, 3):
         write(checkpoints, step)
     Successes(best=Success(1, 70, 40, 89, 10)).write(tmp_path)
-    assert named(checkpoints, "best") == choose(checkpoints, "best").path == folder_of(checkpoints, 1)
+    assert named(checkpoints, "best") == select_checkpoint(checkpoints, "best").path == folder_of(checkpoints, 1)
     assert named(checkpoints, "3") == folder_of(checkpoints, 3)
     assert superseded(scan(checkpoints).whole, Checkpoint(keep=1), {1}) == [folder_of(checkpoints, 2)]
     with pytest.raises(CheckpointError, match=r"4: there is no .*the run's checkpoints: step_00000003, step_00000002"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stamo_dist.engine.compiling import clear_dead_locks
+from stamo_dist.distributed.extension_locks import clear_dead_locks
 
 COMPILER = """\
 import sys, time

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from toy import make_source, write_recipe
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
-from stamo_dist.engine.world import free_port
+from stamo_dist.distributed.rank import free_port
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 FAULTY = Path(__file__).resolve().parent.parent / "faulty.py"
 

@@ -16,19 +16,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from stamo_dist.engine.faults import roll_back
-from stamo_dist.engine.generation import FOLDER, FencedError, Owner, take
-from stamo_dist.engine.marker import RunState
-from stamo_dist.engine.metrics import MetricsFile
-from stamo_dist.engine.runfolder import RunFolder
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.training import Train
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.lease import FOLDER, FencedError, Owner, take
+from stamo_dist.run.state import RunState
+from stamo_dist.tracking.metrics_file import MetricsFile
+from stamo_dist.training.divergence import roll_back
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stamo_dist.engine.generation import take
+from stamo_dist.run.lease import take
 g = take(Path(sys.argv[1]))
 print(g.number, flush=True)
 time.sleep(60)

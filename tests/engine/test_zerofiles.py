@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from stamo_dist.engine import zerofiles
+from stamo_dist.checkpoint import deepspeed_files as zerofiles
 from stamo_dist.errors import CheckpointError
 
 

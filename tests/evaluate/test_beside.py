@@ -16,16 +16,16 @@ import pytest
 from point_world import as_simulators
 from toy_policy import write_policy_recipe
 
-from stamo_dist.engine.journal import Journal
-from stamo_dist.engine.metrics import MetricsFile, read_late
-from stamo_dist.engine.runfolder import RunFolder
-from stamo_dist.engine.success import Successes
 from stamo_dist.errors import RecipeError
 from stamo_dist.evaluate.beside import Rollouts
 from stamo_dist.evaluate.successes import COLUMNS, interval
 from stamo_dist.launch.aside import Processes
 from stamo_dist.recipe.load import load
 from stamo_dist.report import write_report
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.success import Successes
+from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.metrics_file import MetricsFile, read_late
 
 ROLLOUT = """
 evaluate:

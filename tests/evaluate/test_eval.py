@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 from toy import make_source
 
+from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.data.frames import Episodes
-from stamo_dist.engine.checkpoint import read_weights
-from stamo_dist.engine.runfolder import open_run
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.evaluate.common import load_tokenizer, read_recipe
 from stamo_dist.evaluate.interpolate import FADE, LINE, OWN, interpolate
 from stamo_dist.evaluate.reconstruct import MEAN, TOKENIZER, VAE, reconstruct
+from stamo_dist.run.folder import open_run
 
 
 def _psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:

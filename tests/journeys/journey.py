@@ -19,7 +19,7 @@ from forked import Ranks
 from toy import write_recipe
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 STEPS = 10

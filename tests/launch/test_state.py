@@ -8,11 +8,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from stamo_dist.engine.generation import STALE, Owner
 from stamo_dist.launch.look import Progress
 from stamo_dist.launch.record import Event
 from stamo_dist.launch.slurm import Job
 from stamo_dist.launch.state import judge
+from stamo_dist.run.lease import STALE, Owner
 
 NOW = datetime.now().astimezone()
 HERE = Owner.this()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
 
-from stamo_dist.engine.world import free_port
+from stamo_dist.distributed.rank import free_port
 from stamo_dist.errors import CheckpointError, RecipeError
 from stamo_dist.models.openvla import adapt, load
 from stamo_dist.models.openvla.actions import Statistics

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stamo_dist.engine.optim import adamw
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.decoder import Decoder
+from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import schema
 
 

@@ -12,7 +12,8 @@ from toy import make_source, write_recipe
 from toy_policy import TEXTS, set_statistics, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
-from stamo_dist.engine import checkpoint
+from stamo_dist.checkpoint.load import read_weights
+from stamo_dist.checkpoint.retention import complete
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.load import load
@@ -46,7 +47,7 @@ def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, ranks, tmp_p
     _, said = ranks(1, "export", run, out, "--shard-size", "20KB")
     assert "step_00000002" in said
     assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1, "a colleague can read it"
-    weights = checkpoint.read_weights(checkpoint.complete(run / "checkpoints")[0][0])
+    weights = read_weights(complete(run / "checkpoints")[0][0])
     language = AutoModelForCausalLM.from_pretrained(out / "language_model")
     for name, tensor in language.state_dict().items():
         assert torch.equal(tensor, weights[f"vla.language_model.{name}"]), name
@@ -58,7 +59,7 @@ def test_hf_opens_with_plain_transformers_and_comes_back(run: Path, ranks, tmp_p
         assert torch.equal(tensor, weights[name]), name
 
     card = (out / "README.md").read_text()
-    marker = json.loads((checkpoint.complete(run / "checkpoints")[0][0] / "checkpoint.json").read_text())
+    marker = json.loads((complete(run / "checkpoints")[0][0] / "checkpoint.json").read_text())
     loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["world_mse"]
     for part in (marker["fingerprint"], f"{loss:.5g}", "| a | 1 shards", "intermediate_size: 40"):
         assert part in card, part
@@ -106,7 +107,7 @@ def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
     assert config["norm_stats"].keys() == json.loads((out / "dataset_statistics.json").read_text()).keys() == {"a"}
     head = torch.load(out / "action_head--latest_checkpoint.pt", weights_only=True)
     assert all(key.startswith("module.") for key in head)
-    weights = checkpoint.read_weights(run / "checkpoints/step_00000002")
+    weights = read_weights(run / "checkpoints/step_00000002")
     for name, tensor in Policy.from_pretrained(out).network.state_dict().items():
         assert torch.equal(tensor, weights[name].bfloat16()), name
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from toy import write_recipe
 
-from stamo_dist.engine.checkpoint import complete
-from stamo_dist.engine.marker import read_marker
+from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.retention import complete
 from stamo_dist.recipe.load import load
 
 COMMIT = "c" * 40

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from toy import write_recipe
 
-from stamo_dist.engine.checkpoint import read_weights
-from stamo_dist.engine.marker import MARKER, read_marker
+from stamo_dist.checkpoint.load import read_weights
+from stamo_dist.checkpoint.manifest import MARKER, read_marker
 
 
 def lines(run: Path) -> list[dict]:

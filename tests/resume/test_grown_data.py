@@ -12,8 +12,8 @@ from typing import Any
 from toy import make_source, write_recipe
 
 from stamo_dist.data.schema import MANIFEST, Size, Split, read_manifest
-from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.report.page import read_run
+from stamo_dist.run.folder import RunFolder
 
 
 def losses(run: Path) -> list[float]:

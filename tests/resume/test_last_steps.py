@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from toy import write_recipe
 
-from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 
 #: As `python -m stamo_dist.cli`, with an export that takes for ever.
 SLOW = """
@@ -76,10 +76,10 @@ def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tm
 
 #: As `python -m stamo_dist.cli`, with an export that fails.
 BROKEN = """
-import stamo_dist.rehearsal
+import stamo_dist.training.trial_export
 def write_model(*_):
     raise OSError(28, "No space left on device", "here")
-stamo_dist.rehearsal.write_model = write_model
+stamo_dist.training.trial_export.write_model = write_model
 from stamo_dist.cli import main
 main()
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from toy import write_recipe
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 
 def lines(run: Path) -> list[dict]:

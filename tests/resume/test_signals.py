@@ -15,7 +15,7 @@ import psutil
 import pytest
 from toy import write_recipe
 
-from stamo_dist.engine.preempt import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 
 class Run:
@@ -96,7 +96,7 @@ def test_signal_before_the_first_step_is_kept(start):
 
 ORPHAN = """
 import os, signal, time
-from stamo_dist.engine.world import world_from_environment
+from stamo_dist.distributed.rank import world_from_environment
 launcher = os.getpid()
 os.environ.update(RANK="0", WORLD_SIZE="1", STAMO_LAUNCHED=str(launcher))
 if os.fork():

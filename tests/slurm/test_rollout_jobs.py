@@ -11,8 +11,8 @@ from cluster import Cluster
 from point_world import as_simulators
 from toy_policy import write_policy_recipe
 
-from stamo_dist.engine.success import Successes
 from stamo_dist.launch.record import events, read
+from stamo_dist.run.success import Successes
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLLOUT = """

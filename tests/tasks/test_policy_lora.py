@@ -15,9 +15,9 @@ from toy_policy import TEXTS, make_base, on_base, write_policy_recipe
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine.optim import adamw
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.launch.doctor.finding import Finding
 
 _AREA = "Slurm's settings"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from stamo_dist.engine.journal import Journal
+from stamo_dist.tracking.logger import Journal
 
 
 class Evaluation:

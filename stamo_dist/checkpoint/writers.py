@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from stamo_dist.engine.marker import Stored
-from stamo_dist.engine.strategy import Engine
+from stamo_dist.checkpoint.manifest import Stored
+from stamo_dist.distributed.engine import Engine
 
 ZERO_TAG = "zero"
 

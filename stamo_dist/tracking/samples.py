@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from stamo_dist.data.loader import Batch
-from stamo_dist.engine.metrics import MetricsFile
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.rank import World
+from stamo_dist.tracking.metrics_file import MetricsFile
 
 _NAMES = ("sample", "source")  # the rest of a batch is content
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.runfolder import RunFolder, write_atomic
+from stamo_dist.run.folder import RunFolder, write_atomic
 
 KEY = "eval/rollout"
 

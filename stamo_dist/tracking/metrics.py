@@ -5,15 +5,9 @@ Values are read on the host one step after they were computed, so logging never 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -21,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stamo_dist.engine.preempt import few_of
-from stamo_dist.engine.success import KEY, is_late
-from stamo_dist.recipe.schema import Recipe
+from stamo_dist.distributed.rank import few_of
 
 
 @dataclass
@@ -193,125 +185,6 @@ class Reducer:
             signals={rank: Signals(int(number)).name for rank, number in enumerate(signals) if number},
             not_finite=[rank for rank, flag in enumerate(wrong) if flag],
         )
-
-
-class MetricsFile:
-    """Appends JSON lines; on resumption drops the lines of steps that will be run again.
-
-    Numbers that are not finite, which JSON does not know, become null. Lines for which the disk has no room are
-    written with the next one. `guard` raises where this process may not write any more.
-    """
-
-    def __init__(self, path: Path, resumed_step: int, guard: Callable[[], None] | None = None):
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            tmp = path.with_suffix(".jsonl.tmp")
-            tmp.write_text("".join(line + "\n" for line in lines))
-            tmp.replace(path)
-        self._file, self._guard, self._waiting = path.open("ab", buffering=0), guard, b""
-
-    def write(self, line: dict[str, Any]) -> None:
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._waiting += json.dumps(known).encode() + b"\n"
-        if self._guard is not None:
-            self._guard()
-        self._flush()
-
-    def sync(self) -> None:
-        with contextlib.suppress(OSError):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _flush(self) -> None:
-        whole = os.fstat(self._file.fileno()).st_size
-        try:
-            rest = memoryview(self._waiting)
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
-            self._waiting = b""
-        except OSError:  # half a line must not stay
-            with contextlib.suppress(OSError):
-                self._file.truncate(whole)
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-        return float("inf")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps' whole lines of a metrics.jsonl."""
-    return [line for line in _lines(path) if not is_late(line)]
-
-
-def read_late(path: Path) -> dict[int, dict[str, Any]]:
-    """Step → what was measured of it later, beside the training."""
-    return {line["step"]: line for line in _lines(path) if is_late(line)}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]
-
-
-class WandB:
-    """A W&B run that keeps its id over restarts; does nothing when tracking is off."""
-
-    def __init__(self, recipe: Recipe, folder: Path, resolved: dict[str, Any]):
-        self._run: Any = None
-        self._late: list[dict[str, Any]] = []
-        self._free: int | None = None  # W&B's step for the next of them after the last training step
-        if recipe.tracking.wandb == "off":
-            return
-        import wandb
-
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=recipe.tracking.wandb,
-            project=recipe.tracking.project,
-            entity=recipe.tracking.entity,
-            tags=recipe.tracking.tags,
-            name=recipe.name,
-            dir=str(folder),
-            config=resolved,
-        )
-        self._run.define_metric(f"{KEY}/*", step_metric=f"{KEY}/step")
-
-    def log(self, line: dict[str, Any]) -> None:
-        if self._run is not None:
-            late = self._late.pop(0) if self._late else {}
-            self._free = line["step"] + bool(late)
-            self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
-
-    def late(self, line: Mapping[str, Any]) -> None:
-        """Log what was measured of an earlier step, on an axis of its own.
-
-        It goes with the next step: W&B's own steps only ascend, and a row of its own would take the next step's place.
-        """
-        if self._run is not None:
-            self._late.append({f"{KEY}/step": line["step"], **{k: v for k, v in line.items() if k != "step"}})
-
-    def picture(self, name: str, path: Path, step: int) -> None:
-        if self._run is not None:
-            import wandb
-
-            self._run.log({name: wandb.Image(str(path))}, step=step)
-
-    def finish(self) -> None:
-        if self._run is not None:
-            for i, late in enumerate(self._late):
-                self._run.log(late, step=None if self._free is None else self._free + i)
-            self._run.finish()
 
 
 class Stopwatch:

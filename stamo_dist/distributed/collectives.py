@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from stamo_dist.engine.preempt import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError, StamoError
+from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 
 #: Seconds that collectives wait where one rank may work alone for long: before the first step, and while exporting.
 PATIENCE = 7200.0
@@ -48,6 +48,20 @@ def broadcast(value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(world: World, body: Callable[[], T]) -> T:
+    """What `body` returns or raises on rank 0, on every rank."""
+    result: T | StamoError | None = None
+    if world.is_main:
+        try:
+            result = body()
+        except StamoError as e:
+            result = e
+    result = broadcast(result)
+    if isinstance(result, StamoError):
+        raise result
+    return result  # type: ignore[return-value]
 
 
 def everywhere(flag: bool) -> bool:

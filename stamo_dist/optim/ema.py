@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from stamo_dist.engine.dcp import read_dcp
+from stamo_dist.distributed.dcp import read_dcp
 
 
 class EMA:

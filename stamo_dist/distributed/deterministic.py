@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stamo_dist.engine.strategy import Engine, tie
+from stamo_dist.distributed.engine import Engine, tie
 
 _BUCKET = 1 << 24  # elements that are exchanged at a time
 

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,12 +22,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ParallelismConfig,
 )
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from stamo_dist.engine.compiling import clear_dead_locks
-from stamo_dist.engine.processes import PATIENCE
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.collectives import PATIENCE
+from stamo_dist.distributed.engine import ZERO_STAGE, Engine
+from stamo_dist.distributed.extension_locks import clear_dead_locks
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
@@ -39,95 +36,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
 _log = logging.getLogger(__name__)
-ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 FILLS_SHARDS = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
-
-
-def tie(loss: Tensor) -> Tensor:
-    """`loss`, whose gradient is not finite where its value is not; bit for bit the same where it is."""
-    return loss * (1 + 0 * loss.detach())
-
-
-@dataclass
-class Engine:
-    """The trained module and its optimizer, spread over the processes.
-
-    `module` is called as the original one. Between `accumulate` blocks nothing is synchronised.
-    """
-
-    strategy: str
-    world: World
-    accelerator: Accelerator
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    clip: float | None
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def deepspeed(self) -> Any:
-        """DeepSpeed's engine, under zero1–3."""
-        return self.module
-
-    @property
-    def is_zero(self) -> bool:
-        return self.strategy in ZERO_STAGE
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        """The module the task built; under zero3 and fsdp its parameters are this process's shards."""
-        wrapped = self.is_zero or isinstance(self.module, DistributedDataParallel)
-        return self.module.module if wrapped else self.module  # type: ignore[return-value]
-
-    @property
-    def inner_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without Accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def set_lr(self, lr: float, step: int) -> None:
-        """Give each parameter group its learning rate of the 1-based optimizer step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"] if step > group["start"] else 0.0
-
-    @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Around each micro-batch: gradients are reduced at the last one only."""
-        with self.accelerator.accumulate(self.module):
-            yield
-
-    def rehearse(self, loss: Callable[[], Tensor]) -> None:
-        """Before the first step of a start: settle in which order gradients are reduced; nothing else changes.
-
-        PyTorch's DDP regroups them after its first backward pass, and the sum of three or more numbers depends on
-        their order: the first step after a resumption would differ from that of a run that was never stopped.
-        """
-        if isinstance(self.module, DistributedDataParallel) and self.world.size > 2:
-            loss().backward()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def backward(self, loss: Tensor) -> float | None:
-        """Backward pass of one micro-batch; at the last one clip and step.
-
-        Returns None between optimizer steps, else the norm of the gradient over all processes, before clipping. Where
-        it is not finite, on any process, no process has stepped; a loss that is not finite makes it so.
-        """
-        self.accelerator.backward(tie(loss))
-        if not self.accelerator.sync_gradients:
-            return None
-        if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward, or skipped the step
-            return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
-        return self.step()
-
-    def step(self) -> float:
-        """Clip the gradient and step, unless its norm, which is returned, is not finite. Not for ZeRO."""
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # the step's one wait for the device
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -281,7 +190,7 @@ def build(
             group["params"] = [parameters[name] for name in members]
     if batching.virtual is None:
         return Engine(strategy.name, world, accelerator, module, optimizer, clip)
-    from stamo_dist.engine.virtual import VirtualEngine
+    from stamo_dist.distributed.deterministic import VirtualEngine
 
     return VirtualEngine(
         strategy.name, world, accelerator, module, optimizer, clip, workers=batching.workers,

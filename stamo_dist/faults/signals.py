@@ -13,18 +13,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stamo_dist.engine.runfolder import write_atomic
-
-#: Exit code of a run that left in order to be started again: it saved because it was asked to stop, or it was hung.
-EXIT_PREEMPTED = 75
-#: Exit code of a run that was trained to its end and saved, but whose model could not be written.
-EXIT_NOT_EXPORTED = 76
-#: Exit code of a second SIGINT, as of a shell's.
-EXIT_INTERRUPTED = 130
+from stamo_dist.distributed.rank import few_of
+from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from stamo_dist.run.folder import write_atomic
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: Seconds. A terminal, srun and torchrun all pass one Ctrl-C on: within that time it is one.
@@ -111,12 +106,6 @@ def requests(signals: Mapping[int, str]) -> str:
     for rank, name in sorted(signals.items()):
         ranks.setdefault(name, []).append(rank)
     return ", ".join(f"{name} on rank {few_of(of_name)}" for name, of_name in ranks.items())
-
-
-def few_of(ranks: Sequence[int]) -> str:
-    """The first ranks, and how many more."""
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return ", ".join(map(str, ranks[:8])) + more
 
 
 @dataclass

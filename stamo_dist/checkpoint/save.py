@@ -21,17 +21,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from stamo_dist.engine.ema import EMA
-from stamo_dist.engine.generation import Generation
-from stamo_dist.engine.identity import Identity
-from stamo_dist.engine.marker import MARKER, Marker, RunState, Stored, read_marker
-from stamo_dist.engine.parts import DcpPart, Part, Staging, ZeroPart
-from stamo_dist.engine.processes import broadcast
-from stamo_dist.engine.retention import clean, folder_of, part_of, remove, scan, set_aside, superseded, sync, sync_tree
-from stamo_dist.engine.strategy import Engine
-from stamo_dist.engine.success import Successes
+from stamo_dist.checkpoint.compatibility import Identity
+from stamo_dist.checkpoint.manifest import MARKER, Marker, Stored, read_marker
+from stamo_dist.checkpoint.retention import (
+    clean,
+    folder_of,
+    part_of,
+    remove,
+    scan,
+    set_aside,
+    superseded,
+    sync,
+    sync_tree,
+)
+from stamo_dist.checkpoint.writers import DcpPart, Part, Staging, ZeroPart
+from stamo_dist.distributed.collectives import broadcast
+from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
+from stamo_dist.optim.ema import EMA
 from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.run.lease import Generation
+from stamo_dist.run.state import RunState
+from stamo_dist.run.success import Successes
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stamo_dist.engine import dcp, zerofiles
-from stamo_dist.engine.marker import Marker
-from stamo_dist.engine.progress import BytesProgress
-from stamo_dist.engine.strategy import ZERO_STAGE, Engine
+from stamo_dist.checkpoint import deepspeed_files
+from stamo_dist.checkpoint.manifest import Marker
+from stamo_dist.distributed import dcp
+from stamo_dist.distributed.engine import ZERO_STAGE, Engine
 from stamo_dist.errors import CheckpointError
+from stamo_dist.tracking.progress import BytesProgress
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "fp32"
@@ -147,11 +148,11 @@ class _Zero(_Source):
             )
         # With zero3 the first rank's model file lists the shapes by which every rank's flat groups are cut.
         self._models = [file for _, file in models]
-        self._model = zerofiles.load(self._models[0], mmap=True)
+        self._model = deepspeed_files.load(self._models[0], mmap=True)
         self._pieces: dict[str, list[_Piece]] = {}
         steps: list[float] = []
         for rank, file in shards:
-            shard = zerofiles.load(file, mmap=True)["optimizer_state_dict"]
+            shard = deepspeed_files.load(file, mmap=True)["optimizer_state_dict"]
             if ZERO_STAGE[marker.strategy] == 3:
                 flats, states = shard["fp32_flat_groups"], shard["optimizer_state_dict"]["state"]
                 layouts = [_equal_shares(shapes, rank, marker.world_size) for shapes in self._model["param_shapes"]]
@@ -195,7 +196,7 @@ class _Zero(_Source):
         others = {n: t for n, t in self._model["module"].items() if n not in self.sizes and t.numel()}
         state = {n: t.float() if t.is_floating_point() else t for n, t in others.items()}
         if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has its share
-            fragments = [zerofiles.load(file, mmap=True)["frozen_param_fragments"] for file in self._models]
+            fragments = [deepspeed_files.load(file, mmap=True)["frozen_param_fragments"] for file in self._models]
             for name, shape in shapes.items():
                 flat = torch.cat([part[name].detach().flatten() for part in fragments]).float()
                 state[name] = flat[: math.prod(shape)].view(tuple(shape))

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from stamo_dist.data.loader import Batch
-from stamo_dist.engine.marker import RunState
-from stamo_dist.engine.metrics import MetricsFile, Reduced, WandB, read_late
-from stamo_dist.engine.progress import TrainingProgress
-from stamo_dist.engine.runfolder import RunFolder
-from stamo_dist.engine.samples import SampleLog
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.rank import World
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.state import RunState
+from stamo_dist.tracking.metrics import Reduced
+from stamo_dist.tracking.metrics_file import MetricsFile, read_late
+from stamo_dist.tracking.progress import TrainingProgress
+from stamo_dist.tracking.samples import SampleLog
+from stamo_dist.tracking.wandb import WandB
 
 #: Dense bf16 peak in FLOP/s, by a part of the device's name; MFU is printed only where the peak is known.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stamo_dist.engine.marker import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
-from stamo_dist.engine.success import Successes
+from stamo_dist.checkpoint.manifest import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.run.success import Successes
 
 _PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.engine.preempt import EXIT_PREEMPTED, few_of
-from stamo_dist.engine.processes import PATIENCE, broadcast, set_timeout
-from stamo_dist.engine.world import World
+from stamo_dist.distributed.collectives import PATIENCE, broadcast, set_timeout
+from stamo_dist.distributed.rank import World, few_of
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.recipe.training import Train
 
 #: What is no step → the field of `train` that limits it; the word is what `stamo status` shows.

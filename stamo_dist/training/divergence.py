@@ -13,17 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stamo_dist.checkpoint.load import load_checkpoint
+from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.retention import scan
+from stamo_dist.checkpoint.select import Choice, settle
 from stamo_dist.data.loader import Cursor
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine import checkpoint
-from stamo_dist.engine.ema import EMA
-from stamo_dist.engine.marker import RunState, read_marker
-from stamo_dist.engine.retention import scan
-from stamo_dist.engine.runfolder import RunFolder, write_atomic
-from stamo_dist.engine.strategy import Engine
+from stamo_dist.distributed.collectives import on_main
+from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import RunError
+from stamo_dist.optim.ema import EMA
 from stamo_dist.recipe.schema import Data
 from stamo_dist.recipe.training import Train
+from stamo_dist.run.folder import RunFolder, write_atomic
+from stamo_dist.run.state import RunState
 
 
 def count_step(state: RunState, *, good: bool) -> None:
@@ -59,12 +62,12 @@ def roll_back(
     """
     batches = BadBatches(run.bad_batches, mixture)
 
-    def choose(damaged: frozenset[Path]) -> checkpoint.Choice:
+    def choose(damaged: frozenset[Path]) -> Choice:
         guard()
         whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
-        return checkpoint.Choice(batches.last_good(whole, state, train.steps))
+        return Choice(batches.last_good(whole, state, train.steps))
 
-    path, notes = checkpoint.settle(run.checkpoints, engine.world, choose)
+    path, notes = settle(run.checkpoints, engine.world, choose)
     assert path is not None, "last_good found one"
 
     def record() -> None:
@@ -72,8 +75,8 @@ def roll_back(
         batches.record(read_marker(path).state.step, state)
 
     # After newer checkpoints were put aside: the next start must not find them.
-    checkpoint.on_main(engine.world, record)
-    back = checkpoint.load(path, engine, ema, precision=train.precision, sources=mixture.sources, say=notes.append)
+    on_main(engine.world, record)
+    back = load_checkpoint(path, engine, ema, precision=train.precision, sources=mixture.sources, say=notes.append)
     notes.append(
         f"no finite loss and gradient in {state.bad_in_a_row} steps in a row: went back to {path}; going on without "
         f"the batches since, see {batches.path}"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.engine.retention import folder_of
-from stamo_dist.engine.runfolder import RunFolder
 from stamo_dist.errors import StamoError
 from stamo_dist.export import write_model
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder
 
 #: The step of a new run after which it is done: by then a step takes as long as it will.
 STEP = 3

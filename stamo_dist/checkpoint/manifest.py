@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import CheckpointError
+from stamo_dist.run.state import RunState
 
 FORMAT_VERSION = 2
 MARKER = "checkpoint.json"
@@ -27,19 +28,6 @@ class ForeignFormatError(CheckpointError):
 
 class UnfinishedError(CheckpointError):
     """A folder without a marker: it was never completed."""
-
-
-@dataclass
-class RunState:
-    """Where a run stands after an optimizer step."""
-
-    step: int = 0
-    cursor: dict[str, Any] = field(default_factory=dict)
-    samples: list[int] = field(default_factory=list)  # seen so far, per source
-    skipped: list[int] = field(default_factory=list)  # of these, replaced by others as they could not be read
-    seconds: float = 0.0  # of training, over all restarts
-    bad_steps: int = 0  # steps without an update, as their loss or gradient was not finite
-    bad_in_a_row: int = 0  # the last so many steps were bad
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PR_SET_PDEATHSIG = 1
@@ -24,6 +25,12 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def few_of(ranks: Sequence[int]) -> str:
+    """The first ranks, and how many more."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return ", ".join(map(str, ranks[:8])) + more
 
 
 def free_port() -> int:

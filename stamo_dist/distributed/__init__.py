@@ -1,4 +1,4 @@
-"""What runs a task: strategy, checkpoints, run folder, metrics, signals. Free of torch, for the launcher."""
+"""The processes of a run and the engine that spreads a module over them. Free of torch at import, for the launcher."""
 
 import logging
 import warnings

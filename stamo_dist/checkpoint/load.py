@@ -1,0 +1,99 @@
+"""Loading a checkpoint into the running engine, and its weights without one.
+
+ddp, fsdp and hsdp write PyTorch's distributed checkpoint format; ZeRO writes DeepSpeed's files. A run goes on from
+either under any strategy and on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from stamo_dist.checkpoint import deepspeed_files, reshard
+from stamo_dist.checkpoint.compatibility import sources_of
+from stamo_dist.checkpoint.manifest import damage, damaged, read_marker
+from stamo_dist.checkpoint.writers import ZERO_TAG
+from stamo_dist.distributed.dcp import read_dcp
+from stamo_dist.distributed.engine import ZERO_STAGE, Engine
+from stamo_dist.errors import CheckpointError
+from stamo_dist.optim.ema import EMA
+from stamo_dist.run.state import RunState
+
+
+def holds_all(path: Path) -> bool:
+    """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
+    return read_marker(path).strategy not in ZERO_STAGE
+
+
+def load_checkpoint(
+    path: Path, engine: Engine, ema: EMA | None, *, precision: str, sources: Sequence[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> RunState:  # fmt: skip
+    """Load weights, optimizer and average from `path` into the running engine; every process calls it.
+
+    `settle` has compared the files with their checksums. `sources`: the run's, where they may not be those of the
+    checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
+
+    Raises:
+        CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
+    """
+    marker = read_marker(path)
+    if marker.precision != precision:
+        raise CheckpointError(f"{path}: saved in {marker.precision}, the recipe says {precision}; set train.precision")
+    try:
+        if reshard.needed(marker, engine):
+            note = reshard.load(path, marker, engine)
+            if engine.world.is_main:
+                say(note)
+        elif engine.is_zero:
+            with deepspeed_files.loaded_safely(engine.deepspeed):
+                loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG)
+            if loaded is None:
+                raise CheckpointError(f"{path}: DeepSpeed could not read it")
+        else:
+            _load_dcp(path / "dcp", engine)
+        if ema is not None:
+            ema.load(path / "ema")
+    except (RuntimeError, ValueError, KeyError, CheckpointException) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
+    if sources is not None:
+        for name in ("samples", "skipped"):
+            counted = dict(zip(sources_of(marker.identity), getattr(marker.state, name), strict=False))
+            setattr(marker.state, name, [counted.get(source, 0) for source in sources])
+    return marker.state
+
+
+def _load_dcp(folder: Path, engine: Engine) -> None:
+    inner = engine.inner_optimizer
+    module, optimizer = get_state_dict(engine.unwrapped, inner)
+    dcp.load({"module": module, "optimizer": optimizer}, checkpoint_id=folder)
+    set_state_dict(
+        engine.unwrapped, inner, model_state_dict=module, optim_state_dict=optimizer,
+        options=StateDictOptions(strict=True),
+    )  # fmt: skip
+
+
+def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
+    """The trained module's full fp32 state dict from one checkpoint, without a process group.
+
+    `ema`: with the moving average in place of the trained parameters, where the checkpoint holds one.
+
+    Raises:
+        CheckpointError: It is not whole, or a file is not what was written.
+    """
+    marker = read_marker(path)
+    if wrong := damage(path, marker):
+        raise damaged(path, wrong)
+    if marker.strategy in ZERO_STAGE:
+        weights = reshard.read_zero(path, marker)
+    else:
+        weights = read_dcp(path / "dcp", "module")
+    if ema and (path / "ema").is_dir():
+        weights.update(EMA.read(path / "ema"))
+    return weights

@@ -1,0 +1,65 @@
+"""Weights & Biases, where the recipe's `tracking.wandb` asks for it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.success import KEY
+
+
+class WandB:
+    """A W&B run that keeps its id over restarts; does nothing when tracking is off."""
+
+    def __init__(self, recipe: Recipe, folder: Path, resolved: dict[str, Any]):
+        self._run: Any = None
+        self._late: list[dict[str, Any]] = []
+        self._free: int | None = None  # W&B's step for the next of them after the last training step
+        if recipe.tracking.wandb == "off":
+            return
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=recipe.tracking.wandb,
+            project=recipe.tracking.project,
+            entity=recipe.tracking.entity,
+            tags=recipe.tracking.tags,
+            name=recipe.name,
+            dir=str(folder),
+            config=resolved,
+        )
+        self._run.define_metric(f"{KEY}/*", step_metric=f"{KEY}/step")
+
+    def log(self, line: dict[str, Any]) -> None:
+        if self._run is not None:
+            late = self._late.pop(0) if self._late else {}
+            self._free = line["step"] + bool(late)
+            self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
+
+    def late(self, line: Mapping[str, Any]) -> None:
+        """Log what was measured of an earlier step, on an axis of its own.
+
+        It goes with the next step: W&B's own steps only ascend, and a row of its own would take the next step's place.
+        """
+        if self._run is not None:
+            self._late.append({f"{KEY}/step": line["step"], **{k: v for k, v in line.items() if k != "step"}})
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path))}, step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            for i, late in enumerate(self._late):
+                self._run.log(late, step=None if self._free is None else self._free + i)
+            self._run.finish()
