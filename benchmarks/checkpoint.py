@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from stamo_dist.checkpoint.compatibility import Identity
-from stamo_dist.checkpoint.save import Saver
-from stamo_dist.distributed import strategies
+from stamo_dist.checkpoint.compatibility import RunFingerprint
+from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.distributed.collectives import barrier, broadcast, leave
 from stamo_dist.distributed.rank import world_from_environment
+from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.batching import batching
@@ -63,10 +63,15 @@ class Training:
         model = Model(-(-options.millions * 1_000_000 // BLOCK))
         recipe = schema.Optimizer(lr=1e-4)
         train = schema.Train(steps=1, global_batch=options.batch * world.size, micro_batch=options.batch)
-        self.engine = strategies.build(
-            model, adamw(model, recipe), schema.Strategy(name=options.strategy), world,
-            batching(train, world.size), clip=1.0, precision="fp32", block_classes=("TransformerEncoderLayer",),
-        )  # fmt: skip
+        spec = EngineSpec(
+            schema.Strategy(name=options.strategy),
+            world,
+            batching(train, world.size),
+            clip=1.0,
+            precision="fp32",
+            block_classes=("TransformerEncoderLayer",),
+        )
+        self.engine = spec.build(model, adamw(model, recipe))
         self.parameters = sum(p.numel() for p in model.parameters())
         self.data = torch.randn(options.batch, options.tokens, WIDTH, device=self.engine.device)
 
@@ -91,7 +96,7 @@ def timed(call: Callable[[], Any]) -> float:
 def ours(training: Training, folder: Path, saves: int, *, background: bool, step: float) -> dict[str, float]:
     """Median seconds until the checkpoint is whole, that training stood still, and that steps took beyond theirs."""
     policy = schema.Checkpoint(background=background, keep=1)
-    saver = Saver(folder, training.engine, None, policy, identity=Identity("", {}), precision="fp32")
+    saver = Saver(folder, training.engine, None, policy, Origin(RunFingerprint("", {}), "fp32"))
     found = []
     for number in range(1, saves + 2):
         began, steps = time.perf_counter(), 0

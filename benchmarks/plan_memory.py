@@ -59,8 +59,8 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
 
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.distributed import strategies
     from stamo_dist.distributed.rank import world_from_environment
+    from stamo_dist.distributed.strategies import FILLS_SHARDS, EngineSpec
     from stamo_dist.optim.optimizer import adamw
     from stamo_dist.recipe.batching import batching
     from stamo_dist.recipe.load import load
@@ -76,11 +76,9 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     before, watch = private_bytes(), Watch()
     watch.start()
     plan = batching(recipe.train, world)
-    task = build_task(recipe, mixture, later=recipe.strategy.name in strategies.FILLS_SHARDS)
-    engine = strategies.build(
-        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world_from_environment(), plan,
-        clip=1.0, precision=recipe.train.precision, block_classes=task.block_classes,
-    )  # fmt: skip
+    task = build_task(recipe, mixture, later=recipe.strategy.name in FILLS_SHARDS)
+    spec = EngineSpec(recipe.strategy, world_from_environment(), plan, 1.0, recipe.train.precision, task.block_classes)
+    engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer))
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     task.fill()
     noise = Noise(0)

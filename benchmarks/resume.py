@@ -72,20 +72,22 @@ class Clock:
 def child(recipe: str, began: float) -> None:
     """`stamo train RECIPE` up to the end of its first step, then the seconds as JSON."""
     gc.disable()  # as the command does while it imports
-    from stamo_dist import cli, train
+    from stamo_dist import cli
     from stamo_dist.data import loader
     from stamo_dist.distributed.engine import Engine
+    from stamo_dist.distributed.strategies import EngineSpec
     from stamo_dist.tasks import tokenizer
+    from stamo_dist.training import setup
 
     clock = Clock(began)
     clock.enter("rest")
     for part, owner, names in (
-        ("model", train, ("build_task",)),
+        ("model", setup, ("build_task",)),
         ("model", tokenizer.TokenizerTask, ("initialise", "place")),
-        ("model", train.strategy, ("connect", "build")),
-        ("checkpoint", train.checkpoint, ("choose", "settle", "load")),
-        ("index", train, ("Mixture", "identify")),
-        ("position", train, ("first_frames", "build_loader")),
+        ("model", EngineSpec, ("connect", "build")),
+        ("checkpoint", setup, ("select_checkpoint", "verify_or_fall_back", "load_checkpoint")),
+        ("index", setup, ("Mixture", "run_fingerprint")),
+        ("position", setup, ("first_frames", "build_loader")),
         ("position", loader.Loader, ("__next__",)),
         ("step", tokenizer.TokenizerTask, ("loss",)),
     ):
@@ -159,12 +161,12 @@ def make_vae(folder: Path) -> Path:
 
 def move(run: Path, cursor: int) -> None:
     """Let the run's checkpoint stand at another place of the data."""
-    from stamo_dist.checkpoint.manifest import MARKER, read_marker
+    from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 
     path = run / "checkpoints" / "step_00000001"
-    marker = read_marker(path)
+    marker = read_checkpoint_manifest(path)
     marker.state.cursor = {"samples": cursor}
-    (path / MARKER).write_text(marker.text())
+    (path / MANIFEST).write_text(marker.text())
 
 
 def resumed(recipe: Path) -> dict[str, float]:

@@ -32,10 +32,10 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from stamo_dist.data.loader import Batch, Cursor
-from stamo_dist.distributed import strategies
 from stamo_dist.distributed.collectives import leave
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.distributed.rank import world_from_environment
+from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.openvla import shapes
 from stamo_dist.models.openvla.adapt import prepare
@@ -160,10 +160,8 @@ def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callabl
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
     world = world_from_environment()
     task = TokenizerTask(recipe)
-    engine = strategies.build(
-        task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world, batching(recipe.train, 1),
-        clip=1.0, precision="bf16", block_classes=task.block_classes,
-    )  # fmt: skip
+    spec = EngineSpec(recipe.strategy, world, batching(recipe.train, 1), 1.0, "bf16", task.block_classes)
+    engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer))
     task.place(engine.device, torch.bfloat16)
     shape = task.tokenizer.latent_shape if cached else None
     data, noise, step = frames(batch, sizes["size"], engine.device, shape), Noise(0), iter(range(1, 10**9))

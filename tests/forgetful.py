@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stamo_dist import train
+from stamo_dist.training import setup
 
-_honest = train.load_checkpoint
+_honest = setup.load_checkpoint
 
 
 def _load(*arguments, **keywords):
@@ -13,4 +13,4 @@ def _load(*arguments, **keywords):
     return state
 
 
-train.load_checkpoint = _load
+setup.load_checkpoint = _load

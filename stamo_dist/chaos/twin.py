@@ -16,7 +16,7 @@ import psutil
 
 from stamo_dist.chaos.starts import Starter, Tree
 from stamo_dist.chaos.watched import Begun, HungError, Watched, tail
-from stamo_dist.checkpoint.manifest import MARKER
+from stamo_dist.checkpoint.manifest import MANIFEST
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
@@ -73,7 +73,7 @@ def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[
         try:
             if saved is not None:
                 watched.until(
-                    lambda saved=saved, tree=tree: (saved / MARKER).exists() or tree.gone,  # type: ignore[misc]
+                    lambda saved=saved, tree=tree: (saved / MANIFEST).exists() or tree.gone,  # type: ignore[misc]
                     f"save step {part.last}",
                 )
                 with suppress(psutil.NoSuchProcess):

@@ -21,17 +21,17 @@ _YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "mo
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunFingerprint:
     """Recipe field → value of everything that decides what a step computes, except the optimizer's schedule.
 
-    `fingerprint` is the mixture's: it changes whenever any batch would, and only then is a change of `fields` about the
-    data a change of the data.
+    `mixture` is the fingerprint of the mixture: it changes whenever any batch would, and only then is a change of
+    `fields` about the data a change of the data.
     """
 
-    fingerprint: str
+    mixture: str
     fields: Mapping[str, Any]
 
-    def having(self, frozen: Mapping[str, str]) -> Identity:
+    def with_frozen(self, frozen: Mapping[str, str]) -> RunFingerprint:
         """With the fingerprints of the frozen parts, which are known once they are loaded."""
         named = {f"{_FROZEN}{name}": fingerprint[:12] for name, fingerprint in frozen.items()}
         return replace(self, fields={**self.fields, **named})
@@ -53,7 +53,7 @@ class Identity:
             )
         model = {k for k in changed if k.startswith("model.")}
         data = changed - model
-        if saved_fingerprint != self.fingerprint and MAY_CHANGE_DATA not in allowed:
+        if saved_fingerprint != self.mixture and MAY_CHANGE_DATA not in allowed:
             self._refuse(where, "another mixture", data, saved, MAY_CHANGE_DATA)
         if model and _MODEL not in allowed:
             self._refuse(where, "another model", model, saved, _MODEL)
@@ -67,8 +67,8 @@ class Identity:
         )
 
 
-def identify(recipe: Recipe, mixture: Mixture) -> Identity:
-    """The identity of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
+def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
+    """The fingerprint of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
     data = recipe.data
     fields: dict[str, Any] = {
         "stage": recipe.stage,
@@ -110,7 +110,7 @@ def identify(recipe: Recipe, mixture: Mixture) -> Identity:
                 for folder in mixture.opened[number]
             ]
     fields = {name: value for name, value in fields.items() if name not in _YOUNGER or value != _YOUNGER[name]}
-    return Identity(mixture.fingerprint, json.loads(json.dumps(fields)))
+    return RunFingerprint(mixture.fingerprint, json.loads(json.dumps(fields)))
 
 
 def sources_of(fields: Mapping[str, Any]) -> list[str]:

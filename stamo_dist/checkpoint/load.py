@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from stamo_dist.checkpoint import deepspeed_files, reshard
 from stamo_dist.checkpoint.compatibility import sources_of
-from stamo_dist.checkpoint.manifest import damage, damaged, read_marker
+from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.writers import ZERO_TAG
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
@@ -27,7 +27,7 @@ from stamo_dist.run.state import RunState
 
 def holds_all(path: Path) -> bool:
     """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
-    return read_marker(path).strategy not in ZERO_STAGE
+    return read_checkpoint_manifest(path).strategy not in ZERO_STAGE
 
 
 def load_checkpoint(
@@ -36,18 +36,20 @@ def load_checkpoint(
 ) -> RunState:  # fmt: skip
     """Load weights, optimizer and average from `path` into the running engine; every process calls it.
 
-    `settle` has compared the files with their checksums. `sources`: the run's, where they may not be those of the
-    checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
+    `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
+    of the checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
 
     Raises:
         CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
     """
-    marker = read_marker(path)
-    if marker.precision != precision:
-        raise CheckpointError(f"{path}: saved in {marker.precision}, the recipe says {precision}; set train.precision")
+    manifest = read_checkpoint_manifest(path)
+    if manifest.precision != precision:
+        raise CheckpointError(
+            f"{path}: saved in {manifest.precision}, the recipe says {precision}; set train.precision"
+        )
     try:
-        if reshard.needed(marker, engine):
-            note = reshard.load(path, marker, engine)
+        if reshard.needed(manifest, engine):
+            note = reshard.load(path, manifest, engine)
             if engine.world.is_main:
                 say(note)
         elif engine.is_zero:
@@ -64,9 +66,9 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
     if sources is not None:
         for name in ("samples", "skipped"):
-            counted = dict(zip(sources_of(marker.identity), getattr(marker.state, name), strict=False))
-            setattr(marker.state, name, [counted.get(source, 0) for source in sources])
-    return marker.state
+            counted = dict(zip(sources_of(manifest.recipe), getattr(manifest.state, name), strict=False))
+            setattr(manifest.state, name, [counted.get(source, 0) for source in sources])
+    return manifest.state
 
 
 def _load_dcp(folder: Path, engine: Engine) -> None:
@@ -87,11 +89,11 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It is not whole, or a file is not what was written.
     """
-    marker = read_marker(path)
-    if wrong := damage(path, marker):
+    manifest = read_checkpoint_manifest(path)
+    if wrong := damage(path, manifest):
         raise damaged(path, wrong)
-    if marker.strategy in ZERO_STAGE:
-        weights = reshard.read_zero(path, marker)
+    if manifest.strategy in ZERO_STAGE:
+        weights = reshard.read_zero(path, manifest)
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():

@@ -17,8 +17,10 @@ from typing import Any
 from stamo_dist.errors import CheckpointError
 from stamo_dist.run.state import RunState
 
-FORMAT_VERSION = 2
-MARKER = "checkpoint.json"
+FORMAT_VERSION = 3
+#: Format 2 had other names for these.
+_RENAMED = {"identity": "recipe", "generation": "lease"}
+MANIFEST = "checkpoint.json"
 _BLOCK = 1 << 20
 
 
@@ -27,7 +29,7 @@ class ForeignFormatError(CheckpointError):
 
 
 class UnfinishedError(CheckpointError):
-    """A folder without a marker: it was never completed."""
+    """A folder without a manifest: it was never completed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Stored:
 
 
 @dataclass
-class Marker:
+class CheckpointManifest:
     """checkpoint.json."""
 
     state: RunState
@@ -48,9 +50,9 @@ class Marker:
     precision: str
     fingerprint: str  # of the mixture
     files: dict[str, Stored]  # relative path → what must be there
-    identity: dict[str, Any] = field(default_factory=dict)  # recipe field → what it was: names what changed
+    recipe: dict[str, Any] = field(default_factory=dict)  # recipe field → what it was: names what changed
     kind: str = "regular"  # regular | temporary (ephemeral_every, or saved on leaving)
-    generation: int = 0  # which start of the run wrote it
+    lease: int = 0  # which start of the run wrote it
     git_commit: str | None = None
     sources: dict[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     format_version: int = FORMAT_VERSION
@@ -61,45 +63,47 @@ class Marker:
         return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
-def read_marker(path: Path) -> Marker:
-    """Read the marker of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
+def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
+    """Read the manifest of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
 
     Raises:
-        UnfinishedError: It has no marker.
+        UnfinishedError: It has no manifest.
         ForeignFormatError: It has another format.
-        CheckpointError: The marker is damaged, or files are missing or of another size.
+        CheckpointError: The manifest is damaged, or files are missing or of another size.
     """
-    file = path / MARKER
+    file = path / MANIFEST
     try:
         raw = json.loads(file.read_bytes())
         version = raw["format_version"]
     except OSError:
-        raise UnfinishedError(f"{path}: no {MARKER}, so it is no checkpoint or was never completed") from None
+        raise UnfinishedError(f"{path}: no {MANIFEST}, so it is no checkpoint or was never completed") from None
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: {MARKER} is damaged") from None
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged") from None
     checksum = raw.pop("sha256", None)  # the same in every format from 2 on
     if version != 1 and checksum != _digest(raw):
-        raise CheckpointError(f"{path}: {MARKER} is damaged")
-    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged")
+    if version == 2:
+        raw = {_RENAMED.get(name, name): value for name, value in raw.items()}
+    elif version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"{path}: checkpoint format {version}; this version of stamo reads {FORMAT_VERSION}; "
             "use the version that wrote it, or choose another run_dir"
         )
     files = {name: Stored(**stored) for name, stored in raw["files"].items()}
-    marker = Marker(**{**raw, "state": RunState(**raw["state"]), "files": files})
+    manifest = CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
     missing = [name for name in files if not (path / name).is_file()]
     resized = [name for name in files if name not in missing and (path / name).stat().st_size != files[name].bytes]
     if missing or resized:
         raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
-    return marker
+    return manifest
 
 
-def damage(path: Path, marker: Marker, share: int = 0, shares: int = 1) -> list[str]:
+def damage(path: Path, manifest: CheckpointManifest, share: int = 0, shares: int = 1) -> list[str]:
     """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
-    names = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))[share::shares]
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         sums = list(pool.map(lambda name: _file_digest(path / name), names))
-    return [name for name, found in zip(names, sums, strict=True) if found != marker.files[name].sha256]
+    return [name for name, found in zip(names, sums, strict=True) if found != manifest.files[name].sha256]
 
 
 def damaged(path: Path, names: Sequence[str]) -> CheckpointError:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stamo_dist.checkpoint import deepspeed_files
-from stamo_dist.checkpoint.manifest import Marker
+from stamo_dist.checkpoint.manifest import CheckpointManifest
 from stamo_dist.distributed import dcp
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
 from stamo_dist.errors import CheckpointError
@@ -47,13 +47,13 @@ class Range:
     into: dict[str, Tensor]
 
 
-def needed(marker: Marker, engine: Engine) -> bool:
+def needed(manifest: CheckpointManifest, engine: Engine) -> bool:
     """Whether the checkpoint has another shape than the run. PyTorch's own format reshards without us."""
-    zero = engine.is_zero or marker.strategy in ZERO_STAGE
-    return zero and (marker.strategy, marker.world_size) != (engine.strategy, engine.world.size)
+    zero = engine.is_zero or manifest.strategy in ZERO_STAGE
+    return zero and (manifest.strategy, manifest.world_size) != (engine.strategy, engine.world.size)
 
 
-def load(path: Path, marker: Marker, engine: Engine) -> str:
+def load(path: Path, manifest: CheckpointManifest, engine: Engine) -> str:
     """Fill `engine` with the weights, buffers and AdamW state of a checkpoint of any strategy and world size.
 
     Every process calls it and reads only what it keeps. Returns what a person should know.
@@ -61,7 +61,7 @@ def load(path: Path, marker: Marker, engine: Engine) -> str:
     Raises:
         CheckpointError: The checkpoint holds another model, or ZeRO files are missing.
     """
-    source: _Source = _Zero(path, marker) if marker.strategy in ZERO_STAGE else _Distributed(path / "dcp")
+    source: _Source = _Zero(path, manifest) if manifest.strategy in ZERO_STAGE else _Distributed(path / "dcp")
     module = engine.unwrapped
     trained = {n: int(getattr(p, "ds_numel", p.numel())) for n, p in module.named_parameters() if p.requires_grad}
     wrong = {n for n, size in trained.items() if source.sizes.get(n) != size} | (source.trained - set(trained))
@@ -70,7 +70,7 @@ def load(path: Path, marker: Marker, engine: Engine) -> str:
             f"{path}: {len(wrong)} trained parameters are missing, new or of another size: "
             f"{', '.join(sorted(wrong)[:5])}; restore the recipe's model and what it trains, or choose another run_dir"
         )
-    before = f"{marker.strategy} on {marker.world_size}"
+    before = f"{manifest.strategy} on {manifest.world_size}"
     with torch.no_grad(), BytesProgress(f"{path.name}, of {before}", shown=engine.world.is_main) as progress:
         ranges = _targets(engine, module, source.step)
         progress.total = sum(4 * r.numel * len(r.into) for r in ranges)
@@ -88,7 +88,7 @@ def load(path: Path, marker: Marker, engine: Engine) -> str:
     )
 
 
-def read_zero(path: Path, marker: Marker) -> dict[str, Tensor]:
+def read_zero(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """The trained module's fp32 state dict from DeepSpeed's files, without a process group.
 
     Unlike DeepSpeed's own script it reads zero1 in bf16 too.
@@ -96,7 +96,7 @@ def read_zero(path: Path, marker: Marker) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Files are missing.
     """
-    return _Zero(path, marker).whole()
+    return _Zero(path, manifest).whole()
 
 
 def _batches(ranges: list[Range]) -> Iterator[list[Range]]:
@@ -138,12 +138,12 @@ class _Piece:
 class _Zero(_Source):
     """DeepSpeed's files, one an original rank, mapped into memory: only what is copied is read."""
 
-    def __init__(self, path: Path, marker: Marker):
+    def __init__(self, path: Path, manifest: CheckpointManifest):
         shards = sorted((int(m[1]), p) for p in path.rglob("*.pt") if (m := _SHARD.search(p.name)))
         models = sorted((int(m[1] or 0), p) for p in path.rglob("*.pt") if (m := _MODEL.search(p.name)))
-        if [rank for rank, _ in shards] != list(range(marker.world_size)) or not models:
+        if [rank for rank, _ in shards] != list(range(manifest.world_size)) or not models:
             raise CheckpointError(
-                f"{path}: holds the optimizer states of {len(shards)} of {marker.world_size} ranks; "
+                f"{path}: holds the optimizer states of {len(shards)} of {manifest.world_size} ranks; "
                 "restore the missing files or continue from another checkpoint"
             )
         # With zero3 the first rank's model file lists the shapes by which every rank's flat groups are cut.
@@ -153,9 +153,9 @@ class _Zero(_Source):
         steps: list[float] = []
         for rank, file in shards:
             shard = deepspeed_files.load(file, mmap=True)["optimizer_state_dict"]
-            if ZERO_STAGE[marker.strategy] == 3:
+            if ZERO_STAGE[manifest.strategy] == 3:
                 flats, states = shard["fp32_flat_groups"], shard["optimizer_state_dict"]["state"]
-                layouts = [_equal_shares(shapes, rank, marker.world_size) for shapes in self._model["param_shapes"]]
+                layouts = [_equal_shares(shapes, rank, manifest.world_size) for shapes in self._model["param_shapes"]]
             else:
                 flats, states = shard["single_partition_of_fp32_groups"], shard["base_optimizer_state"]["state"]
                 layouts = [

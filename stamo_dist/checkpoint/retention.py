@@ -13,7 +13,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stamo_dist.checkpoint.manifest import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
+from stamo_dist.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    ForeignFormatError,
+    UnfinishedError,
+    read_checkpoint_manifest,
+)
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import Checkpoint
 from stamo_dist.run.success import Successes
@@ -25,16 +31,16 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def part_of(checkpoints: Path, step: int, generation: int) -> Path:
+def part_of(checkpoints: Path, step: int, lease: int) -> Path:
     """Where a checkpoint is written before it is whole; two starts of a run never share it."""
-    return checkpoints / f".step_{step:08d}.g{generation}.tmp"
+    return checkpoints / f".step_{step:08d}.g{lease}.tmp"
 
 
 @dataclass
 class Found:
     """What a folder of checkpoints holds, newest first."""
 
-    whole: list[tuple[Path, Marker]]
+    whole: list[tuple[Path, CheckpointManifest]]
     corrupt: list[tuple[Path, str]]  # and why
     unfinished: list[Path]
     foreign: list[tuple[Path, str]]  # of another format
@@ -44,11 +50,11 @@ class Found:
 
 
 def scan(checkpoints: Path) -> Found:
-    """Look at every checkpoint's marker, and at the names and sizes of its files."""
+    """Look at every checkpoint's manifest, and at the names and sizes of its files."""
     found = Found([], [], [], [])
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
-            found.whole.append((path, read_marker(path)))
+            found.whole.append((path, read_checkpoint_manifest(path)))
         except UnfinishedError:
             found.unfinished.append(path)
         except ForeignFormatError as e:
@@ -61,14 +67,14 @@ def scan(checkpoints: Path) -> Found:
 def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
     """The loadable checkpoints, newest first, and why others are not."""
     found = scan(checkpoints)
-    why = [f"{path}: no {MARKER}, so it was never completed" for path in found.unfinished]
+    why = [f"{path}: no {MANIFEST}, so it was never completed" for path in found.unfinished]
     return [path for path, _ in found.whole], why + [reason for _, reason in found.corrupt + found.foreign]
 
 
-def clean(checkpoints: Path, generation: int) -> list[str]:
+def clean(checkpoints: Path, lease: int) -> list[str]:
     """Remove what earlier starts began to write and never completed; returns what a person should know."""
     parts = [(p, _PART.fullmatch(p.name)) for p in checkpoints.glob(".step_*.tmp")]
-    leftovers = scan(checkpoints).unfinished + [p for p, m in parts if m and int(m[1] or 0) < generation]
+    leftovers = scan(checkpoints).unfinished + [p for p, m in parts if m and int(m[1] or 0) < lease]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [f"removed {path}: it was never completed" for path in leftovers if not path.exists()]
@@ -84,7 +90,7 @@ def set_aside(path: Path, why: str) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; whenever that ends, what is left is none."""
-    (path / MARKER).unlink(missing_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -111,22 +117,22 @@ def named(checkpoints: Path, name: str) -> Path:
 
 
 def superseded(
-    whole: list[tuple[Path, Marker]], policy: Checkpoint, needed: Collection[int] = ()
+    whole: list[tuple[Path, CheckpointManifest]], policy: Checkpoint, needed: Collection[int] = ()
 ) -> list[Path]:  # fmt: skip
     """Which of the checkpoints, newest first, are not needed any more.
 
     Needed are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is
     newer than the oldest of the regular ones kept, and those of the steps `needed`.
     """
-    kept = [marker.state.step for _, marker in whole if marker.kind == "regular"][: policy.keep]
-    temporary = [marker.state.step for _, marker in whole if marker.kind == "temporary"]
+    kept = [manifest.state.step for _, manifest in whole if manifest.kind == "regular"][: policy.keep]
+    temporary = [manifest.state.step for _, manifest in whole if manifest.kind == "temporary"]
     if temporary and (len(kept) < policy.keep or temporary[0] > kept[-1]):
         kept.append(temporary[0])
     return [
         path
-        for path, marker in whole
-        if marker.state.step not in {*kept, *needed}
-        and not (policy.keep_every and marker.state.step % policy.keep_every == 0)
+        for path, manifest in whole
+        if manifest.state.step not in {*kept, *needed}
+        and not (policy.keep_every and manifest.state.step % policy.keep_every == 0)
     ]
 
 

@@ -14,15 +14,14 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from stamo_dist.checkpoint.compatibility import Identity
-from stamo_dist.checkpoint.manifest import MARKER, Marker, Stored, read_marker
+from stamo_dist.checkpoint.compatibility import RunFingerprint
+from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import (
     clean,
     folder_of,
@@ -34,13 +33,13 @@ from stamo_dist.checkpoint.retention import (
     sync,
     sync_tree,
 )
-from stamo_dist.checkpoint.writers import DcpPart, Part, Staging, ZeroPart
+from stamo_dist.checkpoint.writers import CheckpointWriter, DcpWriter, Staging, ZeroWriter
 from stamo_dist.distributed.collectives import broadcast
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
 from stamo_dist.optim.ema import EMA
 from stamo_dist.recipe.training import Checkpoint
-from stamo_dist.run.lease import Generation
+from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
 from stamo_dist.run.success import Successes
 
@@ -82,8 +81,8 @@ class _Written:
 class _Writing:
     """One save between its staging and its commit."""
 
-    def __init__(self, state: RunState, kind: str, parts: list[Part], folder: Path):
-        self.state, self.kind, self.parts, self.folder = copy.deepcopy(state), kind, parts, folder
+    def __init__(self, state: RunState, kind: str, writers: list[CheckpointWriter], folder: Path):
+        self.state, self.kind, self.writers, self.folder = copy.deepcopy(state), kind, writers, folder
         self.began = time.perf_counter()
         self.stall = 0.0
         self.written = _Written()
@@ -109,12 +108,26 @@ class _Writing:
     def write(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.parts:
-                self.written.results.append(part.write(self.folder, self.written.files))
+            for writer in self.writers:
+                self.written.results.append(writer.write(self.folder, self.written.files))
         except OSError as e:
             self.written.error = _reason(e)
         except Exception:
             self.written.bug = traceback.format_exc()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint's manifest says of where its weights come from.
+
+    `precision`: the recipe's train.precision; `git_commit`: of the code; `sources`: recipe field → where its weights
+    were found.
+    """
+
+    fingerprint: RunFingerprint
+    precision: str
+    git_commit: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 class Saver:
@@ -124,23 +137,25 @@ class Saver:
         checkpoints: The run's folder for them.
         engine, ema: What is saved.
         policy: The recipe's train.checkpoint.
-        identity: Of the run, for the marker.
-        precision: The recipe's train.precision.
-        git_commit: Of the code, for the marker.
-        sources: Recipe field → where its weights were found, for the marker.
-        generation: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
+        origin: For the manifest.
+        lease: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
         needed: Rank 0: steps whose checkpoints stay beside those of the policy; so does the best by success.
     """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: Checkpoint, *, identity: Identity,
-        precision: str, git_commit: str | None = None, sources: Mapping[str, str] = MappingProxyType({}),
-        generation: Generation | None = None, needed: Callable[[], Collection[int]] = tuple,
-    ):  # fmt: skip
+        self,
+        checkpoints: Path,
+        engine: Engine,
+        ema: EMA | None,
+        policy: Checkpoint,
+        origin: Origin,
+        *,
+        lease: RunLease | None = None,
+        needed: Callable[[], Collection[int]] = tuple,
+    ):
         self._checkpoints, self._engine, self._ema, self._policy = checkpoints, engine, ema, policy
-        self._identity, self._precision, self._commit_id = identity, precision, git_commit
-        self._sources, self._generation, self._needed = sources, generation, needed
-        self._number = broadcast(generation.number if generation else 0)
+        self._origin, self._lease, self._needed = origin, lease, needed
+        self._number = broadcast(lease.number if lease else 0)
         self._writing: _Writing | None = None
         self._staging = Staging()
         self._removing: threading.Thread | None = None
@@ -170,7 +185,7 @@ class Saver:
         staged = self._policy.background and not wait
         began = time.perf_counter()
         folder = part_of(self._checkpoints, state.step, self._number)
-        self._writing = _Writing(state, kind, self._parts(staged=staged), folder)
+        self._writing = _Writing(state, kind, self._writers(staged=staged), folder)
         self._writing.began = began
         if staged:
             self._writing.start()
@@ -206,19 +221,19 @@ class Saver:
         seconds, stall = now - writing.began, writing.stall + now - began
         return [Saved(writing.state.step, final, outcome, seconds, stall, writing.beside)]
 
-    def _parts(self, *, staged: bool) -> list[Part]:
+    def _writers(self, *, staged: bool) -> list[CheckpointWriter]:
         engine = self._engine
-        parts: list[Part] = []
+        writers: list[CheckpointWriter] = []
         staging = self._staging if staged else None
         self._staging.begin()
         if engine.is_zero:
-            parts.append(ZeroPart(engine, staging))
+            writers.append(ZeroWriter(engine, staging))
         else:
             module, optimizer = get_state_dict(engine.unwrapped, engine.inner_optimizer)
-            parts.append(DcpPart("dcp", {"module": module, "optimizer": optimizer}, staging))
+            writers.append(DcpWriter("dcp", {"module": module, "optimizer": optimizer}, staging))
         if self._ema is not None:
-            parts.append(DcpPart("ema", {"ema": self._ema.whole()}, staging))
-        return parts
+            writers.append(DcpWriter("ema", {"ema": self._ema.whole()}, staging))
+        return writers
 
     def _all(self, done: bool) -> bool:
         flag = torch.tensor(int(done), device=self._engine.device)
@@ -279,25 +294,34 @@ class Saver:
         """Rank 0: index, sync, rename and, last of all, mark."""
         folder, state = writing.folder, writing.state
         files = {name: stored for w in written for name, stored in w.files.items()}
-        for i, part in enumerate(writing.parts):
-            part.finish(folder, files, [w.results[i] for w in written])
+        for i, writer in enumerate(writing.writers):
+            writer.finish(folder, files, [w.results[i] for w in written])
         sync_tree(folder)
         final = folder_of(self._checkpoints, state.step)
         self._guard()
         if final.exists():
             _clear(final)
         folder.rename(final)
-        marker = Marker(
-            state, self._engine.strategy, self._engine.world.size, self._precision, self._identity.fingerprint, files,
-            identity=dict(self._identity.fields), kind=writing.kind, generation=self._number,
-            git_commit=self._commit_id, sources=dict(self._sources),
-        )  # fmt: skip
-        part_file = final / f".{MARKER}.tmp"
+        origin = self._origin
+        manifest = CheckpointManifest(
+            state=state,
+            strategy=self._engine.strategy,
+            world_size=self._engine.world.size,
+            precision=origin.precision,
+            fingerprint=origin.fingerprint.mixture,
+            files=files,
+            recipe=dict(origin.fingerprint.fields),
+            kind=writing.kind,
+            lease=self._number,
+            git_commit=origin.git_commit,
+            sources=dict(origin.sources),
+        )
+        part_file = final / f".{MANIFEST}.tmp"
         try:
-            part_file.write_text(marker.text())
+            part_file.write_text(manifest.text())
             sync(part_file)
             self._guard()
-            part_file.rename(final / MARKER)
+            part_file.rename(final / MANIFEST)
         except OSError:
             shutil.rmtree(final, ignore_errors=True)
             raise
@@ -305,14 +329,14 @@ class Saver:
         sync(self._checkpoints)
 
     def _guard(self) -> None:
-        if self._generation is not None:
-            self._generation.check()
+        if self._lease is not None:
+            self._lease.check()
 
 
 def _clear(final: Path) -> None:
     """Make room for a checkpoint of the same step: a leftover goes, a whole one is kept under another name."""
     try:
-        read_marker(final)
+        read_checkpoint_manifest(final)
     except CheckpointError:
         shutil.rmtree(final)
     else:

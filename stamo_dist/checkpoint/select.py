@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stamo_dist.checkpoint.compatibility import Identity, growth_of
-from stamo_dist.checkpoint.manifest import damage, damaged, read_marker
+from stamo_dist.checkpoint.compatibility import RunFingerprint, growth_of
+from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import named as named_checkpoint
 from stamo_dist.checkpoint.retention import scan, set_aside
 from stamo_dist.distributed.collectives import on_main
@@ -22,7 +22,7 @@ from stamo_dist.errors import CheckpointError, RunError
 
 
 @dataclass
-class Choice:
+class ResumePoint:
     """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice."""
 
     path: Path | None
@@ -35,18 +35,18 @@ class Choice:
 def select_checkpoint(
     checkpoints: Path,
     resume: str,
-    identity: Identity | None = None,
+    fingerprint: RunFingerprint | None = None,
     *,
     allowed: frozenset[str] = frozenset(),
     without: frozenset[Path] = frozenset(),
-) -> Choice:
-    """Choose by names, markers and sizes; writes nothing.
+) -> ResumePoint:
+    """Choose by names, manifests and sizes; writes nothing.
 
     Args:
         checkpoints: The run's own checkpoints.
         resume: "auto": the newest whole one; "none": none may be there; "best": the run's best by success; else the
             path of a checkpoint or a run.
-        identity: What the recipe trains; None accepts any checkpoint.
+        fingerprint: What the recipe trains; None accepts any checkpoint.
         allowed: Flags of the command line that let some of it differ.
         without: Checkpoints that are known to be damaged.
 
@@ -65,10 +65,10 @@ def select_checkpoint(
     if named:
         if not given.is_dir():
             raise RunError(f"--resume {resume}: there is no such checkpoint or run; give auto, none or the path of one")
-        whole, notes = [(given, read_marker(given))], list[str]()
+        whole, notes = [(given, read_checkpoint_manifest(given))], list[str]()
     else:
         found = scan(folder)
-        whole = [(path, marker) for path, marker in found.whole if path not in without]
+        whole = [(path, manifest) for path, manifest in found.whole if path not in without]
         newest = whole[0][0].name if whole else ""
         if found.foreign and found.foreign[0][0].name > newest:
             raise CheckpointError(found.foreign[0][1])
@@ -78,21 +78,21 @@ def select_checkpoint(
         if whole and resume == "none":
             raise RunError(f"{checkpoints}: holds {newest}; choose another run_dir or --resume auto")
     if not whole:
-        return Choice(None, notes)
-    path, marker = whole[0]
-    if identity is not None:
-        identity.check(marker.fingerprint, marker.identity, str(path), allowed)
-    return Choice(path, notes, named, marker.sources, growth_of(marker.identity))
+        return ResumePoint(None, notes)
+    path, manifest = whole[0]
+    if fingerprint is not None:
+        fingerprint.check(manifest.fingerprint, manifest.recipe, str(path), allowed)
+    return ResumePoint(path, notes, named, manifest.sources, growth_of(manifest.recipe))
 
 
 def growth_of_run(run: Path) -> Mapping[str, list[int]]:
     """How many times each source's folders had grown, by the newest whole checkpoint; nothing without one."""
     whole = scan(run / "checkpoints").whole
-    return growth_of(whole[0][1].identity) if whole else {}
+    return growth_of(whole[0][1].recipe) if whole else {}
 
 
-def settle(
-    checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], Choice]
+def verify_or_fall_back(
+    checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], ResumePoint]
 ) -> tuple[Path | None, list[str]]:
     """Read all of the chosen checkpoint, spread over the processes, and fall back while it is damaged.
 
@@ -106,7 +106,7 @@ def settle(
     notes: list[str] = []
     bad: set[Path] = set()
 
-    def next_choice(damaged_files: list[str]) -> Choice:
+    def next_choice(damaged_files: list[str]) -> ResumePoint:
         assert choice.path is not None, "only a checkpoint can be damaged"
         error = damaged(choice.path, damaged_files)
         if choice.named:
@@ -120,8 +120,8 @@ def settle(
         path = choice.path
         wrong: list[str] = []
         if path is not None:
-            marker = read_marker(path)
-            mine = damage(path, marker, world.rank, world.size)
+            manifest = read_checkpoint_manifest(path)
+            mine = damage(path, manifest, world.rank, world.size)
             shares: list[list[str]] = [mine]
             if dist.is_initialized():
                 shares = [[]] * world.size
@@ -134,9 +134,9 @@ def settle(
         notes = [*choice.notes, *notes]
         own = [p for p, _ in scan(checkpoints).corrupt] + [p for p in bad if p.parent == checkpoints]
         notes += [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in own]
-        step = read_marker(path).state.step if path is not None else 0
-        for later, marker in scan(checkpoints).whole:
-            if marker.state.step > step:
+        step = read_checkpoint_manifest(path).state.step if path is not None else 0
+        for later, manifest in scan(checkpoints).whole:
+            if manifest.state.step > step:
                 new = set_aside(later, "abandoned")
                 notes.append(f"kept {later} as {new.name}: this run goes on from before it and writes its own")
     return path, notes

@@ -30,7 +30,7 @@ from stamo_dist.distributed.engine import Engine
 ZERO_TAG = "zero"
 
 
-class Part(Protocol):
+class CheckpointWriter(Protocol):
     """One group of files of a checkpoint."""
 
     def write(self, folder: Path, files: dict[str, Stored]) -> Any:
@@ -147,7 +147,7 @@ class _Catch:
         return getattr(self._engine, name)
 
 
-class ZeroPart:
+class ZeroWriter:
     """DeepSpeed's own files of this process, caught on their way to the disk."""
 
     def __init__(self, engine: Engine, staging: Staging | None):
@@ -176,7 +176,7 @@ class ZeroPart:
         pass
 
 
-class DcpPart:
+class DcpWriter:
     """A state in PyTorch's distributed checkpoint format, under `name`/."""
 
     def __init__(self, name: str, state: dict[str, Any], staging: Staging | None):

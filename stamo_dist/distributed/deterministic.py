@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stamo_dist.distributed.engine import Engine, tie
+from stamo_dist.distributed.engine import Engine, Phase, poison_nonfinite
 
 _BUCKET = 1 << 24  # elements that are exchanged at a time
 
 
 @dataclass
-class VirtualEngine(Engine):
+class DeterministicEngine(Engine):
     """An `Engine` for ddp; `micro_batches` of each virtual worker, `workers` of this process."""
 
     workers: int = 1
@@ -33,14 +33,16 @@ class VirtualEngine(Engine):
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
+        self.on_phase(Phase.COMPUTING)
         with self.accelerator.no_sync(self.module):
             yield
 
-    def rehearse(self, loss: Callable[[], Tensor]) -> None:
+    def warm_up_buckets(self, loss: Callable[[], Tensor]) -> None:
         """Nothing: the order of the sum is its own."""
 
     def backward(self, loss: Tensor) -> float | None:
-        self.accelerator.backward(tie(loss))
+        self.on_phase(Phase.DIFFERENTIATING)
+        self.accelerator.backward(poison_nonfinite(loss))
         self._done += 1
         if self._done % self.micro_batches:
             return None

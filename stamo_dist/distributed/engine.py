@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from stamo_dist.distributed.rank import World
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
-def tie(loss: Tensor) -> Tensor:
+class Phase(str, Enum):
+    """What a rank does in a step, in the words of a message that goes on with the step's number."""
+
+    WAITING = "waiting for the data of"
+    COMPUTING = "computing"
+    DIFFERENTIATING = "differentiating"
+
+
+def poison_nonfinite(loss: Tensor) -> Tensor:
     """`loss`, whose gradient is not finite where its value is not; bit for bit the same where it is."""
     return loss * (1 + 0 * loss.detach())
 
@@ -36,6 +45,7 @@ class Engine:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     clip: float | None
+    on_phase: Callable[[Phase], None] = lambda phase: None
 
     @property
     def device(self) -> torch.device:
@@ -69,10 +79,11 @@ class Engine:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Around each micro-batch: gradients are reduced at the last one only."""
+        self.on_phase(Phase.COMPUTING)
         with self.accelerator.accumulate(self.module):
             yield
 
-    def rehearse(self, loss: Callable[[], Tensor]) -> None:
+    def warm_up_buckets(self, loss: Callable[[], Tensor]) -> None:
         """Before the first step of a start: settle in which order gradients are reduced; nothing else changes.
 
         PyTorch's DDP regroups them after its first backward pass, and the sum of three or more numbers depends on
@@ -88,7 +99,8 @@ class Engine:
         Returns None between optimizer steps, else the norm of the gradient over all processes, before clipping. Where
         it is not finite, on any process, no process has stepped; a loss that is not finite makes it so.
         """
-        self.accelerator.backward(tie(loss))
+        self.on_phase(Phase.DIFFERENTIATING)
+        self.accelerator.backward(poison_nonfinite(loss))
         if not self.accelerator.sync_gradients:
             return None
         if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward, or skipped the step

@@ -1,13 +1,11 @@
-"""From the strategy's name to a ready engine: the only place that knows DeepSpeed, FSDP and DDP apart.
-
-`build` returns an `Engine` with the same five verbs for every strategy, on CPU (gloo) and GPU (nccl).
-"""
+"""From the strategy's name to a ready engine: the only place that knows DeepSpeed, FSDP and DDP apart."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -77,63 +75,113 @@ def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDa
     )
 
 
-def connect(
-    strategy: Strategy,
-    world: World,
-    batching: Batching,
-    *,
-    clip: float | None,
-    precision: str,
-    block_classes: Sequence[str],
-) -> Accelerator:
-    """Have the processes find each other; the first half of `build`, which gets what this returns.
+@dataclass(frozen=True)
+class EngineSpec:
+    """What decides how a module is spread over the processes and trained.
 
-    Raises:
-        RunError: hsdp's group does not divide the world.
+    `clip`: the largest norm of the gradient, None for any. `block_classes` names the transformer block classes that
+    FSDP shards one by one.
     """
-    on_gpu = torch.cuda.is_available()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
-    parts = batching.accumulation * (batching.world_size if batching.virtual else 1)
-    common: dict[str, Any] = {
-        "gradient_accumulation_steps": parts,
-        "mixed_precision": "bf16" if precision == "bf16" else "no",
-        "kwargs_handlers": [
-            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
-            # SD3's position table is a buffer of 226 MB that never changes.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-        "step_scheduler_with_optimizer": False,
-    }
-    if strategy.name in ZERO_STAGE:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        clear_dead_locks(_log.warning)
-        config = _deepspeed_config(ZERO_STAGE[strategy.name], batching, clip, precision)
-        # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # takes a second
 
-        # Under zero3 transformers would spread every model that is built from now on over the processes, with
-        # collectives: also one that a single process builds, as an export does. The engine spreads what is trained.
-        unset_hf_deepspeed_config()
+    strategy: Strategy
+    world: World
+    batching: Batching
+    clip: float | None
+    precision: str
+    block_classes: Sequence[str]
+
+    def connect(self) -> Accelerator:
+        """Have the processes find each other; the first half of `build`, which gets what this returns.
+
+        Raises:
+            RunError: hsdp's group does not divide the world.
+        """
+        on_gpu = torch.cuda.is_available()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
+        parts = self.batching.accumulation * (self.batching.world_size if self.batching.virtual else 1)
+        common: dict[str, Any] = {
+            "gradient_accumulation_steps": parts,
+            "mixed_precision": "bf16" if self.precision == "bf16" else "no",
+            "kwargs_handlers": [
+                InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
+                # SD3's position table is a buffer of 226 MB that never changes.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+            "step_scheduler_with_optimizer": False,
+        }
+        if self.strategy.name in ZERO_STAGE:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            clear_dead_locks(_log.warning)
+            config = _deepspeed_config(ZERO_STAGE[self.strategy.name], self.batching, self.clip, self.precision)
+            # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
+            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # takes a second
+
+            # Under zero3 transformers would spread every model that is built from now on over the processes, with
+            # collectives: also one that a single process builds, as an export does. The engine spreads what is trained.
+            unset_hf_deepspeed_config()
+            return accelerator
+
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        if self.strategy.name == "ddp":
+            return Accelerator(cpu=not on_gpu, **common)
+
+        plugin = _fsdp_plugin(self.precision, self.block_classes)
+        mesh = _hsdp_mesh(self.strategy, self.world) if self.strategy.name == "hsdp" else None
+        if on_gpu:
+            return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)
+        accelerator = Accelerator(cpu=True, **common)  # Accelerate knows no FSDP on CPU; its prepare does
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        if mesh is not None:
+            accelerator.state.parallelism_config = mesh
+            accelerator.state.device_mesh = mesh.build_device_mesh("cpu")
         return accelerator
 
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    if strategy.name == "ddp":
-        return Accelerator(cpu=not on_gpu, **common)
+    def build(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None
+    ) -> Engine:
+        """Spread `module` and `optimizer` over the processes.
 
-    plugin = _fsdp_plugin(precision, block_classes)
-    mesh = _hsdp_mesh(strategy, world) if strategy.name == "hsdp" else None
-    if on_gpu:
-        return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)
-    accelerator = Accelerator(cpu=True, **common)  # Accelerate knows no FSDP on CPU; its prepare does
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    if mesh is not None:
-        accelerator.state.parallelism_config = mesh
-        accelerator.state.device_mesh = mesh.build_device_mesh("cpu")
-    return accelerator
+        All processes must hold the same initial weights. `accelerator`: made by `connect`, where the processes had to
+        talk before. Under a strategy of `FILLS_SHARDS` parameters may be on the meta device: only this process's shards
+        get memory, and what is in it must be written afterwards. The streaming loader never goes through here:
+        Accelerate would read on rank 0 for all, one batch ahead.
+
+        Raises:
+            RunError: hsdp's group does not divide the world.
+        """
+        accelerator = accelerator or self.connect()
+        names = {p: name for name, p in module.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        on_meta = any(p.is_meta for p in names)
+        if self.strategy.name != "ddp":
+            # What cuts parameters up takes none that lie in another order, as channels-last ones do.
+            for parameter in names:
+                # 1 × 1 convolutions have other strides too, but is_contiguous() lets them pass.
+                if parameter.stride() != torch.empty(parameter.shape, device="meta").stride():
+                    plain = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+                    parameter.data = plain.copy_(parameter.data)
+        del names
+        module, optimizer = accelerator.prepare(module, optimizer)
+        if on_meta:
+            from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
+
+            materialise(module, accelerator.device)
+            # Accelerate finds the optimizer's parameters by their address, which they did not have.
+            parameters = dict(module.named_parameters())
+            for group, members in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = [parameters[name] for name in members]
+        if self.batching.virtual is None:
+            return Engine(self.strategy.name, self.world, accelerator, module, optimizer, self.clip)
+        from stamo_dist.distributed.deterministic import DeterministicEngine
+
+        return DeterministicEngine(
+            self.strategy.name, self.world, accelerator, module, optimizer, self.clip, workers=self.batching.workers,
+            micro_batches=self.batching.accumulation // self.batching.workers,
+        )  # fmt: skip
 
 
 def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:
@@ -141,58 +189,3 @@ def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:
     if world.size % group:
         raise RunError(f"strategy.shard_group: {group} does not divide {world.size} processes")
     return ParallelismConfig(dp_replicate_size=world.size // group, dp_shard_size=group)
-
-
-def build(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    strategy: Strategy,
-    world: World,
-    batching: Batching,
-    *,
-    clip: float | None,
-    precision: str,
-    block_classes: Sequence[str],
-    accelerator: Accelerator | None = None,
-) -> Engine:
-    """Spread `module` and `optimizer` over the processes as the recipe's strategy says.
-
-    `block_classes` names the transformer block classes that FSDP shards one by one. All processes must hold the same
-    initial weights. `accelerator`: made by `connect` with the same values, where the processes had to talk before.
-    Under a strategy of `FILLS_SHARDS` parameters may be on the meta device: only this process's shards get memory, and
-    what is in it must be written afterwards. The streaming loader never goes through here: Accelerate would read on
-    rank 0 for all, one batch ahead.
-
-    Raises:
-        RunError: hsdp's group does not divide the world.
-    """
-    accelerator = accelerator or connect(
-        strategy, world, batching, clip=clip, precision=precision, block_classes=block_classes
-    )
-    names = {p: name for name, p in module.named_parameters()}
-    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    hollow = any(p.is_meta for p in names)
-    if strategy.name != "ddp":  # what cuts parameters up takes none that lie in another order, as channels-last ones do
-        for parameter in names:
-            # 1 × 1 convolutions have other strides too, but is_contiguous() lets them pass.
-            if parameter.stride() != torch.empty(parameter.shape, device="meta").stride():
-                plain = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
-                parameter.data = plain.copy_(parameter.data)
-    del names
-    module, optimizer = accelerator.prepare(module, optimizer)
-    if hollow:
-        from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
-
-        materialise(module, accelerator.device)
-        # Accelerate finds the optimizer's parameters by their address, which they did not have.
-        parameters = dict(module.named_parameters())
-        for group, members in zip(optimizer.param_groups, groups, strict=True):
-            group["params"] = [parameters[name] for name in members]
-    if batching.virtual is None:
-        return Engine(strategy.name, world, accelerator, module, optimizer, clip)
-    from stamo_dist.distributed.deterministic import VirtualEngine
-
-    return VirtualEngine(
-        strategy.name, world, accelerator, module, optimizer, clip, workers=batching.workers,
-        micro_batches=batching.accumulation // batching.workers,
-    )  # fmt: skip

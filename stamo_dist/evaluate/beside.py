@@ -23,7 +23,7 @@ from stamo_dist.evaluate import curve
 from stamo_dist.evaluate.saved_policy import digest
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, write_atomic
-from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.evaluation import Evaluation
 
 _LOOK = 0.5  # seconds between looks at the rollout that runs
@@ -61,15 +61,15 @@ class Rollouts(Evaluation):
         self._thread = ThreadPoolExecutor(1, "rollouts")
 
     def pending(self, step: int) -> bool:
-        told = Journal.told_by(self._run)
+        told = RunLogger.late_steps_of(self._run)
         return any(
             at not in told if curve.result(self._run, at) else not (self._launcher.stays or self._failed(at))
             for at in curve.steps(self._run)
             if at <= step
         )
 
-    def begin(self, step: int, journal: Journal) -> None:
-        self._journal = journal
+    def begin(self, step: int, logger: RunLogger) -> None:
+        self._logger = logger
         with self._at_no_cost():
             self._begin(step)
 
@@ -225,10 +225,10 @@ class Rollouts(Evaluation):
 
     def _tell(self, step: int, result: dict[str, Any]) -> None:
         """Once, however often the run is started."""
-        if step in self._journal.told():
+        if step in self._logger.late_steps():
             return
         success, numbers = curve.numbers(step, result)
-        self._journal.late(step, numbers)
+        self._logger.log_late_eval(step, numbers)
         self._say(f"success in closed loop {success}: {success.trials} trials")
 
     def _forget(self, step: int) -> None:
@@ -267,7 +267,7 @@ class Rollouts(Evaluation):
         return curve.folder(self._run, step)
 
     def _say(self, text: str) -> None:
-        self._journal.say(text)
+        self._logger.info(text)
 
 
 def _name(ticket: Ticket) -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from stamo_dist.checkpoint.load import read_weights
-from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.models.tokenizer import Tokenizer
@@ -213,7 +213,7 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
         source, step, ema = str(run.model), recipe.train.steps, recipe.train.ema is not None
         fingerprint, trained_commit = None, None
     else:
-        marker = read_marker(path)
+        marker = read_checkpoint_manifest(path)
         tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
         tokenizer.trained.load_state_dict(read_weights(path))
         source, step, ema = str(path), marker.state.step, (path / "ema").is_dir()

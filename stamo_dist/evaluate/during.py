@@ -21,7 +21,7 @@ from stamo_dist.evaluate.probe import probe
 from stamo_dist.evaluate.reconstruct import TOKENIZER, reconstruct
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.evaluation import Evaluation
 
 NAME = "during"
@@ -39,13 +39,13 @@ class Standing(Evaluation):
     def __init__(self, run: Path, recipe: Recipe):
         self._run, self._recipe = run, recipe
 
-    def begin(self, step: int, journal: Journal) -> None:
-        self._journal = journal
+    def begin(self, step: int, logger: RunLogger) -> None:
+        self._logger = logger
         if folder_of(RunFolder(self._run).checkpoints, step).exists():
             self.saved(step)  # a stop may have come before, and the line that told it was taken back
 
     def saved(self, step: int) -> bool:
-        every, say = self._recipe.evaluate.every, self._journal.say
+        every, say = self._recipe.evaluate.every, self._logger.info
         if not (every and step and step % every == 0):
             return False
         began = time.perf_counter()
@@ -55,7 +55,7 @@ class Standing(Evaluation):
         except StamoError as e:
             say(f"step {step} could not be evaluated: {e}")
             return True
-        self._journal.measured(step, numbers, pictures)
+        self._logger.log_eval(step, numbers, pictures)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         say(f"step {step} evaluated in {time.perf_counter() - began:.1f} s: {shown}")
         return True

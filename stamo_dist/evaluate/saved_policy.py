@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stamo_dist.checkpoint.compatibility import mixture_of
-from stamo_dist.checkpoint.manifest import MARKER, read_marker
+from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
 from stamo_dist.export import write_model
@@ -42,12 +42,12 @@ class Saved:
         if self._recipe.stage != "policy":
             raise RunError(f"{run}: its recipe trains the {self._recipe.stage} stage; give the run folder of a policy")
         self._path = named_checkpoint(folder, checkpoint)
-        self._marker = read_marker(self._path)
+        self._marker = read_checkpoint_manifest(self._path)
         self.digest = digest(self._path)
         scratch = output_folder(folder, name, out)
         self._folder = TemporaryDirectory(prefix=SCRATCH, dir=scratch, ignore_cleanup_errors=True)
         self.model = str(Path(self._folder.name) / "model")
-        write_model(self._recipe, mixture_of(self._recipe, self._marker.identity), self._path, Path(self.model))
+        write_model(self._recipe, mixture_of(self._recipe, self._marker.recipe), self._path, Path(self.model))
 
     def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
         """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
@@ -67,7 +67,7 @@ class Saved:
 def digest(checkpoint: Path) -> str | None:
     """What tells a checkpoint from another of the same step; None where there is no whole one."""
     try:
-        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
+        marker: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
         return str(marker["sha256"])
     except (OSError, ValueError, KeyError):
         return None

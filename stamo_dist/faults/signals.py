@@ -30,7 +30,7 @@ _ONE_END = 5.0
 _OVERTIME = 60.0
 
 
-class Stop:
+class ShutdownRequest:
     """Whether this process was asked to stop, by which signal first.
 
     It ends at once, saved or not, at a second SIGINT or SIGTERM, a minute after the `grace` seconds that the cluster
@@ -100,7 +100,7 @@ class Stop:
             print(f"rank {self._rank}: {number.name}: will save after the next steps and leave", flush=True)
 
 
-def requests(signals: Mapping[int, str]) -> str:
+def describe_requests(signals: Mapping[int, str]) -> str:
     """Rank → signal, in words."""
     ranks: dict[str, list[int]] = {}
     for rank, name in sorted(signals.items()):
@@ -109,7 +109,7 @@ def requests(signals: Mapping[int, str]) -> str:
 
 
 @dataclass
-class Grace:
+class ShutdownBudget:
     """How long it takes to leave when asked to, as last measured in this run, against the time there is for it.
 
     `file` keeps the measurement over restarts; `seconds` is the time there is, None where it is not known.

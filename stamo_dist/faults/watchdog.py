@@ -57,7 +57,7 @@ class Heartbeat:
 class Watchdog:
     """Watches this rank from its first moment to `close`; every rank makes one.
 
-    Until `meet` a rank knows of no other, and only its own lateness counts.
+    Until `ranks_connected` a rank knows of no other, and only its own lateness counts.
 
     Args:
         logs: The run's folder for logs, the same for every rank.
@@ -77,7 +77,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def meet(self) -> None:
+    def ranks_connected(self) -> None:
         """All ranks have found each other, and from now on look at each other; every rank calls it."""
         name = f"watch_{os.getpid()}_{time.time_ns():x}"  # a rank cut off in an earlier start must not mix in
         if self._world.is_main:

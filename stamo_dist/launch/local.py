@@ -18,7 +18,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch.record import rank_log
-from stamo_dist.run.lease import FOLDER
+from stamo_dist.run.lease import lease_folder
 
 _GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
 
@@ -68,12 +68,12 @@ class _Before:
         logs = [rank_log(run, rank) for rank in range(1, processes)]
         self._sizes = {log: log.stat().st_size if log.is_file() else None for log in logs}
         self._missing = [p for p in (rank_log(run, 0).parent, *rank_log(run, 0).parents[1:]) if not p.exists()]
-        self._generations = run / FOLDER
+        self._leases = lease_folder(run)
         self._starts = self._taken()
 
     def _taken(self) -> set[str]:
         """What each start that was not refused leaves there."""
-        return {p.name for p in self._generations.glob("*")}
+        return {p.name for p in self._leases.glob("*")}
 
     def restore(self) -> None:
         """Take the logs back, if no start has taken the folder since."""

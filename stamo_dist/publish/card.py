@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from stamo_dist.checkpoint.compatibility import sources_of
-from stamo_dist.checkpoint.manifest import Marker, read_marker
+from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import Layout
@@ -71,7 +71,7 @@ These are PEFT's adapters and what else was trained; the base is fetched from wh
 
 def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout, *, trained: nn.Module) -> str:
     """Markdown: what it is, how it is used, what it was trained on and how, what was measured."""
-    marker = read_marker(checkpoint)
+    marker = read_checkpoint_manifest(checkpoint)
     parameters = sum(p.numel() for p in trained.parameters())
     dtype = str(layout.dtype or "torch.float32").removeprefix("torch.")
     diffusion = recipe.stage == "policy" and recipe.policy.diffusion is not None
@@ -99,19 +99,19 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout,
     return "\n\n".join(parts) + "\n"
 
 
-def _data(marker: Marker) -> str:
-    seen = dict(zip(sources_of(marker.identity), marker.state.samples, strict=False))
-    rows = [[name, marker.identity[f"data.sources.{name}.shards"], f"{seen.get(name, 0):,}"] for name in seen]
+def _data(marker: CheckpointManifest) -> str:
+    seen = dict(zip(sources_of(marker.recipe), marker.state.samples, strict=False))
+    rows = [[name, marker.recipe[f"data.sources.{name}.shards"], f"{seen.get(name, 0):,}"] for name in seen]
     table = _table(["source", "shards", "samples trained on"], rows)
     return f"Fingerprint of the mixture: `{marker.fingerprint}`.\n\n{table}"
 
 
-def _weights(marker: Marker) -> Iterator[str]:
+def _weights(marker: CheckpointManifest) -> Iterator[str]:
     if marker.sources:
         yield "## Weights that it began with\n\n" + _table(["", ""], [[*row] for row in marker.sources.items()])
 
 
-def _metrics(run: RunFolder, marker: Marker) -> str:
+def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
     lines = [line for line in read_metrics(run.metrics) if line["step"] <= marker.state.step]
     if not lines:
         return "None were kept."

@@ -13,14 +13,14 @@ import torch
 
 from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.load import holds_all, read_weights
-from stamo_dist.checkpoint.manifest import MARKER, read_marker
+from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import RunError
 from stamo_dist.export import export, training_data
 from stamo_dist.publish.card import model_card
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder, open_run
-from stamo_dist.run.lease import take
+from stamo_dist.run.lease import acquire
 from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Layout
 
@@ -54,7 +54,7 @@ def publish(
     if out.exists():
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = read_weights(folder)
-    mixture = mixture_of(recipe, read_marker(folder).identity)
+    mixture = mixture_of(recipe, read_checkpoint_manifest(folder).recipe)
     task = build_task(recipe, mixture, later=holds_all(folder))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
@@ -85,15 +85,15 @@ def finish(given: Path) -> None:
     run = open_run(given)
     recipe = load(run.resolved).recipe
     whole = complete(run.checkpoints)[0]
-    marker = read_marker(whole[0]) if whole else None
+    marker = read_checkpoint_manifest(whole[0]) if whole else None
     step = marker.state.step if marker else 0
     if marker is None or step < recipe.train.steps:
         raise RunError(
             f"{given}: trained to step {step} of {recipe.train.steps}; train it to its end, or give OUT for the model "
             "of its newest checkpoint"
         )
-    with take(run.path, patience=0):
-        export(recipe, mixture_of(recipe, marker.identity), run, step)
+    with acquire(run.path, patience=0):
+        export(recipe, mixture_of(recipe, marker.recipe), run, step)
 
 
 def _as_others_files(folder: Path) -> None:
@@ -110,7 +110,7 @@ def _locate(given: Path, checkpoint: str | None) -> tuple[RunFolder, Path]:
     if checkpoint is not None:
         run = open_run(given)
         return run, named(run.checkpoints, checkpoint)
-    if (given / MARKER).is_file():
+    if (given / MANIFEST).is_file():
         return open_run(given.resolve().parent.parent), given
     run = open_run(given)
     whole = complete(run.checkpoints)[0]

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from stamo_dist.checkpoint.compatibility import growth_of
-from stamo_dist.checkpoint.manifest import Marker, read_marker
+from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RunError
@@ -51,7 +51,7 @@ class Run:
     folder: RunFolder
     recipe: Recipe
     metrics: list[dict[str, Any]]
-    checkpoints: list[tuple[str, Marker]]  # newest first
+    checkpoints: list[tuple[str, CheckpointManifest]]  # newest first
     environment: dict[str, Any]
     starts: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
@@ -102,7 +102,7 @@ class Run:
         """Each source: its share as asked for and as trained on up to the newest checkpoint."""
         active, shares = self.recipe.data.used, self.recipe.data.first_shares() or {}
         seen = self.checkpoints[0][1].state.samples if self.checkpoints else []
-        growth = growth_of(self.checkpoints[0][1].identity) if self.checkpoints else {}
+        growth = growth_of(self.checkpoints[0][1].recipe) if self.checkpoints else {}
         rows = []
         for i, (name, source) in enumerate(active.items()):
             samples = seen[i] if i < len(seen) else None
@@ -191,7 +191,7 @@ def read_run(folder: RunFolder) -> Run:
         folder=folder,
         recipe=load(folder.resolved).recipe,
         metrics=read_metrics(folder.metrics),
-        checkpoints=[(path.name, read_marker(path)) for path in complete(folder.checkpoints)[0]],
+        checkpoints=[(path.name, read_checkpoint_manifest(path)) for path in complete(folder.checkpoints)[0]],
         environment=_read_json(folder.path / "env.json") if (folder.path / "env.json").is_file() else {},
         starts=_read_lines(folder.path / "starts.jsonl"),
         evaluations=[_read_evaluation(path) for path in sorted(folder.evaluations.glob("*/*.json"), key=_place)],

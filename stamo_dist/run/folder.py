@@ -4,7 +4,7 @@
 
     recipe.yaml      the recipe as written          resolved.yaml   every value it resolved to
     metrics.jsonl    one line a logged step         env.json        versions, machine, command
-    starts.jsonl     one line a start               .generations/   which start may write
+    starts.jsonl     one line a start               .leases/        which start may write
     checkpoints/     step_00000123/                 model/          the final export, of the step in exported.json
     logs/            rank_00000.log                 first_batch.png
     samples.jsonl    what each step read (train.log_samples)

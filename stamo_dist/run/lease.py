@@ -1,8 +1,9 @@
-"""Who may write into a run folder: each start of a run takes the next generation number, and only the newest writes.
+"""Who may write into a run folder: each start of a run acquires a lease, and only the newest one's owner writes.
 
-`RUN/.generations/00000007` is created exclusively, so of two simultaneous starts one gets the number. It names its
-owner, and the owner's heartbeat is its modification time. A process whose number is no longer the newest is fenced off:
-it finds out before it commits anything and stops. Whoever finds the newest owner dead takes the next number.
+The lease's number is a fencing token. `RUN/.leases/00000007` is created exclusively, so of two simultaneous starts one
+gets the number. It names its owner, and the owner's heartbeat is its modification time. A process whose number is no
+longer the newest is fenced off: it finds out before it commits anything and stops. Whoever finds the newest owner dead
+takes the next number.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import IO
 
 from stamo_dist.errors import RunError
 
-FOLDER = ".generations"
+FOLDER, _EARLIER = ".leases", ".generations"  # the second in run folders from before it was renamed
 BEAT = 10.0  # seconds between heartbeats
 STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
-_KEPT = 32  # files of past generations
+_KEPT = 32  # files of past leases
 
 
 class FencedError(RunError):
@@ -74,8 +75,8 @@ class Owner:
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
 
-class Generation:
-    """The number of one start, while it is the newest. Made by `take`."""
+class RunLease:
+    """The number of one start, while it is the newest. Made by `acquire`."""
 
     def __init__(self, file: Path, owner: Owner, notes: list[str], lock: IO[str] | None):
         self.number, self.notes = int(file.name), notes
@@ -84,7 +85,7 @@ class Generation:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Generation:
+    def __enter__(self) -> RunLease:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -101,7 +102,7 @@ class Generation:
             by = _read(newer)
             raise FencedError(
                 f"{self._file.parent.parent}: a newer start of this run{f', {by},' if by else ''} has taken the folder "
-                f"over; this one (generation {self.number}) has stopped and written nothing since"
+                f"over; this one (lease {self.number}) has stopped and written nothing since"
             )
 
     def end(self) -> None:
@@ -122,7 +123,7 @@ class Generation:
                 os.utime(self._file)
 
 
-def take(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callable[[str], None] = print) -> Generation:
+def acquire(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callable[[str], None] = print) -> RunLease:
     """Take the run folder for this process.
 
     A living owner gets `patience` seconds to leave; one on another machine counts as living while its heartbeat is
@@ -132,9 +133,15 @@ def take(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callab
         RunError: Another process is training here, or the folder cannot be written.
     """
     try:
-        return _take(run, patience, stale, say)
+        return _acquire(run, patience, stale, say)
     except OSError as e:
         raise RunError(f"{run}: cannot be written ({e.strerror}); make room or choose another run_dir") from e
+
+
+def lease_folder(run: Path) -> Path:
+    """Where the leases of a run lie: one folder for all its starts, those of earlier versions included."""
+    earlier = run / _EARLIER
+    return earlier if earlier.is_dir() else run / FOLDER
 
 
 def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
@@ -143,14 +150,14 @@ def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
     (None, None) where nobody ever did.
     """
     try:
-        newest = _newest(run / FOLDER)
+        newest = _newest(lease_folder(run))
         return (None, None) if newest is None else (_read(newest), max(0.0, time.time() - newest.stat().st_mtime))
     except OSError:
         return None, None
 
 
-def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> Generation:
-    folder = run / FOLDER
+def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> RunLease:
+    folder = lease_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     me = Owner.this()
     lock: IO[str] | None = None
@@ -161,9 +168,9 @@ def _take(run: Path, patience: float, stale: float, say: Callable[[str], None]) 
         holder = _read(newest) if newest is not None else None
         hindrance, note = _judge(newest, holder, me, stale, locked=lock is not None)
         if hindrance is None:
-            generation = _claim(folder, 1 if newest is None else int(newest.name) + 1, me, [note] if note else [], lock)
-            if generation is not None:
-                return generation
+            lease = _claim(folder, 1 if newest is None else int(newest.name) + 1, me, [note] if note else [], lock)
+            if lease is not None:
+                return lease
             continue
         now = time.monotonic()
         if deadline is None:
@@ -196,7 +203,7 @@ def _judge(
     return None, f"{holder or 'another process'} was training here and has been silent for {silence:.0f} s: took over"
 
 
-def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str] | None) -> Generation | None:
+def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str] | None) -> RunLease | None:
     """None where another process was faster. The file appears with its content, so no reader sees it empty."""
     file = folder / f"{number:08d}"
     part = folder / f".{number}.{me.node}.{me.pid}"
@@ -216,7 +223,7 @@ def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str]
     for old in folder.iterdir():
         if old.name.isdecimal() and int(old.name) <= number - _KEPT:
             old.unlink(missing_ok=True)
-    return Generation(file, me, notes, lock)
+    return RunLease(file, me, notes, lock)
 
 
 def _read(file: Path) -> Owner | None:

@@ -17,3 +17,14 @@ class RunState:
     seconds: float = 0.0  # of training, over all restarts
     bad_steps: int = 0  # steps without an update, as their loss or gradient was not finite
     bad_in_a_row: int = 0  # the last so many steps were bad
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.bad_steps
+
+    def advance(self, cursor: dict[str, Any], *, good: bool) -> None:
+        """A step was made on the batch that ends at `cursor`; `good`: with an update."""
+        self.step, self.cursor = self.step + 1, cursor
+        self.bad_steps += not good
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1

@@ -24,7 +24,7 @@ from stamo_dist.tracking.wandb import WandB
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-class Journal:
+class RunLogger:
     """Every rank has one; only rank 0's writes.
 
     Args:
@@ -42,16 +42,16 @@ class Journal:
         flops: float | None, step: int, guard: Callable[[], None] | None = None,
     ):  # fmt: skip
         self._recipe, self._run, self._world, self._sources, self._flops = recipe, run, world, sources, flops
-        self._guard, self._facts = guard, dict[str, Any]()
+        self._guard, self._extra = guard, dict[str, Any]()
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
         self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
         self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
         self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self._progress.say(text)
 
-    def step(self, reduced: Reduced, state: RunState) -> None:
+    def log_step(self, reduced: Reduced, state: RunState) -> None:
         """Tell about the step that ended in `state`."""
         train = self._recipe.train
         rate = train.global_batch / reduced.seconds
@@ -61,36 +61,36 @@ class Journal:
             line = reduced.line(
                 self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps
             )  # fmt: skip
-            line |= self._facts
-            self._facts = {}
+            line |= self._extra
+            self._extra = {}
             self._file.write(line)
             if self._wandb is not None:
                 self._wandb.log(line)
         if not good:
-            self.say(
+            self.info(
                 f"step {reduced.step}: {reduced.blame}: no update; {state.bad_in_a_row} in a row "
                 f"(train.max_bad_steps: {train.max_bad_steps})"
             )
         self._progress.update(reduced.step, next(iter(reduced.losses.values())), rate, reduced.data_wait, mfu)
 
-    def read(self, step: int, batch: Batch) -> None:
+    def log_samples(self, step: int, batch: Batch) -> None:
         """Tell what this rank trained on in `step`; a collective."""
         if self._samples is not None:
             self._samples.write(step, batch)
 
-    def fact(self, **values: Any) -> None:
+    def add_metrics(self, **values: Any) -> None:
         """Add what is no property of one step to the next line of metrics."""
-        self._facts |= values
+        self._extra |= values
 
-    def measured(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+    def log_eval(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Tell what an evaluation of `step` found."""
-        self.fact(**numbers)
+        self.add_metrics(**numbers)
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
         for name, path in pictures.items():
-            self.picture(name, path, step)
+            self.log_image(name, path, step)
 
-    def late(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_late_eval(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell what was measured of an earlier step beside the training: a line of its own."""
         line = {"step": step, **numbers}
         if self._file is not None:
@@ -98,15 +98,15 @@ class Journal:
         if self._wandb is not None:
             self._wandb.late(line)
 
-    def told(self) -> set[int]:
-        """Steps of which `late` has told, in this start or an earlier one."""
-        return self.told_by(self._run)
+    def late_steps(self) -> set[int]:
+        """Steps of which `log_late_eval` has told, in this start or an earlier one."""
+        return self.late_steps_of(self._run)
 
     @staticmethod
-    def told_by(run: RunFolder) -> set[int]:
+    def late_steps_of(run: RunFolder) -> set[int]:
         return set(read_late(run.metrics))
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def log_image(self, name: str, path: Path, step: int) -> None:
         if self._wandb is not None:
             self._wandb.picture(name, path, step)
 

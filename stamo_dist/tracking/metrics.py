@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.rank import few_of
 
 
@@ -46,12 +47,12 @@ class StepSums:
 
 
 @dataclass(frozen=True)
-class Lap:
+class StepTimes:
     """Seconds of one step on one rank."""
 
     seconds: float
     data_wait: float  # share of the seconds spent waiting for data
-    alone: float  # until the rank first waited for the others
+    compute_seconds: float  # until the rank first waited for the others
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Reduced:
     seconds: float
     data_wait: float  # share of the seconds spent waiting for data
     skipped: list[int]  # samples whose frames could not be read, per source
-    alone: list[float]  # each rank's Lap.alone
+    compute_seconds: list[float]  # each rank's StepTimes.compute_seconds
     signals: dict[int, str]  # rank → the signal that asks it to stop
     not_finite: list[int]  # ranks whose loss was not finite
 
@@ -83,8 +84,8 @@ class Reduced:
     @property
     def spread(self) -> dict[str, float]:
         """Seconds of the step of the slowest rank, and of the fastest had it not waited for the slowest."""
-        slowest = max(range(len(self.alone)), key=self.alone.__getitem__)
-        spread = max(self.alone) - min(self.alone)
+        slowest = max(range(len(self.compute_seconds)), key=self.compute_seconds.__getitem__)
+        spread = max(self.compute_seconds) - min(self.compute_seconds)
         return {
             "step_seconds_max": round(self.seconds, 4),
             "step_seconds_min": round(max(0.0, self.seconds - spread), 4),
@@ -112,7 +113,7 @@ class Reduced:
             **({"skipped": sum(self.skipped)} if any(self.skipped) else {}),
             **{f"skipped/{s}": n for s, n in zip(sources, self.skipped, strict=True) if n},
             **({"bad_steps": bad_steps} if bad_steps else {}),
-            **(self.spread if len(self.alone) > 1 else {}),
+            **(self.spread if len(self.compute_seconds) > 1 else {}),
         }
 
 
@@ -125,7 +126,7 @@ class _Pending:
     flat: Tensor
     grad_norm: float
     lr: float
-    lap: Lap
+    times: StepTimes
 
 
 class Reducer:
@@ -135,17 +136,17 @@ class Reducer:
         self._device, self._rank, self._ranks = device, rank, ranks
         self._pending: _Pending | None = None
 
-    def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, lap: Lap, signal: int = 0) -> None:
+    def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, times: StepTimes, signal: int = 0) -> None:
         """`signal`: number of the one that asks this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
-        own = torch.tensor([lap.alone, float(signal)], device=self._device, dtype=torch.float64)
+        own = torch.tensor([times.compute_seconds, float(signal)], device=self._device, dtype=torch.float64)
         ranks = torch.zeros(3, self._ranks, device=self._device, dtype=torch.float64)
         ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
             dist.all_reduce(flat)
-        self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, lap)
+        self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, times)
 
     def take(self) -> Reduced | None:
         if self._pending is None:
@@ -154,7 +155,7 @@ class Reducer:
         numbers = now.flat.tolist()
         cut = len(numbers) - 3 * self._ranks
         table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
-        alone, signals, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(3))
+        compute_seconds, signals, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(3))
         terms = len(now.terms)
         sums, there, count, skipped = table[:terms], table[terms:-2], table[-2], table[-1]
         losses = {t: (sums[i].sum() / there[i].sum()).item() for i, t in enumerate(now.terms) if there[i].any()}
@@ -178,10 +179,10 @@ class Reducer:
             counts=[int(c) for c in count.tolist()],
             grad_norm=now.grad_norm,
             lr=now.lr,
-            seconds=now.lap.seconds,
-            data_wait=now.lap.data_wait,
+            seconds=now.times.seconds,
+            data_wait=now.times.data_wait,
             skipped=[int(n) for n in skipped.tolist()],
-            alone=alone,
+            compute_seconds=compute_seconds,
             signals={rank: Signals(int(number)).name for rank, number in enumerate(signals) if number},
             not_finite=[rank for rank, flag in enumerate(wrong) if flag],
         )
@@ -195,26 +196,37 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._waiting_since: float | None = None
+        self._met: Any = None
         self.reset()
 
     def reset(self) -> None:
-        self.waited = 0.0
-        self._start = time.perf_counter()
-        self._begin, self._alone = self._now(), None
+        """Forget what passed: the next step begins with its first phase."""
+        self._start: float | None = None
 
-    def meet(self) -> None:
-        """This rank is about to wait for the others; the first call of a step counts."""
-        if self._alone is None:
-            self._alone = self._now()
+    def enter(self, phase: Phase) -> None:
+        """This rank begins `phase`. Before its first gradient is there, a rank waits for no other."""
+        if self._start is None:
+            self._begin_step()
+        if self._waiting_since is not None:
+            self._waited += time.perf_counter() - self._waiting_since
+        self._waiting_since = time.perf_counter() if phase is Phase.WAITING else None
+        if phase is Phase.DIFFERENTIATING and self._met is None:
+            self._met = self._now()
 
-    def lap(self) -> Lap:
-        """What passed since the last lap."""
-        seconds, waited = time.perf_counter() - self._start, self.waited
-        alone = 0.0
-        if self._alone is not None:
-            alone = self._begin.elapsed_time(self._alone) / 1e3 if self._on_gpu else self._alone - self._begin
-        self.reset()
-        return Lap(seconds, waited / max(seconds, 1e-9), alone)
+    def step_done(self) -> StepTimes:
+        """What passed since the last one, or since the first phase after a reset."""
+        assert self._start is not None, "a step has phases"
+        seconds, waited = time.perf_counter() - self._start, self._waited
+        compute_seconds = 0.0
+        if self._met is not None:
+            compute_seconds = self._begin.elapsed_time(self._met) / 1e3 if self._on_gpu else self._met - self._begin
+        self._begin_step()
+        return StepTimes(seconds, waited / max(seconds, 1e-9), compute_seconds)
+
+    def _begin_step(self) -> None:
+        self._start, self._waited, self._waiting_since = time.perf_counter(), 0.0, None
+        self._begin, self._met = self._now(), None
 
     def _now(self) -> Any:
         if not self._on_gpu:

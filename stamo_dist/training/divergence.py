@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.checkpoint.load import load_checkpoint
-from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import scan
-from stamo_dist.checkpoint.select import Choice, settle
+from stamo_dist.checkpoint.select import ResumePoint, verify_or_fall_back
 from stamo_dist.data.loader import Cursor
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.collectives import on_main
@@ -27,12 +27,6 @@ from stamo_dist.recipe.schema import Data
 from stamo_dist.recipe.training import Train
 from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.run.state import RunState
-
-
-def count_step(state: RunState, *, good: bool) -> None:
-    """Count the step that was just made."""
-    state.bad_steps += not good
-    state.bad_in_a_row = 0 if good else state.bad_in_a_row + 1
 
 
 def check_skipped(state: RunState, sources: Sequence[str], data: Data) -> None:
@@ -62,17 +56,17 @@ def roll_back(
     """
     batches = BadBatches(run.bad_batches, mixture)
 
-    def choose(damaged: frozenset[Path]) -> Choice:
+    def choose(damaged: frozenset[Path]) -> ResumePoint:
         guard()
         whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
-        return Choice(batches.last_good(whole, state, train.steps))
+        return ResumePoint(batches.last_good(whole, state, train.steps))
 
-    path, notes = settle(run.checkpoints, engine.world, choose)
+    path, notes = verify_or_fall_back(run.checkpoints, engine.world, choose)
     assert path is not None, "last_good found one"
 
     def record() -> None:
         guard()
-        batches.record(read_marker(path).state.step, state)
+        batches.record(read_checkpoint_manifest(path).state.step, state)
 
     # After newer checkpoints were put aside: the next start must not find them.
     on_main(engine.world, record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.logger import RunLogger
 
 
 class Evaluation:
@@ -17,7 +17,7 @@ class Evaluation:
         """Whether a run that was trained to its end at `step` has something left to measure or to tell."""
         return False
 
-    def begin(self, step: int, journal: Journal) -> None:
+    def begin(self, step: int, logger: RunLogger) -> None:
         """The loop goes on after `step`, at a start or after a rollback."""
 
     def saved(self, step: int) -> bool:

@@ -11,14 +11,54 @@ import torch
 
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.errors import StamoError
+from stamo_dist.distributed.collectives import broadcast
+from stamo_dist.distributed.rank import World
+from stamo_dist.errors import RunError, StamoError
 from stamo_dist.export import write_model
+from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
+from stamo_dist.tracking.logger import RunLogger
 
 #: The step of a new run after which it is done: by then a step takes as long as it will.
 STEP = 3
 _LONG = 3600.0
+
+
+class TrialExport:
+    """Exports the model of a new run once, early; every process makes one."""
+
+    def __init__(
+        self, recipe: Recipe, mixture: Mixture, run: RunFolder, world: World, logger: RunLogger, watchdog: Watchdog
+    ):
+        self._recipe, self._mixture, self._run, self._world = recipe, mixture, run, world
+        self._logger, self._watchdog = logger, watchdog
+        self._new = False
+        self.steps = recipe.train.steps
+
+    def on_start(self, step: int) -> None:
+        """The run goes on after `step`."""
+        self._new = step == 0
+
+    def due(self, step: int, step_seconds: float) -> bool:
+        """Whether to export after `step`, when steps take so long: rank 0's word."""
+        return self._new and step == STEP < self.steps and broadcast(wanted(self._recipe, step_seconds))
+
+    def run(self, step: int) -> None:
+        """Export the checkpoint of `step`; the other ranks wait.
+
+        Raises:
+            RunError: What is trained could not be exported.
+        """
+        self._watchdog.mark("exporting on trial after", step)
+        problem, notes = try_export(self._recipe, self._mixture, self._run, step) if self._world.is_main else (None, [])
+        for note in notes:
+            self._logger.info(f"  {note}")
+        if problem := broadcast(problem):
+            raise RunError(
+                f"train.dry_export: the model could not be exported at the end of this run: {problem}\nmend that and "
+                f"start again: it goes on after step {step}"
+            )
 
 
 def wanted(recipe: Recipe, step_seconds: float) -> bool:
@@ -27,7 +67,7 @@ def wanted(recipe: Recipe, step_seconds: float) -> bool:
     return step_seconds * recipe.train.steps > _LONG if asked is None else asked
 
 
-def rehearse(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> tuple[str | None, list[str]]:
+def try_export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> tuple[str | None, list[str]]:
     """Export the checkpoint of `step` and remove what was written; one process calls it.
 
     Returns what goes wrong, None where nothing does, and what a person should know.

@@ -19,8 +19,8 @@ from toy_policy import TEXTS, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.distributed import strategies
 from stamo_dist.distributed.rank import World, free_port
+from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
@@ -139,10 +139,9 @@ def _rank(rank: int, port: int, recipe: str, later: bool, answer: Connection) ->
     mixture = Mixture(r.data, seed=0, global_batch=8)
     with Peak() as peak:
         task = build_task(r, mixture, later=later)
-        engine = strategies.build(
-            task.trained, adamw(task.trained, r.optimizer), r.strategy, World(rank, 2, rank, 2), batching(r.train, 2),
-            clip=1.0, precision="fp32", block_classes=task.block_classes,
-        )  # fmt: skip
+        world = World(rank, 2, rank, 2)
+        spec = EngineSpec(r.strategy, world, batching(r.train, 2), 1.0, "fp32", task.block_classes)
+        engine = spec.build(task.trained, adamw(task.trained, r.optimizer))
         if later:
             task.fill()
     state = {name: t.full_tensor() for name, t in task.trained.state_dict().items()}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stamo_dist.checkpoint.manifest import MARKER, Marker, Stored, damage, read_marker
+from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored, damage, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import clean, complete, folder_of, named, part_of, scan, superseded
 from stamo_dist.checkpoint.select import select_checkpoint
-from stamo_dist.checkpoint.writers import DcpPart, Staging
+from stamo_dist.checkpoint.writers import DcpWriter, Staging
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import Checkpoint
@@ -22,29 +22,29 @@ def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:
     """A checkpoint that holds the tensor `step`."""
     folder = folder_of(checkpoints, step)
     files: dict[str, Stored] = {}
-    part = DcpPart("dcp", {"module": {"w": torch.full((50,), float(step))}}, staging=None)
+    part = DcpWriter("dcp", {"module": {"w": torch.full((50,), float(step))}}, staging=None)
     folder.mkdir(parents=True)
     part.finish(folder, files, [part.write(folder, files)])
     state = RunState(step, cursor={"samples": 8 * step}, samples=[5, 3])
-    (folder / MARKER).write_text(Marker(state, "ddp", 1, "fp32", "f", files, kind=kind).text())
+    (folder / MANIFEST).write_text(CheckpointManifest(state, "ddp", 1, "fp32", "f", files, kind=kind).text())
     return folder
 
 
 def test_every_byte_of_a_checkpoint_counts(tmp_path):
     folder = write(tmp_path, 3)
-    marker = read_marker(folder)
+    marker = read_checkpoint_manifest(folder)
     assert marker.state == RunState(3, {"samples": 24}, [5, 3])
     assert set(marker.files) == {"dcp/.metadata", "dcp/__0_0.distcp"}
     assert damage(folder, marker) == []
-    for name in [*marker.files, MARKER]:
+    for name in [*marker.files, MANIFEST]:
         whole = (folder / name).read_bytes()
         for at in range(0, len(whole), max(1, len(whole) // 40)):
             (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            if name == MARKER:
+            if name == MANIFEST:
                 with pytest.raises(CheckpointError):
-                    read_marker(folder)
+                    read_checkpoint_manifest(folder)
             else:
-                assert damage(folder, read_marker(folder)) == [name], at
+                assert damage(folder, read_checkpoint_manifest(folder)) == [name], at
         (folder / name).write_bytes(whole)
     assert damage(folder, marker, 0, 2) + damage(folder, marker, 1, 2) == []
 
@@ -84,12 +84,12 @@ def test_the_best_has_a_name_and_stays(tmp_path):
 def test_leftovers_are_cleaned_up_and_the_newest_is_found_by_looking(tmp_path):
     write(tmp_path, 10)
     newest = write(tmp_path, 20)
-    (write(tmp_path, 30) / MARKER).unlink()
+    (write(tmp_path, 30) / MANIFEST).unlink()
     for leftover in (".step_00000040.g2.tmp", ".step_00000040.tmp", ".step_00000050.g3.tmp"):
         (tmp_path / leftover / "dcp").mkdir(parents=True)
     assert part_of(tmp_path, 50, 3).is_dir()
     assert complete(tmp_path)[0][0] == newest
-    assert len(clean(tmp_path, generation=3)) == 3
+    assert len(clean(tmp_path, lease=3)) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [".step_00000050.g3.tmp", "step_00000010", "step_00000020"]
 
 
@@ -97,7 +97,7 @@ def test_what_is_staged_is_what_is_written(tmp_path):
     """Training goes on while the copy is on its way to the disk."""
     model = torch.nn.Linear(30, 20)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = DcpPart("dcp", {"module": model.state_dict()}, staging=Staging())
+    part = DcpWriter("dcp", {"module": model.state_dict()}, staging=Staging())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)

@@ -24,7 +24,7 @@ from stamo_dist.recipe.load import load
 from stamo_dist.report import write_report
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.success import Successes
-from stamo_dist.tracking.logger import Journal
+from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.tracking.metrics_file import MetricsFile, read_late
 
 ROLLOUT = """
@@ -152,20 +152,20 @@ class Hand(Processes):
 
 
 class Told:
-    """What of a journal is needed."""
+    """What of a run's logger is needed."""
 
     def __init__(self, run: RunFolder, step: int):
         self.lines: list[str] = []
         self._run, self._file = run, MetricsFile(run.metrics, step)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def late(self, step: int, numbers: dict[str, float]) -> None:
+    def log_late_eval(self, step: int, numbers: dict[str, float]) -> None:
         self._file.write({"step": step, **numbers})
 
-    def told(self) -> set[int]:
-        return Journal.told_by(self._run)
+    def late_steps(self) -> set[int]:
+        return RunLogger.late_steps_of(self._run)
 
 
 class Bench:

@@ -32,7 +32,7 @@ _TOKENIZER_EVALS = (
 )  # fmt: skip
 #: What docs/ say that a run folder holds; STEP stands for any number.
 _DOCUMENTED = re.compile(
-    r"checkpoints/step_\d+/.+|model/.+|eval/.+|logs/.+|\.generations/\d+(\.json)?|"
+    r"checkpoints/step_\d+/.+|model/.+|eval/.+|logs/.+|\.leases/\d+(\.json)?|"
     r"\.lock|(recipe|resolved)\.yaml|metrics\.jsonl|starts\.jsonl|env\.json|exported\.json|"
     r"(first_batch|mixture)\.png|report\.html"
 )

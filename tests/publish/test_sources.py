@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toy import write_recipe
 
-from stamo_dist.checkpoint.manifest import read_marker
+from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.recipe.load import load
 
@@ -27,7 +27,7 @@ def test_the_commit_is_recorded_and_kept(stamo, toy, tmp_path: Path, monkeypatch
     run, found = tmp_path / "run", f"org/vae@{COMMIT}"
     assert json.loads((run / "env.json").read_text())["weights"] == {"model.vae.weights": found}
     assert load(run / "resolved.yaml").recipe.model.vae.weights == found
-    assert read_marker(complete(run / "checkpoints")[0][0]).sources == {"model.vae.weights": found}
+    assert read_checkpoint_manifest(complete(run / "checkpoints")[0][0]).sources == {"model.vae.weights": found}
     assert json.loads((run / "model" / "stamo.json").read_text())["model"]["vae"]["weights"] == found
 
     (repo / "refs" / "main").write_text("d" * 40)  # which is not here: what is exported still asks for the first

@@ -16,7 +16,7 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.checkpoint.load import read_weights
-from stamo_dist.checkpoint.manifest import MARKER, read_marker
+from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 
 
 def lines(run: Path) -> list[dict]:
@@ -49,13 +49,13 @@ def recipe(finished, tmp_path) -> Path:
 
 
 def truncate(newest: Path) -> str:
-    victim = max(read_marker(newest).files)
+    victim = max(read_checkpoint_manifest(newest).files)
     os.truncate(newest / victim, (newest / victim).stat().st_size // 2)
     return f"truncated: {victim}"
 
 
 def flip(newest: Path) -> str:
-    victim = min(read_marker(newest).files)
+    victim = min(read_checkpoint_manifest(newest).files)
     content = bytearray((newest / victim).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / victim).write_bytes(content)
@@ -63,15 +63,15 @@ def flip(newest: Path) -> str:
 
 
 def lose(newest: Path) -> str:
-    victim = max(read_marker(newest).files)
+    victim = max(read_checkpoint_manifest(newest).files)
     (newest / victim).unlink()
     return f"missing: {victim}"
 
 
 def garble(newest: Path) -> str:
-    text = (newest / MARKER).read_text()
-    (newest / MARKER).write_text(text.replace('"step": 20', '"step": 10'))
-    return f"{MARKER} is damaged"
+    text = (newest / MANIFEST).read_text()
+    (newest / MANIFEST).write_text(text.replace('"step": 20', '"step": 10'))
+    return f"{MANIFEST} is damaged"
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose, garble])
@@ -89,7 +89,7 @@ def test_damaged_checkpoint_is_named_and_kept_and_the_one_before_is_used(ranks, 
 
 def test_unfinished_checkpoints_are_removed_and_never_loaded(ranks, recipe):
     run = recipe.parent / "run"
-    (run / "checkpoints/step_00000020" / MARKER).unlink()
+    (run / "checkpoints/step_00000020" / MANIFEST).unlink()
     (run / "checkpoints/step_00000010").rename(run / "checkpoints/.step_00000010.g1.tmp")
     output = ranks(1, "train", recipe, "--set", "train.checkpoint.every=20")[1]
     assert "continuing" not in output
@@ -106,7 +106,7 @@ def committed(run: Path) -> dict[str, bytes]:
 
 
 def newer_format(run: Path) -> list[str]:
-    file = run / "checkpoints/step_00000020" / MARKER
+    file = run / "checkpoints/step_00000020" / MANIFEST
     content = {**json.loads(file.read_text()), "format_version": 9}
     del content["sha256"]
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -178,7 +178,7 @@ def test_changed_data_with_another_source_goes_on_when_allowed(ranks, recipe):
     run = recipe.parent / "run"
     changed = ["--set", "train.steps=22", "--set", "data.sources.b.weight=0", "--allow-changed-data"]
     assert "after step 20" in ranks(1, "train", recipe, *changed)[1]
-    seen = read_marker(run / "checkpoints/step_00000022").state.samples
+    seen = read_checkpoint_manifest(run / "checkpoints/step_00000022").state.samples
     assert seen == [lines(run)[-1]["samples/a"] * 2 + sum(m.get("samples/a", 0) for m in lines(run)[:20])]
 
 

@@ -71,7 +71,7 @@ def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tm
         finally:
             process.kill()
     assert "SIGUSR1 while exporting: leaving with code 75 to be started again" in log.read_text()
-    assert json.loads(next((tmp_path / "run/.generations").iterdir()).read_text())["ended"]
+    assert json.loads(next((tmp_path / "run/.leases").iterdir()).read_text())["ended"]
 
 
 #: As `python -m stamo_dist.cli`, with an export that fails.

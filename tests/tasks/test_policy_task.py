@@ -166,7 +166,7 @@ def test_what_is_trained_can_be_used(toy_policy: Path, tmp_path: Path, ranks) ->
     assert list(statistics) == ["a"]
     assert statistics["a"]["action"]["q99"] == [10.0] * 3
     marker = json.loads((tmp_path / "run/checkpoints/step_00000012/checkpoint.json").read_text())
-    assert marker["identity"]["model.statistics.a"][0]["action"]["q99"] == [10.0] * 3
+    assert marker["recipe"]["model.statistics.a"][0]["action"]["q99"] == [10.0] * 3
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert line["share/action/b"] == 0  # a video

@@ -20,7 +20,7 @@ from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.training import Train
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.lease import FOLDER, FencedError, Owner, take
+from stamo_dist.run.lease import FOLDER, FencedError, Owner, acquire
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.metrics_file import MetricsFile
 from stamo_dist.training.divergence import roll_back
@@ -28,8 +28,8 @@ from stamo_dist.training.divergence import roll_back
 HOLD = """
 import sys, time
 from pathlib import Path
-from stamo_dist.run.lease import take
-g = take(Path(sys.argv[1]))
+from stamo_dist.run.lease import acquire
+g = acquire(Path(sys.argv[1]))
 print(g.number, flush=True)
 time.sleep(60)
 """
@@ -51,16 +51,16 @@ def held(run: Path, **environment: str):
 def test_a_living_run_is_left_alone_and_a_dead_one_replaced(tmp_path):
     with held(tmp_path) as other:
         with pytest.raises(RunError, match=f"process {other.pid} on .* is still training here"):
-            take(tmp_path, patience=0.3)
+            acquire(tmp_path, patience=0.3)
         other.send_signal(signal.SIGKILL)
         other.wait()
-        with take(tmp_path, patience=0.3) as mine:
+        with acquire(tmp_path, patience=0.3) as mine:
             assert mine.number == 2
             assert mine.notes == [f"{Owner(**json.loads((tmp_path / FOLDER / '00000001').read_text()))} was training "
                                   "here and is dead: took over"]  # fmt: skip
             with pytest.raises(RunError, match="still training"):
-                take(tmp_path, patience=0.1)
-    with take(tmp_path, patience=0) as after:
+                acquire(tmp_path, patience=0.1)
+    with acquire(tmp_path, patience=0) as after:
         assert after.number == 3
         assert after.notes == []  # an orderly end is no death
 
@@ -79,22 +79,22 @@ def test_a_machine_that_fell_silent_does_not_hold_the_folder(tmp_path):
     heart = threading.Thread(target=beat)
     heart.start()
     with pytest.raises(RunError, match=r"process 1 on node7 is still training here"):
-        take(tmp_path, patience=0.1, stale=1.0)
+        acquire(tmp_path, patience=0.1, stale=1.0)
     alive.set()
     heart.join()
     os.utime(file, (time.time() - 100, time.time() - 100))
-    with take(tmp_path) as mine:
+    with acquire(tmp_path) as mine:
         assert mine.number == 8
         assert "process 1 on node7 was training here and has been silent for 100 s" in mine.notes[0]
 
 
 def test_the_scheduler_s_restart_fences_off_the_rank_that_was_cut_off(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    with take(tmp_path) as cut_off:
+    with acquire(tmp_path) as cut_off:
         metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, cut_off.check)
         metrics.write({"step": 1})
         with pytest.raises(RunError):
-            take(tmp_path, patience=0)  # no restart: a second run
+            acquire(tmp_path, patience=0)  # no restart: a second run
         with held(tmp_path, SLURM_RESTART_COUNT="1"):
             with pytest.raises(FencedError, match="has taken the folder over"):
                 cut_off.check()
@@ -108,6 +108,6 @@ def test_a_rank_that_was_cut_off_rolls_nothing_back(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     engine = SimpleNamespace(world=World(rank=0, size=1, local_rank=0, local_size=1))
     run, train = RunFolder(tmp_path), Train(steps=20)
-    with take(tmp_path) as cut_off, held(tmp_path, SLURM_RESTART_COUNT="1"), pytest.raises(FencedError):
+    with acquire(tmp_path) as cut_off, held(tmp_path, SLURM_RESTART_COUNT="1"), pytest.raises(FencedError):
         roll_back(run, None, engine, None, RunState(step=9, bad_in_a_row=3), train, cut_off.check)
     assert not run.bad_batches.exists()

@@ -1,0 +1,255 @@
+"""From a recipe to a trainer that stands where the run stood."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, run_fingerprint
+from stamo_dist.checkpoint.load import holds_all, load_checkpoint
+from stamo_dist.checkpoint.save import Origin, Saver
+from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
+from stamo_dist.data.loader import Cursor, Loader, build_loader, first_frames
+from stamo_dist.data.mixture import Mixture
+from stamo_dist.distributed.collectives import broadcast, everywhere
+from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
+from stamo_dist.distributed.rank import World, survive_launcher
+from stamo_dist.distributed.strategies import FILLS_SHARDS, EngineSpec
+from stamo_dist.errors import RecipeError, RunError, StamoError
+from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.export import exported_step
+from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
+from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.optim.ema import EMA
+from stamo_dist.optim.optimizer import adamw
+from stamo_dist.pretrained.pin import as_begun, moved, pin
+from stamo_dist.recipe.batching import Batching, batching
+from stamo_dist.recipe.load import Loaded, dump
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.lease import RunLease
+from stamo_dist.run.state import RunState
+from stamo_dist.tasks import build_task, check_task
+from stamo_dist.tasks.base import Task
+from stamo_dist.tracking.logger import RunLogger
+from stamo_dist.tracking.metrics import Reducer, Stopwatch
+from stamo_dist.training import hooks
+from stamo_dist.training.divergence import BadBatches, roll_back
+from stamo_dist.training.evaluation import Evaluation
+from stamo_dist.training.trainer import Trainer
+from stamo_dist.training.trial_export import TrialExport
+
+
+@dataclass
+class Start:
+    """One start of a run: what it was asked for and who this process is."""
+
+    loaded: Loaded
+    world: World
+    run: RunFolder
+    stop: ShutdownRequest
+    watchdog: Watchdog
+    evaluation: Evaluation
+    resume: str
+    allowed: frozenset[str]
+    lease: RunLease | None = None  # rank 0's
+    notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+
+@dataclass
+class Checked:
+    """What was looked at before anything was written or built."""
+
+    mixture: Mixture
+    fingerprint: RunFingerprint
+    batching: Batching
+    select: Callable[..., ResumePoint]  # `select_checkpoint` of this start, but for the fingerprint
+
+
+@dataclass
+class Session:
+    """A trainer and what the end of the run needs of it."""
+
+    trainer: Trainer
+    mixture: Mixture
+    logger: RunLogger
+    saver: Saver
+    guard: Callable[[], None]  # raises where this start may not write any more
+    exported: bool  # an earlier start has trained it to the end and exported it
+
+
+def check(start: Start) -> Checked:
+    """Look at everything that may be refused; writes nothing.
+
+    Raises:
+        StamoError: Recipe or data cannot be used as asked.
+    """
+    recipe = start.recipe
+    try:
+        plan = batching(recipe.train, start.world.size)
+    except ValueError as e:
+        raise RecipeError([str(e)]) from None
+    select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
+    growth = {} if MAY_CHANGE_DATA in start.allowed else _recorded(select).growth
+    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth)
+    if mixture.steps is not None and mixture.steps < recipe.train.steps:
+        ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
+        raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
+    check_task(recipe, mixture)
+    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select)
+
+
+def build(start: Start, checked: Checked) -> Session | int:
+    """Build everything and go back to where the run stood; every process calls it.
+
+    Returns an exit code where there is nothing to train, or not now.
+
+    Raises:
+        StamoError: Weights or checkpoint cannot be used as asked.
+    """
+    task, pinned = _build_task(start, checked)
+    recipe, world, run, mixture = start.recipe, start.world, start.run, checked.mixture
+    spec = EngineSpec(
+        recipe.strategy, world, checked.batching, recipe.optimizer.clip, recipe.train.precision, task.block_classes
+    )
+    accelerator = spec.connect()
+    start.watchdog.ranks_connected()
+    if not everywhere(broadcast(mixture.fingerprint) == mixture.fingerprint):
+        if world.is_main:
+            print(
+                f"{run.path}: the processes see different data: a source changed while they started. Leaving with "
+                f"code {EXIT_PREEMPTED} to be started again"
+            )
+        return EXIT_PREEMPTED
+    fingerprint = checked.fingerprint.with_frozen(task.frozen)
+    path, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: checked.select(fingerprint, without=bad))
+    if task.init_frames and path is None:
+        task.initialise(first_frames(mixture, task.init_frames))
+    engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
+    survive_launcher()
+    task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    if path is None or not holds_all(path):
+        task.fill()
+    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
+    none = [0] * len(mixture.sources)
+    state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
+    if path is not None:
+        state = load_checkpoint(
+            path, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
+        )
+        state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
+    # Rank 0's word on both: a shared disk may show the others an older folder.
+    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
+    if exported and not broadcast(start.evaluation.pending(state.step)):
+        if world.is_main:
+            print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
+        return 0
+    start.notes += [*pinned, *notes, *([f"continuing {path} after step {state.step}"] if path else [])]
+    return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
+
+
+def _recorded(select: Callable[[], ResumePoint]) -> ResumePoint:
+    """What the checkpoint says of its weights and data; every process reads it before they are connected."""
+    try:
+        return select()
+    except StamoError:
+        return ResumePoint(None)  # rank 0 says what is wrong
+
+
+def _build_task(start: Start, checked: Checked) -> tuple[Task, list[str]]:
+    """The task on the weights that the run began with, which the recipe names from now on; and what was pinned."""
+    begun = _recorded(checked.select).sources
+    recipe, notes = as_begun(start.recipe, begun)
+    torch.manual_seed(recipe.seed)  # every process builds the same initial weights
+    task = build_task(recipe, checked.mixture, later=recipe.strategy.name in FILLS_SHARDS)
+    changed = moved(task.sources, begun)
+    if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
+        raise RunError(  # DeepSpeed's checkpoints lack what is frozen
+            f"{bases[0]}; name that commit as `revision` in the adapter's adapter_config.json, or train "
+            "under fsdp, hsdp or ddp, whose checkpoints hold the base"
+        )
+    # The export reads the same commits, should a branch move meanwhile.
+    start.loaded = replace(start.loaded, recipe=pin(recipe, task.sources))
+    return task, [*notes, *changed]
+
+
+def _assemble(
+    start: Start, checked: Checked, task: Task, engine: Engine, ema: EMA | None, state: RunState,
+    fingerprint: RunFingerprint, *, exported: bool,
+) -> Session:  # fmt: skip
+    """The trainer with its hooks, in the order in which they are called."""
+    recipe, world, run, mixture, watchdog = start.recipe, start.world, start.run, checked.mixture, start.watchdog
+    guard: Callable[[], None] = start.lease.check if start.lease else lambda: None
+    flops = task.flops_per_sample() if engine.device.type == "cuda" else None
+    logger = RunLogger(recipe, start.loaded.resolved, run, world, mixture.sources, flops, state.step, guard=guard)
+    saver = Saver(
+        run.checkpoints, engine, ema, recipe.train.checkpoint,
+        Origin(fingerprint, recipe.train.precision, git_commit(), task.sources),
+        lease=start.lease, needed=start.evaluation.needed,
+    )  # fmt: skip
+    budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
+    clock = Stopwatch(engine.device)
+    evaluate = hooks.Evaluate(start.evaluation, recipe, logger, watchdog)
+    log = hooks.Log(logger, Reducer(engine.device, world.rank, world.size), clock, start.stop, recipe)
+    trial = TrialExport(recipe, mixture, run, world, logger, watchdog)
+    save = hooks.Checkpoint(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
+    first = [hooks.FirstBatch(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
+    divergence = hooks.Divergence(recipe.train.max_bad_steps, log, save)
+
+    def on_phase(phase: Phase, step: int) -> None:
+        watchdog.mark(phase.value, step)
+        clock.enter(phase)
+
+    def open_loader(state: RunState) -> Loader:
+        return build_loader(
+            mixture, rank=world.rank, world_size=world.size, cursor=Cursor.from_dict(state.cursor),
+            pin_memory=engine.device.type == "cuda", latents=task.latents, states=task.states,
+            groups=checked.batching.workers,
+        )  # fmt: skip
+
+    def go_back(state: RunState) -> RunState:
+        state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
+        logger.rewind(state.step)
+        for note in notes:
+            logger.info(note)
+        return state
+
+    trainer = Trainer(
+        recipe=recipe,
+        task=task,
+        engine=engine,
+        ema=ema,
+        state=state,
+        micro_batch=checked.batching.micro_batch,
+        open_loader=open_loader,
+        on_phase=on_phase,
+        hooks=[*first, evaluate, log, hooks.Heartbeat(watchdog), divergence, save],
+        go_back=go_back,
+    )
+    if start.lease is not None:
+        _announce(start, checked, trainer, logger, budget)
+    return Session(trainer, mixture, logger, saver, guard, exported)
+
+
+def _announce(start: Start, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
+    """Rank 0: write what this run is and say it."""
+    r, p, task = start.recipe, checked.batching, trainer.task
+    start.run.describe(
+        start.loaded.text, dump(r), sys.argv, step=trainer.state.step, processes=p.world_size, sources=task.sources
+    )
+    parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
+    logger.info(
+        f"{r.name}: {r.strategy.name} {r.train.precision} on {p.world_size} × {trainer.engine.device.type}, "
+        f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
+        f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
+    )
+    for note in [*checked.mixture.notes, *task.notes, *start.notes, *budget.notes()]:
+        logger.info(f"  {note}")

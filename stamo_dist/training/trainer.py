@@ -1,0 +1,140 @@
+"""The loop. Every stage, every strategy and every start of a run goes through `Trainer.fit`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+from stamo_dist.data.loader import Batch, Loader
+from stamo_dist.distributed.engine import Engine, Phase
+from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.optim.ema import EMA
+from stamo_dist.optim.optimizer import lr_at
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.state import RunState
+from stamo_dist.tasks.base import Task
+from stamo_dist.tasks.noise import Noise
+from stamo_dist.tracking.metrics import StepSums
+
+
+class Exit(IntEnum):
+    """How the loop ends."""
+
+    FINISHED = 0
+    PREEMPTED = EXIT_PREEMPTED
+    DIVERGED = -1  # not the run: it goes on from an earlier checkpoint
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did on this process."""
+
+    batch: Batch
+    sums: StepSums
+    lr: float
+    grad_norm: float  # over all processes, before clipping
+
+    @property
+    def good(self) -> bool:
+        """Whether the weights were updated, which all processes agree on."""
+        return math.isfinite(self.grad_norm)
+
+
+class Hook:
+    """What happens around the steps. Every process has the same hooks, which are called in one order."""
+
+    def on_start(self, state: RunState) -> None:
+        """The run goes on after `state.step`, at a start or after it went back."""
+
+    def before_step(self, state: RunState, batch: Batch) -> None:
+        """`state` is that before the step, `batch` this rank's share of it, still on the host."""
+
+    def after_step(self, state: RunState, result: StepResult) -> Exit | None:
+        """`state` is that after the step. Returns how the loop ends, None where it goes on."""
+        return None
+
+
+@dataclass
+class Trainer:
+    """One start of a run, from `state` to the end or to the next stop.
+
+    Attributes:
+        micro_batch: Samples of one forward pass.
+        open_loader: This rank's batches from a state on.
+        on_phase: Is told what this rank begins, and of which step.
+        hooks: In the order in which they are called.
+        go_back: What the run goes on from after it diverged.
+    """
+
+    recipe: Recipe
+    task: Task
+    engine: Engine
+    ema: EMA | None
+    state: RunState
+    micro_batch: int
+    open_loader: Callable[[RunState], Loader]
+    on_phase: Callable[[Phase, int], None]
+    hooks: Sequence[Hook]
+    go_back: Callable[[RunState], RunState]
+
+    def __post_init__(self) -> None:
+        self._noise = Noise(self.recipe.seed)
+        self._cold = True
+        self.engine.on_phase = self._begin
+
+    def fit(self) -> Exit:
+        """Train to the last step, or until a hook says how to leave."""
+        while (ended := self._fit()) is Exit.DIVERGED:
+            self.state = self.go_back(self.state)
+        return ended
+
+    def _fit(self) -> Exit:
+        for hook in self.hooks:
+            hook.on_start(self.state)
+        self._cold = True
+        with closing(self.open_loader(self.state)) as loader:
+            batches = iter(loader)
+            while self.state.step < self.recipe.train.steps:
+                self._begin(Phase.WAITING)
+                batch = next(batches)
+                self._begin(Phase.COMPUTING)
+                for hook in self.hooks:
+                    hook.before_step(self.state, batch)
+                result = self.step(batch)
+                self.state.advance(batch.cursor.to_dict(), good=result.good)
+                for hook in self.hooks:
+                    if (ended := hook.after_step(self.state, result)) is not None:
+                        return ended
+        return Exit.FINISHED
+
+    def step(self, batch: Batch) -> StepResult:
+        """Forward, backward, clip, update and average: one optimizer step of all processes."""
+        update = self.state.updates + 1
+        lr = lr_at(update, self.recipe.train.steps, self.recipe.optimizer)
+        self.engine.set_lr(lr, update)
+        sums = StepSums.empty(self.task.terms, len(self.recipe.data.used), self.engine.device)
+        micros = batch.to(self.engine.device).split(self.micro_batch)
+        if self._cold:
+            self.engine.warm_up_buckets(lambda: self._loss(micros[0]))
+            self._cold = False
+        for micro in micros:
+            with self.engine.accumulate():
+                grad_norm = self.engine.backward(self._loss(micro, sums))
+        assert grad_norm is not None, "the last micro-batch of a step must step the optimizer"
+        if math.isfinite(grad_norm) and self.ema is not None:
+            self.ema.update(update)
+        return StepResult(batch, sums, lr, grad_norm)
+
+    def _loss(self, micro: Batch, sums: StepSums | None = None) -> Tensor:
+        out = self.task.loss(self.engine.module, micro, self._noise.at(self.state.step + 1))
+        if sums is not None:
+            sums.add(out.per_sample, micro.source, micro.replaced, out.present)
+        return out.loss
+
+    def _begin(self, phase: Phase) -> None:
+        self.on_phase(phase, self.state.step + 1)
