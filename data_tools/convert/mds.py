@@ -59,6 +59,14 @@ class EpisodeWriter(MDSWriter):
         self.new_samples += encoded
         self.new_shard_size += size
 
+    def encode_joint_shard(self) -> bytes:
+        """The bytes of MDSWriter's method, put together once instead of twice."""
+        head = 4 * (len(self.new_samples) + 2) + len(self.config_data)  # the number of samples, offsets, the layout
+        offsets = np.cumsum([head, *map(len, self.new_samples)], dtype=np.uint32)
+        return b"".join([
+            np.uint32(len(self.new_samples)).tobytes(), offsets.tobytes(), self.config_data, *self.new_samples
+        ])  # fmt: skip
+
     def _size(self, encoded: list[bytes]) -> int:
         return sum(map(len, encoded)) + self.extra_bytes_per_sample * len(encoded)
 

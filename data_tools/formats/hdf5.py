@@ -68,6 +68,52 @@ def node(group: h5py.Group, key: str) -> Any:
         return None
 
 
+class OpenOnce(h5py.Group):
+    """A group whose nodes, and those below them, are opened once each, however often they are looked at.
+
+    Opening a node costs h5py more than reading its shape. For files that do not change meanwhile.
+    """
+
+    def __init__(self, group: h5py.Group):
+        super().__init__(group.id)
+        self._nodes: dict[str, Any] = {}
+        self._names: list[str] | None = None
+
+    def __getitem__(self, name: Any) -> Any:
+        if name not in self._nodes:
+            if self._lacks(name):
+                raise KeyError(name)
+            found = super().__getitem__(name)
+            self._nodes[name] = OpenOnce(found) if isinstance(found, h5py.Group) else found
+        return self._nodes[name]
+
+    def get(self, name: Any, default: Any = None, **which: bool) -> Any:
+        if which:
+            return super().get(name, default, **which)
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self._nodes or (not self._lacks(name) and super().__contains__(name))
+
+    def __iter__(self) -> Iterator[str]:
+        if self._names is None:
+            self._names = list(super().__iter__())
+        return iter(self._names)
+
+    def _lacks(self, name: Any) -> bool:
+        """Whether a name that is no path is certainly not there."""
+        return isinstance(name, str) and "/" not in name and name not in list(self)
+
+
+def node_once(group: h5py.Group, key: str) -> Any:
+    """As `node`; a group opens what is in it once."""
+    found = node(group, key)
+    return OpenOnce(found) if isinstance(found, h5py.Group) else found
+
+
 def is_rows(found: Any) -> bool:
     """A dataset with rows."""
     return isinstance(found, h5py.Dataset) and found.shape is not None and found.ndim > 0

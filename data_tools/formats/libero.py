@@ -161,7 +161,7 @@ class LiberoReader:
         episodes = []
         faults = []
         for key in demos:
-            demo, name = hdf5.node(data, key), f"{stem}/{key}"
+            demo, name = hdf5.node_once(data, key), f"{stem}/{key}"
             if fault := next(self._faults(demo), None):
                 faults.append(f"{name}: {fault}")
                 continue

@@ -176,7 +176,7 @@ class ManiskillReader:
         like = [f"env_info/{key}" for key, v in env.items() if isinstance(v, str) and remarks.looks_like_language(key)]
         episodes, faults = [], []
         for key in trajectories:
-            group, id = hdf5.node(file, key), f"{stem}/{key}"
+            group, id = hdf5.node_once(file, key), f"{stem}/{key}"
             meta = told.get(int(key.removeprefix("traj_")), {})
             if fault := self._fault(group, meta):
                 faults.append(f"{id}: {fault}")

@@ -188,7 +188,7 @@ class RobomimicReader:
         # Once a file: they look through the names of all episodes.
         shared, like = cache(lambda: find_texts([data, file])), cache(lambda: like_language([data]))
         for key in demos:
-            demo, id = hdf5.node(data, key), f"{stem}/{key}"
+            demo, id = hdf5.node_once(data, key), f"{stem}/{key}"
             texts: list[str] = []
             try:
                 if not (fault := self._fault(demo)):

@@ -21,7 +21,7 @@ import simplejpeg
 from data_tools.convert.driver import convert
 
 from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede streaming
-from streaming.base.format import reader_from_json
+from streaming.base.format import MDSWriter, reader_from_json
 
 from data_tools.convert.mds import EpisodeWriter
 from stamo_dist.data.schema import columns, read_episodes, read_manifest
@@ -97,6 +97,8 @@ def test_an_episode_is_encoded_as_streaming_encodes_its_samples(tmp_path: Path) 
     samples = [{**shared, **{k: v[i] for k, v in each.items()}, "t": i} for i in range(4)]
     stock = [writer.encode_sample(sample) for sample in samples]
     assert writer.encode(shared, each) == stock
+    writer.write_episode(stock)
+    assert writer.encode_joint_shard() == MDSWriter.encode_joint_shard(writer)
     writer.finish()
 
 
