@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.convert import slices
 from data_tools.convert.growth import only_new
 from data_tools.convert.merge import merge, put_in_place
-from data_tools.convert.plan import TRAIN, VAL, Plan, Settings, check_bad, split_episodes
+from data_tools.convert.plan import Plan, Settings, check_bad, split_episodes
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
@@ -68,7 +68,11 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
             return Outcome(None, True, missing)
         bad = [*plan.bad, *(reason for part in work for reason in (part.report() or {})["skipped"])]
         check_bad(bad, settings.max_bad)
-        if (other := _split_again(plan, work, settings)) is not None:
+        lost = _lost(plan, work)
+        why = [f"split {s}: none of the {len(plan.splits[s])} episodes chosen could be read" for s in lost]
+        notes = [*plan.manifest.notes, *why]
+        plan = replace(plan, manifest=plan.manifest.model_copy(update={"notes": notes}))
+        if lost and (other := _split_again(plan, work, settings)) is not None:
             plan, work = other, other.slices(partial, "again-")
             for _ in slices.run(plan.job, work, settings.processes, settings.quiet):
                 pass
@@ -85,19 +89,21 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
     return Outcome(manifest, True)
 
 
+def _lost(plan: Plan, work: Sequence[slices.Slice]) -> list[str]:
+    """The splits none of whose episodes could be read."""
+    read = {part.split for part in work if (part.report() or {"episodes": []})["episodes"]}
+    return [split for split in plan.splits if split not in read]
+
+
 def _split_again(plan: Plan, work: Sequence[slices.Slice], settings: Settings) -> Plan | None:
-    """Another choice of what is held out, of readable episodes alone, should one side have turned out to have none."""
-    reports = {part: part.report() or {} for part in work}
-    read = {e["id"] for report in reports.values() for e in report["episodes"]}
-    empty = [s for s in (TRAIN, VAL) if not any(reports[part]["episodes"] for part in work if part.split == s)]
-    lost = [split for split in empty if split in plan.splits]
-    if plan.base or settings.split_by != "hash" or not settings.val_fraction or not lost or not read:
+    """Another choice of what is held out, of readable episodes alone, as one side has turned out to have none."""
+    reports = [part.report() or {} for part in work]
+    read = {e["id"] for report in reports for e in report["episodes"]}
+    if plan.base or settings.split_by != "hash" or not settings.val_fraction or not read:
         return None
-    readable = [e for e in plan.episodes if e.id in read]
-    splits, notes = split_episodes(readable, settings)
-    skipped = [reason for report in reports.values() for reason in report["skipped"]]
-    why = f"split {lost[0]}: none of the {len(plan.splits[lost[0]])} episodes chosen could be read"
-    manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, why, *notes]})
+    splits, notes = split_episodes([e for e in plan.episodes if e.id in read], settings)
+    skipped = [reason for report in reports for reason in report["skipped"]]
+    manifest = plan.manifest.model_copy(update={"notes": [*plan.manifest.notes, *notes]})
     return replace(plan, manifest=manifest, splits=splits, bad=[*plan.bad, *skipped])
 
 

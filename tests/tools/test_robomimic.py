@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from data_tools.convert.driver import convert
 from data_tools.convert.episode import Processing, read_episode
 from data_tools.formats.robomimic import RobomimicReader
 from stamo_dist.errors import DataError
@@ -297,3 +298,12 @@ def test_metadata_faults_name_file_and_field(tmp_path: Path, where: str, name: s
     with pytest.raises(DataError, match=r"a\.hdf5: .*" + message) as error:
         spoken(tmp_path / "a.hdf5", where, name, value)
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_s_own_split_that_cannot_be_read_is_said_to_be_lost(tmp_path: Path) -> None:
+    path = write(tmp_path / "raw/image.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["data/demo_1/actions"][2] = np.nan
+    manifest, _ = convert("robomimic", path, tmp_path / "out", size=12, split_by="source", quiet=True, max_bad=2)
+    assert set(manifest.splits) == {"train"}
+    assert "split val: none of the 1 episodes chosen could be read" in manifest.notes
