@@ -1,10 +1,11 @@
-# make demo: set up and run the whole way on this machine.  make demo-policy: then a policy that acts.  make test: set up, lint and run the tests.
+# make demo: set up and run the whole way on this machine.  make demo-policy: then a policy that acts.
+# make test: set up, lint and run the tests.  make test-fast: what one process can test, in minutes.  make docs: the site.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-policy test test-matrix lint format clean
+.PHONY: demo demo-policy test test-fast test-matrix docs lint format clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -68,8 +69,16 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/.installed opengl slurm lint
+test: $(VENV)/.installed opengl slurm lint docs
 	$(BIN)/python -m pytest
+
+# The daily loop: no simulator, no Slurm, no run of several processes.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow and not sim" -n 2
+
+# The pages of docs/ and the API from the docstrings as a site in build/site; a broken link fails.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --quiet --strict
 
 # Every stage, strategy, kind and pair of options from start to end; hours, and another start goes on.
 MATRIX ?= runs/matrix

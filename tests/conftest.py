@@ -18,6 +18,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+#: Folders and fixtures whose tests start several processes, a simulator or a scheduler: not for the daily loop.
+SLOW_FOLDERS = ("slurm", "resume", "distributed", "journeys", "chaos")
+SLOW_FIXTURES = {"ranks", "stamo", "toy_policy"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in SLOW_FOLDERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT
