@@ -248,9 +248,9 @@ def mix(
     """
     from stamo_dist.data.instructions import episode_tables
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.data.shares import report
     from stamo_dist.data.supervised import Supervision
     from stamo_dist.data.table import mixture_picture, mixture_table
+    from stamo_dist.data.weights import report
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from stamo_dist.data.shards import Layout, MappedShard, ShardSpec
+from stamo_dist.data.shards import MappedShard, ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
 INDEX = "index.json"
@@ -48,7 +48,7 @@ class IndexedShard(BaseModel):
 
     def spec(self, path: Path) -> ShardSpec:
         """For the copy of the shard at `path`."""
-        layout = Layout(self.names, self.encodings, self.sizes)
+        layout = ShardLayout(self.names, self.encodings, self.sizes)
         return ShardSpec(str(path), self.nbytes, self.samples, layout, self.sha256)
 
 

@@ -21,7 +21,7 @@ from stamo_dist.data.frame_cache import CacheSpec, find_cache
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Position
 from stamo_dist.data.pool import Pool
-from stamo_dist.data.reader import Reader, ReaderSpec
+from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
@@ -170,14 +170,14 @@ class Loader:
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
         )
-        self._slots = spec.memory()
+        self._buffers = spec.memory()
         self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
-        self._reader = None if workers else Reader(spec, self._slots)
-        self._pool = Pool(spec, self._slots, workers, stuck=self._where, timeout=data.timeout) if workers else None
+        self._reader = None if workers else BatchReader(spec, self._buffers)
+        self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture)
         self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor, groups))
         self._coming: deque[Cursor] = deque()
-        self._ahead = Ahead(lambda: self._read().pin()) if pin else None
+        self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -187,7 +187,7 @@ class Loader:
         if self._closed:
             raise RunError("the loader is closed; build another one from the last batch's cursor")
         try:
-            return self._ahead.take() if self._ahead else self._read()
+            return self._prefetcher.take() if self._prefetcher else self._read()
         except BaseException:
             self.close()
             raise
@@ -195,12 +195,12 @@ class Loader:
     def close(self) -> None:
         """End the workers and threads; batches that were delivered stay valid."""
         self._closed = True
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._pool is not None:
             self._pool.close()
         self._fetcher.close()
-        self._slots.close()
+        self._buffers.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -229,26 +229,26 @@ class Loader:
         position = next(self._plan)
         self._coming.append(position.after)
         slot = self._free.pop()
-        views = self._slots[slot]
-        views["samples"][:], views["passes"][:] = position.samples, position.passes
+        views = self._buffers[slot]
+        views["samples"][:], views["epochs"][:] = position.samples, position.epochs
         return slot
 
     def _where(self, slot: int) -> str:
-        number = int(self._slots[slot]["shard"][0])
+        number = int(self._buffers[slot]["shard"][0])
         source = self._mixture.sources[self._mixture.shard_source[number]]
         return f"source {source}, {self._mixture.shards[number].path}"
 
     def _deliver(self, slot: int, cursor: Cursor) -> Batch:
-        memory = self._slots.memory(slot)
+        memory = self._buffers.memory(slot)
         if self._free:
             # The tensors keep the array alive, through all of its views, so the slot is free once the array is gone.
             finalize(memory, self._free.append, slot).atexit = False
         else:
             memory = memory.copy()
             self._free.append(slot)
-        views = self._slots.views(memory)
+        views = self._buffers.views(memory)
         samples = views.pop("samples").copy()
-        del views["passes"], views["shard"]
+        del views["epochs"], views["shard"]
         tensors = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
         if self._latents is not None:
             dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
@@ -264,15 +264,15 @@ def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor, gro
     batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
     while True:
         plan = mixture.plan(batch, at_a_time)
-        for samples, passes in zip(plan.samples, plan.passes, strict=True):
+        for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
             mine = np.concatenate([np.arange(rank + k * world_size, len(samples), groups * world_size) for k in order])
-            yield Position(Cursor(batch * mixture.global_batch), samples[mine], passes[mine])
+            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine])
         if len(plan.samples) < at_a_time:
             return
 
 
-class Ahead:
+class PinnedPrefetcher:
     """Calls `make` in a thread, `depth` times ahead of `take`, until that raises; `take` raises it in its turn."""
 
     def __init__(self, make: Callable[[], Batch], depth: int = 2):

@@ -10,7 +10,7 @@ A source may grow: shards, lines of episodes.jsonl and entries of index.json are
 takes the place of the one before. Who reads by an older manifest takes as many as that one counts.
 
 Frames of an episode are contiguous and in one shard, so frame t+k is sample i+k of the same shard. All cameras of
-a split hold the same episodes in the same order, so sample i is the same moment in each of them.
+a split hold the same episodes in the same order, so sample i is the same timestep in each of them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pytest
 import torch
 from made import colour, make_data, write_source
 
-from stamo_dist.data.loader import Ahead, Batch, Cursor, Loader, build_loader
+from stamo_dist.data.loader import Batch, Cursor, Loader, PinnedPrefetcher, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.data.transforms import Augmentation
@@ -203,11 +203,11 @@ def test_reading_ahead_keeps_order_and_errors(two: Callable[..., Data]) -> None:
             raise DataError("gone")
         return next(loader)
 
-    ahead = Ahead(read)
+    ahead = PinnedPrefetcher(read)
     assert same([ahead.take() for _ in range(10)], expected)
     with pytest.raises(DataError, match="gone"):
         ahead.take()
-    full = Ahead(lambda: expected[0])
+    full = PinnedPrefetcher(lambda: expected[0])
     full.close()
     assert not full._thread.is_alive()
 

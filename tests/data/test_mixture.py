@@ -12,8 +12,8 @@ from made import make_data, write_source
 from rich.console import Console
 
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.shares import report
 from stamo_dist.data.table import mixture_picture, mixture_table
+from stamo_dist.data.weights import report
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Data, Shuffle, Source
 

@@ -45,7 +45,7 @@ def test_large_sources_are_shuffled_group_by_group(algorithm: str) -> None:
 
 
 def sequence(schedule: Schedule, count: int, step: int) -> np.ndarray:
-    return np.concatenate([schedule.stretch(at, min(step, count - at)).source for at in range(0, count, step)])
+    return np.concatenate([schedule.interval(at, min(step, count - at)).source for at in range(0, count, step)])
 
 
 def test_shares_are_exact_after_any_number_of_samples() -> None:
@@ -58,7 +58,7 @@ def test_shares_are_exact_after_any_number_of_samples() -> None:
     assert (source == sequence(schedule, 20_000, 77)).all(), "any stretch by itself"
     for at in (0, 1, 999, 12_345):
         assert schedule.counts(at).tolist() == np.bincount(source[:at], minlength=5).tolist()
-    begun = schedule.stretch(500, 300)
+    begun = schedule.interval(500, 300)
     assert begun.begin.tolist() == counts[499].tolist()
     assert begun.end.tolist() == counts[799].tolist()
 
