@@ -76,13 +76,13 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     before, watch = private_bytes(), Watch()
     watch.start()
     plan = batching(recipe.train, world)
-    task = build_task(recipe, mixture, later=recipe.strategy.name in strategies.FILLS_SHARDS)
+    task = build_task(recipe, mixture, meta_init=recipe.strategy.name in strategies.SUPPORTS_META_INIT)
     engine = strategies.build(
         task.trained, adamw(task.trained, recipe.optimizer), recipe.strategy, world_from_environment(), plan,
         clip=1.0, precision=recipe.train.precision, block_classes=task.block_classes,
     )  # fmt: skip
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    task.fill()
+    task.load_weights()
     noise = Noise(0)
     loader = build_loader(
         mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents

@@ -313,7 +313,7 @@ def policy(batch: int, repeats: int, tiny: bool, lora: int | None, text: int = 4
     device = torch.device("cuda" if on_gpu else "cpu")
     cfg = recipes.Policy(lora=None if lora is None else recipes.Lora(rank=lora))
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **(SMALL_POLICY if tiny else {})}, "benchmark")
-    flops = shapes.training_flops(shapes.hollow(config, cfg, Sizes(7)), shapes.Seen(text))
+    flops = shapes.training_flops(shapes.on_meta(config, cfg, Sizes(7)), shapes.TokenCounts(text))
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
     size, part = "toy" if tiny else "7 B", "LoRA" if lora else "whole"

@@ -109,7 +109,7 @@ def _go(
     begun = _recorded(choose).sources
     recipe, pinned = as_begun(loaded.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, mixture, later=recipe.strategy.name in strategies.FILLS_SHARDS)
+    task = build_task(recipe, mixture, meta_init=recipe.strategy.name in strategies.SUPPORTS_META_INIT)
     changed = moved(task.sources, begun)
     if recipe.strategy.name in strategies.ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen
@@ -138,7 +138,7 @@ def _go(
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     if start is None or not holds_all(start):
-        task.fill()
+        task.load_weights()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)

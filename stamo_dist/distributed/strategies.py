@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
 _log = logging.getLogger(__name__)
-FILLS_SHARDS = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
+SUPPORTS_META_INIT = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -159,8 +159,8 @@ def build(
 
     `block_classes` names the transformer block classes that FSDP shards one by one. All processes must hold the same
     initial weights. `accelerator`: made by `connect` with the same values, where the processes had to talk before.
-    Under a strategy of `FILLS_SHARDS` parameters may be on the meta device: only this process's shards get memory, and
-    what is in it must be written afterwards. The streaming loader never goes through here: Accelerate would read on
+    Under a strategy of `SUPPORTS_META_INIT` parameters may be on the meta device: only its shards get memory here,
+    and what is in it must be written afterwards. The streaming loader never goes through here: Accelerate would read on
     rank 0 for all, one batch ahead.
 
     Raises:
@@ -171,7 +171,7 @@ def build(
     )
     names = {p: name for name, p in module.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    hollow = any(p.is_meta for p in names)
+    on_meta = any(p.is_meta for p in names)
     if strategy.name != "ddp":  # what cuts parameters up takes none that lie in another order, as channels-last ones do
         for parameter in names:
             # 1 × 1 convolutions have other strides too, but is_contiguous() lets them pass.
@@ -180,7 +180,7 @@ def build(
                 parameter.data = plain.copy_(parameter.data)
     del names
     module, optimizer = accelerator.prepare(module, optimizer)
-    if hollow:
+    if on_meta:
         from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
 
         materialise(module, accelerator.device)

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         encoder.report = report
         return encoder
 
-    def hollow(self) -> Encoder:
+    def untrained(self) -> Encoder:
         """Another of this shape, as its class begins: for counting, or for comparing with random weights."""
         return Encoder(_build(self.model.config.to_dict()), self.image_size, self.output)
 

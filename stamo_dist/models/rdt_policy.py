@@ -17,7 +17,7 @@ from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
-from stamo_dist.models.openvla.policy import FORMAT, look_through, read_eyes, recorded_framing
+from stamo_dist.models.openvla.policy import FORMAT, encode_views, read_state_encoder, recorded_framing
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
@@ -73,9 +73,9 @@ class RDTPolicy:
                 f"{folder}: cannot be read ({type(error).__name__}: {error}); export it again"
             ) from error
         seen = framing or recorded_framing(folder) or AS_IT_IS
-        eyes = read_eyes(folder, cfg, tokenizer, device)
-        assert eyes is not None, "it sees through the tokenizer"
-        return cls(network.to(device).eval(), cfg, text, statistics, eyes, about["scale"], seen)
+        state_encoder = read_state_encoder(folder, cfg, tokenizer, device)
+        assert state_encoder is not None, "it sees through the tokenizer"
+        return cls(network.to(device).eval(), cfg, text, statistics, state_encoder, about["scale"], seen)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +122,7 @@ class RDTPolicy:
                 raise DataError("this policy reads proprioception: give `proprio`")
             felt = self.statistics.range(unnorm_key, "proprio", self.cfg.bounds)
             state = torch.from_numpy(felt.normalise_proprio(np.asarray(proprio))).float().to(self.device)
-        seen = look_through(self.vision, self.cfg, images, self.framing)
+        seen = encode_views(self.vision, self.cfg, images, self.framing)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
         prompts = self.text.encode(instructions).to(self.device)

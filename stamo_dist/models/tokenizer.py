@@ -131,10 +131,13 @@ class Tokenizer(nn.Module):
         self._frozen_fingerprints: dict[str, str] | None = None
 
     @classmethod
-    def from_config(cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, later: bool = False) -> Tokenizer:
+    def from_config(
+        cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, meta_init: bool = False
+    ) -> Tokenizer:
         """Build from a recipe for square frames of `image_size`; parts without weights are random (torch's generator).
 
-        With `later`, the decoder's weights are read by `trained.decoder.fill`, once an engine has sharded it.
+        With `meta_init` the decoder is on the meta device until `trained.decoder.load_weights` reads its weights, each
+        process its own shards.
 
         Raises:
             RecipeError: fields that the model classes do not know or that do not fit each other.
@@ -149,7 +152,7 @@ class Tokenizer(nn.Module):
         vae = VAE.from_config(cfg.vae, image_size)
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
-        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, later=later)
+        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, meta_init=meta_init)
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         tokenizer.cfg = pin_model(cfg, tokenizer.sources)
         return tokenizer
@@ -266,7 +269,7 @@ class Tokenizer(nn.Module):
             tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
             frame = torch.empty(1, 3, size, size)
             return Flops(
-                encoder=count(encoder.hollow(), frame),
+                encoder=count(encoder.untrained(), frame),
                 compressor=count(Compressor(self.cfg.compressor, encoder.dim), features),
                 decoder=count(Decoder(transformer), torch.empty(1, *self.latent_shape), torch.empty(1), tokens),
                 vae_encoder=count(vae.model.encoder, frame),

@@ -214,12 +214,12 @@ def _layer(key: str) -> str:
 
 def load(
     build: Callable[[], M], checkpoint: Checkpoint, reinitialise: Collection[str] = (),
-    later: dict[str, Stored] | None = None,
+    deferred: dict[str, Stored] | None = None,
 ) -> tuple[M, LoadReport]:  # fmt: skip
     """Build a model with the weights of a checkpoint, in float32 on the CPU.
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
-    differs from the checkpoint's keep PyTorch's initialisation and are reported. With `later` the parameters stay
+    differs from the checkpoint's keep PyTorch's initialisation and are reported. With `deferred` the parameters stay
     without memory, and what is to be read into each is put there.
 
     Raises:
@@ -233,9 +233,9 @@ def load(
         raise CheckpointError(f"{field}: the checkpoint does not fit the model\n{report}")
 
     loaded = report.loaded
-    if later is not None:
+    if deferred is not None:
         parameters = dict(model.named_parameters())
-        later.update({key: stored[key] for key in loaded if key in parameters})
+        deferred.update({key: stored[key] for key in loaded if key in parameters})
         loaded = tuple(key for key in loaded if key not in parameters)
     model.load_state_dict({key: _as_float32(stored[key].whole()) for key in loaded}, assign=True, strict=False)
     for layer in sorted({_layer(key) for key in report.reinitialised}):

@@ -143,10 +143,10 @@ def _policy(recipe: schema.Recipe) -> Shapes:
         compressor.dim if sees and cfg.stamo != "patches" else None,
     )  # fmt: skip
     base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    network = policies.hollow(config, cfg, sizes, base=base)
+    network = policies.on_meta(config, cfg, sizes, base=base)
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     network.train()
-    seen = policies.Seen(text + sizes.action_tokens + 1, patches, states)
+    seen = policies.TokenCounts(text + sizes.action_tokens + 1, patches, states)
 
     def step(batch: int) -> Tensor:
         if eyes is not None:

@@ -56,11 +56,12 @@ def wanted(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         section = recipe.policy if part == "policy" else getattr(recipe.model, part)
         if section.weights is not None:
             yield part, f"{_FIELDS[part]}.weights", section.weights
-    if recipe.stage == "policy" and (eyes := _eyes(recipe)) is not None and eyes.weights is not None:
-        yield "encoder", "policy.tokenizer", eyes.weights
+    encoder = _state_encoder(recipe) if recipe.stage == "policy" else None
+    if encoder is not None and encoder.weights is not None:
+        yield "encoder", "policy.tokenizer", encoder.weights
 
 
-def _eyes(recipe: Recipe) -> Any:
+def _state_encoder(recipe: Recipe) -> Any:
     """The frozen encoder that the policy's tokenizer was trained on and does not hold; None where there is none."""
     root = Path(recipe.policy.tokenizer or "/").expanduser()
     about = next((p / _EXPORTED for p in (root, root / "model") if (p / _EXPORTED).is_file()), None)

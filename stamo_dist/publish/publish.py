@@ -55,7 +55,7 @@ def publish(
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = read_weights(folder)
     mixture = mixture_of(recipe, read_marker(folder).identity)
-    task = build_task(recipe, mixture, later=holds_all(folder))
+    task = build_task(recipe, mixture, meta_init=holds_all(folder))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)

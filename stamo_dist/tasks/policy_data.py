@@ -169,7 +169,7 @@ def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
     return None, config.with_vision(cfg.vision)
 
 
-def check_eyes(checkpoint: load.Checkpoint | None, cfg: Policy, fingerprint: str | None) -> None:
+def check_state_encoder(checkpoint: load.Checkpoint | None, cfg: Policy, fingerprint: str | None) -> None:
     """Whether weights that saw through a StaMo tokenizer go on with the same one.
 
     Raises:

@@ -26,9 +26,9 @@ class TokenizerTask:
 
     states: CachedStates | None = None
 
-    def __init__(self, recipe: Recipe, *, later: bool = False):
+    def __init__(self, recipe: Recipe, *, meta_init: bool = False):
         self._flow = recipe.flow
-        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, later=later)
+        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, meta_init=meta_init)
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
@@ -52,8 +52,8 @@ class TokenizerTask:
     def initialise(self, frames: Tensor) -> None:
         self.tokenizer.standardise_states(frames)
 
-    def fill(self) -> None:
-        self.tokenizer.trained.decoder.fill()
+    def load_weights(self) -> None:
+        self.tokenizer.trained.decoder.load_weights()
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer.freeze(device, dtype)

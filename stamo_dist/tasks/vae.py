@@ -39,7 +39,7 @@ class VAETask:
     def initialise(self, frames: Tensor) -> None:
         """Nothing here depends on data."""
 
-    def fill(self) -> None:
+    def load_weights(self) -> None:
         """It was built whole."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -72,7 +72,7 @@ def test_registers_are_not_taken_for_patches(tmp_path: Path, frames: torch.Tenso
         assert tokens.shape[1] == 1 + 3 + patches
         torch.testing.assert_close(ours(frames), tokens[:, 4:], atol=0, rtol=0)
         torch.testing.assert_close(encoder(tmp_path / "dino", size, "cls")(frames), tokens[:, :1], atol=0, rtol=0)
-        assert ours.hollow()(frames).shape == (len(frames), patches, 32)
+        assert ours.untrained()(frames).shape == (len(frames), patches, 32)
         ours.save_pretrained(tmp_path / "saved")
         again = Dinov2WithRegistersModel.from_pretrained(tmp_path / "saved").eval()
         torch.testing.assert_close(again(pixels(frames, size)).last_hidden_state, tokens, atol=0, rtol=0)

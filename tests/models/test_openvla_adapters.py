@@ -187,7 +187,7 @@ def test_film_starts_at_nothing_and_trains_beside_adapters() -> None:
         re.sub(r"(featurizer\.blocks\.\d+\.)", r"\1block.", name): load.Stored.in_memory(tensor)
         for name, tensor in plain.items()
     }
-    filling = load.Filling(network, found, "here", fresh=load.fresh_parts(cfg))
+    filling = load.WeightLoader(network, found, "here", fresh=load.fresh_parts(cfg))
     adapt.prepare(network, cfg.model_copy(update={"freeze": recipe.Freeze(vision=True)}), filling.whole)
     trained = {n for n, p in network.named_parameters() if p.requires_grad and n.startswith("vla.vision_backbone.")}
     assert {n.rsplit(".", 2)[1] for n in trained} == {"scale", "shift"}

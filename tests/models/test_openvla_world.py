@@ -1,4 +1,4 @@
-"""World modelling and co-training in the network, and StaMo's eyes, on tiny models."""
+"""World modelling and co-training in the network, and a StaMo state encoder, on tiny models."""
 
 from __future__ import annotations
 
@@ -116,24 +116,24 @@ def exported(tokenizer: Callable[..., Tokenizer], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("reads", ["patches", "states", "both"])
 def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_path: Path, reads: Any) -> None:
-    eyes = StamoVision(StateEncoder.from_pretrained(exported))
+    encoder = StamoVision(StateEncoder.from_pretrained(exported))
     cfg = recipe.Policy(
         vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
     )
     sizes = Sizes(
-        2, 1, 0, eyes.target_shape("motion"),
-        eyes.patch_dim if reads != "states" else None, eyes.state_shape[1] if reads != "patches" else None,
+        2, 1, 0, encoder.target_shape("motion"),
+        encoder.patch_dim if reads != "states" else None, encoder.state_shape[1] if reads != "patches" else None,
     )  # fmt: skip
     network = build(cfg, sizes).eval()
     frames = torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8)
-    seen = eyes.read(frames, reads)
-    patches = eyes.target_shape("dinov2")[0]
+    seen = encoder.read(frames, reads)
+    patches = encoder.target_shape("dinov2")[0]
     tokens = 2 * {"patches": patches, "states": 2, "both": patches + 2}[reads]
     assert network.vla.image_tokens(seen).shape == (3, tokens, 16)
     assert not any(name.startswith("vla.vision_backbone") for name in network.state_dict())
 
     config = network.vla.config
-    policy = Policy(network, text_tokenizer(), ImageProcessor.from_config(config), Statistics(STATISTICS, "x"), eyes)
+    policy = Policy(network, text_tokenizer(), ImageProcessor.from_config(config), Statistics(STATISTICS, "x"), encoder)
     save_pretrained(policy, tmp_path / "policy")
     again = Policy.from_pretrained(tmp_path / "policy")
     views = list(frames[0].numpy())
@@ -158,15 +158,19 @@ def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_p
 
 def test_targets_of_the_world_head(exported: Path) -> None:
     stamo = Tokenizer.from_pretrained(exported)
-    eyes = StamoVision(StateEncoder.from_pretrained(exported))
+    encoder = StamoVision(StateEncoder.from_pretrained(exported))
     now, then = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
-    close(eyes.target(now, then, "state"), stamo.encode(then), 1e-6)
-    close(eyes.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
-    close(eyes.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
-    close(eyes.look(then).target(eyes.look(now), "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
+    close(encoder.target(now, then, "state"), stamo.encode(then), 1e-6)
+    close(encoder.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
+    close(encoder.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
+    close(
+        encoder.encode(then).target(encoder.encode(now), "motion"),
+        stamo.encode(then) - stamo.encode(now),
+        1e-6,
+    )
     for target in ("state", "motion", "dinov2"):
-        assert eyes.target(now, then, target).shape[1:] == eyes.target_shape(target)  # type: ignore[arg-type]
-        assert not eyes.target(now, then, target).requires_grad  # type: ignore[arg-type]
+        assert encoder.target(now, then, target).shape[1:] == encoder.target_shape(target)  # type: ignore[arg-type]
+        assert not encoder.target(now, then, target).requires_grad  # type: ignore[arg-type]
 
 
 def test_parts_that_do_not_fit_are_named() -> None:

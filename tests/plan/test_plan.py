@@ -47,11 +47,11 @@ def test_the_peak_is_that_of_the_tensors_that_live_at_once() -> None:
 
 def test_what_is_computed_forward_and_backward() -> None:
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": SMALL}, "test")
-    sizes, seen = Sizes(3, patch_dim=32), policies.Seen(20, 16)
+    sizes, seen = Sizes(3, patch_dim=32), policies.TokenCounts(20, 16)
     cfg = recipes.Policy(vision="stamo", stamo="patches")
 
     def flops(**changes: object) -> int:
-        network = policies.hollow(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)
+        network = policies.on_meta(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)
         return policies.training_flops(network, seen)
 
     layers = 3 * (4 * 64**2 + 3 * 64 * 96)

@@ -4,10 +4,10 @@ checkpoint = locate(weights)                               # a folder, or an ada
 with on_meta():
     network = PolicyNetwork(...)                           # shapes only
 found, adapter = read(checkpoint, network)
-filling = Filling(network, found, adapter=adapter, ...)    # compares names and shapes
+loader = WeightLoader(network, found, adapter=adapter, ...) # compares names and shapes
 adapters are put in; an engine shards it, or does not
 materialise(network, device)                               # memory for the local shards
-filling.write(network)                                     # each process reads its slices of the mapped files
+loader.write(network)                                      # each process reads its slices of the mapped files
 """
 
 from __future__ import annotations
@@ -39,8 +39,19 @@ from stamo_dist.recipe.policy import Policy
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "FIELD", "Checkpoint", "Filling", "Stored", "fill", "fresh_parts", "has_part", "locate", "materialise", "on_meta",
-    "part", "read", "stored",
+    "FIELD",
+    "Checkpoint",
+    "Stored",
+    "WeightLoader",
+    "fresh_parts",
+    "has_part",
+    "load_weights",
+    "locate",
+    "materialise",
+    "on_meta",
+    "part",
+    "read",
+    "stored",
 ]  # fmt: skip
 
 HEADS = ("action_head", "proprio_projector", "world_head")
@@ -55,7 +66,7 @@ _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
 def fresh_parts(cfg: Policy) -> str:
-    """What a checkpoint may lack when training starts from it, for `fill`."""
+    """What a checkpoint may lack when training starts from it, for `load_weights`."""
     parts = [rf"{part}\." for part in HEADS] + [r"vla\.state_projector\."]
     if cfg.film:
         parts.append(r"vla\.vision_backbone\.\w+\.blocks\.\d+\.(scale|shift)\.")
@@ -265,7 +276,7 @@ def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
     return merged
 
 
-class Filling:
+class WeightLoader:
     """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
 
     Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
@@ -351,14 +362,14 @@ def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
 
 
-def fill(
+def load_weights(
     network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
     fresh: str = NOTHING, seed: int = 0,
 ) -> LoadReport:  # fmt: skip
-    """Compare and write at once; see `Filling`."""
-    filling = Filling(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
-    filling.write(network)
-    return filling.report
+    """Compare and write at once; see `WeightLoader`."""
+    loader = WeightLoader(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
+    loader.write(network)
+    return loader.report
 
 
 def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:

@@ -85,7 +85,7 @@ class Policy:
         config = OpenVLAConfig.from_folder(checkpoint.holding("config.json"), load.FIELD, tower_options)
         statistics = Statistics.read(checkpoint.holding(STATISTICS), config.raw.get("norm_stats") or {})
         cfg, sizes = _settings(checkpoint, config, dict(options or {}), chunk, statistics)
-        eyes = read_eyes(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
+        state_encoder = read_state_encoder(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
@@ -93,13 +93,13 @@ class Policy:
             log.warning("%s: does not say how it sees frames, and sees them as they come; `load_policy` takes it", path)
         load.materialise(network, device)
         found, adapter = load.read(checkpoint, network)
-        load.fill(network, found, str(path), adapter=adapter)
+        load.load_weights(network, found, str(path), adapter=adapter)
         return cls(
             network.eval(),
             text or TextTokenizer.from_folder(checkpoint.holding(TOKENIZER), config.pad, cfg.prompt),
             ImageProcessor.from_folder(checkpoint.holding(PREPROCESSOR), config),
             statistics,
-            eyes,
+            state_encoder,
             seen or AS_IT_IS,
         )
 
@@ -192,12 +192,12 @@ class Policy:
 
     def _look(self, images: Sequence[Sequence[Picture]]) -> Tensor | Features:
         if self.vision is not None:
-            return look_through(self.vision, self.cfg, images, self.framing)
+            return encode_views(self.vision, self.cfg, images, self.framing)
         _check_views(self.cfg, images)
         return torch.stack([self.processor([self.framing(view) for view in views]) for views in images])
 
 
-def look_through(
+def encode_views(
     vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]], framing: Framing
 ) -> Features:
     """What the StaMo encoder sees in B moments of V views.
@@ -229,7 +229,7 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
     return Features(*(None if part is None else part.to(device) for part in images))
 
 
-def read_eyes(
+def read_state_encoder(
     folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
     """The half of a tokenizer that a policy sees through, None where it has towers.

@@ -19,7 +19,7 @@ from stamo_dist.recipe.policy import Policy
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenCounts:
     """How much of it a policy reads in one sample."""
 
     text: int  # ids of prompt, actions and </s>, as they are padded
@@ -27,7 +27,7 @@ class Seen:
     states: int = 0  # state tokens of the StaMo encoder, all views
 
 
-def hollow(
+def on_meta(
     config: OpenVLAConfig, cfg: Policy, sizes: Sizes, *, whole: Collection[str] | None = None,
     base: torch.dtype = torch.float32,
 ) -> PolicyNetwork:  # fmt: skip
@@ -45,7 +45,7 @@ def hollow(
     return network
 
 
-def inputs(network: PolicyNetwork, seen: Seen, batch: int) -> Inputs:
+def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
     """A batch, where and as the network's parameters are; every sample has actions and a target."""
     vla, sizes, weight = network.vla, network.sizes, next(network.parameters())
     ids = torch.zeros(batch, seen.text, dtype=torch.int64, device=weight.device)
@@ -75,9 +75,11 @@ def loss(network: PolicyNetwork, given: Inputs) -> Tensor:
     return found.action.sum() + found.mse.sum() + found.l1.sum()
 
 
-def training_flops(network: PolicyNetwork, seen: Seen) -> int:
-    """Arithmetic of one sample through a hollow network, forward and backward: what is frozen has no gradient of its
-    weights, and none at all where nothing before it trains. Nothing is recomputed."""
+def training_flops(network: PolicyNetwork, seen: TokenCounts) -> int:
+    """Arithmetic of one sample through a network on the meta device, forward and backward, without recomputation.
+
+    What is frozen has no gradient of its weights, and none at all where nothing before it trains.
+    """
     with shapes_only(network), counter() as counted:
         loss(network, inputs(network, seen, 1)).backward()
     return counted.get_total_flops()
