@@ -16,15 +16,15 @@ from stamo_dist.errors import DataError
 INDEX = "index.json"
 
 
-class _File(BaseModel):
+class _ShardFile(BaseModel):
     basename: str
     bytes: int = Field(ge=0)
     hashes: dict[str, str] = {}
 
 
 class _Entry(BaseModel):
-    raw_data: _File
-    zip_data: _File | None = None
+    raw_data: _ShardFile
+    zip_data: _ShardFile | None = None
     samples: int = Field(ge=0)
     column_names: list[str]
     column_encodings: list[str]

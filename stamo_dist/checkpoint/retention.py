@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stamo_dist.checkpoint.manifest import MARKER, ForeignFormatError, Marker, UnfinishedError, read_marker
 from stamo_dist.errors import CheckpointError
-from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.success import Successes
 
 _PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
@@ -111,7 +111,7 @@ def named(checkpoints: Path, name: str) -> Path:
 
 
 def superseded(
-    whole: list[tuple[Path, Marker]], policy: Checkpoint, needed: Collection[int] = ()
+    whole: list[tuple[Path, Marker]], policy: CheckpointConfig, needed: Collection[int] = ()
 ) -> list[Path]:  # fmt: skip
     """Which of the checkpoints, newest first, are not needed any more.
 

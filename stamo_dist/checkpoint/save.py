@@ -39,7 +39,7 @@ from stamo_dist.distributed.collectives import broadcast
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
 from stamo_dist.optim.ema import EMA
-from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.lease import Generation
 from stamo_dist.run.state import RunState
 from stamo_dist.run.success import Successes
@@ -133,7 +133,7 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: Checkpoint, *, identity: Identity,
+        self, checkpoints: Path, engine: Engine, ema: EMA | None, policy: CheckpointConfig, *, identity: Identity,
         precision: str, git_commit: str | None = None, sources: Mapping[str, str] = MappingProxyType({}),
         generation: Generation | None = None, needed: Callable[[], Collection[int]] = tuple,
     ):  # fmt: skip

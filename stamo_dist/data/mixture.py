@@ -23,7 +23,7 @@ from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
 from stamo_dist.data.view import CameraView
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Source
+from stamo_dist.recipe.schema import Data, SourceConfig
 
 
 class Mixture:
@@ -145,7 +145,7 @@ class Mixture:
 
 
 def _open_all(
-    sources: dict[str, Source], data: Data, growth: Mapping[str, Sequence[int]]
+    sources: dict[str, SourceConfig], data: Data, growth: Mapping[str, Sequence[int]]
 ) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
     """Every source's folders, and its cameras."""
     problems: list[str] = []
@@ -170,7 +170,7 @@ def _open_all(
     return list(found.values()), streams
 
 
-def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
+def _check(opened: OpenSource, source: SourceConfig, data: Data) -> list[str]:
     problems = []
     size = opened.manifest.image_size
     if size != data.image_size:
@@ -184,7 +184,7 @@ def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
 
 
 def _open_cameras(
-    name: str, opened: OpenSource, source: Source, seen: dict[tuple[str, str, str], str], views: int
+    name: str, opened: OpenSource, source: SourceConfig, seen: dict[tuple[str, str, str], str], views: int
 ) -> list[CameraShards]:
     streams, problems = [], []
     twice: dict[str, list[str]] = {}

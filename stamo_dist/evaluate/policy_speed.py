@@ -20,7 +20,7 @@ from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.heads import WorldHead
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.policies import AnyPolicy
@@ -117,7 +117,7 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
     if cfg.vision == "stamo":
         assert cfg.tokenizer is not None, "the recipe's check wants it"
         state_encoder = StamoVision(StateEncoder.from_pretrained(cfg.tokenizer).to(device))
-    sizes = Sizes(
+    sizes = PolicySizes(
         _ACTION_DIM, recipe.data.horizon, _PROPRIO_DIM if cfg.proprio else 0, _STATE if cfg.world else None,
         state_encoder.patch_dim if state_encoder and cfg.stamo != "states" else None,
         state_encoder.state_shape[1] if state_encoder and cfg.stamo != "patches" else None,

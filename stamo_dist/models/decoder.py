@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
-from stamo_dist.models.shards import Stored, write
+from stamo_dist.models.shards import StoredTensor, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
@@ -28,7 +28,7 @@ _CONDITIONING = ("context_embedder", "time_text_embed.text_embedder.linear_1")
 _DERIVED = {"joint_attention_dim": "model.compressor.dim", "pooled_projection_dim": "model.compressor tokens × dim"}
 
 
-def config_problems(cfg: schema.Decoder) -> list[str]:
+def config_problems(cfg: schema.DecoderConfig) -> list[str]:
     """Unknown fields of `cfg.config`, and fields that follow from the compressor."""
     known = inspect.signature(SD3Transformer2DModel.__init__).parameters
     problems = weights.unknown_keys(cfg.config, known, f"{FIELD}.config")
@@ -45,11 +45,11 @@ class Decoder(nn.Module):
         self.transformer = transformer
         self.precondition = precondition
         self.report: LoadReport | None = None
-        self._deferred: dict[str, Stored] = {}
+        self._deferred: dict[str, StoredTensor] = {}
 
     @classmethod
     def from_config(
-        cls, cfg: schema.Decoder, compressor: schema.Compressor, latent_shape: tuple[int, int, int], *,
+        cls, cfg: schema.DecoderConfig, compressor: schema.CompressorConfig, latent_shape: tuple[int, int, int], *,
         meta_init: bool = False,
     ) -> Decoder:  # fmt: skip
         """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
@@ -90,13 +90,13 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, found: weights.Checkpoint, latent_shape: tuple[int, int, int],
+        cls, found: weights.PretrainedCheckpoint, latent_shape: tuple[int, int, int],
         conditioning: Mapping[str, int] | None = None, *, meta_init: bool = False,
     ) -> Decoder:  # fmt: skip
         """Load an opened checkpoint; `conditioning` replaces config fields of the conditioning layers."""
         config = {**found.config, **(conditioning or {})}
         _check(config, latent_shape)
-        stored: dict[str, Stored] = {}
+        stored: dict[str, StoredTensor] = {}
         transformer, report = weights.load(
             lambda: SD3Transformer2DModel.from_config(config),
             found,

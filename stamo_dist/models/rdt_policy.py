@@ -20,7 +20,7 @@ from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
 from stamo_dist.models.openvla.policy import FORMAT, encode_views, read_state_encoder, recorded_framing
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
+from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, draw
 from stamo_dist.recipe import policy as recipe
 
 KIND = "diffusion"
@@ -64,7 +64,7 @@ class RDTPolicy:
             cfg, sizes = recipe.Policy.model_validate(about["policy"]), about["sizes"]
             assert cfg.diffusion is not None, "what is written has it"
             motion = tuple(sizes["motion"]) if sizes["motion"] else None
-            network = DiffusionTransformer(cfg.diffusion, Sizes(**{**sizes, "motion": motion}))
+            network = DiffusionTransformer(cfg.diffusion, DiffusionSizes(**{**sizes, "motion": motion}))
             network.load_state_dict(load_file(folder / _WEIGHTS))
             statistics = Statistics.read(folder, {})
             text = TextTokenizer.from_folder(folder, about["pad"])
@@ -134,7 +134,7 @@ class RDTPolicy:
             for s in shapes
         ]
         assert start[0] is not None, "there are always actions"
-        plan = draw(self.network, known, Plan(start[0], start[1]))
+        plan = draw(self.network, known, ActionPlan(start[0], start[1]))
         return actions.restore(plan.actions.double().clamp(-1, 1).cpu().numpy(), epsilon=True)
 
 

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer, Dinov2WithRegistersLayer)
 
 
-class Prediction(NamedTuple):
+class TokenizerPrediction(NamedTuple):
     """What the core says of z_σ and of the state: float32 (B, C, h, w) each."""
 
     velocity: Tensor
@@ -72,7 +72,7 @@ class TokenizerCore(nn.Module):
 
     def forward(
         self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor, state_noise: Tensor | None = None
-    ) -> Prediction:
+    ) -> TokenizerPrediction:
         """Velocity of z_σ (B, C, h, w) at σ (B,) float32.
 
         The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
@@ -84,7 +84,7 @@ class TokenizerCore(nn.Module):
         straight = None
         if self.straight is not None:
             straight = self.straight(state.flatten(1)).float().view(z_sigma.shape)
-        return Prediction(self.decoder(z_sigma, sigma, state), straight)
+        return TokenizerPrediction(self.decoder(z_sigma, sigma, state), straight)
 
     def state(self, features_or_images: Tensor) -> Tensor:
         """(B, tokens, dim) state tokens."""

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError, RecipeError
-from stamo_dist.models.shards import Slices, Stored
+from stamo_dist.models.shards import Slices, StoredTensor
 from stamo_dist.pretrained.files import Shape
-from stamo_dist.pretrained.forms import Part, Span
+from stamo_dist.pretrained.forms import JoinedTensor, Span
 from stamo_dist.pretrained.place import locate, source
 from stamo_dist.pretrained.reading import KINDS, differing, is_pickled, read, tensors
 
@@ -71,16 +71,16 @@ def _listing(what: str, keys: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PretrainedCheckpoint:
     """A checkpoint of a part of the model, by the names of our classes; its tensors are read when asked for."""
 
     field: str  # of the recipe, for errors
     source: str  # the path, or OWNER/NAME@COMMIT
     config: dict[str, Any]
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
 
 
-def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> PretrainedCheckpoint:
     """Open what a recipe names as the weights of a part of the model ("encoder", "decoder", "vae").
 
     `config` is what the recipe says of the model beside them.
@@ -95,7 +95,7 @@ def find(weights: str, part: str, field: str, config: Mapping[str, Any] = Mappin
     return checkpoint
 
 
-def opened(path: Path, part: str, field: str) -> Checkpoint:
+def opened(path: Path, part: str, field: str) -> PretrainedCheckpoint:
     """Open a checkpoint that was located.
 
     Raises:
@@ -104,29 +104,29 @@ def opened(path: Path, part: str, field: str) -> Checkpoint:
     if is_pickled(path):
         loaded = unpickled(path, field)
         headers = read(path, part, field, {key: tuple(tensor.shape) for key, tensor in loaded.items()})
-        whole = {key: Stored.in_memory(tensor) for key, tensor in loaded.items()}
+        whole = {key: StoredTensor.in_memory(tensor) for key, tensor in loaded.items()}
     else:
         headers = read(path, part, field)
         whole = _stored(headers.files, field)
     stored = {name: _assembled(part, whole) for name, part in headers.parts.items()}
-    return Checkpoint(field, source(path), headers.config, stored)
+    return PretrainedCheckpoint(field, source(path), headers.config, stored)
 
 
-def folder(path: Path, field: str) -> Checkpoint:
+def folder(path: Path, field: str) -> PretrainedCheckpoint:
     """Open the tensors of a folder of our own, whatever its config.json says.
 
     Raises:
         CheckpointError: files are missing or corrupt.
     """
-    return Checkpoint(field, source(path), {}, _stored(tensors(path, field)[1], field))
+    return PretrainedCheckpoint(field, source(path), {}, _stored(tensors(path, field)[1], field))
 
 
-def _stored(files: Mapping[str, Path], field: str) -> dict[str, Stored]:
+def _stored(files: Mapping[str, Path], field: str) -> dict[str, StoredTensor]:
     maps = {path: open_file(path, field) for path in set(files.values())}
-    return {key: Stored.in_file(maps[path], key) for key, path in files.items()}
+    return {key: StoredTensor.in_file(maps[path], key) for key, path in files.items()}
 
 
-def _assembled(part: Part, whole: Mapping[str, Stored]) -> Stored:
+def _assembled(part: JoinedTensor, whole: Mapping[str, StoredTensor]) -> StoredTensor:
     first = part.spans[0]
     if len(part.spans) == 1 and first.key and whole[first.key].shape == part.shape:
         return whole[first.key]
@@ -135,10 +135,10 @@ def _assembled(part: Part, whole: Mapping[str, Stored]) -> Stored:
         pieces = [_span(span, part, whole) for span in part.spans]
         return torch.cat(pieces, part.axis).view(part.shape)[slices]
 
-    return Stored(part.shape, read)
+    return StoredTensor(part.shape, read)
 
 
-def _span(span: Span, part: Part, whole: Mapping[str, Stored]) -> Tensor:
+def _span(span: Span, part: JoinedTensor, whole: Mapping[str, StoredTensor]) -> Tensor:
     if not span.key:
         shape = list(part.shape)
         shape[part.axis] = span.stop - span.start
@@ -213,8 +213,8 @@ def _layer(key: str) -> str:
 
 
 def load(
-    build: Callable[[], M], checkpoint: Checkpoint, reinitialise: Collection[str] = (),
-    deferred: dict[str, Stored] | None = None,
+    build: Callable[[], M], checkpoint: PretrainedCheckpoint, reinitialise: Collection[str] = (),
+    deferred: dict[str, StoredTensor] | None = None,
 ) -> tuple[M, LoadReport]:  # fmt: skip
     """Build a model with the weights of a checkpoint, in float32 on the CPU.
 

@@ -20,7 +20,7 @@ from stamo_dist.models import rdt
 from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.openvla.policy_network import PolicySizes
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import DiffusionTransformer, motion_shape
 from stamo_dist.models.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
             raw_target = cfg.world.target == "dinov2"
             target = (grid, encoder.dim) if raw_target else (compressor.tokens, compressor.dim)
     sees = cfg.vision == "stamo" and eyes is not None
-    sizes = Sizes(
+    sizes = PolicySizes(
         action, recipe.data.horizon, proprio if cfg.proprio else 0, target,
         encoder.dim if sees and cfg.stamo != "states" else None,
         compressor.dim if sees and cfg.stamo != "patches" else None,
@@ -170,7 +170,7 @@ def _diffusion(
     dim = eyes.encoder.dim if whole else compressor.dim
     with torch.device("meta"):
         network = DiffusionTransformer(
-            cfg, rdt.Sizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
+            cfg, rdt.DiffusionSizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
         )
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     network.train()
@@ -184,7 +184,7 @@ def _diffusion(
         known = rdt.Condition(
             torch.empty(batch, tokens, dim), ids, ids > 0, torch.empty(batch, proprio) if proprio else None
         )
-        noisy = rdt.Plan(
+        noisy = rdt.ActionPlan(
             torch.empty(batch, recipe.data.horizon, action), torch.empty(batch, *motion) if motion else None
         )
         has = torch.ones(batch, dtype=torch.bool)
@@ -206,9 +206,9 @@ def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
     except StamoError:
         notes.append(f"policy.tokenizer: {cfg.tokenizer} is not there; the paper's is assumed (DINOv2-L, 2 × 1024)")
         parts: dict[str, Any] = {
-            "encoder": schema.Encoder(config=PAPER["encoder"], train=True),
-            "decoder": schema.Decoder(config=PAPER["decoder"]),
-            "vae": schema.VAE(config=PAPER["vae"]),
+            "encoder": schema.EncoderConfig(config=PAPER["encoder"], train=True),
+            "decoder": schema.DecoderConfig(config=PAPER["decoder"]),
+            "vae": schema.VAEConfig(config=PAPER["vae"]),
         }
         model, flow, size = schema.Model(**parts), schema.Flow(), 256
     return hollow_tokenizer(model, flow, size, notes).requires_grad_(False)

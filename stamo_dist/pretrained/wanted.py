@@ -24,16 +24,16 @@ _ADAPTER = "adapter_config.json"
 
 
 @dataclass
-class Looked:
+class WantedWeights:
     """What was found: problems, and the hub ids whose files are not on this machine, by recipe field."""
 
     problems: dict[str, list[str]] = field(default_factory=dict)  # field → what is wrong, each beginning with a field
     absent: dict[str, tuple[str, str]] = field(default_factory=dict)  # field → (hub id, the command that downloads it)
 
 
-def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Looked:
+def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> WantedWeights:
     """Look at all weights that the recipe's stage reads, as a process with these environment variables finds them."""
-    looked, opened = Looked(), dict[str, Opened]()
+    looked, opened = WantedWeights(), dict[str, Opened]()
     for part, name, weights in wanted(recipe):
         problems = looked.problems.setdefault(name, [])
         try:
@@ -74,7 +74,7 @@ def _state_encoder(recipe: Recipe) -> Any:
     return None if encoder.train else encoder
 
 
-def _find(part: str, name: str, weights: str, looked: Looked, environ: Mapping[str, str]) -> Opened | None:
+def _find(part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]) -> Opened | None:
     if part == "policy" and (base := adapter_base(weights, environ)) is not None:
         weights, name = base, f"{name} (base of {weights})"
     hub = hub_id(weights)
@@ -203,7 +203,7 @@ _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32}
 _TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
 
 
-def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: Looked) -> None:
+def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: WantedWeights) -> None:
     """What does not fit the rest of the recipe, of parts that are what they should be."""
     if recipe.stage != "tokenizer":
         return

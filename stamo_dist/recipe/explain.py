@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stamo_dist.errors import StamoError
-from stamo_dist.recipe.fields import ROOT, Field, all_fields, find
+from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.lines import dotted
 from stamo_dist.recipe.schema import Recipe
@@ -72,5 +72,5 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "stamo recipe"}
 
 
-def _kind(field: Field) -> str:
+def _kind(field: RecipeField) -> str:
     return "section" if field.section else "NAME → section" if field.entry else field.words.removeprefix("a ")

@@ -15,7 +15,7 @@ from stamo_dist.recipe.schema import Recipe, Section
 
 
 @dataclass(frozen=True)
-class Field:
+class RecipeField:
     """One field, or one named entry of a map such as `data.sources.NAME`."""
 
     key: Key
@@ -33,11 +33,11 @@ class Field:
         return None
 
     @property
-    def entry(self) -> Field | None:
+    def entry(self) -> RecipeField | None:
         """What one entry of this map is, where the field maps free names to sections."""
         if get_origin(self.annotation) is not dict:
             return None
-        value = Field((*self.key, "NAME"), get_args(self.annotation)[1])
+        value = RecipeField((*self.key, "NAME"), get_args(self.annotation)[1])
         return value if value.section else None
 
     @property
@@ -66,27 +66,27 @@ class Field:
         """Whether it holds numbers, alone or in a list."""
         return "number" in self.words and "true or false" not in self.words
 
-    def children(self) -> Iterator[Field]:
+    def children(self) -> Iterator[RecipeField]:
         """The fields of a section, or of one entry of a map of sections."""
         section = self.section or (self.entry.section if self.entry else None)
         if section is None:
             return
         at = self.key if self.section else (*self.key, "NAME")
         for name, info in section.model_fields.items():
-            yield Field((*at, name), info.annotation, tuple(info.metadata), info)
+            yield RecipeField((*at, name), info.annotation, tuple(info.metadata), info)
 
-    def child(self, name: Any) -> Field | None:
+    def child(self, name: Any) -> RecipeField | None:
         if self.section is None:
-            return Field((*self.key, name), self.entry.annotation) if self.entry else None
+            return RecipeField((*self.key, name), self.entry.annotation) if self.entry else None
         return next((f for f in self.children() if f.key[-1] == name), None)
 
 
-ROOT = Field((), Recipe)
+ROOT = RecipeField((), Recipe)
 
 
-def find(key: Key, root: Field = ROOT) -> Field | None:
+def find(key: Key, root: RecipeField = ROOT) -> RecipeField | None:
     """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
-    field: Field | None = root
+    field: RecipeField | None = root
     for name in key:
         if field is None:
             return None
@@ -94,12 +94,12 @@ def find(key: Key, root: Field = ROOT) -> Field | None:
     return field
 
 
-def nearest(key: Key, root: Field = ROOT) -> Field:
+def nearest(key: Key, root: RecipeField = ROOT) -> RecipeField:
     """The deepest field on the way to `key`."""
     return next(field for depth in range(len(key), -1, -1) if (field := find(key[:depth], root)))
 
 
-def all_fields(field: Field = ROOT) -> Iterator[Field]:
+def all_fields(field: RecipeField = ROOT) -> Iterator[RecipeField]:
     """Every field below `field`, depth first."""
     for child in field.children():
         yield child

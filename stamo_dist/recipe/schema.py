@@ -24,7 +24,7 @@ from stamo_dist.recipe.section import (
 from stamo_dist.recipe.training import Optimizer, Strategy, Train, training_problems
 
 
-class Source(Section):
+class SourceConfig(Section):
     """One data source of the mixture."""
 
     path: str | list[str] = Field(
@@ -77,7 +77,7 @@ class Source(Section):
 class Data(Section):
     """What the run reads."""
 
-    sources: dict[str, Source] = Field(description="Name → source; the weights mix them.")
+    sources: dict[str, SourceConfig] = Field(description="Name → source; the weights mix them.")
     image_size: PositiveInt = Field(256, description="Side of the square frames in the shards, in pixels.")
     temperature: PositiveFloat = Field(
         1.0, description="Shares are weights to the power 1 / temperature: above 1 they move towards equal shares."
@@ -114,14 +114,14 @@ class Data(Section):
 
     @field_validator("sources")
     @classmethod
-    def _names_are_plain(cls, sources: dict[str, Source]) -> dict[str, Source]:
+    def _names_are_plain(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         bad = [name for name in sources if not re.fullmatch(r"\w[\w-]*", name, re.ASCII)]
         if bad:
             raise ValueError(f"a source's name has letters, digits, _ and - only, unlike {', '.join(map(repr, bad))}")
         return sources
 
     @property
-    def used(self) -> dict[str, Source]:
+    def used(self) -> dict[str, SourceConfig]:
         """The sources with a weight above 0 at some step."""
         return {name: source for name, source in self.sources.items() if source.used}
 
@@ -135,7 +135,7 @@ class Data(Section):
         return {name: weight / total for name, weight in weights.items()}
 
 
-class Encoder(Section):
+class EncoderConfig(Section):
     """The feature extractor in front of the compressor: DINOv2 (transformers' Dinov2Model), also with registers."""
 
     weights: str | None = Field(
@@ -151,13 +151,13 @@ class Encoder(Section):
     )
 
     @model_validator(mode="after")
-    def _frozen_random_encoder_is_useless(self) -> Encoder:
+    def _frozen_random_encoder_is_useless(self) -> EncoderConfig:
         if self.weights is None and not self.train:
             raise ValueError("an encoder without weights must be trained: set model.encoder.weights or train: true")
         return self
 
 
-class Compressor(Section):
+class CompressorConfig(Section):
     """Learnable queries that attend to the patch tokens and become the state."""
 
     tokens: PositiveInt = Field(2, description="State tokens per image.")
@@ -184,7 +184,7 @@ class Compressor(Section):
     )
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Compressor:
+    def _heads_divide_width(self) -> CompressorConfig:
         if self.width % self.heads:
             raise ValueError(f"model.compressor.heads: {self.heads} must divide width {self.width}")
         if self.whiten and self.standardise <= self.dim:
@@ -192,7 +192,7 @@ class Compressor(Section):
         return self
 
 
-class Decoder(Section):
+class DecoderConfig(Section):
     """The Diffusion Transformer (diffusers' SD3Transformer2DModel), conditioned on the state tokens."""
 
     weights: str | None = Field(
@@ -207,13 +207,13 @@ class Decoder(Section):
     )
 
     @model_validator(mode="after")
-    def _pretrained_decoders_predict_velocity(self) -> Decoder:
+    def _pretrained_decoders_predict_velocity(self) -> DecoderConfig:
         if self.weights is not None and self.precondition:
             raise ValueError("precondition: pretrained weights predict the whole velocity; set precondition: false")
         return self
 
 
-class VAE(Section):
+class VAEConfig(Section):
     """Pixels ↔ latents (diffusers' AutoencoderKL), frozen while the tokenizer trains."""
 
     weights: str | None = Field(
@@ -232,10 +232,10 @@ class VAE(Section):
 class Model(Section):
     """The diffusion autoencoder: encoder → compressor → tokens → DiT → VAE."""
 
-    encoder: Encoder = Encoder(train=True)
-    compressor: Compressor = Compressor()
-    decoder: Decoder = Decoder()
-    vae: VAE = VAE()
+    encoder: EncoderConfig = EncoderConfig(train=True)
+    compressor: CompressorConfig = CompressorConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    vae: VAEConfig = VAEConfig()
 
 
 class Flow(Section):

@@ -28,7 +28,7 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """How an exported model lies on disk.
 
     `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
@@ -42,7 +42,7 @@ class Layout:
     shard_size: str = "5GB"
 
 
-WHOLE = Layout()
+WHOLE = ExportLayout()
 
 
 class Task(Protocol):
@@ -77,7 +77,7 @@ class Task(Protocol):
         """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at.
 

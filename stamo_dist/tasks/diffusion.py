@@ -16,11 +16,19 @@ from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.models.images import to_float
 from stamo_dist.models.openvla.stamo import EncodedFrames
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, motion_shape, pixel_grid
+from stamo_dist.models.rdt import (
+    ActionPlan,
+    Condition,
+    DiffusionSizes,
+    DiffusionTransformer,
+    add_noise,
+    motion_shape,
+    pixel_grid,
+)
 from stamo_dist.models.rdt_policy import save_rdt
 from stamo_dist.recipe.policy import DiffusionPolicy
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Ranges
 from stamo_dist.tasks.policy_data import PolicyData
@@ -65,7 +73,7 @@ class DiffusionTask:
         self._prompts = [prompts.input_ids, prompts.attention_mask]
         tokens, dim = state_encoder.state_shape
         self._grid = pixel_grid(tokens, dim)
-        self.sizes = Sizes(
+        self.sizes = DiffusionSizes(
             window.horizon,
             window.action_dim,
             state_encoder.patch_dim if recipe.policy.stamo == "patches" else dim,
@@ -117,7 +125,7 @@ class DiffusionTask:
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         with torch.no_grad():
             known, clean, has_actions, has_motion = self._moment(batch)
-            seeds = Plan(
+            seeds = ActionPlan(
                 noise.normal(batch.sample, clean.actions.shape[1:], _ACTIONS),
                 None if clean.motion is None else noise.normal(batch.sample, clean.motion.shape[1:], _PSEUDO),
             )
@@ -132,7 +140,7 @@ class DiffusionTask:
             terms["pseudo"], present["pseudo"] = pseudo, has_motion.view(len(batch), -1).any(1)
         return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
 
-    def _moment(self, batch: Batch) -> tuple[Condition, Plan, Tensor, Tensor]:
+    def _moment(self, batch: Batch) -> tuple[Condition, ActionPlan, Tensor, Tensor]:
         """What is known, what is to be found, who has actions (b,) and which pseudo-actions, (b,) or (b, C)."""
         assert batch.actions is not None
         assert batch.mask is not None
@@ -159,7 +167,7 @@ class DiffusionTask:
         else:
             has_motion = (batch.ahead == self._horizons[batch.source]) & own
         # What is hidden must not be NaN: attention would spread it all the same.
-        return known, Plan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
+        return known, ActionPlan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
 
     def _pseudo(self, batch: Batch, now: EncodedFrames | None = None) -> Tensor:
         """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are not."""
@@ -219,7 +227,7 @@ class DiffusionTask:
         return 3 * learnt + frozen
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the folder that `load_policy` reads, with the statistics."""
         load_trained(self.network, weights)

@@ -19,11 +19,11 @@ from stamo_dist.models.openvla.adapt import listing, merge_lora, prepare
 from stamo_dist.models.openvla.adapters import Base
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TOKENIZER, TextTokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData, check_state_encoder
@@ -58,7 +58,7 @@ class PolicyTask:
         )
         encoder = self._state_encoder
         vision = encoder if cfg.vision == "stamo" else None
-        sizes = Sizes(
+        sizes = PolicySizes(
             window.action_dim,
             window.horizon,
             window.proprio_dim if cfg.proprio else 0,
@@ -194,7 +194,7 @@ class PolicyTask:
         return now + (online is not None)
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the folder that `Policy.from_pretrained` and the official code read, with the statistics."""
         load_trained(self.network, weights)
@@ -243,7 +243,7 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
 
 
 def _network(
-    recipe: Recipe, data: PolicyData, sizes: Sizes
+    recipe: Recipe, data: PolicyData, sizes: PolicySizes
 ) -> tuple[PolicyNetwork, load.WeightLoader | None, list[str]]:
     """The network, on the meta device where a checkpoint supplies its weights, and how it is filled from that."""
     cfg, checkpoint, weight_loader = recipe.policy, data.checkpoint, None

@@ -20,7 +20,7 @@ from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoErro
 from stamo_dist.models import weights
 from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, Statistics, ValueRange
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.framing import Framing
 from stamo_dist.recipe.policy import Policy
@@ -63,7 +63,11 @@ class PolicyData:
             problems += str(error).splitlines()
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
-        found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
+        found, self.actions, self.proprio = (
+            dict[str, dict[str, Any]](),
+            list[ValueRange | None](),
+            list[ValueRange | None](),
+        )
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
             acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
@@ -75,7 +79,7 @@ class PolicyData:
                 continue
             path, stats = folders[0].path, manifests[0].stats
             wanted = {"action": (acts, window.action_dim), "proprio": (feels, window.proprio_dim)}
-            ranges: dict[str, Range | None] = {"action": None, "proprio": None}
+            ranges: dict[str, ValueRange | None] = {"action": None, "proprio": None}
             for column, (read, dim) in wanted.items():
                 if not read:
                     continue
@@ -93,7 +97,7 @@ class PolicyData:
                 else:
                     values = stats[column].for_scaling().model_dump()
                     self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
-                    ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
+                    ranges[column] = ValueRange.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
                     found.setdefault(name, {})[column] = values
             if name in found:
                 split = manifests[0].splits[mixture.data.sources[name].split]
@@ -135,7 +139,7 @@ def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str |
     return None
 
 
-def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
+def network_config(cfg: Policy) -> tuple[load.PolicyCheckpoint | None, OpenVLAConfig]:
     """The checkpoint `policy.weights`, if there are any, and the network's configuration.
 
     Raises:
@@ -169,7 +173,7 @@ def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
     return None, config.with_vision(cfg.vision)
 
 
-def check_state_encoder(checkpoint: load.Checkpoint | None, cfg: Policy, fingerprint: str | None) -> None:
+def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: Policy, fingerprint: str | None) -> None:
     """Whether weights that saw through a StaMo tokenizer go on with the same one.
 
     Raises:

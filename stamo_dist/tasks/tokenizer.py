@@ -12,7 +12,7 @@ from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.models import flow
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 _SIGMA, _EPSILON, _POSTERIOR, _STATE = 0, 1, 2, 3  # independent noise streams of one sample
@@ -88,7 +88,7 @@ class TokenizerTask:
         return 3 * trained + frozen
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         load_trained(self.trained, weights)
         self.tokenizer.save_pretrained(folder, dtype=layout.dtype, shard_size=layout.shard_size)

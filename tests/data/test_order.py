@@ -12,7 +12,7 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.schedule import Schedule
-from stamo_dist.recipe.schema import Data, Shuffle, Source
+from stamo_dist.recipe.schema import Data, Shuffle, SourceConfig
 
 COUNTS = np.array([40, 7, 120, 64, 33, 90, 1, 58], np.int64)
 FIRST = 1000 + COUNTS.cumsum() - COUNTS
@@ -118,7 +118,7 @@ def test_without_shuffling_sources_are_read_in_stored_order(two: Callable[..., D
 
 
 def test_a_run_ends_where_limited_data_ends(two: Callable[..., Data]) -> None:
-    sources = {name: Source(path=s.path, max_epochs=2) for name, s in two().sources.items()}
+    sources = {name: SourceConfig(path=s.path, max_epochs=2) for name, s in two().sources.items()}
     mixture = Mixture(two().model_copy(update={"sources": sources}), seed=0, global_batch=8)
     samples = np.concatenate([
         b.sample.numpy() for b in build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)

@@ -25,7 +25,7 @@ from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_pretrained
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
@@ -43,7 +43,7 @@ def make(kind: str) -> Policy:
     torch.manual_seed(0)
     cfg = recipe.Policy.model_validate(KINDS[kind])
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
-    sizes = Sizes(2, 3 if kind == "oft" else 1, 2 if cfg.proprio else 0, (2, 8) if cfg.world else None)
+    sizes = PolicySizes(2, 3 if kind == "oft" else 1, 2 if cfg.proprio else 0, (2, 8) if cfg.world else None)
     network = PolicyNetwork(config, cfg, sizes).eval()
     with torch.no_grad():
         for p in network.parameters():
@@ -175,7 +175,7 @@ def _rank(rank: int, port: int, source: str, out: str) -> None:
     cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
-        network = PolicyNetwork(config, cfg, Sizes(2, 3, 0, (2, 8)))
+        network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
     assert all(p.is_meta for p in network.parameters())
     for module in list(network.modules()):
         if type(module).__name__ in network.block_classes():
@@ -203,7 +203,7 @@ def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_
     cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
-        network = PolicyNetwork(config, cfg, Sizes(2, 3, 0, (2, 8)))
+        network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
     load.materialise(network)
     report = load.load_weights(network, load.stored(source, network), "here", fresh=load.fresh_parts(cfg), seed=7)
     assert {name.split(".")[0] for name in report.reinitialised} == {"action_head"}
@@ -216,8 +216,8 @@ def test_other_eyes_start_from_the_same_language_model(folders: Callable[[str], 
     source = folders("openvla")
     base = OpenVLAConfig.from_folder(source, "policy.weights")
     for vision, sizes, fresh in [
-        ("dinov2", Sizes(2), {"vla.projector"}),
-        ("stamo", Sizes(2, patch_dim=12, state_dim=8), {"vla.projector", "vla.state_projector"}),
+        ("dinov2", PolicySizes(2), {"vla.projector"}),
+        ("stamo", PolicySizes(2, patch_dim=12, state_dim=8), {"vla.projector", "vla.state_projector"}),
     ]:
         cfg = recipe.Policy(vision=vision)  # type: ignore[arg-type]
         with load.on_meta():

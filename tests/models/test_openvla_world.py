@@ -16,7 +16,7 @@ from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_pretrained
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.policies import load_policy
@@ -27,7 +27,7 @@ from stamo_dist.recipe import policy as recipe
 STATISTICS = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 4.0]}}}
 
 
-def build(cfg: recipe.Policy, sizes: Sizes) -> PolicyNetwork:
+def build(cfg: recipe.Policy, sizes: PolicySizes) -> PolicyNetwork:
     torch.manual_seed(0)
     return PolicyNetwork(OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test").with_vision(cfg.vision), cfg, sizes)
 
@@ -55,7 +55,7 @@ def batch(network: PolicyNetwork, images: Any) -> Inputs:
 @pytest.mark.parametrize("actions", ["tokens", "parallel_tokens", "regression"])
 def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> None:
     cfg = recipe.Policy(actions=actions, world=recipe.WorldModel(read=read, width=16))
-    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     losses = network(given)
     tokens = 7 if actions != "regression" else 1
@@ -79,7 +79,7 @@ def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> N
 
 def test_the_head_learns_what_the_backbone_sees() -> None:
     cfg = recipe.Policy(actions="regression", world=recipe.WorldModel(width=32))
-    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3)
     history = []
@@ -95,7 +95,7 @@ def test_the_head_learns_what_the_backbone_sees() -> None:
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     cfg = recipe.Policy(actions="regression", film=True)
-    network = build(cfg, Sizes(2, 3)).train()
+    network = build(cfg, PolicySizes(2, 3)).train()
     given = batch(network, torch.randn(3, 6, 28, 28))
     grads = []
     for enabled in (False, True):
@@ -120,7 +120,7 @@ def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_p
     cfg = recipe.Policy(
         vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
     )
-    sizes = Sizes(
+    sizes = PolicySizes(
         2, 1, 0, encoder.target_shape("motion"),
         encoder.patch_dim if reads != "states" else None, encoder.state_shape[1] if reads != "patches" else None,
     )  # fmt: skip
@@ -175,9 +175,9 @@ def test_targets_of_the_world_head(exported: Path) -> None:
 
 def test_parts_that_do_not_fit_are_named() -> None:
     for cfg, sizes, message in [
-        (recipe.Policy(proprio=True), Sizes(2), "policy.proprio: the sources have no proprioception"),
-        (recipe.Policy(world=recipe.WorldModel()), Sizes(2), "policy.world: there is no tokenizer"),
-        (recipe.Policy(vision="stamo"), Sizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
+        (recipe.Policy(proprio=True), PolicySizes(2), "policy.proprio: the sources have no proprioception"),
+        (recipe.Policy(world=recipe.WorldModel()), PolicySizes(2), "policy.world: there is no tokenizer"),
+        (recipe.Policy(vision="stamo"), PolicySizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
     ]:
         with pytest.raises(RecipeError, match=message):
             build(cfg, sizes)

@@ -29,7 +29,7 @@ from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS
 from stamo_dist.models.openvla.adapters import FIELD, Adapter, LowRank
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.shards import Stored, materialise, on_meta, write
+from stamo_dist.models.shards import StoredTensor, materialise, on_meta, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.pretrained import place
 from stamo_dist.pretrained.files import weight_files
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "FIELD",
-    "Checkpoint",
-    "Stored",
+    "PolicyCheckpoint",
+    "StoredTensor",
     "WeightLoader",
     "fresh_parts",
     "has_part",
@@ -52,7 +52,7 @@ __all__ = [
     "part",
     "read",
     "stored",
-]  # fmt: skip
+]
 
 HEADS = ("action_head", "proprio_projector", "world_head")
 LANGUAGE = "language_model"  # subfolder of exports whose language model plain transformers opens
@@ -76,7 +76,7 @@ def fresh_parts(cfg: Policy) -> str:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PolicyCheckpoint:
     """Where the parts of a checkpoint lie: in one folder, or in that of an adapter and in that of its base."""
 
     folder: Path  # what was asked for: heads, statistics, settings
@@ -89,7 +89,7 @@ class Checkpoint:
         """The folder that has the file `name`, the base's where neither has it."""
         return self.folder if (self.folder / name).is_file() else self.base
 
-    def part(self, name: str) -> dict[str, Stored]:
+    def part(self, name: str) -> dict[str, StoredTensor]:
         """As the function `part`, of the base where the adapter's folder has none."""
         return part(self.folder, name) or part(self.base, name)
 
@@ -110,7 +110,7 @@ class Checkpoint:
         return notes
 
 
-def locate(checkpoint: str) -> Checkpoint:
+def locate(checkpoint: str) -> PolicyCheckpoint:
     """A checkpoint's folder, or what the hub supplies. An adapter in it stands on the weights beside it, else on those
     that its config names or that lie in the folder above.
 
@@ -130,29 +130,29 @@ def locate(checkpoint: str) -> Checkpoint:
     if adapters.lies_in(folder) and not place.has_weights(folder):
         return _on_base(folder, folder)
     name = str(folder.resolve()) if given.exists() else checkpoint
-    return Checkpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
+    return PolicyCheckpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
 
 
 def _place(checkpoint: str) -> Path:
     return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES, adapters.CONFIG)
 
 
-def _on_base(folder: Path, adapter: Path) -> Checkpoint:
+def _on_base(folder: Path, adapter: Path) -> PolicyCheckpoint:
     named = place.named_base(adapter, adapters.read_config(adapter))
     if place.has_weights(base := Path(named)):
-        return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+        return PolicyCheckpoint(folder, _plain(base), str(base.resolve()), adapter)
     above = adapter.absolute().parent
     try:
         base = _place(named)
     except CheckpointError:
         if place.has_weights(above):
-            return Checkpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
+            return PolicyCheckpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
         raise CheckpointError(
             f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
             f"from the hub{_download(named)}; correct base_model_name_or_path in its {adapters.CONFIG}, or give the "
             f"base's folder with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
         ) from None
-    return Checkpoint(folder, _plain(base), place.source(base), adapter)
+    return PolicyCheckpoint(folder, _plain(base), place.source(base), adapter)
 
 
 def _download(named: str) -> str:
@@ -166,7 +166,7 @@ def _plain(base: Path) -> Path:
     return base
 
 
-def read(checkpoint: Checkpoint, network: PolicyNetwork) -> tuple[dict[str, Stored], Adapter | None]:
+def read(checkpoint: PolicyCheckpoint, network: PolicyNetwork) -> tuple[dict[str, StoredTensor], Adapter | None]:
     """What a checkpoint holds, by the names of `network`, and its adapter, whose whole parameters are in the first.
 
     Raises:
@@ -196,7 +196,7 @@ def _base_dtype(folder: Path) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
+def stored(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
     """What a checkpoint folder holds, by the names of `network`.
 
     Reads the released layouts: OpenVLA's safetensors; OFT's `action_head--*_checkpoint.pt`, `proprio_projector--*` and
@@ -213,9 +213,9 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
     return found | _beside(folder, network)
 
 
-def _beside(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
+def _beside(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
     """What a folder holds in files of their own: heads, and towers with FiLM."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for head in HEADS:
         if getattr(network, head) is not None:
             found.update({f"{head}.{k}": v for k, v in part(folder, head).items()})
@@ -230,7 +230,7 @@ def has_part(folder: Path, name: str) -> bool:
     return _part_file(folder, name) is not None
 
 
-def part(folder: Path, name: str) -> dict[str, Stored]:
+def part(folder: Path, name: str) -> dict[str, StoredTensor]:
     """What a folder has of an extra part; nothing if there is no file of it."""
     file = _part_file(folder, name)
     return {k.removeprefix("module."): v for k, v in _tensors(file).items()} if file else {}
@@ -251,21 +251,21 @@ def _part_file(folder: Path, part: str) -> Path | None:
     return files[0] if files else None
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         return _safetensors([path])
-    return {key: Stored.in_memory(tensor) for key, tensor in weights.unpickled(path, FIELD).items()}
+    return {key: StoredTensor.in_memory(tensor) for key, tensor in weights.unpickled(path, FIELD).items()}
 
 
-def _safetensors(paths: Iterable[Path]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+def _safetensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         file = weights.open_file(path, FIELD)
-        found.update({key: Stored.in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+        found.update({key: StoredTensor.in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
     return found
 
 
-def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
+def _merge_adapters(state: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     merged = {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
     for key, a in state.items():
         if ".lora_A." not in key:
@@ -290,7 +290,7 @@ class WeightLoader:
     """
 
     def __init__(
-        self, network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
+        self, network: PolicyNetwork, found: Mapping[str, StoredTensor], source: str, *, adapter: Adapter | None = None,
         fresh: str = NOTHING, seed: int = 0,
     ):  # fmt: skip
         """Only names and shapes are looked at; the network may be without memory.
@@ -363,7 +363,7 @@ def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
 
 
 def load_weights(
-    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
+    network: PolicyNetwork, found: Mapping[str, StoredTensor], source: str, *, adapter: Adapter | None = None,
     fresh: str = NOTHING, seed: int = 0,
 ) -> LoadReport:  # fmt: skip
     """Compare and write at once; see `WeightLoader`."""

@@ -22,7 +22,7 @@ from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TOKENIZER, Encoded, TextTokenizer
 from stamo_dist.models.state_encoder import StateEncoder
@@ -265,12 +265,12 @@ def recorded_framing(folder: Path) -> Framing | None:
 
 
 def _settings(
-    checkpoint: load.Checkpoint,
+    checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, Sizes]:
+) -> tuple[recipe.Policy, PolicySizes]:
     path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
         return _official(checkpoint, config, options, chunk, statistics)
@@ -281,18 +281,18 @@ def _settings(
         cfg = recipe.Policy.model_validate({**about["policy"], **options})
         sizes = about["sizes"]
         target = tuple(sizes["target"]) if sizes["target"] else None
-        return cfg, Sizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
+        return cfg, PolicySizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
 
 
 def _official(
-    checkpoint: load.Checkpoint,
+    checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, Sizes]:
+) -> tuple[recipe.Policy, PolicySizes]:
     """What the released folders leave unsaid, from the files they have."""
     head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {
@@ -315,4 +315,4 @@ def _official(
         if platform is not None:
             chunk, found["views"], found["bounds"] = chunk or platform[0], platform[1], platform[2]
     cfg = recipe.Policy.model_validate({**found, **options})
-    return cfg, Sizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)
+    return cfg, PolicySizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)

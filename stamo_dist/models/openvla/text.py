@@ -152,11 +152,11 @@ class TextTokenizer:
         Where a sample has no actions, `blanks` placeholders and </s> follow its prompt, as a parallel policy reads
         them, or nothing does; its labels are ignored.
         """
-        rows: list[Row] = []
+        rows: list[SampleIds] = []
         for i, instruction in enumerate(instructions):
             ids = None if actions is None else actions[i]
             tail = [self.bos] * blanks if ids is None else np.ravel(ids).tolist()
-            rows.append(Row(self.prompt_ids(instruction), [*tail, self.eos] if tail else [], ids is not None))
+            rows.append(SampleIds(self.prompt_ids(instruction), [*tail, self.eos] if tail else [], ids is not None))
         return collate(rows, self.pad)
 
 
@@ -165,7 +165,7 @@ def with_space(ids: list[int], space: int) -> list[int]:
     return ids if ids[-1] == space else [*ids, space]
 
 
-class Row(NamedTuple):
+class SampleIds(NamedTuple):
     """The ids of one sample."""
 
     prompt: list[int]
@@ -173,7 +173,7 @@ class Row(NamedTuple):
     labelled: bool
 
 
-def collate(rows: Sequence[Row], pad: int) -> Encoded:
+def collate(rows: Sequence[SampleIds], pad: int) -> Encoded:
     """Samples → a batch, padded on the right."""
     lengths = [len(row.prompt) + len(row.tail) for row in rows]
     shape = (len(rows), max(lengths))
