@@ -42,7 +42,7 @@ def batches(folders: list[str], workers: int, options: dict[str, Any]) -> tuple[
     """The loader, and how many batches one pass over its data has."""
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.recipe.schema import Data, SourceConfig
+    from stamo_dist.recipe.data import Data, SourceConfig
 
     sources = {f"s{i}": SourceConfig(path=folder, weight=1 + i % 3) for i, folder in enumerate(folders)}
     data = Data(sources=sources, image_size=SIZE, prefetch=2, **options)

@@ -23,7 +23,7 @@ from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
 from stamo_dist.data.view import CameraView
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
 
 
 class Mixture:

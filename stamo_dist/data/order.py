@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.shuffle import get_shuffle
 
-from stamo_dist.recipe.schema import Shuffle
+from stamo_dist.recipe.sampling import Shuffle
 
 GROUP = 1 << 20
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.recipe.schema import Data
+from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.schema import Episode, Manifest
-from stamo_dist.recipe.schema import Data, Recipe, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.schema import Recipe
 
 #: A folder of a source, and the episodes of the split that is read.
 Table = tuple[Manifest, Sequence[Episode]]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.section import NonNegativeInt, PositiveInt, Section
-
-if TYPE_CHECKING:
-    from stamo_dist.recipe.schema import Data
 
 
 class RolloutConfig(Section):

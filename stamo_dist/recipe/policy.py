@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.section import Fraction, PositiveInt, Section, Weight
-
-if TYPE_CHECKING:
-    from stamo_dist.recipe.schema import Data
 
 Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or the extremes
 

@@ -22,8 +22,9 @@ from stamo_dist.checkpoint.manifest import Marker, read_marker
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RunError
+from stamo_dist.recipe.data import SourceConfig
 from stamo_dist.recipe.load import load
-from stamo_dist.recipe.schema import Recipe, SourceConfig
+from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
 from stamo_dist.run.success import Successes

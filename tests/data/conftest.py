@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made import make_data, write_source
 
-from stamo_dist.recipe.schema import Data, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
 
 
 @pytest.fixture(scope="session")

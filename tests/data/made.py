@@ -14,7 +14,7 @@ from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede str
 from streaming.base.format import MDSWriter
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
-from stamo_dist.recipe.schema import Data, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
 
 SIZE = 32
 

@@ -16,7 +16,7 @@ from stamo_dist.data.frame_cache import Precision, cache_path, find_cache, has_c
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import SourceConfig
+from stamo_dist.recipe.data import SourceConfig
 
 VAE = "0123456789abcdef0123"
 

@@ -24,7 +24,8 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.data.transforms import Augmentation
 from stamo_dist.errors import DataError, RunError
-from stamo_dist.recipe.schema import Augment, Data, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Augment
 
 
 def alone(mixture: Mixture, cursor: Cursor | None = None, **options: Any) -> Loader:
@@ -217,7 +218,7 @@ import sys, time
 from made import make_data
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.recipe.schema import SourceConfig
+from stamo_dist.recipe.data import SourceConfig
 
 mixture = Mixture(make_data({"s": SourceConfig(path=sys.argv[1])}), seed=0, global_batch=8)
 loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=2)

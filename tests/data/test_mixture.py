@@ -15,7 +15,8 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.table import mixture_picture, mixture_table
 from stamo_dist.data.weights import report
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Shuffle, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 
 def read(mixture: Mixture, steps: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.schedule import Schedule
-from stamo_dist.recipe.schema import Data, Shuffle, SourceConfig
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 COUNTS = np.array([40, 7, 120, 64, 33, 90, 1, 58], np.int64)
 FIRST = 1000 + COUNTS.cumsum() - COUNTS

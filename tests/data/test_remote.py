@@ -23,7 +23,8 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import MANIFEST, Size, Split, first_entries, read_manifest
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Shuffle, SourceConfig
+from stamo_dist.recipe.data import SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 

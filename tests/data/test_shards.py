@@ -17,7 +17,7 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard, OpenShards
 from stamo_dist.data.sources import open_camera, open_source
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import SourceConfig
+from stamo_dist.recipe.data import SourceConfig
 
 
 def test_every_column_equals_what_streaming_reads(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import SourceConfig
+from stamo_dist.recipe.data import SourceConfig
 
 
 @pytest.fixture
