@@ -279,7 +279,7 @@ def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device)
 
 
 def policy_step(
-    config: OpenVLAConfig, cfg: recipes.Policy, batch: int, text: int, device: torch.device, *, plain: bool,
+    config: OpenVLAConfig, cfg: recipes.PolicyConfig, batch: int, text: int, device: torch.device, *, plain: bool,
     compiled: bool,
 ) -> Callable[[], object]:  # fmt: skip
     """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
@@ -311,7 +311,7 @@ def policy(batch: int, repeats: int, tiny: bool, lora: int | None, text: int = 4
     """OpenVLA's step, ours and the plain loop's."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    cfg = recipes.Policy(lora=None if lora is None else recipes.Lora(rank=lora))
+    cfg = recipes.OpenVLAPolicyConfig(lora=None if lora is None else recipes.Lora(rank=lora))
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **(SMALL_POLICY if tiny else {})}, "benchmark")
     flops = shapes.training_flops(shapes.on_meta(config, cfg, PolicySizes(7)), shapes.TokenCounts(text))
     name = torch.cuda.get_device_name() if on_gpu else "CPU"

@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
 _HIDDEN = -10_000.0  # added to the attention scores of what must not be seen
@@ -72,7 +72,7 @@ class ActionPlan(NamedTuple):
 class DiffusionTransformer(nn.Module):
     """Noisy plan, noise level and condition → clean plan."""
 
-    def __init__(self, cfg: DiffusionPolicy, sizes: DiffusionSizes):
+    def __init__(self, cfg: DiffusionTransformerConfig, sizes: DiffusionSizes):
         super().__init__()
         self.cfg, self.sizes = cfg, sizes
         self.gradient_checkpointing = False
@@ -143,7 +143,9 @@ class DiffusionTransformer(nn.Module):
         return (BasicTransformerBlock.__name__,)
 
 
-def add_noise(cfg: DiffusionPolicy, clean: ActionPlan, noise: ActionPlan, uniform: Tensor) -> tuple[ActionPlan, Tensor]:
+def add_noise(
+    cfg: DiffusionTransformerConfig, clean: ActionPlan, noise: ActionPlan, uniform: Tensor
+) -> tuple[ActionPlan, Tensor]:
     """The plan at random noise levels, from (B,) uniform numbers in [0, 1) → noisy plan, (B,) int64 levels."""
     scheduler = DDPMScheduler(cfg.timesteps, **_SCHEDULE)
     timestep = (uniform * cfg.timesteps).long().clamp_max(cfg.timesteps - 1)

@@ -32,7 +32,7 @@ class RDTPolicy:
     """A network with all it needs to be used; `from_pretrained` builds it, `act` and `act_batch` are as `Policy`'s."""
 
     network: DiffusionTransformer
-    cfg: recipe.Policy
+    cfg: recipe.DiffusionPolicyConfig
     text: TextTokenizer
     statistics: Statistics
     vision: StamoVision
@@ -61,8 +61,7 @@ class RDTPolicy:
             about = json.loads(settings.read_text(encoding="utf-8"))
             if about["format"] != FORMAT or about["kind"] != KIND:
                 raise CheckpointError(f"{settings}: is not a diffusion policy of format {FORMAT}; export it again")
-            cfg, sizes = recipe.Policy.model_validate(about["policy"]), about["sizes"]
-            assert cfg.diffusion is not None, "what is written has it"
+            cfg, sizes = recipe.DiffusionPolicyConfig.model_validate(about["policy"]), about["sizes"]
             motion = tuple(sizes["motion"]) if sizes["motion"] else None
             network = DiffusionTransformer(cfg.diffusion, DiffusionSizes(**{**sizes, "motion": motion}))
             network.load_state_dict(load_file(folder / _WEIGHTS))
@@ -141,7 +140,7 @@ class RDTPolicy:
 def save_rdt(
     folder: Path,
     network: DiffusionTransformer,
-    cfg: recipe.Policy,
+    cfg: recipe.DiffusionPolicyConfig,
     text: TextTokenizer,
     statistics: Statistics,
     tokenizer_fingerprint: str | None,

@@ -27,7 +27,7 @@ from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
 from stamo_dist.recipe import schema
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's, and a long instruction's ids
 
@@ -160,7 +160,11 @@ def _policy(recipe: schema.Recipe) -> Shapes:
 
 
 def _diffusion(
-    recipe: schema.Recipe, cfg: DiffusionPolicy, eyes: Tokenizer, data: tuple[int, int, int], notes: list[str]
+    recipe: schema.Recipe,
+    cfg: DiffusionTransformerConfig,
+    eyes: Tokenizer,
+    data: tuple[int, int, int],
+    notes: list[str],
 ) -> Shapes:
     policy, compressor = recipe.policy, eyes.trained.compressor
     action, proprio, text = data

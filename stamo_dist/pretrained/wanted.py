@@ -15,7 +15,7 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
 from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
 from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Model, Recipe
 
 _FIELDS = {"encoder": "model.encoder", "decoder": "model.decoder", "vae": "model.vae", "policy": "policy"}
@@ -166,7 +166,7 @@ def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
     }
 
 
-def _policy(found: Opened, name: str, weights: str, policy: Policy) -> list[str]:
+def _policy(found: Opened, name: str, weights: str, policy: PolicyConfig) -> list[str]:
     """As `_misfits`, of OpenVLA's folder; what it lacks of heads and projectors starts at random."""
     problems, config = [], found.config
     text = config.get("text_config") or {}

@@ -64,6 +64,8 @@ def json_schema() -> dict[str, Any]:
         "description": "Recipe files to start from, relative to this file; later ones win, this file wins over all.",
         "anyOf": [names, {"type": "array", "items": names}],
     }
+    policy = schema["properties"]["policy"]
+    policy["anyOf"] = policy.pop("oneOf")  # a fragment may fit both kinds
     sources = schema["$defs"]["Data"]["properties"]["sources"]
     sources["additionalProperties"] = {
         "description": "null removes an inherited source.",

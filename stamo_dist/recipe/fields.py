@@ -24,13 +24,16 @@ class RecipeField:
     info: FieldInfo | None = None
 
     @property
-    def section(self) -> type[Section] | None:
-        """The section this field is (or may be, beside null), or None for a plain value."""
+    def kinds(self) -> list[type[Section]]:
+        """The sections this field may be, beside null: several of a union, none for a plain value."""
         union = get_origin(self.annotation) in (Union, types.UnionType)
-        for kind in get_args(self.annotation) if union else (self.annotation,):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                return kind
-        return None
+        options = map(_unannotated, get_args(self.annotation) if union else (self.annotation,))
+        return [kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)]
+
+    @property
+    def section(self) -> type[Section] | None:
+        """The section this field is, the first of a union, or None for a plain value."""
+        return next(iter(self.kinds), None)
 
     @property
     def entry(self) -> RecipeField | None:
@@ -68,12 +71,16 @@ class RecipeField:
 
     def children(self) -> Iterator[RecipeField]:
         """The fields of a section, or of one entry of a map of sections."""
-        section = self.section or (self.entry.section if self.entry else None)
-        if section is None:
-            return
+        kinds = self.kinds or (self.entry.kinds if self.entry else [])
         at = self.key if self.section else (*self.key, "NAME")
-        for name, info in section.model_fields.items():
-            yield RecipeField((*at, name), info.annotation, tuple(info.metadata), info)
+        found: dict[str, RecipeField] = {}
+        for name, info in (item for kind in kinds for item in kind.model_fields.items()):
+            if name not in found:
+                found[name] = RecipeField((*at, name), info.annotation, tuple(info.metadata), info)
+            elif found[name].annotation is types.NoneType:  # the first kind cannot have it
+                also: Any = info.annotation
+                found[name] = RecipeField((*at, name), also | None, tuple(info.metadata), info)
+        yield from found.values()
 
     def child(self, name: Any) -> RecipeField | None:
         if self.section is None:
@@ -92,6 +99,18 @@ def find(key: Key, root: RecipeField = ROOT) -> RecipeField | None:
             return None
         field = field.child(name)
     return field
+
+
+def key_of(place: Key, root: RecipeField = ROOT) -> Key:
+    """The key of what pydantic names: after a field that is a union of sections it puts the tag of one of them."""
+    key: Key = ()
+    field: RecipeField | None = root
+    names = iter(place)
+    for name in names:
+        key, field = (*key, name), None if field is None else field.child(name)
+        if field is not None and len(field.kinds) > 1:
+            next(names, None)
+    return key
 
 
 def nearest(key: Key, root: RecipeField = ROOT) -> RecipeField:
@@ -124,13 +143,17 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _unannotated(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def _words(kind: Any, metadata: tuple[Any, ...] = ()) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         inner = [m for part in args[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return _words(args[0], (*inner, *metadata))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if arg is type(None) else _words(arg, metadata) for arg in args)
+        return " or ".join(dict.fromkeys("null" if arg is type(None) else _words(arg, metadata) for arg in args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (list, tuple):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
-from stamo_dist.recipe.policy import Policy, policy_problems
+from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
 from stamo_dist.recipe.section import (
     NonNegativeInt,
     PositiveFloat,
@@ -155,7 +155,9 @@ class Recipe(Section):
     data: Data
     model: Model = Model()
     flow: Flow = Flow()
-    policy: Policy = Policy()
+    policy: Policy = Field(
+        OpenVLAPolicyConfig(), description="The network that turns images and an instruction into actions."
+    )
     optimizer: Optimizer = Optimizer()
     train: Train
     strategy: Strategy = Strategy()

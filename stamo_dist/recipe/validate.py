@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from stamo_dist.recipe.batching import batching
-from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find, nearest, placeholder
+from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find, key_of, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
 from stamo_dist.recipe.schema import Recipe
@@ -97,7 +97,7 @@ def _placed(key: Key, message: str, places: Mapping[Key, str]) -> str:
 def _messages(error: ValidationError, tree: dict[str, Any], root: RecipeField) -> Iterator[tuple[Key, str, str]]:
     """(field, message, pydantic's name of the problem) for each problem pydantic found."""
     for e in error.errors(include_url=False):
-        key = e["loc"]
+        key = key_of(e["loc"], root)
         if e["type"] == "value_error":
             for line in str(e["ctx"]["error"]).splitlines():
                 yield key, line, "value_error"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.recipe.policy import DiffusionPolicyConfig
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import Task
 
@@ -28,10 +29,10 @@ def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False) -> 
         from stamo_dist.tasks.vae import VAETask
 
         return VAETask(recipe)
-    if recipe.stage == "policy" and recipe.policy.diffusion is not None:
+    if recipe.stage == "policy" and isinstance(recipe.policy, DiffusionPolicyConfig):
         from stamo_dist.tasks.diffusion import DiffusionTask
 
-        return DiffusionTask(recipe, mixture, recipe.policy.diffusion)
+        return DiffusionTask(recipe, mixture, recipe.policy)
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 

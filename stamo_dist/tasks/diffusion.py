@@ -26,7 +26,7 @@ from stamo_dist.models.rdt import (
     pixel_grid,
 )
 from stamo_dist.models.rdt_policy import save_rdt
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionPolicyConfig
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
@@ -53,16 +53,17 @@ class DiffusionTask:
     init_frames = 0
     latents: str | None = None
 
-    def __init__(self, recipe: Recipe, mixture: Mixture, cfg: DiffusionPolicy):
+    def __init__(self, recipe: Recipe, mixture: Mixture, policy: DiffusionPolicyConfig):
         window = mixture.window
         assert window is not None, "a policy's recipe has a horizon"
-        self._cfg, self._policy = cfg, recipe.policy
+        cfg = policy.diffusion
+        self._cfg, self._policy = cfg, policy
         self._data = data = PolicyData(recipe, mixture)
         state_encoder, fingerprint = open_state_encoder(recipe, mixture)
         assert state_encoder is not None, "the recipe's check wants vision: stamo"
         self._state_encoder, self._fingerprint = state_encoder, fingerprint
         self._each = cfg.pseudo == "motion" and cfg.pseudo_per == "step"
-        cached = recipe.policy.targets == "cached"
+        cached = policy.targets == "cached"
         self.states = CachedStates(fingerprint, self._each) if cached and fingerprint else None
         texts = data.instructions.texts
         try:
@@ -76,10 +77,10 @@ class DiffusionTask:
         self.sizes = DiffusionSizes(
             window.horizon,
             window.action_dim,
-            state_encoder.patch_dim if recipe.policy.stamo == "patches" else dim,
+            state_encoder.patch_dim if policy.stamo == "patches" else dim,
             cfg.vocabulary + 1,  # and the padding
             motion_shape(cfg.pseudo, cfg.pseudo_per, window.horizon, (tokens, dim)),
-            window.proprio_dim if recipe.policy.proprio else 0,
+            window.proprio_dim if policy.proprio else 0,
         )
         self.network = DiffusionTransformer(cfg, self.sizes)
         self.trained: nn.Module = self.network
@@ -91,9 +92,7 @@ class DiffusionTask:
             for block in self.network.blocks:
                 block.forward = torch.compile(block.forward)
         self._actions = Ranges(data.actions, self.sizes.action_dim, constant_is_zero=True)
-        self._proprio = (
-            Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if recipe.policy.proprio else None
-        )
+        self._proprio = Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if policy.proprio else None
         self._horizons, self._steps = torch.tensor(window.horizons), torch.arange(window.horizon)
         self.scale = 1.0 if self.sizes.motion is None else self._scale_on(mixture)
         self.terms: tuple[str, ...] = ("loss", "action", *(("pseudo",) if self.sizes.motion else ()))

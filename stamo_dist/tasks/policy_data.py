@@ -23,7 +23,7 @@ from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, Statistics, ValueRange
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.framing import Framing
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Recipe
 
 _SPLIT = "train"  # whose statistics `stamo data stats` keeps
@@ -139,7 +139,7 @@ def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str |
     return None
 
 
-def network_config(cfg: Policy) -> tuple[load.PolicyCheckpoint | None, OpenVLAConfig]:
+def network_config(cfg: PolicyConfig) -> tuple[load.PolicyCheckpoint | None, OpenVLAConfig]:
     """The checkpoint `policy.weights`, if there are any, and the network's configuration.
 
     Raises:
@@ -173,7 +173,7 @@ def network_config(cfg: Policy) -> tuple[load.PolicyCheckpoint | None, OpenVLACo
     return None, config.with_vision(cfg.vision)
 
 
-def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: Policy, fingerprint: str | None) -> None:
+def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: PolicyConfig, fingerprint: str | None) -> None:
     """Whether weights that saw through a StaMo tokenizer go on with the same one.
 
     Raises:
@@ -206,7 +206,7 @@ def _contradictions(given: Mapping[str, Any], config: OpenVLAConfig, folder: Pat
     ]
 
 
-def _image_size(cfg: Policy, config: OpenVLAConfig, frames: int) -> list[str]:
+def _image_size(cfg: PolicyConfig, config: OpenVLAConfig, frames: int) -> list[str]:
     wanted = {f"policy.vision: {cfg.vision}": [tower.image_size] for tower in config.towers}
     problems = []
     if cfg.tokenizer is not None and (cfg.world is not None or cfg.vision == "stamo"):

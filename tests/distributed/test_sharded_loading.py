@@ -43,7 +43,9 @@ def checkpoint(folder: Path, text_config: dict, patch_dim: int = 32) -> Path:
     torch.manual_seed(3)
     raw = {**OPENVLA_7B, "pad_token_id": 384, "text_config": {"model_type": "llama", **text_config}}
     config = OpenVLAConfig.from_dict(raw, "test").with_vision("stamo")
-    network = PolicyNetwork(config, recipes.Policy(vision="stamo"), PolicySizes(3, patch_dim=patch_dim, state_dim=32))
+    network = PolicyNetwork(
+        config, recipes.OpenVLAPolicyConfig(vision="stamo"), PolicySizes(3, patch_dim=patch_dim, state_dim=32)
+    )
     save_parts(
         folder, network, network.state_dict(), TextTokenizer.from_instructions(TEXTS, size=384),
         ImageProcessor.from_config(config), Statistics({}, "test"), shard_size="50MB",

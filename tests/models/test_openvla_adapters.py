@@ -37,7 +37,7 @@ CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": "all-l
 def base(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
-    network = PolicyNetwork(config, recipe.Policy(), PolicySizes(2))
+    network = PolicyNetwork(config, recipe.OpenVLAPolicyConfig(), PolicySizes(2))
     statistics = Statistics({"toy": {"action": {**COLUMN, "mask": [True, False]}}}, "test")
     folder = tmp_path / "base"
     processor = ImageProcessor.from_config(config)
@@ -179,7 +179,7 @@ def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path, m
 
 
 def test_film_starts_at_nothing_and_trains_beside_adapters() -> None:
-    cfg = recipe.Policy.model_validate({"film": True, "actions": "regression", "lora": {"rank": 2}})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({"film": True, "actions": "regression", "lora": {"rank": 2}})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     plain = PolicyNetwork(config, cfg.model_copy(update={"film": False}), PolicySizes(2, 3)).state_dict()
     network = PolicyNetwork(config, cfg, PolicySizes(2, 3))

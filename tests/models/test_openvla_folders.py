@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def make(kind: str) -> Policy:
     torch.manual_seed(0)
-    cfg = recipe.Policy.model_validate(KINDS[kind])
+    cfg = recipe.OpenVLAPolicyConfig.model_validate(KINDS[kind])
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     sizes = PolicySizes(2, 3 if kind == "oft" else 1, 2 if cfg.proprio else 0, (2, 8) if cfg.world else None)
     network = PolicyNetwork(config, cfg, sizes).eval()
@@ -172,7 +172,7 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
 def _rank(rank: int, port: int, source: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
         network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
@@ -200,7 +200,7 @@ def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_
     source = folders("openvla")
     mp.start_processes(_rank, (free_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
     sharded = load_file(tmp_path / "whole.safetensors")
-    cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
         network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
@@ -219,7 +219,7 @@ def test_other_eyes_start_from_the_same_language_model(folders: Callable[[str], 
         ("dinov2", PolicySizes(2), {"vla.projector"}),
         ("stamo", PolicySizes(2, patch_dim=12, state_dim=8), {"vla.projector", "vla.state_projector"}),
     ]:
-        cfg = recipe.Policy(vision=vision)  # type: ignore[arg-type]
+        cfg = recipe.OpenVLAPolicyConfig(vision=vision)  # type: ignore[arg-type]
         with load.on_meta():
             network = PolicyNetwork(base.with_vision(vision), cfg, sizes)  # type: ignore[arg-type]
         load.materialise(network)

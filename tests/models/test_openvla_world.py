@@ -27,7 +27,7 @@ from stamo_dist.recipe import policy as recipe
 STATISTICS = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 4.0]}}}
 
 
-def build(cfg: recipe.Policy, sizes: PolicySizes) -> PolicyNetwork:
+def build(cfg: recipe.PolicyConfig, sizes: PolicySizes) -> PolicyNetwork:
     torch.manual_seed(0)
     return PolicyNetwork(OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test").with_vision(cfg.vision), cfg, sizes)
 
@@ -54,7 +54,7 @@ def batch(network: PolicyNetwork, images: Any) -> Inputs:
 @pytest.mark.parametrize("read", ["prompt", "actions"])
 @pytest.mark.parametrize("actions", ["tokens", "parallel_tokens", "regression"])
 def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> None:
-    cfg = recipe.Policy(actions=actions, world=recipe.WorldModel(read=read, width=16))
+    cfg = recipe.OpenVLAPolicyConfig(actions=actions, world=recipe.WorldModel(read=read, width=16))
     network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     losses = network(given)
@@ -78,7 +78,7 @@ def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> N
 
 
 def test_the_head_learns_what_the_backbone_sees() -> None:
-    cfg = recipe.Policy(actions="regression", world=recipe.WorldModel(width=32))
+    cfg = recipe.OpenVLAPolicyConfig(actions="regression", world=recipe.WorldModel(width=32))
     network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3)
@@ -94,7 +94,7 @@ def test_the_head_learns_what_the_backbone_sees() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    cfg = recipe.Policy(actions="regression", film=True)
+    cfg = recipe.OpenVLAPolicyConfig(actions="regression", film=True)
     network = build(cfg, PolicySizes(2, 3)).train()
     given = batch(network, torch.randn(3, 6, 28, 28))
     grads = []
@@ -117,7 +117,7 @@ def exported(tokenizer: Callable[..., Tokenizer], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("reads", ["patches", "states", "both"])
 def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_path: Path, reads: Any) -> None:
     encoder = StamoVision(StateEncoder.from_pretrained(exported))
-    cfg = recipe.Policy(
+    cfg = recipe.OpenVLAPolicyConfig(
         vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
     )
     sizes = PolicySizes(
@@ -175,13 +175,17 @@ def test_targets_of_the_world_head(exported: Path) -> None:
 
 def test_parts_that_do_not_fit_are_named() -> None:
     for cfg, sizes, message in [
-        (recipe.Policy(proprio=True), PolicySizes(2), "policy.proprio: the sources have no proprioception"),
-        (recipe.Policy(world=recipe.WorldModel()), PolicySizes(2), "policy.world: there is no tokenizer"),
-        (recipe.Policy(vision="stamo"), PolicySizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
+        (
+            recipe.OpenVLAPolicyConfig(proprio=True),
+            PolicySizes(2),
+            "policy.proprio: the sources have no proprioception",
+        ),
+        (recipe.OpenVLAPolicyConfig(world=recipe.WorldModel()), PolicySizes(2), "policy.world: there is no tokenizer"),
+        (recipe.OpenVLAPolicyConfig(vision="stamo"), PolicySizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
     ]:
         with pytest.raises(RecipeError, match=message):
             build(cfg, sizes)
     with pytest.raises(ValueError, match="film: the frozen StaMo encoder has no FiLM"):
-        recipe.Policy(vision="stamo", film=True)
+        recipe.OpenVLAPolicyConfig(vision="stamo", film=True)
     with pytest.raises(ValueError, match="leave no loss"):
         recipe.WorldModel(mse=0, l1=0)

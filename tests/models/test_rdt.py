@@ -7,9 +7,9 @@ import torch
 from vla_cases import close
 
 from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, add_noise, draw
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
-CFG = DiffusionPolicy(width=32, depth=4, heads=4, timesteps=100, sampler_steps=5)
+CFG = DiffusionTransformerConfig(width=32, depth=4, heads=4, timesteps=100, sampler_steps=5)
 SIZES = DiffusionSizes(chunk=4, action_dim=3, image_dim=12, vocabulary=20, motion=(2, 8), proprio_dim=2)
 
 

@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_the_tensors_that_live_at_once() -> None:
 def test_what_is_computed_forward_and_backward() -> None:
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": SMALL}, "test")
     sizes, seen = PolicySizes(3, patch_dim=32), policies.TokenCounts(20, 16)
-    cfg = recipes.Policy(vision="stamo", stamo="patches")
+    cfg = recipes.OpenVLAPolicyConfig(vision="stamo", stamo="patches")
 
     def flops(**changes: object) -> int:
         network = policies.on_meta(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)

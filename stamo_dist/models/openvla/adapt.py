@@ -12,13 +12,13 @@ from torch import nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.network import OpenVLA
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.recipe.policy import Freeze, Lora, Policy
+from stamo_dist.recipe.policy import Freeze, Lora, PolicyConfig
 
 _FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.")
 
 
 def prepare(
-    network: PolicyNetwork, cfg: Policy, whole: Collection[str] = (), base: torch.dtype = torch.float32
+    network: PolicyNetwork, cfg: PolicyConfig, whole: Collection[str] = (), base: torch.dtype = torch.float32
 ) -> list[str]:
     """Freeze parts and put adapters in, as `cfg` says; returns the layers with adapters.
 

@@ -194,7 +194,7 @@ class Use:
         return self.chunk or (named.chunk if named else None)
 
     def options(self) -> dict[str, Any]:
-        """Fields of recipe.policy.Policy that it decides."""
+        """Fields of recipe.policy.PolicyConfig that it decides."""
         named = self.named
         found: dict[str, Any] = {"views": named.views, "bounds": named.bounds} if named else {}
         return found | {key: value for key in ("views", "bounds") if (value := getattr(self, key)) is not None}

@@ -34,7 +34,7 @@ from stamo_dist.models.weights import LoadReport
 from stamo_dist.pretrained import place
 from stamo_dist.pretrained.files import weight_files
 from stamo_dist.pretrained.reading import KINDS
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ OFT_ADAPTER = "lora_adapter"  # subfolder in which OFT's training leaves the ada
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
-def fresh_parts(cfg: Policy) -> str:
+def fresh_parts(cfg: PolicyConfig) -> str:
     """What a checkpoint may lack when training starts from it, for `load_weights`."""
     parts = [rf"{part}\." for part in HEADS] + [r"vla\.state_projector\."]
     if cfg.film:

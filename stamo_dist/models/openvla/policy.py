@@ -71,7 +71,7 @@ class Policy:
             dtype: Of the weights; that of config.json when omitted.
             tokenizer: Where the StaMo tokenizer lies on this machine, for policies that see through it.
             text: Text tokenizer, instead of the folder's own.
-            options: Fields of recipe.policy.Policy that the folder does not say or that should differ, such as
+            options: Fields of recipe.policy.PolicyConfig that the folder does not say or that should differ, such as
                 {"views": 2} or {"actions": "parallel_tokens"} for an OFT folder.
             chunk: Actions predicted at once, where the folder does not say.
             tower_options: Passed to timm, for towers of another size.
@@ -104,7 +104,7 @@ class Policy:
         )
 
     @property
-    def cfg(self) -> recipe.Policy:
+    def cfg(self) -> recipe.PolicyConfig:
         return self.network.cfg
 
     @property
@@ -198,7 +198,7 @@ class Policy:
 
 
 def encode_views(
-    vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]], framing: Framing
+    vision: StamoVision, cfg: recipe.PolicyConfig, images: Sequence[Sequence[Picture]], framing: Framing
 ) -> Features:
     """What the StaMo encoder sees in B moments of V views.
 
@@ -214,7 +214,7 @@ def encode_views(
     return vision.read(batch, cfg.stamo)
 
 
-def _check_views(cfg: recipe.Policy, images: Sequence[Sequence[Picture]]) -> None:
+def _check_views(cfg: recipe.PolicyConfig, images: Sequence[Sequence[Picture]]) -> None:
     if wrong := {len(views) for views in images} - {cfg.views}:
         raise DataError(f"the policy looks at {cfg.views} views of a moment, not {sorted(wrong)[0]}")
 
@@ -230,7 +230,7 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
 
 
 def read_state_encoder(
-    folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
+    folder: Path, cfg: recipe.PolicyConfig, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
     """The half of a tokenizer that a policy sees through, None where it has towers.
 
@@ -270,7 +270,7 @@ def _settings(
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, PolicySizes]:
+) -> tuple[recipe.PolicyConfig, PolicySizes]:
     path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
         return _official(checkpoint, config, options, chunk, statistics)
@@ -278,7 +278,7 @@ def _settings(
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
-        cfg = recipe.Policy.model_validate({**about["policy"], **options})
+        cfg = recipe.OpenVLAPolicyConfig.model_validate({**about["policy"], **options})
         sizes = about["sizes"]
         target = tuple(sizes["target"]) if sizes["target"] else None
         return cfg, PolicySizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
@@ -292,7 +292,7 @@ def _official(
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, PolicySizes]:
+) -> tuple[recipe.PolicyConfig, PolicySizes]:
     """What the released folders leave unsaid, from the files they have."""
     head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {
@@ -314,5 +314,5 @@ def _official(
             )
         if platform is not None:
             chunk, found["views"], found["bounds"] = chunk or platform[0], platform[1], platform[2]
-    cfg = recipe.Policy.model_validate({**found, **options})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**found, **options})
     return cfg, PolicySizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)

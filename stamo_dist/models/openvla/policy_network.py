@@ -13,7 +13,7 @@ from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead, ProprioProjector, WorldHead
 from stamo_dist.models.openvla.network import IGNORE, Features, OpenVLA, Sequence
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PolicyPrediction(NamedTuple):
 class PolicyNetwork(nn.Module):
     """OpenVLA (`vla`) with the parts beside it. An engine wraps the whole; `forward` is its only entry in training."""
 
-    def __init__(self, config: OpenVLAConfig, cfg: Policy, sizes: PolicySizes):
+    def __init__(self, config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes):
         """Random weights.
 
         Raises:
@@ -213,7 +213,7 @@ def _mask(given: Tensor | None, size: int, device: torch.device) -> Tensor:
     return torch.ones(size, dtype=torch.bool, device=device) if given is None else given
 
 
-def _check(config: OpenVLAConfig, cfg: Policy, sizes: PolicySizes) -> None:
+def _check(config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes) -> None:
     problems = []
     if cfg.proprio and not sizes.proprio_dim:
         problems.append("policy.proprio: the sources have no proprioception; set policy.proprio: false")

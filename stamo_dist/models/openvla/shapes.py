@@ -15,7 +15,7 @@ from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.load import fresh_parts
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenCounts:
 
 
 def on_meta(
-    config: OpenVLAConfig, cfg: Policy, sizes: PolicySizes, *, whole: Collection[str] | None = None,
+    config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes, *, whole: Collection[str] | None = None,
     base: torch.dtype = torch.float32,
 ) -> PolicyNetwork:  # fmt: skip
     """The network on the meta device; what trains is what trains in the recipe's run.
