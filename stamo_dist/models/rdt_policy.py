@@ -13,13 +13,20 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
-from stamo_dist.models.openvla.policy import FORMAT, encode_views, read_state_encoder, recorded_framing
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.policy_base import (
+    FORMAT,
+    TrainedPolicy,
+    encode_proprio,
+    encode_views,
+    read_state_encoder,
+    recorded_framing,
+)
 from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, draw
 from stamo_dist.recipe import policy as recipe
 
@@ -28,7 +35,7 @@ _WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass
-class RDTPolicy:
+class RDTPolicy(TrainedPolicy):
     """A network with all it needs to be used; `from_pretrained` builds it, `act` and `act_batch` are as `Policy`'s."""
 
     network: DiffusionTransformer
@@ -85,23 +92,6 @@ class RDTPolicy:
         """Actions it predicts at once."""
         return self.network.sizes.chunk
 
-    def act(
-        self,
-        image: Picture | Sequence[Picture],
-        instruction: str,
-        *,
-        unnorm_key: str | None = None,
-        proprio: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """One moment → (C, A) float64 actions in the units of the source `unnorm_key`.
-
-        Raises:
-            DataError: unknown statistics, a wrong number of views, or proprioception missing or of another size.
-        """
-        views = list(image) if isinstance(image, Sequence) else [image]
-        felt = None if proprio is None else np.asarray(proprio)[None]
-        return self.act_batch([views], [instruction], unnorm_key=unnorm_key, proprio=felt)[0]
-
     @torch.no_grad()
     def act_batch(
         self,
@@ -112,15 +102,10 @@ class RDTPolicy:
         proprio: np.ndarray | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """As `act`, for B moments of one source → (B, C, A). Each moment starts from the same noise, that of `seed`."""
+        """As `act`, for B timesteps of one source → (B, C, A). Each starts from the same noise, that of `seed`."""
         sizes = self.network.sizes
         actions = self.statistics.range(unnorm_key, "action", self.cfg.bounds)
-        state = None
-        if self.cfg.proprio:
-            if proprio is None:
-                raise DataError("this policy reads proprioception: give `proprio`")
-            felt = self.statistics.range(unnorm_key, "proprio", self.cfg.bounds)
-            state = torch.from_numpy(felt.normalise_proprio(np.asarray(proprio))).float().to(self.device)
+        state = encode_proprio(proprio, self.cfg, self.statistics, unnorm_key, self.device)
         seen = encode_views(self.vision, self.cfg, images, self.framing)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"

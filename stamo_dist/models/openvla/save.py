@@ -19,9 +19,10 @@ from stamo_dist.models.openvla.adapters import Base
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.load import HEADS, LANGUAGE
-from stamo_dist.models.openvla.policy import FORMAT, Policy
+from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.policy_base import FORMAT
 
 _STEP = "latest"  # where the official names have a step
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
