@@ -141,8 +141,10 @@ class Cache:
             if time.time() - used < _IN_USE:
                 _log.warning(
                     "the shard cache %s holds %.2f GB, all in use; raise data.cache_limit above %.2f",
-                    self._root, total / 1e9, self._limit / 1e9,
-                )  # fmt: skip
+                    self._root,
+                    total / 1e9,
+                    self._limit / 1e9,
+                )
                 return
             path.unlink(missing_ok=True)
             total -= size

@@ -87,9 +87,14 @@ def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, a
         first = metas[0]
         assert isinstance(first, dict)
         content = {
-            "kind": kind, "fingerprint": fingerprint, "shape": list(first["shape"]), "precision": first["precision"],
-            "shards": len(of_folder), "samples": sum(shard.samples for shard in of_folder), **about,
-        }  # fmt: skip
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "shape": list(first["shape"]),
+            "precision": first["precision"],
+            "shards": len(of_folder),
+            "samples": sum(shard.samples for shard in of_folder),
+            **about,
+        }
         scratch = folder / f".{MANIFEST}.{os.getpid()}"
         scratch.write_text(json.dumps(content, indent=1) + "\n")
         scratch.replace(folder / MANIFEST)

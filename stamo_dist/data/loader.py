@@ -101,9 +101,17 @@ class CachedStates(NamedTuple):
 
 
 def build_loader(
-    mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
-    latents: str | None = None, states: CachedStates | None = None, groups: int = 1,
-) -> Loader:  # fmt: skip
+    mixture: Mixture,
+    *,
+    rank: int,
+    world_size: int,
+    cursor: Cursor,
+    pin_memory: bool,
+    workers: int | None = None,
+    latents: str | None = None,
+    states: CachedStates | None = None,
+    groups: int = 1,
+) -> Loader:
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
     Args:
@@ -132,10 +140,26 @@ def build_loader(
     targets = None if states is None else find_cache(mixture.shards, "states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
-    return Loader(
-        mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec,
-        states=targets, each=states is not None and states.each, groups=groups,
-    )  # fmt: skip
+    caches = _Caches(spec, targets, each=states is not None and states.each)
+    return Loader(mixture, _RankShare(rank, world_size, groups), caches, cursor, pin=pin, workers=workers)
+
+
+@dataclass(frozen=True)
+class _RankShare:
+    """What of each global batch a process reads: every `world_size`-th sample, in `groups` that follow one another."""
+
+    rank: int
+    world_size: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """What is read in place of frames, and whether the states are those of each frame up to the target."""
+
+    latents: CacheSpec | None
+    states: CacheSpec | None
+    each: bool
 
 
 class Loader:
@@ -147,11 +171,10 @@ class Loader:
     """
 
     def __init__(
-        self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
-        latents: CacheSpec | None, states: CacheSpec | None, each: bool, groups: int,
-    ):  # fmt: skip
+        self, mixture: Mixture, share: _RankShare, caches: _Caches, cursor: Cursor, *, pin: bool, workers: int
+    ):
         self._mixture = mixture
-        self._latents = latents
+        self._latents, states = caches.latents, caches.states
         data = mixture.data
         self._depth = workers * data.prefetch
         spec = ReaderSpec(
@@ -159,13 +182,13 @@ class Loader:
             shard_source=mixture.shard_source.tolist(),
             sources=mixture.sources,
             image_size=data.image_size,
-            batch=mixture.global_batch // world_size,
+            batch=mixture.global_batch // share.world_size,
             slots=self._depth + _HELD + 1,
             seed=mixture.seed,
             augment=data.augment.model_dump() if data.augment.active else None,
-            latents=latents,
+            latents=caches.latents,
             states=states,
-            each=each,
+            each=caches.each,
             views=[camera.shards for camera in mixture.views[1:]],
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
@@ -175,7 +198,7 @@ class Loader:
         self._reader = None if workers else BatchReader(spec, self._buffers)
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor, groups))
+        self._plan = self._fetcher.ready(_positions(mixture, share, cursor))
         self._coming: deque[Cursor] = deque()
         self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
         self._closed = False
@@ -257,8 +280,8 @@ class Loader:
         return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, **tensors)
 
 
-def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor, groups: int) -> Iterator[Position]:
-    order = [0]
+def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
+    groups, order = share.groups, [0]
     while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
         order = [k for first in order for k in (first, first + len(order))]
     batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
@@ -266,7 +289,8 @@ def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor, gro
         plan = mixture.plan(batch, at_a_time)
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            mine = np.concatenate([np.arange(rank + k * world_size, len(samples), groups * world_size) for k in order])
+            stride, world = groups * share.world_size, share.world_size
+            mine = np.concatenate([np.arange(share.rank + k * world, len(samples), stride) for k in order])
             yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine])
         if len(plan.samples) < at_a_time:
             return

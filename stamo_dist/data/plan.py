@@ -67,7 +67,7 @@ class Planner:
 
     def __init__(
         self, schedule: Schedule, orders: Sequence[SourceOrder], global_batch: int, seed: int, *, shuffle: bool
-    ):  # fmt: skip
+    ):
         self._schedule, self._orders, self._size = schedule, orders, global_batch
         self._seed, self._shuffle = seed, shuffle
         self.at_a_time = max(1, _AT_A_TIME // global_batch)

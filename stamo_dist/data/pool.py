@@ -44,7 +44,7 @@ class Pool:
 
     def __init__(
         self, spec: ReaderSpec, buffers: SharedBuffers, workers: int, *, stuck: Callable[[int], str], timeout: float
-    ):  # fmt: skip
+    ):
         self._stuck, self._timeout = stuck, timeout
         self._order: deque[int] = deque()  # slots that were submitted and not taken
         self._filling: list[list[int]] = [[] for _ in range(workers)]  # assigned to each worker, in order
@@ -156,9 +156,7 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with theirs:
-            process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL
-            )  # fmt: skip
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL)
     except OSError as e:
         ours.close()
         raise RunError(f"a loader worker cannot be started: {e}; lower data.workers") from e

@@ -105,8 +105,10 @@ class Stats(BaseModel):
     def for_scaling(self) -> Stats:
         """With min and max in place of the quantiles of `rare` dimensions."""
         rare = self.rare
-        q01, q99 = ([ends[d] if d in rare else q for d, q in enumerate(qs)]
-                    for ends, qs in ((self.min, self.q01), (self.max, self.q99)))  # fmt: skip
+        q01, q99 = (
+            [ends[d] if d in rare else q for d, q in enumerate(qs)]
+            for ends, qs in ((self.min, self.q01), (self.max, self.q99))
+        )
         return self.model_copy(update={"q01": q01, "q99": q99})
 
 

@@ -49,9 +49,13 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_config(
-        cls, cfg: schema.DecoderConfig, compressor: schema.CompressorConfig, latent_shape: tuple[int, int, int], *,
+        cls,
+        cfg: schema.DecoderConfig,
+        compressor: schema.CompressorConfig,
+        latent_shape: tuple[int, int, int],
+        *,
         meta_init: bool = False,
-    ) -> Decoder:  # fmt: skip
+    ) -> Decoder:
         """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
 
         With `meta_init` the parameters are on the meta device until `load_weights` reads what a checkpoint holds.
@@ -90,9 +94,13 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, found: weights.PretrainedCheckpoint, latent_shape: tuple[int, int, int],
-        conditioning: Mapping[str, int] | None = None, *, meta_init: bool = False,
-    ) -> Decoder:  # fmt: skip
+        cls,
+        found: weights.PretrainedCheckpoint,
+        latent_shape: tuple[int, int, int],
+        conditioning: Mapping[str, int] | None = None,
+        *,
+        meta_init: bool = False,
+    ) -> Decoder:
         """Load an opened checkpoint; `conditioning` replaces config fields of the conditioning layers."""
         config = {**found.config, **(conditioning or {})}
         _check(config, latent_shape)

@@ -88,17 +88,25 @@ class DiffusionTransformer(nn.Module):
         self.text_in = nn.Embedding(sizes.vocabulary, width)
         self.blocks = nn.ModuleList(
             BasicTransformerBlock(
-                width, cfg.heads, width // cfg.heads, cross_attention_dim=width, activation_fn="gelu-approximate",
+                width,
+                cfg.heads,
+                width // cfg.heads,
+                cross_attention_dim=width,
+                activation_fn="gelu-approximate",
                 attention_bias=True,
             )
             for _ in range(cfg.depth)
-        )  # fmt: skip
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, noisy: ActionPlan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None,
+        self,
+        noisy: ActionPlan,
+        timestep: Tensor,
+        known: Condition,
+        has_actions: Tensor | None = None,
         has_motion: Tensor | None = None,
-    ) -> ActionPlan:  # fmt: skip
+    ) -> ActionPlan:
         """The clean plan, float32. `timestep` (B,) counts noise levels; bool masks, (B,), or for the pseudo-action also
         (B, its tokens), hide what a sample lacks.
         """

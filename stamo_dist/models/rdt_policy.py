@@ -121,28 +121,22 @@ class RDTPolicy(TrainedPolicy):
         plan = draw(self.network, known, ActionPlan(start[0], start[1]))
         return actions.restore(plan.actions.double().clamp(-1, 1).cpu().numpy(), epsilon=True)
 
-
-def save_rdt(
-    folder: Path,
-    network: DiffusionTransformer,
-    cfg: recipe.DiffusionPolicyConfig,
-    text: TextTokenizer,
-    statistics: Statistics,
-    tokenizer_fingerprint: str | None,
-    scale: float,
-    framing: Framing,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write what `RDTPolicy.from_pretrained` reads, cast to `dtype`; `policy.json` comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
-    weights.save(network.state_dict(), folder / _WEIGHTS, dtype)
-    text.save(folder)
-    (folder / STATISTICS).write_text(json.dumps(statistics.sources, indent=2) + "\n", encoding="utf-8")
-    about = {
-        "format": FORMAT, "kind": KIND, "policy": cfg.model_dump(mode="json"),
-        "sizes": dataclasses.asdict(network.sizes), "tokenizer_fingerprint": tokenizer_fingerprint, "pad": text.pad,
-        "scale": scale, "framing": framing.to_dict(),
-        "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
-    }  # fmt: skip
-    (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write what `from_pretrained` reads, the weights cast to `dtype`; `policy.json` comes last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).unlink(missing_ok=True)
+        weights.save(self.network.state_dict(), folder / _WEIGHTS, dtype)
+        self.text.save(folder)
+        (folder / STATISTICS).write_text(json.dumps(self.statistics.sources, indent=2) + "\n", encoding="utf-8")
+        about = {
+            "format": FORMAT,
+            "kind": KIND,
+            "policy": self.cfg.model_dump(mode="json"),
+            "sizes": dataclasses.asdict(self.network.sizes),
+            "tokenizer_fingerprint": self.vision.tokenizer.fingerprint,
+            "pad": self.text.pad,
+            "scale": self.scale,
+            "framing": self.framing.to_dict(),
+            "sources": {name: dataclasses.asdict(seen) for name, seen in self.statistics.seen.items()},
+        }
+        (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -213,9 +213,11 @@ def _layer(key: str) -> str:
 
 
 def load(
-    build: Callable[[], M], checkpoint: PretrainedCheckpoint, reinitialise: Collection[str] = (),
+    build: Callable[[], M],
+    checkpoint: PretrainedCheckpoint,
+    reinitialise: Collection[str] = (),
     deferred: dict[str, StoredTensor] | None = None,
-) -> tuple[M, LoadReport]:  # fmt: skip
+) -> tuple[M, LoadReport]:
     """Build a model with the weights of a checkpoint, in float32 on the CPU.
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
@@ -271,9 +273,13 @@ def save(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = No
 
 
 def save_shards(
-    state: Mapping[str, Tensor], folder: Path, *, stem: str = "model", dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    stem: str = "model",
+    dtype: torch.dtype | None = None,
     shard_size: str = "5GB",
-) -> None:  # fmt: skip
+) -> None:
     """As `save`, in files of at most `shard_size` and an index where one does not do."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: cast(v, dtype) for k, v in state.items()}

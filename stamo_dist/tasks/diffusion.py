@@ -25,7 +25,7 @@ from stamo_dist.models.rdt import (
     motion_shape,
     pixel_grid,
 )
-from stamo_dist.models.rdt_policy import save_rdt
+from stamo_dist.models.rdt_policy import RDTPolicy
 from stamo_dist.recipe.policy import DiffusionPolicyConfig
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
@@ -193,10 +193,16 @@ class DiffusionTask:
         squares: list[Tensor] = []
         with closing(
             build_loader(
-                mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=None,
+                mixture,
+                rank=0,
+                world_size=1,
+                cursor=Cursor(),
+                pin_memory=False,
+                workers=0,
+                latents=None,
                 states=self.states,
             )
-        ) as loader:  # fmt: skip
+        ) as loader:
             for _, batch in zip(range(_SCALED_ON), loader, strict=False):
                 for part in batch.split(_SCALED_ON // 4):
                     assert part.ahead is not None
@@ -230,10 +236,11 @@ class DiffusionTask:
     ) -> None:
         """Write the folder that `load_policy` reads, with the statistics."""
         load_trained(self.network, weights)
-        save_rdt(
-            folder, self.network, self._policy, self._text, self._data.statistics, self._fingerprint, self.scale,
-            self._data.framing, layout.dtype,
-        )  # fmt: skip
+        data = self._data
+        policy = RDTPolicy(
+            self.network, self._policy, self._text, data.statistics, self._state_encoder, self.scale, data.framing
+        )
+        policy.save_pretrained(folder, layout.dtype)
 
 
 def _error(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:

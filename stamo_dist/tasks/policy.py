@@ -88,8 +88,9 @@ class PolicyTask:
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
         self.sources: Mapping[str, str] = {
-            **({} if data.checkpoint is None else data.checkpoint.sources()), **sources_of(self._state_encoder),
-        }  # fmt: skip
+            **({} if data.checkpoint is None else data.checkpoint.sources()),
+            **sources_of(self._state_encoder),
+        }
         self._sizes = sizes
 
     @property
@@ -163,9 +164,17 @@ class PolicyTask:
             assert batch.proprio is not None
             proprio = self._proprio.normalise(batch.proprio, batch.source).float()
         return Inputs(
-            text.input_ids, text.attention_mask, text.prompts, images, text.labels, proprio, actions.float(),
-            has_actions, target, has_target,
-        )  # fmt: skip
+            text.input_ids,
+            text.attention_mask,
+            text.prompts,
+            images,
+            text.labels,
+            proprio,
+            actions.float(),
+            has_actions,
+            target,
+            has_target,
+        )
 
     def flops_per_sample(self) -> float:
         seen = self._seen()
@@ -205,26 +214,36 @@ class PolicyTask:
             self.network.float()  # a base in bf16 would round what is added to it
             merge_lora(self.network.vla)
         save_parts(
-            folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            framing=self._data.framing, tokenizer_fingerprint=self._fingerprint,
-            form="hf" if layout.form == "hf" else "openvla", dtype=layout.dtype, shard_size=layout.shard_size,
+            folder,
+            self.network,
+            self.network.state_dict(),
+            self._text,
+            self._processor,
+            self._data.statistics,
+            framing=self._data.framing,
+            tokenizer_fingerprint=self._fingerprint,
+            form="hf" if layout.form == "hf" else "openvla",
+            dtype=layout.dtype,
+            shard_size=layout.shard_size,
             base=base,
-        )  # fmt: skip
+        )
 
     def _peft_base(self) -> Base:
         checkpoint, weight_loader = self._data.checkpoint, self._weight_loader
         assert checkpoint is not None, "adapters have a base"
         assert weight_loader is not None, "which is filled"
         if checkpoint.adapter == checkpoint.base:
-            raise RecipeError([
+            problem = (
                 f"--format peft: the run began from {checkpoint.base}, a base and its adapter in one folder, and its "
                 "own would stand on that; give --format hf"
-            ])  # fmt: skip
+            )
+            raise RecipeError([problem])
         if weight_loader.merged(self.network):
-            raise RecipeError([
+            problem = (
                 f"--format peft: the run began by merging the adapter {checkpoint.adapter} into its base, which so is "
                 "no checkpoint; give --format hf"
-            ])  # fmt: skip
+            )
+            raise RecipeError([problem])
         return Base(checkpoint.name, weight_loader.whole)
 
 

@@ -153,10 +153,11 @@ def network_config(cfg: PolicyConfig) -> tuple[load.PolicyCheckpoint | None, Ope
         if problems := _contradictions(cfg.config, config, folder):
             raise RecipeError(problems)
         if cfg.vision == "fused" and not config.towers:
-            raise RecipeError([
+            problem = (
                 f"policy.vision: fused, but {folder} has no towers of its own: it sees through a StaMo encoder; set "
                 "policy.vision: stamo, or give other policy.weights"
-            ])  # fmt: skip
+            )
+            raise RecipeError([problem])
         return checkpoint, config.with_vision(cfg.vision)
     problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
     text: Mapping[str, Any] = cfg.config.get("text_config") or {}
@@ -166,10 +167,11 @@ def network_config(cfg: PolicyConfig) -> tuple[load.PolicyCheckpoint | None, Ope
     raw = {**OPENVLA_7B, **cfg.config, "text_config": {**OPENVLA_7B["text_config"], **text}}
     config = OpenVLAConfig.from_dict(raw, "policy.config")
     if config.pad != config.text_vocabulary:
-        raise RecipeError([
+        problem = (
             f"policy.config.pad_token_id: {config.pad}, but a text tokenizer learnt from the instructions pads with "
             f"{config.text_vocabulary}: text_config.vocab_size less pad_to_multiple_of"
-        ])  # fmt: skip
+        )
+        raise RecipeError([problem])
     return None, config.with_vision(cfg.vision)
 
 

@@ -40,8 +40,12 @@ def prepare(
 
 
 def _freeze(vla: OpenVLA, cfg: Freeze) -> None:
-    parts = {"vision_backbone": cfg.vision, "projector": cfg.projector, "state_projector": cfg.projector,
-             "language_model": cfg.language}  # fmt: skip
+    parts = {
+        "vision_backbone": cfg.vision,
+        "projector": cfg.projector,
+        "state_projector": cfg.projector,
+        "language_model": cfg.language,
+    }
     for name, frozen in parts.items():
         if frozen and hasattr(vla, name):
             getattr(vla, name).requires_grad_(False)

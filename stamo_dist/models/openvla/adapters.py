@@ -173,8 +173,12 @@ def save(folder: Path, cfg: Lora, state: Mapping[str, Tensor], base: str, rename
     hub = hub_id(base)
     LoraConfig(
         revision=None if hub is None else hub[1],
-        r=cfg.rank, lora_alpha=cfg.scale, lora_dropout=cfg.dropout, target_modules=sorted(set(low)),
-        modules_to_save=sorted(whole) or None, base_model_name_or_path=base if hub is None else hub[0],
+        r=cfg.rank,
+        lora_alpha=cfg.scale,
+        lora_dropout=cfg.dropout,
+        target_modules=sorted(set(low)),
+        modules_to_save=sorted(whole) or None,
+        base_model_name_or_path=base if hub is None else hub[0],
         inference_mode=True,
-    ).save_pretrained(str(folder))  # fmt: skip
+    ).save_pretrained(str(folder))
     weights.save({f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS)

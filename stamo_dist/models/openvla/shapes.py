@@ -28,9 +28,13 @@ class TokenCounts:
 
 
 def on_meta(
-    config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes, *, whole: Collection[str] | None = None,
+    config: OpenVLAConfig,
+    cfg: PolicyConfig,
+    sizes: PolicySizes,
+    *,
+    whole: Collection[str] | None = None,
     base: torch.dtype = torch.float32,
-) -> PolicyNetwork:  # fmt: skip
+) -> PolicyNetwork:
     """The network on the meta device; what trains is what trains in the recipe's run.
 
     `whole` and `base` are those of `adapt.prepare`. Without `whole` the checkpoint, if `cfg` names one, is taken to
@@ -63,10 +67,17 @@ def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
             None if sizes.state_dim is None else numbers(seen.states, sizes.state_dim),
         )
     return Inputs(
-        ids, None, torch.zeros(batch, dtype=torch.int64, device=weight.device), images, ids,
-        numbers(sizes.proprio_dim) if sizes.proprio_dim else None, numbers(sizes.chunk, sizes.action_dim), None,
-        numbers(*sizes.target) if sizes.target else None, None,
-    )  # fmt: skip
+        ids,
+        None,
+        torch.zeros(batch, dtype=torch.int64, device=weight.device),
+        images,
+        ids,
+        numbers(sizes.proprio_dim) if sizes.proprio_dim else None,
+        numbers(sizes.chunk, sizes.action_dim),
+        None,
+        numbers(*sizes.target) if sizes.target else None,
+        None,
+    )
 
 
 def loss(network: PolicyNetwork, given: Inputs) -> Tensor:

@@ -119,10 +119,15 @@ class TextTokenizer:
         """Write `tokenizer.json`, and what transformers' AutoTokenizer asks for besides."""
         self.tokenizer.save(str(folder / TOKENIZER))
         about = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNKNOWN,
-            "pad_token": self.tokenizer.id_to_token(self.pad), "padding_side": "right", "model_max_length": 2048,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": _BOS,
+            "eos_token": _EOS,
+            "unk_token": _UNKNOWN,
+            "pad_token": self.tokenizer.id_to_token(self.pad),
+            "padding_side": "right",
+            "model_max_length": 2048,
             "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
+        }
         about = {key: value for key, value in about.items() if value is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
