@@ -41,7 +41,7 @@ class Fetcher:
         self._cache = Cache(Path(mixture.data.cache), limit * 1e9) if limit is not None and remote else None
 
     def ready(self, plan: Iterator[Position]) -> Iterator[Position]:
-        """`plan`, each position once its shards are there."""
+        """The positions of `plan`, each yielded once its shards are on local disk."""
         if self._threads is None:
             yield from plan
             return

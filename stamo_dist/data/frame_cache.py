@@ -33,7 +33,7 @@ _FIELD = {"latents": "data.latents", "states": "policy.targets"}
 
 
 def cache_path(shard: ShardSpec, kind: Kind, fingerprint: str) -> Path:
-    """Where what the model of `fingerprint` makes of `shard` is kept."""
+    """The file with the rows that the model of `fingerprint` computed from `shard`."""
     path = Path(shard.path)
     return path.parent / f"{kind}-{fingerprint[:16]}" / f"{path.stem}.npy"
 
@@ -138,7 +138,7 @@ class CacheSpec:
 
     @property
     def dtype(self) -> str:
-        """Of one stored number, for numpy."""
+        """The numpy dtype string of one stored number."""
         return np.dtype(_STORED[self.precision]).str
 
 

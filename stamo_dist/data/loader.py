@@ -248,7 +248,7 @@ class Loader:
         return self._deliver(slot, self._coming.popleft())
 
     def _next_slot(self) -> int:
-        """A free slot, with the next samples to read in it: `_deliver` always leaves one."""
+        """Write the next sample numbers into a free slot and return it; `_deliver` keeps one free at all times."""
         position = next(self._plan)
         self._coming.append(position.after)
         slot = self._free.pop()
@@ -297,7 +297,7 @@ def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[
 
 
 class PinnedPrefetcher:
-    """Calls `make` in a thread, `depth` times ahead of `take`, until that raises; `take` raises it in its turn."""
+    """Calls `make` in a thread, up to `depth` batches ahead of `take`; what `make` raises, `take` raises after them."""
 
     def __init__(self, make: Callable[[], Batch], depth: int = 2):
         self._make = make
@@ -331,7 +331,7 @@ class PinnedPrefetcher:
         return made
 
     def close(self) -> None:
-        """End the thread; one that is still waiting for data ends after that."""
+        """End the thread; while it waits for data it is left to end by itself."""
         self._closed.set()
         with suppress(queue.Empty):
             while True:

@@ -91,7 +91,7 @@ class Mixture:
 
     @property
     def notes(self) -> list[str]:
-        """What of the sources is not read, for they grew since."""
+        """A line for each folder with episodes that are not read, as they came after the run began."""
         return [
             f"{opened.path}: has grown by {opened.later} episodes since this run began, which goes on without them; "
             "a new run reads all"

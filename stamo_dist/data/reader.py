@@ -215,7 +215,7 @@ class BatchReader:
         self._context[k] = min(horizon, length - 1 - t), n, actions, proprio
 
     def _write_context(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
-        """Write the context of all frames at once: numpy's cost is by the call."""
+        """Write the context of all frames of the batch in one numpy call a field; a call costs more than its rows."""
         ahead, counts, actions, proprio = zip(*self._context, strict=True)
         views["ahead"][:] = ahead
         if window.action_dim:
@@ -225,7 +225,11 @@ class BatchReader:
             _write_padded(views["proprio"], proprio)
 
     def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
-        """The next frame of the shard that can be read, or else of the source's next shards: the same in every run."""
+        """Replace row `k` by the next readable frame of the shard, or of the source's next shards; the same in every run.
+
+        Raises:
+            DataError: None of the frames tried can be read.
+        """
         for other, i in self._others(number, row):
             try:
                 for step in self._steps:
@@ -251,6 +255,6 @@ def _first_samples(shards: Sequence[ShardSpec]) -> NDArray[np.int64]:
 
 
 def _write_padded(out: NDArray[Any], rows: Sequence[bytes]) -> None:
-    """Fill each row of `out` from its bytes, and what they leave with zeros."""
+    """Copy each row's bytes into `out` and zero the rest of the row."""
     size = out.nbytes // len(out)
     out[:] = np.frombuffer(b"".join([row.ljust(size, b"\0") for row in rows]), out.dtype).reshape(out.shape)

@@ -99,7 +99,7 @@ class Schedule:
 
     @classmethod
     def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Schedule:
-        """That of a recipe's sources in use, which have so many frames each."""
+        """The schedule of a recipe's sources in use; `frames`: how many each has."""
         used = list(zip(data.used.values(), frames, strict=True))
         return cls(
             [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],

@@ -63,7 +63,7 @@ class Episode(BaseModel):
     digest: str = ""  # of its rows as the dataset has them: times, actions, proprioception, texts
 
     def instruction_at(self, t: int) -> str:
-        """Of frame `t`."""
+        """The instruction of frame `t`."""
         begun = [first for first in self.later_instructions if first <= t]
         return self.later_instructions[max(begun)] if begun else self.instruction
 
@@ -103,7 +103,7 @@ class Stats(BaseModel):
         return [d for d, (a, b, low, high) in rows if low < high and _same(a, b, high - low)]
 
     def for_scaling(self) -> Stats:
-        """With min and max in place of the quantiles of `rare` dimensions."""
+        """A copy with min and max in place of the quantiles of `rare` dimensions."""
         rare = self.rare
         q01, q99 = (
             [ends[d] if d in rare else q for d, q in enumerate(qs)]
@@ -201,12 +201,12 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Of all but what may be added at any time."""
+        """Digest of all fields but those that may be added at any time."""
         dumped = self.model_dump(mode="json", exclude={"stats", "before"})
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
     def as_of(self, growth: int | None) -> Manifest:
-        """After it had grown that many times; None: as it is.
+        """The manifest as it was after growing `growth` times; None: as it is now.
 
         Raises:
             DataError: It has not grown so often.

@@ -146,7 +146,7 @@ class MappedShard:
         return self._map[at : at + (heads[varying] if size is None else size)]
 
     def timestep(self, i: int) -> tuple[int, int, builtins.bytes]:
-        """Of sample `i`: which frame of its episode it is, how many the episode has, and its proprioception, if any.
+        """(frame number in its episode, frames of the episode, proprioception as stored or b"") of sample `i`.
 
         Raises:
             DataError: The sample is corrupt, or its episode does not fit the shard.

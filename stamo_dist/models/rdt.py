@@ -54,7 +54,7 @@ def pixel_grid(tokens: int, dim: int) -> int:
 
 
 class Condition(NamedTuple):
-    """What is known of a moment."""
+    """What is known of a timestep."""
 
     image: Tensor  # (B, N, image_dim)
     text: Tensor  # (B, L) ids

@@ -143,7 +143,7 @@ class OpenVLAPolicyConfig(PolicyConfig):
 
 
 def _as_omitted(value: Any, info: ValidationInfo) -> Any:
-    """Resolved recipes write out what was omitted, so the default is no problem."""
+    """Accept the default alone: resolved recipes write out every field."""
     assert info.field_name is not None, "it validates fields"
     if value != PolicyConfig.model_fields[info.field_name].get_default(call_default_factory=True):
         raise ValueError("is of OpenVLA, and policy.diffusion trains another network; leave it out")
@@ -154,7 +154,7 @@ _OmittedNone = Annotated[None, BeforeValidator(_as_omitted)]
 
 
 class DiffusionPolicyConfig(PolicyConfig):
-    """A diffusion transformer. What OpenVLA alone has is as it is when omitted; checkpoints record it all the same."""
+    """A diffusion transformer. Fields of OpenVLA are kept at their defaults, because checkpoints record them."""
 
     weights: _OmittedNone = None
     config: Annotated[dict[str, Any], Field(max_length=0), BeforeValidator(_as_omitted)] = Field(default_factory=dict)

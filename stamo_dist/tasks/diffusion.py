@@ -107,10 +107,10 @@ class DiffusionTask:
         return {"tokenizer": self._fingerprint or "", "pseudo_scale": f"{self.scale:g}"}
 
     def initialise(self, frames: Tensor) -> None:
-        """The scale is known since the task was built."""
+        """Does nothing: the scale was measured when the task was built."""
 
     def load_weights(self) -> None:
-        """It was built whole."""
+        """Does nothing: the model was built with its weights."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self._state_encoder.tokenizer.to(device)
@@ -123,7 +123,7 @@ class DiffusionTask:
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         with torch.no_grad():
-            known, clean, has_actions, has_motion = self._moment(batch)
+            known, clean, has_actions, has_motion = self._timestep(batch)
             seeds = ActionPlan(
                 noise.normal(batch.sample, clean.actions.shape[1:], _ACTIONS),
                 None if clean.motion is None else noise.normal(batch.sample, clean.motion.shape[1:], _PSEUDO),
@@ -139,7 +139,7 @@ class DiffusionTask:
             terms["pseudo"], present["pseudo"] = pseudo, has_motion.view(len(batch), -1).any(1)
         return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
 
-    def _moment(self, batch: Batch) -> tuple[Condition, ActionPlan, Tensor, Tensor]:
+    def _timestep(self, batch: Batch) -> tuple[Condition, ActionPlan, Tensor, Tensor]:
         """What is known, what is to be found, who has actions (b,) and which pseudo-actions, (b,) or (b, C)."""
         assert batch.actions is not None
         assert batch.mask is not None

@@ -99,7 +99,7 @@ class PolicyTask:
         return {"prompts": prompts} | ({"tokenizer": self._fingerprint} if self._fingerprint else {})
 
     def initialise(self, frames: Tensor) -> None:
-        """Nothing here depends on data but the statistics, which the manifests hold."""
+        """Does nothing: the statistics come from the manifests."""
 
     def load_weights(self) -> None:
         if self._weight_loader is not None and self._unloaded:

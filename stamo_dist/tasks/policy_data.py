@@ -63,11 +63,9 @@ class PolicyData:
             problems += str(error).splitlines()
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
-        found, self.actions, self.proprio = (
-            dict[str, dict[str, Any]](),
-            list[ValueRange | None](),
-            list[ValueRange | None](),
-        )
+        found: dict[str, dict[str, Any]] = {}
+        self.actions: list[ValueRange | None] = []
+        self.proprio: list[ValueRange | None] = []
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
             acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)

@@ -37,13 +37,13 @@ class VAETask:
         return {}
 
     def initialise(self, frames: Tensor) -> None:
-        """Nothing here depends on data."""
+        """Does nothing: no part depends on data."""
 
     def load_weights(self) -> None:
-        """It was built whole."""
+        """Does nothing: the model was built with its weights."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing here is frozen."""
+        """Does nothing: no part is frozen."""
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         x = self.vae.pixels(batch.images)

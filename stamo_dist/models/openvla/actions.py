@@ -132,7 +132,7 @@ class SeenAs:
     """How the frames of a source came to a policy that was trained on them."""
 
     format: str  # of the dataset, which is also the name of the simulator where it is simulated
-    cameras: tuple[str, ...]  # of one moment, in the order of the policy's views
+    cameras: tuple[str, ...]  # of one timestep, in the order of the policy's views
     size: int  # side of the frames
     frame_size: tuple[int, int] | None = None  # (H, W) before they were resized, where the dataset says
 

@@ -80,9 +80,9 @@ def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
     )
 
 
-def loss(network: PolicyNetwork, given: Inputs) -> Tensor:
+def loss(network: PolicyNetwork, batch: Inputs) -> Tensor:
     """A scalar that every loss of the network reaches."""
-    found = network(given)
+    found = network(batch)
     return found.action.sum() + found.mse.sum() + found.l1.sum()
 
 

@@ -69,11 +69,11 @@ class EncodedFrames(NamedTuple):
     states: Tensor  # (B, tokens, dim)
 
     def first_view(self, views: int) -> EncodedFrames:
-        """What the first of so many views of each moment showed."""
+        """What the first of so many views of each timestep showed."""
         return EncodedFrames(None if self.patches is None else self.patches[::views], self.states[::views])
 
     def features(self, reads: Reads, views: int = 1) -> Features:
-        """What the policy reads, of (B / views) moments."""
+        """What the policy reads, of (B / views) timesteps."""
         patches = None
         if reads != "states":
             assert self.patches is not None, "what is read was computed"
