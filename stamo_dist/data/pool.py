@@ -66,7 +66,7 @@ class Pool:
             self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, slot: int) -> None:
-        """Assign a free slot to the worker with the fewest, so that a slow one does not hold up the others."""
+        """Assign a free slot to the worker with the fewest: a slow one does not hold up the others."""
         while answers := self._answers.poll(0):
             for descriptor, _ in answers:
                 self._receive(self._worker_of[descriptor])

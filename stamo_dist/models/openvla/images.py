@@ -79,7 +79,7 @@ class ImageProcessor:
         return self.views[0].size
 
     def __call__(self, images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-        """Views of one timestep → (3·towers·V, S, S) float32, view by view; an image is PIL or uint8 (H, W[, 3 or 4])."""
+        """Views of one timestep → (3·towers·V, S, S) float32, view by view; images: PIL or uint8 (H, W[, 3 or 4])."""
         return torch.cat([self.normalise(self._square(image)[None])[0] for image in images])
 
     def _square(self, image: Image.Image | np.ndarray) -> Tensor:
