@@ -225,7 +225,7 @@ class BatchReader:
             _write_padded(views["proprio"], proprio)
 
     def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
-        """Replace row `k` by the shard's next readable frame, or one of the source's next shards; the same in every run.
+        """Fill row `k` with the shard's next readable frame, or one of the source's next shards; the same in every run.
 
         Raises:
             DataError: None of the frames tried can be read.
