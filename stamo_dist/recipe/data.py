@@ -120,3 +120,28 @@ class Data(Section):
         weights = {name: source.weights(0)[0] ** (1 / self.temperature) for name, source in used.items()}
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
+
+
+def data_problems(data: Data, stage: str, latent: str) -> list[str]:
+    """What of the data does not go together, or with the stage and `model.vae.latent`."""
+    problems = []
+    weights = [source.weights(frames=1) for source in data.sources.values()]
+    for step in sorted({0, *(at for steps in weights for at in steps)}):
+        if not any(steps[max(at for at in steps if at <= step)] for steps in weights):
+            when = f" from step {step} on" if step else ""
+            problems.append(
+                f"data.sources: the weights sum to nothing{when}; give at least one source a weight above 0"
+            )
+    for name, source in data.sources.items():
+        if source.horizon is not None and source.horizon > data.horizon:
+            problems.append(f"data.sources.{name}.horizon: {source.horizon} is more than data.horizon {data.horizon}")
+    if data.latents == "cached":
+        if data.horizon and data.target:
+            problems.append("data.latents: only the frame at t has cached latents; set data.target: false or online")
+        if data.augment.active:
+            problems.append("data.latents: cached latents cannot be augmented; set data.augment off or latents: online")
+        if latent == "sample":
+            problems.append("data.latents: the cache holds posterior means; set model.vae.latent: mean")
+        if stage == "vae":
+            problems.append("data.latents: the vae stage needs the pixels; set data.latents: online")
+    return problems

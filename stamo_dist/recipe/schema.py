@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stamo_dist.recipe.data import Data
+from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
 from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
 from stamo_dist.recipe.section import (
@@ -166,27 +166,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
-        problems = []
-        weights = [source.weights(frames=1) for source in self.data.sources.values()]
-        for step in sorted({0, *(at for steps in weights for at in steps)}):
-            if not any(steps[max(at for at in steps if at <= step)] for steps in weights):
-                when = f" from step {step} on" if step else ""
-                problems.append(
-                    f"data.sources: the weights sum to nothing{when}; give at least one source a weight above 0"
-                )
-        for name, source in self.data.sources.items():
-            if source.horizon is not None and source.horizon > self.data.horizon:
-                problems.append(
-                    f"data.sources.{name}.horizon: {source.horizon} is more than data.horizon {self.data.horizon}"
-                )
-        if self.data.latents == "cached" and self.data.horizon and self.data.target:
-            problems.append("data.latents: only the frame at t has cached latents; set data.target: false or online")
-        if self.data.latents == "cached" and self.data.augment.active:
-            problems.append("data.latents: cached latents cannot be augmented; set data.augment off or latents: online")
-        if self.data.latents == "cached" and self.model.vae.latent == "sample":
-            problems.append("data.latents: the cache holds posterior means; set model.vae.latent: mean")
-        if self.data.latents == "cached" and self.stage == "vae":
-            problems.append("data.latents: the vae stage needs the pixels; set data.latents: online")
+        problems = data_problems(self.data, self.stage, self.model.vae.latent)
         problems += training_problems(self.train, self.strategy, self.stage)
         if self.data.views > 1 and self.stage != "policy":
             problems.append(
