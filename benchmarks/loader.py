@@ -58,9 +58,9 @@ Make = Callable[[int], Run]  # for a number of workers
 def ours(root: Path, batch: int, size: int) -> Make:
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.recipe.schema import Data, Source
+    from stamo_dist.recipe.data import Data, SourceConfig
 
-    data = Data(sources={"s": Source(path=str(root))}, image_size=size, prefetch=PREFETCH)
+    data = Data(sources={"s": SourceConfig(path=str(root))}, image_size=size, prefetch=PREFETCH)
     mixture = Mixture(data, seed=0, global_batch=batch)
 
     def make(workers: int) -> Run:

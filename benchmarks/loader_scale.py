@@ -42,9 +42,9 @@ def batches(folders: list[str], workers: int, options: dict[str, Any]) -> tuple[
     """The loader, and how many batches one pass over its data has."""
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.recipe.schema import Data, Source
+    from stamo_dist.recipe.data import Data, SourceConfig
 
-    sources = {f"s{i}": Source(path=folder, weight=1 + i % 3) for i, folder in enumerate(folders)}
+    sources = {f"s{i}": SourceConfig(path=folder, weight=1 + i % 3) for i, folder in enumerate(folders)}
     data = Data(sources=sources, image_size=SIZE, prefetch=2, **options)
     mixture = Mixture(data, seed=0, global_batch=BATCH)
     loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)

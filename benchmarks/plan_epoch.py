@@ -37,7 +37,7 @@ def ours(samples: int, ranks: int) -> dict[str, float]:
     from stamo_dist.data.order import SourceOrder
     from stamo_dist.data.plan import Planner
     from stamo_dist.data.schedule import Schedule
-    from stamo_dist.recipe.schema import Shuffle
+    from stamo_dist.recipe.sampling import Shuffle
 
     before, began = peak(), time.perf_counter()
     counts = np.full(samples // PER_SHARD, PER_SHARD, np.int64)

@@ -60,7 +60,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     from stamo_dist.data.loader import Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.distributed.rank import world_from_environment
-    from stamo_dist.distributed.strategies import FILLS_SHARDS, EngineSpec
+    from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
     from stamo_dist.optim.optimizer import adamw
     from stamo_dist.recipe.batching import batching
     from stamo_dist.recipe.load import load
@@ -76,11 +76,11 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     before, watch = private_bytes(), Watch()
     watch.start()
     plan = batching(recipe.train, world)
-    task = build_task(recipe, mixture, later=recipe.strategy.name in FILLS_SHARDS)
+    task = build_task(recipe, mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT)
     spec = EngineSpec(recipe.strategy, world_from_environment(), plan, 1.0, recipe.train.precision, task.block_classes)
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer))
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    task.fill()
+    task.load_weights()
     noise = Noise(0)
     loader = build_loader(
         mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.simulators.catalogue import Benchmarks
+from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.evaluate.actions import open_policy
 from stamo_dist.evaluate.closed_loop import Agent, Trial, TrialFolder, drive
 from stamo_dist.evaluate.rollout import PolicyAgent
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=100, help="of a trial (%(default)s)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    benchmarks, run = Benchmarks(), RunFolder(options.run)
+    benchmarks, run = InstalledBenchmarks(), RunFolder(options.run)
     policy, _ = open_policy(run, load(run.resolved).recipe, options.device)
     shown = Shown.to(str(run.path), benchmarks, None, (), None, None, None)
     setting = shown.with_views(policy.cfg.views, named=False)

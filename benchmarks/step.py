@@ -41,7 +41,7 @@ from stamo_dist.models.openvla import shapes
 from stamo_dist.models.openvla.adapt import prepare
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.network import IGNORE
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe import schema
@@ -177,7 +177,7 @@ class PlainModel(torch.nn.Module):
     def __init__(self, sizes: dict):
         super().__init__()
         c = sizes["compressor"]
-        self.compressor = Compressor(schema.Compressor(**c), sizes["dino"]["hidden_size"])
+        self.compressor = Compressor(schema.CompressorConfig(**c), sizes["dino"]["hidden_size"])
         self.transformer = SD3Transformer2DModel(
             **sizes["dit"], joint_attention_dim=c["dim"], pooled_projection_dim=c["tokens"] * c["dim"]
         )
@@ -277,12 +277,12 @@ def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device)
 
 
 def policy_step(
-    config: OpenVLAConfig, cfg: recipes.Policy, batch: int, text: int, device: torch.device, *, plain: bool,
+    config: OpenVLAConfig, cfg: recipes.PolicyConfig, batch: int, text: int, device: torch.device, *, plain: bool,
     compiled: bool,
 ) -> Callable[[], object]:  # fmt: skip
     """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
     with torch.device(device):
-        network = PolicyNetwork(config, cfg, Sizes(7))
+        network = PolicyNetwork(config, cfg, PolicySizes(7))
         prepare(network, cfg, base=torch.bfloat16)
     network.set_gradient_checkpointing(True)
     for module in network.modules():
@@ -309,9 +309,9 @@ def policy(batch: int, repeats: int, tiny: bool, lora: int | None, text: int = 4
     """OpenVLA's step, ours and the plain loop's."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    cfg = recipes.Policy(lora=None if lora is None else recipes.Lora(rank=lora))
+    cfg = recipes.OpenVLAPolicyConfig(lora=None if lora is None else recipes.Lora(rank=lora))
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **(SMALL_POLICY if tiny else {})}, "benchmark")
-    flops = shapes.training_flops(shapes.hollow(config, cfg, Sizes(7)), shapes.Seen(text))
+    flops = shapes.training_flops(shapes.on_meta(config, cfg, PolicySizes(7)), shapes.TokenCounts(text))
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
     size, part = "toy" if tiny else "7 B", "LoRA" if lora else "whole"

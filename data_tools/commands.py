@@ -12,7 +12,7 @@ from data_tools import look_commands
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from data_tools.convert.folder import Outcome
+    from data_tools.convert.folder import ConversionOutcome
 
 app = typer.Typer(no_args_is_help=True, help="Make, convert and look at data.")
 look_commands.register(app)
@@ -212,7 +212,7 @@ def formats(
     Console().print(table)
 
 
-def _what_was_done(outcome: Outcome) -> str:
+def _what_was_done(outcome: ConversionOutcome) -> str:
     manifest = outcome.manifest
     if not outcome.done:
         return "already converted with these options"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_tools.commands import app as data_app
-from data_tools.simulators.catalogue import Benchmarks
+from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.evaluate import loop_commands
@@ -44,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
-loop_commands.register(eval_app, Benchmarks())
+loop_commands.register(eval_app, InstalledBenchmarks())
 
 
 @eval_app.callback()
@@ -59,7 +59,7 @@ def _bring_advice(context: typer.Context) -> None:
     def look(recipe: Recipe) -> list[str]:
         from stamo_dist.data.advice import advice
 
-        loop_commands.check_rollout(recipe, Benchmarks())
+        loop_commands.check_rollout(recipe, InstalledBenchmarks())
         return advice(recipe)
 
     context.obj = look
@@ -149,7 +149,7 @@ def _evaluation(recipe: Recipe) -> Evaluation:
     from stamo_dist.run.folder import RunFolder
 
     wanted = recipe.evaluate.rollout
-    loop_commands.check_rollout(recipe, Benchmarks())
+    loop_commands.check_rollout(recipe, InstalledBenchmarks())
     return Rollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
 
 
@@ -248,9 +248,9 @@ def mix(
     """
     from stamo_dist.data.instructions import episode_tables
     from stamo_dist.data.mixture import Mixture
-    from stamo_dist.data.shares import report
     from stamo_dist.data.supervised import Supervision
     from stamo_dist.data.table import mixture_picture, mixture_table
+    from stamo_dist.data.weights import report
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe

@@ -29,7 +29,7 @@ from stamo_dist.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Encoder:
+class FrameEncoder:
     """What makes a row of a frame."""
 
     kind: Kind
@@ -78,19 +78,19 @@ def encode(recipe: Recipe, world: World) -> int:
     return len(missing)
 
 
-def _latents(recipe: Recipe, device: torch.device) -> Encoder:
+def _latents(recipe: Recipe, device: torch.device) -> FrameEncoder:
     if recipe.model.vae.weights is None:
         raise RecipeError(["model.vae.weights: is missing, and the latents of a random VAE are of no use"])
     vae = VAE.from_config(recipe.model.vae.model_copy(update={"latent": "mean"}), recipe.data.image_size)
     fingerprint = vae.fingerprint()
     vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return Encoder(
+    return FrameEncoder(
         "latents", fingerprint, "bfloat16", lambda images: vae.encode(images).to(torch.bfloat16).view(torch.int16),
         {"model": recipe.model.vae.weights},
     )  # fmt: skip
 
 
-def _states(recipe: Recipe, device: torch.device) -> Encoder:
+def _states(recipe: Recipe, device: torch.device) -> FrameEncoder:
     folder = recipe.policy.tokenizer
     if folder is None:
         raise RecipeError(["policy.tokenizer: is missing: name the run folder of the tokenizer whose states to write"])
@@ -101,7 +101,7 @@ def _states(recipe: Recipe, device: torch.device) -> Encoder:
             f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"
         ])  # fmt: skip
     tokenizer = StateEncoder.from_pretrained(folder).to(device)
-    return Encoder("states", tokenizer.fingerprint, "float32", tokenizer.encode, {"model": folder})
+    return FrameEncoder("states", tokenizer.fingerprint, "float32", tokenizer.encode, {"model": folder})
 
 
 def _frames(shard: MappedShard, start: int, stop: int, size: int) -> NDArray[np.uint8]:

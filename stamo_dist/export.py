@@ -51,7 +51,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
     """
     weights = read_weights(path)
     # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
-    task = build_task(recipe, mixture, later=holds_all(path))
+    task = build_task(recipe, mixture, meta_init=holds_all(path))
     shutil.rmtree(folder, ignore_errors=True)
     with closing(training_data(mixture, task)) as batches:
         task.export(folder, weights, batches)

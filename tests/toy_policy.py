@@ -107,15 +107,15 @@ def make_base(folder: Path) -> Path:
     from stamo_dist.models.openvla.actions import Statistics
     from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
     from stamo_dist.models.openvla.images import ImageProcessor
-    from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+    from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
     from stamo_dist.models.openvla.save import save_parts
     from stamo_dist.models.openvla.text import TextTokenizer
-    from stamo_dist.recipe.policy import Policy
+    from stamo_dist.recipe.policy import OpenVLAPolicyConfig
 
     torch.manual_seed(3)
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": LLAMA}, "test")
     config = config.with_vision("stamo")
-    network = PolicyNetwork(config, Policy(vision="stamo"), Sizes(3, patch_dim=12))
+    network = PolicyNetwork(config, OpenVLAPolicyConfig(vision="stamo"), PolicySizes(3, patch_dim=12))
     language = {name: t for name, t in network.state_dict().items() if name.startswith("vla.language_model.")}
     save_parts(
         folder, network, language, TextTokenizer.from_instructions(TEXTS, size=384),

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.folder import Outcome, run_plan
+from data_tools.convert.folder import ConversionOutcome, run_plan
 from data_tools.convert.plan import Settings, make_plan
 from data_tools.convert.publish import run_and_publish
 from data_tools.stores.sources import bring, is_remote
@@ -34,7 +34,7 @@ def convert(format: str, src: Path | str, out: Path | str, **settings: Any) -> t
     return outcome.manifest, outcome.done
 
 
-def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> Outcome:
+def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> ConversionOutcome:
     """Convert this run's share of SRC; who finds all shares done puts OUT together.
 
     Args:

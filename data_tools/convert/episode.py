@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.convert import timing
 from data_tools.convert.actions import map_actions, no_ops
 from data_tools.convert.guard import unforeseen
-from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Reader
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, SourceReader
 from data_tools.images import encode_frames
 from stamo_dist.errors import DataError, StamoError
 
@@ -48,7 +48,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Moments:
+class KeptTimesteps:
     """The K moments of an episode that are kept: their frames' numbers in it; times, vectors and texts as stored."""
 
     data: EpisodeData
@@ -72,14 +72,14 @@ def _readable() -> Iterator[None]:
 
 
 def read_moments(
-    reader: Reader,
+    reader: SourceReader,
     episode: EpisodeRef,
     processing: Processing,
     *,
     cameras: Sequence[str],
     spec: ActionSpec | None,
     proprio_dim: int,
-) -> Moments:
+) -> KeptTimesteps:
     """Read an episode but for its images.
 
     Raises:
@@ -92,11 +92,11 @@ def read_moments(
     texts = [episode.instruction] * len(kept)
     if data.instructions is not None and not episode.told:
         texts = [data.instructions[t] for t in kept.tolist()]
-    return Moments(data, kept, times, vectors, texts)
+    return KeptTimesteps(data, kept, times, vectors, texts)
 
 
 def read_episode(
-    reader: Reader,
+    reader: SourceReader,
     episode: EpisodeRef,
     processing: Processing,
     *,
@@ -115,7 +115,7 @@ def read_episode(
     return Converted(images, read.times, read.vectors, read.instructions, digest(read.data, episode))
 
 
-def read_digest(reader: Reader, episode: EpisodeRef) -> str:
+def read_digest(reader: SourceReader, episode: EpisodeRef) -> str:
     """The digest of an episode without a look at its frames; "" if it cannot be read."""
     try:
         return digest(reader.read(episode), episode)

@@ -14,13 +14,13 @@ from typing import Any
 from data_tools.convert import slices
 from data_tools.convert.growth import only_new
 from data_tools.convert.merge import merge, put_in_place
-from data_tools.convert.plan import Plan, Settings, check_bad, split_episodes
+from data_tools.convert.plan import ConversionPlan, Settings, check_bad, split_episodes
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConversionOutcome:
     """What a run came to.
 
     Attributes:
@@ -34,18 +34,18 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
 
 
-def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
+def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionOutcome:
     """Convert this run's share of a plan into the folder OUT."""
     partial = _partial(out)
     with _alone(out):
         existing = _existing(out, plan.manifest, settings.overwrite)
         if existing is not None and existing.source_fingerprint == plan.manifest.source_fingerprint:
             _discard(partial, plan)
-            return Outcome(existing, False)
+            return ConversionOutcome(existing, False)
         if existing is not None:
             plan = only_new(plan, out, existing, settings)
         if existing is not None and not plan.splits:
-            return Outcome(merge(out, plan.manifest, [], plan.bad, existing), False)
+            return ConversionOutcome(merge(out, plan.manifest, [], plan.bad, existing), False)
         _prepare(partial, out, plan)
 
     work = plan.slices(partial)
@@ -63,9 +63,9 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
     with _alone(out):
         if _is_whole(out, plan):
             _discard(partial, plan)
-            return Outcome(read_manifest(out), True)
+            return ConversionOutcome(read_manifest(out), True)
         if missing := [part.folder.name for part in work if part.report() is None]:
-            return Outcome(None, True, missing)
+            return ConversionOutcome(None, True, missing)
         bad = [*plan.bad, *(reason for part in work for reason in (part.report() or {})["skipped"])]
         check_bad(bad, settings.max_bad)
         lost = _lost(plan, work)
@@ -86,16 +86,16 @@ def run_plan(plan: Plan, out: Path, settings: Settings) -> Outcome:
             manifest = merge(whole, plan.manifest, work, plan.bad)
             put_in_place(whole, out)
         shutil.rmtree(partial, ignore_errors=True)
-    return Outcome(manifest, True)
+    return ConversionOutcome(manifest, True)
 
 
-def _lost(plan: Plan, work: Sequence[slices.Slice]) -> list[str]:
+def _lost(plan: ConversionPlan, work: Sequence[slices.Slice]) -> list[str]:
     """The splits none of whose episodes could be read."""
     read = {part.split for part in work if (part.report() or {"episodes": []})["episodes"]}
     return [split for split in plan.splits if split not in read]
 
 
-def _split_again(plan: Plan, work: Sequence[slices.Slice], settings: Settings) -> Plan | None:
+def _split_again(plan: ConversionPlan, work: Sequence[slices.Slice], settings: Settings) -> ConversionPlan | None:
     """Another choice of what is held out, of readable episodes alone, as one side has turned out to have none."""
     reports = [part.report() or {} for part in work]
     read = {e["id"] for report in reports for e in report["episodes"]}
@@ -167,7 +167,7 @@ def check_same(where: str, found: Manifest, plan: Manifest, but: Collection[str]
     raise DataError("\n".join([*lines, "choose another OUT, or replace it with --overwrite"]))
 
 
-def _is_whole(out: Path, plan: Plan) -> bool:
+def _is_whole(out: Path, plan: ConversionPlan) -> bool:
     return (out / MANIFEST).is_file() and identity(read_manifest(out)) == identity(plan.manifest)
 
 
@@ -189,7 +189,7 @@ def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
     return found
 
 
-def _prepare(partial: Path, out: Path, plan: Plan) -> None:
+def _prepare(partial: Path, out: Path, plan: ConversionPlan) -> None:
     """Make the folder of slices; keep what other runs of the same plan left or are writing, drop anything else."""
     stamp = partial / slices.STAMP
     if partial.exists() and (not stamp.is_file() or not _is_of(stamp, plan)):
@@ -203,16 +203,16 @@ def _prepare(partial: Path, out: Path, plan: Plan) -> None:
         os.replace(temporary, stamp)
 
 
-def _is_of(stamp: Path, plan: Plan) -> bool:
+def _is_of(stamp: Path, plan: ConversionPlan) -> bool:
     return json.loads(stamp.read_text()) == _stamp(plan)
 
 
-def _stamp(plan: Plan) -> dict[str, Any]:
+def _stamp(plan: ConversionPlan) -> dict[str, Any]:
     base = [plan.base.source_fingerprint, len(plan.base.before)] if plan.base else None
     return {**identity(plan.manifest), "tool_version": plan.manifest.tool_version, "adds_to": base}
 
 
-def _discard(partial: Path, plan: Plan) -> None:
+def _discard(partial: Path, plan: ConversionPlan) -> None:
     """Remove the slices of a plan whose OUT is whole, but not those of another plan that is to replace it."""
     stamp = partial / slices.STAMP
     if not stamp.is_file() or json.loads(stamp.read_text()).items() >= identity(plan.manifest).items():

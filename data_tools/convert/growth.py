@@ -8,14 +8,14 @@ from pathlib import Path
 
 from data_tools.convert.episode import read_digest
 from data_tools.convert.merge import some
-from data_tools.convert.plan import VAL, Plan, Settings, split_episodes
-from data_tools.convert.progress import Progress
+from data_tools.convert.plan import VAL, ConversionPlan, Settings, split_episodes
+from data_tools.convert.progress import ConversionProgress
 from data_tools.formats.source import EpisodeRef
 from stamo_dist.data.schema import Episode, Manifest, read_episodes
 from stamo_dist.errors import DataError
 
 
-def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan:
+def only_new(plan: ConversionPlan, out: Path, found: Manifest, settings: Settings) -> ConversionPlan:
     """Of a plan, what OUT does not hold yet: `found` was converted in the same way, from other files.
 
     Raises:
@@ -25,7 +25,7 @@ def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan
     there = {e.id: e for members in plan.splits.values() for e in members}
     changed = [f"{id}: is no longer there" for id in held if id not in there]
     known = [there[id] for id in held if id in there]
-    with Progress(sum(e.length for e in known), 0, settings.quiet, "compare") as progress:
+    with ConversionProgress(sum(e.length for e in known), 0, settings.quiet, "compare") as progress:
         for episode, problem in _compare(plan, known, held):
             changed += [f"{episode.id}: {problem}"] if problem else []
             progress.show(episode.length, bool(problem))
@@ -43,7 +43,9 @@ def only_new(plan: Plan, out: Path, found: Manifest, settings: Settings) -> Plan
     return replace(plan, job=replace(plan.job, manifest=manifest), manifest=manifest, splits=splits, base=found)
 
 
-def _compare(plan: Plan, known: list[EpisodeRef], held: dict[str, Episode]) -> Iterator[tuple[EpisodeRef, str]]:
+def _compare(
+    plan: ConversionPlan, known: list[EpisodeRef], held: dict[str, Episode]
+) -> Iterator[tuple[EpisodeRef, str]]:
     """Each episode, and what is wrong with it."""
     for episode in known:
         before = held[episode.id].digest

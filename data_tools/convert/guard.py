@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_tools.formats.source import Reader, Scan
+from data_tools.formats.source import Scan, SourceReader
 from stamo_dist.errors import DataError, StamoError
 
 REPORT = "please report it with this line"
 
 
-def scanned(format: str, src: Path, reader: Reader) -> Scan:
+def scanned(format: str, src: Path, reader: SourceReader) -> Scan:
     """What the reader finds.
 
     Raises:

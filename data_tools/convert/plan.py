@@ -16,7 +16,7 @@ from data_tools.convert.episode import Processing
 from data_tools.convert.guard import scanned
 from data_tools.convert.instructions import FLAG, give, silent
 from data_tools.convert.merge import some
-from data_tools.convert.slices import Job, Slice
+from data_tools.convert.slices import ConversionJob, Slice
 from data_tools.convert.timing import check_rate
 from data_tools.formats.registry import as_record, open_reader
 from data_tools.formats.source import EpisodeRef, Scan
@@ -137,10 +137,10 @@ RECORDED = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion before its first frame."""
 
-    job: Job
+    job: ConversionJob
     manifest: Manifest  # without what only the shards can tell
     splits: dict[str, list[EpisodeRef]]
     bad: list[str]  # "EPISODE: reason"
@@ -161,7 +161,7 @@ class Plan:
         ]
 
 
-def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
+def make_plan(format: str, src: Path, name: str, settings: Settings) -> ConversionPlan:
     """Scan the source.
 
     Raises:
@@ -192,8 +192,8 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Plan:
         raise DataError(f"episodes: {src} has {len(scan.episodes)}; none is left of what was asked for")
     splits, chosen = split_episodes(episodes, settings)
     manifest = _manifest(format, src, name, settings, replace(scan, notes=[*notes, *chosen]))
-    job = Job(reader, manifest, scan.action, settings.processing, settings.shard_bytes)
-    return Plan(job, manifest, splits, list(scan.bad), settings.slice_frames)
+    job = ConversionJob(reader, manifest, scan.action, settings.processing, settings.shard_bytes)
+    return ConversionPlan(job, manifest, splits, list(scan.bad), settings.slice_frames)
 
 
 def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan) -> Manifest:

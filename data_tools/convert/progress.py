@@ -13,7 +13,7 @@ Show = Callable[[int, int], None]
 EVERY = 30.0
 
 
-class Progress:
+class ConversionProgress:
     """A bar on standard error with frames/s, ETA and skipped episodes; in a log a line every half minute.
 
     Args:
@@ -29,7 +29,7 @@ class Progress:
         self.started = self.last = time.monotonic()
         self.bar: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ConversionProgress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.folder import Outcome, check_same, identity, run_plan
-from data_tools.convert.plan import Plan, Settings, make_plan
+from data_tools.convert.folder import ConversionOutcome, check_same, identity, run_plan
+from data_tools.convert.plan import ConversionPlan, Settings, make_plan
 from data_tools.convert.slices import held
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
@@ -21,7 +21,7 @@ from stamo_dist.errors import DataError
 LEDGER = ".uploaded.json"
 
 
-def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> Outcome:
+def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> ConversionOutcome:
     """Convert this run's share; who finds all shares done uploads the source and removes the local copy.
 
     Interrupted while uploading and run again, it leaves alone what has arrived.
@@ -33,7 +33,7 @@ def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> Out
     name = settings.name or url.rsplit("/", 1)[-1]
     plan = make_plan(format, src, name, settings)
     if (found := _published_as(plan, url, settings)) is not None:
-        return Outcome(found, False)
+        return ConversionOutcome(found, False)
     folder = settings.work or work_folder(url)
     # What lies in the work folder is ours.
     outcome = run_plan(plan, folder / name, replace(settings, overwrite=True))
@@ -46,7 +46,7 @@ def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> Out
             upload(folder / name, url, overwrite=settings.overwrite, quiet=settings.quiet)
         shutil.rmtree(folder / name, ignore_errors=True)
         lock.unlink(missing_ok=True)
-    return Outcome(outcome.manifest, True)
+    return ConversionOutcome(outcome.manifest, True)
 
 
 def work_folder(url: str) -> Path:
@@ -71,7 +71,7 @@ def upload(source: Path, url: str, *, overwrite: bool = False, quiet: bool = Fal
         _upload(source, url)
 
 
-def _published_as(plan: Plan, url: str, settings: Settings) -> Manifest | None:
+def _published_as(plan: ConversionPlan, url: str, settings: Settings) -> Manifest | None:
     """The manifest at the URL if it is what the plan would give; None if the URL is free or may be replaced.
 
     Raises:

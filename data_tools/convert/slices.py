@@ -20,8 +20,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from data_tools.convert.episode import Processing, read_episode
-from data_tools.convert.progress import Progress, Show
-from data_tools.formats.source import ActionSpec, EpisodeRef, Reader
+from data_tools.convert.progress import ConversionProgress, Show
+from data_tools.formats.source import ActionSpec, EpisodeRef, SourceReader
 from data_tools.workers import spawned, usable_cores
 from stamo_dist.data.schema import Manifest, columns
 from stamo_dist.errors import DataError
@@ -61,17 +61,17 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Job:
+class ConversionJob:
     """What every slice of a conversion has in common."""
 
-    reader: Reader
+    reader: SourceReader
     manifest: Manifest
     spec: ActionSpec | None
     processing: Processing
     shard_bytes: int
 
 
-def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> Iterator[list[str]]:
+def run(job: ConversionJob, work: Sequence[Slice], processes: int | None, quiet: bool) -> Iterator[list[str]]:
     """Convert the slices that are not whole yet; yields each slice's skipped episodes ("EPISODE: reason").
 
     Slices that another run is converting right now are waited for, and taken over should that run die.
@@ -86,7 +86,7 @@ def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> 
     if processes is None:
         processes = min(usable_cores(), 1 + missing // FRAMES_WORTH_A_PROCESS)
     processes = min(processes, len(todo))
-    with Progress(total, total - missing, quiet) as progress:
+    with ConversionProgress(total, total - missing, quiet) as progress:
         convert = _one_by_one if processes <= 1 else _in_processes(processes)
         while todo:
             busy = []
@@ -102,13 +102,13 @@ def run(job: Job, work: Sequence[Slice], processes: int | None, quiet: bool) -> 
 _Results = Iterator[tuple[Slice, list[str] | None]]
 
 
-def _one_by_one(job: Job, todo: Sequence[Slice], show: Show) -> _Results:
+def _one_by_one(job: ConversionJob, todo: Sequence[Slice], show: Show) -> _Results:
     for part in todo:
         yield part, _convert(job, part, show)
 
 
-def _in_processes(processes: int) -> Callable[[Job, Sequence[Slice], Show], _Results]:
-    def convert(job: Job, todo: Sequence[Slice], show: Show) -> _Results:
+def _in_processes(processes: int) -> Callable[[ConversionJob, Sequence[Slice], Show], _Results]:
+    def convert(job: ConversionJob, todo: Sequence[Slice], show: Show) -> _Results:
         counts = multiprocessing.get_context("spawn").Array("q", 2)
         with spawned(processes, _start_worker, counts) as pool:
             parts = {pool.submit(_convert_in_worker, job, part): part for part in todo}
@@ -138,7 +138,7 @@ def _start_worker(counts: Any) -> None:
     _counts = counts
 
 
-def _convert_in_worker(job: Job, part: Slice) -> list[str] | None:
+def _convert_in_worker(job: ConversionJob, part: Slice) -> list[str] | None:
     def count(frames: int, skipped: int) -> None:
         with _counts.get_lock():
             _counts[0] += frames
@@ -167,7 +167,7 @@ def held(path: Path, timeout: float) -> Iterator[bool]:
         lock.release()
 
 
-def _convert(job: Job, part: Slice, show: Show) -> list[str] | None:
+def _convert(job: ConversionJob, part: Slice, show: Show) -> list[str] | None:
     """Write one slice under a name of this process and rename it; None if another run is at it."""
     try:
         _check_there(part)  # before the lock, which would make the folder again
@@ -198,7 +198,7 @@ def cannot_write(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot be written: {reason}; what is finished stays, run again to continue"
 
 
-def _write(job: Job, part: Slice, show: Show) -> dict[str, Any]:
+def _write(job: ConversionJob, part: Slice, show: Show) -> dict[str, Any]:
     host = socket.gethostname()
     for old in part.folder.parent.glob(f".{part.folder.name}.{host}.*.tmp"):  # of runs that were killed
         shutil.rmtree(old, ignore_errors=True)
@@ -218,7 +218,7 @@ def _write(job: Job, part: Slice, show: Show) -> dict[str, Any]:
     return report
 
 
-def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
+def _fill(job: ConversionJob, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     from data_tools.convert.mds import EpisodeWriter
 
     manifest = job.manifest
@@ -252,7 +252,9 @@ def _fill(job: Job, part: Slice, folder: Path, show: Show) -> dict[str, Any]:
     return {"episodes": converted, "skipped": skipped}
 
 
-def _convert_episode(job: Job, episode: EpisodeRef, writers: dict[str, EpisodeWriter]) -> tuple[list[str], str]:
+def _convert_episode(
+    job: ConversionJob, episode: EpisodeRef, writers: dict[str, EpisodeWriter]
+) -> tuple[list[str], str]:
     """Encode every camera before writing any, so that a bad frame leaves no camera ahead of the others.
 
     Returns the instruction of each frame, and the episode's digest.

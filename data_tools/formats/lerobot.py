@@ -22,17 +22,17 @@ from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upr
 from data_tools.formats.lerobot_actions import action_spec, orientation
 from data_tools.formats.lerobot_files import (
     Listed,
-    Window,
+    VideoWindow,
     find_layout,
     median_step,
     parquet_file,
     read_columns,
     read_tasks,
 )
-from data_tools.formats.lerobot_meta import Feature, Info, read_info
+from data_tools.formats.lerobot_meta import Info, LeRobotFeature, read_info
 from data_tools.formats.lerobot_rows import Rows, read_rows, row_notes
 from data_tools.formats.lerobot_tasks import TASK_INDEX, instruction_column, row_texts, table_texts
-from data_tools.formats.lerobot_vectors import Part, choose, matrix
+from data_tools.formats.lerobot_vectors import FeatureSlice, choose, matrix
 from data_tools.formats.lerobot_windows import check_windows, paired_frames
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Film, Frames, Scan
@@ -54,9 +54,9 @@ class _Choice:
 
     info: Info
     cameras: dict[str, str]
-    action: list[Part]
-    state: list[Part]
-    pose: list[Part]
+    action: list[FeatureSlice]
+    state: list[FeatureSlice]
+    pose: list[FeatureSlice]
     spec: ActionSpec | None
     turned: Orientation
     instruction: str | None
@@ -201,7 +201,7 @@ class LerobotReader:
         for camera, feature in chosen.cameras.items():
             if feature in episode.private["videos"]:
                 file, begins, ends = episode.private["videos"][feature]
-                pictures, shown = paired_frames(feature, Window(self.src / file, begins, ends), times, fps)
+                pictures, shown = paired_frames(feature, VideoWindow(self.src / file, begins, ends), times, fps)
                 films[camera] = Film(self.src / file, shown, chosen.turned)
                 count = min(count, len(shown))
             else:
@@ -245,7 +245,7 @@ class LerobotReader:
         problems: list[str] = []
         notes: list[str] = []
         cameras = self._cameras(info.features, notes, problems)
-        parts: dict[str, list[Part]] = {"action": [], "state": [], "pose": []}
+        parts: dict[str, list[FeatureSlice]] = {"action": [], "state": [], "pose": []}
         for option in ("action", "state"):
             try:
                 parts[option] = choose(self.src, option, getattr(self, option), info.features, notes)
@@ -284,7 +284,7 @@ class LerobotReader:
 
         return frames
 
-    def _cameras(self, features: Mapping[str, Feature], notes: list[str], problems: list[str]) -> dict[str, str]:
+    def _cameras(self, features: Mapping[str, LeRobotFeature], notes: list[str], problems: list[str]) -> dict[str, str]:
         """Camera → feature, in the order asked for."""
         pictures = {f: about for f, about in features.items() if about.dtype in ("video", "image")}
         images = [f for f, about in pictures.items() if not about.depth]
@@ -350,7 +350,7 @@ class LerobotReader:
         )
 
 
-def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, Feature]) -> str:
+def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, LeRobotFeature]) -> str:
     """What is wrong with a data file, by its footer alone; nothing: ""."""
     try:
         schema = parquet_file(path).schema_arrow

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
-from data_tools.formats.lerobot_vectors import Part
+from data_tools.formats.lerobot_vectors import FeatureSlice
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.rotations import Rotation
 from data_tools.formats.source import ActionSpec
@@ -35,7 +35,7 @@ TURNED = {"image", "wrist_image", "image2"}
 _TARGETS = re.compile(r"joint|motor|shoulder|elbow|waist|wrist|\.pos$|_pos$|position|absolute|angle", re.IGNORECASE)
 
 
-def action_spec(asked: LerobotReader, parts: Sequence[Part], problems: list[str]) -> ActionSpec | None:
+def action_spec(asked: LerobotReader, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
     """What the action is; what contradicts itself goes to `problems`."""
     dim = sum(p.end - p.start for p in parts)
     for option, kinds in (("mode", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):

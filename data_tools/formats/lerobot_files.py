@@ -47,7 +47,7 @@ Files = Mapping[tuple[str, tuple[int, ...]], Path]
 
 
 @dataclass(frozen=True)
-class Window:
+class VideoWindow:
     """Where an episode is in a video file: from `begins` up to `ends`, in seconds; None: the file's end."""
 
     path: Path
@@ -63,13 +63,13 @@ class Listed:
     length: int
     tasks: tuple[str | int, ...]  # texts, or numbers of tasks
     data: Path | None  # None: the file is missing
-    videos: Mapping[str, Window]  # by feature
+    videos: Mapping[str, VideoWindow]  # by feature
     meta: Mapping[str, Any]
     fault: str = ""  # why it cannot be used
 
 
 @dataclass(frozen=True)
-class Layout:
+class LeRobotLayout:
     """A dataset's files and episodes."""
 
     version: str  # "2.1" or "3.0", by the files
@@ -79,7 +79,7 @@ class Layout:
     notes: list[str]
 
 
-def find_layout(root: Path, video_features: list[str]) -> Layout:
+def find_layout(root: Path, video_features: list[str]) -> LeRobotLayout:
     """List the episodes with the files of these video features.
 
     Raises:
@@ -111,7 +111,7 @@ def find_layout(root: Path, video_features: list[str]) -> Layout:
     for path in meta:
         check_there(path)
     files = sorted(path for path in {*data.values(), *used, *meta} if path.exists())
-    return Layout("3.0" if shared else "2.1", episodes, read_tasks(root), files, _unlisted(data, episodes))
+    return LeRobotLayout("3.0" if shared else "2.1", episodes, read_tasks(root), files, _unlisted(data, episodes))
 
 
 def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
@@ -186,13 +186,13 @@ def _listed(
                 faults.append(f"its video file of {feature} is missing")
             elif shared:
                 ends = row.get(f"{key}/to_timestamp")
-                windows[feature] = Window(
+                windows[feature] = VideoWindow(
                     video,
                     seconds(row.get(f"{key}/from_timestamp"), f"{where}, {key}/from_timestamp"),
                     None if ends is None else seconds(ends, f"{where}, {key}/to_timestamp"),
                 )
             else:
-                windows[feature] = Window(video)
+                windows[feature] = VideoWindow(video)
         except DataError as e:
             faults.append(str(e))
     meta = {k: v for k, v in row.items() if _is_meta(k, v)}

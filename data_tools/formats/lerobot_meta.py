@@ -13,7 +13,7 @@ from stamo_dist.errors import DataError
 
 
 @dataclass(frozen=True)
-class Feature:
+class LeRobotFeature:
     """One entry of info.json's "features"."""
 
     name: str
@@ -40,7 +40,7 @@ class Info:
     """meta/info.json."""
 
     fps: float
-    features: Mapping[str, Feature]
+    features: Mapping[str, LeRobotFeature]
     splits: Mapping[str, range]
     robot_type: str | None
 
@@ -67,7 +67,7 @@ def read_info(root: Path) -> Info:
     )
 
 
-def _feature(name: str, about: Any, where: str) -> Feature:
+def _feature(name: str, about: Any, where: str) -> LeRobotFeature:
     if not isinstance(about, dict):
         raise DataError(f"{where}: must be an object with dtype and shape, not {shown(about)}")
     shape = about.get("shape")
@@ -82,7 +82,7 @@ def _feature(name: str, about: Any, where: str) -> Feature:
         for key in ("video.is_depth_map", "is_depth_map")
         if part.get(key) is not None
     )
-    return Feature(name, str(about.get("dtype")), size, tuple(_names(about.get("names"))), depth, where)
+    return LeRobotFeature(name, str(about.get("dtype")), size, tuple(_names(about.get("names"))), depth, where)
 
 
 def _names(names: Any) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from data_tools.formats.lerobot_meta import Feature
+from data_tools.formats.lerobot_meta import LeRobotFeature
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
@@ -19,7 +19,7 @@ ANNOTATION = "annotation.human."
 VERDICTS = ("valid", "invalid")
 
 
-def instruction_column(asked: str, features: Mapping[str, Feature]) -> str | None:
+def instruction_column(asked: str, features: Mapping[str, LeRobotFeature]) -> str | None:
     """The feature whose rows say their instruction; None: none does, or `asked` is "none"; "" finds it.
 
     Raises:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.formats.checked import object_at, read_object, shown, whole
-from data_tools.formats.lerobot_meta import Feature
+from data_tools.formats.lerobot_meta import LeRobotFeature
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
@@ -22,10 +22,10 @@ MODALITY = "modality.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class FeatureSlice:
     """A feature's numbers from `start` up to `end`."""
 
-    feature: Feature
+    feature: LeRobotFeature
     start: int
     end: int
 
@@ -36,8 +36,8 @@ class Part:
 
 
 def choose(
-    root: Path, option: str, asked: Sequence[str], features: Mapping[str, Feature], notes: list[str]
-) -> list[Part]:
+    root: Path, option: str, asked: Sequence[str], features: Mapping[str, LeRobotFeature], notes: list[str]
+) -> list[FeatureSlice]:
     """The parts of `option` ("action" or "state"), in order; none: the dataset has none, or `asked` is "none".
 
     Names are features, or slices of meta/modality.json. What is found without being asked for is said in `notes`.
@@ -58,11 +58,11 @@ def choose(
                 f"{option}: no feature {', '.join(unknown)}; {hint} There is: {', '.join(known)} "
                 f"({info}, and slices of {MODALITY})"
             )
-        return [slices[n] if n in slices else Part(features[n], 0, features[n].size) for n in names]
+        return [slices[n] if n in slices else FeatureSlice(features[n], 0, features[n].size) for n in names]
     if found := next((name for name in DEFAULTS[option] if name in features), None):
         if found != DEFAULTS[option][0]:
             notes.append(f"{option}: taken from the feature {found}")
-        return [Part(features[found], 0, features[found].size)]
+        return [FeatureSlice(features[found], 0, features[found].size)]
     if like := [name for name in features if option in name.lower()]:
         raise DataError(
             f"{root / 'meta' / 'info.json'}: {option}: no feature {' or '.join(DEFAULTS[option])}; give those "
@@ -72,7 +72,7 @@ def choose(
     return []
 
 
-def matrix(rows: pa.Table, parts: Sequence[Part]) -> np.ndarray:
+def matrix(rows: pa.Table, parts: Sequence[FeatureSlice]) -> np.ndarray:
     """The parts side by side, (T, D).
 
     Raises:
@@ -82,11 +82,11 @@ def matrix(rows: pa.Table, parts: Sequence[Part]) -> np.ndarray:
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0), np.float32)
 
 
-def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[str, Part]:
+def _modality(root: Path, option: str, features: Mapping[str, LeRobotFeature]) -> dict[str, FeatureSlice]:
     """GR00T's slices of the action or the state, by name."""
     path = root / "meta" / MODALITY
     section = object_at(read_object(path), option, str(path)) if path.is_file() else {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, FeatureSlice] = {}
     for name, about in section.items():
         where = f"{path}, {option}.{name}"
         if not isinstance(about, dict):
@@ -100,11 +100,11 @@ def _modality(root: Path, option: str, features: Mapping[str, Feature]) -> dict[
                 f"{where}: there are no numbers {start} to {end} in {features[key].where}, "
                 f"whose shape has {features[key].size}"
             )
-        parts[name] = Part(features[key], start, end)
+        parts[name] = FeatureSlice(features[key], start, end)
     return parts
 
 
-def _numbers(column: pa.ChunkedArray, feature: Feature) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray, feature: LeRobotFeature) -> np.ndarray:
     """A column of numbers, of lists of `size` numbers, or of records of both (field after field), as (T, size)."""
     values, name, size = column.combine_chunks(), feature.name, feature.size
     if pa.types.is_struct(values.type):

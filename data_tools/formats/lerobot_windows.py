@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats.decode import VideoInfo, probe, video_frames
-from data_tools.formats.lerobot_files import Listed, Window
+from data_tools.formats.lerobot_files import Listed, VideoWindow
 from data_tools.formats.source import Frames, check_lfs
 from stamo_dist.errors import DataError
 
@@ -24,7 +24,7 @@ TOLERANCE = 0.1
 THREADS = 8
 
 
-def paired_frames(feature: str, window: Window, times: np.ndarray, fps: float) -> tuple[Frames, np.ndarray]:
+def paired_frames(feature: str, window: VideoWindow, times: np.ndarray, fps: float) -> tuple[Frames, np.ndarray]:
     """The frames of the rows at `times` (T,), seconds since the episode begins.
 
     By order where there are as many frames as rows; else each row's own frame, by times that agree.
@@ -80,7 +80,7 @@ def check_windows(root: Path, episodes: Sequence[Listed], fps: float) -> Windows
     """Check the videos of a dataset's episodes by the episode table and the files' headers."""
     faults: dict[int, str] = {}
     short: dict[int, str] = {}
-    windows: dict[Path, list[tuple[Window, Listed, str]]] = defaultdict(list)
+    windows: dict[Path, list[tuple[VideoWindow, Listed, str]]] = defaultdict(list)
     for episode in episodes:
         for feature, window in episode.videos.items():
             windows[window.path].append((window, episode, feature))
@@ -120,14 +120,14 @@ def _header(path: Path) -> VideoInfo | str:
         return str(e)
 
 
-def _lost_frames(window: Window, length: int, header: VideoInfo, fps: float) -> int:
+def _lost_frames(window: VideoWindow, length: int, header: VideoInfo, fps: float) -> int:
     """How many of the episode's last frames are behind the file's end."""
     if window.ends is None:
         return length - header.frames
     return max(0, round((window.ends - header.seconds) * fps))
 
 
-def _fault(window: Window, length: int, header: VideoInfo, fps: float) -> str:
+def _fault(window: VideoWindow, length: int, header: VideoInfo, fps: float) -> str:
     if window.ends is None:
         return ""  # whole files are paired frame by frame when they are read
     seconds = window.ends - window.begins

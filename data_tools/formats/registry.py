@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from data_tools.formats.source import Reader
+from data_tools.formats.source import SourceReader
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
@@ -112,7 +112,7 @@ def reader_class(format: str) -> Any:
         raise DataError(f"format {format} needs the package {e.name}; pip install 'stamo-dist[convert]'") from e
 
 
-def open_reader(format: str, src: Path, options: Mapping[str, Any]) -> Reader:
+def open_reader(format: str, src: Path, options: Mapping[str, Any]) -> SourceReader:
     """The Reader of a source; `options` are the format's own, and `cameras`.
 
     Raises:

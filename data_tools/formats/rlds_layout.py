@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from data_tools.formats import tfds
 from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
 from data_tools.formats.remarks import language_keys, no_proprio
-from data_tools.formats.rlds_presets import PRESETS, Preset, preset_of
+from data_tools.formats.rlds_presets import PRESETS, RldsPreset, preset_of
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RldsLayout:
     """Where a dataset keeps what, and what it means; keys below `steps/`, but for `instruction`'s full names."""
 
     cameras: dict[str, str]
@@ -44,7 +44,7 @@ def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(p.removeprefix("steps/") for p in parts if p not in ("", "absent", "none"))
 
 
-def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
+def settle(asked: RldsReader, dataset: tfds.Dataset) -> RldsLayout:
     """Settle every key and convention.
 
     Raises:
@@ -81,7 +81,7 @@ def settle(asked: RldsReader, dataset: tfds.Dataset) -> Layout:
         problems += unclear
     if problems or action is None:
         raise DataError("\n".join([*(f"{dataset.folder}: {p}" for p in problems), _inventory(dataset)]))
-    return Layout(
+    return RldsLayout(
         cameras=cameras,
         action=action,
         proprio=proprio,
@@ -121,7 +121,7 @@ def _instruction(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) 
     return tuple(full.values())
 
 
-def _notes(asked: RldsReader, preset: Preset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
+def _notes(asked: RldsReader, preset: RldsPreset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
     if _listed(asked.proprio) is not None:
         return []
     if not proprio:
@@ -129,12 +129,12 @@ def _notes(asked: RldsReader, preset: Preset, proprio: Sequence[str], known: Ite
     return [f"proprio: no {k}, which {asked.preset or 'such datasets'} have" for k in preset.proprio if k not in known]
 
 
-def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Preset:
+def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> RldsPreset:
     """The dataset's preset with the given options on top."""
     name = asked.preset or preset_of(dataset.name)
     if asked.preset is not None and asked.preset not in PRESETS:
         problems.append(f"preset: unknown {asked.preset!r}; there are {', '.join(PRESETS)}")
-        return Preset(rate_hz=1.0)
+        return RldsPreset(rate_hz=1.0)
     for option, allowed in (
         ("mode", Mode),
         ("rotation", Rotation),
@@ -154,7 +154,7 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
                 f"{', '.join(missing)} (or mode=other to keep actions as they are), or the preset of a dataset like "
                 f"it: {', '.join(PRESETS)}"
             )
-    preset = PRESETS[name] if name else Preset(rate_hz=1.0)
+    preset = PRESETS[name] if name else RldsPreset(rate_hz=1.0)
     changed: dict[str, Any] = {
         option: value for option in ("mode", "rotation", "drop_first") if (value := getattr(asked, option)) is not None
     }
@@ -173,13 +173,13 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Pr
     return replace(preset, **changed)
 
 
-def _pose_key(asked: RldsReader, preset: Preset) -> tuple[str, Rotation] | None:
+def _pose_key(asked: RldsReader, preset: RldsPreset) -> tuple[str, Rotation] | None:
     if (keys := _listed(asked.pose)) is None:
         return preset.pose
     return (keys[0], asked.pose_rotation or preset.rotation) if keys else None
 
 
-def _spec(preset: Preset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
+def _spec(preset: RldsPreset, dim: int, keys: Sequence[str]) -> tuple[ActionSpec, list[str]]:
     return declared_spec(
         " + ".join(keys),
         dim,

@@ -14,7 +14,7 @@ from data_tools.formats.rotations import Rotation
 
 
 @dataclass(frozen=True)
-class Preset:
+class RldsPreset:
     """A dataset's keys (below `steps/`) and conventions.
 
     Attributes:
@@ -51,7 +51,7 @@ _CLOSEDNESS = ((*_SPLIT, "action/gripper_closedness_action"),)
 
 PRESETS = {
     # BridgeData V2: metres and roll-pitch-yaw since the last frame; every episode starts with an all-zero action.
-    "bridge": Preset(
+    "bridge": RldsPreset(
         5,
         (("action",), (*_SPLIT, "action/open_gripper")),
         "delta",
@@ -60,7 +60,7 @@ PRESETS = {
         drop_first=True,
     ),
     # DROID: `action` differs between builders, action_dict does not. The gripper is 0 open, 1 closed.
-    "droid": Preset(
+    "droid": RldsPreset(
         15,
         (("action_dict/cartesian_position", "action_dict/gripper_position"),),
         "absolute",
@@ -73,7 +73,7 @@ PRESETS = {
         pose=("observation/cartesian_position", "euler_xyz"),
     ),
     # OpenVLA's regenerated LIBERO: OSC_POSE; its images were turned by 180°, which leaves the scene mirrored.
-    "libero": Preset(
+    "libero": RldsPreset(
         20,
         mode="delta",
         rotation="rotvec",
@@ -83,31 +83,37 @@ PRESETS = {
         proprio=("observation/state",),
         orientation="mirrored",
     ),
-    "fractal20220817_data": Preset(
+    "fractal20220817_data": RldsPreset(
         3,
         _CLOSEDNESS,
         "delta",
         gripper="relative",
         proprio=("observation/base_pose_tool_reached", "observation/gripper_closed"),
     ),
-    "kuka": Preset(10, _CLOSEDNESS, gripper="relative"),
-    "taco_play": Preset(15, (("action/rel_actions_world",),), gripper=SIGN_OPENS, proprio=("observation/robot_obs",)),
-    "jaco_play": Preset(
+    "kuka": RldsPreset(10, _CLOSEDNESS, gripper="relative"),
+    "taco_play": RldsPreset(
+        15, (("action/rel_actions_world",),), gripper=SIGN_OPENS, proprio=("observation/robot_obs",)
+    ),
+    "jaco_play": RldsPreset(
         10,
         (("action/world_vector", "action/gripper_closedness_action"),),
         gripper="relative",
         proprio=("observation/end_effector_cartesian_pos",),
     ),
-    "berkeley_cable_routing": Preset(10, (_SPLIT,), proprio=("observation/robot_state",)),
-    "roboturk": Preset(10, _CLOSEDNESS, gripper=SIGN_CLOSES),
-    "nyu_door_opening_surprising_effectiveness": Preset(3, _CLOSEDNESS, gripper="relative"),
-    "viola": Preset(
+    "berkeley_cable_routing": RldsPreset(10, (_SPLIT,), proprio=("observation/robot_state",)),
+    "roboturk": RldsPreset(10, _CLOSEDNESS, gripper=SIGN_CLOSES),
+    "nyu_door_opening_surprising_effectiveness": RldsPreset(3, _CLOSEDNESS, gripper="relative"),
+    "viola": RldsPreset(
         20, _CLOSEDNESS, gripper=SIGN_CLOSES, proprio=("observation/joint_states", "observation/gripper_states")
     ),
-    "berkeley_autolab_ur5": Preset(5, _CLOSEDNESS, gripper="relative", proprio=("observation/robot_state",)),
-    "toto": Preset(30, ((*_SPLIT, "action/open_gripper"),), gripper=OPEN_1, proprio=("observation/state",)),
-    "stanford_hydra_dataset_converted_externally_to_rlds": Preset(10, gripper=CLOSED_1, proprio=("observation/state",)),
-    "austin_buds_dataset_converted_externally_to_rlds": Preset(20, gripper=SIGN_CLOSES, proprio=("observation/state",)),
+    "berkeley_autolab_ur5": RldsPreset(5, _CLOSEDNESS, gripper="relative", proprio=("observation/robot_state",)),
+    "toto": RldsPreset(30, ((*_SPLIT, "action/open_gripper"),), gripper=OPEN_1, proprio=("observation/state",)),
+    "stanford_hydra_dataset_converted_externally_to_rlds": RldsPreset(
+        10, gripper=CLOSED_1, proprio=("observation/state",)
+    ),
+    "austin_buds_dataset_converted_externally_to_rlds": RldsPreset(
+        20, gripper=SIGN_CLOSES, proprio=("observation/state",)
+    ),
 }
 
 

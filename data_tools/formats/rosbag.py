@@ -27,7 +27,7 @@ from data_tools.formats.declared import (
 )
 from data_tools.formats.hdf5 import Agreement
 from data_tools.formats.rosbag_clock import Paired, latest, pair, period
-from data_tools.formats.rosbag_files import Field, open_bag
+from data_tools.formats.rosbag_files import MessageField, open_bag
 from data_tools.formats.rosbag_images import picture
 from data_tools.formats.rosbag_topics import Recorded, Topics, record, settle
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
@@ -265,7 +265,7 @@ def _said(dropped: Counter[str], bags: int) -> list[str]:
     ]
 
 
-def _instructions(recorded: Recorded, field: Field, times: np.ndarray) -> list[str]:
+def _instructions(recorded: Recorded, field: MessageField, times: np.ndarray) -> list[str]:
     """The text that holds at each of `times` (T,), ns; "" before the first."""
     texts = ["", *recorded.texts(field)]
     return [texts[row + 1] for row in latest(recorded.times[field.topic], times).tolist()]

@@ -27,7 +27,7 @@ _UNMEASURED = ("std_msgs/msg/Header", "builtin_interfaces/msg/Time", "builtin_in
 
 
 @dataclass(frozen=True)
-class Field:
+class MessageField:
     """A topic, and a path to numbers or a text in its messages: names, and places in lists; () is all of a message."""
 
     topic: str
@@ -37,10 +37,10 @@ class Field:
         return ".".join((self.topic, *self.path))
 
 
-def parse_field(text: str) -> Field:
+def parse_field(text: str) -> MessageField:
     """ "/joint_states.position" or "/poses.poses.0.position" or "/cmd_vel"."""
     topic, *path = text.strip().split(".")
-    return Field(topic if topic.startswith("/") else f"/{topic}", tuple(path))
+    return MessageField(topic if topic.startswith("/") else f"/{topic}", tuple(path))
 
 
 def find_bags(src: Path) -> list[Path]:
@@ -164,7 +164,7 @@ def stamp(bag: Any, content: bytes, kind: str) -> int | None:
     return seconds * 10**9 + nanoseconds
 
 
-def numbers(message: Any, field: Field) -> np.ndarray:
+def numbers(message: Any, field: MessageField) -> np.ndarray:
     """float64 (D,): the numbers at a field, in the order of the message's definition, headers and times left out.
 
     Raises:
@@ -177,7 +177,7 @@ def numbers(message: Any, field: Field) -> np.ndarray:
     return np.asarray(found, np.float64)
 
 
-def reach(message: Any, field: Field) -> Any:
+def reach(message: Any, field: MessageField) -> Any:
     """What is at a field.
 
     Raises:

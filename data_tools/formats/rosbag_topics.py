@@ -12,7 +12,7 @@ import numpy as np
 
 from data_tools.formats import rosbag_files
 from data_tools.formats.remarks import looks_like_language, no_proprio
-from data_tools.formats.rosbag_files import JOINTS, STRING, Field, parse_field
+from data_tools.formats.rosbag_files import JOINTS, STRING, MessageField, parse_field
 from data_tools.formats.rosbag_images import TYPES, image_fault
 from stamo_dist.errors import DataError
 
@@ -40,10 +40,10 @@ class Topics:
 
     cameras: Mapping[str, str]
     clock: str
-    action: tuple[Field, ...]
-    proprio: tuple[Field, ...]
-    pose: tuple[Field, ...]
-    text: Field | None
+    action: tuple[MessageField, ...]
+    proprio: tuple[MessageField, ...]
+    pose: tuple[MessageField, ...]
+    text: MessageField | None
 
     @property
     def numeric(self) -> list[str]:
@@ -69,7 +69,7 @@ def settle(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
     if asked.proprio:
         proprio = [] if list(asked.proprio) == ["none"] else [parse_field(text) for text in asked.proprio]
     else:
-        proprio = [Field(joints[0], ("position",))] if len(joints) == 1 else []
+        proprio = [MessageField(joints[0], ("position",))] if len(joints) == 1 else []
     others = [f"{topic} ({kind})" for topic, kind in sorted(there.items()) if kind not in (*TYPES, STRING)]
     if not proprio and not asked.proprio:
         notes += no_proprio(others)
@@ -87,7 +87,7 @@ def settle(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
         )
     text = None if asked.instruction_topic is None else parse_field(asked.instruction_topic)
     if text is not None and not text.path:
-        text = Field(text.topic, ("data",))
+        text = MessageField(text.topic, ("data",))
     clock = _named(asked.clock, cameras) if asked.clock else next(iter(cameras))
     if clock not in cameras:
         raise DataError(f"{path}: clock: {asked.clock} is no camera; there is {', '.join(cameras)}")
@@ -135,7 +135,7 @@ class Recorded:
     times: dict[str, np.ndarray]
     contents: dict[str, list[Any]]
 
-    def numbers(self, fields: Sequence[Field], rows: Mapping[str, np.ndarray], length: int) -> np.ndarray:
+    def numbers(self, fields: Sequence[MessageField], rows: Mapping[str, np.ndarray], length: int) -> np.ndarray:
         """(T, D): the numbers of these fields, side by side, of the messages `rows` (T,) of each topic.
 
         Raises:
@@ -144,7 +144,7 @@ class Recorded:
         parts = [self._column(field, rows[field.topic]) for field in fields]
         return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
 
-    def _column(self, field: Field, rows: np.ndarray) -> np.ndarray:
+    def _column(self, field: MessageField, rows: np.ndarray) -> np.ndarray:
         held, where = np.unique(rows, return_inverse=True)
         messages = [self.contents[field.topic][row] for row in held.tolist()]
         values = [rosbag_files.numbers(message, field) for message in messages]
@@ -153,7 +153,7 @@ class Recorded:
                 raise DataError(f"{field}: has {len(values[0])} numbers, then {len(value)}")
         return np.stack(values)[where.reshape(-1)]
 
-    def texts(self, field: Field) -> list[str]:
+    def texts(self, field: MessageField) -> list[str]:
         """The texts of all messages.
 
         Raises:

@@ -125,7 +125,7 @@ class Scan:
     frame_size: tuple[int, int] | None = None  # (H, W) of the first camera's frames, where the files say
 
 
-class Reader(Protocol):
+class SourceReader(Protocol):
     """One source format. Pickled into the converter's processes, so open files lazily.
 
     A format is a dataclass of `src` and its own options, each with a default; its docstring's Args say what they mean.

@@ -31,7 +31,7 @@ CHARACTERS = 16
 
 
 @dataclass(frozen=True)
-class Feature:
+class TfdsFeature:
     """One leaf of features.json.
 
     Attributes:
@@ -84,10 +84,10 @@ class Dataset:
     name: str
     folder: Path
     shards: tuple[Shard, ...]
-    features: Mapping[str, Feature]
+    features: Mapping[str, TfdsFeature]
 
     @cached_property
-    def steps(self) -> dict[str, Feature]:
+    def steps(self) -> dict[str, TfdsFeature]:
         """The features of a step by their names below `steps/`."""
         return {k.removeprefix("steps/"): f for k, f in self.features.items() if k.startswith("steps/")}
 
@@ -166,7 +166,7 @@ def _file_name_parts(name: str, split: str, number: int, shards: int) -> dict[st
     }
 
 
-def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, Feature]]:
+def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, TfdsFeature]]:
     """The leaves below a node of features.json, by name.
 
     Raises:
@@ -182,15 +182,18 @@ def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, Feature]]:
     elif "sequence" in node:
         yield from _leaves(_object(node["sequence"], f"{name}, sequence").get("feature"), name, depth + 1)
     elif "text" in node:
-        yield name, Feature("text", (), "string", "", depth)
+        yield name, TfdsFeature("text", (), "string", "", depth)
     elif kind := next((kind for kind in ("image", "tensor") if kind in node), None):
         about = _object(node[kind], f"{name}, {kind}")
         dtype, encoding = ("uint8", about.get("encodingFormat")) if kind == "image" else ("", about.get("encoding"))
         default = "" if kind == "image" else "none"
-        yield name, Feature(kind, _shape(about, name), str(about.get("dtype", dtype)), str(encoding or default), depth)
+        yield (
+            name,
+            TfdsFeature(kind, _shape(about, name), str(about.get("dtype", dtype)), str(encoding or default), depth),
+        )
     else:
         kind = str(node.get("pythonClassName", "unknown")).rsplit(".", 1)[-1]
-        yield name, Feature("other", (), kind, "", depth)
+        yield name, TfdsFeature("other", (), kind, "", depth)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def _shape(node: Mapping[str, Any], name: str) -> tuple[int, ...]:
         raise DataError(f"{name}: shape.dimensions: {node['shape']['dimensions']!r} are no numbers") from None
 
 
-def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], steps: Mapping[str, Feature]) -> int:
+def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], steps: Mapping[str, TfdsFeature]) -> int:
     """Steps of an episode, counted on its cheapest feature.
 
     Raises:
@@ -219,7 +222,7 @@ def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], ste
     raise DataError("has no steps")
 
 
-def read_tensor(data: bytes, found: Mapping[str, tfrecord.Values], key: str, feature: Feature) -> np.ndarray:
+def read_tensor(data: bytes, found: Mapping[str, tfrecord.Values], key: str, feature: TfdsFeature) -> np.ndarray:
     """A numeric feature of all steps, (T, *shape); floats are float32, integers and booleans int64 or as encoded.
 
     Raises:
@@ -270,7 +273,7 @@ def read_features(data: bytes) -> dict[str, tfrecord.Values]:
 
 
 def read_texts(
-    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], key: str, feature: Feature, first: bool = False
+    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], key: str, feature: TfdsFeature, first: bool = False
 ) -> list[str]:
     """The texts of a feature by its full name, stripped: one a step, or one for the episode; none where it is missing.
 
@@ -291,7 +294,7 @@ def read_texts(
 
 
 def read_metadata(
-    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], leaves: Mapping[str, Feature]
+    fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], leaves: Mapping[str, TfdsFeature]
 ) -> dict[str, Any]:
     """The scalars and texts beside the steps (`episode_metadata/…`), as JSON."""
     meta: dict[str, Any] = {}

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_tools.look.check_report import ERROR, KEPT, WARNING, Finding, Report
-from data_tools.look.check_shard import Extreme, Looked, Task, as_entries, look
+from data_tools.look.check_report import ERROR, KEPT, WARNING, CheckFinding, CheckReport
+from data_tools.look.check_shard import Extreme, ShardFindings, ShardTask, as_entries, look
 from data_tools.look.check_table import Table
 from data_tools.look.columns import INDEX, IndexedShard
 from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
@@ -51,7 +51,7 @@ def check(
     processes: int | None = None,
     cache: Path | None = None,
     quiet: bool = False,
-) -> Report:
+) -> CheckReport:
     """Verify a source.
 
     Args:
@@ -71,7 +71,7 @@ def check(
         DataError: There is no such source or split, or it cannot be reached; `against` is no such dataset.
     """
     store = store_at(source)
-    report = Report(source.rstrip("/"), fast)
+    report = CheckReport(source.rstrip("/"), fast)
     if store.local is not None and not store.local.is_dir():
         raise DataError(f"{source}: no such folder")
     if store.local is None and store.stat(MANIFEST) is None:
@@ -79,7 +79,7 @@ def check(
     try:
         manifest, _ = fetch_manifest(store)
     except DataError as e:
-        report.add([Finding("manifest", ERROR, str(e).split(f"{MANIFEST}: ", 1)[-1], shard=MANIFEST)])
+        report.add([CheckFinding("manifest", ERROR, str(e).split(f"{MANIFEST}: ", 1)[-1], shard=MANIFEST)])
         return report
     if split is not None and split not in manifest.splits:
         raise DataError(f"{source}: has no split {split!r}, only {', '.join(manifest.splits) or 'none'}")
@@ -93,7 +93,9 @@ def check(
 class _Check:
     """One run over the splits of a source."""
 
-    def __init__(self, store: Store, source: str, manifest: Manifest, report: Report, fast: bool, record: Verified):
+    def __init__(
+        self, store: Store, source: str, manifest: Manifest, report: CheckReport, fast: bool, record: Verified
+    ):
         self.store, self.source, self.manifest = store, source, manifest
         self.report, self.fast, self.record = report, fast, record
         self.actions: Sums | None = None
@@ -107,7 +109,7 @@ class _Check:
         splits = [split] if split else list(self.manifest.splits)
         self.report.unseen = list(_unseen(self.manifest, splits))
         if not splits or not self.manifest.cameras:
-            self.report.add([Finding("manifest", ERROR, "lists no splits or no cameras", shard=MANIFEST)])
+            self.report.add([CheckFinding("manifest", ERROR, "lists no splits or no cameras", shard=MANIFEST)])
             return
         with ExitStack() as stack:
             work = [self._plan(split, camera, stack) for split in splits for camera in self.manifest.cameras]
@@ -202,30 +204,32 @@ class _Check:
             shards = shards_of(self.store, split, camera)
         except DataError as e:
             text = str(e).split(f"{INDEX}: ", 1)[-1]
-            self.report.add([Finding("index", ERROR, text).at(split, camera, INDEX)])
+            self.report.add([CheckFinding("index", ERROR, text).at(split, camera, INDEX)])
             return split, camera, []
         self.report.add(self._check_index(split, camera, shards))
         return split, camera, shards
 
-    def _check_index(self, split: str, camera: str, shards: list[IndexedShard]) -> Iterator[Finding]:
+    def _check_index(self, split: str, camera: str, shards: list[IndexedShard]) -> Iterator[CheckFinding]:
         frames, expected = sum(shard.samples for shard in shards), self.manifest.splits[split].frames
         if frames != expected:
             text = f"counts {frames} frames, the manifest {expected}"
-            yield Finding("index", ERROR, text).at(split, camera, INDEX)
+            yield CheckFinding("index", ERROR, text).at(split, camera, INDEX)
         prefix = f"{split}/{camera}/"
         listed = {name.removeprefix(prefix) for name in self.manifest.checksums if name.startswith(prefix)}
         named = [shard.name for shard in shards]
         if len(set(named)) != len(named):
-            yield Finding("index", ERROR, "names a shard twice").at(split, camera, INDEX)
+            yield CheckFinding("index", ERROR, "names a shard twice").at(split, camera, INDEX)
         if self.manifest.checksums:
             for what, names in (
                 ("the manifest lists {}, which it does not", listed - set(named)),
                 ("lists {}, which the manifest does not", set(named) - listed),
             ):
                 if names:
-                    yield Finding("index", ERROR, what.format(min(names)), count=len(names)).at(split, camera, INDEX)
+                    yield CheckFinding("index", ERROR, what.format(min(names)), count=len(names)).at(
+                        split, camera, INDEX
+                    )
 
-    def _tasks(self, work: list[tuple[str, str, list[IndexedShard]]]) -> Iterator[Task]:
+    def _tasks(self, work: list[tuple[str, str, list[IndexedShard]]]) -> Iterator[ShardTask]:
         small = self.manifest.model_copy(update={"checksums": {}, "skipped": [], "stats": {}, "options": {}})
         for split, camera, shards in work:
             edges = list(accumulate((shard.samples for shard in shards), initial=0))
@@ -233,7 +237,7 @@ class _Check:
             rows = table.within(edges) if table.whole else repeat(None)
             for number, (shard, begin, touching) in enumerate(zip(shards, edges, rows, strict=False)):
                 name = f"{split}/{camera}/{shard.name}"
-                yield Task(
+                yield ShardTask(
                     self.source,
                     split,
                     camera,
@@ -248,7 +252,7 @@ class _Check:
                     camera == self.manifest.cameras[0],
                 )
 
-    def _take(self, split: str, camera: str, name: str, looked: Looked) -> None:
+    def _take(self, split: str, camera: str, name: str, looked: ShardFindings) -> None:
         """Add one shard's result to the report."""
         file = f"{split}/{camera}/{name}"
         self.report.add(looked.findings)
@@ -291,7 +295,7 @@ class _Check:
                     f"{median[d]:.4g}"
                 )
                 count = int(counts[d]) - min(len(worst), int(counts[d])) + 1 if n == 0 else 1
-                finding = Finding("action", WARNING, text, episode=x.episode, frame=x.frame, count=count)
+                finding = CheckFinding("action", WARNING, text, episode=x.episode, frame=x.frame, count=count)
                 self.report.add([finding.at(x.split, x.camera, x.shard)])
 
     def _duplicates(self) -> None:
@@ -308,7 +312,7 @@ class _Check:
                 continue
             leak = f" of split {other[0]}: what is held out is also trained on" if other[0] != split else ""
             text = f"has the frames and actions of episode {other[1]}{leak}"
-            self.report.add([Finding("duplicate", WARNING, text, split=split, episode=name)])
+            self.report.add([CheckFinding("duplicate", WARNING, text, split=split, episode=name)])
 
     def _ids(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
         """The names of the episodes that begin at these samples."""

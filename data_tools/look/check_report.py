@@ -36,7 +36,7 @@ KEPT, PRINTED = 100, 3
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """One thing that is wrong ("error") or not plausible ("warning")."""
 
     check: str
@@ -49,7 +49,7 @@ class Finding:
     frame: int | None = None
     count: int = 1  # alike, of which this is the first
 
-    def at(self, split: str, camera: str, shard: str) -> Finding:
+    def at(self, split: str, camera: str, shard: str) -> CheckFinding:
         """The same, of this file."""
         return replace(self, split=split, camera=camera, shard=shard)
 
@@ -61,19 +61,19 @@ class Finding:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """Counts are exact; of the findings of each check and severity the first KEPT are held."""
 
     source: str
     fast: bool = False
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckFinding] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # check → severity → findings
     looked: dict[str, int] = field(default_factory=dict)  # what → how many were looked at
     total: dict[str, int] = field(default_factory=dict)  # what → how many there are
     unseen: list[str] = field(default_factory=list)  # what this run could not, or was not asked to, look at
     unchanged: int = 0  # shards that were verified before
 
-    def add(self, findings: Iterable[Finding]) -> None:
+    def add(self, findings: Iterable[CheckFinding]) -> None:
         """Count findings and keep the first ones."""
         for finding in findings:
             counts = self.counts.setdefault(finding.check, {ERROR: 0, WARNING: 0})
@@ -109,7 +109,7 @@ class Report:
         return " · ".join(said)
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: CheckReport, path: Path) -> None:
     """Write everything as JSON.
 
     Raises:
@@ -121,7 +121,7 @@ def write_report(report: Report, path: Path) -> None:
         raise DataError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
-def print_report(report: Report) -> None:
+def print_report(report: CheckReport) -> None:
     """A table of the checks, then of each kind of finding how many there are and the first ones."""
     from rich.console import Console
     from rich.markup import escape

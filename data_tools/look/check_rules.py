@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from data_tools.look.check_report import ERROR, WARNING, Finding
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding
 from data_tools.look.columns import ColumnShard
 from stamo_dist.data.schema import Manifest, columns
 from stamo_dist.errors import DataError
@@ -33,7 +33,7 @@ VECTORS = ("action", "original_action", "proprio")
 
 
 @dataclass(frozen=True)
-class Run:
+class EpisodeRun:
     """Consecutive samples of a shard that say they are of one episode: `first` … `first + length - 1`."""
 
     episode: str
@@ -42,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class EpisodeRow:
     """One line of episodes.jsonl."""
 
     id: str
@@ -51,11 +51,11 @@ class Row:
     instructions: Mapping[int, str]  # from which frame on
 
 
-def runs_of(shard: ColumnShard) -> list[Run]:
+def runs_of(shard: ColumnShard) -> list[EpisodeRun]:
     """The episodes of a shard by what its samples say."""
     ids = shard.values("episode")
     edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)] if ids else [0]
-    return [Run(ids[a].decode(errors="replace"), a, b - a) for a, b in itertools.pairwise(edges)]
+    return [EpisodeRun(ids[a].decode(errors="replace"), a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 def check_columns(names: Sequence[str], encodings: Sequence[str], manifest: Manifest) -> Iterator[str]:
@@ -71,8 +71,13 @@ def check_columns(names: Sequence[str], encodings: Sequence[str], manifest: Mani
 
 
 def check_layout(
-    shard: ColumnShard, runs: Sequence[Run], manifest: Manifest, camera: str, begin: int, rows: Sequence[Row] | None
-) -> Iterator[Finding]:
+    shard: ColumnShard,
+    runs: Sequence[EpisodeRun],
+    manifest: Manifest,
+    camera: str,
+    begin: int,
+    rows: Sequence[EpisodeRow] | None,
+) -> Iterator[CheckFinding]:
     """t and length count up within each episode; episodes, and what each says it is of, are as listed.
 
     Args:
@@ -92,20 +97,22 @@ def check_layout(
         if len(wrong):
             frame = int(t[here][wrong[0]])
             text = f"sample {run.first + wrong[0]} has t {frame}, expected {wrong[0]}: not contiguous, or split"
-            yield Finding("episode", ERROR, text, episode=run.episode, frame=frame, count=len(wrong))
+            yield CheckFinding("episode", ERROR, text, episode=run.episode, frame=frame, count=len(wrong))
         wrong = np.flatnonzero(length[here] != run.length)
         if len(wrong):
             text = f"says it has {int(length[here][wrong[0]])} frames, but {run.length} are here"
-            yield Finding("episode", ERROR, text, episode=run.episode, count=1)
+            yield CheckFinding("episode", ERROR, text, episode=run.episode, count=1)
         for name, expected in said.items():
             if any(value != expected.encode() for value in told[name][here]):
                 text = f"its {name} is {told[name][run.first].decode(errors='replace')!r}, the manifest's {expected!r}"
-                yield Finding("episode", ERROR, text, episode=run.episode)
+                yield CheckFinding("episode", ERROR, text, episode=run.episode)
     if rows is not None:
         yield from _check_rows(shard, runs, begin, rows)
 
 
-def _check_rows(shard: ColumnShard, runs: Sequence[Run], begin: int, rows: Sequence[Row]) -> Iterator[Finding]:
+def _check_rows(
+    shard: ColumnShard, runs: Sequence[EpisodeRun], begin: int, rows: Sequence[EpisodeRow]
+) -> Iterator[CheckFinding]:
     end = begin + len(shard)
     found = {(run.episode, begin + run.first, run.length): run.first for run in runs}
     for row in rows:
@@ -113,19 +120,19 @@ def _check_rows(shard: ColumnShard, runs: Sequence[Run], begin: int, rows: Seque
         if row.start < begin or row.start + row.length > end:
             inside = min(end, row.start + row.length) - max(begin, row.start)
             text = f"is split over shards: {inside} of its {row.length} frames are in this one"
-            yield Finding("episode", ERROR, text, episode=row.id)
+            yield CheckFinding("episode", ERROR, text, episode=row.id)
         elif first is None:
             last = row.start + row.length - 1
             text = f"episodes.jsonl has it at samples {row.start} to {last} of the split, where this shard has another"
-            yield Finding("episode", ERROR, text, episode=row.id)
+            yield CheckFinding("episode", ERROR, text, episode=row.id)
         else:
             for t, instruction in row.instructions.items():
                 if t >= row.length or shard.shard.bytes(first + t, "instruction") != instruction.encode():
                     text = f"episodes.jsonl gives frame {t} the instruction {instruction!r}, this shard does not"
-                    yield Finding("episode", ERROR, text, episode=row.id)
+                    yield CheckFinding("episode", ERROR, text, episode=row.id)
 
 
-def check_numbers(shard: ColumnShard, runs: Sequence[Run], names: Sequence[str]) -> Iterator[Finding]:
+def check_numbers(shard: ColumnShard, runs: Sequence[EpisodeRun], names: Sequence[str]) -> Iterator[CheckFinding]:
     """Vectors and times are finite."""
     owner = _owners(runs, len(shard))
     for name in names:
@@ -134,15 +141,15 @@ def check_numbers(shard: ColumnShard, runs: Sequence[Run], names: Sequence[str])
             run = runs[owner[bad[0]]]
             text = f"{name} is NaN or infinite" + (f", and in {len(bad) - 1} other frames" if len(bad) > 1 else "")
             frame = int(bad[0]) - run.first
-            yield Finding("number", ERROR, text, episode=run.episode, frame=frame, count=len(bad))
+            yield CheckFinding("number", ERROR, text, episode=run.episode, frame=frame, count=len(bad))
 
 
-def _owners(runs: Sequence[Run], samples: int) -> NDArray[np.int64]:
+def _owners(runs: Sequence[EpisodeRun], samples: int) -> NDArray[np.int64]:
     """Which run each sample belongs to."""
     return np.repeat(np.arange(len(runs)), [run.length for run in runs])[:samples]
 
 
-def check_times(shard: ColumnShard, runs: Sequence[Run], rate_hz: float) -> Iterator[Finding]:
+def check_times(shard: ColumnShard, runs: Sequence[EpisodeRun], rate_hz: float) -> Iterator[CheckFinding]:
     """Times increase, without jumps, at the stated rate."""
     times = shard.vectors("time")[:, 0].astype(np.float64)
     period = 1 / rate_hz if rate_hz > 0 else np.inf
@@ -153,21 +160,21 @@ def check_times(shard: ColumnShard, runs: Sequence[Run], rate_hz: float) -> Iter
         back = np.flatnonzero(steps <= 0)
         if len(back):
             text = f"time {'stands still' if steps[back[0]] == 0 else 'goes back'} after it, by {-steps[back[0]]:.3g} s"
-            yield Finding("time", ERROR, text, episode=run.episode, frame=int(back[0]), count=len(back))
+            yield CheckFinding("time", ERROR, text, episode=run.episode, frame=int(back[0]), count=len(back))
             continue
         jumps = np.flatnonzero(steps > JUMP * period)
         if len(jumps):
             text = f"{steps[jumps[0]]:.3g} s until the next frame, {steps[jumps[0]] / period:.1f} periods"
-            yield Finding("time", WARNING, text, episode=run.episode, frame=int(jumps[0]), count=len(jumps))
+            yield CheckFinding("time", WARNING, text, episode=run.episode, frame=int(jumps[0]), count=len(jumps))
         even = np.delete(steps, jumps)
         # Nearest frames of a faster video vary in their distance but not on average; a rare gap leaves the median.
         rates = [1 / even.mean(), 1 / np.median(even)] if len(even) else []
         if rates and all(abs(rate / rate_hz - 1) > RATE_TOLERANCE for rate in rates):
             text = f"{rates[0]:.3g} frames a second, the manifest says {rate_hz:g}"
-            yield Finding("time", WARNING, text, episode=run.episode)
+            yield CheckFinding("time", WARNING, text, episode=run.episode)
 
 
-def check_gripper(shard: ColumnShard, runs: Sequence[Run], gripper: int | None) -> Iterator[Finding]:
+def check_gripper(shard: ColumnShard, runs: Sequence[EpisodeRun], gripper: int | None) -> Iterator[CheckFinding]:
     """The gripper is between closed, 0, and open, 1."""
     if gripper is None:
         return
@@ -177,10 +184,10 @@ def check_gripper(shard: ColumnShard, runs: Sequence[Run], gripper: int | None) 
         run = runs[_owners(runs, len(shard))[bad[0]]]
         text = f"gripper (dimension {gripper}) is {values[bad[0]]:.3g}, but 1 is open and 0 closed"
         frame = int(bad[0]) - run.first
-        yield Finding("action", WARNING, text, episode=run.episode, frame=frame, count=len(bad))
+        yield CheckFinding("action", WARNING, text, episode=run.episode, frame=frame, count=len(bad))
 
 
-def chosen_frames(runs: Sequence[Run], fast: bool) -> list[int]:
+def chosen_frames(runs: Sequence[EpisodeRun], fast: bool) -> list[int]:
     """The samples whose frames are decoded: all, or SAMPLED of every episode, its first and last among them."""
     if not fast:
         return list(range(sum(run.length for run in runs)))
@@ -188,11 +195,13 @@ def chosen_frames(runs: Sequence[Run], fast: bool) -> list[int]:
     return [int(i) for pick in picks for i in np.round(pick)]
 
 
-def check_frames(shard: ColumnShard, runs: Sequence[Run], chosen: Sequence[int], size: int) -> Iterator[Finding]:
+def check_frames(
+    shard: ColumnShard, runs: Sequence[EpisodeRun], chosen: Sequence[int], size: int
+) -> Iterator[CheckFinding]:
     """Frames decode at the stated size and are not all black or of one colour; one finding an episode and kind."""
     owner = _owners(runs, len(shard))
     out = np.empty((size, size, 3), np.uint8)
-    first: dict[tuple[int, str, str], Finding] = {}
+    first: dict[tuple[int, str, str], CheckFinding] = {}
     looked = np.bincount(owner[np.array(chosen, int)], minlength=len(runs))
     for i in chosen:
         if (fault := _fault(shard, i, out)) is None:
@@ -202,7 +211,7 @@ def check_frames(shard: ColumnShard, runs: Sequence[Run], chosen: Sequence[int],
         if key in first:
             first[key] = replace(first[key], count=first[key].count + 1)
         else:
-            first[key] = Finding(check, severity, text, episode=run.episode, frame=i - run.first)
+            first[key] = CheckFinding(check, severity, text, episode=run.episode, frame=i - run.first)
     for (n, _, _), finding in first.items():
         more = f"; so are {finding.count} of the {looked[n]} frames looked at" if finding.count > 1 else ""
         yield replace(finding, text=finding.text + more)
@@ -224,7 +233,7 @@ def _fault(shard: ColumnShard, i: int, out: NDArray[np.uint8]) -> tuple[str, str
     return ("blank", WARNING, "is of one colour") if (high - low).max() <= ONE_COLOUR else None
 
 
-def check_frozen(shard: ColumnShard, runs: Sequence[Run], fast: bool, rate_hz: float) -> Iterator[Finding]:
+def check_frozen(shard: ColumnShard, runs: Sequence[EpisodeRun], fast: bool, rate_hz: float) -> Iterator[CheckFinding]:
     """Consecutive frames whose JPEGs are the same to the byte; a sample compares SAMPLED pairs of an episode."""
     begins, ends = (edge.tolist() for edge in shard.spans("image"))
     sizes = np.subtract(ends, begins)
@@ -243,7 +252,7 @@ def check_frozen(shard: ColumnShard, runs: Sequence[Run], fast: bool, rate_hz: f
             frame = int(pairs[end - longest]) - run.first - 1
             what = "sampled pairs of frames" if fast else "frames"
             text = f"{100 * share:.0f} % of its {what} equal the one before; {longest} in a row from here"
-            yield Finding("frozen", WARNING, text, episode=run.episode, frame=frame)
+            yield CheckFinding("frozen", WARNING, text, episode=run.episode, frame=frame)
 
 
 def _longest(same: NDArray[np.bool_]) -> tuple[int, int]:
@@ -256,7 +265,7 @@ def _longest(same: NDArray[np.bool_]) -> tuple[int, int]:
     return best, end
 
 
-def fingerprints(shard: ColumnShard, runs: Sequence[Run]) -> NDArray[np.uint64]:
+def fingerprints(shard: ColumnShard, runs: Sequence[EpisodeRun]) -> NDArray[np.uint64]:
     """Of each episode's first, middle and last JPEG and all its actions; equal for episodes that occur twice."""
     actions = shard.vectors("action") if "action" in shard.spec.layout.names else np.empty((len(shard), 0), np.float32)
     out = np.empty(len(runs), np.uint64)

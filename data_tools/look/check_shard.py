@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.look import check_rules as rules
-from data_tools.look.check_report import ERROR, WARNING, Finding
-from data_tools.look.check_rules import Row, Run
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding
+from data_tools.look.check_rules import EpisodeRow, EpisodeRun
 from data_tools.look.columns import ColumnShard, IndexedShard
 from data_tools.look.each_shard import store_at
 from data_tools.look.stats import Sums, sums_of
@@ -23,7 +23,7 @@ EXTREMES = 4
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard, and what is known of it."""
 
     source: str
@@ -31,7 +31,7 @@ class Task:
     camera: str
     shard: IndexedShard
     begin: int  # its first sample in the split
-    rows: list[Row] | None  # lines of episodes.jsonl that touch it; None when that file is broken
+    rows: list[EpisodeRow] | None  # lines of episodes.jsonl that touch it; None when that file is broken
     manifest: Manifest
     sha256: str  # as the manifest says
     fast: bool
@@ -58,14 +58,14 @@ class Extreme:
 
 
 @dataclass
-class Looked:
+class ShardFindings:
     """What came of it."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckFinding] = field(default_factory=list)
     frames: int = 0  # decoded
     checksums: int = 0
     episodes: int = 0
-    verified: tuple[Stat, str, list[Finding]] | None = None  # stat, depth, findings about its images
+    verified: tuple[Stat, str, list[CheckFinding]] | None = None  # stat, depth, findings about its images
     unchanged: bool = False  # verified before
     actions: Sums | None = None
     extremes: list[Extreme] = field(default_factory=list)
@@ -73,27 +73,27 @@ class Looked:
     starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # their first samples in the split
 
 
-def look(task: Task) -> Looked:
+def look(task: ShardTask) -> ShardFindings:
     """Check one shard; damage becomes findings."""
-    looked = Looked()
+    looked = ShardFindings()
     try:
         _look(task, looked)
     except DataError as e:
         reason = str(e).split(f"{task.shard.name}: ", 1)[-1]
-        looked.findings.append(Finding("file", ERROR, reason))
+        looked.findings.append(CheckFinding("file", ERROR, reason))
     looked.findings = [finding.at(task.split, task.camera, task.shard.name) for finding in looked.findings]
     return looked
 
 
-def _look(task: Task, looked: Looked) -> None:
+def _look(task: ShardTask, looked: ShardFindings) -> None:
     store = store_at(task.source)
     stat = store.stat(task.name)
     if stat is None:
-        looked.findings.append(Finding("file", ERROR, "missing"))
+        looked.findings.append(CheckFinding("file", ERROR, "missing"))
         return
     if stat.size != task.shard.nbytes:
         text = f"{stat.size} bytes, but index.json says {task.shard.nbytes}"
-        looked.findings.append(Finding("file", ERROR, text))
+        looked.findings.append(CheckFinding("file", ERROR, text))
         return
     looked.unchanged = holds(task.known, stat, task.sha256, FRAMES)
     if store.local is None and task.fast and not task.sampled:
@@ -106,14 +106,14 @@ def _look(task: Task, looked: Looked) -> None:
         looked.verified = (stat, FRAMES if whole else BYTES, fine or [])
 
 
-def _check_bytes(task: Task, stat: Stat, path: Path, looked: Looked) -> bool:
+def _check_bytes(task: ShardTask, stat: Stat, path: Path, looked: ShardFindings) -> bool:
     """Whether the checksum was looked at and is right."""
     if task.sha256 and task.shard.sha256 and task.sha256 != task.shard.sha256:
         text = f"index.json says sha256 {task.shard.sha256[:12]}…, the manifest {task.sha256[:12]}…"
-        looked.findings.append(Finding("checksum", ERROR, text))
+        looked.findings.append(CheckFinding("checksum", ERROR, text))
     expected = task.sha256 or task.shard.sha256
     if not expected:
-        looked.findings.append(Finding("checksum", WARNING, "neither the manifest nor index.json has its sha256"))
+        looked.findings.append(CheckFinding("checksum", WARNING, "neither the manifest nor index.json has its sha256"))
         return False
     known = holds(task.known, stat, task.sha256)
     if not known and task.fast and not task.sampled:
@@ -121,16 +121,16 @@ def _check_bytes(task: Task, stat: Stat, path: Path, looked: Looked) -> bool:
     looked.checksums = 1
     if not known and (digest := sha256_of(path)) != expected:
         text = f"its sha256 is {digest[:12]}…, but {expected[:12]}… was written: damaged; convert or sync it again"
-        looked.findings.append(Finding("checksum", ERROR, text))
+        looked.findings.append(CheckFinding("checksum", ERROR, text))
         return False
     return True
 
 
-def _check_content(task: Task, shard: ColumnShard, looked: Looked) -> list[Finding] | None:
+def _check_content(task: ShardTask, shard: ColumnShard, looked: ShardFindings) -> list[CheckFinding] | None:
     """Run all rules; returns what was found about the images, None if a frame is damaged."""
     layout, manifest = shard.spec.layout, task.manifest
     if problems := list(rules.check_columns(layout.names, layout.encodings, manifest)):
-        looked.findings += [Finding("index", ERROR, problem) for problem in problems]
+        looked.findings += [CheckFinding("index", ERROR, problem) for problem in problems]
         return None
     runs = rules.runs_of(shard)
     looked.episodes = len(runs)
@@ -150,10 +150,12 @@ def _check_content(task: Task, shard: ColumnShard, looked: Looked) -> list[Findi
     return None if any(finding.severity == ERROR for finding in images) else images
 
 
-def _check_images(task: Task, shard: ColumnShard, runs: list[Run], looked: Looked) -> list[Finding]:
+def _check_images(
+    task: ShardTask, shard: ColumnShard, runs: list[EpisodeRun], looked: ShardFindings
+) -> list[CheckFinding]:
     if looked.unchanged and task.known:
         looked.frames = len(shard)
-        return [Finding(**finding) for finding in task.known.get("findings", [])]
+        return [CheckFinding(**finding) for finding in task.known.get("findings", [])]
     chosen = rules.chosen_frames(runs, task.fast)
     looked.frames = len(chosen)
     frames = list(rules.check_frames(shard, runs, chosen, task.manifest.image_size))
@@ -163,12 +165,12 @@ def _check_images(task: Task, shard: ColumnShard, runs: list[Run], looked: Looke
     return [*frames, *(finding for finding in frozen if finding.episode not in blank)]
 
 
-def as_entries(findings: list[Finding]) -> list[dict[str, object]]:
+def as_entries(findings: list[CheckFinding]) -> list[dict[str, object]]:
     """Findings as they are kept in a record."""
     return [asdict(finding) for finding in findings]
 
 
-def _actions(task: Task, shard: ColumnShard, runs: list[Run]) -> tuple[Sums | None, list[Extreme]]:
+def _actions(task: ShardTask, shard: ColumnShard, runs: list[EpisodeRun]) -> tuple[Sums | None, list[Extreme]]:
     values = shard.vectors("action").astype(np.float32)
     finite = np.isfinite(values).all(1)
     if not finite.any():

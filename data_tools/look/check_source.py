@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.convert.episode import DAMAGE, Moments, Processing, read_moments
+from data_tools.convert.episode import DAMAGE, KeptTimesteps, Processing, read_moments
 from data_tools.convert.plan import fingerprint
 from data_tools.formats.declared import TURN
 from data_tools.formats.registry import from_record, open_reader, parse_options
-from data_tools.formats.source import EpisodeRef, Reader, Scan
+from data_tools.formats.source import EpisodeRef, Scan, SourceReader
 from data_tools.images import decode, encode_frames
-from data_tools.look.check_report import ERROR, WARNING, Finding
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding
 from data_tools.look.columns import ColumnShard, IndexedShard
 from data_tools.look.each_shard import store_at
 from data_tools.look.seek import picture_at
@@ -41,7 +41,7 @@ RELATIVE, ABSOLUTE, SECONDS = 1e-4, 1e-5, 1e-3
 class Original:
     """The dataset a source was converted from, opened as it was then."""
 
-    reader: Reader
+    reader: SourceReader
     scan: Scan
     processing: Processing
     where: str
@@ -73,11 +73,11 @@ class SourceTask:
 class Compared:
     """What came of it."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckFinding] = field(default_factory=list)
     pictures: int = 0
 
 
-def open_original(manifest: Manifest, src: Path, set: Sequence[str]) -> tuple[Original, list[Finding]]:
+def open_original(manifest: Manifest, src: Path, set: Sequence[str]) -> tuple[Original, list[CheckFinding]]:
     """Scan SRC with the options of its conversion, which `set` (KEY=VALUE) completes; and what that tells.
 
     Raises:
@@ -101,11 +101,11 @@ def open_original(manifest: Manifest, src: Path, set: Sequence[str]) -> tuple[Or
     findings = []
     if manifest.source_fingerprint and fingerprint(src, scan.files) != manifest.source_fingerprint:
         text = f"{src}: its files are not those that were converted (other names, sizes or contents)"
-        findings.append(Finding(CHECK, WARNING, text, shard=MANIFEST))
+        findings.append(CheckFinding(CHECK, WARNING, text, shard=MANIFEST))
     return Original(reader, scan, processing, str(src), "instructions" in made), findings
 
 
-def left_out(original: Original, manifest: Manifest, tables: Mapping[str, Sequence[Episode]]) -> Iterator[Finding]:
+def left_out(original: Original, manifest: Manifest, tables: Mapping[str, Sequence[Episode]]) -> Iterator[CheckFinding]:
     """Episodes of the dataset that are in no split and were not skipped; all splits are needed to tell."""
     if manifest.options.get("max_episodes") is not None or tables.keys() != manifest.splits.keys():
         return
@@ -114,7 +114,7 @@ def left_out(original: Original, manifest: Manifest, tables: Mapping[str, Sequen
     lost = [id for id in original.episodes if id not in there and not any(s.startswith(f"{id}: ") for s in skipped)]
     if lost:
         text = f"{len(lost)} episodes of {original.where} are in no split, the first is {lost[0]}"
-        yield Finding(CHECK, WARNING, text, shard=MANIFEST, count=len(lost))
+        yield CheckFinding(CHECK, WARNING, text, shard=MANIFEST, count=len(lost))
 
 
 def compare(task: SourceTask) -> Compared:
@@ -127,15 +127,15 @@ def compare(task: SourceTask) -> Compared:
                 found = _episode(task, shard, row, compared)
                 compared.findings += [replace(f, episode=row.id) for f in found]
     except DataError as e:
-        compared.findings.append(Finding(CHECK, ERROR, f"cannot be compared: {e}"))
+        compared.findings.append(CheckFinding(CHECK, ERROR, f"cannot be compared: {e}"))
     compared.findings = [f.at(task.split, task.camera, task.shard.name) for f in compared.findings]
     return compared
 
 
-def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compared) -> Iterator[Finding]:
+def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compared) -> Iterator[CheckFinding]:
     original, ref = task.original, task.refs.get(row.id)
     if ref is None:
-        yield Finding(CHECK, ERROR, f"is not an episode of {original.where}")
+        yield CheckFinding(CHECK, ERROR, f"is not an episode of {original.where}")
         return
     try:
         moments = read_moments(
@@ -147,13 +147,13 @@ def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compa
             proprio_dim=task.proprio_dim,
         )
     except DataError as e:
-        yield Finding(CHECK, ERROR, f"cannot be read from {original.where}: {e}")
+        yield CheckFinding(CHECK, ERROR, f"cannot be read from {original.where}: {e}")
         return
     first = row.start - task.begin
     if first < 0 or first + row.length > len(shard):
         return  # split over shards, which is an error of its own
     if len(moments.kept) != row.length:
-        yield Finding(CHECK, ERROR, f"has {row.length} frames; {original.where} gives {len(moments.kept)}")
+        yield CheckFinding(CHECK, ERROR, f"has {row.length} frames; {original.where} gives {len(moments.kept)}")
         return
     if task.vectors:
         yield from _numbers(shard, first, moments)
@@ -162,17 +162,19 @@ def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compa
     yield from _pictures(task, shard, first, moments, compared)
 
 
-def _numbers(shard: ColumnShard, first: int, moments: Moments) -> Iterator[Finding]:
+def _numbers(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator[CheckFinding]:
     """Times, actions and proprioception are the dataset's."""
     there = slice(first, first + len(moments.kept))
     expected = {"time": moments.times[:, None], **moments.vectors}
     for name, values in expected.items():
         if name not in shard.spec.layout.names:
-            yield Finding(CHECK, ERROR, f"has no {name}, the dataset does")
+            yield CheckFinding(CHECK, ERROR, f"has no {name}, the dataset does")
             continue
         stored = np.asarray(shard.vectors(name)[there], np.float64)
         if stored.shape != values.shape:
-            yield Finding(CHECK, ERROR, f"{name} has {stored.shape[1]} numbers a frame, the dataset {values.shape[1]}")
+            yield CheckFinding(
+                CHECK, ERROR, f"{name} has {stored.shape[1]} numbers a frame, the dataset {values.shape[1]}"
+            )
             continue
         slack = SECONDS if name == "time" else ABSOLUTE + RELATIVE * np.abs(values)
         wrong = np.flatnonzero(~(np.abs(stored - values) <= slack).all(axis=1))  # NaN differs
@@ -181,41 +183,41 @@ def _numbers(shard: ColumnShard, first: int, moments: Moments) -> Iterator[Findi
             d = int(np.argmax(np.abs(stored[t] - values[t])))
             place = "" if stored.shape[1] == 1 else f"[{d}]"
             text = f"{name}{place} is {stored[t, d]:.6g}, but {values[t, d]:.6g} in the dataset"
-            yield Finding(CHECK, ERROR, text, frame=t, count=len(wrong))
+            yield CheckFinding(CHECK, ERROR, text, frame=t, count=len(wrong))
 
 
-def _texts(shard: ColumnShard, first: int, moments: Moments) -> Iterator[Finding]:
+def _texts(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator[CheckFinding]:
     """Each frame's instruction is the dataset's."""
     stored = [bytes(shard.shard.bytes(first + t, "instruction")).decode() for t in range(len(moments.kept))]
     wrong = [t for t, (mine, theirs) in enumerate(zip(stored, moments.instructions, strict=True)) if mine != theirs]
     if wrong:
         t = wrong[0]
         text = f"instruction is {stored[t]!r}, but {moments.instructions[t]!r} in the dataset"
-        yield Finding(CHECK, ERROR, text, frame=t, count=len(wrong))
+        yield CheckFinding(CHECK, ERROR, text, frame=t, count=len(wrong))
 
 
 def _pictures(
-    task: SourceTask, shard: ColumnShard, first: int, moments: Moments, compared: Compared
-) -> Iterator[Finding]:
+    task: SourceTask, shard: ColumnShard, first: int, moments: KeptTimesteps, compared: Compared
+) -> Iterator[CheckFinding]:
     """A few pictures are the dataset's; one finding for those that are not."""
     picks = np.unique(np.linspace(0, len(moments.kept) - 1, task.pictures).round().astype(int)).tolist()
-    found: list[Finding] = []
+    found: list[CheckFinding] = []
     for p in picks:
         compared.pictures += 1
         try:
             stored = bytes(shard.shard.bytes(first + p, "image"))
             if text := _other(task, stored, moments, p):
-                found.append(Finding(CHECK, ERROR, text, frame=p))
+                found.append(CheckFinding(CHECK, ERROR, text, frame=p))
         except DAMAGE as e:
-            found.append(Finding(CHECK, ERROR, f"cannot be compared ({type(e).__name__}: {e})", frame=p))
+            found.append(CheckFinding(CHECK, ERROR, f"cannot be compared ({type(e).__name__}: {e})", frame=p))
         except DataError as e:
-            found.append(Finding(CHECK, ERROR, f"cannot be compared: {e}", frame=p))
+            found.append(CheckFinding(CHECK, ERROR, f"cannot be compared: {e}", frame=p))
     if found:
         more = f"; so do {len(found)} of the {len(picks)} frames looked at" if len(found) > 1 else ""
         yield replace(found[0], text=found[0].text + more, count=len(found))
 
 
-def _other(task: SourceTask, stored: bytes, moments: Moments, p: int) -> str:
+def _other(task: SourceTask, stored: bytes, moments: KeptTimesteps, p: int) -> str:
     """How a stored picture differs from frame `p` of the dataset's; "": it does not."""
     expected = _expected(task, moments, p)
     if stored == expected:
@@ -235,7 +237,7 @@ def _difference(mine: np.ndarray, other: bytes) -> float:
     return float(np.abs(mine - pixels).mean()) if pixels.shape == mine.shape else 255.0
 
 
-def _expected(task: SourceTask, moments: Moments, p: int) -> bytes:
+def _expected(task: SourceTask, moments: KeptTimesteps, p: int) -> bytes:
     """The kept frame number `p` of the dataset, encoded as conversion does."""
     number, about = int(moments.kept[p]), task.original.processing
     picture: np.ndarray | bytes | None = None

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from data_tools.look.check_report import ERROR, WARNING, Finding
-from data_tools.look.check_rules import Row
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding
+from data_tools.look.check_rules import EpisodeRow
 from stamo_dist.data.schema import EPISODES, Episode, Split
 from stamo_dist.errors import DataError
 
@@ -29,9 +29,9 @@ class Table:
     whole: bool = True
     episodes: int = 0
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[EpisodeRow]:
         """What places each episode; raises as `lines` does."""
-        return (Row(e.id, e.start, e.length, {0: e.instruction, **e.later_instructions}) for e in self.lines())
+        return (EpisodeRow(e.id, e.start, e.length, {0: e.instruction, **e.later_instructions}) for e in self.lines())
 
     def lines(self) -> Iterator[Episode]:
         """Its lines.
@@ -51,10 +51,10 @@ class Table:
         except OSError as e:
             raise DataError(f"cannot be read: {e.strerror or e}") from e
 
-    def within(self, edges: list[int]) -> Iterator[list[Row]]:
+    def within(self, edges: list[int]) -> Iterator[list[EpisodeRow]]:
         """For each shard, from edges[k] to edges[k + 1], the rows that touch it. Only of a whole table."""
         rows = self.rows()
-        held: list[Row] = []
+        held: list[EpisodeRow] = []
         for begin, end in pairwise(edges):
             held = [row for row in held if row.start + row.length > begin]
             while not held or held[-1].start + held[-1].length < end:
@@ -63,7 +63,7 @@ class Table:
                 held.append(row)
             yield [row for row in held if row.start < end]
 
-    def check(self, split: str, counts: Split) -> Iterator[Finding]:
+    def check(self, split: str, counts: Split) -> Iterator[CheckFinding]:
         """Lines are whole, contiguous, unique and as many as the manifest says; lengths are plausible."""
         lengths, names, end = array("q"), array("Q"), 0
         try:
@@ -71,14 +71,14 @@ class Table:
                 if row.start != end:
                     self.whole = False
                     text = f"starts at sample {row.start}, but the episode before it ends at {end}"
-                    yield Finding("table", ERROR, text, split=split, shard=EPISODES, episode=row.id)
+                    yield CheckFinding("table", ERROR, text, split=split, shard=EPISODES, episode=row.id)
                 end = row.start + row.length
                 lengths.append(row.length)
                 digest = hashlib.blake2b(row.id.encode(), digest_size=8).digest()
                 names.append(int.from_bytes(digest, "little"))
         except DataError as e:
             self.whole = False
-            yield Finding("table", ERROR, str(e), split=split, shard=EPISODES)
+            yield CheckFinding("table", ERROR, str(e), split=split, shard=EPISODES)
             return
         self.episodes = len(lengths)
         found = Split(episodes=len(lengths), frames=sum(lengths))
@@ -87,19 +87,19 @@ class Table:
                 f"has {found.episodes} episodes of {found.frames} frames, the manifest says {counts.episodes} of "
                 f"{counts.frames}"
             )
-            yield Finding("table", ERROR, text, split=split, shard=EPISODES)
+            yield CheckFinding("table", ERROR, text, split=split, shard=EPISODES)
         _, first, times = np.unique(np.array(names, np.uint64), return_index=True, return_counts=True)
         for n, count in zip(first[times > 1].tolist(), times[times > 1].tolist(), strict=True):
-            yield Finding(
+            yield CheckFinding(
                 "table", ERROR, f"is listed {count} times", split=split, shard=EPISODES, episode=self.row(n).id
             )
         yield from self._lengths(split, np.array(lengths, np.int64))
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> EpisodeRow:
         """One of the rows."""
         return next(islice(self.rows(), number, None))
 
-    def _lengths(self, split: str, lengths: np.ndarray) -> Iterator[Finding]:
+    def _lengths(self, split: str, lengths: np.ndarray) -> Iterator[CheckFinding]:
         if not len(lengths):
             return
         median = float(np.median(lengths))
@@ -112,7 +112,9 @@ class Table:
             if len(found):
                 row = self.row(int(found[0]))
                 text = f"{what}: {row.length} frames, the median is {median:g}"
-                yield Finding("length", WARNING, text, split=split, shard=EPISODES, episode=row.id, count=len(found))
+                yield CheckFinding(
+                    "length", WARNING, text, split=split, shard=EPISODES, episode=row.id, count=len(found)
+                )
 
 
 def _parse(number: int, line: bytes) -> Episode:

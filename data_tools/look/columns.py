@@ -10,21 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from stamo_dist.data.shards import Layout, MappedShard, ShardSpec
+from stamo_dist.data.shards import MappedShard, ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
 INDEX = "index.json"
 
 
-class _File(BaseModel):
+class _ShardFile(BaseModel):
     basename: str
     bytes: int = Field(ge=0)
     hashes: dict[str, str] = {}
 
 
 class _Entry(BaseModel):
-    raw_data: _File
-    zip_data: _File | None = None
+    raw_data: _ShardFile
+    zip_data: _ShardFile | None = None
     samples: int = Field(ge=0)
     column_names: list[str]
     column_encodings: list[str]
@@ -48,7 +48,7 @@ class IndexedShard(BaseModel):
 
     def spec(self, path: Path) -> ShardSpec:
         """For the copy of the shard at `path`."""
-        layout = Layout(self.names, self.encodings, self.sizes)
+        layout = ShardLayout(self.names, self.encodings, self.sizes)
         return ShardSpec(str(path), self.nbytes, self.samples, layout, self.sha256)
 
 

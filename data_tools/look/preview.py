@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_tools.look.check_table import Table
 from data_tools.look.columns import ColumnShard, IndexedShard
 from data_tools.look.each_shard import shards_of
-from data_tools.look.preview_page import Shown, draw
+from data_tools.look.preview_page import PreviewedEpisode, draw
 from data_tools.look.stats import TRAIN
 from data_tools.stores.store import Store, at_hand, open_store
 from data_tools.stores.sync import fetch_manifest
@@ -56,7 +56,7 @@ def preview(
     chosen = _choose(store, manifest, split, episodes or min(6, max(2, ROWS // cameras)))
     shards = {camera: shards_of(store, split, camera) for camera in manifest.cameras}
 
-    def read(some: list[Episode], count: int) -> list[Shown]:
+    def read(some: list[Episode], count: int) -> list[PreviewedEpisode]:
         return [_episode(store, manifest, split, shards, episode, count) for episode in some]
 
     strips = [] if not manifest.action_dim else [chosen[0]] if cameras > 2 else chosen[:: max(1, len(chosen) // 2)][:2]
@@ -80,7 +80,7 @@ def _choose(store: Store, manifest: Manifest, split: str, count: int) -> list[Ep
 
 def _episode(
     store: Store, manifest: Manifest, split: str, shards: dict[str, list[IndexedShard]], episode: Episode, count: int
-) -> Shown:
+) -> PreviewedEpisode:
     times, actions = np.empty(0), np.empty((0, 0), np.float32)
     picked, images = np.empty(0, np.int64), {}
     size = manifest.image_size
@@ -96,7 +96,7 @@ def _episode(
             images[camera] = np.empty((len(picked), size, size, 3), np.uint8)
             for image, t in zip(images[camera], picked.tolist(), strict=True):
                 shard.shard.frame(first + t, image)
-    return Shown(episode, times, picked, images, actions)
+    return PreviewedEpisode(episode, times, picked, images, actions)
 
 
 def _locate(shards: list[IndexedShard], episode: Episode, where: str) -> tuple[IndexedShard, int]:

@@ -31,7 +31,7 @@ DELTAS = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class PreviewedEpisode:
     """What is drawn of one episode."""
 
     episode: Episode
@@ -50,7 +50,9 @@ class _Plot:
     height: int
 
 
-def draw(manifest: Manifest, split: str, sheet: Sequence[Shown], strips: Sequence[Shown], path: Path) -> None:
+def draw(
+    manifest: Manifest, split: str, sheet: Sequence[PreviewedEpisode], strips: Sequence[PreviewedEpisode], path: Path
+) -> None:
     """Write the picture, 1280 pixels wide.
 
     Args:
@@ -89,7 +91,7 @@ def draw(manifest: Manifest, split: str, sheet: Sequence[Shown], strips: Sequenc
         raise DataError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
-def _side(shown: Sequence[Shown]) -> int:
+def _side(shown: Sequence[PreviewedEpisode]) -> int:
     """Pixels of a frame, so that a row fills the page; small ones are not blown up."""
     columns = max((len(one.picked) for one in shown), default=1)
     return min((WIDTH - 2 * MARGIN - LABELS) // columns - GAP, LARGEST)
@@ -144,12 +146,12 @@ def _plots(manifest: Manifest) -> list[_Plot]:
     return plots + ([_Plot("gripper", [manifest.gripper], GRIPPER)] if manifest.gripper is not None else [])
 
 
-def _rows(one: Shown, side: int) -> int:
+def _rows(one: PreviewedEpisode, side: int) -> int:
     """Pixels of an episode's frames."""
     return len(one.frames) * (max(side, LINE * 2) + GAP) + 6
 
 
-def _frames(page: _Page, y: int, one: Shown, side: int) -> int:
+def _frames(page: _Page, y: int, one: PreviewedEpisode, side: int) -> int:
     """A row a camera; returns where the next thing goes."""
     label = textwrap.wrap(one.episode.id, WRAP)[-2:]
     label += textwrap.wrap(one.episode.instruction or one.episode.task or "(no instruction)", WRAP)[:3]
@@ -169,7 +171,9 @@ def _frames(page: _Page, y: int, one: Shown, side: int) -> int:
     return y + 6
 
 
-def _draw_plots(page: _Page, y: int, one: Shown, plots: Sequence[_Plot], names: Sequence[str], side: int) -> int:
+def _draw_plots(
+    page: _Page, y: int, one: PreviewedEpisode, plots: Sequence[_Plot], names: Sequence[str], side: int
+) -> int:
     """The actions; the middle of frame k lies at x = k, so that an action is under the frame it was taken at."""
     count = len(one.picked)
     shown = one.times[one.picked]

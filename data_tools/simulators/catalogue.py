@@ -16,7 +16,7 @@ _LIBERO_TRIALS = 50
 
 
 @dataclass(frozen=True)
-class Benchmarks:
+class InstalledBenchmarks:
     """LIBERO, Meta-World and ManiSkill, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
 
     def checkable(self, benchmark: str) -> bool:

@@ -22,7 +22,7 @@ HOPELESS = 20
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """One attempt, as the worker reports it and as PARTS/TASK/ATTEMPT.json keeps it."""
 
     attempt: int
@@ -41,7 +41,7 @@ class TaskJob:
     options: dict[str, Any]
     episodes: int
     outcomes: dict[int, bool] = field(default_factory=dict)  # attempt → success, from earlier calls and this one
-    fresh: list[Outcome] = field(default_factory=list)  # of this call
+    fresh: list[AttemptOutcome] = field(default_factory=list)  # of this call
     attributes: dict[str, Any] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
     kept: int = 0  # attempts recorded in the file that is there already
@@ -78,7 +78,7 @@ class TaskJob:
             if not job.written:
                 job.parts.mkdir(parents=True, exist_ok=True)
                 for report in job.parts.glob("*.json"):
-                    outcome = Outcome(**json.loads(report.read_text()))
+                    outcome = AttemptOutcome(**json.loads(report.read_text()))
                     job.outcomes[outcome.attempt] = outcome.success
                     job.attributes.update(outcome.attributes)
         except OSError as e:
@@ -117,7 +117,7 @@ class TaskJob:
             attempt += 1
         return None
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: AttemptOutcome) -> None:
         self.running.discard(outcome.attempt)
         self.outcomes[outcome.attempt] = outcome.success
         self.fresh.append(outcome)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.simulators.libero_expert import OPEN, Expert, corners, room
+from data_tools.simulators.libero_expert import OPEN, LiberoExpert, corners, room
 from data_tools.simulators.rollout import Rollout, StateRenderer, observed
 from stamo_dist.errors import DataError
 
@@ -114,7 +114,7 @@ class LiberoWorld:
         self._settle()
         self._await_rest()
         as_told = self._lies_as_told()
-        expert = Expert(self.env, self.goals, np.random.default_rng(seed))
+        expert = LiberoExpert(self.env, self.goals, np.random.default_rng(seed))
         steps: list[dict[str, np.ndarray]] = []
         succeeded = 0
         for action in expert.actions():
@@ -162,7 +162,7 @@ class LiberoWorld:
 
     def solve(self, trial: int) -> int | None:
         """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
-        expert = Expert(self.env, self.goals, np.random.default_rng(trial))
+        expert = LiberoExpert(self.env, self.goals, np.random.default_rng(trial))
         for step, action in enumerate(expert.actions()):
             if self.act(action):
                 return step + 1

@@ -101,7 +101,7 @@ def _up(height: float) -> np.ndarray:
     return np.array([0, 0, height])
 
 
-class Expert:
+class LiberoExpert:
     """Yields OSC_POSE actions that pick the goal's objects and place them, one after the other.
 
     Args:

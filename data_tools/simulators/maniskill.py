@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats.maniskill import CONTROL_HZ
-from data_tools.simulators.maniskill_expert import EXPERTS, INSTRUCTIONS, Expert
+from data_tools.simulators.maniskill_expert import EXPERTS, INSTRUCTIONS, ManiskillExpert
 from data_tools.simulators.rollout import Rollout, seed_of
 from stamo_dist.errors import DataError
 
@@ -145,7 +145,7 @@ class ManiSkillWorld:
             self._env = None
 
     def _advice(self, seed: int) -> Iterator[np.ndarray]:
-        for action in EXPERTS[self.task](Expert(self._env, np.random.default_rng(seed))):
+        for action in EXPERTS[self.task](ManiskillExpert(self._env, np.random.default_rng(seed))):
             yield np.clip(action, -1, 1).astype(np.float32).astype(np.float64)
 
     def _fresh(self, seed: int) -> None:

@@ -21,7 +21,7 @@ GRIPPER_STEPS = 6
 MAX_PHASE_STEPS = 40
 
 
-class Expert:
+class ManiskillExpert:
     """Yields actions (7,) that solve a task, reading the environment as it goes; after the last phase it holds still.
 
     Args:
@@ -103,11 +103,11 @@ class Expert:
 
 
 #: Environment → its expert.
-EXPERTS: dict[str, Callable[[Expert], Iterator[np.ndarray]]] = {
-    "PickCube-v1": Expert.pick,
-    "PushCube-v1": Expert.push,
-    "PullCube-v1": Expert.pull,
-    "StackCube-v1": Expert.stack,
+EXPERTS: dict[str, Callable[[ManiskillExpert], Iterator[np.ndarray]]] = {
+    "PickCube-v1": ManiskillExpert.pick,
+    "PushCube-v1": ManiskillExpert.push,
+    "PullCube-v1": ManiskillExpert.pull,
+    "StackCube-v1": ManiskillExpert.stack,
 }
 #: What each of them is told to do; ManiSkill says it nowhere.
 INSTRUCTIONS = {

@@ -59,7 +59,7 @@ class Rollout:
     seed: int | None = None
 
 
-class World(Protocol):
+class SimulatorWorld(Protocol):
     """One task in one simulator, with its scripted expert."""
 
     attributes: dict[str, Any]  # written into the HDF5 file's `data` group

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.simulators.jobs import PARTS, Outcome, TaskJob, open_jobs
-from data_tools.simulators.rollout import World, check_opengl
+from data_tools.simulators.jobs import PARTS, AttemptOutcome, TaskJob, open_jobs
+from data_tools.simulators.rollout import SimulatorWorld, check_opengl
 from data_tools.simulators.tasks import DEFAULT_CAMERAS, check_request, default_processes, prepare_environment
 from data_tools.workers import spawned
 from stamo_dist.errors import DataError
@@ -105,7 +105,7 @@ def simulate(
 
 def _drive(pool: ProcessPoolExecutor, jobs: Sequence[TaskJob], processes: int, show: Callable[[], None]) -> None:
     """Keep every process busy until each task has its episodes; write each file as soon as it is complete."""
-    running: dict[Future[Outcome], TaskJob] = {}
+    running: dict[Future[AttemptOutcome], TaskJob] = {}
     show()
     pending = list(jobs)
     while pending:
@@ -163,10 +163,10 @@ def _start_worker(benchmark: str, parts: Path) -> None:
 
 
 _benchmark: str = ""
-_world: tuple[str, World] | None = None
+_world: tuple[str, SimulatorWorld] | None = None
 
 
-def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> Outcome:
+def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> AttemptOutcome:
     """In a worker: roll out one attempt and, if it succeeds, render and write it."""
     from data_tools.simulators import demo_file, maniskill_file
 
@@ -177,14 +177,14 @@ def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> O
     if rollout.success:
         frames = world.render(rollout, options["cameras"], options["size"])
         layout.write_episode(parts / f"{attempt:05d}.hdf5", rollout, frames, attempt)
-    outcome = Outcome(attempt, rollout.success, len(rollout.actions), world.attributes)
+    outcome = AttemptOutcome(attempt, rollout.success, len(rollout.actions), world.attributes)
     # Written last: an attempt counts only once its report exists.
     with demo_file.whole_file(parts / f"{attempt:05d}.json") as temporary:
         temporary.write_text(json.dumps(outcome.__dict__))
     return outcome
 
 
-def _enter(task: str) -> World:
+def _enter(task: str) -> SimulatorWorld:
     """The world of `task`; a worker keeps the last one, because making it takes seconds."""
     global _world
     if _world is None or _world[0] != task:
@@ -195,7 +195,7 @@ def _enter(task: str) -> World:
     return _world[1]
 
 
-def _open(task: str) -> World:
+def _open(task: str) -> SimulatorWorld:
     if _benchmark == "maniskill":
         from data_tools.simulators.maniskill import ManiSkillWorld
 

@@ -40,7 +40,7 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class _File:
+class _StoredFile:
     name: str
     size: int
     sha256: str  # "" for what the manifest has no checksum of
@@ -122,7 +122,7 @@ def put_bytes(store: Store, name: str, content: bytes) -> None:
         store.put(path, name, sha256_of(path), lambda _: None)
 
 
-def _list(source: Store, manifest: Manifest) -> list[_File]:
+def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
     """All files but the manifest, cached latents included.
 
     Raises:
@@ -135,7 +135,9 @@ def _list(source: Store, manifest: Manifest) -> list[_File]:
     if missing := sorted(needed - set(sizes)):
         lines = [f"{source.url}: {len(missing)} files of the source are missing:", *_some(missing)]
         raise DataError("\n".join(lines))
-    return [_File(name, size, manifest.checksums.get(name, "")) for name, size in sizes.items() if name != MANIFEST]
+    return [
+        _StoredFile(name, size, manifest.checksums.get(name, "")) for name, size in sizes.items() if name != MANIFEST
+    ]
 
 
 def _some(problems: list[str]) -> list[str]:
@@ -211,7 +213,7 @@ class _Copy:
         self._lock = threading.Lock()
         self._advance: Advance = lambda _: None
 
-    def run(self, files: list[_File], parallel: int, quiet: bool) -> Copied:
+    def run(self, files: list[_StoredFile], parallel: int, quiet: bool) -> Copied:
         """Copy the shards, then what describes them.
 
         Raises:
@@ -227,7 +229,7 @@ class _Copy:
             self._record.save()
         return self.done
 
-    def _all(self, files: Iterable[_File], parallel: int) -> list[str]:
+    def _all(self, files: Iterable[_StoredFile], parallel: int) -> list[str]:
         """Copy all, a bounded number in the queue; returns what failed, giving up after SHOWN failures."""
         waiting, problems = iter(files), []
         with ThreadPoolExecutor(parallel) as pool:
@@ -243,7 +245,7 @@ class _Copy:
                     running |= {pool.submit(self._one, file) for file in islice(waiting, len(finished))}
         return list(dict.fromkeys(problems))
 
-    def _one(self, file: _File) -> None:
+    def _one(self, file: _StoredFile) -> None:
         if self._there.get(file.name) == file.size and self._is_there(file):
             self._advance(file.size)
             with self._lock:
@@ -257,7 +259,7 @@ class _Copy:
             self.done.files += 1
             self.done.bytes += file.size
 
-    def _is_there(self, file: _File) -> bool:
+    def _is_there(self, file: _StoredFile) -> bool:
         """Whether DST has the file already, with the same content."""
         stat = self.target.stat(file.name)
         if stat is None or stat.size != file.size:
@@ -275,17 +277,17 @@ class _Copy:
         self._remember(file, expected)
         return True
 
-    def _source_path(self, file: _File) -> Path:
+    def _source_path(self, file: _StoredFile) -> Path:
         return (self.source.local or Path()) / file.name
 
-    def _source_digest(self, file: _File) -> str:
+    def _source_digest(self, file: _StoredFile) -> str:
         """sha256 of a file that the manifest has no checksum of; "" when the source does not know it."""
         if self.source.local is not None:
             return sha256_of(self._source_path(file))
         stat = self.source.stat(file.name)
         return stat.sha256 if stat else ""
 
-    def _transfer(self, file: _File) -> None:
+    def _transfer(self, file: _StoredFile) -> None:
         """Copy one file; it gets its name after its content was compared."""
         moved = 0
 
@@ -313,7 +315,7 @@ class _Copy:
             self._advance(-moved)
             raise
 
-    def _compare(self, file: _File, path: Path) -> str:
+    def _compare(self, file: _StoredFile, path: Path) -> str:
         digest = sha256_of(path)
         if file.sha256 and digest != file.sha256:
             if path.name.endswith(".part"):
@@ -324,7 +326,7 @@ class _Copy:
             )
         return digest
 
-    def _remember(self, file: _File, digest: str) -> None:
+    def _remember(self, file: _StoredFile, digest: str) -> None:
         stat = self.target.stat(file.name)
         if file.sha256 and stat:
             with self._lock:

@@ -21,7 +21,7 @@ from stamo_dist.checkpoint.manifest import (
     read_checkpoint_manifest,
 )
 from stamo_dist.errors import CheckpointError
-from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.success import Successes
 
 _PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
@@ -117,7 +117,7 @@ def named(checkpoints: Path, name: str) -> Path:
 
 
 def superseded(
-    whole: list[tuple[Path, CheckpointManifest]], policy: Checkpoint, needed: Collection[int] = ()
+    whole: list[tuple[Path, CheckpointManifest]], policy: CheckpointConfig, needed: Collection[int] = ()
 ) -> list[Path]:  # fmt: skip
     """Which of the checkpoints, newest first, are not needed any more.
 

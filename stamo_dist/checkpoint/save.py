@@ -38,7 +38,7 @@ from stamo_dist.distributed.collectives import broadcast
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
 from stamo_dist.optim.ema import EMA
-from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
 from stamo_dist.run.success import Successes
@@ -147,7 +147,7 @@ class Saver:
         checkpoints: Path,
         engine: Engine,
         ema: EMA | None,
-        policy: Checkpoint,
+        policy: CheckpointConfig,
         origin: Origin,
         *,
         lease: RunLease | None = None,

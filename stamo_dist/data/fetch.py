@@ -41,7 +41,7 @@ class Fetcher:
         self._cache = Cache(Path(mixture.data.cache), limit * 1e9) if limit is not None and remote else None
 
     def ready(self, plan: Iterator[Position]) -> Iterator[Position]:
-        """`plan`, each position once its shards are there."""
+        """The positions of `plan`, each yielded once its shards are on local disk."""
         if self._threads is None:
             yield from plan
             return
@@ -141,8 +141,10 @@ class Cache:
             if time.time() - used < _IN_USE:
                 _log.warning(
                     "the shard cache %s holds %.2f GB, all in use; raise data.cache_limit above %.2f",
-                    self._root, total / 1e9, self._limit / 1e9,
-                )  # fmt: skip
+                    self._root,
+                    total / 1e9,
+                    self._limit / 1e9,
+                )
                 return
             path.unlink(missing_ok=True)
             total -= size

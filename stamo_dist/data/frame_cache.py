@@ -33,7 +33,7 @@ _FIELD = {"latents": "data.latents", "states": "policy.targets"}
 
 
 def cache_path(shard: ShardSpec, kind: Kind, fingerprint: str) -> Path:
-    """Where what the model of `fingerprint` makes of `shard` is kept."""
+    """The file with the rows that the model of `fingerprint` computed from `shard`."""
     path = Path(shard.path)
     return path.parent / f"{kind}-{fingerprint[:16]}" / f"{path.stem}.npy"
 
@@ -87,9 +87,14 @@ def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, a
         first = metas[0]
         assert isinstance(first, dict)
         content = {
-            "kind": kind, "fingerprint": fingerprint, "shape": list(first["shape"]), "precision": first["precision"],
-            "shards": len(of_folder), "samples": sum(shard.samples for shard in of_folder), **about,
-        }  # fmt: skip
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "shape": list(first["shape"]),
+            "precision": first["precision"],
+            "shards": len(of_folder),
+            "samples": sum(shard.samples for shard in of_folder),
+            **about,
+        }
         scratch = folder / f".{MANIFEST}.{os.getpid()}"
         scratch.write_text(json.dumps(content, indent=1) + "\n")
         scratch.replace(folder / MANIFEST)
@@ -133,7 +138,7 @@ class CacheSpec:
 
     @property
     def dtype(self) -> str:
-        """Of one stored number, for numpy."""
+        """The numpy dtype string of one stored number."""
         return np.dtype(_STORED[self.precision]).str
 
 

@@ -21,7 +21,7 @@ from stamo_dist.data.frame_cache import CacheSpec, find_cache
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Position
 from stamo_dist.data.pool import Pool
-from stamo_dist.data.reader import Reader, ReaderSpec
+from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
@@ -101,9 +101,17 @@ class CachedStates(NamedTuple):
 
 
 def build_loader(
-    mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin_memory: bool, workers: int | None = None,
-    latents: str | None = None, states: CachedStates | None = None, groups: int = 1,
-) -> Loader:  # fmt: skip
+    mixture: Mixture,
+    *,
+    rank: int,
+    world_size: int,
+    cursor: Cursor,
+    pin_memory: bool,
+    workers: int | None = None,
+    latents: str | None = None,
+    states: CachedStates | None = None,
+    groups: int = 1,
+) -> Loader:
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
     Args:
@@ -132,10 +140,26 @@ def build_loader(
     targets = None if states is None else find_cache(mixture.shards, "states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
-    return Loader(
-        mixture, rank=rank, world_size=world_size, cursor=cursor, pin=pin, workers=workers, latents=spec,
-        states=targets, each=states is not None and states.each, groups=groups,
-    )  # fmt: skip
+    caches = _Caches(spec, targets, each=states is not None and states.each)
+    return Loader(mixture, _RankShare(rank, world_size, groups), caches, cursor, pin=pin, workers=workers)
+
+
+@dataclass(frozen=True)
+class _RankShare:
+    """What of each global batch a process reads: every `world_size`-th sample, in `groups` that follow one another."""
+
+    rank: int
+    world_size: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """What is read in place of frames, and whether the states are those of each frame up to the target."""
+
+    latents: CacheSpec | None
+    states: CacheSpec | None
+    each: bool
 
 
 class Loader:
@@ -147,11 +171,10 @@ class Loader:
     """
 
     def __init__(
-        self, mixture: Mixture, *, rank: int, world_size: int, cursor: Cursor, pin: bool, workers: int,
-        latents: CacheSpec | None, states: CacheSpec | None, each: bool, groups: int,
-    ):  # fmt: skip
+        self, mixture: Mixture, share: _RankShare, caches: _Caches, cursor: Cursor, *, pin: bool, workers: int
+    ):
         self._mixture = mixture
-        self._latents = latents
+        self._latents, states = caches.latents, caches.states
         data = mixture.data
         self._depth = workers * data.prefetch
         spec = ReaderSpec(
@@ -159,25 +182,25 @@ class Loader:
             shard_source=mixture.shard_source.tolist(),
             sources=mixture.sources,
             image_size=data.image_size,
-            batch=mixture.global_batch // world_size,
+            batch=mixture.global_batch // share.world_size,
             slots=self._depth + _HELD + 1,
             seed=mixture.seed,
             augment=data.augment.model_dump() if data.augment.active else None,
-            latents=latents,
+            latents=caches.latents,
             states=states,
-            each=each,
+            each=caches.each,
             views=[camera.shards for camera in mixture.views[1:]],
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
         )
-        self._slots = spec.memory()
+        self._buffers = spec.memory()
         self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
-        self._reader = None if workers else Reader(spec, self._slots)
-        self._pool = Pool(spec, self._slots, workers, stuck=self._where, timeout=data.timeout) if workers else None
+        self._reader = None if workers else BatchReader(spec, self._buffers)
+        self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, rank, world_size, cursor, groups))
+        self._plan = self._fetcher.ready(_positions(mixture, share, cursor))
         self._coming: deque[Cursor] = deque()
-        self._ahead = Ahead(lambda: self._read().pin()) if pin else None
+        self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -187,7 +210,7 @@ class Loader:
         if self._closed:
             raise RunError("the loader is closed; build another one from the last batch's cursor")
         try:
-            return self._ahead.take() if self._ahead else self._read()
+            return self._prefetcher.take() if self._prefetcher else self._read()
         except BaseException:
             self.close()
             raise
@@ -195,12 +218,12 @@ class Loader:
     def close(self) -> None:
         """End the workers and threads; batches that were delivered stay valid."""
         self._closed = True
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._pool is not None:
             self._pool.close()
         self._fetcher.close()
-        self._slots.close()
+        self._buffers.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -225,30 +248,30 @@ class Loader:
         return self._deliver(slot, self._coming.popleft())
 
     def _next_slot(self) -> int:
-        """A free slot, with the next samples to read in it: `_deliver` always leaves one."""
+        """Write the next sample numbers into a free slot and return it; `_deliver` keeps one free at all times."""
         position = next(self._plan)
         self._coming.append(position.after)
         slot = self._free.pop()
-        views = self._slots[slot]
-        views["samples"][:], views["passes"][:] = position.samples, position.passes
+        views = self._buffers[slot]
+        views["samples"][:], views["epochs"][:] = position.samples, position.epochs
         return slot
 
     def _where(self, slot: int) -> str:
-        number = int(self._slots[slot]["shard"][0])
+        number = int(self._buffers[slot]["shard"][0])
         source = self._mixture.sources[self._mixture.shard_source[number]]
         return f"source {source}, {self._mixture.shards[number].path}"
 
     def _deliver(self, slot: int, cursor: Cursor) -> Batch:
-        memory = self._slots.memory(slot)
+        memory = self._buffers.memory(slot)
         if self._free:
             # The tensors keep the array alive, through all of its views, so the slot is free once the array is gone.
             finalize(memory, self._free.append, slot).atexit = False
         else:
             memory = memory.copy()
             self._free.append(slot)
-        views = self._slots.views(memory)
+        views = self._buffers.views(memory)
         samples = views.pop("samples").copy()
-        del views["passes"], views["shard"]
+        del views["epochs"], views["shard"]
         tensors = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
         if self._latents is not None:
             dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
@@ -257,23 +280,24 @@ class Loader:
         return Batch(sample=torch.from_numpy(samples), source=source, cursor=cursor, **tensors)
 
 
-def _positions(mixture: Mixture, rank: int, world_size: int, cursor: Cursor, groups: int) -> Iterator[Position]:
-    order = [0]
+def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
+    groups, order = share.groups, [0]
     while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
         order = [k for first in order for k in (first, first + len(order))]
     batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
     while True:
         plan = mixture.plan(batch, at_a_time)
-        for samples, passes in zip(plan.samples, plan.passes, strict=True):
+        for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            mine = np.concatenate([np.arange(rank + k * world_size, len(samples), groups * world_size) for k in order])
-            yield Position(Cursor(batch * mixture.global_batch), samples[mine], passes[mine])
+            stride, world = groups * share.world_size, share.world_size
+            mine = np.concatenate([np.arange(share.rank + k * world, len(samples), stride) for k in order])
+            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine])
         if len(plan.samples) < at_a_time:
             return
 
 
-class Ahead:
-    """Calls `make` in a thread, `depth` times ahead of `take`, until that raises; `take` raises it in its turn."""
+class PinnedPrefetcher:
+    """Calls `make` in a thread, up to `depth` batches ahead of `take`; what `make` raises, `take` raises after them."""
 
     def __init__(self, make: Callable[[], Batch], depth: int = 2):
         self._make = make
@@ -307,7 +331,7 @@ class Ahead:
         return made
 
     def close(self) -> None:
-        """End the thread; one that is still waiting for data ends after that."""
+        """End the thread; while it waits for data it is left to end by itself."""
         self._closed.set()
         with suppress(queue.Empty):
             while True:

@@ -2,7 +2,7 @@
 
 The stream is endless and belongs to the run, not to a rank: global batch n is its samples [n·B, (n + 1)·B), on any
 number of processes. `Schedule` says which source a position is taken from, `SourceOrder` which of the source's samples;
-both compute any stretch by itself, so a position is one number and memory does not grow with the data.
+both compute any interval by itself, so a position is one number and memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.order import SourceOrder
-from stamo_dist.data.plan import Plan, Planner
+from stamo_dist.data.plan import BatchPlan, Planner
 from stamo_dist.data.reader import Window
 from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
-from stamo_dist.data.view import View
+from stamo_dist.data.view import CameraView
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Source
+from stamo_dist.recipe.data import Data, SourceConfig
 
 
 class Mixture:
@@ -39,7 +39,7 @@ class Mixture:
         sources: Names of the sources with a weight above 0, in the recipe's order.
         opened: The folders of each source.
         streams: One per folder and camera, in the order of `sources`; with `data.views`, one per folder.
-        views: The streams' shards, and those of each further camera of the same moments.
+        views: The streams' shards, and those of each further camera of the same timesteps.
         stream_source: int64 (streams,), index into `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
         frames: int64 (sources,), frames of each source over its cameras.
@@ -59,8 +59,8 @@ class Mixture:
         self.sources = list(used)
         self.opened, streams = _open_all(used, data, growth)
         cameras = [stream for of_source in streams for stream in of_source]
-        # The cameras of one moment follow one another.
-        self.views = [View(cameras[v :: data.views]) for v in range(data.views)]
+        # The cameras of one timestep follow one another.
+        self.views = [CameraView(cameras[v :: data.views]) for v in range(data.views)]
         view, self.streams = self.views[0], self.views[0].streams
         of_sources = [len(of_source) // data.views for of_source in streams]
         self.stream_source = np.repeat(np.arange(len(streams)), of_sources)
@@ -77,7 +77,7 @@ class Mixture:
         self.window = self._window() if data.horizon else None
         self.fingerprint = self._fingerprint()
 
-    def plan(self, batch: int, count: int) -> Plan:
+    def plan(self, batch: int, count: int) -> BatchPlan:
         """Global batches `batch` up to `batch + count`; fewer where the data ends."""
         return self.planner.plan(batch, count)
 
@@ -91,7 +91,7 @@ class Mixture:
 
     @property
     def notes(self) -> list[str]:
-        """What of the sources is not read, for they grew since."""
+        """A line for each folder with episodes that are not read, as they came after the run began."""
         return [
             f"{opened.path}: has grown by {opened.later} episodes since this run began, which goes on without them; "
             "a new run reads all"
@@ -145,7 +145,7 @@ class Mixture:
 
 
 def _open_all(
-    sources: dict[str, Source], data: Data, growth: Mapping[str, Sequence[int]]
+    sources: dict[str, SourceConfig], data: Data, growth: Mapping[str, Sequence[int]]
 ) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
     """Every source's folders, and its cameras."""
     problems: list[str] = []
@@ -170,7 +170,7 @@ def _open_all(
     return list(found.values()), streams
 
 
-def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
+def _check(opened: OpenSource, source: SourceConfig, data: Data) -> list[str]:
     problems = []
     size = opened.manifest.image_size
     if size != data.image_size:
@@ -184,7 +184,7 @@ def _check(opened: OpenSource, source: Source, data: Data) -> list[str]:
 
 
 def _open_cameras(
-    name: str, opened: OpenSource, source: Source, seen: dict[tuple[str, str, str], str], views: int
+    name: str, opened: OpenSource, source: SourceConfig, seen: dict[tuple[str, str, str], str], views: int
 ) -> list[CameraShards]:
     streams, problems = [], []
     twice: dict[str, list[str]] = {}

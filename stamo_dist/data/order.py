@@ -1,6 +1,6 @@
-"""The endless order of one source's samples, pass after pass, in bounded memory.
+"""The endless order of one source's samples, epoch after epoch, in bounded memory.
 
-A source is cut into groups of whole shards, about `GROUP` samples each, in a new random arrangement every pass. Within
+A source is cut into groups of whole shards, about `GROUP` samples each, in a new random arrangement every epoch. Within
 a group streaming's own shuffle decides, so a source of one group has exactly streaming's order. Streaming shuffles a
 whole epoch at once in every process; a group keeps both time and memory from growing with the source.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.shuffle import get_shuffle
 
-from stamo_dist.recipe.schema import Shuffle
+from stamo_dist.recipe.sampling import Shuffle
 
 GROUP = 1 << 20
 
@@ -31,7 +31,7 @@ class SourceOrder:
         group: Samples that are shuffled at a time, rounded up to whole shards.
 
     Attributes:
-        samples: Length of one pass.
+        samples: Length of one epoch.
     """
 
     def __init__(
@@ -45,38 +45,38 @@ class SourceOrder:
         self._group = lru_cache(maxsize=1)(self._new_group)
 
     def at(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Sample numbers int64 (n,) and passes int32 (n,) of positions `start` up to `stop`."""
+        """Sample numbers int64 (n,) and epochs int32 (n,) of positions `start` up to `stop`."""
         samples = np.empty(stop - start, np.int64)
-        passes = np.empty(stop - start, np.int32)
+        epochs = np.empty(stop - start, np.int32)
         position = start
         while position < stop:
-            turn, offset = divmod(position, self.samples)
-            _, ends = self._arrange(turn)
+            epoch, offset = divmod(position, self.samples)
+            _, ends = self._arrange(epoch)
             number = int(np.searchsorted(ends, offset, side="right"))
             take = min(stop - position, int(ends[number]) - offset)
-            group = self._group(turn, number)
+            group = self._group(epoch, number)
             begin = offset - (int(ends[number]) - len(group))
             samples[position - start : position - start + take] = group[begin : begin + take]
-            passes[position - start : position - start + take] = turn
+            epochs[position - start : position - start + take] = epoch
             position += take
-        return samples, passes
+        return samples, epochs
 
-    def _new_arrangement(self, turn: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-        """The shards of each group of a pass, and where each group ends."""
+    def _new_arrangement(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+        """The shards of each group of an epoch, and where each group ends."""
         shards = np.arange(len(self._counts))
         if self._shuffle.enabled and self.samples > self._size:
-            shards = np.random.Generator(np.random.Philox(key=[self._seed, turn])).permutation(shards)
+            shards = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(shards)
         ends = self._counts[shards].cumsum()
         cuts = np.unique(np.searchsorted(ends, np.arange(self._size, self.samples, self._size)) + 1)
         groups = [part for part in np.split(shards, cuts) if len(part)]
         return groups, ends[np.cumsum([len(part) for part in groups]) - 1]
 
-    def _new_group(self, turn: int, number: int) -> NDArray[np.integer]:
-        shards = self._arrange(turn)[0][number]
+    def _new_group(self, epoch: int, number: int) -> NDArray[np.integer]:
+        shards = self._arrange(epoch)[0][number]
         counts = self._counts[shards]
         numbers = np.arange(counts.sum()) + np.repeat(self._first[shards] - (counts.cumsum() - counts), counts)
         if self._shuffle.enabled:
-            # Streaming seeds with seed + epoch: groups of one pass must not share a sum.
+            # Streaming seeds with seed + epoch: groups of one epoch must not share a sum.
             seed = (self._seed + number * 0x9E3779B1) % 2**31
-            numbers = numbers[get_shuffle(self._shuffle.algorithm, counts, 1, seed, turn, self._shuffle.block_size)]
+            numbers = numbers[get_shuffle(self._shuffle.algorithm, counts, 1, seed, epoch, self._shuffle.block_size)]
         return numbers.astype(self._dtype)

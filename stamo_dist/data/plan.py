@@ -31,24 +31,24 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Position:
-    """One rank's share of one global batch: the cursor after it, sample numbers and passes, both (b,)."""
+    """One rank's share of one global batch: the cursor after it, sample numbers and epochs, both (b,)."""
 
     after: Cursor
     samples: NDArray[np.int64]
-    passes: NDArray[np.int32]
+    epochs: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Consecutive global batches.
 
     Attributes:
         samples: int64 (batches, global_batch), the mixture's sample numbers.
-        passes: int32, same shape: how often the source was gone through before.
+        epochs: int32, same shape: how often the source was gone through before.
     """
 
     samples: NDArray[np.int64]
-    passes: NDArray[np.int32]
+    epochs: NDArray[np.int32]
 
 
 class Planner:
@@ -67,26 +67,26 @@ class Planner:
 
     def __init__(
         self, schedule: Schedule, orders: Sequence[SourceOrder], global_batch: int, seed: int, *, shuffle: bool
-    ):  # fmt: skip
+    ):
         self._schedule, self._orders, self._size = schedule, orders, global_batch
         self._seed, self._shuffle = seed, shuffle
         self.at_a_time = max(1, _AT_A_TIME // global_batch)
 
-    def plan(self, batch: int, count: int) -> Plan:
+    def plan(self, batch: int, count: int) -> BatchPlan:
         """Batches `batch` up to `batch + count`; fewer where the data ends."""
         size = self._size
-        stretch = self._schedule.stretch(batch * size, count * size)
-        samples = np.empty(len(stretch.source), np.int64)
-        passes = np.empty(len(stretch.source), np.int32)
-        for s in np.flatnonzero(stretch.end > stretch.begin):
-            mine = stretch.source == s
-            samples[mine], passes[mine] = self._orders[s].at(int(stretch.begin[s]), int(stretch.end[s]))
+        interval = self._schedule.interval(batch * size, count * size)
+        samples = np.empty(len(interval.source), np.int64)
+        epochs = np.empty(len(interval.source), np.int32)
+        for s in np.flatnonzero(interval.end > interval.begin):
+            mine = interval.source == s
+            samples[mine], epochs[mine] = self._orders[s].at(int(interval.begin[s]), int(interval.end[s]))
         whole = len(samples) // size
-        samples, passes = samples[: whole * size].reshape(whole, size), passes[: whole * size].reshape(whole, size)
+        samples, epochs = samples[: whole * size].reshape(whole, size), epochs[: whole * size].reshape(whole, size)
         if self._shuffle:
             order = _random_order(self._seed, batch, whole, size)
-            samples, passes = np.take_along_axis(samples, order, 1), np.take_along_axis(passes, order, 1)
-        return Plan(samples, passes)
+            samples, epochs = np.take_along_axis(samples, order, 1), np.take_along_axis(epochs, order, 1)
+        return BatchPlan(samples, epochs)
 
 
 def _random_order(seed: int, batch: int, count: int, size: int) -> NDArray[np.int64]:

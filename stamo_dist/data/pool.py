@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 
 from stamo_dist.data.reader import ReaderSpec
-from stamo_dist.data.slots import Slots
+from stamo_dist.data.shared_buffers import SharedBuffers
 from stamo_dist.data.worker import ANSWER, BAD_DATA, BUG, DONE, LENGTH, SLOT, receive
 from stamo_dist.errors import DataError, RunError, StamoError
 
@@ -29,11 +29,11 @@ _PATIENCE = 60.0  # seconds between two warnings about a batch that does not com
 
 
 class Pool:
-    """`workers` processes that fill `slots`.
+    """`workers` processes that fill `buffers`.
 
     Args:
         spec: What the workers read.
-        slots: Where they put it.
+        buffers: Where they put it.
         workers: How many.
         stuck: Slot → where its worker is, for messages.
         timeout: Seconds to wait for one batch.
@@ -43,11 +43,11 @@ class Pool:
     """
 
     def __init__(
-        self, spec: ReaderSpec, slots: Slots, workers: int, *, stuck: Callable[[int], str], timeout: float
-    ):  # fmt: skip
+        self, spec: ReaderSpec, buffers: SharedBuffers, workers: int, *, stuck: Callable[[int], str], timeout: float
+    ):
         self._stuck, self._timeout = stuck, timeout
         self._order: deque[int] = deque()  # slots that were submitted and not taken
-        self._filling: list[list[int]] = [[] for _ in range(workers)]  # those each worker was given, in order
+        self._filling: list[list[int]] = [[] for _ in range(workers)]  # assigned to each worker, in order
         self._filled: dict[int, list[str] | StamoError] = {}
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
@@ -56,7 +56,7 @@ class Pool:
         self._answers = select.poll()
         self._worker_of: dict[int, int] = {}
         for worker in range(workers):
-            process, connection = _start(slots.fd)
+            process, connection = _start(buffers.fd)
             self._workers.append(process)
             self._connections.append(connection)
             self._answers.register(connection, select.POLLIN)
@@ -66,7 +66,7 @@ class Pool:
             self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, slot: int) -> None:
-        """Have a slot, which must be free, filled by the worker with the fewest: a slow one keeps no other waiting."""
+        """Assign a free slot to the worker with the fewest: a slow one does not hold up the others."""
         while answers := self._answers.poll(0):
             for descriptor, _ in answers:
                 self._receive(self._worker_of[descriptor])
@@ -103,7 +103,7 @@ class Pool:
         return slot, wrong
 
     def _receive(self, worker: int) -> None:
-        """Read a worker's answer about the slot it was given first.
+        """Read a worker's answer about the slot it was assigned first.
 
         Raises:
             RunError: It died.
@@ -156,9 +156,7 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with theirs:
-            process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL
-            )  # fmt: skip
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL)
     except OSError as e:
         ours.close()
         raise RunError(f"a loader worker cannot be started: {e}; lower data.workers") from e

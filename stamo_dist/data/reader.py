@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.frame_cache import CacheFiles, CacheSpec
-from stamo_dist.data.shards import Layout, OpenShards, ShardSpec
-from stamo_dist.data.slots import Part, Slots
+from stamo_dist.data.shards import OpenShards, ShardLayout, ShardSpec
+from stamo_dist.data.shared_buffers import BufferField, SharedBuffers
 from stamo_dist.errors import DataError
 
 _TRIES = 16  # frames that may stand in for one that cannot be read
@@ -23,7 +23,7 @@ _TRIES = 16  # frames that may stand in for one that cannot be read
 
 @dataclass(frozen=True)
 class Window:
-    """What is read around frame t, beside the frame itself.
+    """The context of frame t that is read, beside the frame itself.
 
     `horizons`: per source, frames from t to the target frame, at most `horizon`. `chunks`: per source, actions in a
     chunk; 0 where its actions are not read.
@@ -36,15 +36,18 @@ class Window:
     action_dim: int
     proprio_dim: int
 
-    def parts(self, image_size: int) -> list[Part]:
-        parts = [Part("ahead", "<i8")]
+    def fields(self, image_size: int) -> list[BufferField]:
+        fields = [BufferField("ahead", "<i8")]
         if self.target:
-            parts.append(Part("target", "|u1", (image_size, image_size, 3)))
+            fields.append(BufferField("target", "|u1", (image_size, image_size, 3)))
         if self.action_dim:
-            parts += [Part("actions", "<f4", (self.horizon, self.action_dim)), Part("mask", "|b1", (self.horizon,))]
+            fields += [
+                BufferField("actions", "<f4", (self.horizon, self.action_dim)),
+                BufferField("mask", "|b1", (self.horizon,)),
+            ]
         if self.proprio_dim:
-            parts.append(Part("proprio", "<f4", (self.proprio_dim,)))
-        return parts
+            fields.append(BufferField("proprio", "<f4", (self.proprio_dim,)))
+        return fields
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,23 @@ class ReaderSpec:
     window: Window | None
     skip: bool  # take another frame for one that cannot be read
 
-    def memory(self, fd: int | None = None) -> Slots:
+    def memory(self, fd: int | None = None) -> SharedBuffers:
         """The slots as this spec lays them out; `fd` of the process that made them."""
-        parts = [Part("images", "|u1", (self.image_size, self.image_size, 3))]
+        fields = [BufferField("images", "|u1", (self.image_size, self.image_size, 3))]
         if self.latents is not None:
-            parts.append(Part("latents", "<u2", self.latents.shape))
+            fields.append(BufferField("latents", "<u2", self.latents.shape))
         if self.states is not None:
             dtype, shape = self.states.dtype, self.states.shape
-            parts.append(Part("state", dtype, shape))
+            fields.append(BufferField("state", dtype, shape))
             if self.each and self.window is not None:
-                parts.append(Part("next_states", dtype, (self.window.horizon, *shape)))
+                fields.append(BufferField("next_states", dtype, (self.window.horizon, *shape)))
             else:
-                parts.append(Part("target_state", dtype, shape))
+                fields.append(BufferField("target_state", dtype, shape))
         if self.views:
-            parts.append(Part("views", "|u1", (len(self.views), self.image_size, self.image_size, 3)))
+            fields.append(BufferField("views", "|u1", (len(self.views), self.image_size, self.image_size, 3)))
         if self.window is not None:
-            parts += self.window.parts(self.image_size)
-        return Slots(parts, self.batch, self.slots, fd)
+            fields += self.window.fields(self.image_size)
+        return SharedBuffers(fields, self.batch, self.slots, fd)
 
     def dumps(self) -> bytes:
         cameras = [self.shards, *self.views]
@@ -104,7 +107,7 @@ class ReaderSpec:
     @classmethod
     def loads(cls, text: bytes) -> ReaderSpec:
         raw: dict[str, Any] = json.loads(text)
-        layouts = [Layout(*map(tuple, layout)) for layout in raw.pop("layouts")]
+        layouts = [ShardLayout(*map(tuple, layout)) for layout in raw.pop("layouts")]
         cameras = [
             [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in shards]
             for shards in (raw["shards"], *raw["views"])
@@ -118,11 +121,11 @@ class ReaderSpec:
         return cls(**raw)
 
 
-class Reader:
+class BatchReader:
     """Reads batches into slots."""
 
-    def __init__(self, spec: ReaderSpec, slots: Slots):
-        self._spec, self._slots = spec, slots
+    def __init__(self, spec: ReaderSpec, buffers: SharedBuffers):
+        self._spec, self._buffers = spec, buffers
         self._shards = OpenShards(spec.shards)
         self._first = _first_samples(spec.shards)
         self._views = [(OpenShards(shards), _first_samples(shards)) for shards in spec.views]
@@ -130,10 +133,10 @@ class Reader:
         self._states = CacheFiles(spec.states) if spec.states else None
         horizon = spec.window.horizon if spec.window else 0
         self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
-        self._around = [
+        self._context = [
             (0, 0, b"", b"")
         ] * spec.batch  # frames ahead, actions, their bytes, those of the proprioception
-        self._steps = [self._look_around, self._decode] if spec.window else [self._decode]
+        self._steps = [self._read_context, self._decode] if spec.window else [self._decode]
         self._augment = None
         if spec.augment is not None:
             from stamo_dist.data.transforms import augmentation
@@ -146,7 +149,7 @@ class Reader:
         Raises:
             DataError: A shard, sample or latent is missing or corrupt; names the source, shard, sample and episode.
         """
-        views = self._slots[slot]
+        views = self._buffers[slot]
         samples = views["samples"]
         numbers = np.searchsorted(self._first, samples, side="right") - 1
         places = list(zip(numbers.tolist(), (samples - self._first[numbers]).tolist(), strict=True))
@@ -169,14 +172,14 @@ class Reader:
             self._read_another(k, *places[k], views, problem)
             views["replaced"][k] = True
         if self._spec.window is not None:
-            self._write_around(self._spec.window, views)
+            self._write_context(self._spec.window, views)
         return list(wrong.values())
 
     def _decode(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         shard = self._shards[number]
         shard.frame(row, views["images"][k])
         if "target" in views:
-            shard.frame(row + self._around[k][0], views["target"][k])
+            shard.frame(row + self._context[k][0], views["target"][k])
         for v, (shards, first) in enumerate(self._views):
             sample = int(self._first[number]) + row
             other = int(np.searchsorted(first, sample, side="right")) - 1
@@ -185,13 +188,13 @@ class Reader:
             # The target is cropped and lit as the frame is: what differs between them is motion.
             for name in ("images", "target"):
                 if name in views:
-                    self._augment(views[name][k], int(views["passes"][k]), int(views["samples"][k]))
+                    self._augment(views[name][k], int(views["epochs"][k]), int(views["samples"][k]))
             for v, frame in enumerate(views["views"][k] if self._views else (), 1):
-                self._augment(frame, int(views["passes"][k]), int(views["samples"][k]), v)
+                self._augment(frame, int(views["epochs"][k]), int(views["samples"][k]), v)
         if self._latents is not None:
             views["latents"][k] = self._latents[number][row].view(np.uint16)
         if self._states is not None:
-            states, ahead = self._states[number], self._around[k][0]
+            states, ahead = self._states[number], self._context[k][0]
             views["state"][k] = states[row]
             if "next_states" in views:
                 views["next_states"][k][:ahead] = states[row + 1 : row + 1 + ahead]
@@ -199,21 +202,21 @@ class Reader:
             else:
                 views["target_state"][k] = states[row + ahead]
 
-    def _look_around(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
+    def _read_context(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         window, shard = self._spec.window, self._shards[number]
         assert window is not None
-        t, length, proprio = shard.moment(row)
+        t, length, proprio = shard.timestep(row)
         source = self._spec.shard_source[number]
         horizon, chunk = window.horizons[source], window.chunks[source]
         n, actions = 0, b""
         if window.action_dim:
             n = min(chunk, length - t) if "action" in shard else 0
             actions = shard.run(row, row + n, "action") if n else b""
-        self._around[k] = min(horizon, length - 1 - t), n, actions, proprio
+        self._context[k] = min(horizon, length - 1 - t), n, actions, proprio
 
-    def _write_around(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
-        """Write what was found around all frames at once: numpy's cost is by the call."""
-        ahead, counts, actions, proprio = zip(*self._around, strict=True)
+    def _write_context(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
+        """Write the context of all frames of the batch in one numpy call a field; a call costs more than its rows."""
+        ahead, counts, actions, proprio = zip(*self._context, strict=True)
         views["ahead"][:] = ahead
         if window.action_dim:
             _write_padded(views["actions"], actions)
@@ -222,7 +225,11 @@ class Reader:
             _write_padded(views["proprio"], proprio)
 
     def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
-        """The next frame of the shard that can be read, or else of the source's next shards: the same in every run."""
+        """Fill row `k` with the shard's next readable frame, or one of the source's next shards; the same in every run.
+
+        Raises:
+            DataError: None of the frames tried can be read.
+        """
         for other, i in self._others(number, row):
             try:
                 for step in self._steps:
@@ -248,6 +255,6 @@ def _first_samples(shards: Sequence[ShardSpec]) -> NDArray[np.int64]:
 
 
 def _write_padded(out: NDArray[Any], rows: Sequence[bytes]) -> None:
-    """Fill each row of `out` from its bytes, and what they leave with zeros."""
+    """Copy each row's bytes into `out` and zero the rest of the row."""
     size = out.nbytes // len(out)
     out[:] = np.frombuffer(b"".join([row.ljust(size, b"\0") for row in rows]), out.dtype).reshape(out.shape)

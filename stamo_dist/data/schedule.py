@@ -3,7 +3,7 @@
 Weights make a share of the samples per source, constant over pieces of the run. The k-th sample of a source is due
 when the source's quota (the integral of its share) reaches k + phase; the stream is all sources' samples in the order
 in which they are due. So after N samples every source is within one sample per source of its quota, whatever N, and
-any stretch of the stream is computed without what precedes it.
+any interval of the stream is computed without what precedes it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.recipe.schema import Data
+from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Interval:
     """Positions [start, start + n) of the stream.
 
     Attributes:
         source: int64 (n,), the source of each.
-        begin, end: int64 (sources,), each source's own positions in the stretch are begin up to end, in order.
+        begin, end: int64 (sources,), each source's own positions in the interval are begin up to end, in order.
     """
 
     source: NDArray[np.int64]
@@ -83,7 +83,7 @@ class Schedule:
         piece = max(0, int(np.searchsorted(self.starts, at, side="right")) - 1)
         return self._quotas[piece] + self.shares[piece] * (at - self.starts[piece])
 
-    def stretch(self, start: int, count: int) -> Stretch:
+    def interval(self, start: int, count: int) -> Interval:
         """The next `count` samples after `start`; fewer where all sources are used up before."""
         count = max(0, int(min(start + count, self.end)) - start)
         n = len(self._phase)
@@ -95,11 +95,11 @@ class Schedule:
         before = start - int(low.sum())
         head, window = order[:before], order[before : before + count]
         begin = low + np.bincount(source[head], minlength=n)
-        return Stretch(source[window], begin, begin + np.bincount(source[window], minlength=n))
+        return Interval(source[window], begin, begin + np.bincount(source[window], minlength=n))
 
     @classmethod
     def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Schedule:
-        """That of a recipe's sources in use, which have so many frames each."""
+        """The schedule of a recipe's sources in use; `frames`: how many each has."""
         used = list(zip(data.used.values(), frames, strict=True))
         return cls(
             [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
@@ -108,7 +108,7 @@ class Schedule:
 
     def counts(self, at: int) -> NDArray[np.int64]:
         """Samples of each source among the first `at`, (sources,)."""
-        return self.stretch(int(min(at, self.end)), 0).begin
+        return self.interval(int(min(at, self.end)), 0).begin
 
     def _due_before(self, at: float) -> NDArray[np.int64]:
         return np.maximum(0, np.floor(self.quota(at) - self._phase + 1)).astype(np.int64)

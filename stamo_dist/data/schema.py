@@ -10,7 +10,7 @@ A source may grow: shards, lines of episodes.jsonl and entries of index.json are
 takes the place of the one before. Who reads by an older manifest takes as many as that one counts.
 
 Frames of an episode are contiguous and in one shard, so frame t+k is sample i+k of the same shard. All cameras of
-a split hold the same episodes in the same order, so sample i is the same moment in each of them.
+a split hold the same episodes in the same order, so sample i is the same timestep in each of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Episode(BaseModel):
     digest: str = ""  # of its rows as the dataset has them: times, actions, proprioception, texts
 
     def instruction_at(self, t: int) -> str:
-        """Of frame `t`."""
+        """The instruction of frame `t`."""
         begun = [first for first in self.later_instructions if first <= t]
         return self.later_instructions[max(begun)] if begun else self.instruction
 
@@ -103,10 +103,12 @@ class Stats(BaseModel):
         return [d for d, (a, b, low, high) in rows if low < high and _same(a, b, high - low)]
 
     def for_scaling(self) -> Stats:
-        """With min and max in place of the quantiles of `rare` dimensions."""
+        """A copy with min and max in place of the quantiles of `rare` dimensions."""
         rare = self.rare
-        q01, q99 = ([ends[d] if d in rare else q for d, q in enumerate(qs)]
-                    for ends, qs in ((self.min, self.q01), (self.max, self.q99)))  # fmt: skip
+        q01, q99 = (
+            [ends[d] if d in rare else q for d, q in enumerate(qs)]
+            for ends, qs in ((self.min, self.q01), (self.max, self.q99))
+        )
         return self.model_copy(update={"q01": q01, "q99": q99})
 
 
@@ -199,12 +201,12 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Of all but what may be added at any time."""
+        """Digest of all fields but those that may be added at any time."""
         dumped = self.model_dump(mode="json", exclude={"stats", "before"})
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
     def as_of(self, growth: int | None) -> Manifest:
-        """After it had grown that many times; None: as it is.
+        """The manifest as it was after growing `growth` times; None: as it is now.
 
         Raises:
             DataError: It has not grown so often.

@@ -27,7 +27,7 @@ _INT = struct.Struct("<q")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Columns of a shard as index.json gives them; a size of None is a column of varying size."""
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class ShardSpec:
     path: str
     nbytes: int
     samples: int
-    layout: Layout
+    layout: ShardLayout
     digest: str  # identifies the content
 
 
@@ -56,7 +56,7 @@ class _Columns:
         places: Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: ShardLayout):
         sizes = layout.sizes
         self.heads = struct.Struct(f"<{sum(size is None for size in sizes)}I")
         self.fixed = self.heads.size + sum(size or 0 for size in sizes)
@@ -70,7 +70,7 @@ class _Columns:
         }
 
     @cached_property
-    def moments(self) -> tuple[int, int, int, int, struct.Struct]:
+    def timestep_columns(self) -> tuple[int, int, int, int, struct.Struct]:
         """Where `t` is and where `length` is, as in `places`, and what to unpack there: length, proprioception.
 
         MDS sorts columns by name, so only vectors, of fixed size, lie between these two.
@@ -145,14 +145,14 @@ class MappedShard:
         at = begin + fixed + sum(heads[:varying])
         return self._map[at : at + (heads[varying] if size is None else size)]
 
-    def moment(self, i: int) -> tuple[int, int, builtins.bytes]:
-        """Of sample `i`: which frame of its episode it is, how many the episode has, and its proprioception, if any.
+    def timestep(self, i: int) -> tuple[int, int, builtins.bytes]:
+        """(frame number in its episode, frames of the episode, proprioception as stored or b"") of sample `i`.
 
         Raises:
             DataError: The sample is corrupt, or its episode does not fit the shard.
         """
         begin, heads = self._heads_of(i)
-        t_at, t_varying, at, varying, vectors = self._columns.moments
+        t_at, t_varying, at, varying, vectors = self._columns.timestep_columns
         (t,) = _INT.unpack_from(self._map, begin + t_at + sum(heads[:t_varying]))
         length, proprio = vectors.unpack_from(self._map, begin + at + sum(heads[:varying]))
         if not 0 <= t < length or i + length - t > self.spec.samples:

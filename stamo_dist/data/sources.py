@@ -26,7 +26,7 @@ from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
-from stamo_dist.data.shards import Layout, ShardSpec
+from stamo_dist.data.shards import ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
-    layouts: dict[Layout, Layout] = {}
+    layouts: dict[ShardLayout, ShardLayout] = {}
     shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in entries]
     for layout in layouts:
         if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
@@ -288,10 +288,14 @@ def _count(index: Path) -> int:
 
 
 def _spec(
-    folder: Path, entry: dict[str, Any], prefix: str, checksums: Mapping[str, str], layouts: dict[Layout, Layout]
+    folder: Path,
+    entry: dict[str, Any],
+    prefix: str,
+    checksums: Mapping[str, str],
+    layouts: dict[ShardLayout, ShardLayout],
 ) -> ShardSpec:
     sizes = tuple(size or None for size in entry["column_sizes"])
-    layout = Layout(tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes)
+    layout = ShardLayout(tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes)
     raw = entry["raw_data"]
     digest = checksums.get(f"{prefix}/{raw['basename']}")
     if digest is None:

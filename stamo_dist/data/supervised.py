@@ -14,7 +14,8 @@ import numpy as np
 
 from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.schema import Episode, Manifest
-from stamo_dist.recipe.schema import Data, Recipe, Source
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.schema import Recipe
 
 #: A folder of a source, and the episodes of the split that is read.
 Table = tuple[Manifest, Sequence[Episode]]
@@ -26,7 +27,7 @@ def labelled_episodes(episodes: int, share: float) -> list[bool]:
     return [int((i + 1) * exact) > int(i * exact) for i in range(episodes)]
 
 
-def sample_streams(data: Data, source: Source, manifest: Manifest) -> int:
+def sample_streams(data: Data, source: SourceConfig, manifest: Manifest) -> int:
     """How many of a folder's cameras are streams of samples of their own."""
     if data.views > 1:
         return 1

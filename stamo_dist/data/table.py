@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.shares import Share
+from stamo_dist.data.weights import Share
 from stamo_dist.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of uint8 frames, keyed by (seed, pass, sample): no worker count, rank or restart changes it."""
+"""Augmentation of uint8 frames, keyed by (seed, epoch, sample): no worker count, rank or restart changes it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stamo_dist.recipe.sampling import OPENVLA_AREA
 
 
 class Augments(Protocol):
-    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
+    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int = 0) -> None:
         """Augment `image`, uint8 (H, H, 3), in place.
 
-        `turn`: how often its source was gone through before; `view`: which camera of the moment it is.
+        `epoch`: how often its source was gone through before; `view`: which camera of the timestep it is.
         """
 
 
@@ -29,8 +29,8 @@ def augmentation(*, preset: str | None, crop: float, brightness: float, contrast
     )
 
 
-def _draw(n: int, *, seed: int, turn: int, sample: int, view: int) -> list[float]:
-    bits = np.random.Philox(key=[seed, turn], counter=[sample, view, 0, 0])
+def _draw(n: int, *, seed: int, epoch: int, sample: int, view: int) -> list[float]:
+    bits = np.random.Philox(key=[seed, epoch], counter=[sample, view, 0, 0])
     return np.random.Generator(bits).random(n).tolist()
 
 
@@ -47,9 +47,9 @@ class Augmentation:
     def __init__(self, crop: float, brightness: float, contrast: float, *, seed: int):
         self._crop, self._brightness, self._contrast, self._seed = crop, brightness, contrast, seed
 
-    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
-        """All views of a moment change alike."""
-        drawn = _draw(5, seed=self._seed, turn=turn, sample=sample, view=0)
+    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int = 0) -> None:
+        """All views of a timestep change alike."""
+        drawn = _draw(5, seed=self._seed, epoch=epoch, sample=sample, view=0)
         side, top, left, brightness, contrast = drawn
         if self._crop < 1:
             _crop_and_resize(image, 1 - (1 - self._crop) * side, top, left)
@@ -82,8 +82,8 @@ class OpenVLAAugmentation:
     def __init__(self, *, seed: int):
         self._seed = seed
 
-    def __call__(self, image: NDArray[np.uint8], turn: int, sample: int, view: int = 0) -> None:
-        drawn = _draw(6, seed=self._seed, turn=turn, sample=sample, view=view)
+    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int = 0) -> None:
+        drawn = _draw(6, seed=self._seed, epoch=epoch, sample=sample, view=view)
         image[...] = openvla_changed(torch.from_numpy(image), *drawn).numpy()
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from stamo_dist.data.sources import CameraShards
 
 
-class View:
+class CameraView:
     """Streams one after the other, their shards, and where each shard's samples begin.
 
-    All cameras of a folder hold the same moments in the same order, so a sample number means the same moment in every
+    All cameras of a folder hold the same timesteps in the same order: a sample number means the same timestep in every
     view; the bounds between shards may differ.
 
     Attributes:

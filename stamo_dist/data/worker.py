@@ -13,7 +13,7 @@ import sys
 import traceback
 from contextlib import suppress
 
-from stamo_dist.data.reader import Reader, ReaderSpec
+from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.errors import StamoError
 
 #: Sent to a worker: first the length of a ReaderSpec and the spec, then the slot of every batch.
@@ -53,14 +53,14 @@ def serve(connection: socket.socket, memory: int) -> None:
     # or a cluster signals every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    reader: Reader | None = None
+    reader: BatchReader | None = None
     spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
     while True:
         (slot,) = SLOT.unpack(receive(connection, SLOT.size))
         kind, message = DONE, b""
         try:
             if reader is None:
-                reader = Reader(spec, spec.memory(memory))
+                reader = BatchReader(spec, spec.memory(memory))
             message = "\n".join(reader.fill(slot)).encode()
         except StamoError as e:
             kind, message = BAD_DATA, str(e).encode()

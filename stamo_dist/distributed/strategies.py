@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
 _log = logging.getLogger(__name__)
-FILLS_SHARDS = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
+SUPPORTS_META_INIT = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -146,8 +146,8 @@ class EngineSpec:
         """Spread `module` and `optimizer` over the processes.
 
         All processes must hold the same initial weights. `accelerator`: made by `connect`, where the processes had to
-        talk before. Under a strategy of `FILLS_SHARDS` parameters may be on the meta device: only this process's shards
-        get memory, and what is in it must be written afterwards. The streaming loader never goes through here:
+        talk before. Under a strategy of `SUPPORTS_META_INIT` parameters may be on the meta device: only this process's
+        shards get memory, and what is in it must be written afterwards. The streaming loader never goes through here:
         Accelerate would read on rank 0 for all, one batch ahead.
 
         Raises:

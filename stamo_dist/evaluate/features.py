@@ -51,7 +51,7 @@ class Representations:
         self.grid = max(1, min(frames.shape[1], pixels or round((cfg.tokens * cfg.dim / 3) ** 0.5)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._encoder = encoder.hollow().to(tokenizer.device).eval()
+            self._encoder = encoder.untrained().to(tokenizer.device).eval()
             self._compressor = Compressor(cfg, encoder.dim).to(tokenizer.device).eval()
         if cfg.standardise:
             with torch.no_grad():

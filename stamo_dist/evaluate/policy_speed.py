@@ -20,7 +20,7 @@ from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.heads import WorldHead
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.policies import AnyPolicy
@@ -113,14 +113,14 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
     """The recipe's network without anybody's weights, straight on the device."""
     cfg = recipe.policy
     _, config = network_config(cfg)
-    eyes = None
+    state_encoder = None
     if cfg.vision == "stamo":
         assert cfg.tokenizer is not None, "the recipe's check wants it"
-        eyes = StamoVision(StateEncoder.from_pretrained(cfg.tokenizer).to(device))
-    sizes = Sizes(
+        state_encoder = StamoVision(StateEncoder.from_pretrained(cfg.tokenizer).to(device))
+    sizes = PolicySizes(
         _ACTION_DIM, recipe.data.horizon, _PROPRIO_DIM if cfg.proprio else 0, _STATE if cfg.world else None,
-        eyes.patch_dim if eyes and cfg.stamo != "states" else None,
-        eyes.state_shape[1] if eyes and cfg.stamo != "patches" else None,
+        state_encoder.patch_dim if state_encoder and cfg.stamo != "states" else None,
+        state_encoder.state_shape[1] if state_encoder and cfg.stamo != "patches" else None,
     )  # fmt: skip
     with loading.on_meta():
         network = PolicyNetwork(config, cfg, sizes)
@@ -134,7 +134,9 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
         for column, size in (("action", _ACTION_DIM), ("proprio", _PROPRIO_DIM))
     }
     text = TextTokenizer.from_instructions([_TEXT], size=config.text_vocabulary, bins=config.bins)
-    return Policy(network.eval(), text, ImageProcessor.from_config(config), Statistics({"any": ends}, "none"), eyes)
+    return Policy(
+        network.eval(), text, ImageProcessor.from_config(config), Statistics({"any": ends}, "none"), state_encoder
+    )
 
 
 def _targets(policy: Policy) -> tuple[tuple[int, int], tuple[int, int]]:

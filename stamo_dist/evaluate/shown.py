@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate.simulators import Benchmarks, Setting
 from stamo_dist.models.openvla.actions import SeenAs
-from stamo_dist.models.openvla.framing import Framing, Preset
+from stamo_dist.models.openvla.framing import Framing, FramingPreset
 from stamo_dist.models.policies import AnyPolicy, trained_on
 
 #: Where neither the policy nor the user says.
@@ -28,7 +28,7 @@ class Shown:
     @classmethod
     def to(
         cls, policy: str, benchmarks: Benchmarks, benchmark: str | None, cameras: Sequence[str], size: int | None,
-        actions: str | None, unnorm_key: str | None, preset: Preset | None = None,
+        actions: str | None, unnorm_key: str | None, preset: FramingPreset | None = None,
     ) -> Shown:  # fmt: skip
         """What is None or empty is taken from the policy's folder, whose weights are not opened, else from a preset.
 

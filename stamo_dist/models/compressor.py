@@ -57,7 +57,7 @@ class Compressor(nn.Module):
     state_std: Tensor
     state_map: Tensor | None
 
-    def __init__(self, cfg: schema.Compressor, features: int):
+    def __init__(self, cfg: schema.CompressorConfig, features: int):
         super().__init__()
         self.cfg = cfg
         self.tokens, self.dim, self.features = cfg.tokens, cfg.dim, features

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
-from stamo_dist.models.shards import Stored, write
+from stamo_dist.models.shards import StoredTensor, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
@@ -28,7 +28,7 @@ _CONDITIONING = ("context_embedder", "time_text_embed.text_embedder.linear_1")
 _DERIVED = {"joint_attention_dim": "model.compressor.dim", "pooled_projection_dim": "model.compressor tokens × dim"}
 
 
-def config_problems(cfg: schema.Decoder) -> list[str]:
+def config_problems(cfg: schema.DecoderConfig) -> list[str]:
     """Unknown fields of `cfg.config`, and fields that follow from the compressor."""
     known = inspect.signature(SD3Transformer2DModel.__init__).parameters
     problems = weights.unknown_keys(cfg.config, known, f"{FIELD}.config")
@@ -45,16 +45,20 @@ class Decoder(nn.Module):
         self.transformer = transformer
         self.precondition = precondition
         self.report: LoadReport | None = None
-        self._later: dict[str, Stored] = {}
+        self._deferred: dict[str, StoredTensor] = {}
 
     @classmethod
     def from_config(
-        cls, cfg: schema.Decoder, compressor: schema.Compressor, latent_shape: tuple[int, int, int], *,
-        later: bool = False,
-    ) -> Decoder:  # fmt: skip
+        cls,
+        cfg: schema.DecoderConfig,
+        compressor: schema.CompressorConfig,
+        latent_shape: tuple[int, int, int],
+        *,
+        meta_init: bool = False,
+    ) -> Decoder:
         """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
 
-        With `later`, what a checkpoint holds is read by `fill`: until then the parameters are on the meta device.
+        With `meta_init` the parameters are on the meta device until `load_weights` reads what a checkpoint holds.
 
         Without weights the number of channels, the size of the position table and the context width default to what
         the latents (C, h, w) and the heads need.
@@ -70,7 +74,7 @@ class Decoder(nn.Module):
         }
         if cfg.weights is not None:
             found = weights.find(cfg.weights, "decoder", f"{FIELD}.weights", cfg.config)
-            return cls.from_checkpoint(found, latent_shape, conditioning, later=later)
+            return cls.from_checkpoint(found, latent_shape, conditioning, meta_init=meta_init)
         if problems := config_problems(cfg):
             raise RecipeError(problems)
         channels, side, _ = latent_shape
@@ -90,28 +94,32 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, found: weights.Checkpoint, latent_shape: tuple[int, int, int],
-        conditioning: Mapping[str, int] | None = None, *, later: bool = False,
-    ) -> Decoder:  # fmt: skip
+        cls,
+        found: weights.PretrainedCheckpoint,
+        latent_shape: tuple[int, int, int],
+        conditioning: Mapping[str, int] | None = None,
+        *,
+        meta_init: bool = False,
+    ) -> Decoder:
         """Load an opened checkpoint; `conditioning` replaces config fields of the conditioning layers."""
         config = {**found.config, **(conditioning or {})}
         _check(config, latent_shape)
-        stored: dict[str, Stored] = {}
+        stored: dict[str, StoredTensor] = {}
         transformer, report = weights.load(
             lambda: SD3Transformer2DModel.from_config(config),
             found,
             reinitialise=_CONDITIONING if conditioning else (),
-            later=stored if later else None,
+            deferred=stored if meta_init else None,
         )
         decoder = cls(transformer)
         decoder.report = report
-        decoder._later = stored
+        decoder._deferred = stored
         return decoder
 
-    def fill(self) -> None:
-        """Read what was left for later, each process its own shards; the parameters have memory by now."""
+    def load_weights(self) -> None:
+        """Read what was deferred, each process its own shards; the parameters have memory by now."""
         parameters = dict(self.transformer.named_parameters())
-        for name, stored in self._later.items():
+        for name, stored in self._deferred.items():
             write(parameters[name], stored.read)
 
     @property

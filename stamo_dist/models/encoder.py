@@ -24,7 +24,7 @@ _REGISTERS = "num_register_tokens"  # in a config, it says that there are some
 Dinov2 = Dinov2Model | Dinov2WithRegistersModel
 
 
-def config_problems(cfg: schema.Encoder) -> list[str]:
+def config_problems(cfg: schema.EncoderConfig) -> list[str]:
     """What is wrong with `cfg.config` and `cfg.image_size`, before any weight is read."""
     config = Dinov2WithRegistersConfig() if _REGISTERS in cfg.config else Dinov2Config()
     problems = weights.unknown_keys(cfg.config, [*config.to_dict(), _REGISTERS], f"{FIELD}.config")
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
             model.embeddings.mask_token.requires_grad_(False)  # DINOv2's own pretraining uses it, nothing here does
 
     @classmethod
-    def from_config(cls, cfg: schema.Encoder) -> Encoder:
+    def from_config(cls, cfg: schema.EncoderConfig) -> Encoder:
         """Load `cfg.weights`, or build `cfg.config` with random weights.
 
         Raises:
@@ -79,14 +79,14 @@ class Encoder(nn.Module):
         return cls.from_checkpoint(weights.opened(folder, "encoder", f"{FIELD}.weights"), image_size, output)
 
     @classmethod
-    def from_checkpoint(cls, found: weights.Checkpoint, image_size: int, output: str = "patches") -> Encoder:
+    def from_checkpoint(cls, found: weights.PretrainedCheckpoint, image_size: int, output: str = "patches") -> Encoder:
         """Load an opened checkpoint."""
         model, report = weights.load(lambda: _build(found.config), found)
         encoder = cls(model, image_size, output)
         encoder.report = report
         return encoder
 
-    def hollow(self) -> Encoder:
+    def untrained(self) -> Encoder:
         """Another of this shape, as its class begins: for counting, or for comparing with random weights."""
         return Encoder(_build(self.model.config.to_dict()), self.image_size, self.output)
 

@@ -10,7 +10,8 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, SeenAs, Statistics, seen_as
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
-from stamo_dist.models.openvla.policy import Policy, recorded_framing
+from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.policy_base import recorded_framing
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
 from stamo_dist.pretrained.reading import read_config
 

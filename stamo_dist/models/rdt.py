@@ -19,14 +19,14 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
 _HIDDEN = -10_000.0  # added to the attention scores of what must not be seen
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DiffusionSizes:
     """What the policy takes from the data and from the encoder in front of it."""
 
     chunk: int  # C
@@ -38,7 +38,7 @@ class Sizes:
 
 
 def motion_shape(pseudo: str, per: str, horizon: int, state: tuple[int, int]) -> tuple[int, int] | None:
-    """`Sizes.motion` for states of (tokens, dim)."""
+    """`DiffusionSizes.motion` for states of (tokens, dim)."""
     tokens, dim = state
     if pseudo == "none":
         return None
@@ -54,7 +54,7 @@ def pixel_grid(tokens: int, dim: int) -> int:
 
 
 class Condition(NamedTuple):
-    """What is known of a moment."""
+    """What is known of a timestep."""
 
     image: Tensor  # (B, N, image_dim)
     text: Tensor  # (B, L) ids
@@ -62,7 +62,7 @@ class Condition(NamedTuple):
     proprio: Tensor | None = None  # (B, P) normalised
 
 
-class Plan(NamedTuple):
+class ActionPlan(NamedTuple):
     """What is denoised, noisy or clean."""
 
     actions: Tensor  # (B, C, A) normalised
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 class DiffusionTransformer(nn.Module):
     """Noisy plan, noise level and condition → clean plan."""
 
-    def __init__(self, cfg: DiffusionPolicy, sizes: Sizes):
+    def __init__(self, cfg: DiffusionTransformerConfig, sizes: DiffusionSizes):
         super().__init__()
         self.cfg, self.sizes = cfg, sizes
         self.gradient_checkpointing = False
@@ -88,17 +88,25 @@ class DiffusionTransformer(nn.Module):
         self.text_in = nn.Embedding(sizes.vocabulary, width)
         self.blocks = nn.ModuleList(
             BasicTransformerBlock(
-                width, cfg.heads, width // cfg.heads, cross_attention_dim=width, activation_fn="gelu-approximate",
+                width,
+                cfg.heads,
+                width // cfg.heads,
+                cross_attention_dim=width,
+                activation_fn="gelu-approximate",
                 attention_bias=True,
             )
             for _ in range(cfg.depth)
-        )  # fmt: skip
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, noisy: Plan, timestep: Tensor, known: Condition, has_actions: Tensor | None = None,
+        self,
+        noisy: ActionPlan,
+        timestep: Tensor,
+        known: Condition,
+        has_actions: Tensor | None = None,
         has_motion: Tensor | None = None,
-    ) -> Plan:  # fmt: skip
+    ) -> ActionPlan:
         """The clean plan, float32. `timestep` (B,) counts noise levels; bool masks, (B,), or for the pseudo-action also
         (B, its tokens), hide what a sample lacks.
         """
@@ -132,7 +140,7 @@ class DiffusionTransformer(nn.Module):
                 x = block(x, hidden, context, padding)
         x = self.norm(x)
         motion = None if noisy.motion is None else self.motion_out(x[:, end:]).float()
-        return Plan(self.action_out(x[:, start:end]).float(), motion)
+        return ActionPlan(self.action_out(x[:, start:end]).float(), motion)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block's activations in the backward pass."""
@@ -143,18 +151,20 @@ class DiffusionTransformer(nn.Module):
         return (BasicTransformerBlock.__name__,)
 
 
-def add_noise(cfg: DiffusionPolicy, clean: Plan, noise: Plan, uniform: Tensor) -> tuple[Plan, Tensor]:
+def add_noise(
+    cfg: DiffusionTransformerConfig, clean: ActionPlan, noise: ActionPlan, uniform: Tensor
+) -> tuple[ActionPlan, Tensor]:
     """The plan at random noise levels, from (B,) uniform numbers in [0, 1) → noisy plan, (B,) int64 levels."""
     scheduler = DDPMScheduler(cfg.timesteps, **_SCHEDULE)
     timestep = (uniform * cfg.timesteps).long().clamp_max(cfg.timesteps - 1)
     motion = None
     if clean.motion is not None and noise.motion is not None:
         motion = scheduler.add_noise(clean.motion, noise.motion, timestep)
-    return Plan(scheduler.add_noise(clean.actions, noise.actions, timestep), motion), timestep
+    return ActionPlan(scheduler.add_noise(clean.actions, noise.actions, timestep), motion), timestep
 
 
 @torch.no_grad()
-def draw(model: DiffusionTransformer, known: Condition, noise: Plan) -> Plan:
+def draw(model: DiffusionTransformer, known: Condition, noise: ActionPlan) -> ActionPlan:
     """Denoise from `noise` (standard normal) with DPM-Solver++; the same noise gives the same plan."""
     levels = [DPMSolverMultistepScheduler(model.cfg.timesteps, **_SCHEDULE) for _ in noise]
     for scheduler in levels:
@@ -165,7 +175,7 @@ def draw(model: DiffusionTransformer, known: Condition, noise: Plan) -> Plan:
         motion = None
         if plan.motion is not None:
             motion = levels[1].step(clean.motion, timestep, plan.motion).prev_sample
-        plan = Plan(levels[0].step(clean.actions, timestep, plan.actions).prev_sample, motion)
+        plan = ActionPlan(levels[0].step(clean.actions, timestep, plan.actions).prev_sample, motion)
     return plan
 
 

@@ -13,14 +13,21 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stamo_dist.errors import CheckpointError, DataError
+from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
-from stamo_dist.models.openvla.policy import FORMAT, look_through, read_eyes, recorded_framing
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, draw
+from stamo_dist.models.policy_base import (
+    FORMAT,
+    TrainedPolicy,
+    encode_proprio,
+    encode_views,
+    read_state_encoder,
+    recorded_framing,
+)
+from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, draw
 from stamo_dist.recipe import policy as recipe
 
 KIND = "diffusion"
@@ -28,11 +35,11 @@ _WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass
-class RDTPolicy:
+class RDTPolicy(TrainedPolicy):
     """A network with all it needs to be used; `from_pretrained` builds it, `act` and `act_batch` are as `Policy`'s."""
 
     network: DiffusionTransformer
-    cfg: recipe.Policy
+    cfg: recipe.DiffusionPolicyConfig
     text: TextTokenizer
     statistics: Statistics
     vision: StamoVision
@@ -61,10 +68,9 @@ class RDTPolicy:
             about = json.loads(settings.read_text(encoding="utf-8"))
             if about["format"] != FORMAT or about["kind"] != KIND:
                 raise CheckpointError(f"{settings}: is not a diffusion policy of format {FORMAT}; export it again")
-            cfg, sizes = recipe.Policy.model_validate(about["policy"]), about["sizes"]
-            assert cfg.diffusion is not None, "what is written has it"
+            cfg, sizes = recipe.DiffusionPolicyConfig.model_validate(about["policy"]), about["sizes"]
             motion = tuple(sizes["motion"]) if sizes["motion"] else None
-            network = DiffusionTransformer(cfg.diffusion, Sizes(**{**sizes, "motion": motion}))
+            network = DiffusionTransformer(cfg.diffusion, DiffusionSizes(**{**sizes, "motion": motion}))
             network.load_state_dict(load_file(folder / _WEIGHTS))
             statistics = Statistics.read(folder, {})
             text = TextTokenizer.from_folder(folder, about["pad"])
@@ -73,9 +79,9 @@ class RDTPolicy:
                 f"{folder}: cannot be read ({type(error).__name__}: {error}); export it again"
             ) from error
         seen = framing or recorded_framing(folder) or AS_IT_IS
-        eyes = read_eyes(folder, cfg, tokenizer, device)
-        assert eyes is not None, "it sees through the tokenizer"
-        return cls(network.to(device).eval(), cfg, text, statistics, eyes, about["scale"], seen)
+        state_encoder = read_state_encoder(folder, cfg, tokenizer, device)
+        assert state_encoder is not None, "it sees through the tokenizer"
+        return cls(network.to(device).eval(), cfg, text, statistics, state_encoder, about["scale"], seen)
 
     @property
     def device(self) -> torch.device:
@@ -85,23 +91,6 @@ class RDTPolicy:
     def chunk(self) -> int:
         """Actions it predicts at once."""
         return self.network.sizes.chunk
-
-    def act(
-        self,
-        image: Picture | Sequence[Picture],
-        instruction: str,
-        *,
-        unnorm_key: str | None = None,
-        proprio: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """One moment → (C, A) float64 actions in the units of the source `unnorm_key`.
-
-        Raises:
-            DataError: unknown statistics, a wrong number of views, or proprioception missing or of another size.
-        """
-        views = list(image) if isinstance(image, Sequence) else [image]
-        felt = None if proprio is None else np.asarray(proprio)[None]
-        return self.act_batch([views], [instruction], unnorm_key=unnorm_key, proprio=felt)[0]
 
     @torch.no_grad()
     def act_batch(
@@ -113,16 +102,11 @@ class RDTPolicy:
         proprio: np.ndarray | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """As `act`, for B moments of one source → (B, C, A). Each moment starts from the same noise, that of `seed`."""
+        """As `act`, for B timesteps of one source → (B, C, A). Each starts from the same noise, that of `seed`."""
         sizes = self.network.sizes
         actions = self.statistics.range(unnorm_key, "action", self.cfg.bounds)
-        state = None
-        if self.cfg.proprio:
-            if proprio is None:
-                raise DataError("this policy reads proprioception: give `proprio`")
-            felt = self.statistics.range(unnorm_key, "proprio", self.cfg.bounds)
-            state = torch.from_numpy(felt.normalise_proprio(np.asarray(proprio))).float().to(self.device)
-        seen = look_through(self.vision, self.cfg, images, self.framing)
+        state = encode_proprio(proprio, self.cfg, self.statistics, unnorm_key, self.device)
+        seen = encode_views(self.vision, self.cfg, images, self.framing)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
         prompts = self.text.encode(instructions).to(self.device)
@@ -134,31 +118,25 @@ class RDTPolicy:
             for s in shapes
         ]
         assert start[0] is not None, "there are always actions"
-        plan = draw(self.network, known, Plan(start[0], start[1]))
+        plan = draw(self.network, known, ActionPlan(start[0], start[1]))
         return actions.restore(plan.actions.double().clamp(-1, 1).cpu().numpy(), epsilon=True)
 
-
-def save_rdt(
-    folder: Path,
-    network: DiffusionTransformer,
-    cfg: recipe.Policy,
-    text: TextTokenizer,
-    statistics: Statistics,
-    tokenizer_fingerprint: str | None,
-    scale: float,
-    framing: Framing,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write what `RDTPolicy.from_pretrained` reads, cast to `dtype`; `policy.json` comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
-    weights.save(network.state_dict(), folder / _WEIGHTS, dtype)
-    text.save(folder)
-    (folder / STATISTICS).write_text(json.dumps(statistics.sources, indent=2) + "\n", encoding="utf-8")
-    about = {
-        "format": FORMAT, "kind": KIND, "policy": cfg.model_dump(mode="json"),
-        "sizes": dataclasses.asdict(network.sizes), "tokenizer_fingerprint": tokenizer_fingerprint, "pad": text.pad,
-        "scale": scale, "framing": framing.to_dict(),
-        "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
-    }  # fmt: skip
-    (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write what `from_pretrained` reads, the weights cast to `dtype`; `policy.json` comes last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).unlink(missing_ok=True)
+        weights.save(self.network.state_dict(), folder / _WEIGHTS, dtype)
+        self.text.save(folder)
+        (folder / STATISTICS).write_text(json.dumps(self.statistics.sources, indent=2) + "\n", encoding="utf-8")
+        about = {
+            "format": FORMAT,
+            "kind": KIND,
+            "policy": self.cfg.model_dump(mode="json"),
+            "sizes": dataclasses.asdict(self.network.sizes),
+            "tokenizer_fingerprint": self.vision.tokenizer.fingerprint,
+            "pad": self.text.pad,
+            "scale": self.scale,
+            "framing": self.framing.to_dict(),
+            "sources": {name: dataclasses.asdict(seen) for name, seen in self.statistics.seen.items()},
+        }
+        (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

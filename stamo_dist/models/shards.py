@@ -22,14 +22,14 @@ Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint, read when asked."""
 
     shape: tuple[int, ...]
     read: Callable[[Slices], Tensor]
 
     @classmethod
-    def in_file(cls, file: Any, key: str) -> Stored:
+    def in_file(cls, file: Any, key: str) -> StoredTensor:
         """A tensor of an open safetensors file."""
         shape = tuple(file.get_slice(key).get_shape())
         # safetensors cannot slice a scalar.
@@ -38,12 +38,12 @@ class Stored:
     def whole(self) -> Tensor:
         return self.read((slice(None),) * len(self.shape))
 
-    def rounded(self, dtype: torch.dtype) -> Stored:
+    def rounded(self, dtype: torch.dtype) -> StoredTensor:
         """The same tensor as it is once it was kept in `dtype`."""
-        return Stored(self.shape, lambda slices: self.read(slices).to(dtype))
+        return StoredTensor(self.shape, lambda slices: self.read(slices).to(dtype))
 
     @classmethod
-    def in_memory(cls, tensor: Tensor) -> Stored:
+    def in_memory(cls, tensor: Tensor) -> StoredTensor:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])
 
 

@@ -12,17 +12,14 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import decoder as decoders
@@ -30,76 +27,17 @@ from stamo_dist.models import encoder as encoders
 from stamo_dist.models import flow as flows
 from stamo_dist.models import vae as vaes
 from stamo_dist.models import weights
-from stamo_dist.models.compressor import Compressor, CompressorLayer
+from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.exported import FORMAT, check_parts, exported, read_compressor, read_encoder
 from stamo_dist.models.flops import Flops, count
+from stamo_dist.models.tokenizer_core import BLOCKS, TokenizerCore
 from stamo_dist.models.vae import VAE
 from stamo_dist.pretrained.pin import pin_model
 from stamo_dist.recipe import schema
 
 log = logging.getLogger(__name__)
-
-_BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer, Dinov2WithRegistersLayer)
-
-
-class Prediction(NamedTuple):
-    """What the core says of z_σ and of the state: float32 (B, C, h, w) each."""
-
-    velocity: Tensor
-    straight: Tensor | None  # the latents z₀, by a linear map of the state alone
-
-
-class TokenizerCore(nn.Module):
-    """The trained part: compressor and decoder, and the encoder when it is trained jointly.
-
-    `straight`, from the flattened state to the flattened latents, is there for training alone.
-    """
-
-    def __init__(
-        self,
-        compressor: Compressor,
-        decoder: Decoder,
-        encoder: Encoder | None = None,
-        straight: nn.Linear | None = None,
-    ):
-        super().__init__()
-        self.encoder = encoder
-        self.compressor = compressor
-        self.decoder = decoder
-        self.straight = straight
-
-    def forward(
-        self, features_or_images: Tensor, z_sigma: Tensor, sigma: Tensor, state_noise: Tensor | None = None
-    ) -> Prediction:
-        """Velocity of z_σ (B, C, h, w) at σ (B,) float32.
-
-        The first argument is the frozen encoder's patch tokens (B, N, D), or, where the encoder is trained jointly, the
-        images. `state_noise` (B, tokens, dim) is added to the state.
-        """
-        state = self.state(features_or_images)
-        if state_noise is not None:
-            state = state + state_noise.to(state.dtype)
-        straight = None
-        if self.straight is not None:
-            straight = self.straight(state.flatten(1)).float().view(z_sigma.shape)
-        return Prediction(self.decoder(z_sigma, sigma, state), straight)
-
-    def state(self, features_or_images: Tensor) -> Tensor:
-        """(B, tokens, dim) state tokens."""
-        return self.compressor(features_or_images if self.encoder is None else self.encoder(features_or_images))
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.compressor.gradient_checkpointing = enabled
-        self.decoder.set_gradient_checkpointing(enabled)
-        if self.encoder is not None:
-            self.encoder.set_gradient_checkpointing(enabled)
-
-    def block_classes(self) -> tuple[str, ...]:
-        """Class names of the transformer blocks in here, which FSDP shards one by one."""
-        return tuple(c.__name__ for c in _BLOCKS if any(isinstance(m, c) for m in self.modules()))
 
 
 class Tokenizer(nn.Module):
@@ -131,10 +69,13 @@ class Tokenizer(nn.Module):
         self._frozen_fingerprints: dict[str, str] | None = None
 
     @classmethod
-    def from_config(cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, later: bool = False) -> Tokenizer:
+    def from_config(
+        cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, meta_init: bool = False
+    ) -> Tokenizer:
         """Build from a recipe for square frames of `image_size`; parts without weights are random (torch's generator).
 
-        With `later`, the decoder's weights are read by `trained.decoder.fill`, once an engine has sharded it.
+        With `meta_init` the decoder is on the meta device until `trained.decoder.load_weights` reads its weights, each
+        process its own shards.
 
         Raises:
             RecipeError: fields that the model classes do not know or that do not fit each other.
@@ -149,7 +90,7 @@ class Tokenizer(nn.Module):
         vae = VAE.from_config(cfg.vae, image_size)
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
-        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, later=later)
+        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, meta_init=meta_init)
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         tokenizer.cfg = pin_model(cfg, tokenizer.sources)
         return tokenizer
@@ -206,7 +147,7 @@ class Tokenizer(nn.Module):
 
         Only `forward` is replaced, so names and hooks stay, and equal blocks share one compilation.
         """
-        blocks: list[nn.Module] = [m for m in self.modules() if isinstance(m, _BLOCKS)]
+        blocks: list[nn.Module] = [m for m in self.modules() if isinstance(m, BLOCKS)]
         for module in (*blocks, self.vae.model.encoder):
             module.forward = torch.compile(module.forward)
 
@@ -266,7 +207,7 @@ class Tokenizer(nn.Module):
             tokens = torch.empty(1, self.cfg.compressor.tokens, self.cfg.compressor.dim)
             frame = torch.empty(1, 3, size, size)
             return Flops(
-                encoder=count(encoder.hollow(), frame),
+                encoder=count(encoder.untrained(), frame),
                 compressor=count(Compressor(self.cfg.compressor, encoder.dim), features),
                 decoder=count(Decoder(transformer), torch.empty(1, *self.latent_shape), torch.empty(1), tokens),
                 vae_encoder=count(vae.model.encoder, frame),

@@ -22,7 +22,7 @@ from stamo_dist.recipe import schema
 FIELD = "model.vae"
 
 
-def config_problems(cfg: schema.VAE) -> list[str]:
+def config_problems(cfg: schema.VAEConfig) -> list[str]:
     """Unknown fields of `cfg.config`."""
     return weights.unknown_keys(cfg.config, inspect.signature(AutoencoderKL.__init__).parameters, f"{FIELD}.config")
 
@@ -45,7 +45,7 @@ class VAE(nn.Module):
         self.report: LoadReport | None = None
 
     @classmethod
-    def from_config(cls, cfg: schema.VAE, image_size: int) -> VAE:
+    def from_config(cls, cfg: schema.VAEConfig, image_size: int) -> VAE:
         """Load `cfg.weights`, or build `cfg.config` with random weights (to be trained by the vae stage).
 
         Raises:
@@ -66,7 +66,7 @@ class VAE(nn.Module):
         return cls.from_checkpoint(weights.opened(folder, "vae", f"{FIELD}.weights"), image_size, latent)
 
     @classmethod
-    def from_checkpoint(cls, found: weights.Checkpoint, image_size: int, latent: str = "mean") -> VAE:
+    def from_checkpoint(cls, found: weights.PretrainedCheckpoint, image_size: int, latent: str = "mean") -> VAE:
         """Load an opened checkpoint."""
         model, report = weights.load(lambda: AutoencoderKL.from_config(found.config), found)
         vae = cls(model, image_size, latent)

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError, RecipeError
-from stamo_dist.models.shards import Slices, Stored
+from stamo_dist.models.shards import Slices, StoredTensor
 from stamo_dist.pretrained.files import Shape
-from stamo_dist.pretrained.forms import Part, Span
+from stamo_dist.pretrained.forms import JoinedTensor, Span
 from stamo_dist.pretrained.place import locate, source
 from stamo_dist.pretrained.reading import KINDS, differing, is_pickled, read, tensors
 
@@ -71,16 +71,16 @@ def _listing(what: str, keys: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PretrainedCheckpoint:
     """A checkpoint of a part of the model, by the names of our classes; its tensors are read when asked for."""
 
     field: str  # of the recipe, for errors
     source: str  # the path, or OWNER/NAME@COMMIT
     config: dict[str, Any]
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
 
 
-def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> PretrainedCheckpoint:
     """Open what a recipe names as the weights of a part of the model ("encoder", "decoder", "vae").
 
     `config` is what the recipe says of the model beside them.
@@ -95,7 +95,7 @@ def find(weights: str, part: str, field: str, config: Mapping[str, Any] = Mappin
     return checkpoint
 
 
-def opened(path: Path, part: str, field: str) -> Checkpoint:
+def opened(path: Path, part: str, field: str) -> PretrainedCheckpoint:
     """Open a checkpoint that was located.
 
     Raises:
@@ -104,29 +104,29 @@ def opened(path: Path, part: str, field: str) -> Checkpoint:
     if is_pickled(path):
         loaded = unpickled(path, field)
         headers = read(path, part, field, {key: tuple(tensor.shape) for key, tensor in loaded.items()})
-        whole = {key: Stored.in_memory(tensor) for key, tensor in loaded.items()}
+        whole = {key: StoredTensor.in_memory(tensor) for key, tensor in loaded.items()}
     else:
         headers = read(path, part, field)
         whole = _stored(headers.files, field)
     stored = {name: _assembled(part, whole) for name, part in headers.parts.items()}
-    return Checkpoint(field, source(path), headers.config, stored)
+    return PretrainedCheckpoint(field, source(path), headers.config, stored)
 
 
-def folder(path: Path, field: str) -> Checkpoint:
+def folder(path: Path, field: str) -> PretrainedCheckpoint:
     """Open the tensors of a folder of our own, whatever its config.json says.
 
     Raises:
         CheckpointError: files are missing or corrupt.
     """
-    return Checkpoint(field, source(path), {}, _stored(tensors(path, field)[1], field))
+    return PretrainedCheckpoint(field, source(path), {}, _stored(tensors(path, field)[1], field))
 
 
-def _stored(files: Mapping[str, Path], field: str) -> dict[str, Stored]:
+def _stored(files: Mapping[str, Path], field: str) -> dict[str, StoredTensor]:
     maps = {path: open_file(path, field) for path in set(files.values())}
-    return {key: Stored.in_file(maps[path], key) for key, path in files.items()}
+    return {key: StoredTensor.in_file(maps[path], key) for key, path in files.items()}
 
 
-def _assembled(part: Part, whole: Mapping[str, Stored]) -> Stored:
+def _assembled(part: JoinedTensor, whole: Mapping[str, StoredTensor]) -> StoredTensor:
     first = part.spans[0]
     if len(part.spans) == 1 and first.key and whole[first.key].shape == part.shape:
         return whole[first.key]
@@ -135,10 +135,10 @@ def _assembled(part: Part, whole: Mapping[str, Stored]) -> Stored:
         pieces = [_span(span, part, whole) for span in part.spans]
         return torch.cat(pieces, part.axis).view(part.shape)[slices]
 
-    return Stored(part.shape, read)
+    return StoredTensor(part.shape, read)
 
 
-def _span(span: Span, part: Part, whole: Mapping[str, Stored]) -> Tensor:
+def _span(span: Span, part: JoinedTensor, whole: Mapping[str, StoredTensor]) -> Tensor:
     if not span.key:
         shape = list(part.shape)
         shape[part.axis] = span.stop - span.start
@@ -213,13 +213,15 @@ def _layer(key: str) -> str:
 
 
 def load(
-    build: Callable[[], M], checkpoint: Checkpoint, reinitialise: Collection[str] = (),
-    later: dict[str, Stored] | None = None,
-) -> tuple[M, LoadReport]:  # fmt: skip
+    build: Callable[[], M],
+    checkpoint: PretrainedCheckpoint,
+    reinitialise: Collection[str] = (),
+    deferred: dict[str, StoredTensor] | None = None,
+) -> tuple[M, LoadReport]:
     """Build a model with the weights of a checkpoint, in float32 on the CPU.
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
-    differs from the checkpoint's keep PyTorch's initialisation and are reported. With `later` the parameters stay
+    differs from the checkpoint's keep PyTorch's initialisation and are reported. With `deferred` the parameters stay
     without memory, and what is to be read into each is put there.
 
     Raises:
@@ -233,9 +235,9 @@ def load(
         raise CheckpointError(f"{field}: the checkpoint does not fit the model\n{report}")
 
     loaded = report.loaded
-    if later is not None:
+    if deferred is not None:
         parameters = dict(model.named_parameters())
-        later.update({key: stored[key] for key in loaded if key in parameters})
+        deferred.update({key: stored[key] for key in loaded if key in parameters})
         loaded = tuple(key for key in loaded if key not in parameters)
     model.load_state_dict({key: _as_float32(stored[key].whole()) for key in loaded}, assign=True, strict=False)
     for layer in sorted({_layer(key) for key in report.reinitialised}):
@@ -271,9 +273,13 @@ def save(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = No
 
 
 def save_shards(
-    state: Mapping[str, Tensor], folder: Path, *, stem: str = "model", dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    stem: str = "model",
+    dtype: torch.dtype | None = None,
     shard_size: str = "5GB",
-) -> None:  # fmt: skip
+) -> None:
     """As `save`, in files of at most `shard_size` and an index where one does not do."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: cast(v, dtype) for k, v in state.items()}

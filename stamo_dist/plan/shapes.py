@@ -20,14 +20,14 @@ from stamo_dist.models import rdt
 from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.openvla.policy_network import PolicySizes
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import DiffusionTransformer, motion_shape
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.models.vae import VAE
 from stamo_dist.plan.known import PAPER, config_of
 from stamo_dist.recipe import schema
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's, and a long instruction's ids
 
@@ -137,16 +137,16 @@ def _policy(recipe: schema.Recipe) -> Shapes:
             raw_target = cfg.world.target == "dinov2"
             target = (grid, encoder.dim) if raw_target else (compressor.tokens, compressor.dim)
     sees = cfg.vision == "stamo" and eyes is not None
-    sizes = Sizes(
+    sizes = PolicySizes(
         action, recipe.data.horizon, proprio if cfg.proprio else 0, target,
         encoder.dim if sees and cfg.stamo != "states" else None,
         compressor.dim if sees and cfg.stamo != "patches" else None,
     )  # fmt: skip
     base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    network = policies.hollow(config, cfg, sizes, base=base)
+    network = policies.on_meta(config, cfg, sizes, base=base)
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     network.train()
-    seen = policies.Seen(text + sizes.action_tokens + 1, patches, states)
+    seen = policies.TokenCounts(text + sizes.action_tokens + 1, patches, states)
 
     def step(batch: int) -> Tensor:
         if eyes is not None:
@@ -160,7 +160,11 @@ def _policy(recipe: schema.Recipe) -> Shapes:
 
 
 def _diffusion(
-    recipe: schema.Recipe, cfg: DiffusionPolicy, eyes: Tokenizer, data: tuple[int, int, int], notes: list[str]
+    recipe: schema.Recipe,
+    cfg: DiffusionTransformerConfig,
+    eyes: Tokenizer,
+    data: tuple[int, int, int],
+    notes: list[str],
 ) -> Shapes:
     policy, compressor = recipe.policy, eyes.trained.compressor
     action, proprio, text = data
@@ -170,7 +174,7 @@ def _diffusion(
     dim = eyes.encoder.dim if whole else compressor.dim
     with torch.device("meta"):
         network = DiffusionTransformer(
-            cfg, rdt.Sizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
+            cfg, rdt.DiffusionSizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
         )
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     network.train()
@@ -184,7 +188,7 @@ def _diffusion(
         known = rdt.Condition(
             torch.empty(batch, tokens, dim), ids, ids > 0, torch.empty(batch, proprio) if proprio else None
         )
-        noisy = rdt.Plan(
+        noisy = rdt.ActionPlan(
             torch.empty(batch, recipe.data.horizon, action), torch.empty(batch, *motion) if motion else None
         )
         has = torch.ones(batch, dtype=torch.bool)
@@ -206,9 +210,9 @@ def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
     except StamoError:
         notes.append(f"policy.tokenizer: {cfg.tokenizer} is not there; the paper's is assumed (DINOv2-L, 2 × 1024)")
         parts: dict[str, Any] = {
-            "encoder": schema.Encoder(config=PAPER["encoder"], train=True),
-            "decoder": schema.Decoder(config=PAPER["decoder"]),
-            "vae": schema.VAE(config=PAPER["vae"]),
+            "encoder": schema.EncoderConfig(config=PAPER["encoder"], train=True),
+            "decoder": schema.DecoderConfig(config=PAPER["decoder"]),
+            "vae": schema.VAEConfig(config=PAPER["vae"]),
         }
         model, flow, size = schema.Model(**parts), schema.Flow(), 256
     return hollow_tokenizer(model, flow, size, notes).requires_grad_(False)

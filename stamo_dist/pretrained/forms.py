@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class JoinedTensor:
     """A tensor of the model: spans along `axis` of stored ones, joined, and seen in this shape."""
 
     shape: Shape
@@ -37,7 +37,7 @@ class Part:
     axis: int = 0
 
     @classmethod
-    def whole(cls, key: str, shape: Shape) -> Part:
+    def whole(cls, key: str, shape: Shape) -> JoinedTensor:
         return cls(shape, (Span(key, 0, shape[0] if shape else 1),))
 
 
@@ -45,14 +45,14 @@ Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
-class Form:
+class CheckpointForm:
     """A checkpoint by the names of our classes. What no rule knows keeps its name, and will be unknown to the model."""
 
     config: dict[str, Any]
-    parts: dict[str, Part]
+    parts: dict[str, JoinedTensor]
 
 
-def dinov2(shapes: Shapes) -> Form | None:
+def dinov2(shapes: Shapes) -> CheckpointForm | None:
     """DINOv2 by the names of Meta and of timm, with or without registers; None: it is something else."""
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(shapes):
         return None
@@ -71,13 +71,15 @@ def dinov2(shapes: Shapes) -> Form | None:
     }  # fmt: skip
     if registers:
         config["num_register_tokens"] = registers
-    parts: dict[str, Part] = {"embeddings.mask_token": Part((1, width), (Span("", 0, 1),))}  # timm drops it
+    parts: dict[str, JoinedTensor] = {
+        "embeddings.mask_token": JoinedTensor((1, width), (Span("", 0, 1),))
+    }  # timm drops it
     for key, shape in shapes.items():
         parts.update(_dinov2_parts(key, shape, gated))
     if in_class:
         spans = (Span("", 0, 1), Span("pos_embed", 0, positions))
-        parts["embeddings.position_embeddings"] = Part((1, positions + 1, width), spans, axis=1)
-    return Form(config, parts)
+        parts["embeddings.position_embeddings"] = JoinedTensor((1, positions + 1, width), spans, axis=1)
+    return CheckpointForm(config, parts)
 
 
 _DINOV2 = {
@@ -92,17 +94,17 @@ _GATED = {"mlp.w12": "mlp.weights_in", "mlp.fc1": "mlp.weights_in", "mlp.w3": "m
           "mlp.fc2": "mlp.weights_out"}  # fmt: skip
 
 
-def _dinov2_parts(key: str, shape: Shape, gated: bool) -> Iterator[tuple[str, Part]]:
+def _dinov2_parts(key: str, shape: Shape, gated: bool) -> Iterator[tuple[str, JoinedTensor]]:
     block, name, kind = _split(key, r"blocks\.(\d+)\.")
     prefix = f"encoder.layer.{block}." if block else ""
     if name == "attn.qkv":
         yield from _thirds(key, shape, [f"{prefix}attention.attention.{n}{kind}" for n in ("query", "key", "value")])
         return
     known = {**_DINOV2, **(_GATED if gated else {})}
-    yield prefix + known[name] + kind if name in known else key, Part.whole(key, shape)
+    yield prefix + known[name] + kind if name in known else key, JoinedTensor.whole(key, shape)
 
 
-def sd3(shapes: Shapes) -> Form | None:
+def sd3(shapes: Shapes) -> CheckpointForm | None:
     """The transformer of a single file of Stable Diffusion 3 or 3.5; None: there is none in it."""
     found = {k.removeprefix(_SD3): v for k, v in shapes.items() if k.startswith(_SD3)} or dict(shapes)
     if not {"x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "pos_embed"} <= set(found):
@@ -121,10 +123,10 @@ def sd3(shapes: Shapes) -> Form | None:
         "dual_attention_layers": sorted({int(k.split(".")[1]) for k in found if ".attn2." in k}),
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in found else None,
     }  # fmt: skip
-    parts: dict[str, Part] = {}
+    parts: dict[str, JoinedTensor] = {}
     for key, shape in found.items():
         parts.update(_sd3_parts(key, origin + key, shape, depth - 1))
-    return Form(config, parts)
+    return CheckpointForm(config, parts)
 
 
 _SD3_NAMES = {
@@ -150,7 +152,7 @@ _SD3_FUSED = {
 }  # fmt: skip
 
 
-def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple[str, Part]]:
+def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple[str, JoinedTensor]]:
     block, name, kind = _split(key, r"joint_blocks\.(\d+)\.")
     prefix = f"transformer_blocks.{block}." if block else ""
     if name in _SD3_FUSED:
@@ -158,12 +160,12 @@ def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple
     elif name == "final_layer.adaLN_modulation.1" or (name, block) == ("context_block.adaLN_modulation.1", f"{last}"):
         half = shape[0] // 2  # shift, scale there; scale, shift here
         spans = (Span(stored, half, 2 * half), Span(stored, 0, half))
-        yield prefix + _SD3_NAMES[name] + kind, Part(shape, spans)
+        yield prefix + _SD3_NAMES[name] + kind, JoinedTensor(shape, spans)
     else:
-        yield prefix + _SD3_NAMES[name] + kind if name in _SD3_NAMES else key, Part.whole(stored, shape)
+        yield prefix + _SD3_NAMES[name] + kind if name in _SD3_NAMES else key, JoinedTensor.whole(stored, shape)
 
 
-def sd3_vae(shapes: Shapes) -> Form | None:
+def sd3_vae(shapes: Shapes) -> CheckpointForm | None:
     """The VAE of a single file of Stable Diffusion 3 or 3.5; None: there is none in it."""
     found = {k.removeprefix(_SD3_VAE): v for k, v in shapes.items() if k.startswith(_SD3_VAE)}
     channels = found.get("decoder.conv_in.weight", (0, 0))[1]
@@ -179,11 +181,11 @@ def sd3_vae(shapes: Shapes) -> Form | None:
         "use_quant_conv": "quant_conv.weight" in found, "use_post_quant_conv": "post_quant_conv.weight" in found,
         "scaling_factor": 1.5305, "shift_factor": 0.0609, "force_upcast": True,
     }  # fmt: skip
-    parts: dict[str, Part] = {}
+    parts: dict[str, JoinedTensor] = {}
     for key, shape in found.items():
         flat = shape[:2] if ".mid.attn_1." in key and len(shape) == 4 else shape  # 1 × 1 convolutions there
-        parts[_sd3_vae_name(key, levels)] = Part(flat, Part.whole(_SD3_VAE + key, shape).spans)
-    return Form(config, parts)
+        parts[_sd3_vae_name(key, levels)] = JoinedTensor(flat, JoinedTensor.whole(_SD3_VAE + key, shape).spans)
+    return CheckpointForm(config, parts)
 
 
 _VAE_NAMES = (
@@ -214,11 +216,11 @@ def _split(key: str, numbered: str) -> tuple[str, str, str]:
     return (block, stem, dot + kind) if kind in ("weight", "bias") else (block, rest, "")
 
 
-def _thirds(key: str, shape: Shape, names: list[str]) -> Iterator[tuple[str, Part]]:
+def _thirds(key: str, shape: Shape, names: list[str]) -> Iterator[tuple[str, JoinedTensor]]:
     """A fused layer: as many rows of each name, one after the other."""
     rows = shape[0] // len(names)
     for i, name in enumerate(names):
-        yield name, Part((rows, *shape[1:]), (Span(key, i * rows, (i + 1) * rows),))
+        yield name, JoinedTensor((rows, *shape[1:]), (Span(key, i * rows, (i + 1) * rows),))
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from stamo_dist.pretrained.place import hub_id
-from stamo_dist.recipe.policy import Policy
-from stamo_dist.recipe.schema import VAE, Decoder, Encoder, Model, Recipe
+from stamo_dist.recipe.policy import PolicyConfig
+from stamo_dist.recipe.schema import DecoderConfig, EncoderConfig, Model, Recipe, VAEConfig
 
-S = TypeVar("S", Encoder, Decoder, VAE, Policy)
+S = TypeVar("S", EncoderConfig, DecoderConfig, VAEConfig, PolicyConfig)
 
 
 def pin(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
@@ -33,7 +33,7 @@ def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[s
 
     `sources`: as the checkpoint says. It may lack what is frozen, so a branch that moved would change the run.
     """
-    sections: dict[str, Encoder | Decoder | VAE | Policy] = {
+    sections: dict[str, EncoderConfig | DecoderConfig | VAEConfig | PolicyConfig] = {
         "policy.weights": recipe.policy, "model.encoder.weights": recipe.model.encoder,
         "model.decoder.weights": recipe.model.decoder, "model.vae.weights": recipe.model.vae,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained import forms
 from stamo_dist.pretrained.files import PICKLED, Shape, header, pickled_names, weight_files
-from stamo_dist.pretrained.forms import Form, Part, Shapes
+from stamo_dist.pretrained.forms import CheckpointForm, JoinedTensor, Shapes
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Kind:
     subfolders: tuple[str, ...]  # where its folder may be, under what a recipe names
     key: str  # of config.json, that tells the class
     classes: tuple[str, ...]
-    form: Callable[[Shapes], Form | None] | None  # the other names that its tensors go by
+    form: Callable[[Shapes], CheckpointForm | None] | None  # the other names that its tensors go by
     convert: str  # how to make a folder of what cannot be read
 
 
@@ -54,7 +54,7 @@ class Opened:
     """`parts`: name of the model's tensor → what it is made of; `files`, `shapes`: of the stored tensors."""
 
     config: dict[str, Any]
-    parts: dict[str, Part]
+    parts: dict[str, JoinedTensor]
     shapes: dict[str, Shape]
     files: dict[str, Path]
 
@@ -84,7 +84,7 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
             return Opened(form.config, form.parts, shapes, files)
     config = read_config(path, part, field)
     shapes, files = tensors(path, field)
-    return Opened(config, {key: Part.whole(key, shape) for key, shape in shapes.items()}, shapes, files)
+    return Opened(config, {key: JoinedTensor.whole(key, shape) for key, shape in shapes.items()}, shapes, files)
 
 
 def is_timm(folder: Path, field: str) -> bool:

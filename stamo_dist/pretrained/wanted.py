@@ -15,7 +15,7 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
 from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
 from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Model, Recipe
 
 _FIELDS = {"encoder": "model.encoder", "decoder": "model.decoder", "vae": "model.vae", "policy": "policy"}
@@ -24,16 +24,16 @@ _ADAPTER = "adapter_config.json"
 
 
 @dataclass
-class Looked:
+class WantedWeights:
     """What was found: problems, and the hub ids whose files are not on this machine, by recipe field."""
 
     problems: dict[str, list[str]] = field(default_factory=dict)  # field → what is wrong, each beginning with a field
     absent: dict[str, tuple[str, str]] = field(default_factory=dict)  # field → (hub id, the command that downloads it)
 
 
-def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Looked:
+def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> WantedWeights:
     """Look at all weights that the recipe's stage reads, as a process with these environment variables finds them."""
-    looked, opened = Looked(), dict[str, Opened]()
+    looked, opened = WantedWeights(), dict[str, Opened]()
     for part, name, weights in wanted(recipe):
         problems = looked.problems.setdefault(name, [])
         try:
@@ -56,11 +56,12 @@ def wanted(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         section = recipe.policy if part == "policy" else getattr(recipe.model, part)
         if section.weights is not None:
             yield part, f"{_FIELDS[part]}.weights", section.weights
-    if recipe.stage == "policy" and (eyes := _eyes(recipe)) is not None and eyes.weights is not None:
-        yield "encoder", "policy.tokenizer", eyes.weights
+    encoder = _state_encoder(recipe) if recipe.stage == "policy" else None
+    if encoder is not None and encoder.weights is not None:
+        yield "encoder", "policy.tokenizer", encoder.weights
 
 
-def _eyes(recipe: Recipe) -> Any:
+def _state_encoder(recipe: Recipe) -> Any:
     """The frozen encoder that the policy's tokenizer was trained on and does not hold; None where there is none."""
     root = Path(recipe.policy.tokenizer or "/").expanduser()
     about = next((p / _EXPORTED for p in (root, root / "model") if (p / _EXPORTED).is_file()), None)
@@ -73,7 +74,7 @@ def _eyes(recipe: Recipe) -> Any:
     return None if encoder.train else encoder
 
 
-def _find(part: str, name: str, weights: str, looked: Looked, environ: Mapping[str, str]) -> Opened | None:
+def _find(part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]) -> Opened | None:
     if part == "policy" and (base := adapter_base(weights, environ)) is not None:
         weights, name = base, f"{name} (base of {weights})"
     hub = hub_id(weights)
@@ -165,7 +166,7 @@ def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
     }
 
 
-def _policy(found: Opened, name: str, weights: str, policy: Policy) -> list[str]:
+def _policy(found: Opened, name: str, weights: str, policy: PolicyConfig) -> list[str]:
     """As `_misfits`, of OpenVLA's folder; what it lacks of heads and projectors starts at random."""
     problems, config = [], found.config
     text = config.get("text_config") or {}
@@ -202,7 +203,7 @@ _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32}
 _TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
 
 
-def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: Looked) -> None:
+def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: WantedWeights) -> None:
     """What does not fit the rest of the recipe, of parts that are what they should be."""
     if recipe.stage != "tokenizer":
         return

@@ -13,7 +13,7 @@ from stamo_dist.checkpoint.compatibility import sources_of
 from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.tasks.base import Layout
+from stamo_dist.tasks.base import ExportLayout
 from stamo_dist.tracking.metrics_file import read_metrics
 
 _USE = {
@@ -69,7 +69,7 @@ _PEFT = """
 These are PEFT's adapters and what else was trained; the base is fetched from where `adapter_config.json` says."""
 
 
-def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: Layout, *, trained: nn.Module) -> str:
+def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportLayout, *, trained: nn.Module) -> str:
     """Markdown: what it is, how it is used, what it was trained on and how, what was measured."""
     marker = read_checkpoint_manifest(checkpoint)
     parameters = sum(p.numel() for p in trained.parameters())

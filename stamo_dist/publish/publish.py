@@ -22,7 +22,7 @@ from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder, open_run
 from stamo_dist.run.lease import acquire
 from stamo_dist.tasks import build_task
-from stamo_dist.tasks.base import Layout
+from stamo_dist.tasks.base import ExportLayout
 
 
 def publish(
@@ -55,11 +55,11 @@ def publish(
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = read_weights(folder)
     mixture = mixture_of(recipe, read_checkpoint_manifest(folder).recipe)
-    task = build_task(recipe, mixture, later=holds_all(folder))
+    task = build_task(recipe, mixture, meta_init=holds_all(folder))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    layout = Layout(form, getattr(torch, dtype), shard_size)
+    layout = ExportLayout(form, getattr(torch, dtype), shard_size)
     try:
         with closing(training_data(mixture, task)) as batches:
             task.export(part, weights, batches, layout)

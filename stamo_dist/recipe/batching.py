@@ -44,6 +44,9 @@ def batching(train: Train, world_size: int) -> Batching:
     each = per_rank // workers
     parts = next(k for k in range(1, each + 1) if each % k == 0 and each // k <= train.micro_batch)
     return Batching(
-        world_size=world_size, per_rank=per_rank, micro_batch=each // parts, accumulation=parts * workers,
+        world_size=world_size,
+        per_rank=per_rank,
+        micro_batch=each // parts,
+        accumulation=parts * workers,
         virtual=virtual,
-    )  # fmt: skip
+    )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.section import NonNegativeInt, PositiveInt, Section
 
-if TYPE_CHECKING:
-    from stamo_dist.recipe.schema import Data
 
-
-class Rollout(Section):
+class RolloutConfig(Section):
     """Closed-loop trials of a policy's saved weights beside its training; the options of `stamo eval rollout`."""
 
     benchmark: str | None = Field(None, description="Which simulator, e.g. metaworld; that of the data when omitted.")
@@ -57,10 +55,10 @@ class Evaluate(Section):
     probe: list[PositiveInt] = Field(
         default_factory=list, description="Frames between the two whose motion a small head reads; empty: no probe."
     )
-    rollout: Rollout | None = Field(None, description="Of a policy: trials in a simulator, beside the training.")
+    rollout: RolloutConfig | None = Field(None, description="Of a policy: trials in a simulator, beside the training.")
 
     @property
-    def beside(self) -> Rollout | None:
+    def beside(self) -> RolloutConfig | None:
         """The rollouts that are made, if they are."""
         return self.rollout if self.every else None
 
@@ -92,7 +90,7 @@ def evaluate_problems(evaluate: Evaluate, stage: str, checkpoint_every: int, dat
     return problems
 
 
-def _rollout_problems(rollout: Rollout, data: Data) -> list[str]:
+def _rollout_problems(rollout: RolloutConfig, data: Data) -> list[str]:
     problems = []
     if rollout.cameras and len(rollout.cameras) != data.views:
         problems.append(f"evaluate.rollout.cameras: the policy looks at {data.views} views (data.views); name as many")

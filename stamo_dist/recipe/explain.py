@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stamo_dist.errors import StamoError
-from stamo_dist.recipe.fields import ROOT, Field, all_fields, find
+from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.lines import dotted
 from stamo_dist.recipe.schema import Recipe
@@ -64,6 +64,8 @@ def json_schema() -> dict[str, Any]:
         "description": "Recipe files to start from, relative to this file; later ones win, this file wins over all.",
         "anyOf": [names, {"type": "array", "items": names}],
     }
+    policy = schema["properties"]["policy"]
+    policy["anyOf"] = policy.pop("oneOf")  # a fragment may fit both kinds
     sources = schema["$defs"]["Data"]["properties"]["sources"]
     sources["additionalProperties"] = {
         "description": "null removes an inherited source.",
@@ -72,5 +74,5 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "stamo recipe"}
 
 
-def _kind(field: Field) -> str:
+def _kind(field: RecipeField) -> str:
     return "section" if field.section else "NAME → section" if field.entry else field.words.removeprefix("a ")

@@ -15,7 +15,7 @@ from stamo_dist.recipe.schema import Recipe, Section
 
 
 @dataclass(frozen=True)
-class Field:
+class RecipeField:
     """One field, or one named entry of a map such as `data.sources.NAME`."""
 
     key: Key
@@ -24,20 +24,23 @@ class Field:
     info: FieldInfo | None = None
 
     @property
-    def section(self) -> type[Section] | None:
-        """The section this field is (or may be, beside null), or None for a plain value."""
+    def kinds(self) -> list[type[Section]]:
+        """The sections this field may be, beside null: several of a union, none for a plain value."""
         union = get_origin(self.annotation) in (Union, types.UnionType)
-        for kind in get_args(self.annotation) if union else (self.annotation,):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                return kind
-        return None
+        options = map(_unannotated, get_args(self.annotation) if union else (self.annotation,))
+        return [kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)]
 
     @property
-    def entry(self) -> Field | None:
+    def section(self) -> type[Section] | None:
+        """The section this field is, the first of a union, or None for a plain value."""
+        return next(iter(self.kinds), None)
+
+    @property
+    def entry(self) -> RecipeField | None:
         """What one entry of this map is, where the field maps free names to sections."""
         if get_origin(self.annotation) is not dict:
             return None
-        value = Field((*self.key, "NAME"), get_args(self.annotation)[1])
+        value = RecipeField((*self.key, "NAME"), get_args(self.annotation)[1])
         return value if value.section else None
 
     @property
@@ -66,27 +69,31 @@ class Field:
         """Whether it holds numbers, alone or in a list."""
         return "number" in self.words and "true or false" not in self.words
 
-    def children(self) -> Iterator[Field]:
+    def children(self) -> Iterator[RecipeField]:
         """The fields of a section, or of one entry of a map of sections."""
-        section = self.section or (self.entry.section if self.entry else None)
-        if section is None:
-            return
+        kinds = self.kinds or (self.entry.kinds if self.entry else [])
         at = self.key if self.section else (*self.key, "NAME")
-        for name, info in section.model_fields.items():
-            yield Field((*at, name), info.annotation, tuple(info.metadata), info)
+        found: dict[str, RecipeField] = {}
+        for name, info in (item for kind in kinds for item in kind.model_fields.items()):
+            if name not in found:
+                found[name] = RecipeField((*at, name), info.annotation, tuple(info.metadata), info)
+            elif found[name].annotation is types.NoneType:  # the first kind cannot have it
+                also: Any = info.annotation
+                found[name] = RecipeField((*at, name), also | None, tuple(info.metadata), info)
+        yield from found.values()
 
-    def child(self, name: Any) -> Field | None:
+    def child(self, name: Any) -> RecipeField | None:
         if self.section is None:
-            return Field((*self.key, name), self.entry.annotation) if self.entry else None
+            return RecipeField((*self.key, name), self.entry.annotation) if self.entry else None
         return next((f for f in self.children() if f.key[-1] == name), None)
 
 
-ROOT = Field((), Recipe)
+ROOT = RecipeField((), Recipe)
 
 
-def find(key: Key, root: Field = ROOT) -> Field | None:
+def find(key: Key, root: RecipeField = ROOT) -> RecipeField | None:
     """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
-    field: Field | None = root
+    field: RecipeField | None = root
     for name in key:
         if field is None:
             return None
@@ -94,12 +101,24 @@ def find(key: Key, root: Field = ROOT) -> Field | None:
     return field
 
 
-def nearest(key: Key, root: Field = ROOT) -> Field:
+def key_of(place: Key, root: RecipeField = ROOT) -> Key:
+    """The key of what pydantic names: after a field that is a union of sections it puts the tag of one of them."""
+    key: Key = ()
+    field: RecipeField | None = root
+    names = iter(place)
+    for name in names:
+        key, field = (*key, name), None if field is None else field.child(name)
+        if field is not None and len(field.kinds) > 1:
+            next(names, None)
+    return key
+
+
+def nearest(key: Key, root: RecipeField = ROOT) -> RecipeField:
     """The deepest field on the way to `key`."""
     return next(field for depth in range(len(key), -1, -1) if (field := find(key[:depth], root)))
 
 
-def all_fields(field: Field = ROOT) -> Iterator[Field]:
+def all_fields(field: RecipeField = ROOT) -> Iterator[RecipeField]:
     """Every field below `field`, depth first."""
     for child in field.children():
         yield child
@@ -124,13 +143,17 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _unannotated(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def _words(kind: Any, metadata: tuple[Any, ...] = ()) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         inner = [m for part in args[1:] for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return _words(args[0], (*inner, *metadata))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if arg is type(None) else _words(arg, metadata) for arg in args)
+        return " or ".join(dict.fromkeys("null" if arg is type(None) else _words(arg, metadata) for arg in args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (list, tuple):

@@ -1,15 +1,14 @@
-"""The policy's part of a recipe: OpenVLA or OpenVLA-OFT, with or without world modelling."""
+"""The policy's part of a recipe: OpenVLA or OpenVLA-OFT with or without world modelling, or a diffusion transformer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.section import Fraction, PositiveInt, Section, Weight
-
-if TYPE_CHECKING:
-    from stamo_dist.recipe.schema import Data
 
 Bounds = Literal["q99", "minmax"]  # 1 % and 99 % quantiles, or the extremes
 
@@ -61,7 +60,7 @@ class WorldModel(Section):
         return self
 
 
-class DiffusionPolicy(Section):
+class DiffusionTransformerConfig(Section):
     """A small policy in RDT's manner: a diffusion transformer over the action chunk, beside pseudo-actions of video."""
 
     width: PositiveInt = Field(256, description="Width of the transformer; heads must divide it.")
@@ -84,7 +83,7 @@ class DiffusionPolicy(Section):
     pseudo_weight: Weight = Field(1.0, description="Weight of their loss beside policy.action_weight.")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> DiffusionPolicy:
+    def _heads_divide_width(self) -> DiffusionTransformerConfig:
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} must divide width {self.width}")
         if self.vocabulary % 64:
@@ -92,7 +91,7 @@ class DiffusionPolicy(Section):
         return self
 
 
-class Policy(Section):
+class PolicyConfig(Section):
     """The network that turns images and an instruction into actions."""
 
     weights: str | None = Field(
@@ -129,15 +128,57 @@ class Policy(Section):
         "online",
         description="States to predict (and see, with stamo: states): computed in the step, or by `stamo encode`.",
     )
-    diffusion: DiffusionPolicy | None = Field(
-        None, description="A small diffusion transformer (RDT) in place of OpenVLA; null trains OpenVLA."
-    )
 
     @model_validator(mode="after")
-    def _film_needs_towers(self) -> Policy:
+    def _film_needs_towers(self) -> PolicyConfig:
         if self.film and self.vision == "stamo":
             raise ValueError("film: the frozen StaMo encoder has no FiLM; set film: false or another vision")
         return self
+
+
+class OpenVLAPolicyConfig(PolicyConfig):
+    """OpenVLA or OpenVLA-OFT."""
+
+    diffusion: None = None
+
+
+def _as_omitted(value: Any, info: ValidationInfo) -> Any:
+    """Accept the default alone: resolved recipes write out every field."""
+    assert info.field_name is not None, "it validates fields"
+    if value != PolicyConfig.model_fields[info.field_name].get_default(call_default_factory=True):
+        raise ValueError("is of OpenVLA, and policy.diffusion trains another network; leave it out")
+    return value
+
+
+_OmittedNone = Annotated[None, BeforeValidator(_as_omitted)]
+
+
+class DiffusionPolicyConfig(PolicyConfig):
+    """A diffusion transformer. Fields of OpenVLA are kept at their defaults, because checkpoints record them."""
+
+    weights: _OmittedNone = None
+    config: Annotated[dict[str, Any], Field(max_length=0), BeforeValidator(_as_omitted)] = Field(default_factory=dict)
+    actions: Annotated[Literal["tokens"], BeforeValidator(_as_omitted)] = "tokens"
+    film: Annotated[Literal[False], BeforeValidator(_as_omitted)] = False
+    prompt: Annotated[Literal["openvla"], BeforeValidator(_as_omitted)] = "openvla"
+    lora: _OmittedNone = None
+    world: _OmittedNone = None
+    diffusion: DiffusionTransformerConfig = Field(
+        DiffusionTransformerConfig(),
+        description="A small diffusion transformer (RDT) in place of OpenVLA; null trains OpenVLA.",
+    )
+
+
+def _kind(value: Any) -> str:
+    """Which of the two a policy is: recipes say it by `policy.diffusion` alone."""
+    diffusion = value.get("diffusion") if isinstance(value, Mapping) else getattr(value, "diffusion", None)
+    return "openvla" if diffusion is None else "diffusion"
+
+
+Policy = Annotated[
+    Annotated[OpenVLAPolicyConfig, Tag("openvla")] | Annotated[DiffusionPolicyConfig, Tag("diffusion")],
+    Discriminator(_kind),
+]
 
 
 def policy_problems(policy: Policy, data: Data) -> list[str]:
@@ -152,8 +193,8 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
         problems.append("policy.targets: states are cached, raw DINOv2 patches are not; set policy.targets: online")
     if cached and policy.tokenizer is None:
         problems.append("policy.tokenizer: is missing, and policy.targets: cached are the states it gives")
-    if policy.diffusion is not None:
-        problems += _diffusion_problems(policy, policy.diffusion, data)
+    if isinstance(policy, DiffusionPolicyConfig):
+        problems += _diffusion_problems(policy, data)
     if policy.world is not None and not data.target:
         problems.append("data.target: policy.world predicts from the frame at t + horizon; set data.target: true")
     if policy.tokenizer is None and (policy.world is not None or policy.vision == "stamo"):
@@ -188,16 +229,8 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
     return problems
 
 
-_OPENVLA_ONLY = ("weights", "config", "actions", "film", "prompt", "lora", "world")
-
-
-def _diffusion_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) -> list[str]:
-    defaults = Policy()
-    problems = [
-        f"policy.{name}: is of OpenVLA, and policy.diffusion trains another network; leave it out"
-        for name in _OPENVLA_ONLY
-        if getattr(policy, name) != getattr(defaults, name)
-    ]
+def _diffusion_problems(policy: DiffusionPolicyConfig, data: Data) -> list[str]:
+    diffusion, problems = policy.diffusion, []
     if policy.vision != "stamo":
         problems.append("policy.vision: the diffusion policy sees through the StaMo encoder; set vision: stamo")
     if policy.stamo == "both":
@@ -205,17 +238,17 @@ def _diffusion_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) 
     if diffusion.pseudo != "none" and not data.target:
         problems.append("data.target: pseudo-actions come from the frame at t + horizon; set data.target: true")
     if diffusion.pseudo_per == "step" and diffusion.pseudo != "none":
-        problems += _step_problems(policy, diffusion, data)
+        problems += _step_problems(policy, data)
     of_use = diffusion.pseudo == "motion" or (diffusion.pseudo == "none" and policy.stamo == "states")
     if policy.targets == "cached" and not of_use:
         problems.append(f"policy.targets: pseudo: {diffusion.pseudo} needs no states; set policy.targets: online")
     return problems
 
 
-def _step_problems(policy: Policy, diffusion: DiffusionPolicy, data: Data) -> list[str]:
+def _step_problems(policy: DiffusionPolicyConfig, data: Data) -> list[str]:
     """What keeps a chunk's pseudo-actions from being one for each action."""
     problems = []
-    if diffusion.pseudo == "pixels":
+    if policy.diffusion.pseudo == "pixels":
         problems.append("policy.diffusion.pseudo_per: step has motions only; set pseudo: motion, or pseudo_per: chunk")
     elif policy.targets != "cached":
         problems.append(

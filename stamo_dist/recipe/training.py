@@ -35,7 +35,7 @@ class Optimizer(Section):
     clip: PositiveFloat | None = Field(1.0, description="Largest gradient norm; null turns clipping off.")
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """When to save and what to keep."""
 
     every: PositiveInt = Field(1000, description="Steps between checkpoints; the last step is always saved.")
@@ -76,7 +76,7 @@ class Train(Section):
     log_samples: bool = Field(
         False, description="Write samples.jsonl: which samples each step read, and a checksum of each."
     )
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     max_bad_steps: PositiveInt = Field(
         10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from stamo_dist.recipe.batching import batching
-from stamo_dist.recipe.fields import ROOT, Field, all_fields, find, nearest, placeholder
+from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find, key_of, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
 from stamo_dist.recipe.schema import Recipe
@@ -36,12 +36,12 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
 
 def validate_as(model: type[T], merged: Merged) -> tuple[T | None, list[str]]:
     """The section that a file of another kind than a recipe makes, or what is wrong with it."""
-    section, found, _ = _check(merged, model, Field((), model))
+    section, found, _ = _check(merged, model, RecipeField((), model))
     problems = _placed_all(found, merged)
     return (section if not problems else None), problems
 
 
-def _check(merged: Merged, model: type[T], root: Field) -> tuple[T | None, dict[Key, list[str]], dict[str, Any]]:
+def _check(merged: Merged, model: type[T], root: RecipeField) -> tuple[T | None, dict[Key, list[str]], dict[str, Any]]:
     """Check everything that can be checked; (the section, what is wrong by field, the values with those repaired).
 
     A wrong value hides the checks that need it. So each wrong value is recorded, replaced by a valid one and the
@@ -94,10 +94,10 @@ def _placed(key: Key, message: str, places: Mapping[Key, str]) -> str:
     return located(place_of(key, places), key, message)
 
 
-def _messages(error: ValidationError, tree: dict[str, Any], root: Field) -> Iterator[tuple[Key, str, str]]:
+def _messages(error: ValidationError, tree: dict[str, Any], root: RecipeField) -> Iterator[tuple[Key, str, str]]:
     """(field, message, pydantic's name of the problem) for each problem pydantic found."""
     for e in error.errors(include_url=False):
-        key = e["loc"]
+        key = key_of(e["loc"], root)
         if e["type"] == "value_error":
             for line in str(e["ctx"]["error"]).splitlines():
                 yield key, line, "value_error"
@@ -114,7 +114,7 @@ def _names_any(message: str, keys: Mapping[Key, Any]) -> bool:
     return any(re.search(rf"\b{re.escape(str(key[-1]))}\b", message) for key in keys if key)
 
 
-def _missing(field: Field, tree: dict[str, Any]) -> str:
+def _missing(field: RecipeField, tree: dict[str, Any]) -> str:
     key = field.key
     needs = ", ".join(str(f.key[-1]) for f in field.children() if f.required)
     message = f"missing ({field.words}{f' with {needs}' if field.section else ''}): {field.doc}"
@@ -125,7 +125,7 @@ def _missing(field: Field, tree: dict[str, Any]) -> str:
     return message
 
 
-def _unknown(key: Key, root: Field) -> str:
+def _unknown(key: Key, root: RecipeField) -> str:
     section, name = nearest(key[:-1], root), str(key[-1])
     elsewhere = [dotted(f.key) for f in all_fields(root) if f.key[-1] == name][:3]
     if elsewhere:
@@ -135,7 +135,7 @@ def _unknown(key: Key, root: Field) -> str:
     return "no such field; " + (did_you_mean(name, siblings) or f"{known} {', '.join(siblings)}")
 
 
-def _wrong_value(field: Field, value: Any) -> str:
+def _wrong_value(field: RecipeField, value: Any) -> str:
     if value is None and field.section:
         return "empty; give it fields or remove the line"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
@@ -143,7 +143,7 @@ def _wrong_value(field: Field, value: Any) -> str:
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
 
 
-def _repair(tree: dict[str, Any], key: Key, root: Field) -> None:
+def _repair(tree: dict[str, Any], key: Key, root: RecipeField) -> None:
     """Replace a wrong value by its default, or by a placeholder where it has none."""
     parent = value_at(tree, key[:-1])
     if not key or not isinstance(parent, dict):

@@ -22,8 +22,9 @@ from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_m
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RunError
+from stamo_dist.recipe.data import SourceConfig
 from stamo_dist.recipe.load import load
-from stamo_dist.recipe.schema import Recipe, Source
+from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
 from stamo_dist.run.success import Successes
@@ -269,7 +270,7 @@ def number(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _frames(source: Source, growth: Sequence[int] | None) -> int | None:
+def _frames(source: SourceConfig, growth: Sequence[int] | None) -> int | None:
     """Training frames of a source over the cameras used, as the run has it; None: its shards are not at hand."""
     try:
         grown = [*growth, *[0] * len(source.paths)] if growth is not None else [None] * len(source.paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.recipe.policy import DiffusionPolicyConfig
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import Task
 
@@ -19,23 +20,23 @@ def check_task(recipe: Recipe, mixture: Mixture) -> None:
         PolicyData(recipe, mixture)
 
 
-def build_task(recipe: Recipe, mixture: Mixture, *, later: bool = False) -> Task:
+def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False) -> Task:
     """The stage the recipe names, with its model built on the CPU.
 
-    With `later`, parameters that a checkpoint supplies are on the meta device until `Task.fill`.
+    With `meta_init`, parameters that a checkpoint supplies are on the meta device until `Task.load_weights`.
     """
     if recipe.stage == "vae":
         from stamo_dist.tasks.vae import VAETask
 
         return VAETask(recipe)
-    if recipe.stage == "policy" and recipe.policy.diffusion is not None:
+    if recipe.stage == "policy" and isinstance(recipe.policy, DiffusionPolicyConfig):
         from stamo_dist.tasks.diffusion import DiffusionTask
 
-        return DiffusionTask(recipe, mixture, recipe.policy.diffusion)
+        return DiffusionTask(recipe, mixture, recipe.policy)
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 
-        return PolicyTask(recipe, mixture, later=later)
+        return PolicyTask(recipe, mixture, meta_init=meta_init)
     from stamo_dist.tasks.tokenizer import TokenizerTask
 
-    return TokenizerTask(recipe, later=later)
+    return TokenizerTask(recipe, meta_init=meta_init)

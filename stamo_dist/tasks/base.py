@@ -28,7 +28,7 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExportLayout:
     """How an exported model lies on disk.
 
     `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
@@ -42,7 +42,7 @@ class Layout:
     shard_size: str = "5GB"
 
 
-WHOLE = Layout()
+WHOLE = ExportLayout()
 
 
 class Task(Protocol):
@@ -64,7 +64,7 @@ class Task(Protocol):
     def initialise(self, frames: Tensor) -> None:
         """Fit what depends on data to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""
 
-    def fill(self) -> None:
+    def load_weights(self) -> None:
         """Read the weights that `trained` was built without, each process into its own shards."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,7 +77,7 @@ class Task(Protocol):
         """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at.
 
@@ -94,8 +94,8 @@ def load_trained(module: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: A trained parameter or a buffer is missing, or there are others.
     """
-    hollow = any(p.is_meta for p in module.parameters())
-    missing, unexpected = module.load_state_dict(weights, strict=False, assign=hollow)
+    on_meta = any(p.is_meta for p in module.parameters())
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=on_meta)
     fixed = {name for name, p in module.named_parameters() if not p.requires_grad and not p.is_meta}
     bad = sorted(set(missing) - fixed) + unexpected
     if bad:

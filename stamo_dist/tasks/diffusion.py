@@ -14,17 +14,25 @@ from stamo_dist.data.loader import Batch, CachedStates, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.models.images import to_float
-from stamo_dist.models.openvla.stamo import Seen
+from stamo_dist.models.openvla.stamo import EncodedFrames
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, motion_shape, pixel_grid
-from stamo_dist.models.rdt_policy import save_rdt
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.models.rdt import (
+    ActionPlan,
+    Condition,
+    DiffusionSizes,
+    DiffusionTransformer,
+    add_noise,
+    motion_shape,
+    pixel_grid,
+)
+from stamo_dist.models.rdt_policy import RDTPolicy
+from stamo_dist.recipe.policy import DiffusionPolicyConfig
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Ranges
 from stamo_dist.tasks.policy_data import PolicyData
-from stamo_dist.tasks.policy_eyes import look_at, open_eyes, sources_of, target_of
+from stamo_dist.tasks.policy_state_encoder import encode, open_state_encoder, sources_of, target_of
 
 _LEVEL, _ACTIONS, _PSEUDO = 0, 1, 2  # independent noise streams of one sample
 _SCALED_ON = 64  # pairs of frames
@@ -45,16 +53,17 @@ class DiffusionTask:
     init_frames = 0
     latents: str | None = None
 
-    def __init__(self, recipe: Recipe, mixture: Mixture, cfg: DiffusionPolicy):
+    def __init__(self, recipe: Recipe, mixture: Mixture, policy: DiffusionPolicyConfig):
         window = mixture.window
         assert window is not None, "a policy's recipe has a horizon"
-        self._cfg, self._policy = cfg, recipe.policy
+        cfg = policy.diffusion
+        self._cfg, self._policy = cfg, policy
         self._data = data = PolicyData(recipe, mixture)
-        eyes, fingerprint = open_eyes(recipe, mixture)
-        assert eyes is not None, "the recipe's check wants vision: stamo"
-        self._eyes, self._fingerprint = eyes, fingerprint
+        state_encoder, fingerprint = open_state_encoder(recipe, mixture)
+        assert state_encoder is not None, "the recipe's check wants vision: stamo"
+        self._state_encoder, self._fingerprint = state_encoder, fingerprint
         self._each = cfg.pseudo == "motion" and cfg.pseudo_per == "step"
-        cached = recipe.policy.targets == "cached"
+        cached = policy.targets == "cached"
         self.states = CachedStates(fingerprint, self._each) if cached and fingerprint else None
         texts = data.instructions.texts
         try:
@@ -63,19 +72,19 @@ class DiffusionTask:
             raise RecipeError([f"policy.diffusion.vocabulary: {error}"]) from None
         prompts = self._text.encode(texts)
         self._prompts = [prompts.input_ids, prompts.attention_mask]
-        tokens, dim = eyes.state_shape
+        tokens, dim = state_encoder.state_shape
         self._grid = pixel_grid(tokens, dim)
-        self.sizes = Sizes(
+        self.sizes = DiffusionSizes(
             window.horizon,
             window.action_dim,
-            eyes.patch_dim if recipe.policy.stamo == "patches" else dim,
+            state_encoder.patch_dim if policy.stamo == "patches" else dim,
             cfg.vocabulary + 1,  # and the padding
             motion_shape(cfg.pseudo, cfg.pseudo_per, window.horizon, (tokens, dim)),
-            window.proprio_dim if recipe.policy.proprio else 0,
+            window.proprio_dim if policy.proprio else 0,
         )
         self.network = DiffusionTransformer(cfg, self.sizes)
         self.trained: nn.Module = self.network
-        self.sources: Mapping[str, str] = sources_of(eyes)
+        self.sources: Mapping[str, str] = sources_of(state_encoder)
         self.block_classes = self.network.block_classes()
         if recipe.train.gradient_checkpointing:
             self.network.set_gradient_checkpointing(True)
@@ -83,9 +92,7 @@ class DiffusionTask:
             for block in self.network.blocks:
                 block.forward = torch.compile(block.forward)
         self._actions = Ranges(data.actions, self.sizes.action_dim, constant_is_zero=True)
-        self._proprio = (
-            Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if recipe.policy.proprio else None
-        )
+        self._proprio = Ranges(data.proprio, self.sizes.proprio_dim, constant_is_zero=False) if policy.proprio else None
         self._horizons, self._steps = torch.tensor(window.horizons), torch.arange(window.horizon)
         self.scale = 1.0 if self.sizes.motion is None else self._scale_on(mixture)
         self.terms: tuple[str, ...] = ("loss", "action", *(("pseudo",) if self.sizes.motion else ()))
@@ -100,14 +107,14 @@ class DiffusionTask:
         return {"tokenizer": self._fingerprint or "", "pseudo_scale": f"{self.scale:g}"}
 
     def initialise(self, frames: Tensor) -> None:
-        """The scale is known since the task was built."""
+        """Does nothing: the scale was measured when the task was built."""
 
-    def fill(self) -> None:
-        """It was built whole."""
+    def load_weights(self) -> None:
+        """Does nothing: the model was built with its weights."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._eyes.tokenizer.to(device)
-        self._eyes.tokenizer.encoder.to(dtype=dtype)
+        self._state_encoder.tokenizer.to(device)
+        self._state_encoder.tokenizer.encoder.to(dtype=dtype)
         for table in (self._data.instructions, self._actions, self._proprio):
             if table is not None:
                 table.to(device)
@@ -116,8 +123,8 @@ class DiffusionTask:
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         with torch.no_grad():
-            known, clean, has_actions, has_motion = self._moment(batch)
-            seeds = Plan(
+            known, clean, has_actions, has_motion = self._timestep(batch)
+            seeds = ActionPlan(
                 noise.normal(batch.sample, clean.actions.shape[1:], _ACTIONS),
                 None if clean.motion is None else noise.normal(batch.sample, clean.motion.shape[1:], _PSEUDO),
             )
@@ -132,7 +139,7 @@ class DiffusionTask:
             terms["pseudo"], present["pseudo"] = pseudo, has_motion.view(len(batch), -1).any(1)
         return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
 
-    def _moment(self, batch: Batch) -> tuple[Condition, Plan, Tensor, Tensor]:
+    def _timestep(self, batch: Batch) -> tuple[Condition, ActionPlan, Tensor, Tensor]:
         """What is known, what is to be found, who has actions (b,) and which pseudo-actions, (b,) or (b, C)."""
         assert batch.actions is not None
         assert batch.mask is not None
@@ -141,7 +148,7 @@ class DiffusionTask:
         own, instructions = ~batch.replaced, self._data.instructions
         has_actions = batch.mask.all(1) & self._actions.have(batch.source) & own & instructions.labelled(batch.sample)
         actions = self._actions.normalise(batch.actions, batch.source).float()
-        now = look_at(batch, self._eyes, self._policy.stamo)
+        now = encode(batch, self._state_encoder, self._policy.stamo)
         seen = now.features(self._policy.stamo, self._policy.views)
         image = seen.patches if seen.patches is not None else seen.states
         assert image is not None, "one of them is read"
@@ -159,9 +166,9 @@ class DiffusionTask:
         else:
             has_motion = (batch.ahead == self._horizons[batch.source]) & own
         # What is hidden must not be NaN: attention would spread it all the same.
-        return known, Plan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
+        return known, ActionPlan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
 
-    def _pseudo(self, batch: Batch, now: Seen | None = None) -> Tensor:
+    def _pseudo(self, batch: Batch, now: EncodedFrames | None = None) -> Tensor:
         """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are not."""
         if self._each:
             assert batch.state is not None, "they come together"
@@ -171,7 +178,7 @@ class DiffusionTask:
             there = (self._steps < batch.ahead[:, None])[..., None, None]
             return torch.where(there, batch.next_states - before, 0).flatten(2)
         if self._cfg.pseudo == "motion":
-            return target_of(batch, self._eyes, "motion", now)
+            return target_of(batch, self._state_encoder, "motion", now)
         assert batch.target is not None, "the recipe's check wants data.target"
         pooled = [F.adaptive_avg_pool2d(to_float(frames), self._grid) for frames in (batch.target, batch.images)]
         return (pooled[0] - pooled[1]).permute(0, 2, 3, 1).flatten(2)
@@ -186,10 +193,16 @@ class DiffusionTask:
         squares: list[Tensor] = []
         with closing(
             build_loader(
-                mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=None,
+                mixture,
+                rank=0,
+                world_size=1,
+                cursor=Cursor(),
+                pin_memory=False,
+                workers=0,
+                latents=None,
                 states=self.states,
             )
-        ) as loader:  # fmt: skip
+        ) as loader:
             for _, batch in zip(range(_SCALED_ON), loader, strict=False):
                 for part in batch.split(_SCALED_ON // 4):
                     assert part.ahead is not None
@@ -206,7 +219,7 @@ class DiffusionTask:
 
     def flops_per_sample(self) -> float:
         """Two operations a weight and token, three times where it learns; the encoder on every frame it reads."""
-        encoder = self._eyes.tokenizer.encoder
+        encoder = self._state_encoder.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
         online = self._cfg.pseudo == "motion" and self.states is None
         spared = self.states is not None and self._policy.stamo == "states" and self._policy.views == 1
@@ -214,19 +227,20 @@ class DiffusionTask:
         frozen = 2.0 * (read + online) * patches * sum(p.numel() for p in encoder.parameters())
         tokens = self.network.positions.shape[0]
         learnt = 2.0 * tokens * sum(p.numel() for p in self.network.blocks.parameters())
-        seen = self._policy.views * (patches if self._policy.stamo == "patches" else self._eyes.state_shape[0])
+        seen = self._policy.views * (patches if self._policy.stamo == "patches" else self._state_encoder.state_shape[0])
         learnt += 2.0 * seen * sum(p.numel() for p in self.network.image_in.parameters())
         return 3 * learnt + frozen
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the folder that `load_policy` reads, with the statistics."""
         load_trained(self.network, weights)
-        save_rdt(
-            folder, self.network, self._policy, self._text, self._data.statistics, self._fingerprint, self.scale,
-            self._data.framing, layout.dtype,
-        )  # fmt: skip
+        data = self._data
+        policy = RDTPolicy(
+            self.network, self._policy, self._text, data.statistics, self._state_encoder, self.scale, data.framing
+        )
+        policy.save_pretrained(folder, layout.dtype)
 
 
 def _error(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:

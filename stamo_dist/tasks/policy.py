@@ -19,15 +19,15 @@ from stamo_dist.models.openvla.adapt import listing, merge_lora, prepare
 from stamo_dist.models.openvla.adapters import Base
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TOKENIZER, TextTokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
-from stamo_dist.tasks.policy_data import PolicyData, check_eyes
-from stamo_dist.tasks.policy_eyes import look_at, open_eyes, sources_of, target_of
+from stamo_dist.tasks.policy_data import PolicyData, check_state_encoder
+from stamo_dist.tasks.policy_state_encoder import encode, open_state_encoder, sources_of, target_of
 
 
 class PolicyTask:
@@ -42,13 +42,13 @@ class PolicyTask:
     init_frames = 0
     latents: str | None = None
 
-    def __init__(self, recipe: Recipe, mixture: Mixture, *, later: bool = False):
+    def __init__(self, recipe: Recipe, mixture: Mixture, *, meta_init: bool = False):
         cfg, window = recipe.policy, mixture.window
         assert window is not None, "a policy's recipe has a horizon"
         self._cfg = cfg
         self._data = data = PolicyData(recipe, mixture)
-        self._eyes, self._fingerprint = open_eyes(recipe, mixture)
-        check_eyes(data.checkpoint, cfg, self._fingerprint)
+        self._state_encoder, self._fingerprint = open_state_encoder(recipe, mixture)
+        check_state_encoder(data.checkpoint, cfg, self._fingerprint)
         self.states = CachedStates(self._fingerprint) if cfg.targets == "cached" and self._fingerprint else None
         self._text = _text(recipe, data)
         self._processor = (
@@ -56,19 +56,21 @@ class PolicyTask:
             if data.checkpoint and data.config.towers and cfg.vision == "fused"
             else ImageProcessor.from_config(data.config)
         )
-        sizes = Sizes(
+        encoder = self._state_encoder
+        vision = encoder if cfg.vision == "stamo" else None
+        sizes = PolicySizes(
             window.action_dim,
             window.horizon,
             window.proprio_dim if cfg.proprio else 0,
-            self._eyes.target_shape(cfg.world.target) if cfg.world and self._eyes else None,
-            self._eyes.patch_dim if cfg.vision == "stamo" and cfg.stamo != "states" and self._eyes else None,
-            self._eyes.state_shape[1] if cfg.vision == "stamo" and cfg.stamo != "patches" and self._eyes else None,
+            encoder.target_shape(cfg.world.target) if cfg.world and encoder else None,
+            vision.patch_dim if vision and cfg.stamo != "states" else None,
+            vision.state_shape[1] if vision and cfg.stamo != "patches" else None,
         )
-        self.network, self._filling, notes = _network(recipe, data, sizes)
-        self._unfilled = self._filling is not None
-        if not later and self._filling is not None:
+        self.network, self._weight_loader, notes = _network(recipe, data, sizes)
+        self._unloaded = self._weight_loader is not None
+        if not meta_init and self._weight_loader is not None:
             load.materialise(self.network)
-            self.fill()
+            self.load_weights()
         self.trained: nn.Module = self.network
         self.block_classes = self.network.block_classes()
         if recipe.train.gradient_checkpointing:
@@ -86,8 +88,9 @@ class PolicyTask:
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
         self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
         self.sources: Mapping[str, str] = {
-            **({} if data.checkpoint is None else data.checkpoint.sources()), **sources_of(self._eyes),
-        }  # fmt: skip
+            **({} if data.checkpoint is None else data.checkpoint.sources()),
+            **sources_of(self._state_encoder),
+        }
         self._sizes = sizes
 
     @property
@@ -96,17 +99,17 @@ class PolicyTask:
         return {"prompts": prompts} | ({"tokenizer": self._fingerprint} if self._fingerprint else {})
 
     def initialise(self, frames: Tensor) -> None:
-        """Nothing here depends on data but the statistics, which the manifests hold."""
+        """Does nothing: the statistics come from the manifests."""
 
-    def fill(self) -> None:
-        if self._filling is not None and self._unfilled:
-            self._filling.write(self.network)
-            self._unfilled = False
+    def load_weights(self) -> None:
+        if self._weight_loader is not None and self._unloaded:
+            self._weight_loader.write(self.network)
+            self._unloaded = False
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        if self._eyes is not None:
-            self._eyes.tokenizer.to(device)
-            self._eyes.tokenizer.encoder.to(dtype=dtype)
+        if self._state_encoder is not None:
+            self._state_encoder.tokenizer.to(device)
+            self._state_encoder.tokenizer.encoder.to(dtype=dtype)
         for table in (self._data.instructions, self._prompts, self._actions, self._proprio):
             if table is not None:
                 table.to(device)
@@ -144,11 +147,11 @@ class PolicyTask:
         target = has_target = proprio = None
         now = None  # the frame itself is encoded once, for what the policy sees and for a motion's beginning
         if cfg.vision == "stamo":
-            assert self._eyes is not None
-            now = look_at(batch, self._eyes, cfg.stamo)
+            assert self._state_encoder is not None
+            now = encode(batch, self._state_encoder, cfg.stamo)
         if cfg.world is not None:
             before = None if now is None else now.first_view(cfg.views)
-            target = target_of(batch, self._eyes, cfg.world.target, before)
+            target = target_of(batch, self._state_encoder, cfg.world.target, before)
             has_target = (batch.ahead == self._horizons[batch.source]) & own
         images: Tensor | Features
         if cfg.vision == "stamo":
@@ -161,23 +164,31 @@ class PolicyTask:
             assert batch.proprio is not None
             proprio = self._proprio.normalise(batch.proprio, batch.source).float()
         return Inputs(
-            text.input_ids, text.attention_mask, text.prompts, images, text.labels, proprio, actions.float(),
-            has_actions, target, has_target,
-        )  # fmt: skip
+            text.input_ids,
+            text.attention_mask,
+            text.prompts,
+            images,
+            text.labels,
+            proprio,
+            actions.float(),
+            has_actions,
+            target,
+            has_target,
+        )
 
     def flops_per_sample(self) -> float:
         seen = self._seen()
-        whole = self._filling.whole if self._filling is not None else ()
-        trained = shapes.training_flops(shapes.hollow(self._data.config, self._cfg, self._sizes, whole=whole), seen)
-        return trained + (self._eyes.flops(self._frames()) if self._eyes is not None else 0)
+        whole = self._weight_loader.whole if self._weight_loader is not None else ()
+        trained = shapes.training_flops(shapes.on_meta(self._data.config, self._cfg, self._sizes, whole=whole), seen)
+        return trained + (self._state_encoder.flops(self._frames()) if self._state_encoder is not None else 0)
 
-    def _seen(self) -> shapes.Seen:
+    def _seen(self) -> shapes.TokenCounts:
         """What one sample of this policy is made of."""
-        views = self._cfg.views if self._eyes is not None else 0
-        return shapes.Seen(
+        views = self._cfg.views if self._state_encoder is not None else 0
+        return shapes.TokenCounts(
             self._prompts.length,
-            views * self._eyes.target_shape("dinov2")[0] if self._eyes is not None else 0,
-            views * self._eyes.state_shape[0] if self._eyes is not None else 0,
+            views * self._state_encoder.target_shape("dinov2")[0] if self._state_encoder is not None else 0,
+            views * self._state_encoder.state_shape[0] if self._state_encoder is not None else 0,
         )
 
     def _frames(self) -> int:
@@ -192,7 +203,7 @@ class PolicyTask:
         return now + (online is not None)
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the folder that `Policy.from_pretrained` and the official code read, with the statistics."""
         load_trained(self.network, weights)
@@ -203,27 +214,37 @@ class PolicyTask:
             self.network.float()  # a base in bf16 would round what is added to it
             merge_lora(self.network.vla)
         save_parts(
-            folder, self.network, self.network.state_dict(), self._text, self._processor, self._data.statistics,
-            framing=self._data.framing, tokenizer_fingerprint=self._fingerprint,
-            form="hf" if layout.form == "hf" else "openvla", dtype=layout.dtype, shard_size=layout.shard_size,
+            folder,
+            self.network,
+            self.network.state_dict(),
+            self._text,
+            self._processor,
+            self._data.statistics,
+            framing=self._data.framing,
+            tokenizer_fingerprint=self._fingerprint,
+            form="hf" if layout.form == "hf" else "openvla",
+            dtype=layout.dtype,
+            shard_size=layout.shard_size,
             base=base,
-        )  # fmt: skip
+        )
 
     def _peft_base(self) -> Base:
-        checkpoint, filling = self._data.checkpoint, self._filling
+        checkpoint, weight_loader = self._data.checkpoint, self._weight_loader
         assert checkpoint is not None, "adapters have a base"
-        assert filling is not None, "which is filled"
+        assert weight_loader is not None, "which is filled"
         if checkpoint.adapter == checkpoint.base:
-            raise RecipeError([
+            problem = (
                 f"--format peft: the run began from {checkpoint.base}, a base and its adapter in one folder, and its "
                 "own would stand on that; give --format hf"
-            ])  # fmt: skip
-        if filling.merged(self.network):
-            raise RecipeError([
+            )
+            raise RecipeError([problem])
+        if weight_loader.merged(self.network):
+            problem = (
                 f"--format peft: the run began by merging the adapter {checkpoint.adapter} into its base, which so is "
                 "no checkpoint; give --format hf"
-            ])  # fmt: skip
-        return Base(checkpoint.name, filling.whole)
+            )
+            raise RecipeError([problem])
+        return Base(checkpoint.name, weight_loader.whole)
 
 
 def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
@@ -240,28 +261,30 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
         raise RecipeError([f"policy.config.text_config.vocab_size: {error}"]) from None
 
 
-def _network(recipe: Recipe, data: PolicyData, sizes: Sizes) -> tuple[PolicyNetwork, load.Filling | None, list[str]]:
+def _network(
+    recipe: Recipe, data: PolicyData, sizes: PolicySizes
+) -> tuple[PolicyNetwork, load.WeightLoader | None, list[str]]:
     """The network, on the meta device where a checkpoint supplies its weights, and how it is filled from that."""
-    cfg, checkpoint, filling = recipe.policy, data.checkpoint, None
+    cfg, checkpoint, weight_loader = recipe.policy, data.checkpoint, None
     with load.on_meta() if checkpoint is not None else contextlib.nullcontext():
         network = PolicyNetwork(data.config, cfg, sizes)
         if checkpoint is not None:
             found, adapter = load.read(checkpoint, network)
-            filling = load.Filling(
+            weight_loader = load.WeightLoader(
                 network, found, str(checkpoint.folder), adapter=adapter, fresh=load.fresh_parts(cfg), seed=recipe.seed
             )
         base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        layers = prepare(network, cfg, filling.whole if filling is not None else (), base)
+        layers = prepare(network, cfg, weight_loader.whole if weight_loader is not None else (), base)
     if not any(p.requires_grad for p in network.parameters()):
         raise RecipeError(["policy.freeze: keeps all that there is, and nothing is left to train; set one to false"])
-    notes = ["policy: random initial weights"] if filling is None else [f"policy: {filling.report}"]
+    notes = ["policy: random initial weights"] if weight_loader is None else [f"policy: {weight_loader.report}"]
     notes += checkpoint.notes() if checkpoint is not None else []
-    if checkpoint is not None and filling is not None and adapter is not None:
-        merged = len(filling.merged(network))
+    if checkpoint is not None and weight_loader is not None and adapter is not None:
+        merged = len(weight_loader.merged(network))
         notes.append(
             f"{adapter.folder}: an adapter on {checkpoint.base}: {len(adapter.whole)} whole parameters, "
             f"{len(adapter.layers)} layers, of which {len(adapter.goes_on(network))} train on and {merged} are merged"
         )
     if cfg.lora is not None:
         notes.append(f"policy.lora: rank {cfg.lora.rank} on {len(layers)} layers, the base in {recipe.train.precision}")
-    return network, filling, [*notes, *(f"  {line}" for line in listing(network))]
+    return network, weight_loader, [*notes, *(f"  {line}" for line in listing(network))]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stamo_dist.models.openvla.actions import ActionTokenizer, Range
+from stamo_dist.models.openvla.actions import ActionTokenizer, ValueRange
 from stamo_dist.models.openvla.network import IGNORE
 from stamo_dist.models.openvla.text import TextTokenizer
 
@@ -19,9 +19,9 @@ _EPSILON = 1e-8  # of the official normalisation
 
 
 class Ranges:
-    """Normalisation by source, in float64: the same numbers as `Range` gives, for mixed batches."""
+    """Normalisation by source, in float64: the same numbers as `ValueRange` gives, for mixed batches."""
 
-    def __init__(self, ranges: Sequence[Range | None], dim: int, *, constant_is_zero: bool):
+    def __init__(self, ranges: Sequence[ValueRange | None], dim: int, *, constant_is_zero: bool):
         """`constant_is_zero`: dimensions that never change become 0, as in actions; they do not in proprioception."""
         zero, one = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
         rows = [

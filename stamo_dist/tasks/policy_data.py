@@ -20,10 +20,10 @@ from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoErro
 from stamo_dist.models import weights
 from stamo_dist.models.exported import exported
 from stamo_dist.models.openvla import load
-from stamo_dist.models.openvla.actions import SETTINGS, Range, SeenAs, Statistics
+from stamo_dist.models.openvla.actions import SETTINGS, SeenAs, Statistics, ValueRange
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.framing import Framing
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Recipe
 
 _SPLIT = "train"  # whose statistics `stamo data stats` keeps
@@ -63,7 +63,9 @@ class PolicyData:
             problems += str(error).splitlines()
         if cfg.proprio and not window.proprio_dim:
             problems.append("policy.proprio: no source has proprioception; set policy.proprio: false")
-        found, self.actions, self.proprio = dict[str, dict[str, Any]](), list[Range | None](), list[Range | None]()
+        found: dict[str, dict[str, Any]] = {}
+        self.actions: list[ValueRange | None] = []
+        self.proprio: list[ValueRange | None] = []
         for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
             manifests = [folder.manifest for folder in folders]
             acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
@@ -75,7 +77,7 @@ class PolicyData:
                 continue
             path, stats = folders[0].path, manifests[0].stats
             wanted = {"action": (acts, window.action_dim), "proprio": (feels, window.proprio_dim)}
-            ranges: dict[str, Range | None] = {"action": None, "proprio": None}
+            ranges: dict[str, ValueRange | None] = {"action": None, "proprio": None}
             for column, (read, dim) in wanted.items():
                 if not read:
                     continue
@@ -93,7 +95,7 @@ class PolicyData:
                 else:
                     values = stats[column].for_scaling().model_dump()
                     self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
-                    ranges[column] = Range.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
+                    ranges[column] = ValueRange.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
                     found.setdefault(name, {})[column] = values
             if name in found:
                 split = manifests[0].splits[mixture.data.sources[name].split]
@@ -135,7 +137,7 @@ def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str |
     return None
 
 
-def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
+def network_config(cfg: PolicyConfig) -> tuple[load.PolicyCheckpoint | None, OpenVLAConfig]:
     """The checkpoint `policy.weights`, if there are any, and the network's configuration.
 
     Raises:
@@ -149,10 +151,11 @@ def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
         if problems := _contradictions(cfg.config, config, folder):
             raise RecipeError(problems)
         if cfg.vision == "fused" and not config.towers:
-            raise RecipeError([
+            problem = (
                 f"policy.vision: fused, but {folder} has no towers of its own: it sees through a StaMo encoder; set "
                 "policy.vision: stamo, or give other policy.weights"
-            ])  # fmt: skip
+            )
+            raise RecipeError([problem])
         return checkpoint, config.with_vision(cfg.vision)
     problems = weights.unknown_keys(cfg.config, [*OPENVLA_7B, "timm_kwargs"], "policy.config")
     text: Mapping[str, Any] = cfg.config.get("text_config") or {}
@@ -162,14 +165,15 @@ def network_config(cfg: Policy) -> tuple[load.Checkpoint | None, OpenVLAConfig]:
     raw = {**OPENVLA_7B, **cfg.config, "text_config": {**OPENVLA_7B["text_config"], **text}}
     config = OpenVLAConfig.from_dict(raw, "policy.config")
     if config.pad != config.text_vocabulary:
-        raise RecipeError([
+        problem = (
             f"policy.config.pad_token_id: {config.pad}, but a text tokenizer learnt from the instructions pads with "
             f"{config.text_vocabulary}: text_config.vocab_size less pad_to_multiple_of"
-        ])  # fmt: skip
+        )
+        raise RecipeError([problem])
     return None, config.with_vision(cfg.vision)
 
 
-def check_eyes(checkpoint: load.Checkpoint | None, cfg: Policy, fingerprint: str | None) -> None:
+def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: PolicyConfig, fingerprint: str | None) -> None:
     """Whether weights that saw through a StaMo tokenizer go on with the same one.
 
     Raises:
@@ -202,7 +206,7 @@ def _contradictions(given: Mapping[str, Any], config: OpenVLAConfig, folder: Pat
     ]
 
 
-def _image_size(cfg: Policy, config: OpenVLAConfig, frames: int) -> list[str]:
+def _image_size(cfg: PolicyConfig, config: OpenVLAConfig, frames: int) -> list[str]:
     wanted = {f"policy.vision: {cfg.vision}": [tower.image_size] for tower in config.towers}
     problems = []
     if cfg.tokenizer is not None and (cfg.world is not None or cfg.vision == "stamo"):

@@ -12,7 +12,7 @@ from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.models import flow
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 _SIGMA, _EPSILON, _POSTERIOR, _STATE = 0, 1, 2, 3  # independent noise streams of one sample
@@ -26,9 +26,9 @@ class TokenizerTask:
 
     states: CachedStates | None = None
 
-    def __init__(self, recipe: Recipe, *, later: bool = False):
+    def __init__(self, recipe: Recipe, *, meta_init: bool = False):
         self._flow = recipe.flow
-        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, later=later)
+        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, meta_init=meta_init)
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)
@@ -52,8 +52,8 @@ class TokenizerTask:
     def initialise(self, frames: Tensor) -> None:
         self.tokenizer.standardise_states(frames)
 
-    def fill(self) -> None:
-        self.tokenizer.trained.decoder.fill()
+    def load_weights(self) -> None:
+        self.tokenizer.trained.decoder.load_weights()
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer.freeze(device, dtype)
@@ -88,7 +88,7 @@ class TokenizerTask:
         return 3 * trained + frozen
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         load_trained(self.trained, weights)
         self.tokenizer.save_pretrained(folder, dtype=layout.dtype, shard_size=layout.shard_size)

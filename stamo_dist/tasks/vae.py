@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.models.vae import VAE
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.tasks.base import WHOLE, Layout, LossOutput, load_trained
+from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
 from stamo_dist.tasks.noise import StepNoise
 
 
@@ -37,13 +37,13 @@ class VAETask:
         return {}
 
     def initialise(self, frames: Tensor) -> None:
-        """Nothing here depends on data."""
+        """Does nothing: no part depends on data."""
 
-    def fill(self) -> None:
-        """It was built whole."""
+    def load_weights(self) -> None:
+        """Does nothing: the model was built with its weights."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing here is frozen."""
+        """Does nothing: no part is frozen."""
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         x = self.vae.pixels(batch.images)
@@ -59,7 +59,7 @@ class VAETask:
         return 3 * self.vae.flops_per_sample()
 
     def export(
-        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: Layout = WHOLE
+        self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         """Write the AutoencoderKL with the shift and scale that standardise its latents on training data."""
         load_trained(self.trained, weights)

@@ -23,7 +23,7 @@ from stamo_dist.distributed.collectives import on_main
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import RunError
 from stamo_dist.optim.ema import EMA
-from stamo_dist.recipe.schema import Data
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.training import Train
 from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.run.state import RunState

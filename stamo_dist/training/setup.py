@@ -18,7 +18,7 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.collectives import broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
-from stamo_dist.distributed.strategies import FILLS_SHARDS, EngineSpec
+from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.export import exported_step
@@ -137,7 +137,7 @@ def build(start: Start, checked: Checked) -> Session | int:
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     if path is None or not holds_all(path):
-        task.fill()
+        task.load_weights()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
@@ -169,7 +169,7 @@ def _build_task(start: Start, checked: Checked) -> tuple[Task, list[str]]:
     begun = _recorded(checked.select).sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, later=recipe.strategy.name in FILLS_SHARDS)
+    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT)
     changed = moved(task.sources, begun)
     if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made import make_data, write_source
 
-from stamo_dist.recipe.schema import Data, Source
+from stamo_dist.recipe.data import Data, SourceConfig
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Data]:
     write_source(root / "b", lengths=(10, 30, 21, 19))
 
     def make(a: float = 1.0, b: float = 1.0, **changes: Any) -> Data:
-        sources = {"a": Source(path=str(root / "a"), weight=a), "b": Source(path=str(root / "b"), weight=b)}
+        sources = {"a": SourceConfig(path=str(root / "a"), weight=a), "b": SourceConfig(path=str(root / "b"), weight=b)}
         return make_data(sources, **changes)
 
     return make

@@ -14,7 +14,7 @@ from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede str
 from streaming.base.format import MDSWriter
 
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
-from stamo_dist.recipe.schema import Data, Source
+from stamo_dist.recipe.data import Data, SourceConfig
 
 SIZE = 32
 
@@ -79,7 +79,7 @@ def write_source(
     return folder
 
 
-def make_data(sources: dict[str, Source], **changes: Any) -> Data:
+def make_data(sources: dict[str, SourceConfig], **changes: Any) -> Data:
     """A `data` section over `sources`, small enough for tests."""
     options: dict[str, Any] = {"image_size": SIZE, "workers": 0}
     return Data(sources=sources, **{**options, **changes})

@@ -16,7 +16,7 @@ from stamo_dist.data.frame_cache import Precision, cache_path, find_cache, has_c
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Source
+from stamo_dist.recipe.data import SourceConfig
 
 VAE = "0123456789abcdef0123"
 
@@ -33,7 +33,7 @@ def cache(mixture: Mixture, precision: Precision) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, workers: int) -> None:
     folder = write_source(tmp_path / "s", lengths=(14, 13, 13))
-    mixture = Mixture(make_data({"s": Source(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
+    mixture = Mixture(make_data({"s": SourceConfig(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     cache(mixture, precision)
     loader = build_loader(
         mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers, latents=VAE
@@ -49,7 +49,7 @@ def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, wo
 
 def test_missing_and_stale_caches_are_listed_with_the_command(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "s", lengths=(14, 13, 13))
-    mixture = Mixture(make_data({"s": Source(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
+    mixture = Mixture(make_data({"s": SourceConfig(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     n = len(mixture.shards)
     assert n >= 3
     with pytest.raises(DataError, match=f"not cached for {n} of {n} shards") as caught:

@@ -19,12 +19,13 @@ import pytest
 import torch
 from made import colour, make_data, write_source
 
-from stamo_dist.data.loader import Ahead, Batch, Cursor, Loader, build_loader
+from stamo_dist.data.loader import Batch, Cursor, Loader, PinnedPrefetcher, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.data.transforms import Augmentation
 from stamo_dist.errors import DataError, RunError
-from stamo_dist.recipe.schema import Augment, Data, Source
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Augment
 
 
 def alone(mixture: Mixture, cursor: Cursor | None = None, **options: Any) -> Loader:
@@ -131,7 +132,7 @@ def test_a_corrupt_frame_is_named_and_ends_the_run(tmp_path: Path) -> None:
     at = content.index(b"\xff\xd8", third)
     content[at : at + 60] = bytes(60)
     shard.write_bytes(content)
-    mixture = Mixture(make_data({"toys": Source(path=str(folder))}), seed=0, global_batch=4)
+    mixture = Mixture(make_data({"toys": SourceConfig(path=str(folder))}), seed=0, global_batch=4)
     for workers in (0, 2):
         with pytest.raises(DataError) as caught:
             take(alone(mixture, workers=workers), mixture.num_samples // 4)
@@ -141,7 +142,7 @@ def test_a_corrupt_frame_is_named_and_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_shard_that_changes_under_the_run_is_named(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "toys", lengths=(20, 20))
-    mixture = Mixture(make_data({"toys": Source(path=str(folder))}), seed=0, global_batch=4)
+    mixture = Mixture(make_data({"toys": SourceConfig(path=str(folder))}), seed=0, global_batch=4)
     shard = folder / "train" / "front" / "shard.00001.mds"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"shard\.00001\.mds: \d+ bytes, but index\.json says"):
@@ -203,11 +204,11 @@ def test_reading_ahead_keeps_order_and_errors(two: Callable[..., Data]) -> None:
             raise DataError("gone")
         return next(loader)
 
-    ahead = Ahead(read)
+    ahead = PinnedPrefetcher(read)
     assert same([ahead.take() for _ in range(10)], expected)
     with pytest.raises(DataError, match="gone"):
         ahead.take()
-    full = Ahead(lambda: expected[0])
+    full = PinnedPrefetcher(lambda: expected[0])
     full.close()
     assert not full._thread.is_alive()
 
@@ -217,9 +218,9 @@ import sys, time
 from made import make_data
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.recipe.schema import Source
+from stamo_dist.recipe.data import SourceConfig
 
-mixture = Mixture(make_data({"s": Source(path=sys.argv[1])}), seed=0, global_batch=8)
+mixture = Mixture(make_data({"s": SourceConfig(path=sys.argv[1])}), seed=0, global_batch=8)
 loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=2)
 next(loader)
 print(*[w.pid for w in loader._pool._workers], flush=True)

@@ -12,10 +12,11 @@ from made import make_data, write_source
 from rich.console import Console
 
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.shares import report
 from stamo_dist.data.table import mixture_picture, mixture_table
+from stamo_dist.data.weights import report
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Shuffle, Source
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 
 def read(mixture: Mixture, steps: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def test_a_weight_changes_at_its_step(two: Callable[..., Data]) -> None:
 
 def test_several_folders_are_one_source(two: Callable[..., Data]) -> None:
     a, b = (source.path for source in two().sources.values())
-    mixture = Mixture(make_data({"both": Source(path=[a, b])}), seed=0, global_batch=2)
+    mixture = Mixture(make_data({"both": SourceConfig(path=[a, b])}), seed=0, global_batch=2)
     assert mixture.frames.tolist() == [146]
     assert sorted(read(mixture, 73).tolist()) == list(range(146))
 
@@ -100,17 +101,17 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     manifest = small / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"image_size":32', '"image_size":64'))
     sources = {
-        "missing": Source(path=str(tmp_path / "nowhere")),
-        "empty": Source(path=str(tmp_path / "empty")),
-        "unfinished": Source(path=str(unfinished)),
-        "damaged": Source(path=str(damaged)),
-        "uncounted": Source(path=str(uncounted)),
-        "small": Source(path=str(small)),
-        "good": Source(path=str(good), cameras=["front"]),
-        "again": Source(path=f"{good}/../good", cameras=["front", "wrist"]),
-        "camera": Source(path=str(good), cameras=["top"]),
-        "split": Source(path=str(good), split="val", cameras=["front"]),
-        "unused": Source(path=str(tmp_path / "nowhere"), weight=0),
+        "missing": SourceConfig(path=str(tmp_path / "nowhere")),
+        "empty": SourceConfig(path=str(tmp_path / "empty")),
+        "unfinished": SourceConfig(path=str(unfinished)),
+        "damaged": SourceConfig(path=str(damaged)),
+        "uncounted": SourceConfig(path=str(uncounted)),
+        "small": SourceConfig(path=str(small)),
+        "good": SourceConfig(path=str(good), cameras=["front"]),
+        "again": SourceConfig(path=f"{good}/../good", cameras=["front", "wrist"]),
+        "camera": SourceConfig(path=str(good), cameras=["top"]),
+        "split": SourceConfig(path=str(good), split="val", cameras=["front"]),
+        "unused": SourceConfig(path=str(tmp_path / "nowhere"), weight=0),
     }
     with pytest.raises(DataError) as caught:
         Mixture(make_data(sources), seed=0, global_batch=8)
@@ -144,6 +145,8 @@ def test_the_fingerprint_follows_the_data_not_its_place(two: Callable[..., Data]
     }
     assert len(changed) == 7
     moved = shutil.copytree(data.sources["a"].path, tmp_path / "moved")
-    assert fingerprint(make_data({"renamed": Source(path=str(moved)), "b": data.sources["b"]})) == fingerprint(data)
+    assert fingerprint(make_data({"renamed": SourceConfig(path=str(moved)), "b": data.sources["b"]})) == fingerprint(
+        data
+    )
     write_source(moved, cameras=("front", "wrist"), lengths=(7, 12, 5, 8), exist_ok=True)
-    assert fingerprint(make_data({"a": Source(path=str(moved)), "b": data.sources["b"]})) != fingerprint(data)
+    assert fingerprint(make_data({"a": SourceConfig(path=str(moved)), "b": data.sources["b"]})) != fingerprint(data)

@@ -12,7 +12,8 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.schedule import Schedule
-from stamo_dist.recipe.schema import Data, Shuffle, Source
+from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 COUNTS = np.array([40, 7, 120, 64, 33, 90, 1, 58], np.int64)
 FIRST = 1000 + COUNTS.cumsum() - COUNTS
@@ -45,7 +46,7 @@ def test_large_sources_are_shuffled_group_by_group(algorithm: str) -> None:
 
 
 def sequence(schedule: Schedule, count: int, step: int) -> np.ndarray:
-    return np.concatenate([schedule.stretch(at, min(step, count - at)).source for at in range(0, count, step)])
+    return np.concatenate([schedule.interval(at, min(step, count - at)).source for at in range(0, count, step)])
 
 
 def test_shares_are_exact_after_any_number_of_samples() -> None:
@@ -58,7 +59,7 @@ def test_shares_are_exact_after_any_number_of_samples() -> None:
     assert (source == sequence(schedule, 20_000, 77)).all(), "any stretch by itself"
     for at in (0, 1, 999, 12_345):
         assert schedule.counts(at).tolist() == np.bincount(source[:at], minlength=5).tolist()
-    begun = schedule.stretch(500, 300)
+    begun = schedule.interval(500, 300)
     assert begun.begin.tolist() == counts[499].tolist()
     assert begun.end.tolist() == counts[799].tolist()
 
@@ -118,7 +119,7 @@ def test_without_shuffling_sources_are_read_in_stored_order(two: Callable[..., D
 
 
 def test_a_run_ends_where_limited_data_ends(two: Callable[..., Data]) -> None:
-    sources = {name: Source(path=s.path, max_epochs=2) for name, s in two().sources.items()}
+    sources = {name: SourceConfig(path=s.path, max_epochs=2) for name, s in two().sources.items()}
     mixture = Mixture(two().model_copy(update={"sources": sources}), seed=0, global_batch=8)
     samples = np.concatenate([
         b.sample.numpy() for b in build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)

@@ -23,7 +23,8 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import MANIFEST, Size, Split, first_entries, read_manifest
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Shuffle, Source
+from stamo_dist.recipe.data import SourceConfig
+from stamo_dist.recipe.sampling import Shuffle
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
@@ -50,7 +51,7 @@ def folder(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def batches(path: str, cache: Path, n: int = 24, **options: Any) -> list[tuple[list[int], bytes]]:
-    data = make_data({"s": Source(path=path)}, cache=str(cache), **options)
+    data = make_data({"s": SourceConfig(path=path)}, cache=str(cache), **options)
     mixture = Mixture(data, seed=0, global_batch=4)
     loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
     with closing(loader):
@@ -62,7 +63,7 @@ def test_shards_are_streamed_from_s3(folder: Path, tmp_path: Path) -> None:
     episodes = Episodes("s3://robots/s", "train", cache=str(tmp_path / "cache"))
     assert (episodes.frames(1, [3]) == Episodes(str(folder), "train").frames(1, [3])).all()
     with pytest.raises(DataError, match=r"s3://robots/nothing/manifest.json: cannot be read"):
-        Mixture(make_data({"s": Source(path="s3://robots/nothing")}, cache=str(tmp_path)), seed=0, global_batch=4)
+        Mixture(make_data({"s": SourceConfig(path="s3://robots/nothing")}, cache=str(tmp_path)), seed=0, global_batch=4)
 
 
 def test_a_small_cache_gives_the_same_batches(
@@ -110,7 +111,7 @@ def test_a_bad_line_is_tried_again(
     folder: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = batches(str(folder), tmp_path / "none")
-    Mixture(make_data({"s": Source(path="s3://robots/s")}, cache=str(tmp_path / "c")), seed=0, global_batch=4)
+    Mixture(make_data({"s": SourceConfig(path="s3://robots/s")}, cache=str(tmp_path / "c")), seed=0, global_batch=4)
     monkeypatch.setattr(sources, "_PAUSE", 0.01)
 
     with bad_line(int(s3.rsplit(":", 1)[1]), cuts=40) as line:
@@ -123,7 +124,7 @@ def test_a_server_that_says_no_and_a_corrupt_object_are_named_at_once(
 ) -> None:
     import boto3
 
-    data = make_data({"s": Source(path="s3://robots/s")}, cache=str(tmp_path / "cache"))
+    data = make_data({"s": SourceConfig(path="s3://robots/s")}, cache=str(tmp_path / "cache"))
     mixture = Mixture(data, seed=0, global_batch=4)
     store = boto3.client("s3", endpoint_url=s3)
     store.delete_object(Bucket="robots", Key="s/train/front/shard.00000.mds")
@@ -159,7 +160,7 @@ def test_a_source_that_grows_keeps_its_cache(folder: Path, s3: str, tmp_path: Pa
         "train/episodes.jsonl": "".join(whole["train/episodes.jsonl"].splitlines(keepends=True)[:2]),
         "train/front/index.json": json.dumps({**index, "shards": first_entries(index["shards"], 40)}),
     }
-    data = make_data({"s": Source(path=url)}, cache=str(cache))
+    data = make_data({"s": SourceConfig(path=url)}, cache=str(cache))
     for name, text in old.items():
         store.put_object(Bucket="robots", Key=f"s/{name}", Body=text.encode())
     batches(url, cache)

@@ -17,7 +17,7 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard, OpenShards
 from stamo_dist.data.sources import open_camera, open_source
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Source
+from stamo_dist.recipe.data import SourceConfig
 
 
 def test_every_column_equals_what_streaming_reads(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_packed_shards_are_unpacked_in_the_cache_by_one_of_many(tmp_path: Path) 
     before = sorted(path.name for path in packed.rglob("*"))
 
     def mixture(folder: Path) -> Mixture:
-        data = make_data({"s": Source(path=str(folder))}, cache=str(tmp_path / "cache"))
+        data = make_data({"s": SourceConfig(path=str(folder))}, cache=str(tmp_path / "cache"))
         return Mixture(data, seed=0, global_batch=4)
 
     loaders = [
@@ -82,7 +82,7 @@ def test_a_damaged_packed_shard_is_named(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    data = make_data({"s": Source(path=str(packed))}, cache=str(tmp_path / "cache"))
+    data = make_data({"s": SourceConfig(path=str(packed))}, cache=str(tmp_path / "cache"))
     loader = build_loader(
         Mixture(data, seed=0, global_batch=4), rank=0, world_size=1, cursor=Cursor(), pin_memory=False
     )

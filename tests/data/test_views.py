@@ -16,7 +16,7 @@ from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Source
+from stamo_dist.recipe.data import SourceConfig
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("order", [("front", "wrist"), ("wrist", "front")])
 def test_each_moment_is_seen_by_all_cameras(folder: Path, workers: int, order: tuple[str, str]) -> None:
-    data = make_data({"s": Source(path=str(folder), cameras=list(order), instruction="push")}, views=2, horizon=3)
+    data = make_data({"s": SourceConfig(path=str(folder), cameras=list(order), instruction="push")}, views=2, horizon=3)
     mixture = Mixture(data, seed=0, global_batch=7)
     counts = [len(view.shards) for view in mixture.views]
     assert counts[0] != counts[1]
@@ -53,7 +53,7 @@ def test_each_moment_is_seen_by_all_cameras(folder: Path, workers: int, order: t
 
 
 def test_views_decide_what_a_run_reads(folder: Path) -> None:
-    source = {"s": Source(path=str(folder))}
+    source = {"s": SourceConfig(path=str(folder))}
     one, two = (Mixture(make_data(source, views=n), seed=0, global_batch=4).fingerprint for n in (1, 2))
     assert one != two
     with pytest.raises(DataError, match=r"has 2 of the 3 cameras that data.views reads \(front, wrist\)"):

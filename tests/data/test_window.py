@@ -18,7 +18,7 @@ from stamo_dist.data.loader import Batch, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data, Source
+from stamo_dist.recipe.data import Data, SourceConfig
 
 H = 4
 
@@ -83,12 +83,12 @@ def test_action_free_sources_are_masked_and_other_action_spaces_refused(tmp_path
     other = write_source(tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "convention": "joint velocities"}))
-    sources = {p.name: Source(path=str(p)) for p in (robot, video)}
+    sources = {p.name: SourceConfig(path=str(p)) for p in (robot, video)}
     mixture = Mixture(make_data(sources, horizon=H), seed=0, global_batch=8)
     for batch in batches(mixture, 5):
         assert batch.mask is not None
         assert batch.mask.any(1).tolist() == [mixture.sources[s] == "robot" for s in batch.source]
-    sources["other"] = Source(path=str(other))
+    sources["other"] = SourceConfig(path=str(other))
     with pytest.raises(DataError, match=r"robot: 2 numbers, made here; other: 2 numbers, joint velocities.*--action"):
         Mixture(make_data(sources, horizon=H), seed=0, global_batch=8)
     assert Mixture(make_data(sources), seed=0, global_batch=8).window is None, "single frames may be mixed"
@@ -101,7 +101,7 @@ def test_bad_samples_are_replaced_and_counted_when_asked(tmp_path: Path, caplog:
     at = content.index(b"\xff\xd8", np.frombuffer(content, np.uint32, 3, 4)[2])
     content[at : at + 60] = bytes(60)
     shard.write_bytes(content)
-    data = make_data({"toys": Source(path=str(folder))}, on_bad_sample="skip")
+    data = make_data({"toys": SourceConfig(path=str(folder))}, on_bad_sample="skip")
     mixture = Mixture(data, seed=0, global_batch=4)
     whole = batches(mixture, 10)
     assert sum(int(batch.replaced.sum()) for batch in whole) == 1
@@ -118,7 +118,7 @@ def test_a_stuck_shard_is_named(two: Callable[..., Data], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pool, "_PATIENCE", 0.3)
     folder = write_source(tmp_path / "toys", lengths=(20, 20))
-    data = make_data({"toys": Source(path=str(folder))}, timeout=0.5, workers=1)
+    data = make_data({"toys": SourceConfig(path=str(folder))}, timeout=0.5, workers=1)
     mixture = Mixture(data, seed=0, global_batch=4)
     shard = folder / "train" / "front" / "shard.00000.mds"
     shard.unlink()

@@ -24,7 +24,7 @@ from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
-from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.optim.optimizer import adamw
@@ -43,7 +43,9 @@ def checkpoint(folder: Path, text_config: dict, patch_dim: int = 32) -> Path:
     torch.manual_seed(3)
     raw = {**OPENVLA_7B, "pad_token_id": 384, "text_config": {"model_type": "llama", **text_config}}
     config = OpenVLAConfig.from_dict(raw, "test").with_vision("stamo")
-    network = PolicyNetwork(config, recipes.Policy(vision="stamo"), Sizes(3, patch_dim=patch_dim, state_dim=32))
+    network = PolicyNetwork(
+        config, recipes.OpenVLAPolicyConfig(vision="stamo"), PolicySizes(3, patch_dim=patch_dim, state_dim=32)
+    )
     save_parts(
         folder, network, network.state_dict(), TextTokenizer.from_instructions(TEXTS, size=384),
         ImageProcessor.from_config(config), Statistics({}, "test"), shard_size="50MB",
@@ -129,7 +131,7 @@ class Peak:
         self._thread.join()
 
 
-def _rank(rank: int, port: int, recipe: str, later: bool, answer: Connection) -> None:
+def _rank(rank: int, port: int, recipe: str, meta_init: bool, answer: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -138,12 +140,12 @@ def _rank(rank: int, port: int, recipe: str, later: bool, answer: Connection) ->
     r = load(recipe).recipe
     mixture = Mixture(r.data, seed=0, global_batch=8)
     with Peak() as peak:
-        task = build_task(r, mixture, later=later)
+        task = build_task(r, mixture, meta_init=meta_init)
         world = World(rank, 2, rank, 2)
         spec = EngineSpec(r.strategy, world, batching(r.train, 2), 1.0, "fp32", task.block_classes)
         engine = spec.build(task.trained, adamw(task.trained, r.optimizer))
-        if later:
-            task.fill()
+        if meta_init:
+            task.load_weights()
     state = {name: t.full_tensor() for name, t in task.trained.state_dict().items()}
     sums = {name: (float(t.double().sum()), float(t.double().square().sum())) for name, t in state.items()}
     trained = {id(p) for p in task.trained.parameters() if p.requires_grad}
@@ -157,17 +159,17 @@ def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path) -> N
     weights = checkpoint(tmp_path / "weights", LARGE)
     recipe = write(tmp_path / "toy.yaml", toy_policy, weights)
     context, found = multiprocessing.get_context("spawn"), {}
-    for later in (True, False):
+    for meta_init in (True, False):
         port, ranks = free_port(), []
         for rank in range(2):
             here, there = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, port, str(recipe), later, there))
+            process = context.Process(target=_rank, args=(rank, port, str(recipe), meta_init, there))
             process.start()
             ranks.append((process, here))
-        found[later] = [here.recv() for _, here in ranks if here.poll(120)]
+        found[meta_init] = [here.recv() for _, here in ranks if here.poll(120)]
         for process, _ in ranks:
             process.join(30)
-        assert len(found[later]) == 2
+        assert len(found[meta_init]) == 2
     total = found[True][0][2]
     assert total > 200e6
     largest = 768 * 2048 * 4

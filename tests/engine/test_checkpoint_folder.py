@@ -13,7 +13,7 @@ from stamo_dist.checkpoint.select import select_checkpoint
 from stamo_dist.checkpoint.writers import DcpWriter, Staging
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.errors import CheckpointError
-from stamo_dist.recipe.training import Checkpoint
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.state import RunState
 from stamo_dist.run.success import Success, Successes
 
@@ -63,7 +63,7 @@ def test_every_byte_of_a_checkpoint_counts(tmp_path):
 def test_retention(tmp_path, policy, kinds, gone):
     for step, kind in enumerate(kinds, 1):
         write(tmp_path, step, "regular" if kind == "r" else "temporary")
-    removed = superseded(scan(tmp_path).whole, Checkpoint(**policy))
+    removed = superseded(scan(tmp_path).whole, CheckpointConfig(**policy))
     assert sorted(int(p.name[5:]) for p in removed) == gone
 
 
@@ -76,7 +76,7 @@ def test_the_best_has_a_name_and_stays(tmp_path):
     Successes(best=Success(1, 70, 40, 89, 10)).write(tmp_path)
     assert named(checkpoints, "best") == select_checkpoint(checkpoints, "best").path == folder_of(checkpoints, 1)
     assert named(checkpoints, "3") == folder_of(checkpoints, 3)
-    assert superseded(scan(checkpoints).whole, Checkpoint(keep=1), {1}) == [folder_of(checkpoints, 2)]
+    assert superseded(scan(checkpoints).whole, CheckpointConfig(keep=1), {1}) == [folder_of(checkpoints, 2)]
     with pytest.raises(CheckpointError, match=r"4: there is no .*the run's checkpoints: step_00000003, step_00000002"):
         named(checkpoints, "4")
 

@@ -92,12 +92,12 @@ def model_cfg(official: Path) -> Callable[..., schema.Model]:
     def build(weights: bool = True, **decoder: Any) -> schema.Model:
         sd3 = str(official / "sd3")
         return schema.Model(
-            encoder=schema.Encoder(weights=str(official / "dino"), image_size=42)
+            encoder=schema.EncoderConfig(weights=str(official / "dino"), image_size=42)
             if weights
-            else schema.Encoder(config=DINO, image_size=42, train=True),
-            compressor=schema.Compressor(tokens=TOKENS, dim=DIM, width=32, depth=2, heads=2),
-            decoder=schema.Decoder(weights=sd3) if weights else schema.Decoder(config={**SD3, **decoder}),
-            vae=schema.VAE(weights=sd3) if weights else schema.VAE(config=VAE),
+            else schema.EncoderConfig(config=DINO, image_size=42, train=True),
+            compressor=schema.CompressorConfig(tokens=TOKENS, dim=DIM, width=32, depth=2, heads=2),
+            decoder=schema.DecoderConfig(weights=sd3) if weights else schema.DecoderConfig(config={**SD3, **decoder}),
+            vae=schema.VAEConfig(weights=sd3) if weights else schema.VAEConfig(config=VAE),
         )
 
     return build

@@ -16,8 +16,8 @@ LATENT = (4, 8, 8)
 
 
 def from_weights(folder: Path, tokens: int, dim: int) -> Decoder:
-    state = schema.Compressor(tokens=tokens, dim=dim, width=32, depth=1, heads=2)
-    return Decoder.from_config(schema.Decoder(weights=str(folder)), state, LATENT).eval()
+    state = schema.CompressorConfig(tokens=tokens, dim=dim, width=32, depth=1, heads=2)
+    return Decoder.from_config(schema.DecoderConfig(weights=str(folder)), state, LATENT).eval()
 
 
 @pytest.mark.parametrize("version", ["sd3", "sd3.5"])
@@ -72,9 +72,9 @@ def test_half_precision_checkpoints_become_float32(sd3: Callable[..., SD3Transfo
 
 
 def test_random_decoder_starts_at_zero_velocity_and_fits_the_latents() -> None:
-    state = schema.Compressor(tokens=3, dim=16, width=32, depth=1, heads=2)
+    state = schema.CompressorConfig(tokens=3, dim=16, width=32, depth=1, heads=2)
     small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 1}
-    decoder = Decoder.from_config(schema.Decoder(config=small), state, (5, 6, 6))
+    decoder = Decoder.from_config(schema.DecoderConfig(config=small), state, (5, 6, 6))
     config = decoder.transformer.config
     assert (config.in_channels, config.pos_embed_max_size, config.joint_attention_dim) == (5, 6, 16)
     velocity = decoder(torch.randn(2, 5, 6, 6), torch.rand(2), torch.randn(2, 3, 16))
@@ -83,14 +83,14 @@ def test_random_decoder_starts_at_zero_velocity_and_fits_the_latents() -> None:
 
 
 def test_unfit_configurations_name_every_field(official: Path) -> None:
-    state = schema.Compressor(tokens=2, dim=24, width=32, depth=1, heads=2)
+    state = schema.CompressorConfig(tokens=2, dim=24, width=32, depth=1, heads=2)
     wrong = {"num_layer": 2, "joint_attention_dim": 24}
     with pytest.raises(RecipeError) as error:
-        Decoder.from_config(schema.Decoder(config=wrong), state, LATENT)
+        Decoder.from_config(schema.DecoderConfig(config=wrong), state, LATENT)
     assert "did you mean num_layers" in str(error.value)
     assert "joint_attention_dim: is derived from model.compressor.dim" in str(error.value)
     with pytest.raises(RecipeError) as error:
-        Decoder.from_config(schema.Decoder(weights=str(official / "sd3")), state, (16, 31, 31))
+        Decoder.from_config(schema.DecoderConfig(weights=str(official / "sd3")), state, (16, 31, 31))
     assert "in_channels and out_channels are 4 and 4, the VAE has 16" in str(error.value)
     assert "patch_size 2 does not divide the latents' side 31" in str(error.value)
     assert "pos_embed_max_size 12 is less than the 15 patches of a side" in str(error.value)

@@ -15,7 +15,7 @@ from stamo_dist.recipe import schema
 
 
 def load(official: Path, size: int) -> Encoder:
-    return Encoder.from_config(schema.Encoder(weights=str(official / "dino"), image_size=size)).eval()
+    return Encoder.from_config(schema.EncoderConfig(weights=str(official / "dino"), image_size=size)).eval()
 
 
 @pytest.mark.parametrize("size", [70, 42, 98])  # that of the checkpoint, smaller, larger
@@ -56,9 +56,9 @@ def test_resize_is_pillows_bicubic(frames: torch.Tensor) -> None:
 
 def test_wrong_checkpoint_and_wrong_fields_are_refused(official: Path) -> None:
     with pytest.raises(CheckpointError, match="model_type None, expected dinov2"):
-        Encoder.from_config(schema.Encoder(weights=str(official / "sd3" / "vae")))
+        Encoder.from_config(schema.EncoderConfig(weights=str(official / "sd3" / "vae")))
     with pytest.raises(RecipeError, match="num_hidden_layer: unknown field; did you mean num_hidden_layers"):
-        Encoder.from_config(schema.Encoder(config={"num_hidden_layer": 2}, train=True))
+        Encoder.from_config(schema.EncoderConfig(config={"num_hidden_layer": 2}, train=True))
     with pytest.raises(RecipeError, match="40 is not a multiple of the patch size 14"):
         load(official, 40)
 
@@ -67,7 +67,7 @@ def test_the_class_token_alone_is_a_baseline_that_survives_saving(tmp_path):
     torch.manual_seed(0)
     config = {"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = {"image_size": 16, "train": True, "config": config, "output": "cls"}
-    made = Encoder.from_config(schema.Encoder.model_validate(encoder))
+    made = Encoder.from_config(schema.EncoderConfig.model_validate(encoder))
     images = torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8)
     token = made(images)
     assert token.shape == (3, 1, 32)

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {"embed_dim": 192, "depth": 2, "num_heads": 3, "img_size
 
 def encoder(path: Path, size: int = SIZE, output: str = "patches", **config: Any) -> Encoder:
     cfg = {"weights": str(path), "image_size": size, "output": output, "config": config}
-    return Encoder.from_config(schema.Encoder.model_validate(cfg)).eval()
+    return Encoder.from_config(schema.EncoderConfig.model_validate(cfg)).eval()
 
 
 def pixels(frames: torch.Tensor, size: int = SIZE) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_registers_are_not_taken_for_patches(tmp_path: Path, frames: torch.Tenso
         assert tokens.shape[1] == 1 + 3 + patches
         torch.testing.assert_close(ours(frames), tokens[:, 4:], atol=0, rtol=0)
         torch.testing.assert_close(encoder(tmp_path / "dino", size, "cls")(frames), tokens[:, :1], atol=0, rtol=0)
-        assert ours.hollow()(frames).shape == (len(frames), patches, 32)
+        assert ours.untrained()(frames).shape == (len(frames), patches, 32)
         ours.save_pretrained(tmp_path / "saved")
         again = Dinov2WithRegistersModel.from_pretrained(tmp_path / "saved").eval()
         torch.testing.assert_close(again(pixels(frames, size)).last_hidden_state, tokens, atol=0, rtol=0)
@@ -157,7 +157,7 @@ def test_sharded_fp16_variants_are_read(tmp_path: Path, sd3, frames: torch.Tenso
     ours = Decoder.from_folder(folder / "transformer", (4, 8, 8))
     for key, tensor in transformer.state_dict().items():
         assert torch.equal(ours.transformer.state_dict()[key], tensor.float()), key
-    again = vaes.VAE.from_config(schema.VAE(weights=str(folder)), IMAGE)
+    again = vaes.VAE.from_config(schema.VAEConfig(weights=str(folder)), IMAGE)
     with torch.no_grad():
         expected = vae.float().encode(again.pixels(frames)).latent_dist.mean
         torch.testing.assert_close(again.encode(frames), (expected - 0.0609) * 1.5305, atol=1e-5, rtol=1e-5)
@@ -254,7 +254,7 @@ def test_single_file_sd3_is_what_diffusers_makes_of_it(
     with torch.no_grad():
         expected = transformer(z, tokens, **how)[0]
         torch.testing.assert_close(ours.transformer(z, tokens, **how)[0], expected, atol=1e-5, rtol=1e-5)
-        again = vaes.VAE.from_config(schema.VAE(weights=str(file)), IMAGE)
+        again = vaes.VAE.from_config(schema.VAEConfig(weights=str(file)), IMAGE)
         mean = vae.encode(again.pixels(frames)).latent_dist.mean
         torch.testing.assert_close(again.encode(frames), (mean - 0.0609) * 1.5305, atol=1e-5, rtol=1e-5)
         decoded = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)

@@ -43,9 +43,9 @@ DINOV2_LARGE: dict[str, Any] = {
 
 def build(image_size: int) -> Tokenizer:
     cfg = schema.Model(
-        encoder=schema.Encoder(config=DINOV2_LARGE, train=True),
-        decoder=schema.Decoder(config=SD3_MEDIUM),
-        vae=schema.VAE(config=SD3_VAE),
+        encoder=schema.EncoderConfig(config=DINOV2_LARGE, train=True),
+        decoder=schema.DecoderConfig(config=SD3_MEDIUM),
+        vae=schema.VAEConfig(config=SD3_VAE),
     )
     with torch.device("meta"):
         return Tokenizer.from_config(cfg, schema.Flow(), image_size)

@@ -53,7 +53,7 @@ def stored(hub: Path, commit: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("named", "commit"), [("org/dino", NEW), (f"org/dino@{OLD}", OLD), ("org/dino@main", NEW)])
 def test_the_revision_that_is_asked_for_is_read_and_known(hub: Path, named: str, commit: str) -> None:
-    encoder = Encoder.from_config(schema.Encoder(weights=named, image_size=42))
+    encoder = Encoder.from_config(schema.EncoderConfig(weights=named, image_size=42))
     assert torch.equal(encoder.model.layernorm.weight, stored(hub, commit))
     assert encoder.report is not None
     assert encoder.report.source == f"org/dino@{commit}"
@@ -61,7 +61,7 @@ def test_the_revision_that_is_asked_for_is_read_and_known(hub: Path, named: str,
 
 def test_an_unknown_revision_says_how_to_get_it(hub: Path) -> None:
     with pytest.raises(CheckpointError, match=r"`hf download org/dino --revision v2 --local-dir DIR`"):
-        Encoder.from_config(schema.Encoder(weights="org/dino@v2"))
+        Encoder.from_config(schema.EncoderConfig(weights="org/dino@v2"))
 
 
 def test_an_export_asks_for_the_commit_that_it_was_trained_on(

@@ -20,7 +20,7 @@ from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_parts
 from stamo_dist.plan.known import config_of
 from stamo_dist.pretrained.wanted import adapter_base, look_at
@@ -37,7 +37,7 @@ CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": "all-l
 def base(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
-    network = PolicyNetwork(config, recipe.Policy(), Sizes(2))
+    network = PolicyNetwork(config, recipe.OpenVLAPolicyConfig(), PolicySizes(2))
     statistics = Statistics({"toy": {"action": {**COLUMN, "mask": [True, False]}}}, "test")
     folder = tmp_path / "base"
     processor = ImageProcessor.from_config(config)
@@ -179,15 +179,15 @@ def test_what_is_no_whole_plain_adapter_is_refused(base: Path, tmp_path: Path, m
 
 
 def test_film_starts_at_nothing_and_trains_beside_adapters() -> None:
-    cfg = recipe.Policy.model_validate({"film": True, "actions": "regression", "lora": {"rank": 2}})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({"film": True, "actions": "regression", "lora": {"rank": 2}})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
-    plain = PolicyNetwork(config, cfg.model_copy(update={"film": False}), Sizes(2, 3)).state_dict()
-    network = PolicyNetwork(config, cfg, Sizes(2, 3))
+    plain = PolicyNetwork(config, cfg.model_copy(update={"film": False}), PolicySizes(2, 3)).state_dict()
+    network = PolicyNetwork(config, cfg, PolicySizes(2, 3))
     found = {
-        re.sub(r"(featurizer\.blocks\.\d+\.)", r"\1block.", name): load.Stored.in_memory(tensor)
+        re.sub(r"(featurizer\.blocks\.\d+\.)", r"\1block.", name): load.StoredTensor.in_memory(tensor)
         for name, tensor in plain.items()
     }
-    filling = load.Filling(network, found, "here", fresh=load.fresh_parts(cfg))
+    filling = load.WeightLoader(network, found, "here", fresh=load.fresh_parts(cfg))
     adapt.prepare(network, cfg.model_copy(update={"freeze": recipe.Freeze(vision=True)}), filling.whole)
     trained = {n for n, p in network.named_parameters() if p.requires_grad and n.startswith("vla.vision_backbone.")}
     assert {n.rsplit(".", 2)[1] for n in trained} == {"scale", "shift"}

@@ -25,7 +25,7 @@ from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_pretrained
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
@@ -41,9 +41,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def make(kind: str) -> Policy:
     torch.manual_seed(0)
-    cfg = recipe.Policy.model_validate(KINDS[kind])
+    cfg = recipe.OpenVLAPolicyConfig.model_validate(KINDS[kind])
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
-    sizes = Sizes(2, 3 if kind == "oft" else 1, 2 if cfg.proprio else 0, (2, 8) if cfg.world else None)
+    sizes = PolicySizes(2, 3 if kind == "oft" else 1, 2 if cfg.proprio else 0, (2, 8) if cfg.world else None)
     network = PolicyNetwork(config, cfg, sizes).eval()
     with torch.no_grad():
         for p in network.parameters():
@@ -146,7 +146,7 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
     assert "language_model.lm_head" in layers
     assert not [name for name in layers if name.startswith("vision_backbone")]
     load.materialise(network)
-    load.fill(network, load.stored(folders("openvla"), network), "here")
+    load.load_weights(network, load.stored(folders("openvla"), network), "here")
     trained = {n for n, p in network.named_parameters() if p.requires_grad}
     assert all(".lora_" in n or n.startswith("world_head.") for n in trained)
     plain_network, plain.network = plain.network, network.eval()
@@ -172,10 +172,10 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
 def _rank(rank: int, port: int, source: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
-        network = PolicyNetwork(config, cfg, Sizes(2, 3, 0, (2, 8)))
+        network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
     assert all(p.is_meta for p in network.parameters())
     for module in list(network.modules()):
         if type(module).__name__ in network.block_classes():
@@ -184,7 +184,7 @@ def _rank(rank: int, port: int, source: str, out: str) -> None:
     load.materialise(network)
     local = sum(p.to_local().numel() for p in network.parameters())  # type: ignore[attr-defined]
     assert local < 0.6 * sum(p.numel() for p in network.parameters())
-    load.fill(network, load.stored(Path(source), network), source, fresh=load.fresh_parts(cfg), seed=7)
+    load.load_weights(network, load.stored(Path(source), network), source, fresh=load.fresh_parts(cfg), seed=7)
     whole = {n: t.full_tensor() for n, t in network.state_dict().items()}
     ids = torch.tensor([[1, 5, 6, 7, 8, 2, 2, 2, 2, 2, 2, 2]])
     inputs = Inputs(ids, ids > 0, torch.tensor([5]), torch.ones(1, 6, 28, 28), None, None, torch.zeros(1, 3, 2))
@@ -200,12 +200,12 @@ def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_
     source = folders("openvla")
     mp.start_processes(_rank, (free_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
     sharded = load_file(tmp_path / "whole.safetensors")
-    cfg = recipe.Policy.model_validate({**KINDS["openvla"], "actions": "regression"})
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
     with load.on_meta():
-        network = PolicyNetwork(config, cfg, Sizes(2, 3, 0, (2, 8)))
+        network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
     load.materialise(network)
-    report = load.fill(network, load.stored(source, network), "here", fresh=load.fresh_parts(cfg), seed=7)
+    report = load.load_weights(network, load.stored(source, network), "here", fresh=load.fresh_parts(cfg), seed=7)
     assert {name.split(".")[0] for name in report.reinitialised} == {"action_head"}
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, sharded[name]), name
@@ -216,21 +216,21 @@ def test_other_eyes_start_from_the_same_language_model(folders: Callable[[str], 
     source = folders("openvla")
     base = OpenVLAConfig.from_folder(source, "policy.weights")
     for vision, sizes, fresh in [
-        ("dinov2", Sizes(2), {"vla.projector"}),
-        ("stamo", Sizes(2, patch_dim=12, state_dim=8), {"vla.projector", "vla.state_projector"}),
+        ("dinov2", PolicySizes(2), {"vla.projector"}),
+        ("stamo", PolicySizes(2, patch_dim=12, state_dim=8), {"vla.projector", "vla.state_projector"}),
     ]:
-        cfg = recipe.Policy(vision=vision)  # type: ignore[arg-type]
+        cfg = recipe.OpenVLAPolicyConfig(vision=vision)  # type: ignore[arg-type]
         with load.on_meta():
             network = PolicyNetwork(base.with_vision(vision), cfg, sizes)  # type: ignore[arg-type]
         load.materialise(network)
         found = load.stored(source, network)
-        report = load.fill(network, found, "here", fresh=load.fresh_parts(cfg))
+        report = load.load_weights(network, found, "here", fresh=load.fresh_parts(cfg))
         assert {name.rsplit(".", 2)[0] for name in report.reinitialised} == fresh
         files = [load_file(file) for file in source.glob("model*.safetensors")]
         (head,) = [f["language_model.lm_head.weight"] for f in files if "language_model.lm_head.weight" in f]
         assert torch.equal(network.vla.language_model.lm_head.weight, head)
         with pytest.raises(CheckpointError, match=r"policy.weights: the checkpoint does not fit the policy"):
-            load.fill(network, found, "here")
+            load.load_weights(network, found, "here")
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(folders: Callable[[str], Path], tmp_path: Path) -> None:

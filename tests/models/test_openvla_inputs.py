@@ -15,7 +15,7 @@ from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
-from stamo_dist.models.openvla.text import Row, TextTokenizer, collate, prompt, with_space
+from stamo_dist.models.openvla.text import SampleIds, TextTokenizer, collate, prompt, with_space
 
 
 def processor(folder: Path, size: int) -> ImageProcessor:
@@ -88,7 +88,7 @@ def test_prompts_and_training_ids() -> None:
         assert with_space(list(case["input_ids"]), SPACE) == case["input_ids_predict_action"]
     front = with_space(list(cases["prompts"][0]["input_ids"]), SPACE)
     for case in cases["roundtrip"]:
-        batch = collate([Row(front, [*case["action_ids"], 2], True), Row(front[:5], [], True)], pad=32000)
+        batch = collate([SampleIds(front, [*case["action_ids"], 2], True), SampleIds(front[:5], [], True)], pad=32000)
         assert batch.input_ids[0].tolist() == [*case["training_ids_without_eos"], 2]
         assert batch.labels[0].tolist() == [-100] * len(front) + [*case["action_ids"], 2]
         assert batch.attention_mask.sum(1).tolist() == [len(front) + 8, 5]

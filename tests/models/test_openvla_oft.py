@@ -18,7 +18,7 @@ from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead
 from stamo_dist.models.openvla.network import OpenVLA
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.recipe import policy as recipe
 
 
@@ -36,7 +36,7 @@ def policy(golden: Golden, **options: Any) -> Policy:
 @pytest.mark.parametrize("actions", ["regression", "parallel_tokens"])
 def test_chunks(golden: Golden, actions: str) -> None:
     oft = policy(golden, actions=actions)
-    assert (oft.cfg.views, oft.cfg.proprio, oft.network.sizes) == (2, True, Sizes(7, 8, 8))
+    assert (oft.cfg.views, oft.cfg.proprio, oft.network.sizes) == (2, True, PolicySizes(7, 8, 8))
     for i, case in enumerate(golden.about["predict"]):
         found, _ = oft.predict_encoded(
             golden.prompt(f"predict{i}", blanks=56),
@@ -136,8 +136,8 @@ def test_film_has_the_released_names_and_scales_tokens() -> None:
 def test_film_reads_all_that_is_no_action() -> None:
     torch.manual_seed(0)
     config = OpenVLAConfig.from_dict(FILM, "test")
-    cfg = recipe.Policy(film=True, actions="regression")
-    network = PolicyNetwork(config, cfg, Sizes(action_dim=2, chunk=2)).eval()
+    cfg = recipe.OpenVLAPolicyConfig(film=True, actions="regression")
+    network = PolicyNetwork(config, cfg, PolicySizes(action_dim=2, chunk=2)).eval()
     seen: list[torch.Tensor] = []
     network.vla.vision_backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     ids = torch.tensor([[1, 5, 6, 1, 1, 1, 1, 2], [1, 5, 1, 1, 1, 1, 2, 512]])
@@ -150,7 +150,7 @@ def test_a_released_film_folder_loads(tmp_path: Path) -> None:
     """Adapters inside the towers' file are merged, and `module.` prefixes taken off."""
     torch.manual_seed(0)
     config = OpenVLAConfig.from_dict(FILM, "test")
-    network = PolicyNetwork(config, recipe.Policy(film=True), Sizes(2))
+    network = PolicyNetwork(config, recipe.OpenVLAPolicyConfig(film=True), PolicySizes(2))
     tower_state = network.vla.vision_backbone.state_dict()
     file = {f"module.{k}": v for k, v in save._as_adapted(network.vla.vision_backbone, tower_state).items()}
     extra = json.loads(goldens("keys/openvla_oft_extra_state_dicts.json").read_text())
@@ -165,8 +165,8 @@ def test_a_released_film_folder_loads(tmp_path: Path) -> None:
     save_file(save._without_film(network.vla.state_dict()), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(FILM))
     with load.on_meta():
-        loaded = PolicyNetwork(config, recipe.Policy(film=True), Sizes(2))
+        loaded = PolicyNetwork(config, recipe.OpenVLAPolicyConfig(film=True), PolicySizes(2))
     load.materialise(loaded)
-    load.fill(loaded, load.stored(tmp_path, loaded), "here")
+    load.load_weights(loaded, load.stored(tmp_path, loaded), "here")
     close(loaded.vla.vision_backbone.featurizer.patch_embed.proj.weight, file[base] + delta, 1e-5)
     assert load_file(tmp_path / "model.safetensors").keys() == OpenVLA(config).state_dict().keys()

@@ -1,4 +1,4 @@
-"""World modelling and co-training in the network, and StaMo's eyes, on tiny models."""
+"""World modelling and co-training in the network, and a StaMo state encoder, on tiny models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_pretrained
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.policies import load_policy
@@ -27,7 +27,7 @@ from stamo_dist.recipe import policy as recipe
 STATISTICS = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 4.0]}}}
 
 
-def build(cfg: recipe.Policy, sizes: Sizes) -> PolicyNetwork:
+def build(cfg: recipe.PolicyConfig, sizes: PolicySizes) -> PolicyNetwork:
     torch.manual_seed(0)
     return PolicyNetwork(OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test").with_vision(cfg.vision), cfg, sizes)
 
@@ -54,8 +54,8 @@ def batch(network: PolicyNetwork, images: Any) -> Inputs:
 @pytest.mark.parametrize("read", ["prompt", "actions"])
 @pytest.mark.parametrize("actions", ["tokens", "parallel_tokens", "regression"])
 def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> None:
-    cfg = recipe.Policy(actions=actions, world=recipe.WorldModel(read=read, width=16))
-    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    cfg = recipe.OpenVLAPolicyConfig(actions=actions, world=recipe.WorldModel(read=read, width=16))
+    network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     losses = network(given)
     tokens = 7 if actions != "regression" else 1
@@ -78,8 +78,8 @@ def test_each_sample_counts_where_it_has_something(actions: Any, read: Any) -> N
 
 
 def test_the_head_learns_what_the_backbone_sees() -> None:
-    cfg = recipe.Policy(actions="regression", world=recipe.WorldModel(width=32))
-    network = build(cfg, Sizes(2, 3, 0, (2, 8)))
+    cfg = recipe.OpenVLAPolicyConfig(actions="regression", world=recipe.WorldModel(width=32))
+    network = build(cfg, PolicySizes(2, 3, 0, (2, 8)))
     given = batch(network, torch.randn(3, 6, 28, 28))
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3)
     history = []
@@ -94,8 +94,8 @@ def test_the_head_learns_what_the_backbone_sees() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    cfg = recipe.Policy(actions="regression", film=True)
-    network = build(cfg, Sizes(2, 3)).train()
+    cfg = recipe.OpenVLAPolicyConfig(actions="regression", film=True)
+    network = build(cfg, PolicySizes(2, 3)).train()
     given = batch(network, torch.randn(3, 6, 28, 28))
     grads = []
     for enabled in (False, True):
@@ -116,24 +116,24 @@ def exported(tokenizer: Callable[..., Tokenizer], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("reads", ["patches", "states", "both"])
 def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_path: Path, reads: Any) -> None:
-    eyes = StamoVision(StateEncoder.from_pretrained(exported))
-    cfg = recipe.Policy(
+    encoder = StamoVision(StateEncoder.from_pretrained(exported))
+    cfg = recipe.OpenVLAPolicyConfig(
         vision="stamo", stamo=reads, views=2, tokenizer=str(exported), world=recipe.WorldModel(width=16)
     )
-    sizes = Sizes(
-        2, 1, 0, eyes.target_shape("motion"),
-        eyes.patch_dim if reads != "states" else None, eyes.state_shape[1] if reads != "patches" else None,
+    sizes = PolicySizes(
+        2, 1, 0, encoder.target_shape("motion"),
+        encoder.patch_dim if reads != "states" else None, encoder.state_shape[1] if reads != "patches" else None,
     )  # fmt: skip
     network = build(cfg, sizes).eval()
     frames = torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8)
-    seen = eyes.read(frames, reads)
-    patches = eyes.target_shape("dinov2")[0]
+    seen = encoder.read(frames, reads)
+    patches = encoder.target_shape("dinov2")[0]
     tokens = 2 * {"patches": patches, "states": 2, "both": patches + 2}[reads]
     assert network.vla.image_tokens(seen).shape == (3, tokens, 16)
     assert not any(name.startswith("vla.vision_backbone") for name in network.state_dict())
 
     config = network.vla.config
-    policy = Policy(network, text_tokenizer(), ImageProcessor.from_config(config), Statistics(STATISTICS, "x"), eyes)
+    policy = Policy(network, text_tokenizer(), ImageProcessor.from_config(config), Statistics(STATISTICS, "x"), encoder)
     save_pretrained(policy, tmp_path / "policy")
     again = Policy.from_pretrained(tmp_path / "policy")
     views = list(frames[0].numpy())
@@ -158,26 +158,34 @@ def test_stamo_s_eyes(tokenizer: Callable[..., Tokenizer], exported: Path, tmp_p
 
 def test_targets_of_the_world_head(exported: Path) -> None:
     stamo = Tokenizer.from_pretrained(exported)
-    eyes = StamoVision(StateEncoder.from_pretrained(exported))
+    encoder = StamoVision(StateEncoder.from_pretrained(exported))
     now, then = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
-    close(eyes.target(now, then, "state"), stamo.encode(then), 1e-6)
-    close(eyes.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
-    close(eyes.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
-    close(eyes.look(then).target(eyes.look(now), "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
+    close(encoder.target(now, then, "state"), stamo.encode(then), 1e-6)
+    close(encoder.target(now, then, "motion"), stamo.encode(then) - stamo.encode(now), 1e-6)
+    close(encoder.target(now, then, "dinov2"), stamo.encoder(then), 1e-6)
+    close(
+        encoder.encode(then).target(encoder.encode(now), "motion"),
+        stamo.encode(then) - stamo.encode(now),
+        1e-6,
+    )
     for target in ("state", "motion", "dinov2"):
-        assert eyes.target(now, then, target).shape[1:] == eyes.target_shape(target)  # type: ignore[arg-type]
-        assert not eyes.target(now, then, target).requires_grad  # type: ignore[arg-type]
+        assert encoder.target(now, then, target).shape[1:] == encoder.target_shape(target)  # type: ignore[arg-type]
+        assert not encoder.target(now, then, target).requires_grad  # type: ignore[arg-type]
 
 
 def test_parts_that_do_not_fit_are_named() -> None:
     for cfg, sizes, message in [
-        (recipe.Policy(proprio=True), Sizes(2), "policy.proprio: the sources have no proprioception"),
-        (recipe.Policy(world=recipe.WorldModel()), Sizes(2), "policy.world: there is no tokenizer"),
-        (recipe.Policy(vision="stamo"), Sizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
+        (
+            recipe.OpenVLAPolicyConfig(proprio=True),
+            PolicySizes(2),
+            "policy.proprio: the sources have no proprioception",
+        ),
+        (recipe.OpenVLAPolicyConfig(world=recipe.WorldModel()), PolicySizes(2), "policy.world: there is no tokenizer"),
+        (recipe.OpenVLAPolicyConfig(vision="stamo"), PolicySizes(2), "policy.vision: stamo needs the StaMo tokenizer"),
     ]:
         with pytest.raises(RecipeError, match=message):
             build(cfg, sizes)
     with pytest.raises(ValueError, match="film: the frozen StaMo encoder has no FiLM"):
-        recipe.Policy(vision="stamo", film=True)
+        recipe.OpenVLAPolicyConfig(vision="stamo", film=True)
     with pytest.raises(ValueError, match="leave no loss"):
         recipe.WorldModel(mse=0, l1=0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from vla_cases import close
 
-from stamo_dist.models.rdt import Condition, DiffusionTransformer, Plan, Sizes, add_noise, draw
-from stamo_dist.recipe.policy import DiffusionPolicy
+from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, add_noise, draw
+from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
-CFG = DiffusionPolicy(width=32, depth=4, heads=4, timesteps=100, sampler_steps=5)
-SIZES = Sizes(chunk=4, action_dim=3, image_dim=12, vocabulary=20, motion=(2, 8), proprio_dim=2)
+CFG = DiffusionTransformerConfig(width=32, depth=4, heads=4, timesteps=100, sampler_steps=5)
+SIZES = DiffusionSizes(chunk=4, action_dim=3, image_dim=12, vocabulary=20, motion=(2, 8), proprio_dim=2)
 
 
 def moments(count: int) -> Condition:
@@ -27,7 +27,7 @@ def model() -> DiffusionTransformer:
 
 
 def test_what_a_video_lacks_is_not_seen(model: DiffusionTransformer) -> None:
-    known, plan = moments(2), Plan(torch.randn(2, 4, 3), torch.randn(2, 2, 8))
+    known, plan = moments(2), ActionPlan(torch.randn(2, 4, 3), torch.randn(2, 2, 8))
     has, time = torch.tensor([True, False]), torch.tensor([10, 90])
     before = model(plan, time, known, has)
     after = model(plan._replace(actions=plan.actions + 1), time, known, has)
@@ -45,7 +45,7 @@ def test_what_a_video_lacks_is_not_seen(model: DiffusionTransformer) -> None:
 
 
 def test_a_step_behind_the_episodes_end_is_not_seen(model: DiffusionTransformer) -> None:
-    known, plan = moments(2), Plan(torch.randn(2, 4, 3), torch.randn(2, 2, 8))
+    known, plan = moments(2), ActionPlan(torch.randn(2, 4, 3), torch.randn(2, 2, 8))
     has, steps, time = torch.ones(2).bool(), torch.tensor([[True, True], [True, False]]), torch.tensor([10, 90])
     before = model(plan, time, known, has, steps)
     other = plan.motion.clone()  # type: ignore[union-attr]
@@ -59,7 +59,10 @@ def test_a_step_behind_the_episodes_end_is_not_seen(model: DiffusionTransformer)
 
 
 def test_noise_runs_from_nearly_none_to_nearly_all() -> None:
-    clean, noise = Plan(torch.ones(3, 4, 3), torch.ones(3, 2, 8)), Plan(torch.zeros(3, 4, 3), torch.zeros(3, 2, 8))
+    clean, noise = (
+        ActionPlan(torch.ones(3, 4, 3), torch.ones(3, 2, 8)),
+        ActionPlan(torch.zeros(3, 4, 3), torch.zeros(3, 2, 8)),
+    )
     noisy, timestep = add_noise(CFG, clean, noise, torch.tensor([0.0, 0.5, 0.9999]))
     assert timestep.tolist() == [0, 50, 99]
     levels = noisy.actions[:, 0, 0]
@@ -69,18 +72,18 @@ def test_noise_runs_from_nearly_none_to_nearly_all() -> None:
 
 def test_it_learns_chunks_and_draws_them(model: DiffusionTransformer) -> None:
     known = moments(6)
-    clean = Plan(torch.rand(6, 4, 3) * 2 - 1, torch.randn(6, 2, 8))
+    clean = ActionPlan(torch.rand(6, 4, 3) * 2 - 1, torch.randn(6, 2, 8))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(250):
         model.set_gradient_checkpointing(step % 2 == 0)
-        noise = Plan(torch.randn(6, 4, 3), torch.randn(6, 2, 8))
+        noise = ActionPlan(torch.randn(6, 4, 3), torch.randn(6, 2, 8))
         noisy, timestep = add_noise(CFG, clean, noise, torch.rand(6))
         found = model(noisy, timestep, known)
         loss = (found.actions - clean.actions).square().mean() + (found.motion - clean.motion).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    start = Plan(torch.randn(6, 4, 3), torch.randn(6, 2, 8))
+    start = ActionPlan(torch.randn(6, 4, 3), torch.randn(6, 2, 8))
     drawn = draw(model.eval(), known, start)
     assert torch.equal(drawn.actions, draw(model, known, start).actions)
     assert (drawn.actions - clean.actions).abs().mean() < 0.15

@@ -14,7 +14,7 @@ from stamo_dist.recipe import schema
 
 def test_standardised_states_differ_between_frames_that_look_alike():
     torch.manual_seed(0)
-    compressor = Compressor(schema.Compressor(tokens=2, dim=32, width=32, depth=1, heads=2), 16)
+    compressor = Compressor(schema.CompressorConfig(tokens=2, dim=32, width=32, depth=1, heads=2), 16)
     features = torch.randn(1, 9, 16) + 0.05 * torch.randn(64, 9, 16)
     before = compressor(features).std(0).mean()
     compressor.standardise(features)
@@ -30,7 +30,7 @@ def test_whitened_states_show_what_happens_within_each_of_two_scenes():
     within = {}
     for whiten in (False, True):
         torch.manual_seed(1)
-        cfg = schema.Compressor(tokens=2, dim=8, width=32, depth=1, heads=2, standardise=400, whiten=whiten)
+        cfg = schema.CompressorConfig(tokens=2, dim=8, width=32, depth=1, heads=2, standardise=400, whiten=whiten)
         compressor = Compressor(cfg, 16)
         compressor.standardise(scenes.flatten(0, 1))
         within[whiten] = torch.stack([compressor(scene).std(0).mean() for scene in scenes])
@@ -41,9 +41,9 @@ def test_whitened_states_show_what_happens_within_each_of_two_scenes():
 
 def test_preconditioned_decoder_starts_at_the_best_linear_guess():
     """With a zero last layer the velocity is the linear part alone; at σ = 1 that is z, at σ = ½ nothing."""
-    compressor = schema.Compressor(tokens=2, dim=32, width=32, depth=1, heads=2)
+    compressor = schema.CompressorConfig(tokens=2, dim=32, width=32, depth=1, heads=2)
     config = {"patch_size": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    decoder = Decoder.from_config(schema.Decoder(config=config, precondition=True), compressor, (4, 4, 4))
+    decoder = Decoder.from_config(schema.DecoderConfig(config=config, precondition=True), compressor, (4, 4, 4))
     z, tokens = torch.randn(3, 4, 4, 4), torch.randn(3, 2, 32)
     velocity = decoder(z, torch.tensor([1.0, 0.5, 0.0]), tokens)
     assert torch.allclose(velocity[0], z[0], atol=1e-6)

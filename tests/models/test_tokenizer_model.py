@@ -223,9 +223,9 @@ def test_a_straight_map_is_trained_and_is_no_part_of_the_tokenizer(
 
 def test_unknown_fields_of_all_parts_are_reported_together() -> None:
     cfg = schema.Model(
-        encoder=schema.Encoder(config={"hidden_sise": 8}, image_size=40, train=True),
-        decoder=schema.Decoder(config={"layers": 1}),
-        vae=schema.VAE(config={"channels": 4}),
+        encoder=schema.EncoderConfig(config={"hidden_sise": 8}, image_size=40, train=True),
+        decoder=schema.DecoderConfig(config={"layers": 1}),
+        vae=schema.VAEConfig(config={"channels": 4}),
     )
     with pytest.raises(RecipeError) as error:
         Tokenizer.from_config(cfg, schema.Flow(), 32)

@@ -23,7 +23,7 @@ def folder(official: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> VAE:
-    return VAE.from_config(schema.VAE(weights=str(folder)), 32)
+    return VAE.from_config(schema.VAEConfig(weights=str(folder)), 32)
 
 
 def test_every_misfit_is_listed_at_once(folder: Path) -> None:

@@ -18,7 +18,7 @@ from stamo_dist.errors import RecipeError
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.models.openvla import shapes as policies
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
-from stamo_dist.models.openvla.policy_network import Sizes
+from stamo_dist.models.openvla.policy_network import PolicySizes
 from stamo_dist.models.policies import load_policy
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.plan.live import peak
@@ -27,7 +27,7 @@ from stamo_dist.plan.serving import serving
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe.load import load
 from stamo_dist.tasks import build_task
-from stamo_dist.tasks.base import Layout
+from stamo_dist.tasks.base import ExportLayout
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
@@ -47,11 +47,11 @@ def test_the_peak_is_that_of_the_tensors_that_live_at_once() -> None:
 
 def test_what_is_computed_forward_and_backward() -> None:
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, "pad_token_id": 384, "text_config": SMALL}, "test")
-    sizes, seen = Sizes(3, patch_dim=32), policies.Seen(20, 16)
-    cfg = recipes.Policy(vision="stamo", stamo="patches")
+    sizes, seen = PolicySizes(3, patch_dim=32), policies.TokenCounts(20, 16)
+    cfg = recipes.OpenVLAPolicyConfig(vision="stamo", stamo="patches")
 
     def flops(**changes: object) -> int:
-        network = policies.hollow(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)
+        network = policies.on_meta(config.with_vision("stamo"), cfg.model_copy(update=changes), sizes)
         return policies.training_flops(network, seen)
 
     layers = 3 * (4 * 64**2 + 3 * 64 * 96)
@@ -107,7 +107,7 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
 def test_a_served_policy_holds_what_is_planned(toy_policy: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     recipe = load(write_policy_recipe(tmp_path / "toy.yaml", toy_policy)).recipe
     task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
-    task.export(tmp_path / "model", task.trained.state_dict(), [], Layout(dtype=dtype))
+    task.export(tmp_path / "model", task.trained.state_dict(), [], ExportLayout(dtype=dtype))
     policy = load_policy(tmp_path / "model")
     assert policy.vision is not None
     modules = [policy.network, policy.vision.tokenizer]

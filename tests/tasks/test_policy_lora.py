@@ -21,7 +21,7 @@ from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks import build_task
-from stamo_dist.tasks.base import Layout
+from stamo_dist.tasks.base import ExportLayout
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.policy import PolicyTask
 
@@ -105,12 +105,12 @@ def test_adapters_come_back_trained_on_merged_and_in_peft(toy_policy: Path, base
     step(task, mixture, recipe, steps=3)
     trained, requires = state(task), {n for n, p in task.trained.named_parameters() if p.requires_grad}
     folder, whole = tmp_path / "adapter", tmp_path / "whole"
-    task.export(folder, trained, [], Layout("peft"))
+    task.export(folder, trained, [], ExportLayout("peft"))
     assert {p.name for p in folder.glob("*.safetensors")} == {"adapter_model.safetensors", "world_head.safetensors"}
 
     eyes = {"tokenizer": toy_policy / "tokenizer"}
     alone = Policy.from_pretrained(folder, **eyes)
-    task.export(whole, trained, [], Layout("hf"))
+    task.export(whole, trained, [], ExportLayout("hf"))
     merged = Policy.from_pretrained(whole, **eyes)
     assert np.abs(moment(alone) - moment(merged)).max() < 1e-6
     unadapted = Policy.from_pretrained(_without_b(folder, tmp_path / "b"), **eyes)
@@ -128,7 +128,7 @@ def test_adapters_come_back_trained_on_merged_and_in_peft(toy_policy: Path, base
     assert torch.equal(state(other)[f"{name}.base_layer.weight"], wanted.bfloat16())
     assert "of which 0 train on and 14 are merged" in "\n".join(other.notes)
     with pytest.raises(RecipeError, match="--format peft: the run began by merging the adapter"):
-        other.export(tmp_path / "no", state(other), [], Layout("peft"))
+        other.export(tmp_path / "no", state(other), [], ExportLayout("peft"))
 
 
 def _without_b(folder: Path, copy: Path) -> Path:
@@ -148,14 +148,14 @@ def test_peft_reads_what_is_exported(toy_policy: Path, base: Path, tmp_path: Pat
     task, mixture = task_of(recipe)
     step(task, mixture, recipe, steps=2)
     trained, folder = state(task), tmp_path / "adapter"
-    task.export(folder, trained, [], Layout("peft"))
+    task.export(folder, trained, [], ExportLayout("peft"))
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
     assert config["base_model_name_or_path"] == str(base)
 
     fresh, _ = task_of(recipe_of(tmp_path / "plain", toy_policy, base, "policy.lora=null", "train.precision=fp32"))
     found = PeftModel.from_pretrained(fresh.network.vla, folder).merge_and_unload().state_dict()
-    task.export(tmp_path / "whole", trained, [], Layout("hf"))
+    task.export(tmp_path / "whole", trained, [], ExportLayout("hf"))
     for name, tensor in task.network.vla.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 

@@ -18,7 +18,7 @@ from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.load import load
 from stamo_dist.tasks import build_task, check_task
-from stamo_dist.tasks.base import Layout
+from stamo_dist.tasks.base import ExportLayout
 
 
 def refusal(recipe: Path, *settings: str, build: bool = False) -> str:
@@ -75,7 +75,7 @@ def test_weights_of_another_tower_vocabulary_or_size(toy_policy: Path, tmp_path:
     mixture = Mixture(loaded.data, seed=0, global_batch=8)
     task = build_task(loaded, mixture)
     weights = tmp_path / "weights"
-    task.export(weights, task.trained.state_dict(), [], Layout())
+    task.export(weights, task.trained.state_dict(), [], ExportLayout())
     use = f"policy.weights={weights}"
     assert build_task(load(recipe, [use]).recipe, mixture)
 

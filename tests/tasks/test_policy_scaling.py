@@ -14,7 +14,7 @@ from toy_policy import TEXTS, write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import MANIFEST
-from stamo_dist.models.openvla.actions import Range, Statistics
+from stamo_dist.models.openvla.actions import Statistics, ValueRange
 from stamo_dist.models.policies import load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.tasks import build_task
@@ -37,7 +37,7 @@ def test_a_constant_comes_back_whatever_the_network_says(bounds: Any, epsilon: b
 
 def test_quantiles_alone_do_not_make_a_gripper_constant() -> None:
     seldom = {"q01": [0.0, 1.0], "q99": [2.0, 1.0], "mask": [True, False]}
-    assert Range.from_statistics(seldom, "q99", "here").restore(np.array([0.0, 0.3]), False).tolist() == [1.0, 0.3]
+    assert ValueRange.from_statistics(seldom, "q99", "here").restore(np.array([0.0, 0.3]), False).tolist() == [1.0, 0.3]
 
 
 def test_noise_of_a_constant_sensor_is_no_signal() -> None:

@@ -19,7 +19,7 @@ from stamo_dist.data.loader import Batch, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import DataError, RecipeError
-from stamo_dist.models.openvla.actions import ActionTokenizer, Range
+from stamo_dist.models.openvla.actions import ActionTokenizer, ValueRange
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.recipe.load import load
@@ -44,7 +44,7 @@ def test_text_and_actions_are_those_of_the_official_order(blanks: bool) -> None:
     rng = np.random.default_rng(0)
     text, coder = TextTokenizer.from_instructions(TEXTS, size=384), ActionTokenizer(384)
     low, high = np.array([-1.0, 0.0, 2.0]), np.array([1.0, 4.0, 2.0])
-    ranges = [None, Range(low, high, np.array([True, False, True]), low == high)]
+    ranges = [None, ValueRange(low, high, np.array([True, False, True]), low == high)]
     values = rng.uniform(-2, 5, (6, 2, 3)).astype(np.float32)
     values[1, 0], values[2, 1] = [1.0, 1.0, 7.0], [-1.0, -1.0, 2.0]
     source, has = torch.tensor([1, 1, 1, 0, 1, 0]), torch.tensor([1, 1, 1, 0, 1, 0]).bool()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from data_tools.convert.driver import convert
 from data_tools.look.check import check
-from data_tools.look.check_report import ERROR, WARNING, Finding, Report
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding, CheckReport
 from data_tools.look_commands import register
 from stamo_dist.data.schema import read_manifest
 
@@ -42,11 +42,11 @@ def copy(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "libero", ignore=shutil.ignore_patterns(".*")))
 
 
-def look(source: Path, **options: Any) -> Report:
+def look(source: Path, **options: Any) -> CheckReport:
     return check(str(source), quiet=True, processes=1, **options)
 
 
-def found(report: Report, check: str, severity: str) -> list[Finding]:
+def found(report: CheckReport, check: str, severity: str) -> list[CheckFinding]:
     return [f for f in report.findings if (f.check, f.severity) == (check, severity)]
 
 

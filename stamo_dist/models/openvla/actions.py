@@ -54,7 +54,7 @@ class ActionTokenizer:
 
 
 @dataclass(frozen=True)
-class Range:
+class ValueRange:
     """Where the values of one vector lie.
 
     Dimensions outside `mask` (a gripper) are left as they are, but for those that never change: they are 0 when
@@ -67,7 +67,7 @@ class Range:
     constant: np.ndarray  # (A,) bool: min is max, and so are low and high
 
     @classmethod
-    def from_statistics(cls, statistics: Mapping[str, Any], bounds: Bounds, source: str) -> Range:
+    def from_statistics(cls, statistics: Mapping[str, Any], bounds: Bounds, source: str) -> ValueRange:
         """`statistics` is what the released files hold of `action` or `proprio`: q01, q99, min, max and maybe mask.
 
         Raises:
@@ -132,7 +132,7 @@ class SeenAs:
     """How the frames of a source came to a policy that was trained on them."""
 
     format: str  # of the dataset, which is also the name of the simulator where it is simulated
-    cameras: tuple[str, ...]  # of one moment, in the order of the policy's views
+    cameras: tuple[str, ...]  # of one timestep, in the order of the policy's views
     size: int  # side of the frames
     frame_size: tuple[int, int] | None = None  # (H, W) before they were resized, where the dataset says
 
@@ -183,7 +183,7 @@ class Statistics:
                 return candidate
         raise DataError(f"{self.origin} has no statistics of {name!r}; it has those of {known} (unnorm_key)")
 
-    def range(self, name: str | None, column: Literal["action", "proprio"], bounds: Bounds = "q99") -> Range:
+    def range(self, name: str | None, column: Literal["action", "proprio"], bounds: Bounds = "q99") -> ValueRange:
         """The range of one column of a source.
 
         Raises:
@@ -194,7 +194,7 @@ class Statistics:
         statistics = self.sources[key].get(column)
         if statistics is None:
             raise DataError(f"{source} is missing; compute it with `stamo data stats`")
-        return Range.from_statistics(statistics, bounds, source)
+        return ValueRange.from_statistics(statistics, bounds, source)
 
 
 def seen_as(folder: Path) -> dict[str, SeenAs]:

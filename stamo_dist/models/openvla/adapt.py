@@ -12,13 +12,13 @@ from torch import nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.network import OpenVLA
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.recipe.policy import Freeze, Lora, Policy
+from stamo_dist.recipe.policy import Freeze, Lora, PolicyConfig
 
 _FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.")
 
 
 def prepare(
-    network: PolicyNetwork, cfg: Policy, whole: Collection[str] = (), base: torch.dtype = torch.float32
+    network: PolicyNetwork, cfg: PolicyConfig, whole: Collection[str] = (), base: torch.dtype = torch.float32
 ) -> list[str]:
     """Freeze parts and put adapters in, as `cfg` says; returns the layers with adapters.
 
@@ -40,8 +40,12 @@ def prepare(
 
 
 def _freeze(vla: OpenVLA, cfg: Freeze) -> None:
-    parts = {"vision_backbone": cfg.vision, "projector": cfg.projector, "state_projector": cfg.projector,
-             "language_model": cfg.language}  # fmt: skip
+    parts = {
+        "vision_backbone": cfg.vision,
+        "projector": cfg.projector,
+        "state_projector": cfg.projector,
+        "language_model": cfg.language,
+    }
     for name, frozen in parts.items():
         if frozen and hasattr(vla, name):
             getattr(vla, name).requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
-from stamo_dist.models.shards import Slices, Stored
+from stamo_dist.models.shards import Slices, StoredTensor
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.policy import Lora
 
@@ -31,8 +31,8 @@ _OTHER_KINDS = ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters", 
 class LowRank:
     """What is added to one layer's weight W: scale · B A."""
 
-    down: Stored  # A: (rank, inputs), or (rank, inputs, height, width) of a convolution
-    up: Stored  # B: (outputs, rank), or (outputs, rank, 1, 1)
+    down: StoredTensor  # A: (rank, inputs), or (rank, inputs, height, width) of a convolution
+    up: StoredTensor  # B: (outputs, rank), or (outputs, rank, 1, 1)
     scale: float
 
     @property
@@ -44,7 +44,7 @@ class LowRank:
         """Of the weight that it fits."""
         return (self.up.shape[0], *self.down.shape[1:])
 
-    def added_to(self, base: Stored) -> Stored:
+    def added_to(self, base: StoredTensor) -> StoredTensor:
         """W + scale · B A in float32."""
 
         def read(slices: Slices) -> Tensor:
@@ -52,7 +52,7 @@ class LowRank:
             delta = (up @ down).view(base.shape) * self.scale
             return base.read(slices).float() + delta[slices]
 
-        return Stored(base.shape, read)
+        return StoredTensor(base.shape, read)
 
     def goes_on_in(self, layer: nn.Module) -> bool:
         """Whether `layer` has an adapter that these weights fit and mean the same in."""
@@ -66,7 +66,7 @@ class Adapter:
 
     folder: Path
     layers: Mapping[str, LowRank]  # by layer
-    whole: Mapping[str, Stored]  # PEFT's modules_to_save, by parameter: they replace the base's
+    whole: Mapping[str, StoredTensor]  # PEFT's modules_to_save, by parameter: they replace the base's
 
     def goes_on(self, network: nn.Module) -> list[str]:
         """The layers of a prepared network in which these adapters train on; into the others they are merged."""
@@ -132,10 +132,10 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
     """
     config, path = read_config(folder), folder / WEIGHTS
     file = weights.open_file(path, FIELD)
-    pairs: dict[str, dict[str, Stored]] = {}
+    pairs: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
     for key in file.keys():  # noqa: SIM118 (not a mapping)
-        tensor, name = Stored.in_file(file, key), key.removeprefix(_PREFIX)
+        tensor, name = StoredTensor.in_file(file, key), key.removeprefix(_PREFIX)
         if low := _LOW_RANK.fullmatch(name):
             pairs.setdefault(low[1], {})[low[2]] = tensor
         elif ".lora_" in name:
@@ -173,8 +173,12 @@ def save(folder: Path, cfg: Lora, state: Mapping[str, Tensor], base: str, rename
     hub = hub_id(base)
     LoraConfig(
         revision=None if hub is None else hub[1],
-        r=cfg.rank, lora_alpha=cfg.scale, lora_dropout=cfg.dropout, target_modules=sorted(set(low)),
-        modules_to_save=sorted(whole) or None, base_model_name_or_path=base if hub is None else hub[0],
+        r=cfg.rank,
+        lora_alpha=cfg.scale,
+        lora_dropout=cfg.dropout,
+        target_modules=sorted(set(low)),
+        modules_to_save=sorted(whole) or None,
+        base_model_name_or_path=base if hub is None else hub[0],
         inference_mode=True,
-    ).save_pretrained(str(folder))  # fmt: skip
+    ).save_pretrained(str(folder))
     weights.save({f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS)

@@ -101,7 +101,7 @@ class OpenVLAConfig:
         return cls.from_dict(read_config(folder, "policy", source), f"{source}: {folder}", tower_options)
 
     def with_vision(self, vision: Literal["fused", "dinov2", "stamo"]) -> OpenVLAConfig:
-        """The same language model behind other eyes: `dinov2` keeps the first tower, `stamo` none.
+        """The same language model behind another vision: `dinov2` keeps the first tower, `stamo` none.
 
         Raises:
             RecipeError: dinov2 is asked of a checkpoint without it.

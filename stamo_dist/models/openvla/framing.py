@@ -97,7 +97,7 @@ def _resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class Preset:
+class FramingPreset:
     """How the authors of released policies run them."""
 
     about: str
@@ -114,23 +114,23 @@ class Preset:
 
 _LIBERO = Framing("mirrored", 0.9, 224)
 #: openvla/openvla: experiments/robot/{libero,bridge}; moojink/openvla-oft: experiments/robot/{libero,aloha}.
-PRESETS: dict[str, Preset] = {
-    "openvla-libero": Preset(
+PRESETS: dict[str, FramingPreset] = {
+    "openvla-libero": FramingPreset(
         "OpenVLA fine-tuned for a LIBERO suite", _LIBERO, 1, False, 1, "q99", benchmark="libero",
         cameras=("agentview",),
     ),
-    "oft-libero": Preset(
+    "oft-libero": FramingPreset(
         "OpenVLA-OFT for a LIBERO suite", _LIBERO, 2, True, 8, "q99", benchmark="libero",
         cameras=("agentview", "eye_in_hand"),
     ),
-    "openvla-bridge": Preset(
+    "openvla-bridge": FramingPreset(
         "openvla-7b on a WidowX as in Bridge", Framing("upright", 1.0, 224), 1, False, 1, "q99",
     ),
-    "oft-aloha": Preset("OpenVLA-OFT for ALOHA", Framing("upright", 0.9, 224), 3, True, 25, "minmax"),
+    "oft-aloha": FramingPreset("OpenVLA-OFT for ALOHA", Framing("upright", 0.9, 224), 3, True, 25, "minmax"),
 }  # fmt: skip
 
 
-def preset(name: str) -> Preset:
+def preset(name: str) -> FramingPreset:
     """Raises: RunError: There is none of that name."""
     if name not in PRESETS:
         raise RunError(f"--as {name}: must be one of {', '.join(PRESETS)}")
@@ -161,7 +161,7 @@ class Use:
             raise RunError(f"--bounds {self.bounds}: must be one of {', '.join(get_args(Bounds))}")
 
     @property
-    def named(self) -> Preset | None:
+    def named(self) -> FramingPreset | None:
         """Raises: RunError: There is none of that name."""
         return preset(self.preset) if self.preset is not None else None
 
@@ -194,7 +194,7 @@ class Use:
         return self.chunk or (named.chunk if named else None)
 
     def options(self) -> dict[str, Any]:
-        """Fields of recipe.policy.Policy that it decides."""
+        """Fields of recipe.policy.PolicyConfig that it decides."""
         named = self.named
         found: dict[str, Any] = {"views": named.views, "bounds": named.bounds} if named else {}
         return found | {key: value for key in ("views", "bounds") if (value := getattr(self, key)) is not None}

@@ -25,7 +25,7 @@ _LETTERBOX_FILL = (127, 127, 127)  # of the last tower's mean, for both towers
 
 
 @dataclass(frozen=True)
-class View:
+class TowerInput:
     """What one tower sees: the side of its square and the statistics of its channels."""
 
     size: int
@@ -37,14 +37,14 @@ class View:
 class ImageProcessor:
     """One image → (3·towers, S, S). All towers share the geometry; each has its own normalisation."""
 
-    views: tuple[View, ...]
+    views: tuple[TowerInput, ...]
     strategy: Literal["resize-naive", "resize-crop", "letterbox"] = "resize-naive"
     fill: tuple[int, int, int] = _LETTERBOX_FILL
 
     @classmethod
     def from_config(cls, config: OpenVLAConfig) -> ImageProcessor:
         """The processor that the release has for these towers, where a folder brings no `preprocessor_config.json`."""
-        views = [View(t.image_size, *(_SIGLIP if "siglip" in t.model else _DINOV2)) for t in config.towers]
+        views = [TowerInput(t.image_size, *(_SIGLIP if "siglip" in t.model else _DINOV2)) for t in config.towers]
         return cls(tuple(views), config.resize)  # type: ignore[arg-type]
 
     @classmethod
@@ -63,7 +63,7 @@ class ImageProcessor:
                 {"mean": mean, "std": std} for mean, std in zip(raw["means"], raw["stds"], strict=True)
             ]
             sizes = [int(size[-1]) for size in raw["input_sizes"]]
-            views = [View(size, tuple(p["mean"]), tuple(p["std"])) for size, p in zip(sizes, stored, strict=True)]
+            views = [TowerInput(size, tuple(p["mean"]), tuple(p["std"])) for size, p in zip(sizes, stored, strict=True)]
             fill = tuple(raw.get("tvf_letterbox_fill") or _LETTERBOX_FILL)
             strategy = raw["image_resize_strategy"]
         except (ValueError, KeyError, TypeError) as error:
@@ -79,7 +79,7 @@ class ImageProcessor:
         return self.views[0].size
 
     def __call__(self, images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-        """Views of one moment → (3·towers·V, S, S) float32, view by view; an image is PIL or uint8 (H, W[, 3 or 4])."""
+        """Views of one timestep → (3·towers·V, S, S) float32, view by view; images: PIL or uint8 (H, W[, 3 or 4])."""
         return torch.cat([self.normalise(self._square(image)[None])[0] for image in images])
 
     def _square(self, image: Image.Image | np.ndarray) -> Tensor:

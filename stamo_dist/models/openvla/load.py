@@ -4,24 +4,21 @@ checkpoint = locate(weights)                               # a folder, or an ada
 with on_meta():
     network = PolicyNetwork(...)                           # shapes only
 found, adapter = read(checkpoint, network)
-filling = Filling(network, found, adapter=adapter, ...)    # compares names and shapes
+loader = WeightLoader(network, found, adapter=adapter, ...) # compares names and shapes
 adapters are put in; an engine shards it, or does not
 materialise(network, device)                               # memory for the local shards
-filling.write(network)                                     # each process reads its slices of the mapped files
+loader.write(network)                                      # each process reads its slices of the mapped files
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
@@ -29,33 +26,45 @@ from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS
 from stamo_dist.models.openvla.adapters import FIELD, Adapter, LowRank
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.shards import Stored, materialise, on_meta, write
-from stamo_dist.models.weights import LoadReport
+from stamo_dist.models.openvla.weight_loader import WeightLoader, load_weights
+from stamo_dist.models.shards import StoredTensor, materialise, on_meta
 from stamo_dist.pretrained import place
 from stamo_dist.pretrained.files import weight_files
 from stamo_dist.pretrained.reading import KINDS
-from stamo_dist.recipe.policy import Policy
-
-log = logging.getLogger(__name__)
+from stamo_dist.recipe.policy import PolicyConfig
 
 __all__ = [
-    "FIELD", "Checkpoint", "Filling", "Stored", "fill", "fresh_parts", "has_part", "locate", "materialise", "on_meta",
-    "part", "read", "stored",
-]  # fmt: skip
+    "FIELD",
+    "PolicyCheckpoint",
+    "StoredTensor",
+    "WeightLoader",
+    "fresh_parts",
+    "has_part",
+    "load_weights",
+    "locate",
+    "materialise",
+    "on_meta",
+    "part",
+    "read",
+    "stored",
+]
 
 HEADS = ("action_head", "proprio_projector", "world_head")
 LANGUAGE = "language_model"  # subfolder of exports whose language model plain transformers opens
-NOTHING = r"(?!)"
 #: What a hub repository has beside config.json and the weights.
 EXTRA_FILES = (
-    "*.json", "language_model/*", "*_checkpoint.pt", adapters.WEIGHTS, *(f"{part}.safetensors" for part in HEADS),
-)  # fmt: skip
+    "*.json",
+    "language_model/*",
+    "*_checkpoint.pt",
+    adapters.WEIGHTS,
+    *(f"{part}.safetensors" for part in HEADS),
+)
 OFT_ADAPTER = "lora_adapter"  # subfolder in which OFT's training leaves the adapter, merged into what lies above or not
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
-def fresh_parts(cfg: Policy) -> str:
-    """What a checkpoint may lack when training starts from it, for `fill`."""
+def fresh_parts(cfg: PolicyConfig) -> str:
+    """What a checkpoint may lack when training starts from it, for `load_weights`."""
     parts = [rf"{part}\." for part in HEADS] + [r"vla\.state_projector\."]
     if cfg.film:
         parts.append(r"vla\.vision_backbone\.\w+\.blocks\.\d+\.(scale|shift)\.")
@@ -65,7 +74,7 @@ def fresh_parts(cfg: Policy) -> str:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PolicyCheckpoint:
     """Where the parts of a checkpoint lie: in one folder, or in that of an adapter and in that of its base."""
 
     folder: Path  # what was asked for: heads, statistics, settings
@@ -78,7 +87,7 @@ class Checkpoint:
         """The folder that has the file `name`, the base's where neither has it."""
         return self.folder if (self.folder / name).is_file() else self.base
 
-    def part(self, name: str) -> dict[str, Stored]:
+    def part(self, name: str) -> dict[str, StoredTensor]:
         """As the function `part`, of the base where the adapter's folder has none."""
         return part(self.folder, name) or part(self.base, name)
 
@@ -99,7 +108,7 @@ class Checkpoint:
         return notes
 
 
-def locate(checkpoint: str) -> Checkpoint:
+def locate(checkpoint: str) -> PolicyCheckpoint:
     """A checkpoint's folder, or what the hub supplies. An adapter in it stands on the weights beside it, else on those
     that its config names or that lie in the folder above.
 
@@ -119,29 +128,29 @@ def locate(checkpoint: str) -> Checkpoint:
     if adapters.lies_in(folder) and not place.has_weights(folder):
         return _on_base(folder, folder)
     name = str(folder.resolve()) if given.exists() else checkpoint
-    return Checkpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
+    return PolicyCheckpoint(folder, folder, name, folder if adapters.lies_in(folder) else None)
 
 
 def _place(checkpoint: str) -> Path:
     return place.locate(checkpoint, KINDS["policy"].subfolders, FIELD, EXTRA_FILES, adapters.CONFIG)
 
 
-def _on_base(folder: Path, adapter: Path) -> Checkpoint:
+def _on_base(folder: Path, adapter: Path) -> PolicyCheckpoint:
     named = place.named_base(adapter, adapters.read_config(adapter))
     if place.has_weights(base := Path(named)):
-        return Checkpoint(folder, _plain(base), str(base.resolve()), adapter)
+        return PolicyCheckpoint(folder, _plain(base), str(base.resolve()), adapter)
     above = adapter.absolute().parent
     try:
         base = _place(named)
     except CheckpointError:
         if place.has_weights(above):
-            return Checkpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
+            return PolicyCheckpoint(folder, _plain(above), str(above.resolve()), adapter, instead=named)
         raise CheckpointError(
             f"{FIELD}: {adapter} is an adapter, and its base {named!r} is no folder with weights and not to be had "
             f"from the hub{_download(named)}; correct base_model_name_or_path in its {adapters.CONFIG}, or give the "
             f"base's folder with {adapters.CONFIG} and {adapters.WEIGHTS} in it"
         ) from None
-    return Checkpoint(folder, _plain(base), place.source(base), adapter)
+    return PolicyCheckpoint(folder, _plain(base), place.source(base), adapter)
 
 
 def _download(named: str) -> str:
@@ -155,7 +164,7 @@ def _plain(base: Path) -> Path:
     return base
 
 
-def read(checkpoint: Checkpoint, network: PolicyNetwork) -> tuple[dict[str, Stored], Adapter | None]:
+def read(checkpoint: PolicyCheckpoint, network: PolicyNetwork) -> tuple[dict[str, StoredTensor], Adapter | None]:
     """What a checkpoint holds, by the names of `network`, and its adapter, whose whole parameters are in the first.
 
     Raises:
@@ -185,7 +194,7 @@ def _base_dtype(folder: Path) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
+def stored(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
     """What a checkpoint folder holds, by the names of `network`.
 
     Reads the released layouts: OpenVLA's safetensors; OFT's `action_head--*_checkpoint.pt`, `proprio_projector--*` and
@@ -202,9 +211,9 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
     return found | _beside(folder, network)
 
 
-def _beside(folder: Path, network: PolicyNetwork) -> dict[str, Stored]:
+def _beside(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
     """What a folder holds in files of their own: heads, and towers with FiLM."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for head in HEADS:
         if getattr(network, head) is not None:
             found.update({f"{head}.{k}": v for k, v in part(folder, head).items()})
@@ -219,7 +228,7 @@ def has_part(folder: Path, name: str) -> bool:
     return _part_file(folder, name) is not None
 
 
-def part(folder: Path, name: str) -> dict[str, Stored]:
+def part(folder: Path, name: str) -> dict[str, StoredTensor]:
     """What a folder has of an extra part; nothing if there is no file of it."""
     file = _part_file(folder, name)
     return {k.removeprefix("module."): v for k, v in _tensors(file).items()} if file else {}
@@ -240,21 +249,21 @@ def _part_file(folder: Path, part: str) -> Path | None:
     return files[0] if files else None
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         return _safetensors([path])
-    return {key: Stored.in_memory(tensor) for key, tensor in weights.unpickled(path, FIELD).items()}
+    return {key: StoredTensor.in_memory(tensor) for key, tensor in weights.unpickled(path, FIELD).items()}
 
 
-def _safetensors(paths: Iterable[Path]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+def _safetensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         file = weights.open_file(path, FIELD)
-        found.update({key: Stored.in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+        found.update({key: StoredTensor.in_file(file, key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
     return found
 
 
-def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
+def _merge_adapters(state: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     merged = {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
     for key, a in state.items():
         if ".lora_A." not in key:
@@ -263,125 +272,3 @@ def _merge_adapters(state: Mapping[str, Stored]) -> dict[str, Stored]:
         low = LowRank(a, state[key.replace(".lora_A.", ".lora_B.")], min(a.shape[0], _LORA_ALPHA) / a.shape[0])
         merged[name] = low.added_to(merged[name])
     return merged
-
-
-class Filling:
-    """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
-
-    Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
-    where the checkpoint lacks them or has them in another shape. The network's adapters start as the identity, or go on
-    from the checkpoint's; what does not go on is merged. What the checkpoint has of towers that this network does not
-    use is left unread.
-
-    Attributes:
-        report: What becomes of each parameter, by its name without adapters.
-        whole: Parameters that start at random, or that the checkpoint's adapter has whole: adapters leave them alone.
-    """
-
-    def __init__(
-        self, network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
-        fresh: str = NOTHING, seed: int = 0,
-    ):  # fmt: skip
-        """Only names and shapes are looked at; the network may be without memory.
-
-        Raises:
-            CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
-        """
-        state = _unadapted(network)
-        shapes = {n: (found[n].shape, tuple(t.shape)) for n, t in state.items() if n in found}
-        differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
-        absent = [n for n in state if n not in found]
-        self._layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, n)}
-        redone = [n for n in state if n.rpartition(".")[0] in self._layers]
-        low = {} if adapter is None else {f"{layer}.weight": low for layer, low in adapter.layers.items()}
-        unfit = {
-            n: (a.shape, tuple(state[n].shape)) for n, a in low.items() if n in state and a.shape != state[n].shape
-        }
-        known = {*state, *_unused(network, {**found, **low})}
-        self.report = LoadReport(
-            source=source,
-            loaded=tuple(n for n in shapes if n not in differing and n not in redone),
-            reinitialised={n: differing.get(n, ((), tuple(state[n].shape))) for n in redone},
-            mismatched={n: pair for n, pair in {**differing, **unfit}.items() if n not in redone},
-            missing=tuple(n for n in absent if n not in redone),
-            unexpected=tuple(sorted({*found, *low} - known)),
-        )
-        if not self.report.fits:
-            raise CheckpointError(f"{FIELD}: the checkpoint does not fit the policy\n{self.report}")
-        if redone:
-            log.warning("%s: %s", FIELD, self.report)
-        self.whole = {*redone, *(() if adapter is None else adapter.whole)}
-        self._found, self._low, self._seed = found, low, seed
-
-    def merged(self, network: PolicyNetwork) -> list[str]:
-        """Parameters into which an adapter of the checkpoint is merged, for it does not go on in `network`."""
-        return [n for n in self.report.loaded if n in self._low and not self._goes_on(network, n)]
-
-    def _goes_on(self, network: PolicyNetwork, name: str) -> bool:
-        return name in self._low and self._low[name].goes_on_in(network.get_submodule(name.removesuffix(".weight")))
-
-    @torch.no_grad()
-    def write(self, network: PolicyNetwork) -> None:
-        """Fill the network, with adapters or without, sharded or not; its parameters have memory."""
-        state, merged = _unadapted(network), set(self.merged(network))
-        for name in self.report.loaded:
-            tensor = self._found[name]
-            write(state[name], (self._low[name].added_to(tensor) if name in merged else tensor).read)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            for layer in sorted(self._layers):
-                _reset(network.get_submodule(layer))
-            for name, tensor in network.state_dict().items():
-                layer, _, matrix = name.partition(".lora_")
-                if not matrix:
-                    continue
-                if self._goes_on(network, f"{layer}.weight"):
-                    low = self._low[f"{layer}.weight"]
-                    write(tensor, (low.up if matrix.startswith("B") else low.down).read)
-                else:
-                    start = torch.zeros(tensor.shape)
-                    # Peft's gaussian start.
-                    drawn = start if matrix.startswith("B") else start.normal_(std=1 / tensor.shape[0])
-                    write(tensor, drawn.__getitem__)
-
-
-def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
-    """The network's tensors but its adapters', by the names that they have without them."""
-    state = network.state_dict()
-    return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
-
-
-def fill(
-    network: PolicyNetwork, found: Mapping[str, Stored], source: str, *, adapter: Adapter | None = None,
-    fresh: str = NOTHING, seed: int = 0,
-) -> LoadReport:  # fmt: skip
-    """Compare and write at once; see `Filling`."""
-    filling = Filling(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
-    filling.write(network)
-    return filling.report
-
-
-def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
-    """Towers that the network has not: it reads one of two, or a StaMo encoder instead."""
-    prefixes = []
-    if not network.vla.config.towers:
-        prefixes.append("vla.vision_backbone.")
-    elif network.vla.vision_backbone.fused_featurizer is None:
-        prefixes.append("vla.vision_backbone.fused_featurizer.")
-    if not hasattr(network.vla, "projector"):
-        prefixes.append("vla.projector.")
-    elif network.vla.projector.fc3 is None:
-        prefixes.append("vla.projector.fc3.")
-    return {name for name in found if name.startswith(tuple(prefixes))} if prefixes else set()
-
-
-def _reset(layer: nn.Module) -> None:
-    """Draw a layer's initial values whole, on the CPU, and copy what is local."""
-    drawn = copy.copy(layer)
-    own = {name: p for name, p in layer._parameters.items() if p is not None}
-    drawn._parameters = {name: nn.Parameter(torch.zeros(p.shape)) for name, p in own.items()}
-    drawn.reset_parameters()  # type: ignore[operator]
-    for name, parameter in own.items():
-        whole = drawn._parameters[name]
-        assert whole is not None
-        write(parameter, whole.detach().__getitem__)

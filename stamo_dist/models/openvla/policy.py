@@ -11,26 +11,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from stamo_dist.errors import CheckpointError, DataError, RunError
+from stamo_dist.errors import CheckpointError, DataError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing, Picture
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TOKENIZER, Encoded, TextTokenizer
-from stamo_dist.models.state_encoder import StateEncoder
+from stamo_dist.models.policy_base import (
+    FORMAT,
+    TrainedPolicy,
+    check_views,
+    encode_proprio,
+    encode_views,
+    read_state_encoder,
+    recorded_framing,
+)
 from stamo_dist.recipe import policy as recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 # (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.
 _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
     (7, 8): (8, 2, "q99"),  # LIBERO
@@ -40,7 +46,7 @@ _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
 
 
 @dataclasses.dataclass
-class Policy:
+class Policy(TrainedPolicy):
     """A network with all it needs to be used; `from_pretrained` builds it."""
 
     network: PolicyNetwork
@@ -71,7 +77,7 @@ class Policy:
             dtype: Of the weights; that of config.json when omitted.
             tokenizer: Where the StaMo tokenizer lies on this machine, for policies that see through it.
             text: Text tokenizer, instead of the folder's own.
-            options: Fields of recipe.policy.Policy that the folder does not say or that should differ, such as
+            options: Fields of recipe.policy.PolicyConfig that the folder does not say or that should differ, such as
                 {"views": 2} or {"actions": "parallel_tokens"} for an OFT folder.
             chunk: Actions predicted at once, where the folder does not say.
             tower_options: Passed to timm, for towers of another size.
@@ -85,7 +91,7 @@ class Policy:
         config = OpenVLAConfig.from_folder(checkpoint.holding("config.json"), load.FIELD, tower_options)
         statistics = Statistics.read(checkpoint.holding(STATISTICS), config.raw.get("norm_stats") or {})
         cfg, sizes = _settings(checkpoint, config, dict(options or {}), chunk, statistics)
-        eyes = read_eyes(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
+        state_encoder = read_state_encoder(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
         network = network.to(dtype or getattr(torch, str(config.raw.get("torch_dtype", "float32"))))
@@ -93,18 +99,18 @@ class Policy:
             log.warning("%s: does not say how it sees frames, and sees them as they come; `load_policy` takes it", path)
         load.materialise(network, device)
         found, adapter = load.read(checkpoint, network)
-        load.fill(network, found, str(path), adapter=adapter)
+        load.load_weights(network, found, str(path), adapter=adapter)
         return cls(
             network.eval(),
             text or TextTokenizer.from_folder(checkpoint.holding(TOKENIZER), config.pad, cfg.prompt),
             ImageProcessor.from_folder(checkpoint.holding(PREPROCESSOR), config),
             statistics,
-            eyes,
+            state_encoder,
             seen or AS_IT_IS,
         )
 
     @property
-    def cfg(self) -> recipe.Policy:
+    def cfg(self) -> recipe.PolicyConfig:
         return self.network.cfg
 
     @property
@@ -116,24 +122,6 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def act(
-        self,
-        image: Picture | Sequence[Picture],
-        instruction: str,
-        *,
-        unnorm_key: str | None = None,
-        proprio: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """One moment → (C, A) float64 actions in the units of the source `unnorm_key`.
-
-        `image` is one view or all of them: PIL, or uint8 (H, W, 3). `proprio` (P,) is in the source's units.
-
-        Raises:
-            DataError: unknown statistics, a wrong number of views, or proprioception missing or of another size.
-        """
-        views = [image] if isinstance(image, Image.Image | np.ndarray) else list(image)
-        return self.act_batch([views], [instruction], unnorm_key=unnorm_key, proprio=_one(proprio))[0]
-
     def act_batch(
         self,
         images: Sequence[Sequence[Picture]],
@@ -142,7 +130,7 @@ class Policy:
         unnorm_key: str | None = None,
         proprio: np.ndarray | None = None,
     ) -> np.ndarray:
-        """As `act`, for B moments of one source → (B, C, A); `proprio` is (B, P)."""
+        """As `act`, for B timesteps of one source → (B, C, A); `proprio` is (B, P)."""
         return self.predict(images, instructions, unnorm_key=unnorm_key, proprio=proprio)[0]
 
     def predict(
@@ -171,15 +159,14 @@ class Policy:
         actions = self.statistics.range(unnorm_key, "action", cfg.bounds)
         if self.network.parallel and len(actions) != sizes.action_dim:
             raise DataError(f"{unnorm_key}: statistics of {len(actions)} numbers, the policy has {sizes.action_dim}")
-        state = None
-        if cfg.proprio:
-            if proprio is None:
-                raise DataError("this policy reads proprioception: give `proprio`")
-            ranges = self.statistics.range(unnorm_key, "proprio", cfg.bounds)
-            state = torch.from_numpy(ranges.normalise_proprio(np.asarray(proprio))).float().to(self.device)
+        state = encode_proprio(proprio, cfg, self.statistics, unnorm_key, self.device)
         prompts = prompts.to(self.device)
         inputs = Inputs(
-            prompts.input_ids, prompts.attention_mask, prompts.prompts, _to(images, self.device), proprio=state
+            prompts.input_ids,
+            prompts.attention_mask,
+            prompts.prompts,
+            _to(images, self.device),
+            proprio=state,
         )
         found = self.network.predict(inputs, None if self.network.parallel else len(actions) * sizes.chunk)
         if found.actions is not None:
@@ -192,35 +179,9 @@ class Policy:
 
     def _look(self, images: Sequence[Sequence[Picture]]) -> Tensor | Features:
         if self.vision is not None:
-            return look_through(self.vision, self.cfg, images, self.framing)
-        _check_views(self.cfg, images)
+            return encode_views(self.vision, self.cfg, images, self.framing)
+        check_views(self.cfg, images)
         return torch.stack([self.processor([self.framing(view) for view in views]) for views in images])
-
-
-def look_through(
-    vision: StamoVision, cfg: recipe.Policy, images: Sequence[Sequence[Picture]], framing: Framing
-) -> Features:
-    """What the StaMo encoder sees in B moments of V views.
-
-    Raises:
-        DataError: another number of views, or images of different sizes.
-    """
-    _check_views(cfg, images)
-    seen = [framing(view) for moment in images for view in moment]
-    frames = [np.asarray(v.convert("RGB") if isinstance(v, Image.Image) else v) for v in seen]
-    if len(shapes := {frame.shape for frame in frames}) > 1:
-        raise DataError(f"the images have different sizes: {', '.join(map(str, sorted(shapes)))}")
-    batch = torch.from_numpy(np.stack(frames)).unflatten(0, (len(images), cfg.views))
-    return vision.read(batch, cfg.stamo)
-
-
-def _check_views(cfg: recipe.Policy, images: Sequence[Sequence[Picture]]) -> None:
-    if wrong := {len(views) for views in images} - {cfg.views}:
-        raise DataError(f"the policy looks at {cfg.views} views of a moment, not {sorted(wrong)[0]}")
-
-
-def _one(values: np.ndarray | None) -> np.ndarray | None:
-    return None if values is None else np.asarray(values)[None]
 
 
 def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
@@ -229,48 +190,13 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
     return Features(*(None if part is None else part.to(device) for part in images))
 
 
-def read_eyes(
-    folder: Path, cfg: recipe.Policy, tokenizer: str | Path | None, device: torch.device | str
-) -> StamoVision | None:
-    """The half of a tokenizer that a policy sees through, None where it has towers.
-
-    Raises:
-        CheckpointError: it is not said where it lies, or it is not the one the policy was trained with.
-    """
-    if cfg.vision != "stamo":
-        return None
-    source = tokenizer or cfg.tokenizer
-    if source is None:
-        raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
-    seeing = StateEncoder.from_pretrained(source)
-    expected = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("tokenizer_fingerprint")
-    if expected != seeing.fingerprint:
-        raise CheckpointError(f"{source}: is not the StaMo tokenizer that {folder} was trained with; give that one")
-    return StamoVision(seeing.to(device))
-
-
-def recorded_framing(folder: Path) -> Framing | None:
-    """How a policy that was trained here sees upright frames; None of another's folder.
-
-    Raises:
-        CheckpointError: Its settings cannot be read.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        return None
-    try:
-        return Framing.read(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, RunError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
-
-
 def _settings(
-    checkpoint: load.Checkpoint,
+    checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, Sizes]:
+) -> tuple[recipe.PolicyConfig, PolicySizes]:
     path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
         return _official(checkpoint, config, options, chunk, statistics)
@@ -278,21 +204,21 @@ def _settings(
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
-        cfg = recipe.Policy.model_validate({**about["policy"], **options})
+        cfg = recipe.OpenVLAPolicyConfig.model_validate({**about["policy"], **options})
         sizes = about["sizes"]
         target = tuple(sizes["target"]) if sizes["target"] else None
-        return cfg, Sizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
+        return cfg, PolicySizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
 
 
 def _official(
-    checkpoint: load.Checkpoint,
+    checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
     options: dict[str, Any],
     chunk: int | None,
     statistics: Statistics,
-) -> tuple[recipe.Policy, Sizes]:
+) -> tuple[recipe.PolicyConfig, PolicySizes]:
     """What the released folders leave unsaid, from the files they have."""
     head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {
@@ -314,5 +240,5 @@ def _official(
             )
         if platform is not None:
             chunk, found["views"], found["bounds"] = chunk or platform[0], platform[1], platform[2]
-    cfg = recipe.Policy.model_validate({**found, **options})
-    return cfg, Sizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)
+    cfg = recipe.OpenVLAPolicyConfig.model_validate({**found, **options})
+    return cfg, PolicySizes(action_dim, chunk or 1, proprio_dim if cfg.proprio else 0)

@@ -13,11 +13,11 @@ from stamo_dist.errors import RecipeError
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead, ProprioProjector, WorldHead
 from stamo_dist.models.openvla.network import IGNORE, Features, OpenVLA, Sequence
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.recipe.policy import PolicyConfig
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PolicySizes:
     """What the network takes from the data and from the StaMo tokenizer beside it."""
 
     action_dim: int  # A
@@ -61,7 +61,7 @@ class Losses(NamedTuple):
     target_count: Tensor  # (B,) 1 where there is a target
 
 
-class Prediction(NamedTuple):
+class PolicyPrediction(NamedTuple):
     """What one forward pass at inference gives: ids or numbers of the actions, and the world head's guess."""
 
     ids: Tensor | None  # (B, C·A)
@@ -72,7 +72,7 @@ class Prediction(NamedTuple):
 class PolicyNetwork(nn.Module):
     """OpenVLA (`vla`) with the parts beside it. An engine wraps the whole; `forward` is its only entry in training."""
 
-    def __init__(self, config: OpenVLAConfig, cfg: Policy, sizes: Sizes):
+    def __init__(self, config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes):
         """Random weights.
 
         Raises:
@@ -117,7 +117,7 @@ class PolicyNetwork(nn.Module):
         return Losses(action, count, mse, l1, targets)
 
     @torch.no_grad()
-    def predict(self, inputs: Inputs, tokens: int | None = None) -> Prediction:
+    def predict(self, inputs: Inputs, tokens: int | None = None) -> PolicyPrediction:
         """Greedy actions of prompts; with a parallel policy `input_ids` holds its placeholders and </s> as well.
 
         `tokens` is how many ids to decode one after the other, C·A when omitted.
@@ -131,7 +131,7 @@ class PolicyNetwork(nn.Module):
                 self._extra(inputs),
             )
             state = states[:, 0] if self.cfg.world is None or self.cfg.world.read == "prompt" else states.mean(1)
-            return Prediction(ids, None, None if self.world_head is None else self.world_head(state).float())
+            return PolicyPrediction(ids, None, None if self.world_head is None else self.world_head(state).float())
         sequence = self._sequence(inputs)
         hidden = self.vla.hidden(sequence, bidirectional=True)
         places = self._places(inputs, sequence)
@@ -140,8 +140,8 @@ class PolicyNetwork(nn.Module):
         if self.world_head is not None:
             world = self.world_head(self._world_state(hidden, places, inputs)).float()
         if self.action_head is not None:
-            return Prediction(None, self.action_head(states).float(), world)
-        return Prediction(self.vla.language_model.lm_head(states).argmax(-1), None, world)
+            return PolicyPrediction(None, self.action_head(states).float(), world)
+        return PolicyPrediction(self.vla.language_model.lm_head(states).argmax(-1), None, world)
 
     def _extra(self, inputs: Inputs) -> Tensor | None:
         if self.proprio_projector is None:
@@ -213,7 +213,7 @@ def _mask(given: Tensor | None, size: int, device: torch.device) -> Tensor:
     return torch.ones(size, dtype=torch.bool, device=device) if given is None else given
 
 
-def _check(config: OpenVLAConfig, cfg: Policy, sizes: Sizes) -> None:
+def _check(config: OpenVLAConfig, cfg: PolicyConfig, sizes: PolicySizes) -> None:
     problems = []
     if cfg.proprio and not sizes.proprio_dim:
         problems.append("policy.proprio: the sources have no proprioception; set policy.proprio: false")

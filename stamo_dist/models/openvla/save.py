@@ -19,9 +19,10 @@ from stamo_dist.models.openvla.adapters import Base
 from stamo_dist.models.openvla.framing import AS_IT_IS, Framing
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.load import HEADS, LANGUAGE
-from stamo_dist.models.openvla.policy import FORMAT, Policy
+from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
+from stamo_dist.models.policy_base import FORMAT
 
 _STEP = "latest"  # where the official names have a step
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
@@ -52,10 +53,16 @@ Form = Literal["openvla", "hf"]
 def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
     """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
     save_parts(
-        Path(folder), policy.network, policy.network.state_dict(), policy.text, policy.processor, policy.statistics,
-        framing=policy.framing, tokenizer_fingerprint=policy.vision.tokenizer.fingerprint if policy.vision else None,
+        Path(folder),
+        policy.network,
+        policy.network.state_dict(),
+        policy.text,
+        policy.processor,
+        policy.statistics,
+        framing=policy.framing,
+        tokenizer_fingerprint=policy.vision.tokenizer.fingerprint if policy.vision else None,
         shard_size=shard_size,
-    )  # fmt: skip
+    )
 
 
 def save_parts(
@@ -127,10 +134,13 @@ def save_parts(
     _write(
         folder / "config.json",
         {
-            **config, **(_CODE["config"] if official else {}), "torch_dtype": name, "text_config": text_config,
+            **config,
+            **(_CODE["config"] if official else {}),
+            "torch_dtype": name,
+            "text_config": text_config,
             "norm_stats": statistics.sources,
         },
-    )  # fmt: skip
+    )
     _write(folder / STATISTICS, statistics.sources)
     if processor.views:
         _write(folder / PREPROCESSOR, {**processor.to_dict(), **(_CODE["image_processor"] if official else {})})
@@ -142,11 +152,15 @@ def save_parts(
     _write(
         folder / SETTINGS,
         {
-            "format": FORMAT, "policy": network.cfg.model_dump(mode="json"), "sizes": dataclasses.asdict(network.sizes),
-            "tokenizer_fingerprint": tokenizer_fingerprint, "framing": framing.to_dict(), **about,
+            "format": FORMAT,
+            "policy": network.cfg.model_dump(mode="json"),
+            "sizes": dataclasses.asdict(network.sizes),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "framing": framing.to_dict(),
+            **about,
             "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
         },
-    )  # fmt: skip
+    )
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,12 +14,12 @@ from stamo_dist.models.openvla.adapt import prepare
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.load import fresh_parts
 from stamo_dist.models.openvla.network import Features
-from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, Sizes
-from stamo_dist.recipe.policy import Policy
+from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
+from stamo_dist.recipe.policy import PolicyConfig
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenCounts:
     """How much of it a policy reads in one sample."""
 
     text: int  # ids of prompt, actions and </s>, as they are padded
@@ -27,10 +27,14 @@ class Seen:
     states: int = 0  # state tokens of the StaMo encoder, all views
 
 
-def hollow(
-    config: OpenVLAConfig, cfg: Policy, sizes: Sizes, *, whole: Collection[str] | None = None,
+def on_meta(
+    config: OpenVLAConfig,
+    cfg: PolicyConfig,
+    sizes: PolicySizes,
+    *,
+    whole: Collection[str] | None = None,
     base: torch.dtype = torch.float32,
-) -> PolicyNetwork:  # fmt: skip
+) -> PolicyNetwork:
     """The network on the meta device; what trains is what trains in the recipe's run.
 
     `whole` and `base` are those of `adapt.prepare`. Without `whole` the checkpoint, if `cfg` names one, is taken to
@@ -45,7 +49,7 @@ def hollow(
     return network
 
 
-def inputs(network: PolicyNetwork, seen: Seen, batch: int) -> Inputs:
+def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
     """A batch, where and as the network's parameters are; every sample has actions and a target."""
     vla, sizes, weight = network.vla, network.sizes, next(network.parameters())
     ids = torch.zeros(batch, seen.text, dtype=torch.int64, device=weight.device)
@@ -63,21 +67,30 @@ def inputs(network: PolicyNetwork, seen: Seen, batch: int) -> Inputs:
             None if sizes.state_dim is None else numbers(seen.states, sizes.state_dim),
         )
     return Inputs(
-        ids, None, torch.zeros(batch, dtype=torch.int64, device=weight.device), images, ids,
-        numbers(sizes.proprio_dim) if sizes.proprio_dim else None, numbers(sizes.chunk, sizes.action_dim), None,
-        numbers(*sizes.target) if sizes.target else None, None,
-    )  # fmt: skip
+        ids,
+        None,
+        torch.zeros(batch, dtype=torch.int64, device=weight.device),
+        images,
+        ids,
+        numbers(sizes.proprio_dim) if sizes.proprio_dim else None,
+        numbers(sizes.chunk, sizes.action_dim),
+        None,
+        numbers(*sizes.target) if sizes.target else None,
+        None,
+    )
 
 
-def loss(network: PolicyNetwork, given: Inputs) -> Tensor:
+def loss(network: PolicyNetwork, batch: Inputs) -> Tensor:
     """A scalar that every loss of the network reaches."""
-    found = network(given)
+    found = network(batch)
     return found.action.sum() + found.mse.sum() + found.l1.sum()
 
 
-def training_flops(network: PolicyNetwork, seen: Seen) -> int:
-    """Arithmetic of one sample through a hollow network, forward and backward: what is frozen has no gradient of its
-    weights, and none at all where nothing before it trains. Nothing is recomputed."""
+def training_flops(network: PolicyNetwork, seen: TokenCounts) -> int:
+    """Arithmetic of one sample through a network on the meta device, forward and backward, without recomputation.
+
+    What is frozen has no gradient of its weights, and none at all where nothing before it trains.
+    """
     with shapes_only(network), counter() as counted:
         loss(network, inputs(network, seen, 1)).backward()
     return counted.get_total_flops()

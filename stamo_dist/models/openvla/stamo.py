@@ -1,4 +1,4 @@
-"""The frozen StaMo tokenizer in a policy: eyes in place of the towers, and targets of the world head."""
+"""The frozen StaMo tokenizer in a policy: its state encoder in place of the towers, and targets of the world head."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ class StamoVision:
         with torch.device("meta"):
             patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
             frame = torch.empty(1, 3, encoder.image_size, encoder.image_size)
-            return frames * (count(encoder.hollow(), frame) + count(Compressor(compressor, encoder.dim), patches))
+            return frames * (count(encoder.untrained(), frame) + count(Compressor(compressor, encoder.dim), patches))
 
     @torch.no_grad()
-    def look(self, frames: Tensor) -> Seen:
+    def encode(self, frames: Tensor) -> EncodedFrames:
         """uint8 (B, H, W, 3) → what the frozen encoder and compressor make of them."""
         patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
-        return Seen(patches, self.tokenizer.compressor(patches))
+        return EncodedFrames(patches, self.tokenizer.compressor(patches))
 
     def read(self, frames: Tensor, reads: Reads) -> Features:
         """uint8 (B, V, H, W, 3) → what the policy reads of V views, view by view."""
-        return self.look(frames.flatten(0, 1)).features(reads, frames.shape[1])
+        return self.encode(frames.flatten(0, 1)).features(reads, frames.shape[1])
 
     def target(self, now: Tensor, then: Tensor, target: Target) -> Tensor:
         """Frames before and after a chunk, uint8 (B, H, W, 3) each → (B, tokens, dim) float32."""
-        return self.look(then).target(self.look(now) if target == "motion" else None, target)
+        return self.encode(then).target(self.encode(now) if target == "motion" else None, target)
 
 
-class Seen(NamedTuple):
+class EncodedFrames(NamedTuple):
     """Frames as the frozen tokenizer sees them, encoded once for all that is read of them."""
 
     patches: Tensor | None  # (B, N, D), where they were computed
     states: Tensor  # (B, tokens, dim)
 
-    def first_view(self, views: int) -> Seen:
-        """What the first of so many views of each moment showed."""
-        return Seen(None if self.patches is None else self.patches[::views], self.states[::views])
+    def first_view(self, views: int) -> EncodedFrames:
+        """What the first of so many views of each timestep showed."""
+        return EncodedFrames(None if self.patches is None else self.patches[::views], self.states[::views])
 
     def features(self, reads: Reads, views: int = 1) -> Features:
-        """What the policy reads, of (B / views) moments."""
+        """What the policy reads, of (B / views) timesteps."""
         patches = None
         if reads != "states":
             assert self.patches is not None, "what is read was computed"
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
             self.states.unflatten(0, (-1, views)).flatten(1, 2) if reads != "patches" else None,
         )
 
-    def target(self, before: Seen | None, target: Target) -> Tensor:
+    def target(self, before: EncodedFrames | None, target: Target) -> Tensor:
         """What the world head is to predict of frames after a chunk, (B, tokens, dim) float32.
 
         `before` are the frames before it, of which only a motion makes use.

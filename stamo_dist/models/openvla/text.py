@@ -119,10 +119,15 @@ class TextTokenizer:
         """Write `tokenizer.json`, and what transformers' AutoTokenizer asks for besides."""
         self.tokenizer.save(str(folder / TOKENIZER))
         about = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNKNOWN,
-            "pad_token": self.tokenizer.id_to_token(self.pad), "padding_side": "right", "model_max_length": 2048,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": _BOS,
+            "eos_token": _EOS,
+            "unk_token": _UNKNOWN,
+            "pad_token": self.tokenizer.id_to_token(self.pad),
+            "padding_side": "right",
+            "model_max_length": 2048,
             "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
+        }
         about = {key: value for key, value in about.items() if value is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -152,11 +157,11 @@ class TextTokenizer:
         Where a sample has no actions, `blanks` placeholders and </s> follow its prompt, as a parallel policy reads
         them, or nothing does; its labels are ignored.
         """
-        rows: list[Row] = []
+        rows: list[SampleIds] = []
         for i, instruction in enumerate(instructions):
             ids = None if actions is None else actions[i]
             tail = [self.bos] * blanks if ids is None else np.ravel(ids).tolist()
-            rows.append(Row(self.prompt_ids(instruction), [*tail, self.eos] if tail else [], ids is not None))
+            rows.append(SampleIds(self.prompt_ids(instruction), [*tail, self.eos] if tail else [], ids is not None))
         return collate(rows, self.pad)
 
 
@@ -165,7 +170,7 @@ def with_space(ids: list[int], space: int) -> list[int]:
     return ids if ids[-1] == space else [*ids, space]
 
 
-class Row(NamedTuple):
+class SampleIds(NamedTuple):
     """The ids of one sample."""
 
     prompt: list[int]
@@ -173,7 +178,7 @@ class Row(NamedTuple):
     labelled: bool
 
 
-def collate(rows: Sequence[Row], pad: int) -> Encoded:
+def collate(rows: Sequence[SampleIds], pad: int) -> Encoded:
     """Samples → a batch, padded on the right."""
     lengths = [len(row.prompt) + len(row.tail) for row in rows]
     shape = (len(rows), max(lengths))

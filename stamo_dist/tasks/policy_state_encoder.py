@@ -7,12 +7,12 @@ from torch import Tensor
 from stamo_dist.data.frame_cache import find_cache
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.models.openvla.stamo import Reads, Seen, StamoVision, Target
+from stamo_dist.models.openvla.stamo import EncodedFrames, Reads, StamoVision, Target
 from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.recipe.schema import Recipe
 
 
-def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str | None]:
+def open_state_encoder(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str | None]:
     """The half of the tokenizer that sees, where it is read, and the whole tokenizer's fingerprint.
 
     Raises:
@@ -29,20 +29,22 @@ def open_eyes(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str
     return StamoVision(tokenizer), tokenizer.fingerprint
 
 
-def sources_of(eyes: StamoVision | None) -> dict[str, str]:
+def sources_of(state_encoder: StamoVision | None) -> dict[str, str]:
     """Where a policy's frozen encoder was found, by recipe field."""
-    report = None if eyes is None else eyes.tokenizer.encoder.report
+    report = None if state_encoder is None else state_encoder.tokenizer.encoder.report
     return {} if report is None else {"policy.tokenizer": report.source}
 
 
-def look_at(batch: Batch, eyes: StamoVision, reads: Reads) -> Seen:
+def encode(batch: Batch, state_encoder: StamoVision, reads: Reads) -> EncodedFrames:
     """The frames at t of all views, view by view; the cache spares the encoder where their states suffice."""
     if batch.state is not None and reads == "states" and batch.views is None:
-        return Seen(None, batch.state)
-    return eyes.look(batch.cameras().flatten(0, 1))
+        return EncodedFrames(None, batch.state)
+    return state_encoder.encode(batch.cameras().flatten(0, 1))
 
 
-def target_of(batch: Batch, eyes: StamoVision | None, target: Target, now: Seen | None = None) -> Tensor:
+def target_of(
+    batch: Batch, state_encoder: StamoVision | None, target: Target, now: EncodedFrames | None = None
+) -> Tensor:
     """What the frames at t + ahead give the policy to predict, (b, tokens, dim) float32: cached, or computed now.
 
     `now`: the frames at t, where they were encoded before.
@@ -50,8 +52,8 @@ def target_of(batch: Batch, eyes: StamoVision | None, target: Target, now: Seen 
     if batch.target_state is not None:
         assert batch.state is not None, "they come together"
         return batch.target_state if target == "state" else batch.target_state - batch.state
-    assert eyes is not None, "without a cache there is a tokenizer"
+    assert state_encoder is not None, "without a cache there is a tokenizer"
     assert batch.target is not None, "without a cache the target frames are read"
     if target == "motion" and now is None:
-        now = eyes.look(batch.images)
-    return eyes.look(batch.target).target(now, target)
+        now = state_encoder.encode(batch.images)
+    return state_encoder.encode(batch.target).target(now, target)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Every part begins this many bytes after a multiple of 32. libjpeg-turbo writes rows that are aligned to 32 bytes
+#: Every field begins this many bytes after a multiple of 32. libjpeg-turbo writes rows that are aligned to 32 bytes
 #: around the cache, which costs a twentieth of the decoding time; rows are multiples of 32 bytes, so 16 keeps all of
 #: them off.
 _SHIFT, _UNIT = 16, 32
 
 
 @dataclass(frozen=True)
-class Part:
+class BufferField:
     """One array of a slot: (batch, *shape) of dtype."""
 
     name: str
@@ -28,12 +28,17 @@ class Part:
     shape: tuple[int, ...] = ()
 
 
-#: In every slot: sample numbers, how often their source was gone through before, the shard that is being read (of the
-#: first row alone), and which rows hold another frame because theirs could not be read.
-ALWAYS = (Part("samples", "<i8"), Part("passes", "<i4"), Part("shard", "<i8"), Part("replaced", "|b1"))
+#: In every slot: sample numbers, epochs (how often their source was gone through before), the shard that is being read
+#: (of the first row alone), and which rows hold another frame because theirs could not be read.
+COMMON_FIELDS = (
+    BufferField("samples", "<i8"),
+    BufferField("epochs", "<i4"),
+    BufferField("shard", "<i8"),
+    BufferField("replaced", "|b1"),
+)
 
 
-class Slots:
+class SharedBuffers:
     """Memory for `count` batches of `batch` samples that several processes map.
 
     It is written again and again, because the kernel takes as long to give fresh shared pages as the decoder to fill
@@ -41,15 +46,15 @@ class Slots:
     with the last process that maps it.
     """
 
-    def __init__(self, parts: Sequence[Part], batch: int, count: int, fd: int | None = None):
-        self.parts = {part.name: part for part in (*ALWAYS, *parts)}
+    def __init__(self, fields: Sequence[BufferField], batch: int, count: int, fd: int | None = None):
+        self.fields = {field.name: field for field in (*COMMON_FIELDS, *fields)}
         self.batch, self.count = batch, count
         self._layout: dict[str, tuple[int, int, np.dtype[Any], tuple[int, ...]]] = {}
         end = 0
-        for part in self.parts.values():
-            at, dtype = -(-end // _UNIT) * _UNIT + _SHIFT, np.dtype(part.dtype)
-            size = dtype.itemsize * prod(part.shape) * batch
-            self._layout[part.name] = (at, size, dtype, (batch, *part.shape))
+        for field in self.fields.values():
+            at, dtype = -(-end // _UNIT) * _UNIT + _SHIFT, np.dtype(field.dtype)
+            size = dtype.itemsize * prod(field.shape) * batch
+            self._layout[field.name] = (at, size, dtype, (batch, *field.shape))
             end = at + size
         self._stride = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd = _anonymous_file(self._stride * count) if fd is None else fd
@@ -61,14 +66,14 @@ class Slots:
         return np.frombuffer(self._map, np.uint8, self._stride, slot * self._stride)
 
     def views(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Each part of a slot by name, (batch, *shape)."""
+        """Each field of a slot by name, (batch, *shape)."""
         return {
             name: memory[at : at + size].view(dtype).reshape(shape)
             for name, (at, size, dtype, shape) in self._layout.items()
         }
 
     def __getitem__(self, slot: int) -> dict[str, NDArray[Any]]:
-        """The parts of a slot for filling it: always the same arrays."""
+        """The fields of a slot for filling it: always the same arrays."""
         return self._filled[slot]
 
     def close(self) -> None:

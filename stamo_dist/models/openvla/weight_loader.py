@@ -1,0 +1,154 @@
+"""A checkpoint compared with a policy network and copied into it, each process its own shards."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stamo_dist.errors import CheckpointError
+from stamo_dist.models.openvla.adapters import FIELD, Adapter
+from stamo_dist.models.openvla.policy_network import PolicyNetwork
+from stamo_dist.models.shards import StoredTensor, write
+from stamo_dist.models.weights import LoadReport
+
+log = logging.getLogger(__name__)
+
+NOTHING = r"(?!)"
+
+
+class WeightLoader:
+    """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
+
+    Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
+    where the checkpoint lacks them or has them in another shape. The network's adapters start as the identity, or go on
+    from the checkpoint's; what does not go on is merged. What the checkpoint has of towers that this network does not
+    use is left unread.
+
+    Attributes:
+        report: What becomes of each parameter, by its name without adapters.
+        whole: Parameters that start at random, or that the checkpoint's adapter has whole: adapters leave them alone.
+    """
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        found: Mapping[str, StoredTensor],
+        source: str,
+        *,
+        adapter: Adapter | None = None,
+        fresh: str = NOTHING,
+        seed: int = 0,
+    ):
+        """Only names and shapes are looked at; the network may be without memory.
+
+        Raises:
+            CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
+        """
+        state = _unadapted(network)
+        shapes = {n: (found[n].shape, tuple(t.shape)) for n, t in state.items() if n in found}
+        differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
+        absent = [n for n in state if n not in found]
+        self._layers = {n.rpartition(".")[0] for n in (*absent, *differing) if re.match(fresh, n)}
+        redone = [n for n in state if n.rpartition(".")[0] in self._layers]
+        low = {} if adapter is None else {f"{layer}.weight": low for layer, low in adapter.layers.items()}
+        unfit = {
+            n: (a.shape, tuple(state[n].shape)) for n, a in low.items() if n in state and a.shape != state[n].shape
+        }
+        known = {*state, *_unused(network, {**found, **low})}
+        self.report = LoadReport(
+            source=source,
+            loaded=tuple(n for n in shapes if n not in differing and n not in redone),
+            reinitialised={n: differing.get(n, ((), tuple(state[n].shape))) for n in redone},
+            mismatched={n: pair for n, pair in {**differing, **unfit}.items() if n not in redone},
+            missing=tuple(n for n in absent if n not in redone),
+            unexpected=tuple(sorted({*found, *low} - known)),
+        )
+        if not self.report.fits:
+            raise CheckpointError(f"{FIELD}: the checkpoint does not fit the policy\n{self.report}")
+        if redone:
+            log.warning("%s: %s", FIELD, self.report)
+        self.whole = {*redone, *(() if adapter is None else adapter.whole)}
+        self._found, self._low, self._seed = found, low, seed
+
+    def merged(self, network: PolicyNetwork) -> list[str]:
+        """Parameters into which an adapter of the checkpoint is merged, for it does not go on in `network`."""
+        return [n for n in self.report.loaded if n in self._low and not self._goes_on(network, n)]
+
+    def _goes_on(self, network: PolicyNetwork, name: str) -> bool:
+        return name in self._low and self._low[name].goes_on_in(network.get_submodule(name.removesuffix(".weight")))
+
+    @torch.no_grad()
+    def write(self, network: PolicyNetwork) -> None:
+        """Fill the network, with adapters or without, sharded or not; its parameters have memory."""
+        state, merged = _unadapted(network), set(self.merged(network))
+        for name in self.report.loaded:
+            tensor = self._found[name]
+            write(state[name], (self._low[name].added_to(tensor) if name in merged else tensor).read)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            for layer in sorted(self._layers):
+                _reset(network.get_submodule(layer))
+            for name, tensor in network.state_dict().items():
+                layer, _, matrix = name.partition(".lora_")
+                if not matrix:
+                    continue
+                if self._goes_on(network, f"{layer}.weight"):
+                    low = self._low[f"{layer}.weight"]
+                    write(tensor, (low.up if matrix.startswith("B") else low.down).read)
+                else:
+                    start = torch.zeros(tensor.shape)
+                    # Peft's gaussian start.
+                    drawn = start if matrix.startswith("B") else start.normal_(std=1 / tensor.shape[0])
+                    write(tensor, drawn.__getitem__)
+
+
+def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
+    """The network's tensors but its adapters', by the names that they have without them."""
+    state = network.state_dict()
+    return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
+
+
+def load_weights(
+    network: PolicyNetwork,
+    found: Mapping[str, StoredTensor],
+    source: str,
+    *,
+    adapter: Adapter | None = None,
+    fresh: str = NOTHING,
+    seed: int = 0,
+) -> LoadReport:
+    """Compare and write at once; see `WeightLoader`."""
+    loader = WeightLoader(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
+    loader.write(network)
+    return loader.report
+
+
+def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
+    """Towers that the network has not: it reads one of two, or a StaMo encoder instead."""
+    prefixes = []
+    if not network.vla.config.towers:
+        prefixes.append("vla.vision_backbone.")
+    elif network.vla.vision_backbone.fused_featurizer is None:
+        prefixes.append("vla.vision_backbone.fused_featurizer.")
+    if not hasattr(network.vla, "projector"):
+        prefixes.append("vla.projector.")
+    elif network.vla.projector.fc3 is None:
+        prefixes.append("vla.projector.fc3.")
+    return {name for name in found if name.startswith(tuple(prefixes))} if prefixes else set()
+
+
+def _reset(layer: nn.Module) -> None:
+    """Draw a layer's initial values whole, on the CPU, and copy what is local."""
+    drawn = copy.copy(layer)
+    own = {name: p for name, p in layer._parameters.items() if p is not None}
+    drawn._parameters = {name: nn.Parameter(torch.zeros(p.shape)) for name, p in own.items()}
+    drawn.reset_parameters()  # type: ignore[operator]
+    for name, parameter in own.items():
+        whole = drawn._parameters[name]
+        assert whole is not None
+        write(parameter, whole.detach().__getitem__)
