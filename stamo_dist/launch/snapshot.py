@@ -19,8 +19,8 @@ from pathlib import Path
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch.record import Launch, folder
-from stamo_dist.recipe.commands import render
 from stamo_dist.recipe.load import Loaded
+from stamo_dist.recipe.render import render
 from stamo_dist.run.folder import COMMIT_FILE, git_commit
 
 _PACKAGES = ("stamo_dist", "data_tools")

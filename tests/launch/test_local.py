@@ -44,7 +44,7 @@ def test_ranks_share_the_cores(tmp_path):
     """The launcher's own imports once set the number of threads, which every rank, and every Slurm job, inherited."""
     program = f"""
 import pathlib, sys
-import stamo_dist.cli, stamo_dist.launch.submit
+import stamo_dist.cli.app, stamo_dist.launch.submit
 from stamo_dist.launch.local import Ranks
 show = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
 with Ranks(show, 1, pathlib.Path({str(tmp_path)!r})) as ranks:

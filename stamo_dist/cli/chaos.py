@@ -12,6 +12,8 @@ from typing import Annotated
 import psutil
 import typer
 
+from stamo_dist.cli.options import Overrides
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
 
 
@@ -36,9 +38,7 @@ def chaos(
         Path | None,
         typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
     ] = None,
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-    ] = [],  # noqa: B006 (typer reads the default)
+    set_: Overrides = [],  # noqa: B006 (typer reads the default)
     untouched: Annotated[
         int,
         typer.Option(

@@ -116,7 +116,7 @@ def cancel(
 
     Example: stamo cancel runs/tokenizer_sim
     """
-    from stamo_dist.launch import steer
+    from stamo_dist.cli import steer
     from stamo_dist.launch.status import find
 
     for path in find(run):
@@ -134,10 +134,7 @@ def resume(
 
     Example: stamo resume runs/tokenizer_sim --time 12:00:00
     """
-    from stamo_dist.launch import steer
+    from stamo_dist.cli import steer
     from stamo_dist.launch.status import one
 
     typer.echo(steer.resume(one(run), nodes=nodes, time=time))
-
-
-COMMANDS = (status, runs, logs, cancel, resume)

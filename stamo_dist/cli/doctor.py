@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-]
+from stamo_dist.cli.options import Overrides
 
 
 def doctor(

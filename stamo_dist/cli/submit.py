@@ -7,11 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stamo_dist.cli.options import Overrides
 from stamo_dist.errors import StamoError
-
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-]
 
 
 def submit(
