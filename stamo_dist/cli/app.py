@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
@@ -57,11 +58,14 @@ def _bring_advice(context: typer.Context) -> None:
 
 app.add_typer(eval_app, name="eval")
 app.add_typer(recipe_app, name="recipe")
-for command in (submit, status, runs, logs, cancel, resume, doctor):
-    app.command()(command)
+#: In the order of `stamo --help`.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(submit, status, runs, logs, cancel, resume, doctor, chaos),
+    *(plan, export, train, encode, serve, mix, report),
+)
+for _command in COMMANDS:
+    app.command()(_command)
 app.command("doctor-probe", hidden=True)(probe)
-for command in (chaos, plan, export, train, encode, serve, mix, report):
-    app.command()(command)
 
 
 def main() -> None:
