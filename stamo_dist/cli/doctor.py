@@ -35,7 +35,7 @@ def doctor(
     Example: stamo doctor recipes/tokenizer_sim.yaml --cluster gpu --nodes 2
     """
     from stamo_dist.launch.doctor.diagnose import diagnose
-    from stamo_dist.launch.doctor.finding import failed, show
+    from stamo_dist.launch.doctor.verdict import failed, show
 
     console = Console(highlight=False, stderr=as_json)
     with console.status("looking …") as status:

@@ -14,8 +14,8 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.launch import supervise
+from stamo_dist.launch.job import newest_step
 from stamo_dist.launch.record import Event, Launch, events, main_log, record
-from stamo_dist.launch.restarts import newest_step
 
 
 def submit(run: Path, *command: object, processes: int = 1, after: tuple[Path, ...] = ()) -> Path:
