@@ -91,7 +91,7 @@ def _published(url: str) -> Manifest | None:
         DataError: The URL cannot be looked at.
     """
     if url.startswith("s3://"):
-        from data_tools.stores.store import open_store
+        from data_tools.stores.open import open_store
         from data_tools.stores.sync import fetch_manifest
 
         store = open_store(url)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from typing import Literal, Protocol, get_args
 
 from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
 from data_tools.formats.lerobot_vectors import FeatureSlice
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.rotations import Rotation
 from data_tools.formats.source import ActionSpec
-
-if TYPE_CHECKING:
-    from data_tools.formats.lerobot import LerobotReader
 
 #: Known action conventions by `action_kind`.
 ACTIONS = {
@@ -35,7 +32,22 @@ TURNED = {"image", "wrist_image", "image2"}
 _TARGETS = re.compile(r"joint|motor|shoulder|elbow|waist|wrist|\.pos$|_pos$|position|absolute|angle", re.IGNORECASE)
 
 
-def action_spec(asked: LerobotReader, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
+class LerobotSettings(Protocol):
+    """The options that say what actions and images are; `LerobotReader` explains them."""
+
+    action_kind: Literal["other", "libero", "bridge"] | None
+    image_orientation: Orientation | None
+    gripper: int | str | None
+    gripper_open: float
+    gripper_closed: float
+    mode: Mode | None
+    rotation: Rotation | None
+    metres: float
+    radians: float
+    pose_rotation: Rotation | None
+
+
+def action_spec(asked: LerobotSettings, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
     """What the action is; what contradicts itself goes to `problems`."""
     dim = sum(p.end - p.start for p in parts)
     for option, kinds in (("mode", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):
@@ -78,7 +90,7 @@ def action_spec(asked: LerobotReader, parts: Sequence[FeatureSlice], problems: l
     return spec
 
 
-def _declared(asked: LerobotReader, names: Sequence[str], dim: int, problems: list[str]) -> ActionSpec | None:
+def _declared(asked: LerobotSettings, names: Sequence[str], dim: int, problems: list[str]) -> ActionSpec | None:
     mode = asked.mode or "other"
     needed = () if mode == "other" else ("rotation", "gripper")
     if missing := [option for option in needed if getattr(asked, option) is None]:
@@ -103,7 +115,7 @@ def _declared(asked: LerobotReader, names: Sequence[str], dim: int, problems: li
     return replace(spec, gripper=asked.gripper) if isinstance(asked.gripper, int) else spec
 
 
-def orientation(asked: LerobotReader, cameras: Sequence[str], notes: list[str], problems: list[str]) -> Orientation:
+def orientation(asked: LerobotSettings, cameras: Sequence[str], notes: list[str], problems: list[str]) -> Orientation:
     """How the images are stored, as asked, else as this publisher's LIBERO is known to be; said in `notes`."""
     if asked.image_orientation is not None:
         if asked.image_orientation not in get_args(Orientation):

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.formats import remarks, tfds, tfrecord
 from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
-from data_tools.formats.rlds_layout import RldsLayout, settle, texts
+from data_tools.formats.rlds_layout import RldsLayout, resolve_layout, texts
 from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
 from data_tools.images import decode
@@ -88,7 +88,7 @@ class RldsReader:
     @cached_property
     def layout(self) -> RldsLayout:
         """The keys and conventions the options, the preset and features.json come down to."""
-        return settle(self, self.dataset)
+        return resolve_layout(self, self.dataset)
 
     def scan(self) -> Scan:
         dataset, layout = self.dataset, self.layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 from data_tools.formats import tfds
 from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
@@ -14,8 +14,25 @@ from data_tools.formats.rotations import ROTATION_SIZE, Rotation
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
-if TYPE_CHECKING:
-    from data_tools.formats.rlds import RldsReader
+
+class RldsSettings(Protocol):
+    """The options that say what keys are and mean; `RldsReader` explains them."""
+
+    preset: str | None
+    cameras: Sequence[str] | None
+    action: Sequence[str]
+    proprio: Sequence[str]
+    pose: str
+    pose_rotation: Rotation | None
+    instruction: Sequence[str]
+    rate_hz: float | None
+    mode: Mode | None
+    rotation: Rotation | None
+    metres: float | None
+    radians: float | None
+    gripper: str | None
+    image_orientation: Orientation | None
+    drop_first: bool | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(p.removeprefix("steps/") for p in parts if p not in ("", "absent", "none"))
 
 
-def settle(asked: RldsReader, dataset: tfds.Dataset) -> RldsLayout:
+def resolve_layout(asked: RldsSettings, dataset: tfds.Dataset) -> RldsLayout:
     """Settle every key and convention.
 
     Raises:
@@ -110,7 +127,7 @@ def texts(dataset: tfds.Dataset) -> list[str]:
     return [k for k, f in dataset.features.items() if f.depth == k.startswith("steps/") and f.is_text]
 
 
-def _instruction(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
+def _instruction(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
     """Full names of the instruction's keys, as asked, else those with usual names."""
     there = texts(dataset)
     if (keys := _listed(asked.instruction)) is None:
@@ -121,7 +138,7 @@ def _instruction(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) 
     return tuple(full.values())
 
 
-def _notes(asked: RldsReader, preset: RldsPreset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
+def _notes(asked: RldsSettings, preset: RldsPreset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
     if _listed(asked.proprio) is not None:
         return []
     if not proprio:
@@ -129,7 +146,7 @@ def _notes(asked: RldsReader, preset: RldsPreset, proprio: Sequence[str], known:
     return [f"proprio: no {k}, which {asked.preset or 'such datasets'} have" for k in preset.proprio if k not in known]
 
 
-def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> RldsPreset:
+def _preset(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]) -> RldsPreset:
     """The dataset's preset with the given options on top."""
     name = asked.preset or preset_of(dataset.name)
     if asked.preset is not None and asked.preset not in PRESETS:
@@ -173,7 +190,7 @@ def _preset(asked: RldsReader, dataset: tfds.Dataset, problems: list[str]) -> Rl
     return replace(preset, **changed)
 
 
-def _pose_key(asked: RldsReader, preset: RldsPreset) -> tuple[str, Rotation] | None:
+def _pose_key(asked: RldsSettings, preset: RldsPreset) -> tuple[str, Rotation] | None:
     if (keys := _listed(asked.pose)) is None:
         return preset.pose
     return (keys[0], asked.pose_rotation or preset.rotation) if keys else None

@@ -32,7 +32,7 @@ from data_tools.formats.declared import (
 )
 from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
-from data_tools.formats.robomimic_actions import check_range, settle_actions
+from data_tools.formats.robomimic_actions import check_range, resolve_actions
 from data_tools.formats.rotations import Rotation, pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
@@ -201,7 +201,7 @@ class RobomimicReader:
             obs, length = demo["obs"], len(demo[self._action_keys()[0]])
             dim = sum(demo[k].shape[1] for k in self._action_keys())
             try:
-                spec = settle_actions(self, env, dim)
+                spec = resolve_actions(self, env, dim)
             except DataError as e:
                 raise DataError(f"{path}: {e}") from e
             if not is_declared(self):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
 
 from data_tools.formats.checked import flag, object_at, positive, text_at
-from data_tools.formats.declared import declare, is_declared
+from data_tools.formats.declared import Declares, Mode, declare, is_declared
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
-
-if TYPE_CHECKING:
-    from data_tools.formats.robomimic import RobomimicReader
 
 #: Normalised actions may exceed ±1 by rounding.
 NORMALISED = 1.0 + 1e-3
@@ -26,7 +23,14 @@ HOW = (
 )
 
 
-def settle_actions(asked: RobomimicReader, env: Mapping[str, Any], dim: int) -> ActionSpec:
+class RobomimicSettings(Declares, Protocol):
+    """The options that say what actions are; `RobomimicReader` explains them."""
+
+    action: Mode | None
+    action_keys: Sequence[str]
+
+
+def resolve_actions(asked: RobomimicSettings, env: Mapping[str, Any], dim: int) -> ActionSpec:
     """What an action of `dim` dimensions means, as declared, else as the file's env_args say.
 
     Raises:

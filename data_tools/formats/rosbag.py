@@ -29,7 +29,7 @@ from data_tools.formats.hdf5 import Agreement
 from data_tools.formats.rosbag_clock import Paired, latest, pair, period
 from data_tools.formats.rosbag_files import MessageField, open_bag
 from data_tools.formats.rosbag_images import picture
-from data_tools.formats.rosbag_topics import Recorded, Topics, record, settle
+from data_tools.formats.rosbag_topics import Recorded, Topics, record, resolve_topics
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
 from stamo_dist.errors import DataError
@@ -114,7 +114,7 @@ class RosbagReader:
             said: list[str] = []
             try:
                 with open_bag(path, self.definitions) as bag:
-                    topics = settle(path, bag, self, said)
+                    topics = resolve_topics(path, bag, self, said)
                     recorded = record(bag, topics, self.stamps, heads=True)
                 paired = self._paired(recorded, topics)
                 reference = self._reference(path, topics, recorded, paired)
@@ -164,7 +164,7 @@ class RosbagReader:
     def read(self, episode: EpisodeRef) -> EpisodeData:
         path = Path(self.src) / episode.file
         with open_bag(path, self.definitions) as bag:
-            topics = settle(path, bag, self, [])
+            topics = resolve_topics(path, bag, self, [])
             recorded = record(bag, topics, self.stamps)
         paired = self._paired(recorded, topics)
         length = episode.length

@@ -56,7 +56,7 @@ class Topics:
         return [self.text.topic] if self.text else []
 
 
-def settle(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
+def resolve_topics(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
     """Which topics of a bag are what; what was left out goes to `notes`.
 
     Raises:

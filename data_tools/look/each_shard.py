@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 from data_tools.look.columns import INDEX, IndexedShard, read_index
-from data_tools.stores.store import Advance, Store, open_store
+from data_tools.stores.open import open_store
+from data_tools.stores.store import Advance, Store
 from data_tools.workers import spawned, usable_cores
 from stamo_dist.errors import DataError
 

@@ -12,7 +12,8 @@ from data_tools.look.columns import ColumnShard, IndexedShard
 from data_tools.look.each_shard import shards_of
 from data_tools.look.preview_page import PreviewedEpisode, draw
 from data_tools.look.stats import TRAIN
-from data_tools.stores.store import Store, at_hand, open_store
+from data_tools.stores.open import open_store
+from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
 from stamo_dist.data.schema import EPISODES, Episode, Manifest
 from stamo_dist.errors import DataError

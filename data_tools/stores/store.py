@@ -55,25 +55,6 @@ class Store(Protocol):
         """Remove a file, if it is there."""
 
 
-def open_store(path: str, pause: float = 1.0) -> Store:
-    """The store at a folder or URL.
-
-    Args:
-        path: Folder or s3://BUCKET/PREFIX.
-        pause: Seconds before a failing request is made again; each further pause doubles.
-
-    Raises:
-        DataError: The kind of URL is not supported.
-    """
-    if "://" not in path:
-        return LocalStore(Path(path).expanduser().absolute())
-    if path.startswith("s3://"):
-        from data_tools.stores.s3 import S3Store
-
-        return S3Store(path, pause)
-    raise DataError(f"{path}: only a local folder or s3://BUCKET/PREFIX can be looked at or copied here")
-
-
 def sha256_of(path: Path, advance: Advance | None = None) -> str:
     """Of a file's content.
 

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from stamo_dist.chaos import results, twin
+from stamo_dist.chaos import reference, results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, History, Verdict, compare, spread
 from stamo_dist.chaos.conversion import Conversion
 from stamo_dist.chaos.faults import Deck, Fault
+from stamo_dist.chaos.monitor import Monitor
 from stamo_dist.chaos.results import Result
 from stamo_dist.chaos.starts import Starter
-from stamo_dist.chaos.trial import Outcome, Pace, Trial
-from stamo_dist.chaos.watched import Watched
+from stamo_dist.chaos.trial import Outcome, Pace, Schedule, Trial
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.load import Loaded, load
 
@@ -101,11 +101,8 @@ class Harness:
         """One training under faults, until it ends; whether it went as it should."""
         folder = self._fresh(f"{strategy}-{'-'.join(map(str, sizes))}")
         references = [run for size in sizes for run in self._references(strategy, size)]
-        trial = Trial(
-            self._starter, self._arguments(strategy, folder), folder, sizes, faults, rng,
-            gap=0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults)),
-            pace=self._pace(references), patience=self._plan.patience, say=self._say,
-        )  # fmt: skip
+        gap = 0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults))
+        trial = self._trial(strategy, folder, sizes, Schedule(faults, rng, gap), self._pace(references))
         verdict = None
         try:
             if (outcome := trial.run()).finished:
@@ -121,16 +118,21 @@ class Harness:
             _keep_logs(folder)
         return good
 
+    def _trial(self, strategy: str, folder: Path, sizes: Sequence[int], schedule: Schedule, pace: Pace) -> Trial:
+        given = self._arguments(strategy, folder)
+        patience, say = self._plan.patience, self._say
+        return Trial(self._starter, given, folder, sizes, schedule, pace=pace, patience=patience, say=say)
+
     def _alike(self, strategy: str, run: Path) -> list[Path]:
         """Trainings that were left alone, on the numbers of processes on which the steps of `run` were computed."""
-        parts = twin.parts(Watched(run, self._plan.patience).begun())
-        if len(parts) == 1:
-            return self._references(strategy, parts[0].processes)
+        segments = reference.segments(Monitor(run, self._plan.patience).begun())
+        if len(segments) == 1:
+            return self._references(strategy, segments[0].processes)
         folders = [run.with_name(f"twin-{run.name}-{n}") for n in range(self._plan.untouched)]
-        on = ", ".join(f"{part.processes} to {part.last or 'the end'}" for part in parts)
+        on = ", ".join(f"{segment.processes} to {segment.last or 'the end'}" for segment in segments)
         for folder in folders:
             self._say(f"{folder.name}: training without faults, on as many processes in each step: {on}")
-            twin.train(self._starter, self._arguments(strategy, folder), folder, parts, self._plan.patience)
+            reference.train(self._starter, self._arguments(strategy, folder), folder, segments, self._plan.patience)
             _keep_logs(folder)
         return folders
 
@@ -177,10 +179,7 @@ class Harness:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             self._say(f"{folder.name}: training without faults")
-            trial = Trial(
-                self._starter, self._arguments(strategy, folder), folder, [size], deque(), random.Random(0),
-                gap=1, pace=Pace(0, 0, 0), patience=self._plan.patience, say=self._say,
-            )  # fmt: skip
+            trial = self._trial(strategy, folder, [size], Schedule(deque(), random.Random(0), 1), Pace(0, 0, 0))
             began = time.time()
             outcome = trial.run()
             if not outcome.finished:

@@ -37,7 +37,7 @@ class Starter(Protocol):
     def close(self) -> None: ...
 
 
-class Cold:
+class Spawner:
     """Starts commands as a user does."""
 
     def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
@@ -52,17 +52,17 @@ class Cold:
         pass
 
 
-class Warm:
+class ForkServer:
     """Forks commands off one process that has imported `modules`."""
 
     def __init__(self, modules: Sequence[str] = MODULES):
         self._codes: dict[int, int] = {}
         self._begun: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "stamo_dist.chaos.warm", *modules],
+            [sys.executable, "-m", "stamo_dist.chaos.fork_server", *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
-        self._answers = threading.Thread(target=self._listen, name="warm", daemon=True)
+        self._answers = threading.Thread(target=self._listen, name="fork server", daemon=True)
         self._answers.start()
 
     def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
@@ -95,7 +95,7 @@ class Warm:
 
 
 class _Forked:
-    def __init__(self, server: Warm, pid: int):
+    def __init__(self, server: ForkServer, pid: int):
         self._server, self.pid = server, pid
 
     def poll(self) -> int | None:

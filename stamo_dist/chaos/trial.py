@@ -25,8 +25,8 @@ from stamo_dist.chaos.faults import (
     newest_checkpoint,
     strike,
 )
+from stamo_dist.chaos.monitor import HungError, Monitor, tail
 from stamo_dist.chaos.starts import Start, Starter, Tree
-from stamo_dist.chaos.watched import HungError, Watched, tail
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Pace:
     start: float  # until the first step is done
     step: float
     save: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which faults come, and how far apart."""
+
+    faults: deque[Fault]  # taken from here until it is empty or the training ends
+    rng: random.Random
+    gap: float  # steps between two faults, on average
 
 
 @dataclass
@@ -75,20 +84,28 @@ class Trial:
     arguments: `stamo` arguments of the training, without the number of processes.
     run: Its run folder; what its starts print goes to `run`.log.
     sizes: Numbers of processes; each start takes one.
-    faults: Taken from here until it is empty or the training ends.
-    gap: Steps between two faults, on average.
+    schedule: The faults.
     pace: Of untouched runs.
     patience: Seconds without a sign of life after which it counts as hung.
     say: Gets a line for each fault.
     """
 
     def __init__(
-        self, starter: Starter, arguments: Sequence[str], run: Path, sizes: Sequence[int], faults: deque[Fault],
-        rng: random.Random, *, gap: float, pace: Pace, patience: float, say: Callable[[str], None],
-    ):  # fmt: skip
-        self._starter, self._arguments, self._sizes, self._faults = starter, arguments, sizes, faults
-        self._rng, self._gap, self._pace, self._say = rng, gap, pace, say
-        self._watched, self._log = Watched(run, patience), run.with_name(f"{run.name}.log")
+        self,
+        starter: Starter,
+        arguments: Sequence[str],
+        run: Path,
+        sizes: Sequence[int],
+        schedule: Schedule,
+        *,
+        pace: Pace,
+        patience: float,
+        say: Callable[[str], None],
+    ):
+        self._starter, self._arguments, self._sizes = starter, arguments, sizes
+        self._faults, self._rng, self._gap = schedule.faults, schedule.rng, schedule.gap
+        self._pace, self._say = pace, say
+        self._monitor, self._log = Monitor(run, patience), run.with_name(f"{run.name}.log")
         self._trees: list[Tree] = []
         self._reached, self._begun = 0, 0
         self._last: int | None = None  # step of the fault before, in this start
@@ -109,9 +126,9 @@ class Trial:
     def _start(self) -> None:
         last = self.outcome.processes[-1:]
         size = self._rng.choice([n for n in self._sizes if n not in last] or self._sizes)
-        self._begun = len(self._watched.begun())
+        self._begun = len(self._monitor.begun())
         self._look()
-        start = self._starter.start(self._arguments, self._log, size, self._watched.path)
+        start = self._starter.start(self._arguments, self._log, size, self._monitor.path)
         tree = Tree(start, size)
         self._trees = [*(t for t in self._trees if not t.gone), tree]
         self.outcome.starts += 1
@@ -120,37 +137,37 @@ class Trial:
         self._last = None
         while (struck is None or struck.harmless) and self._faults and self._come(self._faults[0], start):
             struck = self._strike(self._faults.popleft(), tree) or struck
-        self._watched.until(lambda: start.poll() is not None, "end")
+        self._monitor.until(lambda: start.poll() is not None, "end")
         code = start.poll()
         self._look()
         if struck is not None:
             struck.code = code
-            self._say(f"{self._watched.path.name}: step {struck.step}: {struck}: code {code}")
+            self._say(f"{self._monitor.path.name}: step {struck.step}: {struck}: code {code}")
         if code == 0:
-            self._watched.until(lambda: tree.gone, "leave no rank behind")
+            self._monitor.until(lambda: tree.gone, "leave no rank behind")
             self.outcome.finished = True
         elif struck is None or struck.harmless:
             self._problem(f"a start that nothing was done to ended with code {code}")
         elif self._rng.random() < 0.5:  # else the next start finds ranks that still save
-            self._watched.until(lambda: tree.gone, "end its ranks")
+            self._monitor.until(lambda: tree.gone, "end its ranks")
 
     def _come(self, fault: Fault, start: Start) -> bool:
         """Wait for the fault's moment; False where the training ended before."""
         steps = max(1, round(self._gap * (0.3 + 1.4 * self._rng.random())))
         began = time.monotonic()
-        before = self._watched.unfinished()
+        before = self._monitor.unfinished()
 
         def come() -> bool:
             if fault.moment == STARTING:
                 return time.monotonic() - began >= fault.when * self._pace.start
             begun = self._look()
-            if begun is None or self._watched.step() < (begun if self._last is None else self._last) + steps:
+            if begun is None or self._monitor.step() < (begun if self._last is None else self._last) + steps:
                 return False
             if fault.moment == BETWEEN:
-                return newest_checkpoint(self._watched.path) is not None
-            return fault.moment != SAVING or bool(self._watched.unfinished() - before)
+                return newest_checkpoint(self._monitor.path) is not None
+            return fault.moment != SAVING or bool(self._monitor.unfinished() - before)
 
-        self._watched.until(lambda: start.poll() is not None or come(), f"come to where it is struck ({fault})")
+        self._monitor.until(lambda: start.poll() is not None or come(), f"come to where it is struck ({fault})")
         if fault.moment in (TRAINING, SAVING):
             time.sleep(fault.when * (self._pace.step if fault.moment == TRAINING else self._pace.save))
         return start.poll() is None
@@ -159,18 +176,18 @@ class Trial:
         """Do it; None where there was nothing to do it to: then it comes another time."""
         asked = False
         if fault.moment == STARTING:
-            self._watched.until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
+            self._monitor.until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
         elif fault.moment == LEAVING:
-            before = self._watched.unfinished()
+            before = self._monitor.unfinished()
             asked = strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
-            self._watched.until(lambda: tree.gone or bool(self._watched.unfinished() - before), "save on leaving")
+            self._monitor.until(lambda: tree.gone or bool(self._monitor.unfinished() - before), "save on leaving")
             time.sleep(0.7 * fault.when * self._pace.save)
-        injected = Injected(fault.whom, fault.what, self._moment(fault), self._watched.step())
+        injected = Injected(fault.whom, fault.what, self._moment(fault), self._monitor.step())
         if fault.whom == CHECKPOINT:
             done = strike(replace(fault, whom=RANKS, what="SIGKILL"), tree)
             for each in self._trees:
-                self._watched.until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
-            done = done and corrupt(fault, self._watched.path) is not None
+                self._monitor.until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
+            done = done and corrupt(fault, self._monitor.path) is not None
         else:
             done = strike(fault, tree)
         self._last = injected.step
@@ -184,16 +201,16 @@ class Trial:
 
     def _moment(self, fault: Fault) -> str:
         """The one in which it really comes: a save may begin, or be over."""
-        saving = bool(self._watched.unfinished())
+        saving = bool(self._monitor.unfinished())
         if fault.moment in (TRAINING, SAVING):
             return SAVING if saving else TRAINING
         return f"{LEAVING}, after the save" if fault.moment == LEAVING and not saving else fault.moment
 
     def _look(self) -> int | None:
         """The step from which this start went on, None before it trains; counts what is done again."""
-        begun = self._watched.begun()
+        begun = self._monitor.begun()
         if len(begun) <= self._begun:
-            self._reached = max(self._reached, self._watched.step())
+            self._reached = max(self._reached, self._monitor.step())
             return None
         after = begun[-1].after
         self.outcome.redone += max(0, self._reached - after)
@@ -201,5 +218,5 @@ class Trial:
         return after
 
     def _problem(self, text: str) -> None:
-        at = f"{self._watched.path}: {text}; its start was number {self.outcome.starts}; its output ends with"
+        at = f"{self._monitor.path}: {text}; its start was number {self.outcome.starts}; its output ends with"
         self.outcome.problems.append("\n    ".join([at, *tail(self._log)]))

@@ -229,7 +229,8 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
 
 def typed_command() -> str:
     """What the user typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["stamo" if name == "__main__.py" else name, *sys.argv[1:]])  # so under python -m stamo_dist.cli
 
 
 def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:

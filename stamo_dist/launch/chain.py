@@ -1,31 +1,38 @@
-"""A pipeline's stages as jobs: what is left to do, and each job after the ones it needs."""
+"""Several runs of one command: a pipeline's stages, each job after the ones it needs; a sweep's members.
+
+`--sweep optimizer.lr=1e-4,3e-4 --sweep seed=0,1` is the grid of all combinations. The members are ordinary runs below
+the recipe's run folder, `RUN_DIR/sweep/lr=0.0001,seed=0`; that they were submitted as one array is all they share.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
-from stamo_dist.launch.known import PIPELINE
-from stamo_dist.launch.look import look
 from stamo_dist.launch.pipeline import Pipeline, Work
 from stamo_dist.launch.profile import Profile, load_profile
-from stamo_dist.launch.record import Launch, finished
+from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
 from stamo_dist.launch.record import read as read_launch
+from stamo_dist.launch.run_progress import read_progress
 from stamo_dist.launch.submit import SNAPSHOT, Order
 from stamo_dist.pretrained.pin import pin
 from stamo_dist.pretrained.place import hub_id
-from stamo_dist.recipe.lines import show_value
+from stamo_dist.recipe.lines import read_override, show_value
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import write_atomic
+
+_PLAIN = re.compile(r"[^\w.+-]+")
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def look_at(works: Sequence[Work]) -> list[Step]:
     return list(steps.values())
 
 
-def orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()) -> list[Order]:
+def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()) -> list[Order]:
     """One for each stage that is left. `changes`: fields of the profile for all stages, `field=value` each.
 
     Raises:
@@ -125,7 +132,7 @@ def _finished(work: Work) -> float | None:
             same = _lasting(ran) == _lasting(_at_the_commits_of(work.loaded.recipe, ran))
         except RecipeError:
             same = False
-        if not same or not look(work.run_dir).finished:
+        if not same or not read_progress(work.run_dir).finished:
             return None
         return (work.run_dir / "model").stat().st_mtime
     try:
@@ -170,3 +177,84 @@ def _shape(work: Work, profile: Profile) -> list[str]:
     nothing = ([] if gpus else ["gpu_type=null"]) + ([] if work.words[0] == "data" else ["memory=null"])
     one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "processes_per_node=null"]
     return [*one_node, *nothing, f"gpus_per_node={gpus}", f"cpus_per_gpu={profile.cpus_per_gpu * share}"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One member of a sweep."""
+
+    values: dict[str, str]  # field → value, as YAML
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{field}={value}" for field, value in self.values.items()]
+
+    @property
+    def name(self) -> str:
+        """A folder name that says the values; fields by their last part where that tells them apart."""
+        lasts = [field.rpartition(".")[2] for field in self.values]
+        short = {f: last if lasts.count(last) == 1 else f for f, last in zip(self.values, lasts, strict=True)}
+        return ",".join(f"{short[field]}={_PLAIN.sub('-', value)}" for field, value in self.values.items())
+
+
+def expand_sweep(sweeps: Sequence[str]) -> list[Point]:
+    """All combinations of the values of the `FIELD=VALUE,VALUE…` given, the last field changing fastest.
+
+    Raises:
+        RecipeError: One cannot be read, or names a field twice, or gives a value twice.
+    """
+    axes: dict[str, list[str]] = {}
+    problems = []
+    for sweep in sweeps:
+        field, equals, text = (part.strip() for part in sweep.partition("="))
+        values = _values(field, text) if equals and text else None
+        if values is None:
+            problems.append(f"--sweep {sweep}: write FIELD=VALUE,VALUE, for example --sweep optimizer.lr=1e-4,3e-4")
+        elif field in axes:
+            problems.append(f"--sweep {field}: given twice; put all its values into one")
+        elif len(set(values)) < len(values):
+            problems.append(f"--sweep {field}: a value is given twice")
+        else:
+            axes[field] = values
+    points = [Point(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    if not problems and len({p.name for p in points}) < len(points):
+        problems.append("--sweep: two of the runs would have the same folder name")
+    if problems:
+        raise RecipeError(problems)
+    return points
+
+
+def sweep_orders(
+    recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str] = (), **asked: Any
+) -> tuple[list[Order], str]:
+    """(one array of all runs of the sweep, or a list of them for this machine; the folder around them).
+
+    `asked`: what the command line asks of the cluster, as `submit.plan` takes it.
+
+    Raises:
+        StamoError: The sweep, one of its recipes or the profile is wrong.
+    """
+    points = expand_sweep(sweeps)
+    base = load(recipe, overrides).recipe
+    folder = Path(base.run_dir) / SWEEP
+    found = []
+    for point in points:
+        own = {"run_dir": str(folder / point.name), "name": f"{base.name}-{point.name}"}
+        set_ = [f"{field}={show_value(value, limit=1 << 16)}" for field, value in own.items()]
+        found.append(submit.plan(recipe, cluster, overrides=[*overrides, *point.overrides, *set_], **asked))
+    if found[0].profile.backend == "local":
+        return found, str(folder)
+    if any(order.launch.node_counts != found[0].launch.node_counts for order in found):
+        raise RecipeError(["--sweep: the runs of an array have the same nodes, and these recipes need different ones"])
+    return [replace(found[0], members=found)], str(folder)
+
+
+def _values(field: str, text: str) -> list[str] | None:
+    """The values, each as YAML; None where they cannot be read. Lists keep their brackets: `a=[1,2],[3,4]`."""
+    layer = read_override(f"{field}=[{text}]")
+    value: object = layer.value
+    if layer.problems:
+        return None
+    for name in field.split("."):
+        value = value[name] if isinstance(value, dict) else None
+    return [show_value(v, limit=1 << 16) for v in value] if isinstance(value, list) and value else None

@@ -1,27 +1,33 @@
 """What runs in the batch script of a job: it starts one process a task, waits, and decides what comes next.
 
 Slurm asks the processes themselves to stop (USR1 before the time limit, TERM when it preempts); they save and leave
-with code 75. Only this process asks for the job to be queued again, and only where Slurm has not done so itself.
+with code 75. Only this process asks for the job to be queued again, and only where Slurm has not done so itself. A run
+that crashes is started again while it makes progress in between.
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # at once: one that comes before this process can act on it would end it; srun keeps it too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stamo_dist.distributed.rank import free_port
-from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import rank, slurm
 from stamo_dist.launch.record import Event, Launch, What, events, main_log, now, read, record, since_submitted, task_log
-from stamo_dist.launch.restarts import Verdict, judge, newest_step
-from stamo_dist.launch.step import step
+from stamo_dist.launch.run_progress import newest_checkpoint
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _SIGNALS = {  # as srun writes them
@@ -29,6 +35,13 @@ _SIGNALS = {  # as srun writes them
     "Segmentation fault": 11, "User defined signal 2": 12, "Terminated": 15, "Out Of Memory": 9,
 }  # fmt: skip
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # signals that ask to stop, before the process could say so itself
+_WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
+#: The batch step's own shape, which srun would take for the shape of its step.
+_NOT_FOR_SRUN = frozenset({
+    "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
+    "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+})  # fmt: skip
 
 
 class Job:
@@ -102,7 +115,7 @@ class Job:
                 self._first = int(number[1]) if number else by
 
     def _settle(self, code: int) -> int:
-        verdict = judge(self.launch, code, self.id)
+        verdict = judge_exit(self.launch, code, self.id)
         if verdict.event == "finished":
             self._tell("finished")
             return 0
@@ -159,12 +172,77 @@ class Job:
         print(text, flush=True)
 
 
-#: The batch step's own shape, which srun would take for the shape of its step.
-_NOT_FOR_SRUN = frozenset({
-    "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
-    "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-})  # fmt: skip
+@dataclass(frozen=True)
+class Verdict:
+    """What an end of the run is, and whether it is started again."""
+
+    event: What
+    again: bool
+    reason: str
+
+
+def newest_step(run: str | Path) -> int | None:
+    """The step of the newest checkpoint that was completed, None without one."""
+    return newest_checkpoint(Path(run) / "checkpoints")[0]
+
+
+def stalled(history: Iterable[Event]) -> int:
+    """How many ends in a row, since it was submitted, left the newest checkpoint where it was."""
+    best, count = -1, 0
+    for e in history:
+        if e.event == "submitted":
+            best, count = -1, 0
+        elif e.event == "started":
+            best = max(best, e.step or 0)
+        elif e.event in ("preempted", "failed"):
+            count = count + 1 if (e.step or 0) <= best else 0
+            best = max(best, e.step or 0)
+    return count
+
+
+def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
+    """What to do after a start of `job` ended with the exit code `code`.
+
+    Code 2 says that what was asked for cannot be done, and no restart changes that; 76 that it was trained to its end,
+    and its model could not be written. After any other code but 0 a run is started again, unless `max_restarts`
+    restarts in a row before brought it no further: an end that was asked for by a signal always does. A command that
+    does not train is only started again if it was asked to end, and so often.
+    """
+    not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
+    last: dict[int, tuple[What, str]] = {
+        0: ("finished", ""), 2: ("failed", "refused, see the log"), EXIT_NOT_EXPORTED: ("failed", not_exported),
+        EXIT_INTERRUPTED: ("stopped", "interrupted twice"),
+    }  # fmt: skip
+    if code in last:
+        return Verdict(last[code][0], False, last[code][1])
+    left, trains = code == EXIT_PREEMPTED, launch.command[:1] == ["train"]
+    event: What = "preempted" if left else "failed"
+    how = "it left to be started again" if left else f"it ended with code {code}"
+    if not left and not trains:
+        return Verdict("failed", False, how)
+    history = [e for e in events(launch.run_dir) if e.event == "submitted" or e.job == job]
+    count = stalled([*history, Event(event, step=newest_step(launch.run_dir))])
+    if count > launch.max_restarts:
+        return Verdict("failed", False, f"{how}, and {count} starts in a row brought it no further (max_restarts)")
+    return Verdict(event, True, how)
+
+
+def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: str = "srun") -> list[str]:
+    """What a start on these nodes (or so many of them) runs; `task`: of an array that shares one command out."""
+    profile, per_node = launch.profile, launch.processes_per_node
+    count = nodes if isinstance(nodes, int) else len(nodes)
+    assert launch.snapshot is not None, "submit takes one"
+    container = profile.get("container") or {}
+    flags = [f"--container-image={container['image']}"] if container else []
+    flags += [f"--container-mounts={','.join(container['mounts'])}"] if container.get("mounts") else []
+    where = [] if isinstance(nodes, int) else [f"--nodelist={','.join(nodes)}"]
+    return [
+        srun, f"--nodes={count}", f"--ntasks={count * per_node}", f"--ntasks-per-node={per_node}", *where,
+        f"--cpus-per-task={profile.get('cpus_per_gpu', 1)}", f"--wait={_WAIT}", "--kill-on-bad-exit=0", "--export=ALL",
+        "--input=none", *flags, *profile.get("srun", ()), profile.get("python") or sys.executable,
+        f"{launch.snapshot}/code/run.py", "stamo_dist.launch.rank",
+        *(word.replace("{task}", task) for word in launch.command),
+    ]  # fmt: skip
 
 
 def _nothing(*_: object) -> None:

@@ -10,11 +10,11 @@ import re
 import signal
 import sys
 
-# At once: one that comes before the run can save would end this process. It stays blocked over the exec.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+if __name__ == "__main__":  # at once: one that comes before the run can save would end it; blocked over the exec too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
-from collections.abc import Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Mapping
+from pathlib import Path
 
 #: Set by the job: the folder for the logs, rank 0's log, and which start this is.
 RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"

@@ -4,31 +4,60 @@
 
     launch/launch.json     what was asked for; replaced as a whole
     launch/events.jsonl    what happened, one line an event, oldest first
-    launch/snapshots/      the code and the recipe that every start of the run uses
+    launch/snapshots/20260101-120000/  the code and the recipe that every start uses: editing the checkout changes none
+        code/              the packages, and run.py, which starts a module of them
+        recipe.yaml        every value, with where it came from
+        written.yaml       the recipe as written
+        git.diff           what was not committed
     logs/main.log          what the job and rank 0 print, over all starts
     logs/rank_00003.log    what rank 3 prints, over all starts
     logs/task_3.log        in place of both, task 3 of an array that shares one command out
+
+Which runs there are says each user's registry, so that `stamo status` finds them from anywhere: a folder of symbolic
+links, one a run. Adding one needs no lock, and a run that was deleted is a dead link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch.known import remember
-from stamo_dist.run.folder import write_atomic
+from stamo_dist.run.folder import COMMIT_FILE, git_commit, write_atomic
+
+if TYPE_CHECKING:
+    from stamo_dist.recipe.load import Loaded
 
 VERSION = 1
 Kind = Literal["run", "array", "stage", "beside"]  # beside: of a run that trains, and no run of its own
 _ENDS = ("failed", "stopped", "cancelled")
 What = Literal["submitted", "started", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"]
+#: In a pipeline's folder: its name, and stage → run folder.
+PIPELINE = "pipeline.json"
+#: Below a recipe's run folder: the runs of its sweeps.
+SWEEP = "sweep"
+_SIGNS = ("launch/launch.json", "resolved.yaml")  # of a run folder
+_PACKAGES = ("stamo_dist", "data_tools")
+_RUN = '''\
+"""Start a module of the packages beside this file: python run.py MODULE ARGUMENTS."""
+
+import runpy
+import sys
+
+module = sys.argv.pop(1)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+'''
 
 
 def folder(run: str | Path) -> Path:
@@ -89,7 +118,7 @@ class Launch:
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(where / "launch.json", json.dumps(asdict(self), indent=1) + "\n")
         if self.kind != "beside":
-            remember(self.run_dir)
+            register(self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -124,7 +153,7 @@ def read(run: str | Path) -> Launch:
         raise RunError(f"{file}: is damaged; `stamo submit RECIPE` writes it again") from None
     if version > VERSION:
         raise RunError(f"{file}: was written by a newer stamo (format {version}); use that one")
-    return Launch(**_known(Launch, found))
+    return Launch(**_fields_of(Launch, found))
 
 
 def record(run: str | Path, event: Event) -> None:
@@ -174,11 +203,111 @@ def hindrance(launch: Launch) -> str:
 def _events(text: str) -> Iterator[Event]:
     for line in text.splitlines():
         try:
-            yield Event(**_known(Event, json.loads(line)))
+            yield Event(**_fields_of(Event, json.loads(line)))
         except (ValueError, TypeError, AttributeError):
             continue
 
 
-def _known(kind: type, found: dict[str, Any]) -> dict[str, Any]:
+def _fields_of(kind: type, found: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in found.items() if name in names}
+
+
+def registry() -> Path:
+    """The folder of links to this user's runs."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "stamo" / "runs"
+
+
+def register(run: str | Path) -> None:
+    """Add a run to the registry; a home that cannot be written only means that it is not found by itself."""
+    path = Path(run).absolute()
+    link = registry() / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    with contextlib.suppress(OSError, RuntimeError):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+
+
+def registered() -> list[Path]:
+    """The registered runs that are still there; dead links go."""
+    found = []
+    with contextlib.suppress(OSError, RuntimeError):
+        for link in registry().iterdir():
+            with contextlib.suppress(OSError):
+                target = Path(os.readlink(link))
+                if is_run(target):
+                    found.append(target)
+                elif target.parent.is_dir():  # not so where a file system is not mounted
+                    link.unlink()
+    return sorted(found)
+
+
+def below(folders: Iterable[Path]) -> list[Path]:
+    """The run folders among and directly below `folders`; of a pipeline's folder its stages, in order."""
+    found = []
+    for folder in folders:
+        candidates = _stages(folder) or [folder]
+        if candidates == [folder] and not is_run(folder):
+            with contextlib.suppress(OSError):
+                candidates = sorted(p for p in folder.iterdir() if p.is_dir())
+        found += [path.absolute() for path in candidates if is_run(path)]
+    return found
+
+
+def _stages(folder: Path) -> list[Path]:
+    try:
+        return [Path(run) for run in json.loads((folder / PIPELINE).read_text())["stages"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def is_run(path: Path) -> bool:
+    return any((path / sign).is_file() for sign in _SIGNS)
+
+
+def take_snapshot(run: str | Path, loaded: Loaded | None) -> Path:
+    """Copy the packages and the recipe (if there is one) into the run folder; returns the snapshot.
+
+    Raises:
+        RunError: The run folder cannot be written.
+    """
+    from stamo_dist.recipe.render import render  # here: each rank of a job imports this file, and takes no snapshot
+
+    root = Path(__file__).resolve().parents[2]
+    snapshot = folder(run) / "snapshots" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    try:
+        for package in _PACKAGES:
+            shutil.copytree(root / package, snapshot / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (snapshot / "code" / "run.py").write_text(_RUN)
+        (snapshot / "code" / COMMIT_FILE).write_text(git_commit() or "")
+        if diff := _diff(root):
+            (snapshot / "git.diff").write_bytes(diff)
+        if loaded is not None:
+            recipe_file(snapshot).write_text("".join(f"{line.plain}\n" for line in render(loaded)), encoding="utf-8")
+            (snapshot / "written.yaml").write_text(loaded.text, encoding="utf-8")
+    except OSError as e:
+        raise RunError(f"run_dir: {run} cannot be written ({e.strerror}); choose another with --set run_dir=…") from e
+    return snapshot
+
+
+def recipe_file(snapshot: str | Path) -> Path:
+    return Path(snapshot) / "recipe.yaml"
+
+
+def snapshot_command(snapshot: str | Path, module: str, arguments: Sequence[str]) -> list[str]:
+    """The command that runs a module of the snapshot's code, wherever it is started."""
+    return [sys.executable, str(Path(snapshot) / "code" / "run.py"), module, *arguments]
+
+
+def process_command(launch: Launch) -> list[str]:
+    """The command of each process of a launch on this machine: of its snapshot, or of this package without one."""
+    if launch.snapshot is None:
+        return [sys.executable, "-m", "stamo_dist.cli", *launch.command]
+    return snapshot_command(launch.snapshot, "stamo_dist.cli", launch.command)
+
+
+def _diff(root: Path) -> bytes:
+    try:
+        found = subprocess.run(["git", "diff", "HEAD"], cwd=root, capture_output=True, check=True, timeout=30)
+        return found.stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from stamo_dist.launch.look import Progress
 from stamo_dist.launch.record import Event
+from stamo_dist.launch.run_progress import Progress
 from stamo_dist.launch.slurm import Job
 from stamo_dist.run.lease import STALE
 from stamo_dist.tracking.progress import duration
@@ -81,7 +81,7 @@ class State:
         return f"{self.word} ×{self.restarts}" if self.restarts and self.live else self.word
 
 
-def judge(
+def judge_state(
     progress: Progress, history: Sequence[Event], job: Job | None, *, asked: bool, watched: bool | None = None,
     now: datetime | None = None,
 ) -> State:  # fmt: skip

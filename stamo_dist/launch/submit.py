@@ -16,11 +16,20 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, slurm, snapshot, supervise
+from stamo_dist.launch import checks, slurm, supervise
+from stamo_dist.launch.job import newest_step, step
 from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
-from stamo_dist.launch.record import Event, Launch, folder, main_log, read, record, task_log
-from stamo_dist.launch.restarts import newest_step
-from stamo_dist.launch.step import step
+from stamo_dist.launch.record import (
+    Event,
+    Launch,
+    folder,
+    main_log,
+    read,
+    record,
+    snapshot_command,
+    take_snapshot,
+    task_log,
+)
 from stamo_dist.recipe.load import Loaded, load
 
 SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
@@ -226,7 +235,7 @@ def _prepared(order: Order, stack: ExitStack) -> Order:
     launch, run = order.launch, Path(order.launch.run_dir)
     before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
     stack.enter_context(_nothing_left(run))
-    taken = str(snapshot.take(run, order.loaded)) if launch.snapshot is None else launch.snapshot
+    taken = str(take_snapshot(run, order.loaded)) if launch.snapshot is None else launch.snapshot
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +316,7 @@ class _Sbatch(SlurmExecutor):
     @property
     def _command(self) -> str:
         launch = self.order.launch
-        code = snapshot.command(launch.snapshot or _no_snapshot(launch), "stamo_dist.launch.job", [])
+        code = snapshot_command(launch.snapshot or _no_snapshot(launch), "stamo_dist.launch.job", [])
         return f"exec {shlex.join([*code, *(m.launch.run_dir for m in self.order.members or [self.order])])}"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 from stamo_dist.faults.signals import SIGNALS
-from stamo_dist.launch import snapshot
+from stamo_dist.launch.job import Verdict, judge_exit, newest_step
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.record import (
     Event,
@@ -32,11 +32,12 @@ from stamo_dist.launch.record import (
     hindrance,
     main_log,
     now,
+    process_command,
     rank_log,
     read,
     record,
+    snapshot_command,
 )
-from stamo_dist.launch.restarts import Verdict, judge, newest_step
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
 
@@ -55,7 +56,7 @@ def start(runs: Sequence[str | Path]) -> str:
         RunError: The process that looks after them does not start.
     """
     log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
-    words = ["-m", __name__] if first is None else snapshot.command(first, __name__, ())[1:]
+    words = ["-m", __name__] if first is None else snapshot_command(first, __name__, ())[1:]
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, *words, *map(str, runs)], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
@@ -75,7 +76,7 @@ def job_id(pid: int) -> str:
 
 def command(launch: Launch) -> list[str]:
     """Of each process; the profile's setup lines come before it in the same shell."""
-    words = snapshot.process(launch)
+    words = process_command(launch)
     setup = launch.profile.get("setup")
     return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
 
@@ -150,7 +151,7 @@ class _Supervisor:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
             self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
-            verdict = judge(launch, self._start(run, launch, processes, restart), self.job)
+            verdict = judge_exit(launch, self._start(run, launch, processes, restart), self.job)
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:

@@ -9,7 +9,7 @@ from torch import nn
 
 from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.models.flops import shapes_only
-from stamo_dist.plan.live import peak
+from stamo_dist.plan.activation_peak import peak
 from stamo_dist.plan.shapes import Shapes, shapes
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.schema import Recipe

@@ -25,7 +25,7 @@ from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.rdt import DiffusionTransformer, motion_shape
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.models.vae import VAE
-from stamo_dist.plan.known import PAPER, config_of
+from stamo_dist.plan.registry import PAPER, config_of
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.policy import DiffusionTransformerConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from stamo_dist.cli import app
+from stamo_dist.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 STAGES = {
-    "the launcher": ("import stamo_dist.cli, stamo_dist.launch.local", "torch streaming numpy"),
+    "the launcher": ("import stamo_dist.cli.app, stamo_dist.launch.local", "torch streaming numpy"),
     "training": (
         "import stamo_dist.train",
         "transformers diffusers deepspeed streaming.base.dataset torchvision wandb",

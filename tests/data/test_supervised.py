@@ -10,7 +10,7 @@ import pytest
 from made import write_source
 from typer.testing import CliRunner
 
-from stamo_dist.cli import app
+from stamo_dist.cli.app import app
 from stamo_dist.data.advice import advice
 from stamo_dist.data.instructions import episode_tables
 from stamo_dist.data.mixture import Mixture

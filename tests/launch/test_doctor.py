@@ -10,10 +10,9 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.launch.doctor.disk import measure
-from stamo_dist.launch.doctor.finding import Finding
 from stamo_dist.launch.doctor.probe import Report
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
-from stamo_dist.launch.doctor.verdict import judge_reports
+from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 
 CONFIG = """\
 Configuration data as of 2026-03-01T12:00:00

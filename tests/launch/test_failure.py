@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from stamo_dist.launch.failure import first_error
+from stamo_dist.launch.logs import first_error
 from stamo_dist.launch.record import main_log, rank_log
 
 

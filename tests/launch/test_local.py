@@ -14,8 +14,8 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.launch import supervise
+from stamo_dist.launch.job import newest_step
 from stamo_dist.launch.record import Event, Launch, events, main_log, record
-from stamo_dist.launch.restarts import newest_step
 
 
 def submit(run: Path, *command: object, processes: int = 1, after: tuple[Path, ...] = ()) -> Path:
@@ -44,7 +44,7 @@ def test_ranks_share_the_cores(tmp_path):
     """The launcher's own imports once set the number of threads, which every rank, and every Slurm job, inherited."""
     program = f"""
 import pathlib, sys
-import stamo_dist.cli, stamo_dist.launch.submit
+import stamo_dist.cli.app, stamo_dist.launch.submit
 from stamo_dist.launch.local import Ranks
 show = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
 with Ranks(show, 1, pathlib.Path({str(tmp_path)!r})) as ranks:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from stamo_dist.cli import app
+from stamo_dist.cli.app import app
 from stamo_dist.errors import RecipeError
 from stamo_dist.launch.pipeline import load_pipeline
 

@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from stamo_dist.launch.look import Progress
 from stamo_dist.launch.record import Event
+from stamo_dist.launch.run_progress import Progress
 from stamo_dist.launch.slurm import Job
-from stamo_dist.launch.state import judge
+from stamo_dist.launch.state import judge_state
 from stamo_dist.run.lease import STALE, Owner
 
 NOW = datetime.now().astimezone()
@@ -67,7 +67,7 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
 )
 def test_states(progress, history, asked, title, detail):
     answer = asked if isinstance(asked, Job) else None
-    state = judge(progress, events(history), answer, asked=asked != "silent", now=NOW)
+    state = judge_state(progress, events(history), answer, asked=asked != "silent", now=NOW)
     assert state.title == title
     assert detail in state.detail
     assert bool(detail) == bool(state.detail)
@@ -79,4 +79,4 @@ def test_states(progress, history, asked, title, detail):
 )
 def test_states_on_this_machine(history, watched, title):
     progress = training(HERE if watched else DEAD)
-    assert judge(progress, events(history), None, asked=True, watched=watched, now=NOW).title == title
+    assert judge_state(progress, events(history), None, asked=True, watched=watched, now=NOW).title == title

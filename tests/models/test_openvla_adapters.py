@@ -22,7 +22,7 @@ from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import save_parts
-from stamo_dist.plan.known import config_of
+from stamo_dist.plan.registry import config_of
 from stamo_dist.pretrained.wanted import adapter_base, look_at
 from stamo_dist.recipe import policy as recipe
 from stamo_dist.recipe import schema

@@ -21,7 +21,7 @@ from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.policy_network import PolicySizes
 from stamo_dist.models.policies import load_policy
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.plan.live import peak
+from stamo_dist.plan.activation_peak import peak
 from stamo_dist.plan.memory import plan
 from stamo_dist.plan.serving import serving
 from stamo_dist.recipe import policy as recipes

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from data_tools.convert.driver import convert
 from data_tools.look.check import check
 from data_tools.look.check_report import ERROR, WARNING, CheckFinding, CheckReport
-from data_tools.look_commands import register
+from data_tools.look_cli import register
 from stamo_dist.data.schema import read_manifest
 
 SHARD = "train/agentview/shard.00000.mds"

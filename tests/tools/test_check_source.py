@@ -24,7 +24,7 @@ from data_tools.formats import decode
 from data_tools.look.check import check
 from data_tools.look.check_report import ERROR, WARNING, CheckFinding
 from data_tools.look.seek import picture_at
-from data_tools.look_commands import register
+from data_tools.look_cli import register
 
 app = typer.Typer()
 register(app)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from data_tools.convert.driver import convert
 from data_tools.look.preview import evenly, preview
 from data_tools.look.preview_page import COLOURS, GAP, LABELS, MARGIN, WIDTH
-from data_tools.look_commands import register
+from data_tools.look_cli import register
 from stamo_dist.errors import DataError
 
 

@@ -16,7 +16,7 @@ from data_tools.convert.driver import convert
 from data_tools.look.columns import ColumnShard, read_index
 from data_tools.look.sketch import RELATIVE_ERROR, Moments, Quantiles
 from data_tools.look.stats import source_stats
-from data_tools.look_commands import register
+from data_tools.look_cli import register
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError
 

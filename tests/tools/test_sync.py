@@ -22,7 +22,7 @@ pytest.importorskip("moto.server", reason="needs moto[server]")
 from data_tools.convert.driver import convert
 from data_tools.look.check import check
 from data_tools.look.stats import source_stats
-from data_tools.stores.store import open_store
+from data_tools.stores.open import open_store
 from data_tools.stores.sync import sync
 from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError

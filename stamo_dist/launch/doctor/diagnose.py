@@ -13,8 +13,8 @@ from pathlib import Path
 from stamo_dist.errors import StamoError
 from stamo_dist.launch import checks, slurm
 from stamo_dist.launch.doctor import machine, nodes
-from stamo_dist.launch.doctor.finding import Finding
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
+from stamo_dist.launch.doctor.verdict import Finding
 from stamo_dist.launch.profile import Profile, load_profile
 from stamo_dist.recipe.load import Loaded, load
 

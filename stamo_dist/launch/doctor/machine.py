@@ -17,8 +17,8 @@ from packaging.specifiers import SpecifierSet
 from stamo_dist.errors import StamoError
 from stamo_dist.launch import checks
 from stamo_dist.launch.doctor.disk import read_speed
-from stamo_dist.launch.doctor.finding import Finding
 from stamo_dist.launch.doctor.probe import reach
+from stamo_dist.launch.doctor.verdict import Finding
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.recipe.schema import Recipe
 

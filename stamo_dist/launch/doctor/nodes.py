@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stamo_dist.launch import slurm, submit
-from stamo_dist.launch.doctor.finding import Finding
 from stamo_dist.launch.doctor.probe import LIMIT, Report, read
-from stamo_dist.launch.doctor.verdict import judge_reports
+from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.profile import Profile
 from stamo_dist.launch.record import Launch, main_log

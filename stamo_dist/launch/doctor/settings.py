@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.launch.doctor.finding import Finding
+from stamo_dist.launch.doctor.verdict import Finding
 
 _AREA = "Slurm's settings"
 _SKEW = 5.0  # seconds

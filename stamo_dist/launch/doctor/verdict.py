@@ -1,14 +1,21 @@
-"""What the nodes' reports mean."""
+"""What `stamo doctor` says, one line each with what to do about it; and what the nodes' reports mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
 
 from stamo_dist.launch.doctor.disk import Disk
-from stamo_dist.launch.doctor.finding import Finding
 from stamo_dist.launch.doctor.probe import Report
 
+Level = Literal["error", "warning", "note", "fine"]
+_MARK: dict[Level, tuple[str, str]] = {
+    "error": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("·", "cyan"), "fine": ("✓", "green"),
+}  # fmt: skip
 _NODES, _NET, _DISKS = "Nodes", "Network between ranks", "Disks"
 _SLOW_NAME = 1.0  # seconds to look up one's own name
 _SLOW_INIT = 15.0  # seconds to set up a process group
@@ -19,6 +26,39 @@ _SLOW_WRITE, _SLOW_SMALL = 30e6, 50.0  # bytes and files per second
 _ROOM = 20 << 30  # bytes
 _BUS = {"one": 10e9, "many": 1e9}  # bytes per second that NCCL reaches at least on one node, between nodes
 _GONE = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. All but `fine` ones have a fix."""
+
+    level: Level
+    area: str  # which part of the report it belongs to
+    what: str
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.level == "fine" or self.fix, f"no fix: {self.what}"
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """Print the findings by area, and how many there are of each kind."""
+    for area in dict.fromkeys(f.area for f in findings):
+        console.print(Text(area, style="bold"))
+        for f in findings:
+            if f.area == area:
+                mark, style = _MARK[f.level]
+                console.print(Text.assemble("  ", (mark, style), " ", f.what), soft_wrap=True)
+                if f.fix:
+                    console.print(Text.assemble("    → ", (f.fix, "italic")), soft_wrap=True)
+    count = {level: sum(f.level == level for f in findings) for level in _MARK}
+    plural = {"error": "errors", "warning": "warnings", "note": "notes", "fine": "fine"}
+    counted = [f"{n} {level if n == 1 else plural[level]}" for level, n in count.items() if n]
+    console.print(Text(", ".join(counted), style="bold"))
+
+
+def failed(findings: Sequence[Finding]) -> bool:
+    return any(f.level == "error" for f in findings)
 
 
 def judge_reports(reports: Sequence[Report], ranks: int, *, log: str) -> Iterator[Finding]:

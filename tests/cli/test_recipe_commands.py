@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from stamo_dist.cli.recipe import app
 from stamo_dist.errors import RecipeError, StamoError
-from stamo_dist.recipe.commands import app
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.fields import all_fields
 from stamo_dist.recipe.load import load
@@ -36,7 +36,7 @@ def run(*args: str) -> str:
 
 
 def test_login_nodes_need_no_torch():
-    code = "import sys, stamo_dist.recipe.commands; sys.exit(str({'torch', 'numpy'} & set(sys.modules) or ''))"
+    code = "import sys, stamo_dist.cli.recipe; sys.exit(str({'torch', 'numpy'} & set(sys.modules) or ''))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stamo_dist.cli.options import Overrides
+
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
 
@@ -27,9 +29,7 @@ def plan(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-    ] = [],  # noqa: B006 (typer reads the default)
+    set_: Overrides = [],  # noqa: B006 (typer reads the default)
 ) -> None:
     """What one device holds: parameters, gradients, optimizer, activations, and the peak of a step; or a served policy.
 

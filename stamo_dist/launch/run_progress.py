@@ -54,7 +54,7 @@ class Progress:
         return max(0, self.steps - self.step) * self.step_seconds
 
 
-def look(run: Path, recipe: Path | None = None) -> Progress:
+def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     """Read a run's folder.
 
     Args:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools import look_commands
+from data_tools import look_cli
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from data_tools.convert.folder import ConversionOutcome
 
 app = typer.Typer(no_args_is_help=True, help="Make, convert and look at data.")
-look_commands.register(app)
+look_cli.register(app)
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -25,7 +25,7 @@ class Begun:
     processes: int
 
 
-class Watched:
+class Monitor:
     """Args:
     path: The run folder.
     patience: Seconds without a sign of life after which the run counts as hung.

@@ -12,6 +12,8 @@ from typing import Annotated
 import psutil
 import typer
 
+from stamo_dist.cli.options import Overrides
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
 
 
@@ -36,9 +38,7 @@ def chaos(
         Path | None,
         typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
     ] = None,
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-    ] = [],  # noqa: B006 (typer reads the default)
+    set_: Overrides = [],  # noqa: B006 (typer reads the default)
     untouched: Annotated[
         int,
         typer.Option(
@@ -68,7 +68,7 @@ def chaos(
 
     from stamo_dist.chaos import results
     from stamo_dist.chaos.harness import Harness, Plan
-    from stamo_dist.chaos.starts import Cold, Warm
+    from stamo_dist.chaos.starts import ForkServer, Spawner
     from stamo_dist.errors import RunError
     from stamo_dist.recipe.load import load
 
@@ -86,7 +86,8 @@ def chaos(
     before = len(results.read(folder))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt_once)
-    harness = Harness(plan, starter := Warm() if warm else Cold(), lambda text: console.print(text, markup=False))
+    starter = ForkServer() if warm else Spawner()
+    harness = Harness(plan, starter, lambda text: console.print(text, markup=False))
     interrupted = False
     try:
         harness.run()

@@ -7,11 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stamo_dist.cli.options import Overrides
 from stamo_dist.errors import StamoError
-
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-]
 
 
 def submit(
@@ -46,7 +43,6 @@ def submit(
     """
     from stamo_dist.launch import chain, pipeline
     from stamo_dist.launch import submit as jobs
-    from stamo_dist.launch import sweep as sweeps
 
     cluster = cluster or jobs.default_cluster()
     asked: dict[str, Any] = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
@@ -59,9 +55,9 @@ def submit(
         for step in steps:
             if step.state != "todo":
                 print(f"{whole.name}.{step.work.name}: {step.words}")
-        orders, where = chain.orders(whole, steps, cluster, jobs.changed(**asked)), whole.run_dir
+        orders, where = chain.stage_orders(whole, steps, cluster, jobs.changed(**asked)), whole.run_dir
     elif sweep:
-        orders, where = sweeps.orders(recipe, cluster, sweep, set_, **asked)
+        orders, where = chain.sweep_orders(recipe, cluster, sweep, set_, **asked)
     else:
         orders = [jobs.plan(recipe, cluster, overrides=set_, **asked)]
         where = orders[0].launch.run_dir

@@ -1,6 +1,6 @@
-"""The twin of a training that was struck: left alone, but on as many processes, step for step.
+"""The reference of a training that was struck: left alone, but on as many processes, step for step.
 
-A step that counts was computed by the last start that went on from before it. The twin does each step on as many
+A step that counts was computed by the last start that went on from before it. The reference does each step on as many
 processes as that start had, so its sums run in the same order, and the two must agree to the bit.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from stamo_dist.chaos.monitor import Begun, HungError, Monitor, tail
 from stamo_dist.chaos.starts import Starter, Tree
-from stamo_dist.chaos.watched import Begun, HungError, Watched, tail
 from stamo_dist.checkpoint.manifest import MANIFEST
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import RunError
@@ -23,63 +23,64 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """Steps that count and were computed on as many processes."""
 
     processes: int
     last: int | None  # step; None: to the end
 
 
-def parts(begun: Sequence[Begun]) -> list[Part]:
+def segments(begun: Sequence[Begun]) -> list[Segment]:
     """Of a training, from all its starts in order."""
-    found: list[Part] = []
+    found: list[Segment] = []
     last: int | None = None
     for start in reversed(begun):
         if last is not None and start.after >= last:
             continue  # a later start did all of its steps again
         if not found or found[-1].processes != start.processes:
-            found.append(Part(start.processes, last))
+            found.append(Segment(start.processes, last))
         last = start.after
     return found[::-1]
 
 
-def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[Part], patience: float) -> None:
-    """Train in `run`, each part on its number of processes; what is printed goes to `run`.log.
+def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[Segment], patience: float) -> None:
+    """Train in `run`, each segment on its number of processes; what is printed goes to `run`.log.
 
-    A part saves after its last step, is asked to leave, and the next goes on from what it saved.
+    A segment saves after its last step, is asked to leave, and the next goes on from what it saved.
 
     Args:
         starter: What starts its processes.
         arguments: `stamo` arguments of the training, without the number of processes.
         run: Its folder.
-        todo: All parts, in order.
+        todo: All segments, in order.
         patience: Seconds without a sign of life after which it counts as hung.
 
     Raises:
         RunError: It hung or failed by itself.
     """
-    watched, log = Watched(run, patience), run.with_name(f"{run.name}.log")
+    monitor, log = Monitor(run, patience), run.with_name(f"{run.name}.log")
     resume: list[str] = []
-    for part in todo:
+    for segment in todo:
         saved, settings = None, []
-        if part.last is not None:
-            saved = folder_of(run / "checkpoints", part.last)
-            shutil.rmtree(saved, ignore_errors=True)  # where the part before got as far before it left
-            # The first multiple of the last step is the step itself; keep_every: it stays, however far the part gets.
-            settings = [f"every={part.last}", f"keep_every={part.last}", "ephemeral_every=null", "background=false"]
+        if segment.last is not None:
+            saved = folder_of(run / "checkpoints", segment.last)
+            shutil.rmtree(saved, ignore_errors=True)  # where the segment before got as far before it left
+            # The first multiple of the last step is the step itself; keep_every: it stays, however far it gets.
+            settings = [f"{name}={segment.last}" for name in ("every", "keep_every")]
+            settings += ["ephemeral_every=null", "background=false"]
         given = [*arguments, *resume, *(x for s in settings for x in ("--set", f"train.checkpoint.{s}"))]
-        start = starter.start(given, log, part.processes, run)
-        tree = Tree(start, part.processes)
+        start = starter.start(given, log, segment.processes, run)
+        tree = Tree(start, segment.processes)
         try:
             if saved is not None:
-                watched.until(
+                monitor.until(
                     lambda saved=saved, tree=tree: (saved / MANIFEST).exists() or tree.gone,  # type: ignore[misc]
-                    f"save step {part.last}",
+                    f"save step {segment.last}",
                 )
                 with suppress(psutil.NoSuchProcess):
                     if tree.launcher is not None:
                         tree.launcher.terminate()
-            watched.until(lambda tree=tree: tree.gone, "end")  # type: ignore[misc]
+            monitor.until(lambda tree=tree: tree.gone, "end")  # type: ignore[misc]
         except HungError as e:
             raise RunError(
                 "\n    ".join([f"{run}: without any fault, {e}; its output ends with", *tail(log)])

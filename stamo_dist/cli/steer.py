@@ -7,10 +7,9 @@ from pathlib import Path
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import slurm, submit, supervise
+from stamo_dist.launch.job import newest_step
 from stamo_dist.launch.profile import Profile
-from stamo_dist.launch.record import Event, record
-from stamo_dist.launch.restarts import newest_step
-from stamo_dist.launch.snapshot import recipe_file
+from stamo_dist.launch.record import Event, recipe_file, record
 from stamo_dist.launch.status import Run, collect
 from stamo_dist.launch.submit import Order
 

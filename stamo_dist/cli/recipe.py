@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,8 +15,8 @@ from stamo_dist.errors import StamoError
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
-from stamo_dist.recipe.lines import show_value
-from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.load import load
+from stamo_dist.recipe.render import render
 from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
@@ -117,27 +117,3 @@ def explain(
     Example: stamo recipe explain data.sources
     """
     Console(highlight=False).print(explain_field(field))
-
-
-def render(loaded: Loaded) -> Iterator[Text]:
-    """The resolved recipe as YAML lines, each value followed by its origin as a comment."""
-    rows = list(_rows(loaded.resolved, loaded.provenance, ()))
-    column = min(48, max(text.cell_len for text, _ in rows)) + 2
-    for text, origin in rows:
-        if origin:
-            text.append(" " * max(2, column - text.cell_len))
-            text.append(f"# {origin}", style="dim" if origin == "default" else "green")
-        yield text
-
-
-def _rows(tree: dict[str, Any], provenance: dict[str, str], at: tuple[str, ...]) -> Iterator[tuple[Text, str]]:
-    for name, value in tree.items():
-        here = (*at, name)
-        text = Text("  " * len(at)).append(f"{show_value(name)}:", style="cyan")
-        if isinstance(value, dict) and value:
-            yield text, ""
-            yield from _rows(value, provenance, here)
-        else:
-            origin = provenance[".".join(here)]
-            text.append(" ").append(show_value(value, limit=1 << 20), style="dim" if origin == "default" else "bold")
-            yield text, origin

@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
-]
+from stamo_dist.cli.options import Overrides
 
 
 def doctor(
@@ -37,7 +35,7 @@ def doctor(
     Example: stamo doctor recipes/tokenizer_sim.yaml --cluster gpu --nodes 2
     """
     from stamo_dist.launch.doctor.diagnose import diagnose
-    from stamo_dist.launch.doctor.finding import failed, show
+    from stamo_dist.launch.doctor.verdict import failed, show
 
     console = Console(highlight=False, stderr=as_json)
     with console.status("looking …") as status:

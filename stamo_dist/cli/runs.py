@@ -10,9 +10,6 @@ import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from stamo_dist.launch.known import SWEEP
-from stamo_dist.launch.show import one_run, runs_table, status_table, sweep_table
-
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
     list[str], typer.Argument(metavar="[RUN...]", help="Run folders, folders of runs, or names of runs.")
@@ -30,7 +27,7 @@ def status(
 
     Example: stamo status runs/tokenizer_sim --watch
     """
-    from stamo_dist.launch.status import collect, everything, find, recent
+    from stamo_dist.launch.status import collect, everything, find, one_run, recent, status_table
 
     def table() -> RenderableType:
         found = collect(find(runs)) if runs else recent(everything())
@@ -63,7 +60,8 @@ def runs(
 
     Example: stamo runs runs/
     """
-    from stamo_dist.launch.status import collect, everything, find
+    from stamo_dist.launch.record import SWEEP
+    from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
 
     found = collect(find(folders)) if folders else everything()
     if as_json:
@@ -116,7 +114,7 @@ def cancel(
 
     Example: stamo cancel runs/tokenizer_sim
     """
-    from stamo_dist.launch import steer
+    from stamo_dist.cli import steer
     from stamo_dist.launch.status import find
 
     for path in find(run):
@@ -134,10 +132,7 @@ def resume(
 
     Example: stamo resume runs/tokenizer_sim --time 12:00:00
     """
-    from stamo_dist.launch import steer
+    from stamo_dist.cli import steer
     from stamo_dist.launch.status import one
 
     typer.echo(steer.resume(one(run), nodes=nodes, time=time))
-
-
-COMMANDS = (status, runs, logs, cancel, resume)

@@ -1,4 +1,4 @@
-"""`python -m stamo_dist.chaos.warm MODULE...`: imports modules once and forks `stamo` commands off itself.
+"""`python -m stamo_dist.chaos.fork_server MODULE...`: imports modules once and forks `stamo` commands off itself.
 
 A start by fork takes a tenth of the time of one that imports everything, and what it runs is the same. A line of
 standard input asks for one: {"arguments": [...], "processes": 0 or ranks, "run": folder, "output": file}. A line of

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
+class ActivationPeak(TorchDispatchMode):
     """Counts the bytes of all tensors made inside while they live; `peak` is the most.
 
     Neither the parameters and buffers of `modules` nor their gradients count.
@@ -56,6 +56,6 @@ class Live(TorchDispatchMode):
 
 def peak(step: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
     """Bytes that the tensors of `step`, which returns a loss, and of its backward pass take at most."""
-    with Live(modules) as live:
+    with ActivationPeak(modules) as counted:
         step().backward()
-    return live.peak
+    return counted.peak

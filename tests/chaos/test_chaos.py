@@ -18,9 +18,9 @@ from toy import write_recipe
 from stamo_dist.chaos import results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, WITHIN, History, compare
 from stamo_dist.chaos.harness import Harness, Plan
-from stamo_dist.chaos.starts import MODULES, Warm
-from stamo_dist.chaos.twin import Part, parts
-from stamo_dist.chaos.watched import Begun
+from stamo_dist.chaos.monitor import Begun
+from stamo_dist.chaos.reference import Segment, segments
+from stamo_dist.chaos.starts import MODULES, ForkServer
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +93,15 @@ def test_a_twin_does_each_step_on_as_many_processes(tried):
         assert compare(changed, [History.read(tried / f"untouched-ddp-{size}-0")]).losses == NOT
     # Steps from 8 on of the third start, and all of the fourth's, were done again by the fifth.
     starts = [Begun(0, 2), Begun(5, 1), Begun(9, 2), Begun(7, 1), Begun(7, 2), Begun(12, 2)]
-    assert parts(starts) == [Part(2, 5), Part(1, 7), Part(2, None)]
-    assert parts([Begun(0, 1), Begun(0, 2), Begun(0, 1)]) == [Part(1, None)]
+    assert segments(starts) == [Segment(2, 5), Segment(1, 7), Segment(2, None)]
+    assert segments([Begun(0, 1), Begun(0, 2), Begun(0, 1)]) == [Segment(1, None)]
 
 
 def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     settings = ("train.steps=40", "train.checkpoint.every=5", "data.augment.brightness=0")
     plan = Plan(recipe, settings, 2, 0, ["ddp"], [1], tmp_path / "out", 1, convert=False, patience=60)
-    starter = Warm((*MODULES, "tests.forgetful"))
+    starter = ForkServer((*MODULES, "tests.chaos.forgetful"))
     try:
         Harness(plan, starter, print).run()
     finally:

@@ -90,7 +90,7 @@ def stats(
     Example: stamo data stats shards/libero
     """
     from data_tools.look.stats import TRAIN, keep_stats, print_stats, source_stats
-    from data_tools.stores.store import open_store
+    from data_tools.stores.open import open_store
     from data_tools.stores.sync import fetch_manifest
 
     found = source_stats(source, split, processes=processes, quiet=quiet)

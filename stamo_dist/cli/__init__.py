@@ -1,0 +1,13 @@
+"""The `stamo` command: a file for each group of commands, which `app` puts together.
+
+Torch is imported only inside the commands that need it.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Console entry."""
+    from stamo_dist.cli.app import main as run  # here, so that one file of commands can be imported without the rest
+
+    run()

@@ -1,0 +1,77 @@
+"""The `stamo` command, put together of the groups of commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from data_tools.cli import app as data_app
+from data_tools.simulators.catalogue import InstalledBenchmarks
+from stamo_dist.cli.chaos import chaos
+from stamo_dist.cli.doctor import doctor, probe
+from stamo_dist.cli.export import export
+from stamo_dist.cli.pages import mix, report
+from stamo_dist.cli.plan import plan
+from stamo_dist.cli.recipe import app as recipe_app
+from stamo_dist.cli.runs import cancel, logs, resume, runs, status
+from stamo_dist.cli.serve import serve
+from stamo_dist.cli.submit import submit
+from stamo_dist.cli.train import encode, train
+from stamo_dist.errors import StamoError
+from stamo_dist.evaluate import loop_commands
+from stamo_dist.evaluate.commands import app as eval_app
+
+if TYPE_CHECKING:
+    from stamo_dist.recipe.schema import Recipe
+
+app = typer.Typer(
+    help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+loop_commands.register(eval_app, InstalledBenchmarks())
+
+
+@eval_app.callback()
+def _bring_launcher(context: typer.Context) -> None:
+    from stamo_dist.launch.local import launch_local
+
+    context.obj = launch_local
+
+
+@recipe_app.callback()
+def _bring_advice(context: typer.Context) -> None:
+    def look(recipe: Recipe) -> list[str]:
+        from stamo_dist.data.advice import advice
+
+        loop_commands.check_rollout(recipe, InstalledBenchmarks())
+        return advice(recipe)
+
+    context.obj = look
+
+
+app.add_typer(eval_app, name="eval")
+app.add_typer(recipe_app, name="recipe")
+#: In the order of `stamo --help`.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(submit, status, runs, logs, cancel, resume, doctor, chaos),
+    *(plan, export, train, encode, serve, mix, report),
+)
+for _command in COMMANDS:
+    app.command()(_command)
+app.command("doctor-probe", hidden=True)(probe)
+
+
+def main() -> None:
+    """Console entry: errors a user can act on are printed without a traceback, exit code 2."""
+    try:
+        app()
+    except StamoError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

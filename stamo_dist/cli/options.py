@@ -1,0 +1,14 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
+]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes to start on this machine.")]

@@ -1,0 +1,68 @@
+"""`stamo serve`. Torch is imported only inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stamo_dist.errors import RunError
+from stamo_dist.evaluate.use_options import (
+    AsOption,
+    BoundsOption,
+    ChunkOption,
+    CropOption,
+    OrientationOption,
+    ViewsOption,
+)
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A policy's run folder, or a folder with weights.")],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Where the policy's StaMo tokenizer lies; where it was in training when omitted."),
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
+    ] = None,
+    as_: AsOption = None,
+    orientation: OrientationOption = None,
+    crop: CropOption = None,
+    views: ViewsOption = None,
+    chunk: ChunkOption = None,
+    bounds: BoundsOption = None,
+    frames: Annotated[
+        str,
+        typer.Option(
+            metavar="as-trained|upright",
+            help="How clients send frames: turned as the policy was trained, as the official clients do, or upright.",
+        ),
+    ] = "as-trained",
+) -> None:
+    """Answer observations with actions over HTTP, as clients of OpenVLA and OpenVLA-OFT speak. There is no login.
+
+    Needs `pip install "stamo-dist[serve]"`.
+
+    Example: stamo serve runs/policy_oft_state --port 8777
+
+    Example: stamo serve moojink/openvla-7b-oft-finetuned-libero-spatial --as oft-libero
+    """
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("json_numpy", "starlette", "uvicorn") if find_spec(name) is None]:
+        raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
+    from stamo_dist.models.openvla.framing import Use
+    from stamo_dist.serve import serve as answer
+
+    answer(
+        run, host=host, port=port, device=device, tokenizer=tokenizer, unnorm_key=unnorm_key, frames=frames,
+        use=Use(as_, orientation, crop, views, chunk, bounds),
+    )  # fmt: skip

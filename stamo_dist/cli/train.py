@@ -1,0 +1,115 @@
+"""`stamo train | encode`. Torch is imported only inside."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_tools.simulators.catalogue import InstalledBenchmarks
+from stamo_dist.cli.options import Overrides, Processes, RecipePath
+from stamo_dist.evaluate import loop_commands
+
+if TYPE_CHECKING:
+    from stamo_dist.recipe.schema import Recipe
+    from stamo_dist.training.evaluation import Evaluation
+
+
+def train(
+    recipe: RecipePath,
+    nproc: Processes = 1,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|none|best|PATH", help="Go on from the newest whole one, none, the best, or that."),
+    ] = "auto",
+    set_: Overrides = [],  # noqa: B006 (typer reads the default)
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Resume although the mixture is not the one trained on so far.")
+    ] = False,
+    allow_changed_model: Annotated[
+        bool, typer.Option("--allow-changed-model", help="Resume although the model is not the one trained so far.")
+    ] = False,
+) -> None:
+    """Train a recipe, or go on where it stopped.
+
+    Starts its processes itself; under torchrun or Slurm each process takes its rank from the environment.
+
+    Example: stamo train recipes/tokenizer_demo.yaml --nproc 2 --set train.steps=500
+    """
+    from stamo_dist.recipe.load import load
+
+    given = {"--allow-changed-data": allow_changed_data, "--allow-changed-model": allow_changed_model}
+    allowed = frozenset(flag for flag, on in given.items() if on)
+    launched = "RANK" in os.environ
+    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
+    if not launched and nproc > 1:
+        from stamo_dist.launch.local import launch_local
+
+        arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
+        arguments += sorted(allowed)
+        sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir)))
+
+    # They wait until there is something to save; Ctrl-C works meanwhile.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    gc.disable()  # the million objects that imports make are all kept: looking through them takes as long as torch
+    from stamo_dist.distributed.collectives import leave, run_rank
+    from stamo_dist.distributed.rank import world_from_environment
+
+    world = world_from_environment()
+
+    def body() -> int:
+        from stamo_dist.train import train as run
+
+        evaluation = _evaluation(loaded.recipe) if loaded.recipe.evaluate.every and world.is_main else None
+        gc.freeze()
+        gc.enable()
+        return run(loaded, world, resume=resume, allowed=allowed, evaluation=evaluation)
+
+    leave(run_rank(world, body))
+
+
+def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> None:  # noqa: B006
+    """Write what frozen models make of every frame beside the shards: once, instead of in every step.
+
+    Of a tokenizer's recipe the VAE's latents, for `data.latents: cached`; of a policy's the tokenizer's states, for
+    `policy.targets: cached`. May be started again, and under torchrun or Slurm on many processes: whole shards are
+    skipped.
+
+    Example: stamo encode recipes/policy_openvla_motion.yaml --nproc 8
+    """
+    if nproc > 1 and "RANK" not in os.environ:
+        from stamo_dist.launch.local import launch_local
+        from stamo_dist.recipe.load import load
+
+        arguments = ["encode", str(recipe), *(x for s in set_ for x in ("--set", s))]
+        sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
+    # A launcher blocks them until a rank can act on them; here they end it, and no half-written shard counts.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from stamo_dist.distributed.rank import world_from_environment
+    from stamo_dist.encode import encode as run
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe
+    print(f"encoded {run(loaded, world_from_environment())} shards")
+
+
+def _evaluation(recipe: Recipe) -> Evaluation:
+    """What measures while it trains."""
+    run = Path(recipe.run_dir)
+    if recipe.evaluate.rollout is None:
+        from stamo_dist.evaluate.during import Standing
+
+        return Standing(run, recipe)
+    from stamo_dist.evaluate.beside import Rollouts
+    from stamo_dist.launch.aside import launcher
+    from stamo_dist.run.folder import RunFolder
+
+    wanted = recipe.evaluate.rollout
+    loop_commands.check_rollout(recipe, InstalledBenchmarks())
+    return Rollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
