@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ from stamo_dist.data.frames import Episodes
 from stamo_dist.data.schema import Manifest
 from stamo_dist.data.sources import DEFAULT_CACHE, open_source
 from stamo_dist.errors import CheckpointError, DataError, RunError
-from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress, typed_command
 from stamo_dist.evaluate.held_out import SPLIT, pick_frames
+from stamo_dist.evaluate.measurement import progress
+from stamo_dist.evaluate.result import Provenance, Result, output_folder
 from stamo_dist.evaluate.shown import check_order
 from stamo_dist.evaluate.simulators import ACTIONS
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.folder import RunFolder
 
 NAME = "actions"
 _COLUMNS = {
@@ -101,7 +101,7 @@ def actions(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         manifest = _manifest(shards, split, DEFAULT_CACHE)
         loaded = load_policy(policy, use=use, device=device, tokenizer=tokenizer)
-        provenance = provenance_of_others(policy)
+        provenance = Provenance.of_released(policy)
         watched = [_of_shards(loaded, manifest, shards, split, cameras, convention, unnorm_key, use)]
     seen = "; ".join(f"{source.name}: {', '.join(camera.camera for camera in source.cameras)}" for source in watched)
     meant = "".join(f" ({source.convention})" for source in watched[:1] if not run)
@@ -159,26 +159,7 @@ def open_policy(
         {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
     )
     policy = load_policy(run.model, use=use, device=device, **options)
-    return policy, provenance_of(recipe, str(run.model), step)
-
-
-def provenance_of(recipe: Recipe, weights: str, step: int) -> Provenance:
-    """Of a policy's exported weights."""
-    return Provenance(
-        recipe=recipe.name, data_fingerprint=None, checkpoint=weights, step=step,
-        ema=bool(step) and recipe.train.ema is not None, trained_commit=None, git_commit=git_commit(), seed=recipe.seed,
-        command=typed_command(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )  # fmt: skip
-
-
-def provenance_of_others(weights: str) -> Provenance:
-    """Of weights that no run of ours is known for."""
-    return Provenance(
-        recipe=Path(weights).name, data_fingerprint=None, checkpoint=weights, step=0, ema=False, trained_commit=None,
-        git_commit=git_commit(), seed=0, command=typed_command(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )  # fmt: skip
+    return policy, Provenance.of_export(recipe, str(run.model), step)
 
 
 def _manifest(path: str, split: str, cache: str) -> Manifest:

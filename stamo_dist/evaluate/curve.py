@@ -12,7 +12,7 @@ from typing import Any
 
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.common import Figure, Provenance, Result
+from stamo_dist.evaluate.result import Figure, Provenance, Result
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.success import KEY, Success, Successes, best_of

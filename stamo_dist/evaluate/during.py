@@ -15,10 +15,10 @@ from rich.console import Console
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate import heads
-from stamo_dist.evaluate.common import Figure, Provenance, Result
 from stamo_dist.evaluate.features import STATE
-from stamo_dist.evaluate.probe import probe
-from stamo_dist.evaluate.reconstruct import TOKENIZER, reconstruct
+from stamo_dist.evaluate.probe import ActionProbe
+from stamo_dist.evaluate.reconstruct import TOKENIZER, Reconstruction
+from stamo_dist.evaluate.result import Figure, Provenance, Result
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tracking.logger import Journal
@@ -31,6 +31,12 @@ _ABOUT = (
     "reconstruction, and the squared error of the MLP head that reads actions from motions, one seed."
 )
 _EPISODES, _EPOCHS = 16, 20  # of the probe
+
+
+class _QuickProbe(ActionProbe):
+    kinds = (heads.MLP,)
+    representations = (STATE,)
+    keep_features = False
 
 
 class Standing(Evaluation):
@@ -75,7 +81,8 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
     pictures: dict[str, Path] = {}
     provenance = None
     if recipe.evaluate.reconstruct:
-        result = reconstruct(run, checkpoint=checkpoint, frames=recipe.evaluate.reconstruct, out=here, console=silent)
+        frames = recipe.evaluate.reconstruct
+        result = Reconstruction(run, checkpoint=checkpoint, frames=frames, out=here).evaluate(silent)
         provenance = result.provenance
         for row in result.rows:
             if row["image"] == TOKENIZER and row["source"] != "all":
@@ -83,10 +90,9 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
         sources = [row["source"] for row in result.rows[::3] if row["source"] != "all"]
         pictures = {f"eval/{s}": here / f.file for s, f in zip(sources, result.figures, strict=True)}
     if recipe.evaluate.probe:
-        result = probe(
-            run, checkpoint=checkpoint, ks=recipe.evaluate.probe, seeds=1, episodes=_EPISODES, epochs=_EPOCHS,
-            kinds=(heads.MLP,), representations=(STATE,), keep_features=False, out=here / "probe", console=silent,
-        )  # fmt: skip
+        options = {"seeds": 1, "episodes": _EPISODES, "epochs": _EPOCHS}
+        probe = _QuickProbe(run, checkpoint, here / "probe", k=recipe.evaluate.probe, **options)
+        result = probe.evaluate(silent)
         provenance = provenance or result.provenance
         for row in result.rows:
             if row["representation"] == STATE:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from stamo_dist.checkpoint.select import growth_of_run
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.sources import open_source
 from stamo_dist.errors import DataError
-from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 
 SPLIT = "val"
@@ -58,6 +56,9 @@ class Reference:
     mean: Tensor  # (3, H, W) float32 in [0, 1]
     moving: Tensor  # (H, W) bool
 
+    def to(self, device: torch.device) -> Reference:
+        return Reference(self.mean.to(device), self.moving.to(device))
+
 
 def open_sources(recipe: Recipe) -> list[Source]:
     """Every source that the recipe trains on (of several folders, the first), with its held-out split, as the run in
@@ -88,12 +89,6 @@ def open_sources(recipe: Recipe) -> list[Source]:
     if problems:
         raise DataError("\n".join(problems))
     return sources
-
-
-def identity(tokenizer: Tokenizer, sources: Sequence[Source], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a measurement's numbers."""
-    checksums = {source.name: [source.camera, source.train.manifest.checksums] for source in sources}
-    return {**settings, "tokenizer": tokenizer.fingerprint(), "data": checksums}
 
 
 def load(episodes: Episodes, index: int, ts: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stamo_dist.errors import DataError, RecipeError
-from stamo_dist.evaluate.commands import CheckpointOption, OutOption, RunArgument
+from stamo_dist.evaluate.options import CheckpointOption, OutOption, RunArgument
 from stamo_dist.evaluate.use_options import (
     ActionsOption,
     AsOption,

@@ -16,7 +16,6 @@ from torch import Tensor
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads, successes
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
-from stamo_dist.evaluate.common import Result, load_tokenizer, output_folder, progress, read_recipe
 from stamo_dist.evaluate.features import (
     PATCHES,
     PIXELS,
@@ -28,7 +27,10 @@ from stamo_dist.evaluate.features import (
     standardising_frames,
 )
 from stamo_dist.evaluate.held_out import Source, open_sources, spread
+from stamo_dist.evaluate.measurement import progress
+from stamo_dist.evaluate.result import Result, output_folder
 from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
+from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
 from stamo_dist.run.folder import open_run
 
 NAME = "plan"

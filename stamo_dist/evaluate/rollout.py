@@ -14,9 +14,10 @@ from rich.console import Console
 
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.actions import exported_at, open_policy, provenance_of_others
+from stamo_dist.evaluate.actions import exported_at, open_policy
 from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
-from stamo_dist.evaluate.common import Provenance, Result, output_folder, progress
+from stamo_dist.evaluate.measurement import progress
+from stamo_dist.evaluate.result import Provenance, Result, output_folder
 from stamo_dist.evaluate.saved_policy import Saved
 from stamo_dist.evaluate.shown import Shown
 from stamo_dist.evaluate.simulators import ACTIONS, Benchmarks, Observation, Setting
@@ -106,7 +107,7 @@ def rollout(
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_policy(policy, use=use, device=device, tokenizer=tokenizer)
-        provenance = provenance_of_others(policy)
+        provenance = Provenance.of_released(policy)
     setting = shown.with_views(loaded.cfg.views, named=bool(cameras))
     sources = shown.sources_of(names, loaded)
     agent = PolicyAgent(loaded, sources, act_steps)

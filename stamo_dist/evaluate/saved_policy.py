@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.manifest import MARKER, read_marker
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
+from stamo_dist.evaluate.result import Provenance, output_folder
+from stamo_dist.evaluate.weights import named_checkpoint
 from stamo_dist.export import write_model
 from stamo_dist.models.openvla.framing import Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.recipe.load import load
-from stamo_dist.run.folder import git_commit, open_run
+from stamo_dist.run.folder import open_run
 
 SCRATCH = ".model."  # what a killed process leaves is called so
 
@@ -56,12 +56,7 @@ class Saved:
         options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
         policy = load_policy(self.model, use=use, device=device, **options)
         self._folder.cleanup()  # a large policy must not lie there while it acts
-        return policy, Provenance(
-            recipe=recipe.name, data_fingerprint=marker.fingerprint, checkpoint=str(self._path),
-            step=marker.state.step, ema=(self._path / "ema").is_dir(), trained_commit=marker.git_commit,
-            git_commit=git_commit(), seed=recipe.seed, command=typed_command(),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )  # fmt: skip
+        return policy, Provenance.of_checkpoint(recipe, self._path, marker)
 
 
 def digest(checkpoint: Path) -> str | None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder
-from stamo_dist.evaluate.common import Figure
 from stamo_dist.evaluate.figures import file_name
+from stamo_dist.evaluate.result import Figure
 
 INTERVAL = "low and high bound the success rate with 95 % (Wilson's interval)."
 

@@ -12,7 +12,7 @@ from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.actions import actions
-from stamo_dist.evaluate.policy_speed import PARTS, policy_speed
+from stamo_dist.evaluate.policy_speed import PARTS, PolicySpeed
 from stamo_dist.evaluate.rollout import rollout
 from stamo_dist.models.rdt_policy import RDTPolicy
 
@@ -61,14 +61,14 @@ def test_the_diffusion_policy_is_rolled_out_and_a_tokenizer_is_not(
 
 
 def test_speed_with_each_head(runs: dict[str, Path], tmp_path: Path) -> None:
-    result = policy_speed(runs["openvla"], batches=(1, 2), calls=3, devices=["cpu"])
+    result = PolicySpeed(runs["openvla"], batch=(1, 2), calls=3, device=["cpu"]).evaluate()
     assert [(row["part"], row["batch"]) for row in result.rows] == [(p, b) for b in (1, 2) for p in PARTS]
     assert [row["ratio"] for row in result.rows if row["part"] == PARTS[0]] == [1, 1]
     assert all(row["ratio"] > 0 and row["low"] <= row["hz"] <= row["high"] for row in result.rows)
-    (row,) = policy_speed(runs["diffusion"], calls=3, devices=["cpu"]).rows
+    (row,) = PolicySpeed(runs["diffusion"], calls=3, device=["cpu"]).evaluate().rows
     assert (row["part"], row["ratio"]) == ("diffusion, 5 steps", None)
     recipe = runs["openvla"].parent / "toy.yaml"
-    result = policy_speed(recipe, settings=["policy.actions=regression"], calls=3, devices=["cpu"], out=tmp_path)
+    result = PolicySpeed(recipe, set_=["policy.actions=regression"], calls=3, device=["cpu"], out=tmp_path).evaluate()
     assert (len(result.rows), result.provenance.checkpoint) == (3, "random weights")
     with pytest.raises(RunError, match="--device tpu: this machine has cpu"):
-        policy_speed(recipe, devices=["tpu"])
+        PolicySpeed(recipe, device=["tpu"]).evaluate()
