@@ -15,8 +15,9 @@ from data_tools.commands import app as data_app
 from data_tools.simulators.catalogue import Benchmarks
 from stamo_dist.chaos.commands import chaos
 from stamo_dist.errors import RecipeError, RunError, StamoError
-from stamo_dist.evaluate import loop_commands
+from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
+from stamo_dist.evaluate.rollout_check import check_rollout
 from stamo_dist.evaluate.use_options import (
     AsOption,
     BoundsOption,
@@ -44,14 +45,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
-loop_commands.register(eval_app, Benchmarks())
 
 
 @eval_app.callback()
-def _bring_launcher(context: typer.Context) -> None:
+def _bring_tools(context: typer.Context) -> None:
     from stamo_dist.launch.local import launch_local
 
-    context.obj = launch_local
+    context.obj = EvalTools(launch_local, Benchmarks())
 
 
 @recipe_app.callback()
@@ -59,7 +59,7 @@ def _bring_advice(context: typer.Context) -> None:
     def look(recipe: Recipe) -> list[str]:
         from stamo_dist.data.advice import advice
 
-        loop_commands.check_rollout(recipe, Benchmarks())
+        check_rollout(recipe, Benchmarks())
         return advice(recipe)
 
     context.obj = look
@@ -141,16 +141,16 @@ def _evaluation(recipe: Recipe) -> Evaluation:
     """What measures while it trains."""
     run = Path(recipe.run_dir)
     if recipe.evaluate.rollout is None:
-        from stamo_dist.evaluate.during import Standing
+        from stamo_dist.evaluate.during import BlockingEvaluation
 
-        return Standing(run, recipe)
-    from stamo_dist.evaluate.beside import Rollouts
+        return BlockingEvaluation(run, recipe)
+    from stamo_dist.evaluate.background import BackgroundRollouts
     from stamo_dist.launch.aside import launcher
     from stamo_dist.run.folder import RunFolder
 
     wanted = recipe.evaluate.rollout
-    loop_commands.check_rollout(recipe, Benchmarks())
-    return Rollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
+    check_rollout(recipe, Benchmarks())
+    return BackgroundRollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
 
 
 @app.command()

@@ -36,7 +36,7 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Source:
+class HeldOutSource:
     """The first camera of one source of a recipe."""
 
     name: str
@@ -60,7 +60,7 @@ class Reference:
         return Reference(self.mean.to(device), self.moving.to(device))
 
 
-def open_sources(recipe: Recipe) -> list[Source]:
+def open_sources(recipe: Recipe) -> list[HeldOutSource]:
     """Every source that the recipe trains on (of several folders, the first), with its held-out split, as the run in
     `run_dir` has it should the source have grown since.
 
@@ -83,7 +83,7 @@ def open_sources(recipe: Recipe) -> list[Source]:
             train, held_out = (
                 Episodes(path, split, camera, cache=recipe.data.cache, growth=grown) for split in (entry.split, SPLIT)
             )
-            sources.append(Source(name, camera, train, held_out))
+            sources.append(HeldOutSource(name, camera, train, held_out))
         except DataError as e:
             problems.append(f"data.sources.{name}: {e}")
     if problems:

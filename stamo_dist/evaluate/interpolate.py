@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, load, spread
-from stamo_dist.evaluate.measurement import PartwiseMeasurement
-from stamo_dist.evaluate.metrics import means, order, psnr
+from stamo_dist.evaluate.figures import cell_size, file_name, save_motion
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, HeldOutSource, load, spread
+from stamo_dist.evaluate.measurement import PartwiseMeasurement, by_group
+from stamo_dist.evaluate.metrics import order, psnr
 from stamo_dist.evaluate.options import InterpolateOptions
 from stamo_dist.evaluate.result import Figure
 from stamo_dist.evaluate.weights import sampler_noise
@@ -26,10 +25,10 @@ Scores = dict[str, list[float]]  # picture → PSNR, PSNR over the moving pixels
 
 
 @dataclass(frozen=True)
-class Segment:
+class LineSegment:
     """The frames `start` to `goal` of a held-out episode, whose states are the ends of a line."""
 
-    source: Source
+    source: HeldOutSource
     episode: int
     start: int
     goal: int
@@ -45,7 +44,7 @@ class Segment:
         return f"{self.source.name}, {episode}, frames {self.start} to {self.goal}"
 
 
-class Interpolation(InterpolateOptions, PartwiseMeasurement[Segment, Scores]):
+class Interpolation(InterpolateOptions, PartwiseMeasurement[LineSegment, Scores]):
     """Lines from frame `start` to `start + span`, or to the episode's last frame."""
 
     name = "interpolate"
@@ -78,7 +77,7 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[Segment, Scores]):
             for segment in self._segments(source)
         }
 
-    def _segments(self, source: Source) -> list[Segment]:
+    def _segments(self, source: HeldOutSource) -> list[LineSegment]:
         """Of evenly spaced episodes among those that have a frame between `start` and a goal."""
         lengths = [episode.length for episode in source.held_out.episodes]
         possible = [i for i, length in enumerate(lengths) if length >= self.start + 3]
@@ -88,9 +87,9 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[Segment, Scores]):
                 f"frame {self.start} needs {self.start + 3}; choose an earlier --start or convert longer episodes"
             )
         chosen = [possible[i] for i in spread(self.episodes, len(possible))]
-        return [Segment(source, i, self.start, min(self.start + self.span, lengths[i] - 1)) for i in chosen]
+        return [LineSegment(source, i, self.start, min(self.start + self.span, lengths[i] - 1)) for i in chosen]
 
-    def measure(self, part: Segment) -> Scores:
+    def measure(self, part: LineSegment) -> Scores:
         held_out = part.source.held_out
         frames = load(held_out, part.episode, range(part.start, part.goal + 1)).to(self.tokenizer.device)
         count = min(self.points, len(frames))
@@ -98,18 +97,12 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[Segment, Scores]):
         sample = held_out.episodes[part.episode].start + part.start
         line = Line(self.tokenizer, frames, at, sample, self.sampler_steps)
         strip, gif = (self.folder / file for file in part.files)
-        line.draw(strip, gif, [f"frame {part.start + t}" for t in at])
+        rows = {LINE: line.pictures[LINE], "real frames": line.truth}
+        save_motion(strip, gif, rows, [f"frame {part.start + t}" for t in at], cell_size(self.recipe.data.image_size))
         return line.scores(self.reference(part.source.name).moving)
 
-    def rows(self, done: Mapping[str, Scores]) -> list[dict[str, Any]]:
-        rows = []
-        for name in self.sources:
-            found = [scores for key, scores in done.items() if self.parts[key].source.name == name]
-            for kind in KINDS if found else ():
-                values = means([scores[kind] for scores in found])
-                scores = dict(zip(list(self.columns)[3:], values, strict=True))
-                rows.append({"source": name, "image": kind, "episodes": len(found), **scores})
-        return rows
+    def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
+        return by_group(done, lambda name: self.parts[name].source.name, KINDS)
 
     def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
         there = [self.parts[name] for name in done]
@@ -142,8 +135,3 @@ class Line:
             kind: [psnr(images[1:-1], truth, where).mean().item() for where in (None, moving)] + [*self.order[kind]]
             for kind, images in self.pictures.items()
         }
-
-    def draw(self, strip: Path, gif: Path, headings: Sequence[str]) -> None:
-        rows, cell = [list(self.pictures[LINE]), list(self.truth)], cell_size(self.truth.shape[-1])
-        save_grid(strip, rows, headings=headings, labels=[LINE, "real frames"], cell=cell)
-        save_gif(gif, list(zip(*rows, strict=True)), cell=cell)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stamo_dist.evaluate.held_out import Reference, Source, open_sources, reference
+from stamo_dist.evaluate.held_out import HeldOutSource, Reference, open_sources, reference
+from stamo_dist.evaluate.metrics import means
 from stamo_dist.evaluate.options import RunOptions
-from stamo_dist.evaluate.result import Figure, Provenance, Result, output_folder
+from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance, output_folder
 from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
 from stamo_dist.evaluate.workers import WorkerGroup
 from stamo_dist.models.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Measurement(ABC):
     name: ClassVar[str]  # of the result's files, and of its folder in RUN/eval/
     title: ClassVar[str]
     about: ClassVar[str]
-    columns: ClassVar[Mapping[str, str]] = {}  # as in `Result`, also the two below
+    columns: ClassVar[Mapping[str, str]] = {}  # as in `EvaluationResult`, also the two below
     by: ClassVar[Sequence[str]] = ()
     better: ClassVar[Mapping[str, str]] = {}
 
@@ -44,7 +45,7 @@ class Measurement(ABC):
     folder: Path
     provenance: Provenance
 
-    def evaluate(self, console: Console | None = None, group: WorkerGroup = WorkerGroup()) -> Result | None:  # noqa: B008
+    def evaluate(self, console: Console | None = None, group: WorkerGroup = WorkerGroup()) -> EvaluationResult | None:  # noqa: B008
         """Measure, and write and print the result; None where parts that other processes make are missing.
 
         Started again after a kill it goes on where it was. `group`: processes that measure together; the first writes.
@@ -72,14 +73,14 @@ class Measurement(ABC):
         """
 
     @abstractmethod
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[EvaluationResult]:
         """Measure. Each result replaces the one before; the last is the whole."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What decides the numbers, as the result's file records it."""
 
-    def show(self, result: Result) -> None:
+    def show(self, result: EvaluationResult) -> None:
         """Print the last result."""
         result.show(self.console, self.folder)
 
@@ -90,8 +91,8 @@ class Measurement(ABC):
         figures: Sequence[Figure] = (),
         notes: Sequence[str] = (),
         partial: str | None = None,
-    ) -> Result:
-        return Result(
+    ) -> EvaluationResult:
+        return EvaluationResult(
             self.name,
             self.title,
             self.about,
@@ -128,7 +129,7 @@ class TokenizerMeasurement(RunOptions, Measurement):
         """Choose what is measured, and refuse what cannot be, before the weights are read."""
 
     @cached_property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, HeldOutSource]:
         """Of the recipe, by name.
 
         Raises:
@@ -177,8 +178,16 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
         """The value of a part, which JSON can hold; it may also draw the part's pictures into `folder`."""
 
     @abstractmethod
+    def scores(self, done: Mapping[str, Value]) -> dict[str, dict[str, list[list[float]]]]:
+        """Of the parts that are there: row group → picture → scores, whose means are the last columns of a row."""
+
     def rows(self, done: Mapping[str, Value]) -> list[dict[str, Any]]:
-        """The table of the parts that are there."""
+        """A row for each picture of a group: both names, how many scores there are, and their means."""
+        return [
+            dict(zip(self.columns, (group, kind, len(table), *means(table)), strict=True))
+            for group, tables in self.scores(done).items()
+            for kind, table in tables.items()
+        ]
 
     @abstractmethod
     def figures(self, done: Mapping[str, Value]) -> list[Figure]:
@@ -191,7 +200,7 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
         """How many of `noun` a part is."""
         return 1
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[EvaluationResult]:
         total = sum(map(self.count, self.parts.values()))
         watched = self.bar.add_task(self.noun, total=total)
         finished = self.group.open_parts(self.folder / f"{self.name}.parts.jsonl", self.identity())
@@ -205,8 +214,20 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
         finished.close()
 
 
+def by_group(
+    done: Mapping[str, Mapping[str, list[float]]], group: Callable[[str], str], kinds: Sequence[str]
+) -> dict[str, dict[str, list[list[float]]]]:
+    """`PartwiseMeasurement.scores` of parts whose value is picture → scores; `group`: to which a part belongs."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for name, scores in done.items():
+        tables = found.setdefault(group(name), {kind: [] for kind in kinds})
+        for kind in kinds:
+            tables[kind].append(scores[kind])
+    return found
+
+
 def how_much(done: int, wanted: int, what: str) -> str | None:
-    """`Result.partial`."""
+    """`EvaluationResult.partial`."""
     return None if done == wanted else f"{done} of {wanted} {what} are measured"
 
 

@@ -6,11 +6,25 @@ The measurements (`reconstruct.py` and so on) derive from these classes. Nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stamo_dist.evaluate.use_options import (
+    ActionsOption,
+    AsOption,
+    BoundsOption,
+    CamerasOption,
+    ChunkOption,
+    CropOption,
+    OrientationOption,
+    ViewsOption,
+)
+
+if TYPE_CHECKING:
+    from stamo_dist.models.openvla.framing import Use
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[
@@ -131,3 +145,159 @@ class SpeedOptions(RunOptions):
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Override one value of a recipe; may be repeated."),
     ] = None
+
+
+TasksOption = Annotated[
+    list[str],
+    typer.Option(
+        help="LIBERO: SUITE, SUITE/INDEX or SUITE/NAME; Meta-World: reach-v3, …; ManiSkill: PickCube-v1, …. "
+        "Repeat or separate by commas."
+    ),
+]
+SimulatorsOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Simulators at once; as cores and memory allow when omitted.")
+]
+StepLimit = Annotated[
+    int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps of a trial; the benchmark's when omitted.")
+]
+PolicyArgument = Annotated[
+    str, typer.Argument(metavar="POLICY", help="A policy's run folder, or a folder or hub id with its weights.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(metavar="PATH", help="The StaMo tokenizer it sees through, where it moved.")
+]
+
+
+@dataclass(kw_only=True)
+class PlanOptions(RunOptions):
+    """Let the probe's head drive a simulated robot from (now, goal image), beside the same head on other motions.
+
+    Started again after a kill it goes on; with more --trials it adds them.
+
+    Example: stamo eval plan runs/tokenizer_demo --tasks libero_spatial/2 --trials 20
+    """
+
+    tasks: TasksOption
+    benchmark: Annotated[
+        str | None, typer.Option(metavar="libero|metaworld|maniskill", help="The format of the source when omitted.")
+    ] = None
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Where the head learns; all sources of the benchmark if omitted."),
+    ] = None
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task and agent.")] = 20
+    k: Annotated[int, typer.Option("--k", metavar="N", min=1, help="Actions between two looks.")] = 4
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60
+    max_steps: StepLimit = None
+    processes: SimulatorsOption = None
+    videos: Annotated[int, typer.Option(metavar="N", min=0, help="Most videos shown of each task.")] = 1
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the heads and the random agent.")] = 0
+
+
+@dataclass(kw_only=True)
+class UseOptions:
+    """What a user says of a policy that was not trained here, as `stamo_dist.models.openvla.framing.Use` takes it."""
+
+    as_: AsOption = None
+    orientation: OrientationOption = None
+    crop: CropOption = None
+    views: ViewsOption = None
+    chunk: ChunkOption = None
+    bounds: BoundsOption = None
+
+    def use(self) -> Use:
+        """Raises: RunError: No such preset, orientation, share or bounds."""
+        from stamo_dist.models.openvla.framing import Use
+
+        return Use(self.as_, self.orientation, self.crop, self.views, self.chunk, self.bounds)
+
+
+@dataclass(kw_only=True)
+class ActionsOptions(UseOptions):
+    """How far a policy's chunks are from the actions of held-out episodes, beside the mean action.
+
+    Example: stamo eval actions demo/runs/policy_rdt_1real_4video
+
+    Example: stamo eval actions weights/openvla-7b-libero --as openvla-libero --shards shards/libero_goal --out goal
+    """
+
+    policy: PolicyArgument = field(kw_only=False)
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Converted source on which released weights act; a run knows its own."),
+    ] = None
+    split: Annotated[str, typer.Option(metavar="NAME", help="Whose episodes.")] = "val"
+    cameras: CamerasOption = None
+    actions: ActionsOption = None
+    unnorm_key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose statistics scale the actions; those called as the shards are."),
+    ] = None
+    tokenizer: TokenizerOption = None
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 256
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Moments at once.")] = 16
+    out: OutOption = None
+
+
+@dataclass(kw_only=True)
+class ShowOptions:
+    """How a policy is shown a benchmark; as it was trained where nothing is said."""
+
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            metavar="libero|metaworld|maniskill", help="Which simulator; that of the training data when omitted."
+        ),
+    ] = None
+    cameras: CamerasOption = None
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=16, help="Side of the frames; as trained when omitted.")
+    ] = None
+    actions: ActionsOption = None
+    unnorm_key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Source whose statistics scale the actions; the benchmark's or suite's own."),
+    ] = None
+
+
+@dataclass(kw_only=True)
+class RolloutOptions(UseOptions, ShowOptions):
+    """Success rate of a policy in closed loop, from the benchmark's initial states and by its own success check.
+
+    Started again after a kill it goes on, trial by trial; whichever slice ends last makes the whole table.
+
+    Example: stamo eval rollout runs/policy_openvla_state --tasks libero_spatial --trials 20
+
+    Example: stamo eval rollout runs/my_policy --tasks libero_10 --num-slices 8 --slice $SLURM_ARRAY_TASK_ID
+
+    Example: stamo eval rollout weights/openvla-oft-libero-spatial --as oft-libero --tasks libero_spatial --out oft
+    """
+
+    policy: PolicyArgument = field(kw_only=False)
+    tasks: TasksOption
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20
+    act_steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
+    ] = None
+    max_steps: StepLimit = None
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="STEP|best|PATH", help="Of a run, in place of its export.")
+    ] = None
+    tokenizer: TokenizerOption = None
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Where it runs; the GPU where there is one.")
+    ] = None
+    processes: SimulatorsOption = None
+    videos: Annotated[
+        int,
+        typer.Option("--videos", metavar="N", min=0, help="Videos kept of each task's successes, and of its failures."),
+    ] = 1
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
+    ] = False
+    shuffle_instructions: Annotated[
+        bool, typer.Option("--shuffle-instructions", help="Tell every task what the next one is to do.")
+    ] = False
+    num_slices: Annotated[int, typer.Option(min=1, help="Runs that share the trials, for a Slurm array.")] = 1
+    slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0
+    out: OutOption = None

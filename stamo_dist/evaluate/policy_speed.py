@@ -13,9 +13,9 @@ from rich.progress import TaskID
 from torch import Tensor
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.actions import exported_at, open_policy
-from stamo_dist.evaluate.result import Provenance, Result, output_folder
-from stamo_dist.evaluate.speed import WARM, SpeedMeasurement, speed_row, timed
+from stamo_dist.evaluate.result import EvaluationResult, Provenance, output_folder
+from stamo_dist.evaluate.saved_policy import exported_at, open_policy
+from stamo_dist.evaluate.speed import WARM, SpeedMeasurement, speed_columns, speed_row, timed
 from stamo_dist.models.openvla import load as loading
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.heads import WorldHead
@@ -47,16 +47,7 @@ class PolicySpeed(SpeedMeasurement):
         f"Median over the calls after {WARM} that are not counted; a tenth of the calls was slower than 10 %, and a "
         "tenth faster than 90 %. of no head: median of the calls' ratios to the call without a head of the same turn."
     )
-    columns: ClassVar = {
-        "device": "device",
-        "part": "part",
-        "batch": "moments at once",
-        "hz": "moments/s",
-        "low": "10 %",
-        "high": "90 %",
-        "ms": "ms a call",
-        "ratio": "of no head",
-    }
+    columns: ClassVar = {**speed_columns("moments"), "ratio": "of no head"}
 
     def open(self) -> None:
         self._devices, self._batches = self.devices(), list(self.batch or (1,))
@@ -78,7 +69,7 @@ class PolicySpeed(SpeedMeasurement):
         size, overrides = self._recipe.data.image_size, list(self.set_ or ())
         return {"batches": self._batches, "calls": self.calls, "image_size": size, "overrides": overrides}
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[EvaluationResult]:
         rows: list[dict[str, Any]] = []
         for device in self._devices:
             policy: AnyPolicy
@@ -129,11 +120,10 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
     if cfg.vision == "stamo":
         assert cfg.tokenizer is not None, "the recipe's check wants it"
         eyes = StamoVision(StateEncoder.from_pretrained(cfg.tokenizer).to(device))
-    sizes = Sizes(
-        _ACTION_DIM, recipe.data.horizon, _PROPRIO_DIM if cfg.proprio else 0, _STATE if cfg.world else None,
-        eyes.patch_dim if eyes and cfg.stamo != "states" else None,
-        eyes.state_shape[1] if eyes and cfg.stamo != "patches" else None,
-    )  # fmt: skip
+    patch_dim = eyes.patch_dim if eyes and cfg.stamo != "states" else None
+    state_dim = eyes.state_shape[1] if eyes and cfg.stamo != "patches" else None
+    proprio_dim, state = _PROPRIO_DIM if cfg.proprio else 0, _STATE if cfg.world else None
+    sizes = Sizes(_ACTION_DIM, recipe.data.horizon, proprio_dim, state, patch_dim, state_dim)
     with loading.on_meta():
         network = PolicyNetwork(config, cfg, sizes)
     network = network.to(torch.bfloat16 if device == "cuda" and recipe.train.precision == "bf16" else torch.float32)

@@ -23,11 +23,11 @@ from stamo_dist.evaluate.features import (
     standardising_frames,
 )
 from stamo_dist.evaluate.figures import file_name, save_lines
-from stamo_dist.evaluate.held_out import SPLIT, Source, spread
+from stamo_dist.evaluate.held_out import SPLIT, HeldOutSource, spread
 from stamo_dist.evaluate.measurement import TokenizerMeasurement, how_much
 from stamo_dist.evaluate.options import ProbeOptions
 from stamo_dist.evaluate.parts_file import PartsFile
-from stamo_dist.evaluate.result import Figure, Result
+from stamo_dist.evaluate.result import EvaluationResult, Figure
 from stamo_dist.recipe.schema import Recipe
 
 NOTHING = "mean action"
@@ -72,7 +72,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "features": self.represent.key}
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[EvaluationResult]:
         folder = self.run_folder.evaluations / "features" if self.keep_features else None
         features = FeatureCache(folder, self.represent, self.batch)
         finished = self.group.open_parts(self.folder / f"{self.name}.parts.jsonl", self.identity())
@@ -90,7 +90,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
             yield self._result(notes, how_much(done, len(wanted), "pairs of a source and a k"))
         finished.close()
 
-    def _compute_features(self, source: Source, features: FeatureCache) -> None:
+    def _compute_features(self, source: HeldOutSource, features: FeatureCache) -> None:
         parts = split_episodes(source, self.recipe, self.episodes)
         episodes = [(split, part, e) for split, part, chosen in parts for e in chosen]
         watched = self.bar.add_task(f"{source.name}: features", total=len(episodes))
@@ -126,7 +126,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
         for key, (name, kind, _) in wanted.items():
             self._found.setdefault((data.name, kind, name), {}).setdefault(k, []).append(errors[key])
 
-    def _result(self, notes: Sequence[str], partial: str | None) -> Result:
+    def _result(self, notes: Sequence[str], partial: str | None) -> EvaluationResult:
         columns = {"source": "source", "head": "head", "representation": "motion as", "dim": "numbers"}
         for k in self.ks:
             columns |= {f"mse_{k}": f"k = {k}", f"spread_{k}": "±"}
@@ -162,7 +162,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
         return figures
 
 
-def probed(sources: Sequence[Source], k: int) -> list[Source]:
+def probed(sources: Sequence[HeldOutSource], k: int) -> list[HeldOutSource]:
     """The sources that have actions.
 
     Raises:
@@ -185,7 +185,7 @@ def probed(sources: Sequence[Source], k: int) -> list[Source]:
     return with_actions
 
 
-def split_episodes(source: Source, recipe: Recipe, most: int) -> list[tuple[str, Episodes, list[int]]]:
+def split_episodes(source: HeldOutSource, recipe: Recipe, most: int) -> list[tuple[str, Episodes, list[int]]]:
     """At most so many evenly spaced episodes of the training split, and of the held-out one."""
     splits = ((recipe.data.sources[source.name].split, source.train), (SPLIT, source.held_out))
     return [(split, part, spread(most, len(part))) for split, part in splits]
@@ -194,7 +194,7 @@ def split_episodes(source: Source, recipe: Recipe, most: int) -> list[tuple[str,
 class SourceData:
     """Motions and standardised actions of one source: training and held-out, by k and representation."""
 
-    def __init__(self, source: Source, recipe: Recipe, features: FeatureCache, episodes: int):
+    def __init__(self, source: HeldOutSource, recipe: Recipe, features: FeatureCache, episodes: int):
         self.name = source.name
         self._parts = split_episodes(source, recipe, episodes)
         self._features = [cache(partial(features.episode, part, split)) for split, part, _ in self._parts]

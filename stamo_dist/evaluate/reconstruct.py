@@ -12,7 +12,7 @@ from torch import Tensor
 from stamo_dist.evaluate.figures import cell_size, file_name, save_grid
 from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Pick, pick_frames, spread
 from stamo_dist.evaluate.measurement import PartwiseMeasurement
-from stamo_dist.evaluate.metrics import ALEXNET, LPIPS, means, psnr, ssim
+from stamo_dist.evaluate.metrics import ALEXNET, LPIPS, psnr, ssim
 from stamo_dist.evaluate.options import ReconstructOptions
 from stamo_dist.evaluate.result import Figure
 from stamo_dist.evaluate.weights import sampler_noise
@@ -78,12 +78,12 @@ class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
         made, moving = self._pictures(*part), self.reference(part[0]).moving
         return {kind: _scores(made[kind], made[ORIGINAL], moving, self._perceptual).tolist() for kind in KINDS}
 
-    def rows(self, done: Mapping[str, Scores]) -> list[dict[str, Any]]:
-        rows = []
+    def scores(self, done: Mapping[str, Scores]) -> dict[str, Scores]:
+        found = {}
         for name in [*self.sources, *(["all"] if len(self.sources) > 1 else [])]:
-            found = [scores for key, scores in done.items() if name in (self.parts[key][0], "all")]
-            rows += [_row(name, kind, [row for scores in found for row in scores[kind]]) for kind in KINDS if found]
-        return rows
+            if values := [scores for key, scores in done.items() if name in (self.parts[key][0], "all")]:
+                found[name] = {kind: [row for scores in values for row in scores[kind]] for kind in KINDS}
+        return found
 
     def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
         """Of every source whose frames are all measured."""
@@ -139,8 +139,3 @@ def _scores(images: Tensor, truth: Tensor, moving: Tensor, perceptual: LPIPS | N
     columns = [psnr(images, truth), ssim(images, truth), psnr(images, truth, moving)]
     columns.append(torch.full_like(columns[0], torch.nan) if perceptual is None else perceptual(images, truth))
     return torch.stack(columns, 1).to("cpu", torch.float64)
-
-
-def _row(source: str, kind: str, table: Sequence[Sequence[float]]) -> dict[str, Any]:
-    scores = dict(zip(("psnr", "ssim", "psnr_moving", "lpips"), means(table), strict=True))
-    return {"source": source, "image": kind, "frames": len(table), **scores}

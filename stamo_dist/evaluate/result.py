@@ -69,7 +69,7 @@ class Figure:
 
 
 @dataclass
-class Result:
+class EvaluationResult:
     """One measurement: a table, what was noticed, pictures, and where it comes from.
 
     `columns` maps the keys of `rows` to headings, in order; rows that share the first are one group. `stamo report`

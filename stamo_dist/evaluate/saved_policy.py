@@ -1,4 +1,4 @@
-"""A policy from a checkpoint of its run, before anything is exported."""
+"""The policy of a run: what it exported, or one of its checkpoints before anything is exported."""
 
 from __future__ import annotations
 
@@ -7,23 +7,57 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.manifest import MARKER, read_marker
-from stamo_dist.errors import RunError
+from stamo_dist.errors import CheckpointError
 from stamo_dist.evaluate.result import Provenance, output_folder
-from stamo_dist.evaluate.weights import named_checkpoint
+from stamo_dist.evaluate.weights import check_stage, default_device, named_checkpoint, read_recipe
 from stamo_dist.export import write_model
-from stamo_dist.models.openvla.framing import Use
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
-from stamo_dist.recipe.load import load
-from stamo_dist.run.folder import open_run
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, open_run
 
 SCRATCH = ".model."  # what a killed process leaves is called so
 
 
-class Saved:
+def exported_at(run: RunFolder, recipe: Recipe) -> int:
+    """The step whose policy a run has exported.
+
+    Raises:
+        RunError: The run trains something else.
+        CheckpointError: It has exported nothing yet.
+    """
+    check_stage(run, recipe, "policy")
+    if not run.exported.is_file():
+        raise CheckpointError(f"{run.path}: nothing exported yet; train it to its end")
+    return int(json.loads(run.exported.read_text())["step"])
+
+
+def open_policy(
+    run: RunFolder,
+    recipe: Recipe,
+    device: str | None = None,
+    tokenizer: str | None = None,
+    use: Use = AS_RECORDED,
+) -> tuple[AnyPolicy, Provenance]:
+    """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
+
+    Raises:
+        RunError: The run trains something else.
+        CheckpointError: It has exported nothing yet.
+    """
+    step = exported_at(run, recipe)
+    policy = _load(recipe, run.model, device, tokenizer, use)
+    return policy, Provenance.of_export(recipe, str(run.model), step)
+
+
+def _load(recipe: Recipe, model: Path, device: str | None, tokenizer: str | None, use: Use) -> AnyPolicy:
+    options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
+    return load_policy(model, use=use, device=device or default_device(), **options)
+
+
+class SavedPolicy:
     """The exported model of a checkpoint, in a folder that is there until it is opened.
 
     Args:
@@ -38,9 +72,7 @@ class Saved:
 
     def __init__(self, run: str, checkpoint: str, out: Path | None, name: str):
         folder = open_run(run)
-        self._recipe = load(folder.resolved).recipe
-        if self._recipe.stage != "policy":
-            raise RunError(f"{run}: its recipe trains the {self._recipe.stage} stage; give the run folder of a policy")
+        self._recipe = read_recipe(folder, "policy")
         self._path = named_checkpoint(folder, checkpoint)
         self._marker = read_marker(self._path)
         self.digest = digest(self._path)
@@ -51,12 +83,9 @@ class Saved:
 
     def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
         """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
-        recipe, marker = self._recipe, self._marker
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
-        policy = load_policy(self.model, use=use, device=device, **options)
+        policy = _load(self._recipe, Path(self.model), device, tokenizer, use)
         self._folder.cleanup()  # a large policy must not lie there while it acts
-        return policy, Provenance.of_checkpoint(recipe, self._path, marker)
+        return policy, Provenance.of_checkpoint(self._recipe, self._path, self._marker)
 
 
 def digest(checkpoint: Path) -> str | None:

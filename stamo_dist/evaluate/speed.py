@@ -12,7 +12,7 @@ from torch import Tensor
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.measurement import Measurement, TokenizerMeasurement
 from stamo_dist.evaluate.options import SpeedOptions
-from stamo_dist.evaluate.result import Result
+from stamo_dist.evaluate.result import EvaluationResult
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder
 
@@ -42,6 +42,11 @@ class SpeedMeasurement(SpeedOptions, Measurement):
         if missing := set(self.device or ()) - set(there):
             raise RunError(f"--device {', '.join(sorted(missing))}: this machine has {', '.join(there)}")
         return self.device or there
+
+
+def speed_columns(what: str) -> dict[str, str]:
+    columns = {"device": "device", "part": "part", "batch": f"{what} at once", "hz": f"{what}/s"}
+    return {**columns, "low": "10 %", "high": "90 %", "ms": "ms a call"}
 
 
 def timed(call: Callable[[], Any], cuda: bool) -> float:
@@ -74,15 +79,7 @@ class TokenizerSpeed(SpeedMeasurement, TokenizerMeasurement):
         f"{WARM} that are not counted; a tenth of the calls was slower than 10 %, and a tenth faster than 90 %. "
         "encoder: up to its patch tokens; state: encoder and compressor; decode: the sampler and the VAE."
     )
-    columns: ClassVar = {
-        "device": "device",
-        "part": "part",
-        "batch": "frames at once",
-        "hz": "frames/s",
-        "low": "10 %",
-        "high": "90 %",
-        "ms": "ms a call",
-    }
+    columns: ClassVar = speed_columns("frames")
 
     def select(self) -> None:
         self._devices, self._batches = self.devices(), list(self.batch or (1, 16))
@@ -91,7 +88,7 @@ class TokenizerSpeed(SpeedMeasurement, TokenizerMeasurement):
         size = self.recipe.data.image_size
         return {"batches": self._batches, "calls": self.calls, "steps": self.sampler_steps, "image_size": size}
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[EvaluationResult]:
         total = len(self._devices) * len(self._batches) * 3 * (self.calls + WARM)
         watched, rows = self.bar.add_task("calls", total=total), []
         for device in self._devices:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, load, spread
-from stamo_dist.evaluate.measurement import PartwiseMeasurement
-from stamo_dist.evaluate.metrics import means, psnr
+from stamo_dist.evaluate.figures import cell_size, file_name, save_motion
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, HeldOutSource, load, spread
+from stamo_dist.evaluate.measurement import PartwiseMeasurement, by_group
+from stamo_dist.evaluate.metrics import psnr
 from stamo_dist.evaluate.options import TransferOptions
 from stamo_dist.evaluate.result import Figure
 from stamo_dist.evaluate.weights import sampler_noise
@@ -30,9 +30,9 @@ class Pair:
     """Episodes of two scenes."""
 
     number: int
-    source: Source
+    source: HeldOutSource
     episode: int
-    scene: Source
+    scene: HeldOutSource
     scene_episode: int
 
     @property
@@ -86,22 +86,13 @@ class MotionTransfer(TransferOptions, PartwiseMeasurement[Pair, Scores]):
         length = part.source.held_out.episodes[part.episode].length
         at = sorted({round(i * min(self.span, length - 1) / (self.points - 1)) for i in range(self.points)})
         made = _pictures(self.tokenizer, part, at, self.sampler_steps)
-        rows, cell = [list(made["real"]), list(made[ADDED])], cell_size(self.recipe.data.image_size)
-        headings, labels = [f"frame {t}" for t in at], [f"{part.source.name}\nreal", f"{part.scene.name}\n+ motion"]
         strip, gif = (self.folder / file for file in part.files)
-        save_grid(strip, rows, headings=headings, labels=labels, cell=cell)
-        save_gif(gif, list(zip(*rows, strict=True)), cell=cell)
+        rows = {f"{part.source.name}\nreal": made["real"], f"{part.scene.name}\n+ motion": made[ADDED]}
+        save_motion(strip, gif, rows, [f"frame {t}" for t in at], cell_size(self.recipe.data.image_size))
         return _scores(self.tokenizer, made, ~self.reference(part.scene.name).moving)
 
-    def rows(self, done: Mapping[str, Scores]) -> list[dict[str, Any]]:
-        rows = []
-        for name in dict.fromkeys(self.parts[number].name for number in done):
-            found = [scores for number, scores in done.items() if self.parts[number].name == name]
-            for kind in KINDS:
-                values = means([scores[kind] for scores in found])
-                scores = dict(zip(("cosine", "psnr_still"), values, strict=True))
-                rows.append({"source": name, "image": kind, "pairs": len(found), **scores})
-        return rows
+    def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
+        return by_group(done, lambda number: self.parts[number].name, KINDS)
 
     def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
         return [

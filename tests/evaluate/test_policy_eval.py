@@ -11,9 +11,9 @@ from point_world import PointBenchmarks
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.actions import actions
+from stamo_dist.evaluate.actions import ActionErrors
 from stamo_dist.evaluate.policy_speed import PARTS, PolicySpeed
-from stamo_dist.evaluate.rollout import rollout
+from stamo_dist.evaluate.rollout import PolicyRollout
 from stamo_dist.models.rdt_policy import RDTPolicy
 
 
@@ -30,7 +30,7 @@ def runs(toy_policy: Path, ranks, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    result = actions(str(runs["openvla"]), frames=10)
+    result = ActionErrors(str(runs["openvla"]), frames=10).evaluate()
     (row,) = result.rows
     assert (row["source"], row["frames"]) == ("a", 10), "the video has no actions"
     assert 0 < row["mae"] <= row["rmse"] <= 2
@@ -42,7 +42,7 @@ def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pyt
         return np.full((len(images), 2, 3), 5.0)
 
     monkeypatch.setattr(RDTPolicy, "act_batch", five)
-    (row,) = actions(str(runs["diffusion"]), frames=48).rows
+    (row,) = ActionErrors(str(runs["diffusion"]), frames=48).evaluate().rows
     error = [[min(abs(t + k - 5) / 5, 1) for k in range(2) if t + k < 12] for t in range(12)]
     assert row["mae"] == pytest.approx(np.mean([number for e in error for number in e]), rel=1e-6)
     assert row["first"] == pytest.approx(np.mean([e[0] for e in error]), rel=1e-6)
@@ -53,11 +53,13 @@ def test_the_diffusion_policy_is_rolled_out_and_a_tokenizer_is_not(
     runs: dict[str, Path], run: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"tasks": ("suite/one",), "benchmark": "toy", "size": 32, "max_steps": 2, "trials": 2}
-    result = rollout(str(runs["diffusion"]), PointBenchmarks(), processes=1, out=tmp_path / "out", **options)
+    result = PolicyRollout(
+        str(runs["diffusion"]), benchmarks=PointBenchmarks(), processes=1, out=tmp_path / "out", **options
+    ).evaluate()
     assert result is not None
     assert (result.rows[0]["trials"], result.provenance.step) == (2, 3)
     with pytest.raises(RunError, match="its recipe trains the tokenizer stage; give the run folder of a policy"):
-        rollout(str(run), PointBenchmarks(), **{**options, "benchmark": None})
+        PolicyRollout(str(run), benchmarks=PointBenchmarks(), **{**options, "benchmark": None}).evaluate()
 
 
 def test_speed_with_each_head(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class _Running:
     looked: float = 0.0
 
 
-class Rollouts(Evaluation):
+class BackgroundRollouts(Evaluation):
     """One rollout at a time; of the checkpoints that are due meanwhile the newest waits."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, launcher: Launcher):
