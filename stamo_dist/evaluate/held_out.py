@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,6 +45,10 @@ class HeldOutSource:
     train: Episodes
     held_out: Episodes
 
+    @cached_property
+    def reference(self) -> Reference:
+        return reference(self.train)
+
     def images(self, picks: Sequence[Pick]) -> Tensor:
         """uint8 (n, H, W, 3)."""
         return torch.cat([load(self.held_out, p.episode, [p.t]) for p in picks])
@@ -55,9 +60,6 @@ class Reference:
 
     mean: Tensor  # (3, H, W) float32 in [0, 1]
     moving: Tensor  # (H, W) bool
-
-    def to(self, device: torch.device) -> Reference:
-        return Reference(self.mean.to(device), self.moving.to(device))
 
 
 def open_sources(recipe: Recipe) -> list[HeldOutSource]:

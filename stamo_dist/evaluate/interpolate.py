@@ -99,7 +99,7 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[LineSegment, Scores]
         strip, gif = (self.folder / file for file in part.files)
         rows = {LINE: line.pictures[LINE], "real frames": line.truth}
         save_motion(strip, gif, rows, [f"frame {part.start + t}" for t in at], cell_size(self.recipe.data.image_size))
-        return line.scores(self.reference(part.source.name).moving)
+        return line.scores(part.source.reference.moving.to(self.tokenizer.device))
 
     def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
         return by_group(done, lambda name: self.parts[name].source.name, KINDS)

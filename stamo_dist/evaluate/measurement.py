@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stamo_dist.evaluate.held_out import HeldOutSource, Reference, open_sources, reference
+from stamo_dist.evaluate.held_out import HeldOutSource, open_sources
 from stamo_dist.evaluate.metrics import means
 from stamo_dist.evaluate.options import RunOptions
 from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance, output_folder
@@ -140,16 +140,6 @@ class TokenizerMeasurement(RunOptions, Measurement):
     @property
     def sampler_steps(self) -> int:
         return self.steps or self.recipe.flow.sampler_steps
-
-    @cached_property
-    def _references(self) -> dict[str, Reference]:
-        return {}
-
-    def reference(self, name: str) -> Reference:
-        """Mean image and moving pixels of a source, on the tokenizer's device; computed once."""
-        if name not in self._references:
-            self._references[name] = reference(self.sources[name].train).to(self.tokenizer.device)
-        return self._references[name]
 
     def settings(self) -> dict[str, Any]:
         left_out = {"run", "checkpoint", "out", "nproc", *self.unrecorded}

@@ -21,22 +21,20 @@ from stamo_dist.evaluate.use_options import (
     CropOption,
     OrientationOption,
     ViewsOption,
+    count,
+    named,
 )
 
 if TYPE_CHECKING:
     from stamo_dist.models.openvla.framing import Use
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
-CheckpointOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", metavar="STEP|best|PATH", help="Which one; the newest whole one when omitted."),
+CheckpointOption = Annotated[str | None, named("STEP|best|PATH", "Which one; the newest whole one when omitted.")]
+StepsOption = Annotated[int | None, count("Sampler steps; flow.sampler_steps when omitted.")]
+SettingsOption = Annotated[
+    list[str] | None, named("A.B=C", "Override one value of a recipe; may be repeated.", "--set")
 ]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", metavar="N", min=1, help="Sampler steps; flow.sampler_steps when omitted.")
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Where to write; RUN/eval/NAME when omitted.")
-]
+OutOption = Annotated[Path | None, named("DIR", "Where to write; RUN/eval/NAME when omitted.")]
 
 
 @dataclass
@@ -52,7 +50,7 @@ class RunOptions:
 class SharedOptions(RunOptions):
     """Of one that several processes can share."""
 
-    nproc: Annotated[int, typer.Option("--nproc", metavar="N", min=1, help="Processes that measure together.")] = 1
+    nproc: Annotated[int, count("Processes that measure together.")] = 1
 
 
 @dataclass
@@ -62,9 +60,9 @@ class ReconstructOptions(SharedOptions):
     Example: stamo eval reconstruct runs/tokenizer_demo --frames 64
     """
 
-    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 128
+    frames: Annotated[int, count("Most held-out frames of each source.")] = 128
     steps: StepsOption = None
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames decoded at once.")] = 32
+    batch: Annotated[int, count("Frames decoded at once.")] = 32
 
 
 @dataclass
@@ -74,10 +72,10 @@ class InterpolateOptions(SharedOptions):
     Example: stamo eval interpolate runs/tokenizer_demo --span 48
     """
 
-    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out episodes of each source.")] = 4
-    points: Annotated[int, typer.Option(metavar="N", min=3, help="Pictures on the line, ends included.")] = 9
+    episodes: Annotated[int, count("Most held-out episodes of each source.")] = 4
+    points: Annotated[int, count("Pictures on the line, ends included.", least=3)] = 9
     start: Annotated[int, typer.Option(metavar="T", min=0, help="Frame of the start state.")] = 0
-    span: Annotated[int, typer.Option(metavar="N", min=2, help="Frames from start to goal.")] = 32
+    span: Annotated[int, count("Frames from start to goal.", least=2)] = 32
     steps: StepsOption = None
 
 
@@ -88,9 +86,9 @@ class TransferOptions(SharedOptions):
     Example: stamo eval transfer runs/tokenizer_demo --span 48
     """
 
-    pairs: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs of episodes, of each two sources.")] = 2
-    points: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures of a motion, the first included.")] = 7
-    span: Annotated[int, typer.Option(metavar="N", min=1, help="Frames a motion lasts.")] = 32
+    pairs: Annotated[int, count("Pairs of episodes, of each two sources.")] = 2
+    points: Annotated[int, count("Pictures of a motion, the first included.", least=2)] = 7
+    span: Annotated[int, count("Frames a motion lasts.")] = 32
     steps: StepsOption = None
 
 
@@ -103,21 +101,15 @@ class ProbeOptions(SharedOptions):
     Example: stamo eval probe runs/tokenizer_demo --seeds 3
     """
 
-    k: Annotated[
-        list[int] | None,
-        typer.Option("--k", metavar="N", min=1, help="Frames between the two; may be repeated. 1, 2, 4, 8 if omitted."),
-    ] = None
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Heads of each kind, for the spread.")] = 3
-    episodes: Annotated[int, typer.Option(metavar="N", min=2, help="Most episodes of each split of a source.")] = 256
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60
-    patch_dim: Annotated[int, typer.Option(metavar="N", min=1, help="Most numbers of patch tokens.")] = 4096
+    k: Annotated[list[int] | None, count("Frames between the two; may be repeated. 1, 2, 4, 8 if omitted.")] = None
+    seeds: Annotated[int, count("Heads of each kind, for the spread.")] = 3
+    episodes: Annotated[int, count("Most episodes of each split of a source.", least=2)] = 256
+    epochs: Annotated[int, count("Most epochs a head is trained.")] = 60
+    patch_dim: Annotated[int, count("Most numbers of patch tokens.")] = 4096
     pixels: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Pixel difference: N × N cells; as many numbers as the state when omitted."
-        ),
+        int | None, count("Pixel difference: N × N cells; as many numbers as the state when omitted.")
     ] = None
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Frames encoded at once.")] = 64
+    batch: Annotated[int, count("Frames encoded at once.")] = 64
 
 
 @dataclass
@@ -133,18 +125,11 @@ class SpeedOptions(RunOptions):
         Path,
         typer.Argument(metavar="RUN|RECIPE", help="A run folder; or a policy's recipe, timed with random weights."),
     ]
-    batch: Annotated[
-        list[int] | None, typer.Option(metavar="N", min=1, help="Frames at once; may be repeated. 1, 16 if omitted.")
-    ] = None
-    calls: Annotated[int, typer.Option(metavar="N", min=2, help="Timed calls of each part.")] = 30
-    device: Annotated[
-        list[str] | None, typer.Option(metavar="cpu|cuda", help="May be repeated; all there are if omitted.")
-    ] = None
+    batch: Annotated[list[int] | None, count("Frames at once; may be repeated. 1, 16 if omitted.")] = None
+    calls: Annotated[int, count("Timed calls of each part.", least=2)] = 30
+    device: Annotated[list[str] | None, named("cpu|cuda", "May be repeated; all there are if omitted.")] = None
     steps: StepsOption = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Override one value of a recipe; may be repeated."),
-    ] = None
+    set_: SettingsOption = None
 
 
 TasksOption = Annotated[
@@ -154,18 +139,12 @@ TasksOption = Annotated[
         "Repeat or separate by commas."
     ),
 ]
-SimulatorsOption = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Simulators at once; as cores and memory allow when omitted.")
-]
-StepLimit = Annotated[
-    int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps of a trial; the benchmark's when omitted.")
-]
+SimulatorsOption = Annotated[int | None, count("Simulators at once; as cores and memory allow when omitted.")]
+StepLimit = Annotated[int | None, count("Steps of a trial; the benchmark's when omitted.")]
 PolicyArgument = Annotated[
     str, typer.Argument(metavar="POLICY", help="A policy's run folder, or a folder or hub id with its weights.")
 ]
-TokenizerOption = Annotated[
-    str | None, typer.Option(metavar="PATH", help="The StaMo tokenizer it sees through, where it moved.")
-]
+TokenizerOption = Annotated[str | None, named("PATH", "The StaMo tokenizer it sees through, where it moved.")]
 
 
 @dataclass(kw_only=True)
@@ -178,20 +157,19 @@ class PlanOptions(RunOptions):
     """
 
     tasks: TasksOption
-    benchmark: Annotated[
-        str | None, typer.Option(metavar="libero|metaworld|maniskill", help="The format of the source when omitted.")
-    ] = None
+    benchmark: Annotated[str | None, named("libero|metaworld|maniskill", "The format of the source when omitted.")] = (
+        None
+    )
     source: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Where the head learns; all sources of the benchmark if omitted."),
+        list[str] | None, named("NAME", "Where the head learns; all sources of the benchmark if omitted.")
     ] = None
-    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task and agent.")] = 20
-    k: Annotated[int, typer.Option("--k", metavar="N", min=1, help="Actions between two looks.")] = 4
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Most epochs a head is trained.")] = 60
+    trials: Annotated[int, count("Trials of each task and agent.")] = 20
+    k: Annotated[int, count("Actions between two looks.")] = 4
+    epochs: Annotated[int, count("Most epochs a head is trained.")] = 60
     max_steps: StepLimit = None
     processes: SimulatorsOption = None
-    videos: Annotated[int, typer.Option(metavar="N", min=0, help="Most videos shown of each task.")] = 1
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the heads and the random agent.")] = 0
+    videos: Annotated[int, count("Most videos shown of each task.", least=0)] = 1
+    seed: Annotated[int, named("N", "Of the heads and the random agent.")] = 0
 
 
 @dataclass(kw_only=True)
@@ -223,19 +201,17 @@ class ActionsOptions(UseOptions):
 
     policy: PolicyArgument = field(kw_only=False)
     shards: Annotated[
-        str | None,
-        typer.Option(metavar="SHARDS", help="Converted source on which released weights act; a run knows its own."),
+        str | None, named("SHARDS", "Converted source on which released weights act; a run knows its own.")
     ] = None
-    split: Annotated[str, typer.Option(metavar="NAME", help="Whose episodes.")] = "val"
+    split: Annotated[str, named("NAME", "Whose episodes.")] = "val"
     cameras: CamerasOption = None
     actions: ActionsOption = None
     unnorm_key: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Whose statistics scale the actions; those called as the shards are."),
+        str | None, named("NAME", "Whose statistics scale the actions; those called as the shards are.")
     ] = None
     tokenizer: TokenizerOption = None
-    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Most held-out frames of each source.")] = 256
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Moments at once.")] = 16
+    frames: Annotated[int, count("Most held-out frames of each source.")] = 256
+    batch: Annotated[int, count("Moments at once.")] = 16
     out: OutOption = None
 
 
@@ -244,10 +220,7 @@ class ShowOptions:
     """How a policy is shown a benchmark; as it was trained where nothing is said."""
 
     benchmark: Annotated[
-        str | None,
-        typer.Option(
-            metavar="libero|metaworld|maniskill", help="Which simulator; that of the training data when omitted."
-        ),
+        str | None, named("libero|metaworld|maniskill", "Which simulator; that of the training data when omitted.")
     ] = None
     cameras: CamerasOption = None
     size: Annotated[
@@ -255,8 +228,7 @@ class ShowOptions:
     ] = None
     actions: ActionsOption = None
     unnorm_key: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Source whose statistics scale the actions; the benchmark's or suite's own."),
+        str | None, named("NAME", "Source whose statistics scale the actions; the benchmark's or suite's own.")
     ] = None
 
 
@@ -275,23 +247,14 @@ class RolloutOptions(UseOptions, ShowOptions):
 
     policy: PolicyArgument = field(kw_only=False)
     tasks: TasksOption
-    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials of each task.")] = 20
-    act_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Actions taken of a chunk; all when omitted.")
-    ] = None
+    trials: Annotated[int, count("Trials of each task.")] = 20
+    act_steps: Annotated[int | None, count("Actions taken of a chunk; all when omitted.")] = None
     max_steps: StepLimit = None
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="STEP|best|PATH", help="Of a run, in place of its export.")
-    ] = None
+    checkpoint: Annotated[str | None, named("STEP|best|PATH", "Of a run, in place of its export.")] = None
     tokenizer: TokenizerOption = None
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Where it runs; the GPU where there is one.")
-    ] = None
+    device: Annotated[str | None, named("cpu|cuda", "Where it runs; the GPU where there is one.")] = None
     processes: SimulatorsOption = None
-    videos: Annotated[
-        int,
-        typer.Option("--videos", metavar="N", min=0, help="Videos kept of each task's successes, and of its failures."),
-    ] = 1
+    videos: Annotated[int, count("Videos kept of each task's successes, and of its failures.", least=0)] = 1
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Random actions and the benchmark's expert in the same trials, too.")
     ] = False

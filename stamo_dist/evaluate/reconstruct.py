@@ -72,10 +72,11 @@ class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
 
     def _pictures(self, name: str, picks: Sequence[Pick]) -> dict[str, Tensor]:
         images = self.sources[name].images(picks).to(self.tokenizer.device)
-        return pictures(self.tokenizer, images, picks, self.reference(name).mean, self.sampler_steps)
+        mean = self.sources[name].reference.mean.to(self.tokenizer.device)
+        return pictures(self.tokenizer, images, picks, mean, self.sampler_steps)
 
     def measure(self, part: Batch) -> Scores:
-        made, moving = self._pictures(*part), self.reference(part[0]).moving
+        made, moving = self._pictures(*part), self.sources[part[0]].reference.moving.to(self.tokenizer.device)
         return {kind: _scores(made[kind], made[ORIGINAL], moving, self._perceptual).tolist() for kind in KINDS}
 
     def scores(self, done: Mapping[str, Scores]) -> dict[str, Scores]:

@@ -89,7 +89,7 @@ class MotionTransfer(TransferOptions, PartwiseMeasurement[Pair, Scores]):
         strip, gif = (self.folder / file for file in part.files)
         rows = {f"{part.source.name}\nreal": made["real"], f"{part.scene.name}\n+ motion": made[ADDED]}
         save_motion(strip, gif, rows, [f"frame {t}" for t in at], cell_size(self.recipe.data.image_size))
-        return _scores(self.tokenizer, made, ~self.reference(part.scene.name).moving)
+        return _scores(self.tokenizer, made, ~part.scene.reference.moving.to(self.tokenizer.device))
 
     def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
         return by_group(done, lambda number: self.parts[number].name, KINDS)
