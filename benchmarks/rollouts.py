@@ -25,7 +25,6 @@ from stamo_dist.evaluate.options import ShowOptions
 from stamo_dist.evaluate.policy_agents import PolicyAgent
 from stamo_dist.evaluate.saved_policy import open_policy
 from stamo_dist.evaluate.shown import PolicyView
-from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder
 
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     benchmarks, run = Benchmarks(), RunFolder(options.run)
-    policy, _ = open_policy(run, load(run.resolved).recipe, options.device)
+    policy, _ = open_policy(run.path, options.device)
     shown = PolicyView.to(str(run.path), benchmarks, ShowOptions())
     setting = shown.with_views(policy.cfg.views, named=False)
     names = benchmarks.resolve(shown.benchmark, options.tasks.split(","), setting)

@@ -18,14 +18,13 @@ from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate.held_out import SPLIT, Pick, pick_frames
 from stamo_dist.evaluate.measurement import Measurement
 from stamo_dist.evaluate.options import ActionsOptions
-from stamo_dist.evaluate.result import EvaluationResult, Provenance, output_folder
+from stamo_dist.evaluate.result import EvaluationResult, output_folder
 from stamo_dist.evaluate.saved_policy import open_policy
 from stamo_dist.evaluate.shown import check_order
 from stamo_dist.evaluate.simulators import ACTIONS
 from stamo_dist.evaluate.use_options import split
-from stamo_dist.evaluate.weights import default_device
 from stamo_dist.models.openvla.framing import Preset
-from stamo_dist.models.policies import AnyPolicy, load_policy
+from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
@@ -100,9 +99,8 @@ class ActionErrors(ActionsOptions, Measurement):
         given = ("shards", "cameras", "actions", "unnorm_key")
         if said := [f"--{name.replace('_', '-')}" for name in given if getattr(self, name)]:
             raise RunError(f"{', '.join(said)}: {self.policy} is a run, whose recipe says it; leave it out")
-        recipe = load(run.resolved).recipe
-        self._policy, self.provenance = open_policy(run, recipe, tokenizer=self.tokenizer, use=use)
-        self._sources = _open(recipe, self._policy, self.split)
+        self._policy, self.provenance = open_policy(self.policy, tokenizer=self.tokenizer, use=use)
+        self._sources = _held_out(load(run.resolved).recipe, self._policy, self.split)
 
     def _open_released(self, folder: RunFolder) -> None:
         use = self.use()
@@ -112,8 +110,7 @@ class ActionErrors(ActionsOptions, Measurement):
             raise RunError(f"{self.policy}: is no run folder; say with --out where the results go")
         output_folder(folder, self.name, self.out)
         manifest = _manifest(self.shards, self.split, DEFAULT_CACHE)
-        self._policy = load_policy(self.policy, use=use, device=default_device(), tokenizer=self.tokenizer)
-        self.provenance = Provenance.of_released(self.policy)
+        self._policy, self.provenance = open_policy(self.policy, tokenizer=self.tokenizer, use=use)
         self._sources = [self._fit(manifest, self.shards, use.named)]
 
     def _fit(self, manifest: Manifest, path: str, preset: Preset | None) -> LabelledSource:
@@ -207,8 +204,8 @@ class ActionErrors(ActionsOptions, Measurement):
             "baseline": float(np.concatenate(baseline).mean()),
         }
 
-    def _act(self, source: LabelledSource, picks: Sequence[Pick]) -> list[NDArray[Any]]:
-        """The chunk predicted at each frame, (C, A) each."""
+    def _act(self, source: LabelledSource, picks: Sequence[Pick]) -> NDArray[Any]:
+        """The chunk predicted at each frame, (n, C, A)."""
         first = source.cameras[0]
         images = [[camera.frames(p.episode, [p.t])[0] for camera in source.cameras] for p in picks]
         texts = [first.episodes[p.episode].instruction_at(p.t) or source.instruction for p in picks]
@@ -227,7 +224,7 @@ def _manifest(path: str, split: str, cache: str) -> Manifest:
     return manifest
 
 
-def _open(recipe: Recipe, policy: AnyPolicy, split: str) -> list[LabelledSource]:
+def _held_out(recipe: Recipe, policy: AnyPolicy, split: str) -> list[LabelledSource]:
     found, problems = [], []
     for name, source in recipe.data.used.items():
         if name not in policy.statistics.sources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads, successes
-from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome, drive
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
 from stamo_dist.evaluate.features import (
     PATCHES,
     PIXELS,
@@ -30,7 +30,8 @@ from stamo_dist.evaluate.held_out import HeldOutSource, spread
 from stamo_dist.evaluate.measurement import TokenizerMeasurement
 from stamo_dist.evaluate.options import PlanOptions
 from stamo_dist.evaluate.result import EvaluationResult, Figure
-from stamo_dist.evaluate.simulators import Observation, Setting, SimulatorCatalogue, check_trials
+from stamo_dist.evaluate.simulated import SimulatedMeasurement
+from stamo_dist.evaluate.simulators import Observation, Setting, check_trials
 from stamo_dist.evaluate.use_options import split
 
 NOBODY = "random actions"
@@ -43,14 +44,12 @@ Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
 @dataclass(kw_only=True)
-class GoalPlanning(PlanOptions, TokenizerMeasurement):
+class GoalPlanning(PlanOptions, SimulatedMeasurement, TokenizerMeasurement):
     """Trials of each task, driven by a head for each of AGENTS; each agent's trials are a result."""
 
-    benchmarks: SimulatorCatalogue
-
-    name: ClassVar = "plan"
-    title: ClassVar = "Goal-conditioned planning"
-    about: ClassVar = (
+    name = "plan"
+    title = "Goal-conditioned planning"
+    about = (
         "An MLP head (the probe's) sees the difference between the goal image and the present one in one frozen "
         "representation and gives the next actions; the robot takes them and looks again. The head learned on the "
         "training episodes, from every frame to its episode's last. The goal image is the last moment of the scripted "
@@ -58,7 +57,7 @@ class GoalPlanning(PlanOptions, TokenizerMeasurement):
         f"from the training episodes. {successes.INTERVAL}"
     )
     columns: ClassVar = {"task": "task", "agent": "motion as", **successes.COLUMNS}
-    by: ClassVar = ("task", "agent")
+    by = ("task", "agent")
     better: ClassVar = {"success": "higher"}
 
     def select(self) -> None:
@@ -104,15 +103,8 @@ class GoalPlanning(PlanOptions, TokenizerMeasurement):
         figures: list[Figure] = []
         for name in AGENTS:
             store = TrialFolder(self.folder / "trials", {**self.identity(), "agent": name})
-            there = store.read(todo)
-            watched = self.bar.add_task(name, total=len(todo), completed=len(there))
-            if missing := [trial for trial in todo if trial not in there]:
-                agent = data.agent(self.represent, name, self._size, epochs=self.epochs, seed=self.seed)
-
-                def done(outcome: TrialOutcome) -> None:
-                    self.bar.advance(watched)  # noqa: B023
-
-                drive(simulation, agent, missing, store, keep_video=lambda o: o.trial < self.videos, done=done)
+            agent = partial(data.agent, self.represent, name, self._size, epochs=self.epochs, seed=self.seed)
+            self.run_trials(name, agent, simulation, todo, store, lambda outcome: outcome.trial < self.videos)
             found[name] = store.read(todo)
             for task in self._tasks:
                 of_task = [outcome for trial, outcome in found[name].items() if trial.task == task]

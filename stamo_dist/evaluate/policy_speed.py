@@ -53,8 +53,7 @@ class PolicySpeed(SpeedMeasurement):
         self._devices, self._batches = self.devices(), list(self.batch or (1,))
         self._run = None if self.run.is_file() else open_run(self.run)
         if self._run is not None:
-            self._recipe = load(self._run.resolved).recipe
-            step, weights = exported_at(self._run, self._recipe), str(self._run.model)
+            (self._recipe, step), weights = exported_at(self._run), str(self._run.model)
         else:
             self._recipe = load(self.run, self.set_ or ()).recipe
             step, weights = 0, "random weights"
@@ -74,7 +73,7 @@ class PolicySpeed(SpeedMeasurement):
         for device in self._devices:
             policy: AnyPolicy
             if self._run is not None:
-                policy, _ = open_policy(self._run, self._recipe, device)
+                policy, _ = open_policy(self.run, device)
             else:
                 policy = _random_policy(self._recipe, device)
             heads = _heads(policy)

@@ -9,18 +9,16 @@ from typing import Any, ClassVar
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome, drive
-from stamo_dist.evaluate.measurement import Measurement
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
 from stamo_dist.evaluate.options import RolloutOptions
 from stamo_dist.evaluate.policy_agents import PolicyAgent, RandomAgent
-from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance, output_folder
+from stamo_dist.evaluate.result import EvaluationResult, Figure, output_folder
 from stamo_dist.evaluate.saved_policy import SavedPolicy, exported_at, open_policy
 from stamo_dist.evaluate.shown import PolicyView
-from stamo_dist.evaluate.simulators import ACTIONS, Setting, SimulatorCatalogue, check_trials
+from stamo_dist.evaluate.simulated import SimulatedMeasurement
+from stamo_dist.evaluate.simulators import ACTIONS, Setting, check_trials
 from stamo_dist.evaluate.use_options import split
-from stamo_dist.evaluate.weights import default_device
-from stamo_dist.models.policies import AnyPolicy, load_policy
-from stamo_dist.recipe.load import load
+from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.run.folder import RunFolder
 
 #: The paper's names of LIBERO's suites, in its order.
@@ -46,10 +44,8 @@ class RolloutArm:
 
 
 @dataclass(kw_only=True)
-class PolicyRollout(RolloutOptions, Measurement):
+class PolicyRollout(RolloutOptions, SimulatedMeasurement):
     """Rollouts of a run's policy, or of what `load_policy` takes."""
-
-    benchmarks: SimulatorCatalogue
 
     name = "rollout"
     title = "Rollouts of the policy"
@@ -63,31 +59,26 @@ class PolicyRollout(RolloutOptions, Measurement):
     def open(self) -> None:
         if self.actions is not None and self.actions not in ACTIONS:
             raise RunError(f"--actions {self.actions}: must be one of {', '.join(ACTIONS)}")
-        use, path = self.use(), Path(self.policy)
+        use = self.use()
         saved = SavedPolicy(self.policy, self.checkpoint, self.out, self.name) if self.checkpoint is not None else None
-        run = RunFolder(path) if (path / "resolved.yaml").is_file() else None
-        recipe = load(run.resolved).recipe if run else None
-        if run and recipe:
+        run = RunFolder(Path(self.policy))
+        if is_run := run.resolved.is_file():
             if not saved:
-                exported_at(run, recipe)
+                exported_at(run)
             use.check_ours(self.policy)
         view = PolicyView.to(saved.model if saved else self.policy, self.benchmarks, self, use.named)
         self._tasks = self.benchmarks.resolve(view.benchmark, split(self.tasks), view.setting)
         check_trials(self.benchmarks, view.benchmark, self.trials)
         self._todo = [TaskTrial(name, number) for number in range(self.trials) for name in self._tasks]
         self._mine = successes.my_share(self._todo, self.slice, self.num_slices)
-        if run is None and self.out is None:
+        if not is_run and self.out is None:
             raise RunError(f"{self.policy}: is no run folder; say with --out where the results go")
         if saved:
             loaded, self.provenance = saved.open(self.device, self.tokenizer, use)
-        elif run and recipe:
-            loaded, self.provenance = open_policy(run, recipe, self.device, self.tokenizer, use)
         else:
-            device = self.device or default_device()
-            loaded = load_policy(self.policy, use=use, device=device, tokenizer=self.tokenizer)
-            self.provenance = Provenance.of_released(self.policy)
+            loaded, self.provenance = open_policy(self.policy, self.device, self.tokenizer, use)
         self._prepare(view, loaded)
-        self.folder = output_folder(run or RunFolder(path), self.name, self.out)
+        self.folder = output_folder(run, self.name, self.out)
         self._stamp = saved.digest if saved else _stamp(Path(self.provenance.checkpoint))
 
     def _prepare(self, view: PolicyView, loaded: AnyPolicy) -> None:
@@ -159,17 +150,10 @@ class PolicyRollout(RolloutOptions, Measurement):
         arms, benchmark = self._arms(), self._view.benchmark
         processes = self.processes or self.benchmarks.default_processes(benchmark)
         for arm in arms:
-            there = arm.store.read(self._mine)
-            missing = [trial for trial in self._mine if trial not in there]
             what = f"{benchmark}: trials" + (f" of {arm.name}" if self.baselines else "")
-            watched = self.bar.add_task(what, total=len(self._mine), completed=len(there))
-
-            def done(outcome: TrialOutcome) -> None:
-                self.bar.advance(watched)  # noqa: B023
-
             simulation = Simulation(self.benchmarks, benchmark, arm.setting, processes, self.max_steps)
             films = successes.Films(arm.store, self._mine, self.videos if arm.agent is self._agent else 0)
-            drive(simulation, arm.agent, missing, arm.store, keep_video=films, done=done)
+            self.run_trials(what, lambda: arm.agent, simulation, self._mine, arm.store, films)  # noqa: B023
         found = {arm.name: arm.store.read(self._todo) for arm in arms}
         absent = sum(len(self._todo) - len(outcomes) for outcomes in found.values())
         if self.num_slices > 1 and absent:

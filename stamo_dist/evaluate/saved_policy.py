@@ -11,7 +11,7 @@ from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.manifest import MARKER, read_marker
 from stamo_dist.errors import CheckpointError
 from stamo_dist.evaluate.result import Provenance, output_folder
-from stamo_dist.evaluate.weights import check_stage, default_device, named_checkpoint, read_recipe
+from stamo_dist.evaluate.weights import default_device, named_checkpoint, read_recipe
 from stamo_dist.export import write_model
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
@@ -21,35 +21,37 @@ from stamo_dist.run.folder import RunFolder, open_run
 SCRATCH = ".model."  # what a killed process leaves is called so
 
 
-def exported_at(run: RunFolder, recipe: Recipe) -> int:
-    """The step whose policy a run has exported.
+def exported_at(run: RunFolder) -> tuple[Recipe, int]:
+    """The recipe of a run, and the step whose policy it has exported.
 
     Raises:
         RunError: The run trains something else.
         CheckpointError: It has exported nothing yet.
     """
-    check_stage(run, recipe, "policy")
+    recipe = read_recipe(run, "policy")
     if not run.exported.is_file():
         raise CheckpointError(f"{run.path}: nothing exported yet; train it to its end")
-    return int(json.loads(run.exported.read_text())["step"])
+    return recipe, int(json.loads(run.exported.read_text())["step"])
 
 
 def open_policy(
-    run: RunFolder,
-    recipe: Recipe,
-    device: str | None = None,
-    tokenizer: str | None = None,
-    use: Use = AS_RECORDED,
+    policy: str | Path, device: str | None = None, tokenizer: str | None = None, use: Use = AS_RECORDED
 ) -> tuple[AnyPolicy, Provenance]:
-    """The policy that a run exported, and where it comes from; `tokenizer` is where the one it sees through moved to.
+    """What a run exported, or released weights, and where they come from.
+
+    `policy`: a run folder, or what `load_policy` takes. `tokenizer`: where the one it sees through moved to.
 
     Raises:
         RunError: The run trains something else.
         CheckpointError: It has exported nothing yet.
     """
-    step = exported_at(run, recipe)
-    policy = _load(recipe, run.model, device, tokenizer, use)
-    return policy, Provenance.of_export(recipe, str(run.model), step)
+    run = RunFolder(Path(policy))
+    if run.resolved.is_file():
+        recipe, step = exported_at(run)
+        loaded = _load(recipe, run.model, device, tokenizer, use)
+        return loaded, Provenance.of_export(recipe, str(run.model), step)
+    loaded = load_policy(policy, use=use, device=device or default_device(), tokenizer=tokenizer)
+    return loaded, Provenance.of_released(str(policy))
 
 
 def _load(recipe: Recipe, model: Path, device: str | None, tokenizer: str | None, use: Use) -> AnyPolicy:

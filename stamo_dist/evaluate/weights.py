@@ -27,14 +27,9 @@ def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
         RunError: The run trains something else.
     """
     recipe = load(run.resolved).recipe
-    check_stage(run, recipe, stage)
-    return recipe
-
-
-def check_stage(run: RunFolder, recipe: Recipe, stage: str) -> None:
-    """Raises: RunError: The run trains something else."""
     if recipe.stage != stage:
         raise RunError(f"{run.path}: its recipe trains the {recipe.stage} stage; give the run folder of a {stage}")
+    return recipe
 
 
 def default_device() -> str:
