@@ -273,7 +273,7 @@ def _solve(simulator: Simulator, number: int, max_steps: int) -> _Finished:
 
 
 class _Film:
-    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal stands beside."""
+    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal at their right."""
 
     def __init__(self, goal: Frame | None):
         self.frames: list[Frame] = []

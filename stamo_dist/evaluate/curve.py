@@ -1,6 +1,6 @@
 """A policy's success over the steps of its training: `RUN/eval/during/` for the page, `success.json` for the rest.
 
-Whoever ends a rollout writes them anew from the results that are there, the training or the rollout itself.
+Written anew, from the results that are there, whenever a rollout ends: by the training, or by the rollout itself.
 """
 
 from __future__ import annotations

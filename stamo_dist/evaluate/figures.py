@@ -1,4 +1,4 @@
-"""Pictures of a measurement. The ground is transparent and the text mid-grey: both read on light and on dark pages."""
+"""Pictures of a measurement: transparent ground and mid-grey text, for light and for dark pages."""
 
 from __future__ import annotations
 

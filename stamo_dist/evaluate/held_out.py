@@ -1,4 +1,4 @@
-"""Held-out frames, and what the training frames alone say about a source: its mean image and where things move."""
+"""Held-out frames of a run's sources, and the mean image and moving pixels of their training frames."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 
 class Measurement(ABC):
-    """One measurement; a subclass also derives from its options in `options.py`, whose fields are its settings.
+    """One measurement; a subclass also derives from its options in `options.py`, which are its constructor's arguments.
 
     `evaluate` calls `open`, which sets `folder` and `provenance`, and writes each of the `results`.
     """
