@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.simulators.catalogue import InstalledBenchmarks
-from stamo_dist.evaluate.actions import open_policy
-from stamo_dist.evaluate.closed_loop import Agent, Trial, TrialFolder, drive
-from stamo_dist.evaluate.rollout import PolicyAgent
-from stamo_dist.evaluate.shown import Shown
-from stamo_dist.recipe.load import load
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, drive
+from stamo_dist.evaluate.options import ShowOptions
+from stamo_dist.evaluate.policy_agents import PolicyAgent
+from stamo_dist.evaluate.saved_policy import open_policy
+from stamo_dist.evaluate.shown import PolicyView
 from stamo_dist.run.folder import RunFolder
 
 
@@ -64,13 +64,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     benchmarks, run = InstalledBenchmarks(), RunFolder(options.run)
-    policy, _ = open_policy(run, load(run.resolved).recipe, options.device)
-    shown = Shown.to(str(run.path), benchmarks, None, (), None, None, None)
+    policy, _ = open_policy(run.path, options.device)
+    shown = PolicyView.to(str(run.path), benchmarks, ShowOptions())
     setting = shown.with_views(policy.cfg.views, named=False)
     names = benchmarks.resolve(shown.benchmark, options.tasks.split(","), setting)
     agent = PolicyAgent(policy, shown.sources_of(names, policy), None)
     many = options.processes or benchmarks.default_processes(shown.benchmark)
-    trials = [Trial(name, number) for name in names for number in range(options.trials)]
+    trials = [TaskTrial(name, number) for name in names for number in range(options.trials)]
     rows = []
     for name, processes, driver in (
         ("one after the other", 1, agent), (f"{many} simulators", many, agent), ("without a policy", many, Same(agent)),
@@ -78,10 +78,9 @@ def main() -> None:
         counted = Counted(driver)
         with tempfile.TemporaryDirectory() as scratch:
             began = time.perf_counter()
-            drive(
-                counted, benchmarks, shown.benchmark, setting, trials, TrialFolder(Path(scratch), {"as": name}),
-                processes=processes, max_steps=options.max_steps, keep_video=lambda outcome: False,
-            )  # fmt: skip
+            simulation = Simulation(benchmarks, shown.benchmark, setting, processes, options.max_steps)
+            store = TrialFolder(Path(scratch), {"as": name})
+            drive(simulation, counted, trials, store, keep_video=lambda outcome: False)
             rows.append((name, time.perf_counter() - began, counted))
     table = Table(
         title=f"{len(trials)} trials of {shown.benchmark}, at most {options.max_steps} steps each, {options.device}"

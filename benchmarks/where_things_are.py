@@ -21,8 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from stamo_dist.data.frames import Episodes
-from stamo_dist.evaluate.common import load_tokenizer
 from stamo_dist.evaluate.features import Representations
+from stamo_dist.evaluate.weights import load_tokenizer
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import open_run
 

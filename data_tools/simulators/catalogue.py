@@ -17,7 +17,7 @@ _LIBERO_TRIALS = 50
 
 @dataclass(frozen=True)
 class InstalledBenchmarks:
-    """LIBERO, Meta-World and ManiSkill, as installed; a `stamo_dist.evaluate.simulators.Benchmarks`."""
+    """LIBERO, Meta-World and ManiSkill, as installed; a `stamo_dist.evaluate.simulators.SimulatorCatalogue`."""
 
     def checkable(self, benchmark: str) -> bool:
         from importlib.util import find_spec

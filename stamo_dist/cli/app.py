@@ -21,8 +21,9 @@ from stamo_dist.cli.serve import serve
 from stamo_dist.cli.submit import submit
 from stamo_dist.cli.train import encode, train
 from stamo_dist.errors import StamoError
-from stamo_dist.evaluate import loop_commands
+from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
+from stamo_dist.evaluate.rollout_check import check_rollout
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -35,14 +36,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
-loop_commands.register(eval_app, InstalledBenchmarks())
 
 
 @eval_app.callback()
-def _bring_launcher(context: typer.Context) -> None:
+def _bring_tools(context: typer.Context) -> None:
     from stamo_dist.launch.local import launch_local
 
-    context.obj = launch_local
+    context.obj = EvalTools(launch_local, InstalledBenchmarks())
 
 
 @recipe_app.callback()
@@ -50,7 +50,7 @@ def _bring_advice(context: typer.Context) -> None:
     def look(recipe: Recipe) -> list[str]:
         from stamo_dist.data.advice import advice
 
-        loop_commands.check_rollout(recipe, InstalledBenchmarks())
+        check_rollout(recipe, InstalledBenchmarks())
         return advice(recipe)
 
     context.obj = look

@@ -13,7 +13,7 @@ import typer
 
 from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.cli.options import Overrides, Processes, RecipePath
-from stamo_dist.evaluate import loop_commands
+from stamo_dist.evaluate.rollout_check import check_rollout
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -103,13 +103,13 @@ def _evaluation(recipe: Recipe) -> Evaluation:
     """What measures while it trains."""
     run = Path(recipe.run_dir)
     if recipe.evaluate.rollout is None:
-        from stamo_dist.evaluate.during import Standing
+        from stamo_dist.evaluate.during import BlockingEvaluation
 
-        return Standing(run, recipe)
-    from stamo_dist.evaluate.beside import Rollouts
+        return BlockingEvaluation(run, recipe)
+    from stamo_dist.evaluate.background import BackgroundRollouts
     from stamo_dist.launch.aside import launcher
     from stamo_dist.run.folder import RunFolder
 
     wanted = recipe.evaluate.rollout
-    loop_commands.check_rollout(recipe, InstalledBenchmarks())
-    return Rollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))
+    check_rollout(recipe, InstalledBenchmarks())
+    return BackgroundRollouts(RunFolder(run), recipe, launcher(run, wanted.where, wanted.cluster))

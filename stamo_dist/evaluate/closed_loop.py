@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting, Simulator
+from stamo_dist.evaluate.simulators import Observation, Setting, Simulator, SimulatorCatalogue
 from stamo_dist.run.folder import write_atomic
 
 #: Most pictures of a video; of longer trials every second, fourth, … is kept.
@@ -28,13 +28,13 @@ Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TaskTrial:
     task: str
     number: int
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """One finished trial, as its file keeps it."""
 
     task: str
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Agent(Protocol):
-    def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
         """Each moment's next actions, (C, A) each: all C are taken before the next look.
 
         `steps`: how many were taken before, in each trial.
@@ -61,27 +61,27 @@ class TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "settings.json", json.dumps(identity, indent=1, default=str) + "\n")
 
-    def read(self, trials: Sequence[Trial]) -> dict[Trial, Outcome]:
+    def read(self, trials: Sequence[TaskTrial]) -> dict[TaskTrial, TrialOutcome]:
         """Those of `trials` that are finished."""
         found = {}
         for trial in trials:
             with suppress(FileNotFoundError):
-                found[trial] = Outcome(**json.loads(self._file(trial).read_text()))
+                found[trial] = TrialOutcome(**json.loads(self._file(trial).read_text()))
         return found
 
-    def write(self, outcome: Outcome, video: Sequence[Frame]) -> None:
+    def write(self, outcome: TrialOutcome, video: Sequence[Frame]) -> None:
         """Keep an outcome, and its video (none when empty) beside it."""
-        path = self._file(Trial(outcome.task, outcome.trial))
+        path = self._file(TaskTrial(outcome.task, outcome.trial))
         path.parent.mkdir(exist_ok=True)
         if video:
             _save_video(path.with_suffix(".gif"), video)
         write_atomic(path, json.dumps(asdict(outcome)) + "\n")
 
-    def video(self, outcome: Outcome) -> Path | None:
-        path = self._file(Trial(outcome.task, outcome.trial)).with_suffix(".gif")
+    def video(self, outcome: TrialOutcome) -> Path | None:
+        path = self._file(TaskTrial(outcome.task, outcome.trial)).with_suffix(".gif")
         return path if path.is_file() else None
 
-    def _file(self, trial: Trial) -> Path:
+    def _file(self, trial: TaskTrial) -> Path:
         return self.path / re.sub(r"[^\w.-]", "_", trial.task) / f"{trial.number:05d}.json"
 
 
@@ -93,23 +93,29 @@ def _save_video(path: Path, frames: Sequence[Frame], fps: float = 12) -> None:
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=lasts, loop=0)
 
 
+@dataclass(frozen=True)
+class Simulation:
+    """Which simulators run, what they show, how many at once, and for how long; picklable."""
+
+    benchmarks: SimulatorCatalogue
+    benchmark: str
+    setting: Setting
+    processes: int
+    max_steps: int | None = None  # of a trial; the benchmark's when None
+
+
 def drive(
+    simulation: Simulation,
     agent: Agent | None,
-    benchmarks: Benchmarks,
-    benchmark: str,
-    setting: Setting,
-    trials: Sequence[Trial],
+    trials: Sequence[TaskTrial],
     folder: TrialFolder,
     *,
-    processes: int,
-    max_steps: int | None = None,
-    keep_video: Callable[[Outcome], bool] = lambda outcome: not outcome.success,
-    done: Callable[[Outcome], None] = lambda outcome: None,
+    keep_video: Callable[[TrialOutcome], bool] = lambda outcome: not outcome.success,
+    done: Callable[[TrialOutcome], None] = lambda outcome: None,
 ) -> None:
-    """Run the trials and write each into `folder`; `done` hears of each.
+    """Run the trials and write each into `folder`; `done` is called with each outcome.
 
-    `agent`: None where the setting has the benchmark's expert act. `max_steps`: instead of the benchmark's.
-    `keep_video`: of which outcomes a video is kept.
+    `agent`: None where the setting has the benchmark's expert act. `keep_video`: of which outcomes a video is kept.
 
     Raises:
         DataError: A simulator cannot be started, a trial cannot begin, or an action does not fit.
@@ -117,11 +123,10 @@ def drive(
     waiting = sorted(trials, key=lambda trial: (trial.task, trial.number))
     if not waiting:
         return
-    context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers: dict[Connection, _Worker] = {}
-        for _ in range(min(processes, len(waiting))):
-            worker = _Worker(context, benchmarks, benchmark, setting, max_steps)
+        for _ in range(min(simulation.processes, len(waiting))):
+            worker = _Worker(simulation)
             stack.callback(worker.close)
             workers[worker.pipe] = worker
             worker.begin(_next(waiting, [w.trial.task for w in workers.values() if w.trial], None))
@@ -134,7 +139,7 @@ def drive(
                 if isinstance(message, _Finished):
                     trial = worker.trial
                     assert trial is not None
-                    outcome = Outcome(trial.task, trial.number, message.success, message.steps, message.seconds)
+                    outcome = TrialOutcome(trial.task, trial.number, message.success, message.steps, message.seconds)
                     folder.write(outcome, message.video if keep_video(outcome) else [])
                     done(outcome)
                     others = [w.trial.task for w in busy.values() if w.trial and w is not worker]
@@ -149,7 +154,7 @@ def drive(
                     worker.pipe.send(np.asarray(chunk, np.float64))
 
 
-def _next(waiting: list[Trial], others: Sequence[str], last: str | None) -> Trial | None:
+def _next(waiting: list[TaskTrial], others: Sequence[str], last: str | None) -> TaskTrial | None:
     """Take the next trial: of the same task, because starting one takes seconds; else of a task that nobody runs."""
     if not waiting:
         return None
@@ -177,17 +182,15 @@ class _Failed:
 class _Worker:
     """This process's end of one simulator process."""
 
-    def __init__(
-        self, context: Any, benchmarks: Benchmarks, benchmark: str, setting: Setting, max_steps: int | None
-    ):  # fmt: skip
-        self.trial: Trial | None = None
+    def __init__(self, simulation: Simulation):
+        context = multiprocessing.get_context("spawn")
+        self.trial: TaskTrial | None = None
         self.pipe, other = context.Pipe()
-        arguments = (other, benchmarks, benchmark, setting, max_steps)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=_serve, args=(other, simulation), daemon=True)
         self._process.start()
         other.close()
 
-    def begin(self, trial: Trial | None) -> None:
+    def begin(self, trial: TaskTrial | None) -> None:
         self.trial = trial
         if trial is not None:
             self.pipe.send(trial)
@@ -210,9 +213,7 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(
-    pipe: Connection, benchmarks: Benchmarks, benchmark: str, setting: Setting, max_steps: int | None
-) -> None:  # fmt: skip
+def _serve(pipe: Connection, simulation: Simulation) -> None:
     """A simulator process: trials come in, moments and outcomes go out."""
     import os
     import signal
@@ -232,9 +233,10 @@ def _serve(
                 if simulator is None or task != trial.task:
                     if simulator is not None:
                         simulator.close()
-                    simulator, task = benchmarks.open(benchmark, trial.task, setting), trial.task
-                limit = max_steps or simulator.max_steps
-                run = _solve(simulator, trial.number, limit) if setting.expert else None
+                    simulator = simulation.benchmarks.open(simulation.benchmark, trial.task, simulation.setting)
+                    task = trial.task
+                limit = simulation.max_steps or simulator.max_steps
+                run = _solve(simulator, trial.number, limit) if simulation.setting.expert else None
                 pipe.send(run or _run(pipe, simulator, trial.number, limit))
             except DataError as e:
                 pipe.send(_Failed(f"{trial.task}: {e}" if trial.task not in str(e) else str(e), True))
@@ -271,7 +273,7 @@ def _solve(simulator: Simulator, number: int, max_steps: int) -> _Finished:
 
 
 class _Film:
-    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal stands beside."""
+    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal at their right."""
 
     def __init__(self, goal: Frame | None):
         self.frames: list[Frame] = []

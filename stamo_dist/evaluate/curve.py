@@ -1,6 +1,6 @@
 """A policy's success over the steps of its training: `RUN/eval/during/` for the page, `success.json` for the rest.
 
-Whoever ends a rollout writes them anew from the results that are there, the training or the rollout itself.
+Written anew, from the results that are there, whenever a rollout ends: by the training, or by the rollout itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.common import Figure, Provenance, Result
+from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.success import KEY, Success, Successes, best_of
@@ -88,10 +88,11 @@ def write(run: RunFolder, recipe: Recipe) -> None:
     rows = [{"step": step, **row} for step, there in found.items() for row in there["rows"]]
     place = folder(run, newest).name
     figures = [Figure(**{**figure, "file": f"{place}/{figure['file']}"}) for figure in found[newest]["figures"]]
-    Result(
-        NAME, "Success while it trained", _ABOUT + successes.INTERVAL, _COLUMNS, rows, found[newest]["settings"],
-        Provenance(**found[newest]["provenance"]), [], figures,
-    ).write(run.evaluations / NAME)  # fmt: skip
+    provenance, settings = Provenance(**found[newest]["provenance"]), found[newest]["settings"]
+    title, about = "Success while it trained", _ABOUT + successes.INTERVAL
+    EvaluationResult(NAME, title, about, _COLUMNS, rows, settings, provenance, figures=figures).write(
+        run.evaluations / NAME
+    )
 
 
 def reason(log: Path) -> str:

@@ -15,10 +15,11 @@ from rich.console import Console
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate import heads
-from stamo_dist.evaluate.common import Figure, Provenance, Result
 from stamo_dist.evaluate.features import STATE
-from stamo_dist.evaluate.probe import probe
-from stamo_dist.evaluate.reconstruct import TOKENIZER, reconstruct
+from stamo_dist.evaluate.measurement import Measurement
+from stamo_dist.evaluate.probe import ActionProbe
+from stamo_dist.evaluate.reconstruct import TOKENIZER, Reconstruction
+from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tracking.logger import RunLogger
@@ -33,7 +34,13 @@ _ABOUT = (
 _EPISODES, _EPOCHS = 16, 20  # of the probe
 
 
-class Standing(Evaluation):
+class _QuickProbe(ActionProbe):
+    kinds = (heads.MLP,)
+    representations = (STATE,)
+    keep_features = False
+
+
+class BlockingEvaluation(Evaluation):
     """Measures a tokenizer on rank 0 while the others wait."""
 
     def __init__(self, run: Path, recipe: Recipe):
@@ -67,7 +74,6 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
     Raises:
         StamoError: A source has no held-out split, or one too short for the probe.
     """
-    silent = Console(file=io.StringIO())
     folder = RunFolder(run).evaluations / NAME
     here = folder / f"step_{step:08d}"
     checkpoint = str(folder_of(RunFolder(run).checkpoints, step))
@@ -75,7 +81,8 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
     pictures: dict[str, Path] = {}
     provenance = None
     if recipe.evaluate.reconstruct:
-        result = reconstruct(run, checkpoint=checkpoint, frames=recipe.evaluate.reconstruct, out=here, console=silent)
+        frames = recipe.evaluate.reconstruct
+        result = _quietly(Reconstruction(run, checkpoint, here, frames=frames))
         provenance = result.provenance
         for row in result.rows:
             if row["image"] == TOKENIZER and row["source"] != "all":
@@ -83,10 +90,8 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
         sources = [row["source"] for row in result.rows[::3] if row["source"] != "all"]
         pictures = {f"eval/{s}": here / f.file for s, f in zip(sources, result.figures, strict=True)}
     if recipe.evaluate.probe:
-        result = probe(
-            run, checkpoint=checkpoint, ks=recipe.evaluate.probe, seeds=1, episodes=_EPISODES, epochs=_EPOCHS,
-            kinds=(heads.MLP,), representations=(STATE,), keep_features=False, out=here / "probe", console=silent,
-        )  # fmt: skip
+        ks, more = list(recipe.evaluate.probe), {"episodes": _EPISODES, "epochs": _EPOCHS}
+        result = _quietly(_QuickProbe(run, checkpoint, here / "probe", k=ks, seeds=1, **more))
         provenance = provenance or result.provenance
         for row in result.rows:
             if row["representation"] == STATE:
@@ -101,6 +106,12 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
     return {key: value for key, value in numbers.items() if value is not None}, pictures
 
 
+def _quietly(measurement: Measurement) -> EvaluationResult:
+    result = measurement.evaluate(Console(file=io.StringIO()))
+    assert result is not None, "it is measured by this process alone"
+    return result
+
+
 def _summary(folder: Path, recipe: Recipe, pictures: dict[str, Path], step: int, provenance: Provenance) -> None:
     """One table of all steps up to this one; those after it are of a start that was given up."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*/row.json"))]
@@ -108,7 +119,8 @@ def _summary(folder: Path, recipe: Recipe, pictures: dict[str, Path], step: int,
     columns = dict(_HEADINGS) if recipe.evaluate.reconstruct else {"step": "step", "source": "source"}
     columns |= {f"mse_{k}": f"k = {k}" for k in recipe.evaluate.probe}
     figures = [Figure(str(p.relative_to(folder)), f"{name[5:]}, step {step}") for name, p in pictures.items()]
-    Result(
-        NAME, "While it trained", _ABOUT, columns, [{key: row.get(key) for key in columns} for row in rows],
-        recipe.evaluate.model_dump(), provenance, [], figures,
-    ).write(folder)  # fmt: skip
+    rows = [{key: row.get(key) for key in columns} for row in rows]
+    settings = recipe.evaluate.model_dump()
+    EvaluationResult(NAME, "While it trained", _ABOUT, columns, rows, settings, provenance, figures=figures).write(
+        folder
+    )

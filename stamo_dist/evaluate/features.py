@@ -97,10 +97,16 @@ class FeatureCache:
         """Representation → (frames of the episode, dimension)."""
         manifest, found = episodes.manifest, episodes.episodes[index]
         key = {
-            **self._represent.key, "source": manifest.name, "fingerprint": manifest.source_fingerprint,
-            "checksums": manifest.checksums, "options": manifest.options, "split": split, "camera": episodes.camera,
-            "episode": found.id, "length": found.length,
-        }  # fmt: skip
+            **self._represent.key,
+            "source": manifest.name,
+            "fingerprint": manifest.source_fingerprint,
+            "checksums": manifest.checksums,
+            "options": manifest.options,
+            "split": split,
+            "camera": episodes.camera,
+            "episode": found.id,
+            "length": found.length,
+        }
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
         if self.folder is None:
             if name not in self._memory:

@@ -1,4 +1,4 @@
-"""Pictures of a measurement. The ground is transparent and the text mid-grey: both read on light and on dark pages."""
+"""Pictures of a measurement: transparent ground and mid-grey text, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def save_gif(path: Path, frames: Sequence[Sequence[Tensor]], *, cell: int, fps: 
         sheets.append(sheet)
     sheets += sheets[-2:0:-1]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=round(1000 / fps), loop=0)
+
+
+def save_motion(strip: Path, gif: Path, rows: Mapping[str, Tensor], headings: Sequence[str], cell: int) -> None:
+    """Write rows of images (T, 3, H, W), by label, below each other as PNG and beside each other as GIF."""
+    images = [list(row) for row in rows.values()]
+    save_grid(strip, images, headings=headings, labels=list(rows), cell=cell)
+    save_gif(gif, list(zip(*images, strict=True)), cell=cell)
 
 
 def save_lines(

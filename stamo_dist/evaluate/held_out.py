@@ -1,11 +1,11 @@
-"""Held-out frames, and what the training frames alone say about a source: its mean image and where things move."""
+"""Held-out frames of a run's sources, and the mean image and moving pixels of their training frames."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from stamo_dist.checkpoint.select import growth_of_run
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.sources import open_source
 from stamo_dist.errors import DataError
-from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe
 
 SPLIT = "val"
@@ -38,13 +37,17 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Source:
+class HeldOutSource:
     """The first camera of one source of a recipe."""
 
     name: str
     camera: str
     train: Episodes
     held_out: Episodes
+
+    @cached_property
+    def reference(self) -> Reference:
+        return reference(self.train)
 
     def images(self, picks: Sequence[Pick]) -> Tensor:
         """uint8 (n, H, W, 3)."""
@@ -59,7 +62,7 @@ class Reference:
     moving: Tensor  # (H, W) bool
 
 
-def open_sources(recipe: Recipe) -> list[Source]:
+def open_sources(recipe: Recipe) -> list[HeldOutSource]:
     """Every source that the recipe trains on (of several folders, the first), with its held-out split, as the run in
     `run_dir` has it should the source have grown since.
 
@@ -82,18 +85,12 @@ def open_sources(recipe: Recipe) -> list[Source]:
             train, held_out = (
                 Episodes(path, split, camera, cache=recipe.data.cache, growth=grown) for split in (entry.split, SPLIT)
             )
-            sources.append(Source(name, camera, train, held_out))
+            sources.append(HeldOutSource(name, camera, train, held_out))
         except DataError as e:
             problems.append(f"data.sources.{name}: {e}")
     if problems:
         raise DataError("\n".join(problems))
     return sources
-
-
-def identity(tokenizer: Tokenizer, sources: Sequence[Source], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a measurement's numbers."""
-    checksums = {source.name: [source.camera, source.train.manifest.checksums] for source in sources}
-    return {**settings, "tokenizer": tokenizer.fingerprint(), "data": checksums}
 
 
 def load(episodes: Episodes, index: int, ts: Sequence[int]) -> Tensor:

@@ -2,143 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.common import (
-    Figure,
-    Result,
-    known,
-    load_tokenizer,
-    output_folder,
-    partial,
-    progress,
-    read_recipe,
-    sampler_noise,
-)
-from stamo_dist.evaluate.crew import Crew
-from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, identity, load, open_sources, reference, spread
+from stamo_dist.evaluate.figures import cell_size, file_name, save_motion
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, HeldOutSource, load, spread
+from stamo_dist.evaluate.measurement import PartwiseMeasurement, by_group
 from stamo_dist.evaluate.metrics import order, psnr
+from stamo_dist.evaluate.options import InterpolateOptions
+from stamo_dist.evaluate.result import Figure
+from stamo_dist.evaluate.weights import sampler_noise
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.run.folder import open_run
 
-NAME = "interpolate"
 FADE, LINE, OWN = KINDS = ("cross-fade", "line of states", "own states")
-Scores = dict[str, list[float]]
-_COLUMNS = {
-    "source": "source",
-    "image": "image",
-    "episodes": "episodes",
-    "psnr": "PSNR dB",
-    "psnr_moving": "moving dB",
-    "spearman": "order",
-    "increasing": "forward",
-}
-_ABOUT = (
-    f"Split {SPLIT!r}, first camera: the straight line of states from one frame of an episode to a later one. PSNR of "
-    "the pictures between the ends against the real frames at the same times, over all and over the moving pixels: for "
-    "the decoded line, for a cross-fade of the two real ends (no model), and for each real frame's own state decoded "
-    "(what the tokenizer can reach). The states of all real frames between (their pixels, for the cross-fade) are "
-    "projected on the line: order is the rank correlation (Spearman) of the projection with time, forward the share of "
-    f"steps that go forward. {MOVING_RULE}"
-)
-
-
-def interpolate(
-    run_path: Path,
-    *,
-    checkpoint: str | None = None,
-    episodes: int = 4,
-    points: int = 9,
-    start: int = 0,
-    span: int = 32,
-    steps: int | None = None,
-    out: Path | None = None,
-    console: Console | None = None,
-    crew: Crew = Crew(),  # noqa: B008 (frozen)
-) -> Result:
-    """Interpolate at most `episodes` held-out episodes of each source and write RUN/eval/interpolate/.
-
-    `points`: pictures on the line, ends included, 3 or more. The line goes from frame `start` to `start + span`, or to
-    the episode's last frame. `steps`: of the sampler, the recipe's when omitted. `out`: another folder to write to.
-    `crew`: processes that measure together; the first writes the table. Started again after a kill it goes on.
-
-    Raises:
-        StamoError: No such run, no checkpoint yet, a source without a held-out split or without a long enough episode;
-            nothing was written.
-    """
-    console = crew.console(console)
-    run = open_run(run_path)
-    recipe = read_recipe(run)
-    sources = {source.name: source for source in open_sources(recipe)}
-    parts = {
-        f"{name}/{index}": Part(source, index, start, min(start + span, source.held_out.episodes[index].length - 1))
-        for name, source in sources.items()
-        for index in _choose(source, episodes, start)
-    }
-    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
-    folder = output_folder(run, NAME, out)
-    steps = steps or recipe.flow.sampler_steps
-    settings = {"episodes": episodes, "points": points, "start": start, "span": span, "steps": steps}
-    trials = crew.trials(folder, NAME, identity(tokenizer, list(sources.values()), settings))
-    moving = cache(lambda name: reference(sources[name].train).moving.to(tokenizer.device))
-
-    def measure(part: Part) -> Scores:
-        frames = load(part.source.held_out, part.episode, range(part.start, part.goal + 1)).to(tokenizer.device)
-        count = min(points, len(frames))
-        at = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
-        line = Line(tokenizer, frames, at, part.source.held_out.episodes[part.episode].start + part.start, steps)
-        strip, gif = (folder / file for file in part.files)
-        line.draw(strip, gif, [f"frame {part.start + t}" for t in at])
-        return line.scores(moving(part.source.name))
-
-    result: Result
-
-    def tell(done: dict[str, Scores]) -> None:
-        nonlocal result
-        bar.update(watched, completed=len(done))
-        there = [parts[name] for name in done]
-        rows = [
-            _row(name, kind, values)
-            for name in sources
-            for kind in KINDS
-            if (values := [scores[kind] for key, scores in done.items() if parts[key].source.name == name])
-        ]
-        figures = [
-            Figure(part.files[gif], f"{part}: {LINE} {'beside' if gif else 'above'} the real frames")
-            for gif in (0, 1)
-            for part in there
-        ]
-        result = Result(
-            NAME, "Interpolation of states", _ABOUT, _COLUMNS, rows, settings, provenance, [], figures,
-            by=["source", "image"], better=dict.fromkeys(("psnr", "psnr_moving", "spearman"), "higher"),
-            partial=partial(len(done), len(parts), "episodes"),
-        )  # fmt: skip
-        if crew.main:
-            result.write(folder)
-
-    with progress(console) as bar:
-        watched = bar.add_task("episodes", total=len(parts))
-        crew.rounds(trials, parts, measure, tell)
-    trials.close()
-    result.show(console, folder)
-    return result
+Scores = dict[str, list[float]]  # picture → PSNR, PSNR over the moving pixels, rank correlation, share forward
 
 
 @dataclass(frozen=True)
-class Part:
-    """A line between two frames of a held-out episode."""
+class LineSegment:
+    """The frames `start` to `goal` of a held-out episode, whose states are the ends of a line."""
 
-    source: Source
+    source: HeldOutSource
     episode: int
     start: int
     goal: int
@@ -154,16 +44,73 @@ class Part:
         return f"{self.source.name}, {episode}, frames {self.start} to {self.goal}"
 
 
-def _choose(source: Source, episodes: int, start: int) -> list[int]:
-    """Evenly spaced episodes among those that have a frame between `start` and a goal."""
-    lengths = [episode.length for episode in source.held_out.episodes]
-    possible = [i for i, length in enumerate(lengths) if length >= start + 3]
-    if not possible:
-        raise DataError(
-            f"data.sources.{source.name}: the longest held-out episode has {max(lengths)} frames, a line from frame "
-            f"{start} needs {start + 3}; choose an earlier --start or convert longer episodes"
-        )
-    return [possible[i] for i in spread(episodes, len(possible))]
+class Interpolation(InterpolateOptions, PartwiseMeasurement[LineSegment, Scores]):
+    """Lines from frame `start` to `start + span`, or to the episode's last frame."""
+
+    name = "interpolate"
+    title = "Interpolation of states"
+    about = (
+        f"Split {SPLIT!r}, first camera: the straight line of states from one frame of an episode to a later one. PSNR "
+        "of the pictures between the ends against the real frames at the same times, over all and over the moving "
+        "pixels: for the decoded line, for a cross-fade of the two real ends (no model), and for each real frame's own "
+        "state decoded (what the tokenizer can reach). The states of all real frames between (their pixels, for the "
+        "cross-fade) are projected on the line: order is the rank correlation (Spearman) of the projection with time, "
+        f"forward the share of steps that go forward. {MOVING_RULE}"
+    )
+    columns: ClassVar = {
+        "source": "source",
+        "image": "image",
+        "episodes": "episodes",
+        "psnr": "PSNR dB",
+        "psnr_moving": "moving dB",
+        "spearman": "order",
+        "increasing": "forward",
+    }
+    by = ("source", "image")
+    better: ClassVar = dict.fromkeys(("psnr", "psnr_moving", "spearman"), "higher")
+    noun = "episodes"
+
+    def select(self) -> None:
+        self.parts = {
+            f"{name}/{segment.episode}": segment
+            for name, source in self.sources.items()
+            for segment in self._segments(source)
+        }
+
+    def _segments(self, source: HeldOutSource) -> list[LineSegment]:
+        """Of evenly spaced episodes among those that have a frame between `start` and a goal."""
+        lengths = [episode.length for episode in source.held_out.episodes]
+        possible = [i for i, length in enumerate(lengths) if length >= self.start + 3]
+        if not possible:
+            raise DataError(
+                f"data.sources.{source.name}: the longest held-out episode has {max(lengths)} frames, a line from "
+                f"frame {self.start} needs {self.start + 3}; choose an earlier --start or convert longer episodes"
+            )
+        chosen = [possible[i] for i in spread(self.episodes, len(possible))]
+        return [LineSegment(source, i, self.start, min(self.start + self.span, lengths[i] - 1)) for i in chosen]
+
+    def measure(self, part: LineSegment) -> Scores:
+        held_out = part.source.held_out
+        frames = load(held_out, part.episode, range(part.start, part.goal + 1)).to(self.tokenizer.device)
+        count = min(self.points, len(frames))
+        at = [round(i * (len(frames) - 1) / (count - 1)) for i in range(count)]
+        sample = held_out.episodes[part.episode].start + part.start
+        line = Line(self.tokenizer, frames, at, sample, self.sampler_steps)
+        strip, gif = (self.folder / file for file in part.files)
+        rows = {LINE: line.pictures[LINE], "real frames": line.truth}
+        save_motion(strip, gif, rows, [f"frame {part.start + t}" for t in at], cell_size(self.recipe.data.image_size))
+        return line.scores(part.source.reference.moving.to(self.tokenizer.device))
+
+    def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
+        return by_group(done, lambda name: self.parts[name].source.name, KINDS)
+
+    def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
+        there = [self.parts[name] for name in done]
+        return [
+            Figure(part.files[gif], f"{part}: {LINE} {'beside' if gif else 'above'} the real frames")
+            for gif in (0, 1)
+            for part in there
+        ]
 
 
 class Line:
@@ -188,14 +135,3 @@ class Line:
             kind: [psnr(images[1:-1], truth, where).mean().item() for where in (None, moving)] + [*self.order[kind]]
             for kind, images in self.pictures.items()
         }
-
-    def draw(self, strip: Path, gif: Path, headings: Sequence[str]) -> None:
-        rows, cell = [list(self.pictures[LINE]), list(self.truth)], cell_size(self.truth.shape[-1])
-        save_grid(strip, rows, headings=headings, labels=[LINE, "real frames"], cell=cell)
-        save_gif(gif, list(zip(*rows, strict=True)), cell=cell)
-
-
-def _row(source: str, kind: str, values: Sequence[Sequence[float]]) -> dict[str, object]:
-    means = torch.tensor(values, dtype=torch.float64).nanmean(0).tolist()
-    scores = {key: known(mean) for key, mean in zip(list(_COLUMNS)[3:], means, strict=True)}
-    return {"source": source, "image": kind, "episodes": len(values), **scores}

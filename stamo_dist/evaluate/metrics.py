@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -80,3 +82,8 @@ def order(points: Tensor) -> tuple[float, float]:
     along = (points - points[0]) @ line
     time = torch.arange(len(along), dtype=torch.float64)
     return spearman_corrcoef(along, time).item(), (along.diff() > 0).to(torch.float64).mean().item()
+
+
+def means(table: Sequence[Sequence[float]]) -> list[float | None]:
+    """Of each column over the values that are there; None where none is, which JSON can hold."""
+    return [None if math.isnan(x) else x for x in torch.tensor(table, dtype=torch.float64).nanmean(0).tolist()]

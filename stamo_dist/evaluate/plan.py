@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads, successes
-from stamo_dist.evaluate.closed_loop import Agent, Outcome, Trial, TrialFolder, drive
-from stamo_dist.evaluate.common import Result, load_tokenizer, output_folder, progress, read_recipe
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
 from stamo_dist.evaluate.features import (
     PATCHES,
     PIXELS,
@@ -27,173 +26,147 @@ from stamo_dist.evaluate.features import (
     Representations,
     standardising_frames,
 )
-from stamo_dist.evaluate.held_out import Source, open_sources, spread
-from stamo_dist.evaluate.simulators import Benchmarks, Observation, Setting
-from stamo_dist.run.folder import open_run
+from stamo_dist.evaluate.held_out import HeldOutSource, spread
+from stamo_dist.evaluate.measurement import TokenizerMeasurement
+from stamo_dist.evaluate.options import PlanOptions
+from stamo_dist.evaluate.result import EvaluationResult, Figure
+from stamo_dist.evaluate.simulated import SimulatedMeasurement
+from stamo_dist.evaluate.simulators import Observation, Setting, check_trials
+from stamo_dist.evaluate.use_options import split
 
-NAME = "plan"
 NOBODY = "random actions"
 _ALL = "all tasks"
 AGENTS = (STATE, POOLED, PATCHES, PIXELS, RANDOM, NOBODY)
 #: The simulators draw at this many times the frames' side, and the picture is averaged, as a camera does.
 _FINER = 2
-_COLUMNS = {"task": "task", "agent": "motion as", **successes.COLUMNS}
-_ABOUT = (
-    "An MLP head (the probe's) sees the difference between the goal image and the present one in one frozen "
-    "representation and gives the next actions; the robot takes them and looks again. The head learned on the training "
-    "episodes, from every frame to its episode's last. The goal image is the last moment of the scripted expert's own "
-    "solution of the same initial state; success is the benchmark's own check. random actions: drawn from the training "
-    "episodes. "
-)
+_EPISODES, _PATCH_DIM = 256, 4096  # as of the probe
+Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
-def plan(
-    run_path: Path,
-    benchmarks: Benchmarks,
-    *,
-    tasks: Sequence[str],
-    benchmark: str | None = None,
-    source: str | Sequence[str] | None = None,
-    checkpoint: str | None = None,
-    trials: int = 20,
-    k: int = 4,
-    agents: Sequence[str] = AGENTS,
-    episodes: int = 256,
-    epochs: int = 60,
-    patch_dim: int = 4096,
-    max_steps: int | None = None,
-    processes: int | None = None,
-    videos: int = 2,
-    seed: int = 0,
-    out: Path | None = None,
-    console: Console | None = None,
-) -> Result:
-    """Drive the robot of a benchmark by the motions of a run's tokenizer and write RUN/eval/plan/.
+@dataclass(kw_only=True)
+class GoalPlanning(PlanOptions, SimulatedMeasurement, TokenizerMeasurement):
+    """Trials of each task, driven by a head for each of AGENTS; each agent's trials are a result."""
 
-    `tasks`: the benchmark's names. `benchmark`: the format of the first `source` when omitted. `source`: one or more of
-    the recipe's, on which the head learns; all of the benchmark when omitted. `k`: actions between two looks.
-    `agents`: which of AGENTS. `max_steps`: instead of the benchmark's. `videos`: kept of each task and
-    agent. Started again it goes on.
+    name = "plan"
+    title = "Goal-conditioned planning"
+    about = (
+        "An MLP head (the probe's) sees the difference between the goal image and the present one in one frozen "
+        "representation and gives the next actions; the robot takes them and looks again. The head learned on the "
+        "training episodes, from every frame to its episode's last. The goal image is the last moment of the scripted "
+        "expert's own solution of the same initial state; success is the benchmark's own check. random actions: drawn "
+        f"from the training episodes. {successes.INTERVAL}"
+    )
+    columns: ClassVar = {"task": "task", "agent": "motion as", **successes.COLUMNS}
+    by = ("task", "agent")
+    better: ClassVar = {"success": "higher"}
 
-    Raises:
-        StamoError: No such run, task or source, a simulator that is not installed, or a goal the expert does not reach.
-    """
-    console = console or Console()
-    run = open_run(run_path)
-    recipe = read_recipe(run)
-    chosen = _choose(open_sources(recipe), [source] if isinstance(source, str) else source or [], benchmark, k)
-    camera = chosen[0].camera
-    benchmark = chosen[0].train.manifest.source_format if benchmark is None else benchmark
-    size = recipe.data.image_size
-    setting = Setting(_FINER * size, (camera,), goals=True)
-    names = benchmarks.resolve(benchmark, tasks, setting)
-    _check_trials(benchmarks, benchmark, trials)
-    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
-    folder = output_folder(run, NAME, out)
-    sources = {s.name: s.train for s in open_sources(recipe)}
-    represent = Representations(tokenizer, standardising_frames(sources), patch_dim=patch_dim)
-    features = FeatureCache(run.evaluations / "features", represent)
-    data = _Pairs([(s, recipe.data.sources[s.name].split) for s in chosen], features, episodes, k)
-    settings: dict[str, Any] = {
-        "benchmark": benchmark, "source": ", ".join(s.name for s in chosen), "trials": trials, "k": k,
-        "episodes": episodes, "epochs": epochs, "max_steps": max_steps, "seed": seed,
-        "tokenizer": represent.key["tokenizer"],
-    }  # fmt: skip
-    checksums = [s.train.manifest.checksums for s in chosen]
-    todo = [Trial(name, number) for name in names for number in range(trials)]
-    rows, figures, count = [], [], 0
-    with progress(console) as bar:
-        found: dict[str, dict[Trial, Outcome]] = {}
-        stores: dict[str, TrialFolder] = {}
-        for name in agents:
-            identity = {**settings, "agent": name, "features": represent.key, "camera": camera, "size": size}
-            identity["data"] = checksums[0] if len(checksums) == 1 else checksums
-            del identity["trials"]  # more trials go on where fewer stopped
-            store = stores[name] = TrialFolder(folder / "trials", identity)
-            there = store.read(todo)
-            watched = bar.add_task(name, total=len(todo), completed=len(there))
-            missing = [trial for trial in todo if trial not in there]
-            if missing:
-                agent = data.agent(represent, name, size, epochs=epochs, seed=seed)
-                drive(
-                    agent, benchmarks, benchmark, setting, missing, store, max_steps=max_steps,
-                    processes=processes or benchmarks.default_processes(benchmark),
-                    keep_video=lambda o: o.trial < videos, done=lambda o: bar.advance(watched),  # noqa: B023
-                )  # fmt: skip
+    def select(self) -> None:
+        self._chosen = self._acting_sources()
+        camera = self._chosen[0].camera
+        self._benchmark = self.benchmark or self._chosen[0].train.manifest.source_format
+        self._size = self.recipe.data.image_size
+        self._setting = Setting(_FINER * self._size, (camera,), goals=True)
+        self._tasks = self.benchmarks.resolve(self._benchmark, split(self.tasks), self._setting)
+        check_trials(self.benchmarks, self._benchmark, self.trials)
+
+    @cached_property
+    def represent(self) -> Representations:
+        frames = standardising_frames({name: source.train for name, source in self.sources.items()})
+        return Representations(self.tokenizer, frames, patch_dim=_PATCH_DIM)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "benchmark": self._benchmark,
+            "source": ", ".join(source.name for source in self._chosen),
+            "trials": self.trials,
+            "k": self.k,
+            "episodes": _EPISODES,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "seed": self.seed,
+            "tokenizer": self.represent.key["tokenizer"],
+        }
+
+    def identity(self) -> dict[str, Any]:
+        checksums = [source.train.manifest.checksums for source in self._chosen]
+        found = {**self.settings(), "features": self.represent.key, "camera": self._chosen[0].camera}
+        del found["trials"]  # more trials go on where fewer stopped
+        return {**found, "size": self._size, "data": checksums[0] if len(checksums) == 1 else checksums}
+
+    def results(self) -> Iterator[EvaluationResult]:
+        features = FeatureCache(self.run_folder.evaluations / "features", self.represent)
+        data = _GoalPairs([(s, self.recipe.data.sources[s.name].split) for s in self._chosen], features, self.k)
+        todo = [TaskTrial(name, number) for name in self._tasks for number in range(self.trials)]
+        processes = self.processes or self.benchmarks.default_processes(self._benchmark)
+        simulation = Simulation(self.benchmarks, self._benchmark, self._setting, processes, self.max_steps)
+        found: dict[str, Outcomes] = {}
+        figures: list[Figure] = []
+        for name in AGENTS:
+            store = TrialFolder(self.folder / "trials", {**self.identity(), "agent": name})
+            agent = partial(data.agent, self.represent, name, self._size, epochs=self.epochs, seed=self.seed)
+            self.run_trials(name, agent, simulation, todo, store, lambda outcome: outcome.trial < self.videos)
             found[name] = store.read(todo)
-            count += len(found[name])
-            rows = _rows(names, found)
-            figures = [
-                figure
-                for agent_name, outcomes in found.items()
-                for task in names
-                for figure in successes.videos(
-                    [o for t, o in outcomes.items() if t.task == task], stores[agent_name], folder, agent_name, videos
-                )
-            ]
-            result = Result(
-                NAME, "Goal-conditioned planning", _ABOUT + successes.INTERVAL, _COLUMNS, rows, settings, provenance,
-                _notes(rows), figures, by=["task", "agent"], better={"success": "higher"},
-                partial=successes.partial(count, len(agents) * len(todo)),
-            )  # fmt: skip
-            result.write(folder)
-    result.show(console, folder)
-    return result
+            for task in self._tasks:
+                of_task = [outcome for trial, outcome in found[name].items() if trial.task == task]
+                figures += successes.videos(of_task, store, self.folder, name, self.videos)
+            rows = _rows(self._tasks, found)
+            part = successes.partial(sum(map(len, found.values())), len(AGENTS) * len(todo))
+            yield self.result(rows, notes=_notes(rows), figures=figures, partial=part)
+
+    def _acting_sources(self) -> list[HeldOutSource]:
+        """Those named, or all of the benchmark: of the first source with actions, when that is omitted, too."""
+        names, benchmark = split(self.source or []), self.benchmark
+        acting = [s for s in self.sources.values() if s.train.manifest.action_dim and (not names or s.name in names)]
+        if not names:
+            benchmark = benchmark or next((s.train.manifest.source_format for s in acting), None)
+            acting = [s for s in acting if s.train.manifest.source_format == benchmark]
+        missing = [name for name in names if name not in [s.name for s in acting]]
+        if missing or not acting:
+            there = ", ".join(f"{s.name} ({s.train.manifest.source_format})" for s in self.sources.values())
+            raise DataError(
+                f"no source with actions of {', '.join(missing) or benchmark or 'any benchmark'}; the recipe has "
+                f"{there}; choose with --source"
+            )
+        for source in acting:
+            _check_source(source, acting[0], self.k)
+        return acting
 
 
-def _choose(sources: Sequence[Source], names: Sequence[str], benchmark: str | None, k: int) -> list[Source]:
-    """Those named, or all of the benchmark: of the first source with actions, when that is omitted, too."""
-    acting = [s for s in sources if s.train.manifest.action_dim and (not names or s.name in names)]
-    if not names:
-        benchmark = benchmark or next((s.train.manifest.source_format for s in acting), None)
-        acting = [s for s in acting if s.train.manifest.source_format == benchmark]
-    missing = [name for name in names if name not in [s.name for s in acting]]
-    if missing or not acting:
-        there = ", ".join(f"{s.name} ({s.train.manifest.source_format})" for s in sources)
+def _check_source(source: HeldOutSource, first: HeldOutSource, k: int) -> None:
+    """Raises: DataError: A head cannot learn on this source, or not on it and the first."""
+    manifest = source.train.manifest
+    if not manifest.convention.startswith("end-effector delta"):
         raise DataError(
-            f"no source with actions of {', '.join(missing) or benchmark or 'any benchmark'}; the recipe has {there}; "
-            "choose with --source"
+            f"data.sources.{source.name}: its actions are {manifest.convention!r}, the simulators take deltas; convert "
+            "it with --action delta, or choose others with --source"
         )
-    for source in acting:
-        if not source.train.manifest.convention.startswith("end-effector delta"):
+    if sum(episode.length > k for episode in source.train.episodes) < 2:
+        raise DataError(
+            f"data.sources.{source.name}: fewer than 2 training episodes of {k + 1} frames; use a smaller --k"
+        )
+    for what, own, theirs in (
+        ("actions", manifest.action_dim, first.train.manifest.action_dim),
+        ("camera", source.camera, first.camera),
+    ):
+        if own != theirs:
             raise DataError(
-                f"data.sources.{source.name}: its actions are {source.train.manifest.convention!r}, the simulators "
-                "take deltas; convert it with --action delta, or choose others with --source"
+                f"data.sources.{source.name}: {what} {own}, but {first.name} has {theirs}: one head cannot learn on "
+                "both; choose with --source"
             )
-        if sum(episode.length > k for episode in source.train.episodes) < 2:
-            raise DataError(
-                f"data.sources.{source.name}: fewer than 2 training episodes of {k + 1} frames; use a smaller --k"
-            )
-        for what, own, first in (
-            ("actions", source.train.manifest.action_dim, acting[0].train.manifest.action_dim),
-            ("camera", source.camera, acting[0].camera),
-        ):
-            if own != first:
-                raise DataError(
-                    f"data.sources.{source.name}: {what} {own}, but {acting[0].name} has {first}: one head cannot "
-                    "learn on both; choose with --source"
-                )
-    return acting
 
 
-def _check_trials(benchmarks: Benchmarks, benchmark: str, trials: int) -> None:
-    most = benchmarks.trials(benchmark)
-    if most is not None and trials > most:
-        raise DataError(f"--trials {trials}: {benchmark} has {most} initial states of each task")
-
-
-class _Pairs:
+class _GoalPairs:
     """From every frame of the training episodes to the last: motions, and the next k actions.
 
-    `sources` come with their training splits; `episodes` is the most of each.
+    `sources` come with the names of their training splits.
     """
 
-    def __init__(self, sources: Sequence[tuple[Source, str]], features: FeatureCache, episodes: int, k: int):
+    def __init__(self, sources: Sequence[tuple[HeldOutSource, str]], features: FeatureCache, k: int):
         self._features, self._k = features, k
         self._chosen = [
             (source.train, split, e)
             for source, split in sources
-            for e in spread(episodes, len(source.train))
+            for e in spread(_EPISODES, len(source.train))
             if source.train.episodes[e].length > k
         ]
         self.actions = [torch.as_tensor(train.actions(e)) for train, _, e in self._chosen]
@@ -202,7 +175,7 @@ class _Pairs:
     def agent(self, represent: Representations, name: str, size: int, *, epochs: int, seed: int) -> Agent:
         """Raises RuntimeError for a name that is not one of AGENTS."""
         if name == NOBODY:
-            return _Random(self.actions, self._k, seed)
+            return _EpisodeActions(self.actions, self._k, seed)
         rows = [self._features.episode(train, split, e)[name] for train, split, e in self._chosen]
         inputs = torch.cat([r[-1] - r[: len(a) - self._k + 1] for r, a in zip(rows, self.actions, strict=True)])
         varies = self._scale.varies
@@ -211,18 +184,18 @@ class _Pairs:
         )
         episode = torch.cat([torch.full((len(a) - self._k + 1,), i) for i, a in enumerate(self.actions)])
         head = heads.fit(heads.MLP, inputs, targets, episode, seed=seed, epochs=epochs)
-        return _Head(represent, name, head, self._scale, self._k, size)
+        return _HeadAgent(represent, name, head, self._scale, self._k, size)
 
 
-class _Head:
+class _HeadAgent:
     """The head as an agent."""
 
     def __init__(self, represent: Representations, name: str, head: heads.Head, scale: heads.Scale, k: int, size: int):
         self._represent, self._name, self._head, self._scale, self._k = represent, name, head, scale, k
         self._size = size
-        self._goals: dict[Trial, Tensor] = {}
+        self._goals: dict[TaskTrial, Tensor] = {}
 
-    def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
         pictures = [moment.images[0] for moment in seen]
         new = [trial for trial in trials if trial not in self._goals]
         goals = {trial: moment.goal for trial, moment in zip(trials, seen, strict=True)}
@@ -239,13 +212,13 @@ class _Head:
         return list(actions.double().numpy())
 
 
-class _Random:
+class _EpisodeActions:
     """Chunks of the training episodes' actions, drawn anew at each look."""
 
     def __init__(self, actions: Sequence[Tensor], k: int, seed: int):
         self._actions, self._k, self._seed = actions, k, seed
 
-    def act(self, seen: Sequence[Observation], trials: Sequence[Trial], steps: Sequence[int]) -> list[NDArray[Any]]:
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
         found = []
         for trial, step in zip(trials, steps, strict=True):
             rng = np.random.default_rng([self._seed, *trial.task.encode(), trial.number, step])
@@ -259,7 +232,7 @@ def _shrink(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
 
 
-def _rows(names: Sequence[str], found: dict[str, dict[Trial, Outcome]]) -> list[dict[str, Any]]:
+def _rows(names: Sequence[str], found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
     groups = {name: [name] for name in names} | ({_ALL: list(names)} if len(names) > 1 else {})
     return [
         {"task": task, "agent": agent, **successes.row([o for t, o in outcomes.items() if t.task in members])}

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, cached_property, partial
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.data.frames import Episodes
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads
-from stamo_dist.evaluate.common import (
-    Figure,
-    Provenance,
-    Result,
-    load_tokenizer,
-    output_folder,
-    progress,
-    read_recipe,
-)
-from stamo_dist.evaluate.crew import Crew
 from stamo_dist.evaluate.features import (
     REPRESENTATIONS,
     STATE,
@@ -34,128 +23,146 @@ from stamo_dist.evaluate.features import (
     standardising_frames,
 )
 from stamo_dist.evaluate.figures import file_name, save_lines
-from stamo_dist.evaluate.held_out import SPLIT, Source, open_sources, spread
+from stamo_dist.evaluate.held_out import SPLIT, HeldOutSource, spread
+from stamo_dist.evaluate.measurement import TokenizerMeasurement, how_much
+from stamo_dist.evaluate.options import ProbeOptions
+from stamo_dist.evaluate.parts_file import PartsFile
+from stamo_dist.evaluate.result import EvaluationResult, Figure
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.run.folder import open_run
 
-NAME = "probe"
 NOTHING = "mean action"
-_ABOUT = (
-    "A head predicts the k actions between two frames from their difference in one representation, which stays frozen: "
-    "mean squared error on held-out episodes, first camera; lower is better. The head learns on episodes of the "
-    "training split; actions are standardised per dimension by them, dimensions that never change are left out, and "
-    "1 is about what the mean action scores. ± is the deviation over the seeds of the head. pixel difference: frames "
-    "averaged over a grid of cells, as many numbers as the state unless --pixels says otherwise; Δencoder: the patch "
-    "tokens in front of the compressor; random encoder: the same networks before any training. "
-)
 
 
-def probe(
-    run_path: Path,
-    *,
-    checkpoint: str | None = None,
-    ks: Sequence[int] = (1, 2, 4, 8),
-    seeds: int = 3,
-    episodes: int = 256,
-    epochs: int = 60,
-    patch_dim: int = 4096,
-    pixels: int | None = None,
-    batch: int = 64,
-    kinds: Sequence[str] = heads.KINDS,
-    representations: Sequence[str] = REPRESENTATIONS,
-    keep_features: bool = True,
-    out: Path | None = None,
-    console: Console | None = None,
-    crew: Crew = Crew(),  # noqa: B008 (frozen)
-) -> Result:
-    """Probe a run's tokenizer on every source that has actions and write RUN/eval/probe/.
+class ActionProbe(ProbeOptions, TokenizerMeasurement):
+    """Heads of every source that has actions, on every motion; the features are kept in RUN/eval/features/."""
 
-    `ks`: frames between the two. `seeds`: heads of each kind. `episodes`: at most so many of each split, evenly spaced.
-    `epochs`: at most so many for a head. `patch_dim`: at most so many numbers of patch tokens. `pixels`: cells on a
-    side of the pixel difference. `batch`: frames encoded at once. `kinds`, `representations`: which heads and motions.
-    Features are kept in RUN/eval/features/ unless `keep_features` is false; started again after a kill it goes on, and
-    what is there is marked partial until then.
-
-    Raises:
-        StamoError: No such run, no checkpoint yet, a source without a held-out split, no source with actions, or
-            episodes too short or too few; nothing was written.
-    """
-    console = crew.console(console)
-    run = open_run(run_path)
-    recipe = read_recipe(run)
-    sources = probed(open_sources(recipe), max(ks))
-    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
-    folder = output_folder(run, NAME, out)
-    represent = Representations(
-        tokenizer, standardising_frames({s.name: s.train for s in sources}), patch_dim=patch_dim, pixels=pixels
+    name = "probe"
+    title = "Actions read from motions"
+    about = (
+        "A head predicts the k actions between two frames from their difference in one representation, which stays "
+        "frozen: mean squared error on held-out episodes, first camera; lower is better. The head learns on episodes "
+        "of the training split; actions are standardised per dimension by them, dimensions that never change are left "
+        "out, and 1 is about what the mean action scores. ± is the deviation over the seeds of the head. pixel "
+        "difference: frames averaged over a grid of cells, as many numbers as the state unless --pixels says "
+        "otherwise; Δencoder: the patch tokens in front of the compressor; random encoder: the same networks before "
+        f"any training. {heads.RULE}"
     )
-    features = FeatureCache(run.evaluations / "features" if keep_features else None, represent, batch)
-    settings = {
-        "k": list(ks), "seeds": seeds, "episodes": episodes, "epochs": epochs, "patch_dim": patch_dim,
-        "pixels": represent.grid, "tokenizer": represent.key["tokenizer"],
-    }  # fmt: skip
-    splits = {s.name: (spread(episodes, len(s.train)), spread(episodes, len(s.held_out))) for s in sources}
-    checksums = [s.train.manifest.checksums for s in sources]
-    identity = {**settings, "data": checksums, "features": represent.key}
-    trials = crew.trials(folder, NAME, identity)
+    by = ("source", "head", "representation")
+    unrecorded = ("batch",)
 
-    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    dims: dict[str, int] = {}
-    notes = _about_encoder(recipe)
-    total = len(sources) * len(ks)
-    with progress(console) as bar:
-        for source in sources:
-            train, test = splits[source.name]
-            watched = bar.add_task(f"{source.name}: features", total=len(train) + len(test))
-            episodes_of = [(split, part, e) for split, part, ones in _parts(source, recipe, train, test) for e in ones]
+    kinds: Sequence[str] = heads.KINDS
+    representations: Sequence[str] = REPRESENTATIONS
+    keep_features = True
 
-            def compute(one: tuple[str, Episodes, int]) -> dict[str, int]:
-                rows = features.episode(one[1], one[0], one[2])
-                bar.advance(watched)  # noqa: B023
-                return {name: part.shape[1] for name, part in rows.items()}
+    def select(self) -> None:
+        self.ks = sorted(set(self.k or (1, 2, 4, 8)))
+        self.sources = {source.name: source for source in probed(list(self.sources.values()), max(self.ks))}
+        self._found: dict[tuple[str, str, str], dict[int, list[float]]] = {}  # source, head, motion → k → errors
+        self._dims: dict[str, int] = {}
 
-            dims = crew.share(episodes_of, compute)[-1]
-        result = None
-        for done, (source, k) in enumerate(((s, k) for s in sources for k in ks), 1):
-            data = SourceData(source, recipe, features, *splits[source.name])
-            watched = bar.add_task(f"{source.name}, k = {k}", total=len(representations) * len(kinds) * seeds)
-            targets, tests = data.targets(k)
-            key = (source.name, "–", NOTHING)
-            found.setdefault(key, {})[k] = [tests.square().mean().item()]
-            inputs = {name: data.inputs(k, name) for name in representations}
-            wanted = [(name, kind, seed) for name in representations for kind in kinds for seed in range(seeds)]
+    @cached_property
+    def represent(self) -> Representations:
+        frames = standardising_frames({name: source.train for name, source in self.sources.items()})
+        return Representations(self.tokenizer, frames, patch_dim=self.patch_dim, pixels=self.pixels)
 
-            def measure(part: tuple[str, str, int]) -> float:
-                name, kind, seed = part
-                x, test_x, episode = inputs[name]  # noqa: B023
+    def settings(self) -> dict[str, Any]:
+        key = self.represent.key
+        return {**super().settings(), "k": self.ks, "pixels": self.represent.grid, "tokenizer": key["tokenizer"]}
 
-                def fit() -> float:
-                    head = heads.fit(kind, x, targets, episode, seed=seed, epochs=epochs)  # noqa: B023
-                    return heads.error(head, test_x, tests)  # noqa: B023
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "features": self.represent.key}
 
-                score: float = trials.get(f"{source.name}/{k}/{name}/{kind}/{seed}", fit)  # noqa: B023
-                bar.advance(watched)  # noqa: B023
-                return score
-
-            for (name, kind, _), score in zip(wanted, crew.share(wanted, measure), strict=True):
-                found.setdefault((source.name, kind, name), {}).setdefault(k, []).append(score)
+    def results(self) -> Iterator[EvaluationResult]:
+        folder = self.run_folder.evaluations / "features" if self.keep_features else None
+        features = FeatureCache(folder, self.represent, self.batch)
+        finished = self.group.open_parts(self.folder / f"{self.name}.parts.jsonl", self.identity())
+        notes = _about_encoder(self.recipe)
+        for source in self.sources.values():
+            self._compute_features(source, features)
+        wanted = [(source, k) for source in self.sources.values() for k in self.ks]
+        for done, (source, k) in enumerate(wanted, 1):
+            data = SourceData(source, self.recipe, features, self.episodes)
+            self._fit_heads(data, k, finished)
             if not data.varies.all():
                 left_out = [i for i, v in enumerate(data.varies.tolist()) if not v]
                 note = f"{source.name}: action dimensions {left_out} never change and are left out"
                 notes += [note] if note not in notes else []
-            result = _result(found, dims, ks, notes, settings, provenance)
-            result.partial = None if done == total else f"{done} of {total} pairs of a source and a k are measured"
-            if crew.main:
-                result.figures = _draw(result, ks, folder)
-                result.write(folder)
-    assert result is not None
-    crew.wait()
-    trials.close()
-    result.show(console, folder)
-    return result
+            yield self._result(notes, how_much(done, len(wanted), "pairs of a source and a k"))
+        finished.close()
+
+    def _compute_features(self, source: HeldOutSource, features: FeatureCache) -> None:
+        parts = split_episodes(source, self.recipe, self.episodes)
+        episodes = [(split, part, e) for split, part, chosen in parts for e in chosen]
+        watched = self.bar.add_task(f"{source.name}: features", total=len(episodes))
+
+        def compute(one: tuple[str, Episodes, int]) -> dict[str, int]:
+            rows = features.episode(one[1], one[0], one[2])
+            self.bar.advance(watched)
+            return {name: part.shape[1] for name, part in rows.items()}
+
+        self._dims = self.group.share(episodes, compute)[-1]
+
+    def _fit_heads(self, data: SourceData, k: int, finished: PartsFile) -> None:
+        """Add the errors of one source and one k to what is found."""
+        targets, tests = data.targets(k)
+        inputs = {name: data.inputs(k, name) for name in self.representations}
+        wanted = {
+            f"{data.name}/{k}/{name}/{kind}/{seed}": (name, kind, seed)
+            for name in self.representations
+            for kind in self.kinds
+            for seed in range(self.seeds)
+        }
+        watched = self.bar.add_task(f"{data.name}, k = {k}", total=len(wanted))
+
+        def fit(head: tuple[str, str, int]) -> float:
+            name, kind, seed = head
+            x, test_x, episode = inputs[name]
+            return heads.error(heads.fit(kind, x, targets, episode, seed=seed, epochs=self.epochs), test_x, tests)
+
+        errors: Mapping[str, float] = {}
+        for errors in self.group.map(finished, wanted, fit):
+            self.bar.update(watched, completed=len(errors))
+        self._found.setdefault((data.name, "–", NOTHING), {})[k] = [tests.square().mean().item()]
+        for key, (name, kind, _) in wanted.items():
+            self._found.setdefault((data.name, kind, name), {}).setdefault(k, []).append(errors[key])
+
+    def _result(self, notes: Sequence[str], partial: str | None) -> EvaluationResult:
+        columns = {"source": "source", "head": "head", "representation": "motion as", "dim": "numbers"}
+        for k in self.ks:
+            columns |= {f"mse_{k}": f"k = {k}", f"spread_{k}": "±"}
+        rows = self._rows()
+        figures = self._draw(rows) if self.group.main else []
+        result = self.result(rows, figures=figures, notes=[*notes, *_compare(rows, self.ks)], partial=partial)
+        return replace(result, columns=columns, better=dict.fromkeys((f"mse_{k}" for k in self.ks), "lower"))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        order, kinds = list(self.sources), ("–", *heads.KINDS)
+        for source, kind, name in sorted(self._found, key=lambda key: (order.index(key[0]), kinds.index(key[1]))):
+            row: dict[str, Any] = {"source": source, "head": kind, "representation": name, "dim": self._dims.get(name)}
+            for k in self.ks:
+                scores = self._found[source, kind, name].get(k)
+                row[f"mse_{k}"] = fmean(scores) if scores else None
+                row[f"spread_{k}"] = stdev(scores) if scores and len(scores) > 1 else None
+            rows.append(row)
+        return rows
+
+    def _draw(self, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+        """One picture a source: the MLP's error over k, a line a representation."""
+        figures = []
+        for source in dict.fromkeys(row["source"] for row in rows):
+            lines = {
+                row["representation"]: [row[f"mse_{k}"] for k in self.ks]
+                for row in rows
+                if row["source"] == source and row["head"] in ("–", heads.MLP)
+            }
+            file = file_name(source, "png")
+            save_lines(self.folder / file, self.ks, lines, x="k, frames between", y="mean squared error", strong=STATE)
+            figures.append(Figure(file, f"{source}: error of the MLP head on held-out episodes"))
+        return figures
 
 
-def probed(sources: Sequence[Source], k: int) -> list[Source]:
+def probed(sources: Sequence[HeldOutSource], k: int) -> list[HeldOutSource]:
     """The sources that have actions.
 
     Raises:
@@ -178,19 +185,19 @@ def probed(sources: Sequence[Source], k: int) -> list[Source]:
     return with_actions
 
 
-def _parts(
-    source: Source, recipe: Recipe, train: list[int], test: list[int]
-) -> tuple[tuple[str, Episodes, list[int]], tuple[str, Episodes, list[int]]]:
-    return (recipe.data.sources[source.name].split, source.train, train), (SPLIT, source.held_out, test)
+def split_episodes(source: HeldOutSource, recipe: Recipe, most: int) -> list[tuple[str, Episodes, list[int]]]:
+    """At most so many evenly spaced episodes of the training split, and of the held-out one."""
+    splits = ((recipe.data.sources[source.name].split, source.train), (SPLIT, source.held_out))
+    return [(split, part, spread(most, len(part))) for split, part in splits]
 
 
 class SourceData:
     """Motions and standardised actions of one source: training and held-out, by k and representation."""
 
-    def __init__(self, source: Source, recipe: Recipe, features: FeatureCache, train: list[int], test: list[int]):
-        self._parts = _parts(source, recipe, train, test)
-        self._cached = cache(lambda split, e: features.episode(dict(self._by_split)[split], split, e))
-        self._by_split = [(split, part) for split, part, _ in self._parts]
+    def __init__(self, source: HeldOutSource, recipe: Recipe, features: FeatureCache, episodes: int):
+        self.name = source.name
+        self._parts = split_episodes(source, recipe, episodes)
+        self._features = [cache(partial(features.episode, part, split)) for split, part, _ in self._parts]
         self._actions = [[torch.as_tensor(part.actions(e)) for e in chosen] for _, part, chosen in self._parts]
         scale = heads.Scale.of(torch.cat(self._actions[0]))
         self.scale, self.varies = scale, scale.varies
@@ -208,34 +215,9 @@ class SourceData:
     def inputs(self, k: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Motions (n, d): training, held-out; and the episode of each training one."""
         found = []
-        for split, part, chosen in self._parts:
-            long = [e for e in chosen if part.episodes[e].length > k]
-            found.append(pairs(lambda e, split=split: self._cached(split, e), long, k, name))  # type: ignore[misc]
+        for (_, part, chosen), features in zip(self._parts, self._features, strict=True):
+            found.append(pairs(features, [e for e in chosen if part.episodes[e].length > k], k, name))
         return found[0][0], found[1][0], found[0][1]
-
-
-def _result(
-    found: Mapping[tuple[str, str, str], Mapping[int, list[float]]], dims: Mapping[str, int], ks: Sequence[int],
-    notes: list[str], settings: dict[str, Any], provenance: Provenance,
-) -> Result:  # fmt: skip
-    columns = {"source": "source", "head": "head", "representation": "motion as", "dim": "numbers"}
-    for k in ks:
-        columns |= {f"mse_{k}": f"k = {k}", f"spread_{k}": "±"}
-    rows: list[dict[str, Any]] = []
-    order = {name: i for i, name in enumerate(dict.fromkeys(source for source, _, _ in found))}
-    kinds = ("–", *heads.KINDS)
-    for source, kind, name in sorted(found, key=lambda key: (order[key[0]], kinds.index(key[1]))):
-        row: dict[str, Any] = {"source": source, "head": kind, "representation": name, "dim": dims.get(name)}
-        for k in ks:
-            scores = found[source, kind, name].get(k)
-            row[f"mse_{k}"] = fmean(scores) if scores else None
-            row[f"spread_{k}"] = stdev(scores) if scores and len(scores) > 1 else None
-        rows.append(row)
-    better = dict.fromkeys((f"mse_{k}" for k in ks), "lower")
-    return Result(
-        NAME, "Actions read from motions", _ABOUT + heads.RULE, columns, rows, settings, provenance,
-        [*notes, *_compare(rows, ks)], by=["source", "head", "representation"], better=better,
-    )  # fmt: skip
 
 
 def _compare(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> list[str]:
@@ -266,18 +248,3 @@ def _about_encoder(recipe: Recipe) -> list[str]:
         return [f"Δencoder: the frozen weights {encoder.weights}"]
     begun = f"the weights {encoder.weights}" if encoder.weights else "random weights"
     return [f"Δencoder: not a frozen DINOv2, but an encoder that was trained with the tokenizer from {begun}"]
-
-
-def _draw(result: Result, ks: Sequence[int], folder: Path) -> list[Figure]:
-    """One picture a source: the MLP's error over k, a line a representation."""
-    figures = []
-    for source in dict.fromkeys(row["source"] for row in result.rows):
-        lines = {
-            row["representation"]: [row[f"mse_{k}"] for k in ks]
-            for row in result.rows
-            if row["source"] == source and row["head"] in ("–", heads.MLP)
-        }
-        file = file_name(source, "png")
-        save_lines(folder / file, ks, lines, x="k, frames between", y="mean squared error", strong=STATE)
-        figures.append(Figure(file, f"{source}: error of the MLP head on held-out episodes"))
-    return figures

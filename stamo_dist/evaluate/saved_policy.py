@@ -1,29 +1,65 @@
-"""A policy from a checkpoint of its run, before anything is exported."""
+"""The policy of a run: what it exported, or one of its checkpoints before anything is exported."""
 
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
-from stamo_dist.errors import RunError
-from stamo_dist.evaluate.common import Provenance, named_checkpoint, output_folder, typed_command
+from stamo_dist.errors import CheckpointError
+from stamo_dist.evaluate.result import Provenance, output_folder
+from stamo_dist.evaluate.weights import default_device, named_checkpoint, read_recipe
 from stamo_dist.export import write_model
-from stamo_dist.models.openvla.framing import Use
+from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
-from stamo_dist.recipe.load import load
-from stamo_dist.run.folder import git_commit, open_run
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, open_run
 
 SCRATCH = ".model."  # what a killed process leaves is called so
 
 
-class Saved:
+def exported_at(run: RunFolder) -> tuple[Recipe, int]:
+    """The recipe of a run, and the step whose policy it has exported.
+
+    Raises:
+        RunError: The run trains something else.
+        CheckpointError: It has exported nothing yet.
+    """
+    recipe = read_recipe(run, "policy")
+    if not run.exported.is_file():
+        raise CheckpointError(f"{run.path}: nothing exported yet; train it to its end")
+    return recipe, int(json.loads(run.exported.read_text())["step"])
+
+
+def open_policy(
+    policy: str | Path, device: str | None = None, tokenizer: str | None = None, use: Use = AS_RECORDED
+) -> tuple[AnyPolicy, Provenance]:
+    """What a run exported, or released weights, and where they come from.
+
+    `policy`: a run folder, or what `load_policy` takes. `tokenizer`: where the one it sees through moved to.
+
+    Raises:
+        RunError: The run trains something else.
+        CheckpointError: It has exported nothing yet.
+    """
+    run = RunFolder(Path(policy))
+    if run.resolved.is_file():
+        recipe, step = exported_at(run)
+        loaded = _load(recipe, run.model, device, tokenizer, use)
+        return loaded, Provenance.of_export(recipe, str(run.model), step)
+    loaded = load_policy(policy, use=use, device=device or default_device(), tokenizer=tokenizer)
+    return loaded, Provenance.of_released(str(policy))
+
+
+def _load(recipe: Recipe, model: Path, device: str | None, tokenizer: str | None, use: Use) -> AnyPolicy:
+    options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
+    return load_policy(model, use=use, device=device or default_device(), **options)
+
+
+class SavedPolicy:
     """The exported model of a checkpoint, in a folder that is there until it is opened.
 
     Args:
@@ -38,30 +74,20 @@ class Saved:
 
     def __init__(self, run: str, checkpoint: str, out: Path | None, name: str):
         folder = open_run(run)
-        self._recipe = load(folder.resolved).recipe
-        if self._recipe.stage != "policy":
-            raise RunError(f"{run}: its recipe trains the {self._recipe.stage} stage; give the run folder of a policy")
+        self._recipe = read_recipe(folder, "policy")
         self._path = named_checkpoint(folder, checkpoint)
-        self._marker = read_checkpoint_manifest(self._path)
+        self._manifest = read_checkpoint_manifest(self._path)
         self.digest = digest(self._path)
         scratch = output_folder(folder, name, out)
         self._folder = TemporaryDirectory(prefix=SCRATCH, dir=scratch, ignore_cleanup_errors=True)
         self.model = str(Path(self._folder.name) / "model")
-        write_model(self._recipe, mixture_of(self._recipe, self._marker.recipe), self._path, Path(self.model))
+        write_model(self._recipe, mixture_of(self._recipe, self._manifest.recipe), self._path, Path(self.model))
 
     def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
         """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
-        recipe, marker = self._recipe, self._marker
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
-        policy = load_policy(self.model, use=use, device=device, **options)
+        policy = _load(self._recipe, Path(self.model), device, tokenizer, use)
         self._folder.cleanup()  # a large policy must not lie there while it acts
-        return policy, Provenance(
-            recipe=recipe.name, data_fingerprint=marker.fingerprint, checkpoint=str(self._path),
-            step=marker.state.step, ema=(self._path / "ema").is_dir(), trained_commit=marker.git_commit,
-            git_commit=git_commit(), seed=recipe.seed, command=typed_command(),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )  # fmt: skip
+        return policy, Provenance.of_checkpoint(self._recipe, self._path, self._manifest)
 
 
 def digest(checkpoint: Path) -> str | None:

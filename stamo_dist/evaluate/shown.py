@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stamo_dist.errors import DataError, RunError
-from stamo_dist.evaluate.simulators import Benchmarks, Setting
+from stamo_dist.evaluate.options import ShowOptions
+from stamo_dist.evaluate.simulators import Setting, SimulatorCatalogue
+from stamo_dist.evaluate.use_options import split
 from stamo_dist.models.openvla.actions import SeenAs
 from stamo_dist.models.openvla.framing import Framing, FramingPreset
 from stamo_dist.models.policies import AnyPolicy, trained_on
@@ -16,7 +18,7 @@ _BENCHMARK, _SIZE = "libero", 256
 
 
 @dataclass(frozen=True)
-class Shown:
+class PolicyView:
     """A benchmark as a policy sees it."""
 
     policy: str
@@ -27,20 +29,21 @@ class Shown:
 
     @classmethod
     def to(
-        cls, policy: str, benchmarks: Benchmarks, benchmark: str | None, cameras: Sequence[str], size: int | None,
-        actions: str | None, unnorm_key: str | None, preset: FramingPreset | None = None,
-    ) -> Shown:  # fmt: skip
-        """What is None or empty is taken from the policy's folder, whose weights are not opened, else from a preset.
+        cls, policy: str, benchmarks: SimulatorCatalogue, asked: ShowOptions, preset: FramingPreset | None = None
+    ) -> PolicyView:
+        """What is not asked for is taken from the policy's folder, whose weights are not opened, else from a preset.
 
         Raises:
             RunError: The policy was trained on other benchmarks, on several and none is named, or on the cameras named
                 in another order.
         """
+        cameras = tuple(split(asked.cameras or []))
+        benchmark, size, actions, unnorm_key = asked.benchmark, asked.size, asked.actions, asked.unnorm_key
         if preset is not None:
             benchmark, actions = benchmark or preset.benchmark, actions or preset.actions
             if benchmark == preset.benchmark:
                 check_order(cameras, preset.cameras, "its authors show it")
-                cameras = tuple(cameras) or preset.cameras
+                cameras = cameras or preset.cameras
             size = size or preset.size
         actions = actions or "delta"
         trained = trained_on(policy)
@@ -58,7 +61,7 @@ class Shown:
             )
         seen = trained[key] if key else next((s for s in trained.values() if s.format == benchmark), None)
         if seen is None:
-            setting = Setting(size or _SIZE, tuple(cameras) or (benchmarks.default_camera(benchmark),), actions)
+            setting = Setting(size or _SIZE, cameras or (benchmarks.default_camera(benchmark),), actions)
             setting = replace(setting, finely=not trained)  # frames of others are not of our renderer
         else:
             square = seen.frame_size is not None and seen.frame_size[0] == seen.frame_size[1]
@@ -66,7 +69,7 @@ class Shown:
             if seen.format == benchmark:
                 check_order(cameras, seen.cameras, "it was trained with")
             theirs = seen.cameras if seen.format == benchmark else (benchmarks.default_camera(benchmark),)
-            setting = Setting(size or seen.size, tuple(cameras) or theirs, actions, rendered=rendered)
+            setting = Setting(size or seen.size, cameras or theirs, actions, rendered=rendered)
         return cls(policy, benchmark, setting, unnorm_key, trained)
 
     def with_views(self, views: int, *, named: bool) -> Setting:

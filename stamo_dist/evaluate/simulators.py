@@ -1,4 +1,4 @@
-"""What closed-loop measurements need of a simulator. Whoever brings one (`stamo_dist.cli`) hands a `Benchmarks` in."""
+"""What closed-loop measurements need of a simulator; `stamo_dist.cli` brings a `SimulatorCatalogue`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stamo_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Simulator(Protocol):
     def close(self) -> None: ...
 
 
-class Benchmarks(Protocol):
+class SimulatorCatalogue(Protocol):
     """The simulators there are. Implementations must be picklable: every worker process gets one."""
 
     def checkable(self, benchmark: str) -> bool:
@@ -96,3 +98,10 @@ class Benchmarks(Protocol):
 
     def trials(self, benchmark: str) -> int | None:
         """How many initial states each task has; None when any number."""
+
+
+def check_trials(benchmarks: SimulatorCatalogue, benchmark: str, trials: int) -> None:
+    """Raises: DataError: There are not so many initial states."""
+    most = benchmarks.trials(benchmark)
+    if most is not None and trials > most:
+        raise DataError(f"--trials {trials}: {benchmark} has {most} initial states of each task")

@@ -3,108 +3,111 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.common import Result, load_tokenizer, output_folder, progress, read_recipe
-from stamo_dist.run.folder import open_run
+from stamo_dist.evaluate.measurement import Measurement, TokenizerMeasurement
+from stamo_dist.evaluate.options import SpeedOptions
+from stamo_dist.evaluate.result import EvaluationResult
+from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder
 
-NAME = "speed"
-_WARM = 3
-_COLUMNS = {
-    "device": "device",
-    "part": "part",
-    "batch": "frames at once",
-    "hz": "frames/s",
-    "low": "10 %",
-    "high": "90 %",
-    "ms": "ms a call",
-}
-_ABOUT = (
-    "fp32, frames already decoded and on the device; each call is waited for. Median over the calls after "
-    f"{_WARM} that are not counted; a tenth of the calls was slower than 10 %, and a tenth faster than 90 %. "
-    "encoder: up to its patch tokens; state: encoder and compressor; decode: the sampler and the VAE."
-)
+WARM = 3  # calls that are not counted
 
 
-def speed(
-    run_path: Path,
-    *,
-    checkpoint: str | None = None,
-    batches: Sequence[int] = (1, 16),
-    calls: int = 30,
-    steps: int | None = None,
-    devices: Sequence[str] | None = None,
-    out: Path | None = None,
-    console: Console | None = None,
-) -> Result:
-    """Time a run's tokenizer on every device of this machine and write RUN/eval/speed/.
+def speed(**options: Any) -> Measurement:
+    """Of the tokenizer or the policy that the options name."""
+    from stamo_dist.evaluate.policy_speed import PolicySpeed
 
-    `batches`: frames at once. `calls`: timed, of each. `steps`: of the sampler, the recipe's when omitted. `devices`:
-    "cpu", "cuda"; all there are when omitted.
-
-    Raises:
-        StamoError: No such run, no checkpoint yet, or a device that is not there; nothing was written.
-    """
-    console = console or Console()
-    run = open_run(run_path)
-    recipe = read_recipe(run)
-    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    devices = list(devices or there)
-    if missing := set(devices) - set(there):
-        raise RunError(f"--device {', '.join(sorted(missing))}: this machine has {', '.join(there)}")
-    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
-    folder = output_folder(run, NAME, out)
-    steps = steps or recipe.flow.sampler_steps
-    size, rows = recipe.data.image_size, []
-    with progress(console) as bar:
-        watched = bar.add_task("calls", total=len(devices) * len(batches) * 3 * (calls + _WARM))
-        for device in devices:
-            tokenizer.to(device)
-            name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-            for batch in batches:
-                images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
-                tokens = tokenizer.encode(images)
-                parts: dict[str, Callable[[], Tensor]] = {
-                    "encoder": lambda: tokenizer.encoder(images),  # noqa: B023
-                    "state": lambda: tokenizer.encode(images),  # noqa: B023
-                    f"decode, {steps} steps": lambda: tokenizer.decode(tokens, steps),  # noqa: B023
-                }
-                for part, call in parts.items():
-                    seconds = _time(call, calls, lambda: bar.advance(watched))
-                    rows.append(_row(name, part, batch, seconds))
-    settings = {"batches": list(batches), "calls": calls, "steps": steps, "image_size": size}
-    result = Result(
-        NAME, "Speed of the tokenizer", _ABOUT, _COLUMNS, rows, settings, provenance,
-        by=["device", "part", "batch"], better={"hz": "higher"},
-    )  # fmt: skip
-    result.write(folder)
-    result.show(console, folder)
-    return result
+    path = options["run"]
+    resolved = RunFolder(path).resolved
+    is_policy = path.is_file() or (resolved.is_file() and load(resolved).recipe.stage == "policy")
+    return (PolicySpeed if is_policy else TokenizerSpeed)(**options)
 
 
-@torch.no_grad()
-def _time(call: Callable[[], Tensor], calls: int, advance: Callable[[], None]) -> Tensor:
-    """Seconds of each timed call, (calls,)."""
-    seconds = []
-    for _ in range(_WARM + calls):
-        start = time.perf_counter()
-        if call().is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        advance()
-    return torch.tensor(seconds[_WARM:], dtype=torch.float64)
+class SpeedMeasurement(SpeedOptions, Measurement):
+    """What the two have in common."""
+
+    name = "speed"
+    by = ("device", "part", "batch")
+    better: ClassVar = {"hz": "higher"}
+
+    def devices(self) -> list[str]:
+        """Raises: RunError: One that was asked for is not there."""
+        there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        if missing := set(self.device or ()) - set(there):
+            raise RunError(f"--device {', '.join(sorted(missing))}: this machine has {', '.join(there)}")
+        return self.device or there
 
 
-def _row(device: str, part: str, batch: int, seconds: Tensor) -> dict[str, Any]:
+def speed_columns(what: str) -> dict[str, str]:
+    columns = {"device": "device", "part": "part", "batch": f"{what} at once", "hz": f"{what}/s"}
+    return {**columns, "low": "10 %", "high": "90 %", "ms": "ms a call"}
+
+
+def timed(call: Callable[[], Any], cuda: bool) -> float:
+    """Seconds of one call, which is waited for."""
+    start = time.perf_counter()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def speed_row(device: str, part: str, batch: int, seconds: Tensor) -> dict[str, Any]:
+    """A row of the table from the seconds of each call, (calls,)."""
     median = seconds.median().item()
     return {
-        "device": device, "part": part, "batch": batch, "hz": batch / median,
-        "low": batch / seconds.quantile(0.9).item(), "high": batch / seconds.quantile(0.1).item(), "ms": 1000 * median,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
+        "part": part,
+        "batch": batch,
+        "hz": batch / median,
+        "low": batch / seconds.quantile(0.9).item(),
+        "high": batch / seconds.quantile(0.1).item(),
+        "ms": 1000 * median,
+    }
+
+
+class TokenizerSpeed(SpeedMeasurement, TokenizerMeasurement):
+    title = "Speed of the tokenizer"
+    about = (
+        "fp32, frames already decoded and on the device; each call is waited for. Median over the calls after "
+        f"{WARM} that are not counted; a tenth of the calls was slower than 10 %, and a tenth faster than 90 %. "
+        "encoder: up to its patch tokens; state: encoder and compressor; decode: the sampler and the VAE."
+    )
+    columns: ClassVar = speed_columns("frames")
+
+    def select(self) -> None:
+        self._devices, self._batches = self.devices(), list(self.batch or (1, 16))
+
+    def settings(self) -> dict[str, Any]:
+        size = self.recipe.data.image_size
+        return {"batches": self._batches, "calls": self.calls, "steps": self.sampler_steps, "image_size": size}
+
+    def results(self) -> Iterator[EvaluationResult]:
+        total = len(self._devices) * len(self._batches) * 3 * (self.calls + WARM)
+        watched, rows = self.bar.add_task("calls", total=total), []
+        for device in self._devices:
+            self.tokenizer.to(device)
+            for batch in self._batches:
+                for part, call in self._parts(device, batch).items():
+                    seconds = []
+                    for _ in range(WARM + self.calls):
+                        seconds.append(timed(call, device == "cuda"))
+                        self.bar.advance(watched)
+                    rows.append(speed_row(device, part, batch, torch.tensor(seconds[WARM:], dtype=torch.float64)))
+        yield self.result(rows)
+
+    def _parts(self, device: str, batch: int) -> dict[str, Callable[[], Tensor]]:
+        tokenizer, steps, size = self.tokenizer, self.sampler_steps, self.recipe.data.image_size
+        images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+        tokens = tokenizer.encode(images)
+        return {
+            "encoder": torch.no_grad()(lambda: tokenizer.encoder(images)),
+            "state": lambda: tokenizer.encode(images),
+            f"decode, {steps} steps": lambda: tokenizer.decode(tokens, steps),
+        }

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.closed_loop import Outcome, Trial, TrialFolder
-from stamo_dist.evaluate.common import Figure
+from stamo_dist.evaluate.closed_loop import TaskTrial, TrialFolder, TrialOutcome
 from stamo_dist.evaluate.figures import file_name
+from stamo_dist.evaluate.result import Figure
 
 INTERVAL = "low and high bound the success rate with 95 % (Wilson's interval)."
 
@@ -26,14 +26,17 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def row(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:
     """Trials, success in %, its interval, and the mean steps of the trials that succeeded."""
     good = [o for o in outcomes if o.success]
     low, high = interval(len(good), len(outcomes)) if outcomes else (None, None)
     return {
-        "trials": len(outcomes), "success": 100 * len(good) / len(outcomes) if outcomes else None,
-        "low": low, "high": high, "steps": fmean(o.steps for o in good) if good else None,
-    }  # fmt: skip
+        "trials": len(outcomes),
+        "success": 100 * len(good) / len(outcomes) if outcomes else None,
+        "low": low,
+        "high": high,
+        "steps": fmean(o.steps for o in good) if good else None,
+    }
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -46,7 +49,7 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[flo
 COLUMNS = {"trials": "trials", "success": "success %", "low": "low", "high": "high", "steps": "steps"}
 
 
-def my_share(trials: Sequence[Trial], slice: int, num_slices: int) -> list[Trial]:
+def my_share(trials: Sequence[TaskTrial], slice: int, num_slices: int) -> list[TaskTrial]:
     """What this one of several runs does.
 
     Raises:
@@ -57,9 +60,9 @@ def my_share(trials: Sequence[Trial], slice: int, num_slices: int) -> list[Trial
     return list(trials[slice::num_slices])
 
 
-def partial(done: Mapping[Trial, Outcome] | int, wanted: int) -> str | None:
-    count = done if isinstance(done, int) else len(done)
-    return None if count == wanted else f"{count} of {wanted} trials are there"
+def partial(done: int, wanted: int) -> str | None:
+    """`EvaluationResult.partial`."""
+    return None if done == wanted else f"{done} of {wanted} trials are there"
 
 
 class Films:
@@ -68,11 +71,11 @@ class Films:
     Those of `trials` that were kept before count too.
     """
 
-    def __init__(self, store: TrialFolder, trials: Sequence[Trial], most: int):
+    def __init__(self, store: TrialFolder, trials: Sequence[TaskTrial], most: int):
         there = [o for o in store.read(trials).values() if store.video(o) is not None]
         self._kept, self._most = Counter((o.task, o.success) for o in there), most
 
-    def __call__(self, outcome: Outcome) -> bool:
+    def __call__(self, outcome: TrialOutcome) -> bool:
         key = (outcome.task, outcome.success)
         self._kept[key] += 1
         return self._kept[key] <= self._most
@@ -82,8 +85,8 @@ SIDES = {True: "succeeded", False: "failed"}
 
 
 def side_by_side(
-    found: Sequence[Outcome], trials: TrialFolder, folder: Path, label: str, most: int
-) -> list[Figure]:  # fmt: skip
+    found: Sequence[TrialOutcome], trials: TrialFolder, folder: Path, label: str, most: int
+) -> list[Figure]:
     """As `videos`, of one task: up to `most` of its successes, and as many of its failures beside them."""
     figures = []
     for success, side in SIDES.items():
@@ -94,7 +97,7 @@ def side_by_side(
     return figures
 
 
-def videos(found: Sequence[Outcome], trials: TrialFolder, folder: Path, label: str, most: int) -> list[Figure]:
+def videos(found: Sequence[TrialOutcome], trials: TrialFolder, folder: Path, label: str, most: int) -> list[Figure]:
     """Copies of up to `most` videos into the result's folder."""
     figures: list[Figure] = []
     for outcome in found:

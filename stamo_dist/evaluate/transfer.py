@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from stamo_dist.errors import DataError
-from stamo_dist.evaluate.common import (
-    Figure,
-    Result,
-    known,
-    load_tokenizer,
-    output_folder,
-    partial,
-    progress,
-    read_recipe,
-    sampler_noise,
-)
-from stamo_dist.evaluate.crew import Crew
-from stamo_dist.evaluate.figures import cell_size, file_name, save_gif, save_grid
-from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, Source, identity, load, open_sources, reference, spread
+from stamo_dist.evaluate.figures import cell_size, file_name, save_motion
+from stamo_dist.evaluate.held_out import MOVING_RULE, SPLIT, HeldOutSource, load, spread
+from stamo_dist.evaluate.measurement import PartwiseMeasurement, by_group
 from stamo_dist.evaluate.metrics import psnr
+from stamo_dist.evaluate.options import TransferOptions
+from stamo_dist.evaluate.result import Figure
+from stamo_dist.evaluate.weights import sampler_noise
 from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.run.folder import open_run
 
-NAME = "transfer"
 ADDED, PIXELS, STILL = KINDS = ("motion added", "pixels added", "scene alone")
-Scores = dict[str, list[float]]
-_COLUMNS = {
-    "source": "motion from → scene of",
-    "image": "image",
-    "pairs": "pairs",
-    "cosine": "motion kept",
-    "psnr_still": "scene kept dB",
-}
-_ABOUT = (
-    f"Split {SPLIT!r}, first camera: the motion E(o_t) − E(o_0) of one episode is added to the state of the first "
-    "frame of another episode and decoded. motion kept: the decoded pictures are encoded again; cosine of their motion "
-    "with the one that was added, mean over the times after the first. scene kept: PSNR against the scene's first "
-    "frame over the pixels that are not moving ones. pixels added: the same with pixels for states, no model. "
-    f"scene alone: the scene's state decoded at every time. {MOVING_RULE}"
-)
+Scores = dict[str, list[float]]  # picture → motion kept, scene kept
 
 
 @dataclass(frozen=True)
@@ -56,9 +30,9 @@ class Pair:
     """Episodes of two scenes."""
 
     number: int
-    source: Source
+    source: HeldOutSource
     episode: int
-    scene: Source
+    scene: HeldOutSource
     scene_episode: int
 
     @property
@@ -72,102 +46,60 @@ class Pair:
         return f"{stem}.png", f"{stem}.gif"
 
 
-def transfer(
-    run_path: Path,
-    *,
-    checkpoint: str | None = None,
-    pairs: int = 2,
-    points: int = 7,
-    span: int = 32,
-    steps: int | None = None,
-    out: Path | None = None,
-    console: Console | None = None,
-    crew: Crew = Crew(),  # noqa: B008 (frozen)
-) -> Result:
-    """Transfer motions between held-out episodes of every two sources, both ways, and within each source.
+class MotionTransfer(TransferOptions, PartwiseMeasurement[Pair, Scores]):
+    """Motions between held-out episodes of every two sources, both ways, and within each source."""
 
-    `pairs`: of episodes, of each two sources. `points`: pictures of a motion, the first included. `span`: frames the
-    motion lasts, at most. `steps`: of the sampler, the recipe's when omitted. Writes RUN/eval/transfer/. `crew`:
-    processes that measure together; the first writes the table. Started again after a kill it goes on.
+    name = "transfer"
+    title = "Motion transfer"
+    about = (
+        f"Split {SPLIT!r}, first camera: the motion E(o_t) − E(o_0) of one episode is added to the state of the first "
+        "frame of another episode and decoded. motion kept: the decoded pictures are encoded again; cosine of their "
+        "motion with the one that was added, mean over the times after the first. scene kept: PSNR against the scene's "
+        "first frame over the pixels that are not moving ones. pixels added: the same with pixels for states, no "
+        f"model. scene alone: the scene's state decoded at every time. {MOVING_RULE}"
+    )
+    columns: ClassVar = {
+        "source": "motion from → scene of",
+        "image": "image",
+        "pairs": "pairs",
+        "cosine": "motion kept",
+        "psnr_still": "scene kept dB",
+    }
+    by = ("source", "image")
+    better: ClassVar = {"cosine": "higher", "psnr_still": "higher"}
+    noun = "pairs"
 
-    Raises:
-        StamoError: No such run, no checkpoint yet, a source without a held-out split, or no two episodes of 2 frames;
-            nothing was written.
-    """
-    console = crew.console(console)
-    run = open_run(run_path)
-    recipe = read_recipe(run)
-    sources = open_sources(recipe)
-    parts = {str(number): pair for number, pair in enumerate(_choose(sources, pairs))}
-    tokenizer, provenance = load_tokenizer(run, recipe, checkpoint)
-    folder = output_folder(run, NAME, out)
-    steps = steps or recipe.flow.sampler_steps
-    settings = {"pairs": pairs, "points": points, "span": span, "steps": steps}
-    trials = crew.trials(folder, NAME, identity(tokenizer, sources, settings))
-    training = {source.name: source.train for source in sources}
-    still = cache(lambda name: ~reference(training[name]).moving.to(tokenizer.device))
+    def select(self) -> None:
+        found: list[Pair] = []
+        for source in self.sources.values():
+            moving = [i for i, episode in enumerate(source.held_out.episodes) if episode.length > 1]
+            for scene in self.sources.values():
+                for n, e in enumerate(moving[i] for i in spread(self.pairs, len(moving))):
+                    others = [i for i in range(len(scene.held_out)) if scene.name != source.name or i != e]
+                    if others:
+                        found.append(Pair(len(found), source, e, scene, others[(e + n) % len(others)]))
+        if not found:
+            raise DataError("a motion and a scene are two held-out episodes of 2 frames or more; convert more episodes")
+        self.parts = {str(pair.number): pair for pair in found}
 
-    def measure(pair: Pair) -> Scores:
-        length = pair.source.held_out.episodes[pair.episode].length
-        at = sorted({round(i * min(span, length - 1) / (points - 1)) for i in range(points)})
-        made = _pictures(tokenizer, pair, at, steps)
-        rows, cell = [list(made["real"]), list(made[ADDED])], cell_size(recipe.data.image_size)
-        headings, labels = [f"frame {t}" for t in at], [f"{pair.source.name}\nreal", f"{pair.scene.name}\n+ motion"]
-        strip, gif = (folder / file for file in pair.files)
-        save_grid(strip, rows, headings=headings, labels=labels, cell=cell)
-        save_gif(gif, list(zip(*rows, strict=True)), cell=cell)
-        return _scores(tokenizer, made, still(pair.scene.name))
+    def measure(self, part: Pair) -> Scores:
+        length = part.source.held_out.episodes[part.episode].length
+        at = sorted({round(i * min(self.span, length - 1) / (self.points - 1)) for i in range(self.points)})
+        made = _pictures(self.tokenizer, part, at, self.sampler_steps)
+        strip, gif = (self.folder / file for file in part.files)
+        rows = {f"{part.source.name}\nreal": made["real"], f"{part.scene.name}\n+ motion": made[ADDED]}
+        save_motion(strip, gif, rows, [f"frame {t}" for t in at], cell_size(self.recipe.data.image_size))
+        return _scores(self.tokenizer, made, ~part.scene.reference.moving.to(self.tokenizer.device))
 
-    result: Result
+    def scores(self, done: Mapping[str, Scores]) -> dict[str, dict[str, list[list[float]]]]:
+        return by_group(done, lambda number: self.parts[number].name, KINDS)
 
-    def tell(done: dict[str, Scores]) -> None:
-        nonlocal result
-        bar.update(watched, completed=len(done))
-        there = [parts[number] for number in done]
-        rows = [
-            _row(name, kind, [scores[kind] for number, scores in done.items() if parts[number].name == name])
-            for name in dict.fromkeys(pair.name for pair in there)
-            for kind in KINDS
-        ]
-        figures = [
+    def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
+        return [
             Figure(file, f"{pair.name}: the real motion, and it in the other scene")
-            for pair in there
+            for pair in (self.parts[number] for number in done)
             for file in pair.files
         ]
-        result = Result(
-            NAME, "Motion transfer", _ABOUT, _COLUMNS, rows, settings, provenance, [], figures,
-            by=["source", "image"], better={"cosine": "higher", "psnr_still": "higher"},
-            partial=partial(len(done), len(parts), "pairs"),
-        )  # fmt: skip
-        if crew.main:
-            result.write(folder)
-
-    with progress(console) as bar:
-        watched = bar.add_task("motions", total=len(parts))
-        crew.rounds(trials, parts, measure, tell)
-    trials.close()
-    result.show(console, folder)
-    return result
-
-
-def _row(name: str, kind: str, measured: Sequence[Sequence[float]]) -> dict[str, object]:
-    cosine, kept = torch.tensor(measured, dtype=torch.float64).nanmean(0).tolist()
-    means = {"cosine": known(cosine), "psnr_still": known(kept)}
-    return {"source": name, "image": kind, "pairs": len(measured), **means}
-
-
-def _choose(sources: list[Source], pairs: int) -> list[Pair]:
-    found: list[Pair] = []
-    for source in sources:
-        moving = [i for i, episode in enumerate(source.held_out.episodes) if episode.length > 1]
-        for scene in sources:
-            for n, e in enumerate(moving[i] for i in spread(pairs, len(moving))):
-                others = [i for i in range(len(scene.held_out)) if scene.name != source.name or i != e]
-                if others:
-                    found.append(Pair(len(found), source, e, scene, others[(e + n) % len(others)]))
-    if not found:
-        raise DataError("a motion and a scene are two held-out episodes of 2 frames or more; convert more episodes")
-    return found
 
 
 @torch.no_grad()

@@ -19,9 +19,11 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate import closed_loop
 from stamo_dist.evaluate.features import STATE
-from stamo_dist.evaluate.plan import AGENTS, plan
-from stamo_dist.evaluate.rollout import PolicyAgent, rollout
-from stamo_dist.evaluate.shown import Shown
+from stamo_dist.evaluate.options import ShowOptions
+from stamo_dist.evaluate.plan import AGENTS, GoalPlanning
+from stamo_dist.evaluate.policy_agents import PolicyAgent
+from stamo_dist.evaluate.rollout import PolicyRollout
+from stamo_dist.evaluate.shown import PolicyView
 from stamo_dist.evaluate.simulators import Setting
 from stamo_dist.evaluate.successes import difference, interval
 from stamo_dist.models.openvla.policy import Policy
@@ -42,7 +44,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory, toy_policy: Path, stamo: Ca
 
 def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options: dict[str, Any] = {"tasks": TASKS, "benchmark": "toy", "size": 32, "max_steps": 2, "processes": 2}
-    whole = rollout(str(policy), PointBenchmarks(), trials=3, out=tmp_path / "whole", **options)
+    whole = PolicyRollout(
+        str(policy), benchmarks=PointBenchmarks(), trials=3, out=tmp_path / "whole", **options
+    ).evaluate()
     assert whole is not None
     assert [(r["task"], r["trials"], r["success"], r["steps"]) for r in whole.rows] == [
         ("one", 3, pytest.approx(200 / 3), 1.5), ("two", 3, pytest.approx(200 / 3), 1.5),
@@ -68,14 +72,16 @@ def test_rollout_counts_resumes_and_is_shared_out(policy: Path, tmp_path: Path, 
     monkeypatch.setattr(PolicyAgent, "act", counted)
     monkeypatch.setattr(closed_loop, "wait", lambda pipes: pipes[:1])  # so a kill leaves some trials done
     shared = {**options, "out": tmp_path / "shared", "trials": 3, "num_slices": 2}
-    assert rollout(str(policy), PointBenchmarks(), slice=1, **shared) is None
+    assert PolicyRollout(str(policy), benchmarks=PointBenchmarks(), slice=1, **shared).evaluate() is None
     mine = len(list((tmp_path / "shared").glob("trials/*/*/*.json")))
     assert mine == 3
-    again = rollout(str(policy), PointBenchmarks(), slice=0, **shared)
+    again = PolicyRollout(str(policy), benchmarks=PointBenchmarks(), slice=0, **shared).evaluate()
     assert again is not None
     assert again.rows == whole.rows
     before = looks
-    more = rollout(str(policy), PointBenchmarks(), **{**options, "out": tmp_path / "shared", "trials": 4})
+    more = PolicyRollout(
+        str(policy), benchmarks=PointBenchmarks(), **{**options, "out": tmp_path / "shared", "trials": 4}
+    ).evaluate()
     assert more is not None
     assert more.rows[2]["trials"] == 8
     assert looks - before == 2, "two trials of one look were missing"
@@ -91,7 +97,7 @@ def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monk
         return batch(self, images, instructions, **more)
 
     monkeypatch.setattr(Policy, "act_batch", heard)
-    found = rollout(str(policy), PointBenchmarks(), baselines=True, **options)
+    found = PolicyRollout(str(policy), benchmarks=PointBenchmarks(), baselines=True, **options).evaluate()
     assert found is not None
     assert set(told) == {"move the square"}
     # Trial n is solved by n + 1 steps, whoever takes them, and nobody has more than two.
@@ -100,12 +106,14 @@ def test_beside_random_actions_and_the_expert(policy: Path, tmp_path: Path, monk
     ]
     assert len(found.figures) == 4, "videos are the policy's alone"
     told.clear()
-    shuffled = rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **options)
+    shuffled = PolicyRollout(str(policy), benchmarks=PointBenchmarks(), shuffle_instructions=True, **options).evaluate()
     assert shuffled is not None
     assert shuffled.title == "Rollouts of the policy, each task told the next one's instruction"
     assert set(told) == {"move the square of suite/one", "move the square of suite/two"}
     with pytest.raises(RunError, match="these tasks have one instruction"):
-        rollout(str(policy), PointBenchmarks(), shuffle_instructions=True, **{**options, "tasks": TASKS[:1]})
+        PolicyRollout(
+            str(policy), benchmarks=PointBenchmarks(), shuffle_instructions=True, **{**options, "tasks": TASKS[:1]}
+        ).evaluate()
 
 
 def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
@@ -121,7 +129,7 @@ def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
         ({"unnorm_key": "droid"}, DataError, "droid"),
     ):
         with pytest.raises(error, match=says):
-            rollout(str(policy), PointBenchmarks(), **{**options, "trials": 1, **changed})
+            PolicyRollout(str(policy), benchmarks=PointBenchmarks(), **{**options, "trials": 1, **changed}).evaluate()
 
 
 def test_a_policy_is_shown_what_it_was_trained_on(toy_policy: Path, tmp_path: Path) -> None:
@@ -133,7 +141,7 @@ def test_a_policy_is_shown_what_it_was_trained_on(toy_policy: Path, tmp_path: Pa
     recipe = load(write_policy_recipe(tmp_path / "toy.yaml", root)).recipe
     task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
     task.export(tmp_path / "model", dict(task.trained.state_dict()), [])
-    shown = Shown.to(str(tmp_path / "model"), PointBenchmarks(), None, (), None, "delta", None)
+    shown = PolicyView.to(str(tmp_path / "model"), PointBenchmarks(), ShowOptions(actions="delta"))
     assert (shown.benchmark, shown.setting) == ("toy", Setting(32, ("front",), "delta", rendered=64))
     loaded = load_policy(tmp_path / "model")
     assert shown.sources_of(["suite/one"], loaded) == {"suite/one": "a"}
@@ -144,7 +152,7 @@ def test_a_policy_is_shown_what_it_was_trained_on(toy_policy: Path, tmp_path: Pa
     with pytest.raises(RunError, match="looks at 2 views of a moment, and front is 1; name 2"):
         shown.with_views(2, named=False)
 
-    other = Shown.to(str(tmp_path / "model"), PointBenchmarks(), None, ("top",), 48, "delta", None)
+    other = PolicyView.to(str(tmp_path / "model"), PointBenchmarks(), ShowOptions(cameras=["top"], size=48))
     assert other.setting == Setting(48, ("top",), "delta")
     statistics = json.loads((tmp_path / "model/dataset_statistics.json").read_text())
     (tmp_path / "model/dataset_statistics.json").write_text(json.dumps({"a": {"proprio": statistics["a"]["action"]}}))
@@ -158,11 +166,11 @@ def test_plan_of_a_run(run: Path, toy: SimpleNamespace, tmp_path: Path):
         path = shards / name / "manifest.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "convention": "end-effector delta: of a toy"}))
     with pytest.raises(DataError, match="the simulators take deltas; convert it"):
-        plan(run, PointBenchmarks(), tasks=["suite/one"])
+        GoalPlanning(run, benchmarks=PointBenchmarks(), tasks=["suite/one"]).evaluate()
     recipe = run / "resolved.yaml"
     recipe.write_text(recipe.read_text().replace(str(toy.shards), str(shards)))
     options: dict[str, Any] = {"tasks": ["suite/one"], "k": 2, "epochs": 1, "processes": 2, "max_steps": 2}
-    result = plan(run, PointBenchmarks(), trials=3, videos=1, **options)
+    result = GoalPlanning(run, benchmarks=PointBenchmarks(), trials=3, videos=1, **options).evaluate()
     assert [row["agent"] for row in result.rows] == list(AGENTS)
     assert all(row["trials"] == 3 and row["success"] == pytest.approx(200 / 3) for row in result.rows)
     assert result.partial is None
@@ -172,18 +180,18 @@ def test_plan_of_a_run(run: Path, toy: SimpleNamespace, tmp_path: Path):
     assert any(note.startswith(f"suite/one: {STATE} 67 %, level with") for note in result.notes)
     assert "Goal-conditioned planning" in write_report([run]).read_text()
     with pytest.raises(DataError, match="no source with actions of c; the recipe has a"):
-        plan(run, PointBenchmarks(), source="c", **options)
+        GoalPlanning(run, benchmarks=PointBenchmarks(), source=["c"], **options).evaluate()
     # Several tasks and sources: the head learns on all of them, and the last rows are those of all tasks.
     assert result.settings["source"] == "a, b"
     two = {**options, "tasks": ["suite/one", "suite/two"]}
-    more = plan(run, PointBenchmarks(), trials=3, source=["b", "a"], **two)
+    more = GoalPlanning(run, benchmarks=PointBenchmarks(), trials=3, source=["b", "a"], **two).evaluate()
     assert more.settings["source"] == "a, b"
     assert [row["task"] for row in more.rows] == [t for t in ("suite/one", "suite/two", "all tasks") for _ in AGENTS]
     whole = more.rows[-1]
     assert whole["trials"] == 6
     assert whole["success"] == pytest.approx((more.rows[-1 - len(AGENTS)]["success"] + 200 / 3) / 2)
     assert any(note.startswith("all tasks: ") for note in more.notes)
-    alone = plan(run, PointBenchmarks(), trials=3, source="b", **options)
+    alone = GoalPlanning(run, benchmarks=PointBenchmarks(), trials=3, source=["b"], **options).evaluate()
     assert (alone.settings["source"], len(alone.rows)) == ("b", len(AGENTS))
 
 

@@ -16,9 +16,9 @@ from toy import make_source
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.data.frames import Episodes
 from stamo_dist.errors import CheckpointError, DataError, RunError
-from stamo_dist.evaluate.common import load_tokenizer, read_recipe
-from stamo_dist.evaluate.interpolate import FADE, LINE, OWN, interpolate
-from stamo_dist.evaluate.reconstruct import MEAN, TOKENIZER, VAE, reconstruct
+from stamo_dist.evaluate.interpolate import FADE, LINE, OWN, Interpolation
+from stamo_dist.evaluate.reconstruct import MEAN, TOKENIZER, VAE, Reconstruction
+from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
 from stamo_dist.run.folder import open_run
 
 
@@ -34,7 +34,7 @@ def test_reconstruct_measures_the_held_out_frames(
     run: Path, toy: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # without AlexNet's weights
-    result = reconstruct(run, frames=1000)
+    result = Reconstruction(run, frames=1000).evaluate()
     rows = {(r["source"], r["image"]): r for r in result.rows}
     assert list(rows) == [(s, k) for s in ("a", "b", "all") for k in (MEAN, TOKENIZER, VAE)]
     by_hand = {}
@@ -60,10 +60,10 @@ def test_reconstruct_measures_the_held_out_frames(
 
 
 def test_reconstruct_gives_the_same_numbers_again(run: Path, tmp_path: Path):
-    first = reconstruct(run, frames=8, out=tmp_path / "1")
-    again = reconstruct(run, frames=8, out=tmp_path / "2")
-    other_batch = reconstruct(run, frames=8, batch=3, out=tmp_path / "3")
-    other_step = reconstruct(run, frames=8, checkpoint="2", out=tmp_path / "4")
+    first = Reconstruction(run, frames=8, out=tmp_path / "1").evaluate()
+    again = Reconstruction(run, frames=8, out=tmp_path / "2").evaluate()
+    other_batch = Reconstruction(run, frames=8, batch=3, out=tmp_path / "3").evaluate()
+    other_step = Reconstruction(run, frames=8, checkpoint="2", out=tmp_path / "4").evaluate()
     assert first.rows == again.rows
     assert (tmp_path / "1" / "a.png").read_bytes() == (tmp_path / "2" / "a.png").read_bytes()
     for one, other in zip(first.rows, other_batch.rows, strict=True):
@@ -90,7 +90,7 @@ def test_newest_checkpoint_then_export(run: Path):
 
 
 def test_interpolate(run: Path, toy: SimpleNamespace):
-    result = interpolate(run, episodes=2, points=5, span=8)
+    result = Interpolation(run, episodes=2, points=5, span=8).evaluate()
     rows = {(r["source"], r["image"]): r for r in result.rows}
     assert list(rows) == [(s, k) for s in ("a", "b") for k in (FADE, LINE, OWN)]
     held_out = Episodes(str(toy.shards / "a"), "val")
@@ -108,34 +108,34 @@ def test_interpolate(run: Path, toy: SimpleNamespace):
     with Image.open(folder / "a_1.gif") as gif:
         assert gif.n_frames == 8  # there and back
 
-    interpolate(run, episodes=1, points=5, span=100)  # to each episode's end
+    Interpolation(run, episodes=1, points=5, span=100).evaluate()  # to each episode's end
     left = {path.name for path in folder.iterdir()}
     assert left == {"interpolate.csv", "interpolate.json", "a_2.png", "a_2.gif", "b_1.png", "b_1.gif"}, "stale pictures"
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(run: Path, tmp_path: Path):
     with pytest.raises(RunError, match=r"not a run folder.*run_dir"):
-        reconstruct(tmp_path)
+        Reconstruction(tmp_path).evaluate()
     with pytest.raises(CheckpointError, match=r"--checkpoint 3: .*step_00000004, step_00000002"):
-        reconstruct(run, checkpoint="3")
+        Reconstruction(run, checkpoint="3").evaluate()
     with pytest.raises(DataError, match=r"data.sources.a.*12 frames.*--start"):
-        interpolate(run, start=11)
+        Interpolation(run, start=11).evaluate()
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        reconstruct(run)
+        Reconstruction(run).evaluate()
     resolved = run / "resolved.yaml"
     text = resolved.read_text()
     resolved.write_text(text.replace("stage: tokenizer", "stage: vae"))
     with pytest.raises(RunError, match="vae stage"):
-        reconstruct(run)
+        Reconstruction(run).evaluate()
     for name in ("a", "b"):
         make_source(tmp_path / "no_val", name, splits=("train",))
         text = text.replace(str(read_recipe_path(text, name)), str(tmp_path / "no_val" / name))
     resolved.write_text(text)
     with pytest.raises(DataError, match=r"(?s)data.sources.a: .*no 'val' split.*data.sources.b: .*no 'val' split"):
-        reconstruct(run)
+        Reconstruction(run).evaluate()
     assert not (run / "eval").exists()
 
 

@@ -11,9 +11,9 @@ from point_world import PointBenchmarks
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.actions import actions
-from stamo_dist.evaluate.policy_speed import PARTS, policy_speed
-from stamo_dist.evaluate.rollout import rollout
+from stamo_dist.evaluate.actions import ActionErrors
+from stamo_dist.evaluate.policy_speed import PARTS, PolicySpeed
+from stamo_dist.evaluate.rollout import PolicyRollout
 from stamo_dist.models.rdt_policy import RDTPolicy
 
 
@@ -30,7 +30,7 @@ def runs(toy_policy: Path, ranks, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    result = actions(str(runs["openvla"]), frames=10)
+    result = ActionErrors(str(runs["openvla"]), frames=10).evaluate()
     (row,) = result.rows
     assert (row["source"], row["frames"]) == ("a", 10), "the video has no actions"
     assert 0 < row["mae"] <= row["rmse"] <= 2
@@ -42,7 +42,7 @@ def test_the_error_is_that_of_the_chunks(runs: dict[str, Path], monkeypatch: pyt
         return np.full((len(images), 2, 3), 5.0)
 
     monkeypatch.setattr(RDTPolicy, "act_batch", five)
-    (row,) = actions(str(runs["diffusion"]), frames=48).rows
+    (row,) = ActionErrors(str(runs["diffusion"]), frames=48).evaluate().rows
     error = [[min(abs(t + k - 5) / 5, 1) for k in range(2) if t + k < 12] for t in range(12)]
     assert row["mae"] == pytest.approx(np.mean([number for e in error for number in e]), rel=1e-6)
     assert row["first"] == pytest.approx(np.mean([e[0] for e in error]), rel=1e-6)
@@ -53,22 +53,24 @@ def test_the_diffusion_policy_is_rolled_out_and_a_tokenizer_is_not(
     runs: dict[str, Path], run: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"tasks": ("suite/one",), "benchmark": "toy", "size": 32, "max_steps": 2, "trials": 2}
-    result = rollout(str(runs["diffusion"]), PointBenchmarks(), processes=1, out=tmp_path / "out", **options)
+    result = PolicyRollout(
+        str(runs["diffusion"]), benchmarks=PointBenchmarks(), processes=1, out=tmp_path / "out", **options
+    ).evaluate()
     assert result is not None
     assert (result.rows[0]["trials"], result.provenance.step) == (2, 3)
     with pytest.raises(RunError, match="its recipe trains the tokenizer stage; give the run folder of a policy"):
-        rollout(str(run), PointBenchmarks(), **{**options, "benchmark": None})
+        PolicyRollout(str(run), benchmarks=PointBenchmarks(), **{**options, "benchmark": None}).evaluate()
 
 
 def test_speed_with_each_head(runs: dict[str, Path], tmp_path: Path) -> None:
-    result = policy_speed(runs["openvla"], batches=(1, 2), calls=3, devices=["cpu"])
+    result = PolicySpeed(runs["openvla"], batch=(1, 2), calls=3, device=["cpu"]).evaluate()
     assert [(row["part"], row["batch"]) for row in result.rows] == [(p, b) for b in (1, 2) for p in PARTS]
     assert [row["ratio"] for row in result.rows if row["part"] == PARTS[0]] == [1, 1]
     assert all(row["ratio"] > 0 and row["low"] <= row["hz"] <= row["high"] for row in result.rows)
-    (row,) = policy_speed(runs["diffusion"], calls=3, devices=["cpu"]).rows
+    (row,) = PolicySpeed(runs["diffusion"], calls=3, device=["cpu"]).evaluate().rows
     assert (row["part"], row["ratio"]) == ("diffusion, 5 steps", None)
     recipe = runs["openvla"].parent / "toy.yaml"
-    result = policy_speed(recipe, settings=["policy.actions=regression"], calls=3, devices=["cpu"], out=tmp_path)
+    result = PolicySpeed(recipe, set_=["policy.actions=regression"], calls=3, device=["cpu"], out=tmp_path).evaluate()
     assert (len(result.rows), result.provenance.checkpoint) == (3, "random weights")
     with pytest.raises(RunError, match="--device tpu: this machine has cpu"):
-        policy_speed(recipe, devices=["tpu"])
+        PolicySpeed(recipe, device=["tpu"]).evaluate()

@@ -14,8 +14,8 @@ from stamo_dist.data.frames import Episodes
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads
 from stamo_dist.evaluate import probe as probing
-from stamo_dist.evaluate.common import Trials
 from stamo_dist.evaluate.features import REPRESENTATIONS, STATE, motions
+from stamo_dist.evaluate.parts_file import PartsFile
 
 
 @pytest.mark.parametrize("kind", heads.KINDS)
@@ -33,8 +33,8 @@ def test_a_head_learns_what_is_there_and_nothing_else(kind: str):
 
 
 def test_probe_of_a_run(run: Path, toy: SimpleNamespace):
-    options = {"ks": (1, 3), "seeds": 2, "epochs": 2}
-    result = probing.probe(run, **options)
+    options = {"k": (1, 3), "seeds": 2, "epochs": 2}
+    result = probing.ActionProbe(run, **options).evaluate()
     rows = {(r["source"], r["head"], r["representation"]): r for r in result.rows}
     assert len(rows) == 2 * (1 + 2 * len(REPRESENTATIONS))
     assert result.partial is None
@@ -53,14 +53,14 @@ def test_probe_of_a_run(run: Path, toy: SimpleNamespace):
 
     kept = {path: path.stat().st_mtime_ns for path in (run / "eval" / "features").iterdir()}
     assert len(kept) == 2 * (5 + 3)
-    assert probing.probe(run, **options).rows == result.rows
+    assert probing.ActionProbe(run, **options).evaluate().rows == result.rows
     assert {path: path.stat().st_mtime_ns for path in (run / "eval" / "features").iterdir()} == kept, "kept features"
-    probing.probe(run, checkpoint="2", out=run / "eval_at_2", **{**options, "ks": (1,), "seeds": 1})
+    probing.ActionProbe(run, checkpoint="2", out=run / "eval_at_2", **{**options, "k": (1,), "seeds": 1}).evaluate()
     assert len(list((run / "eval" / "features").iterdir())) == 2 * len(kept), "other weights, other features"
 
 
 def test_a_killed_probe_says_partial_and_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch):
-    options = {"ks": (1, 3), "seeds": 1, "epochs": 1}
+    options = {"k": (1, 3), "seeds": 1, "epochs": 1}
     count, fit = 0, heads.fit
 
     def killed(*args: object, **more: object) -> heads.Head:
@@ -72,28 +72,28 @@ def test_a_killed_probe_says_partial_and_goes_on(run: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(heads, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        probing.probe(run, **options)
+        probing.ActionProbe(run, **options).evaluate()
     left = json.loads((run / "eval" / "probe" / "probe.json").read_text())
     assert left["partial"] == "1 of 4 pairs of a source and a k are measured"
     assert left["rows"][0]["mse_3"] is None
-    whole = probing.probe(run, **options)
+    whole = probing.ActionProbe(run, **options).evaluate()
     assert count == 14 + 40 - 13, "what was measured is not measured again"
     assert whole.partial is None
 
 
 def test_parts_of_other_settings_are_not_taken(tmp_path: Path):
     path = tmp_path / "parts.jsonl"
-    assert Trials(path, {"seed": 0}).get("a", lambda: 1) == 1
+    assert PartsFile(path, {"seed": 0}).get("a", lambda: 1) == 1
     path.write_text(path.read_text() + '\n{"part": "b", "va')  # killed while it was written
-    same = Trials(path, {"seed": 0})
+    same = PartsFile(path, {"seed": 0})
     assert (same.get("a", lambda: 2), same.get("b", lambda: 2)) == (1, 2)
-    assert Trials(path, {"seed": 0}).get("b", lambda: 3) == 2
-    assert Trials(path, {"seed": 1}).get("a", lambda: 3) == 3
+    assert PartsFile(path, {"seed": 0}).get("b", lambda: 3) == 2
+    assert PartsFile(path, {"seed": 1}).get("a", lambda: 3) == 3
 
 
 def test_what_cannot_be_probed_is_said_before_anything_runs(run: Path):
     with pytest.raises(DataError, match=r"(?s)data.sources.a: k = 12 needs 2 training .*13 frames.*12; choose .*--k"):
-        probing.probe(run, ks=(1, 12))
+        probing.ActionProbe(run, k=(1, 12)).evaluate()
     assert not (run / "eval").exists()
 
 

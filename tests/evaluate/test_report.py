@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.interpolate import interpolate
-from stamo_dist.evaluate.reconstruct import reconstruct
+from stamo_dist.evaluate.interpolate import Interpolation
+from stamo_dist.evaluate.reconstruct import Reconstruction
 from stamo_dist.report import write_report
 from stamo_dist.report.charts import Series, line_chart, ticks
 
@@ -25,8 +25,8 @@ def _assert_self_contained(page: str) -> None:
 
 
 def test_report_holds_every_picture_and_fetches_nothing(run: Path):
-    reconstruct(run, frames=4)
-    interpolate(run, episodes=1, points=3)
+    Reconstruction(run, frames=4).evaluate()
+    Interpolation(run, episodes=1, points=3).evaluate()
     path = write_report([run])
     assert path == run / "report.html"
     page = path.read_text()

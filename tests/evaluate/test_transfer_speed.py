@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.speed import speed
-from stamo_dist.evaluate.transfer import ADDED, KINDS, PIXELS, STILL, transfer
+from stamo_dist.evaluate.speed import TokenizerSpeed
+from stamo_dist.evaluate.transfer import ADDED, KINDS, PIXELS, STILL, MotionTransfer
 from stamo_dist.report import write_report
 
 
 def test_transfer_between_every_two_sources(run: Path):
-    result = transfer(run, pairs=1, points=3, span=4)
+    result = MotionTransfer(run, pairs=1, points=3, span=4).evaluate()
     rows = {(r["source"], r["image"]): r for r in result.rows}
     assert list(rows) == [(f"{a} → {b}", kind) for a in "ab" for b in "ab" for kind in KINDS]
     for (name, kind), row in rows.items():
@@ -29,15 +29,15 @@ def test_transfer_between_every_two_sources(run: Path):
 
 
 def test_speed_and_two_runs_side_by_side(run: Path, tmp_path: Path):
-    result = speed(run, batches=(1, 3), calls=5, devices=["cpu"])
+    result = TokenizerSpeed(run, batch=(1, 3), calls=5, device=["cpu"]).evaluate()
     assert [(r["part"].split(",")[0], r["batch"]) for r in result.rows] == [
         (part, batch) for batch in (1, 3) for part in ("encoder", "state", "decode")
     ]
     assert all(0 < r["low"] <= r["hz"] <= r["high"] for r in result.rows)
     with pytest.raises(RunError, match=r"--device tpu: this machine has cpu"):
-        speed(run, devices=["tpu"])
+        TokenizerSpeed(run, device=["tpu"]).evaluate()
     other = shutil.copytree(run, tmp_path / "other")
-    speed(other, batches=(1, 3), calls=5, devices=["cpu"])
+    TokenizerSpeed(other, batch=(1, 3), calls=5, device=["cpu"]).evaluate()
     page = write_report([run, other], tmp_path / "both.html").read_text()
     assert "Speed of the tokenizer, side by side" in page
     assert page.count("<td><b>") >= 5, "the better number of each row is marked"

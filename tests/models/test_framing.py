@@ -20,9 +20,10 @@ from test_openvla_folders import STATISTICS, make
 
 from stamo_dist.data.transforms import OpenVLAAugmentation, openvla_changed
 from stamo_dist.errors import RunError, StamoError
-from stamo_dist.evaluate.actions import actions
-from stamo_dist.evaluate.rollout import rollout
-from stamo_dist.evaluate.shown import Shown
+from stamo_dist.evaluate.actions import ActionErrors
+from stamo_dist.evaluate.options import ShowOptions
+from stamo_dist.evaluate.rollout import PolicyRollout
+from stamo_dist.evaluate.shown import PolicyView
 from stamo_dist.evaluate.simulators import Setting
 from stamo_dist.models.openvla.framing import PRESETS, Framing, Use, centre_crop
 from stamo_dist.models.openvla.policy import Policy
@@ -155,9 +156,9 @@ def test_rollouts_of_a_released_policy(released: Callable[[str], Path], tmp_path
         "tasks": ["suite/one"], "benchmark": "toy", "trials": 1, "processes": 1, "out": tmp_path / "out",
     }  # fmt: skip
     with pytest.raises(RunError, match=r"does not say how it sees frames.*--as PRESET"):
-        rollout(str(folder), PointBenchmarks(), **options)
+        PolicyRollout(str(folder), benchmarks=PointBenchmarks(), **options).evaluate()
     said = Console(file=StringIO(), width=200)
-    found = rollout(str(folder), PointBenchmarks(), use=Use("openvla-libero"), console=said, **options)
+    found = PolicyRollout(str(folder), benchmarks=PointBenchmarks(), as_="openvla-libero", **options).evaluate(said)
     assert found is not None
     assert (found.rows[0]["trials"], found.rows[0]["success"]) == (1, 100)
     assert found.settings["framing"] == {"orientation": "mirrored", "crop": 0.9, "resize": 224}
@@ -169,11 +170,10 @@ def test_rollouts_of_a_released_policy(released: Callable[[str], Path], tmp_path
 
 
 def test_cameras_in_another_order_are_refused() -> None:
-    arguments: list[Any] = ["nowhere", PointBenchmarks(), None, ("eye_in_hand", "agentview"), None, None, None]
+    named = ShowOptions(cameras=["eye_in_hand", "agentview"])
     with pytest.raises(RunError, match=r"--cameras eye_in_hand,agentview: its authors show it agentview, eye_in_hand"):
-        Shown.to(*arguments, PRESETS["oft-libero"])
-    arguments[3] = ()
-    shown = Shown.to(*arguments, PRESETS["oft-libero"])
+        PolicyView.to("nowhere", PointBenchmarks(), named, PRESETS["oft-libero"])
+    shown = PolicyView.to("nowhere", PointBenchmarks(), ShowOptions(), PRESETS["oft-libero"])
     assert shown.setting == Setting(256, ("agentview", "eye_in_hand"), "openvla", finely=True)
 
 
@@ -186,7 +186,7 @@ def test_released_weights_against_what_was_done(
     column = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 6 + [1.0], "min": [-1.0] * 6 + [0.0], "max": [1.0] * 7}
     column |= {"mean": [0.0] * 7, "mask": [True] * 6 + [False]}
     (folder / "dataset_statistics.json").write_text(json.dumps({"cans_no_noops": {"action": column}}))
-    options: dict[str, Any] = {"shards": str(tmp_path / "cans"), "use": Use("openvla-libero"), "frames": 10**6}
+    options: dict[str, Any] = {"shards": str(tmp_path / "cans"), "as_": "openvla-libero", "frames": 10**6}
     options |= {"out": tmp_path / "out", "unnorm_key": "cans"}
 
     def still(self: Policy, images: Any, texts: Any, **_: Any) -> np.ndarray:
@@ -194,7 +194,7 @@ def test_released_weights_against_what_was_done(
 
     monkeypatch.setattr(Policy, "act_batch", still)
     said = Console(file=StringIO(), width=200)
-    found = actions(str(folder), console=said, **options)
+    found = ActionErrors(str(folder), **options).evaluate(said)
     held_out = {line["id"] for line in map(json.loads, (tmp_path / "cans/val/episodes.jsonl").open())}
     with h5py.File(raw) as file:
         done = np.concatenate([np.array(file["data"][name.rsplit("/", 1)[1]]["actions"]) for name in held_out])
@@ -207,17 +207,17 @@ def test_released_weights_against_what_was_done(
     plain = json.loads((tmp_path / "cans/manifest.json").read_text())
     (tmp_path / "cans/manifest.json").write_text(json.dumps({**plain, "gripper": None}))
     with pytest.raises(StamoError, match=r"--actions openvla: .* does not say which of its numbers is the gripper"):
-        actions(str(folder), **options)
+        ActionErrors(str(folder), **options).evaluate()
     (tmp_path / "cans/manifest.json").write_text(json.dumps(plain))
     for changes, says in (
         ({"shards": None}, r"is no run folder; say with --shards"),
         ({"out": None}, r"is no run folder; say with --out"),
-        ({"use": Use()}, r"does not say how it sees frames"),
+        ({"as_": None}, r"does not say how it sees frames"),
         ({"split": "test"}, r"has no 'test' split \(its splits: train, val\); choose another --split"),
         ({"unnorm_key": None}, r"is robomimic, and the policy is one of libero; choose other --shards, or with"),
         ({"cameras": ["wrist"]}, r"--cameras wrist: .* has agentview; name 1 of them"),
-        ({"convention": "metres"}, r"--actions metres: must be one of delta, original, openvla"),
+        ({"actions": "metres"}, r"--actions metres: must be one of delta, original, openvla"),
         ({"unnorm_key": "bridge"}, r"bridge"),
     ):
         with pytest.raises(StamoError, match=says):
-            actions(str(folder), **{**options, **changes})
+            ActionErrors(str(folder), **{**options, **changes}).evaluate()

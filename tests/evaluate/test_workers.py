@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from stamo_dist.evaluate.interpolate import interpolate
-from stamo_dist.evaluate.probe import probe
-from stamo_dist.evaluate.reconstruct import reconstruct
-from stamo_dist.evaluate.transfer import transfer
+from stamo_dist.evaluate.interpolate import Interpolation
+from stamo_dist.evaluate.probe import ActionProbe
+from stamo_dist.evaluate.reconstruct import Reconstruction
+from stamo_dist.evaluate.transfer import MotionTransfer
 from stamo_dist.models.tokenizer import Tokenizer
 
 
 def test_two_processes_find_what_one_finds(run: Path, ranks: Callable[..., Any], tmp_path: Path):
     alone = {
-        "reconstruct": reconstruct(run, frames=10, batch=3, out=tmp_path / "reconstruct"),
-        "interpolate": interpolate(run, episodes=2, points=4, span=6, out=tmp_path / "interpolate"),
-        "transfer": transfer(run, pairs=1, points=3, span=4, out=tmp_path / "transfer"),
-        "probe": probe(run, ks=(1, 3), seeds=2, epochs=2, out=tmp_path / "probe"),
+        "reconstruct": Reconstruction(run, frames=10, batch=3, out=tmp_path / "reconstruct").evaluate(),
+        "interpolate": Interpolation(run, episodes=2, points=4, span=6, out=tmp_path / "interpolate").evaluate(),
+        "transfer": MotionTransfer(run, pairs=1, points=3, span=4, out=tmp_path / "transfer").evaluate(),
+        "probe": ActionProbe(run, k=(1, 3), seeds=2, epochs=2, out=tmp_path / "probe").evaluate(),
     }
     ranks(2, "eval", "reconstruct", run, "--frames", "10", "--batch", "3")
     ranks(2, "eval", "interpolate", run, "--episodes", "2", "--points", "4", "--span", "6")
@@ -44,11 +44,11 @@ class KilledError(Exception):
 @pytest.mark.parametrize("name", ["reconstruct", "interpolate", "transfer"])
 def test_a_killed_one_is_marked_partial_and_goes_on(name: str, run: Path, monkeypatch: pytest.MonkeyPatch):
     measure, options = {
-        "reconstruct": (reconstruct, {"frames": 8, "batch": 4}),
-        "interpolate": (interpolate, {"episodes": 2, "points": 3}),
-        "transfer": (transfer, {"pairs": 1, "points": 3}),
+        "reconstruct": (Reconstruction, {"frames": 8, "batch": 4}),
+        "interpolate": (Interpolation, {"episodes": 2, "points": 3}),
+        "transfer": (MotionTransfer, {"pairs": 1, "points": 3}),
     }[name]
-    whole = measure(run, **options)
+    whole = measure(run, **options).evaluate()
     folder = run / "eval" / name
     files = {path.name for path in folder.iterdir()}
     decode, frames = Tokenizer.decode, []
@@ -63,14 +63,14 @@ def test_a_killed_one_is_marked_partial_and_goes_on(name: str, run: Path, monkey
     each = {"reconstruct": 1, "interpolate": 2, "transfer": 2}[name]  # decodings of a part
     stop = each
     with pytest.raises(KilledError):
-        measure(run, **options)
+        measure(run, **options).evaluate()
     kept = json.loads((folder / f"{name}.json").read_text())
     assert kept["partial"].startswith({"reconstruct": "4 of 16 frames"}.get(name, "1 of 4"))
     assert 0 < len(kept["rows"]) < len(whole.rows)
     assert all((folder / figure["file"]).is_file() for figure in kept["figures"])
     stop = 1000
     frames.clear()
-    assert measure(run, **options).rows == whole.rows
+    assert measure(run, **options).evaluate().rows == whole.rows
     pictures = 4 if name == "reconstruct" else 0  # five frames of each source, four at a time
     assert len(frames) == 3 * each + pictures, "the part that was there was not measured again"
     assert {path.name for path in folder.iterdir()} == files

@@ -1,8 +1,8 @@
-"""Rollouts of a policy's saved weights beside its training, in a process or a job of their own.
+"""Rollouts of a policy's saved weights while it trains, in a process or a job of their own.
 
 `RUN/eval/during/step_00001000/` is one rollout: `request.json` says of which checkpoint and by whom it is made,
-`rollout.json` is its result, `failed.json` why there is none. All that the training knows of rollouts is there, so a
-start that was killed loses nothing.
+`rollout.json` is its result, `failed.json` why there is none. The training keeps no other record of rollouts, so that
+a new start finds everything there.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Running:
     looked: float = 0.0
 
 
-class Rollouts(Evaluation):
-    """One rollout at a time; of the checkpoints that are due meanwhile the newest waits."""
+class BackgroundRollouts(Evaluation):
+    """One rollout at a time; of the checkpoints that come due meanwhile only the newest is rolled out after it."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, launcher: Launcher):
         self._run, self._recipe, self._launcher = run, recipe, launcher
@@ -118,7 +118,7 @@ class Rollouts(Evaluation):
 
     @contextmanager
     def _at_no_cost(self) -> Iterator[None]:
-        """A full disk ends no training."""
+        """Errors of the disk, such as a full one, are logged and do not end the training."""
         try:
             yield
         except OSError as e:
@@ -224,7 +224,7 @@ class Rollouts(Evaluation):
         write_atomic(self._folder(step) / "failed.json", json.dumps({"why": why}) + "\n")
 
     def _tell(self, step: int, result: dict[str, Any]) -> None:
-        """Once, however often the run is started."""
+        """Log the result of a step, once over all starts of the run."""
         if step in self._logger.late_steps():
             return
         success, numbers = curve.numbers(step, result)
@@ -232,7 +232,7 @@ class Rollouts(Evaluation):
         self._say(f"success in closed loop {success}: {success.trials} trials")
 
     def _forget(self, step: int) -> None:
-        """What was measured of later steps is of a start that was given up."""
+        """Stop and delete rollouts of steps after this one: their weights were rolled back."""
         if self._waiting is not None and self._waiting > step:
             self._waiting = None
         if self._running is not None and self._running.step > step:

@@ -17,7 +17,7 @@ from point_world import as_simulators
 from toy_policy import write_policy_recipe
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.evaluate.beside import Rollouts
+from stamo_dist.evaluate.background import BackgroundRollouts
 from stamo_dist.evaluate.successes import COLUMNS, interval
 from stamo_dist.launch.aside import Processes
 from stamo_dist.recipe.load import load
@@ -178,7 +178,7 @@ class Bench:
 
     def start(self, step: int) -> None:
         self.hand = Hand()
-        self.rollouts = Rollouts(self.run, self.recipe.recipe, self.hand)
+        self.rollouts = BackgroundRollouts(self.run, self.recipe.recipe, self.hand)
         self.journal = Told(self.run, step)
         self.rollouts.begin(step, self.journal)  # type: ignore[arg-type]
 

@@ -1,10 +1,10 @@
-"""Several processes that measure together: each takes its share of the parts, and all get every result."""
+"""Processes that measure together: each takes its share of the parts, and all get every value."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,28 +15,28 @@ from rich.console import Console
 
 from stamo_dist.distributed.collectives import barrier, broadcast, leave, run_rank
 from stamo_dist.distributed.rank import world_from_environment
-from stamo_dist.evaluate.common import Trials
+from stamo_dist.evaluate.parts_file import PartsFile
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Crew:
-    """This process among those that measure; a lone one when nothing is said."""
+class WorkerGroup:
+    """The processes of one measurement, as seen by the one of `rank`; by default there is only this one."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def main(self) -> bool:
-        """The one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def share(self, items: Sequence[T], measure: Callable[[T], S]) -> list[S]:
-        """`measure` of every item, in their order; each process measures every `size`-th.
+        """`measure` of every item, in their order, on all processes; each computes every `size`-th.
 
-        What is measured must not depend on the process, so that the result does not depend on their number.
+        The value of an item must not depend on the process, so that the result does not depend on `size`.
         """
         mine = {i: measure(items[i]) for i in range(self.rank, len(items), self.size)}
         if self.size == 1:
@@ -46,51 +46,55 @@ class Crew:
         found = {i: value for share in shares for i, value in share.items()}
         return [found[i] for i in range(len(items))]
 
-    def trials(self, folder: Path, name: str, identity: Mapping[str, Any]) -> Trials:
-        """The parts of a measurement; all processes have read those of earlier starts before one is added."""
-        trials = Trials(folder / f"{name}.parts.jsonl", identity, self.rank)
+    def open_parts(self, path: Path, identity: Mapping[str, Any]) -> PartsFile:
+        """The values of earlier starts; all processes have read them before one is added."""
+        finished = PartsFile(path, identity, self.rank)
         self.wait()
-        return trials
+        return finished
 
-    def rounds(
-        self, trials: Trials, parts: Mapping[str, T], measure: Callable[[T], S], tell: Callable[[dict[str, S]], None]
-    ) -> None:
-        """`measure` the `parts`, by name, that `trials` doesn't know; `tell` hears after each round of all there are.
+    def map(self, finished: PartsFile, parts: Mapping[str, T], measure: Callable[[T], S]) -> Iterator[dict[str, S]]:
+        """`measure` the `parts` that `finished` lacks, `size` at a time, and keep their values there.
 
-        All processes hear the same, in the order of `parts`, and go on when all have heard.
+        Yields name → value of all parts so far, in the order of `parts`, on every process: after each round, and once
+        where nothing is missing. The next round begins when all processes ask for it.
         """
-        known = trials.known(parts)
+        known = finished.known(parts)
         done: dict[str, S] = broadcast(known) if self.size > 1 else known
         missing = [name for name in parts if name not in done]
         if not missing:
-            tell(done)
+            yield done
         for first in range(0, len(missing), self.size):
-            these = missing[first : first + self.size]
-            found = self.share(these, lambda name: trials.get(name, lambda: measure(parts[name])))
-            done |= dict(zip(these, found, strict=True))
-            tell({name: done[name] for name in parts if name in done})
+            names = missing[first : first + self.size]
+            found = self.share(names, lambda name: finished.get(name, lambda: measure(parts[name])))
+            done |= dict(zip(names, found, strict=True))
+            yield {name: done[name] for name in parts if name in done}
             self.wait()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Until all processes are here."""
         if self.size > 1:
             barrier()
 
     def console(self, console: Console | None) -> Console:
-        """`console`, or the terminal; the others' goes nowhere."""
+        """`console`, or the terminal; of the other processes one that prints nowhere."""
         return (console or Console()) if self.main else Console(file=io.StringIO())
 
 
-def run_crew(run: Path, nproc: int, launch: Callable[[list[str], int, Path], int], body: Callable[[Crew], object],
-             arguments: list[str]) -> None:  # fmt: skip
-    """Run `body` here, or where several processes are asked for on each of them; does not return from those.
+def run_in_group(
+    run: Path,
+    nproc: int,
+    launch: Callable[[list[str], int, Path], int],
+    body: Callable[[WorkerGroup], object],
+    arguments: list[str],
+) -> None:
+    """Run `body` here, or on several processes; does not return in the latter case.
 
     Under torchrun or Slurm each process takes its rank from the environment; otherwise `launch` starts `nproc`
     processes with `arguments`.
     """
     if "RANK" not in os.environ:
         if nproc == 1:
-            body(Crew())
+            body(WorkerGroup())
             return
         raise SystemExit(launch(arguments, nproc, run))
     world = world_from_environment()
@@ -100,7 +104,7 @@ def run_crew(run: Path, nproc: int, launch: Callable[[list[str], int, Path], int
             torch.cuda.set_device(world.local_rank)
         if world.size > 1:
             dist.init_process_group("gloo", rank=world.rank, world_size=world.size)
-        body(Crew(world.rank, world.size))
+        body(WorkerGroup(world.rank, world.size))
         return 0
 
     leave(run_rank(world, rank))

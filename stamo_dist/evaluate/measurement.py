@@ -1,0 +1,227 @@
+"""What every measurement does: open, measure in parts, write what is known so far, and show the result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stamo_dist.evaluate.held_out import HeldOutSource, open_sources
+from stamo_dist.evaluate.metrics import means
+from stamo_dist.evaluate.options import RunOptions
+from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance, output_folder
+from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
+from stamo_dist.evaluate.workers import WorkerGroup
+from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.folder import RunFolder, open_run
+
+Part = TypeVar("Part")
+Value = TypeVar("Value")
+
+
+class Measurement(ABC):
+    """One measurement; a subclass also derives from its options in `options.py`, which are its constructor's arguments.
+
+    `evaluate` calls `open`, which sets `folder` and `provenance`, and writes each of the `results`.
+    """
+
+    name: ClassVar[str]  # of the result's files, and of its folder in RUN/eval/
+    title: ClassVar[str]
+    about: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]] = {}  # as in `EvaluationResult`, also the two below
+    by: ClassVar[Sequence[str]] = ()
+    better: ClassVar[Mapping[str, str]] = {}
+
+    group = WorkerGroup()
+    console: Console
+    bar: Progress
+    folder: Path
+    provenance: Provenance
+
+    def evaluate(self, console: Console | None = None, group: WorkerGroup = WorkerGroup()) -> EvaluationResult | None:  # noqa: B008
+        """Measure, and write and print the result; None where parts that other processes make are missing.
+
+        Started again after a kill it goes on where it was. `group`: processes that measure together; the first writes.
+
+        Raises:
+            StamoError: What `open` raises; nothing was written.
+        """
+        self.group, self.console = group, group.console(console)
+        self.open()
+        result = None
+        with progress(self.console) as self.bar:
+            for result in self.results():
+                if group.main:
+                    result.write(self.folder)
+        if result is not None:
+            self.show(result)
+        return result
+
+    @abstractmethod
+    def open(self) -> None:
+        """Read what is measured; sets `folder` and `provenance`.
+
+        Raises:
+            StamoError: It cannot be measured; nothing was written.
+        """
+
+    @abstractmethod
+    def results(self) -> Iterator[EvaluationResult]:
+        """Measure. Each result replaces the one before; the last is the whole."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers, as the result's file records it."""
+
+    def show(self, result: EvaluationResult) -> None:
+        """Print the last result."""
+        result.show(self.console, self.folder)
+
+    def result(
+        self,
+        rows: list[dict[str, Any]],
+        *,
+        figures: Sequence[Figure] = (),
+        notes: Sequence[str] = (),
+        partial: str | None = None,
+    ) -> EvaluationResult:
+        return EvaluationResult(
+            self.name,
+            self.title,
+            self.about,
+            dict(self.columns),
+            rows,
+            self.settings(),
+            self.provenance,
+            list(notes),
+            list(figures),
+            list(self.by),
+            dict(self.better),
+            partial,
+        )
+
+
+class TokenizerMeasurement(RunOptions, Measurement):
+    """A measurement of a run's tokenizer."""
+
+    unrecorded: ClassVar[Sequence[str]] = ()  # options that do not change the numbers
+    steps: int | None = None
+
+    run_folder: RunFolder
+    recipe: Recipe
+    tokenizer: Tokenizer
+
+    def open(self) -> None:
+        self.run_folder = open_run(self.run)
+        self.recipe = read_recipe(self.run_folder)
+        self.select()
+        self.tokenizer, self.provenance = load_tokenizer(self.run_folder, self.recipe, self.checkpoint)
+        self.folder = output_folder(self.run_folder, self.name, self.out)
+
+    def select(self) -> None:
+        """Choose what is measured, and refuse what cannot be, before the weights are read."""
+
+    @cached_property
+    def sources(self) -> dict[str, HeldOutSource]:
+        """Of the recipe, by name.
+
+        Raises:
+            DataError: One cannot be read or has no held-out split.
+        """
+        return {source.name: source for source in open_sources(self.recipe)}
+
+    @property
+    def sampler_steps(self) -> int:
+        return self.steps or self.recipe.flow.sampler_steps
+
+    def settings(self) -> dict[str, Any]:
+        left_out = {"run", "checkpoint", "out", "nproc", *self.unrecorded}
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        return {**found, "steps": self.sampler_steps} if "steps" in found else found
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers: parts that were measured under another identity are not taken."""
+        checksums = {source.name: [source.camera, source.train.manifest.checksums] for source in self.sources.values()}
+        return {**self.settings(), "tokenizer": self.tokenizer.fingerprint(), "data": checksums}
+
+
+class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
+    """A table whose rows are made of the values of independent parts, which processes share."""
+
+    noun: ClassVar[str]  # what is counted
+
+    parts: Mapping[str, Part]  # by a name that says which part it is in any start; set by `select`
+
+    @abstractmethod
+    def select(self) -> None:
+        """Set `parts`."""
+
+    @abstractmethod
+    def measure(self, part: Part) -> Value:
+        """The value of a part, which JSON can hold; it may also draw the part's pictures into `folder`."""
+
+    @abstractmethod
+    def scores(self, done: Mapping[str, Value]) -> dict[str, dict[str, list[list[float]]]]:
+        """Of the parts that are there: row group → picture → scores, whose means are the last columns of a row."""
+
+    def rows(self, done: Mapping[str, Value]) -> list[dict[str, Any]]:
+        """A row for each picture of a group: both names, how many scores there are, and their means."""
+        return [
+            dict(zip(self.columns, (group, kind, len(table), *means(table)), strict=True))
+            for group, tables in self.scores(done).items()
+            for kind, table in tables.items()
+        ]
+
+    @abstractmethod
+    def figures(self, done: Mapping[str, Value]) -> list[Figure]:
+        """The pictures of the parts that are there."""
+
+    def notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        return []
+
+    def count(self, part: Part) -> int:
+        """How many of `noun` a part is."""
+        return 1
+
+    def results(self) -> Iterator[EvaluationResult]:
+        total = sum(map(self.count, self.parts.values()))
+        watched = self.bar.add_task(self.noun, total=total)
+        finished = self.group.open_parts(self.folder / f"{self.name}.parts.jsonl", self.identity())
+        for done in self.group.map(finished, self.parts, self.measure):
+            count = sum(self.count(self.parts[name]) for name in done)
+            self.bar.update(watched, completed=count)
+            rows = self.rows(done)
+            yield self.result(
+                rows, figures=self.figures(done), notes=self.notes(rows), partial=how_much(count, total, self.noun)
+            )
+        finished.close()
+
+
+def by_group(
+    done: Mapping[str, Mapping[str, list[float]]], group: Callable[[str], str], kinds: Sequence[str]
+) -> dict[str, dict[str, list[list[float]]]]:
+    """`PartwiseMeasurement.scores` of parts whose value is picture → scores; `group`: to which a part belongs."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for name, scores in done.items():
+        tables = found.setdefault(group(name), {kind: [] for kind in kinds})
+        for kind in kinds:
+            tables[kind].append(scores[kind])
+    return found
+
+
+def how_much(done: int, wanted: int, what: str) -> str | None:
+    """`EvaluationResult.partial`."""
+    return None if done == wanted else f"{done} of {wanted} {what} are measured"
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
