@@ -19,7 +19,7 @@ from stamo_dist.recipe.load import Loaded
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import acquire
 from stamo_dist.training.evaluation import Evaluation
-from stamo_dist.training.setup import Checked, Session, Start, build, check
+from stamo_dist.training.setup import Checked, RunStart, Session, build, check
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     stop = ShutdownRequest(world.rank, limits.checkpoint.grace_seconds)
     with closing(Watchdog(run.logs, world, limits)) as watchdog:
         watchdog.mark("building for", 1)
-        start = Start(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed)
+        start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed)
         checked = check(start)
         if not world.is_main:  # one process looks, so that all see the same
             return _train(start, checked)
@@ -55,7 +55,7 @@ def train(
             return _train(start, checked)
 
 
-def _train(start: Start, checked: Checked) -> int:
+def _train(start: RunStart, checked: Checked) -> int:
     session = build(start, checked)
     if isinstance(session, int):
         return session
@@ -75,7 +75,7 @@ def _train(start: Start, checked: Checked) -> int:
     return code
 
 
-def _export(start: Start, session: Session) -> int:
+def _export(start: RunStart, session: Session) -> int:
     """Rank 0 writes the model while the others wait; a model that cannot be written loses no training."""
     step, run, problem = session.trainer.state.step, start.run, None
     start.watchdog.mark("exporting after", step)
@@ -97,13 +97,13 @@ def _export(start: Start, session: Session) -> int:
     return EXIT_NOT_EXPORTED
 
 
-def _give_back(start: Start) -> None:
+def _give_back(start: RunStart) -> None:
     start.evaluation.close()
     if start.lease is not None:
         start.lease.end()
 
 
-def _wait_for_evaluation(start: Start, session: Session) -> bool:
+def _wait_for_evaluation(start: RunStart, session: Session) -> bool:
     """Let all processes but the first go, which waits for what is measured in background; False when asked to stop."""
     start.watchdog.close()  # it may take hours, and who is alone holds nobody up
     part()

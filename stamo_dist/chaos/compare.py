@@ -43,7 +43,7 @@ class History:
 
 
 @dataclass
-class Verdict:
+class Comparison:
     """How a run compares with untouched ones."""
 
     lost: int  # samples that an untouched run trains on and this one's history does not hold
@@ -59,7 +59,7 @@ class Verdict:
         return not (self.lost or self.repeated or self.other or self.losses == NOT)
 
 
-def compare(run: History, untouched: Sequence[History]) -> Verdict:
+def compare(run: History, untouched: Sequence[History]) -> Comparison:
     """Samples must be the untouched runs' in every step; values those of one of them, to the bit.
 
     Several untouched runs that differ between them show what the device does by itself: up to the largest difference
@@ -67,7 +67,7 @@ def compare(run: History, untouched: Sequence[History]) -> Verdict:
     """
     reference = untouched[0]
     mine, theirs = _count(run), _count(reference)
-    verdict = Verdict((theirs - mine).total(), (mine - theirs).total(), _other_steps(run, reference), IDENTICAL)
+    verdict = Comparison((theirs - mine).total(), (mine - theirs).total(), _other_steps(run, reference), IDENTICAL)
     if verdict.other:
         verdict.why.append(f"other samples in {_few(verdict.other)}")
     steps = [step for step, _ in run.values]
@@ -95,7 +95,7 @@ def _widen(widest: dict[str, float], values: Sequence[dict[str, Any]]) -> None:
             widest[key] = max(widest.get(key, 0.0), difference)
 
 
-def _compare_values(run: History, untouched: Sequence[History], verdict: Verdict) -> None:
+def _compare_values(run: History, untouched: Sequence[History], verdict: Comparison) -> None:
     widest: dict[str, float] = {}
     beyond: list[int] = []
     for i, (step, values) in enumerate(run.values):

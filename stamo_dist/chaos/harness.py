@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from stamo_dist.chaos import reference, results
-from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, History, Verdict, compare, spread
+from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, Comparison, History, compare, spread
 from stamo_dist.chaos.conversion import Conversion
 from stamo_dist.chaos.faults import Deck, Fault
 from stamo_dist.chaos.monitor import Monitor
 from stamo_dist.chaos.results import Result
 from stamo_dist.chaos.starts import Starter
-from stamo_dist.chaos.trial import Outcome, Pace, Schedule, Trial
+from stamo_dist.chaos.trial import FaultSchedule, Outcome, Pace, Trial
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.load import Loaded, load
 
@@ -102,7 +102,7 @@ class Harness:
         folder = self._fresh(f"{strategy}-{'-'.join(map(str, sizes))}")
         references = [run for size in sizes for run in self._references(strategy, size)]
         gap = 0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults))
-        trial = self._trial(strategy, folder, sizes, Schedule(faults, rng, gap), self._pace(references))
+        trial = self._trial(strategy, folder, sizes, FaultSchedule(faults, rng, gap), self._pace(references))
         verdict = None
         try:
             if (outcome := trial.run()).finished:
@@ -118,7 +118,7 @@ class Harness:
             _keep_logs(folder)
         return good
 
-    def _trial(self, strategy: str, folder: Path, sizes: Sequence[int], schedule: Schedule, pace: Pace) -> Trial:
+    def _trial(self, strategy: str, folder: Path, sizes: Sequence[int], schedule: FaultSchedule, pace: Pace) -> Trial:
         given = self._arguments(strategy, folder)
         patience, say = self._plan.patience, self._say
         return Trial(self._starter, given, folder, sizes, schedule, pace=pace, patience=patience, say=say)
@@ -137,12 +137,12 @@ class Harness:
         return folders
 
     def _record(
-        self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Verdict | None, between: float
+        self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Comparison | None, between: float
     ) -> None:  # fmt: skip
         problems = [*outcome.problems, *(verdict.why if verdict and not verdict.good else [])]
         if verdict and not verdict.good and not problems:
             problems = ["samples are lost or repeated"]
-        v = verdict or Verdict(0, 0, [], UNFINISHED)
+        v = verdict or Comparison(0, 0, [], UNFINISHED)
         used = ", ".join(map(str, sizes))
         found = Result(
             strategy, used, self._plan.seed, outcome.starts, outcome.faults, outcome.redone, v.lost, v.repeated,
@@ -179,7 +179,7 @@ class Harness:
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             self._say(f"{folder.name}: training without faults")
-            trial = self._trial(strategy, folder, [size], Schedule(deque(), random.Random(0), 1), Pace(0, 0, 0))
+            trial = self._trial(strategy, folder, [size], FaultSchedule(deque(), random.Random(0), 1), Pace(0, 0, 0))
             began = time.time()
             outcome = trial.run()
             if not outcome.finished:

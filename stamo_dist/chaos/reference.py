@@ -23,27 +23,27 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
-class Segment:
+class RunSegment:
     """Steps that count and were computed on as many processes."""
 
     processes: int
     last: int | None  # step; None: to the end
 
 
-def segments(begun: Sequence[Begun]) -> list[Segment]:
+def segments(begun: Sequence[Begun]) -> list[RunSegment]:
     """Of a training, from all its starts in order."""
-    found: list[Segment] = []
+    found: list[RunSegment] = []
     last: int | None = None
     for start in reversed(begun):
         if last is not None and start.after >= last:
             continue  # a later start did all of its steps again
         if not found or found[-1].processes != start.processes:
-            found.append(Segment(start.processes, last))
+            found.append(RunSegment(start.processes, last))
         last = start.after
     return found[::-1]
 
 
-def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[Segment], patience: float) -> None:
+def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[RunSegment], patience: float) -> None:
     """Train in `run`, each segment on its number of processes; what is printed goes to `run`.log.
 
     A segment saves after its last step, is asked to leave, and the next goes on from what it saved.

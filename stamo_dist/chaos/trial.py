@@ -39,7 +39,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class FaultSchedule:
     """Which faults come, and how far apart."""
 
     faults: deque[Fault]  # taken from here until it is empty or the training ends
@@ -96,7 +96,7 @@ class Trial:
         arguments: Sequence[str],
         run: Path,
         sizes: Sequence[int],
-        schedule: Schedule,
+        schedule: FaultSchedule,
         *,
         pace: Pace,
         patience: float,

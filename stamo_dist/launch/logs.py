@@ -39,7 +39,7 @@ _REFUSED = re.compile(r"^error: (.+)")
 
 
 @dataclass
-class Log:
+class JobLog:
     """One file that grows, read line by line."""
 
     path: Path
@@ -107,7 +107,7 @@ def ranks(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def choose(run: Path, rank: str | None) -> list[Log]:
+def choose(run: Path, rank: str | None) -> list[JobLog]:
     """The logs to show: rank 0's and the job's own, that of one rank, or "all", each line with its rank and node.
 
     Raises:
@@ -118,16 +118,16 @@ def choose(run: Path, rank: str | None) -> list[Log]:
     if not there and not tasks:
         raise RunError(f"{run}: no logs yet; `stamo status {run}` tells what it waits for")
     if rank == "all":
-        return [Log(path, _who(path, f"rank {n}")) for n, path in there.items()] + _named(tasks)
+        return [JobLog(path, _who(path, f"rank {n}")) for n, path in there.items()] + _named(tasks)
     if rank is None:
-        return [Log(there[0])] if 0 in there else _named(tasks) or [Log(p, f"rank {n}") for n, p in there.items()]
+        return [JobLog(there[0])] if 0 in there else _named(tasks) or [JobLog(p, f"rank {n}") for n, p in there.items()]
     if not rank.isdecimal() or int(rank) not in there:
         known = ", ".join(map(str, list(there)[:16])) + (" …" if len(there) > 16 else "")
         raise RunError(f"--rank {rank}: {run} has logs of the ranks {known}; or give all")
-    return [Log(rank_log(run, int(rank)))]
+    return [JobLog(rank_log(run, int(rank)))]
 
 
-def follow(logs: Sequence[Log], over: Callable[[], bool]) -> Iterator[str]:
+def follow(logs: Sequence[JobLog], over: Callable[[], bool]) -> Iterator[str]:
     """The lines that are added, until `over` and nothing more comes."""
     while True:
         ended = over()
@@ -139,8 +139,8 @@ def follow(logs: Sequence[Log], over: Callable[[], bool]) -> Iterator[str]:
         time.sleep(_POLL)
 
 
-def _named(files: Mapping[str, Path]) -> list[Log]:
-    return [Log(path, name.replace("_", " ")) for name, path in files.items()]
+def _named(files: Mapping[str, Path]) -> list[JobLog]:
+    return [JobLog(path, name.replace("_", " ")) for name, path in files.items()]
 
 
 def _who(path: Path, rank: str) -> str:

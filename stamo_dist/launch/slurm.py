@@ -35,7 +35,7 @@ class SlurmError(StamoError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One job, or one task of an array, as squeue shows it."""
 
     id: str  # "12", or "12_3" in an array
@@ -102,7 +102,7 @@ def run(*command: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[Job]:
+def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[SlurmJob]:
     """The jobs with these ids (all when omitted), ended ones while Slurm remembers them; unknown ids are left out."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--format={'|'.join(_FIELDS.values())}"]
     if user is not None:
@@ -208,9 +208,9 @@ def cancel(*ids: str, signal: str | None = None) -> None:
     run("scancel", *([f"--signal={signal}"] if signal else []), *ids)
 
 
-def _job(line: str) -> Job:
+def _job(line: str) -> SlurmJob:
     found = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1), strict=True))
-    return Job(
+    return SlurmJob(
         id=found["id"], state=found["state"], reason=found["reason"], start=_time(found["start"]),
         nodes=found["nodes"], count=int(found["count"] or 0), elapsed=found["elapsed"], limit=found["limit"],
         partition=found["partition"], user=found["user"], name=found["name"],

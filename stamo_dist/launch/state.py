@@ -9,7 +9,7 @@ from typing import Literal
 
 from stamo_dist.launch.record import Event
 from stamo_dist.launch.run_progress import Progress
-from stamo_dist.launch.slurm import Job
+from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.run.lease import STALE
 from stamo_dist.tracking.progress import duration
 
@@ -82,7 +82,7 @@ class State:
 
 
 def judge_state(
-    progress: Progress, history: Sequence[Event], job: Job | None, *, asked: bool, watched: bool | None = None,
+    progress: Progress, history: Sequence[Event], job: SlurmJob | None, *, asked: bool, watched: bool | None = None,
     now: datetime | None = None,
 ) -> State:  # fmt: skip
     """The state of a run.
@@ -129,7 +129,7 @@ def _over(history: Sequence[Event]) -> Event | None:
     return None
 
 
-def _active(progress: Progress, job: Job, last: Event | None, starts: int, now: datetime) -> State:
+def _active(progress: Progress, job: SlurmJob, last: Event | None, starts: int, now: datetime) -> State:
     if job.state == "PENDING" and job.reason != "DependencyNeverSatisfied":
         return State("requeued" if starts else "queued", _waiting(job, now), starts)
     restarts = max(0, starts - 1)
@@ -156,7 +156,7 @@ def _running(progress: Progress, last: Event | None, starts: int) -> State:
     return State("running", progress.phase, restarts)
 
 
-def _ended(progress: Progress, job: Job) -> State:
+def _ended(progress: Progress, job: SlurmJob) -> State:
     """The scheduler still remembers how the job ended."""
     if job.state == "CANCELLED":
         return State("cancelled", _stood(progress))
@@ -180,7 +180,7 @@ def _unwatched(progress: Progress, last: Event | None) -> State:
     return State("lost", f"{owner} is gone; `stamo resume` goes on {_after(progress)}")
 
 
-def _waiting(job: Job, now: datetime) -> str:
+def _waiting(job: SlurmJob, now: datetime) -> str:
     reason = job.reason if job.reason != "None" else ""
     plain = reason.partition(",")[0]
     known = _REASONS.get(plain) or _REASONS.get(reason.strip("()"))

@@ -19,7 +19,7 @@ from stamo_dist.launch import record, slurm, supervise
 from stamo_dist.launch.logs import first_error
 from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, registered
 from stamo_dist.launch.run_progress import Progress, age, read_progress
-from stamo_dist.launch.slurm import Job
+from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, Word, judge_state
 from stamo_dist.tracking.progress import duration
 
@@ -39,7 +39,7 @@ class Run:
     launch: Launch | None  # None where it was started by hand
     progress: Progress
     history: list[Event]  # since it was submitted last
-    job: Job | None
+    job: SlurmJob | None
     state: State
 
     @property
@@ -128,7 +128,7 @@ def collect(paths: Iterable[Path]) -> list[Run]:
     with ThreadPoolExecutor(8) as pool:  # a shared file system answers several questions at once
         read = list(pool.map(_read, folders))
     wanted = [launch.job for launch, _, _ in read if launch and launch.job and not _is_local(launch)]
-    jobs: list[Job] = []
+    jobs: list[SlurmJob] = []
     asked = True
     if wanted:
         try:
@@ -150,7 +150,7 @@ def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
 
 
 def _run(
-    path: Path, launch: Launch | None, progress: Progress, history: list[Event], jobs: list[Job], asked: bool
+    path: Path, launch: Launch | None, progress: Progress, history: list[Event], jobs: list[SlurmJob], asked: bool
 ) -> Run:
     job, note, watched = None, "", None
     if launch and launch.job and _is_local(launch):
@@ -170,7 +170,7 @@ def _run(
     return Run(path, launch, progress, history, job, state)
 
 
-def _of(job: str, jobs: Sequence[Job]) -> tuple[Job | None, str]:
+def _of(job: str, jobs: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:
     """The job with this id; of an array the task that says most, and how many have ended."""
     mine = [j for j in jobs if j.id == job or j.id.partition("_")[0] == job]
     if len(mine) < 2:

@@ -46,7 +46,7 @@ _FIRST = (
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """What the page says about one run."""
 
     folder: RunFolder
@@ -156,7 +156,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     return target
 
 
-def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def compare(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """Evaluations that two runs or more have, row for row: what to call a row, and each run's numbers in its columns.
 
     Of a run's several results of one name, that in the folder of the name counts.
@@ -187,8 +187,8 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return compared
 
 
-def read_run(folder: RunFolder) -> Run:
-    return Run(
+def read_run(folder: RunFolder) -> ReportedRun:
+    return ReportedRun(
         folder=folder,
         recipe=load(folder.resolved).recipe,
         metrics=read_metrics(folder.metrics),
@@ -282,7 +282,7 @@ def _frames(source: SourceConfig, growth: Sequence[int] | None) -> int | None:
         return None
 
 
-def _label(run: Run, runs: Sequence[Run]) -> str:
+def _label(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     """The recipe's name; with the folder where two runs share it."""
     shared = sum(other.recipe.name == run.recipe.name for other in runs) > 1
     return f"{run.recipe.name} ({run.folder.path})" if shared else run.recipe.name

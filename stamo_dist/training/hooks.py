@@ -28,7 +28,7 @@ from stamo_dist.training.trainer import Exit, Hook, StepResult
 from stamo_dist.training.trial_export import TrialExport
 
 
-class FirstBatch(Hook):
+class FirstBatchHook(Hook):
     """Rank 0: a picture of the very first frames."""
 
     def __init__(self, picture: Path, sources: list[str], logger: RunLogger):
@@ -44,7 +44,7 @@ class FirstBatch(Hook):
             self._logger.info(f"{self._picture}: not written ({e.strerror})")
 
 
-class Evaluate(Hook):
+class EvaluateHook(Hook):
     """Measures what was saved. Where that holds the training up, the other ranks wait."""
 
     def __init__(self, evaluation: Evaluation, recipe: Recipe, logger: RunLogger, watchdog: Watchdog):
@@ -69,7 +69,7 @@ class Evaluate(Hook):
         return True
 
 
-class Log(Hook):
+class LogHook(Hook):
     """Reduces the metrics over the ranks, and logs each step once the device has finished it: one step later.
 
     `signals`: rank → the signal that asks it to stop, as all ranks know it. `step_seconds`: of the step logged last.
@@ -116,7 +116,7 @@ class Log(Hook):
         check_skipped(state, list(self._recipe.data.used), self._recipe.data)
 
 
-class Heartbeat(Hook):
+class HeartbeatHook(Hook):
     """Tells the watchdog how far this rank is."""
 
     def __init__(self, watchdog: Watchdog):
@@ -126,14 +126,14 @@ class Heartbeat(Hook):
         self._watchdog.finished(state.step)
 
 
-class Checkpoint(Hook):
+class CheckpointHook(Hook):
     """Saves the state when that is due or the run is asked to stop, and leaves in the second case.
 
     `budget`: rank 0's.
     """
 
     def __init__(
-        self, saver: Saver, log: Log, evaluate: Evaluate, logger: RunLogger, watchdog: Watchdog,
+        self, saver: Saver, log: LogHook, evaluate: EvaluateHook, logger: RunLogger, watchdog: Watchdog,
         budget: ShutdownBudget | None,
         trial: TrialExport,
     ) -> None:  # fmt: skip
@@ -194,10 +194,10 @@ class Checkpoint(Hook):
         return measured
 
 
-class Divergence(Hook):
-    """Gives a state up after too many steps in a row whose loss or gradient is not finite. Precedes `Checkpoint`."""
+class DivergenceHook(Hook):
+    """Gives a state up after too many steps in a row whose loss or gradient is not finite; before `CheckpointHook`."""
 
-    def __init__(self, most: int, log: Log, checkpoint: Checkpoint):
+    def __init__(self, most: int, log: LogHook, checkpoint: CheckpointHook):
         self._most, self._log, self._checkpoint = most, log, checkpoint
 
     def after_step(self, state: RunState, result: StepResult) -> Exit | None:

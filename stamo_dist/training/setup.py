@@ -45,7 +45,7 @@ from stamo_dist.training.trial_export import TrialExport
 
 
 @dataclass
-class Start:
+class RunStart:
     """One start of a run: what it was asked for and who this process is."""
 
     loaded: Loaded
@@ -86,7 +86,7 @@ class Session:
     exported: bool  # an earlier start has trained it to the end and exported it
 
 
-def check(start: Start) -> Checked:
+def check(start: RunStart) -> Checked:
     """Look at everything that may be refused; writes nothing.
 
     Raises:
@@ -107,7 +107,7 @@ def check(start: Start) -> Checked:
     return Checked(mixture, run_fingerprint(recipe, mixture), plan, select)
 
 
-def build(start: Start, checked: Checked) -> Session | int:
+def build(start: RunStart, checked: Checked) -> Session | int:
     """Build everything and go back to where the run stood; every process calls it.
 
     Returns an exit code where there is nothing to train, or not now.
@@ -164,7 +164,7 @@ def _recorded(select: Callable[[], ResumePoint]) -> ResumePoint:
         return ResumePoint(None)  # rank 0 says what is wrong
 
 
-def _build_task(start: Start, checked: Checked) -> tuple[Task, list[str]]:
+def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
     """The task on the weights that the run began with, which the recipe names from now on; and what was pinned."""
     begun = _recorded(checked.select).sources
     recipe, notes = as_begun(start.recipe, begun)
@@ -182,7 +182,7 @@ def _build_task(start: Start, checked: Checked) -> tuple[Task, list[str]]:
 
 
 def _assemble(
-    start: Start, checked: Checked, task: Task, engine: Engine, ema: EMA | None, state: RunState,
+    start: RunStart, checked: Checked, task: Task, engine: Engine, ema: EMA | None, state: RunState,
     fingerprint: RunFingerprint, *, exported: bool,
 ) -> Session:  # fmt: skip
     """The trainer with its hooks, in the order in which they are called."""
@@ -197,12 +197,12 @@ def _assemble(
     )  # fmt: skip
     budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
     clock = Stopwatch(engine.device)
-    evaluate = hooks.Evaluate(start.evaluation, recipe, logger, watchdog)
-    log = hooks.Log(logger, Reducer(engine.device, world.rank, world.size), clock, start.stop, recipe)
+    evaluate = hooks.EvaluateHook(start.evaluation, recipe, logger, watchdog)
+    log = hooks.LogHook(logger, Reducer(engine.device, world.rank, world.size), clock, start.stop, recipe)
     trial = TrialExport(recipe, mixture, run, world, logger, watchdog)
-    save = hooks.Checkpoint(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
-    first = [hooks.FirstBatch(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
-    divergence = hooks.Divergence(recipe.train.max_bad_steps, log, save)
+    save = hooks.CheckpointHook(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
+    first = [hooks.FirstBatchHook(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
+    divergence = hooks.DivergenceHook(recipe.train.max_bad_steps, log, save)
 
     def on_phase(phase: Phase, step: int) -> None:
         watchdog.mark(phase.value, step)
@@ -231,7 +231,7 @@ def _assemble(
         micro_batch=checked.batching.micro_batch,
         open_loader=open_loader,
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, hooks.Heartbeat(watchdog), divergence, save],
+        hooks=[*first, evaluate, log, hooks.HeartbeatHook(watchdog), divergence, save],
         go_back=go_back,
     )
     if start.lease is not None:
@@ -239,7 +239,7 @@ def _assemble(
     return Session(trainer, mixture, logger, saver, guard, exported)
 
 
-def _announce(start: Start, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
+def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
     """Rank 0: write what this run is and say it."""
     r, p, task = start.recipe, checked.batching, trainer.task
     start.run.describe(

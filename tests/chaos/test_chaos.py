@@ -19,7 +19,7 @@ from stamo_dist.chaos import results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, WITHIN, History, compare
 from stamo_dist.chaos.harness import Harness, Plan
 from stamo_dist.chaos.monitor import Begun
-from stamo_dist.chaos.reference import Segment, segments
+from stamo_dist.chaos.reference import RunSegment, segments
 from stamo_dist.chaos.starts import MODULES, ForkServer
 
 
@@ -93,8 +93,8 @@ def test_a_twin_does_each_step_on_as_many_processes(tried):
         assert compare(changed, [History.read(tried / f"untouched-ddp-{size}-0")]).losses == NOT
     # Steps from 8 on of the third start, and all of the fourth's, were done again by the fifth.
     starts = [Begun(0, 2), Begun(5, 1), Begun(9, 2), Begun(7, 1), Begun(7, 2), Begun(12, 2)]
-    assert segments(starts) == [Segment(2, 5), Segment(1, 7), Segment(2, None)]
-    assert segments([Begun(0, 1), Begun(0, 2), Begun(0, 1)]) == [Segment(1, None)]
+    assert segments(starts) == [RunSegment(2, 5), RunSegment(1, 7), RunSegment(2, None)]
+    assert segments([Begun(0, 1), Begun(0, 2), Begun(0, 1)]) == [RunSegment(1, None)]
 
 
 def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch.logs import Log, choose, follow
+from stamo_dist.launch.logs import JobLog, choose, follow
 from stamo_dist.launch.record import rank_log
 
 
@@ -23,7 +23,7 @@ def run(tmp_path):
 def test_the_end_of_a_log_of_any_length(tmp_path):
     lines = [f"{i} " + "é" * (i % 50) for i in range(20_000)]
     (tmp_path / "log").write_text("\n".join(lines) + "\ncut o")
-    log = Log(tmp_path / "log")
+    log = JobLog(tmp_path / "log")
     for count in (1, 100, 19_999, 0):
         assert log.last(count) == lines[-count:]
     assert log.more() == []

@@ -10,7 +10,7 @@ import pytest
 
 from stamo_dist.launch.record import Event
 from stamo_dist.launch.run_progress import Progress
-from stamo_dist.launch.slurm import Job
+from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import judge_state
 from stamo_dist.run.lease import STALE, Owner
 
@@ -24,9 +24,9 @@ def events(text: str) -> list[Event]:
     return [Event(word, job="7", time=NOW.isoformat()) for word in ("submitted " + text).split()]  # type: ignore[arg-type]
 
 
-def job(state: str, reason: str = "None", start: float | None = None) -> Job:
+def job(state: str, reason: str = "None", start: float | None = None) -> SlurmJob:
     at = None if start is None else NOW + timedelta(seconds=start)
-    return Job("7", state, reason, at, "n[1-2]", 2, "0:10", "1:00:00", "low", "me", "toy")
+    return SlurmJob("7", state, reason, at, "n[1-2]", 2, "0:10", "1:00:00", "low", "me", "toy")
 
 
 def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -> Progress:
@@ -66,7 +66,7 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
     ],
 )
 def test_states(progress, history, asked, title, detail):
-    answer = asked if isinstance(asked, Job) else None
+    answer = asked if isinstance(asked, SlurmJob) else None
     state = judge_state(progress, events(history), answer, asked=asked != "silent", now=NOW)
     assert state.title == title
     assert detail in state.detail
