@@ -36,6 +36,7 @@ from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.state import RunState
 
 WIDTH = 1024
@@ -95,7 +96,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def ours(training: Training, folder: Path, saves: int, *, background: bool, step: float) -> dict[str, float]:
     """Median seconds until the checkpoint is whole, that training stood still, and that steps took beyond theirs."""
-    policy = schema.Checkpoint(background=background, keep=1)
+    policy = CheckpointConfig(background=background, keep=1)
     saver = Saver(folder, training.engine, None, policy, Origin(RunFingerprint("", {}), "fp32"))
     found = []
     for number in range(1, saves + 2):

@@ -23,21 +23,21 @@ def test_a_source_of_one_group_is_ordered_as_streaming_orders_an_epoch() -> None
     from streaming.base.shuffle import get_shuffle
 
     order = SourceOrder(FIRST, COUNTS, Shuffle(block_size=64), seed=3)
-    for turn in range(3):
-        samples, passes = order.at(turn * order.samples, (turn + 1) * order.samples)
-        assert (samples - 1000).tolist() == get_shuffle("py1e", COUNTS, 1, 3, turn, 64).tolist()
-        assert set(passes.tolist()) == {turn}
+    for epoch in range(3):
+        samples, epochs = order.at(epoch * order.samples, (epoch + 1) * order.samples)
+        assert (samples - 1000).tolist() == get_shuffle("py1e", COUNTS, 1, 3, epoch, 64).tolist()
+        assert set(epochs.tolist()) == {epoch}
 
 
 @pytest.mark.parametrize("algorithm", ["py1e", "py1br", "py1s", "py2s", "naive"])
 def test_large_sources_are_shuffled_group_by_group(algorithm: str) -> None:
     order = SourceOrder(FIRST, COUNTS, Shuffle(algorithm=algorithm, block_size=32), seed=1, group=100)
     n = order.samples
-    whole, passes = order.at(0, 3 * n)
-    for turn in range(3):
-        of_pass = whole[turn * n : (turn + 1) * n]
+    whole, epochs = order.at(0, 3 * n)
+    for epoch in range(3):
+        of_pass = whole[epoch * n : (epoch + 1) * n]
         assert sorted(of_pass.tolist()) == list(range(1000, 1000 + n)), "every frame once a pass"
-        assert (passes[turn * n : (turn + 1) * n] == turn).all()
+        assert (epochs[epoch * n : (epoch + 1) * n] == epoch).all()
     assert whole[:n].tolist() != whole[n : 2 * n].tolist()
     pieces = [order.at(a, b)[0] for a, b in ((0, 1), (1, 250), (250, n + 3), (n + 3, 3 * n))]
     assert np.concatenate(pieces).tolist() == whole.tolist(), "any stretch by itself"

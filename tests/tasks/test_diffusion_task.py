@@ -128,7 +128,7 @@ def test_each_step_has_its_motion_up_to_the_episodes_end(toy_policy: Path, tmp_p
     assert torch.equal(batch.ahead, left)
     assert {0, 1, 4} <= set(left.tolist()), "episode ends were met"
 
-    _, clean, _, has_motion = task._moment(batch)
+    _, clean, _, has_motion = task._timestep(batch)
     assert has_motion.tolist() == [[k < n for k in range(4)] for n in left]
     assert clean.motion is not None
     for sample, found, n in zip(batch.sample.tolist(), clean.motion, left.tolist(), strict=True):
