@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IMAGE, SD3, SD35, VAE, shake
 from safetensors.torch import load_file, save_file
+from tiny_models import IMAGE, SD3, SD35, VAE, shake
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers and timm
 import timm

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DINO, IMAGE, shake
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tiny_models import DINO, IMAGE, shake
 from toy import write_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
