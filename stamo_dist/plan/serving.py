@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.plan.shapes import eyes_of, shapes
+from stamo_dist.plan.shapes import policy_tokenizer, shapes
 from stamo_dist.recipe.schema import Recipe
 
 
@@ -32,10 +32,14 @@ def serving(recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[list[Pa
     dtype = torch.float32 if recipe.policy.diffusion is not None else dtype  # which is read in float32
     parts = [_part("policy", [made.trained], dtype)]
     if recipe.policy.vision == "stamo":
-        eyes = eyes_of(recipe, [])
-        assert eyes is not None, "the recipe's check wants a tokenizer"
-        parts.append(_part("tokenizer: encoder, compressor", [eyes.encoder, eyes.trained.compressor], torch.float32))
-        parts.append(_part("tokenizer: decoder, VAE", [eyes.trained.decoder, eyes.vae], torch.float32, held=False))
+        tokenizer = policy_tokenizer(recipe, [])
+        assert tokenizer is not None, "the recipe's check wants a tokenizer"
+        parts.append(
+            _part("tokenizer: encoder, compressor", [tokenizer.encoder, tokenizer.trained.compressor], torch.float32)
+        )
+        parts.append(
+            _part("tokenizer: decoder, VAE", [tokenizer.trained.decoder, tokenizer.vae], torch.float32, held=False)
+        )
     return parts, made.notes
 
 

@@ -67,7 +67,7 @@ def _vae(recipe: schema.Recipe) -> Shapes:
 
 def _tokenizer(recipe: schema.Recipe) -> Shapes:
     notes: list[str] = []
-    tokenizer = hollow_tokenizer(recipe.model, recipe.flow, recipe.data.image_size, notes)
+    tokenizer = tokenizer_on_meta(recipe.model, recipe.flow, recipe.data.image_size, notes)
     core, joint = tokenizer.trained, recipe.model.encoder.train
     core.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     cached = recipe.data.latents == "cached"
@@ -88,7 +88,7 @@ def _tokenizer(recipe: schema.Recipe) -> Shapes:
     return Shapes(core, frozen, step, core.block_classes(), notes)
 
 
-def hollow_tokenizer(model: schema.Model, flow: schema.Flow, image_size: int, notes: list[str]) -> Tokenizer:
+def tokenizer_on_meta(model: schema.Model, flow: schema.Flow, image_size: int, notes: list[str]) -> Tokenizer:
     """A recipe's tokenizer on the meta device."""
     parts: dict[str, Any] = {}
     keys = {
@@ -122,21 +122,21 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     else:
         raw = {**raw, **cfg.config, "text_config": {**raw["text_config"], **cfg.config.get("text_config", {})}}
     config = OpenVLAConfig.from_dict(raw, "policy.config", cfg.config.get("timm_kwargs") or ()).with_vision(cfg.vision)
-    eyes = eyes_of(recipe, notes)
+    tokenizer = policy_tokenizer(recipe, notes)
     action, proprio, text = _data(recipe, config, notes)
     if cfg.diffusion is not None:
-        assert eyes is not None, "the recipe's check wants vision: stamo"
-        return _diffusion(recipe, cfg.diffusion, eyes, (action, proprio if cfg.proprio else 0, text), notes)
+        assert tokenizer is not None, "the recipe's check wants vision: stamo"
+        return _diffusion(recipe, cfg.diffusion, tokenizer, (action, proprio if cfg.proprio else 0, text), notes)
     patches = states = 0
     target: tuple[int, int] | None = None
-    if eyes is not None:
-        encoder, compressor = eyes.encoder, eyes.trained.compressor
+    if tokenizer is not None:
+        encoder, compressor = tokenizer.encoder, tokenizer.trained.compressor
         grid = (encoder.image_size // encoder.model.config.patch_size) ** 2
         patches, states = cfg.views * grid, cfg.views * compressor.tokens
         if cfg.world is not None:
             raw_target = cfg.world.target == "dinov2"
             target = (grid, encoder.dim) if raw_target else (compressor.tokens, compressor.dim)
-    sees = cfg.vision == "stamo" and eyes is not None
+    sees = cfg.vision == "stamo" and tokenizer is not None
     sizes = PolicySizes(
         action, recipe.data.horizon, proprio if cfg.proprio else 0, target,
         encoder.dim if sees and cfg.stamo != "states" else None,
@@ -149,29 +149,30 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     seen = policies.TokenCounts(text + sizes.action_tokens + 1, patches, states)
 
     def step(batch: int) -> Tensor:
-        if eyes is not None:
+        if tokenizer is not None:
             with torch.no_grad():
                 for _ in range(1 + (cfg.world is not None)):
-                    eyes.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
+                    tokenizer.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
         return policies.loss(network, policies.inputs(network, seen, batch))
 
-    frozen: list[nn.Module] = [] if eyes is None else [eyes.encoder, eyes.trained.compressor]
+    frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.encoder, tokenizer.trained.compressor]
     return Shapes(network, frozen, step, network.block_classes(), notes)
 
 
 def _diffusion(
     recipe: schema.Recipe,
     cfg: DiffusionTransformerConfig,
-    eyes: Tokenizer,
+    tokenizer: Tokenizer,
     data: tuple[int, int, int],
     notes: list[str],
 ) -> Shapes:
-    policy, compressor = recipe.policy, eyes.trained.compressor
+    policy, compressor = recipe.policy, tokenizer.trained.compressor
     action, proprio, text = data
-    whole, patches = policy.stamo == "patches", (eyes.encoder.image_size // eyes.encoder.model.config.patch_size) ** 2
+    whole = policy.stamo == "patches"
+    patches = (tokenizer.encoder.image_size // tokenizer.encoder.model.config.patch_size) ** 2
     tokens = policy.views * (patches if whole else compressor.tokens)
     motion = motion_shape(cfg.pseudo, cfg.pseudo_per, recipe.data.horizon, (compressor.tokens, compressor.dim))
-    dim = eyes.encoder.dim if whole else compressor.dim
+    dim = tokenizer.encoder.dim if whole else compressor.dim
     with torch.device("meta"):
         network = DiffusionTransformer(
             cfg, rdt.DiffusionSizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
@@ -183,7 +184,7 @@ def _diffusion(
     def step(batch: int) -> Tensor:
         with torch.no_grad():
             for _ in range(looks):
-                eyes.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
+                tokenizer.encode(torch.empty(batch, *_frame(recipe), dtype=torch.uint8))
         ids = torch.zeros(batch, text, dtype=torch.int64)
         known = rdt.Condition(
             torch.empty(batch, tokens, dim), ids, ids > 0, torch.empty(batch, proprio) if proprio else None
@@ -195,10 +196,10 @@ def _diffusion(
         found = network(noisy, torch.zeros(batch), known, has, has)
         return sum((part.sum() for part in found if part is not None), torch.zeros(()))
 
-    return Shapes(network, [eyes.encoder, compressor], step, network.block_classes(), notes)
+    return Shapes(network, [tokenizer.encoder, compressor], step, network.block_classes(), notes)
 
 
-def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
+def policy_tokenizer(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
     """The tokenizer that a policy sees or learns through, on the meta device; `notes` says what had to be assumed."""
     cfg = recipe.policy
     if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
@@ -215,7 +216,7 @@ def eyes_of(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
             "vae": schema.VAEConfig(config=PAPER["vae"]),
         }
         model, flow, size = schema.Model(**parts), schema.Flow(), 256
-    return hollow_tokenizer(model, flow, size, notes).requires_grad_(False)
+    return tokenizer_on_meta(model, flow, size, notes).requires_grad_(False)
 
 
 def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tuple[int, int, int]:
