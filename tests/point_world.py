@@ -76,7 +76,7 @@ def as_simulators(folder: Path) -> str:
     (folder / "sitecustomize.py").write_text(
         "import data_tools.simulators.catalogue as catalogue\n"
         "from point_world import PointBenchmarks\n"
-        "catalogue.Benchmarks = PointBenchmarks\n"
+        "catalogue.InstalledBenchmarks = PointBenchmarks\n"
     )
     here = Path(__file__).parent
     return os.pathsep.join(map(str, (folder, here, here.parent)))
