@@ -54,7 +54,8 @@ def _command(asked: type, implementation: str) -> Callable[..., None]:
 
     hints = get_type_hints(asked, include_extras=True)
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for field in fields(asked):
+    # Help begins with what is the measurement's own.
+    for field in sorted(fields(asked), key=lambda field: field.name not in asked.__annotations__):
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
