@@ -83,10 +83,10 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     if version != 1 and checksum != _digest(raw):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged")
     if version == 2:
-        raw = {_RENAMED.get(name, name): value for name, value in raw.items()}
+        raw = {_RENAMED.get(name, name): value for name, value in raw.items()} | {"format_version": FORMAT_VERSION}
     elif version != FORMAT_VERSION:
         raise ForeignFormatError(
-            f"{path}: checkpoint format {version}; this version of stamo reads {FORMAT_VERSION}; "
+            f"{path}: checkpoint format {version}; this version of stamo reads 2 and {FORMAT_VERSION}; "
             "use the version that wrote it, or choose another run_dir"
         )
     files = {name: Stored(**stored) for name, stored in raw["files"].items()}

@@ -30,9 +30,6 @@ from stamo_dist.errors import RunError
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
-
 _log = logging.getLogger(__name__)
 SUPPORTS_META_INIT = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
 

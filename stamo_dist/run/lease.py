@@ -97,11 +97,11 @@ class RunLease:
         Raises:
             FencedError: A newer start has taken over.
         """
-        newer = self._file.with_name(f"{self.number + 1:08d}")
-        if newer.exists() or not self._file.exists():
+        newer, run = self._file.with_name(f"{self.number + 1:08d}"), self._file.parent.parent
+        if newer.exists() or not self._file.exists() or lease_folder(run) != self._file.parent:
             by = _read(newer)
             raise FencedError(
-                f"{self._file.parent.parent}: a newer start of this run{f', {by},' if by else ''} has taken the folder "
+                f"{run}: a newer start of this run{f', {by},' if by else ''} has taken the folder "
                 f"over; this one (lease {self.number}) has stopped and written nothing since"
             )
 
@@ -150,21 +150,21 @@ def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
     (None, None) where nobody ever did.
     """
     try:
-        newest = _newest(lease_folder(run))
+        newest = _newest(run)
         return (None, None) if newest is None else (_read(newest), max(0.0, time.time() - newest.stat().st_mtime))
     except OSError:
         return None, None
 
 
 def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> RunLease:
-    folder = lease_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
     me = Owner.this()
     lock: IO[str] | None = None
     deadline: float | None = None
     while True:
+        folder = lease_folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = lock or _flock(run / ".lock")
-        newest = _newest(folder)
+        newest = _newest(run)
         holder = _read(newest) if newest is not None else None
         hindrance, note = _judge(newest, holder, me, stale, locked=lock is not None)
         if hindrance is None:
@@ -181,8 +181,10 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
         time.sleep(0.2)
 
 
-def _newest(folder: Path) -> Path | None:
-    return max((p for p in folder.iterdir() if re.fullmatch(r"\d{8}", p.name)), default=None)
+def _newest(run: Path) -> Path | None:
+    """Over both names of the folder: a start of an earlier version may have come between."""
+    found = (p for name in (FOLDER, _EARLIER) for p in (run / name).glob("*") if re.fullmatch(r"\d{8}", p.name))
+    return max(found, key=lambda p: p.name, default=None)
 
 
 def _judge(

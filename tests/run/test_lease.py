@@ -111,3 +111,18 @@ def test_a_rank_that_was_cut_off_rolls_nothing_back(tmp_path, monkeypatch):
     with acquire(tmp_path) as cut_off, held(tmp_path, SLURM_RESTART_COUNT="1"), pytest.raises(FencedError):
         roll_back(run, None, engine, None, RunState(step=9, bad_in_a_row=3), train, cut_off.check)
     assert not run.bad_batches.exists()
+
+
+def test_a_start_of_the_version_before_and_one_of_this_fence_each_other_off(tmp_path):
+    with acquire(tmp_path):
+        pass
+    with acquire(tmp_path) as mine:
+        assert (mine.number, (tmp_path / ".leases/00000002").exists()) == (2, True)
+        earlier = tmp_path / ".generations"  # which the version before makes, as it looks nowhere else
+        earlier.mkdir()
+        (earlier / "00000001").write_text(json.dumps({**asdict(Owner.this()), "ended": True}))
+        with pytest.raises(FencedError, match="has taken the folder over"):
+            mine.check()
+    (tmp_path / ".leases/00000002").write_text(json.dumps({**asdict(Owner.this()), "ended": True}))
+    with acquire(tmp_path) as next_:
+        assert (next_.number, (earlier / "00000003").exists()) == (3, True)
