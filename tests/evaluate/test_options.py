@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 import pytest
 import typer
 
-from stamo_dist.cli import app
+from stamo_dist.cli.app import app
 from stamo_dist.evaluate import options
 
 COMMANDS = {
