@@ -16,7 +16,13 @@ from typing import Protocol
 import psutil
 
 #: What a training and a conversion import.
-MODULES = ("deepspeed", "stamo_dist.train", "stamo_dist.tasks.tokenizer", "stamo_dist.tasks.vae")
+MODULES = (
+    "stamo_dist.distributed.engine",
+    "deepspeed",
+    "stamo_dist.train",
+    "stamo_dist.tasks.tokenizer",
+    "stamo_dist.tasks.vae",
+)
 _WORKER = "stamo_dist.data.worker"
 
 
