@@ -57,7 +57,7 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
         (training(), "started finished", None, "finished", ""),
         (training(), "started failed requeued started", None, "lost", "job 7 is gone; `stamo resume` goes on after"),
         (Progress(), "", None, "lost", "it never began to train"),
-        (training(HERE), "started", None, "running", f"process {os.getpid()}"),
+        pytest.param(training(HERE), "started", None, "running", f"process {os.getpid()}", id="here"),
         (training(ELSEWHERE, 30), "started", "silent", "running", "on n7"),
         (training(ELSEWHERE, STALE + 1), "started", None, "lost", "`stamo resume` goes on after step 5"),
         (training(DEAD), "started", None, "lost", "is gone"),
