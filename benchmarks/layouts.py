@@ -123,8 +123,8 @@ def write_aloha(path: Path, source: Path) -> Path:
     return path
 
 
-def write_zarr(path: Path, source: Path, copies: int = 16) -> Path:
-    """A ReplayBuffer: pictures of 96 px in compressed chunks of 161 rows, as Push-T's; each episode several times."""
+def write_zarr(path: Path, source: Path, copies: int = 80) -> Path:
+    """A ReplayBuffer as Push-T's: 25 thousand pictures of 96 px in compressed chunks of 161 rows; episodes repeated."""
     import zarr
 
     found = [(resized(p["agentview"], 96, 96), a.astype(np.float32)) for p, a in libero_episodes(source)] * copies

@@ -8,7 +8,7 @@ Layout: https://github.com/real-stanford/diffusion_policy/blob/main/diffusion_po
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -132,8 +132,9 @@ class ReplayBufferReader:
             try:
                 check_folder(path)
                 with open_buffer(path) as buffer:
-                    settled = self._settle(path, buffer, notes)
-                    episodes += self._episodes(path, buffer, settled)
+                    data, ends = dict(buffer["data"].arrays()), read_ends(path, buffer)
+                    settled = self._settle(path, data, ends, notes)
+                    episodes += self._episodes(path, data, ends, settled)
                     seen.setdefault(settled, path.name)
             except DataError as e:
                 problems.append(str(e))
@@ -193,16 +194,15 @@ class ReplayBufferReader:
             problems.append(f"mode: {self.mode} also needs rotation and gripper (OPEN,CLOSED or absent)")
         return problems
 
-    def _settle(self, path: Path, buffer: Any, notes: list[str]) -> _Settled:
+    def _settle(self, path: Path, data: Mapping[str, Any], ends: np.ndarray, notes: list[str]) -> _Settled:
         """Which keys of a buffer are what.
 
         Raises:
             DataError: Keys are missing, or of the wrong shape.
         """
-        data = buffer["data"]
         keys, proprio = chosen(self.action, ("action",), data), chosen(self.proprio, PROPRIO, data)
         cameras = list(self.cameras or pictures(data))
-        there = ", ".join(f"{k} {data[k].dtype} {data[k].shape}" for k in sorted(data.array_keys())) or "nothing"
+        there = ", ".join(f"{k} {data[k].dtype} {data[k].shape}" for k in sorted(data)) or "nothing"
         if missing := [k for k in (*cameras, *keys, *proprio, *self.pose) if k not in data]:
             raise DataError(f"{path}: data has no {', '.join(missing)}; it has {there}")
         if wrong := [c for c in cameras if not is_picture(data[c])]:
@@ -211,7 +211,7 @@ class ReplayBufferReader:
             raise DataError(f"{path}: no key has pictures (N, H, W, 3); data has {there}")
         for key in (*cameras, *keys, *proprio, *self.pose):
             check_codecs(path, data[key])
-        numeric = [k for k in sorted(data.array_keys()) if k not in cameras]
+        numeric = [k for k in sorted(data) if k not in cameras]
         if not keys and not self.action:
             umi = f"; UMI's is said with {UMI_HOW}" if all(k in data for k in UMI) else ""
             notes.append(
@@ -238,9 +238,9 @@ class ReplayBufferReader:
                 )
         spec = self._spec(path, data, keys)
         size = sum(int(np.prod(data[k].shape[1:])) for k in proprio)
-        return _Settled(tuple(cameras), tuple(keys), spec, tuple(proprio), size, self._rate(path, buffer))
+        return _Settled(tuple(cameras), tuple(keys), spec, tuple(proprio), size, self._rate(path, data, ends))
 
-    def _spec(self, path: Path, data: Any, keys: Sequence[str]) -> ActionSpec | None:
+    def _spec(self, path: Path, data: Mapping[str, Any], keys: Sequence[str]) -> ActionSpec | None:
         if not keys:
             return None
         dim = sum(int(np.prod(data[k].shape[1:])) for k in keys)
@@ -252,22 +252,21 @@ class ReplayBufferReader:
                 raise DataError(f"{path}: {e}") from e
         return ActionSpec(dim, f"{name}: {dim} numbers as stored", "other", unstated="" if self.mode else HOW)
 
-    def _rate(self, path: Path, buffer: Any) -> float:
+    def _rate(self, path: Path, data: Mapping[str, Any], ends: np.ndarray) -> float:
         if self.rate_hz is not None:
             return float(self.rate_hz)
-        if TIMES not in buffer["data"]:
+        if TIMES not in data:
             raise DataError(f"{path}: no data/{TIMES}; give the steps per second with --set rate_hz=HZ")
-        ends = read_ends(path, buffer)
         with reading(path, f"data/{TIMES}"):
-            first = np.asarray(buffer["data"][TIMES][: ends[0]], np.float64).ravel()
+            first = np.asarray(data[TIMES][: ends[0]], np.float64).ravel()
         steps = np.diff(first)
         if not len(steps) or not np.isfinite(steps).all() or (steps <= 0).any():
             raise DataError(f"{path}: data/{TIMES} does not increase in the first episode; give --set rate_hz=HZ")
         return round(1 / float(np.median(steps)), 3)
 
-    def _episodes(self, path: Path, buffer: Any, settled: _Settled) -> Iterator[EpisodeRef]:
-        ends = read_ends(path, buffer)
-        data = buffer["data"]
+    def _episodes(
+        self, path: Path, data: Mapping[str, Any], ends: np.ndarray, settled: _Settled
+    ) -> Iterator[EpisodeRef]:
         for key in (*settled.cameras, *settled.action, *settled.proprio, *self.pose):
             if (rows := data[key].shape[0]) < ends[-1]:
                 raise DataError(f"{path}: data/{key} has {rows} rows; {ENDS} needs {ends[-1]}")

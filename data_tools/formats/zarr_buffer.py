@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -138,14 +138,18 @@ def is_picture(array: Any) -> bool:
     return array.ndim == 4 and array.shape[3] == 3 and (array.dtype == np.uint8 or array.dtype.kind == "f")
 
 
-def pictures(data: Any) -> list[str]:
-    return [key for key in sorted(data.array_keys()) if is_picture(data[key])]
+def pictures(data: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted(data) if is_picture(data[key])]
 
 
 def unit_of(images: Any) -> float:
     """What one unit of the stored pictures is, of 255; floats are 0 to 1 where the first frames do not exceed it."""
     floats = images.dtype.kind == "f"
     return 255.0 if floats and float(np.max(images[:RUN], initial=0)) <= ONE else 1.0
+
+
+#: No frames yet.
+_NONE = np.empty(0)
 
 
 class OpenBuffer:
@@ -174,8 +178,8 @@ class OpenBuffer:
         if key not in self._units:
             self._units[key] = unit_of(images)
         run = images.chunks[0] * -(-RUN // images.chunks[0])
+        start, block = self._runs.get(key, (0, _NONE))
         for row in rows:
-            start, block = self._runs.get(key, (0, np.empty(0)))
             if not start <= row < start + len(block):
                 start = row - row % run
                 block = images[start : start + run]

@@ -98,8 +98,12 @@ def test_an_episode_is_encoded_as_streaming_encodes_its_samples(tmp_path: Path) 
     stock = [writer.encode_sample(sample) for sample in samples]
     assert writer.encode(shared, each) == stock
     writer.write_episode(stock)
-    assert writer.encode_joint_shard() == MDSWriter.encode_joint_shard(writer)
     writer.finish()
+    with MDSWriter(out=str(tmp_path / "stock"), columns=layout, hashes=["sha256"], size_limit=None) as streaming:
+        for sample in samples:
+            streaming.write(sample)
+    for name in ("shard.00000.mds", "index.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
 
 
 def test_downscaled_frames_average_the_original(tmp_path: Path, cut: Callable[..., Path]) -> None:
