@@ -57,7 +57,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
     import torch
 
-    from stamo_dist.data.loader import Cursor, build_loader
+    from stamo_dist.data.loader import CacheKeys, Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.distributed.rank import world_from_environment
     from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
@@ -82,8 +82,9 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     task.load_weights()
     noise = Noise(0)
+    caches = CacheKeys(task.latents)
     loader = build_loader(
-        mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents
+        mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, caches=caches
     )
     with closing(loader):
         batches = iter(loader)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools import look_cli
+from stamo_dist.command_options import with_options
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from data_tools.convert.driver import Settings
     from data_tools.convert.folder import ConversionOutcome
 
 app = typer.Typer(no_args_is_help=True, help="Make, convert and look at data.")
@@ -53,79 +56,18 @@ def simulate(
 
     Example: stamo data simulate libero raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
     """
+    from data_tools.simulators.simulate import Recording
     from data_tools.simulators.simulate import simulate as run
 
-    result = run(
-        benchmark,
-        out,
-        tasks=_split(tasks),
-        episodes=episodes,
-        size=size,
-        cameras=_split(cameras) or None,
-        seed=seed,
-        processes=processes,
-    )
+    recording = Recording(benchmark, size, _split(cameras), seed)
+    result = run(recording, out, tasks=_split(tasks), episodes=episodes, processes=processes)
     typer.echo(str(result))
     for path in result.files:
         typer.echo(f"  {path}")
 
 
-@app.command()
-def convert(
-    format: Annotated[str, typer.Argument(help="Format of SRC; `stamo data formats` lists them.")],
-    src: Annotated[str, typer.Argument(help="File or folder to convert, or s3://… or hf://datasets/OWNER/NAME.")],
-    out: Annotated[str, typer.Argument(help="Folder to create, or a URL such as s3://bucket/name.")],
-    name: Annotated[str | None, typer.Option(help="Name of the source; OUT's last part when omitted.")] = None,
-    size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256,
-    fit: Annotated[str, typer.Option(help="How other shapes become square: crop, letterbox or stretch.")] = "crop",
-    quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95,
-    rate: Annotated[
-        float | None, typer.Option(metavar="HZ", help="Frames per second to keep, by time; all when omitted.")
-    ] = None,
-    cameras: Annotated[list[str] | None, typer.Option(help="Cameras to convert; all when omitted.")] = None,
-    action: Annotated[
-        str, typer.Option(help="What actions become: delta, absolute or original; the original is kept beside it.")
-    ] = "delta",
-    drop_noops: Annotated[
-        bool, typer.Option("--drop-noops", help="Leave out steps without motion or a new gripper command.")
-    ] = False,
-    val_fraction: Annotated[float, typer.Option(help="Share of the episodes held out as split val.")] = 0.05,
-    split_by: Annotated[str, typer.Option(help="hash (of the episode's name), or source: the dataset's own.")] = "hash",
-    seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0,
-    max_episodes: Annotated[int | None, typer.Option(help="Take only the first ones, to try things out.")] = None,
-    episodes: Annotated[
-        str | None,
-        typer.Option(metavar="A:B", help="Take only those from number A up to B, from 0; B may be left out."),
-    ] = None,
-    max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be used.")] = 10,
-    instructions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.csv", help="Instructions by episode (columns episode,instruction), before the dataset's own."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the format; may be repeated. See `formats`."),
-    ] = None,
-    processes: Annotated[int | None, typer.Option(help="Converter processes; one per core when omitted.")] = None,
-    num_slices: Annotated[int, typer.Option(help="Number of runs that share the work, for a Slurm array.")] = 1,
-    slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0,
-    slice_frames: Annotated[
-        int, typer.Option(help="Frames that are converted as one unit, which a kill loses at most.")
-    ] = 8192,
-    hash_: Annotated[
-        bool,
-        typer.Option(
-            "--hash", help="Read all of SRC's files to tell whether they changed; their sizes and times when omitted."
-        ),
-    ] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="For a SRC or OUT that is a URL: where copies are; a cache when omitted."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class ConvertOptions:
     """Turn a dataset into streaming shards.
 
     Run it again after a kill and it continues; a finished OUT is left alone, or gets what SRC has gained since.
@@ -138,46 +80,112 @@ def convert(
 
     Example: stamo data convert lerobot raw/so100 shards/so100 --num-slices 16 --slice $SLURM_ARRAY_TASK_ID
     """
-    from data_tools.convert.driver import Settings, run
-    from data_tools.formats.registry import parse_options
 
-    settings = Settings(
-        name=name,
-        size=size,
-        fit=fit,
-        quality=quality,
-        rate_hz=rate,
-        action=action,
-        drop_noops=drop_noops,
-        val_fraction=val_fraction,
-        split_by=split_by,
-        seed=seed,
-        max_episodes=max_episodes,
-        episodes=_range(episodes),
-        hash_files=hash_,
-        slice_frames=slice_frames,
-        max_bad=max_bad,
-        overwrite=overwrite,
-        processes=processes,
-        num_slices=num_slices,
-        slice=slice,
-        work=work,
-        instructions=instructions,
-        options={**parse_options(format, set_ or []), "cameras": _split(cameras) or None},
-    )
-    outcome = run(format, src, out, settings)
+    format: Annotated[str, typer.Argument(help="Format of SRC; `stamo data formats` lists them.")]
+    src: Annotated[str, typer.Argument(help="File or folder to convert, or s3://… or hf://datasets/OWNER/NAME.")]
+    out: Annotated[str, typer.Argument(help="Folder to create, or a URL such as s3://bucket/name.")]
+    name: Annotated[str | None, typer.Option(help="Name of the source; OUT's last part when omitted.")] = None
+    size: Annotated[int, typer.Option(help="Side of the square frames in pixels.")] = 256
+    fit: Annotated[str, typer.Option(help="How other shapes become square: crop, letterbox or stretch.")] = "crop"
+    quality: Annotated[int, typer.Option(help="JPEG quality.")] = 95
+    rate: Annotated[
+        float | None, typer.Option(metavar="HZ", help="Frames per second to keep, by time; all when omitted.")
+    ] = None
+    cameras: Annotated[list[str] | None, typer.Option(help="Cameras to convert; all when omitted.")] = None
+    action: Annotated[
+        str, typer.Option(help="What actions become: delta, absolute or original; the original is kept beside it.")
+    ] = "delta"
+    drop_noops: Annotated[
+        bool, typer.Option("--drop-noops", help="Leave out steps without motion or a new gripper command.")
+    ] = False
+    val_fraction: Annotated[float, typer.Option(help="Share of the episodes held out as split val.")] = 0.05
+    split_by: Annotated[str, typer.Option(help="hash (of the episode's name), or source: the dataset's own.")] = "hash"
+    seed: Annotated[int, typer.Option(help="Chooses the held-out episodes.")] = 0
+    max_episodes: Annotated[int | None, typer.Option(help="Take only the first ones, to try things out.")] = None
+    episodes: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Take only those from number A up to B, from 0; B may be left out."),
+    ] = None
+    max_bad: Annotated[int, typer.Option(help="Give up when more episodes than this cannot be used.")] = 10
+    instructions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv", help="Instructions by episode (columns episode,instruction), before the dataset's own."
+        ),
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the format; may be repeated. See `formats`."),
+    ] = None
+    processes: Annotated[int | None, typer.Option(help="Converter processes; one per core when omitted.")] = None
+    num_slices: Annotated[int, typer.Option(help="Number of runs that share the work, for a Slurm array.")] = 1
+    slice: Annotated[int, typer.Option(help="Which of these runs this is, from 0.")] = 0
+    slice_frames: Annotated[
+        int, typer.Option(help="Frames that are converted as one unit, which a kill loses at most.")
+    ] = 8192
+    hash_: Annotated[
+        bool,
+        typer.Option(
+            "--hash", help="Read all of SRC's files to tell whether they changed; their sizes and times when omitted."
+        ),
+    ] = False
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For a SRC or OUT that is a URL: where copies are; a cache when omitted."),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False
+
+    def settings(self) -> Settings:
+        """Raises: DataError: The format has no such option, or `episodes` is no range."""
+        from data_tools.convert.driver import Settings
+        from data_tools.formats.registry import parse_options
+
+        return Settings(
+            name=self.name,
+            size=self.size,
+            fit=self.fit,
+            quality=self.quality,
+            rate_hz=self.rate,
+            action=self.action,
+            drop_noops=self.drop_noops,
+            val_fraction=self.val_fraction,
+            split_by=self.split_by,
+            seed=self.seed,
+            max_episodes=self.max_episodes,
+            episodes=_range(self.episodes),
+            hash_files=self.hash_,
+            slice_frames=self.slice_frames,
+            max_bad=self.max_bad,
+            overwrite=self.overwrite,
+            processes=self.processes,
+            num_slices=self.num_slices,
+            slice=self.slice,
+            work=self.work,
+            instructions=self.instructions,
+            options={**parse_options(self.format, self.set_ or []), "cameras": _split(self.cameras) or None},
+        )
+
+
+@app.command()
+@with_options(ConvertOptions)
+def convert(_: typer.Context, asked: ConvertOptions) -> None:
+    from data_tools.convert.driver import run
+
+    outcome = run(asked.format, asked.src, asked.out, asked.settings())
     if (manifest := outcome.manifest) is None:
-        typer.echo(f"{out}: slice {slice} of {num_slices} is done; still missing: {_few(outcome.missing)}")
+        typer.echo(
+            f"{asked.out}: slice {asked.slice} of {asked.num_slices} is done; still missing: {_few(outcome.missing)}"
+        )
         typer.echo("  whichever run finds all slices there puts them together")
         return
-    head = f"{out}: {_what_was_done(outcome)}"
+    head = f"{asked.out}: {_what_was_done(outcome)}"
     splits = ", ".join(f"{k} {v.episodes} episodes, {v.frames} frames" for k, v in manifest.splits.items())
     typer.echo(f"{head}; {splits}; cameras {', '.join(manifest.cameras)}")
     typer.echo(f"  {manifest.rate_hz:g} Hz; action: {manifest.convention}")
     for note in manifest.notes:
         typer.echo(f"  {note}")
     if outcome.done and manifest.before and manifest.before[-1].stats:
-        typer.echo(f"  the statistics are to be made anew: stamo data stats {out}")
+        typer.echo(f"  the statistics are to be made anew: stamo data stats {asked.out}")
     if manifest.skipped:
         typer.echo(f"  {len(manifest.skipped)} episodes skipped:")
     for reason in manifest.skipped:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stamo_dist.checkpoint.load import holds_all, read_weights
 from stamo_dist.checkpoint.retention import folder_of
-from stamo_dist.data.loader import Batch, Cursor, build_loader
+from stamo_dist.data.loader import Batch, CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, write_atomic
@@ -59,10 +59,8 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
 
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:
     """The first batches of the run, for models that are fitted to data when they are exported."""
-    loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, latents=task.latents,
-        states=task.states,
-    )  # fmt: skip
+    caches = CacheKeys(task.latents, task.states)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, caches=caches)
     with closing(loader):
         batches = iter(loader)
         for _ in range(_BATCHES):

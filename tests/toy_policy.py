@@ -108,7 +108,7 @@ def make_base(folder: Path) -> Path:
     from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
     from stamo_dist.models.openvla.images import ImageProcessor
     from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
-    from stamo_dist.models.openvla.save import save_parts
+    from stamo_dist.models.openvla.save import PolicyParts, save_parts
     from stamo_dist.models.openvla.text import TextTokenizer
     from stamo_dist.recipe.policy import OpenVLAPolicyConfig
 
@@ -117,10 +117,8 @@ def make_base(folder: Path) -> Path:
     config = config.with_vision("stamo")
     network = PolicyNetwork(config, OpenVLAPolicyConfig(vision="stamo"), PolicySizes(3, patch_dim=12))
     language = {name: t for name, t in network.state_dict().items() if name.startswith("vla.language_model.")}
-    save_parts(
-        folder, network, language, TextTokenizer.from_instructions(TEXTS, size=384),
-        ImageProcessor.from_config(config), Statistics({}, "test"),
-    )  # fmt: skip
+    text = TextTokenizer.from_instructions(TEXTS, size=384)
+    save_parts(folder, PolicyParts(network, text, ImageProcessor.from_config(config), Statistics({}, "test")), language)
     return folder
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,30 @@ class Simulated:
         )
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded of an attempt; a file holds attempts of one such.
+
+    Attributes:
+        benchmark: "libero", "metaworld" or "maniskill".
+        size: Side of the square frames in pixels.
+        cameras: LIBERO: agentview, eye_in_hand, …; Meta-World: corner, corner2, corner3, topview, …; ManiSkill:
+            base_camera, hand_camera. The benchmark's usual ones when empty.
+        seed: Base seed.
+    """
+
+    benchmark: str
+    size: int = 256
+    cameras: Sequence[str] = ()
+    seed: int = 0
+
+
 def simulate(
-    benchmark: str,
+    asked: Recording,
     out: Path,
     *,
     tasks: Sequence[str],
     episodes: int,
-    size: int = 256,
-    cameras: Sequence[str] | None = None,
-    seed: int = 0,
     processes: int | None = None,
     quiet: bool = False,
 ) -> Simulated:
@@ -63,15 +78,11 @@ def simulate(
     Run again after a kill it continues; the files come out the same. Asked for more episodes it adds to its files.
 
     Args:
-        benchmark: "libero", "metaworld" or "maniskill".
+        asked: The simulator and what is seen of it.
         out: Folder to write into.
         tasks: LIBERO: "SUITE/INDEX", "SUITE/TASK_NAME" or "SUITE" for all of it. Meta-World: "reach-v3", ….
             ManiSkill: "PickCube-v1", ….
         episodes: Successful episodes per task.
-        size: Side of the square frames in pixels.
-        cameras: LIBERO: agentview, eye_in_hand, …; Meta-World: corner, corner2, corner3, topview, …; ManiSkill:
-            base_camera, hand_camera.
-        seed: Base seed.
         processes: Simulator processes; when omitted one per usable core, as far as memory allows.
         quiet: No progress bar.
 
@@ -79,9 +90,9 @@ def simulate(
         DataError: Unknown benchmark, task or camera, missing extra, OpenGL or Vulkan, an output folder that cannot be
             written or holds files made with other options, or a task the expert does not solve.
     """
-    cameras = list(cameras or DEFAULT_CAMERAS.get(benchmark, []))
-    resolved = check_request(benchmark, tasks, cameras, episodes=episodes, size=size)
-    options = {"benchmark": benchmark, "size": size, "cameras": cameras, "seed": seed}
+    benchmark, cameras = asked.benchmark, list(asked.cameras or DEFAULT_CAMERAS.get(asked.benchmark, []))
+    resolved = check_request(benchmark, tasks, cameras, episodes=episodes, size=asked.size)
+    options = asdict(replace(asked, cameras=cameras))
     jobs = open_jobs(resolved, out, options, episodes)
     todo = [job for job in jobs if not job.written]
     processes = max(1, min(processes or default_processes(benchmark), sum(job.missing for job in todo)))

@@ -5,56 +5,26 @@ from __future__ import annotations
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 
 from stamo_dist.cli.options import Overrides
+from stamo_dist.command_options import with_options
+from stamo_dist.errors import RunError
+
+if TYPE_CHECKING:
+    from stamo_dist.chaos.harness import Plan
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
 
 
-def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """A second Ctrl-C must not interrupt the ending of processes."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def chaos(
-    recipe: RecipePath,
-    kills: Annotated[int, typer.Option(metavar="N", min=1, help="Faults in all.")] = 20,
-    seed: Annotated[int, typer.Option(metavar="S", help="Draws the faults.")] = 0,
-    strategies: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Strategies to try; the recipe's when omitted.")
-    ] = None,
-    world_sizes: Annotated[
-        str, typer.Option(metavar="N,M", help="Numbers of processes on this machine, changed between starts.")
-    ] = "1,2",
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
-    ] = None,
-    set_: Overrides = [],  # noqa: B006 (typer reads the default)
-    untouched: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Trainings left alone, each. Several show how far a device that is not deterministic may differ.",
-        ),
-    ] = 1,
-    convert: Annotated[bool, typer.Option(help="Some of the faults hit a conversion.")] = True,
-    warm: Annotated[
-        bool, typer.Option("--warm", help="Fork every start off one process that has imported everything: quicker.")
-    ] = False,
-    patience: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Without a sign of life for so long, a run counts as hung.")
-    ] = 600.0,
-) -> None:
+@dataclass(frozen=True)
+class ChaosOptions:
     """Train a recipe under random faults, and compare every step with a training that was left alone.
 
     Ranks, loader workers, the launcher or all at once are killed, asked to stop or stopped, while they start, train,
@@ -64,29 +34,84 @@ def chaos(
 
     Example: stamo chaos recipes/tokenizer_demo.yaml --kills 20 --set train.steps=300
     """
+
+    recipe: RecipePath
+    kills: Annotated[int, typer.Option(metavar="N", min=1, help="Faults in all.")] = 20
+    seed: Annotated[int, typer.Option(metavar="S", help="Draws the faults.")] = 0
+    strategies: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Strategies to try; the recipe's when omitted.")
+    ] = None
+    world_sizes: Annotated[
+        str, typer.Option(metavar="N,M", help="Numbers of processes on this machine, changed between starts.")
+    ] = "1,2"
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
+    ] = None
+    set_: Overrides = field(default_factory=list)
+    untouched: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Trainings left alone, each. Several show how far a device that is not deterministic may differ.",
+        ),
+    ] = 1
+    convert: Annotated[bool, typer.Option(help="Some of the faults hit a conversion.")] = True
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Fork every start off one process that has imported everything: quicker.")
+    ] = False
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Without a sign of life for so long, a run counts as hung.")
+    ] = 600.0
+
+    def plan(self) -> Plan:
+        """Raises: StamoError: The recipe cannot be read, or `world_sizes` are none."""
+        from stamo_dist.chaos.harness import Plan
+        from stamo_dist.recipe.load import load
+
+        loaded = load(self.recipe, self.set_).recipe
+        try:
+            sizes = sorted({int(size) for size in self.world_sizes.split(",")})
+        except ValueError:
+            raise RunError(f"--world-sizes {self.world_sizes}: give numbers, e.g. 1,2") from None
+        if sizes[0] < 1:
+            raise RunError(f"--world-sizes {self.world_sizes}: a training has at least 1 process")
+        return Plan(
+            recipe=self.recipe,
+            overrides=self.set_,
+            kills=self.kills,
+            seed=self.seed,
+            strategies=self.strategies.split(",") if self.strategies else [loaded.strategy.name],
+            sizes=sizes,
+            out=(self.out or Path(f"{loaded.run_dir}-chaos")).absolute(),
+            untouched=self.untouched,
+            convert=self.convert,
+            patience=self.patience,
+        )
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A second Ctrl-C must not interrupt the ending of processes."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@with_options(ChaosOptions)
+def chaos(_: typer.Context, asked: ChaosOptions) -> None:
     from rich.console import Console
 
     from stamo_dist.chaos import results
-    from stamo_dist.chaos.harness import Harness, Plan
+    from stamo_dist.chaos.harness import Harness
     from stamo_dist.chaos.starts import ForkServer, Spawner
-    from stamo_dist.errors import RunError
-    from stamo_dist.recipe.load import load
 
-    loaded = load(recipe, set_).recipe
-    try:
-        sizes = sorted({int(size) for size in world_sizes.split(",")})
-    except ValueError:
-        raise RunError(f"--world-sizes {world_sizes}: give numbers, e.g. 1,2") from None
-    if sizes[0] < 1:
-        raise RunError(f"--world-sizes {world_sizes}: a training has at least 1 process")
-    folder = (out or Path(f"{loaded.run_dir}-chaos")).absolute()
-    names = strategies.split(",") if strategies else [loaded.strategy.name]
-    plan = Plan(recipe, set_, kills, seed, names, sizes, folder, untouched, convert, patience)
+    plan = asked.plan()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    before = len(results.read(folder))
+    before = len(results.read(plan.out))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt_once)
-    starter = ForkServer() if warm else Spawner()
+    starter = ForkServer() if asked.warm else Spawner()
     harness = Harness(plan, starter, lambda text: console.print(text, markup=False))
     interrupted = False
     try:
@@ -98,9 +123,9 @@ def chaos(
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         starter.close()
-    found = results.read(folder)
+    found = results.read(plan.out)
     results.show(found, console)
-    console.print(f"results: {folder / results.FILE}", soft_wrap=True)
+    console.print(f"results: {plan.out / results.FILE}", soft_wrap=True)
     if interrupted:
         sys.exit(130)
     sys.exit(0 if all(result.good for result in found[before:]) else 1)

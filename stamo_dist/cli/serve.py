@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.use_options import (
-    AsOption,
-    BoundsOption,
-    ChunkOption,
-    CropOption,
-    OrientationOption,
-    ViewsOption,
-)
+from stamo_dist.evaluate.options import UseOptions
 
 
-def serve(
-    run: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A policy's run folder, or a folder with weights.")],
-    *,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Where the policy's StaMo tokenizer lies; where it was in training when omitted."),
-    ] = None,
-    unnorm_key: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
-    ] = None,
-    as_: AsOption = None,
-    orientation: OrientationOption = None,
-    crop: CropOption = None,
-    views: ViewsOption = None,
-    chunk: ChunkOption = None,
-    bounds: BoundsOption = None,
+@dataclass(kw_only=True)
+class ClientOptions:
+    """What clients send."""
+
     frames: Annotated[
         str,
         typer.Option(
             metavar="as-trained|upright",
             help="How clients send frames: turned as the policy was trained, as the official clients do, or upright.",
         ),
-    ] = "as-trained",
-) -> None:
+    ] = "as-trained"
+
+
+@dataclass(kw_only=True)
+class ServeOptions(ClientOptions, UseOptions):
     """Answer observations with actions over HTTP, as clients of OpenVLA and OpenVLA-OFT speak. There is no login.
 
     Needs `pip install "stamo-dist[serve]"`.
@@ -55,14 +36,35 @@ def serve(
 
     Example: stamo serve moojink/openvla-7b-oft-finetuned-libero-spatial --as oft-libero
     """
+
+    run: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A policy's run folder, or a folder with weights.")]
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Where the policy's StaMo tokenizer lies; where it was in training when omitted."),
+    ] = None
+    unnorm_key: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
+    ] = None
+
+
+@with_options(ServeOptions)
+def serve(_: typer.Context, asked: ServeOptions) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("json_numpy", "starlette", "uvicorn") if find_spec(name) is None]:
         raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
-    from stamo_dist.models.openvla.framing import Use
     from stamo_dist.serve import serve as answer
 
     answer(
-        run, host=host, port=port, device=device, tokenizer=tokenizer, unnorm_key=unnorm_key, frames=frames,
-        use=Use(as_, orientation, crop, views, chunk, bounds),
-    )  # fmt: skip
+        asked.run,
+        host=asked.host,
+        port=asked.port,
+        device=asked.device,
+        tokenizer=asked.tokenizer,
+        unnorm_key=asked.unnorm_key,
+        frames=asked.frames,
+        use=asked.use(),
+    )

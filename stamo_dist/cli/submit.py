@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stamo_dist.cli.options import Overrides
+from stamo_dist.command_options import with_options
 from stamo_dist.errors import StamoError
 
 
-def submit(
-    context: typer.Context,
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe or pipeline, e.g. recipes/tokenizer_sim.yaml.")
-    ],
-    cluster: Annotated[
-        str | None,
-        typer.Option(metavar="PROFILE", help="A profile: a file, or the name of one in slurm/; local without Slurm."),
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes, in place of the profile's.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node, in place of the profile's.")] = None,
-    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit, in place of the profile's.")] = None,
-    set_: Overrides = [],  # noqa: B006 (typer reads the default)
-    sweep: Annotated[
-        list[str],
-        typer.Option(metavar="A.B=X,Y", help="One run for each value; may be repeated, for all combinations."),
-    ] = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, and stop.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class SubmitOptions:
     """Queue a recipe on a cluster; it is preempted, queued again and goes on by itself until it has finished.
 
     Code and recipe are copied into the run folder first: editing the checkout changes no queued run. A pipeline is
@@ -41,33 +26,54 @@ def submit(
 
     Example: stamo submit recipes/pipelines/demo.yaml --cluster local
     """
+
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe or pipeline, e.g. recipes/tokenizer_sim.yaml.")
+    ]
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="PROFILE", help="A profile: a file, or the name of one in slurm/; local without Slurm."),
+    ] = None
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes, in place of the profile's.")] = None
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node, in place of the profile's.")] = None
+    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit, in place of the profile's.")] = None
+    set_: Overrides = field(default_factory=list)
+    sweep: Annotated[
+        list[str],
+        typer.Option(metavar="A.B=X,Y", help="One run for each value; may be repeated, for all combinations."),
+    ] = field(default_factory=list)
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, and stop.")] = False
+
+
+@with_options(SubmitOptions)
+def submit(context: typer.Context, asked: SubmitOptions) -> None:
     from stamo_dist.launch import chain, pipeline
     from stamo_dist.launch import submit as jobs
 
-    cluster = cluster or jobs.default_cluster()
-    asked: dict[str, Any] = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
+    recipe, cluster = asked.recipe, asked.cluster or jobs.default_cluster()
+    resources: dict[str, Any] = {"nodes": asked.nodes, "gpus_per_node": asked.gpus_per_node, "time": asked.time}
     steps: list[chain.Step] = []
     if pipeline.is_pipeline(recipe):
-        if sweep:
+        if asked.sweep:
             raise StamoError(f"--sweep: {recipe} is a pipeline; sweep over one of its recipes")
-        whole, works = pipeline.load_pipeline(recipe, set_, context.find_root().command)
+        whole, works = pipeline.load_pipeline(recipe, asked.set_, context.find_root().command)
         steps = chain.look_at(works)
         for step in steps:
             if step.state != "todo":
                 print(f"{whole.name}.{step.work.name}: {step.words}")
-        orders, where = chain.stage_orders(whole, steps, cluster, jobs.changed(**asked)), whole.run_dir
-    elif sweep:
-        orders, where = chain.sweep_orders(recipe, cluster, sweep, set_, **asked)
+        orders, where = chain.stage_orders(whole, steps, cluster, jobs.changed(**resources)), whole.run_dir
+    elif asked.sweep:
+        orders, where = chain.sweep_orders(recipe, cluster, asked.sweep, asked.set_, **resources)
     else:
-        orders = [jobs.plan(recipe, cluster, overrides=set_, **asked)]
+        orders = [jobs.plan(recipe, cluster, overrides=asked.set_, **resources)]
         where = orders[0].launch.run_dir
     for order in orders:
         print(jobs.describe(order))
         for note in order.notes:
             print(f"  {note}")
-        if dry_run:
+        if asked.dry_run:
             print(jobs.script(order))
-    if dry_run or not orders:
+    if asked.dry_run or not orders:
         return
     launches = chain.send(whole, recipe, steps, orders) if steps else jobs.submit_all(orders)
     ids = dict.fromkeys(str(launch.job) for launch in launches)

@@ -100,6 +100,16 @@ class CachedStates(NamedTuple):
     each: bool = False
 
 
+class CacheKeys(NamedTuple):
+    """Which caches are read in place of frames: with `latents: cached`, that of the VAE of this fingerprint; states."""
+
+    latents: str | None = None
+    states: CachedStates | None = None
+
+
+NO_CACHE = CacheKeys()
+
+
 def build_loader(
     mixture: Mixture,
     *,
@@ -108,8 +118,7 @@ def build_loader(
     cursor: Cursor,
     pin_memory: bool,
     workers: int | None = None,
-    latents: str | None = None,
-    states: CachedStates | None = None,
+    caches: CacheKeys = NO_CACHE,
     groups: int = 1,
 ) -> Loader:
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
@@ -120,8 +129,7 @@ def build_loader(
         cursor: Where to begin.
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
-        latents: With `latents: cached`, the fingerprint of the VAE whose cache to read.
-        states: Cached states to read, in place of the target frames.
+        caches: What to read in place of frames.
         groups: Virtual workers of this process, a power of two; the samples of each follow one another.
 
     Raises:
@@ -134,14 +142,15 @@ def build_loader(
         raise RunError(f"position {cursor.samples} is not between two global batches of {mixture.global_batch}")
     spec = None
     if mixture.data.latents == "cached":
-        if latents is None:
+        if caches.latents is None:
             raise ValueError("latents: cached needs the fingerprint of the VAE")
-        spec = find_cache(mixture.shards, "latents", latents)
+        spec = find_cache(mixture.shards, "latents", caches.latents)
+    states = caches.states
     targets = None if states is None else find_cache(mixture.shards, "states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
-    caches = _Caches(spec, targets, each=states is not None and states.each)
-    return Loader(mixture, _RankShare(rank, world_size, groups), caches, cursor, pin=pin, workers=workers)
+    found = _Caches(spec, targets, each=states is not None and states.each)
+    return Loader(mixture, _RankShare(rank, world_size, groups), found, cursor, pin=pin, workers=workers)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stamo_dist.command_options import with_options
 from stamo_dist.evaluate import options
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ class EvalTools:
 
 
 def _command(asked: type, implementation: str) -> Callable[..., None]:
-    """A command whose parameters are the fields of the options `asked`.
+    """A command whose options are the fields of `asked`.
 
     `implementation`: module:name in this package of what makes the measurement of these fields. It is also given the
     benchmarks where it has a parameter of that name.
     """
 
-    def command(context: typer.Context, **given: Any) -> None:
+    @with_options(asked)
+    def command(context: typer.Context, given: Any) -> None:
         from stamo_dist.evaluate.workers import WorkerGroup, run_in_group
 
         tools: EvalTools = context.obj
@@ -45,22 +47,13 @@ def _command(asked: type, implementation: str) -> Callable[..., None]:
         brought = {"benchmarks": tools.benchmarks} if "benchmarks" in inspect.signature(make).parameters else {}
 
         def body(group: WorkerGroup) -> None:
-            make(**given, **brought).evaluate(group=group)
+            make(**vars(given), **brought).evaluate(group=group)
 
-        if "nproc" in given:
-            run_in_group(given["run"], given["nproc"], tools.launch, body, sys.argv[1:])
+        if isinstance(given, options.SharedOptions):
+            run_in_group(given.run, given.nproc, tools.launch, body, sys.argv[1:])
         else:
             body(WorkerGroup())
 
-    hints = get_type_hints(asked, include_extras=True)
-    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    # Help begins with what is the measurement's own.
-    for field in sorted(fields(asked), key=lambda field: field.name not in asked.__annotations__):
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__doc__ = asked.__doc__
     return command
 
 

@@ -10,7 +10,7 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla import load
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, SeenAs, Statistics, seen_as
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
-from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.openvla.policy import Policy, Unsaid
 from stamo_dist.models.policy_base import recorded_framing
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
 from stamo_dist.pretrained.reading import read_config
@@ -59,7 +59,8 @@ def _released(path: str, use: Use, options: dict[str, Any]) -> AnyPolicy:
     known = Statistics.read(found.holding(STATISTICS), config.get("norm_stats") or {})
     framing = use.framing(None, path, list(known.sources))
     use.check(bool(found.part("action_head")), path)
-    return Policy.from_pretrained(path, options=use.options(), chunk=use.actions_at_once, framing=framing, **options)
+    unsaid = Unsaid(use.options(), use.actions_at_once)
+    return Policy.from_pretrained(path, unsaid=unsaid, framing=framing, **options)
 
 
 def _with_settings(path: Path) -> Path | None:

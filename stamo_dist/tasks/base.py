@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.errors import CheckpointError
+from stamo_dist.models.export_layout import WHOLE, ExportLayout
 from stamo_dist.tasks.noise import StepNoise
 
 
@@ -25,24 +26,6 @@ class LossOutput:
     loss: Tensor
     per_sample: dict[str, Tensor]
     present: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ExportLayout:
-    """How an exported model lies on disk.
-
-    `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
-    language model is a folder of its own that plain transformers opens; peft is adapters without their base. `dtype` is
-    that of the trained weights, fp32 when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a
-    file, as 5GB.
-    """
-
-    form: Literal["openvla", "hf", "peft"] = "openvla"
-    dtype: torch.dtype | None = None
-    shard_size: str = "5GB"
-
-
-WHOLE = ExportLayout()
 
 
 class Task(Protocol):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stamo_dist.data.loader import Batch, CachedStates, Cursor, build_loader
+from stamo_dist.data.loader import Batch, CachedStates, CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.models.images import to_float
@@ -191,18 +191,16 @@ class DiffusionTask:
             DataError: None of the frames looked at has a target, or nothing moves.
         """
         squares: list[Tensor] = []
-        with closing(
-            build_loader(
-                mixture,
-                rank=0,
-                world_size=1,
-                cursor=Cursor(),
-                pin_memory=False,
-                workers=0,
-                latents=None,
-                states=self.states,
-            )
-        ) as loader:
+        loader = build_loader(
+            mixture,
+            rank=0,
+            world_size=1,
+            cursor=Cursor(),
+            pin_memory=False,
+            workers=0,
+            caches=CacheKeys(states=self.states),
+        )
+        with closing(loader):
             for _, batch in zip(range(_SCALED_ON), loader, strict=False):
                 for part in batch.split(_SCALED_ON // 4):
                     assert part.ahead is not None

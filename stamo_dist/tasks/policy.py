@@ -20,7 +20,7 @@ from stamo_dist.models.openvla.adapters import Base
 from stamo_dist.models.openvla.images import PREPROCESSOR, ImageProcessor
 from stamo_dist.models.openvla.network import Features
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
-from stamo_dist.models.openvla.save import save_parts
+from stamo_dist.models.openvla.save import PolicyParts, save_parts
 from stamo_dist.models.openvla.text import TOKENIZER, TextTokenizer
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import WHOLE, ExportLayout, LossOutput, load_trained
@@ -213,20 +213,9 @@ class PolicyTask:
         else:
             self.network.float()  # a base in bf16 would round what is added to it
             merge_lora(self.network.vla)
-        save_parts(
-            folder,
-            self.network,
-            self.network.state_dict(),
-            self._text,
-            self._processor,
-            self._data.statistics,
-            framing=self._data.framing,
-            tokenizer_fingerprint=self._fingerprint,
-            form="hf" if layout.form == "hf" else "openvla",
-            dtype=layout.dtype,
-            shard_size=layout.shard_size,
-            base=base,
-        )
+        data = self._data
+        parts = PolicyParts(self.network, self._text, self._processor, data.statistics, data.framing, self._fingerprint)
+        save_parts(folder, parts, self.network.state_dict(), layout, base=base)
 
     def _peft_base(self) -> Base:
         checkpoint, weight_loader = self._data.checkpoint, self._weight_loader

@@ -13,7 +13,7 @@ from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint,
 from stamo_dist.checkpoint.load import holds_all, load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
-from stamo_dist.data.loader import Cursor, Loader, build_loader, first_frames
+from stamo_dist.data.loader import CacheKeys, Cursor, Loader, build_loader, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.collectives import broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
@@ -211,7 +211,7 @@ def _assemble(
     def open_loader(state: RunState) -> Loader:
         return build_loader(
             mixture, rank=world.rank, world_size=world.size, cursor=Cursor.from_dict(state.cursor),
-            pin_memory=engine.device.type == "cuda", latents=task.latents, states=task.states,
+            pin_memory=engine.device.type == "cuda", caches=CacheKeys(task.latents, task.states),
             groups=checked.batching.workers,
         )  # fmt: skip
 

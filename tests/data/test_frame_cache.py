@@ -13,7 +13,7 @@ import torch
 from made import make_data, write_source
 
 from stamo_dist.data.frame_cache import Precision, cache_path, find_cache, has_cache, write_cache
-from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.loader import CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import SourceConfig
@@ -36,7 +36,7 @@ def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, wo
     mixture = Mixture(make_data({"s": SourceConfig(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     cache(mixture, precision)
     loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers, latents=VAE
+        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers, caches=CacheKeys(VAE)
     )
     with closing(loader):
         for batch in islice(loader, 12):
@@ -53,9 +53,7 @@ def test_missing_and_stale_caches_are_listed_with_the_command(tmp_path: Path) ->
     n = len(mixture.shards)
     assert n >= 3
     with pytest.raises(DataError, match=f"not cached for {n} of {n} shards") as caught:
-        build_loader(
-            mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, latents=VAE
-        )  # fmt: skip
+        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, caches=CacheKeys(VAE))
     assert "run `stamo encode RECIPE`" in str(caught.value)
 
     cache(mixture, "float16")

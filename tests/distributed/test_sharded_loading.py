@@ -21,11 +21,12 @@ import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.rank import World, free_port
 from stamo_dist.distributed.strategies import EngineSpec
+from stamo_dist.models.export_layout import ExportLayout
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
-from stamo_dist.models.openvla.save import save_parts
+from stamo_dist.models.openvla.save import PolicyParts, save_parts
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import policy as recipes
@@ -46,10 +47,9 @@ def checkpoint(folder: Path, text_config: dict, patch_dim: int = 32) -> Path:
     network = PolicyNetwork(
         config, recipes.OpenVLAPolicyConfig(vision="stamo"), PolicySizes(3, patch_dim=patch_dim, state_dim=32)
     )
-    save_parts(
-        folder, network, network.state_dict(), TextTokenizer.from_instructions(TEXTS, size=384),
-        ImageProcessor.from_config(config), Statistics({}, "test"), shard_size="50MB",
-    )  # fmt: skip
+    text = TextTokenizer.from_instructions(TEXTS, size=384)
+    parts = PolicyParts(network, text, ImageProcessor.from_config(config), Statistics({}, "test"))
+    save_parts(folder, parts, network.state_dict(), ExportLayout(shard_size="50MB"))
     return folder
 
 

@@ -21,7 +21,7 @@ from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
-from stamo_dist.models.openvla.save import save_parts
+from stamo_dist.models.openvla.save import PolicyParts, save_parts
 from stamo_dist.plan.registry import config_of
 from stamo_dist.pretrained.wanted import adapter_base, look_at
 from stamo_dist.recipe import policy as recipe
@@ -41,7 +41,7 @@ def base(tmp_path: Path) -> Path:
     statistics = Statistics({"toy": {"action": {**COLUMN, "mask": [True, False]}}}, "test")
     folder = tmp_path / "base"
     processor = ImageProcessor.from_config(config)
-    save_parts(folder, network, network.state_dict(), text_tokenizer(), processor, statistics)
+    save_parts(folder, PolicyParts(network, text_tokenizer(), processor, statistics), network.state_dict())
     (folder / "policy.json").unlink()  # as a released checkpoint is
     return folder
 

@@ -12,7 +12,7 @@ from vla_cases import TINY, Golden, close, goldens, text_tokenizer
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.network import OpenVLA
-from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.openvla.policy import Policy, Unsaid
 
 
 def network(golden: Golden) -> OpenVLA:
@@ -59,7 +59,7 @@ def test_features_logits_loss_and_gradients(name: str) -> None:
 def test_greedy_decoding_and_actions() -> None:
     golden = Golden("openvla/dev")
     policy = Policy.from_pretrained(
-        golden.folder, tower_options=golden.towers, text=text_tokenizer(), dtype=torch.float32
+        golden.folder, unsaid=Unsaid(tower_options=golden.towers), text=text_tokenizer(), dtype=torch.float32
     )
     for i, case in enumerate(golden.about["predict_action"]):
         pixels, name = golden.inputs[f"predict{i}.pixel_values"], f"predict{i}"

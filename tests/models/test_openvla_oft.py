@@ -17,7 +17,7 @@ from stamo_dist.models.openvla import load, save
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.heads import ActionHead
 from stamo_dist.models.openvla.network import OpenVLA
-from stamo_dist.models.openvla.policy import Policy
+from stamo_dist.models.openvla.policy import Policy, Unsaid
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
 from stamo_dist.recipe import policy as recipe
 
@@ -28,9 +28,8 @@ def golden() -> Golden:
 
 
 def policy(golden: Golden, **options: Any) -> Policy:
-    return Policy.from_pretrained(
-        golden.folder, tower_options=golden.towers, text=text_tokenizer(), dtype=torch.float32, options=options
-    )
+    unsaid = Unsaid(options, tower_options=golden.towers)
+    return Policy.from_pretrained(golden.folder, unsaid=unsaid, text=text_tokenizer(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("actions", ["regression", "parallel_tokens"])

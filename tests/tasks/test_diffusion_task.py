@@ -15,7 +15,7 @@ from toy_policy import TEXTS, write_diffusion_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.frame_cache import write_cache
-from stamo_dist.data.loader import Batch, CachedStates, Cursor, build_loader
+from stamo_dist.data.loader import Batch, CachedStates, CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.policies import load_policy
@@ -28,11 +28,10 @@ from stamo_dist.tasks.noise import Noise
 
 
 def first_batch(mixture: Mixture, states: CachedStates | None = None, workers: int = 0) -> Batch:
+    caches = CacheKeys(states=states)
     with closing(
-        build_loader(
-            mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, states=states, workers=workers,
-        )
-    ) as loader:  # fmt: skip
+        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, caches=caches, workers=workers)
+    ) as loader:
         return next(iter(loader))
 
 

@@ -22,7 +22,7 @@ from data_tools.simulators.catalogue import InstalledBenchmarks
 from data_tools.simulators.jobs import TaskJob
 from data_tools.simulators.maniskill_expert import across
 from data_tools.simulators.rollout import Rollout
-from data_tools.simulators.simulate import simulate
+from data_tools.simulators.simulate import Recording, simulate
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Setting
@@ -91,7 +91,8 @@ def test_the_hand_closes_across_the_nearest_sides() -> None:
 def test_shards_solve_the_tasks_in_the_closed_loop(tmp_path: Path) -> None:
     """Actions, pictures, proprio and instruction of the shards are those of the simulator that is driven."""
     tasks = ["PickCube-v1"]
-    made = simulate("maniskill", tmp_path / "raw", tasks=tasks, episodes=1, size=64, processes=1, quiet=True)
+    recording = Recording("maniskill", size=64)
+    made = simulate(recording, tmp_path / "raw", tasks=tasks, episodes=1, processes=1, quiet=True)
     assert made.files == [tmp_path / "raw" / f"{task}.h5" for task in tasks]
     source = tmp_path / "shards"
     manifest, _ = convert("maniskill", tmp_path / "raw", source, size=64, quality=100, val_fraction=0, quiet=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
 from data_tools.convert.driver import convert
-from data_tools.simulators.simulate import simulate
+from data_tools.simulators.simulate import Recording, simulate
 from stamo_dist.errors import DataError
 
 needs_metaworld = pytest.mark.skipif(
@@ -26,15 +28,16 @@ needs_libero = pytest.mark.skipif(
 @pytest.mark.sim
 @needs_metaworld
 def test_metaworld_episodes_convert_and_more_can_be_added(tmp_path: Path) -> None:
-    options = {"tasks": ["reach-v3"], "size": 48, "cameras": ["corner3"], "quiet": True}
-    first = simulate("metaworld", tmp_path / "raw", episodes=1, processes=1, **options)  # type: ignore[arg-type]
+    recording = Recording("metaworld", size=48, cameras=["corner3"])
+    options: dict[str, Any] = {"tasks": ["reach-v3"], "quiet": True}
+    first = simulate(recording, tmp_path / "raw", episodes=1, processes=1, **options)
     assert first.files == [tmp_path / "raw" / "reach-v3_demo.hdf5"]
     with h5py.File(first.files[0]) as file:
         one = file["data/demo_0/actions"][:]
-    more = simulate("metaworld", tmp_path / "raw", episodes=2, processes=1, **options)  # type: ignore[arg-type]
+    more = simulate(recording, tmp_path / "raw", episodes=2, processes=1, **options)
     assert more.episodes == 1
-    assert not simulate("metaworld", tmp_path / "raw", episodes=2, **options).attempts  # type: ignore[arg-type]
-    direct = simulate("metaworld", tmp_path / "direct", episodes=2, processes=2, **options)  # type: ignore[arg-type]
+    assert not simulate(recording, tmp_path / "raw", episodes=2, **options).attempts
+    direct = simulate(recording, tmp_path / "direct", episodes=2, processes=2, **options)
     assert direct.files[0].read_bytes() == more.files[0].read_bytes()
     assert [p.name for p in (tmp_path / "raw").iterdir()] == ["reach-v3_demo.hdf5"]
 
@@ -58,15 +61,14 @@ def test_metaworld_episodes_convert_and_more_can_be_added(tmp_path: Path) -> Non
     assert {name: split.episodes for name, split in manifest.splits.items()} == {"train": 1, "val": 1}
 
     with pytest.raises(DataError, match=r"made with size 48 \(asked: 64\)"):
-        simulate("metaworld", tmp_path / "raw", episodes=2, **{**options, "size": 64})  # type: ignore[arg-type]
+        simulate(replace(recording, size=64), tmp_path / "raw", episodes=2, **options)
 
 
 @pytest.mark.sim
 @needs_libero
 def test_libero_expert_solves_a_task(tmp_path: Path) -> None:
-    result = simulate(
-        "libero", tmp_path / "raw", tasks=["libero_spatial/2"], episodes=1, size=64, cameras=["agentview"], quiet=True
-    )
+    recording = Recording("libero", size=64, cameras=["agentview"])
+    result = simulate(recording, tmp_path / "raw", tasks=["libero_spatial/2"], episodes=1, quiet=True)
     (path,) = result.files
     assert path.parent.name == "libero_spatial"
     with h5py.File(path) as file:
@@ -91,10 +93,9 @@ def test_libero_expert_solves_a_task(tmp_path: Path) -> None:
 
 @needs_metaworld
 def test_unknown_names_are_listed_together_with_the_nearest(tmp_path: Path) -> None:
+    recording = Recording("metaworld", cameras=["corner33"], size=5000)
     with pytest.raises(DataError) as caught:
-        simulate(
-            "metaworld", tmp_path / "out", tasks=["reech-v3", "push-v3"], episodes=0, cameras=["corner33"], size=5000
-        )
+        simulate(recording, tmp_path / "out", tasks=["reech-v3", "push-v3"], episodes=0)
     text = str(caught.value)
     for part in ("reech-v3", "did you mean reach-v3", "corner33", "did you mean corner3", "episodes: 0", "size: 5000"):
         assert part in text
@@ -112,15 +113,15 @@ def test_unknown_names_are_listed_together_with_the_nearest(tmp_path: Path) -> N
 )
 def test_unknown_libero_tasks(tmp_path: Path, task: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        simulate("libero", tmp_path / "out", tasks=[task], episodes=1)
+        simulate(Recording("libero"), tmp_path / "out", tasks=[task], episodes=1)
 
 
 def test_missing_simulator_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'stamo-dist\[sim\]'"):
-        simulate("metaworld", tmp_path / "out", tasks=["reach-v3"], episodes=1)
+        simulate(Recording("metaworld"), tmp_path / "out", tasks=["reach-v3"], episodes=1)
     with pytest.raises(DataError, match="unknown benchmark 'libreo'"):
-        simulate("libreo", tmp_path / "out", tasks=["x"], episodes=1)
+        simulate(Recording("libreo"), tmp_path / "out", tasks=["x"], episodes=1)
 
 
 @pytest.mark.sim
@@ -131,4 +132,6 @@ def test_missing_opengl_says_what_to_install(tmp_path: Path, monkeypatch: pytest
     if ctypes.util.find_library("OSMesa"):
         pytest.skip("OSMesa is installed here")
     with pytest.raises(DataError, match="apt install libegl1 libgl1-mesa-dri"):
-        simulate("metaworld", tmp_path / "out", tasks=["reach-v3"], episodes=1, size=32, processes=1, quiet=True)
+        simulate(
+            Recording("metaworld", size=32), tmp_path / "out", tasks=["reach-v3"], episodes=1, processes=1, quiet=True
+        )

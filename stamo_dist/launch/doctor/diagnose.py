@@ -98,10 +98,9 @@ def _slurm(profile: Profile, loaded: Loaded | None) -> Iterator[Finding]:
     leaving = _leaving(loaded)
     yield from judge_settings(config, partition, leaving=leaving, now=datetime.now())
     if leaving is not None and leaving > profile.signal_delay:
-        yield Finding(
-            "error", _SLURM, f"leaving takes {leaving:.0f} s, and the time limit gives {profile.signal_delay} s notice",
-            f"signal_delay: {int(2 * leaving) + 30} in the profile",
-        )  # fmt: skip
+        what = f"leaving takes {leaving:.0f} s, and the time limit gives {profile.signal_delay} s notice"
+        fix = f"signal_delay: {int(2 * leaving) + 30} in the profile"
+        yield Finding("error", _SLURM, what, fix)
 
 
 def _leaving(loaded: Loaded | None) -> float | None:

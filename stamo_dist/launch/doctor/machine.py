@@ -50,10 +50,9 @@ def judge_versions() -> Iterator[Finding]:
             found = None
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong += 1
-            yield Finding(
-                "error", _HERE, f"{requirement.name}: {found or 'missing'}, needed is {requirement.specifier or 'any'}",
-                f"pip install '{requirement.name}{requirement.specifier}'",
-            )  # fmt: skip
+            what = f"{requirement.name}: {found or 'missing'}, needed is {requirement.specifier or 'any'}"
+            fix = f"pip install '{requirement.name}{requirement.specifier}'"
+            yield Finding("error", _HERE, what, fix)
     if not wrong:
         yield Finding("fine", _HERE, f"python {python} and the {looked} packages are as required")
 
@@ -68,10 +67,9 @@ def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Fin
     else:
         yield Finding("fine", _RECIPE, "data and weights are there and fit the recipe, or can be had")
         for field, what, fix in checks.weights(loaded, environment).to_download:
-            yield Finding(
-                "warning", _RECIPE, f"{field}: {what}; nodes without network cannot get it",
-                f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1",
-            )  # fmt: skip
+            what = f"{field}: {what}; nodes without network cannot get it"
+            fix = f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1"
+            yield Finding("warning", _RECIPE, what, fix)
     for name, source in loaded.recipe.data.used.items():
         shard = next(
             (s for path in source.paths if "://" not in path for s in Path(path).expanduser().rglob("*.mds")), None
@@ -105,10 +103,9 @@ def judge_wandb(recipe: Recipe) -> Iterator[Finding]:
     else:
         host = wandb_host(recipe)
         if not _has_key(host):
-            yield Finding(
-                "error", _RECIPE, f"tracking.wandb: online, and there is no key for {host}",
-                "`wandb login` once, on a machine that shares this home; or tracking.wandb: offline",
-            )  # fmt: skip
+            what = f"tracking.wandb: online, and there is no key for {host}"
+            fix = "`wandb login` once, on a machine that shares this home; or tracking.wandb: offline"
+            yield Finding("error", _RECIPE, what, fix)
         if why := reach(host):
             yield unreachable("this machine", host, why)
         else:

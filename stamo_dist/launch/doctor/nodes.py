@@ -66,10 +66,9 @@ def on_cluster(
             slurm.cancel(job)
             if ran is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                yield Finding(
-                    "warning", _AREA, f"job {job} did not start within {patience:.0f} s ({found.reason}); cancelled",
-                    "--wait longer, fewer --nodes, or another partition",
-                )  # fmt: skip
+                what = f"job {job} did not start within {patience:.0f} s ({found.reason}); cancelled"
+                fix = "--wait longer, fewer --nodes, or another partition"
+                yield Finding("warning", _AREA, what, fix)
                 return
             break
         time.sleep(_POLL)

@@ -38,25 +38,22 @@ def judge_settings(
     if config.get("as of"):
         ahead = (now - datetime.fromisoformat(config["as of"])).total_seconds()
         if abs(ahead) > _SKEW:
-            yield Finding(
-                "warning", _AREA, f"this machine's clock is {ahead:+.0f} s from the controller's",
-                "have both keep time by NTP (chrony); munge refuses credentials beyond 5 minutes",
-            )  # fmt: skip
+            what = f"this machine's clock is {ahead:+.0f} s from the controller's"
+            fix = "have both keep time by NTP (chrony); munge refuses credentials beyond 5 minutes"
+            yield Finding("warning", _AREA, what, fix)
     if config.get("PropagateResourceLimits", "ALL") == "ALL":
-        yield Finding(
-            "note", _AREA, "jobs get the resource limits (ulimit) of the shell that submits",
-            "raise `ulimit -n` and `ulimit -l` before submitting where the nodes' report below complains",
-        )  # fmt: skip
+        what = "jobs get the resource limits (ulimit) of the shell that submits"
+        fix = "raise `ulimit -n` and `ulimit -l` before submitting where the nodes' report below complains"
+        yield Finding("note", _AREA, what, fix)
 
 
 def _accounting(config: Mapping[str, str]) -> Iterator[Finding]:
     kept = _seconds(config.get("MinJobAge", ""))
     if not config.get("AccountingStorageType", "").endswith("/slurmdbd"):
         after = f"; Slurm forgets a job {kept:.0f} s after its end (MinJobAge)" if kept is not None else ""
-        yield Finding(
-            "note", _AREA, f"accounting is off, so sacct knows nothing{after}",
-            "nothing to do: `stamo status` asks squeue and scontrol, and reads the run folder",
-        )  # fmt: skip
+        what = f"accounting is off, so sacct knows nothing{after}"
+        fix = "nothing to do: `stamo status` asks squeue and scontrol, and reads the run folder"
+        yield Finding("note", _AREA, what, fix)
     else:
         yield Finding("fine", _AREA, "accounting is on")
 
@@ -64,12 +61,15 @@ def _accounting(config: Mapping[str, str]) -> Iterator[Finding]:
 def _killing(config: Mapping[str, str]) -> Iterator[Finding]:
     tracking = config.get("ProctrackType", "").rpartition("/")[2]
     if tracking in ("linuxproc", "pgid"):
-        yield Finding(
-            "warning", _AREA, f"proctrack/{tracking} loses processes: what ignores SIGTERM or left its group survives "
-            "its job and holds on to the GPU beside the next one",
+        what = (
+            f"proctrack/{tracking} loses processes: what ignores SIGTERM or left its group survives "
+            "its job and holds on to the GPU beside the next one"
+        )
+        fix = (
             "have the administrator set ProctrackType=proctrack/cgroup; a run folder is safe from such a leftover, a "
-            "GPU is not: look for foreign processes with nvidia-smi when a job runs out of memory",
-        )  # fmt: skip
+            "GPU is not: look for foreign processes with nvidia-smi when a job runs out of memory"
+        )
+        yield Finding("warning", _AREA, what, fix)
     elif tracking:
         yield Finding("fine", _AREA, f"proctrack/{tracking} ends all processes of a job")
 
@@ -80,67 +80,73 @@ def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving
         yield Finding("fine", _AREA, "jobs of this partition are not preempted")
         return
     if mode == "CANCEL":
-        yield Finding(
-            "warning", _AREA, "preempted jobs are cancelled, not requeued (PreemptMode=CANCEL)",
-            "`stamo resume RUN` submits such a run again where it stopped; or use a partition with PreemptMode=REQUEUE",
-        )  # fmt: skip
+        what = "preempted jobs are cancelled, not requeued (PreemptMode=CANCEL)"
+        fix = (
+            "`stamo resume RUN` submits such a run again where it stopped; or use a partition with PreemptMode=REQUEUE"
+        )
+        yield Finding("warning", _AREA, what, fix)
     elif mode in ("SUSPEND", "GANG"):
-        yield Finding(
-            "warning", _AREA, f"preempted jobs are stopped and keep their memory (PreemptMode={mode}): a run that is "
-            "stopped longer than its time-outs is taken for hung and started again",
-            "set train.step_timeout above the longest suspension, or use a partition with PreemptMode=REQUEUE",
-        )  # fmt: skip
+        what = (
+            f"preempted jobs are stopped and keep their memory (PreemptMode={mode}): a run that is "
+            "stopped longer than its time-outs is taken for hung and started again"
+        )
+        fix = "set train.step_timeout above the longest suspension, or use a partition with PreemptMode=REQUEUE"
+        yield Finding("warning", _AREA, what, fix)
     grace, wait = _seconds(partition.get("GraceTime", "0")) or 0.0, _seconds(config.get("KillWait", "30")) or 30.0
     signalled = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     need = f"; leaving took {leaving:.1f} s when last measured" if leaving is not None else ""
     if leaving is not None and leaving > grace + wait:
-        yield Finding(
-            "error", _AREA, f"a preempted run has {grace:g} s (GraceTime) and {wait:g} s (KillWait) to save{need}: it "
-            "would be killed in between",
+        what = (
+            f"a preempted run has {grace:g} s (GraceTime) and {wait:g} s (KillWait) to save{need}: it "
+            "would be killed in between"
+        )
+        fix = (
             "save more often with train.checkpoint.ephemeral_every, so that little is lost, or ask for a longer "
-            "GraceTime",
-        )  # fmt: skip
+            "GraceTime"
+        )
+        yield Finding("error", _AREA, what, fix)
     elif not grace:
-        yield Finding(
-            "warning", _AREA, f"preemption gives no grace time (GraceTime=0): all signals at once, SIGKILL {wait:g} s "
-            f"later (KillWait){need}",
+        what = (
+            f"preemption gives no grace time (GraceTime=0): all signals at once, SIGKILL {wait:g} s "
+            f"later (KillWait){need}"
+        )
+        fix = (
             "set train.checkpoint.ephemeral_every so that little is lost when the save does not fit, or ask for a "
-            "GraceTime",
-        )  # fmt: skip
+            "GraceTime"
+        )
+        yield Finding("warning", _AREA, what, fix)
     else:
         yield Finding("fine", _AREA, f"a preempted run has {grace:g} s (GraceTime) to save{need}")
     if not signalled:
-        yield Finding(
-            "note", _AREA, "before preemption there is no user signal, only SIGTERM (no send_user_signal)",
-            "nothing to do: SIGTERM makes a run save and leave too; newer Slurm: PreemptParameters=send_user_signal",
-        )  # fmt: skip
+        what = "before preemption there is no user signal, only SIGTERM (no send_user_signal)"
+        fix = "nothing to do: SIGTERM makes a run save and leave too; newer Slurm: PreemptParameters=send_user_signal"
+        yield Finding("note", _AREA, what, fix)
 
 
 def _requeueing(config: Mapping[str, str]) -> Iterator[Finding]:
     if config.get("JobRequeue") == "0":
-        yield Finding(
-            "note", _AREA, "jobs are not requeued by default (JobRequeue=0)",
-            "nothing to do: `stamo submit` asks for it; a script of your own needs #SBATCH --requeue",
-        )  # fmt: skip
+        what = "jobs are not requeued by default (JobRequeue=0)"
+        fix = "nothing to do: `stamo submit` asks for it; a script of your own needs #SBATCH --requeue"
+        yield Finding("note", _AREA, what, fix)
     if _covers(config.get("RequeueExitHold", ""), EXIT_PREEMPTED):
-        yield Finding(
-            "warning", _AREA, f"RequeueExitHold={config['RequeueExitHold']} takes in code {EXIT_PREEMPTED}, with which "
-            "a run leaves to be started again: it is held then",
-            f"have the administrator take {EXIT_PREEMPTED} out; `scontrol release JOB` lets it go on",
-        )  # fmt: skip
+        what = (
+            f"RequeueExitHold={config['RequeueExitHold']} takes in code {EXIT_PREEMPTED}, with which "
+            "a run leaves to be started again: it is held then"
+        )
+        fix = f"have the administrator take {EXIT_PREEMPTED} out; `scontrol release JOB` lets it go on"
+        yield Finding("warning", _AREA, what, fix)
     elif _covers(config.get("RequeueExit", ""), EXIT_PREEMPTED):
-        yield Finding(
-            "fine", _AREA, f"RequeueExit={config['RequeueExit']}: a run that left to be started again is queued "
-            "again even where it cannot do so itself",
-        )  # fmt: skip
+        what = (
+            f"RequeueExit={config['RequeueExit']}: a run that left to be started again is queued "
+            "again even where it cannot do so itself"
+        )
+        yield Finding("fine", _AREA, what)
     expiry = re.search(r"cred_expire=(\d+)", config.get("AuthInfo", ""))
     delay = int(expiry[1]) if expiry else 120
     if delay > 30:
-        yield Finding(
-            "note", _AREA, f"a requeued job waits {delay + 1} s before it can start (AuthInfo cred_expire, 120 by "
-            "default)",
-            "ask the administrator for AuthInfo=cred_expire=30 if preemptions are frequent",
-        )  # fmt: skip
+        what = f"a requeued job waits {delay + 1} s before it can start (AuthInfo cred_expire, 120 by default)"
+        fix = "ask the administrator for AuthInfo=cred_expire=30 if preemptions are frequent"
+        yield Finding("note", _AREA, what, fix)
 
 
 def _seconds(text: str) -> float | None:

@@ -65,10 +65,9 @@ def judge_reports(reports: Sequence[Report], ranks: int, *, log: str) -> Iterato
     """Findings about the nodes, their network and their disks; `log` is where a rank that is missing left its words."""
     missing = sorted(set(range(ranks)) - {r.rank for r in reports})
     if missing:
-        yield Finding(
-            "error", _NODES, f"of {ranks} ranks {len(missing)} left no report (rank {_few(missing)})",
-            f"see {log}: the interpreter, the environment or the folder is missing on their nodes",
-        )  # fmt: skip
+        what = f"of {ranks} ranks {len(missing)} left no report (rank {_few(missing)})"
+        fix = f"see {log}: the interpreter, the environment or the folder is missing on their nodes"
+        yield Finding("error", _NODES, what, fix)
     if not reports:
         return
     first = [r for r in reports if r.local_rank == 0]
@@ -85,47 +84,43 @@ def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fi
     yield from _alike(first, "GPUs", lambda r: {"GPUs": " + ".join(r.gpus) or "none"}, "set constraint or gpu_type")
     for r in first:
         if r.driver and r.stage != "looking at this machine" and not r.cuda and r.packages.get("torch"):
-            yield Finding(
-                "error", _NODES, f"{r.host} has GPUs (driver {r.driver}), but torch {r.packages['torch']} is built "
-                "without CUDA",
-                "install the CUDA build of torch (pip's default on Linux)",
-            )  # fmt: skip
+            what = f"{r.host} has GPUs (driver {r.driver}), but torch {r.packages['torch']} is built without CUDA"
+            fix = "install the CUDA build of torch (pip's default on Linux)"
+            yield Finding("error", _NODES, what, fix)
         elif r.driver and r.cuda and len(r.gpus) < r.local_ranks:
-            yield Finding(
-                "error", _NODES, f"{r.host} shows {len(r.gpus)} GPUs to {r.local_ranks} ranks",
-                "set gpus_per_node in the profile; `nvidia-smi` on the node and CUDA_VISIBLE_DEVICES say why",
-            )  # fmt: skip
+            what = f"{r.host} shows {len(r.gpus)} GPUs to {r.local_ranks} ranks"
+            fix = "set gpus_per_node in the profile; `nvidia-smi` on the node and CUDA_VISIBLE_DEVICES say why"
+            yield Finding("error", _NODES, what, fix)
         if r.limits.get("nofile", _FILES) not in range(_FILES, 1 << 62) and r.limits.get("nofile") != -1:
-            yield Finding(
-                "warning", _NODES, f"{r.host}: a process may open {r.limits['nofile']} files only",
-                f"put `ulimit -n {1 << 16}` into the profile's setup lines",
-            )  # fmt: skip
+            what = f"{r.host}: a process may open {r.limits['nofile']} files only"
+            fix = f"put `ulimit -n {1 << 16}` into the profile's setup lines"
+            yield Finding("warning", _NODES, what, fix)
         if len(r.gpus) > 1 and r.shm[1] < _SHM * r.local_ranks:
-            yield Finding(
-                "warning", _NODES, f"{r.host}: /dev/shm has {_bytes(r.shm[1])} free of {_bytes(r.shm[0])}; NCCL "
-                f"connects the {r.local_ranks} ranks of a node through it",
-                "containers: --shm-size=8g or --ipc=host; else clear what dead jobs left there",
-            )  # fmt: skip
+            what = (
+                f"{r.host}: /dev/shm has {_bytes(r.shm[1])} free of {_bytes(r.shm[0])}; NCCL "
+                f"connects the {r.local_ranks} ranks of a node through it"
+            )
+            fix = "containers: --shm-size=8g or --ipc=host; else clear what dead jobs left there"
+            yield Finding("warning", _NODES, what, fix)
         if not r.scontrol:
-            yield Finding(
-                "warning", _NODES, f"{r.host}: there is no scontrol, so no run can queue itself again from there",
-                "have the administrator install it, or set RequeueExit=75; else `stamo resume RUN` goes on by hand",
-            )  # fmt: skip
+            what = f"{r.host}: there is no scontrol, so no run can queue itself again from there"
+            fix = "have the administrator install it, or set RequeueExit=75; else `stamo resume RUN` goes on by hand"
+            yield Finding("warning", _NODES, what, fix)
         if abs(r.clock) > _SKEW:
-            yield Finding(
-                "warning", _NODES, f"{r.host}: its clock is {r.clock:+.1f} s from rank 0's",
-                "have the administrator run NTP (chrony); heartbeats and logs go by the clock",
-            )  # fmt: skip
+            what = f"{r.host}: its clock is {r.clock:+.1f} s from rank 0's"
+            fix = "have the administrator run NTP (chrony); heartbeats and logs go by the clock"
+            yield Finding("warning", _NODES, what, fix)
     good = [r for r in reports if not r.error]
     if good:
         r = good[0]
         gpus = f"{len(r.gpus)} × {r.gpus[0]}" if r.gpus else "no GPU"
         hosts = sorted({x.host for x in good})
         named = ", ".join(hosts[:8]) + (" …" if len(hosts) > 8 else "")
-        yield Finding(
-            "fine", _NODES, f"{named}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a rank, python {r.python}, "
-            f"torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}",
-        )  # fmt: skip
+        what = (
+            f"{named}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a rank, python {r.python}, "
+            f"torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}"
+        )
+        yield Finding("fine", _NODES, what)
 
 
 def _network(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Finding]:
@@ -133,23 +128,25 @@ def _network(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fin
     for r in first:
         for other, result in r.links.items():
             if isinstance(result, str):
-                yield Finding(
-                    "error", _NET, f"{r.host} cannot connect to {other}: {result}",
+                what = f"{r.host} cannot connect to {other}: {result}"
+                fix = (
                     f"open TCP between compute nodes (all ports), check that {other} resolves on {r.host} to an "
-                    "address of their network, or put the node under exclude in the profile",
-                )  # fmt: skip
+                    "address of their network, or put the node under exclude in the profile"
+                )
+                yield Finding("error", _NET, what, fix)
         if many and r.address.startswith("127."):
-            yield Finding(
-                "warning", _NET, f"{r.host} takes its own name for {r.address}, which gloo tells the other nodes",
+            what = f"{r.host} takes its own name for {r.address}, which gloo tells the other nodes"
+            fix = (
                 "environment: {GLOO_SOCKET_IFNAME: eth0} in the profile, with the name of the network interface "
-                "(`ip -br address`), or mend /etc/hosts",
-            )  # fmt: skip
+                "(`ip -br address`), or mend /etc/hosts"
+            )
+            yield Finding("warning", _NET, what, fix)
         if r.resolving > _SLOW_NAME:
-            yield Finding(
-                "warning", _NET, f"{r.host} takes {r.resolving:.1f} s to look up its own name and address; gloo does "
-                "that at every start",
-                "list the nodes in /etc/hosts, or mend the reverse DNS zone",
-            )  # fmt: skip
+            what = (
+                f"{r.host} takes {r.resolving:.1f} s to look up its own name and address; gloo does that at every start"
+            )
+            fix = "list the nodes in /etc/hosts, or mend the reverse DNS zone"
+            yield Finding("warning", _NET, what, fix)
     for backend in ("gloo", "nccl"):
         done = [r for r in reports if backend in r.bandwidth]
         if not done:
@@ -164,11 +161,12 @@ def _network(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fin
             fix = "name the interface in the profile's environment (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             yield Finding("warning", _NET, about, fix)
         elif backend == "nccl" and speed < least and len(done) > 1:
-            yield Finding(
-                "warning", _NET, f"{about}, less than {least / 1e9:g} GB/s",
+            what = f"{about}, less than {least / 1e9:g} GB/s"
+            fix = (
                 "NCCL_DEBUG=INFO in the profile's environment shows whether it uses NET/IB or NET/Socket, P2P or SHM "
-                "within a node; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose",
-            )  # fmt: skip
+                "within a node; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose"
+            )
+            yield Finding("warning", _NET, what, fix)
         else:
             yield Finding("fine", _NET, about)
 
@@ -234,10 +232,9 @@ def judge_disk(disk: Disk, where: str = "") -> Iterator[Finding]:
     else:
         yield Finding("fine", _DISKS, about)
     if abs(disk.clock) > 2:
-        yield Finding(
-            "warning", _DISKS, f"{name}: its time stamps are {disk.clock:+.1f} s from this machine's clock",
-            "have the file server and the nodes keep time by NTP: heartbeats are told by time stamps",
-        )  # fmt: skip
+        what = f"{name}: its time stamps are {disk.clock:+.1f} s from this machine's clock"
+        fix = "have the file server and the nodes keep time by NTP: heartbeats are told by time stamps"
+        yield Finding("warning", _DISKS, what, fix)
 
 
 def _alike(first: Sequence[Report], what: str, of: Callable[[Report], dict[str, Any]], fix: str) -> Iterator[Finding]:

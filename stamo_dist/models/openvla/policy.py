@@ -45,6 +45,25 @@ _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Unsaid:
+    """What a folder may leave unsaid, or should be other than it says.
+
+    Attributes:
+        options: Fields of recipe.policy.PolicyConfig, such as {"views": 2} or {"actions": "parallel_tokens"} for an OFT
+            folder.
+        chunk: Actions predicted at once.
+        tower_options: Passed to timm, for towers of another size.
+    """
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chunk: int | None = None
+    tower_options: Sequence[Mapping[str, Any]] = ()
+
+
+AS_IT_SAYS = Unsaid()
+
+
 @dataclasses.dataclass
 class Policy(TrainedPolicy):
     """A network with all it needs to be used; `from_pretrained` builds it."""
@@ -65,9 +84,7 @@ class Policy(TrainedPolicy):
         dtype: torch.dtype | None = None,
         tokenizer: str | Path | None = None,
         text: TextTokenizer | None = None,
-        options: Mapping[str, Any] | None = None,
-        chunk: int | None = None,
-        tower_options: Sequence[Mapping[str, Any]] = (),
+        unsaid: Unsaid = AS_IT_SAYS,
         framing: Framing | None = None,
     ) -> Policy:
         """Read a checkpoint: ours, openvla/openvla-7b's layout, OpenVLA-OFT's or a PEFT adapter; a folder or a hub id.
@@ -77,20 +94,17 @@ class Policy(TrainedPolicy):
             dtype: Of the weights; that of config.json when omitted.
             tokenizer: Where the StaMo tokenizer lies on this machine, for policies that see through it.
             text: Text tokenizer, instead of the folder's own.
-            options: Fields of recipe.policy.PolicyConfig that the folder does not say or that should differ, such as
-                {"views": 2} or {"actions": "parallel_tokens"} for an OFT folder.
-            chunk: Actions predicted at once, where the folder does not say.
-            tower_options: Passed to timm, for towers of another size.
+            unsaid: What the folder does not say.
             framing: How it sees upright frames; as the folder says, or as they are, when omitted.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of another model.
-            RecipeError: `options` do not fit together.
+            RecipeError: `unsaid.options` do not fit together.
         """
         checkpoint = load.locate(str(path))
-        config = OpenVLAConfig.from_folder(checkpoint.holding("config.json"), load.FIELD, tower_options)
+        config = OpenVLAConfig.from_folder(checkpoint.holding("config.json"), load.FIELD, unsaid.tower_options)
         statistics = Statistics.read(checkpoint.holding(STATISTICS), config.raw.get("norm_stats") or {})
-        cfg, sizes = _settings(checkpoint, config, dict(options or {}), chunk, statistics)
+        cfg, sizes = _settings(checkpoint, config, unsaid, statistics)
         state_encoder = read_state_encoder(checkpoint.holding(SETTINGS), cfg, tokenizer, device)
         with load.on_meta():
             network = PolicyNetwork(config, cfg, sizes)
@@ -193,21 +207,20 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
 def _settings(
     checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
-    options: dict[str, Any],
-    chunk: int | None,
+    unsaid: Unsaid,
     statistics: Statistics,
 ) -> tuple[recipe.PolicyConfig, PolicySizes]:
     path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
-        return _official(checkpoint, config, options, chunk, statistics)
+        return _official(checkpoint, config, unsaid, statistics)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
-        cfg = recipe.OpenVLAPolicyConfig.model_validate({**about["policy"], **options})
+        cfg = recipe.OpenVLAPolicyConfig.model_validate({**about["policy"], **unsaid.options})
         sizes = about["sizes"]
         target = tuple(sizes["target"]) if sizes["target"] else None
-        return cfg, PolicySizes(**{**sizes, "target": target, "chunk": chunk or sizes["chunk"]})
+        return cfg, PolicySizes(**{**sizes, "target": target, "chunk": unsaid.chunk or sizes["chunk"]})
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
 
@@ -215,11 +228,11 @@ def _settings(
 def _official(
     checkpoint: load.PolicyCheckpoint,
     config: OpenVLAConfig,
-    options: dict[str, Any],
-    chunk: int | None,
+    unsaid: Unsaid,
     statistics: Statistics,
 ) -> tuple[recipe.PolicyConfig, PolicySizes]:
     """What the released folders leave unsaid, from the files they have."""
+    options, chunk = unsaid.options, unsaid.chunk
     head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {
         "actions": "regression" if head else "tokens",

@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stamo_dist.models import weights
+from stamo_dist.models.export_layout import WHOLE, ExportLayout
 from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.adapters import Base
@@ -47,40 +48,36 @@ _CODE: dict[str, dict[str, Any]] = {
         "processor_class": "PrismaticProcessor",
     },
 }
-Form = Literal["openvla", "hf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyParts:
+    """What a policy's folder says beside the weights, which `network` names; `tokenizer_fingerprint`: StaMo's."""
+
+    network: PolicyNetwork
+    text: TextTokenizer
+    processor: ImageProcessor
+    statistics: Statistics
+    framing: Framing = AS_IT_IS
+    tokenizer_fingerprint: str | None = None
 
 
 def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
     """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
-    save_parts(
-        Path(folder),
-        policy.network,
-        policy.network.state_dict(),
-        policy.text,
-        policy.processor,
-        policy.statistics,
-        framing=policy.framing,
-        tokenizer_fingerprint=policy.vision.tokenizer.fingerprint if policy.vision else None,
-        shard_size=shard_size,
-    )
+    fingerprint = policy.vision.tokenizer.fingerprint if policy.vision else None
+    parts = PolicyParts(policy.network, policy.text, policy.processor, policy.statistics, policy.framing, fingerprint)
+    save_parts(Path(folder), parts, policy.network.state_dict(), ExportLayout(shard_size=shard_size))
 
 
 def save_parts(
     folder: Path,
-    network: PolicyNetwork,
+    policy: PolicyParts,
     state: Mapping[str, Tensor],
-    text: TextTokenizer,
-    processor: ImageProcessor,
-    statistics: Statistics,
+    layout: ExportLayout = WHOLE,
     *,
-    framing: Framing = AS_IT_IS,
-    tokenizer_fingerprint: str | None = None,
-    form: Form = "openvla",
-    dtype: torch.dtype | None = None,
-    shard_size: str = "5GB",
     base: Base | None = None,
 ) -> None:
-    """As `save_pretrained`, with the weights `state` by the names of `network`, cast to `dtype`; its own are not read.
+    """As `save_pretrained`, with the weights `state` by the names of the network, whose own are not read.
 
     The towers, the projector and the language model go into safetensors shards under the released names; action head,
     proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
@@ -90,6 +87,7 @@ def save_parts(
     Raises:
         ValueError: there are adapters that are not merged and no `base`, or none and a `base`.
     """
+    network, statistics = policy.network, policy.statistics
     lora, adapted = network.cfg.lora, next((name for name in state if ".lora_" in name), None)
     if base is None and adapted:
         raise ValueError(f"{adapted} is an adapter: merge them before saving")
@@ -103,24 +101,24 @@ def save_parts(
         kept = {name: p.dtype for name, p in parameters if not p.requires_grad and _plain(name) not in base.lacks}
         state = {name: tensor for name, tensor in state.items() if name not in kept}
         about["base_dtype"] = str(next(d for n, d in kept.items() if ".base_layer." in n)).removeprefix("torch.")
-    state = {name: weights.cast(tensor, dtype) for name, tensor in state.items()}
+    state = {name: weights.cast(tensor, layout.dtype) for name, tensor in state.items()}
     parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
     vla = _without_film(parts["vla"])
     config = network.vla.config.raw
     name = str(next(iter(parts["vla"].values())).dtype).removeprefix("torch.")
     text_config = {**config["text_config"], "torch_dtype": name}
-    if form == "hf":
+    if layout.form == "hf":
         language = _below(vla, "language_model.")
         vla = {key: tensor for key, tensor in vla.items() if not key.startswith("language_model.")}
-        weights.save_shards(language, folder / LANGUAGE, shard_size=shard_size)
+        weights.save_shards(language, folder / LANGUAGE, shard_size=layout.shard_size)
         model = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
         _write(folder / LANGUAGE / "config.json", model)
-        text.save(folder / LANGUAGE)
+        policy.text.save(folder / LANGUAGE)
     if base is not None:
         assert lora is not None, "which made the adapters"
         adapters.save(folder, lora, parts["vla"], base.name, _released)
     else:
-        weights.save_shards(vla, folder, shard_size=shard_size)
+        weights.save_shards(vla, folder, shard_size=layout.shard_size)
     for head in ("action_head", "proprio_projector"):
         if parts[head]:
             torch.save({f"module.{k}": v for k, v in parts[head].items()}, folder / f"{head}--{_STEP}_checkpoint.pt")
@@ -129,7 +127,7 @@ def save_parts(
     if network.vla.film and base is None:
         towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
         torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
-    official = form == "openvla" and bool(network.vla.config.towers)
+    official = layout.form != "hf" and bool(network.vla.config.towers)
     config = {key: value for key, value in config.items() if key != "auto_map"}
     _write(
         folder / "config.json",
@@ -142,9 +140,9 @@ def save_parts(
         },
     )
     _write(folder / STATISTICS, statistics.sources)
-    if processor.views:
-        _write(folder / PREPROCESSOR, {**processor.to_dict(), **(_CODE["image_processor"] if official else {})})
-    text.save(folder)
+    if policy.processor.views:
+        _write(folder / PREPROCESSOR, {**policy.processor.to_dict(), **(_CODE["image_processor"] if official else {})})
+    policy.text.save(folder)
     if official:
         _write(folder / "processor_config.json", _CODE["processor"])
         path = folder / "tokenizer_config.json"
@@ -155,8 +153,8 @@ def save_parts(
             "format": FORMAT,
             "policy": network.cfg.model_dump(mode="json"),
             "sizes": dataclasses.asdict(network.sizes),
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "framing": framing.to_dict(),
+            "tokenizer_fingerprint": policy.tokenizer_fingerprint,
+            "framing": policy.framing.to_dict(),
             **about,
             "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
         },

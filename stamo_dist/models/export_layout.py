@@ -1,0 +1,26 @@
+"""How an exported model lies on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ExportLayout:
+    """How an exported model lies on disk.
+
+    `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
+    language model is a folder of its own that plain transformers opens; peft is adapters without their base. `dtype` is
+    that of the trained weights, fp32 when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a
+    file, as 5GB.
+    """
+
+    form: Literal["openvla", "hf", "peft"] = "openvla"
+    dtype: torch.dtype | None = None
+    shard_size: str = "5GB"
+
+
+WHOLE = ExportLayout()
