@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,34 +136,18 @@ class ConvertOptions:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False
 
     def settings(self) -> Settings:
-        """Raises: DataError: The format has no such option, or `episodes` is no range."""
+        """What they say; those of the same name mean the same.
+
+        Raises:
+            DataError: The format has no such option, or `episodes` is no range.
+        """
         from data_tools.convert.driver import Settings
         from data_tools.formats.registry import parse_options
 
-        return Settings(
-            name=self.name,
-            size=self.size,
-            fit=self.fit,
-            quality=self.quality,
-            rate_hz=self.rate,
-            action=self.action,
-            drop_noops=self.drop_noops,
-            val_fraction=self.val_fraction,
-            split_by=self.split_by,
-            seed=self.seed,
-            max_episodes=self.max_episodes,
-            episodes=_range(self.episodes),
-            hash_files=self.hash_,
-            slice_frames=self.slice_frames,
-            max_bad=self.max_bad,
-            overwrite=self.overwrite,
-            processes=self.processes,
-            num_slices=self.num_slices,
-            slice=self.slice,
-            work=self.work,
-            instructions=self.instructions,
-            options={**parse_options(self.format, self.set_ or []), "cameras": _split(self.cameras) or None},
-        )
+        same = {field.name: getattr(self, field.name) for field in fields(Settings) if hasattr(self, field.name)}
+        own = {"rate_hz": self.rate, "hash_files": self.hash_, "episodes": _range(self.episodes)}
+        options = {**parse_options(self.format, self.set_ or []), "cameras": _split(self.cameras) or None}
+        return Settings(**{**same, **own, "options": options})
 
 
 @app.command()
@@ -193,9 +177,7 @@ def convert(_: typer.Context, asked: ConvertOptions) -> None:
 
 
 @app.command()
-def formats(
-    format: Annotated[str | None, typer.Argument(help="Show the options of this format.")] = None,
-) -> None:
+def formats(format: Annotated[str | None, typer.Argument(help="Show the options of this format.")] = None) -> None:
     """List the formats that can be converted, or one format's options.
 
     Example: stamo data formats libero

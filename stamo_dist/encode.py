@@ -58,10 +58,8 @@ def encode(recipe: Recipe, world: World) -> int:
     mine = range(world.rank, len(mixture.shards), world.size)
     missing = [i for i in mine if not has_cache(mixture.shards[i], kind, fingerprint)]
     frames = sum(mixture.shards[i].samples for i in missing)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"),
-        TimeRemainingColumn(), disable=not world.is_main,
-    ) as progress:  # fmt: skip
+    done = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"))
+    with Progress(*done, TimeRemainingColumn(), disable=not world.is_main) as progress:
         bar = progress.add_task(f"{kind} of {len(missing)} of this process's {len(mine)} shards", total=frames)
         for i in missing:
             mixture.prepare(i)
@@ -84,10 +82,11 @@ def _latents(recipe: Recipe, device: torch.device) -> FrameEncoder:
     vae = VAE.from_config(recipe.model.vae.model_copy(update={"latent": "mean"}), recipe.data.image_size)
     fingerprint = vae.fingerprint()
     vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return FrameEncoder(
-        "latents", fingerprint, "bfloat16", lambda images: vae.encode(images).to(torch.bfloat16).view(torch.int16),
-        {"model": recipe.model.vae.weights},
-    )  # fmt: skip
+
+    def encode(images: Tensor) -> Tensor:
+        return vae.encode(images).to(torch.bfloat16).view(torch.int16)
+
+    return FrameEncoder("latents", fingerprint, "bfloat16", encode, {"model": recipe.model.vae.weights})
 
 
 def _states(recipe: Recipe, device: torch.device) -> FrameEncoder:
@@ -97,9 +96,9 @@ def _states(recipe: Recipe, device: torch.device) -> FrameEncoder:
     about = exported(folder)[1]
     sizes = (about["image_size"], about["model"]["encoder"]["image_size"])
     if recipe.data.image_size not in sizes:
-        raise RecipeError([
-            f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"
-        ])  # fmt: skip
+        raise RecipeError(
+            [f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"]
+        )
     tokenizer = StateEncoder.from_pretrained(folder).to(device)
     return FrameEncoder("states", tokenizer.fingerprint, "float32", tokenizer.encode, {"model": folder})
 

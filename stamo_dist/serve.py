@@ -122,11 +122,11 @@ class Server:
         found: dict[int, np.ndarray] = {}
         for key in dict.fromkeys(moment.key for moment in moments):
             rows = [i for i, moment in enumerate(moments) if moment.key == key]
-            felt = [moments[i].proprio for i in rows]
-            chunks = self.policy.act_batch(
-                [moments[i].views for i in rows], [moments[i].instruction for i in rows], unnorm_key=key,
-                proprio=np.stack([f for f in felt if f is not None]) if self.policy.cfg.proprio else None,
-            )  # fmt: skip
+            asked = [moments[i] for i in rows]
+            felt = [moment.proprio for moment in asked if moment.proprio is not None]
+            proprio = np.stack(felt) if self.policy.cfg.proprio else None
+            views, instructions = [moment.views for moment in asked], [moment.instruction for moment in asked]
+            chunks = self.policy.act_batch(views, instructions, unnorm_key=key, proprio=proprio)
             found.update(zip(rows, chunks, strict=True))
         return [found[i] for i in range(len(moments))]
 
@@ -179,9 +179,16 @@ class Server:
 
 
 def serve(
-    path: Path, *, host: str, port: int, device: str | None = None, tokenizer: Path | None = None,
-    unnorm_key: str | None = None, frames: str = "as-trained", use: Use = AS_RECORDED,
-) -> None:  # fmt: skip
+    path: Path,
+    *,
+    host: str,
+    port: int,
+    device: str | None = None,
+    tokenizer: Path | None = None,
+    unnorm_key: str | None = None,
+    frames: str = "as-trained",
+    use: Use = AS_RECORDED,
+) -> None:
     """Load the policy of a run or an export and answer until asked to stop.
 
     `frames`: how clients send them, turned as the policy was trained or upright. `use`: what a policy of others leaves
@@ -212,8 +219,9 @@ def serve(
     print(f"{path} answers at http://{host}:{port}/act", flush=True)
     print(
         f"it sees {cfg.views} view{'s' * (cfg.views > 1)}, {policy.framing.said()}, and is sent them {sent}; "
-        f"{policy.chunk} actions at a time, scaled by {cfg.bounds}", flush=True,
-    )  # fmt: skip
+        f"{policy.chunk} actions at a time, scaled by {cfg.bounds}",
+        flush=True,
+    )
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 

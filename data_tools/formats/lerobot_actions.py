@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, Protocol, get_args
 
-from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
+from data_tools.formats.declared import Gripper, Mode, Orientation, declared_spec, parse_gripper
 from data_tools.formats.lerobot_vectors import FeatureSlice
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.rotations import Rotation
@@ -85,8 +85,9 @@ def action_spec(asked: LerobotSettings, parts: Sequence[FeatureSlice], problems:
         gripper_closed=asked.gripper_closed,
     )
     if asked.action_kind is None and not any(_TARGETS.search(name) for name in (*labels, *names)):
-        spec = replace(spec, unstated="--set action_kind=other if they are joints or targets, else what they are, e.g. "
-                       "--set mode=delta --set rotation=rotvec --set gripper=1,0")  # fmt: skip
+        example = "--set mode=delta --set rotation=rotvec --set gripper=1,0"
+        what = f"--set action_kind=other if they are joints or targets, else what they are, e.g. {example}"
+        spec = replace(spec, unstated=what)
     return spec
 
 
@@ -98,10 +99,11 @@ def _declared(asked: LerobotSettings, names: Sequence[str], dim: int, problems: 
         return None
     if mode in ("absolute", "velocity", "delta") and (asked.metres <= 0 or asked.radians <= 0):
         problems.append(f"metres, radians: {asked.metres:g} and {asked.radians:g} must be positive")
-    ends = None
-    if asked.gripper is not None:
-        ends = (asked.gripper_open, asked.gripper_closed) if isinstance(asked.gripper, int) else parse_gripper(
-            asked.gripper, problems)  # fmt: skip
+    ends: Gripper = None
+    if isinstance(asked.gripper, int):
+        ends = (asked.gripper_open, asked.gripper_closed)
+    elif asked.gripper is not None:
+        ends = parse_gripper(asked.gripper, problems)
     spec, unclear = declared_spec(
         " + ".join(names),
         dim,

@@ -145,9 +145,14 @@ class ManiskillReader:
         return chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(
-        self, path: Path, file: h5py.File, trajectories: Sequence[str], agreement: hdf5.Agreement, bad: list[str],
+        self,
+        path: Path,
+        file: h5py.File,
+        trajectories: Sequence[str],
+        agreement: hdf5.Agreement,
+        bad: list[str],
         notes: list[str],
-    ) -> list[EpisodeRef]:  # fmt: skip
+    ) -> list[EpisodeRef]:
         """The file's usable episodes; adds the others to `bad`.
 
         Raises:

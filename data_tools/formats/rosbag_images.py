@@ -13,9 +13,15 @@ COMPRESSED = "sensor_msgs/msg/CompressedImage"
 TYPES = (RAW, COMPRESSED)
 #: Encoding → bytes of a pixel, and which of them are red, green and blue.
 ENCODINGS = {
-    "rgb8": (3, (0, 1, 2)), "8UC3": (3, (2, 1, 0)), "bgr8": (3, (2, 1, 0)), "rgba8": (4, (0, 1, 2)),
-    "bgra8": (4, (2, 1, 0)), "8UC4": (4, (2, 1, 0)), "mono8": (1, (0, 0, 0)), "8UC1": (1, (0, 0, 0)),
-}  # fmt: skip
+    "rgb8": (3, (0, 1, 2)),
+    "8UC3": (3, (2, 1, 0)),
+    "bgr8": (3, (2, 1, 0)),
+    "rgba8": (4, (0, 1, 2)),
+    "bgra8": (4, (2, 1, 0)),
+    "8UC4": (4, (2, 1, 0)),
+    "mono8": (1, (0, 0, 0)),
+    "8UC1": (1, (0, 0, 0)),
+}
 DEPTH = ("16UC1", "mono16", "32FC1", "64FC1")
 #: What encoded pictures that are read begin with: JPEG, PNG.
 _BEGIN = (b"\xff\xd8", b"\x89PNG")

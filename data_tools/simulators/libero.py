@@ -235,10 +235,8 @@ class LiberoWorld:
         gripper = np.array(data.qpos[robot._ref_gripper_joint_pos_indexes])
         position = np.array(data.site_xpos[robot.eef_site_id])
         quat = np.array(data.body(robot.robot_model.eef_name).xquat)
-        return observed(
-            model, data, position=position, quat=quat, gripper=gripper,
-            joints=np.array(data.qpos[robot._ref_joint_pos_indexes]),
-        )  # fmt: skip
+        joints = np.array(data.qpos[robot._ref_joint_pos_indexes])
+        return observed(model, data, position=position, quat=quat, gripper=gripper, joints=joints)
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
         frames = self._drawn(size)(rollout.states, [CAMERAS[c] for c in cameras])

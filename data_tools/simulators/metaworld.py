@@ -122,7 +122,7 @@ class MetaWorld:
         gripper = np.array(data.qpos[ARM_JOINTS : ARM_JOINTS + FINGER_JOINTS])
         return observed(
             model, data, position=position, quat=quat, gripper=gripper, joints=np.array(data.qpos[:ARM_JOINTS])
-        )  # fmt: skip
+        )
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
         return self._drawn(size)(rollout.states, cameras)

@@ -15,10 +15,8 @@ def bytes_bar(name: str, total: int, quiet: bool) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
+    moved = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    left = (TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*moved, *left, console=Console(file=sys.stderr), disable=quiet) as bar:
         line = bar.add_task(name, total=total)
         yield lambda moved: bar.update(line, advance=moved)

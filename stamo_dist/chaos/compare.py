@@ -15,9 +15,18 @@ from stamo_dist.errors import RunError
 
 #: Logged values that measure time, or what was not the same by intention.
 _TIMES = {
-    "step", "samples_per_second", "data_wait", "seconds", "mfu", "step_seconds_max", "step_seconds_min", "slowest_rank",
-    "save_seconds", "save_stall", "save_failed",
-}  # fmt: skip
+    "step",
+    "samples_per_second",
+    "data_wait",
+    "seconds",
+    "mfu",
+    "step_seconds_max",
+    "step_seconds_min",
+    "slowest_rank",
+    "save_seconds",
+    "save_stall",
+    "save_failed",
+}
 
 IDENTICAL, WITHIN, NOT, UNFINISHED = "identical", "within spread", "NOT", "not finished"
 

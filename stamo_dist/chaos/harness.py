@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,17 +138,22 @@ class Harness:
 
     def _record(
         self, strategy: str, sizes: list[int], outcome: Outcome, verdict: Comparison | None, between: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         problems = [*outcome.problems, *(verdict.why if verdict and not verdict.good else [])]
         if verdict and not verdict.good and not problems:
             problems = ["samples are lost or repeated"]
-        v = verdict or Comparison(0, 0, [], UNFINISHED)
-        used = ", ".join(map(str, sizes))
-        found = Result(
-            strategy, used, self._plan.seed, outcome.starts, outcome.faults, outcome.redone, v.lost, v.repeated,
-            v.losses, v.deviation, v.spread, between, problems,
-        )  # fmt: skip
-        results.append(self._plan.out, found)
+        outcome = replace(outcome, problems=problems)
+        found = verdict or Comparison(0, 0, [], UNFINISHED)
+        self._append(strategy, ", ".join(map(str, sizes)), outcome, found, between)
+
+    def _append(self, what: str, processes: str, went: Outcome, found: Comparison, between: float = 0.0) -> None:
+        seed = self._plan.seed
+        result = Result(
+            what, processes, seed, went.starts, went.faults, went.redone, found.lost, found.repeated, found.losses
+        )
+        result.deviation, result.spread, result.between = found.deviation, found.spread, between
+        result.problems = went.problems
+        results.append(self._plan.out, result)
 
     def _convert(self, faults: int) -> None:
         folder = self._fresh("convert")
@@ -160,11 +165,7 @@ class Harness:
         finally:
             outcome = conversion.outcome
             same = NOT if outcome.problems else IDENTICAL if outcome.finished else UNFINISHED
-            results.append(
-                self._plan.out,
-                Result("convert", "1", self._plan.seed, outcome.starts, outcome.faults, 0, 0, 0, same,
-                       problems=outcome.problems),
-            )  # fmt: skip
+            self._append("convert", "1", outcome, Comparison(0, 0, [], same))
         if outcome.finished:
             shutil.rmtree(folder)
 
@@ -232,10 +233,8 @@ def _measure(run: Path, seconds: float) -> Pace:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     saves = [line["save_seconds"] for line in lines if "save_seconds" in line]
     steps = [b["seconds"] - a["seconds"] for a, b in pairwise(lines)]
-    return Pace(
-        start=max(0.0, seconds - lines[-1]["seconds"]), step=statistics.median(steps or [0.0]),
-        save=statistics.median(saves or [0.0]),
-    )  # fmt: skip
+    step, save = statistics.median(steps or [0.0]), statistics.median(saves or [0.0])
+    return Pace(start=max(0.0, seconds - lines[-1]["seconds"]), step=step, save=save)
 
 
 def _keep_logs(run: Path) -> None:

@@ -48,11 +48,9 @@ class Spawner:
 
     def start(self, arguments: Sequence[str], output: Path, processes: int = 0, run: Path | None = None) -> Start:
         ranks = ["--nproc", str(processes)] if processes > 1 else []
+        command = [sys.executable, "-m", "stamo_dist.cli", *arguments, *ranks]
         with output.open("ab") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "stamo_dist.cli", *arguments, *ranks],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
 
     def close(self) -> None:
         pass
@@ -64,10 +62,8 @@ class ForkServer:
     def __init__(self, modules: Sequence[str] = MODULES):
         self._codes: dict[int, int] = {}
         self._begun: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "stamo_dist.chaos.fork_server", *modules],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
-        )  # fmt: skip
+        command, pipe = [sys.executable, "-m", "stamo_dist.chaos.fork_server", *modules], subprocess.PIPE
+        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, start_new_session=True)
         self._answers = threading.Thread(target=self._listen, name="fork server", daemon=True)
         self._answers.start()
 

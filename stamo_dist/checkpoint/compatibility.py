@@ -70,6 +70,7 @@ class RunFingerprint:
 def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
     """The fingerprint of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
     data = recipe.data
+    places = {part: {"weights"} for part in ("encoder", "decoder", "vae")}
     fields: dict[str, Any] = {
         "stage": recipe.stage,
         "seed": recipe.seed,
@@ -77,9 +78,8 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
         "data.temperature": data.temperature,
         "data.horizon": data.horizon,
         **_flat("data.shuffle", data.shuffle.model_dump()),
-        **_flat("model", recipe.model.model_dump(exclude={"encoder": {"weights"}, "decoder": {"weights"},
-                                                          "vae": {"weights"}})),
-    }  # fmt: skip
+        **_flat("model", recipe.model.model_dump(exclude=places)),
+    }
     if recipe.stage == "policy":
         fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer", "targets"}))
     if data.views > 1:

@@ -31,9 +31,14 @@ def holds_all(path: Path) -> bool:
 
 
 def load_checkpoint(
-    path: Path, engine: Engine, ema: EMA | None, *, precision: str, sources: Sequence[str] | None = None,
+    path: Path,
+    engine: Engine,
+    ema: EMA | None,
+    *,
+    precision: str,
+    sources: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
-) -> RunState:  # fmt: skip
+) -> RunState:
     """Load weights, optimizer and average from `path` into the running engine; every process calls it.
 
     `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
@@ -75,10 +80,8 @@ def _load_dcp(folder: Path, engine: Engine) -> None:
     inner = engine.inner_optimizer
     module, optimizer = get_state_dict(engine.unwrapped, inner)
     dcp.load({"module": module, "optimizer": optimizer}, checkpoint_id=folder)
-    set_state_dict(
-        engine.unwrapped, inner, model_state_dict=module, optim_state_dict=optimizer,
-        options=StateDictOptions(strict=True),
-    )  # fmt: skip
+    strict = StateDictOptions(strict=True)
+    set_state_dict(engine.unwrapped, inner, model_state_dict=module, optim_state_dict=optimizer, options=strict)
 
 
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:

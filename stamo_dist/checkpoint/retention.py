@@ -118,7 +118,7 @@ def named(checkpoints: Path, name: str) -> Path:
 
 def superseded(
     whole: list[tuple[Path, CheckpointManifest]], policy: CheckpointConfig, needed: Collection[int] = ()
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Which of the checkpoints, newest first, are not needed any more.
 
     Needed are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is

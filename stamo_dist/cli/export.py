@@ -65,6 +65,9 @@ def export(
 
     Example: stamo export runs/policy_oft_state exports/policy --format openvla --dtype bfloat16
     """
+    import torch
+
+    from stamo_dist.export_layout import ExportLayout
     from stamo_dist.publish.publish import finish, publish
 
     if out is None:
@@ -72,4 +75,4 @@ def export(
             raise RunError("OUT: say where a model of your choice goes; without it the run's own export is written")
         finish(checkpoint)
         return
-    publish(checkpoint, out, form=form.value, dtype=dtype.value, shard_size=shard_size, checkpoint=which)
+    publish(checkpoint, out, ExportLayout(form.value, getattr(torch, dtype.value), shard_size), which)

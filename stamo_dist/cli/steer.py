@@ -62,7 +62,7 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
         raise RunError(f"{path}: is part of a pipeline or sweep; submit that again: what is done is skipped")
     order = Order(launch, Profile.model_validate(launch.profile))
     if nodes or time:
-        order = submit.plan(recipe_file(launch.snapshot), launch.cluster, nodes=nodes, time=time)
+        order = submit.plan(recipe_file(launch.snapshot), launch.cluster, resources=submit.Resources(nodes, time=time))
         kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)
         order = replace(order, launch=kept)
     launch = submit.submit(order)

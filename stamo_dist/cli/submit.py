@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -51,7 +51,7 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     from stamo_dist.launch import submit as jobs
 
     recipe, cluster = asked.recipe, asked.cluster or jobs.default_cluster()
-    resources: dict[str, Any] = {"nodes": asked.nodes, "gpus_per_node": asked.gpus_per_node, "time": asked.time}
+    resources = jobs.Resources(asked.nodes, asked.gpus_per_node, asked.time)
     steps: list[chain.Step] = []
     if pipeline.is_pipeline(recipe):
         if asked.sweep:
@@ -61,11 +61,11 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
         for step in steps:
             if step.state != "todo":
                 print(f"{whole.name}.{step.work.name}: {step.words}")
-        orders, where = chain.stage_orders(whole, steps, cluster, jobs.changed(**resources)), whole.run_dir
+        orders, where = chain.stage_orders(whole, steps, cluster, resources.changes()), whole.run_dir
     elif asked.sweep:
-        orders, where = chain.sweep_orders(recipe, cluster, asked.sweep, asked.set_, **resources)
+        orders, where = chain.sweep_orders(recipe, cluster, asked.sweep, asked.set_, resources)
     else:
-        orders = [jobs.plan(recipe, cluster, overrides=asked.set_, **resources)]
+        orders = [jobs.plan(recipe, cluster, overrides=asked.set_, resources=resources)]
         where = orders[0].launch.run_dir
     for order in orders:
         print(jobs.describe(order))

@@ -171,14 +171,13 @@ class EngineSpec:
             parameters = dict(module.named_parameters())
             for group, members in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in members]
+        parts = (self.strategy.name, self.world, accelerator, module, optimizer, self.clip)
         if self.batching.virtual is None:
-            return Engine(self.strategy.name, self.world, accelerator, module, optimizer, self.clip)
+            return Engine(*parts)
         from stamo_dist.distributed.deterministic import DeterministicEngine
 
-        return DeterministicEngine(
-            self.strategy.name, self.world, accelerator, module, optimizer, self.clip, workers=self.batching.workers,
-            micro_batches=self.batching.accumulation // self.batching.workers,
-        )  # fmt: skip
+        workers = self.batching.workers
+        return DeterministicEngine(*parts, workers=workers, micro_batches=self.batching.accumulation // workers)
 
 
 def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:

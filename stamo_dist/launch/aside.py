@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ class Processes:
         """Run `stamo ARGUMENTS`, printing into FOLDER/log.txt."""
         log, nice = folder / "log.txt", shutil.which("nice")
         command = [*([nice, "-n", str(_NICE)] if nice else []), sys.executable, "-m", "stamo_dist.cli", *arguments]
+        env = environment(gpus=True)
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, env=environment(gpus=True), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
+                command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
         self._mine.append(process)
         return {"process": asdict(Owner.of(process.pid)), "log": str(log)}
 
@@ -88,12 +88,10 @@ class Jobs:
 
     def start(self, arguments: Sequence[str], folder: Path) -> Ticket:
         """Queue `stamo ARGUMENTS`, or find the job that was queued before; `folder` is its run folder."""
-        words = [str(self._run), self._cluster or "", str(folder), *arguments]
+        asked = [str(self._run), self._cluster or "", str(folder), *arguments]
         # In a process of its own: what Slurm tells the training's job about itself must not reach the new one.
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, *words], env=environment(gpus=False), capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        command, env = [sys.executable, "-m", __name__, *asked], environment(gpus=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise RunError(lines[-1] if lines else "could not be submitted")
@@ -152,21 +150,19 @@ def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | N
         raise RunError("evaluate.rollout.cluster: is missing, and the training was not submitted to Slurm; name one")
     if profile.backend != "slurm":
         raise RunError(f"evaluate.rollout.cluster: {name} is no Slurm cluster; set evaluate.rollout.where: process")
-    one: Mapping[str, Any] = {
-        "nodes": 1, "min_nodes": None, "max_nodes": None, "gpus_per_node": min(1, profile.gpus_per_node),
-        "processes_per_node": None,
-    }  # fmt: skip
-    return name, Profile.model_validate({**profile.model_dump(mode="json"), **one}), training
+    one: Mapping[str, Any] = {"nodes": 1, "min_nodes": None, "max_nodes": None, "processes_per_node": None}
+    given = {**profile.model_dump(mode="json"), **one, "gpus_per_node": min(1, profile.gpus_per_node)}
+    return name, Profile.model_validate(given), training
 
 
 def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, Profile]:
     """What is asked for; the code is that of the training's snapshot, if it has one."""
     name, profile, training = profile_of(run, cluster)
-    launch = Launch(
-        name=f"{run.name} {folder.name}", run_dir=str(folder.absolute()), recipe=training.recipe if training else "",
-        kind="beside", command=list(arguments), cluster=name, profile=profile.model_dump(mode="json"),
-        node_counts=[1], max_restarts=profile.max_restarts, snapshot=training.snapshot if training else None,
-    )  # fmt: skip
+    recipe, snapshot = (training.recipe, training.snapshot) if training else ("", None)
+    whose, where = f"{run.name} {folder.name}", str(folder.absolute())
+    launch = Launch(whose, where, recipe, kind="beside", command=list(arguments), snapshot=snapshot)
+    given = profile.model_dump(mode="json")
+    launch = replace(launch, cluster=name, profile=given, node_counts=[1], max_restarts=profile.max_restarts)
     return launch, profile
 
 

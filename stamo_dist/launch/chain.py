@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
@@ -24,7 +24,7 @@ from stamo_dist.launch.profile import Profile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.run_progress import read_progress
-from stamo_dist.launch.submit import SNAPSHOT, Order
+from stamo_dist.launch.submit import SNAPSHOT, Order, Resources
 from stamo_dist.pretrained.pin import pin
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import read_override, show_value
@@ -84,12 +84,10 @@ def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, change
         where = stage.cluster or cluster
         profile = load_profile(where, changes)[1]
         slices = None if profile.backend == "local" else stage.slices  # one converter there uses all cores
-        launch = Launch(
-            name=f"{pipeline.name}.{work.name}", run_dir=str(work.run_dir), recipe=stage.train or "", kind="stage",
-            overrides=stage.overrides, command=_command(work, slices), tasks=slices or 1,
-            after=[str(by_name[before].work.run_dir) for before in work.after],
-            pipeline=str(Path(pipeline.run_dir).absolute()), digest=digest(work),
-        )  # fmt: skip
+        name, command = f"{pipeline.name}.{work.name}", _command(work, slices)
+        launch = Launch(name, str(work.run_dir), stage.train or "", stage.overrides, "stage", command)
+        around, after = Path(pipeline.run_dir).absolute(), [str(by_name[before].work.run_dir) for before in work.after]
+        launch = replace(launch, after=after, tasks=slices or 1, pipeline=str(around), digest=digest(work))
         ready = all(by_name[before].state == "done" for before in work.after)
         wanted = [*changes, *_shape(work, profile)]
         wanted += [f"{field}={show_value(value, limit=1 << 16)}" for field, value in stage.resources.items()]
@@ -225,11 +223,9 @@ def expand_sweep(sweeps: Sequence[str]) -> list[Point]:
 
 
 def sweep_orders(
-    recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str] = (), **asked: Any
+    recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str], resources: Resources
 ) -> tuple[list[Order], str]:
     """(one array of all runs of the sweep, or a list of them for this machine; the folder around them).
-
-    `asked`: what the command line asks of the cluster, as `submit.plan` takes it.
 
     Raises:
         StamoError: The sweep, one of its recipes or the profile is wrong.
@@ -241,7 +237,7 @@ def sweep_orders(
     for point in points:
         own = {"run_dir": str(folder / point.name), "name": f"{base.name}-{point.name}"}
         set_ = [f"{field}={show_value(value, limit=1 << 16)}" for field, value in own.items()]
-        found.append(submit.plan(recipe, cluster, overrides=[*overrides, *point.overrides, *set_], **asked))
+        found.append(submit.plan(recipe, cluster, overrides=[*overrides, *point.overrides, *set_], resources=resources))
     if found[0].profile.backend == "local":
         return found, str(folder)
     if any(order.launch.node_counts != found[0].launch.node_counts for order in found):

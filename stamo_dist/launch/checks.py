@@ -38,7 +38,7 @@ _HINTS = (
     ("Requested time limit is invalid", "the profile's time {time} is more than the partition allows"),
     ("Invalid generic resource", "the cluster knows no GPU {gpu_type}, or calls it otherwise; `sinfo -o %G` shows it"),
     ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
-)  # fmt: skip
+)
 
 
 def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]:

@@ -210,9 +210,11 @@ def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
     """
     not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
     last: dict[int, tuple[What, str]] = {
-        0: ("finished", ""), 2: ("failed", "refused, see the log"), EXIT_NOT_EXPORTED: ("failed", not_exported),
+        0: ("finished", ""),
+        2: ("failed", "refused, see the log"),
+        EXIT_NOT_EXPORTED: ("failed", not_exported),
         EXIT_INTERRUPTED: ("stopped", "interrupted twice"),
-    }  # fmt: skip
+    }
     if code in last:
         return Verdict(last[code][0], False, last[code][1])
     left, trains = code == EXIT_PREEMPTED, launch.command[:1] == ["train"]

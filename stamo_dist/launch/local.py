@@ -103,10 +103,16 @@ class Ranks:
     """
 
     def __init__(
-        self, command: Sequence[str], count: int, run: Path, *, main: IO[bytes] | None = None,
-        env: Mapping[str, str] | None = None, forward: Callable[[int], None] | None = None,
+        self,
+        command: Sequence[str],
+        count: int,
+        run: Path,
+        *,
+        main: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        forward: Callable[[int], None] | None = None,
         start: Start = spawn,
-    ):  # fmt: skip
+    ):
         self._command, self._count, self._run, self._main = command, count, run, main
         self._env, self._forward, self._spawn = env or {}, forward or self.signal, start
         self._processes: list[Rank] = []

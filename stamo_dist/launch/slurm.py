@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from stamo_dist.errors import StamoError
 
 _TIMEOUT = 30.0  # seconds
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 _PLACES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin", "/usr/local/slurm/bin")
-_FIELDS = {
+_FIELDS = {  # of `SlurmJob`
     "id": "%i", "state": "%T", "reason": "%r", "start": "%S", "nodes": "%N", "count": "%D", "elapsed": "%M",
     "limit": "%l", "partition": "%P", "user": "%u", "name": "%j",
 }  # fmt: skip
@@ -92,7 +93,7 @@ def run(*command: str, stdin: str | None = None) -> str:
     try:
         done = subprocess.run(
             [found, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )  # fmt: skip
+        )
     except OSError as e:
         raise SlurmError(f"{found}: {e.strerror}") from None
     except subprocess.TimeoutExpired:
@@ -209,12 +210,8 @@ def cancel(*ids: str, signal: str | None = None) -> None:
 
 
 def _job(line: str) -> SlurmJob:
-    found = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1), strict=True))
-    return SlurmJob(
-        id=found["id"], state=found["state"], reason=found["reason"], start=_time(found["start"]),
-        nodes=found["nodes"], count=int(found["count"] or 0), elapsed=found["elapsed"], limit=found["limit"],
-        partition=found["partition"], user=found["user"], name=found["name"],
-    )  # fmt: skip
+    found: dict[str, Any] = dict(zip(_FIELDS, line.split("|", len(_FIELDS) - 1), strict=True))
+    return SlurmJob(**{**found, "start": _time(found["start"]), "count": int(found["count"] or 0)})
 
 
 def _time(text: str) -> datetime | None:

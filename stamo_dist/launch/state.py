@@ -82,9 +82,14 @@ class State:
 
 
 def judge_state(
-    progress: Progress, history: Sequence[Event], job: SlurmJob | None, *, asked: bool, watched: bool | None = None,
+    progress: Progress,
+    history: Sequence[Event],
+    job: SlurmJob | None,
+    *,
+    asked: bool,
+    watched: bool | None = None,
     now: datetime | None = None,
-) -> State:  # fmt: skip
+) -> State:
     """The state of a run.
 
     Args:

@@ -68,34 +68,49 @@ def default_cluster() -> str:
     return LOCAL
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What the command line asks for in place of the profile's; None: as the profile says."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    time: str | None = None
+
+    def changes(self) -> list[str]:
+        """The fields of a profile that it sets, `field=value` each."""
+        asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
+        found = [f"{name}={value}" for name, value in asked.items() if value]
+        found += ["processes_per_node=null"] if self.gpus_per_node else []  # there is one a GPU
+        nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
+        return [*found, *nodes]
+
+
+AS_PROFILED = Resources()
+
+
 def plan(
-    recipe: str | Path, cluster: str, *, overrides: Sequence[str] = (), nodes: int | None = None,
-    gpus_per_node: int | None = None, time: str | None = None,
-) -> Order:  # fmt: skip
+    recipe: str | Path, cluster: str, *, overrides: Sequence[str] = (), resources: Resources = AS_PROFILED
+) -> Order:
     """What submitting the recipe would ask the cluster for. Nothing is written.
 
     Raises:
         StamoError: Recipe or profile are wrong, or it could not run there.
     """
     loaded = load(recipe, overrides)
-    launch = Launch(
-        name=loaded.recipe.name, run_dir=str(Path(loaded.recipe.run_dir).absolute()), recipe=str(recipe),
-        overrides=list(overrides), command=["train", f"{SNAPSHOT}/recipe.yaml"],
-    )  # fmt: skip
-    return ask(launch, loaded, cluster, changed(nodes, gpus_per_node, time))
-
-
-def changed(nodes: int | None = None, gpus_per_node: int | None = None, time: str | None = None) -> list[str]:
-    """The fields of a profile that the command line sets, `field=value` each."""
-    found = [f"{name}={value}" for name, value in (("gpus_per_node", gpus_per_node), ("time", time)) if value]
-    found += ["processes_per_node=null"] if gpus_per_node else []  # there is one a GPU
-    return [*found, f"nodes={nodes}", "min_nodes=null", "max_nodes=null"] if nodes is not None else found
+    run, command = str(Path(loaded.recipe.run_dir).absolute()), ["train", f"{SNAPSHOT}/recipe.yaml"]
+    launch = Launch(loaded.recipe.name, run, str(recipe), list(overrides), command=command)
+    return ask(launch, loaded, cluster, resources.changes())
 
 
 def ask(
-    launch: Launch, loaded: Loaded | None, cluster: str, changes: Sequence[str] = (), *, every_gpu: bool = True,
+    launch: Launch,
+    loaded: Loaded | None,
+    cluster: str,
+    changes: Sequence[str] = (),
+    *,
+    every_gpu: bool = True,
     ready: bool = True,
-) -> Order:  # fmt: skip
+) -> Order:
     """What a launch would ask the cluster for. Nothing is written.
 
     Args:
@@ -116,10 +131,9 @@ def ask(
     elif every_gpu:
         least, most = profile.node_range(profile.nodes)
         counts = list(range(least, most + 1))
-    launch = replace(
-        launch, cluster=name, profile=profile.model_dump(mode="json"), nodes=profile.nodes, node_counts=counts,
-        processes_per_node=profile.processes if every_gpu else 1, max_restarts=profile.max_restarts,
-    )  # fmt: skip
+    given, processes = profile.model_dump(mode="json"), profile.processes if every_gpu else 1
+    launch = replace(launch, cluster=name, profile=given, max_restarts=profile.max_restarts)
+    launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
     order = Order(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
         notes += checks.recipe(loaded, profile.environment)
@@ -262,10 +276,8 @@ class _Sbatch(SlurmExecutor):
         super().__init__(folder(order.launch.run_dir) / "sbatch")
         p, launch = order.profile, order.launch
         counts = launch.node_counts or [launch.nodes]
-        more: dict[str, Any] = {
-            "signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append", "requeue": True,
-            "chdir": os.getcwd(), **p.sbatch,
-        }  # fmt: skip
+        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
+        more |= {"requeue": True, "chdir": os.getcwd(), **p.sbatch}
         if min(counts) < max(counts):
             more["nodes"] = f"{min(counts)}-{max(counts)}"
         if order.tasks:

@@ -57,11 +57,9 @@ def start(runs: Sequence[str | Path]) -> str:
     """
     log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
     words = ["-m", __name__] if first is None else snapshot_command(first, __name__, ())[1:]
+    line = [sys.executable, *words, *map(str, runs)]
     with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, *words, *map(str, runs)], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True,
-        )  # fmt: skip
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     deadline = time.monotonic() + _PATIENCE
     while not all((owner := supervisor(run)) is not None and owner.pid == process.pid for run in runs):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -173,9 +171,7 @@ class _Supervisor:
         environment = {"PYTHONUNBUFFERED": "1", **launch.profile.get("environment", {})}
         with main_log(run).open("ab", buffering=0) as log:
             log.write(f"{head} on {node}: {processes} processes, {when}\n".encode())
-            with Ranks(
-                command(launch), processes, run, main=log, env=environment, forward=self._signal
-            ) as ranks:  # fmt: skip
+            with Ranks(command(launch), processes, run, main=log, env=environment, forward=self._signal) as ranks:
                 self._ranks = ranks
                 try:
                     return ranks.wait(lambda: self._look(run, ranks))

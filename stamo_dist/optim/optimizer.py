@@ -22,11 +22,9 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if idle := [prefix for prefix in cfg.lr_scale if not any(name.startswith(prefix) for name in named)]:
-        begin = sorted({".".join(name.split(".")[:2]) for name in named})
-        raise RecipeError([
-            f"optimizer.lr_scale.{prefix}: no trained parameter's name begins so; they begin with {', '.join(begin)}"
-            for prefix in idle
-        ])  # fmt: skip
+        begin = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named}))
+        why = f"no trained parameter's name begins so; they begin with {begin}"
+        raise RecipeError([f"optimizer.lr_scale.{prefix}: {why}" for prefix in idle])
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, p in named.items():
         decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith("queries") else 0.0

@@ -105,10 +105,18 @@ class _Counted:
                 # comes a block's gradient, and again in fp32, in which it is reduced.
                 gathered = size * (self.root + 2 * self.unit) + (size + 4) * max(self.unit, self.root)
         return Memory(
-            name, devices, 0, int(parameters), int(gradients), int(optimizer),
-            (2 if self.bf16 else 4) * self.beside + self.buffers, int(gathered), 0,
-            self.trained, self.all - self.trained + self.beside,
-        )  # fmt: skip
+            name,
+            devices,
+            micro_batch=0,
+            parameters=int(parameters),
+            gradients=int(gradients),
+            optimizer=int(optimizer),
+            frozen=(2 if self.bf16 else 4) * self.beside + self.buffers,
+            gathered=int(gathered),
+            activations=0,
+            trained_numel=self.trained,
+            frozen_numel=self.all - self.trained + self.beside,
+        )
 
 
 def _numel(module: nn.Module) -> int:

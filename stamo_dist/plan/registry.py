@@ -12,35 +12,44 @@ from stamo_dist.pretrained.reading import KINDS, is_timm, read_json
 from stamo_dist.pretrained.wanted import adapter_base
 
 _DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14}
-_SIZES = (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
+_SIZES = {
+    size: {**_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    for size, width, depth, heads in (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16))
+}
+_REGISTERS = {"num_register_tokens": 4}
 _SD3: dict[str, Any] = {
-    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
-    "patch_size": 2, "caption_projection_dim": 1536, "pos_embed_max_size": 192, "sample_size": 128,
-}  # fmt: skip
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+    "sample_size": 128,
+}
 _SD3_VAE: dict[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
-    "use_post_quant_conv": False, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-}  # fmt: skip
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+}
 _MEDIUM = ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3-medium")
 #: Part of the model → hub id → its config.json, as far as it differs from the class's defaults.
 KNOWN: dict[str, dict[str, dict[str, Any]]] = {
     "encoder": {
-        f"facebook/dinov2-{size}": {
-            **_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
-        }
-        for size, width, depth, heads in _SIZES
-    } | {
-        f"facebook/dinov2-with-registers-{size}": {
-            **_DINOV2, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
-            "num_register_tokens": 4,
-        }
-        for size, width, depth, heads in _SIZES
+        **{f"facebook/dinov2-{size}": config for size, config in _SIZES.items()},
+        **{f"facebook/dinov2-with-registers-{size}": config | _REGISTERS for size, config in _SIZES.items()},
     },
     "decoder": dict.fromkeys(_MEDIUM, _SD3),
     "vae": dict.fromkeys(_MEDIUM, _SD3_VAE),
     "policy": {"openvla/openvla-7b": OPENVLA_7B},
-}  # fmt: skip
+}
 #: The tokenizer of the paper, for policies whose own is not trained yet.
 PAPER = {"encoder": KNOWN["encoder"]["facebook/dinov2-large"], "decoder": _SD3, "vae": _SD3_VAE}
 

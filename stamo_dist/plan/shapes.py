@@ -137,11 +137,10 @@ def _policy(recipe: schema.Recipe) -> Shapes:
             raw_target = cfg.world.target == "dinov2"
             target = (grid, encoder.dim) if raw_target else (compressor.tokens, compressor.dim)
     sees = cfg.vision == "stamo" and tokenizer is not None
-    sizes = PolicySizes(
-        action, recipe.data.horizon, proprio if cfg.proprio else 0, target,
-        encoder.dim if sees and cfg.stamo != "states" else None,
-        compressor.dim if sees and cfg.stamo != "patches" else None,
-    )  # fmt: skip
+    patch_dim = encoder.dim if sees and cfg.stamo != "states" else None
+    state_dim = compressor.dim if sees and cfg.stamo != "patches" else None
+    proprio = proprio if cfg.proprio else 0
+    sizes = PolicySizes(action, recipe.data.horizon, proprio, target, patch_dim, state_dim)
     base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     network = policies.on_meta(config, cfg, sizes, base=base)
     network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)

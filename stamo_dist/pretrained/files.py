@@ -39,9 +39,8 @@ def weight_files(folder: Path, field: str) -> list[Path]:
                 return _of_index(index, field)
             if single.is_file():
                 return [single]
-    raise CheckpointError(f"{field}: {folder} has no {STEMS[0]}.safetensors and no {STEMS[1]}.safetensors; " + _how(
-        folder, field
-    ))  # fmt: skip
+    lacks = f"{field}: {folder} has no {STEMS[0]}.safetensors and no {STEMS[1]}.safetensors"
+    raise CheckpointError(f"{lacks}; {_how(folder, field)}")
 
 
 def _of_index(index: Path, field: str) -> list[Path]:

@@ -65,10 +65,14 @@ def dinov2(shapes: Shapes) -> CheckpointForm | None:
     gated = inner == 2 * outer
     config: dict[str, Any] = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
-        "hidden_size": width, "num_hidden_layers": _depth(shapes, "blocks."), "num_attention_heads": width // _HEAD,
-        "mlp_ratio": 4 if gated else inner // width, "use_swiglu_ffn": gated,
-        "patch_size": patch, "image_size": patch * math.isqrt(positions),
-    }  # fmt: skip
+        "hidden_size": width,
+        "num_hidden_layers": _depth(shapes, "blocks."),
+        "num_attention_heads": width // _HEAD,
+        "mlp_ratio": 4 if gated else inner // width,
+        "use_swiglu_ffn": gated,
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(positions),
+    }
     if registers:
         config["num_register_tokens"] = registers
     parts: dict[str, JoinedTensor] = {
@@ -83,15 +87,23 @@ def dinov2(shapes: Shapes) -> CheckpointForm | None:
 
 
 _DINOV2 = {
-    "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-    "mask_token": "embeddings.mask_token", "register_tokens": "embeddings.register_tokens",
-    "reg_token": "embeddings.register_tokens", "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm", "norm1": "norm1", "norm2": "norm2", "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1", "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1",
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "mask_token": "embeddings.mask_token",
+    "register_tokens": "embeddings.register_tokens",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
-}  # fmt: skip
-_GATED = {"mlp.w12": "mlp.weights_in", "mlp.fc1": "mlp.weights_in", "mlp.w3": "mlp.weights_out",
-          "mlp.fc2": "mlp.weights_out"}  # fmt: skip
+}
+_IN, _OUT = "mlp.weights_in", "mlp.weights_out"
+_GATED = {"mlp.w12": _IN, "mlp.fc1": _IN, "mlp.w3": _OUT, "mlp.fc2": _OUT}
 
 
 def _dinov2_parts(key: str, shape: Shape, gated: bool) -> Iterator[tuple[str, JoinedTensor]]:
@@ -113,16 +125,21 @@ def sd3(shapes: Shapes) -> CheckpointForm | None:
     width, channels, patch, _ = found["x_embedder.proj.weight"]
     depth = _depth(found, "joint_blocks.")
     config: dict[str, Any] = {
-        "_class_name": "SD3Transformer2DModel", "sample_size": 128, "num_layers": depth,
-        "num_attention_heads": width // _HEAD, "attention_head_dim": _HEAD, "caption_projection_dim": width,
-        "patch_size": patch, "in_channels": channels,
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "num_layers": depth,
+        "num_attention_heads": width // _HEAD,
+        "attention_head_dim": _HEAD,
+        "caption_projection_dim": width,
+        "patch_size": patch,
+        "in_channels": channels,
         "out_channels": found.get("final_layer.linear.weight", (0,))[0] // patch**2,
         "pos_embed_max_size": math.isqrt(found["pos_embed"][1]),
         "joint_attention_dim": found.get("context_embedder.weight", (0, 0))[1],
         "pooled_projection_dim": found.get("y_embedder.mlp.0.weight", (0, 0))[1],
         "dual_attention_layers": sorted({int(k.split(".")[1]) for k in found if ".attn2." in k}),
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in found else None,
-    }  # fmt: skip
+    }
     parts: dict[str, JoinedTensor] = {}
     for key, shape in found.items():
         parts.update(_sd3_parts(key, origin + key, shape, depth - 1))
@@ -147,9 +164,10 @@ _SD3_NAMES = {
     "context_block.adaLN_modulation.1": "norm1_context.linear",
 }  # fmt: skip
 _SD3_FUSED = {
-    "x_block.attn.qkv": [f"attn.to_{n}" for n in "qkv"], "x_block.attn2.qkv": [f"attn2.to_{n}" for n in "qkv"],
+    "x_block.attn.qkv": [f"attn.to_{n}" for n in "qkv"],
+    "x_block.attn2.qkv": [f"attn2.to_{n}" for n in "qkv"],
     "context_block.attn.qkv": [f"attn.add_{n}_proj" for n in "qkv"],
-}  # fmt: skip
+}
 
 
 def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple[str, JoinedTensor]]:
@@ -174,13 +192,20 @@ def sd3_vae(shapes: Shapes) -> CheckpointForm | None:
         return None
     levels = _depth(found, "encoder.down.")
     config: dict[str, Any] = {
-        "_class_name": "AutoencoderKL", "latent_channels": channels, "sample_size": 1024,
+        "_class_name": "AutoencoderKL",
+        "latent_channels": channels,
+        "sample_size": 1024,
         "block_out_channels": [found[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": _depth(found, "encoder.down.0.block."), "norm_num_groups": 32,
-        "use_quant_conv": "quant_conv.weight" in found, "use_post_quant_conv": "post_quant_conv.weight" in found,
-        "scaling_factor": 1.5305, "shift_factor": 0.0609, "force_upcast": True,
-    }  # fmt: skip
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": _depth(found, "encoder.down.0.block."),
+        "norm_num_groups": 32,
+        "use_quant_conv": "quant_conv.weight" in found,
+        "use_post_quant_conv": "post_quant_conv.weight" in found,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "force_upcast": True,
+    }
     parts: dict[str, JoinedTensor] = {}
     for key, shape in found.items():
         flat = shape[:2] if ".mid.attn_1." in key and len(shape) == 4 else shape  # 1 × 1 convolutions there
@@ -193,12 +218,14 @@ _VAE_NAMES = (
     (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
     (r"\.up_blocks\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
     (r"\.up_blocks\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
     (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"\.norm_out\.", ".conv_norm_out."),
-)  # fmt: skip
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
 
 
 def _sd3_vae_name(key: str, levels: int) -> str:

@@ -34,9 +34,11 @@ def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[s
     `sources`: as the checkpoint says. It may lack what is frozen, so a branch that moved would change the run.
     """
     sections: dict[str, EncoderConfig | DecoderConfig | VAEConfig | PolicyConfig] = {
-        "policy.weights": recipe.policy, "model.encoder.weights": recipe.model.encoder,
-        "model.decoder.weights": recipe.model.decoder, "model.vae.weights": recipe.model.vae,
-    }  # fmt: skip
+        "policy.weights": recipe.policy,
+        "model.encoder.weights": recipe.model.encoder,
+        "model.decoder.weights": recipe.model.decoder,
+        "model.vae.weights": recipe.model.vae,
+    }
     begun = {}
     for field, section in sections.items():
         named = hub_id(section.weights) if section.weights else None

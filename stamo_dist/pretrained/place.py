@@ -161,9 +161,12 @@ def download(repo: str, revision: str | None) -> str:
 
 
 def cached(
-    repo: str, revision: str | None, subfolders: Sequence[str], environ: Mapping[str, str] = os.environ,
+    repo: str,
+    revision: str | None,
+    subfolders: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
     name: str = "config.json",
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """The folder with the file `name` of a repository in the hub's cache, as a process with these environment variables
     finds it; None: nothing of use.
 

@@ -7,7 +7,6 @@ import re
 import shutil
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -25,10 +24,7 @@ from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import ExportLayout
 
 
-def publish(
-    given: Path, out: Path, *, form: Literal["openvla", "hf", "peft"] = "hf", dtype: str = "float32",
-    shard_size: str = "5GB", checkpoint: str | None = None,
-) -> None:  # fmt: skip
+def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None = None) -> None:
     """Write the model of a checkpoint, or of a run's newest one, into the new folder `out`.
 
     `checkpoint`: of the run `given`: a step, or `best` by success in closed loop.
@@ -40,8 +36,9 @@ def publish(
     """
     run, folder = _locate(given, checkpoint)
     recipe = load(run.resolved).recipe
-    if not re.fullmatch(r"\d+([KMG]i?B|B)?", shard_size, re.IGNORECASE):
-        raise RunError(f"--shard-size {shard_size}: give a size as 5GB or 200MB")
+    form, dtype = layout.form, str(layout.dtype or torch.float32).removeprefix("torch.")
+    if not re.fullmatch(r"\d+([KMG]i?B|B)?", layout.shard_size, re.IGNORECASE):
+        raise RunError(f"--shard-size {layout.shard_size}: give a size as 5GB or 200MB")
     if form != "hf" and recipe.stage != "policy":
         raise RunError(f"--format {form}: is a layout of policies, and {run.path} trains the {recipe.stage}; give hf")
     if form == "openvla" and recipe.policy.vision == "stamo":
@@ -59,7 +56,6 @@ def publish(
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    layout = ExportLayout(form, getattr(torch, dtype), shard_size)
     try:
         with closing(training_data(mixture, task)) as batches:
             task.export(part, weights, batches, layout)

@@ -108,11 +108,10 @@ class ReportedRun:
         for i, (name, source) in enumerate(active.items()):
             samples = seen[i] if i < len(seen) else None
             frames = _frames(source, growth.get(name))
-            rows.append({
-                "source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples,
-                "realised": samples / max(1, sum(seen)) if samples is not None else None, "frames": frames,
-                "epochs": samples / frames if samples is not None and frames else None,
-            })  # fmt: skip
+            realised = samples / max(1, sum(seen)) if samples is not None else None
+            epochs = samples / frames if samples is not None and frames else None
+            row = {"source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples}
+            rows.append({**row, "realised": realised, "frames": frames, "epochs": epochs})
         return rows
 
     @property
@@ -227,9 +226,8 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
         shown = {key: result[key] for key in _SHOWN}
         kept = {"by": result.get("by", []), "better": result.get("better", {}), "partial": result.get("partial")}
-        return {
-            "name": path.stem, "place": path.parent.name, **shown, **kept, "figures": figures, "tasks": _tasks(figures)
-        }  # fmt: skip
+        drawn = {"figures": figures, "tasks": _tasks(figures)}
+        return {"name": path.stem, "place": path.parent.name, **shown, **kept, **drawn}
     except (KeyError, TypeError, OSError) as e:
         raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
 

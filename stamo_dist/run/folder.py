@@ -31,8 +31,15 @@ from stamo_dist.errors import RunError
 #: Beside a copied package, which commit it is: the copy may lie in a checkout that has gone on since.
 COMMIT_FILE = "GIT_COMMIT"
 _PACKAGES = (
-    "stamo-dist", "torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy",
-)  # fmt: skip
+    "stamo-dist",
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "mosaicml-streaming",
+    "numpy",
+)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -123,10 +130,8 @@ class RunFolder:
         write_atomic(self.resolved, resolved)
         about = {**environment(command), "weights": dict(sources)}
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
-        start = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step,
-            "processes": processes, "host": about["host"], "commit": about["git_commit"],
-        }  # fmt: skip
+        start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
+        start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"]}
         with (self.path / "starts.jsonl").open("a") as f:
             f.write(json.dumps(start) + "\n")
 

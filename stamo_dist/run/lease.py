@@ -53,10 +53,8 @@ class Owner:
     @classmethod
     def of(cls, pid: int) -> Owner:
         """A process on this machine."""
-        return cls(
-            node=socket.gethostname(), boot=_boot(), namespace=_namespace(), pid=pid, started=_started(pid) or "",
-            job=os.environ.get("SLURM_JOB_ID"), restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        )  # fmt: skip
+        job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return cls(socket.gethostname(), _boot(), _namespace(), pid, _started(pid) or "", job, restarts)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.node}"

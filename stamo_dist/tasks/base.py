@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stamo_dist.data.loader import Batch, CachedStates
 from stamo_dist.errors import CheckpointError
-from stamo_dist.models.export_layout import WHOLE, ExportLayout
+from stamo_dist.export_layout import WHOLE, ExportLayout
 from stamo_dist.tasks.noise import StepNoise
 
 

@@ -38,9 +38,16 @@ class RunLogger:
     """
 
     def __init__(
-        self, recipe: Recipe, resolved: dict[str, Any], run: RunFolder, world: World, sources: list[str],
-        flops: float | None, step: int, guard: Callable[[], None] | None = None,
-    ):  # fmt: skip
+        self,
+        recipe: Recipe,
+        resolved: dict[str, Any],
+        run: RunFolder,
+        world: World,
+        sources: list[str],
+        flops: float | None,
+        step: int,
+        guard: Callable[[], None] | None = None,
+    ):
         self._recipe, self._run, self._world, self._sources, self._flops = recipe, run, world, sources, flops
         self._guard, self._extra = guard, dict[str, Any]()
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
@@ -58,9 +65,7 @@ class RunLogger:
         mfu = self._mfu(rate)
         good = math.isfinite(reduced.grad_norm)
         if self._file is not None and (reduced.step % train.log_every == 0 or not good):
-            line = reduced.line(
-                self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps
-            )  # fmt: skip
+            line = reduced.line(self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps)
             line |= self._extra
             self._extra = {}
             self._file.write(line)

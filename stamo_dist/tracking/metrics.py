@@ -34,9 +34,12 @@ class StepSums:
         return cls(tuple(terms), torch.zeros(2 * len(terms) + 2, sources, device=device, dtype=torch.float64))
 
     def add(
-        self, per_sample: dict[str, Tensor], source: Tensor, replaced: Tensor | None = None,
+        self,
+        per_sample: dict[str, Tensor],
+        source: Tensor,
+        replaced: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`per_sample`: term → (B,); `source`: (B,) int64; `replaced`: (B,) bool; `present`: term → (B,) bool."""
         ones, present = torch.ones_like(source), present or {}
         self.lacking |= set(present)

@@ -25,10 +25,8 @@ class TrainingProgress:
         self._last = 0.0
         self._began, self._from = time.perf_counter(), start
         if shown and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"),
-                console=self._console,
-            )  # fmt: skip
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._console)
             self._bar.start()
             self._task = self._bar.add_task("starting", total=steps, completed=start)
 

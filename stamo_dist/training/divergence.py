@@ -42,9 +42,14 @@ def check_skipped(state: RunState, sources: Sequence[str], data: Data) -> None:
 
 
 def roll_back(
-    run: RunFolder, mixture: Mixture, engine: Engine, ema: EMA | None, state: RunState, train: Train,
+    run: RunFolder,
+    mixture: Mixture,
+    engine: Engine,
+    ema: EMA | None,
+    state: RunState,
+    train: Train,
     guard: Callable[[], None],
-) -> tuple[RunState, list[str]]:  # fmt: skip
+) -> tuple[RunState, list[str]]:
     """Load the last checkpoint from before the bad steps, and pass over all batches read since; every process calls it.
 
     A run that is killed meanwhile does it again. `guard` raises, on rank 0, where this start may not write any more.

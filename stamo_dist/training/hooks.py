@@ -133,10 +133,15 @@ class CheckpointHook(Hook):
     """
 
     def __init__(
-        self, saver: Saver, log: LogHook, evaluate: EvaluateHook, logger: RunLogger, watchdog: Watchdog,
+        self,
+        saver: Saver,
+        log: LogHook,
+        evaluate: EvaluateHook,
+        logger: RunLogger,
+        watchdog: Watchdog,
         budget: ShutdownBudget | None,
         trial: TrialExport,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._saver, self._log, self._evaluate, self._logger = saver, log, evaluate, logger
         self._watchdog, self._budget, self._trial = watchdog, budget, trial
 

@@ -182,19 +182,24 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
 
 
 def _assemble(
-    start: RunStart, checked: Checked, task: Task, engine: Engine, ema: EMA | None, state: RunState,
-    fingerprint: RunFingerprint, *, exported: bool,
-) -> Session:  # fmt: skip
+    start: RunStart,
+    checked: Checked,
+    task: Task,
+    engine: Engine,
+    ema: EMA | None,
+    state: RunState,
+    fingerprint: RunFingerprint,
+    *,
+    exported: bool,
+) -> Session:
     """The trainer with its hooks, in the order in which they are called."""
     recipe, world, run, mixture, watchdog = start.recipe, start.world, start.run, checked.mixture, start.watchdog
     guard: Callable[[], None] = start.lease.check if start.lease else lambda: None
     flops = task.flops_per_sample() if engine.device.type == "cuda" else None
     logger = RunLogger(recipe, start.loaded.resolved, run, world, mixture.sources, flops, state.step, guard=guard)
-    saver = Saver(
-        run.checkpoints, engine, ema, recipe.train.checkpoint,
-        Origin(fingerprint, recipe.train.precision, git_commit(), task.sources),
-        lease=start.lease, needed=start.evaluation.needed,
-    )  # fmt: skip
+    origin = Origin(fingerprint, recipe.train.precision, git_commit(), task.sources)
+    needed = start.evaluation.needed
+    saver = Saver(run.checkpoints, engine, ema, recipe.train.checkpoint, origin, lease=start.lease, needed=needed)
     budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
     clock = Stopwatch(engine.device)
     evaluate = hooks.EvaluateHook(start.evaluation, recipe, logger, watchdog)
@@ -210,10 +215,14 @@ def _assemble(
 
     def open_loader(state: RunState) -> Loader:
         return build_loader(
-            mixture, rank=world.rank, world_size=world.size, cursor=Cursor.from_dict(state.cursor),
-            pin_memory=engine.device.type == "cuda", caches=CacheKeys(task.latents, task.states),
+            mixture,
+            rank=world.rank,
+            world_size=world.size,
+            cursor=Cursor.from_dict(state.cursor),
+            pin_memory=engine.device.type == "cuda",
+            caches=CacheKeys(task.latents, task.states),
             groups=checked.batching.workers,
-        )  # fmt: skip
+        )
 
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)

@@ -21,7 +21,7 @@ import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.rank import World, free_port
 from stamo_dist.distributed.strategies import EngineSpec
-from stamo_dist.models.export_layout import ExportLayout
+from stamo_dist.export_layout import ExportLayout
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor

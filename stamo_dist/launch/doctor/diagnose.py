@@ -22,9 +22,15 @@ _SLURM = "Slurm"
 
 
 def diagnose(
-    recipe: Path | None, overrides: Sequence[str], cluster: str, count: int | None, *, job: bool, patience: float,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    cluster: str,
+    count: int | None,
+    *,
+    job: bool,
+    patience: float,
     say: Callable[[str], None],
-) -> Iterator[Finding]:  # fmt: skip
+) -> Iterator[Finding]:
     """Look at everything.
 
     Args:

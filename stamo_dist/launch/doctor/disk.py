@@ -57,10 +57,9 @@ def _measure(path: str, folder: Path, scratch: Path, megabytes: int, limit: floa
     stamp = time.time()
     (scratch / "clock").touch()
     clock = (scratch / "clock").stat().st_mtime - stamp
-    return Disk(
-        path, kind=kind_of(folder), free=room(folder), write=write, read=read_speed(big, limit / 2),
-        small=_small_files(scratch, limit / 5), clock=clock, hard_links=_links(scratch),
-    )  # fmt: skip
+    kind, free, read = kind_of(folder), room(folder), read_speed(big, limit / 2)
+    small, links = _small_files(scratch, limit / 5), _links(scratch)
+    return Disk(path, kind=kind, free=free, write=write, read=read, small=small, clock=clock, hard_links=links)
 
 
 def read_speed(file: Path, limit: float = 2.5) -> float:

@@ -67,9 +67,8 @@ def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Fin
     else:
         yield Finding("fine", _RECIPE, "data and weights are there and fit the recipe, or can be had")
         for field, what, fix in checks.weights(loaded, environment).to_download:
-            what = f"{field}: {what}; nodes without network cannot get it"
-            fix = f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1"
-            yield Finding("warning", _RECIPE, what, fix)
+            said = f"{field}: {what}; nodes without network cannot get it"
+            yield Finding("warning", _RECIPE, said, f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1")
     for name, source in loaded.recipe.data.used.items():
         shard = next(
             (s for path in source.paths if "://" not in path for s in Path(path).expanduser().rglob("*.mds")), None
@@ -120,11 +119,11 @@ def wandb_host(recipe: Recipe) -> str:
 
 
 def unreachable(who: str, host: str, why: str) -> Finding:
-    return Finding(
-        "error", _RECIPE, f"{who} cannot reach {host}: {why}",
+    fix = (
         "--set tracking.wandb=offline, and `wandb sync RUN/wandb/offline-*` from a machine with network; or a proxy "
-        "(HTTPS_PROXY in the profile's environment)",
-    )  # fmt: skip
+        "(HTTPS_PROXY in the profile's environment)"
+    )
+    return Finding("error", _RECIPE, f"{who} cannot reach {host}: {why}", fix)
 
 
 def _has_key(host: str) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stamo_dist.launch import slurm, submit
@@ -32,9 +33,15 @@ def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iter
 
 
 def on_cluster(
-    folder: Path, cluster: str, profile: Profile, paths: Sequence[str], wandb: str, *, patience: float,
+    folder: Path,
+    cluster: str,
+    profile: Profile,
+    paths: Sequence[str],
+    wandb: str,
+    *,
+    patience: float,
     say: Callable[[str], None],
-) -> Iterator[Finding]:  # fmt: skip
+) -> Iterator[Finding]:
     """Probe the nodes of a cluster in a job that is submitted as a run is; waits `patience` seconds for it to start.
 
     `folder` must be one that the nodes share; it gets reports and logs, and is removed where all is well.
@@ -46,11 +53,9 @@ def on_cluster(
     profile = profile.model_copy(update=small)
     reports = folder / "reports"
     reports.mkdir(parents=True)
-    launch = Launch(
-        name="stamo-doctor", run_dir=str(folder), recipe="", command=_arguments(reports, paths, wandb), cluster=cluster,
-        profile=profile.model_dump(mode="json"), nodes=profile.nodes, processes_per_node=profile.processes,
-        max_restarts=0,
-    )  # fmt: skip
+    command, given = _arguments(reports, paths, wandb), profile.model_dump(mode="json")
+    launch = Launch("stamo-doctor", str(folder), "", command=command, cluster=cluster, profile=given, max_restarts=0)
+    launch = replace(launch, nodes=profile.nodes, processes_per_node=profile.processes)
     job = submit.submit(submit.Order(launch, profile)).job
     assert job is not None, "a submitted job has an id"
     say(f"job {job}: {profile.nodes} nodes × {profile.processes} processes for at most {_TIME}")

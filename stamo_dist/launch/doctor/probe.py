@@ -75,10 +75,9 @@ def main(out: Path, paths: Sequence[str], wandb: str) -> int:
         wandb: Host to reach, "" for none.
     """
     env = os.environ
-    report = Report(
-        int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]),
-        socket.gethostname(),
-    )  # fmt: skip
+    rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    local_rank, local_ranks = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    report = Report(rank, ranks, local_rank, local_ranks, socket.gethostname())
     file = out / f"rank_{report.rank:05d}.json"
 
     def enter(stage: str) -> None:
@@ -171,10 +170,8 @@ def look(report: Report) -> None:
     report.scontrol = slurm.tool("srun") is None or slurm.tool("scontrol") is not None
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(
-                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                capture_output=True, text=True, check=True, timeout=30,
-            )  # fmt: skip
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
             report.driver = found.stdout.strip().splitlines()[0]
 
 

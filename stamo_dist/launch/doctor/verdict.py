@@ -14,8 +14,11 @@ from stamo_dist.launch.doctor.probe import Report
 
 Level = Literal["error", "warning", "note", "fine"]
 _MARK: dict[Level, tuple[str, str]] = {
-    "error": ("✗", "bold red"), "warning": ("!", "yellow"), "note": ("·", "cyan"), "fine": ("✓", "green"),
-}  # fmt: skip
+    "error": ("✗", "bold red"),
+    "warning": ("!", "yellow"),
+    "note": ("·", "cyan"),
+    "fine": ("✓", "green"),
+}
 _NODES, _NET, _DISKS = "Nodes", "Network between ranks", "Disks"
 _SLOW_NAME = 1.0  # seconds to look up one's own name
 _SLOW_INIT = 15.0  # seconds to set up a process group
@@ -177,16 +180,15 @@ def _stuck(r: Report, reports: Sequence[Report]) -> Finding:
     what = f"rank {r.rank} @ {r.host} ended while {r.stage}: {r.error}"
     if r.stage.startswith("waiting to see"):
         fix = "the folder must be one that all nodes share: choose a run_dir on such a file system"
+    elif r.stage.endswith(("gloo", "nccl")) and not reached:
+        fix = "mend the connections named above first"
     elif r.stage.endswith("gloo"):
-        fix = (
-            "plain TCP works, so name the interface: GLOO_SOCKET_IFNAME in the profile's environment" if reached
-            else "mend the connections named above first"
-        )  # fmt: skip
+        fix = "plain TCP works, so name the interface: GLOO_SOCKET_IFNAME in the profile's environment"
     elif r.stage.endswith("nccl"):
         fix = (
             "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME in the profile's environment; if NCCL_IB_DISABLE=1 helps, the "
-            "InfiniBand set-up is at fault" if reached else "mend the connections named above first"
-        )  # fmt: skip
+            "InfiniBand set-up is at fault"
+        )
     elif r.stage.endswith("torch"):
         fix = "the environment on that node is broken: run `python -c 'import torch'` there"
     else:

@@ -24,9 +24,7 @@ from stamo_dist.pixels import to_uint8, window
 from stamo_dist.recipe.policy import Bounds
 
 Picture = Image.Image | NDArray[np.uint8]
-_FLIPS = {
-    "upright": (1, 1), "mirrored": (1, -1), "flipped_vertically": (-1, 1), "rotated_180": (-1, -1),
-}  # fmt: skip
+_FLIPS = {"upright": (1, 1), "mirrored": (1, -1), "flipped_vertically": (-1, 1), "rotated_180": (-1, -1)}
 ORIENTATIONS = tuple(_FLIPS)
 
 

@@ -176,11 +176,7 @@ class Policy(TrainedPolicy):
         state = encode_proprio(proprio, cfg, self.statistics, unnorm_key, self.device)
         prompts = prompts.to(self.device)
         inputs = Inputs(
-            prompts.input_ids,
-            prompts.attention_mask,
-            prompts.prompts,
-            _to(images, self.device),
-            proprio=state,
+            prompts.input_ids, prompts.attention_mask, prompts.prompts, _to(images, self.device), proprio=state
         )
         found = self.network.predict(inputs, None if self.network.parallel else len(actions) * sizes.chunk)
         if found.actions is not None:
@@ -205,10 +201,7 @@ def _to(images: Tensor | Features, device: torch.device) -> Tensor | Features:
 
 
 def _settings(
-    checkpoint: load.PolicyCheckpoint,
-    config: OpenVLAConfig,
-    unsaid: Unsaid,
-    statistics: Statistics,
+    checkpoint: load.PolicyCheckpoint, config: OpenVLAConfig, unsaid: Unsaid, statistics: Statistics
 ) -> tuple[recipe.PolicyConfig, PolicySizes]:
     path = checkpoint.holding(SETTINGS) / SETTINGS
     if not path.is_file():
@@ -226,10 +219,7 @@ def _settings(
 
 
 def _official(
-    checkpoint: load.PolicyCheckpoint,
-    config: OpenVLAConfig,
-    unsaid: Unsaid,
-    statistics: Statistics,
+    checkpoint: load.PolicyCheckpoint, config: OpenVLAConfig, unsaid: Unsaid, statistics: Statistics
 ) -> tuple[recipe.PolicyConfig, PolicySizes]:
     """What the released folders leave unsaid, from the files they have."""
     options, chunk = unsaid.options, unsaid.chunk

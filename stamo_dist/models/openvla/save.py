@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stamo_dist.export_layout import WHOLE, ExportLayout
 from stamo_dist.models import weights
-from stamo_dist.models.export_layout import WHOLE, ExportLayout
 from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS, STATISTICS, Statistics
 from stamo_dist.models.openvla.adapters import Base
