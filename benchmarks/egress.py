@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -28,14 +29,20 @@ RANKS = 8  # of a node
 class World:
     """Sources of shards, their weights, and the batches that one pass takes."""
 
-    def __init__(self, shards: list[int], weights: list[float]):
+    def __init__(self, shards: list[int], weights: list[float], most: int | None = None):
         self.counts = [np.full(n, PER_SHARD, np.int64) for n in shards]
         begins = np.cumsum([0, *shards[:-1]]) * PER_SHARD
-        self.shards = [(b + np.arange(n) * PER_SHARD, np.full(n, PER_SHARD)) for b, n in zip(begins, shards, strict=True)]
+        self.shards = [
+            (b + np.arange(n) * PER_SHARD, np.full(n, PER_SHARD)) for b, n in zip(begins, shards, strict=True)
+        ]
         self.weights, self.total = weights, sum(shards)
-        # From 0 to 1 along each source.
-        self.drift = np.concatenate([np.linspace(0, 1, n * PER_SHARD, dtype=np.float32) for n in shards])
-        self.batches = self.total * PER_SHARD // BATCH
+        self.batches = min(most or self.total, self.total * PER_SHARD // BATCH)
+
+    def drift(self, samples: np.ndarray) -> np.ndarray:
+        """From 0 to 1 along each source, of each sample."""
+        begins = np.array([first[0] for first, _ in self.shards])
+        source = np.searchsorted(begins, samples, side="right") - 1
+        return (samples - begins[source]) / np.array([len(counts) * PER_SHARD for counts in self.counts])[source]
 
 
 def lanes(world: World, most: int) -> Iterator[np.ndarray]:
@@ -76,7 +83,7 @@ def streaming(world: World, nodes: int) -> Iterator[np.ndarray]:
     shuffled = get_shuffle("py1e", counts, nodes, 0, 0, 1 << 18)
     # (nodes, ranks, workers, batches, samples) → a global batch after another
     batches = ids.transpose(3, 0, 1, 2, 4).reshape(ids.shape[3], -1)
-    for batch in batches:
+    for batch in batches[: world.batches]:
         yield shuffled[batch[batch >= 0]]
 
 
@@ -95,8 +102,9 @@ def measure(batches: Iterator[np.ndarray], world: World, nodes: list[int]) -> di
                 fresh = first[n][node, shards] < 0
                 first[n][node[fresh], shards[fresh]] = number
                 last[n][node, shards] = number
-        means.append(world.drift[samples].mean(dtype=np.float64))
-        spread.append(world.drift[samples].var(dtype=np.float64))
+        drift = world.drift(samples)
+        means.append(drift.mean())
+        spread.append(drift.var())
         different.append(len(np.unique(shards)))
     variance = float(np.var(means) / (np.mean(spread) / BATCH))
     found = {}
@@ -117,36 +125,40 @@ def _open(first: np.ndarray, last: np.ndarray) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--shards", type=int, nargs="+", default=[100_000, 1_000], help="of the worlds of one source")
+    parser.add_argument("--shards", type=int, nargs="*", default=[100_000, 1_000], help="of the worlds of one source")
     parser.add_argument("--sources", type=int, default=50, help="of the world of many: 20 to 5,000 shards each")
     parser.add_argument("--lanes", type=int, nargs="+", default=[2048])
+    parser.add_argument("--batches", type=int, help="plan so many instead of one pass")
     parser.add_argument("--only", nargs="+", choices=("lanes", "groups", "streaming"))
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    worlds = {f"1 source of {n:,} shards": World([n], [1.0]) for n in options.shards}
+    worlds = {f"1 source of {n:,} shards": World([n], [1.0], options.batches) for n in options.shards}
     if options.sources:
         sizes = np.geomspace(20, 5000, options.sources).round().astype(int)
-        worlds[f"{options.sources} weighted sources"] = World(sizes.tolist(), rng.uniform(0.1, 1, len(sizes)).tolist())
+        weights = rng.uniform(0.1, 1, len(sizes)).tolist()
+        worlds[f"{options.sources} weighted sources"] = World(sizes.tolist(), weights, options.batches)
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=f"global batch {BATCH}, {PER_SHARD} samples a shard, one pass")
     for column in ("world", "order", "nodes", "amplification", "variance ÷ iid", "shards a batch", "open a node", "s"):
         table.add_column(column, justify="left" if column in ("world", "order") else "right")
-    runs = [
-        (name, f"lanes {most}", lambda w=world, m=most: lanes(w, m), options.nodes, world)
-        for name, world in worlds.items() for most in options.lanes
-    ]
-    runs += [(name, "groups (before)", lambda w=world: groups(w), options.nodes, world) for name, world in worlds.items()]
-    runs += [
-        (name, "streaming py1e", lambda w=world, n=n: streaming(w, n), [n], world)
-        for name, world in worlds.items() if len(world.weights) == 1 for n in options.nodes
-    ]
+    runs: list[tuple[str, str, Callable[[], Iterator[np.ndarray]], list[int]]] = []
+    for name, world in worlds.items():
+        runs += [(name, f"lanes {most}", partial(lanes, world, most), options.nodes) for most in options.lanes]
+        runs.append((name, "groups (before)", partial(groups, world), options.nodes))
+        if len(world.weights) == 1:
+            runs += [(name, "streaming py1e", partial(streaming, world, n), [n]) for n in options.nodes]
     runs = [run for run in runs if not options.only or run[1].split()[0] in options.only]
-    for name, order, batches, nodes, world in track(runs, "planning", console=Console(stderr=True)):
+    for name, order, batches, nodes in track(runs, "planning", console=Console(stderr=True)):
         began = time.perf_counter()
-        for n, found in measure(batches(), world, nodes).items():
+        for n, found in measure(batches(), worlds[name], nodes).items():
             table.add_row(
-                name, order, str(n), f"{found['amplification']:.3f}", f"{found['variance']:.2f}",
-                f"{found['different']:,.0f}", f"{found['open']:,}" if "open" in found else "–",
+                name,
+                order,
+                str(n),
+                f"{found['amplification']:.3f}",
+                f"{found['variance']:.2f}",
+                f"{found['different']:,.0f}",
+                f"{found['open']:,}" if "open" in found else "–",
                 f"{time.perf_counter() - began:.0f}",
             )
     console.print(table)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.data.schedule import Schedule
 from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
@@ -125,6 +127,11 @@ class Allocation:
         )
 
     @property
+    def identity(self) -> list[Any]:
+        """What tells it from others, for JSON."""
+        return [self._batch, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
+
+    @property
     def starts(self) -> NDArray[np.float64]:
         """The sample at which each stretch begins, (stretches,)."""
         return np.array([stretch.start * self._batch for stretch in self.stretches], np.float64)
@@ -190,6 +197,11 @@ class Allocation:
                 add[np.argsort(-behind, kind="stable")[: min(missing, int(open_.sum()))]] = 1
             slots = slots + add
         return slots
+
+
+def allocation_of(data: Data, frames: Sequence[int], global_batch: int) -> Allocation | Schedule:
+    """How many samples of its sources a recipe reads; `frames`: how many each has."""
+    return (Allocation if data.shuffle.in_lanes else Schedule).of(data, frames, global_batch)
 
 
 def _due_before(at: float, rates: NDArray[np.float64], phase: NDArray[np.float64]) -> NDArray[np.int64]:

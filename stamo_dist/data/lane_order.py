@@ -54,7 +54,7 @@ class LaneOrder:
         lanes: int,
         seed: int,
     ):
-        self._allocation, self._batch = allocation, batch
+        self._allocation, self._batch, self.lanes = allocation, batch, lanes
 
         def most(source: int, stretch: int) -> int:
             return round(min(lanes, batch) * int(allocation.stretches[stretch].slots[source]) / batch)
