@@ -33,8 +33,8 @@ def peak() -> float:
 
 def ours(samples: int, ranks: int) -> dict[str, float]:
     import numpy as np
-
     from stamo_dist.data.order import SourceOrder
+
     from stamo_dist.data.plan import Planner
     from stamo_dist.data.schedule import Schedule
     from stamo_dist.recipe.sampling import Shuffle

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.mixture import GROUPS, LANES, Mixture
 from stamo_dist.errors import RunError
+from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.schema import Recipe
 
 _LISTED = 8
@@ -69,7 +70,7 @@ class RunFingerprint:
 
 def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
     """The fingerprint of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
-    data = recipe.data
+    data = mixture.data
     places = {part: {"weights"} for part in ("encoder", "decoder", "vae")}
     fields: dict[str, Any] = {
         "stage": recipe.stage,
@@ -77,9 +78,8 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
         "train.global_batch": recipe.train.global_batch,
         "data.temperature": data.temperature,
         "data.horizon": data.horizon,
-        **_flat("data.shuffle", data.shuffle.model_dump()),
-        **_flat("model", recipe.model.model_dump(exclude=places)),
-    }
+    data = mixture.data
+    places = {part: {"weights"} for part in ("encoder", "decoder", "vae")}
     if recipe.stage == "policy":
         fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer", "targets"}))
     if data.views > 1:
@@ -129,7 +129,20 @@ def mixture_of(recipe: Recipe, fields: Mapping[str, Any]) -> Mixture:
     Raises:
         DataError: All problems of all sources at once.
     """
-    return Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth_of(fields))
+    data = in_order(recipe.data, order_of(fields))
+    return Mixture(data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth_of(fields))
+
+
+def order_of(fields: Mapping[str, Any]) -> str | None:
+    """`data.shuffle.order` of a checkpoint's run, which earlier versions did not name; None without a checkpoint."""
+    return fields.get("data.shuffle.order", "groups") if "data.shuffle.enabled" in fields else None
+
+
+def in_order(data: Data, order: str | None) -> Data:
+    """A recipe's data in the order of samples of a run that began in the order of groups."""
+    if order != "groups" or not data.shuffle.in_lanes:
+        return data
+    return data.model_copy(update={"shuffle": data.shuffle.model_copy(update={"order": order})})
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

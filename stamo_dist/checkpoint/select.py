@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stamo_dist.checkpoint.compatibility import RunFingerprint, growth_of
+from stamo_dist.checkpoint.compatibility import RunFingerprint, growth_of, order_of
 from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import named as named_checkpoint
 from stamo_dist.checkpoint.retention import scan, set_aside
@@ -30,6 +30,7 @@ class ResumePoint:
     named: bool = False  # by the user: no other will do
     sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
+    order: str | None = None  # data.shuffle.order
 
 
 def select_checkpoint(
@@ -82,7 +83,7 @@ def select_checkpoint(
     path, manifest = whole[0]
     if fingerprint is not None:
         fingerprint.check(manifest.fingerprint, manifest.recipe, str(path), allowed)
-    return ResumePoint(path, notes, named, manifest.sources, growth_of(manifest.recipe))
+    return ResumePoint(path, notes, named, manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
 
 
 def growth_of_run(run: Path) -> Mapping[str, list[int]]:

@@ -155,7 +155,7 @@ def build_loader(
 
 @dataclass(frozen=True)
 class _RankShare:
-    """What of each global batch a process reads: every `world_size`-th sample, in `groups` that follow one another."""
+    """What of each global batch a process reads: a share of each of `groups` that follow one another."""
 
     rank: int
     world_size: int
@@ -293,14 +293,14 @@ def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[
     groups, order = share.groups, [0]
     while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
         order = [k for first in order for k in (first, first + len(order))]
-    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
+    world = share.world_size
+    mine = np.concatenate([mixture.order.share(share.rank + k * world, groups * world) for k in order])
+    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.order.at_a_time(len(mine))
     while True:
-        plan = mixture.plan(batch, at_a_time)
+        plan = mixture.plan(batch, at_a_time, mine)
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            stride, world = groups * share.world_size, share.world_size
-            mine = np.concatenate([np.arange(share.rank + k * world, len(samples), stride) for k in order])
-            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine])
+            yield Position(Cursor(batch * mixture.global_batch), samples, epochs)
         if len(plan.samples) < at_a_time:
             return
 

@@ -1,8 +1,9 @@
 """Mixtures: recipe sources → shards → which sample comes at which position of the training stream.
 
 The stream is endless and belongs to the run, not to a rank: global batch n is its samples [n·B, (n + 1)·B), on any
-number of processes. `Schedule` says which source a position is taken from, `SourceOrder` which of the source's samples;
-both compute any interval by itself, so a position is one number and memory does not grow with the data.
+number of processes. `Allocation` says how many of each source a batch has, and in which slots; `SourceLanes` which of
+the source's samples. Both compute any stretch by itself, so a position is one number and memory does not grow with the
+data. (`Schedule` and `SourceOrder` do it in the order of groups.)
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.data.order import SourceOrder
-from stamo_dist.data.plan import BatchPlan, Planner
+from stamo_dist.data.allocation import Allocation, allocation_of
+from stamo_dist.data.group_order import GroupOrder, SourceOrder
+from stamo_dist.data.lane_order import LaneOrder
+from stamo_dist.data.plan import BatchPlan, Order
 from stamo_dist.data.reader import Window
-from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
 from stamo_dist.data.view import CameraView
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
+
+#: The fields of `data.shuffle` that decide each order; runs from before there were lanes have none but the first.
+GROUPS = {"enabled", "algorithm", "block_size"}
+LANES = {"enabled", "order", "lanes"}
 
 
 class Mixture:
@@ -43,7 +49,8 @@ class Mixture:
         stream_source: int64 (streams,), index into `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
         frames: int64 (sources,), frames of each source over its cameras.
-        schedule: Which source each position is taken from.
+        schedule: How many samples of each source the first so many have.
+        order: Which samples each batch has.
         steps: Most optimizer steps the data gives; None without limit.
         fingerprint: Changes whenever any batch would.
 
@@ -69,17 +76,22 @@ class Mixture:
         self.shard_source = self.stream_source[view.shard_stream]  # (shards,)
         bounds = np.searchsorted(self.shard_source, np.arange(len(used) + 1))
         self._source_first = self.first[bounds[:-1]]
-        orders = [SourceOrder(self.first[a:b], counts[a:b], data.shuffle, seed) for a, b in pairwise(bounds)]
-        self.frames = np.array([order.samples for order in orders], np.int64)
-        self.schedule = Schedule.of(data, self.frames.tolist(), global_batch)
-        self.planner = Planner(self.schedule, orders, global_batch, seed, shuffle=data.shuffle.enabled)
+        shards = [(self.first[a:b], counts[a:b]) for a, b in pairwise(bounds)]
+        self.frames = np.array([of_source.sum() for _, of_source in shards], np.int64)
+        self.schedule = allocation_of(data, self.frames.tolist(), global_batch)
+        self.order: Order
+        if isinstance(self.schedule, Allocation):
+            self.order = LaneOrder(self.schedule, shards, global_batch, data.shuffle.lanes, seed)
+        else:
+            orders = [SourceOrder(*of_source, data.shuffle, seed) for of_source in shards]
+            self.order = GroupOrder(self.schedule, orders, global_batch, seed, shuffle=data.shuffle.enabled)
         self.steps = None if self.schedule.end == np.inf else int(self.schedule.end) // global_batch
         self.window = self._window() if data.horizon else None
         self.fingerprint = self._fingerprint()
 
-    def plan(self, batch: int, count: int) -> BatchPlan:
-        """Global batches `batch` up to `batch + count`; fewer where the data ends."""
-        return self.planner.plan(batch, count)
+    def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
+        """Global batches `batch` up to `batch + count`, fewer where the data ends; all slots, or these."""
+        return self.order.plan(batch, count, slots)
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `sources` of each sample number."""
@@ -124,13 +136,13 @@ class Mixture:
         )
 
     def _fingerprint(self) -> str:
-        schedule = self.schedule
+        schedule, shuffle = self.schedule, self.data.shuffle
         identity = {
             "format": 2,
             "shards": [(shard.digest, shard.samples) for shard in self.shards],
             "sources": self._source_first.tolist(),
-            "schedule": [schedule.starts.tolist(), schedule.shares.tolist(), schedule.end],
-            "shuffle": self.data.shuffle.model_dump(),
+            "schedule": schedule.identity,
+            "shuffle": shuffle.model_dump(include=LANES if shuffle.in_lanes else GROUPS),
             "horizon": [self.data.horizon, *(s.horizon for s in self.data.used.values())],
             "seed": self.seed,
             "global_batch": self.global_batch,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,11 @@ class Schedule:
             [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
             [np.inf if s.max_epochs is None else np.floor(s.max_epochs * n) for s, n in used],
         )
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells it from others, for JSON."""
+        return [self.starts.tolist(), self.shares.tolist(), self.end]
 
     def counts(self, at: int) -> NDArray[np.int64]:
         """Samples of each source among the first `at`, (sources,)."""

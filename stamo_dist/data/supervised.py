@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from stamo_dist.data.schedule import Schedule
+from stamo_dist.data.allocation import allocation_of
 from stamo_dist.data.schema import Episode, Manifest
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.schema import Recipe
@@ -90,7 +90,7 @@ class Supervision:
         self._data = data
         self._silent = without_actions(data, {name: [manifest for manifest, _ in tables[name]] for name in data.used})
         batch = recipe.train.global_batch
-        schedule = Schedule.of(data, [source.samples for source in self.sources], batch)
+        schedule = allocation_of(data, [source.samples for source in self.sources], batch)
         self._read = schedule.counts(recipe.train.steps * batch).tolist()  # samples of each source in the run
 
     def share(self, loss: str) -> float:

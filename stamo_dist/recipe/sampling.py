@@ -13,13 +13,25 @@ OPENVLA_AREA = 0.9
 
 
 class Shuffle(Section):
-    """Sample order: mosaicml-streaming's, elastic in the number of processes."""
+    """Sample order, the same on any number of processes."""
 
     enabled: bool = Field(True, description="Shuffle the samples; false reads every source in its stored order.")
-    algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
-        "py1e", description="streaming's shuffle algorithm, applied to groups of about a million samples of a source."
+    order: Literal["lanes", "groups"] = Field(
+        "lanes",
+        description="lanes: a batch draws on `lanes` shards, and a node needs its own lanes' shards only; groups: "
+        "streaming's shuffle of about a million samples of a source at a time, for which every node needs every shard.",
     )
-    block_size: PositiveInt = Field(262_144, description="Samples that are shuffled together.")
+    lanes: PositiveInt = Field(
+        2048, description="With lanes: shards that are read at a time over all nodes, at most one a slot of the batch."
+    )
+    algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
+        "py1e", description="With groups: streaming's shuffle algorithm."
+    )
+    block_size: PositiveInt = Field(262_144, description="With groups: samples that are shuffled together.")
+
+    @property
+    def in_lanes(self) -> bool:
+        return self.enabled and self.order == "lanes"
 
 
 class Augment(Section):

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, run_fingerprint
+from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import holds_all, load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
@@ -98,8 +98,13 @@ def check(start: RunStart) -> Checked:
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
-    growth = {} if MAY_CHANGE_DATA in start.allowed else _recorded(select).growth
-    mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=growth)
+    begun = ResumePoint(None) if MAY_CHANGE_DATA in start.allowed else _recorded(select)
+    data = in_order(recipe.data, begun.order)
+    if data != recipe.data:
+        start.notes.append(
+            "data.shuffle.order: the run goes on in the order of groups, in which it began; a new run has lanes"
+        )
+    mixture = Mixture(data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=begun.growth)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])

@@ -139,11 +139,13 @@ def test_the_fingerprint_follows_the_data_not_its_place(two: Callable[..., Data]
         fingerprint(data, seed=1),
         fingerprint(data, global_batch=16),
         fingerprint(two(a=2)),
-        fingerprint(two(shuffle=Shuffle(block_size=64))),
+        fingerprint(two(shuffle=Shuffle(lanes=4))),
+            fingerprint(two(shuffle=Shuffle(order="groups"))),
+            fingerprint(two(shuffle=Shuffle(order="groups", block_size=64))),
         fingerprint(two(a={0: 1, 5: 2})),
         fingerprint(make_data({"a": one_camera, "b": data.sources["b"]})),
     }
-    assert len(changed) == 7
+    assert len(changed) == 9
     moved = shutil.copytree(data.sources["a"].path, tmp_path / "moved")
     assert fingerprint(make_data({"renamed": SourceConfig(path=str(moved)), "b": data.sources["b"]})) == fingerprint(
         data

@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from stamo_dist.data.group_order import SourceOrder
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.order import SourceOrder
 from stamo_dist.data.schedule import Schedule
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.sampling import Shuffle

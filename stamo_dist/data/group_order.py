@@ -1,4 +1,4 @@
-"""The endless order of one source's samples, epoch after epoch, in bounded memory.
+"""The order of groups, which runs begun before there were lanes go on in, and which keeps sources in stored order.
 
 A source is cut into groups of whole shards, about `GROUP` samples each, in a new random arrangement every epoch. Within
 a group streaming's own shuffle decides, so a source of one group has exactly streaming's order. Streaming shuffles a
@@ -7,6 +7,7 @@ whole epoch at once in every process; a group keeps both time and memory from gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.shuffle import get_shuffle
 
+from stamo_dist.data.plan import BatchPlan
+from stamo_dist.data.schedule import Schedule
 from stamo_dist.recipe.sampling import Shuffle
 
 GROUP = 1 << 20
+_AT_A_TIME = 1 << 15  # samples
 
 
 class SourceOrder:
@@ -80,3 +84,52 @@ class SourceOrder:
             seed = (self._seed + number * 0x9E3779B1) % 2**31
             numbers = numbers[get_shuffle(self._shuffle.algorithm, counts, 1, seed, epoch, self._shuffle.block_size)]
         return numbers.astype(self._dtype)
+
+
+class GroupOrder:
+    """Global batches by number, from the sources' schedule and orders.
+
+    Args:
+        schedule: Which source each position is taken from.
+        orders: (sources,), which of a source's samples.
+        global_batch: Samples per batch.
+        seed: Of the run.
+        shuffle: Shuffle each batch, so that every rank's share of it has every source.
+    """
+
+    def __init__(
+        self, schedule: Schedule, orders: Sequence[SourceOrder], global_batch: int, seed: int, *, shuffle: bool
+    ):
+        self._schedule, self._orders, self._size = schedule, orders, global_batch
+        self._seed, self._shuffle = seed, shuffle
+
+    def share(self, number: int, of: int) -> NDArray[np.int64]:
+        """Slots of one of `of` equal shares of a batch: every `of`-th, so that each share has every source."""
+        return np.arange(number, self._size, of)
+
+    def at_a_time(self, slots: int) -> int:
+        """Batches worth planning in one call: all slots are planned, whoever needs them."""
+        return max(1, _AT_A_TIME // self._size)
+
+    def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
+        """Batches `batch` up to `batch + count`, fewer where the data ends; of them these `slots`, all when omitted."""
+        size = self._size
+        interval = self._schedule.interval(batch * size, count * size)
+        samples = np.empty(len(interval.source), np.int64)
+        epochs = np.empty(len(interval.source), np.int32)
+        for s in np.flatnonzero(interval.end > interval.begin):
+            mine = interval.source == s
+            samples[mine], epochs[mine] = self._orders[s].at(int(interval.begin[s]), int(interval.end[s]))
+        whole = len(samples) // size
+        samples, epochs = samples[: whole * size].reshape(whole, size), epochs[: whole * size].reshape(whole, size)
+        if self._shuffle:
+            order = _random_order(self._seed, batch, whole, size)
+            samples, epochs = np.take_along_axis(samples, order, 1), np.take_along_axis(epochs, order, 1)
+        return BatchPlan(samples, epochs) if slots is None else BatchPlan(samples[:, slots], epochs[:, slots])
+
+
+def _random_order(seed: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
+    """A permutation for each of `count` batches, (count, size), that depends on the batch's number alone."""
+    blocks = -(-size // 4)  # Philox gives four numbers per count
+    numbers = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, 0, 0, 0]).random_raw(count * blocks * 4)
+    return numbers.reshape(count, blocks * 4)[:, :size].argsort(axis=1, kind="stable")

@@ -1,0 +1,126 @@
+"""Global batches by number, from the allocation of their slots and the lanes of each source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.allocation import Allocation
+from stamo_dist.data.lanes import Drawn, SourceLanes
+from stamo_dist.data.plan import BatchPlan
+
+_AT_A_TIME = 1 << 15  # samples
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The slots of every batch of a stretch: those of the sources, then the spare ones.
+
+    Sources lie side by side by the share of their slots that comes before, so that any range of slots has of every
+    source what it has of the batch, and of a source's lanes a contiguous range.
+    """
+
+    source: NDArray[np.int64]  # (slots,)
+    number: NDArray[np.int64]  # (slots,) which of its source's slots
+
+    @classmethod
+    def of(cls, slots: NDArray[np.int64]) -> _Layout:
+        source = np.repeat(np.arange(len(slots)), slots)
+        number = np.arange(len(source)) - np.repeat(slots.cumsum() - slots, slots)
+        order = np.lexsort((source, (number + 0.5) / np.maximum(1, slots)[source]))
+        return cls(source[order], number[order])
+
+
+class LaneOrder:
+    """The samples of any global batch, or of some of its slots.
+
+    Args:
+        allocation: Of the sources.
+        shards: Of each source: number of each shard's first sample, and samples per shard, both int64 (shards,).
+        batch: Samples of a global batch.
+        lanes: Most lanes of all sources together.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+        batch: int,
+        lanes: int,
+        seed: int,
+    ):
+        self._allocation, self._batch, self.lanes = allocation, batch, lanes
+
+        def most(source: int, stretch: int) -> int:
+            return round(min(lanes, batch) * int(allocation.stretches[stretch].slots[source]) / batch)
+
+        self.sources = [
+            SourceLanes(first, counts, allocation, s, lambda stretch, s=s: most(s, stretch), seed)
+            for s, (first, counts) in enumerate(shards)
+        ]
+        self._layout = lru_cache(maxsize=2)(lambda number: _Layout.of(allocation.stretches[number].slots))
+
+    def share(self, number: int, of: int) -> NDArray[np.int64]:
+        """Slots of one of `of` equal shares of a batch: a contiguous range, and so of contiguous lanes."""
+        size = self._batch // of
+        return np.arange(number * size, (number + 1) * size)
+
+    def at_a_time(self, slots: int) -> int:
+        """Batches worth planning in one call for so many slots."""
+        return max(1, min(1024, _AT_A_TIME // slots))
+
+    def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
+        """Batches `batch` up to `batch + count`, fewer where the data ends; of them these `slots`, all when omitted."""
+        slots = np.arange(self._batch) if slots is None else slots
+        end = min(batch + count, self._allocation.end // self._batch)
+        parts = []
+        while batch < end:
+            number = self._allocation.number(batch)
+            following = self._allocation.stretches[number + 1 : number + 2]
+            until = int(min([end, *(stretch.start for stretch in following)]))
+            parts.append(self._stretch(number, batch, until - batch, slots))
+            batch = until
+        samples = np.concatenate([samples for samples, _ in parts]) if parts else np.empty((0, len(slots)), np.int64)
+        epochs = np.concatenate([epochs for _, epochs in parts]) if parts else np.empty((0, len(slots)), np.int32)
+        return BatchPlan(samples, epochs)
+
+    def _stretch(
+        self, number: int, batch: int, count: int, slots: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        stretch, layout = self._allocation.stretches[number], self._layout(number)
+        first = batch - stretch.start
+        batches = np.arange(first, first + count)[:, None]
+        spare_source, spare_before = stretch.spares(first, count)
+        samples, epochs = np.empty((count, len(slots)), np.int64), np.empty((count, len(slots)), np.int32)
+        fixed = np.flatnonzero(slots < len(layout.source))
+        spare = np.flatnonzero(slots >= len(layout.source))
+        source, place = layout.source[slots[fixed]], layout.number[slots[fixed]]
+        wanted = spare_source[:, slots[spare] - len(layout.source)]
+        for s in np.union1d(source, wanted):
+            lanes = self.sources[s].lanes(number)
+            filled = spare_source == s
+            # How many of its spare samples came before each of the batches, and before each spare slot.
+            turns = spare_before[s] + filled.cumsum().reshape(filled.shape) - filled
+            had = spare_before[s] + filled.sum(1).cumsum()[:, None] - filled.sum(1)[:, None]
+            before = stretch.counts[s] + batches * stretch.slots[s] + had
+            mine = place[source == s]
+            lane = np.broadcast_to(lanes.of_slot[mine], (count, len(mine)))
+            turn = batches * lanes.width[lane] + (mine - lanes.first[lanes.of_slot[mine]])
+            row, column = np.nonzero(wanted == s)
+            extra = turns[row, slots[spare][column] - len(layout.source)]
+            drawn = Drawn(
+                np.append(before + mine, (before[row, 0] + stretch.slots[s] + extra - had[row, 0])),
+                np.append(lane, np.full(len(row), len(lanes.width))),
+                np.append(turn, extra),
+            )
+            found, passes = self.sources[s].at(number, drawn)
+            cut = count * len(mine)
+            at = fixed[source == s]
+            samples[:, at], epochs[:, at] = found[:cut].reshape(count, -1), passes[:cut].reshape(count, -1)
+            samples[row, spare[column]], epochs[row, spare[column]] = found[cut:], passes[cut:]
+        return samples, epochs

@@ -1,0 +1,230 @@
+"""The order of one source's samples: dealt once to lanes, shuffled anew in every pass; see docs/design/order.md.
+
+A lane has the same slots in every batch and reads its own part of the source, one shard at a time. So whoever reads a
+contiguous range of slots reads a contiguous range of lanes, and needs their shards only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.allocation import Allocation
+from stamo_dist.data.permute import mixed, permuted
+
+_GOLDEN = 0.6180339887498949
+_DEAL, _TURN, _WITHIN, _START = range(4)  # what a random number is for
+_SPREAD = 8  # shards over which the deal is random
+
+
+class Drawn(NamedTuple):
+    """Some of a source's samples, by their place in the source's own stream: all int64 (n,)."""
+
+    position: NDArray[np.int64]  # in the order of batches and, within a batch, slots
+    lane: NDArray[np.int64]
+    turn: NDArray[np.int64]  # how many the lane gave before, since the stretch began
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes of a source over one stretch of batches.
+
+    Attributes:
+        of_slot: int64 (slots,), the lane of each of its slots; one more lane fills its spare slots.
+        first: int64 (lanes,), the first slot of each.
+        width: int64 (lanes,), slots of each in a batch.
+    """
+
+    of_slot: NDArray[np.int64]
+    first: NDArray[np.int64]
+    width: NDArray[np.int64]
+
+    @classmethod
+    def cut(cls, slots: int, most: int) -> Lanes:
+        """`slots` over at most `most` lanes."""
+        lanes = min(slots, max(1, most))
+        of_slot = np.arange(slots) * lanes // max(1, slots)
+        width = np.bincount(of_slot, minlength=lanes)
+        return cls(of_slot, width.cumsum() - width, width)
+
+    def given(self, batches: int, spare: int, rest: int) -> NDArray[np.int64]:
+        """Samples each lane, and last the spare one, gave in so many batches and `rest` samples of the next.
+
+        Args:
+            batches: Since the stretch began.
+            spare: Samples that filled spare slots in them.
+            rest: Samples of the batch after them, in the order of its slots.
+        """
+        whole = batches * self.width + (rest - self.first).clip(0, self.width)
+        return np.append(whole, spare + max(0, rest - len(self.of_slot)))
+
+
+class SourceLanes:
+    """Place in a source's stream → sample, for every stretch of a run.
+
+    Args:
+        first: int64 (shards,), number of each shard's first sample in the mixture.
+        counts: int64 (shards,), samples per shard.
+        allocation: Of the mixture.
+        source: Its index there.
+        lanes: Per stretch: how many lanes it may have.
+        seed: Of the run.
+
+    Attributes:
+        samples: Of one pass.
+    """
+
+    def __init__(
+        self,
+        first: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        allocation: Allocation,
+        source: int,
+        lanes: Callable[[int], int],
+        seed: int,
+    ):
+        self._allocation, self._source, self._most, self._seed = allocation, source, lanes, seed
+        self.samples = int(counts.sum())
+        dealt = _dealt(len(counts), int(mixed(seed, source, _DEAL)[0]))
+        self._first, self._counts = first[dealt], counts[dealt]
+        self._stored = dealt
+        self._ends = self._counts.cumsum()
+        self._part = lru_cache(maxsize=4)(self._new_part)
+        self.lanes = lru_cache(maxsize=4)(self._new_lanes)
+
+    def _new_lanes(self, stretch: int) -> Lanes:
+        return Lanes.cut(int(self._allocation.stretches[stretch].slots[self._source]), self._most(stretch))
+
+    def at(self, stretch: int, drawn: Drawn) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Sample numbers int64 (n,) and passes int32 (n,) of what was drawn in a stretch."""
+        passes = drawn.position // self.samples
+        samples = np.empty(len(passes), np.int64)
+        for number in np.unique(passes):
+            mine = passes == number
+            part = self._part(stretch, int(number))
+            samples[mine] = part.sample(drawn.lane[mine], drawn.turn[mine] - part.before[drawn.lane[mine]])
+        return samples, passes.astype(np.int32)
+
+    def _given(self, stretch: int, position: int) -> NDArray[np.int64]:
+        """Samples each lane of a stretch gave before a position of the source's stream."""
+        of, s = self._allocation.stretches[stretch], self._source
+        pace = of.slots[s] + of.rates[s]
+        batches = max(0, int((position - of.counts[s]) / pace) if pace else 0)
+        while batches and of.counts_after(batches)[s] > position:
+            batches -= 1
+        while of.counts_after(batches + 1)[s] <= position:
+            batches += 1
+        spare = int(of.spares(batches, 0)[1][s])
+        return self.lanes(stretch).given(batches, spare, position - int(of.counts_after(batches)[s]))
+
+    def _new_part(self, stretch: int, number: int) -> _Dealt | _Remaining:
+        """What the lanes of a stretch read of one pass."""
+        stretches, s = self._allocation.stretches, self._source
+        begin, end = number * self.samples, (number + 1) * self.samples
+        entered = int(stretches[stretch].counts[s])
+        before = self._given(stretch, max(begin, entered))
+        # Sized as if the stretch lasted until the pass is over; what it does not come to is left to the next one.
+        sizes = self._given(stretch, end) - before
+        if entered <= begin:
+            return self._deal(number, before, sizes)
+        previous = stretch - 1
+        while stretches[previous].counts[s] == entered:
+            previous -= 1
+        part = self._part(previous, number)
+        return _Remaining(before, sizes, part, self._given(previous, entered) - part.before)
+
+    def _deal(self, number: int, before: NDArray[np.int64], sizes: NDArray[np.int64]) -> _Dealt:
+        """A whole pass, cut into the lanes' parts."""
+        cuts = sizes.cumsum()
+        ends = np.union1d(self._ends, cuts)
+        ends = ends[ends > 0]
+        starts = np.append(0, ends[:-1])
+        lane = np.searchsorted(cuts, starts, side="right")
+        shard = np.searchsorted(self._ends, starts, side="right")
+        turn = self._turns(number, lane, shard)
+        order = np.lexsort((turn, lane))
+        starts, lengths, shard = starts[order], (ends - starts)[order], shard[order]
+        sample = self._first[shard] + starts - (self._ends[shard] - self._counts[shard])
+        return _Dealt(
+            before=before,
+            sizes=sizes,
+            cuts=np.append(0, cuts[:-1]),
+            begins=lengths.cumsum() - lengths,
+            lengths=lengths,
+            samples=sample,
+            keys=mixed(self._seed, self._source, _WITHIN, number, sample),
+        )
+
+    def _turns(self, number: int, lane: NDArray[np.int64], shard: NDArray[np.int64]) -> NDArray[np.int64]:
+        """When in the pass each part of a shard has its turn in its lane.
+
+        The part that a lane shares with the lane before comes first: its size is any, so that lanes change shards at
+        different times. The others follow in a random order that is the same for all lanes, but each begins it at
+        another place, so that the shards that are open at one moment are spread over the whole source.
+        """
+        size = np.bincount(lane)
+        begin = (size.cumsum() - size)[lane]
+        place = np.arange(len(lane)) - begin
+        stored = np.lexsort((self._stored[shard], place > 0, lane))
+        rank = np.empty(len(lane), np.int64)
+        rank[stored] = place
+        others = np.maximum(1, size[lane] - 1)
+        key = mixed(self._seed, self._source, _TURN, number, others)
+        offset = ((lane * _GOLDEN + mixed(self._seed, self._source, _START, number) / 2.0**64) % 1 * others).astype(int)
+        later = 1 + permuted((rank - 1 + offset) % others, others, key)
+        return np.where(rank == 0, 0, later)
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """A pass that begins in a stretch: lane by lane, shard after shard."""
+
+    before: NDArray[np.int64]  # (lanes,) what each lane gave before the pass
+    sizes: NDArray[np.int64]  # (lanes,) samples of the pass that each has
+    cuts: NDArray[np.int64]  # (lanes,) where they begin
+    begins: NDArray[np.int64]  # (parts,) where each part of a shard begins
+    lengths: NDArray[np.int64]  # (parts,)
+    samples: NDArray[np.int64]  # (parts,) number of its first sample
+    keys: NDArray[np.uint64]  # (parts,) of the order within
+
+    def sample(self, lane: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
+        place = self.cuts[lane] + turn
+        part = np.searchsorted(self.begins, place, side="right") - 1
+        return self.samples[part] + permuted(place - self.begins[part], self.lengths[part], self.keys[part])
+
+
+class _Remaining:
+    """What earlier lanes left of a pass when the weights changed: the new lanes share it, each lane's rest in order."""
+
+    def __init__(
+        self,
+        before: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        earlier: _Dealt | _Remaining,
+        given: NDArray[np.int64],
+    ):
+        self.before, self._earlier, self._given = before, earlier, given
+        self._cuts = sizes.cumsum() - sizes
+        left = earlier.sizes - given
+        self._begins = left.cumsum() - left
+        self.sizes = sizes
+
+    def sample(self, lane: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
+        place = self._cuts[lane] + turn
+        of = np.searchsorted(self._begins, place, side="right") - 1
+        return self._earlier.sample(of, self._given[of] + place - self._begins[of])
+
+
+def _dealt(shards: int, key: int) -> NDArray[np.int64]:
+    """An order of shards (shards,) any run of which is spread over all of them.
+
+    Multiples of the golden ratio do that (three-distance theorem); a shuffle among neighbours makes it random.
+    """
+    random = np.random.Generator(np.random.Philox(key=key))
+    near = np.argsort(np.arange(shards) + random.uniform(0, _SPREAD, shards), kind="stable")
+    return near[np.argsort(np.argsort((np.arange(shards) * _GOLDEN + random.uniform()) % 1, kind="stable"))]
