@@ -78,8 +78,9 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
         "train.global_batch": recipe.train.global_batch,
         "data.temperature": data.temperature,
         "data.horizon": data.horizon,
-    data = mixture.data
-    places = {part: {"weights"} for part in ("encoder", "decoder", "vae")}
+        **_flat("data.shuffle", data.shuffle.model_dump(include=LANES if data.shuffle.in_lanes else GROUPS)),
+        **_flat("model", recipe.model.model_dump(exclude=places)),
+    }
     if recipe.stage == "policy":
         fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer", "targets"}))
     if data.views > 1:
