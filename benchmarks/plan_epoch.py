@@ -33,25 +33,23 @@ def peak() -> float:
 
 def ours(samples: int, ranks: int) -> dict[str, float]:
     import numpy as np
-    from stamo_dist.data.order import SourceOrder
 
-    from stamo_dist.data.plan import Planner
-    from stamo_dist.data.schedule import Schedule
-    from stamo_dist.recipe.sampling import Shuffle
+    from stamo_dist.data.allocation import Allocation
+    from stamo_dist.data.lane_order import LaneOrder
 
     before, began = peak(), time.perf_counter()
     counts = np.full(samples // PER_SHARD, PER_SHARD, np.int64)
     first = counts.cumsum() - counts
     parts = np.array_split(np.arange(len(counts)), SOURCES)
-    orders = [SourceOrder(first[p], counts[p], Shuffle(), seed=0) for p in parts]
-    schedule = Schedule([{0: 1 + s} for s in range(SOURCES)], [np.inf] * SOURCES)
-    planner = Planner(schedule, orders, BATCH, seed=0, shuffle=True)
-    middle, n = samples // BATCH // 2, planner.at_a_time
-    planner.plan(middle, n).samples[:, 0::ranks].copy()
+    allocation = Allocation([{0: 1 + s} for s in range(SOURCES)], [np.inf] * SOURCES, BATCH)
+    order = LaneOrder(allocation, [(first[p], counts[p]) for p in parts], BATCH, 2048, seed=0)
+    slots = order.share(ranks // 2, ranks)
+    middle, n = samples // BATCH // 2, order.at_a_time(len(slots))
+    order.plan(middle, n, slots)
     start = time.perf_counter() - began
     began, rounds = time.perf_counter(), 64
     for i in range(1, rounds + 1):
-        planner.plan(middle + i * n, n).samples[:, 0::ranks].copy()
+        order.plan(middle + i * n, n, slots)
     return {"start": start, "batch": (time.perf_counter() - began) / rounds / n, "gb": peak() - before}
 
 

@@ -178,7 +178,7 @@ def resumed(recipe: Path) -> dict[str, float]:
 
 
 def shuffle_alone(samples: int) -> float:
-    from stamo_dist.data.order import GROUP
+    from stamo_dist.data.group_order import GROUP
     from streaming.base.shuffle import get_shuffle  # isort: skip
 
     counts = np.full(min(samples, GROUP) // PER_SHARD, PER_SHARD, np.int64)

@@ -96,11 +96,12 @@ class Allocation:
             wanted[counts >= self._limits] = 0
             share = wanted / max(wanted.sum(), _TINY)
             ending = (wanted > 0) & (self._limits - counts < np.ceil(batch * share) + _LAST)
-            if not wanted.sum() or (ending.any() and (last := self._mixed(share, counts, quota, ending)) is None):
+            last = self._mixed(share, counts, quota, ending) if ending.any() else None
+            if not wanted.sum() or (ending.any() and last is None):
                 self.end = float(now * batch)
                 return
             length = 1.0
-            if ending.any():
+            if last is not None:
                 given = np.where(ending, last, 0)
                 rest = share * ~ending
                 quota += given + (batch - given.sum()) * rest / max(rest.sum(), _TINY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class LaneOrder:
             return round(min(lanes, batch) * int(allocation.stretches[stretch].slots[source]) / batch)
 
         self.sources = [
-            SourceLanes(first, counts, allocation, s, lambda stretch, s=s: most(s, stretch), seed)
+            SourceLanes(first, counts, allocation, s, partial(most, s), seed)
             for s, (first, counts) in enumerate(shards)
         ]
         self._layout = lru_cache(maxsize=2)(lambda number: _Layout.of(allocation.stretches[number].slots))

@@ -208,11 +208,11 @@ class _Remaining:
         earlier: _Dealt | _Remaining,
         given: NDArray[np.int64],
     ):
-        self.before, self._earlier, self._given = before, earlier, given
+        self.before, self.sizes = before, sizes
+        self._earlier, self._given = earlier, given
         self._cuts = sizes.cumsum() - sizes
         left = earlier.sizes - given
         self._begins = left.cumsum() - left
-        self.sizes = sizes
 
     def sample(self, lane: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
         place = self._cuts[lane] + turn

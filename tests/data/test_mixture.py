@@ -140,8 +140,8 @@ def test_the_fingerprint_follows_the_data_not_its_place(two: Callable[..., Data]
         fingerprint(data, global_batch=16),
         fingerprint(two(a=2)),
         fingerprint(two(shuffle=Shuffle(lanes=4))),
-            fingerprint(two(shuffle=Shuffle(order="groups"))),
-            fingerprint(two(shuffle=Shuffle(order="groups", block_size=64))),
+        fingerprint(two(shuffle=Shuffle(order="groups"))),
+        fingerprint(two(shuffle=Shuffle(order="groups", block_size=64))),
         fingerprint(two(a={0: 1, 5: 2})),
         fingerprint(make_data({"a": one_camera, "b": data.sources["b"]})),
     }
