@@ -81,12 +81,13 @@ class Allocation:
         batch: Samples of a global batch.
 
     Attributes:
+        batch: As given.
         stretches: One after the other.
         end: Samples until no whole batch is left; inf where a source has no limit.
     """
 
     def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float], batch: int):
-        self._weights, self._limits, self._batch = weights, np.asarray(limits, np.float64), batch
+        self._weights, self._limits, self.batch = weights, np.asarray(limits, np.float64), batch
         self.stretches: list[Stretch] = []
         changes = sorted({int(at) for steps in weights for at in steps})
         now, counts, quota = 0, np.zeros(len(weights), np.int64), np.zeros(len(weights))
@@ -130,12 +131,12 @@ class Allocation:
     @property
     def identity(self) -> list[Any]:
         """What tells it from others, for JSON."""
-        return [self._batch, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
+        return [self.batch, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
 
     @property
     def starts(self) -> NDArray[np.float64]:
         """The sample at which each stretch begins, (stretches,)."""
-        return np.array([stretch.start * self._batch for stretch in self.stretches], np.float64)
+        return np.array([stretch.start * self.batch for stretch in self.stretches], np.float64)
 
     def number(self, batch: int) -> int:
         """Which stretch a batch is in."""
@@ -143,7 +144,7 @@ class Allocation:
 
     def counts(self, samples: int) -> NDArray[np.int64]:
         """Samples of each source in the batches that the first `samples` fill, (sources,)."""
-        batch = int(min(samples, self.end)) // self._batch
+        batch = int(min(samples, self.end)) // self.batch
         if not self.stretches:  # less than one batch of data
             return np.zeros(len(self._limits), np.int64)
         stretch = self.stretches[self.number(batch)]
@@ -152,10 +153,10 @@ class Allocation:
     def _steady(
         self, now: int, share: NDArray[np.float64], counts: NDArray[np.int64], quota: NDArray[np.float64]
     ) -> Stretch:
-        exact = self._batch * share
+        exact = self.batch * share
         slots = np.floor(exact + _TINY).astype(np.int64)
         rates = np.where(exact - slots > _TINY, exact - slots, 0)
-        spare = self._batch - int(slots.sum())
+        spare = self.batch - int(slots.sum())
         if spare and rates.sum():
             rates *= spare / rates.sum()
         return Stretch(now, counts, slots, rates, spare, np.where(rates > 0, quota - counts, 0))
@@ -181,12 +182,12 @@ class Allocation:
         ending: NDArray[np.bool_],
     ) -> NDArray[np.int64] | None:
         """The batch in which the sources that are `ending` give what they have left; None: too little for a batch."""
-        left = np.minimum(self._limits - counts, self._batch).astype(np.int64)
+        left = np.minimum(self._limits - counts, self.batch).astype(np.int64)
         slots = np.where(ending, left, 0)
-        while slots.sum() > self._batch:
+        while slots.sum() > self.batch:
             slots[slots.argmax()] -= 1
         others = (share > 0) & ~ending
-        while missing := self._batch - int(slots.sum()):
+        while missing := self.batch - int(slots.sum()):
             open_ = others & (slots < left)
             if not open_.any():
                 return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class LaneOrder:
         allocation: Of the sources.
         shards: Of each source: number of each shard's first sample, and samples per shard, both int64 (shards,).
         batch: Samples of a global batch.
-        lanes: Most lanes of all sources together.
+        lanes: Of all sources together.
         seed: Of the run.
     """
 
@@ -55,13 +55,8 @@ class LaneOrder:
         seed: int,
     ):
         self._allocation, self._batch, self.lanes = allocation, batch, lanes
-
-        def most(source: int, stretch: int) -> int:
-            return round(min(lanes, batch) * int(allocation.stretches[stretch].slots[source]) / batch)
-
         self.sources = [
-            SourceLanes(first, counts, allocation, s, partial(most, s), seed)
-            for s, (first, counts) in enumerate(shards)
+            SourceLanes(first, counts, allocation, s, lanes, seed) for s, (first, counts) in enumerate(shards)
         ]
         self._layout = lru_cache(maxsize=2)(lambda number: _Layout.of(allocation.stretches[number].slots))
 
@@ -109,14 +104,15 @@ class LaneOrder:
             had = spare_before[s] + filled.sum(1).cumsum()[:, None] - filled.sum(1)[:, None]
             before = stretch.counts[s] + batches * stretch.slots[s] + had
             mine = place[source == s]
-            lane = np.broadcast_to(lanes.of_slot[mine], (count, len(mine)))
-            turn = batches * lanes.width[lane] + (mine - lanes.first[lanes.of_slot[mine]])
+            of = lanes.row[mine]
+            lane, turn = lanes.lane(of, batches * lanes.width[of] + (mine - lanes.first[of]))
             row, column = np.nonzero(wanted == s)
             extra = turns[row, slots[spare][column] - len(layout.source)]
+            spare_lane, spare_turn = lanes.lane(np.full(len(row), len(lanes.width)), extra)
             drawn = Drawn(
-                np.append(before + mine, (before[row, 0] + stretch.slots[s] + extra - had[row, 0])),
-                np.append(lane, np.full(len(row), len(lanes.width))),
-                np.append(turn, extra),
+                np.append(before + mine, before[row, 0] + stretch.slots[s] + extra - had[row, 0]),
+                np.append(lane, spare_lane),
+                np.append(turn, spare_turn),
             )
             found, passes = self.sources[s].at(number, drawn)
             cut = count * len(mine)

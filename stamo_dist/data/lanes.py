@@ -6,7 +6,6 @@ contiguous range of slots reads a contiguous range of lanes, and needs their sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from stamo_dist.data.permute import mixed, permuted
 _GOLDEN = 0.6180339887498949
 _DEAL, _TURN, _WITHIN, _START = range(4)  # what a random number is for
 _SPREAD = 8  # shards over which the deal is random
+_FEWEST = 8  # lanes of a source, if it has so many shards
 
 
 class Drawn(NamedTuple):
@@ -34,26 +34,40 @@ class Drawn(NamedTuple):
 class Lanes:
     """The lanes of a source over one stretch of batches.
 
+    A row of slots that follow one another, or the spare slots, is served by one lane or by several in turn.
+
     Attributes:
-        of_slot: int64 (slots,), the lane of each of its slots; one more lane fills its spare slots.
-        first: int64 (lanes,), the first slot of each.
-        width: int64 (lanes,), slots of each in a batch.
+        row: int64 (slots,), the row of each of its slots; the spare slots are one row more.
+        first: int64 (rows,), the first slot of each row but the last.
+        width: int64 (rows,), their slots.
+        ways: int64 (rows + 1,), lanes that serve each row in turn.
+        base: int64 (rows + 1,), the first of them.
     """
 
-    of_slot: NDArray[np.int64]
+    row: NDArray[np.int64]
     first: NDArray[np.int64]
     width: NDArray[np.int64]
+    ways: NDArray[np.int64]
+    base: NDArray[np.int64]
 
     @classmethod
-    def cut(cls, slots: int, most: int) -> Lanes:
-        """`slots` over at most `most` lanes."""
-        lanes = min(slots, max(1, most))
-        of_slot = np.arange(slots) * lanes // max(1, slots)
-        width = np.bincount(of_slot, minlength=lanes)
-        return cls(of_slot, width.cumsum() - width, width)
+    def cut(cls, slots: int, rate: float, lanes: float, shards: int) -> Lanes:
+        """About `lanes` lanes, but some even for a small source, for `slots` slots and `rate` samples more a batch."""
+        lanes, few = max(1, round(lanes)), min(_FEWEST, shards)
+        rows = min(slots, max(lanes, few))
+        row = np.arange(slots) * rows // max(1, slots)
+        width = np.bincount(row, minlength=rows)
+        ways = np.full(rows + 1, max(1, min(max(lanes, few), shards) // max(1, rows)))
+        ways[-1] = max(1, few, min(shards, round(lanes * rate / (slots + rate)))) if rate else 1
+        return cls(row, width.cumsum() - width, width, ways, ways.cumsum() - ways)
+
+    def lane(self, row: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which lane gives a row's sample number `count` of the stretch, and how many that lane gave before."""
+        turn, way = np.divmod(count, self.ways[row])
+        return self.base[row] + way, turn
 
     def given(self, batches: int, spare: int, rest: int) -> NDArray[np.int64]:
-        """Samples each lane, and last the spare one, gave in so many batches and `rest` samples of the next.
+        """Samples each lane gave in so many batches and `rest` samples of the next.
 
         Args:
             batches: Since the stretch began.
@@ -61,7 +75,10 @@ class Lanes:
             rest: Samples of the batch after them, in the order of its slots.
         """
         whole = batches * self.width + (rest - self.first).clip(0, self.width)
-        return np.append(whole, spare + max(0, rest - len(self.of_slot)))
+        counts = np.append(whole, spare + max(0, rest - len(self.row)))
+        row = np.repeat(np.arange(len(self.ways)), self.ways)
+        way = np.arange(len(row)) - self.base[row]
+        return (counts[row] + self.ways[row] - 1 - way) // self.ways[row]
 
 
 class SourceLanes:
@@ -72,7 +89,7 @@ class SourceLanes:
         counts: int64 (shards,), samples per shard.
         allocation: Of the mixture.
         source: Its index there.
-        lanes: Per stretch: how many lanes it may have.
+        lanes: Of all sources together.
         seed: Of the run.
 
     Attributes:
@@ -85,7 +102,7 @@ class SourceLanes:
         counts: NDArray[np.int64],
         allocation: Allocation,
         source: int,
-        lanes: Callable[[int], int],
+        lanes: int,
         seed: int,
     ):
         self._allocation, self._source, self._most, self._seed = allocation, source, lanes, seed
@@ -98,7 +115,9 @@ class SourceLanes:
         self.lanes = lru_cache(maxsize=4)(self._new_lanes)
 
     def _new_lanes(self, stretch: int) -> Lanes:
-        return Lanes.cut(int(self._allocation.stretches[stretch].slots[self._source]), self._most(stretch))
+        of, s = self._allocation.stretches[stretch], self._source
+        slots, rate = int(of.slots[s]), float(of.rates[s])
+        return Lanes.cut(slots, rate, self._most * (slots + rate) / self._allocation.batch, len(self._counts))
 
     def at(self, stretch: int, drawn: Drawn) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Sample numbers int64 (n,) and passes int32 (n,) of what was drawn in a stretch."""

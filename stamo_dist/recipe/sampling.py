@@ -22,7 +22,8 @@ class Shuffle(Section):
         "streaming's shuffle of about a million samples of a source at a time, for which every node needs every shard.",
     )
     lanes: PositiveInt = Field(
-        2048, description="With lanes: shards that are read at a time over all nodes, at most one a slot of the batch."
+        2048,
+        description="With lanes: shards that are read at a time, over all nodes; a source has its part, and at least 8.",
     )
     algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
         "py1e", description="With groups: streaming's shuffle algorithm."
