@@ -17,7 +17,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import a_text, object_at, rate
-from data_tools.formats.declared import TURN, orientation_problems, upright
+from data_tools.formats.declared import TURN, not_one_of, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
@@ -134,10 +134,7 @@ class LiberoReader:
             )
 
     def _check_options(self) -> list[str]:
-        problems = []
-        if self.image_timing not in (None, *TIMINGS):
-            problems.append(f"image_timing: {self.image_timing!r} must be one of {', '.join(TIMINGS)}")
-        return problems + orientation_problems(self.image_orientation)
+        return not_one_of(TIMINGS, image_timing=self.image_timing) + orientation_problems(self.image_orientation)
 
     def _scan_file(
         self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str], notes: list[str]
@@ -147,10 +144,7 @@ class LiberoReader:
         Raises:
             DataError: Nothing in this file can be used.
         """
-        data = file.get("data")
-        demos = hdf5.numbered(data, "demo_") if isinstance(data, h5py.Group) else []
-        if not demos:
-            raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
+        data, demos = hdf5.demonstrations(path, file, "LIBERO")
         private: dict[str, Any] = {**self._conventions(path, data), "rate_hz": _rate(data)}
         convention = hdf5.attribute_text(data, "action_convention") or DEFAULT_ACTION
         notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
