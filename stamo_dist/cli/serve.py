@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate.use_options import (
+from stamo_dist.evaluate.options import (
     AsOption,
     BoundsOption,
     ChunkOption,

@@ -17,12 +17,11 @@ from stamo_dist.data.sources import DEFAULT_CACHE, open_source
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.evaluate.held_out import SPLIT, Pick, pick_frames
 from stamo_dist.evaluate.measurement import Measurement
-from stamo_dist.evaluate.options import ActionsOptions
+from stamo_dist.evaluate.options import ActionsOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, output_folder
-from stamo_dist.evaluate.saved_policy import open_policy
 from stamo_dist.evaluate.shown import check_order
 from stamo_dist.evaluate.simulators import ACTIONS
-from stamo_dist.evaluate.use_options import split
+from stamo_dist.evaluate.weights import open_policy
 from stamo_dist.models.openvla.framing import FramingPreset
 from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.recipe.load import load

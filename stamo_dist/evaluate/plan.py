@@ -28,11 +28,10 @@ from stamo_dist.evaluate.features import (
 )
 from stamo_dist.evaluate.held_out import HeldOutSource, spread
 from stamo_dist.evaluate.measurement import TokenizerMeasurement
-from stamo_dist.evaluate.options import PlanOptions
+from stamo_dist.evaluate.options import PlanOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, Figure
 from stamo_dist.evaluate.simulated import SimulatedMeasurement
 from stamo_dist.evaluate.simulators import Observation, Setting, check_trials
-from stamo_dist.evaluate.use_options import split
 
 NOBODY = "random actions"
 _ALL = "all tasks"

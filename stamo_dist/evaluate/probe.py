@@ -26,8 +26,8 @@ from stamo_dist.evaluate.figures import file_name, save_lines
 from stamo_dist.evaluate.held_out import SPLIT, HeldOutSource, spread
 from stamo_dist.evaluate.measurement import TokenizerMeasurement, how_much
 from stamo_dist.evaluate.options import ProbeOptions
-from stamo_dist.evaluate.parts_file import PartsFile
 from stamo_dist.evaluate.result import EvaluationResult, Figure
+from stamo_dist.evaluate.workers import PartsFile
 from stamo_dist.recipe.schema import Recipe
 
 NOTHING = "mean action"

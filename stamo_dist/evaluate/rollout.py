@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate import successes
+from stamo_dist.evaluate import curve, successes
 from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
-from stamo_dist.evaluate.options import RolloutOptions
-from stamo_dist.evaluate.policy_agents import PolicyAgent, RandomAgent
+from stamo_dist.evaluate.options import RolloutOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, Figure, output_folder
-from stamo_dist.evaluate.saved_policy import SavedPolicy, exported_at, open_policy
 from stamo_dist.evaluate.shown import PolicyView
 from stamo_dist.evaluate.simulated import SimulatedMeasurement
-from stamo_dist.evaluate.simulators import ACTIONS, Setting, check_trials
-from stamo_dist.evaluate.use_options import split
+from stamo_dist.evaluate.simulators import ACTIONS, Observation, Setting, SimulatorCatalogue, check_trials
+from stamo_dist.evaluate.weights import SCRATCH, SavedPolicy, exported_at, open_policy
 from stamo_dist.models.policies import AnyPolicy
-from stamo_dist.run.folder import RunFolder
+from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder, open_run
 
 #: The paper's names of LIBERO's suites, in its order.
 SUITES = {
@@ -31,6 +36,51 @@ SUITES = {
 }
 RANDOM, EXPERT = "random actions", "the expert"
 Outcomes = Mapping[TaskTrial, TrialOutcome]
+
+
+class PolicyAgent:
+    """A policy for `drive`; `sources` names the statistics that the actions of each task are scaled by."""
+
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str], act_steps: int | None):
+        self.policy, self._sources, self._act_steps = policy, sources, act_steps
+        self.told: dict[str, str] = {}  # task → an instruction in place of the benchmark's
+
+    @property
+    def said(self) -> str:
+        return ", ".join(dict.fromkeys(self._sources.values()))
+
+    @torch.no_grad()
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        chunks: list[NDArray[Any]] = [np.empty(0)] * len(seen)
+        for source in dict.fromkeys(self._sources.values()):
+            mine = [i for i, trial in enumerate(trials) if self._sources[trial.task] == source]
+            if not mine:
+                continue
+            moments = [seen[i] for i in mine]
+            images = [moment.images for moment in moments]
+            texts = [self.told.get(trials[i].task, seen[i].instruction) for i in mine]
+            felt = np.stack([moment.proprio for moment in moments]) if self.policy.cfg.proprio else None
+            found = self.policy.act_batch(images, texts, unnorm_key=source, proprio=felt)
+            for i, chunk in zip(mine, found, strict=True):
+                chunks[i] = chunk[: self._act_steps]
+        return chunks
+
+
+class RandomAgent:
+    """Chunks of actions drawn evenly between the bounds that the policy's own actions are scaled by."""
+
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str]):
+        self._chunk, self._sources = policy.chunk, sources
+        found = {s: policy.statistics.range(s, "action", policy.cfg.bounds) for s in dict.fromkeys(sources.values())}
+        self.ranges = {source: [r.low.tolist(), r.high.tolist()] for source, r in found.items()}
+
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        chunks = []
+        for trial, step in zip(trials, steps, strict=True):
+            rng = np.random.default_rng([*trial.task.encode(), trial.number, step])
+            low, high = self.ranges[self._sources[trial.task]]
+            chunks.append(rng.uniform(low, high, (self._chunk, len(low))))
+        return chunks
 
 
 @dataclass(frozen=True)
@@ -222,3 +272,30 @@ def _stamp(folder: Path) -> Any:
         return str(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "rollout" not in path.parts)
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def roll_out(run_path: Path, step: int, benchmarks: SimulatorCatalogue, console: Console | None = None) -> None:
+    """Roll the checkpoint of `step` out into RUN/eval/during/, and make the table of all steps anew.
+
+    Raises:
+        RunError: The run's recipe asks for no rollouts.
+        StamoError: What `PolicyRollout` raises.
+    """
+    run = open_run(run_path)
+    recipe = load(run.resolved).recipe
+    wanted = recipe.evaluate.rollout
+    if wanted is None:
+        raise RunError(f"{run.path}: evaluate.rollout is not set in its recipe; `stamo eval rollout` asks for nothing")
+    out = curve.folder(run, step)
+    for leftover in out.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    same = {field.name for field in fields(RolloutOptions)} & type(wanted).model_fields.keys() - {"device"}
+    PolicyRollout(
+        str(run.path),
+        checkpoint=str(step),
+        benchmarks=benchmarks,
+        out=out,
+        device=wanted.device or ("cpu" if wanted.where == "process" else None),
+        **{name: getattr(wanted, name) for name in same},
+    ).evaluate(console)
+    curve.write(run, recipe)

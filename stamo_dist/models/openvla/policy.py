@@ -113,15 +113,6 @@ class Policy(TrainedPolicy):
     def cfg(self) -> recipe.PolicyConfig:
         return self.network.cfg
 
-    @property
-    def chunk(self) -> int:
-        """Actions it predicts at once."""
-        return self.network.sizes.chunk
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
     def act_batch(
         self,
         images: Sequence[Sequence[Picture]],
