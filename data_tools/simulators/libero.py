@@ -42,9 +42,9 @@ def tasks() -> dict[str, list[str]]:
     return {suite: list(names) for suite, names in libero_task_map.items()}
 
 
-def instruction(name: str) -> str:
+def instruction_of(task: str) -> str:
     """The instruction in a task's name, as the benchmark reads it: KITCHEN_SCENE3_turn_on_the_stove → turn on …."""
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task.rpartition("/")[2]).replace("_", " ")
 
 
 class LiberoWorld:
@@ -91,7 +91,7 @@ class LiberoWorld:
                 {
                     "problem_name": self.env.problem_name,
                     "domain_name": self.env.domain_name,
-                    "language_instruction": instruction(name),
+                    "language_instruction": instruction_of(name),
                 }
             ),
             "env_args": json.dumps(

@@ -34,9 +34,6 @@ def split(values: list[str]) -> list[str]:
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[str | None, named("STEP|best|PATH", "Which one; the newest whole one when omitted.")]
 StepsOption = Annotated[int | None, count("Sampler steps; flow.sampler_steps when omitted.")]
-SettingsOption = Annotated[
-    list[str] | None, named("A.B=C", "Override one value of a recipe; may be repeated.", "--set")
-]
 OutOption = Annotated[Path | None, named("DIR", "Where to write; RUN/eval/NAME when omitted.")]
 
 
@@ -132,7 +129,9 @@ class SpeedOptions(RunOptions):
     calls: Annotated[int, count("Timed calls of each part.", least=2)] = 30
     device: Annotated[list[str] | None, named("cpu|cuda", "May be repeated; all there are if omitted.")] = None
     steps: StepsOption = None
-    set_: SettingsOption = None
+    set_: Annotated[list[str] | None, named("A.B=C", "Override one value of a recipe; may be repeated.", "--set")] = (
+        None
+    )
 
 
 TasksOption = Annotated[

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate import curve, successes
-from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome, run_missing
+from stamo_dist.evaluate.measurement import Measurement, how_much
 from stamo_dist.evaluate.options import RolloutOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, Figure, output_folder
 from stamo_dist.evaluate.shown import PolicyView
-from stamo_dist.evaluate.simulated import SimulatedMeasurement
 from stamo_dist.evaluate.simulators import ACTIONS, Observation, Setting, SimulatorCatalogue, check_trials
 from stamo_dist.evaluate.weights import SCRATCH, SavedPolicy, exported_at, open_policy
 from stamo_dist.models.policies import AnyPolicy
@@ -94,7 +94,7 @@ class RolloutArm:
 
 
 @dataclass(kw_only=True)
-class PolicyRollout(RolloutOptions, SimulatedMeasurement):
+class PolicyRollout(RolloutOptions, Measurement):
     """Rollouts of a run's policy, or of what `load_policy` takes."""
 
     name = "rollout"
@@ -105,6 +105,8 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
         f"{successes.INTERVAL}"
     )
     better: ClassVar = {"success": "higher"}
+
+    benchmarks: SimulatorCatalogue
 
     def open(self) -> None:
         if self.actions is not None and self.actions not in ACTIONS:
@@ -203,7 +205,7 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
             what = f"{benchmark}: trials" + (f" of {arm.name}" if self.baselines else "")
             simulation = Simulation(self.benchmarks, benchmark, arm.setting, processes, self.max_steps)
             films = successes.Films(arm.store, self._mine, self.videos if arm.agent is self._agent else 0)
-            self.run_trials(what, lambda: arm.agent, simulation, self._mine, arm.store, films)  # noqa: B023
+            run_missing(self.bar, what, simulation, lambda: arm.agent, self._mine, arm.store, films)  # noqa: B023
         found = {arm.name: arm.store.read(self._todo) for arm in arms}
         absent = sum(len(self._todo) - len(outcomes) for outcomes in found.values())
         if self.num_slices > 1 and absent:
@@ -234,9 +236,9 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
                 of_task = [o for trial, o in self._ours.items() if trial.task == task]
                 figures += successes.side_by_side(of_task, store, self.folder, suite, self.videos)
         keys = {"suite": "suite", "task": "task", **({"agent": "driven by"} if several else {})}
-        part = successes.partial(sum(map(len, found.values())), len(self._todo) * len(found))
-        result = self.result(rows, figures=figures, partial=part)
-        return replace(result, title=self.title + self._told, columns={**keys, **successes.COLUMNS}, by=list(keys))
+        part = how_much(sum(map(len, found.values())), len(self._todo) * len(found), "trials")
+        title, columns = self.title + self._told, {**keys, **successes.COLUMNS}
+        return self.result(rows, title=title, columns=columns, by=list(keys), figures=figures, partial=part)
 
     @property
     def _told(self) -> str:

@@ -99,7 +99,7 @@ class Policy(TrainedPolicy):
             log.warning("%s: does not say how it sees frames, and sees them as they come; `load_policy` takes it", path)
         load.materialise(network, device)
         found, adapter = load.read(checkpoint, network)
-        load.load_weights(network, found, str(path), adapter=adapter)
+        load.WeightLoader(network, found, str(path), adapter=adapter).write(network)
         return cls(
             network.eval(),
             text or TextTokenizer.from_folder(checkpoint.holding(TOKENIZER), config.pad, cfg.prompt),
