@@ -34,6 +34,17 @@ OSC_POSE = ActionSpec(
     gripper_open=-1.0,
     gripper_closed=1.0,
 )
+#: Meta-World's, as `data_tools.formats.metaworld` explains it.
+HAND_DELTA = ActionSpec(
+    dim=4,
+    text="hand delta dx dy dz (1 = 1 cm), gripper effort (-1 opens, +1 closes)",
+    mode="delta",
+    translation=(0, 1, 2),
+    metres=0.01,
+    gripper=3,
+    gripper_open=-1.0,
+    gripper_closed=1.0,
+)
 
 TIMINGS = ("before", "after")
 #: robosuite's `macros_image_convention` → how the images lie.
@@ -44,7 +55,6 @@ PROPRIO = ("ee_states", "gripper_states")
 DEFAULT_RATE_HZ = 20.0
 #: Dimensions of a pose: position and rotation vector.
 POSE = 6
-DEFAULT_ACTION = "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close"
 
 
 @dataclass
@@ -146,7 +156,7 @@ class LiberoReader:
         """
         data, demos = hdf5.demonstrations(path, file, "LIBERO")
         private: dict[str, Any] = {**self._conventions(path, data), "rate_hz": _rate(data)}
-        convention = hdf5.attribute_text(data, "action_convention") or DEFAULT_ACTION
+        convention = hdf5.attribute_text(data, "action_convention") or OSC_POSE.text
         notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
         stem = relative.removesuffix(path.suffix)
@@ -238,16 +248,7 @@ def _action_spec(text: str, dim: int) -> ActionSpec:
     if text.startswith("OSC_POSE delta") and dim == 7:
         return replace(OSC_POSE, text=text)
     if text.startswith("hand delta") and dim == 4:  # Meta-World's
-        return ActionSpec(
-            dim,
-            text,
-            "delta",
-            translation=(0, 1, 2),
-            metres=0.01,
-            gripper=3,
-            gripper_open=-1.0,
-            gripper_closed=1.0,
-        )
+        return replace(HAND_DELTA, text=text)
     return ActionSpec(dim, text, "other")
 
 

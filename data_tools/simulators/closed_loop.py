@@ -6,9 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.libero import HAND_DELTA, OSC_POSE
 from data_tools.formats.maniskill import action_spec
-from data_tools.formats.metaworld import ACTION as HAND_DELTA
 from data_tools.formats.source import ActionSpec
 from data_tools.images import resized
 from data_tools.simulators.tasks import instruction_of, open_world

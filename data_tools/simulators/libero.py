@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.simulators.libero_expert import OPEN, LiberoExpert, corners, room
-from data_tools.simulators.rollout import Rollout, StateRenderer, observed
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed, recorded
 from stamo_dist.errors import DataError
 
 CONTROL_HZ = 20
@@ -123,14 +123,7 @@ class LiberoWorld:
             succeeded += bool(self.env.check_success())
             if succeeded > STEPS_AFTER_SUCCESS or len(steps) == MAX_STEPS:
                 break
-        stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
-        return Rollout(
-            success=as_told and bool(self.env.check_success()),
-            actions=stacked.pop("action"),
-            states=stacked.pop("state"),
-            robot_states=stacked.pop("robot"),
-            obs=stacked,
-        )
+        return recorded(as_told and bool(self.env.check_success()), steps)
 
     def start(self, trial: int) -> None:
         """Go to the benchmark's initial state number `trial`, and let the objects settle.

@@ -184,12 +184,6 @@ class _Finished:
     video: list[Frame]
 
 
-@dataclass(frozen=True)
-class _Failed:
-    why: str
-    user: bool  # a mistake that a user can mend
-
-
 class _Worker:
     """This process's end of one simulator process."""
 
@@ -211,10 +205,8 @@ class _Worker:
             message = self.pipe.recv()
         except EOFError:
             raise DataError(f"{self.trial}: the simulator's process died (out of memory?); start again") from None
-        if isinstance(message, _Failed):
-            if message.user:
-                raise DataError(message.why)
-            raise RuntimeError(f"{self.trial}: the simulator failed:\n{message.why}")
+        if isinstance(message, Exception):
+            raise message
         return message
 
     def close(self) -> None:
@@ -255,11 +247,11 @@ def _serve(pipe: Connection, simulation: Simulation) -> None:
                 outcome = TrialOutcome(trial.task, trial.number, success, steps, time.monotonic() - began)
                 pipe.send(_Finished(outcome, video))
             except DataError as e:
-                pipe.send(_Failed(f"{trial.task}: {e}" if trial.task not in str(e) else str(e), True))
+                pipe.send(DataError(f"{trial.task}: {e}" if trial.task not in str(e) else str(e)))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 raise
             except Exception:
-                pipe.send(_Failed(traceback.format_exc(), False))
+                pipe.send(RuntimeError(f"{trial}: the simulator failed:\n{traceback.format_exc()}"))
     os._exit(0)  # EGL's finalisers fail after the end of the pipe, and nothing is left to do
 
 

@@ -6,7 +6,7 @@ Of a policy also what the world head costs: none, StaMo's, raw DINOv2's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,19 +66,26 @@ class SpeedMeasurement(SpeedOptions, Measurement):
             raise RunError(f"--device {', '.join(sorted(missing))}: this machine has {', '.join(there)}")
         return self.device or there
 
+    def timed(
+        self, calls: Mapping[str, Callable[[], object]], device: str, batch: int, watched: TaskID
+    ) -> dict[str, tuple[dict[str, Any], Tensor]]:
+        """A row of the table for each call by its name, and the seconds, (calls,); they take turns call by call."""
+        found: dict[str, list[float]] = {part: [] for part in calls}
+        for _ in range(WARM + self.calls):
+            for part, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                found[part].append(time.perf_counter() - start)
+                self.bar.advance(watched)
+        seconds = {part: torch.tensor(times[WARM:], dtype=torch.float64) for part, times in found.items()}
+        return {part: (speed_row(device, part, batch, times), times) for part, times in seconds.items()}
+
 
 def speed_columns(what: str) -> dict[str, str]:
     columns = {"device": "device", "part": "part", "batch": f"{what} at once", "hz": f"{what}/s"}
     return {**columns, "low": "10 %", "high": "90 %", "ms": "ms a call"}
-
-
-def timed(call: Callable[[], Any], cuda: bool) -> float:
-    """Seconds of one call, which is waited for."""
-    start = time.perf_counter()
-    call()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def speed_row(device: str, part: str, batch: int, seconds: Tensor) -> dict[str, Any]:
@@ -118,11 +125,7 @@ class TokenizerSpeed(SpeedMeasurement, TokenizerMeasurement):
             self.tokenizer.to(device)
             for batch in self._batches:
                 for part, call in self._parts(device, batch).items():
-                    seconds = []
-                    for _ in range(WARM + self.calls):
-                        seconds.append(timed(call, device == "cuda"))
-                        self.bar.advance(watched)
-                    rows.append(speed_row(device, part, batch, torch.tensor(seconds[WARM:], dtype=torch.float64)))
+                    rows.append(self.timed({part: call}, device, batch, watched)[part][0])
         yield self.result(rows)
 
     def _parts(self, device: str, batch: int) -> dict[str, Callable[[], Tensor]]:
@@ -178,19 +181,18 @@ class PolicySpeed(SpeedMeasurement):
             total = len(self._batches) * len(heads) * (self.calls + WARM)
             watched = self.bar.add_task(f"calls on {device}", total=total)
             for batch in self._batches:
-                seconds = self._time(policy, heads, batch, watched)
-                none = seconds.get(NONE)
-                for part, found in seconds.items():
-                    ratio = None if none is None else (none / found).median().item()
-                    rows.append({**speed_row(device, part, batch, found), "ratio": ratio})
+                with torch.no_grad():
+                    timed = self.timed(self._variants(policy, heads, batch), device, batch, watched)
+                for row, seconds in timed.values():
+                    ratio = (timed[NONE][1] / seconds).median().item() if NONE in timed else None
+                    rows.append({**row, "ratio": ratio})
             del policy, heads
         yield self.result(rows)
 
-    @torch.no_grad()
-    def _time(
-        self, policy: AnyPolicy, heads: dict[str, WorldHead | None], batch: int, watched: TaskID
-    ) -> dict[str, Tensor]:
-        """Seconds of each timed call of each variant, (calls,)."""
+    def _variants(
+        self, policy: AnyPolicy, heads: dict[str, WorldHead | None], batch: int
+    ) -> dict[str, Callable[[], object]]:
+        """Acting with each of the heads."""
         size, cfg = self._recipe.data.image_size, policy.cfg
         frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
         images, texts = [[frame] * cfg.views] * batch, [_TEXT] * batch
@@ -198,15 +200,13 @@ class PolicySpeed(SpeedMeasurement):
         felt = None
         if cfg.proprio:
             felt = np.zeros((batch, len(policy.statistics.range(key, "proprio", cfg.bounds))))
-        seconds: dict[str, list[float]] = {part: [] for part in heads}
-        act = partial(policy.act_batch, images, texts, unnorm_key=key, proprio=felt)
-        for _ in range(WARM + self.calls):
-            for part, head in heads.items():
-                if isinstance(policy, Policy):
-                    policy.network.world_head = head
-                seconds[part].append(timed(act, policy.device.type == "cuda"))
-                self.bar.advance(watched)
-        return {part: torch.tensor(found[WARM:], dtype=torch.float64) for part, found in seconds.items()}
+
+        def act(head: WorldHead | None) -> object:
+            if isinstance(policy, Policy):
+                policy.network.world_head = head
+            return policy.act_batch(images, texts, unnorm_key=key, proprio=felt)
+
+        return {part: partial(act, head) for part, head in heads.items()}
 
 
 def _random_policy(recipe: Recipe, device: str) -> Policy:
