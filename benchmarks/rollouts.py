@@ -22,9 +22,9 @@ from rich.table import Table
 from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, drive
 from stamo_dist.evaluate.options import ShowOptions
-from stamo_dist.evaluate.policy_agents import PolicyAgent
-from stamo_dist.evaluate.saved_policy import open_policy
+from stamo_dist.evaluate.rollout import PolicyAgent
 from stamo_dist.evaluate.shown import PolicyView
+from stamo_dist.evaluate.weights import open_policy
 from stamo_dist.run.folder import RunFolder
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import flag
-from data_tools.formats.declared import Orientation, orientation_problems, upright
+from data_tools.formats.declared import ImageOptions, not_one_of, not_positive, orientation_problems, upright
 from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns, find_files
 from data_tools.images import decode
@@ -37,7 +37,7 @@ Channels = Literal["rgb", "bgr"]
 
 
 @dataclass
-class AlohaReader:
+class AlohaReader(ImageOptions):
     """Reads an episode_0.hdf5 of ALOHA or ACT, or a folder of them; also Mobile ALOHA's.
 
     observations[t] were taken before action[t]. Actions are joints to reach and kept as they are.
@@ -52,8 +52,7 @@ class AlohaReader:
         instruction: For episodes that have none.
         channels: Order of the stored colours, also of JPEGs: "rgb", or "bgr" for recordings that were encoded with
             their channels swapped.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
         only_successful: Leave out episodes whose `success` is false.
     """
 
@@ -64,7 +63,6 @@ class AlohaReader:
     rate_hz: float | None = None
     instruction: str | None = None
     channels: Channels = "rgb"
-    image_orientation: Orientation | None = None
     only_successful: bool = False
 
     def scan(self) -> Scan:
@@ -135,11 +133,8 @@ class AlohaReader:
 
     def _check_options(self) -> list[str]:
         problems = orientation_problems(self.image_orientation)
-        if self.channels not in get_args(Channels):
-            problems.append(f"channels: {self.channels!r} must be one of {', '.join(get_args(Channels))}")
-        if self.rate_hz is not None and not float(self.rate_hz) > 0:
-            problems.append(f"rate_hz: {self.rate_hz} must be positive")
-        return problems
+        problems += not_one_of(get_args(Channels), channels=self.channels)
+        return problems + not_positive(rate_hz=self.rate_hz)
 
     def _keys(self, file: h5py.File) -> list[str]:
         return chosen(self.action or ("action",), (), file)

@@ -34,7 +34,7 @@ from data_tools.formats.calvin_language import (
     read_annotations,
     said,
 )
-from data_tools.formats.declared import Orientation, orientation_problems, upright
+from data_tools.formats.declared import ImageOptions, not_one_of, not_positive, orientation_problems, upright
 from data_tools.formats.rotations import pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, check_lfs, chosen, columns
 from stamo_dist.errors import DataError
@@ -67,7 +67,7 @@ SPECS: dict[str, ActionSpec | None] = {
 
 
 @dataclass
-class CalvinReader:
+class CalvinReader(ImageOptions):
     """Reads CALVIN as it is downloaded: task_D_D, task_ABC_D, the debug set.
 
     Annotations are a pickle, of which only containers, texts and numbers are read: nothing in it is run.
@@ -83,8 +83,7 @@ class CalvinReader:
         longest: Frames; longer recordings are cut into equal parts; "none" leaves them whole.
         annotations: Folder of the annotations in each split; lang_annotations when omitted.
         rate_hz: Frames per second; CALVIN's 30.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
     """
 
     src: Path
@@ -95,7 +94,6 @@ class CalvinReader:
     longest: int | None = 3000
     annotations: str | None = None
     rate_hz: float = RATE_HZ
-    image_orientation: Orientation | None = None
 
     def scan(self) -> Scan:
         if problems := self._check_options():
@@ -158,11 +156,8 @@ class CalvinReader:
 
     def _check_options(self) -> list[str]:
         problems = orientation_problems(self.image_orientation)
-        for name, value, kinds in (("action", self.action, Action), ("episodes", self.episodes, Episodes)):
-            if value not in get_args(kinds):
-                problems.append(f"{name}: {value!r} must be one of {', '.join(get_args(kinds))}")
-        if not self.rate_hz > 0:
-            problems.append(f"rate_hz: {self.rate_hz} must be positive")
+        problems += not_one_of(get_args(Action), action=self.action)
+        problems += not_one_of(get_args(Episodes), episodes=self.episodes) + not_positive(rate_hz=self.rate_hz)
         if self.longest is not None and self.longest < 1:
             problems.append(f"longest: {self.longest} must be positive, or none")
         return problems

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -33,11 +34,60 @@ _TEXT = {
 }
 
 
-def orientation_problems(orientation: str | None, option: str = "image_orientation") -> list[str]:
-    """What is wrong with this value of the option."""
-    if orientation is None or orientation in TURN:
-        return []
-    return [f"{option}: {orientation!r} must be one of {', '.join(TURN)}"]
+@dataclass(kw_only=True)
+class ImageOptions:
+    """Of a format whose images may not be upright.
+
+    Args:
+        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
+            "rotated_180".
+    """
+
+    image_orientation: Orientation | None = None
+
+
+@dataclass(kw_only=True)
+class ActionOptions(ImageOptions):
+    """Of a format whose actions can be declared in full, besides their mode.
+
+    Args:
+        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
+        metres: Metres of one unit of translation; 1 when omitted.
+        radians: Radians of one unit of rotation; 1 when omitted.
+        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
+            opens, 0 keeps; or "absent".
+        gripper_dim: The gripper's dimension, from 0, where others follow it; the last when omitted.
+        pose_rotation: Rotation of the pose.
+        rate_hz: Frames per second.
+    """
+
+    rotation: Rotation | None = None
+    metres: float | None = None
+    radians: float | None = None
+    gripper: str | None = None
+    gripper_dim: int | None = None
+    pose_rotation: Rotation | None = None
+    rate_hz: float | None = None
+
+
+def not_one_of(choices: Iterable[str], **options: str | None) -> list[str]:
+    """A problem for each option that is given and none of the choices."""
+    there = tuple(choices)
+    return [
+        f"{name}: {value!r} must be one of {', '.join(there)}"
+        for name, value in options.items()
+        if value is not None and value not in there
+    ]
+
+
+def not_positive(**options: float | None) -> list[str]:
+    """A problem for each option that is given and not above 0."""
+    return [f"{name}: {n} must be positive" for name, n in options.items() if n is not None and not float(n) > 0]
+
+
+def orientation_problems(orientation: str | None) -> list[str]:
+    """What is wrong with this value of the option image_orientation."""
+    return not_one_of(TURN, image_orientation=orientation)
 
 
 def upright(frames: Frames, orientation: str | None) -> Frames:
@@ -125,37 +175,17 @@ def declared_spec(
     return spec, problems
 
 
-class Declares(Protocol):
-    """The options of a format whose actions can be declared in full, besides their mode."""
-
-    rotation: Rotation | None
-    metres: float | None
-    radians: float | None
-    gripper: str | None
-    gripper_dim: int | None
-    pose_rotation: Rotation | None
-    rate_hz: float | None
-    image_orientation: Orientation | None
-
-
-def is_declared(asked: Declares) -> bool:
+def is_declared(asked: ActionOptions) -> bool:
     """Whether any option says what actions are, whatever the files say."""
     return any(v is not None for v in (asked.rotation, asked.metres, asked.radians, asked.gripper, asked.gripper_dim))
 
 
-def declared_problems(asked: Declares, mode: Mode | None, option: str) -> list[str]:
+def declared_problems(asked: ActionOptions, mode: Mode | None, option: str) -> list[str]:
     """What is wrong with these options by their values alone; `option` is the one that says the mode."""
     problems = orientation_problems(asked.image_orientation)
-    for name, value, kinds in (
-        (option, mode, Mode),
-        ("rotation", asked.rotation, Rotation),
-        ("pose_rotation", asked.pose_rotation, Rotation),
-    ):
-        if value is not None and value not in get_args(kinds):
-            problems.append(f"{name}: {value!r} must be one of {', '.join(get_args(kinds))}")
-    for name, number in (("rate_hz", asked.rate_hz), ("metres", asked.metres), ("radians", asked.radians)):
-        if number is not None and not float(number) > 0:
-            problems.append(f"{name}: {number} must be positive")
+    problems += not_one_of(get_args(Mode), **{option: mode})
+    problems += not_one_of(get_args(Rotation), rotation=asked.rotation, pose_rotation=asked.pose_rotation)
+    problems += not_positive(rate_hz=asked.rate_hz, metres=asked.metres, radians=asked.radians)
     if asked.gripper is not None:
         parse_gripper(asked.gripper, problems)
     if is_declared(asked) and mode not in (None, "other"):
@@ -168,7 +198,7 @@ def declared_problems(asked: Declares, mode: Mode | None, option: str) -> list[s
     return problems
 
 
-def declare(asked: Declares, mode: Mode | None, name: str, dim: int) -> ActionSpec:
+def declare(asked: ActionOptions, mode: Mode | None, name: str, dim: int) -> ActionSpec:
     """What an action of `dim` dimensions means, as declared.
 
     Raises:
@@ -189,15 +219,17 @@ def declare(asked: Declares, mode: Mode | None, name: str, dim: int) -> ActionSp
     return spec
 
 
-def beyond(spec: ActionSpec | None) -> list[str]:
-    """A note where dimensions follow the motion and the gripper, which `action` then lacks."""
-    if spec is None or spec.mode == "other":
+def spec_notes(spec: ActionSpec | None, more: str = "") -> list[str]:
+    """A note where nobody said what actions are, or where dimensions follow those that `action` has."""
+    if spec is None:
         return []
+    if spec.mode == "other":
+        return [f"actions: {spec.text}{more}; to say what they are give {spec.unstated}"] if spec.unstated else []
     rest = spec.dim - 1 - max(*spec.rotation, *spec.translation, spec.gripper or 0)
     return [f"actions: the last {rest} of {spec.dim} dimensions are only in original_action"] if rest else []
 
 
-def settle_gripper(asked: Declares, actions: np.ndarray) -> np.ndarray:
+def settle_gripper(asked: ActionOptions, actions: np.ndarray) -> np.ndarray:
     """The actions (T, A), a gripper that was declared relative made absolute."""
     if asked.gripper != "relative":
         return actions

@@ -15,7 +15,7 @@ used: its nominal rate is the camera's (60 Hz), its frames are the steps (15 Hz)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import an_object, flag, read_object, shown, text_at, whole
-from data_tools.formats.declared import Orientation, orientation_problems, upright
+from data_tools.formats.declared import ImageOptions, not_one_of, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, check_there, walk
 from stamo_dist.errors import DataError
 
@@ -39,54 +39,37 @@ LACKING = 2
 #: Wider than this times its height, a picture is two side by side.
 STEREO = 2.5
 OPEN, CLOSED = 0.0, 1.0
-_XYZ, _TURN = (0, 1, 2), (3, 4, 5)
-#: 1 of a velocity is 7.5 cm or 0.15 rad a step (droid/robot_ik/robot_ik_solver.py).
+_POSE = ActionSpec(
+    dim=7,
+    text="DROID cartesian_position: pose to reach (m, Euler x y z in rad), gripper 0 open 1 closed",
+    mode="absolute",
+    translation=(0, 1, 2),
+    rotation=(3, 4, 5),
+    rotation_kind="euler_xyz",
+    gripper=6,
+    gripper_open=OPEN,
+    gripper_closed=CLOSED,
+)
+#: As droid/robot_ik/robot_ik_solver.py takes it.
+_VELOCITY = "DROID cartesian_velocity: 1 = 7.5 cm or 0.15 rad (Euler x y z) a step, gripper 0 open 1 closed"
+_JOINTS = ActionSpec(
+    dim=8,
+    text="DROID joint_position (rad), gripper 0 open 1 closed",
+    mode="other",
+    gripper=7,
+    gripper_open=OPEN,
+    gripper_closed=CLOSED,
+)
 ACTIONS = {
-    "cartesian_position": ActionSpec(
-        dim=7,
-        text="DROID cartesian_position: pose to reach (m, Euler x y z in rad), gripper 0 open 1 closed",
-        mode="absolute",
-        translation=_XYZ,
-        rotation=_TURN,
-        rotation_kind="euler_xyz",
-        gripper=6,
-        gripper_open=OPEN,
-        gripper_closed=CLOSED,
-    ),
-    "cartesian_velocity": ActionSpec(
-        dim=7,
-        text="DROID cartesian_velocity: 1 = 7.5 cm or 0.15 rad (Euler x y z) a step, gripper 0 open 1 closed",
-        mode="delta",
-        translation=_XYZ,
-        metres=0.075,
-        rotation=_TURN,
-        rotation_kind="euler_xyz",
-        radians=0.15,
-        gripper=6,
-        gripper_open=OPEN,
-        gripper_closed=CLOSED,
-    ),
-    "joint_position": ActionSpec(
-        dim=8,
-        text="DROID joint_position (rad), gripper 0 open 1 closed",
-        mode="other",
-        gripper=7,
-        gripper_open=OPEN,
-        gripper_closed=CLOSED,
-    ),
-    "joint_velocity": ActionSpec(
-        dim=8,
-        text="DROID joint_velocity, gripper 0 open 1 closed",
-        mode="other",
-        gripper=7,
-        gripper_open=OPEN,
-        gripper_closed=CLOSED,
-    ),
+    "cartesian_position": _POSE,
+    "cartesian_velocity": replace(_POSE, text=_VELOCITY, mode="delta", metres=0.075, radians=0.15),
+    "joint_position": _JOINTS,
+    "joint_velocity": replace(_JOINTS, text="DROID joint_velocity, gripper 0 open 1 closed"),
 }
 
 
 @dataclass
-class DroidRawReader:
+class DroidRawReader(ImageOptions):
     """Reads a folder of raw DROID episodes, at their own times.
 
     proprio is the end effector's pose (6), the gripper (1) and the joints (7).
@@ -98,8 +81,7 @@ class DroidRawReader:
             with the gripper's position.
         annotations: DROID's aggregated-annotations-….json (instructions by uuid); the one in SRC when omitted. Episodes
             that it does not have are described by their metadata's current_task.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
         only_successful: Leave failed episodes out.
         success_only: The older name of only_successful.
         skipped: "drop" or "keep" the steps at which the operator paused, whose actions were not executed.
@@ -111,7 +93,6 @@ class DroidRawReader:
         "cartesian_position"
     )
     annotations: Path | None = None
-    image_orientation: Orientation | None = None
     only_successful: bool = False
     success_only: bool = False
     skipped: Literal["drop", "keep"] = "drop"
@@ -203,8 +184,7 @@ class DroidRawReader:
     def _check_options(self) -> list[str]:
         problems = [f"cameras: no {c!r}; there are {', '.join(CAMERAS)}" for c in self._cameras() if c not in CAMERAS]
         problems += orientation_problems(self.image_orientation)
-        if self.action not in ACTIONS:
-            problems.append(f"action: {self.action!r} must be one of {', '.join(ACTIONS)}")
+        problems += not_one_of(ACTIONS, action=self.action)
         if self.skipped not in ("drop", "keep"):
             problems.append(f"skipped: {self.skipped!r} must be drop or keep")
         if self.annotations is not None and not Path(self.annotations).is_file():

@@ -53,6 +53,19 @@ def numbered(group: h5py.Group, prefix: str) -> list[str]:
     return [match[0] for match in sorted((m for m in found if m), key=lambda m: int(m[1]))]
 
 
+def demonstrations(path: Path, file: h5py.File, layout: str) -> tuple[h5py.Group, list[str]]:
+    """The group `data` of a file, and its keys demo_0, demo_1, …
+
+    Raises:
+        DataError: There is none: the file has another layout.
+    """
+    data = file.get("data")
+    demos = numbered(data, "demo_") if isinstance(data, h5py.Group) else []
+    if not demos:
+        raise DataError(f"{path}: no group data/demo_0: not {layout}'s HDF5 layout")
+    return data, demos
+
+
 def keys_below(group: h5py.Group) -> list[str]:
     """The datasets below a group with their types and shapes, for messages."""
     found: list[str] = []

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.formats import remarks
-from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
-from data_tools.formats.lerobot_actions import action_spec, orientation
+from data_tools.formats.declared import Orientation, absolute_gripper, upright
+from data_tools.formats.lerobot_actions import LerobotActionOptions, action_spec, orientation
 from data_tools.formats.lerobot_files import (
     Listed,
     VideoWindow,
@@ -69,7 +69,7 @@ class _Choice:
 
 
 @dataclass
-class LerobotReader:
+class LerobotReader(LerobotActionOptions):
     """Reads a LeRobotDataset's folder, the one with `meta`, `data` and `videos`; also GR00T's and AgiBot's.
 
     Rows and frames are paired by order; where their numbers differ, each row needs a frame at its own time.
@@ -78,45 +78,25 @@ class LerobotReader:
         src: The dataset's folder.
         cameras: Cameras to convert, by feature (observation.images.front) or in short (front); all when omitted. Depth
             maps are left out.
-        action_kind: What `action` means: "libero" (OSC_POSE deltas), "bridge" (deltas in m and rad, gripper 1 open), or
-            "other" (joints, or anything else): kept as stored. Or say it in full with `mode`.
+        action_kind: See `LerobotActionOptions`.
         action: Features whose numbers, side by side, are the action, or slices of GR00T's meta/modality.json; "none"
             for none. Omitted: action or actions.
         state: Likewise the proprioception. Omitted: observation.state, state or observation.states.
         instruction: Feature with each row's instruction, a text or the number of one in meta/tasks; "none" for the
             episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. What
             rows say wins over the table.
-        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180". Omitted:
-            upright, but for action_kind "libero" with openpi's or Hugging Face's cameras (image, wrist_image).
-        gripper: With `mode`: "OPEN,CLOSED", the last number's value when open and when closed; "relative": +1 closes,
-            -1 opens, 0 keeps; or "absent". With action_kind "other": which number is the gripper's, from 0.
-        gripper_open: With a number as `gripper`: its value when open.
-        gripper_closed: With a number as `gripper`: its value when closed.
-        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper), of an action x y z,
-            rotation, gripper; needs `rotation` and `gripper`.
-        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
-        metres: Metres of one unit of translation.
-        radians: Radians of one unit of rotation.
+        image_orientation, gripper, gripper_open, gripper_closed, mode, rotation, metres, radians: See
+            `LerobotActionOptions`.
         pose: Feature whose first numbers are the end effector's position and rotation, for absolute actions.
         pose_rotation: Its rotation; as `rotation` when omitted.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
-    action_kind: Literal["other", "libero", "bridge"] | None = None
     action: Sequence[str] = ()
     state: Sequence[str] = ()
     instruction: str = ""  # not None, so that "none" can be said
-    image_orientation: Orientation | None = None
-    gripper: int | str | None = None
-    gripper_open: float = 1.0
-    gripper_closed: float = 0.0
-    mode: Mode | None = None
-    rotation: Rotation | None = None
-    metres: float = 1.0
-    radians: float = 1.0
     pose: str | None = None
-    pose_rotation: Rotation | None = None
 
     def scan(self) -> Scan:
         chosen = self._settle()

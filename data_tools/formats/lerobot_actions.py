@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from data_tools.formats.declared import Gripper, Mode, Orientation, declared_spec, parse_gripper
+from data_tools.formats.declared import (
+    Gripper,
+    Mode,
+    Orientation,
+    declared_spec,
+    not_one_of,
+    orientation_problems,
+    parse_gripper,
+)
 from data_tools.formats.lerobot_vectors import FeatureSlice
 from data_tools.formats.libero import OSC_POSE
 from data_tools.formats.rotations import Rotation
@@ -32,30 +40,48 @@ TURNED = {"image", "wrist_image", "image2"}
 _TARGETS = re.compile(r"joint|motor|shoulder|elbow|waist|wrist|\.pos$|_pos$|position|absolute|angle", re.IGNORECASE)
 
 
-class LerobotSettings(Protocol):
-    """The options that say what actions and images are; `LerobotReader` explains them."""
+@dataclass(kw_only=True)
+class LerobotActionOptions:
+    """What actions and images are.
 
-    action_kind: Literal["other", "libero", "bridge"] | None
-    image_orientation: Orientation | None
-    gripper: int | str | None
-    gripper_open: float
-    gripper_closed: float
-    mode: Mode | None
-    rotation: Rotation | None
-    metres: float
-    radians: float
-    pose_rotation: Rotation | None
+    Args:
+        action_kind: What `action` means: "libero" (OSC_POSE deltas), "bridge" (deltas in m and rad, gripper 1 open), or
+            "other" (joints, or anything else): kept as stored. Or say it in full with `mode`.
+        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180". Omitted:
+            upright, but for action_kind "libero" with openpi's or Hugging Face's cameras (image, wrist_image).
+        gripper: With `mode`: "OPEN,CLOSED", the last number's value when open and when closed; "relative": +1 closes,
+            -1 opens, 0 keeps; or "absent". With action_kind "other": which number is the gripper's, from 0.
+        gripper_open: With a number as `gripper`: its value when open.
+        gripper_closed: With a number as `gripper`: its value when closed.
+        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper), of an action x y z,
+            rotation, gripper; needs `rotation` and `gripper`.
+        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
+        metres: Metres of one unit of translation.
+        radians: Radians of one unit of rotation.
+        pose_rotation: Its rotation; as `rotation` when omitted.
+    """
+
+    action_kind: Literal["other", "libero", "bridge"] | None = None
+    image_orientation: Orientation | None = None
+    gripper: int | str | None = None
+    gripper_open: float = 1.0
+    gripper_closed: float = 0.0
+    mode: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float = 1.0
+    radians: float = 1.0
+    pose_rotation: Rotation | None = None
 
 
-def action_spec(asked: LerobotSettings, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
+def action_spec(asked: LerobotActionOptions, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
     """What the action is; what contradicts itself goes to `problems`."""
     dim = sum(p.end - p.start for p in parts)
-    for option, kinds in (("mode", Mode), ("rotation", Rotation), ("pose_rotation", Rotation)):
-        if (value := getattr(asked, option)) is not None and value not in get_args(kinds):
-            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(kinds))}")
-            return None
-    if asked.action_kind not in (None, "other", *ACTIONS):
-        problems.append(f"action_kind: {asked.action_kind!r} must be one of other, {', '.join(ACTIONS)}")
+    unknown = not_one_of(get_args(Mode), mode=asked.mode)
+    unknown += not_one_of(get_args(Rotation), rotation=asked.rotation, pose_rotation=asked.pose_rotation)
+    if unknown:
+        problems += unknown
+        return None
+    problems += not_one_of(("other", *ACTIONS), action_kind=asked.action_kind)
     known = ACTIONS.get(asked.action_kind or "")
     if asked.mode and known:
         problems.append(f"mode: {asked.mode} contradicts action_kind {asked.action_kind}; give one of them")
@@ -91,7 +117,7 @@ def action_spec(asked: LerobotSettings, parts: Sequence[FeatureSlice], problems:
     return spec
 
 
-def _declared(asked: LerobotSettings, names: Sequence[str], dim: int, problems: list[str]) -> ActionSpec | None:
+def _declared(asked: LerobotActionOptions, names: Sequence[str], dim: int, problems: list[str]) -> ActionSpec | None:
     mode = asked.mode or "other"
     needed = () if mode == "other" else ("rotation", "gripper")
     if missing := [option for option in needed if getattr(asked, option) is None]:
@@ -117,13 +143,12 @@ def _declared(asked: LerobotSettings, names: Sequence[str], dim: int, problems: 
     return replace(spec, gripper=asked.gripper) if isinstance(asked.gripper, int) else spec
 
 
-def orientation(asked: LerobotSettings, cameras: Sequence[str], notes: list[str], problems: list[str]) -> Orientation:
+def orientation(
+    asked: LerobotActionOptions, cameras: Sequence[str], notes: list[str], problems: list[str]
+) -> Orientation:
     """How the images are stored, as asked, else as this publisher's LIBERO is known to be; said in `notes`."""
     if asked.image_orientation is not None:
-        if asked.image_orientation not in get_args(Orientation):
-            problems.append(
-                f"image_orientation: {asked.image_orientation!r} must be one of {', '.join(get_args(Orientation))}"
-            )
+        problems += orientation_problems(asked.image_orientation)
         return asked.image_orientation
     if asked.action_kind != "libero":
         return "upright"

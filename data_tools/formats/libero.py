@@ -17,7 +17,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import a_text, object_at, rate
-from data_tools.formats.declared import TURN, orientation_problems, upright
+from data_tools.formats.declared import TURN, not_one_of, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
@@ -34,6 +34,17 @@ OSC_POSE = ActionSpec(
     gripper_open=-1.0,
     gripper_closed=1.0,
 )
+#: Meta-World's, as `data_tools.formats.metaworld` explains it.
+HAND_DELTA = ActionSpec(
+    dim=4,
+    text="hand delta dx dy dz (1 = 1 cm), gripper effort (-1 opens, +1 closes)",
+    mode="delta",
+    translation=(0, 1, 2),
+    metres=0.01,
+    gripper=3,
+    gripper_open=-1.0,
+    gripper_closed=1.0,
+)
 
 TIMINGS = ("before", "after")
 #: robosuite's `macros_image_convention` → how the images lie.
@@ -44,7 +55,6 @@ PROPRIO = ("ee_states", "gripper_states")
 DEFAULT_RATE_HZ = 20.0
 #: Dimensions of a pose: position and rotation vector.
 POSE = 6
-DEFAULT_ACTION = "OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close"
 
 
 @dataclass
@@ -134,10 +144,7 @@ class LiberoReader:
             )
 
     def _check_options(self) -> list[str]:
-        problems = []
-        if self.image_timing not in (None, *TIMINGS):
-            problems.append(f"image_timing: {self.image_timing!r} must be one of {', '.join(TIMINGS)}")
-        return problems + orientation_problems(self.image_orientation)
+        return not_one_of(TIMINGS, image_timing=self.image_timing) + orientation_problems(self.image_orientation)
 
     def _scan_file(
         self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str], notes: list[str]
@@ -147,12 +154,9 @@ class LiberoReader:
         Raises:
             DataError: Nothing in this file can be used.
         """
-        data = file.get("data")
-        demos = hdf5.numbered(data, "demo_") if isinstance(data, h5py.Group) else []
-        if not demos:
-            raise DataError(f"{path}: no group data/demo_0: not LIBERO's HDF5 layout")
+        data, demos = hdf5.demonstrations(path, file, "LIBERO")
         private: dict[str, Any] = {**self._conventions(path, data), "rate_hz": _rate(data)}
-        convention = hdf5.attribute_text(data, "action_convention") or DEFAULT_ACTION
+        convention = hdf5.attribute_text(data, "action_convention") or OSC_POSE.text
         notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         relative = path.relative_to(self.src).as_posix() if self.src.is_dir() else path.name
         stem = relative.removesuffix(path.suffix)
@@ -244,16 +248,7 @@ def _action_spec(text: str, dim: int) -> ActionSpec:
     if text.startswith("OSC_POSE delta") and dim == 7:
         return replace(OSC_POSE, text=text)
     if text.startswith("hand delta") and dim == 4:  # Meta-World's
-        return ActionSpec(
-            dim,
-            text,
-            "delta",
-            translation=(0, 1, 2),
-            metres=0.01,
-            gripper=3,
-            gripper_open=-1.0,
-            gripper_closed=1.0,
-        )
+        return replace(HAND_DELTA, text=text)
     return ActionSpec(dim, text, "other")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import a_list, a_text, an_object, flag, object_at, rate, read_object, text_at, whole
-from data_tools.formats.declared import Orientation, orientation_problems, upright
+from data_tools.formats.declared import ImageOptions, not_positive, orientation_problems, upright
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
@@ -40,7 +40,7 @@ CONTROL_HZ = 20.0
 
 
 @dataclass
-class ManiskillReader:
+class ManiskillReader(ImageOptions):
     """Reads a .h5 file with its .json, or a folder of such pairs.
 
     obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without pictures (the
@@ -53,8 +53,7 @@ class ManiskillReader:
             "none" for none.
         rate_hz: Steps per second; control_freq of the file's env_kwargs, else 20, when omitted.
         instruction: What the robot is to do, in all episodes; what the .json says, if it does, when omitted.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
         only_successful: Leave failed episodes out.
         success_only: The older name of only_successful.
     """
@@ -64,16 +63,13 @@ class ManiskillReader:
     proprio: Sequence[str] = ()  # not None, so that "none" can be said
     rate_hz: float | None = None
     instruction: str | None = None
-    image_orientation: Orientation | None = None
     only_successful: bool = False
     success_only: bool = False
 
     def scan(self) -> Scan:
         src = Path(self.src)
         files = find_files(src, hdf5.SUFFIXES)
-        problems = orientation_problems(self.image_orientation)
-        if self.rate_hz is not None and not float(self.rate_hz) > 0:
-            problems.append(f"rate_hz: {self.rate_hz} must be positive")
+        problems = orientation_problems(self.image_orientation) + not_positive(rate_hz=self.rate_hz)
         agreement = hdf5.Agreement()
         episodes: list[EpisodeRef] = []
         bad: list[str] = []

@@ -8,20 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from data_tools.formats.libero import LiberoReader
-from data_tools.formats.source import ActionSpec, Scan
+from data_tools.formats.libero import HAND_DELTA, LiberoReader
+from data_tools.formats.source import Scan
 from stamo_dist.errors import DataError
-
-ACTION = ActionSpec(
-    dim=4,
-    text="hand delta dx dy dz (1 = 1 cm), gripper effort (-1 opens, +1 closes)",
-    mode="delta",
-    translation=(0, 1, 2),
-    metres=0.01,
-    gripper=3,
-    gripper_open=-1.0,
-    gripper_closed=1.0,
-)
 
 
 @dataclass
@@ -39,7 +28,7 @@ class MetaworldReader(LiberoReader):
 
     def scan(self) -> Scan:
         scan = super().scan()
-        if scan.action is None or scan.action.dim != ACTION.dim:
+        if scan.action is None or scan.action.dim != HAND_DELTA.dim:
             dim = scan.action.dim if scan.action else 0
             raise DataError(f"{self.src}: actions have {dim} dimensions, Meta-World's 4; is it `libero`?")
-        return replace(scan, action=ACTION)
+        return replace(scan, action=HAND_DELTA)

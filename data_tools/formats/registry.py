@@ -126,11 +126,12 @@ def open_reader(format: str, src: Path, options: Mapping[str, Any]) -> SourceRea
 
 
 def options_of(format: str) -> list[Option]:
-    """The format's own options, with the explanations of its Reader's docstring."""
+    """The format's own options, with the explanations of its Reader's docstring and in their order."""
     found = reader_class(format)
     hints, docs = get_type_hints(found), _argument_docs(found)
     options = []
-    for field in fields(found):
+    order = {name: i for i, name in enumerate(docs)}
+    for field in sorted(fields(found), key=lambda field: order.get(field.name, len(order))):
         if field.name in COMMON:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -250,14 +251,17 @@ def _parse_any(text: str, choices: Sequence[Any]) -> Any:
 
 
 def _argument_docs(found: type) -> dict[str, str]:
-    """Field → text of the docstring's section "Args:"."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(found) or "", re.DOTALL | re.MULTILINE)
+    """Field → text of the docstring's section "Args:".
+
+    A base class has the texts of fields that are listed as `NAME, NAME: See BASE`, and of those not listed.
+    """
     docs: dict[str, str] = {}
-    name = ""
-    for line in section[1].splitlines() if section else ():
-        if entry := re.match(r" {4}(\w+)(?: \(.*?\))?: +(.*)", line):
-            name = entry[1]
-            docs[name] = entry[2]
-        elif name and line.strip():
-            docs[name] += f" {line.strip()}"
+    for described in found.__mro__:
+        doc = inspect.cleandoc(described.__doc__ or "")
+        section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.DOTALL | re.MULTILINE)
+        for entry in re.split(r"\n(?= {4}\w)", section[1].rstrip()) if section else ():
+            names, _, text = re.sub(r"\s+", " ", entry.strip()).partition(": ")
+            for name in re.sub(r" \(.*?\)$", "", names).split(", "):
+                if not docs.get(name):
+                    docs[name] = "" if text.startswith("See `") else text
     return docs

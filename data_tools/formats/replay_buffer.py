@@ -18,16 +18,16 @@ import numpy as np
 
 from data_tools.formats import remarks
 from data_tools.formats.declared import (
+    ActionOptions,
     Mode,
-    Orientation,
-    beyond,
     declare,
     declared_problems,
     is_declared,
     settle_gripper,
+    spec_notes,
     upright,
 )
-from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.rotations import pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan, chosen, columns
 from data_tools.formats.zarr_buffer import (
     ENDS,
@@ -70,7 +70,7 @@ MOST_CHUNKS = 10_000_000
 
 
 @dataclass
-class ReplayBufferReader:
+class ReplayBufferReader(ActionOptions):
     """Reads a ReplayBuffer of Diffusion Policy or UMI: a .zarr folder, a .zarr.zip, or a folder of them.
 
     Keys are names below `data`. data[t] holds what was seen and done at step t.
@@ -84,19 +84,13 @@ class ReplayBufferReader:
         proprio: Keys of the proprioception; state, agent_pos, robot_eef_pose and UMI's, where they exist, when omitted;
             "none" for none.
         mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
-        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
-        metres: Metres of one unit of translation; 1 when omitted.
-        radians: Radians of one unit of rotation; 1 when omitted.
-        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
-            opens, 0 keeps; or "absent".
-        gripper_dim: The gripper's dimension, from 0, where others follow it; the last when omitted.
+        rotation, metres, radians, gripper, gripper_dim: See `ActionOptions`.
         pose: Keys whose numbers, side by side, begin with the end effector's position and rotation; for absolute
             actions.
         pose_rotation: Its rotation; as `rotation` when omitted.
         rate_hz: Steps per second, for buffers without data/timestamp.
         instruction: What the robot is to do, which such buffers do not say.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
     """
 
     src: Path
@@ -105,16 +99,8 @@ class ReplayBufferReader:
     action_at: Literal["now", "next"] = "now"
     proprio: Sequence[str] = ()
     mode: Mode | None = None
-    rotation: Rotation | None = None
-    metres: float | None = None
-    radians: float | None = None
-    gripper: str | None = None
-    gripper_dim: int | None = None
     pose: Sequence[str] = ()
-    pose_rotation: Rotation | None = None
-    rate_hz: float | None = None
     instruction: str | None = None
-    image_orientation: Orientation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_mark", uuid4().hex)  # another reader of the same path may find other rows there
@@ -143,16 +129,13 @@ class ReplayBufferReader:
         if problems:
             raise DataError("\n".join(problems))
         common = next(iter(seen))
-        spec = common.spec
-        notes += [*beyond(spec), *remarks.unsaid_instructions(episodes)]
-        if spec is not None and spec.unstated:
-            notes.append(f"actions: {spec.text}; to say what they are give {spec.unstated}")
+        notes += [*spec_notes(common.spec), *remarks.unsaid_instructions(episodes)]
         return Scan(
             episodes=episodes,
             files=[file for path in found for file in _files(path)],
             cameras=list(common.cameras),
             rate_hz=common.rate,
-            action=spec,
+            action=common.spec,
             proprio_dim=common.size,
             options={
                 "action": list(common.action),

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.formats import remarks, tfds, tfrecord
-from data_tools.formats.declared import Mode, Orientation, absolute_gripper, upright
-from data_tools.formats.rlds_layout import RldsLayout, resolve_layout, texts
-from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.declared import absolute_gripper, upright
+from data_tools.formats.rlds_layout import RldsLayout, RldsOptions, resolve_layout, texts
+from data_tools.formats.rotations import pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pick
 from data_tools.images import decode
 from stamo_dist.errors import DataError
@@ -32,54 +31,12 @@ BLACK = 8
 STILL = 1e-5
 
 
-@dataclass
-class RldsReader:
+class RldsReader(RldsOptions):
     """Reads a TFDS folder NAME/VERSION of RLDS episodes.
 
     Known datasets need no option. For others say what RLDS does not: `rate_hz` and `mode`, and unless mode is "other"
     `rotation` and `gripper`. Keys are names below `steps/`.
-
-    Args:
-        src: Folder with dataset_info.json, or one above it.
-        preset: A dataset whose conventions hold; by the name in dataset_info.json when omitted.
-        cameras: Image keys below `observation/`; all when omitted.
-        action: Keys whose values, side by side, are the action: x y z, rotation, gripper; "none" for
-            none.
-        proprio: Keys of the proprioception; "none" for none.
-        pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions;
-            "none" for none.
-        pose_rotation: Its rotation; as `rotation` when omitted.
-        instruction: Keys of the instruction, of each step or `episode_metadata/KEY` of the episode; the first that is
-            not empty is taken. Those with a usual name when omitted; "none" for none.
-        rate_hz: Steps per second.
-        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
-        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
-        metres: Metres of one unit of translation.
-        radians: Radians of one unit of rotation.
-        gripper: "OPEN,CLOSED": the last dimension's value when open and when closed; "relative": +1 closes, -1 opens,
-            0 keeps, made absolute (1 open); "absent".
-        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
-        drop_first: Drop the first step where its action does not move (below 1e-5 in all dimensions but the gripper).
-        only_successful: Leave out episodes whose metadata say `success` false.
     """
-
-    src: Path
-    preset: str | None = None
-    cameras: Sequence[str] | None = None
-    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
-    proprio: Sequence[str] = ()
-    pose: str = ""
-    pose_rotation: Rotation | None = None
-    instruction: Sequence[str] = ()
-    rate_hz: float | None = None
-    mode: Mode | None = None
-    rotation: Rotation | None = None
-    metres: float | None = None
-    radians: float | None = None
-    gripper: str | None = None
-    image_orientation: Orientation | None = None
-    drop_first: bool | None = None
-    only_successful: bool = False
 
     @cached_property
     def dataset(self) -> tfds.Dataset:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from data_tools.formats import tfds
-from data_tools.formats.declared import Mode, Orientation, declared_spec, parse_gripper
+from data_tools.formats.declared import (
+    Mode,
+    Orientation,
+    declared_spec,
+    not_one_of,
+    orientation_problems,
+    parse_gripper,
+)
 from data_tools.formats.remarks import language_keys, no_proprio
 from data_tools.formats.rlds_presets import PRESETS, RldsPreset, preset_of
 from data_tools.formats.rotations import ROTATION_SIZE, Rotation
@@ -15,24 +23,51 @@ from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
 
-class RldsSettings(Protocol):
-    """The options that say what keys are and mean; `RldsReader` explains them."""
+@dataclass
+class RldsOptions:
+    """What the keys of a dataset are and mean, and which episodes are taken.
 
-    preset: str | None
-    cameras: Sequence[str] | None
-    action: Sequence[str]
-    proprio: Sequence[str]
-    pose: str
-    pose_rotation: Rotation | None
-    instruction: Sequence[str]
-    rate_hz: float | None
-    mode: Mode | None
-    rotation: Rotation | None
-    metres: float | None
-    radians: float | None
-    gripper: str | None
-    image_orientation: Orientation | None
-    drop_first: bool | None
+    Args:
+        src: Folder with dataset_info.json, or one above it.
+        preset: A dataset whose conventions hold; by the name in dataset_info.json when omitted.
+        cameras: Image keys below `observation/`; all when omitted.
+        action: Keys whose values, side by side, are the action: x y z, rotation, gripper; "none" for
+            none.
+        proprio: Keys of the proprioception; "none" for none.
+        pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions;
+            "none" for none.
+        pose_rotation: Its rotation; as `rotation` when omitted.
+        instruction: Keys of the instruction, of each step or `episode_metadata/KEY` of the episode; the first that is
+            not empty is taken. Those with a usual name when omitted; "none" for none.
+        rate_hz: Steps per second.
+        mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
+        rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
+        metres: Metres of one unit of translation.
+        radians: Radians of one unit of rotation.
+        gripper: "OPEN,CLOSED": the last dimension's value when open and when closed; "relative": +1 closes, -1 opens,
+            0 keeps, made absolute (1 open); "absent".
+        image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
+        drop_first: Drop the first step where its action does not move (below 1e-5 in all dimensions but the gripper).
+        only_successful: Leave out episodes whose metadata say `success` false.
+    """
+
+    src: Path
+    preset: str | None = None
+    cameras: Sequence[str] | None = None
+    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    proprio: Sequence[str] = ()
+    pose: str = ""
+    pose_rotation: Rotation | None = None
+    instruction: Sequence[str] = ()
+    rate_hz: float | None = None
+    mode: Mode | None = None
+    rotation: Rotation | None = None
+    metres: float | None = None
+    radians: float | None = None
+    gripper: str | None = None
+    image_orientation: Orientation | None = None
+    drop_first: bool | None = None
+    only_successful: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +96,7 @@ def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(p.removeprefix("steps/") for p in parts if p not in ("", "absent", "none"))
 
 
-def resolve_layout(asked: RldsSettings, dataset: tfds.Dataset) -> RldsLayout:
+def resolve_layout(asked: RldsOptions, dataset: tfds.Dataset) -> RldsLayout:
     """Settle every key and convention.
 
     Raises:
@@ -127,7 +162,7 @@ def texts(dataset: tfds.Dataset) -> list[str]:
     return [k for k, f in dataset.features.items() if f.depth == k.startswith("steps/") and f.is_text]
 
 
-def _instruction(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
+def _instruction(asked: RldsOptions, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
     """Full names of the instruction's keys, as asked, else those with usual names."""
     there = texts(dataset)
     if (keys := _listed(asked.instruction)) is None:
@@ -138,7 +173,7 @@ def _instruction(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]
     return tuple(full.values())
 
 
-def _notes(asked: RldsSettings, preset: RldsPreset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
+def _notes(asked: RldsOptions, preset: RldsPreset, proprio: Sequence[str], known: Iterable[str]) -> list[str]:
     if _listed(asked.proprio) is not None:
         return []
     if not proprio:
@@ -146,20 +181,15 @@ def _notes(asked: RldsSettings, preset: RldsPreset, proprio: Sequence[str], know
     return [f"proprio: no {k}, which {asked.preset or 'such datasets'} have" for k in preset.proprio if k not in known]
 
 
-def _preset(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]) -> RldsPreset:
+def _preset(asked: RldsOptions, dataset: tfds.Dataset, problems: list[str]) -> RldsPreset:
     """The dataset's preset with the given options on top."""
     name = asked.preset or preset_of(dataset.name)
     if asked.preset is not None and asked.preset not in PRESETS:
         problems.append(f"preset: unknown {asked.preset!r}; there are {', '.join(PRESETS)}")
         return RldsPreset(rate_hz=1.0)
-    for option, allowed in (
-        ("mode", Mode),
-        ("rotation", Rotation),
-        ("pose_rotation", Rotation),
-        ("image_orientation", Orientation),
-    ):
-        if (value := getattr(asked, option)) is not None and value not in get_args(allowed):
-            problems.append(f"{option}: {value!r} must be one of {', '.join(get_args(allowed))}")
+    problems += not_one_of(get_args(Mode), mode=asked.mode)
+    problems += not_one_of(get_args(Rotation), rotation=asked.rotation, pose_rotation=asked.pose_rotation)
+    problems += orientation_problems(asked.image_orientation)
     if name is None:
         if _listed(asked.action) == ():
             needed = ["rate_hz"]
@@ -190,7 +220,7 @@ def _preset(asked: RldsSettings, dataset: tfds.Dataset, problems: list[str]) -> 
     return replace(preset, **changed)
 
 
-def _pose_key(asked: RldsSettings, preset: RldsPreset) -> tuple[str, Rotation] | None:
+def _pose_key(asked: RldsOptions, preset: RldsPreset) -> tuple[str, Rotation] | None:
     if (keys := _listed(asked.pose)) is None:
         return preset.pose
     return (keys[0], asked.pose_rotation or preset.rotation) if keys else None

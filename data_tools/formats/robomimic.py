@@ -22,18 +22,18 @@ import numpy as np
 from data_tools.formats import hdf5, remarks
 from data_tools.formats.checked import object_at, rate, text_at
 from data_tools.formats.declared import (
+    ActionOptions,
     Mode,
-    Orientation,
-    beyond,
     declared_problems,
     is_declared,
     settle_gripper,
+    spec_notes,
     upright,
 )
 from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
 from data_tools.formats.robomimic_actions import check_range, resolve_actions
-from data_tools.formats.rotations import Rotation, pose_vectors
+from data_tools.formats.rotations import pose_vectors
 from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
@@ -44,7 +44,7 @@ SPLITS = {"train": "train", "valid": "val"}
 
 
 @dataclass
-class RobomimicReader:
+class RobomimicReader(ActionOptions):
     """Reads a file or a folder of files in robomimic's HDF5 layout, also RoboCasa's and Isaac Lab's.
 
     obs[t] was taken before actions[t]. Images are upright: robomimic turns the simulator's over before it stores them.
@@ -60,19 +60,14 @@ class RobomimicReader:
         action: "delta" or "absolute" end-effector poses, where that is not what the file's controller says (files of
             Diffusion Policy hold absolute poses and still say delta), "velocity", or "other" to keep actions as they
             are. With any of the next five, it is declared in full and env_args are not asked.
-        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
-        metres: Metres of one unit of translation; 1 when omitted.
-        radians: Radians of one unit of rotation; 1 when omitted.
-        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
-            opens, 0 keeps; or "absent".
+        rotation, metres, radians, gripper: See `ActionOptions`.
         gripper_dim: The gripper's dimension, from 0, where others (a mobile base) follow it; the last when omitted.
         pose: Keys below obs whose numbers, side by side, begin with the end effector's position and rotation;
             robot0_eef_pos and robot0_eef_quat when omitted; "none" for none.
         pose_rotation: Its rotation; "quat_xyzw" when omitted.
         rate_hz: For files without a control_freq.
         instruction: For episodes that have none.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
         only_successful: Leave out demonstrations whose `success` is false.
     """
 
@@ -81,16 +76,8 @@ class RobomimicReader:
     action_keys: Sequence[str] = ()
     proprio: Sequence[str] = ()  # not None, so that "none" can be said
     action: Mode | None = None
-    rotation: Rotation | None = None
-    metres: float | None = None
-    radians: float | None = None
-    gripper: str | None = None
-    gripper_dim: int | None = None
     pose: Sequence[str] = ()
-    pose_rotation: Rotation | None = None
-    rate_hz: float | None = None
     instruction: str | None = None
-    image_orientation: Orientation | None = None
     only_successful: bool = False
 
     def scan(self) -> Scan:
@@ -112,9 +99,7 @@ class RobomimicReader:
         notes += [*found.notes, *remarks.unsaid_instructions(episodes, found.like_language)]
         if not agreement["proprio keys"] and not self.proprio:
             notes += remarks.no_proprio(found.numeric)
-        if spec.unstated:
-            notes.append(f"actions: {spec.text}, the gripper too; to say what they are give {spec.unstated}")
-        notes += beyond(spec)
+        notes += spec_notes(spec, ", the gripper too")
         return Scan(
             episodes=episodes,
             files=files,
@@ -173,10 +158,7 @@ class RobomimicReader:
         Raises:
             DataError: Nothing in this file can be used.
         """
-        data = file.get("data")
-        demos = hdf5.numbered(data, "demo_") if isinstance(data, h5py.Group) else []
-        if not demos:
-            raise DataError(f"{path}: no group data/demo_0: not robomimic's HDF5 layout")
+        data, demos = hdf5.demonstrations(path, file, "robomimic")
         env = hdf5.read_json(data, "env_args")
         rate_hz = self._rate(path, env)
         splits = _splits(file)
@@ -201,7 +183,7 @@ class RobomimicReader:
             obs, length = demo["obs"], len(demo[self._action_keys()[0]])
             dim = sum(demo[k].shape[1] for k in self._action_keys())
             try:
-                spec = resolve_actions(self, env, dim)
+                spec = resolve_actions(self, self.action, self.action_keys, env, dim)
             except DataError as e:
                 raise DataError(f"{path}: {e}") from e
             if not is_declared(self):

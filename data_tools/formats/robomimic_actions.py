@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
 
 from data_tools.formats.checked import flag, object_at, positive, text_at
-from data_tools.formats.declared import Declares, Mode, declare, is_declared
+from data_tools.formats.declared import ActionOptions, Mode, declare, is_declared
 from data_tools.formats.source import ActionSpec
 from stamo_dist.errors import DataError
 
@@ -23,22 +23,17 @@ HOW = (
 )
 
 
-class RobomimicSettings(Declares, Protocol):
-    """The options that say what actions are; `RobomimicReader` explains them."""
-
-    action: Mode | None
-    action_keys: Sequence[str]
-
-
-def resolve_actions(asked: RobomimicSettings, env: Mapping[str, Any], dim: int) -> ActionSpec:
-    """What an action of `dim` dimensions means, as declared, else as the file's env_args say.
+def resolve_actions(
+    asked: ActionOptions, mode: Mode | None, keys: Sequence[str], env: Mapping[str, Any], dim: int
+) -> ActionSpec:
+    """What an action of `dim` dimensions, made of `keys`, means: as declared, else as the file's env_args say.
 
     Raises:
         DataError: What was declared does not fit.
     """
     if not is_declared(asked):
-        return action_spec(env, dim, asked.action)
-    return declare(asked, asked.action, " + ".join(asked.action_keys) or "actions", dim)
+        return action_spec(env, dim, mode)
+    return declare(asked, mode, " + ".join(keys) or "actions", dim)
 
 
 def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> ActionSpec:

@@ -16,21 +16,22 @@ import numpy as np
 
 from data_tools.formats import remarks, rosbag_files
 from data_tools.formats.declared import (
+    ActionOptions,
     Mode,
-    Orientation,
-    beyond,
     declare,
     declared_problems,
     is_declared,
+    not_one_of,
     settle_gripper,
+    spec_notes,
     upright,
 )
 from data_tools.formats.hdf5 import Agreement
 from data_tools.formats.rosbag_clock import Paired, latest, pair, period
 from data_tools.formats.rosbag_files import MessageField, open_bag
 from data_tools.formats.rosbag_images import picture
-from data_tools.formats.rosbag_topics import Recorded, Topics, record, resolve_topics
-from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
+from data_tools.formats.rosbag_topics import Recorded, TopicOptions, Topics, record, resolve_topics
+from data_tools.formats.rotations import ROTATION_SIZE, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Frames, Scan
 from stamo_dist.errors import DataError
 
@@ -41,7 +42,7 @@ HOW = (
 
 
 @dataclass
-class RosbagReader:
+class RosbagReader(TopicOptions, ActionOptions):
     """Reads bags: ROS 1's .bag, MCAP, rosbag2's folders and .db3; each is an episode.
 
     A FIELD is a topic, or a topic and a path in its messages: /cmd_vel (all its numbers), /joint_states.position,
@@ -49,55 +50,29 @@ class RosbagReader:
 
     Args:
         src: A bag, or a folder that is searched for them.
-        cameras: Topics of pictures, or their names (/cam/image is cam_image); all that are RGB or grey when omitted.
-        action: FIELDs whose numbers, side by side, are the action; none when omitted.
+        cameras, action: See `TopicOptions`.
         action_at: "now": the command in force at a frame; "next": that at the next frame, which was given after this
             one; the last frame has none then and drops out.
-        proprio: FIELDs of the proprioception; the joint positions when omitted, where one topic has them; "none" for
-            none.
-        clock: The camera whose messages are the frames; the first one when omitted.
+        proprio, clock: See `TopicOptions`.
         max_age: Seconds that a message may be old at a frame; when omitted two periods of its topic, or of the clock
             where that is slower.
         stamps: "received": times at which messages were recorded; "header": those in their headers.
-        instruction: What the robot is to do, where no topic says it.
-        instruction_topic: FIELD of a text that says it; it holds from its message on.
+        instruction, instruction_topic: See `TopicOptions`.
         definitions: Folder of PACKAGE/msg/TYPE.msg, for types that bags do not define.
         mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
-        rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
-        metres: Metres of one unit of translation; 1 when omitted.
-        radians: Radians of one unit of rotation; 1 when omitted.
-        gripper: "OPEN,CLOSED": the gripper dimension's value when open and when closed; "relative": +1 closes, -1
-            opens, 0 keeps; or "absent".
-        gripper_dim: The gripper's dimension, from 0, where others follow it; the last when omitted.
-        pose: FIELDs whose numbers, side by side, begin with the end effector's position and rotation; for absolute
-            actions.
+        rotation, metres, radians, gripper, gripper_dim: See `ActionOptions`.
+        pose: See `TopicOptions`.
         pose_rotation: Its rotation; quat_xyzw, as ROS writes poses, when omitted.
         rate_hz: Frames per second, for the manifest; the clock's median when omitted.
-        image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
-            "rotated_180".
+        image_orientation: See `ImageOptions`.
     """
 
     src: Path
-    cameras: Sequence[str] | None = None
-    action: Sequence[str] = ()
     action_at: Literal["now", "next"] = "now"
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
-    clock: str | None = None
     max_age: float | None = None
     stamps: Literal["received", "header"] = "received"
-    instruction: str | None = None
-    instruction_topic: str | None = None
     definitions: Path | None = None
     mode: Mode | None = None
-    rotation: Rotation | None = None
-    metres: float | None = None
-    radians: float | None = None
-    gripper: str | None = None
-    gripper_dim: int | None = None
-    pose: Sequence[str] = ()
-    pose_rotation: Rotation | None = None
-    rate_hz: float | None = None
-    image_orientation: Orientation | None = None
 
     def scan(self) -> Scan:
         if problems := self._check_options():
@@ -128,13 +103,12 @@ class RosbagReader:
             dropped.update(early=paired.early, late=paired.late, bags=int(paired.early + paired.late > 0))
         if problems := agreement.problems() if episodes else [f"{src}: no bag can be used; {bad[0]}"]:
             raise DataError("\n".join(problems))
-        spec = agreement["actions"]
         return Scan(
             episodes=episodes,
             files=[file for path in found for file in rosbag_files.bag_files(path)],
             cameras=list(agreement["cameras"]),
             rate_hz=float(self.rate_hz or round(1 / (float(np.median(periods)) or 1.0), 2)),
-            action=spec,
+            action=agreement["actions"],
             proprio_dim=agreement["proprio dimensions"],
             options={
                 "action": list(self.action),
@@ -151,12 +125,7 @@ class RosbagReader:
             notes=[
                 *(note if n == len(episodes) else f"{note} ({n} of {len(episodes)} bags)" for note, n in notes.items()),
                 *_said(dropped, len(episodes)),
-                *(
-                    [f"actions: {spec.text}; to say what they are give {spec.unstated}"]
-                    if spec and spec.unstated
-                    else ()
-                ),
-                *beyond(spec),
+                *spec_notes(agreement["actions"]),
                 *remarks.unsaid_instructions(episodes),
             ],
         )
@@ -186,12 +155,8 @@ class RosbagReader:
 
     def _check_options(self) -> list[str]:
         problems = declared_problems(self, self.mode, "mode")
-        for name, value, choices in (
-            ("action_at", self.action_at, ("now", "next")),
-            ("stamps", self.stamps, ("received", "header")),
-        ):
-            if value not in choices:
-                problems.append(f"{name}: {value!r} must be one of {', '.join(choices)}")
+        problems += not_one_of(("now", "next"), action_at=self.action_at)
+        problems += not_one_of(("received", "header"), stamps=self.stamps)
         if self.mode in get_args(Mode) and self.mode != "other" and not is_declared(self):
             problems.append(f"mode: {self.mode} also needs rotation and gripper (OPEN,CLOSED or absent)")
         if self.max_age is not None and not self.max_age >= 0:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +22,29 @@ TWIN = "/compressed"
 HEADS = 100
 
 
-class Asked(Protocol):
-    """The options that say what topics are."""
+@dataclass(kw_only=True)
+class TopicOptions:
+    """What topics are.
 
-    cameras: Sequence[str] | None
-    action: Sequence[str]
-    proprio: Sequence[str]
-    pose: Sequence[str]
-    clock: str | None
-    instruction: str | None
-    instruction_topic: str | None
+    Args:
+        cameras: Topics of pictures, or their names (/cam/image is cam_image); all that are RGB or grey when omitted.
+        action: FIELDs whose numbers, side by side, are the action; none when omitted.
+        proprio: FIELDs of the proprioception; the joint positions when omitted, where one topic has them; "none" for
+            none.
+        clock: The camera whose messages are the frames; the first one when omitted.
+        instruction: What the robot is to do, where no topic says it.
+        instruction_topic: FIELD of a text that says it; it holds from its message on.
+        pose: FIELDs whose numbers, side by side, begin with the end effector's position and rotation; for absolute
+            actions.
+    """
+
+    cameras: Sequence[str] | None = None
+    action: Sequence[str] = ()
+    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    pose: Sequence[str] = ()
+    clock: str | None = None
+    instruction: str | None = None
+    instruction_topic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Topics:
         return [self.text.topic] if self.text else []
 
 
-def resolve_topics(path: Path, bag: Any, asked: Asked, notes: list[str]) -> Topics:
+def resolve_topics(path: Path, bag: Any, asked: TopicOptions, notes: list[str]) -> Topics:
     """Which topics of a bag are what; what was left out goes to `notes`.
 
     Raises:
@@ -106,7 +119,7 @@ def _named(camera: str, cameras: Mapping[str, str]) -> str:
     return camera if camera in cameras else camera_name(camera)
 
 
-def _cameras(path: Path, bag: Any, asked: Asked, there: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+def _cameras(path: Path, bag: Any, asked: TopicOptions, there: Mapping[str, str], notes: list[str]) -> dict[str, str]:
     """Name → topic."""
     pictures = {topic: camera_name(topic) for topic in sorted(there) if there[topic] in TYPES}
     rosbag_files.check_topics(path, bag, list(pictures))

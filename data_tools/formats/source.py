@@ -128,7 +128,8 @@ class Scan:
 class SourceReader(Protocol):
     """One source format. Pickled into the converter's processes, so open files lazily.
 
-    A format is a dataclass of `src` and its own options, each with a default; its docstring's Args say what they mean.
+    A format is a dataclass of `src` and its own options, each with a default; its docstring's Args say what they mean,
+    in the order in which they are shown, or in which base class it stands (`NAME, NAME: See `BASE`.`).
     """
 
     def scan(self) -> Scan:

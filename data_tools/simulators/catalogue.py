@@ -43,7 +43,7 @@ class InstalledBenchmarks:
         return open_task(benchmark, task, setting)
 
     def instruction(self, benchmark: str, task: str) -> str:
-        from data_tools.simulators.closed_loop import instruction_of
+        from data_tools.simulators.tasks import instruction_of
 
         return instruction_of(benchmark, task)
 

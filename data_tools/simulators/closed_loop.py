@@ -6,12 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from data_tools.formats.libero import OSC_POSE
+from data_tools.formats.libero import HAND_DELTA, OSC_POSE
 from data_tools.formats.maniskill import action_spec
-from data_tools.formats.metaworld import ACTION as HAND_DELTA
 from data_tools.formats.source import ActionSpec
 from data_tools.images import resized
-from data_tools.simulators import tasks
+from data_tools.simulators.tasks import instruction_of, open_world
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 
@@ -101,39 +100,19 @@ def to_native(spec: ActionSpec, action: np.ndarray, convention: str) -> np.ndarr
     return np.clip(native, -1, 1)
 
 
-def instruction_of(benchmark: str, task: str) -> str:
-    """What a policy is told to do in a task."""
-    if benchmark == "libero":
-        from data_tools.simulators.libero import instruction
-
-        return instruction(task.rpartition("/")[2])
-    from data_tools.simulators import maniskill, metaworld
-
-    if benchmark == "maniskill":
-        return maniskill.instruction_of(task)
-    return metaworld.instruction_of(task)
-
-
 def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
     """Start one task of a benchmark.
 
     Raises:
         DataError: No headless OpenGL or Vulkan, no such task, or a goal image is wanted and the expert cannot solve it.
     """
-    tasks.check_graphics(benchmark)
-    told = instruction_of(benchmark, task)
+    aid = {"expert": setting.goals or setting.expert, "finely": setting.finely} if benchmark == "libero" else {}
+    world, told = open_world(benchmark, task, **aid), instruction_of(benchmark, task)
     if benchmark == "libero":
-        from data_tools.simulators.libero import LiberoWorld
-
         suite = task.partition("/")[0]
-        world = LiberoWorld(task, expert=setting.goals or setting.expert, finely=setting.finely)
         return ClosedLoop(world, OSC_POSE, setting, told, LIBERO_STEPS.get(suite, OTHER_LIBERO_STEPS))
     if benchmark == "maniskill":
-        from data_tools.simulators.maniskill import CONTROL_MODE, ROBOT, ManiSkillWorld
+        from data_tools.simulators.maniskill import CONTROL_MODE, ROBOT
 
-        return ClosedLoop(
-            ManiSkillWorld(task), action_spec(CONTROL_MODE, ROBOT, 7, 3), setting, told, MANISKILL_STEPS[task]
-        )
-    from data_tools.simulators.metaworld import MetaWorld
-
-    return ClosedLoop(MetaWorld(task), HAND_DELTA, setting, told, METAWORLD_STEPS)
+        return ClosedLoop(world, action_spec(CONTROL_MODE, ROBOT, 7, 3), setting, told, MANISKILL_STEPS[task])
+    return ClosedLoop(world, HAND_DELTA, setting, told, METAWORLD_STEPS)

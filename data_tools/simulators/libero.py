@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.simulators.libero_expert import OPEN, LiberoExpert, corners, room
-from data_tools.simulators.rollout import Rollout, StateRenderer, observed
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed, recorded
 from stamo_dist.errors import DataError
 
 CONTROL_HZ = 20
@@ -42,9 +42,9 @@ def tasks() -> dict[str, list[str]]:
     return {suite: list(names) for suite, names in libero_task_map.items()}
 
 
-def instruction(name: str) -> str:
+def instruction_of(task: str) -> str:
     """The instruction in a task's name, as the benchmark reads it: KITCHEN_SCENE3_turn_on_the_stove → turn on …."""
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", task.rpartition("/")[2]).replace("_", " ")
 
 
 class LiberoWorld:
@@ -91,7 +91,7 @@ class LiberoWorld:
                 {
                     "problem_name": self.env.problem_name,
                     "domain_name": self.env.domain_name,
-                    "language_instruction": instruction(name),
+                    "language_instruction": instruction_of(name),
                 }
             ),
             "env_args": json.dumps(
@@ -123,14 +123,7 @@ class LiberoWorld:
             succeeded += bool(self.env.check_success())
             if succeeded > STEPS_AFTER_SUCCESS or len(steps) == MAX_STEPS:
                 break
-        stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
-        return Rollout(
-            success=as_told and bool(self.env.check_success()),
-            actions=stacked.pop("action"),
-            states=stacked.pop("state"),
-            robot_states=stacked.pop("robot"),
-            obs=stacked,
-        )
+        return recorded(as_told and bool(self.env.check_success()), steps)
 
     def start(self, trial: int) -> None:
         """Go to the benchmark's initial state number `trial`, and let the objects settle.

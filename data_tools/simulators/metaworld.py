@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.simulators.rollout import Rollout, StateRenderer, observed, seed_of
+from data_tools.simulators.rollout import Rollout, StateRenderer, observed, recorded, seed_of
 
 CONTROL_HZ = 80
 MAX_STEPS = 400
@@ -70,14 +70,7 @@ class MetaWorld:
             steps.append({**self._observe(), "action": action})
             observation, _, _, _, info = self.env.step(action.astype(np.float32))
             succeeded += bool(info["success"])
-        stacked = {key: np.stack([s[key] for s in steps]) for key in steps[0]}
-        return Rollout(
-            success=bool(info["success"]),
-            actions=stacked.pop("action"),
-            states=stacked.pop("state"),
-            robot_states=stacked.pop("robot"),
-            obs=stacked,
-        )
+        return recorded(bool(info["success"]), steps)
 
     def start(self, trial: int) -> None:
         """Begin trial number `trial`: goal and objects are drawn by a seed that only trials have."""

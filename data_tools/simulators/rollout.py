@@ -190,3 +190,9 @@ def observed(
         "gripper_states": gripper,
         "joint_states": joints,
     }
+
+
+def recorded(success: bool, steps: Sequence[Mapping[str, np.ndarray]]) -> Rollout:
+    """The episode of these moments, each as `observed`, with the `action` that was taken."""
+    rows = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+    return Rollout(success, rows.pop("action"), rows.pop("state"), rows.pop("robot"), obs=rows)

@@ -19,8 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.simulators.jobs import PARTS, AttemptOutcome, TaskJob, open_jobs
-from data_tools.simulators.rollout import SimulatorWorld, check_opengl
-from data_tools.simulators.tasks import DEFAULT_CAMERAS, check_request, default_processes, prepare_environment
+from data_tools.simulators.rollout import SimulatorWorld
+from data_tools.simulators.tasks import (
+    DEFAULT_CAMERAS,
+    check_request,
+    default_processes,
+    open_world,
+    prepare_environment,
+)
 from data_tools.workers import spawned
 from stamo_dist.errors import DataError
 
@@ -202,23 +208,8 @@ def _enter(task: str) -> SimulatorWorld:
         if _world is not None:
             _world[1].close()
             _world = None
-        _world = (task, _open(task))
+        _world = (task, open_world(_benchmark, task))
     return _world[1]
-
-
-def _open(task: str) -> SimulatorWorld:
-    if _benchmark == "maniskill":
-        from data_tools.simulators.maniskill import ManiSkillWorld
-
-        return ManiSkillWorld(task)
-    check_opengl()
-    if _benchmark == "libero":
-        from data_tools.simulators.libero import LiberoWorld
-
-        return LiberoWorld(task)
-    from data_tools.simulators.metaworld import MetaWorld
-
-    return MetaWorld(task)
 
 
 @contextlib.contextmanager

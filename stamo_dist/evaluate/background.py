@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.evaluate import curve
-from stamo_dist.evaluate.saved_policy import digest
+from stamo_dist.evaluate.weights import digest
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tracking.logger import RunLogger

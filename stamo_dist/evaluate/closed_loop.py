@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich.progress import Progress
 
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting, Simulator, SimulatorCatalogue
@@ -121,8 +122,6 @@ def drive(
         DataError: A simulator cannot be started, a trial cannot begin, or an action does not fit.
     """
     waiting = sorted(trials, key=lambda trial: (trial.task, trial.number))
-    if not waiting:
-        return
     with ExitStack() as stack:
         workers: dict[Connection, _Worker] = {}
         for _ in range(min(simulation.processes, len(waiting))):
@@ -137,13 +136,11 @@ def drive(
                 worker = busy[pipe]
                 message = worker.hear()
                 if isinstance(message, _Finished):
-                    trial = worker.trial
-                    assert trial is not None
-                    outcome = TrialOutcome(trial.task, trial.number, message.success, message.steps, message.seconds)
+                    outcome = message.outcome
                     folder.write(outcome, message.video if keep_video(outcome) else [])
                     done(outcome)
                     others = [w.trial.task for w in busy.values() if w.trial and w is not worker]
-                    worker.begin(_next(waiting, others, trial.task))
+                    worker.begin(_next(waiting, others, outcome.task))
                 else:
                     asking.append((worker, message))
             if asking:
@@ -152,6 +149,22 @@ def drive(
                 actions = agent.act(seen, [w.trial for w, _ in asking if w.trial], [n for _, (_, n) in asking])
                 for (worker, _), chunk in zip(asking, actions, strict=True):
                     worker.pipe.send(np.asarray(chunk, np.float64))
+
+
+def run_missing(
+    bar: Progress,
+    what: str,
+    simulation: Simulation,
+    agent: Callable[[], Agent | None],
+    trials: Sequence[TaskTrial],
+    store: TrialFolder,
+    keep_video: Callable[[TrialOutcome], bool],
+) -> None:
+    """`drive` those of the trials that `store` lacks; `agent` is only called where there are some."""
+    there = store.read(trials)
+    watched = bar.add_task(what, total=len(trials), completed=len(there))
+    if missing := [trial for trial in trials if trial not in there]:
+        drive(simulation, agent(), missing, store, keep_video=keep_video, done=lambda _: bar.advance(watched))
 
 
 def _next(waiting: list[TaskTrial], others: Sequence[str], last: str | None) -> TaskTrial | None:
@@ -167,16 +180,8 @@ def _next(waiting: list[TaskTrial], others: Sequence[str], last: str | None) -> 
 
 @dataclass(frozen=True)
 class _Finished:
-    success: bool
-    steps: int
-    seconds: float
+    outcome: TrialOutcome
     video: list[Frame]
-
-
-@dataclass(frozen=True)
-class _Failed:
-    why: str
-    user: bool  # a mistake that a user can mend
 
 
 class _Worker:
@@ -200,10 +205,8 @@ class _Worker:
             message = self.pipe.recv()
         except EOFError:
             raise DataError(f"{self.trial}: the simulator's process died (out of memory?); start again") from None
-        if isinstance(message, _Failed):
-            if message.user:
-                raise DataError(message.why)
-            raise RuntimeError(f"{self.trial}: the simulator failed:\n{message.why}")
+        if isinstance(message, Exception):
+            raise message
         return message
 
     def close(self) -> None:
@@ -235,20 +238,25 @@ def _serve(pipe: Connection, simulation: Simulation) -> None:
                         simulator.close()
                     simulator = simulation.benchmarks.open(simulation.benchmark, trial.task, simulation.setting)
                     task = trial.task
-                limit = simulation.max_steps or simulator.max_steps
-                run = _solve(simulator, trial.number, limit) if simulation.setting.expert else None
-                pipe.send(run or _run(pipe, simulator, trial.number, limit))
+                limit, began = simulation.max_steps or simulator.max_steps, time.monotonic()
+                if simulation.setting.expert:  # without a camera
+                    solved, video = simulator.solve(trial.number), list[Frame]()
+                    success, steps = solved is not None and solved <= limit, solved or limit
+                else:
+                    success, steps, video = _run(pipe, simulator, trial.number, limit)
+                outcome = TrialOutcome(trial.task, trial.number, success, steps, time.monotonic() - began)
+                pipe.send(_Finished(outcome, video))
             except DataError as e:
-                pipe.send(_Failed(f"{trial.task}: {e}" if trial.task not in str(e) else str(e), True))
+                pipe.send(DataError(f"{trial.task}: {e}" if trial.task not in str(e) else str(e)))
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 raise
             except Exception:
-                pipe.send(_Failed(traceback.format_exc(), False))
+                pipe.send(RuntimeError(f"{trial}: the simulator failed:\n{traceback.format_exc()}"))
     os._exit(0)  # EGL's finalisers fail after the end of the pipe, and nothing is left to do
 
 
-def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) -> _Finished:
-    start = time.monotonic()
+def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) -> tuple[bool, int, list[Frame]]:
+    """Whether the agent at the other end succeeded, in how many steps, and the video."""
     moment = simulator.reset(number)
     film, steps, success = _Film(moment.goal), 0, False
     while not success and steps < max_steps:
@@ -261,15 +269,7 @@ def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) ->
                 break
         moment = simulator.observe()
     film.add(moment, always=True)
-    return _Finished(success, steps, time.monotonic() - start, film.frames)
-
-
-def _solve(simulator: Simulator, number: int, max_steps: int) -> _Finished:
-    """Let the expert act, without a camera."""
-    start = time.monotonic()
-    steps = simulator.solve(number)
-    success = steps is not None and steps <= max_steps
-    return _Finished(success, steps or max_steps, time.monotonic() - start, [])
+    return success, steps, film.frames
 
 
 class _Film:

@@ -82,6 +82,6 @@ def during(
 
     Example: stamo eval during runs/policy_openvla_state 4000
     """
-    from stamo_dist.evaluate.saved_rollout import roll_out
+    from stamo_dist.evaluate.rollout import roll_out
 
     roll_out(run, step, context.obj.benchmarks)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.errors import StamoError
-from stamo_dist.evaluate import heads
+from stamo_dist.evaluate import curve, heads
 from stamo_dist.evaluate.features import STATE
 from stamo_dist.evaluate.measurement import Measurement
 from stamo_dist.evaluate.probe import ActionProbe
@@ -25,7 +25,6 @@ from stamo_dist.run.folder import RunFolder
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.evaluation import Evaluation
 
-NAME = "during"
 _HEADINGS = {"step": "step", "source": "source", "psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "moving dB"}
 _ABOUT = (
     "Measured on saved weights while it trained, on a few held-out frames and episodes (`evaluate` in the recipe): "
@@ -74,8 +73,7 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
     Raises:
         StamoError: A source has no held-out split, or one too short for the probe.
     """
-    folder = RunFolder(run).evaluations / NAME
-    here = folder / f"step_{step:08d}"
+    here = curve.folder(RunFolder(run), step)
     checkpoint = str(folder_of(RunFolder(run).checkpoints, step))
     rows: dict[str, dict[str, Any]] = {}
     pictures: dict[str, Path] = {}
@@ -101,7 +99,7 @@ def measure(run: Path, recipe: Recipe, step: int) -> tuple[dict[str, float], dic
         return {}, {}
     table = [{"step": step, "source": source, **row} for source, row in rows.items()]
     (here / "row.json").write_text(json.dumps({"rows": table, "provenance": asdict(provenance)}))
-    _summary(folder, recipe, pictures, step, provenance)
+    _summary(here.parent, recipe, pictures, step, provenance)
     numbers = {f"eval/{row['source']}/{key}": row[key] for row in table for key in row if key not in ("step", "source")}
     return {key: value for key, value in numbers.items() if value is not None}, pictures
 
@@ -121,6 +119,6 @@ def _summary(folder: Path, recipe: Recipe, pictures: dict[str, Path], step: int,
     figures = [Figure(str(p.relative_to(folder)), f"{name[5:]}, step {step}") for name, p in pictures.items()]
     rows = [{key: row.get(key) for key in columns} for row in rows]
     settings = recipe.evaluate.model_dump()
-    EvaluationResult(NAME, "While it trained", _ABOUT, columns, rows, settings, provenance, figures=figures).write(
-        folder
-    )
+    EvaluationResult(
+        curve.NAME, "While it trained", _ABOUT, columns, rows, settings, provenance, figures=figures
+    ).write(folder)

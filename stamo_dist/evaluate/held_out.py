@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stamo_dist.checkpoint.select import growth_of_run
 from stamo_dist.data.frames import Episodes
+from stamo_dist.data.schema import Manifest
 from stamo_dist.data.sources import open_source
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.schema import Recipe
@@ -75,12 +76,7 @@ def open_sources(recipe: Recipe) -> list[HeldOutSource]:
         try:
             path = entry.paths[0]
             grown = growth[name][0] if name in growth else None
-            manifest = open_source(path, recipe.data.cache, grown).manifest
-            if SPLIT not in manifest.splits or not manifest.splits[SPLIT].frames:
-                raise DataError(
-                    f"{path} has no {SPLIT!r} split (only {', '.join(manifest.splits) or 'none'}), so there is "
-                    "nothing held out to measure on; convert it anew with a --val-fraction above 0"
-                )
+            manifest = manifest_with(path, SPLIT, recipe.data.cache, grown)
             camera = (entry.cameras or manifest.cameras)[0]
             train, held_out = (
                 Episodes(path, split, camera, cache=recipe.data.cache, growth=grown) for split in (entry.split, SPLIT)
@@ -91,6 +87,20 @@ def open_sources(recipe: Recipe) -> list[HeldOutSource]:
     if problems:
         raise DataError("\n".join(problems))
     return sources
+
+
+def manifest_with(path: str, split: str, cache: str, growth: int | None = None) -> Manifest:
+    """Of a source that has this split.
+
+    Raises:
+        DataError: It cannot be read, or the split has no frames.
+    """
+    manifest = open_source(path, cache, growth).manifest
+    if split not in manifest.splits or not manifest.splits[split].frames:
+        there = ", ".join(name for name, found in manifest.splits.items() if found.frames) or "none"
+        fix = "convert it anew with a --val-fraction above 0" if split == SPLIT else "choose another --split"
+        raise DataError(f"{path} has no {split!r} split (its splits: {there}); {fix}")
+    return manifest
 
 
 def load(episodes: Episodes, index: int, ts: Sequence[int]) -> Tensor:

@@ -56,7 +56,8 @@ class Measurement(ABC):
         self.group, self.console = group, group.console(console)
         self.open()
         result = None
-        with progress(self.console) as self.bar:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.console) as self.bar:
             for result in self.results():
                 if group.main:
                     result.write(self.folder)
@@ -84,28 +85,11 @@ class Measurement(ABC):
         """Print the last result."""
         result.show(self.console, self.folder)
 
-    def result(
-        self,
-        rows: list[dict[str, Any]],
-        *,
-        figures: Sequence[Figure] = (),
-        notes: Sequence[str] = (),
-        partial: str | None = None,
-    ) -> EvaluationResult:
-        return EvaluationResult(
-            self.name,
-            self.title,
-            self.about,
-            dict(self.columns),
-            rows,
-            self.settings(),
-            self.provenance,
-            list(notes),
-            list(figures),
-            list(self.by),
-            dict(self.better),
-            partial,
-        )
+    def result(self, rows: list[dict[str, Any]], **rest: Any) -> EvaluationResult:
+        """`rest`: other fields of the result, also in place of the class's."""
+        own = {"name": self.name, "title": self.title, "about": self.about, "columns": dict(self.columns)}
+        own |= {"by": list(self.by), "better": dict(self.better)}
+        return EvaluationResult(**own | rest, rows=rows, settings=self.settings(), provenance=self.provenance)
 
 
 class TokenizerMeasurement(RunOptions, Measurement):
@@ -219,9 +203,3 @@ def by_group(
 def how_much(done: int, wanted: int, what: str) -> str | None:
     """`EvaluationResult.partial`."""
     return None if done == wanted else f"{done} of {wanted} {what} are measured"
-
-
-def progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from stamo_dist.evaluate.use_options import (
-    ActionsOption,
-    AsOption,
-    BoundsOption,
-    CamerasOption,
-    ChunkOption,
-    CropOption,
-    OrientationOption,
-    ViewsOption,
-    count,
-    named,
-)
 
 if TYPE_CHECKING:
     from stamo_dist.models.openvla.framing import Use
 
+
+def count(help: str, least: int = 1) -> Any:
+    """An option that is a number, `least` or more."""
+    return typer.Option(metavar="N", min=least, help=help)
+
+
+def named(metavar: str, help: str, *flags: str) -> Any:
+    """An option shown as --NAME METAVAR; `flags`: its names where they are not the parameter's."""
+    return typer.Option(*flags, metavar=metavar, help=help)
+
+
+def split(values: list[str]) -> list[str]:
+    """Options may be repeated or separated by commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
 CheckpointOption = Annotated[str | None, named("STEP|best|PATH", "Which one; the newest whole one when omitted.")]
 StepsOption = Annotated[int | None, count("Sampler steps; flow.sampler_steps when omitted.")]
-SettingsOption = Annotated[
-    list[str] | None, named("A.B=C", "Override one value of a recipe; may be repeated.", "--set")
-]
 OutOption = Annotated[Path | None, named("DIR", "Where to write; RUN/eval/NAME when omitted.")]
 
 
@@ -129,7 +129,9 @@ class SpeedOptions(RunOptions):
     calls: Annotated[int, count("Timed calls of each part.", least=2)] = 30
     device: Annotated[list[str] | None, named("cpu|cuda", "May be repeated; all there are if omitted.")] = None
     steps: StepsOption = None
-    set_: SettingsOption = None
+    set_: Annotated[list[str] | None, named("A.B=C", "Override one value of a recipe; may be repeated.", "--set")] = (
+        None
+    )
 
 
 TasksOption = Annotated[
@@ -170,6 +172,39 @@ class PlanOptions(RunOptions):
     processes: SimulatorsOption = None
     videos: Annotated[int, count("Most videos shown of each task.", least=0)] = 1
     seed: Annotated[int, named("N", "Of the heads and the random agent.")] = 0
+
+
+AsOption = Annotated[
+    str | None,
+    named(
+        "PRESET",
+        "Run a released policy as its authors do: openvla-libero, oft-libero, openvla-bridge or oft-aloha.",
+        "--as",
+    ),
+]
+OrientationOption = Annotated[
+    str | None,
+    named(
+        "upright|mirrored|flipped_vertically|rotated_180",
+        "How it sees an upright frame; as its folder or --as says when omitted.",
+    ),
+]
+CropOption = Annotated[
+    float | None, named("SHARE", "Of the frame's area, the centre that it sees; 1 is all. As --orientation.")
+]
+ViewsOption = Annotated[int | None, count("Cameras it looks at; as its folder or --as says when omitted.")]
+ChunkOption = Annotated[int | None, count("Actions it predicts at once; as its folder or --as says.")]
+BoundsOption = Annotated[str | None, named("q99|minmax", "What -1 and 1 stand for; as its folder or --as says.")]
+CamerasOption = Annotated[
+    list[str] | None, named("NAME", "What it sees, in the order of its views; as trained when omitted.")
+]
+ActionsOption = Annotated[
+    str | None,
+    named(
+        "delta|original|openvla",
+        "What its numbers mean, see docs/evaluate.md; delta, or as the preset says, when omitted.",
+    ),
+]
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads, successes
-from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome, run_missing
 from stamo_dist.evaluate.features import (
     PATCHES,
     PIXELS,
@@ -27,12 +27,10 @@ from stamo_dist.evaluate.features import (
     standardising_frames,
 )
 from stamo_dist.evaluate.held_out import HeldOutSource, spread
-from stamo_dist.evaluate.measurement import TokenizerMeasurement
-from stamo_dist.evaluate.options import PlanOptions
+from stamo_dist.evaluate.measurement import TokenizerMeasurement, how_much
+from stamo_dist.evaluate.options import PlanOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, Figure
-from stamo_dist.evaluate.simulated import SimulatedMeasurement
-from stamo_dist.evaluate.simulators import Observation, Setting, check_trials
-from stamo_dist.evaluate.use_options import split
+from stamo_dist.evaluate.simulators import Observation, Setting, SimulatorCatalogue, check_trials
 
 NOBODY = "random actions"
 _ALL = "all tasks"
@@ -44,7 +42,7 @@ Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
 @dataclass(kw_only=True)
-class GoalPlanning(PlanOptions, SimulatedMeasurement, TokenizerMeasurement):
+class GoalPlanning(PlanOptions, TokenizerMeasurement):
     """Trials of each task, driven by a head for each of AGENTS; each agent's trials are a result."""
 
     name = "plan"
@@ -59,6 +57,8 @@ class GoalPlanning(PlanOptions, SimulatedMeasurement, TokenizerMeasurement):
     columns: ClassVar = {"task": "task", "agent": "motion as", **successes.COLUMNS}
     by = ("task", "agent")
     better: ClassVar = {"success": "higher"}
+
+    benchmarks: SimulatorCatalogue
 
     def select(self) -> None:
         self._chosen = self._acting_sources()
@@ -104,13 +104,13 @@ class GoalPlanning(PlanOptions, SimulatedMeasurement, TokenizerMeasurement):
         for name in AGENTS:
             store = TrialFolder(self.folder / "trials", {**self.identity(), "agent": name})
             agent = partial(data.agent, self.represent, name, self._size, epochs=self.epochs, seed=self.seed)
-            self.run_trials(name, agent, simulation, todo, store, lambda outcome: outcome.trial < self.videos)
+            run_missing(self.bar, name, simulation, agent, todo, store, lambda outcome: outcome.trial < self.videos)
             found[name] = store.read(todo)
             for task in self._tasks:
                 of_task = [outcome for trial, outcome in found[name].items() if trial.task == task]
                 figures += successes.videos(of_task, store, self.folder, name, self.videos)
             rows = _rows(self._tasks, found)
-            part = successes.partial(sum(map(len, found.values())), len(AGENTS) * len(todo))
+            part = how_much(sum(map(len, found.values())), len(AGENTS) * len(todo), "trials")
             yield self.result(rows, notes=_notes(rows), figures=figures, partial=part)
 
     def _acting_sources(self) -> list[HeldOutSource]:

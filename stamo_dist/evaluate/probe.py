@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, cached_property, partial
 from statistics import fmean, stdev
 from typing import Any
@@ -26,8 +25,8 @@ from stamo_dist.evaluate.figures import file_name, save_lines
 from stamo_dist.evaluate.held_out import SPLIT, HeldOutSource, spread
 from stamo_dist.evaluate.measurement import TokenizerMeasurement, how_much
 from stamo_dist.evaluate.options import ProbeOptions
-from stamo_dist.evaluate.parts_file import PartsFile
 from stamo_dist.evaluate.result import EvaluationResult, Figure
+from stamo_dist.evaluate.workers import PartsFile
 from stamo_dist.recipe.schema import Recipe
 
 NOTHING = "mean action"
@@ -132,8 +131,9 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
             columns |= {f"mse_{k}": f"k = {k}", f"spread_{k}": "±"}
         rows = self._rows()
         figures = self._draw(rows) if self.group.main else []
-        result = self.result(rows, figures=figures, notes=[*notes, *_compare(rows, self.ks)], partial=partial)
-        return replace(result, columns=columns, better=dict.fromkeys((f"mse_{k}" for k in self.ks), "lower"))
+        notes = [*notes, *_compare(rows, self.ks)]
+        better = dict.fromkeys((f"mse_{k}" for k in self.ks), "lower")
+        return self.result(rows, columns=columns, better=better, figures=figures, notes=notes, partial=partial)
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = []

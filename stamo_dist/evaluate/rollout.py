@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
 from stamo_dist.errors import RunError
-from stamo_dist.evaluate import successes
-from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome
-from stamo_dist.evaluate.options import RolloutOptions
-from stamo_dist.evaluate.policy_agents import PolicyAgent, RandomAgent
+from stamo_dist.evaluate import curve, successes
+from stamo_dist.evaluate.closed_loop import Agent, Simulation, TaskTrial, TrialFolder, TrialOutcome, run_missing
+from stamo_dist.evaluate.measurement import Measurement, how_much
+from stamo_dist.evaluate.options import RolloutOptions, split
 from stamo_dist.evaluate.result import EvaluationResult, Figure, output_folder
-from stamo_dist.evaluate.saved_policy import SavedPolicy, exported_at, open_policy
 from stamo_dist.evaluate.shown import PolicyView
-from stamo_dist.evaluate.simulated import SimulatedMeasurement
-from stamo_dist.evaluate.simulators import ACTIONS, Setting, check_trials
-from stamo_dist.evaluate.use_options import split
+from stamo_dist.evaluate.simulators import ACTIONS, Observation, Setting, SimulatorCatalogue, check_trials
+from stamo_dist.evaluate.weights import SCRATCH, SavedPolicy, exported_at, open_policy
 from stamo_dist.models.policies import AnyPolicy
-from stamo_dist.run.folder import RunFolder
+from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder, open_run
 
 #: The paper's names of LIBERO's suites, in its order.
 SUITES = {
@@ -33,6 +38,51 @@ RANDOM, EXPERT = "random actions", "the expert"
 Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
+class PolicyAgent:
+    """A policy for `drive`; `sources` names the statistics that the actions of each task are scaled by."""
+
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str], act_steps: int | None):
+        self.policy, self._sources, self._act_steps = policy, sources, act_steps
+        self.told: dict[str, str] = {}  # task → an instruction in place of the benchmark's
+
+    @property
+    def said(self) -> str:
+        return ", ".join(dict.fromkeys(self._sources.values()))
+
+    @torch.no_grad()
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        chunks: list[NDArray[Any]] = [np.empty(0)] * len(seen)
+        for source in dict.fromkeys(self._sources.values()):
+            mine = [i for i, trial in enumerate(trials) if self._sources[trial.task] == source]
+            if not mine:
+                continue
+            moments = [seen[i] for i in mine]
+            images = [moment.images for moment in moments]
+            texts = [self.told.get(trials[i].task, seen[i].instruction) for i in mine]
+            felt = np.stack([moment.proprio for moment in moments]) if self.policy.cfg.proprio else None
+            found = self.policy.act_batch(images, texts, unnorm_key=source, proprio=felt)
+            for i, chunk in zip(mine, found, strict=True):
+                chunks[i] = chunk[: self._act_steps]
+        return chunks
+
+
+class RandomAgent:
+    """Chunks of actions drawn evenly between the bounds that the policy's own actions are scaled by."""
+
+    def __init__(self, policy: AnyPolicy, sources: Mapping[str, str]):
+        self._chunk, self._sources = policy.chunk, sources
+        found = {s: policy.statistics.range(s, "action", policy.cfg.bounds) for s in dict.fromkeys(sources.values())}
+        self.ranges = {source: [r.low.tolist(), r.high.tolist()] for source, r in found.items()}
+
+    def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
+        chunks = []
+        for trial, step in zip(trials, steps, strict=True):
+            rng = np.random.default_rng([*trial.task.encode(), trial.number, step])
+            low, high = self.ranges[self._sources[trial.task]]
+            chunks.append(rng.uniform(low, high, (self._chunk, len(low))))
+        return chunks
+
+
 @dataclass(frozen=True)
 class RolloutArm:
     """One who drives the robot through all the trials."""
@@ -44,7 +94,7 @@ class RolloutArm:
 
 
 @dataclass(kw_only=True)
-class PolicyRollout(RolloutOptions, SimulatedMeasurement):
+class PolicyRollout(RolloutOptions, Measurement):
     """Rollouts of a run's policy, or of what `load_policy` takes."""
 
     name = "rollout"
@@ -55,6 +105,8 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
         f"{successes.INTERVAL}"
     )
     better: ClassVar = {"success": "higher"}
+
+    benchmarks: SimulatorCatalogue
 
     def open(self) -> None:
         if self.actions is not None and self.actions not in ACTIONS:
@@ -153,7 +205,7 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
             what = f"{benchmark}: trials" + (f" of {arm.name}" if self.baselines else "")
             simulation = Simulation(self.benchmarks, benchmark, arm.setting, processes, self.max_steps)
             films = successes.Films(arm.store, self._mine, self.videos if arm.agent is self._agent else 0)
-            self.run_trials(what, lambda: arm.agent, simulation, self._mine, arm.store, films)  # noqa: B023
+            run_missing(self.bar, what, simulation, lambda: arm.agent, self._mine, arm.store, films)  # noqa: B023
         found = {arm.name: arm.store.read(self._todo) for arm in arms}
         absent = sum(len(self._todo) - len(outcomes) for outcomes in found.values())
         if self.num_slices > 1 and absent:
@@ -184,9 +236,9 @@ class PolicyRollout(RolloutOptions, SimulatedMeasurement):
                 of_task = [o for trial, o in self._ours.items() if trial.task == task]
                 figures += successes.side_by_side(of_task, store, self.folder, suite, self.videos)
         keys = {"suite": "suite", "task": "task", **({"agent": "driven by"} if several else {})}
-        part = successes.partial(sum(map(len, found.values())), len(self._todo) * len(found))
-        result = self.result(rows, figures=figures, partial=part)
-        return replace(result, title=self.title + self._told, columns={**keys, **successes.COLUMNS}, by=list(keys))
+        part = how_much(sum(map(len, found.values())), len(self._todo) * len(found), "trials")
+        title, columns = self.title + self._told, {**keys, **successes.COLUMNS}
+        return self.result(rows, title=title, columns=columns, by=list(keys), figures=figures, partial=part)
 
     @property
     def _told(self) -> str:
@@ -222,3 +274,30 @@ def _stamp(folder: Path) -> Any:
         return str(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "rollout" not in path.parts)
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def roll_out(run_path: Path, step: int, benchmarks: SimulatorCatalogue, console: Console | None = None) -> None:
+    """Roll the checkpoint of `step` out into RUN/eval/during/, and make the table of all steps anew.
+
+    Raises:
+        RunError: The run's recipe asks for no rollouts.
+        StamoError: What `PolicyRollout` raises.
+    """
+    run = open_run(run_path)
+    recipe = load(run.resolved).recipe
+    wanted = recipe.evaluate.rollout
+    if wanted is None:
+        raise RunError(f"{run.path}: evaluate.rollout is not set in its recipe; `stamo eval rollout` asks for nothing")
+    out = curve.folder(run, step)
+    for leftover in out.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    same = {field.name for field in fields(RolloutOptions)} & type(wanted).model_fields.keys() - {"device"}
+    PolicyRollout(
+        str(run.path),
+        checkpoint=str(step),
+        benchmarks=benchmarks,
+        out=out,
+        device=wanted.device or ("cpu" if wanted.where == "process" else None),
+        **{name: getattr(wanted, name) for name in same},
+    ).evaluate(console)
+    curve.write(run, recipe)

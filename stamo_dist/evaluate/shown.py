@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stamo_dist.errors import DataError, RunError
-from stamo_dist.evaluate.options import ShowOptions
+from stamo_dist.evaluate.options import ShowOptions, split
 from stamo_dist.evaluate.simulators import Setting, SimulatorCatalogue
-from stamo_dist.evaluate.use_options import split
 from stamo_dist.models.openvla.actions import SeenAs
 from stamo_dist.models.openvla.framing import Framing, FramingPreset
 from stamo_dist.models.policies import AnyPolicy, trained_on

@@ -60,11 +60,6 @@ def my_share(trials: Sequence[TaskTrial], slice: int, num_slices: int) -> list[T
     return list(trials[slice::num_slices])
 
 
-def partial(done: int, wanted: int) -> str | None:
-    """`EvaluationResult.partial`."""
-    return None if done == wanted else f"{done} of {wanted} trials are there"
-
-
 class Films:
     """Of which outcomes a video is kept: up to `most` of each task's successes and of its failures.
 

@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,19 @@ FORMAT = 1
 
 class TrainedPolicy(ABC):
     """Images and an instruction in, actions in the robot's units out."""
+
+    network: Any  # a module, with its `sizes`
+
+    @property
+    def chunk(self) -> int:
+        """Actions it predicts at once."""
+        return int(self.network.sizes.chunk)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     def act(
         self,

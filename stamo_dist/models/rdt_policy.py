@@ -83,15 +83,6 @@ class RDTPolicy(TrainedPolicy):
         assert state_encoder is not None, "it sees through the tokenizer"
         return cls(network.to(device).eval(), cfg, text, statistics, state_encoder, about["scale"], seen)
 
-    @property
-    def device(self) -> torch.device:
-        return self.network.positions.device
-
-    @property
-    def chunk(self) -> int:
-        """Actions it predicts at once."""
-        return self.network.sizes.chunk
-
     @torch.no_grad()
     def act_batch(
         self,

@@ -15,7 +15,6 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.schema import Recipe
 
 _BUCKET = 200_000_000  # elements that ZeRO reduces at once
-_DDP_BUCKET = 25 * 2**20
 
 
 @dataclass

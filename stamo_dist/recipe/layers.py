@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,9 @@ from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_overrid
 
 
 @dataclass
-class Merged:
+class Merged(Layer):
     """Plain values of all layers together, the place each came from, and what is wrong so far."""
 
-    value: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    text: str = ""
-    unread: set[Key] = field(default_factory=set)
     whole: bool = True  # every file could be read
 
     def add(self, layer: Layer, override: bool = False) -> None:

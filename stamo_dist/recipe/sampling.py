@@ -23,7 +23,7 @@ class Shuffle(Section):
     )
     lanes: PositiveInt = Field(
         2048,
-        description="With lanes: shards that are read at a time, over all nodes; a source has its part, and at least 8.",
+        description="With lanes: shards read at a time, over all nodes; a source has its part, and at least 8.",
     )
     algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(
         "py1e", description="With groups: streaming's shuffle algorithm."

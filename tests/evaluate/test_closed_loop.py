@@ -21,8 +21,7 @@ from stamo_dist.evaluate import closed_loop
 from stamo_dist.evaluate.features import STATE
 from stamo_dist.evaluate.options import ShowOptions
 from stamo_dist.evaluate.plan import AGENTS, GoalPlanning
-from stamo_dist.evaluate.policy_agents import PolicyAgent
-from stamo_dist.evaluate.rollout import PolicyRollout
+from stamo_dist.evaluate.rollout import PolicyAgent, PolicyRollout
 from stamo_dist.evaluate.shown import PolicyView
 from stamo_dist.evaluate.simulators import Setting
 from stamo_dist.evaluate.successes import difference, interval

@@ -12,8 +12,8 @@ from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.actions import ActionErrors
-from stamo_dist.evaluate.policy_speed import PARTS, PolicySpeed
 from stamo_dist.evaluate.rollout import PolicyRollout
+from stamo_dist.evaluate.speed import PARTS, PolicySpeed
 from stamo_dist.models.rdt_policy import RDTPolicy
 
 

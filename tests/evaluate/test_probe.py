@@ -15,7 +15,7 @@ from stamo_dist.errors import DataError
 from stamo_dist.evaluate import heads
 from stamo_dist.evaluate import probe as probing
 from stamo_dist.evaluate.features import REPRESENTATIONS, STATE, motions
-from stamo_dist.evaluate.parts_file import PartsFile
+from stamo_dist.evaluate.workers import PartsFile
 
 
 @pytest.mark.parametrize("kind", heads.KINDS)

@@ -146,7 +146,7 @@ def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp
     assert "language_model.lm_head" in layers
     assert not [name for name in layers if name.startswith("vision_backbone")]
     load.materialise(network)
-    load.load_weights(network, load.stored(folders("openvla"), network), "here")
+    load.WeightLoader(network, load.stored(folders("openvla"), network), "here").write(network)
     trained = {n for n, p in network.named_parameters() if p.requires_grad}
     assert all(".lora_" in n or n.startswith("world_head.") for n in trained)
     plain_network, plain.network = plain.network, network.eval()
@@ -184,7 +184,9 @@ def _rank(rank: int, port: int, source: str, out: str) -> None:
     load.materialise(network)
     local = sum(p.to_local().numel() for p in network.parameters())  # type: ignore[attr-defined]
     assert local < 0.6 * sum(p.numel() for p in network.parameters())
-    load.load_weights(network, load.stored(Path(source), network), source, fresh=load.fresh_parts(cfg), seed=7)
+    load.WeightLoader(network, load.stored(Path(source), network), source, fresh=load.fresh_parts(cfg), seed=7).write(
+        network
+    )
     whole = {n: t.full_tensor() for n, t in network.state_dict().items()}
     ids = torch.tensor([[1, 5, 6, 7, 8, 2, 2, 2, 2, 2, 2, 2]])
     inputs = Inputs(ids, ids > 0, torch.tensor([5]), torch.ones(1, 6, 28, 28), None, None, torch.zeros(1, 3, 2))
@@ -205,7 +207,9 @@ def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_
     with load.on_meta():
         network = PolicyNetwork(config, cfg, PolicySizes(2, 3, 0, (2, 8)))
     load.materialise(network)
-    report = load.load_weights(network, load.stored(source, network), "here", fresh=load.fresh_parts(cfg), seed=7)
+    report = load.WeightLoader(
+        network, load.stored(source, network), "here", fresh=load.fresh_parts(cfg), seed=7
+    ).write(network)
     assert {name.split(".")[0] for name in report.reinitialised} == {"action_head"}
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, sharded[name]), name
@@ -224,13 +228,13 @@ def test_other_eyes_start_from_the_same_language_model(folders: Callable[[str], 
             network = PolicyNetwork(base.with_vision(vision), cfg, sizes)  # type: ignore[arg-type]
         load.materialise(network)
         found = load.stored(source, network)
-        report = load.load_weights(network, found, "here", fresh=load.fresh_parts(cfg))
+        report = load.WeightLoader(network, found, "here", fresh=load.fresh_parts(cfg)).write(network)
         assert {name.rsplit(".", 2)[0] for name in report.reinitialised} == fresh
         files = [load_file(file) for file in source.glob("model*.safetensors")]
         (head,) = [f["language_model.lm_head.weight"] for f in files if "language_model.lm_head.weight" in f]
         assert torch.equal(network.vla.language_model.lm_head.weight, head)
         with pytest.raises(CheckpointError, match=r"policy.weights: the checkpoint does not fit the policy"):
-            load.load_weights(network, found, "here")
+            load.WeightLoader(network, found, "here").write(network)
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -166,6 +166,6 @@ def test_a_released_film_folder_loads(tmp_path: Path) -> None:
     with load.on_meta():
         loaded = PolicyNetwork(config, recipe.OpenVLAPolicyConfig(film=True), PolicySizes(2))
     load.materialise(loaded)
-    load.load_weights(loaded, load.stored(tmp_path, loaded), "here")
+    load.WeightLoader(loaded, load.stored(tmp_path, loaded), "here").write(loaded)
     close(loaded.vla.vision_backbone.featurizer.patch_embed.proj.weight, file[base] + delta, 1e-5)
     assert load_file(tmp_path / "model.safetensors").keys() == OpenVLA(config).state_dict().keys()

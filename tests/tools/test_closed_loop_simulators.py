@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.convert.actions import map_actions
-from data_tools.formats.libero import OSC_POSE
-from data_tools.formats.metaworld import ACTION
+from data_tools.formats.libero import HAND_DELTA, OSC_POSE
 from data_tools.simulators.catalogue import InstalledBenchmarks
 from data_tools.simulators.closed_loop import to_native
 from data_tools.simulators.libero import LiberoWorld
@@ -26,7 +25,7 @@ needs_libero = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("spec", [OSC_POSE, ACTION], ids=["libero", "metaworld"])
+@pytest.mark.parametrize("spec", [OSC_POSE, HAND_DELTA], ids=["libero", "metaworld"])
 def test_actions_come_back_from_our_convention(spec):
     native = np.random.default_rng(0).uniform(-1, 1, (20, spec.dim))
     delta = map_actions(spec, "delta", native, np.arange(20), np.ones(20), None)
@@ -55,7 +54,7 @@ def test_metaworlds_expert_solves_a_trial_through_our_actions():
     expert, solved = world.expert_class(), False
     for _ in range(200):
         native = np.clip(np.asarray(expert.get_action(world._observation), np.float64), -1, 1)
-        (delta,) = map_actions(ACTION, "delta", native[None], np.arange(1), np.ones(1), None)
+        (delta,) = map_actions(HAND_DELTA, "delta", native[None], np.arange(1), np.ones(1), None)
         before = simulator.observe().proprio[:3]
         solved = simulator.step(delta)
         if solved:

@@ -16,6 +16,7 @@ import pytest
 from data_tools.convert.driver import convert
 from data_tools.convert.plan import Settings, make_plan
 from data_tools.formats import registry as formats
+from data_tools.formats.declared import ImageOptions
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 
@@ -57,6 +58,27 @@ def test_values_have_the_types_of_the_fields() -> None:
     docs = {option.name: option.doc for option in formats.options_of("made")}
     assert docs == {"keys": "Names of things, in order.", "offset": "Seconds.", "count": "", "strict": "Whether.",
                     "mode": "How."}  # fmt: skip
+
+
+@dataclass
+class _Turned(ImageOptions):
+    """A format whose images may lie otherwise.
+
+    Args:
+        keys: Names.
+        image_orientation: See `ImageOptions`.
+        strict: Whether.
+    """
+
+    keys: Sequence[str] = ()
+    strict: bool = False
+
+
+def test_options_of_a_base_stand_where_the_docstring_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "turned", (f"{__name__}._Turned", "tests"))
+    options = formats.options_of("turned")
+    assert [option.name for option in options] == ["keys", "image_orientation", "strict"]
+    assert options[1].doc.startswith("How images are stored:")
 
 
 @pytest.mark.usefixtures("made")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.formats.metaworld import ACTION, MetaworldReader
+from data_tools.formats.libero import HAND_DELTA
+from data_tools.formats.metaworld import MetaworldReader
 from data_tools.simulators.demo_file import assemble, write_episode
 from data_tools.simulators.metaworld import MetaWorld
 from data_tools.simulators.rollout import Rollout
@@ -60,4 +61,4 @@ def test_action_scale_is_the_simulators() -> None:
     """What 1 means is taken from the installed simulator's own source."""
     simulator = pytest.importorskip("metaworld.sawyer_xyz_env", reason="needs the [sim] extra")
     default = inspect.signature(simulator.SawyerXYZEnv.__init__).parameters["action_scale"].default
-    assert default == ACTION.metres
+    assert default == HAND_DELTA.metres

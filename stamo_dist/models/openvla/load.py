@@ -26,7 +26,7 @@ from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS
 from stamo_dist.models.openvla.adapters import FIELD, Adapter, LowRank
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.openvla.weight_loader import WeightLoader, load_weights
+from stamo_dist.models.openvla.weight_loader import WeightLoader
 from stamo_dist.models.shards import StoredTensor, materialise, on_meta
 from stamo_dist.pretrained import place
 from stamo_dist.pretrained.files import weight_files
@@ -40,7 +40,6 @@ __all__ = [
     "WeightLoader",
     "fresh_parts",
     "has_part",
-    "load_weights",
     "locate",
     "materialise",
     "on_meta",
@@ -64,7 +63,7 @@ _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
 def fresh_parts(cfg: PolicyConfig) -> str:
-    """What a checkpoint may lack when training starts from it, for `load_weights`."""
+    """What a checkpoint may lack when training starts from it, for `WeightLoader`."""
     parts = [rf"{part}\." for part in HEADS] + [r"vla\.state_projector\."]
     if cfg.film:
         parts.append(r"vla\.vision_backbone\.\w+\.blocks\.\d+\.(scale|shift)\.")

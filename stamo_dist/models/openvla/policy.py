@@ -113,7 +113,7 @@ class Policy(TrainedPolicy):
             log.warning("%s: does not say how it sees frames, and sees them as they come; `load_policy` takes it", path)
         load.materialise(network, device)
         found, adapter = load.read(checkpoint, network)
-        load.load_weights(network, found, str(path), adapter=adapter)
+        load.WeightLoader(network, found, str(path), adapter=adapter).write(network)
         return cls(
             network.eval(),
             text or TextTokenizer.from_folder(checkpoint.holding(TOKENIZER), config.pad, cfg.prompt),
@@ -126,15 +126,6 @@ class Policy(TrainedPolicy):
     @property
     def cfg(self) -> recipe.PolicyConfig:
         return self.network.cfg
-
-    @property
-    def chunk(self) -> int:
-        """Actions it predicts at once."""
-        return self.network.sizes.chunk
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
 
     def act_batch(
         self,

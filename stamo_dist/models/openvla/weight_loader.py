@@ -83,7 +83,7 @@ class WeightLoader:
         return name in self._low and self._low[name].goes_on_in(network.get_submodule(name.removesuffix(".weight")))
 
     @torch.no_grad()
-    def write(self, network: PolicyNetwork) -> None:
+    def write(self, network: PolicyNetwork) -> LoadReport:
         """Fill the network, with adapters or without, sharded or not; its parameters have memory."""
         state, merged = _unadapted(network), set(self.merged(network))
         for name in self.report.loaded:
@@ -105,27 +105,13 @@ class WeightLoader:
                     # Peft's gaussian start.
                     drawn = start if matrix.startswith("B") else start.normal_(std=1 / tensor.shape[0])
                     write(tensor, drawn.__getitem__)
+        return self.report
 
 
 def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
     """The network's tensors but its adapters', by the names that they have without them."""
     state = network.state_dict()
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
-
-
-def load_weights(
-    network: PolicyNetwork,
-    found: Mapping[str, StoredTensor],
-    source: str,
-    *,
-    adapter: Adapter | None = None,
-    fresh: str = NOTHING,
-    seed: int = 0,
-) -> LoadReport:
-    """Compare and write at once; see `WeightLoader`."""
-    loader = WeightLoader(network, found, source, adapter=adapter, fresh=fresh, seed=seed)
-    loader.write(network)
-    return loader.report
 
 
 def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
