@@ -64,8 +64,7 @@ def encode(recipe: Recipe, world: World) -> int:
     ) as progress:  # fmt: skip
         bar = progress.add_task(f"{kind} of {len(missing)} of this process's {len(mine)} shards", total=frames)
         for i in missing:
-            mixture.prepare(i)
-            shard = MappedShard(mixture.shards[i])
+            shard = mixture.views[0].open(i)
             parts = []
             for start in range(0, len(shard), recipe.train.micro_batch):
                 stop = min(len(shard), start + recipe.train.micro_batch)

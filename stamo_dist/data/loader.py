@@ -14,9 +14,10 @@ from weakref import finalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stamo_dist.data.fetch import Fetcher
+from stamo_dist.data.fetch import CacheUse, Fetcher
 from stamo_dist.data.frame_cache import CacheSpec, find_cache
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Position
@@ -26,6 +27,7 @@ from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
+_FEW = 16  # shards mapped for a look at some frames
 _HELD = 2  # batches the consumer may hold before it gets copies
 
 
@@ -111,6 +113,7 @@ def build_loader(
     latents: str | None = None,
     states: CachedStates | None = None,
     groups: int = 1,
+    node: range | None = None,
 ) -> Loader:
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
@@ -123,6 +126,7 @@ def build_loader(
         latents: With `latents: cached`, the fingerprint of the VAE whose cache to read.
         states: Cached states to read, in place of the target frames.
         groups: Virtual workers of this process, a power of two; the samples of each follow one another.
+        node: Ranks of the processes that share the cache with this one and itself; this one alone when omitted.
 
     Raises:
         DataError: Cached latents or states are asked for and not there.
@@ -141,16 +145,38 @@ def build_loader(
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
     caches = _Caches(spec, targets, each=states is not None and states.each)
-    return Loader(mixture, _RankShare(rank, world_size, groups), caches, cursor, pin=pin, workers=workers)
+    share = _RankShare(rank, world_size, groups, range(rank, rank + 1) if node is None else node)
+    return Loader(mixture, share, caches, cursor, pin=pin, workers=workers)
+
+
+def cache_use(mixture: Mixture, *, world_size: int, node: range, cursor: Cursor) -> CacheUse | None:
+    """What the processes with the ranks `node` need of their cache, from `cursor` on; None without remote shards."""
+    return CacheUse.of(mixture, _positions(mixture, _RankShare(node[0], world_size, 1, node), cursor))
 
 
 @dataclass(frozen=True)
 class _RankShare:
-    """What of each global batch a process reads: every `world_size`-th sample, in `groups` that follow one another."""
+    """What of each global batch a process reads: every `world_size`-th sample, in `groups` that follow one another.
+
+    `node`: ranks of all processes on its node.
+    """
 
     rank: int
     world_size: int
     groups: int
+    node: range
+
+    def rows(self, size: int) -> NDArray[np.int64]:
+        """Which samples of a global batch of `size` this process reads, in its order."""
+        order = [0]
+        while len(order) < self.groups:  # halves before neighbours, so that the sums of a step's groups make one tree
+            order = [k for first in order for k in (first, first + len(order))]
+        stride = self.groups * self.world_size
+        return np.concatenate([np.arange(self.rank + k * self.world_size, size, stride) for k in order])
+
+    def rows_on_node(self, size: int) -> NDArray[np.int64]:
+        """Which samples of a global batch of `size` the processes of its node read."""
+        return np.concatenate([np.arange(rank, size, self.world_size) for rank in self.node])
 
 
 @dataclass(frozen=True)
@@ -192,13 +218,13 @@ class Loader:
             views=[camera.shards for camera in mixture.views[1:]],
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
+            cache=str(mixture.cache.root),
         )
         self._buffers = spec.memory()
         self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
         self._reader = None if workers else BatchReader(spec, self._buffers)
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
-        self._fetcher = Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, share, cursor))
+        self._fetcher = Fetcher(mixture, _positions(mixture, share, cursor))
         self._coming: deque[Cursor] = deque()
         self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
         self._closed = False
@@ -235,21 +261,22 @@ class Loader:
         if self._reader is not None:
             slot = self._next_slot()
             wrong = self._reader.fill(slot)
+            self._reader.forget(unused := self._fetcher.done())
         else:
             assert self._pool is not None
-            with suppress(StopIteration):
-                while len(self._pool) < self._depth:
-                    self._pool.submit(self._next_slot())
-            if not len(self._pool):
-                raise StopIteration
+            # What was submitted need not wait for a shard of what comes after it, nor for room for it.
+            while len(self._pool) < self._depth and (self._fetcher.ready() or not len(self._pool)):
+                self._pool.submit(self._next_slot())
             slot, wrong = self._pool.take()
+            self._pool.forget(unused := self._fetcher.done())
+        self._fetcher.release(unused)
         for problem in wrong:
             _log.warning("skipped: %s", problem)
         return self._deliver(slot, self._coming.popleft())
 
     def _next_slot(self) -> int:
         """Write the next sample numbers into a free slot and return it; `_deliver` keeps one free at all times."""
-        position = next(self._plan)
+        position = next(self._fetcher)
         self._coming.append(position.after)
         slot = self._free.pop()
         views = self._buffers[slot]
@@ -281,17 +308,13 @@ class Loader:
 
 
 def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
-    groups, order = share.groups, [0]
-    while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
-        order = [k for first in order for k in (first, first + len(order))]
     batch, at_a_time = cursor.samples // mixture.global_batch, mixture.planner.at_a_time
+    mine, on_node = share.rows(mixture.global_batch), share.rows_on_node(mixture.global_batch)
     while True:
         plan = mixture.plan(batch, at_a_time)
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            stride, world = groups * share.world_size, share.world_size
-            mine = np.concatenate([np.arange(share.rank + k * world, len(samples), stride) for k in order])
-            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine])
+            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine], samples[on_node])
         if len(plan.samples) < at_a_time:
             return
 
@@ -342,9 +365,8 @@ class PinnedPrefetcher:
 def first_frames(mixture: Mixture, count: int) -> Tensor:
     """The first `count` frames of the mixture's order, uint8 (count, H, W, 3), the same in every process."""
     frames = torch.empty(count, mixture.data.image_size, mixture.data.image_size, 3, dtype=torch.uint8)
-    shards = OpenShards(mixture.shards)
+    shards = OpenShards(mixture.shards, _FEW, mixture.views[0].open)
     samples = np.resize(mixture.plan(0, -(-count // mixture.global_batch)).samples, count)
     for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
-        mixture.prepare(number)
         shards[number].frame(int(sample - mixture.first[number]), out)
     return frames

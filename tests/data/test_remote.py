@@ -17,7 +17,7 @@ from made import make_data, write_source
 from s3 import bad_line, free_port, server, use
 
 from stamo_dist.data import sources
-from stamo_dist.data.fetch import Cache
+from stamo_dist.data.cache import Cache, hold
 from stamo_dist.data.frames import Episodes
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
@@ -66,12 +66,8 @@ def test_shards_are_streamed_from_s3(folder: Path, tmp_path: Path) -> None:
         Mixture(make_data({"s": SourceConfig(path="s3://robots/nothing")}, cache=str(tmp_path)), seed=0, global_batch=4)
 
 
-def test_a_small_cache_gives_the_same_batches(
-    folder: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_cache_gives_the_same_batches(folder: Path, s3: str, tmp_path: Path) -> None:
     import boto3
-
-    from stamo_dist.data import fetch
 
     folder = write_source(tmp_path / "many", lengths=(12,) * 10)
     store = boto3.client("s3", endpoint_url=s3)
@@ -81,7 +77,6 @@ def test_a_small_cache_gives_the_same_batches(
     sizes = [path.stat().st_size for path in folder.rglob("shard.*.mds")]
     limit = 5 * max(sizes)
     assert sum(sizes) > 9 * max(sizes)
-    monkeypatch.setattr(fetch, "_IN_USE", 0.0)
     in_order = {"shuffle": Shuffle(enabled=False), "fetch_ahead": 3}
     expected = batches(str(folder), tmp_path / "none", n=60, **in_order)
     cache = tmp_path / "cache"
@@ -91,7 +86,7 @@ def test_a_small_cache_gives_the_same_batches(
 
 
 def test_the_shards_used_longest_ago_go_first_and_those_in_use_stay(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
     for i, age in enumerate((4000, 9000, 2000, 10, 5000)):
@@ -99,12 +94,24 @@ def test_the_shards_used_longest_ago_go_first_and_those_in_use_stay(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(100))
         os.utime(path, (now - age, now - age))
+    in_use = hold(str(tmp_path / "s" / "shard.00003.mds"))
+    assert in_use is not None
     Cache(tmp_path, 300).trim()
     assert sorted(p.name for p in tmp_path.rglob("*.mds")) == [f"shard.{i:05}.mds" for i in (0, 2, 3)]
     with caplog.at_level(logging.WARNING):
-        Cache(tmp_path, 50).trim()
+        cache = Cache(tmp_path, 50)
+        cache.trim()
+        monkeypatch.setattr("stamo_dist.data.cache._PATIENCE", 0.0)
+        with cache.reserve(tmp_path / "s" / "shard.00009.mds", 20, must=False) as scratch:
+            assert scratch is None
+        assert not caplog.text
+        with cache.reserve(tmp_path / "s" / "shard.00009.mds", 20, must=True) as scratch:
+            assert scratch is not None
     assert [p.name for p in tmp_path.rglob("*.mds")] == ["shard.00003.mds"]
     assert "raise data.cache_limit" in caplog.text
+    in_use.close()
+    cache.trim()
+    assert not list(tmp_path.rglob("*.mds"))
 
 
 def test_a_bad_line_is_tried_again(
