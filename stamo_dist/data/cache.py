@@ -36,6 +36,10 @@ class Hold:
     def __init__(self, fd: int):
         self._fd = fd
 
+    def there(self) -> bool:
+        """Whether the file still has a name: somebody may remove it who knows nothing of locks."""
+        return os.fstat(self._fd).st_nlink > 0
+
     def close(self) -> None:
         """Give it back; it counts as used last now."""
         if self._fd >= 0:

@@ -56,22 +56,23 @@ class Upcoming:
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What the batches that are looked ahead need of the cache of one node.
+    """What a plan's next positions need of the cache of one node.
 
     Attributes:
-        shards, size: How many remote shards, and their bytes.
-        batch: Bytes of those that one batch needs, at most.
+        shards: How many remote shards are begun and not finished at one time, at most.
+        needed: Bytes of these, and of those that are fetched meanwhile: with less, shards are fetched again and again.
+        batch: Bytes of the shards that one batch needs, at most.
         everything: Bytes of all remote shards.
     """
 
     shards: int
-    size: int
+    needed: int
     batch: int
     everything: int
 
     @classmethod
     def of(cls, mixture: Mixture, plan: Iterator[Position]) -> CacheUse | None:
-        """From a plan's next positions; None where all shards are on local disk."""
+        """None where all shards are on local disk."""
         sizes = {
             (v, n): shard.nbytes
             for v, view in enumerate(mixture.views)
@@ -80,12 +81,22 @@ class CacheUse:
         }
         if not sizes:
             return None
-        seen, batch = set[Place](), 0
-        for position in islice(plan, 1 + batches_ahead(mixture)):
+        samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # of a small set no more than one pass
+        first, last, batch, count = dict[Place, int](), dict[Place, int](), 0, max(1, samples // mixture.global_batch)
+        for i, position in enumerate(islice(plan, count)):
             places = [place for place in places_of(mixture, position.on_node) if place in sizes]
             batch = max(batch, sum(sizes[place] for place in places))
-            seen.update(places)
-        return cls(len(seen), sum(sizes[place] for place in seen), batch, sum(sizes.values()))
+            for place in places:
+                first.setdefault(place, i)
+                last[place] = i
+        begun, size = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+        for place in first:
+            for at, sign in ((first[place], 1), (last[place] + 1, -1)):
+                begun[at] += sign
+                size[at] += sign * sizes[place]
+        everything = sum(sizes.values())
+        needed = min(int(size.cumsum().max()) + THREADS * max(sizes.values()), everything)
+        return cls(int(begun.cumsum().max()), needed, batch, everything)
 
     def check(self, cache: Cache) -> None:
         """Raises:
@@ -95,18 +106,21 @@ class CacheUse:
             raise DataError(
                 f"data.cache_limit: {cache.limit / 1e9:.3g} GB, but the shards of one batch take "
                 f"{self.batch / 1e9:.3g} GB on each node; set {_at_least(self.batch)} or more, better "
-                f"{_at_least(self.size)}, which the {self.shards:,} shards in use at once take"
+                f"{_at_least(self.needed)}, which the {self.shards:,} shards in use at once and those to come need"
             )
 
     def line(self, cache: Cache) -> str:
         """What is needed and what is given, for a person."""
-        needed = f"cache: {self.shards:,} shards in use at once need {self.size / 1e9:.3g} GB on each node"
+        needed = (
+            f"cache: {self.shards:,} shards in use at once, and those to come, need {self.needed / 1e9:.3g} GB on each "
+            "node"
+        )
         if cache.limit is None:
             return f"{needed}; without data.cache_limit all {self.everything / 1e9:.3g} GB come to lie in {cache.root}"
         given = f"{needed}, data.cache_limit gives {cache.limit / 1e9:.3g} in {cache.root}"
-        if cache.limit >= self.size:
+        if cache.limit >= self.needed:
             return given
-        return f"{given}: less is fetched ahead, and again and again; set {_at_least(self.size)}"
+        return f"{given}: shards are fetched late, and again and again; set {_at_least(self.needed)}"
 
 
 def _at_least(size: int) -> str:
@@ -242,6 +256,10 @@ class Fetcher:
         self._fetching[place] = threads.submit(partial(self._mixture.views[view].hold, number, must=must))
 
     def _wait(self, upcoming: Upcoming) -> None:
+        for place in upcoming.places:
+            if place in self._held and not self._held[place].there():
+                self.release([place])
+                self._fetch(place, must=True)
         waited = 0.0
         while missing := [place for place in upcoming.places if place in self._fetching]:
             for place in missing:

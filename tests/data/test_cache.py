@@ -284,18 +284,21 @@ def test_the_need_is_said_and_a_cache_too_small_for_a_batch_is_refused(packed: P
         needed.check(found.cache)
     told = re.fullmatch(
         r"data\.cache_limit: (\S+) GB, but the shards of one batch take (\S+) GB on each node; set (\S+) or more, "
-        r"better (\S+), which the 60 shards in use at once take",
+        r"better (\S+), which the (\d+) shards in use at once and those to come need",
         str(caught.value),
     )
     assert told is not None
-    given, batch, least, better = map(float, told.groups())
+    given, batch, least, better, shards = map(float, told.groups())
     assert given < batch <= least < better
+    assert 8 < shards < 20, "about 9 are blended, and a batch has samples of two such groups"
+    assert use(mixture(packed, tmp_path, batch=64, block=28)).shards < shards
     assert least * 1e9 >= needed.batch
     assert use(found, range(4)).batch >= needed.batch >= use(found, range(1)).batch
     enough = mixture(packed, tmp_path, shards=SHARDS, batch=64, block=112)
     use(enough).check(enough.cache)
     assert re.fullmatch(
-        r"cache: 60 shards in use at once need \S+ GB on each node, data\.cache_limit gives \S+ in " + str(tmp_path),
+        r"cache: \d+ shards in use at once, and those to come, need \S+ GB on each node, "
+        rf"data\.cache_limit gives \S+ in {tmp_path}",
         use(enough).line(enough.cache),
     )
     assert f"set {told[4]}" in needed.line(found.cache)
