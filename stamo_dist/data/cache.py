@@ -111,6 +111,7 @@ class Cache:
     def _make(self, scratch: Path, size: int, *, pause: float, overrun: bool = False) -> bool:
         """Make the folder if there is room; not looked for within `pause` of the last look that found none."""
         if self.limit is None:
+            (self.root / ".used").unlink(missing_ok=True)  # who has a limit counts anew
             self._fresh(scratch)
             return True
         if time.monotonic() < self._looked + pause:

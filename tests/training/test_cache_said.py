@@ -26,4 +26,4 @@ def test_the_first_lines_say_what_the_cache_must_hold_and_too_small_a_one_is_ref
     said = [line for line in output.splitlines() if "shards in use at once" in line]
     assert len(said) == 1
     assert f"GB on each node, data.cache_limit gives 1 in {tmp_path / 'cache'}" in said[0]
-    assert output.index(said[0]) < output.index("step 1")
+    assert output.index(said[0]) < output.index("exported")
