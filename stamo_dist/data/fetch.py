@@ -205,7 +205,7 @@ class Fetcher:
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
         self.release(list(self._held))
-        for future in self._fetching.values():
+        for future in list(self._fetching.values()):
             future.add_done_callback(_give_back)
 
     def _upcoming(self) -> Upcoming | None:
