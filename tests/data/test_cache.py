@@ -152,7 +152,9 @@ sys.path[:0] = sys.argv[4:]
 from test_cache import batches, mixture
 rank = int(sys.argv[3])
 found = mixture(Path(sys.argv[1]), Path(sys.argv[2]), shards=26, batch=8)
-print(batches(found, rank, 2))
+for batch in batches(found, rank, 2):
+    print(batch, flush=True)
+    input()  # the ranks of a training keep step
 """
 
 
@@ -162,9 +164,10 @@ def loader(found: Mixture, rank: int = 0, world: int = 1, workers: int = 2) -> L
     )
 
 
-def batches(found: Mixture, rank: int, world: int, n: int = 250) -> list[list[int]]:
+def batches(found: Mixture, rank: int, world: int, n: int = 250) -> Iterator[list[int]]:
     with closing(loader(found, rank, world)) as opened:
-        return [[*batch.sample.tolist(), int(batch.images.sum())] for batch in islice(opened, n)]
+        for batch in islice(opened, n):
+            yield [*batch.sample.tolist(), int(batch.images.sum())]
 
 
 def test_two_trainings_processes_never_map_what_is_removed(packed: Path, tmp_path: Path) -> None:
@@ -172,10 +175,15 @@ def test_two_trainings_processes_never_map_what_is_removed(packed: Path, tmp_pat
     cache = tmp_path / "cache"
     limit = mixture(packed, cache, shards=26).cache.limit
     whole = mixture(packed, tmp_path / "whole")
-    expected = [batches(whole, rank, 2) for rank in range(2)]
+    expected = [list(batches(whole, rank, 2)) for rank in range(2)]
     command = [sys.executable, "-c", READ, str(packed), str(cache)]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(Path(__file__).parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     most, maps = [0], [0]
@@ -190,9 +198,14 @@ def test_two_trainings_processes_never_map_what_is_removed(packed: Path, tmp_pat
         most[0] = max(most[0], on_disk(cache))
 
     with watching(look):
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert [json.loads(output) for output in outputs] == expected
+        for step in zip(*expected, strict=True):
+            for rank, batch in zip(ranks, step, strict=True):
+                assert rank.stdout is not None
+                assert json.loads(rank.stdout.readline()) == batch
+            for rank in ranks:
+                assert rank.stdin is not None
+                print(file=rank.stdin, flush=True)
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
     assert limit is not None
     assert limit / 2 < most[0] <= limit
     assert 0 < maps[0] <= 26
