@@ -62,8 +62,7 @@ def encode(recipe: Recipe, world: World) -> int:
     with Progress(*done, TimeRemainingColumn(), disable=not world.is_main) as progress:
         bar = progress.add_task(f"{kind} of {len(missing)} of this process's {len(mine)} shards", total=frames)
         for i in missing:
-            mixture.prepare(i)
-            shard = MappedShard(mixture.shards[i])
+            shard = mixture.views[0].open(i)
             parts = []
             for start in range(0, len(shard), recipe.train.micro_batch):
                 stop = min(len(shard), start + recipe.train.micro_batch)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
@@ -100,6 +101,68 @@ def dead_line(port: int, limit: int) -> Iterator[tuple[str, threading.Event]]:
 
     with relay(port, allow) as url:
         yield url, dead
+
+
+@dataclass
+class Traffic:
+    """What went over a `far_line`: requests, bytes that came back, and connections that carried any at one time."""
+
+    requests: int = 0
+    received: int = 0
+    busy: int = 0
+    most_busy: int = 0
+
+
+@contextmanager
+def far_line(port: int, latency: float, rate: float) -> Iterator[tuple[str, Traffic]]:
+    """A line as to an object store: `latency` seconds before each answer, `rate` bytes/s of it on each connection."""
+    traffic, counting = Traffic(), threading.Lock()
+
+    class Far(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as there:
+                asking, due = False, 0.0
+                while True:
+                    ready, _, _ = select.select([self.request, there], [], [], 60)
+                    if self.request in ready:
+                        if not (data := self.request.recv(1 << 16)):
+                            break
+                        if not asking:
+                            asking = True
+                            count(1)
+                            time.sleep(latency)
+                            due = time.monotonic()
+                        there.sendall(data)
+                    elif there in ready:
+                        if not (data := there.recv(1 << 16)):
+                            break
+                        if asking:
+                            asking = False
+                            count(-1)
+                        due = max(due, time.monotonic() - 0.05) + len(data) / rate
+                        time.sleep(max(0.0, due - time.monotonic()))
+                        traffic.received += len(data)
+                        self.request.sendall(data)
+                    else:
+                        break
+                if asking:
+                    count(-1)
+
+    def count(change: int) -> None:
+        with counting:
+            traffic.busy += change
+            traffic.requests += change > 0
+            traffic.most_busy = max(traffic.most_busy, traffic.busy)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+        request_queue_size = 64
+
+    with Server(("127.0.0.1", 0), Far) as line:
+        threading.Thread(target=line.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{line.server_address[1]}", traffic
+        line.shutdown()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -23,7 +23,7 @@ def toy_frame(episode: int, t: int, size: int) -> np.ndarray:
 def make_source(
     root: Path, name: str, *, episodes: int = 4, length: int = 12, size: int = 32,
     cameras: tuple[str, ...] = ("front",), splits: tuple[str, ...] = ("train", "val"), shard_bytes: int = 40_000,
-    action: Callable[[int, int], Sequence[float]] = lambda episode, t: [t] * 3,
+    action: Callable[[int, int], Sequence[float]] = lambda episode, t: [t] * 3, compression: str | None = None,
 ) -> Path:  # fmt: skip
     """Write one source under `root`/`name` and return its folder; `action` gives three numbers."""
     from streaming.base.format import MDSWriter
@@ -35,7 +35,7 @@ def make_source(
         table = []
         for c, camera in enumerate(cameras):
             folder = source / split / camera
-            with MDSWriter(out=str(folder), columns=layout, size_limit=shard_bytes) as writer:
+            with MDSWriter(out=str(folder), columns=layout, size_limit=shard_bytes, compression=compression) as writer:
                 for e in range(episodes):
                     for t in range(length):
                         frame = toy_frame(first + 100 * s + 1000 * c + e, t, size)

@@ -1,150 +1,293 @@
-"""Getting the shards of coming batches onto local disk, and keeping what lies there within bounds."""
+"""Getting the shards of coming batches onto local disk, and letting go of those that no batch needs any more."""
 
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
-from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
+from stamo_dist.data.cache import Cache, Hold
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Position
-from stamo_dist.data.sources import SCRATCH
+from stamo_dist.data.reader import Place
+from stamo_dist.data.shards import mappings_allowed
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
-_THREADS = 8
+THREADS = 8  # of a process that fetch ahead, and as many for what a batch waits for
 _PATIENCE = 60.0  # seconds between two warnings about a shard that does not come
-_TOUCH = 60.0  # seconds after which using a shard again is worth noting
-_Place = tuple[int, int]  # of a shard: view, number
-_IN_USE = 600.0  # seconds for which a shard that was wanted is not removed: batches wait for their turn that long
+#: How far to look ahead: far enough to see every shard that is in use, and to fetch the next ones before they are read.
+#: Bounded in samples of all processes, whose order each has to compute, and in batches.
+_AHEAD_SAMPLES, _AHEAD_BATCHES = 1 << 17, 256
+
+
+def batches_ahead(mixture: Mixture) -> int:
+    """How many batches are looked ahead, as far as the cache has room for their shards."""
+    by_itself = min(_AHEAD_BATCHES, _AHEAD_SAMPLES // mixture.global_batch)
+    return max(mixture.data.fetch_ahead, by_itself)
+
+
+def places_of(mixture: Mixture, samples: NDArray[np.int64]) -> list[Place]:
+    """The shards that hold these samples, in all views."""
+    return [(v, n) for v, view in enumerate(mixture.views) for n in np.unique(view.shard_of(samples)).tolist()]
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """A position of the plan, the shards it needs, and those that come over the network for it to its node.
+
+    The latter are those of all processes of the node, which share the cache.
+    """
+
+    position: Position
+    places: list[Place]
+    on_node: list[Place]
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What a plan's next positions need of the cache of one node.
+
+    Attributes:
+        shards: How many remote shards are begun and not finished at one time, at most.
+        needed: Bytes of these, and of those that are fetched meanwhile: with less, shards are fetched again and again.
+        batch: Bytes of the shards that one batch needs, at most.
+        everything: Bytes of all remote shards.
+    """
+
+    shards: int
+    needed: int
+    batch: int
+    everything: int
+
+    @classmethod
+    def of(cls, mixture: Mixture, plan: Iterator[Position]) -> CacheUse | None:
+        """None where all shards are on local disk."""
+        sizes = {
+            (v, n): shard.nbytes
+            for v, view in enumerate(mixture.views)
+            for n, shard in enumerate(view.shards)
+            if not view.local(n)
+        }
+        if not sizes:
+            return None
+        samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # of a small set no more than one pass
+        first, last, batch, count = dict[Place, int](), dict[Place, int](), 0, max(1, samples // mixture.global_batch)
+        for i, position in enumerate(islice(plan, count)):
+            places = [place for place in places_of(mixture, position.on_node) if place in sizes]
+            batch = max(batch, sum(sizes[place] for place in places))
+            for place in places:
+                first.setdefault(place, i)
+                last[place] = i
+        begun, size = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+        for place in first:
+            for at, sign in ((first[place], 1), (last[place] + 1, -1)):
+                begun[at] += sign
+                size[at] += sign * sizes[place]
+        everything = sum(sizes.values())
+        needed = min(int(size.cumsum().max()) + THREADS * max(sizes.values()), everything)
+        return cls(int(begun.cumsum().max()), needed, batch, everything)
+
+    def check(self, cache: Cache) -> None:
+        """Raises:
+        DataError: One batch does not fit into the cache.
+        """
+        if cache.limit is not None and self.batch > cache.limit:
+            raise DataError(
+                f"data.cache_limit: {cache.limit / 1e9:.3g} GB, but the shards of one batch take "
+                f"{self.batch / 1e9:.3g} GB on each node; set {_at_least(self.batch)} or more, better "
+                f"{_at_least(self.needed)}, which the {self.shards:,} shards in use at once and those to come need"
+            )
+
+    def line(self, cache: Cache) -> str:
+        """What is needed and what is given, for a person."""
+        needed = (
+            f"cache: {self.shards:,} shards in use at once, and those to come, need {self.needed / 1e9:.3g} GB on each "
+            "node"
+        )
+        if cache.limit is None:
+            return f"{needed}; without data.cache_limit all {self.everything / 1e9:.3g} GB come to lie in {cache.root}"
+        given = f"{needed}, data.cache_limit gives {cache.limit / 1e9:.3g} in {cache.root}"
+        if cache.limit >= self.needed:
+            return given
+        return f"{given}: shards are fetched late, and again and again; set {_at_least(self.needed)}"
+
+
+def _at_least(size: int) -> str:
+    """Bytes in GB, rounded up to three digits."""
+    unit = 10.0 ** (math.floor(math.log10(size)) - 2)
+    return f"{math.ceil(size / unit) * unit / 1e9:.3g}"
 
 
 class Fetcher:
-    """Fetches the shards of a mixture `data.fetch_ahead` batches before they are read."""
+    """The positions of a plan, each once its shards are on local disk, where they stay until the batch is `done`.
 
-    def __init__(self, mixture: Mixture):
-        self._mixture, self._ahead = mixture, mixture.data.fetch_ahead
-        self._timeout = mixture.data.timeout
-        remote = not all(stream.local for view in mixture.views for stream in view.streams)
-        self._threads = ThreadPoolExecutor(_THREADS, "fetch") if remote else None
-        self._coming: dict[_Place, Future[None]] = {}
-        self._touched: dict[_Place, float] = {}
-        limit = mixture.data.cache_limit
-        self._cache = Cache(Path(mixture.data.cache), limit * 1e9) if limit is not None and remote else None
-
-    def ready(self, plan: Iterator[Position]) -> Iterator[Position]:
-        """The positions of `plan`, each yielded once its shards are on local disk."""
-        if self._threads is None:
-            yield from plan
-            return
-        waiting: deque[tuple[Position, list[_Place]]] = deque()
-        for position in plan:
-            waiting.append((position, places := self._places(position)))
-            for place in places:
-                self._want(place)
-            if len(waiting) > self._ahead:
-                yield self._wait(*waiting.popleft())
-        while waiting:
-            yield self._wait(*waiting.popleft())
-
-    def _places(self, position: Position) -> list[_Place]:
-        return [
-            (v, number)
-            for v, view in enumerate(self._mixture.views)
-            for number in np.unique(view.shard_of(position.samples)).tolist()
-        ]
-
-    def _path(self, place: _Place) -> str:
-        return self._mixture.views[place[0]].shards[place[1]].path
-
-    def _prepare(self, place: _Place) -> None:
-        self._mixture.views[place[0]].prepare(place[1])
-
-    def _want(self, place: _Place) -> None:
-        now = time.monotonic()
-        if now - self._touched.get(place, -_TOUCH) < _TOUCH:
-            return
-        self._touched[place] = now
-        assert self._threads is not None
-        self._coming[place] = self._threads.submit(self._fetch, place)
-
-    def _fetch(self, place: _Place) -> None:
-        try:
-            os.utime(self._path(place))  # the cache removes what was used longest ago
-        except OSError:
-            self._prepare(place)
-            if self._cache is not None:
-                self._cache.trim()
-
-    def _wait(self, position: Position, places: list[_Place]) -> Position:
-        for place in places:
-            future = self._coming.pop(place, None)
-            waited = 0.0
-            while future is not None:
-                try:
-                    future.result(timeout=_PATIENCE)
-                    break
-                except FutureTimeout:
-                    waited += _PATIENCE
-                    where = f"{self._path(place)} is still being fetched"
-                    if waited >= self._timeout:
-                        raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
-                    _log.warning("waiting for a batch for %.0f s; %s", waited, where)
-            if not os.path.exists(self._path(place)):
-                self._prepare(place)  # removed by another process that shares the cache
-        return position
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class Cache:
-    """A folder of shards that holds at most `limit` bytes; those used longest ago go first.
-
-    A shard that is mapped can be removed: its pages stay until the last process lets go of it.
+    It looks ahead as far as the cache has room for the shards of all that was not done.
     """
 
-    def __init__(self, root: Path, limit: float):
-        self._root, self._limit = Path(os.path.realpath(root.expanduser())), limit
+    def __init__(self, mixture: Mixture, plan: Iterator[Position]):
+        self._mixture, self._plan = mixture, plan
+        self._ahead, self._timeout = batches_ahead(mixture), mixture.data.timeout
+        self._limit, self._files = mixture.cache.limit, mappings_allowed()
+        self._coming: deque[Upcoming] = deque()
+        self._reading: deque[Upcoming] = deque()
+        self._uses: Counter[Place] = Counter()  # positions that were not done, of each shard
+        self._on_node: Counter[Place] = Counter()
+        self._bytes = 0  # of the shards in `_on_node`
+        self._fetching: dict[Place, Future[Hold | None]] = {}
+        self._held: dict[Place, Hold] = {}
+        remote = not all(stream.local for view in mixture.views for stream in view.streams)
+        self._threads = ThreadPoolExecutor(THREADS, "fetch") if remote else None
+        self._urgent = ThreadPoolExecutor(THREADS, "fetch-now") if remote else None
+        if self._threads is not None:
+            self._threads.submit(mixture.cache.trim)
+        self._next = self._upcoming()
 
-    def trim(self) -> None:
-        """Remove shards until the folder is within its limit; one process at a time, the others pass."""
-        try:
-            with FileLock(self._root / ".trim.lock", timeout=0):
-                self._trim()
-        except Timeout:
-            return
+    def __iter__(self) -> Fetcher:
+        return self
 
-    def _trim(self) -> None:
-        found = []
-        for path in self._root.rglob("shard.*.mds"):
-            if path.parent.name.startswith(SCRATCH):
-                continue
+    def __next__(self) -> Position:
+        self._look_ahead()
+        if not self._coming:
+            if self._next is None:
+                raise StopIteration
+            self._take()
+        upcoming = self._coming.popleft()
+        self._reading.append(upcoming)
+        self._wait(upcoming)
+        return upcoming.position
+
+    def ready(self) -> bool:
+        """Whether there is a next position that need not be waited for."""
+        self._look_ahead()
+        return bool(self._coming) and not any(place in self._fetching for place in self._coming[0].places)
+
+    def done(self) -> list[Place]:
+        """The position that was handed out first has been read. Returns the shards that none needs any more.
+
+        They can be removed once they are `released`.
+        """
+        upcoming = self._reading.popleft()
+        for place in upcoming.on_node:
+            self._on_node[place] -= 1
+            if not self._on_node[place]:
+                del self._on_node[place]
+                self._bytes -= self._size(place)
+        self._uses.subtract(upcoming.places)
+        unused = [place for place in upcoming.places if not self._uses[place]]
+        for place in unused:
+            del self._uses[place]
+        return unused
+
+    def release(self, places: Iterable[Place]) -> None:
+        """Let the cache remove these shards."""
+        for place in places:
+            if (held := self._held.pop(place, None)) is not None:
+                held.close()
+
+    def __len__(self) -> int:
+        """Shards that are needed by what was handed out, or is to come as far as was looked ahead."""
+        return len(self._uses)
+
+    def close(self) -> None:
+        """End the threads; a fetch that is under way ends by itself."""
+        for threads in (self._threads, self._urgent):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+        self.release(list(self._held))
+        for future in list(self._fetching.values()):
+            future.add_done_callback(_give_back)
+
+    def _upcoming(self) -> Upcoming | None:
+        position = next(self._plan, None)
+        if position is None:
+            return None
+        places, on_node = places_of(self._mixture, position.samples), list[Place]()
+        if self._limit is not None and self._threads is not None:
+            on_node = [place for place in places_of(self._mixture, position.on_node) if not self._local(place)]
+        return Upcoming(position, places, on_node)
+
+    def _look_ahead(self) -> None:
+        """Begin to fetch what comes next, and again what was put off."""
+        for place, future in list(self._fetching.items()):
+            if future.done() and not future.exception():
+                if (held := future.result()) is None:
+                    self._fetch(place, must=False)
+                else:
+                    self._held[place] = held
+                    del self._fetching[place]
+        while self._next is not None and len(self._coming) <= self._ahead and self._fits(self._next):
+            self._take()
+
+    def _fits(self, upcoming: Upcoming) -> bool:
+        if len(self._uses) + len(upcoming.places) > self._files:
+            return False
+        more = sum(self._size(place) for place in upcoming.on_node if place not in self._on_node)
+        return self._limit is None or self._bytes + more <= self._limit
+
+    def _take(self) -> None:
+        upcoming = self._next
+        assert upcoming is not None
+        for place in upcoming.on_node:
+            if not self._on_node[place]:
+                self._bytes += self._size(place)
+            self._on_node[place] += 1
+        for place in upcoming.places:
+            if not self._uses[place] and not self._local(place):
+                self._fetch(place, must=False)
+            self._uses[place] += 1
+        self._coming.append(upcoming)
+        self._next = self._upcoming()
+
+    def _fetch(self, place: Place, *, must: bool) -> None:
+        threads = self._urgent if must else self._threads
+        assert threads is not None, "only what is remote is fetched"
+        view, number = place
+        self._fetching[place] = threads.submit(partial(self._mixture.views[view].hold, number, must=must))
+
+    def _wait(self, upcoming: Upcoming) -> None:
+        for place in upcoming.places:
+            if place in self._held and not self._held[place].there():
+                self.release([place])
+                self._fetch(place, must=True)
+        waited = 0.0
+        while missing := [place for place in upcoming.places if place in self._fetching]:
+            for place in missing:
+                future = self._fetching[place]
+                if future.done() and not future.exception() and future.result() is None:
+                    self._fetch(place, must=True)
+            place = missing[0]
             try:
-                info = path.stat()
-            except FileNotFoundError:
+                held = self._fetching[place].result(timeout=_PATIENCE)
+            except FutureTimeout:
+                waited += _PATIENCE
+                where = f"{self._mixture.views[place[0]].shards[place[1]].path} is still being fetched"
+                if waited >= self._timeout:
+                    raise DataError(f"no batch for {waited:.0f} s (data.timeout): {where}") from None
+                _log.warning("waiting for a batch for %.0f s; %s", waited, where)
                 continue
-            found.append((info.st_mtime, info.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for used, size, path in sorted(found):
-            if total <= self._limit:
-                return
-            if time.time() - used < _IN_USE:
-                _log.warning(
-                    "the shard cache %s holds %.2f GB, all in use; raise data.cache_limit above %.2f",
-                    self._root,
-                    total / 1e9,
-                    self._limit / 1e9,
-                )
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+            if held is not None:
+                self._held[place] = held
+                del self._fetching[place]
+
+    def _size(self, place: Place) -> int:
+        return self._mixture.views[place[0]].shards[place[1]].nbytes
+
+    def _local(self, place: Place) -> bool:
+        return self._mixture.views[place[0]].local(place[1])
+
+
+def _give_back(future: Future[Hold | None]) -> None:
+    with suppress(CancelledError, Exception):
+        if (held := future.result()) is not None:
+            held.close()

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stamo_dist.data.shards import ShardSpec
+from stamo_dist.data.shards import ShardSpec, mappings_allowed
 from stamo_dist.errors import DataError
 
 Kind = Literal["latents", "states"]
@@ -173,8 +173,8 @@ def find_cache(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str) -> Cac
 class CacheFiles:
     """The cached rows of the shards by number, mapped; item `i` is (n, *shape), bfloat16 as bit patterns."""
 
-    def __init__(self, spec: CacheSpec, limit: int = 256):
-        self._spec, self._limit = spec, limit
+    def __init__(self, spec: CacheSpec):
+        self._spec, self._limit = spec, mappings_allowed()
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def __getitem__(self, number: int) -> NDArray[Any]:
@@ -193,3 +193,7 @@ class CacheFiles:
         else:
             self._open.move_to_end(number)
         return array
+
+    def forget(self, number: int) -> None:
+        """Unmap the rows of a shard, if they are mapped."""
+        self._open.pop(number, None)

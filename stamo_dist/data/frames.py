@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.schema import Episode
-from stamo_dist.data.shards import OpenShards
+from stamo_dist.data.shards import MappedShard, OpenShards
 from stamo_dist.data.sources import DEFAULT_CACHE, open_camera, open_source
 from stamo_dist.errors import DataError
+
+_MAPPED = 64  # shards; a training that shares the cache cannot remove them
 
 
 class Episodes:
@@ -38,7 +40,7 @@ class Episodes:
         self.manifest = source.manifest
         self.camera = source.manifest.cameras[0] if camera is None else camera
         self._shards = open_camera(source, split, self.camera)
-        self._open = OpenShards(self._shards.shards)
+        self._open = OpenShards(self._shards.shards, _MAPPED, self._shards.open)
         counts = np.array([shard.samples for shard in self._shards.shards])
         self._first = counts.cumsum() - counts
         self.episodes: list[Episode] = source.episodes(split)
@@ -58,8 +60,8 @@ class Episodes:
         size = self.manifest.image_size
         out = np.empty((len(ts), size, size, 3), np.uint8)
         for row, t in zip(out, ts, strict=True):
-            number, sample = self._locate(episode, t)
-            self._open[number].frame(sample, row)
+            shard, sample = self._locate(episode, t)
+            shard.frame(sample, row)
         return out
 
     def actions(self, episode: int, ts: Sequence[int] | None = None) -> NDArray[np.float32]:
@@ -78,16 +80,14 @@ class Episodes:
         ts = range(self.episodes[episode].length) if ts is None else ts
         rows = []
         for t in ts:
-            number, sample = self._locate(episode, t)
-            rows.append(self._open[number].sample(sample, [column])[column])
+            shard, sample = self._locate(episode, t)
+            rows.append(shard.sample(sample, [column])[column])
         return np.stack(rows) if rows else np.empty((0, 0), np.float32)
 
-    def _locate(self, episode: int, t: int) -> tuple[int, int]:
-        """(shard, sample within it) of frame `t`."""
+    def _locate(self, episode: int, t: int) -> tuple[MappedShard, int]:
+        """The shard and the sample within it of frame `t`."""
         found = self.episodes[episode]
         if not 0 <= t < found.length:
             raise DataError(f"episode {found.id} has frames 0 to {found.length - 1}, not {t}")
         number = int(np.searchsorted(self._first, found.start + t, side="right")) - 1
-        if not self._shards.local:
-            self._shards.prepare(number)
-        return number, found.start + t - int(self._first[number])
+        return self._open[number], found.start + t - int(self._first[number])

@@ -14,18 +14,20 @@ from weakref import finalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stamo_dist.data.fetch import Fetcher
+from stamo_dist.data.fetch import CacheUse, Fetcher
 from stamo_dist.data.frame_cache import CacheSpec, find_cache
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.plan import Cursor, Position
+from stamo_dist.data.plan import Cursor, Order, Position
 from stamo_dist.data.pool import Pool
 from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
+_FEW = 16  # shards mapped for a look at some frames
 _HELD = 2  # batches the consumer may hold before it gets copies
 
 
@@ -110,6 +112,22 @@ class CacheKeys(NamedTuple):
 NO_CACHE = CacheKeys()
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Who shares what with a process.
+
+    Attributes:
+        groups: Virtual workers of this process, a power of two; the samples of each follow one another.
+        node: Ranks of the processes that share the cache with this one and itself; None is this one alone.
+    """
+
+    groups: int = 1
+    node: range | None = None
+
+
+ALONE = Sharing()
+
+
 def build_loader(
     mixture: Mixture,
     *,
@@ -119,7 +137,7 @@ def build_loader(
     pin_memory: bool,
     workers: int | None = None,
     caches: CacheKeys = NO_CACHE,
-    groups: int = 1,
+    sharing: Sharing = ALONE,
 ) -> Loader:
     """The batches of one rank, from `cursor` on, until the data ends (never, without `max_epochs`).
 
@@ -130,7 +148,7 @@ def build_loader(
         pin_memory: Deliver page-locked batches (where there is a GPU).
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
         caches: What to read in place of frames.
-        groups: Virtual workers of this process, a power of two; the samples of each follow one another.
+        sharing: Of the process's part of a batch, and of the node's cache.
 
     Raises:
         DataError: Cached latents or states are asked for and not there.
@@ -150,16 +168,34 @@ def build_loader(
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
     found = _Caches(spec, targets, each=states is not None and states.each)
-    return Loader(mixture, _RankShare(rank, world_size, groups), found, cursor, pin=pin, workers=workers)
+    share = _RankShare(rank, world_size, sharing.groups, sharing.node or range(rank, rank + 1))
+    return Loader(mixture, share, found, cursor, pin=pin, workers=workers)
+
+
+def cache_use(mixture: Mixture, *, world_size: int, node: range, cursor: Cursor) -> CacheUse | None:
+    """What the processes with the ranks `node` need of their cache, from `cursor` on; None without remote shards."""
+    return CacheUse.of(mixture, _positions(mixture, _RankShare(node[0], world_size, 1, node), cursor))
 
 
 @dataclass(frozen=True)
 class _RankShare:
-    """What of each global batch a process reads: a share of each of `groups` that follow one another."""
+    """What of each global batch a process reads: a share of each of `groups` that follow one another.
+
+    `node`: ranks of all processes on its node.
+    """
 
     rank: int
     world_size: int
     groups: int
+    node: range
+
+    def slots(self, order: Order) -> NDArray[np.int64]:
+        """Which slots of a global batch the processes of its node read, one process after the other, in its order."""
+        groups = [0]
+        while len(groups) < self.groups:  # halves before neighbours, so that the sums of a step's groups make one tree
+            groups = [k for first in groups for k in (first, first + len(groups))]
+        shares = self.groups * self.world_size
+        return np.concatenate([order.share(rank + k * self.world_size, shares) for rank in self.node for k in groups])
 
 
 @dataclass(frozen=True)
@@ -201,13 +237,13 @@ class Loader:
             views=[camera.shards for camera in mixture.views[1:]],
             window=mixture.window and replace(mixture.window, target=mixture.window.target and states is None),
             skip=data.on_bad_sample == "skip",
+            cache=str(mixture.cache.root),
         )
         self._buffers = spec.memory()
         self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
         self._reader = None if workers else BatchReader(spec, self._buffers)
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
-        self._fetcher = Fetcher(mixture)
-        self._plan = self._fetcher.ready(_positions(mixture, share, cursor))
+        self._fetcher = Fetcher(mixture, _positions(mixture, share, cursor))
         self._coming: deque[Cursor] = deque()
         self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
         self._closed = False
@@ -244,21 +280,22 @@ class Loader:
         if self._reader is not None:
             slot = self._next_slot()
             wrong = self._reader.fill(slot)
+            self._reader.forget(unused := self._fetcher.done())
         else:
             assert self._pool is not None
-            with suppress(StopIteration):
-                while len(self._pool) < self._depth:
-                    self._pool.submit(self._next_slot())
-            if not len(self._pool):
-                raise StopIteration
+            # What was submitted need not wait for a shard of what comes after it, nor for room for it.
+            while len(self._pool) < self._depth and (self._fetcher.ready() or not len(self._pool)):
+                self._pool.submit(self._next_slot())
             slot, wrong = self._pool.take()
+            self._pool.forget(unused := self._fetcher.done())
+        self._fetcher.release(unused)
         for problem in wrong:
             _log.warning("skipped: %s", problem)
         return self._deliver(slot, self._coming.popleft())
 
     def _next_slot(self) -> int:
         """Write the next sample numbers into a free slot and return it; `_deliver` keeps one free at all times."""
-        position = next(self._plan)
+        position = next(self._fetcher)
         self._coming.append(position.after)
         slot = self._free.pop()
         views = self._buffers[slot]
@@ -290,17 +327,15 @@ class Loader:
 
 
 def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
-    groups, order = share.groups, [0]
-    while len(order) < groups:  # halves before neighbours, so that the sums of a step's groups make one tree
-        order = [k for first in order for k in (first, first + len(order))]
-    world = share.world_size
-    mine = np.concatenate([mixture.order.share(share.rank + k * world, groups * world) for k in order])
-    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.order.at_a_time(len(mine))
+    slots = share.slots(mixture.order)
+    own = share.node.index(share.rank) * (len(slots) // len(share.node))
+    mine = slice(own, own + len(slots) // len(share.node))
+    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.order.at_a_time(len(slots))
     while True:
-        plan = mixture.plan(batch, at_a_time, mine)
+        plan = mixture.plan(batch, at_a_time, slots)
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            yield Position(Cursor(batch * mixture.global_batch), samples, epochs)
+            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine], samples)
         if len(plan.samples) < at_a_time:
             return
 
@@ -351,9 +386,8 @@ class PinnedPrefetcher:
 def first_frames(mixture: Mixture, count: int) -> Tensor:
     """The first `count` frames of the mixture's order, uint8 (count, H, W, 3), the same in every process."""
     frames = torch.empty(count, mixture.data.image_size, mixture.data.image_size, 3, dtype=torch.uint8)
-    shards = OpenShards(mixture.shards)
+    shards = OpenShards(mixture.shards, _FEW, mixture.views[0].open)
     samples = np.resize(mixture.plan(0, -(-count // mixture.global_batch)).samples, count)
     for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
-        mixture.prepare(number)
         shards[number].frame(int(sample - mixture.first[number]), out)
     return frames

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.allocation import Allocation, allocation_of
+from stamo_dist.data.cache import Cache
 from stamo_dist.data.group_order import GroupOrder, SourceOrder
 from stamo_dist.data.lane_order import LaneOrder
 from stamo_dist.data.plan import BatchPlan, Order
 from stamo_dist.data.reader import Window
-from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source, resolve
+from stamo_dist.data.sources import CameraShards, OpenSource, open_cache, open_camera, open_source, resolve
 from stamo_dist.data.view import CameraView
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
@@ -43,6 +44,7 @@ class Mixture:
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
+        cache: Where remote shards are kept.
         opened: The folders of each source.
         streams: One per folder and camera, in the order of `sources`; with `data.views`, one per folder.
         views: The streams' shards, and those of each further camera of the same timesteps.
@@ -64,7 +66,8 @@ class Mixture:
         self.data, self.seed, self.global_batch = data, seed, global_batch
         used = data.used
         self.sources = list(used)
-        self.opened, streams = _open_all(used, data, growth)
+        self.cache = open_cache(data.cache, data.cache_limit)
+        self.opened, streams = _open_all(used, data, growth, self.cache)
         cameras = [stream for of_source in streams for stream in of_source]
         # The cameras of one timestep follow one another.
         self.views = [CameraView(cameras[v :: data.views]) for v in range(data.views)]
@@ -157,7 +160,7 @@ class Mixture:
 
 
 def _open_all(
-    sources: dict[str, SourceConfig], data: Data, growth: Mapping[str, Sequence[int]]
+    sources: dict[str, SourceConfig], data: Data, growth: Mapping[str, Sequence[int]], cache: Cache
 ) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
     """Every source's folders, and its cameras."""
     problems: list[str] = []
@@ -169,7 +172,7 @@ def _open_all(
         pinned = [*growth[name], *[0] * len(source.paths)] if name in growth else [None] * len(source.paths)
         for path, grown in zip(source.paths, pinned, strict=False):
             try:
-                found.setdefault(name, []).append(opened := open_source(path, data.cache, grown))
+                found.setdefault(name, []).append(opened := open_source(path, cache, grown))
                 problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
                 streams[-1] += _open_cameras(name, opened, source, seen, data.views)
             except DataError as e:

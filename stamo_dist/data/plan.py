@@ -25,11 +25,15 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Position:
-    """One rank's share of one global batch: the cursor after it, sample numbers and epochs, both (b,)."""
+    """One rank's share of one global batch: the cursor after it, sample numbers and epochs, both (b,).
+
+    `on_node`: int64 (n,), sample numbers of the shares of all ranks on its node.
+    """
 
     after: Cursor
     samples: NDArray[np.int64]
     epochs: NDArray[np.int32]
+    on_node: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from stamo_dist.data.reader import ReaderSpec
+import numpy as np
+
+from stamo_dist.data.reader import Place, ReaderSpec
 from stamo_dist.data.shared_buffers import SharedBuffers
-from stamo_dist.data.worker import ANSWER, BAD_DATA, BUG, DONE, LENGTH, SLOT, receive
+from stamo_dist.data.worker import ANSWER, BAD_DATA, BUG, DONE, FORGET, LENGTH, REQUEST, receive
 from stamo_dist.errors import DataError, RunError, StamoError
 
 _log = logging.getLogger(__name__)
@@ -71,9 +73,16 @@ class Pool:
             for descriptor, _ in answers:
                 self._receive(self._worker_of[descriptor])
         worker = min(range(len(self._workers)), key=lambda w: len(self._filling[w]))
-        self._send(worker, SLOT.pack(slot))
+        self._send(worker, REQUEST.pack(slot, 0))
         self._filling[worker].append(slot)
         self._order.append(slot)
+
+    def forget(self, places: Sequence[Place]) -> None:
+        """Have all workers unmap these shards, given by view and number."""
+        if places:
+            message = REQUEST.pack(FORGET, len(places)) + np.array(places, "<i8").tobytes()
+            for worker in range(len(self._workers)):
+                self._send(worker, message)
 
     def __len__(self) -> int:
         """Batches that were submitted and not taken yet."""

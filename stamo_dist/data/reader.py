@@ -6,7 +6,8 @@ Loader workers run this module, so it must stay free of torch (but for augmentat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.frame_cache import CacheFiles, CacheSpec
-from stamo_dist.data.shards import OpenShards, ShardLayout, ShardSpec
+from stamo_dist.data.shards import MappedShard, OpenShards, ShardLayout, ShardSpec
 from stamo_dist.data.shared_buffers import BufferField, SharedBuffers
 from stamo_dist.errors import DataError
 
+Place = tuple[int, int]  # of a shard: view, number
 _TRIES = 16  # frames that may stand in for one that cannot be read
 
 
@@ -68,6 +70,7 @@ class ReaderSpec:
     views: Sequence[Sequence[ShardSpec]]  # of each camera after the first, in the order of the samples
     window: Window | None
     skip: bool  # take another frame for one that cannot be read
+    cache: str  # folder of shards that are removed when they are not in use
 
     def memory(self, fd: int | None = None) -> SharedBuffers:
         """The slots as this spec lays them out; `fd` of the process that made them."""
@@ -126,9 +129,9 @@ class BatchReader:
 
     def __init__(self, spec: ReaderSpec, buffers: SharedBuffers):
         self._spec, self._buffers = spec, buffers
-        self._shards = OpenShards(spec.shards)
+        self._shards = _open(spec.shards, spec.cache)
         self._first = _first_samples(spec.shards)
-        self._views = [(OpenShards(shards), _first_samples(shards)) for shards in spec.views]
+        self._views = [(_open(shards, spec.cache), _first_samples(shards)) for shards in spec.views]
         self._latents = CacheFiles(spec.latents) if spec.latents else None
         self._states = CacheFiles(spec.states) if spec.states else None
         horizon = spec.window.horizon if spec.window else 0
@@ -174,6 +177,16 @@ class BatchReader:
         if self._spec.window is not None:
             self._write_context(self._spec.window, views)
         return list(wrong.values())
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Unmap these shards."""
+        for view, number in places:
+            if view:
+                self._views[view - 1][0].forget(number)
+                continue
+            for mapped in (self._shards, self._latents, self._states):
+                if mapped is not None:
+                    mapped.forget(number)
 
     def _decode(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]]) -> None:
         shard = self._shards[number]
@@ -237,6 +250,9 @@ class BatchReader:
                 return
             except DataError:
                 continue
+            finally:
+                if other != number:
+                    self.forget([(0, other)])  # nobody tells when it is not needed any more
         raise DataError(f"{problem}; nor can {_TRIES} frames that might stand in for it")
 
     def _others(self, number: int, row: int) -> Iterator[tuple[int, int]]:
@@ -247,6 +263,13 @@ class BatchReader:
         siblings += [n for n in range(number) if owner[n] == owner[number]]
         for other in siblings[: _TRIES // 2]:
             yield other, row % specs[other].samples
+
+
+def _open(shards: Sequence[ShardSpec], cache: str) -> OpenShards:
+    below = os.path.join(cache, "")
+    return OpenShards(
+        shards, open_shard=lambda number: MappedShard(shards[number], cached=shards[number].path.startswith(below))
+    )
 
 
 def _first_samples(shards: Sequence[ShardSpec]) -> NDArray[np.int64]:

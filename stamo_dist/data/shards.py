@@ -12,7 +12,7 @@ import os
 import resource
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from stamo_dist.data.cache import lock_shared
 from stamo_dist.errors import DataError
 
 _INT = struct.Struct("<q")
@@ -88,6 +89,7 @@ class MappedShard:
 
     Args:
         spec: The shard; its file must be on local disk.
+        cached: It lies in a cache, which must not remove it while it is mapped.
 
     Raises:
         DataError: The file is missing or does not match index.json.
@@ -95,10 +97,13 @@ class MappedShard:
 
     __slots__ = ("_begins", "_columns", "_map", "spec")
 
-    def __init__(self, spec: ShardSpec):
+    def __init__(self, spec: ShardSpec, *, cached: bool = False):
         self.spec = spec
         try:
             with open(spec.path, "rb") as file:
+                # The map has a copy of the descriptor, and so keeps the lock.
+                if cached and not lock_shared(file.fileno()):
+                    raise DataError(f"{spec.path}: was removed from the cache when it was to be read")
                 size = os.fstat(file.fileno()).st_size
                 if size != spec.nbytes:
                     raise DataError(f"{spec.path}: {size} bytes, but index.json says {spec.nbytes}")
@@ -223,19 +228,38 @@ def mappings_allowed() -> int:
 
 
 class OpenShards:
-    """The shards of a data set by number; the `limit` used last stay mapped."""
+    """The shards of a data set by number; the `limit` used last stay mapped.
 
-    def __init__(self, specs: Sequence[ShardSpec], limit: int | None = None):
-        self._specs = specs
+    Args:
+        specs: The shards.
+        limit: Most shards that are mapped; as many files as a process may open when omitted.
+        open_shard: Maps a shard, by number; of files on local disk for good when omitted.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ShardSpec],
+        limit: int | None = None,
+        open_shard: Callable[[int], MappedShard] | None = None,
+    ):
+        self._map = open_shard or (lambda number: MappedShard(specs[number]))
         self._limit = mappings_allowed() if limit is None else limit
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
 
     def __getitem__(self, number: int) -> MappedShard:
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = MappedShard(self._specs[number])
+            shard = self._open[number] = self._map(number)
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(number)
         return shard
+
+    def __len__(self) -> int:
+        """How many are mapped."""
+        return len(self._open)
+
+    def forget(self, number: int) -> None:
+        """Unmap a shard, if it is mapped."""
+        self._open.pop(number, None)

@@ -11,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,13 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
+from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
-from stamo_dist.data.shards import ShardLayout, ShardSpec
+from stamo_dist.data.shards import MappedShard, ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
 DEFAULT_CACHE = "~/.cache/stamo"
-SCRATCH = ".fetch-"  # prefix of folders in a cache that hold what is not whole
 _DOWNLOAD = {"download_retry": 1, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
 _LOCK_TIMEOUT = 3600.0
 _ATTEMPTS = 5  # to fetch a shard, with pauses of about 1, 2, 4 and 8 times _PAUSE between
@@ -51,7 +52,7 @@ class OpenSource:
     path: str
     root: Path
     remote: str | None
-    cache: Path
+    cache: Cache
     manifest: Manifest
     later: int = 0  # episodes that came when it grew, and are not read
 
@@ -78,6 +79,7 @@ class CameraShards:
     folder: Path
     frames: int
     stream: Stream
+    cache: Cache
     entries: Sequence[dict[str, Any]]  # index.json's, one a shard
     shards: Sequence[ShardSpec]
     local: bool  # the raw shards are on local disk already
@@ -90,36 +92,77 @@ class CameraShards:
         Raises:
             DataError: It cannot be had, or is not what index.json says.
         """
+        if (held := self.hold(number, must=True)) is not None:
+            held.close()
+
+    def hold(self, number: int, *, must: bool) -> Hold | None:
+        """`prepare` the shard, and keep it on local disk until the hold is closed; None where it is there for good.
+
+        Unless it `must` be had now, None too where another process fetches it or shards in use take the cache's room.
+
+        Raises:
+            DataError: As `prepare`.
+        """
+        if self.local:
+            return None
         shard = self.shards[number]
         path = Path(shard.path)
-        if _size(path) == shard.nbytes:
-            return
-        lock = path.parent / ".locks" / f"{path.name}.lock"
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock, timeout=_LOCK_TIMEOUT):
-                if _size(path) not in (None, shard.nbytes):
-                    path.unlink()  # what a killed process left
-                _try(lambda: self._get(number), shard.path, is_remote(self.stream.remote or ""))
-        except Timeout:
-            raise DataError(f"{path}: another process holds {lock} for over {_LOCK_TIMEOUT:.0f} s") from None
+            while True:
+                if _size(path) == shard.nbytes:
+                    held = hold(shard.path)
+                else:
+                    with fetch_lock(path, _LOCK_TIMEOUT if must else 0):
+                        held = hold(shard.path) if _size(path) == shard.nbytes else self._fetch(number, must)
+                        if held is None and not must:
+                            return None
+                if held is not None:
+                    return held
+        except Timeout as e:
+            if not must:
+                return None
+            raise DataError(f"{path}: another process holds {e.lock_file} for over {_LOCK_TIMEOUT:.0f} s") from None
         except Exception as e:  # every store raises its own
             raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {_said(e)}") from e
-        if _size(path) != shard.nbytes:
-            raise DataError(f"{path}: {_size(path)} bytes, but index.json says {shard.nbytes}")
+
+    def open(self, number: int) -> MappedShard:
+        """`prepare` the shard, and map it.
+
+        Raises:
+            DataError: As `prepare`, or it is damaged.
+        """
+        with nullcontext() if self.local else self.hold(number, must=True) or nullcontext():
+            return MappedShard(self.shards[number], cached=not self.local)
 
     def reader(self, number: int) -> Reader:
         """streaming's view of shard `number`, made when asked for: for all at once, it is most of opening a source."""
         return reader_from_json(str(self.folder), self.stream.split, self.entries[number])
 
-    def _get(self, number: int) -> None:
-        # A shard gets its name when its checksum was right, so it need not be verified again.
-        path = Path(self.shards[number].path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
+    def _fetch(self, number: int, must: bool) -> Hold | None:
+        shard, entry = self.shards[number], self.entries[number]
+        path = Path(shard.path)
+        path.unlink(missing_ok=True)  # of another size, so left by a process that was killed
+        size = shard.nbytes + (entry["zip_data"]["bytes"] if entry["compression"] else 0)
+        with self.cache.reserve(path, size, must=must) as scratch:
+            if scratch is None:
+                return None
+            held: Hold = _try(partial(self._get, number, scratch), shard.path, is_remote(self.stream.remote or ""))
+            return held
+
+    def _get(self, number: int, scratch: Path) -> Hold:
+        """Fetch the shard; it gets its name when its checksum was right, so it need not be verified again."""
+        shard = self.shards[number]
+        with tempfile.TemporaryDirectory(dir=scratch) as attempt:  # streaming takes what lies there for whole
             stream = copy.copy(self.stream)
-            stream.local = scratch
+            stream.local = attempt
             stream.prepare_shard(self.reader(number))
-            os.replace(Path(scratch) / path.name, path)
+            whole = Path(attempt) / Path(shard.path).name
+            if _size(whole) != shard.nbytes:
+                raise ValueError(f"{_size(whole)} bytes, but index.json says {shard.nbytes}")
+            held = hold(str(whole))  # before others see it, who may want its room
+            assert held is not None, "nobody else knows the folder"
+            whole.replace(shard.path)
+        return held
 
 
 def _said(error: Exception) -> str:
@@ -160,7 +203,7 @@ def resolve(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def open_source(path: str, cache: str = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
+def open_source(path: str, cache: str | Cache = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
     """Read the manifest of a local or remote source.
 
     Args:
@@ -171,19 +214,24 @@ def open_source(path: str, cache: str = DEFAULT_CACHE, growth: int | None = None
     Raises:
         DataError: Missing, empty, unfinished or unreachable.
     """
-    opened = _open_source(path, cache)
+    opened = _open_source(path, open_cache(cache) if isinstance(cache, str) else cache)
     manifest = opened.manifest.as_of(growth)
     return replace(opened, manifest=manifest, later=opened.manifest.episodes - manifest.episodes)
 
 
-def _open_source(path: str, cache: str) -> OpenSource:
-    resolved, root = resolve(path), Path(os.path.realpath(os.path.expanduser(cache)))
+def open_cache(folder: str, limit: float | None = None) -> Cache:
+    """The cache that `data.cache` and `data.cache_limit` (GB) describe."""
+    return Cache(Path(os.path.realpath(os.path.expanduser(folder))), None if limit is None else limit * 1e9)
+
+
+def _open_source(path: str, cache: Cache) -> OpenSource:
+    resolved, root = resolve(path), cache.root
     if not is_remote(resolved):
         folder = Path(resolved)
-        return OpenSource(path, folder, None, root, read_manifest(folder))
+        return OpenSource(path, folder, None, cache, read_manifest(folder))
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
+        with tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH) as scratch:
             fresh = Path(scratch) / MANIFEST
             _download(f"{resolved}/{MANIFEST}", fresh)
             manifest = read_manifest(Path(scratch))
@@ -194,7 +242,7 @@ def _open_source(path: str, cache: str) -> OpenSource:
             fresh.replace(folder / MANIFEST)
     except OSError as e:
         raise DataError(f"data.cache: {root}: cannot be written: {e.strerror or e}") from e
-    return OpenSource(path, folder, resolved, root, manifest)
+    return OpenSource(path, folder, resolved, cache, manifest)
 
 
 def _refresh(remote: str, local: Path) -> None:
@@ -235,10 +283,10 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked in the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
-        stream = Stream(remote=str(folder), local=str(source.cache / name))
-        entries = _read_index(stream, source.cache / name, 0)
+        stream = Stream(remote=str(folder), local=str(source.cache.root / name))
+        entries = _read_index(stream, source.cache.root / name, 0)
         _check_files(folder, entries, packed=True)
-        folder = source.cache / name
+        folder = source.cache.root / name
         local = False
     else:
         local = source.remote is None
@@ -254,7 +302,7 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
             raise DataError(f"{folder}: has columns of type {', '.join(unsafe)}, which may run code; convert it again")
     return CameraShards(
-        camera, folder, frames, stream, entries, shards, local, manifest.action_dim, manifest.proprio_dim
+        camera, folder, frames, stream, source.cache, entries, shards, local, manifest.action_dim, manifest.proprio_dim
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.data.cache import Hold
+from stamo_dist.data.shards import MappedShard
 from stamo_dist.data.sources import CameraShards
 
 
@@ -42,5 +44,31 @@ class CameraView:
         Raises:
             DataError: It cannot be had.
         """
-        stream = self.shard_stream[number]
-        self.streams[stream].prepare(number - int(self._stream_first[stream]))
+        stream, of_stream = self._place(number)
+        stream.prepare(of_stream)
+
+    def hold(self, number: int, *, must: bool) -> Hold | None:
+        """`prepare` the shard and keep it on local disk until the hold is closed; see `CameraShards.hold`.
+
+        Raises:
+            DataError: It cannot be had.
+        """
+        stream, of_stream = self._place(number)
+        return stream.hold(of_stream, must=must)
+
+    def open(self, number: int) -> MappedShard:
+        """`prepare` the shard, and map it.
+
+        Raises:
+            DataError: It cannot be had, or is damaged.
+        """
+        stream, of_stream = self._place(number)
+        return stream.open(of_stream)
+
+    def local(self, number: int) -> bool:
+        """Whether shard `number` is on local disk for good."""
+        return self._place(number)[0].local
+
+    def _place(self, number: int) -> tuple[CameraShards, int]:
+        stream = int(self.shard_stream[number])
+        return self.streams[stream], number - int(self._stream_first[stream])

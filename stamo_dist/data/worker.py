@@ -13,12 +13,16 @@ import sys
 import traceback
 from contextlib import suppress
 
+import numpy as np
+
 from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.errors import StamoError
 
-#: Sent to a worker: first the length of a ReaderSpec and the spec, then the slot of every batch.
+#: Sent to a worker: first the length of a ReaderSpec and the spec, then requests: the slot of a batch to fill and 0, or
+#: FORGET and how many shards to unmap, whose views and numbers follow as int64.
 LENGTH = struct.Struct("<Q")
-SLOT = struct.Struct("<Q")
+REQUEST = struct.Struct("<qQ")
+FORGET = -1
 #: Sent back for every batch: what became of it, and the length of the message that follows: what is wrong.
 ANSWER = struct.Struct("<BQ")
 DONE, BAD_DATA, BUG = range(3)
@@ -56,7 +60,12 @@ def serve(connection: socket.socket, memory: int) -> None:
     reader: BatchReader | None = None
     spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
     while True:
-        (slot,) = SLOT.unpack(receive(connection, SLOT.size))
+        slot, count = REQUEST.unpack(receive(connection, REQUEST.size))
+        if slot == FORGET:
+            places = np.frombuffer(receive(connection, 16 * count), "<i8").reshape(-1, 2).tolist()
+            if reader is not None:
+                reader.forget(places)
+            continue
         kind, message = DONE, b""
         try:
             if reader is None:

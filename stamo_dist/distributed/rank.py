@@ -26,6 +26,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_node(self) -> range:
+        """The ranks of this process's node."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
 
 def few_of(ranks: Sequence[int]) -> str:
     """The first ranks, and how many more."""

@@ -85,9 +85,14 @@ class Data(Section):
     prefetch: PositiveInt = Field(2, description="Batches kept ready for each worker.")
     cache: str = Field("~/.cache/stamo", description="Where remote shards are kept on local disk.")
     cache_limit: PositiveFloat | None = Field(
-        None, description="GB of remote shards kept there; those used longest ago are removed. No limit when omitted."
+        None,
+        description="GB of remote shards kept there, on each node; those used longest ago are removed. No limit when "
+        "omitted.",
     )
-    fetch_ahead: PositiveInt = Field(16, description="Batches whose remote shards are fetched in advance.")
+    fetch_ahead: PositiveInt = Field(
+        16,
+        description="Batches whose remote shards are fetched in advance, at least; fewer where the cache is too small.",
+    )
     on_bad_sample: Literal["raise", "skip"] = Field(
         "raise",
         description="Unreadable shards or frames end the run, or another frame of the source is taken and counted.",

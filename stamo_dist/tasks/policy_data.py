@@ -14,7 +14,6 @@ import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.schema import Stats, scaling_notes
-from stamo_dist.data.shards import MappedShard
 from stamo_dist.data.supervised import Supervision
 from stamo_dist.errors import CheckpointError, DataError, RecipeError, StamoError
 from stamo_dist.models import weights
@@ -122,10 +121,10 @@ def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str |
     frames = opened.manifest.splits[_SPLIT].frames if _SPLIT in opened.manifest.splits else stats.count
     if stats.count != frames:
         return f"{path} has statistics of {stats.count} frames, but {frames} frames"
-    spec = mixture.shards[int(np.searchsorted(mixture.shard_source, number))]
-    if split != _SPLIT or not Path(spec.path).is_file():  # a remote shard has not come yet
+    first = int(np.searchsorted(mixture.shard_source, number))
+    if split != _SPLIT or not Path(mixture.shards[first].path).is_file():  # a remote shard has not come yet
         return None
-    shard, low, high = MappedShard(spec), np.array(stats.min), np.array(stats.max)
+    shard, low, high = mixture.views[0].open(first), np.array(stats.min), np.array(stats.max)
     slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-6  # they are kept rounded
     for i in np.unique(np.linspace(0, len(shard) - 1, _LOOKED_AT).astype(int)).tolist():
         values = np.ravel(shard.sample(i, [column])[column])

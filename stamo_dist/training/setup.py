@@ -13,7 +13,7 @@ from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint,
 from stamo_dist.checkpoint.load import holds_all, load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
-from stamo_dist.data.loader import CacheKeys, Cursor, Loader, build_loader, first_frames
+from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.collectives import broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
@@ -108,6 +108,8 @@ def check(start: RunStart) -> Checked:
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
+    if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=Cursor()):
+        use.check(mixture.cache)
     check_task(recipe, mixture)
     return Checked(mixture, run_fingerprint(recipe, mixture), plan, select)
 
@@ -226,7 +228,7 @@ def _assemble(
             cursor=Cursor.from_dict(state.cursor),
             pin_memory=engine.device.type == "cuda",
             caches=CacheKeys(task.latents, task.states),
-            groups=checked.batching.workers,
+            sharing=Sharing(checked.batching.workers, world.on_node),
         )
 
     def go_back(state: RunState) -> RunState:
@@ -255,7 +257,10 @@ def _assemble(
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
     """Rank 0: write what this run is and say it."""
-    r, p, task = start.recipe, checked.batching, trainer.task
+    r, p, task, mixture = start.recipe, checked.batching, trainer.task, checked.mixture
+    cursor = Cursor.from_dict(trainer.state.cursor)
+    use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)
+    cache = [use.line(mixture.cache)] if use else []
     start.run.describe(
         start.loaded.text, dump(r), sys.argv, step=trainer.state.step, processes=p.world_size, sources=task.sources
     )
@@ -265,5 +270,5 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
-    for note in [*checked.mixture.notes, *task.notes, *start.notes, *budget.notes()]:
+    for note in [*mixture.notes, *cache, *task.notes, *start.notes, *budget.notes()]:
         logger.info(f"  {note}")
