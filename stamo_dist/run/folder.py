@@ -45,6 +45,16 @@ def write_atomic(path: Path, text: str) -> None:
     tmp.replace(path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line in one write, of less than a page, so that lines of several processes do not mix.
+
+    A torn last line is ended first, so that only that one is lost.
+    """
+    with path.open("ab+", buffering=0) as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run."""
@@ -127,8 +137,7 @@ class RunFolder:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step,
             "processes": processes, "host": about["host"], "commit": about["git_commit"],
         }  # fmt: skip
-        with (self.path / "starts.jsonl").open("a") as f:
-            f.write(json.dumps(start) + "\n")
+        append_line(self.path / "starts.jsonl", json.dumps(start))
 
 
 def open_run(path: str | Path) -> RunFolder:
