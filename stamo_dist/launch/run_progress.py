@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from stamo_dist.faults.heartbeats import heartbeat_of_main
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
@@ -103,16 +103,8 @@ def age(stamp: float | None) -> float | None:
 
 def _phase(run: Path) -> str:
     """From the heartbeat that the watchdog of a start writes and takes away at its end."""
-    newest = max(run.glob("logs/watch_*/rank_00000.json"), key=_when_or_never, default=None)
-    try:
-        found = json.loads(newest.read_text()) if newest is not None else {}
-        return f"{found['phase']} for {duration(found['seconds'])}" if found.get("phase") else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _when_or_never(path: Path) -> float:
-    return _when(path) or 0.0
+    main = heartbeat_of_main(run / "logs")
+    return f"{main.phase} for {duration(main.seconds)}" if main is not None and main.phase else ""
 
 
 def _loss(line: dict[str, Any]) -> float | None:
