@@ -9,6 +9,9 @@
     logs/            rank_00000.log                 first_batch.png
     samples.jsonl    what each step read (train.log_samples)
     success.json     a policy's success while it trains: the last and the best
+
+Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place and,
+while they are cut off, `.kept` lines.
 """
 
 from __future__ import annotations
