@@ -10,8 +10,8 @@
     samples.jsonl    what each step read (train.log_samples)
     success.json     a policy's success while it trains: the last and the best
 
-Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place and,
-while they are cut off, `.kept` lines.
+Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place
+and, while they are cut off, `.kept` lines.
 """
 
 from __future__ import annotations
