@@ -95,7 +95,7 @@ class ReportedRun:
                 f"equal distances, the curves also of all of its last {history.last}"
             )
         if history.damaged:
-            said.append(f"{history.damaged} lines of metrics.jsonl cannot be read and are left out")
+            said.append(f"lines of metrics.jsonl that cannot be read and are left out: {history.damaged}")
         return said
 
     @property

@@ -120,14 +120,16 @@ def sample(path: Path, wanted: Wanted = bool, points: int = 1200, last: int = 50
 
 def _even(f: BinaryIO, end: int, wanted: Wanted, points: int) -> tuple[list[Object], int]:
     """Wanted objects that begin before `end`, and how many lines could not be read."""
-    found, damaged, reached = list[Object](), 0, -1
+    found, damaged, reached, dense = list[Object](), 0, 0, True
     for i in range(points):
         at = i * end // points
         if at < reached:
-            continue  # within the last line that was read
-        f.seek(at)
-        if at:
+            dense = True  # within the last line that was read
+            continue
+        f.seek(reached if dense else at)
+        if not dense:
             f.readline(_LONGEST)  # the rest of a line that begins further up
+        dense = False
         for _ in range(_TRIES):
             begin = f.tell()
             if begin >= end or begin < reached:

@@ -185,9 +185,7 @@ def test_a_long_file_is_sampled_and_its_end_exact(tmp_path: Path) -> None:
     assert all(30 <= gap <= 70 for gap in gaps), gaps
     assert [found["step"] for found in part.even] == [*steps[:-20], 5000]
     few = sample(path, lambda found: "loss" in found, points=100_000, last=20, whole=1000)
-    found = [found["step"] for found in few.objects]
-    assert found == sorted(set(found)), "more points than lines"
-    assert len(found) > 2000
+    assert [found["step"] for found in few.objects] == list(range(1, 5001)), "more points than lines"
     assert read_late(path) == {10: json.loads(late(10))}
     assert [(last_metrics(path, step) or {}).get("step") for step in (6000, 77, 0)] == [5000, 77, None]
     assert sample(tmp_path / "none").objects == []
