@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stamo_dist.data.schema import Manifest, read_episodes, read_manifest, scaling_notes
+from stamo_dist.data.episode_columns import read_columns
+from stamo_dist.data.schema import Manifest, read_manifest, scaling_notes
 from stamo_dist.data.supervised import Supervision, Table, without_actions
 from stamo_dist.errors import DataError, RecipeError
 from stamo_dist.recipe.schema import Recipe
@@ -55,10 +56,10 @@ def _supervised(recipe: Recipe) -> list[str]:
             if manifest is None or source.split not in manifest.splits:
                 return []
             try:
-                episodes = read_episodes(Path(path).expanduser(), source.split, manifest.splits[source.split].episodes)
+                episodes = read_columns(Path(path).expanduser(), source.split, manifest.splits[source.split].episodes)
             except DataError:
                 return []
-            if not episodes:
+            if not len(episodes):
                 return []
             tables.setdefault(name, []).append((manifest, episodes))
     supervision = Supervision(recipe, tables)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stamo_dist.data.mixture import Mixture
@@ -13,19 +15,21 @@ from stamo_dist.data.supervised import Table, labelled_episodes, sample_streams
 from stamo_dist.errors import DataError
 
 _NAMED = 3
+_TABLES: WeakKeyDictionary[Mixture, dict[str, list[Table]]] = WeakKeyDictionary()
 
 
 def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
-    """The episodes of every folder of every source.
+    """The episodes of every folder of every source; they are read once for a mixture.
 
     Raises:
         DataError: A table is missing or damaged.
     """
-    tables: dict[str, list[Table]] = {}
-    for name, folders in zip(mixture.sources, mixture.opened, strict=True):
-        split = mixture.data.sources[name].split
-        tables[name] = [(f.manifest, f.episodes(split)) for f in folders]
-    return tables
+    if mixture not in _TABLES:
+        _TABLES[mixture] = {
+            name: [(f.manifest, f.columns(mixture.data.sources[name].split)) for f in folders]
+            for name, folders in zip(mixture.sources, mixture.opened, strict=True)
+        }
+    return _TABLES[mixture]
 
 
 class Instructions:
@@ -42,37 +46,39 @@ class Instructions:
 
     def __init__(self, mixture: Mixture, tables: Mapping[str, Sequence[Table]]):
         problems: list[str] = []
-        begins: list[np.ndarray] = []
-        texts: list[list[str]] = []
-        labelled: list[bool] = []
+        begins, labelled, numbers = list[NDArray[np.int64]](), list[NDArray[np.bool_]](), list[NDArray[np.int64]]()
+        number: dict[str, int] = {}
         offset = 0
         for name, folders in zip(mixture.sources, mixture.opened, strict=True):
             source = mixture.data.sources[name]
-            for folder, (manifest, episodes) in zip(folders, tables[name], strict=True):
-                spans = [
-                    (e.id, e.start + t, (text or source.instruction or "").strip(), mine)
-                    for e, mine in zip(episodes, labelled_episodes(len(episodes), source.labelled), strict=True)
-                    for t, text in {0: e.instruction, **e.later_instructions}.items()
-                ]
-                if silent := list(dict.fromkeys(id for id, _, text, _ in spans if not text)):
+            for folder, (manifest, table) in zip(folders, tables[name], strict=True):
+                starts, episode, text = table.spans()
+                used = np.unique(text)
+                texts = {int(i): (table.texts[i] or source.instruction or "").strip() for i in used}
+                silent = np.unique(episode[np.isin(text, [i for i, said in texts.items() if not said])])
+                if len(silent):
                     more = ", …" if len(silent) > _NAMED else ""
                     problems.append(
-                        f"data.sources.{name}: {len(silent)} of {len(episodes)} episodes of {folder.path} have no "
-                        f"instruction ({', '.join(silent[:_NAMED])}{more}); set data.sources.{name}.instruction"
+                        f"data.sources.{name}: {len(silent)} of {len(table)} episodes of {folder.path} have no "
+                        f"instruction ({', '.join(table.ids(silent[:_NAMED].tolist()))}{more}); set "
+                        f"data.sources.{name}.instruction"
                     )
-                starts = np.array([start for _, start, _, _ in spans], np.int64)
+                numbered = np.zeros(len(table.texts), np.int64)
+                numbered[used] = [number.setdefault(said, len(number)) for said in texts.values()]
+                mine = labelled_episodes(len(table), source.labelled)[episode]
                 for _ in range(sample_streams(mixture.data, source, manifest)):
                     begins.append(offset + starts)
-                    texts.append([text for _, _, text, _ in spans])
-                    labelled += [mine for _, _, _, mine in spans]
+                    numbers.append(numbered[text])
+                    labelled.append(mine)
                     offset += manifest.splits[source.split].frames
         if problems:
             raise DataError("\n".join(problems))
-        self.texts = sorted({text for found in texts for text in found})
-        number = {text: i for i, text in enumerate(self.texts)}
+        self.texts = sorted(number)
+        place = np.empty(len(number), np.int64)
+        place[[number[text] for text in self.texts]] = np.arange(len(number))
         self._begins = torch.from_numpy(np.concatenate(begins))  # (S,) first samples of stretches
-        self._numbers = torch.tensor([number[text] for found in texts for text in found])
-        self._labelled = torch.tensor(labelled)
+        self._numbers = torch.from_numpy(place[np.concatenate(numbers)])
+        self._labelled = torch.from_numpy(np.concatenate(labelled))
 
     def labelled(self, samples: Tensor) -> Tensor:
         """Sample numbers, int64 (b,) → whether the actions of their episodes may be read, bool (b,)."""

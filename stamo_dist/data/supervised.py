@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stamo_dist.data.allocation import allocation_of
-from stamo_dist.data.schema import Episode, Manifest
+from stamo_dist.data.episode_columns import EpisodeColumns
+from stamo_dist.data.schema import Manifest
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.schema import Recipe
 
 #: A folder of a source, and the episodes of the split that is read.
-Table = tuple[Manifest, Sequence[Episode]]
+Table = tuple[Manifest, EpisodeColumns]
 
 
-def labelled_episodes(episodes: int, share: float) -> list[bool]:
-    """Which of so many episodes have their actions read: every fifth one for 0.2, the same ones in every run."""
+def labelled_episodes(episodes: int, share: float) -> NDArray[np.bool_]:
+    """Which of so many have their actions read, (episodes,): every fifth one for 0.2, the same ones in every run."""
     exact = Fraction(str(share))
-    return [int((i + 1) * exact) > int(i * exact) for i in range(episodes)]
+    fits = episodes * exact.numerator < 1 << 63
+    numbers = np.arange(episodes + 1, dtype=np.int64 if fits else object) * exact.numerator // exact.denominator
+    return np.asarray(np.diff(numbers) > 0, bool)
 
 
 def sample_streams(data: Data, source: SourceConfig, manifest: Manifest) -> int:
@@ -151,9 +155,12 @@ def _count(data: Data, name: str, tables: Sequence[Table], *, each: bool) -> Sup
     horizon = source.horizon or data.horizon
     samples = action = world = longest = longest_labelled = 0
     for manifest, episodes in tables:
-        lengths = np.array([episode.length for episode in episodes], np.int64)
-        has = np.array(labelled_episodes(len(episodes), source.labelled), bool)
-        labelled = lengths[has] if source.actions and manifest.action_dim else lengths[:0]
+        lengths = episodes.lengths
+        labelled = (
+            lengths[labelled_episodes(len(episodes), source.labelled)]
+            if source.actions and manifest.action_dim
+            else lengths[:0]
+        )
         streams = sample_streams(data, source, manifest)
         samples += streams * int(lengths.sum())
         action += streams * int((labelled - data.horizon + 1).clip(0).sum())

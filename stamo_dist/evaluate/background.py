@@ -1,8 +1,8 @@
 """Rollouts of a policy's saved weights while it trains, in a process or a job of their own.
 
 `RUN/eval/during/step_00001000/` is one rollout: `request.json` says of which checkpoint and by whom it is made,
-`rollout.json` is its result, `failed.json` why there is none. The training keeps no other record of rollouts, so that
-a new start finds everything there.
+`rollout.json` is its result, `failed.json` why there is none, `told` that metrics.jsonl has it. The training keeps no
+other record of rollouts, so that a new start finds everything there.
 """
 
 from __future__ import annotations
@@ -61,11 +61,10 @@ class BackgroundRollouts(Evaluation):
         self._thread = ThreadPoolExecutor(1, "rollouts")
 
     def pending(self, step: int) -> bool:
-        told = RunLogger.late_steps_of(self._run)
-        return any(
-            at not in told if curve.result(self._run, at) else not (self._launcher.stays or self._failed(at))
-            for at in curve.steps(self._run)
-            if at <= step
+        steps = [at for at in curve.steps(self._run) if at <= step]
+        done = {at for at in steps if curve.result(self._run, at) is not None}
+        return bool(self._untold(done)) or any(
+            not (self._launcher.stays or self._failed(at)) for at in steps if at not in done
         )
 
     def begin(self, step: int, logger: RunLogger) -> None:
@@ -76,10 +75,14 @@ class BackgroundRollouts(Evaluation):
     def _begin(self, step: int) -> None:
         self._forget(step)
         unfinished = []
-        for at in [at for at in curve.steps(self._run) if at not in self.needed()]:
-            request, result = self._request(at), curve.result(self._run, at)
+        found = {at: curve.result(self._run, at) for at in curve.steps(self._run) if at not in self.needed()}
+        untold = self._untold({at for at, result in found.items() if result is not None})
+        for at, result in found.items():
+            request = self._request(at)
             if result is not None:
-                self._tell(at, result)
+                if at in untold:
+                    self._tell(at, result)
+                self._told(at).touch()
             elif request is not None and not self._failed(at):
                 if digest(folder_of(self._run.checkpoints, at)) == request["checkpoint"]:
                     unfinished.append((at, request.get("ticket")))
@@ -225,11 +228,21 @@ class BackgroundRollouts(Evaluation):
 
     def _tell(self, step: int, result: dict[str, Any]) -> None:
         """Log the result of a step, once over all starts of the run."""
-        if step in self._logger.late_steps():
-            return
         success, numbers = curve.numbers(step, result)
         self._logger.log_late_eval(step, numbers)
+        self._told(step).touch()
         self._say(f"success in closed loop {success}: {success.trials} trials")
+
+    def _untold(self, steps: set[int]) -> set[int]:
+        """Those whose result metrics.jsonl has not; it is read only for those that are not marked.
+
+        A start that was killed between the two, or was of an earlier version, left them so.
+        """
+        unmarked = {step for step in steps if not self._told(step).exists()}
+        return unmarked - RunLogger.late_steps_of(self._run) if unmarked else set()
+
+    def _told(self, step: int) -> Path:
+        return self._folder(step) / "told"
 
     def _forget(self, step: int) -> None:
         """Stop and delete rollouts of steps after this one: their weights were rolled back."""

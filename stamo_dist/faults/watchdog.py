@@ -1,26 +1,25 @@
 """Notices that a run no longer gets on, says which rank holds it up, and ends it so that it is started again.
 
-Every rank has a thread that looks at how far its training thread got and writes that to `logs/watch_…/rank_00003.json`.
-A rank without progress for too long leaves word in the same folder; then all write where they are to
-`logs/stack_rank_00003.txt`, compare, and leave. Nothing here needs a working network.
+Every rank has a thread that looks at how far its training thread got and leaves word of it (`heartbeats.py`). A rank
+without progress for too long says so there; then all write where they are to `logs/stack_rank_00003.txt`, the lowest
+that answers compares, and all leave. Nothing here needs a working network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from stamo_dist.distributed.collectives import PATIENCE, broadcast, set_timeout
+from stamo_dist.distributed.collectives import PATIENCE, barrier, broadcast, set_timeout
 from stamo_dist.distributed.rank import World, few_of
 from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.faults.heartbeats import Heartbeat, Heartbeats
 from stamo_dist.recipe.training import Train
 
 #: What is no step → the field of `train` that limits it; the word is what `stamo status` shows.
@@ -34,24 +33,7 @@ PHASES = {
 _MARGIN = 60.0  # seconds: the watchdog comes before the process group, which cannot say who is late
 #: Seconds that a rank without a launcher may take for one thing; nobody would end it otherwise.
 _LONELY = 30.0
-_HUNG = "hung"
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """How far one rank got."""
-
-    rank: int
-    marks: int = 0  # passed since the start; every rank passes the same ones in the same order
-    step: int = 0
-    doing: str = "starting"
-    phase: str = ""  # what it does that is no step, in one word
-    seconds: float = 0.0  # for how long
-    finished: int = 0  # the last step it finished
-    dumped: bool = False  # it knows that the run is hung and wrote its stack
-
-    def __str__(self) -> str:
-        return f"{self.doing} step {self.step} for {self.seconds:.0f} s, step {self.finished} was its last"
+_LOOKS = 4  # at what the node knows, from one beat to the next: nothing of it is on a disk
 
 
 class Watchdog:
@@ -68,7 +50,7 @@ class Watchdog:
     def __init__(self, logs: Path, world: World, limits: Train):
         self._logs, self._world, self._limits = logs, world, limits
         self._every = min(5.0, min(getattr(limits, field) for field in ("step_timeout", *PHASES.values())) / 10)
-        self._folder: Path | None = None
+        self._beats: Heartbeats | None = None
         self._beat, self._since = Heartbeat(world.rank), time.monotonic()
         self._field = "setup_timeout"
         self._gone = False  # the run is hung, and what this rank was doing then is what counts
@@ -84,7 +66,12 @@ class Watchdog:
             for old in self._logs.glob("watch_*"):
                 shutil.rmtree(old, ignore_errors=True)
             (self._logs / name).mkdir(parents=True)
-        self._folder = self._logs / broadcast(name)
+        beats = Heartbeats(self._logs / broadcast(name), self._world.rank, silent=1 + 3 * self._every)
+        with contextlib.suppress(OSError):
+            beats.beat(self._now(dumped=False))
+        barrier()
+        beats.meet()
+        self._beats = beats
 
     def mark(self, doing: str, step: int) -> None:
         """This rank begins something: `doing`, which for what is no step begins with a phase, and `step` make a phrase.
@@ -102,9 +89,9 @@ class Watchdog:
             self._field = field
             seconds = getattr(self._limits, field) + _MARGIN
             set_timeout(seconds if field == "step_timeout" else max(seconds, PATIENCE))
-        if phase != before and self._folder is not None:
+        if phase != before and self._beats is not None:
             with contextlib.suppress(OSError):
-                self._write(self._folder, dumped=False)
+                self._beats.beat(self._now(dumped=False))
 
     def finished(self, step: int) -> None:
         """This rank has finished `step`; from the first on, being late counts by the limit of steps."""
@@ -116,43 +103,35 @@ class Watchdog:
         self._closed.set()
         self._thread.join(timeout=10)
         set_timeout(PATIENCE)
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                self._file(self._folder).unlink()
-                self._folder.rmdir()  # by the last rank
-
-    def _file(self, folder: Path) -> Path:
-        return folder / f"rank_{self._world.rank:05d}.json"
+        if self._beats is not None:
+            self._beats.close()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._every):
+        beaten = 0.0
+        while not self._closed.wait(self._every / _LOOKS):
             field = self._field
             limit = getattr(self._limits, field)
             waited, lonely = time.monotonic() - self._since, launcher_is_gone()
             if lonely:
                 limit = min(limit, max(_LONELY, 3 * self.saving_takes))
-            late, folder = waited > limit, self._folder
-            if folder is None:
+            late, beats = waited > limit, self._beats
+            if beats is None:
                 if late:
                     self._leave_alone(f"{self._now(dumped=False)} (train.{field}: {limit:g})")
                 continue
             with contextlib.suppress(OSError):  # a full disk hangs nobody
-                self._write(folder, dumped=False)
                 if late and not lonely:
-                    (folder / _HUNG).write_text(json.dumps([limit, f"train.{field}"]))
+                    beats.say_hung(limit, f"train.{field}")
+                if late or time.monotonic() >= beaten + self._every:
+                    beaten = time.monotonic()
+                    beats.beat(self._now(dumped=False))
             if late and lonely:
                 self._leave_alone(f"what started it is gone, and it got no further: {self._now(dumped=False)}")
-            elif late or (folder / _HUNG).exists():
-                self._leave(folder)
+            elif late or beats.hung:
+                self._leave(beats)
 
     def _now(self, *, dumped: bool) -> Heartbeat:
         return replace(self._beat, seconds=round(time.monotonic() - self._since, 1), dumped=dumped)
-
-    def _write(self, folder: Path, *, dumped: bool) -> None:
-        file = self._file(folder)
-        part = file.with_suffix(f".{threading.get_ident()}.tmp")
-        part.write_text(json.dumps(asdict(self._now(dumped=dumped))))
-        part.replace(file)
 
     def _dump(self) -> None:
         with contextlib.suppress(OSError), stack_file(self._logs, self._world.rank).open("w") as f:
@@ -168,16 +147,18 @@ class Watchdog:
         )
         os._exit(EXIT_PREEMPTED)
 
-    def _leave(self, folder: Path) -> None:
+    def _leave(self, beats: Heartbeats) -> None:
         self._gone = True
         self._dump()
+        last = self._now(dumped=True)
+        for _ in range(3 * _LOOKS):  # until the others have done the same and their nodes have passed it on
+            with contextlib.suppress(OSError):
+                beats.beat(last)
+            time.sleep(self._every / _LOOKS)
         with contextlib.suppress(OSError):
-            self._write(folder, dumped=True)
-            time.sleep(3 * self._every)  # until the others have done the same
-            beats = _read(folder)
-            answering = [rank for rank, beat in beats.items() if beat.dumped]
-            if self._world.rank == min(answering, default=self._world.rank):
-                print(f"error: {diagnosis(beats, self._world.size, *_limit(folder), self._logs)}", flush=True)
+            if beats.speaks():
+                print(f"error: {diagnosis(beats.read(), self._world.size, *beats.limit(), self._logs)}", flush=True)
+            beats.leave(last)
         os._exit(EXIT_PREEMPTED)
 
 
@@ -185,15 +166,6 @@ def launcher_is_gone() -> bool:
     """Whether the process that started this rank with others, and would end it, has been killed."""
     launcher = os.environ.get("STAMO_LAUNCHED")
     return launcher is not None and os.getppid() != int(launcher)
-
-
-def _limit(folder: Path) -> tuple[float, str]:
-    """Of the rank that found the run hung: its limit, and the recipe's field."""
-    try:
-        limit, field = json.loads((folder / _HUNG).read_text())
-        return float(limit), str(field)
-    except (OSError, ValueError, TypeError):
-        return 0.0, "train.step_timeout"
 
 
 def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, field: str, logs: Path) -> str:
@@ -218,15 +190,6 @@ def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, field: str,
 
 def stack_file(logs: Path, rank: int) -> Path:
     return logs / f"stack_rank_{rank:05d}.txt"
-
-
-def _read(folder: Path) -> dict[int, Heartbeat]:
-    beats: dict[int, Heartbeat] = {}
-    for file in folder.glob("rank_*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            found: dict[str, Any] = json.loads(file.read_text())
-            beats[found["rank"]] = Heartbeat(**found)
-    return beats
 
 
 def _names(ranks: list[int]) -> str:

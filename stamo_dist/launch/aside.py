@@ -18,7 +18,7 @@ from typing import Any
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import LOCAL, Profile, load_profile
-from stamo_dist.launch.record import Launch, events, main_log, read, since_submitted
+from stamo_dist.launch.record import Launch, main_log, read, since_submitted
 from stamo_dist.run.lease import Owner
 
 _NICE = 10
@@ -99,7 +99,7 @@ class Jobs:
         return ticket
 
     def alive(self, ticket: Ticket) -> bool:
-        job, last = ticket["job"], since_submitted(events(ticket["folder"]))[-1:]
+        job, last = ticket["job"], since_submitted(ticket["folder"])[-1:]
         if last and last[0].event in _ENDS:
             return False
         when, was = self._asked.get(job, (0.0, True))

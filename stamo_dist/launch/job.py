@@ -26,7 +26,18 @@ from stamo_dist.distributed.rank import free_port
 from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import rank, slurm
-from stamo_dist.launch.record import Event, Launch, What, events, main_log, now, read, record, since_submitted, task_log
+from stamo_dist.launch.record import (
+    Event,
+    Launch,
+    What,
+    main_log,
+    newest_first,
+    now,
+    read,
+    record,
+    since_submitted,
+    task_log,
+)
 from stamo_dist.launch.run_progress import newest_checkpoint
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
@@ -80,7 +91,7 @@ class Job:
 
     def _note_what_slurm_did(self) -> None:
         """A job whose node failed could not say so: its next start does."""
-        last = next((e for e in reversed(events(self.run)) if e.job == self.id), None)
+        last = next((e for e in newest_first(self.run) if e.job == self.id), None)
         if self.restart and last is not None and last.event in ("started", "preempted", "stopped"):
             self._tell("requeued", reason="by Slurm: its nodes failed" if last.event == "started" else "by Slurm")
 
@@ -163,7 +174,7 @@ class Job:
     def _cancelled(self) -> bool:
         """Whether `stamo cancel` ended it, since it was last submitted."""
         ids = (None, self.id, self.id.partition("_")[0])
-        return any(e.event == "cancelled" and e.job in ids for e in since_submitted(events(self.run)))
+        return any(e.event == "cancelled" and e.job in ids for e in since_submitted(self.run))
 
     def _tell(self, what: What, **about: Any) -> None:
         record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
@@ -222,7 +233,7 @@ def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
     how = "it left to be started again" if left else f"it ended with code {code}"
     if not left and not trains:
         return Verdict("failed", False, how)
-    history = [e for e in events(launch.run_dir) if e.event == "submitted" or e.job == job]
+    history = [e for e in since_submitted(launch.run_dir) if e.event == "submitted" or e.job == job]
     count = stalled([*history, Event(event, step=newest_step(launch.run_dir))])
     if count > launch.max_restarts:
         return Verdict("failed", False, f"{how}, and {count} starts in a row brought it no further (max_restarts)")

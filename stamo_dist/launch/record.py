@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stamo_dist.errors import RunError
-from stamo_dist.run.folder import COMMIT_FILE, git_commit, write_atomic
+from stamo_dist.run.folder import COMMIT_FILE, append_line, git_commit, write_atomic
+from stamo_dist.run.history import last_objects
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.load import Loaded
@@ -157,35 +158,37 @@ def read(run: str | Path) -> Launch:
 
 
 def record(run: str | Path, event: Event) -> None:
-    """Append one event. One write of less than a page, so lines of several processes do not mix."""
+    """Append one event."""
     where = folder(run)
     where.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": event.time, **asdict(event)}).encode() + b"\n"
-    fd = os.open(where / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(fd, line)
-    finally:
-        os.close(fd)
+    append_line(where / "events.jsonl", json.dumps({"time": event.time, **asdict(event)}))
+
+
+def newest_first(run: str | Path) -> Iterator[Event]:
+    """What happened, the newest event first; torn lines are left out."""
+    for found in last_objects(folder(run) / "events.jsonl", within=None):
+        with contextlib.suppress(TypeError):
+            yield Event(**_fields_of(Event, found))
 
 
 def events(run: str | Path) -> list[Event]:
-    """Everything that happened so far, oldest first; torn lines are left out."""
-    try:
-        text = (folder(run) / "events.jsonl").read_text()
-    except OSError:
-        return []
-    return list(_events(text))
+    """Everything that happened so far, oldest first."""
+    return list(newest_first(run))[::-1]
 
 
-def since_submitted(history: list[Event]) -> list[Event]:
-    """What happened since the run was submitted last."""
-    begins = [i for i, event in enumerate(history) if event.event == "submitted"]
-    return history[begins[-1] :] if begins else history
+def since_submitted(run: str | Path) -> list[Event]:
+    """What happened since the run was submitted last, oldest first."""
+    found: list[Event] = []
+    for event in newest_first(run):
+        found.append(event)
+        if event.event == "submitted":
+            break
+    return found[::-1]
 
 
 def finished(launch: Launch) -> str | None:
     """When the launch, all tasks of its array, had finished; None if it has not."""
-    ends = {e.job: e.time for e in since_submitted(events(launch.run_dir)) if e.event == "finished"}
+    ends = {e.job: e.time for e in since_submitted(launch.run_dir) if e.event == "finished"}
     return max(ends.values()) if len(ends) >= launch.tasks else None
 
 
@@ -193,19 +196,11 @@ def hindrance(launch: Launch) -> str:
     """Which of the runs that have to finish first did not, and what became of it; "" if all did."""
     for before in map(read, launch.after):
         if finished(before) is None:
-            last = next((e for e in reversed(since_submitted(events(before.run_dir))) if e.event in _ENDS), None)
+            last = next((e for e in reversed(since_submitted(before.run_dir)) if e.event in _ENDS), None)
             if last is None or last.event == "stopped":  # because of another one
                 return hindrance(before) or f"{before.name} did not finish"
             return f"{before.name} {last.event}"
     return ""
-
-
-def _events(text: str) -> Iterator[Event]:
-    for line in text.splitlines():
-        try:
-            yield Event(**_fields_of(Event, json.loads(line)))
-        except (ValueError, TypeError, AttributeError):
-            continue
 
 
 def _fields_of(kind: type, found: dict[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stamo_dist.faults.heartbeats import heartbeat_of_main
+from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
 from stamo_dist.tracking.progress import duration
 
-_TAIL = 1 << 17  # bytes at the end of metrics.jsonl that are read
 _WINDOW = 50  # logged steps over which the speed is taken
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -63,12 +64,13 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     """
     resolved = _yaml(run / "resolved.yaml") or (_yaml(recipe) if recipe else {})
     train = resolved.get("train") or {}
-    lines = [line for line in tail(run / "metrics.jsonl") if not is_late(line)]
+    newest = last_objects(run / "metrics.jsonl", lambda line: not is_late(line))
+    lines = list(islice(newest, _WINDOW))[::-1]
     step_seconds = _step_seconds(lines)
     last = lines[-1] if lines else {}
     batch = train.get("global_batch")
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
-    losses = [value for line in lines[-_WINDOW:] if (value := _loss(line)) is not None]
+    losses = [value for line in lines if (value := _loss(line)) is not None]
     mean = sum(losses) / len(losses) if losses else None
     checkpoint, saved = newest_checkpoint(run / "checkpoints")
     owner, silence = newest_owner(run)
@@ -79,27 +81,6 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
         phase=_phase(run), terms=terms, successes=Successes.read(run),
     )  # fmt: skip
-
-
-def tail(path: Path, size: int = _TAIL) -> list[dict[str, Any]]:
-    """The last whole lines of a JSON-lines file, without reading the rest of it."""
-    try:
-        with path.open("rb") as f:
-            f.seek(0, os.SEEK_END)
-            start = max(0, f.tell() - size)
-            f.seek(start)
-            raw = f.read().split(b"\n")
-    except OSError:
-        return []
-    lines = []
-    for line in raw[1 if start else 0 :]:
-        try:
-            found = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
-            continue
-        if isinstance(found, dict):
-            lines.append(found)
-    return lines
 
 
 def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
@@ -122,16 +103,8 @@ def age(stamp: float | None) -> float | None:
 
 def _phase(run: Path) -> str:
     """From the heartbeat that the watchdog of a start writes and takes away at its end."""
-    newest = max(run.glob("logs/watch_*/rank_00000.json"), key=_when_or_never, default=None)
-    try:
-        found = json.loads(newest.read_text()) if newest is not None else {}
-        return f"{found['phase']} for {duration(found['seconds'])}" if found.get("phase") else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _when_or_never(path: Path) -> float:
-    return _when(path) or 0.0
+    main = heartbeat_of_main(run / "logs")
+    return f"{main.phase} for {duration(main.seconds)}" if main is not None and main.phase else ""
 
 
 def _loss(line: dict[str, Any]) -> float | None:
@@ -141,7 +114,7 @@ def _loss(line: dict[str, Any]) -> float | None:
 
 
 def _step_seconds(lines: list[dict[str, Any]]) -> float | None:
-    steps = [line for line in lines if "step" in line and "seconds" in line][-_WINDOW:]
+    steps = [line for line in lines if "step" in line and "seconds" in line]
     if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"]:
         return None
     return max(1e-9, (steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]))

@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
     except RunError:
         launch = None
     recipe = recipe_file(launch.snapshot) if launch and launch.snapshot else None
-    return launch, read_progress(path, recipe), record.since_submitted(record.events(path))
+    return launch, read_progress(path, recipe), record.since_submitted(path)
 
 
 def _run(

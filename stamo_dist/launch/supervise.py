@@ -27,10 +27,10 @@ from stamo_dist.launch.record import (
     Event,
     Launch,
     What,
-    events,
     folder,
     hindrance,
     main_log,
+    newest_first,
     now,
     process_command,
     rank_log,
@@ -104,8 +104,8 @@ def busy(run: str | Path) -> bool:
     """Whether the run waits or runs in the care of a process on this machine."""
     if not supervised(run):
         return False
-    last = events(run)[-1:]
-    return not last or last[0].event not in ("finished", "failed", "stopped", "cancelled")
+    last = next(newest_first(run), None)
+    return last is None or last.event not in ("finished", "failed", "stopped", "cancelled")
 
 
 def cancel(run: str | Path) -> None:
@@ -115,7 +115,7 @@ def cancel(run: str | Path) -> None:
 
 def cancelled(run: str | Path) -> bool:
     """Whether it was, since it was last submitted."""
-    for event in reversed(events(run)):
+    for event in newest_first(run):
         if event.event in ("submitted", "cancelled"):
             return event.event == "cancelled"
     return False

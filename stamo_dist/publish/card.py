@@ -14,7 +14,7 @@ from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_m
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import ExportLayout
-from stamo_dist.tracking.metrics_file import read_metrics
+from stamo_dist.tracking.metrics_file import last_metrics
 
 _USE = {
     "tokenizer": """\
@@ -112,12 +112,12 @@ def _weights(marker: CheckpointManifest) -> Iterator[str]:
 
 
 def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
-    lines = [line for line in read_metrics(run.metrics) if line["step"] <= marker.state.step]
-    if not lines:
+    line = last_metrics(run.metrics, marker.state.step)
+    if line is None:
         return "None were kept."
-    names = [k for k in lines[-1] if isinstance(lines[-1][k], float) and not k.startswith(("samples", "data_wait"))]
-    rows = [[name, f"{lines[-1][name]:.5g}"] for name in names]
-    return f"In training, at step {lines[-1]['step']}:\n\n" + _table(["", ""], rows)
+    names = [k for k in line if isinstance(line[k], float) and not k.startswith(("samples", "data_wait"))]
+    rows = [[name, f"{line[name]:.5g}"] for name in names]
+    return f"In training, at step {line['step']}:\n\n" + _table(["", ""], rows)
 
 
 def _evaluations(run: RunFolder) -> Iterator[str]:

@@ -27,6 +27,7 @@ from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
+from stamo_dist.run.history import Sample, sample
 from stamo_dist.run.success import Successes
 from stamo_dist.tracking.metrics_file import read_metrics
 from stamo_dist.tracking.progress import duration
@@ -51,11 +52,15 @@ class ReportedRun:
 
     folder: RunFolder
     recipe: Recipe
-    metrics: list[dict[str, Any]]
+    history: Sample  # of the lines of its steps
     checkpoints: list[tuple[str, CheckpointManifest]]  # newest first
     environment: dict[str, Any]
     starts: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return self.history.objects
 
     @property
     def facts(self) -> dict[str, str]:
@@ -64,19 +69,34 @@ class ReportedRun:
         facts: dict[str, str] = {"stage": self.recipe.stage}
         facts["step"] = f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {train.steps:,}"
         if self.metrics:
-            tail = self.metrics[-max(1, len(self.metrics) // 20) :]
+            even = self.history.even
+            tail = even[-max(1, len(even) // 20) :]
             losses = [line["loss"] for line in tail if line["loss"] is not None]
             facts["loss (last 5 %)"] = f"{fmean(losses):.4f}" if losses else "not finite"
-            facts["samples/s"] = f"{median(line['samples_per_second'] for line in self.metrics):,.1f}"
-            facts["waiting for data"] = f"{fmean(line['data_wait'] for line in self.metrics):.1%}"
+            facts["samples/s"] = f"{median(line['samples_per_second'] for line in even):,.1f}"
+            facts["waiting for data"] = f"{fmean(line['data_wait'] for line in even):.1%}"
             if "mfu" in self.metrics[-1]:
-                facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in self.metrics):.1%}"
+                facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in even):.1%}"
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
         if best := Successes.read(self.folder.path).best:
             facts["best success"] = f"{best.success:.0f} % @ {best.step:,}"
         facts["global batch"] = str(train.global_batch)
         facts["strategy"] = f"{self.recipe.strategy.name}, {train.precision}"
         return facts
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of metrics.jsonl the page does not show, a line each."""
+        history, said = self.history, list[str]()
+        if history.last is not None:
+            size, count = self.folder.metrics.stat().st_size, len(history.objects) - history.last
+            said.append(
+                f"metrics.jsonl is long ({size / 1e9:.1f} GB): the curves and means are of {count:,} of its lines at "
+                f"equal distances, the curves also of all of its last {history.last}"
+            )
+        if history.damaged:
+            said.append(f"lines of metrics.jsonl that cannot be read and are left out: {history.damaged}")
+        return said
 
     @property
     def charts(self) -> list[tuple[str, Markup]]:
@@ -190,10 +210,10 @@ def read_run(folder: RunFolder) -> ReportedRun:
     return ReportedRun(
         folder=folder,
         recipe=load(folder.resolved).recipe,
-        metrics=read_metrics(folder.metrics),
+        history=read_metrics(folder.metrics),
         checkpoints=[(path.name, read_checkpoint_manifest(path)) for path in complete(folder.checkpoints)[0]],
         environment=_read_json(folder.path / "env.json") if (folder.path / "env.json").is_file() else {},
-        starts=_read_lines(folder.path / "starts.jsonl"),
+        starts=sample(folder.path / "starts.jsonl").objects,
         evaluations=[_read_evaluation(path) for path in sorted(folder.evaluations.glob("*/*.json"), key=_place)],
     )
 
@@ -246,10 +266,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as e:
         raise RunError(f"{path}: is damaged ({e}); write it again or delete it") from e
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def embed(picture: Path) -> dict[str, Any]:

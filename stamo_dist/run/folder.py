@@ -9,6 +9,9 @@
     logs/            rank_00000.log                 first_batch.png
     samples.jsonl    what each step read (train.log_samples)
     success.json     a policy's success while it trains: the last and the best
+
+Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place
+and, while they are cut off, `.kept` lines.
 """
 
 from __future__ import annotations
@@ -50,6 +53,16 @@ def write_atomic(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     tmp.replace(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line in one write, of less than a page, so that lines of several processes do not mix.
+
+    A torn last line is ended first, so that only that one is lost.
+    """
+    with path.open("ab+", buffering=0) as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -132,8 +145,7 @@ class RunFolder:
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
         start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"]}
-        with (self.path / "starts.jsonl").open("a") as f:
-            f.write(json.dumps(start) + "\n")
+        append_line(self.path / "starts.jsonl", json.dumps(start))
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -54,6 +54,9 @@ class RunLogger:
         self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
         self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
         self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
+        for part in (self._file, self._samples):
+            for note in part.notes if part is not None else ():
+                self.info(note)
 
     def info(self, text: str) -> None:
         self._progress.say(text)
@@ -100,15 +103,13 @@ class RunLogger:
         line = {"step": step, **numbers}
         if self._file is not None:
             self._file.write(line)
+            self._file.sync()
         if self._wandb is not None:
             self._wandb.late(line)
 
-    def late_steps(self) -> set[int]:
-        """Steps of which `log_late_eval` has told, in this start or an earlier one."""
-        return self.late_steps_of(self._run)
-
     @staticmethod
     def late_steps_of(run: RunFolder) -> set[int]:
+        """Steps of which `log_late_eval` has told, in any start; reads all of metrics.jsonl."""
         return set(read_late(run.metrics))
 
     def log_image(self, name: str, path: Path, step: int) -> None:

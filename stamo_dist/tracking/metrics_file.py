@@ -10,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.run.success import is_late
+from stamo_dist.errors import RunError
+from stamo_dist.run.history import Sample, last_objects, parsed, sample
+from stamo_dist.run.success import KEY, is_late
+from stamo_dist.tracking.rewind import rewind
+
+_LATE = f'"{KEY}/'.encode()
 
 
 class MetricsFile:
@@ -18,15 +23,20 @@ class MetricsFile:
 
     Numbers that are not finite, which JSON does not know, become null. Lines for which the disk has no room are
     written with the next one. `guard` raises where this process may not write any more.
+
+    Attributes:
+        notes: What was wrong with the file, a line each.
+
+    Raises:
+        RunError: It cannot be opened.
     """
 
     def __init__(self, path: Path, resumed_step: int, guard: Callable[[], None] | None = None):
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            tmp = path.with_suffix(".jsonl.tmp")
-            tmp.write_text("".join(line + "\n" for line in lines))
-            tmp.replace(path)
-        self._file, self._guard, self._waiting = path.open("ab", buffering=0), guard, b""
+        try:
+            self.notes = rewind(path, resumed_step, guard)
+            self._file, self._guard, self._waiting = path.open("ab", buffering=0), guard, b""
+        except PermissionError as e:
+            raise RunError(f"{path}: cannot be opened ({e.strerror}); make it yours or move it away") from e
 
     def write(self, line: dict[str, Any]) -> None:
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -55,24 +65,23 @@ class MetricsFile:
                 self._file.truncate(whole)
 
 
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-        return float("inf")
+def read_metrics(path: Path) -> Sample:
+    """Lines of the steps of a metrics.jsonl: of a long one evenly spaced ones and the last."""
+    return sample(path, _of_step)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps' whole lines of a metrics.jsonl."""
-    return [line for line in _lines(path) if not is_late(line)]
+def last_metrics(path: Path, step: int) -> dict[str, Any] | None:
+    """The last line of a step up to `step`; None where there is none."""
+    return next(last_objects(path, lambda line: _of_step(line) and line["step"] <= step, within=None), None)
 
 
 def read_late(path: Path) -> dict[int, dict[str, Any]]:
-    """Step → what was measured of it later, beside the training."""
-    return {line["step"]: line for line in _lines(path) if is_late(line)}
+    """Step → what was measured of it later, beside the training; reads the whole file, and keeps only that."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as f:
+        late = (parsed(line) for line in f if _LATE in line)
+        return {line["step"]: line for line in late if line is not None and "step" in line and is_late(line)}
+    return {}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]
+def _of_step(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and not is_late(line)

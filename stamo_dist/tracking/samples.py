@@ -21,11 +21,15 @@ class SampleLog:
 
     Taken from the batches that were trained on, not from the plan. Every rank has one; only rank 0's writes. On
     resumption the lines of steps that will be run again are dropped. `guard` raises where this process may not write.
+
+    Attributes:
+        notes: What was wrong with the file, a line each.
     """
 
     def __init__(self, path: Path, step: int, world: World, guard: Callable[[], None] | None = None):
         self._world, self._path, self._guard = world, path, guard
         self._file = MetricsFile(path, step, guard) if world.is_main else None
+        self.notes = self._file.notes if self._file is not None else []
 
     def write(self, step: int, batch: Batch) -> None:
         """Every rank calls it with its share of the global batch, on the CPU."""

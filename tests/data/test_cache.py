@@ -40,11 +40,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(folder, lengths=(14,) * SHARDS, compression="zstd", hashes=["sha1"])
 
 
-def mixture(packed: Path, cache: Path, shards: float | None = None, batch: int = 8) -> Mixture:
-    """`shards`: room in the cache. The order keeps 8 shards open at once."""
+def mixture(packed: Path, cache: Path, shards: float | None = None, batch: int = 8, lanes: int = 8) -> Mixture:
+    """`shards`: room in the cache. The order keeps about `lanes` shards open at once."""
     size = max(shard["raw_data"]["bytes"] + shard["zip_data"]["bytes"] for shard in entries(packed))
     data = make_data(
-        {"s": SourceConfig(path=str(packed))}, cache=str(cache), shuffle=Shuffle(lanes=8),
+        {"s": SourceConfig(path=str(packed))}, cache=str(cache), shuffle=Shuffle(lanes=lanes),
         cache_limit=None if shards is None else shards * size / 1e9, fetch_ahead=4,
     )  # fmt: skip
     return Mixture(data, seed=0, global_batch=batch)
@@ -297,7 +297,7 @@ def test_the_need_is_said_and_a_cache_too_small_for_a_batch_is_refused(packed: P
         assert needed is not None
         return needed
 
-    found = mixture(packed, tmp_path, shards=2, batch=64)
+    found = mixture(packed, tmp_path, shards=2, batch=64, lanes=24)
     needed = use(found)
     with pytest.raises(DataError) as caught:
         needed.check(found.cache)
@@ -309,11 +309,11 @@ def test_the_need_is_said_and_a_cache_too_small_for_a_batch_is_refused(packed: P
     assert told is not None
     given, batch, least, better, shards = map(float, told.groups())
     assert given < batch <= least < better
-    assert 8 < shards < 20, "about 9 are blended, and a batch has samples of two such groups"
-    assert use(mixture(packed, tmp_path, batch=64, block=28)).shards < shards
+    assert 8 < shards < 20, "half of 24 lanes, and what they begin meanwhile"
+    assert use(mixture(packed, tmp_path, batch=64)).shards < shards
     assert least * 1e9 >= needed.batch
     assert use(found, range(4)).batch >= needed.batch >= use(found, range(1)).batch
-    enough = mixture(packed, tmp_path, shards=SHARDS, batch=64)
+    enough = mixture(packed, tmp_path, shards=SHARDS, batch=64, lanes=24)
     use(enough).check(enough.cache)
     assert re.fullmatch(
         r"cache: \d+ shards in use at once, and those to come, need \S+ GB on each node, "

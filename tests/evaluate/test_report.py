@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.interpolate import Interpolation
 from stamo_dist.evaluate.reconstruct import Reconstruction
-from stamo_dist.report import write_report
+from stamo_dist.report import page, write_report
 from stamo_dist.report.charts import Series, line_chart, ticks
+from stamo_dist.run.history import sample
 
 
 def _assert_self_contained(page: str) -> None:
@@ -50,6 +52,21 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path):
     assert "2 runs" in page
     assert f"toy ({other})" in page
     assert page.count("<svg") == 2 + 2 * 6
+
+
+def test_a_long_history_is_sampled_and_the_page_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = shutil.copytree(run, tmp_path / "other")
+    with (other / "metrics.jsonl").open("a") as f, (other / "starts.jsonl").open("a") as starts:
+        f.write("damaged\n")
+        starts.write('{"torn')
+    assert "lines of metrics.jsonl that cannot be read and are left out: 1." in write_report([other]).read_text()
+    monkeypatch.setattr(page, "read_metrics", partial(sample, wanted=lambda line: "loss" in line, last=2, whole=10))
+    found = write_report([other]).read_text()
+    assert (
+        "the curves and means are of 2 of its lines at equal distances, the curves also of all of its last 2." in found
+    )
+    assert "4 of 4" in found
+    assert found.count("<svg") == 6
 
 
 def test_a_run_that_has_only_begun_can_be_reported(run: Path):

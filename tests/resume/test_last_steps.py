@@ -64,10 +64,10 @@ def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tm
                 assert time.monotonic() < deadline
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.05)
-            (beat,) = (tmp_path / "run/logs").glob("watch_*/rank_00000.json")
+            (beat,) = (tmp_path / "run/logs").glob("watch_*/node_00000.json")
             process.send_signal(signal.SIGUSR1)
             assert process.wait(20) == EXIT_PREEMPTED
-            assert json.loads(beat.read_text())["phase"] in ("exporting", "")
+            assert json.loads(beat.read_text())[0]["phase"] in ("exporting", "")
         finally:
             process.kill()
     assert "SIGUSR1 while exporting: leaving with code 75 to be started again" in log.read_text()
