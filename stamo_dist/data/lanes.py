@@ -17,7 +17,7 @@ from stamo_dist.data.allocation import Allocation
 from stamo_dist.data.permute import mixed, permuted
 
 _GOLDEN = 0.6180339887498949
-_DEAL, _TURN, _WITHIN, _START = range(4)  # what a random number is for
+_DEAL, _TURN, _WITHIN, _START, _ENTER = range(5)  # what a random number is for
 _SPREAD = 8  # shards over which the deal is random
 _FEWEST = 8  # lanes of a source, if it has so many shards
 
@@ -168,6 +168,10 @@ class SourceLanes:
         turn = self._turns(number, lane, shard)
         order = np.lexsort((turn, lane))
         starts, lengths, shard = starts[order], (ends - starts)[order], shard[order]
+        of_lane = np.arange(len(sizes))
+        part = sizes // np.bincount(lane, minlength=len(sizes)).clip(1)  # within about one shard
+        random = mixed(self._seed, self._source, _ENTER, number, of_lane)
+        enters = (random % part.clip(1).astype(np.uint64)).astype(np.int64)
         sample = self._first[shard] + starts - (self._ends[shard] - self._counts[shard])
         return _Dealt(
             before=before,
@@ -177,26 +181,23 @@ class SourceLanes:
             lengths=lengths,
             samples=sample,
             keys=mixed(self._seed, self._source, _WITHIN, number, sample),
+            enters=enters,
         )
 
     def _turns(self, number: int, lane: NDArray[np.int64], shard: NDArray[np.int64]) -> NDArray[np.int64]:
         """When in the pass each part of a shard has its turn in its lane.
 
-        The part that a lane shares with the lane before comes first: its size is any, so that lanes change shards at
-        different times. The others follow in a random order that is the same for all lanes, but each begins it at
+        The order of their places in the stored order is random and the same for all lanes, but each begins it at
         another place, so that the shards that are open at one moment are spread over the whole source.
         """
         size = np.bincount(lane)
-        begin = (size.cumsum() - size)[lane]
-        place = np.arange(len(lane)) - begin
-        stored = np.lexsort((self._stored[shard], place > 0, lane))
+        stored = np.lexsort((self._stored[shard], lane))
         rank = np.empty(len(lane), np.int64)
-        rank[stored] = place
-        others = np.maximum(1, size[lane] - 1)
-        key = mixed(self._seed, self._source, _TURN, number, others)
-        offset = ((lane * _GOLDEN + mixed(self._seed, self._source, _START, number) / 2.0**64) % 1 * others).astype(int)
-        later = 1 + permuted((rank - 1 + offset) % others, others, key)
-        return np.where(rank == 0, 0, later)
+        rank[stored] = np.arange(len(lane)) - (size.cumsum() - size)[lane]
+        parts = size[lane]
+        key = mixed(self._seed, self._source, _TURN, number, parts)
+        offset = ((lane * _GOLDEN + mixed(self._seed, self._source, _START, number) / 2.0**64) % 1 * parts).astype(int)
+        return permuted((rank + offset) % parts, parts, key)
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,10 @@ class _Dealt:
     lengths: NDArray[np.int64]  # (parts,)
     samples: NDArray[np.int64]  # (parts,) number of its first sample
     keys: NDArray[np.uint64]  # (parts,) of the order within
+    enters: NDArray[np.int64]  # (lanes,) where in its part each begins
 
     def sample(self, lane: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-        place = self.cuts[lane] + turn
+        place = self.cuts[lane] + (turn + self.enters[lane]) % self.sizes[lane]
         part = np.searchsorted(self.begins, place, side="right") - 1
         return self.samples[part] + permuted(place - self.begins[part], self.lengths[part], self.keys[part])
 
