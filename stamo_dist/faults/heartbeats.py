@@ -54,10 +54,9 @@ class Heartbeats:
 
     def __init__(self, shared: Path, rank: int, silent: float):
         self._shared, self._rank, self._silent = shared, rank, silent
-        run = hashlib.sha256(str(shared.parent.resolve()).encode()).hexdigest()[:12]
-        memory = _memory()
-        _clear(memory, f"{_PREFIX}{os.getuid()}-{run}-", shared.name)
-        self._node = memory / f"{_PREFIX}{os.getuid()}-{run}-{shared.name}"
+        memory, prefix = _memory(), in_memory(shared.parent)
+        _clear(memory, prefix, shared.name)
+        self._node = memory / f"{prefix}{shared.name}"
         self._first: int | None = None  # the node's lowest, once they have met
         self._told: list[dict[str, Any]] = []  # what this rank wrote last for its node
 
@@ -161,6 +160,12 @@ class Heartbeats:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 at, found = json.loads(file.read_text())
                 yield found["rank"], (float(at), Heartbeat(**found))
+
+
+def in_memory(logs: Path) -> str:
+    """How the names of a run's folders in its nodes' memory begin."""
+    run = hashlib.sha256(str(logs.resolve()).encode()).hexdigest()[:12]
+    return f"{_PREFIX}{os.getuid()}-{run}-"
 
 
 def heartbeat_of_main(logs: Path) -> Heartbeat | None:
