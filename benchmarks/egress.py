@@ -1,6 +1,6 @@
 """How often shards are downloaded, and how well a batch is shuffled, on 1 to 512 nodes: ours and streaming's.
 
-python benchmarks/egress.py [--nodes 1 8 64 512] [--shards 100000 1000] [--sources 50] [--lanes 2048]
+python benchmarks/egress.py [--nodes 1 8 64 512] [--shards 100000 1000] [--sources 50] [--lanes 4096]
 
 Nothing is read: the real orders are planned over one whole pass, and each node's samples are counted by shard.
 amplification: shards that the nodes fetch, each once, over all nodes ÷ those that are read at all (limit 1).
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--shards", type=int, nargs="*", default=[100_000, 1_000], help="of the worlds of one source")
     parser.add_argument("--sources", type=int, default=50, help="of the world of many: 20 to 5,000 shards each")
-    parser.add_argument("--lanes", type=int, nargs="+", default=[2048])
+    parser.add_argument("--lanes", type=int, nargs="+", default=[4096])
     parser.add_argument("--batches", type=int, help="plan so many instead of one pass")
     parser.add_argument("--only", nargs="+", choices=("lanes", "groups", "streaming"))
     options = parser.parse_args()

@@ -42,7 +42,7 @@ def ours(samples: int, ranks: int) -> dict[str, float]:
     first = counts.cumsum() - counts
     parts = np.array_split(np.arange(len(counts)), SOURCES)
     allocation = Allocation([{0: 1 + s} for s in range(SOURCES)], [np.inf] * SOURCES, BATCH)
-    order = LaneOrder(allocation, [(first[p], counts[p]) for p in parts], BATCH, 2048, seed=0)
+    order = LaneOrder(allocation, [(first[p], counts[p]) for p in parts], BATCH, 4096, seed=0)
     slots = order.share(ranks // 2, ranks)
     middle, n = samples // BATCH // 2, order.at_a_time(len(slots))
     order.plan(middle, n, slots)

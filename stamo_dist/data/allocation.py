@@ -95,7 +95,8 @@ class Allocation:
         while True:
             wanted = np.array([steps[max(at for at in steps if at <= now)] for steps in weights], np.float64)
             wanted[counts >= self._limits] = 0
-            share = wanted / max(wanted.sum(), _TINY)
+            wanted /= wanted.max() or 1  # however small or large: their sum is a number
+            share = wanted / (wanted.sum() or 1)
             ending = (wanted > 0) & (self._limits - counts < np.ceil(batch * share) + _LAST)
             last = self._mixed(share, counts, quota, ending) if ending.any() else None
             if not wanted.sum() or (ending.any() and last is None):

@@ -57,7 +57,7 @@ class Lanes:
         rows = min(slots, max(lanes, few))
         row = np.arange(slots) * rows // max(1, slots)
         width = np.bincount(row, minlength=rows)
-        ways = np.full(rows + 1, max(1, min(max(lanes, few), shards) // max(1, rows)))
+        ways = np.full(rows + 1, max(1, -(-min(max(lanes, few), shards) // max(1, rows))))
         ways[-1] = max(1, few, min(shards, round(lanes * rate / (slots + rate)))) if rate else 1
         return cls(row, width.cumsum() - width, width, ways, ways.cumsum() - ways)
 
@@ -132,12 +132,13 @@ class SourceLanes:
     def _given(self, stretch: int, position: int) -> NDArray[np.int64]:
         """Samples each lane of a stretch gave before a position of the source's stream."""
         of, s = self._allocation.stretches[stretch], self._source
-        pace = of.slots[s] + of.rates[s]
-        batches = max(0, int((position - of.counts[s]) / pace) if pace else 0)
-        while batches and of.counts_after(batches)[s] > position:
-            batches -= 1
-        while of.counts_after(batches + 1)[s] <= position:
-            batches += 1
+        low, high = 0, 1
+        while of.counts_after(high)[s] <= position:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if of.counts_after(middle)[s] <= position else (low, middle)
+        batches = low
         spare = int(of.spares(batches, 0)[1][s])
         return self.lanes(stretch).given(batches, spare, position - int(of.counts_after(batches)[s]))
 

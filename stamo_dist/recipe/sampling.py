@@ -22,7 +22,7 @@ class Shuffle(Section):
         "streaming's shuffle of about a million samples of a source at a time, for which every node needs every shard.",
     )
     lanes: PositiveInt = Field(
-        2048,
+        4096,
         description="With lanes: shards read at a time, over all nodes; a source has its part, and at least 8.",
     )
     algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = Field(

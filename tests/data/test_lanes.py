@@ -134,3 +134,17 @@ def test_a_batch_is_spread_over_the_whole_source() -> None:
         for seed in (3, 4)
     ]
     assert abs(np.corrcoef(*orders)[0, 1]) < 0.1, "another seed is another order"
+
+
+def test_the_smallest_shares_are_found_at_once_and_weights_are_relative() -> None:
+    counts = np.full(4, 50, np.int64)
+    shards = [(start + counts.cumsum() - counts, counts) for start in (0, 200)]
+    rare = Allocation([{0: 1.0}, {0: 1e-9}], [np.inf] * 2, 8)
+    due = next(batch for batch in (2**n for n in range(40)) if rare.counts(8 * batch)[1])
+    low = due // 2
+    while due - low > 1:
+        low, due = (low, (low + due) // 2) if rare.counts(8 * ((low + due) // 2))[1] else ((low + due) // 2, due)
+    assert (LaneOrder(rare, shards, 8, 64, 0).plan(due - 1, 1).samples >= 200).sum() == 1
+    for scale in (1e-30, 1.0, 1e300):
+        same = Allocation([{0: scale}, {0: 3 * scale}], [np.inf] * 2, 8)
+        assert same.counts(800).tolist() == [200, 600]
