@@ -1,4 +1,4 @@
-"""Which source each position of the training stream is taken from, exactly and in closed form.
+"""Which source each position of the training stream is taken from, in the order of groups: exactly, in closed form.
 
 Weights make a share of the samples per source, constant over pieces of the run. The k-th sample of a source is due
 when the source's quota (the integral of its share) reaches k + phase; the stream is all sources' samples in the order
