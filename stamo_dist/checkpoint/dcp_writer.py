@@ -22,6 +22,7 @@ from stamo_dist.checkpoint.manifest import Stored
 from stamo_dist.checkpoint.sink import Sink, without_crc
 from stamo_dist.checkpoint.staging import Staging
 from stamo_dist.distributed.collectives import everywhere, gather, scatter
+from stamo_dist.distributed.dcp import Piece
 
 _INDEX = ".metadata"
 
@@ -43,14 +44,17 @@ class Layout:
         """This process's part of the state that `planner` was set up with; every process calls it."""
         local = planner.create_local_plan()
         if not everywhere(local == self._local):
-            plans, assigned = gather(local), None
-            if plans is not None:
-                assigned, self._metadata = planner.create_global_plan(plans)
-                assigned = dcp.FileSystemWriter("").prepare_global_plan(assigned)
-            self.assigned, self._local = scatter(assigned), local
-            self._index = self._written = None
+            plans = gather(local)
+            assigned = None if plans is None else self.assign(planner, plans)
+            self.assigned, self._local, self._written = scatter(assigned), local, None
         assert self.assigned is not None, "the first local plan differs from none"
         return self.assigned
+
+    def assign(self, planner: dcp.DefaultSavePlanner, plans: list[SavePlan]) -> list[SavePlan]:
+        """Rank 0: what each rank writes, given what each could write."""
+        assigned, self._metadata = planner.create_global_plan(plans)
+        self._index = None
+        return dcp.FileSystemWriter("").prepare_global_plan(assigned)
 
     def news(self, written: list[WriteResult]) -> list[WriteResult] | None:
         """What rank 0 must learn of what this process wrote: None where all lies as it did."""
@@ -108,6 +112,10 @@ class _Planner(dcp.DefaultSavePlanner):
         self.state_dict = {}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.tensor if isinstance(found, Piece) else super().lookup_object(index)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         return super().resolve_data(write_item) if self._held is None else self._held[write_item.index]

@@ -119,5 +119,5 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():
-        weights.update(EMA.read(path / "ema"))
+        weights.update({name: t.view(weights[name].shape) for name, t in EMA.read(path / "ema").items()})
     return weights

@@ -242,7 +242,7 @@ class Saver:
             state = {"module": module, "optimizer": optimizer}
             writers.append(DcpWriter("dcp", state, staging, self._layouts["dcp"]))
         if self._ema is not None:
-            writers.append(DcpWriter("ema", {"ema": self._ema.whole()}, staging, self._layouts["ema"]))
+            writers.append(DcpWriter("ema", {"ema": self._ema.pieces()}, staging, self._layouts["ema"]))
         return writers
 
     def _commit(self, writing: _Writing) -> str | StamoError | None:
