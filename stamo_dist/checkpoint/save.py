@@ -76,7 +76,7 @@ class Saved:
 
 
 @dataclass
-class _Written:
+class Written:
     """This process's part of a save."""
 
     files: dict[str, Stored] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class _Writing:
         self.state, self.kind, self.writers, self.folder = copy.deepcopy(state), kind, writers, folder
         self.began = time.perf_counter()
         self.stall = 0.0
-        self.written = _Written()
+        self.written = Written()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -294,7 +294,7 @@ class Saver:
         if self._removing is not None:
             self._removing.join()
 
-    def _publish(self, writing: _Writing, written: list[_Written]) -> None:
+    def _publish(self, writing: _Writing, written: list[Written]) -> None:
         """Rank 0: index, sync, rename and, last of all, mark."""
         folder, state = writing.folder, writing.state
         files = {name: stored for w in written for name, stored in w.files.items()}
