@@ -7,8 +7,8 @@ A transformer of that many million parameters and its AdamW state are saved by t
 beside the steps that follow (`train.checkpoint.background`). "cost" is all the time those steps take beyond what they
 take undisturbed, the stall included; on a CPU the writer and the steps share the cores. Limits, each process with its
 own file of its share of the same tensors: torch.save and fsync; and the bytes, which are in memory, written and synced
-without a checksum. accelerate leaves the syncing to the kernel. What is waited for is measured in turns; medians over
-the saves; the first one is not counted, and neither is the deletion of the files before.
+without a checksum. accelerate leaves the syncing to the kernel. Each way keeps its last save until the new one is
+whole; deleting it is not counted. What is waited for is measured in turns; medians over the saves but the first.
 """
 
 from __future__ import annotations
@@ -126,21 +126,20 @@ def own_tensors(training: Training) -> list[Tensor]:
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
-def torch_save(tensors: list[Tensor], path: Path) -> float:
-    def save() -> None:
+def torch_save(tensors: list[Tensor]) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
         with path.open("wb") as file:
             torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
 
-    path.unlink(missing_ok=True)
-    return timed(save)
+    return save
 
 
-def plain_write(tensors: list[Tensor], path: Path) -> float:
+def plain_write(tensors: list[Tensor]) -> Callable[[Path], None]:
     parts = [memoryview(t.cpu().contiguous().view(-1).view(torch.uint8).numpy()) for t in tensors]
 
-    def save() -> None:
+    def save(path: Path) -> None:
         with path.open("wb", buffering=0) as file:
             for part in parts:
                 done = 0
@@ -148,35 +147,42 @@ def plain_write(tensors: list[Tensor], path: Path) -> float:
                     done += file.write(part[done:])
             os.fsync(file.fileno())
 
-    path.unlink(missing_ok=True)
-    return timed(save)
+    return save
 
 
-def accelerate(training: Training, folder: Path) -> float:
-    barrier()
-    if training.engine.world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-    return timed(lambda: training.engine.accelerator.save_state(str(folder)))
+class Peer:
+    """Another way to save, which as ours keeps what it saved before until the new one is there."""
+
+    def __init__(self, folder: Path, save: Callable[[Path], Any]):
+        self._paths, self._save = [folder / "old", folder / "new"], save
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self) -> dict[str, float]:
+        seconds = timed(lambda: self._save(self._paths[1]))
+        self._paths.reverse()
+        if self._paths[1].is_dir():
+            shutil.rmtree(self._paths[1], ignore_errors=True)
+        else:
+            self._paths[1].unlink(missing_ok=True)
+        return {"seconds": seconds, "stall": seconds, "cost": seconds}
 
 
 def waited(training: Training, folder: Path, saves: int, step: float) -> dict[str, dict[str, float]]:
     """Medians of all ways to save that are waited for, in turns."""
     engine, tensors = training.engine, own_tensors(training)
-    raw, mine = folder / f"raw_{engine.world.rank}", Ours(training, folder / "waited", background=False)
+    own, mine = folder / f"rank_{engine.world.rank}", Ours(training, folder / "waited", background=False)
     ways: dict[str, Callable[[], dict[str, float]]] = {
-        "write + fsync": lambda: same(plain_write(tensors, raw)),
-        "torch.save + fsync": lambda: same(torch_save(tensors, raw)),
+        "write + fsync": Peer(own / "write", plain_write(tensors)).save,
+        "torch.save + fsync": Peer(own / "torch", torch_save(tensors)).save,
         "ours, waited for": lambda: mine.save(step),
     }
     # accelerate's FSDP needs a GPU
     if engine.device.type == "cuda" or engine.strategy not in ("fsdp", "hsdp"):
-        ways["accelerate.save_state"] = lambda: same(accelerate(training, folder / "peer"))
+        ways["accelerate.save_state"] = Peer(
+            folder / "peer", lambda path: engine.accelerator.save_state(str(path))
+        ).save
     found = [{name: save() for name, save in ways.items()} for _ in range(saves + 1)]
     return {name: medians([turn[name] for turn in found[1:]]) for name in ways}
-
-
-def same(seconds: float) -> dict[str, float]:
-    return {"seconds": seconds, "stall": seconds, "cost": seconds}
 
 
 def medians(found: list[dict[str, float]]) -> dict[str, float]:
