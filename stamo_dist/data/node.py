@@ -72,9 +72,9 @@ class NodeShare:
                 self._written[path] = file
                 self.close()
                 raise
-            path, file = publish({"content": head}, arrays)
+            path, file = publish(head, arrays)
         self._written[path] = file
-        return _content(file)
+        return file
 
     def met(self) -> None:
         """All ranks have what was read: take its names away."""
@@ -99,7 +99,9 @@ class NodeShare:
                 if (fd := _held(path)) is not None:
                     file = ColumnFile(fd)
                     os.pwrite(fd, b"\1", self._local)
-                    return _content(file)
+                    if (error := file.head.get("error")) is not None:
+                        raise (DataError if file.head["refused"] else RunError)(error)
+                    return file
                 if (fd := _held(f"{path}.new")) is not None:
                     os.close(fd)
                     deadline = time.monotonic() + PATIENCE
@@ -109,13 +111,6 @@ class NodeShare:
             f"data for this node, and has not begun within {PATIENCE:.0f} s; look into its log, and whether the ranks "
             f"of a node share {PLACES[0]}"
         )
-
-
-def _content(file: ColumnFile) -> ColumnFile:
-    if (error := file.head.get("error")) is not None:
-        raise (DataError if file.head["refused"] else RunError)(error)
-    file.head = file.head["content"]
-    return file
 
 
 @contextmanager
