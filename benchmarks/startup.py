@@ -132,7 +132,7 @@ def start(checkout: Path, root: Path, ranks: int, world: int, trace: Path | None
 def operations(trace: Path) -> int:
     """Calls between the marks that name a path, and reads of folders; none for imports, nor in the node's memory."""
     count, inside = 0, False
-    other = (sys.prefix, sys.base_prefix, "/proc", "/dev", f"{tempfile.gettempdir()}/stamo-")
+    other = (sys.prefix, sys.base_prefix, "/proc", "/dev", f"{tempfile.gettempdir()}/stamo-start-")
     with trace.open() as lines:
         for line in lines:
             if BEGIN in line or END in line:

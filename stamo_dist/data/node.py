@@ -150,7 +150,7 @@ def _reserved(name: str) -> Iterator[Callable[..., tuple[str, ColumnFile]]]:
 
 
 def _folder(place: str) -> str:
-    return os.path.join(place, f"stamo-{os.getuid()}")
+    return os.path.join(place, f"stamo-start-{os.getuid()}")
 
 
 def _create(place: str, name: str) -> tuple[str, int]:

@@ -39,7 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(node, "LINGER", 0.2)
     for name in ("shm", "disk"):
         (tmp_path / name).mkdir()
-    return tmp_path / "shm" / f"stamo-{os.getuid()}"
+    return tmp_path / "shm" / f"stamo-start-{os.getuid()}"
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_without_shared_memory_the_disk_serves(
     assert len({found.fingerprint for found in ranks}) == 1
     assert len(reads) == 1
     assert "what the node reads is shared elsewhere" in caplog.text
-    (tmp_path / "disk" / f"stamo-{os.getuid()}").rmdir()
+    (tmp_path / "disk" / f"stamo-start-{os.getuid()}").rmdir()
     (tmp_path / "disk").rmdir()
     with pytest.raises(RunError, match="cannot be written; make room"):
         mixture(data, NodeShare("run", RANKS, RANKS[0]))
