@@ -5,7 +5,7 @@ python benchmarks/metadata_ops.py [--worlds 4 8] [--node 2] [--strategy fsdp] [-
 Trains a toy recipe on some processes (gloo, no GPU), each under strace, as if every `--node` of them were a node, and
 counts the calls that name a path in the folder of sources, weights and run, and the reads of its folders. What rank 0,
 the first rank of another node and any other does (medians) is drawn out linearly from the two worlds to `--to` ranks on
-nodes of eight; what did not grow stays. A shared disk sees the sum.
+nodes of eight; what grew by less than four stays, as it depends on who comes first. A shared disk sees the sum.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PARTS = ("start", "step", "save", "beat", "end")
 ROLES = ("rank 0", "first of a node", "another")
 MARK = "/metadata-ops/"  # looked for, so that strace shows what a thread begins
 PHASES = {"building": "start", "saving": "save", "exporting": "end", "leaving": "end"}
+CHANCE = 4  # operations
 EVERY = 4  # steps from one save to the next
 
 
@@ -106,10 +107,10 @@ def by_role(ranks: list[dict[str, float]], node: int) -> dict[str, dict[str, flo
 
 def drawn_out(worlds: Mapping[int, dict[str, dict[str, float]]], to: int) -> dict[str, dict[str, float]]:
     (few, a), (more, b) = min(worlds.items()), max(worlds.items())
+    grew = {role: {part: b[role][part] - a[role][part] for part in PARTS} for role in ROLES}
+    slope = (to - more) / (more - few)
     return {
-        role: {
-            part: b[role][part] + max(0, b[role][part] - a[role][part]) * (to - more) / (more - few) for part in PARTS
-        }
+        role: {part: b[role][part] + (slope * grew[role][part] if grew[role][part] >= CHANCE else 0) for part in PARTS}
         for role in ROLES
     }
 
