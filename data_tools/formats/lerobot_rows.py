@@ -72,6 +72,21 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
     return notes
 
 
+def has_column(path: Path, column: str) -> bool:
+    """By the file's footer; a file that cannot be read has none."""
+    try:
+        return column in parquet_file(path).schema_arrow.names
+    except DataError:
+        return False
+
+
+def unsaid(path: Path, column: str, texts: Sequence[str]) -> str:
+    """Why nobody knows which rows have which of their episode's instructions; "" where the column says it."""
+    if has_column(path, column):
+        return ""
+    return f"no column {column} says which rows have which of {', '.join(texts)!r:.80}"
+
+
 def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
     try:
         there = set(parquet_file(path).schema_arrow.names)
