@@ -29,11 +29,13 @@ class Rows:
         texts: Their instructions, each once, in the order of their first rows; () where rows have none.
         off: Seconds by which a row's timestamp is furthest from its number / fps.
         fault: Why its instructions cannot be read.
+        silent: There is a column for them, and nothing in it.
     """
 
     texts: tuple[str, ...] = ()
     off: float = 0.0
     fault: str = ""
+    silent: bool = False
 
 
 def read_rows(listed: Sequence[Listed], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
@@ -60,6 +62,12 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
             f"instructions: {len(other)} of {share} have others in their rows than in the episode table "
             f"(episode {index}: {', '.join(mine)!r:.60}; table: {', '.join(table)!r:.60}); the rows' are taken, as "
             "LeRobot does; --set instruction=none takes the table's"
+        )
+    if silent := [(index, table) for index, _, table in both if table and rows[index].silent]:
+        index, table = silent[0]
+        notes.append(
+            f"instructions: {len(silent)} of {share} have a column for them with nothing in it (episode {index}); the "
+            f"episode table's are taken ({', '.join(table)!r:.60})"
         )
     off = [e.index for e in seen if rows[e.index].off > TOLERANCE / fps]
     if off and any(e.videos for e in seen):
@@ -117,7 +125,8 @@ def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: floa
                 texts = _texts(table[column].take(pa.array(order[begin:end])), column, tasks)
             except DataError as e:
                 fault = str(e)
-        found[int(episode)] = Rows(texts, float(off[begin:end].max()), fault)
+        silent = column is not None and not texts and not fault
+        found[int(episode)] = Rows(texts, float(off[begin:end].max()), fault, silent)
     return found
 
 

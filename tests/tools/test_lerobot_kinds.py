@@ -205,6 +205,12 @@ def test_an_episode_without_the_column_that_says_its_instructions_is_named(tmp_p
     everywhere = LerobotReader(dataset(tmp_path / "everywhere", tasks=["wave"], columns={column: None})).scan()
     assert everywhere.episodes[0].instruction == "wave"
     assert everywhere.notes == [f"instructions: no file has a column {column}; the episode table's are taken"]
+    nulls = LerobotReader(dataset(tmp_path / "nulls", tasks=["wave"], columns={column: pa.nulls(N, pa.int64())})).scan()
+    assert nulls.episodes[0].instruction == "wave"
+    assert nulls.notes == [
+        "instructions: 1 of 1 episodes have a column for them with nothing in it (episode 0); the episode table's are "
+        "taken ('wave')"
+    ]
     several = LerobotReader(dataset(tmp_path / "several", tasks=["wave", "bow"], columns={"task_index": None})).scan()
     assert several.bad == ["episode_000000: no column task_index says which rows have which of 'wave, bow'"]
 
