@@ -21,7 +21,6 @@ from stamo_dist.distributed.rank import World, survive_launcher
 from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.export import exported_step
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.optim.ema import EMA
@@ -154,7 +153,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     # Rank 0's word on both: a shared disk may show the others an older folder.
-    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
+    exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
