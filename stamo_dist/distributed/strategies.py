@@ -31,7 +31,10 @@ from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
 
 _log = logging.getLogger(__name__)
-SUPPORTS_META_INIT = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
+#: Takes modules without memory, which are filled once they are sharded.
+SUPPORTS_META_INIT = {"fsdp", "hsdp"}
+#: Keeps weights whole, and copies them when it is built: modules without memory are filled on the device before.
+FILLED_BEFORE = {"ddp", "zero1", "zero2"}
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
