@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from contextlib import closing
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from stamo_dist.checkpoint.retention import clean
 from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import barrier, broadcast, part
-from stamo_dist.distributed.rank import World
+from stamo_dist.distributed.rank import EXPORTS_LATER, World
 from stamo_dist.errors import StamoError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.export import export
@@ -65,7 +66,9 @@ def _train(start: RunStart, checked: Checked) -> int:
     barrier()
     try:
         code = int(trainer.fit())
-        if code == 0 and not session.exported:
+        if code == 0 and not session.exported and EXPORTS_LATER in os.environ:
+            session.logger.info("the model is exported by a process of its own, on one node")
+        elif code == 0 and not session.exported:
             with start.stop.nothing_to_save("exporting", partial(_give_back, start)):
                 code = _export(start, session)
         if code == 0 and start.recipe.evaluate.beside and not _wait_for_evaluation(start, session):

@@ -92,6 +92,10 @@ class Train(Section):
     )
 
 
+#: Above it each process has so little of a block that gathering it is waiting: 1 MB of a 7 B model's at 400.
+MANY_PROCESSES = 256
+
+
 class Strategy(Section):
     """How the trained module is spread over processes."""
 
@@ -101,11 +105,29 @@ class Strategy(Section):
     shard_group: PositiveInt | None = Field(
         None, description="hsdp: processes that share one sharded copy; those of one node when omitted."
     )
+    gradients: Literal["sharded", "whole"] = Field(
+        "sharded",
+        description="fsdp, hsdp, between the micro-batches of a step: each gradient is reduced and sharded at once, or "
+        "stays whole in fp32 on every device until the last, which reduces once.",
+    )
+
+    def advice(self, processes: int) -> list[str]:
+        """What to consider on so many processes."""
+        if self.name != "fsdp" or processes <= MANY_PROCESSES:
+            return []
+        return [
+            f"strategy.name: fsdp gathers every block over all {processes} processes; hsdp gathers within a node (or "
+            "strategy.shard_group) and has gradients alone go farther"
+        ]
 
 
 def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
     """What of the training does not go together, or has no meaning in the stage."""
     problems = []
+    if strategy.name == "hsdp" and strategy.shard_group == 1:
+        problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")
+    if strategy.gradients == "whole" and strategy.name not in ("fsdp", "hsdp"):
+        problems.append(f"strategy.gradients: is of fsdp and hsdp; {strategy.name} would ignore it")
     if virtual := train.virtual_workers:
         if strategy.name != "ddp":
             problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {strategy.name}")

@@ -100,6 +100,14 @@ class RunFolder:
         return self.path / "exported.json"
 
     @property
+    def exported_step(self) -> int | None:
+        """The step whose weights `model` holds, None where there is no whole export."""
+        try:
+            return int(json.loads(self.exported.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -19,12 +19,12 @@ from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
-from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
+from stamo_dist.distributed.strategies import FILLED_BEFORE, SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.export import exported_step
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.models.shards import materialise
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.pretrained.pin import as_begun, moved, pin
@@ -144,10 +144,14 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     path, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: checked.select(fingerprint, without=bad))
     if task.init_frames and path is None:
         task.initialise(first_frames(mixture, task.init_frames))
+    if recipe.strategy.name in FILLED_BEFORE:
+        materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
+        if path is None or not holds_all(path):
+            task.load_weights()
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    if path is None or not holds_all(path):
+    if recipe.strategy.name in SUPPORTS_META_INIT and (path is None or not holds_all(path)):
         task.load_weights()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
@@ -158,7 +162,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     # Rank 0's word on both: a shared disk may show the others an older folder.
-    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
+    exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
@@ -180,7 +184,7 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
     begun = _recorded(checked.select).sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT)
+    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT | FILLED_BEFORE)
     changed = moved(task.sources, begun)
     if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen
