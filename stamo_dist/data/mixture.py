@@ -75,6 +75,7 @@ class Mixture:
         self.data, self.seed, self.global_batch = data, seed, global_batch
         used = data.used
         self.sources = list(used)
+        self.node = node
         self.cache = open_cache(data.cache, data.cache_limit)
         opened = open_all(data, growth, self.cache, node)
         self.file, self.opened, streams = opened.file, opened.folders, opened.streams

@@ -27,7 +27,7 @@ from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
-from stamo_dist.data.episode_columns import EpisodeColumns, read_columns
+from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
 from stamo_dist.data.shard_table import ShardTable, check_files
 from stamo_dist.data.shards import MappedShard
@@ -68,7 +68,9 @@ class OpenSource:
 
     def columns(self, split: str) -> EpisodeColumns:
         """As `episodes`, but only what training needs."""
-        return read_columns(self.root, split, self._table(split))
+        count = self._table(split)
+        read = partial(read_columns, self.root, split, count)
+        return kept_columns(self.cache.root, self.root / split / EPISODES, count, read)
 
     def _table(self, split: str) -> int:
         """Fetch the episode table if it is remote and not here; how many episodes of it are read."""

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made import make_data, write_source
 
-from stamo_dist.data import node, opening
+from stamo_dist.data import episode_columns, node, opening, sources
+from stamo_dist.data.instructions import Instructions, episode_tables
 from stamo_dist.data.loader import Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
 from stamo_dist.data.schema import MANIFEST
+from stamo_dist.data.sources import open_source
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.recipe.data import Data, SourceConfig
 
@@ -85,8 +88,7 @@ def batches(found: Mixture, workers: int = 1) -> list[tuple[list[int], bytes]]:
 
 
 def test_the_sources_are_read_once_and_no_name_stays(tmp_path: Path, place: Path, reads: list[str]) -> None:
-    sources = {name: SourceConfig(path=str(write_source(tmp_path / name))) for name in "ab"}
-    data = make_data(sources)
+    data = make_data({name: SourceConfig(path=str(write_source(tmp_path / name))) for name in "ab"})
     alone = mixture(data, None)
     reads.clear()
     ranks = in_ranks(lambda share: mixture(data, share))
@@ -223,9 +225,9 @@ def test_the_fingerprint_is_that_of_the_whole_text(tmp_path: Path, monkeypatch: 
     """In parts as in one, whatever a part takes."""
     folder = many_shards(tmp_path / "s", 30)
     (write_source(tmp_path / "t", cameras=("a", "b"), lengths=(9, 8, 7)))
-    sources = {"s": SourceConfig(path=str(folder)), "t": SourceConfig(path=str(tmp_path / "t"), actions=False)}
+    used = {"s": SourceConfig(path=str(folder)), "t": SourceConfig(path=str(tmp_path / "t"), actions=False)}
     monkeypatch.setattr("stamo_dist.data.shard_table._AT_ONCE", 7)
-    found = mixture(make_data(sources, horizon=2), None)
+    found = mixture(make_data(used, horizon=2), None)
     identity = {
         "format": 2,
         "shards": [(shard.digest, shard.samples) for shard in found.shards],
@@ -238,3 +240,51 @@ def test_the_fingerprint_is_that_of_the_whole_text(tmp_path: Path, monkeypatch: 
         "videos": ["t"],
     }
     assert found.fingerprint == sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def test_the_episodes_are_read_once_for_a_node(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data({name: SourceConfig(path=str(write_source(tmp_path / name)), instruction="x") for name in "ab"})
+    alone = Instructions(found := mixture(data, None), episode_tables(found))
+    read, honest = list[str](), sources.read_columns
+    monkeypatch.setattr(sources, "read_columns", lambda *args: read.append(args[1]) or honest(*args))
+
+    def make(share: NodeShare) -> Instructions:
+        found = mixture(data, share)
+        return Instructions(found, episode_tables(found))
+
+    samples = torch.arange(found.num_samples)
+    for instructions in in_ranks(make):
+        assert instructions.texts == alone.texts
+        assert instructions.of(samples).equal(alone.of(samples))
+        assert instructions.labelled(samples).equal(alone.labelled(samples))
+    assert read == ["train"] * 2
+    assert not list(place.iterdir())
+
+
+def test_columns_of_a_large_table_are_kept_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(episode_columns, "_LARGE", 1)
+    folder, cache = write_source(tmp_path / "s"), tmp_path / "cache"
+    read, honest = list[str](), sources.read_columns
+    monkeypatch.setattr(sources, "read_columns", lambda *args: read.append(args[1]) or honest(*args))
+
+    def lengths() -> list[int]:
+        return open_source(str(folder), str(cache)).columns("train").lengths.tolist()
+
+    assert lengths() == lengths() == [7, 12, 5, 9]
+    assert len(read) == 1
+    table = folder / "train" / "episodes.jsonl"
+    table.write_text(table.read_text().replace('"length":7', '"length":6'))
+    assert lengths() == [6, 12, 5, 9]
+    (kept,) = (cache / "episodes").iterdir()
+    for content in (b"", bytes(5000), kept.read_bytes()[:-300]):
+        kept.write_bytes(content)
+        assert lengths() == [6, 12, 5, 9]
+        assert "not readable, so it is made anew" in caplog.text
+        caplog.clear()
+    assert len(read) == 5
+    shutil.rmtree(cache)
+    cache.write_text("no folder")
+    assert lengths() == [6, 12, 5, 9]
+    assert "is read whole at the next start too" in caplog.text
