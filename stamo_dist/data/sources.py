@@ -231,7 +231,8 @@ def resolve(path: str) -> str:
     """One spelling for every way to name the same source."""
     if is_remote(path):
         return path.rstrip("/")
-    folder, name = os.path.split(os.path.join(os.getcwd(), os.path.expanduser(path)).rstrip("/"))
+    path = os.path.expanduser(path)
+    folder, name = os.path.split((path if os.path.isabs(path) else os.path.join(os.getcwd(), path)).rstrip("/"))
     real = os.path.join(_real(folder), name)
     return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
 
