@@ -4,8 +4,9 @@ python benchmarks/startup.py [--samples 1e9] [--sources 50] [--against CHECKOUT]
 
 Writes manifests, indexes and empty files in place of the shards (nothing reads one), then starts ranks of one node in
 fresh processes: they open the mixture, compute its fingerprints, place the run in the middle of the data and plan the
-first batches there. Figures are above those after the imports. File operations are counted by strace in a second pass:
-those that name a path below the sources, and listings. `--against` measures the same with another checkout's package.
+first batches there. Figures are above those after the imports; a loader worker's memory is all it has. File operations
+are counted by strace in a second pass: calls that name a path, and reads of folders. `--against` measures the same with
+another checkout's package.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ BEGIN, END = "/startup-begins", "/startup-ends"  # looked for, so that strace sh
 def rank_start(root: Path, rank: int, ranks: int, world: int) -> None:
     """One rank of a node of the package on the path, as a process of its own: prints what it took."""
     from stamo_dist.checkpoint.compatibility import run_fingerprint
-    from stamo_dist.data.loader import Cursor, cache_use
+    from stamo_dist.data.loader import Cursor, build_loader, cache_use
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.recipe.schema import Recipe
 
@@ -71,14 +72,18 @@ def rank_start(root: Path, rank: int, ranks: int, world: int) -> None:
     if options:
         options["node"].close()
     os.path.exists(END)
-    cpu = [b - a for a, b in pairwise(parts)]
     sizes = [memory(what) - before for what in ("VmHWM", "VmRSS")]
-    print(json.dumps({"figures": [sum(cpu), *cpu, wall, *sizes], "fingerprint": mixture.fingerprint}))
+    loader = build_loader(mixture, rank=rank, world_size=world, cursor=Cursor(), pin_memory=False, workers=1)
+    time.sleep(5)  # the worker has what it needs to know
+    worker = memory("VmRSS", loader._pool._workers[0].pid)
+    loader.close()
+    cpu = [b - a for a, b in pairwise(parts)]
+    print(json.dumps({"figures": [sum(cpu), *cpu, wall, *sizes, worker], "fingerprint": mixture.fingerprint}))
 
 
-def memory(what: str) -> float:
+def memory(what: str, process: int | str = "self") -> float:
     """MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(what))
 
 
@@ -122,7 +127,7 @@ def start(checkout: Path, root: Path, ranks: int, world: int, trace: Path | None
         if trace:
             command = ["strace", "-f", "-qq", "-e", "trace=%file,getdents64", "-o", f"{trace}.{rank}", *command]
         env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True))
     found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
     for rank, result in enumerate(found if trace else []):
         result["operations"] = operations(Path(f"{trace}.{rank}"))
@@ -150,7 +155,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--world", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--against", type=Path)
+    parser.add_argument("--against", type=Path, help="Its root.")
     parser.add_argument("--folder", type=Path, help="Where to write; kept, and used again, when given.")
     options = parser.parse_args()
     if options.rank is not None:
@@ -161,7 +166,7 @@ def main() -> None:
         if not root.exists():
             write(root, int(options.samples), options.sources)
         table = Table(title=f"{options.samples:.3g} samples, {options.sources} sources, {options.world} ranks")
-        figures = ("CPU s", "mixture", "run fingerprint", "place, plan", "wall s", "peak MB", "kept MB")
+        figures = ("CPU s", "mixture", "run fingerprint", "place, plan", "wall s", "peak MB", "kept MB", "worker MB")
         for column in ("", *figures, "operations"):
             table.add_column(column, justify="right" if column else "left")
         prints = set()

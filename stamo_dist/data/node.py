@@ -7,6 +7,7 @@ removed by the next start.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -79,8 +80,9 @@ class NodeShare:
     def met(self) -> None:
         """All ranks have what was read: take its names away."""
         for path in self._written:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 os.unlink(path)
+                os.rmdir(os.path.dirname(path))  # by the last start
         self._written.clear()
 
     def close(self) -> None:
@@ -124,7 +126,7 @@ def _reserved(name: str) -> Iterator[Callable[..., tuple[str, ColumnFile]]]:
                 reserved.append(_create(place, f"{name}.new"))
                 return
             except OSError as e:
-                _log.warning("%s: %s; what the node reads is shared elsewhere", place, e.strerror or e)
+                _log.warning("%s: %s; what the node reads is shared elsewhere", e.filename or place, e.strerror or e)
         raise RunError(f"{' and '.join(PLACES)}: cannot be written; make room in one of them for the node's indexes")
 
     def publish(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ColumnFile]:
@@ -154,14 +156,21 @@ def _folder(place: str) -> str:
 
 
 def _create(place: str, name: str) -> tuple[str, int]:
-    """A new file, locked, and its descriptor; what killed processes left beside it is removed."""
+    """A new file, locked, and its descriptor."""
     folder = _folder(place)
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        with suppress(FileNotFoundError):  # another start has just taken the folder away
+            return _create_in(folder, name)
+
+
+def _create_in(folder: str, name: str) -> tuple[str, int]:
+    """What killed processes left there is removed."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(lock).st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
+            raise PermissionError(errno.EPERM, "belongs to another user", folder)
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in os.listdir(folder):
             path = os.path.join(folder, left)
