@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.allocation import Allocation, allocation_of
+from stamo_dist.data.frame_cache import CacheSpec, Kind, find_cache
 from stamo_dist.data.group_order import GroupOrder, SourceOrder
 from stamo_dist.data.lane_order import LaneOrder
 from stamo_dist.data.node import NodeShare
@@ -76,6 +78,7 @@ class Mixture:
         used = data.used
         self.sources = list(used)
         self.node = node
+        self._caches: dict[tuple[Kind, str], CacheSpec] = {}
         self.cache = open_cache(data.cache, data.cache_limit)
         opened = open_all(data, growth, self.cache, node)
         self.file, self.opened, streams = opened.file, opened.folders, opened.streams
@@ -114,6 +117,22 @@ class Mixture:
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
         return self.views[0].shard_of(samples)
+
+    def find_cache(self, kind: Kind, fingerprint: str) -> CacheSpec:
+        """What a frozen model made of all shards; looked for once, of a node's ranks by one.
+
+        Raises:
+            DataError: It is not there, or not of these shards; see `frame_cache.find_cache`.
+        """
+        if (kind, fingerprint) not in self._caches:
+            self._caches[kind, fingerprint] = self._find_cache(kind, fingerprint)
+        return self._caches[kind, fingerprint]
+
+    def _find_cache(self, kind: Kind, fingerprint: str) -> CacheSpec:
+        if self.node is None:
+            return find_cache(self.shards, kind, fingerprint)
+        head = self.node.once(kind, lambda: (asdict(find_cache(self.shards, kind, fingerprint)), {})).head
+        return CacheSpec(**{**head, "shape": tuple(head["shape"])})
 
     @property
     def notes(self) -> list[str]:

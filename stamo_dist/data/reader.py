@@ -119,8 +119,8 @@ class ReaderSpec:
         raw["shard_source"] = np.repeat(raw["shard_source"], np.diff(views[0].starts))
         for kind in ("latents", "states"):
             if raw[kind] is not None:
-                files, shape, precision = raw[kind]
-                raw[kind] = CacheSpec(files, tuple(shape), precision)
+                of, fingerprint, shape, precision = raw[kind]
+                raw[kind] = CacheSpec(of, fingerprint, tuple(shape), precision)
         raw["window"] = raw["window"] and Window(*raw["window"])
         return cls(**raw)
 
@@ -133,8 +133,8 @@ class BatchReader:
         self._shards = _open(spec.shards, spec.cache)
         self._first = _first_samples(spec.shards)
         self._views = [(_open(shards, spec.cache), _first_samples(shards)) for shards in spec.views]
-        self._latents = CacheFiles(spec.latents) if spec.latents else None
-        self._states = CacheFiles(spec.states) if spec.states else None
+        self._latents = CacheFiles(spec.latents, spec.shards) if spec.latents else None
+        self._states = CacheFiles(spec.states, spec.shards) if spec.states else None
         horizon = spec.window.horizon if spec.window else 0
         self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
         self._context = [

@@ -18,13 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from made import make_data, write_source
 
-from stamo_dist.data import episode_columns, node, opening, sources
+from stamo_dist.data import episode_columns, frame_cache, node, opening, sources
+from stamo_dist.data.frame_cache import cache_path, write_cache, write_manifests
 from stamo_dist.data.instructions import Instructions, episode_tables
-from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.loader import CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
 from stamo_dist.data.schema import MANIFEST
@@ -287,3 +289,30 @@ def test_columns_of_a_large_table_are_kept_until_it_changes(
     cache.write_text("no folder")
     assert lengths() == [6, 12, 5, 9]
     assert "is read whole at the next start too" in caplog.text
+
+
+def test_latents_are_looked_for_once_and_a_stale_one_among_many_is_named_when_it_is_read(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, vae = many_shards(tmp_path / "s", 100), "0123456789abcdef" * 4
+    data = make_data({"s": SourceConfig(path=str(folder))}, latents="cached")
+    found = mixture(data, None)
+    for shard in found.shards:
+        write_cache(shard, "latents", vae, np.zeros((shard.samples, 4, 2, 2), np.float16), "float16")
+    looked, honest = list[str](), frame_cache._read_meta
+    monkeypatch.setattr(frame_cache, "_read_meta", lambda shard, *of: looked.append(shard.path) or honest(shard, *of))
+    assert found.find_cache("latents", vae).shape == (4, 2, 2)
+    assert len(looked) == 102, "without a manifest each is looked at"
+    write_manifests(found.shards, "latents", vae, {})
+    looked.clear()
+    specs = in_ranks(lambda share: mixture(data, share).find_cache("latents", vae))
+    assert specs == [found.find_cache("latents", vae)] * 3
+    assert [Path(path).name for path in looked] == ["shard.00000.mds", "shard.00099.mds"]
+
+    meta = cache_path(found.shards[50], "latents", vae).with_suffix(".json")
+    meta.write_text(meta.read_text().replace(found.shards[50].digest, "of yesterday"))
+    loader = build_loader(
+        mixture(data, None), rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1, caches=CacheKeys(vae)
+    )
+    with closing(loader), pytest.raises(DataError, match=r"shard\.00050\.npy: stale: the shard has changed since"):
+        list(islice(loader, 25))
