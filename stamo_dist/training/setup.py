@@ -40,7 +40,8 @@ from stamo_dist.tracking.metrics import Reducer, Stopwatch
 from stamo_dist.training import hooks
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
-from stamo_dist.training.trainer import Trainer
+from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
+from stamo_dist.training.trainer import Hook, Trainer
 from stamo_dist.training.trial_export import TrialExport
 
 
@@ -251,12 +252,33 @@ def _assemble(
         micro_batch=checked.batching.micro_batch,
         open_loader=open_loader,
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, hooks.HeartbeatHook(watchdog), divergence, save],
+        hooks=[
+            *first,
+            evaluate,
+            log,
+            hooks.HeartbeatHook(watchdog),
+            divergence,
+            *_looking(start, engine, logger),
+            save,
+        ],
         go_back=go_back,
     )
     if start.lease is not None:
         _announce(start, checked, trainer, logger, budget)
     return Session(trainer, mixture, logger, saver, guard, exported)
+
+
+def _looking(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
+    """The hooks that look at the device, where the recipe asks for them."""
+    train, found = start.recipe.train, list[Hook]()
+    if train.profile is not None and start.world.is_main:
+        found.append(ProfileHook(train.profile, start.run.profile, logger, engine.device))
+    if train.sync_guard != "off":
+        if engine.device.type == "cuda":
+            found.append(SyncGuardHook(train.sync_guard))
+        else:
+            start.notes.append(f"train.sync_guard: {train.sync_guard} is of a GPU, and has no effect on a CPU")
+    return found
 
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
