@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from stamo_dist.checkpoint.retention import clean
+from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import barrier, broadcast, part
 from stamo_dist.distributed.rank import EXPORTS_LATER, World
 from stamo_dist.errors import StamoError
@@ -43,9 +44,10 @@ def train(
     """
     run, limits = RunFolder(Path(loaded.recipe.run_dir)), loaded.recipe.train
     stop = ShutdownRequest(world.rank, limits.checkpoint.grace_seconds)
-    with closing(Watchdog(run.logs, world, limits)) as watchdog:
+    node = NodeShare(str(run.path), world.on_node, world.rank)
+    with closing(Watchdog(run.logs, world, limits)) as watchdog, closing(node):
         watchdog.mark("building for", 1)
-        start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed)
+        start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed, node)
         checked = check(start)
         if not world.is_main:  # one process looks, so that all see the same
             return _train(start, checked)

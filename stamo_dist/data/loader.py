@@ -223,8 +223,9 @@ class Loader:
         data = mixture.data
         self._depth = workers * data.prefetch
         spec = ReaderSpec(
+            file=mixture.file,
             shards=mixture.shards,
-            shard_source=mixture.shard_source.tolist(),
+            shard_source=mixture.shard_source,
             sources=mixture.sources,
             image_size=data.image_size,
             batch=mixture.global_batch // share.world_size,

@@ -15,6 +15,7 @@ from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
@@ -57,6 +58,7 @@ class RunStart:
     evaluation: Evaluation
     resume: str
     allowed: frozenset[str]
+    node: NodeShare
     lease: RunLease | None = None  # rank 0's
     notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
 
@@ -105,7 +107,8 @@ def check(start: RunStart) -> Checked:
         start.notes.append(
             "data.shuffle.order: the run goes on in the order of groups, in which it began; a new run has lanes"
         )
-    mixture = Mixture(data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=begun.growth)
+    batch = recipe.train.global_batch
+    mixture = Mixture(data, seed=recipe.seed, global_batch=batch, growth=begun.growth, node=start.node)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
@@ -137,6 +140,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
                 f"code {EXIT_PREEMPTED} to be started again"
             )
         return EXIT_PREEMPTED
+    start.node.met()
     fingerprint = checked.fingerprint.with_frozen(task.frozen)
     path, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: checked.select(fingerprint, without=bad))
     if task.init_frames and path is None:
