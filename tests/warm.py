@@ -94,6 +94,7 @@ class Warm:
             threading.Thread(target=self._listen, args=(self._server.stdout,), daemon=True).start()
         self._count += 1
         out = stdout or self._folder / f"{self._count}.out"
+        out.touch()
         request = {
             "arguments": [str(a) for a in arguments], "program": str(program or ""),
             "environment": dict(environment or {}), "stdout": str(out), "stderr": str(stderr or out),
@@ -195,3 +196,4 @@ if __name__ == "__main__":
     for module in _MODULES:
         importlib.import_module(module)
     _serve(pipe)
+    os._exit(0)  # what was imported takes long to be taken down
