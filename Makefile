@@ -69,13 +69,13 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Three workers on two cores: tests/slurm mostly waits; see LANES in tests/conftest.py.
+# Three workers on two cores: tests/slurm mostly waits; what else runs beside what is in tests/conftest.py.
 test: $(VENV)/.installed opengl slurm lint docs
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3
 
 # The daily loop: no simulator, no Slurm, no run of several processes.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not sim" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow and not sim" -n 2
 
 # The pages of docs/ and the API from the docstrings as a site in build/site; a broken link fails.
 docs: $(VENV)/.installed

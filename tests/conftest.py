@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from forked import Ranks
@@ -34,25 +35,32 @@ LANES = {
 }  # fmt: skip
 
 
-def lane(item: pytest.Item) -> str:
-    path = item.path.relative_to(ROOT / "tests")
-    for name, parts in LANES.items():
-        if path.parts[0] in parts or path.as_posix() in parts:
-            return name
-    return path.as_posix()
+def lane(file: str) -> str:
+    """What of it runs in one worker, from the path of a test's file below the repository."""
+    below = file.removeprefix("tests/")
+    return next((name for name, parts in LANES.items() if below in parts or below.partition("/")[0] in parts), file)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in SLOW_FOLDERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
-        order = list(LANES)
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(lane(item)))
-        items.sort(key=lambda item: order.index(name) if (name := lane(item)) in order else len(order))
+        order = {name: place for place, name in enumerate(LANES)}
+        items.sort(key=lambda item: order.get(lane(item.path.relative_to(ROOT).as_posix()), len(order)))
 
 
 @pytest.fixture(scope="session")
