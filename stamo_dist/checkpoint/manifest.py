@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.run.state import RunState
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+#: What files are compared with; up to format 3 it was SHA-256.
+HASH = "xxh3_128"
+_HASHES: dict[str, Any] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
 #: Format 2 had other names for these.
 _RENAMED = {"identity": "recipe", "generation": "lease"}
 MANIFEST = "checkpoint.json"
@@ -37,7 +43,7 @@ class Stored:
     """One file of a checkpoint, as it was written."""
 
     bytes: int
-    sha256: str
+    digest: str  # the hash's name, a colon and its hex digits
 
 
 @dataclass
@@ -63,6 +69,13 @@ class CheckpointManifest:
         return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
+class Checkpoint(NamedTuple):
+    """A whole checkpoint: its folder and what its manifest says."""
+
+    path: Path
+    manifest: CheckpointManifest
+
+
 def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     """Read the manifest of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
 
@@ -82,17 +95,21 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     checksum = raw.pop("sha256", None)  # the same in every format from 2 on
     if version != 1 and checksum != _digest(raw):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged")
-    if version == 2:
-        raw = {_RENAMED.get(name, name): value for name, value in raw.items()} | {"format_version": FORMAT_VERSION}
-    elif version != FORMAT_VERSION:
+    if version not in range(2, FORMAT_VERSION + 1):
         raise ForeignFormatError(
-            f"{path}: checkpoint format {version}; this version of stamo reads 2 and {FORMAT_VERSION}; "
+            f"{path}: checkpoint format {version}; this version of stamo reads 2 to {FORMAT_VERSION}; "
             "use the version that wrote it, or choose another run_dir"
         )
-    files = {name: Stored(**stored) for name, stored in raw["files"].items()}
+    if version == 2:
+        raw = {_RENAMED.get(name, name): value for name, value in raw.items()}
+    files = {
+        name: Stored(stored["bytes"], stored["digest"] if version > 3 else f"sha256:{stored['sha256']}")
+        for name, stored in raw["files"].items()
+    }
     manifest = CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
-    missing = [name for name in files if not (path / name).is_file()]
-    resized = [name for name in files if name not in missing and (path / name).stat().st_size != files[name].bytes]
+    sizes = {name: _size(path / name) for name in files}
+    missing = [name for name, size in sizes.items() if size is None]
+    resized = [name for name, size in sizes.items() if size not in (None, files[name].bytes)]
     if missing or resized:
         raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
     return manifest
@@ -102,8 +119,8 @@ def damage(path: Path, manifest: CheckpointManifest, share: int = 0, shares: int
     """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sums = list(pool.map(lambda name: _file_digest(path / name), names))
-    return [name for name, found in zip(names, sums, strict=True) if found != manifest.files[name].sha256]
+        same = list(pool.map(lambda name: _holds(path / name, manifest.files[name]), names))
+    return [name for name, unchanged in zip(names, same, strict=True) if not unchanged]
 
 
 def damaged(path: Path, names: Sequence[str]) -> CheckpointError:
@@ -119,13 +136,23 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str | None:
-    digest = hashlib.sha256()
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _holds(path: Path, stored: Stored) -> bool:
+    name, _, expected = stored.digest.partition(":")
+    digest = _HASHES[name]()
     buffer = memoryview(bytearray(_BLOCK))
     try:
         with path.open("rb", buffering=0) as f:
             while n := f.readinto(buffer):
                 digest.update(buffer[:n])
     except OSError:
-        return None
-    return digest.hexdigest()
+        return False
+    return bool(digest.hexdigest() == expected)
