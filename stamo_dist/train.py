@@ -64,6 +64,7 @@ def _train(start: RunStart, checked: Checked) -> int:
         return session
     trainer, evaluation = session.trainer, start.evaluation
     barrier()
+    code = EXIT_PREEMPTED
     try:
         code = int(trainer.fit())
         if code == 0 and not session.exported and EXPORTS_LATER in os.environ:
@@ -76,6 +77,8 @@ def _train(start: RunStart, checked: Checked) -> int:
     finally:
         start.watchdog.mark("leaving after", trainer.state.step)
         evaluation.close()
+        if code == 0:
+            session.saver.close()
         session.logger.close()
     return code
 
