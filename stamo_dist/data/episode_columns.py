@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,10 +137,11 @@ def kept_columns(cache: Path, path: Path, count: int, read: Callable[[], Episode
     head, arrays = columns.packed(0)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=".", delete=False) as scratch:
-            write(scratch.fileno(), {"of": of, "table": head}, arrays)
-            os.fsync(scratch.fileno())
-        os.replace(scratch.name, kept)
+        scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
+        with scratch.open("wb") as f:
+            write(f.fileno(), {"of": of, "table": head}, arrays)
+            os.fsync(f.fileno())
+        scratch.replace(kept)
     except OSError as e:
         _log.warning("%s: cannot be written, so %s is read whole at the next start too: %s", kept, path, e.strerror)
     return columns
