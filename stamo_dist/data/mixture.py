@@ -134,6 +134,11 @@ class Mixture:
         head = self.node.once(kind, lambda: (asdict(find_cache(self.shards, kind, fingerprint)), {})).head
         return CacheSpec(**{**head, "shape": tuple(head["shape"])})
 
+    def shards_of(self, source: int) -> Shards:
+        """Those of one source, in the order of `shards`."""
+        tables = zip(self.shards.tables, self.stream_source.tolist(), strict=True)
+        return Shards([table for table, of in tables if of == source])
+
     @property
     def notes(self) -> list[str]:
         """A line for each folder with episodes that are not read, as they came after the run began."""

@@ -137,7 +137,6 @@ class Shards(Sequence[ShardSpec]):
 
     def __init__(self, tables: Sequence[ShardTable]):
         self.tables = tables
-        self._made: list[ShardSpec] | None = None
         self.starts = np.cumsum([0, *map(len, tables)])
         self.samples: NDArray[np.int64] = np.concatenate([table.samples for table in tables])
         self.nbytes: NDArray[np.int64] = np.concatenate([table.nbytes for table in tables])
@@ -154,9 +153,7 @@ class Shards(Sequence[ShardSpec]):
         return self.tables[table][of_table]
 
     def __iter__(self) -> Iterator[ShardSpec]:
-        if self._made is None:  # who goes through all of them does so for every source
-            self._made = list(chain.from_iterable(self.tables))
-        return iter(self._made)
+        return chain.from_iterable(self.tables)
 
     @property
     def numbers(self) -> list[int]:
