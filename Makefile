@@ -69,8 +69,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Three workers on two cores: tests/slurm mostly waits; what else runs beside what is in tests/conftest.py.
 test: $(VENV)/.installed opengl slurm lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3
 
 # The daily loop: no simulator, no Slurm, no run of several processes.
 test-fast: $(VENV)/.installed

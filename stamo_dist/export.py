@@ -21,14 +21,6 @@ from stamo_dist.tasks.base import Task
 _BATCHES = 16
 
 
-def exported_step(run: RunFolder) -> int | None:
-    """The step whose weights `run.model` holds, None where there is no whole export."""
-    try:
-        return int(json.loads(run.exported.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
     """Write `run.model` from the checkpoint of `step`; one process calls it.
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from forked import Ranks
+from warm import Warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,14 +22,45 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Folders and fixtures whose tests start several processes, a simulator or a scheduler: not for the daily loop.
 SLOW_FOLDERS = ("slurm", "resume", "distributed", "journeys", "chaos")
-SLOW_FIXTURES = {"ranks", "stamo", "toy_policy"}
+SLOW_FIXTURES = {"ranks", "stamo", "warm", "toy_policy"}
+#: What runs one test after the other, in one worker of pytest-xdist, the longest first: a cluster, and whatever trains
+#: or measures on several processes. Every other file is for whichever worker is free.
+LANES = {
+    "slurm": ("slurm",),
+    "processes": (
+        "resume", "distributed", "journeys", "chaos", "training", "launch", "evaluate/test_background.py",
+        "evaluate/test_during.py", "evaluate/test_workers.py", "tasks/test_diffusion_task.py",
+        "publish/test_export.py", "cli/test_encode_states.py",
+    ),
+}  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def lane(file: str) -> str:
+    """What of it runs in one worker, from the path of a test's file below the repository."""
+    below = file.removeprefix("tests/")
+    return next((name for name, parts in LANES.items() if below in parts or below.partition("/")[0] in parts), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in SLOW_FOLDERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(LANES)}
+        items.sort(key=lambda item: order.get(lane(item.path.relative_to(ROOT).as_posix()), len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +102,26 @@ def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stamo() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the `stamo` command in a process of its own, as a user does."""
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Start `stamo` commands that import torch, without that import: `warm.start(...)` is a process that runs."""
+    server = Warm(tmp_path_factory.mktemp("warm"), os.environ)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def stamo(warm: Warm) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the `stamo` command in a process of its own, as a user does; what imports torch is forked off `warm`."""
 
     def run(*arguments: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "stamo_dist.cli", *map(str, arguments)]
-        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        words = list(map(str, arguments))
+        if warm.fits(words):
+            result = warm.run(*words, timeout=timeout)
+        else:
+            command = [sys.executable, "-m", "stamo_dist.cli", *words]
+            result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
         if check and result.returncode:
-            pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
+            pytest.fail(f"stamo {' '.join(words)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result
 
     return run

@@ -30,7 +30,7 @@ from data_tools.formats.lerobot_files import (
     read_tasks,
 )
 from data_tools.formats.lerobot_meta import Info, LeRobotFeature, read_info
-from data_tools.formats.lerobot_rows import Rows, read_rows, row_notes
+from data_tools.formats.lerobot_rows import Rows, has_column, read_rows, row_notes, unsaid
 from data_tools.formats.lerobot_tasks import TASK_INDEX, instruction_column, row_texts, table_texts
 from data_tools.formats.lerobot_vectors import FeatureSlice, choose, matrix
 from data_tools.formats.lerobot_windows import check_windows, paired_frames
@@ -106,7 +106,13 @@ class LerobotReader(LerobotActionOptions):
         notes += layout.notes
         needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
         parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
-        data = {path: _data_fault(path, needed, parts) for path in {e.data for e in layout.episodes if e.data}}
+        files = sorted({e.data for e in layout.episodes if e.data})
+        if (said := chosen.instruction) and said in features and said != TASK_INDEX:
+            if any(has_column(path, said) for path in files):
+                needed.append(said)  # where some files have it, the table is no stand-in for the others
+            else:
+                notes.append(f"instructions: no file has a column {said}; the episode table's are taken")
+        data = {path: _data_fault(path, needed, parts) for path in files}
         by_rows = read_rows(layout.episodes, chosen.instruction, layout.tasks, info.fps)
         unnamed = ""
         if chosen.instruction == TASK_INDEX and TASK_INDEX in features and not layout.tasks:
@@ -123,6 +129,8 @@ class LerobotReader(LerobotActionOptions):
             if unnamed and len(texts) > 1:
                 fault = fault or f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
             fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
+            if len(texts) > 1 and not rows.texts and listed.data and chosen.instruction:
+                fault = fault or unsaid(listed.data, chosen.instruction, texts)
             ref = self._reference(listed, next(iter(texts), ""), info)
             if fault:
                 bad.append(f"{ref.id}: {fault}")

@@ -29,11 +29,13 @@ class Rows:
         texts: Their instructions, each once, in the order of their first rows; () where rows have none.
         off: Seconds by which a row's timestamp is furthest from its number / fps.
         fault: Why its instructions cannot be read.
+        silent: There is a column for them, and nothing in it.
     """
 
     texts: tuple[str, ...] = ()
     off: float = 0.0
     fault: str = ""
+    silent: bool = False
 
 
 def read_rows(listed: Sequence[Listed], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
@@ -61,6 +63,12 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
             f"(episode {index}: {', '.join(mine)!r:.60}; table: {', '.join(table)!r:.60}); the rows' are taken, as "
             "LeRobot does; --set instruction=none takes the table's"
         )
+    if silent := [(index, table) for index, _, table in both if table and rows[index].silent]:
+        index, table = silent[0]
+        notes.append(
+            f"instructions: {len(silent)} of {share} have a column for them with nothing in it (episode {index}); the "
+            f"episode table's are taken ({', '.join(table)!r:.60})"
+        )
     off = [e.index for e in seen if rows[e.index].off > TOLERANCE / fps]
     if off and any(e.videos for e in seen):
         more = ", …" if len(off) > _NAMED else ""
@@ -70,6 +78,21 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
             "paired with the frames of their videos by order"
         )
     return notes
+
+
+def has_column(path: Path, column: str) -> bool:
+    """By the file's footer; a file that cannot be read has none."""
+    try:
+        return column in parquet_file(path).schema_arrow.names
+    except DataError:
+        return False
+
+
+def unsaid(path: Path, column: str, texts: Sequence[str]) -> str:
+    """Why nobody knows which rows have which of their episode's instructions; "" where the column says it."""
+    if has_column(path, column):
+        return ""
+    return f"no column {column} says which rows have which of {', '.join(texts)!r:.80}"
 
 
 def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
@@ -102,7 +125,8 @@ def _of_file(path: Path, column: str | None, tasks: Mapping[int, str], fps: floa
                 texts = _texts(table[column].take(pa.array(order[begin:end])), column, tasks)
             except DataError as e:
                 fault = str(e)
-        found[int(episode)] = Rows(texts, float(off[begin:end].max()), fault)
+        silent = column is not None and not texts and not fault
+        found[int(episode)] = Rows(texts, float(off[begin:end].max()), fault, silent)
     return found
 
 

@@ -124,7 +124,9 @@ def open_dataset(src: Path) -> Dataset:
             f"{folder / FEATURES}: no feature below `steps` in featuresDict: not RLDS; it has "
             f"{', '.join(leaves) or 'none'}"
         )
-    return Dataset(name, folder, tuple(_shards(folder, name, info)), leaves)
+    if not (shards := tuple(_shards(folder, name, info))):
+        raise DataError(f"{folder / INFO}, splits: no file in any shardLengths, and no *.tfrecord-* without them")
+    return Dataset(name, folder, shards, leaves)
 
 
 def _shards(folder: Path, name: str, info: Mapping[str, Any]) -> Iterator[Shard]:

@@ -84,12 +84,29 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
         ForeignFormatError: It has another format.
         CheckpointError: The manifest is damaged, or files are missing or of another size.
     """
-    file = path / MANIFEST
     try:
-        raw = json.loads(file.read_bytes())
-        version = raw["format_version"]
+        content = (path / MANIFEST).read_bytes()
     except OSError:
         raise UnfinishedError(f"{path}: no {MANIFEST}, so it is no checkpoint or was never completed") from None
+    manifest = parsed(content, path)
+    sizes = {name: _size(path / name) for name in manifest.files}
+    missing = [name for name, size in sizes.items() if size is None]
+    resized = [name for name, size in sizes.items() if size not in (None, manifest.files[name].bytes)]
+    if missing or resized:
+        raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
+    return manifest
+
+
+def parsed(content: bytes, path: Path | str) -> CheckpointManifest:
+    """The manifest that a file's content is; `path`: of the checkpoint, for errors.
+
+    Raises:
+        ForeignFormatError: It has another format.
+        CheckpointError: It is damaged, or names files that are not within the checkpoint.
+    """
+    try:
+        raw = json.loads(content)
+        version = raw["format_version"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged") from None
     checksum = raw.pop("sha256", None)  # the same in every format from 2 on
@@ -106,20 +123,16 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
         name: Stored(stored["bytes"], stored["digest"] if version > 3 else f"sha256:{stored['sha256']}")
         for name, stored in raw["files"].items()
     }
-    manifest = CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
-    sizes = {name: _size(path / name) for name in files}
-    missing = [name for name, size in sizes.items() if size is None]
-    resized = [name for name, size in sizes.items() if size not in (None, files[name].bytes)]
-    if missing or resized:
-        raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
-    return manifest
+    if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+        raise CheckpointError(f"{path}: {MANIFEST} names {outside[0]}, which is not within it")
+    return CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
 
 
 def damage(path: Path, manifest: CheckpointManifest, share: int = 0, shares: int = 1) -> list[str]:
     """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        same = list(pool.map(lambda name: _holds(path / name, manifest.files[name]), names))
+        same = list(pool.map(lambda name: has_digest(path / name, manifest.files[name]), names))
     return [name for name, unchanged in zip(names, same, strict=True) if not unchanged]
 
 
@@ -145,9 +158,14 @@ def _size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def _holds(path: Path, stored: Stored) -> bool:
-    name, _, expected = stored.digest.partition(":")
-    digest = _HASHES[name]()
+def hasher(digest: str) -> Any:
+    """A new hash of the kind that a stored digest is of: `update(bytes)`, `hexdigest()`."""
+    return _HASHES[digest.partition(":")[0]]()
+
+
+def has_digest(path: Path, stored: Stored) -> bool:
+    """Whether a file is there and is what was written."""
+    expected, digest = stored.digest.partition(":")[2], hasher(stored.digest)
     buffer = memoryview(bytearray(_BLOCK))
     try:
         with path.open("rb", buffering=0) as f:

@@ -72,6 +72,8 @@ def select_checkpoint(
         CheckpointError: The named checkpoint is not whole, or the newest one has another format.
     """
     named = False
+    if "://" in resume:
+        raise RunError(f"--resume {resume}: copy it here first (stamo sync {resume} FOLDER), and give its folder")
     if resume in ("auto", "none"):
         folder = checkpoints
     else:

@@ -20,6 +20,7 @@ _GOLDEN = 0.6180339887498949
 _DEAL, _TURN, _WITHIN, _START, _ENTER = range(5)  # what a random number is for
 _SPREAD = 8  # shards over which the deal is random
 _FEWEST = 8  # lanes of a source, if it has so many shards
+_KEPT = 4  # parts of passes that a source keeps
 
 
 class Drawn(NamedTuple):
@@ -111,7 +112,7 @@ class SourceLanes:
         self._first, self._counts = first[dealt], counts[dealt]
         self._stored = dealt
         self._ends = self._counts.cumsum()
-        self._part = lru_cache(maxsize=4)(self._new_part)
+        self._parts: dict[tuple[int, int], _Dealt | _Remaining] = {}  # by stretch and pass, the latest
         self.lanes = lru_cache(maxsize=4)(self._new_lanes)
 
     def _new_lanes(self, stretch: int) -> Lanes:
@@ -142,21 +143,36 @@ class SourceLanes:
         spare = int(of.spares(batches, 0)[1][s])
         return self.lanes(stretch).given(batches, spare, position - int(of.counts_after(batches)[s]))
 
-    def _new_part(self, stretch: int, number: int) -> _Dealt | _Remaining:
+    def _part(self, stretch: int, number: int) -> _Dealt | _Remaining:
         """What the lanes of a stretch read of one pass."""
-        stretches, s = self._allocation.stretches, self._source
         begin, end = number * self.samples, (number + 1) * self.samples
-        entered = int(stretches[stretch].counts[s])
-        before = self._given(stretch, max(begin, entered))
-        # Sized as if the stretch lasted until the pass is over; what it does not come to is left to the next one.
-        sizes = self._given(stretch, end) - before
-        if entered <= begin:
-            return self._deal(number, before, sizes)
-        previous = stretch - 1
-        while stretches[previous].counts[s] == entered:
-            previous -= 1
-        part = self._part(previous, number)
-        return _Remaining(before, sizes, part, self._given(previous, entered) - part.before)
+        links = self._links(stretch, number)
+        for previous, link in zip([None, *links], links, strict=False):
+            if (link, number) in self._parts:
+                continue
+            entered = int(self._allocation.stretches[link].counts[self._source])
+            before = self._given(link, max(begin, entered))
+            # Sized as if the stretch lasted until the pass is over; what it does not come to is left to the next one.
+            sizes = self._given(link, end) - before
+            if previous is None:
+                self._parts[link, number] = self._deal(number, before, sizes)
+            else:
+                earlier = self._parts[previous, number]
+                given = self._given(previous, entered) - earlier.before
+                self._parts[link, number] = _Remaining.of(before, sizes, earlier, given)
+            while len(self._parts) > _KEPT:
+                self._parts.pop(next(iter(self._parts)))
+        return self._parts[stretch, number]
+
+    def _links(self, stretch: int, number: int) -> list[int]:
+        """The stretches in which a pass is read, up to this one, from the last whose part is known, else the first."""
+        stretches, s, links = self._allocation.stretches, self._source, [stretch]
+        while (links[0], number) not in self._parts:
+            entered = stretches[links[0]].counts[s]
+            if entered <= number * self.samples:
+                break
+            links.insert(0, next(e for e in range(links[0] - 1, -1, -1) if stretches[e].counts[s] < entered))
+        return links
 
     def _deal(self, number: int, before: NDArray[np.int64], sizes: NDArray[np.int64]) -> _Dealt:
         """A whole pass, cut into the lanes' parts."""
@@ -219,27 +235,60 @@ class _Dealt:
         part = np.searchsorted(self.begins, place, side="right") - 1
         return self.samples[part] + permuted(place - self.begins[part], self.lengths[part], self.keys[part])
 
+    def rest(self, given: NDArray[np.int64]) -> _Pieces:
+        """What each lane has not given yet, lane after lane."""
+        return _Pieces(np.arange(len(given)), given, self.sizes - given)
 
+
+class _Pieces(NamedTuple):
+    """Runs of samples of a `_Dealt`, one after the other: all int64 (pieces,)."""
+
+    lane: NDArray[np.int64]
+    turn: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class _Remaining:
     """What earlier lanes left of a pass when the weights changed: the new lanes share it, each lane's rest in order."""
 
-    def __init__(
-        self,
+    before: NDArray[np.int64]  # (lanes,) what each lane gave before the pass
+    sizes: NDArray[np.int64]  # (lanes,)
+    cuts: NDArray[np.int64]  # (lanes,) where they begin
+    dealt: _Dealt
+    pieces: _Pieces
+    begins: NDArray[np.int64]  # (pieces,)
+
+    @classmethod
+    def of(
+        cls,
         before: NDArray[np.int64],
         sizes: NDArray[np.int64],
         earlier: _Dealt | _Remaining,
         given: NDArray[np.int64],
-    ):
-        self.before, self.sizes = before, sizes
-        self._earlier, self._given = earlier, given
-        self._cuts = sizes.cumsum() - sizes
-        left = earlier.sizes - given
-        self._begins = left.cumsum() - left
+    ) -> _Remaining:
+        dealt = earlier.dealt if isinstance(earlier, _Remaining) else earlier
+        pieces = earlier.rest(given)
+        begins = pieces.length.cumsum() - pieces.length
+        return cls(before, sizes, sizes.cumsum() - sizes, dealt, pieces, begins)
 
     def sample(self, lane: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-        place = self._cuts[lane] + turn
-        of = np.searchsorted(self._begins, place, side="right") - 1
-        return self._earlier.sample(of, self._given[of] + place - self._begins[of])
+        place = self.cuts[lane] + turn
+        piece = np.searchsorted(self.begins, place, side="right") - 1
+        return self.dealt.sample(self.pieces.lane[piece], self.pieces.turn[piece] + place - self.begins[piece])
+
+    def rest(self, given: NDArray[np.int64]) -> _Pieces:
+        """What each lane has not given yet, lane after lane; pieces that follow one another in the deal are one."""
+        starts, ends = self.cuts + given, self.cuts + self.sizes
+        edges = np.unique(np.concatenate([starts, ends, self.begins]))
+        begins, lengths = edges[:-1], np.diff(edges)
+        left = begins < ends[np.searchsorted(starts, begins, side="right") - 1]
+        left &= begins >= starts[0]
+        begins, lengths = begins[left], lengths[left]
+        piece = np.searchsorted(self.begins, begins, side="right") - 1
+        lane, turn = self.pieces.lane[piece], self.pieces.turn[piece] + begins - self.begins[piece]
+        new = np.append(True, (lane[1:] != lane[:-1]) | (turn[1:] != turn[:-1] + lengths[:-1]))
+        return _Pieces(lane[new], turn[new], np.add.reduceat(lengths, np.flatnonzero(new)))
 
 
 def _dealt(shards: int, key: int) -> NDArray[np.int64]:

@@ -54,6 +54,8 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     found = []
     for name in strategies or [recipe.strategy.name]:
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
+        if recipe.strategy.gradients == "whole" and name in ("fsdp", "hsdp") and spread.accumulation > 1:
+            memory.gradients += 4 * counted.trained
         memory.micro_batch, memory.activations = spread.micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done

@@ -15,15 +15,16 @@ from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import before_connecting, broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
-from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
+from stamo_dist.distributed.strategies import FILLED_BEFORE, SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.export import exported_step
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.models.shards import materialise
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.pretrained.pin import as_begun, moved, pin
@@ -40,7 +41,8 @@ from stamo_dist.tracking.metrics import Reducer, Stopwatch
 from stamo_dist.training import hooks
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
-from stamo_dist.training.trainer import Trainer
+from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
+from stamo_dist.training.trainer import Hook, Trainer
 from stamo_dist.training.trial_export import TrialExport
 
 
@@ -56,6 +58,7 @@ class RunStart:
     evaluation: Evaluation
     resume: str
     allowed: frozenset[str]
+    node: NodeShare
     lease: RunLease | None = None  # rank 0's
     notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
 
@@ -106,7 +109,8 @@ def check(start: RunStart) -> Checked:
         start.notes.append(
             "data.shuffle.order: the run goes on in the order of groups, in which it began; a new run has lanes"
         )
-    mixture = Mixture(data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=data_begun.growth)
+    batch = recipe.train.global_batch
+    mixture = Mixture(data, seed=recipe.seed, global_batch=batch, growth=data_begun.growth, node=start.node)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
@@ -138,15 +142,21 @@ def build(start: RunStart, checked: Checked) -> Session | int:
                 f"code {EXIT_PREEMPTED} to be started again"
             )
         return EXIT_PREEMPTED
+    start.node.met()
     fingerprint = checked.fingerprint.with_frozen(task.frozen)
     select = partial(checked.select, fingerprint)
     checkpoint, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: select(without=bad))
     if task.init_frames and checkpoint is None:
         task.initialise(first_frames(mixture, task.init_frames))
+    reads_weights = checkpoint is None or not holds_all(checkpoint.manifest)
+    if recipe.strategy.name in FILLED_BEFORE:
+        materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
+        if reads_weights:
+            task.load_weights()
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    if checkpoint is None or not holds_all(checkpoint.manifest):
+    if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
         task.load_weights()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
@@ -157,7 +167,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     # Rank 0's word on both: a shared disk may show the others an older folder.
-    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
+    exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
@@ -179,7 +189,7 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
     begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT)
+    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT | FILLED_BEFORE)
     changed = moved(task.sources, begun)
     if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen
@@ -250,12 +260,33 @@ def _assemble(
         micro_batch=checked.batching.micro_batch,
         open_loader=open_loader,
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, hooks.HeartbeatHook(watchdog), divergence, save],
+        hooks=[
+            *first,
+            evaluate,
+            log,
+            hooks.HeartbeatHook(watchdog),
+            divergence,
+            *_looking(start, engine, logger),
+            save,
+        ],
         go_back=go_back,
     )
     if start.lease is not None:
         _announce(start, checked, trainer, logger, budget)
     return Session(trainer, mixture, logger, saver, guard, exported)
+
+
+def _looking(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
+    """The hooks that look at the device, where the recipe asks for them."""
+    train, found = start.recipe.train, list[Hook]()
+    if train.profile is not None and start.world.is_main:
+        found.append(ProfileHook(train.profile, start.run.profile, logger, engine.device))
+    if train.sync_guard != "off":
+        if engine.device.type == "cuda":
+            found.append(SyncGuardHook(train.sync_guard))
+        else:
+            start.notes.append(f"train.sync_guard: {train.sync_guard} is of a GPU, and has no effect on a CPU")
+    return found
 
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -66,15 +64,12 @@ def test_states_of_others_are_refused(root: Path, ranks, tmp_path: Path) -> None
     assert not (tmp_path / "run/checkpoints").exists() or not any((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_a_killed_job_goes_on_and_two_processes_write_what_one_does(root: Path, ranks, tmp_path: Path) -> None:
+def test_a_killed_job_goes_on_and_two_processes_write_what_one_does(root: Path, ranks, warm, tmp_path: Path) -> None:
     shutil.rmtree(root / "shards/a")
     source = make_source(root / "shards", "a", episodes=150, shard_bytes=12_000, splits=("train",))
     only = ("--set", "data.sources.b.weight=0")
     recipe = write_policy_recipe(tmp_path / "toy.yaml", root)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "stamo_dist.cli", "encode", str(recipe), "--nproc", "2", *only],
-        cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    job = warm.start("encode", recipe, "--nproc", "2", *only)
     shards = sorted((source / "train/front").glob("shard.*.mds"))
     deadline = time.monotonic() + 120
     while not (done := list((source / "train/front").glob("states-*/shard.*.json"))):

@@ -148,3 +148,15 @@ def test_the_smallest_shares_are_found_at_once_and_weights_are_relative() -> Non
     for scale in (1e-30, 1.0, 1e300):
         same = Allocation([{0: scale}, {0: 3 * scale}], [np.inf] * 2, 8)
         assert same.counts(800).tolist() == [200, 600]
+
+
+def test_weights_may_change_with_every_batch_of_a_long_pass() -> None:
+    counts = np.full(30, 500, np.int64)
+    shards = [(start + counts.cumsum() - counts, counts) for start in (0, 15_000)]
+    changes = {step: 1.0 + step % 7 for step in range(1500)}
+    order = LaneOrder(Allocation([changes, {0: 2.0}], [np.inf, 15_000], 16), shards, 16, 8, 0)
+    forwards = np.concatenate([order.plan(batch, 100).samples for batch in range(0, 1500, 100)])
+    _, times = np.unique(forwards, return_counts=True)
+    assert times.max() <= 2
+    assert len(np.unique(forwards[:900])) == 900 * 16, "within the first pass nothing comes twice"
+    assert (order.plan(700, 3).samples == forwards[700:703]).all()

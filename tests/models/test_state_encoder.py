@@ -35,6 +35,14 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def same_states(half: StateEncoder, whole: Tokenizer, frames: Tensor) -> bool:
+    """Of the same weights to the bit; a CPU's matrix products may round by where in memory their operands lie."""
+    parts = ((half.encoder, whole.encoder), (half.compressor, whole.trained.compressor))
+    pairs = [(mine.state_dict(), its.state_dict()) for mine, its in parts]
+    same = all(mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine) for mine, its in pairs)
+    return same and torch.allclose(half.encode(frames), whole.encode(frames), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as it is", "bf16"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen encoder", "joint encoder"])
 def test_states_and_identity_without_the_decoder(
@@ -53,7 +61,7 @@ def test_states_and_identity_without_the_decoder(
     hashed.clear()
     half = StateEncoder.from_pretrained(tmp_path)
     assert half.fingerprint == fingerprint
-    assert torch.equal(half.encode(frames), whole.encode(frames))
+    assert same_states(half, whole, frames)
     assert sum(hashed) == sum(t.numel() * t.element_size() for t in half.state_dict().values())
     assert sum(p.numel() for p in half.parameters()) < sum(p.numel() for p in whole.parameters())
     assert not any(p.requires_grad for p in half.parameters())
@@ -95,5 +103,5 @@ def test_an_export_that_records_nothing_is_read_whole(tokenizer: Build, frames: 
     path.write_text(json.dumps({key: about[key] for key in about if key not in ("fingerprint", "sees")}))
     half = StateEncoder.from_pretrained(tmp_path)
     assert half.fingerprint == model.fingerprint() == about["fingerprint"]
-    assert torch.equal(half.encode(frames), model.encode(frames))
+    assert same_states(half, model, frames)
     assert {name.partition(".")[0] for name, _ in half.named_parameters()} == {"encoder", "compressor"}

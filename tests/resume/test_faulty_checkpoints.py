@@ -282,26 +282,25 @@ def test_full_disk_at_the_start_is_said(toy, tmp_path, room):
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_run_that_was_cut_off_writes_nothing_once_it_is_restarted(toy, tmp_path):
+def test_a_run_that_was_cut_off_writes_nothing_once_it_is_restarted(toy, warm, tmp_path):
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "stamo_dist.cli", "train", str(recipe)]
-    environment = {**os.environ, "SLURM_JOB_ID": "42"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as cut_off:
-        try:
-            deadline = time.monotonic() + 120
-            while not (run / "metrics.jsonl").exists() or len(lines(run)) < 3:
-                assert cut_off.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            cut_off.send_signal(signal.SIGSTOP)
-            subprocess.run(command, env={**environment, "SLURM_RESTART_COUNT": "1"}, check=True, timeout=200)
-            before = committed(run)
-            cut_off.send_signal(signal.SIGCONT)
-            message = cut_off.communicate(timeout=60)[1]
-        finally:
-            cut_off.kill()
-    assert cut_off.returncode == 2
-    assert "a newer start of this run" in message
+    job = {"SLURM_JOB_ID": "42"}
+    cut_off = warm.start("train", recipe, environment=job)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(lines(run)) < 3:
+            assert cut_off.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        cut_off.send_signal(signal.SIGSTOP)
+        again = warm.start("train", recipe, environment={**job, "SLURM_RESTART_COUNT": "1"})
+        assert again.wait(200) == 0, again.stdout.read_text()
+        before = committed(run)
+        cut_off.send_signal(signal.SIGCONT)
+        assert cut_off.wait(60) == 2
+    finally:
+        cut_off.kill()
+    assert "a newer start of this run" in cut_off.stdout.read_text()
     assert committed(run) == before
     assert len(lines(run)) == 20

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 from toy import write_recipe
+from warm import Warm
 
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 
@@ -54,22 +53,22 @@ def test_a_model_that_cannot_be_written_loses_no_training(
     assert "OUT: say where a model of your choice goes" in early.stderr
 
 
-def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_request_while_it_exports_is_answered_at_once(toy: SimpleNamespace, warm: Warm, tmp_path: Path) -> None:
     recipe, log = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "log"
-    command = [sys.executable, "-c", SLOW, "train", str(recipe), "--set", "train.steps=2"]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while "exporting now" not in log.read_text():
-                assert time.monotonic() < deadline
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-            (beat,) = (tmp_path / "run/logs").glob("watch_*/node_00000.json")
-            process.send_signal(signal.SIGUSR1)
-            assert process.wait(20) == EXIT_PREEMPTED
-            assert json.loads(beat.read_text())[0]["phase"] in ("exporting", "")
-        finally:
-            process.kill()
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = warm.start("train", recipe, "--set", "train.steps=2", program=tmp_path / "slow.py", stdout=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "exporting now" not in log.read_text():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        (beat,) = (tmp_path / "run/logs").glob("watch_*/node_00000.json")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == EXIT_PREEMPTED
+        assert json.loads(beat.read_text())[0]["phase"] in ("exporting", "")
+    finally:
+        process.kill()
     assert "SIGUSR1 while exporting: leaving with code 75 to be started again" in log.read_text()
     assert json.loads(next((tmp_path / "run/.leases").iterdir()).read_text())["ended"]
 
@@ -86,13 +85,12 @@ main()
 
 
 def test_what_would_fail_at_the_end_fails_in_the_first_minutes(
-    toy: SimpleNamespace, ranks: Any, tmp_path: Path
+    toy: SimpleNamespace, ranks: Any, warm: Warm, tmp_path: Path
 ) -> None:
     recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
     command = ["train", str(recipe), "--set", "train.steps=5", "--set", "train.dry_export=true"]
-    broken = subprocess.run(
-        [sys.executable, "-c", BROKEN, *command], check=False, capture_output=True, text=True, timeout=300
-    )
+    (tmp_path / "broken.py").write_text(BROKEN)
+    broken = warm.run(*command, program=tmp_path / "broken.py")
     assert broken.returncode == 2, broken.stderr
     assert "train.dry_export: the model could not be exported at the end of this run: [Errno 28] No" in broken.stderr
     assert "Traceback" not in broken.stderr

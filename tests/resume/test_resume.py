@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from toy import write_recipe
+from warm import Warm
 
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 
@@ -24,10 +23,9 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
     return [(m["step"], m["loss"], m["grad_norm"]) for m in lines(run)]
 
 
-def kill_at(recipe: Path, step: int, sig: signal.Signals, processes: int) -> int:
+def kill_at(warm: Warm, recipe: Path, step: int, sig: signal.Signals, processes: int) -> int:
     """Train, send `sig` to the launcher once `step` is logged, and return the exit code."""
-    command = [sys.executable, "-m", "stamo_dist.cli", "train", str(recipe), "--nproc", str(processes)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.start("train", recipe, "--nproc", processes)
     metrics = recipe.parent / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
@@ -39,17 +37,17 @@ def kill_at(recipe: Path, step: int, sig: signal.Signals, processes: int) -> int
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
-def test_killed_run_is_bit_identical(toy, stamo, tmp_path, strategy):
+def test_killed_run_is_bit_identical(toy, stamo, warm, tmp_path, strategy):
     """Asked to stop once, then killed outright, on 2 processes with 2 loader workers, over an epoch boundary."""
     whole = write_recipe(tmp_path / "whole" / "toy.yaml", toy.shards, toy.vae, strategy=strategy, workers=2)
     stamo("train", whole, "--nproc", 2)
 
     broken = write_recipe(tmp_path / "broken" / "toy.yaml", toy.shards, toy.vae, strategy=strategy, workers=2)
-    assert kill_at(broken, 4, signal.SIGTERM, 2) == EXIT_PREEMPTED
+    assert kill_at(warm, broken, 4, signal.SIGTERM, 2) == EXIT_PREEMPTED
     saved = sorted(p.name for p in (tmp_path / "broken/run/checkpoints").iterdir())
     assert len(saved) == 1
     assert 4 <= int(saved[0].removeprefix("step_")) < 20
-    assert kill_at(broken, 12, signal.SIGKILL, 2) == -signal.SIGKILL
+    assert kill_at(warm, broken, 12, signal.SIGKILL, 2) == -signal.SIGKILL
     stamo("train", broken, "--nproc", 2)
 
     assert curve(tmp_path / "broken/run") == curve(tmp_path / "whole/run")

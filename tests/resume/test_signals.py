@@ -14,18 +14,23 @@ from pathlib import Path
 import psutil
 import pytest
 from toy import write_recipe
+from warm import Started, Warm
 
 from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 
 class Run:
-    """A training of 2 processes that would go on for long."""
+    """A training of 2 processes that would go on for long; `warm` spares it the time that imports take."""
 
-    def __init__(self, recipe: Path, *settings: str):
+    def __init__(self, recipe: Path, warm: Warm | None, *settings: str):
         self.folder = recipe.parent / "run"
         self.log = recipe.parent / "log"
-        command = [sys.executable, "-m", "stamo_dist.cli", "train", str(recipe), "--nproc", "2"]
+        command = ["train", str(recipe), "--nproc", "2"]
         command += [x for s in ("train.steps=100000", "train.checkpoint.every=100000", *settings) for x in ("--set", s)]
+        if warm:
+            self.launcher: Started | subprocess.Popen[bytes] = warm.start(*command, stdout=self.log)
+            return
+        command = [sys.executable, "-m", "stamo_dist.cli", *command]
         with self.log.open("w") as out:
             self.launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
@@ -46,18 +51,18 @@ class Run:
             time.sleep(0.01)
 
     def rank(self, rank: int) -> psutil.Process:
-        for child in psutil.Process(self.launcher.pid).children():
-            if child.environ().get("RANK") == str(rank):
-                return child
-        raise AssertionError(f"no rank {rank}")
+        ranks = sorted(psutil.Process(self.launcher.pid).children(), key=lambda p: (p.create_time(), p.pid))
+        assert len(ranks) == 2
+        return ranks[rank]
 
 
 @pytest.fixture
-def start(toy, tmp_path) -> Iterator[Callable[..., Run]]:
+def start(toy, warm, tmp_path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(*settings: str, **recipe: object) -> Run:
-        runs.append(Run(write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, **recipe), *settings))
+    def begin(*settings: str, imports: bool = False, **recipe: object) -> Run:
+        written = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, **recipe)
+        runs.append(Run(written, None if imports else warm, *settings))
         return runs[-1]
 
     yield begin
@@ -87,7 +92,7 @@ def test_two_signals_to_one_rank_are_one_request(start):
 
 def test_signal_before_the_first_step_is_kept(start):
     """SIGUSR2 while the ranks still import would end them; they save after their first steps instead."""
-    run = start()
+    run = start(imports=True)
     run.until(lambda: len(psutil.Process(run.launcher.pid).children()) == 2)
     run.launcher.send_signal(signal.SIGUSR2)
     assert run.launcher.wait(timeout=120) == EXIT_PREEMPTED, run.output
@@ -119,7 +124,7 @@ def test_launcher_killed_while_its_ranks_start():
 
 def test_launcher_killed_before_it_has_started_all_ranks(start):
     """The one that runs would wait for the other for hours."""
-    run = start()
+    run = start(imports=True)
     run.until(lambda: sum("RANK" in p.environ() for p in psutil.Process(run.launcher.pid).children()) == 2)
     first, second = (run.rank(rank) for rank in range(2))
     second.suspend()  # as if it were not there: it has not met the first yet

@@ -80,12 +80,12 @@ class AccountedCluster(Cluster):
         subprocess.run(  # slurmdbd needs stored procedures, and they the system's tables
             ["mariadb-install-db", "--no-defaults", f"--datadir={self.root}/db", "--user=root", "--skip-test-db",
              "--auth-root-authentication-method=normal", "--innodb-log-file-size=8M"],
-            check=True, capture_output=True, timeout=60,
+            check=True, capture_output=True, timeout=180,
         )  # fmt: skip
         enter = ["nsenter", "-t", str(self._inits["ctl"]), "-n", "-u", "-m", "-p", "--"]
         with (self.root / "log" / "mariadb").open("wb") as log:
             subprocess.Popen([*enter, "mariadbd", f"--defaults-file={config}"], stdout=log, stderr=log)
-        self.until_file(self.root / "run" / "mariadb.sock", 30)
+        self.until_file(self.root / "run" / "mariadb.sock", 120)
         self._inside("ctl", "slurmdbd")
         self.until(self._known)
 

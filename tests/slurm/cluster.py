@@ -188,11 +188,13 @@ class Cluster:
     def run(self, *command: str, check: bool = True, path: Path | None = None) -> str:
         """What a client prints; a job has the programs in `path` too."""
         env = self.env if path is None else {**self.env, "PATH": f"{path}:{self.env['PATH']}"}
-        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=120)
         assert not (check and done.returncode), f"{command}: {done.stderr}"
         return done.stdout
 
-    def until(self, condition: Callable[[], object], seconds: float = 60, what: Callable[[], str] = lambda: "") -> None:
+    def until(
+        self, condition: Callable[[], object], seconds: float = 240, what: Callable[[], str] = lambda: ""
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -228,7 +230,7 @@ class Cluster:
         enter = ["nsenter", "-t", str(self._inits[name]), *(f"-{space}" for space in spaces), "--"]
         done = subprocess.run(
             [*enter, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=30, check=False, env={**os.environ, "SLURM_CONF": str(self.root / "etc/slurm.conf")},
+            timeout=120, check=False, env={**os.environ, "SLURM_CONF": str(self.root / "etc/slurm.conf")},
         )  # fmt: skip
         assert not done.returncode, f"{name}: {command}: {done.stdout}"
 

@@ -48,7 +48,7 @@ def submit(
         command = [*words] if words else ["submit", recipe, "--cluster", profile]
         return subprocess.run(
             [sys.executable, "-m", "stamo_dist.cli", *map(str, command)], check=False, capture_output=True, text=True,
-            cwd=ROOT, timeout=60, env={**accounted.env, "XDG_STATE_HOME": str(tmp_path / "state")},
+            cwd=ROOT, timeout=180, env={**accounted.env, "XDG_STATE_HOME": str(tmp_path / "state")},
         )  # fmt: skip
 
     return run

@@ -31,7 +31,7 @@ def here(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
 
     def stamo(*words: object) -> str:
         command = [sys.executable, "-m", "stamo_dist.cli", *map(str, words)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180, cwd=ROOT, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -96,9 +96,9 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
 
     submit(tmp_path / "nothing")
     array = read(runs / "shards").job
-    cluster.until(lambda: any(e.event == "started" and e.job == f"{array}_0" for e in events(runs / "shards")), 30)
+    cluster.until(lambda: any(e.event == "started" and e.job == f"{array}_0" for e in events(runs / "shards")))
     cluster.run("scontrol", "requeue", f"{array}_0")
-    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 60)
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip())
     found = states()
     assert [word for word, _ in found] == ["finished", "failed", *["stopped"] * 5]
     assert f"{tmp_path / 'nothing'}: no such folder" in found[1][1]
@@ -108,7 +108,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
     assert tree(out) == tree(tmp_path / "straight" / "shards")
 
     assert "p.shards: done, skipped" in submit(out)
-    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 180)
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip(), 600)
     found = states()
     assert [word for word, _ in found] == [*["finished"] * 3, "failed", *["finished"] * 3], found
     assert story(runs / "shards").count("submitted") == 1
@@ -124,7 +124,7 @@ def test_a_sweep_is_one_array_of_runs(here, cluster, toy, tmp_path):
     first, second = folder / "lr=0.001", folder / "lr=0.004"
     jobs = [str(read(run).job) for run in (first, second)]
     assert jobs[1] == jobs[0].replace("_0", "_1")
-    cluster.until(lambda: all(cluster.state(job) == "COMPLETED" for job in jobs), 90)
+    cluster.until(lambda: all(cluster.state(job) == "COMPLETED" for job in jobs))
     assert story(first) == story(second) == ["submitted", "started", "finished"]
     table = here("runs", folder)
     assert "lr=0.001" in table

@@ -32,7 +32,7 @@ def test_a_job_of_its_own(cluster: Cluster, toy_policy: Path, tmp_path: Path) ->
     settings = [w for s in ("train.steps=4", "train.checkpoint.every=4") for w in ("--set", s)]
     done = subprocess.run(
         [sys.executable, "-m", "stamo_dist.cli", "submit", str(recipe), "--cluster", str(profile), *settings],
-        check=False, capture_output=True, text=True, timeout=60, cwd=ROOT,
+        check=False, capture_output=True, text=True, timeout=180, cwd=ROOT,
         env={**cluster.env, "XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": as_simulators(site)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -42,11 +42,11 @@ def test_a_job_of_its_own(cluster: Cluster, toy_policy: Path, tmp_path: Path) ->
         logs = [path.read_text() for path in (log, here / "logs/main.log") if path.exists()]
         return "\n".join([*logs, *map(str, events(run)), *map(str, events(here))])
 
-    cluster.until(lambda: events(run)[-1].event in ("finished", "failed"), 180, said)
+    cluster.until(lambda: events(run)[-1].event in ("finished", "failed"), 600, said)
     job = read(here).job
     assert f"step 4 is rolled out by job {job}, which goes on" in log.read_text()
     assert job != read(run).job
-    cluster.until(lambda: events(here)[-1].event in ("finished", "failed"), 180, said)
+    cluster.until(lambda: events(here)[-1].event in ("finished", "failed"), 600, said)
     last = Successes.read(run).last
     assert last is not None, said()
     assert (last.step, last.success, last.trials) == (4, 50, 4)

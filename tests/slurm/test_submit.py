@@ -44,7 +44,7 @@ def test_dry_run_needs_neither_torch_nor_slurm(toy, tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", _NO_TORCH, *words], check=False, capture_output=True, text=True, cwd=ROOT, timeout=60,
+        [sys.executable, "-c", _NO_TORCH, *words], check=False, capture_output=True, text=True, cwd=ROOT, timeout=180,
         env={**env, "PATH": str(tmp_path)},
     )  # fmt: skip
     seconds = time.monotonic() - began
@@ -113,7 +113,7 @@ def test_refused_before_it_is_queued(cluster: Cluster, toy, tmp_path, fields, se
     done = subprocess.run(
         [sys.executable, "-m", "stamo_dist.cli", "submit", str(recipe), "--cluster", str(profile(tmp_path, **fields)),
          *(w for s in settings for w in ("--set", s))],
-        check=False, capture_output=True, text=True, cwd=ROOT, timeout=60, env=cluster.env,
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=180, env=cluster.env,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr

@@ -61,7 +61,7 @@ _LEROBOT = (
     (r"parquet observation.state\S*:(whole numbers|scalars|booleans)", "proprio"),
     (r"episodes.* tasks.*:(numbers|texts)", "text"),
     (r"tasks\.", "text"),
-    (r"parquet (task_index|annotation).*:(all alike|one more|backwards|empty)", "text"),
+    (r"parquet (task_index|annotation).*:(all alike|one more|backwards|empty|nulls)", "text"),
     (r"videos\S*(chunk|file)_index:", "frames"),
     (r"data/\S*parquet episode_index:backwards", "length"),
     (r"features/annotation\S*:(drop|rename)", "text"),

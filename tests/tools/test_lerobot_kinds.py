@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,37 @@ def test_where_rows_and_table_differ_the_rows_win_and_it_is_said(tmp_path: Path)
 def test_a_row_whose_task_is_in_no_table_costs_its_episode(tmp_path: Path) -> None:
     scan = LerobotReader(dataset(tmp_path / "set", columns={"task_index": np.full(N, 9)})).scan()
     assert scan.bad == ["episode_000000: task_index: 9 is no task_index of meta/tasks"]
+
+
+def test_an_episode_without_the_column_that_says_its_instructions_is_named(tmp_path: Path) -> None:
+    """The table is no stand-in where other files have the column, nor where it has several."""
+    column = "annotation.human.action.task_description"
+    root = dataset(tmp_path / "set", tasks=["wave"], columns={column: np.ones(N, np.int64)})
+    add_episode(root, without=column)
+    scan = LerobotReader(root).scan()
+    assert [e.instruction for e in scan.episodes] == ["bow"]
+    assert scan.bad == [f"episode_000001: episode_000001.parquet: has no column {column}"]
+    everywhere = LerobotReader(dataset(tmp_path / "everywhere", tasks=["wave"], columns={column: None})).scan()
+    assert everywhere.episodes[0].instruction == "wave"
+    assert everywhere.notes == [f"instructions: no file has a column {column}; the episode table's are taken"]
+    nulls = LerobotReader(dataset(tmp_path / "nulls", tasks=["wave"], columns={column: pa.nulls(N, pa.int64())})).scan()
+    assert nulls.episodes[0].instruction == "wave"
+    assert nulls.notes == [
+        "instructions: 1 of 1 episodes have a column for them with nothing in it (episode 0); the episode table's are "
+        "taken ('wave')"
+    ]
+    several = LerobotReader(dataset(tmp_path / "several", tasks=["wave", "bow"], columns={"task_index": None})).scan()
+    assert several.bad == ["episode_000000: no column task_index says which rows have which of 'wave, bow'"]
+
+
+def add_episode(root: Path, *, without: str) -> None:
+    """A second episode, the first one's copy but for one column."""
+    rows = pq.read_table(root / "data/chunk-000/episode_000000.parquet").drop_columns([without])
+    numbered = rows.set_column(rows.schema.get_field_index("episode_index"), "episode_index", pa.array([1] * len(rows)))
+    pq.write_table(numbered, root / "data/chunk-000/episode_000001.parquet")
+    videos = root / f"videos/chunk-000/{CAMERA}"
+    shutil.copy(videos / "episode_000000.mp4", videos / "episode_000001.mp4")
+    lines(root / "meta/episodes.jsonl", [{"episode_index": i, "tasks": ["wave"], "length": N} for i in range(2)])
 
 
 def test_records_are_read_field_after_field(tmp_path: Path) -> None:

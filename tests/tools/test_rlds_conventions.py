@@ -239,6 +239,7 @@ def test_images_are_turned(tmp_path: Path) -> None:
             r"steps/action, tensor: 7 is no JSON object",
         ),
         ("dataset_info.json", '["1"]', '["one"]', r"splits\.0, shardLengths: must be a whole number, not 'one'"),
+        ("dataset_info.json", '["1"]', "[]", "splits: no file in any shardLengths"),
         (
             "dataset_info.json",
             '[{"name"',

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from toy import make_source, write_recipe
+from warm import Warm
 
 from stamo_dist.distributed.rank import free_port
 from stamo_dist.exit_codes import EXIT_PREEMPTED
@@ -17,29 +16,29 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 FAULTY = Path(__file__).resolve().parent.parent / "faulty.py"
 
 
-def train(recipe: Path, faults: dict, processes: int, *settings: str) -> tuple[int, str]:
-    """Exit code and output of rank 0, of a run with faults (see tests/faulty.py)."""
-    common = {
-        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }  # fmt: skip
-    command = [sys.executable, str(FAULTY), json.dumps(faults), "train", str(recipe)]
-    command += [x for s in settings for x in ("--set", s)]
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=FAULTY.parent.parent,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    try:
-        output = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    codes = {process.returncode for process in ranks}
-    assert len(codes) == 1, output
-    return codes.pop(), output[0]
+@pytest.fixture(scope="module")
+def train(warm: Warm) -> Callable[..., tuple[int, str]]:
+    def run(recipe: Path, faults: dict, processes: int, *settings: str) -> tuple[int, str]:
+        """Exit code and output of rank 0, of a run with faults (see tests/faulty.py)."""
+        common = {
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+        command = [json.dumps(faults), "train", str(recipe), *(x for s in settings for x in ("--set", s))]
+        ranks = [
+            warm.start(*command, program=FAULTY, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
+        try:
+            codes = {process.wait(240) for process in ranks}
+        finally:
+            for process in ranks:
+                process.kill()
+        output = [process.stdout.read_text() for process in ranks]
+        assert len(codes) == 1, output
+        return codes.pop(), output[0]
+
+    return run
 
 
 def lines(recipe: Path) -> list[dict]:
@@ -51,7 +50,7 @@ def column(lines: list[dict], key: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def reference(toy, tmp_path_factory) -> list[dict]:
+def reference(toy, train, tmp_path_factory) -> list[dict]:
     """A run under ddp: a loss is bad in step 5 on rank 1, a gradient in step 8 on rank 0, and rank 1 is slow."""
     recipe = write_recipe(tmp_path_factory.mktemp("ddp") / "toy.yaml", toy.shards, toy.vae)
     code, output = train(recipe, {"0": {"gradient": [8]}, "1": {"nan": [5], "slow": [0.1]}}, 2, "train.ema=0.9")
@@ -78,7 +77,7 @@ def test_slow_rank_is_named(reference):
     assert spreads[len(spreads) // 2] == pytest.approx(0.1, abs=0.05)
 
 
-def test_bad_steps_under_zero2(toy, tmp_path, reference):
+def test_bad_steps_under_zero2(toy, train, tmp_path, reference):
     """A bad step leaves nothing behind where DeepSpeed steps inside its backward: losses go on as under ddp."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, strategy="zero2")
     code, output = train(recipe, {"0": {"gradient": [8]}, "1": {"nan": [5]}}, 2, "train.ema=0.9")
@@ -87,7 +86,7 @@ def test_bad_steps_under_zero2(toy, tmp_path, reference):
         assert column(lines(recipe), key) == pytest.approx(column(reference, key), rel=1e-5, nan_ok=True), key
 
 
-def test_stuck_rank_is_named(toy, tmp_path):
+def test_stuck_rank_is_named(toy, train, tmp_path):
     """Every rank leaves its stack and exits so that the run is started again; the first names who is behind."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     code, output = train(recipe, {"1": {"stuck": [3]}}, 2, "train.step_timeout=5")
@@ -100,7 +99,7 @@ def test_stuck_rank_is_named(toy, tmp_path):
     assert "in backward" in stacks[0]
 
 
-def test_a_measurement_may_take_longer_than_a_step(toy, tmp_path):
+def test_a_measurement_may_take_longer_than_a_step(toy, train, tmp_path):
     """Rank 0 measures for longer than `train.step_timeout`, and the rank that waits is not taken for hung."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     settings = ["train.steps=4", "train.checkpoint.every=2", "evaluate.every=2", "evaluate.reconstruct=1"]
@@ -113,7 +112,7 @@ def test_a_measurement_may_take_longer_than_a_step(toy, tmp_path):
     assert "no progress for 6 s (train.evaluate_timeout)" in output
 
 
-def test_processes_that_see_different_data_leave(toy, tmp_path):
+def test_processes_that_see_different_data_leave(toy, train, tmp_path):
     """Rank 1 comes when a source has grown already."""
     shards = tmp_path / "shards"
     make_source(shards, "a", episodes=6, shard_bytes=1)
@@ -125,7 +124,7 @@ def test_processes_that_see_different_data_leave(toy, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_roll_back_once(toy, tmp_path):
+def test_roll_back_once(toy, train, tmp_path):
     """Many bad steps: the run goes on from before them, without what it read since. Again: it says why and stops."""
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     run = tmp_path / "run"
