@@ -207,7 +207,7 @@ def measure(folder: Path) -> None:
 
 def run_measured(ranks: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*launch, __file__, "--measure-in", f"{folder}/checkpoints"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
