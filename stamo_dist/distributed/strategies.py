@@ -37,6 +37,14 @@ SUPPORTS_META_INIT = {"fsdp", "hsdp"}
 FILLED_BEFORE = {"ddp", "zero1", "zero2"}
 
 
+def _tune_gpu(precision: str) -> None:
+    """Before the device is first used. Not cudnn.benchmark: each start might choose other kernels."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if precision == "bf16":  # then fp32 side work, such as a frozen compressor's, may be TF32
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": batching.micro_batch,
@@ -97,6 +105,8 @@ class EngineSpec:
             RunError: hsdp's group does not divide the world.
         """
         on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            _tune_gpu(self.precision)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
@@ -107,7 +117,7 @@ class EngineSpec:
             "kwargs_handlers": [
                 InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
                 # SD3's position table is a buffer of 226 MB that never changes.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
             "step_scheduler_with_optimizer": False,
         }

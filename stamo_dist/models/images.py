@@ -37,15 +37,12 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 # Kept out of the modules' buffers: an engine that casts a module to bf16 casts its buffers too.
 @functools.cache
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+def on_device(of_channel: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Numbers of the three channels as (3, 1, 1), copied to the device once: each copy would make the host wait."""
     with unset_fake_temporarily():  # where only shapes are computed a fake one would be kept for good
-        return (
-            torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1),
-            torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1),
-        )
+        return torch.tensor(of_channel, device=device).view(3, 1, 1)
 
 
 def imagenet_normalise(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] → zero mean and unit variance by ImageNet's statistics, as DINOv2 was trained."""
-    mean, std = _imagenet(images.device)
-    return (images - mean) / std
+    return (images - on_device(IMAGENET_MEAN, images.device)) / on_device(IMAGENET_STD, images.device)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stamo_dist.errors import CheckpointError
+from stamo_dist.models.images import on_device
 from stamo_dist.models.openvla.config import OpenVLAConfig
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -112,7 +113,7 @@ class ImageProcessor:
         unit = frames.permute(0, 3, 1, 2).contiguous().to(torch.float32).div(255)
         parts = []
         for view in self.views:
-            mean, std = (torch.tensor(v, device=unit.device).view(3, 1, 1) for v in (view.mean, view.std))
+            mean, std = on_device(view.mean, unit.device), on_device(view.std, unit.device)
             parts.append((unit - mean) / std)
         return torch.cat(parts, dim=1)
 

@@ -112,9 +112,14 @@ class OpenVLA(nn.Module):
         return Sequence(embeddings, torch.cat([seen[:, :1], front, seen[:, 1:]], dim=1), inserted)
 
     def hidden(self, sequence: Sequence, bidirectional: bool = False) -> Tensor:
-        """(B, T, H) after the final norm; `bidirectional` lets every token see all that is no padding (OFT)."""
+        """(B, T, H) after the final norm; `bidirectional` lets every token see all that is no padding (OFT).
+
+        Padding comes last, and what is computed there means nothing.
+        """
         embeddings, mask, _ = sequence
-        if bidirectional:
+        if not bidirectional:
+            mask = None  # nothing sees what comes after it, and without a mask attention is the fastest kind
+        else:
             batch, length, _ = embeddings.shape
             seen = torch.ones(batch, length, dtype=torch.bool, device=embeddings.device) if mask is None else mask
             # A mask of four dimensions is taken as it is; without one Llama would be causal.
