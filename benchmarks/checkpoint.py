@@ -1,13 +1,14 @@
-"""How long training stands still for a checkpoint, beside saving while it waits and beside accelerate.save_state.
+"""How long training stands still for a checkpoint, beside torch.save, a plain write and accelerate.save_state.
 
-python benchmarks/checkpoint.py [--millions 300] [--strategy ddp] [--saves 3]
+python benchmarks/checkpoint.py [--millions 300] [--strategy ddp] [--saves 3] [--waited-only]
 torchrun --nproc-per-node 2 benchmarks/checkpoint.py --strategy zero2
 
 A transformer of that many million parameters and its AdamW state are saved by the run's own saver: waited for, and
 beside the steps that follow (`train.checkpoint.background`). "cost" is all the time those steps take beyond what they
-take undisturbed, the stall included; on a CPU the writer and the steps share the cores. The limit is torch.save of the
-same state to the same disk, synced, without checksums; accelerate leaves the syncing to
-the kernel. Medians over the saves; the first one is not counted.
+take undisturbed, the stall included; on a CPU the writer and the steps share the cores. Limits, each process with its
+own file of its share of the same tensors: torch.save and fsync; and the bytes, which are in memory, written and synced
+without a checksum. accelerate leaves the syncing to the kernel. What is waited for is measured in turns; medians over
+the saves; the first one is not counted, and neither is the deletion of the files before.
 """
 
 from __future__ import annotations
@@ -94,53 +95,92 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def ours(training: Training, folder: Path, saves: int, *, background: bool, step: float) -> dict[str, float]:
-    """Median seconds until the checkpoint is whole, that training stood still, and that steps took beyond theirs."""
-    policy = CheckpointConfig(background=background, keep=1)
-    saver = Saver(folder, training.engine, None, policy, Origin(RunFingerprint("", {}), "fp32"))
-    found = []
-    for number in range(1, saves + 2):
+class Ours:
+    """The run's own saver."""
+
+    def __init__(self, training: Training, folder: Path, *, background: bool):
+        policy = CheckpointConfig(background=background, keep=1)
+        origin = Origin(RunFingerprint("", {}), "fp32")
+        self._training, self._background, self._number = training, background, 0
+        self._saver = Saver(folder, training.engine, None, policy, origin)
+
+    def save(self, step: float) -> dict[str, float]:
+        """Seconds until the checkpoint is whole, that training stood still, and that steps took beyond `step` each."""
+        self._number += 1
         began, steps = time.perf_counter(), 0
-        ended = saver.save(RunState(step=number), "regular", wait=not background)
+        ended = self._saver.save(RunState(step=self._number), "regular", wait=not self._background)
         while not ended:
-            training.step()
+            self._training.step()
             steps += 1
-            ended = saver.poll()
+            ended = self._saver.poll()
         assert ended[-1].error is None, ended[-1].error
         cost = time.perf_counter() - began - steps * step
-        found.append({"seconds": ended[-1].seconds, "stall": ended[-1].stall, "cost": cost})
-    shutil.rmtree(folder, ignore_errors=True)
-    return {key: statistics.median(one[key] for one in found[1:]) for key in found[0]}
+        self._saver.close()
+        return {"seconds": ended[-1].seconds, "stall": ended[-1].stall, "cost": cost}
 
 
-def accelerate(training: Training, folder: Path, saves: int) -> float:
-    seconds = []
-    for _ in range(saves + 1):
-        shutil.rmtree(folder, ignore_errors=True)
-        seconds.append(timed(lambda: training.engine.accelerator.save_state(str(folder))))
-    shutil.rmtree(folder, ignore_errors=True)
-    return statistics.median(seconds[1:])
+def own_tensors(training: Training) -> list[Tensor]:
+    """This process's share of the weights and AdamW's state, which is what a checkpoint holds of it."""
+    state = training.engine.inner_optimizer.state
+    tensors = [t for p, values in state.items() for t in (p.detach(), *values.values()) if isinstance(t, Tensor)]
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
-def disk(training: Training, folder: Path, saves: int) -> tuple[float, float]:
-    """Seconds and bytes of torch.save of this process's parameters and AdamW state, which are in memory."""
-    state = {
-        "model": [p.detach() for p in training.engine.unwrapped.parameters()],
-        "optimizer": [v for s in training.engine.inner_optimizer.state.values() for v in s.values()],
-    }
-    path = folder / f"raw_{training.engine.world.rank}.pt"
-
+def torch_save(tensors: list[Tensor], path: Path) -> float:
     def save() -> None:
         with path.open("wb") as file:
-            torch.save(state, file)
+            torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
 
-    folder.mkdir(parents=True, exist_ok=True)
-    seconds = [timed(save) for _ in range(saves + 1)]
-    size = path.stat().st_size
-    path.unlink()
-    return statistics.median(seconds[1:]), size
+    path.unlink(missing_ok=True)
+    return timed(save)
+
+
+def plain_write(tensors: list[Tensor], path: Path) -> float:
+    parts = [memoryview(t.cpu().contiguous().view(-1).view(torch.uint8).numpy()) for t in tensors]
+
+    def save() -> None:
+        with path.open("wb", buffering=0) as file:
+            for part in parts:
+                done = 0
+                while done < len(part):
+                    done += file.write(part[done:])
+            os.fsync(file.fileno())
+
+    path.unlink(missing_ok=True)
+    return timed(save)
+
+
+def accelerate(training: Training, folder: Path) -> float:
+    barrier()
+    if training.engine.world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return timed(lambda: training.engine.accelerator.save_state(str(folder)))
+
+
+def waited(training: Training, folder: Path, saves: int, step: float) -> dict[str, dict[str, float]]:
+    """Medians of all ways to save that are waited for, in turns."""
+    engine, tensors = training.engine, own_tensors(training)
+    raw, mine = folder / f"raw_{engine.world.rank}", Ours(training, folder / "waited", background=False)
+    ways: dict[str, Callable[[], dict[str, float]]] = {
+        "write + fsync": lambda: same(plain_write(tensors, raw)),
+        "torch.save + fsync": lambda: same(torch_save(tensors, raw)),
+        "ours, waited for": lambda: mine.save(step),
+    }
+    # accelerate's FSDP needs a GPU
+    if engine.device.type == "cuda" or engine.strategy not in ("fsdp", "hsdp"):
+        ways["accelerate.save_state"] = lambda: same(accelerate(training, folder / "peer"))
+    found = [{name: save() for name, save in ways.items()} for _ in range(saves + 1)]
+    return {name: medians([turn[name] for turn in found[1:]]) for name in ways}
+
+
+def same(seconds: float) -> dict[str, float]:
+    return {"seconds": seconds, "stall": seconds, "cost": seconds}
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(one[key] for one in found) for key in found[0]}
 
 
 def main() -> None:
@@ -151,39 +191,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--folder", type=Path, help="on the disk that is measured; a temporary one when omitted")
+    parser.add_argument("--waited-only", action="store_true", help="not beside the training")
     options = parser.parse_args()
     training = Training(options)
-    world, on_gpu = training.engine.world, training.engine.device.type == "cuda"
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         folder = Path(broadcast(own))
         for _ in range(2):
             training.step()
         step = statistics.median(training.step() for _ in range(5))
-        raw, size = disk(training, folder / "raw", options.saves)
-        waited = ours(training, folder / "waited", options.saves, background=False, step=step)
-        beside = ours(training, folder / "beside", options.saves, background=True, step=step)
-        peer = None
-        if on_gpu or options.strategy not in ("fsdp", "hsdp"):  # accelerate's FSDP needs a GPU
-            peer = accelerate(training, folder / "peer", options.saves)
-    if world.is_main:
-        size *= world.size
-        table = Table(
-            title=f"{training.parameters / 1e6:.0f} M parameters, {options.strategy} on {world.size} × "
-            f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {size / 1e9:.1f} GB, a step takes {step:.2f} s"
-        )
-        for column in ("", "whole after s", "training waits s", "of waiting for it", "of a step", "cost s", "GB/s"):
-            table.add_column(column, justify="left" if not column else "right")
-        rows = [("ours, beside the training", beside), ("ours, waited for", waited)]
-        if peer is not None:
-            rows.append(("accelerate.save_state", {"seconds": peer, "stall": peer, "cost": peer}))
-        rows.append(("torch.save, the limit", {"seconds": raw, "stall": raw, "cost": raw}))
-        for name, row in rows:
-            table.add_row(
-                name, f"{row['seconds']:.2f}", f"{row['stall']:.2f}", f"{row['stall'] / waited['stall']:.1%}",
-                f"{row['stall'] / step:.2f}", f"{row['cost']:.2f}", f"{size / row['seconds'] / 1e9:.2f}",
-            )  # fmt: skip
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        rows = waited(training, folder, options.saves, step)
+        if not options.waited_only:
+            beside = Ours(training, folder / "beside", background=True)
+            rows["ours, beside the training"] = medians([beside.save(step) for _ in range(options.saves + 1)][1:])
+    if training.engine.world.is_main:
+        show(training, rows, step)
     leave(0)
+
+
+def show(training: Training, rows: dict[str, dict[str, float]], step: float) -> None:
+    world, on_gpu = training.engine.world, training.engine.device.type == "cuda"
+    size = world.size * sum(t.numel() * t.element_size() for t in own_tensors(training))
+    table = Table(
+        title=f"{training.parameters / 1e6:.0f} M parameters, {training.engine.strategy} on {world.size} × "
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {size / 1e9:.1f} GB, a step takes {step:.2f} s"
+    )
+    for column in ("", "whole after s", "÷ torch.save", "÷ write", "training waits s", "of a step", "cost s", "GB/s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        limits = (rows["torch.save + fsync"]["seconds"], rows["write + fsync"]["seconds"])
+        table.add_row(
+            name, f"{row['seconds']:.2f}", *(f"{row['seconds'] / limit:.2f}" for limit in limits),
+            f"{row['stall']:.2f}", f"{row['stall'] / step:.2f}", f"{row['cost']:.2f}",
+            f"{size / row['seconds'] / 1e9:.2f}",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 if __name__ == "__main__":

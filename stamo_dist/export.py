@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from stamo_dist.checkpoint.load import holds_all, read_weights
+from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.loader import Batch, CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
@@ -18,14 +19,6 @@ from stamo_dist.tasks import build_task
 from stamo_dist.tasks.base import Task
 
 _BATCHES = 16
-
-
-def exported_step(run: RunFolder) -> int | None:
-    """The step whose weights `run.model` holds, None where there is no whole export."""
-    try:
-        return int(json.loads(run.exported.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
@@ -51,7 +44,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
     """
     weights = read_weights(path)
     # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
-    task = build_task(recipe, mixture, meta_init=holds_all(path))
+    task = build_task(recipe, mixture, meta_init=holds_all(read_checkpoint_manifest(path)))
     shutil.rmtree(folder, ignore_errors=True)
     with closing(training_data(mixture, task)) as batches:
         task.export(folder, weights, batches)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from stamo_dist.checkpoint.retention import clean
+from stamo_dist.data.node import NodeShare
 from stamo_dist.distributed.collectives import barrier, broadcast, part
-from stamo_dist.distributed.rank import World
+from stamo_dist.distributed.rank import EXPORTS_LATER, World
 from stamo_dist.errors import StamoError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.export import export
@@ -42,9 +44,10 @@ def train(
     """
     run, limits = RunFolder(Path(loaded.recipe.run_dir)), loaded.recipe.train
     stop = ShutdownRequest(world.rank, limits.checkpoint.grace_seconds)
-    with closing(Watchdog(run.logs, world, limits)) as watchdog:
+    node = NodeShare(str(run.path), world.on_node, world.rank)
+    with closing(Watchdog(run.logs, world, limits)) as watchdog, closing(node):
         watchdog.mark("building for", 1)
-        start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed)
+        start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed, node)
         checked = check(start)
         if not world.is_main:  # one process looks, so that all see the same
             return _train(start, checked)
@@ -61,9 +64,12 @@ def _train(start: RunStart, checked: Checked) -> int:
         return session
     trainer, evaluation = session.trainer, start.evaluation
     barrier()
+    code = EXIT_PREEMPTED
     try:
         code = int(trainer.fit())
-        if code == 0 and not session.exported:
+        if code == 0 and not session.exported and EXPORTS_LATER in os.environ:
+            session.logger.info("the model is exported by a process of its own, on one node")
+        elif code == 0 and not session.exported:
             with start.stop.nothing_to_save("exporting", partial(_give_back, start)):
                 code = _export(start, session)
         if code == 0 and start.recipe.evaluate.beside and not _wait_for_evaluation(start, session):
@@ -71,6 +77,8 @@ def _train(start: RunStart, checked: Checked) -> int:
     finally:
         start.watchdog.mark("leaving after", trainer.state.step)
         evaluation.close()
+        if code == 0:
+            session.saver.close()
         session.logger.close()
     return code
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlparse
 
-from data_tools.stores.store import Advance, Stat, TransientError, is_ours
+from data_tools.stores.multipart import MultipartUpload
+from data_tools.stores.store import Advance, DamagedError, Stat, TransientError, is_ours
+from stamo_dist.checkpoint.manifest import hasher
 from stamo_dist.errors import DataError
 
 #: Files up to this size go in one request, so that S3 knows their MD5.
@@ -96,7 +98,8 @@ class S3Store:
                 return None
         etag = head["ETag"].strip('"')
         md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""  # a multipart upload's is no MD5
-        return Stat(head["ContentLength"], etag, head["Metadata"].get("sha256", ""), md5)
+        kept = head["Metadata"]
+        return Stat(head["ContentLength"], etag, kept.get("sha256", ""), md5, kept.get("digest", ""))
 
     def sizes(self) -> dict[str, int]:
         return {name: size for name, (size, _) in self.listing().items() if is_ours(name)}
@@ -143,6 +146,31 @@ class S3Store:
                 ExtraArgs={"Metadata": {"sha256": sha256}},
                 Config=_transfer(),
             )
+
+    def put_in_parts(self, path: Path, name: str, digest: str, advance: Advance) -> None:
+        """Copy a file that should have this digest, part after part: what a killed copy has sent is not sent again.
+
+        Raises:
+            DamagedError: It has another one; nothing is there then.
+            DataError: It cannot be read or written.
+        """
+        key, found = self._prefix + name, hasher(digest)
+
+        @_patient
+        def call(store: S3Store, what: str, arguments: dict[str, Any]) -> Any:
+            with store._explained("write", name):
+                return getattr(store._s3, what)(**arguments)
+
+        def request(what: str, **arguments: Any) -> Any:
+            return call(self, what, arguments)
+
+        with _undone(advance) as count:
+            upload = MultipartUpload(request, self._bucket, key, {"digest": digest})
+            upload.send(path, found.update, count)
+            if found.hexdigest() != digest.partition(":")[2]:
+                upload.abort()
+                raise DamagedError(f"{path}: changed since it was written")
+            upload.complete()
 
     @_patient
     def delete(self, name: str) -> None:

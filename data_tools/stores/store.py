@@ -25,6 +25,11 @@ class Stat:
     stamp: str  # changes whenever the file is written
     sha256: str = ""  # where the store keeps it
     md5: str = ""  # where the store knows it
+    digest: str = ""  # where the store keeps it: the hash's name, a colon and its hex digits
+
+
+class DamagedError(DataError):
+    """A file whose content is not what was written."""
 
 
 class TransientError(DataError):

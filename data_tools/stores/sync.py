@@ -15,17 +15,13 @@ from filelock import FileLock, Timeout
 
 from data_tools.stores.open import open_store
 from data_tools.stores.progress import bytes_bar
-from data_tools.stores.store import Advance, Store, md5_of, part_of, place, sha256_of
+from data_tools.stores.store import Advance, DamagedError, Store, md5_of, part_of, place, sha256_of
 from data_tools.stores.verified import BYTES, Verified, holds
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
 #: Most problems that one error prints.
 SHOWN = 20
-
-
-class DamagedError(DataError):
-    """A file whose content is not what the manifest says."""
 
 
 @dataclass

@@ -85,12 +85,10 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
         fields |= _flat("model.policy", recipe.policy.model_dump(exclude={"weights", "tokenizer", "targets"}))
     if data.views > 1:
         fields["data.views"] = data.views
-    owner = mixture.shard_source.tolist()
     for number, (name, source) in enumerate(data.used.items()):
-        content = hashlib.sha256()
-        shards = [shard for shard, of in zip(mixture.shards, owner, strict=True) if of == number]
-        for shard in shards:
-            content.update(f"{shard.digest} {shard.samples}\n".encode())
+        content, shards = hashlib.sha256(), mixture.shards_of(number)
+        for part in shards.contents():
+            content.update("".join(f"{digest} {samples}\n" for digest, samples in part).encode())
         fields |= {
             f"data.sources.{name}.weight": source.weight,
             f"data.sources.{name}.max_epochs": source.max_epochs,

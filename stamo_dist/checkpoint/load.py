@@ -6,17 +6,18 @@ either under any strategy and on any number of processes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from stamo_dist.checkpoint import deepspeed_files, reshard
 from stamo_dist.checkpoint.compatibility import sources_of
-from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.writers import ZERO_TAG
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
@@ -25,13 +26,13 @@ from stamo_dist.optim.ema import EMA
 from stamo_dist.run.state import RunState
 
 
-def holds_all(path: Path) -> bool:
+def holds_all(manifest: CheckpointManifest) -> bool:
     """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
-    return read_checkpoint_manifest(path).strategy not in ZERO_STAGE
+    return manifest.strategy not in ZERO_STAGE
 
 
 def load_checkpoint(
-    path: Path,
+    checkpoint: Checkpoint,
     engine: Engine,
     ema: EMA | None,
     *,
@@ -39,7 +40,7 @@ def load_checkpoint(
     sources: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> RunState:
-    """Load weights, optimizer and average from `path` into the running engine; every process calls it.
+    """Load weights, optimizer and average into the running engine; every process calls it.
 
     `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
     of the checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
@@ -47,7 +48,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
     """
-    manifest = read_checkpoint_manifest(path)
+    path, manifest = checkpoint
     if manifest.precision != precision:
         raise CheckpointError(
             f"{path}: saved in {manifest.precision}, the recipe says {precision}; set train.precision"
@@ -58,10 +59,7 @@ def load_checkpoint(
             if engine.world.is_main:
                 say(note)
         elif engine.is_zero:
-            with deepspeed_files.loaded_safely(engine.deepspeed):
-                loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG)
-            if loaded is None:
-                raise CheckpointError(f"{path}: DeepSpeed could not read it")
+            _load_zero(path, engine)
         else:
             _load_dcp(path / "dcp", engine)
         if ema is not None:
@@ -69,11 +67,32 @@ def load_checkpoint(
     except (RuntimeError, ValueError, KeyError, CheckpointException) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
+    state = copy.deepcopy(manifest.state)
     if sources is not None:
         for name in ("samples", "skipped"):
-            counted = dict(zip(sources_of(manifest.recipe), getattr(manifest.state, name), strict=False))
-            setattr(manifest.state, name, [counted.get(source, 0) for source in sources])
-    return manifest.state
+            counted = dict(zip(sources_of(manifest.recipe), getattr(state, name), strict=False))
+            setattr(state, name, [counted.get(source, 0) for source in sources])
+    return state
+
+
+def _load_zero(path: Path, engine: Engine) -> None:
+    shared = ZERO_STAGE[engine.strategy] == 3
+    with deepspeed_files.loaded_safely(engine.deepspeed):
+        module = None if shared else _load_untrained
+        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG, custom_load_fn=module)
+    if loaded is None:
+        raise CheckpointError(f"{path}: DeepSpeed could not read it")
+    if not shared:
+        engine.deepspeed.optimizer.update_lp_params()
+
+
+def _load_untrained(*, src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a module's state of which only the names of the trained weights may be there; the fp32 copies follow."""
+    trained = {n for n, p in dst.named_parameters(remove_duplicate=False) if p.requires_grad}
+    named = {n for n, t in src.items() if n in trained and not t.numel()}
+    wrong = dst.load_state_dict({n: t for n, t in src.items() if n not in named}, strict=False)
+    if names := [*(set(wrong.missing_keys) - named), *wrong.unexpected_keys]:
+        raise KeyError(f"missing or unknown parameters: {', '.join(sorted(names)[:5])}")
 
 
 def _load_dcp(folder: Path, engine: Engine) -> None:
@@ -100,5 +119,5 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     else:
         weights = read_dcp(path / "dcp", "module")
     if ema and (path / "ema").is_dir():
-        weights.update(EMA.read(path / "ema"))
+        weights.update({name: t.view(weights[name].shape) for name, t in EMA.read(path / "ema").items()})
     return weights

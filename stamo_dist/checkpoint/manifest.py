@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.run.state import RunState
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+#: What files are compared with; up to format 3 it was SHA-256.
+HASH = "xxh3_128"
+_HASHES: dict[str, Any] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
 #: Format 2 had other names for these.
 _RENAMED = {"identity": "recipe", "generation": "lease"}
 MANIFEST = "checkpoint.json"
@@ -37,7 +43,7 @@ class Stored:
     """One file of a checkpoint, as it was written."""
 
     bytes: int
-    sha256: str
+    digest: str  # the hash's name, a colon and its hex digits
 
 
 @dataclass
@@ -63,6 +69,13 @@ class CheckpointManifest:
         return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
+class Checkpoint(NamedTuple):
+    """A whole checkpoint: its folder and what its manifest says."""
+
+    path: Path
+    manifest: CheckpointManifest
+
+
 def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     """Read the manifest of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
 
@@ -71,39 +84,56 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
         ForeignFormatError: It has another format.
         CheckpointError: The manifest is damaged, or files are missing or of another size.
     """
-    file = path / MANIFEST
     try:
-        raw = json.loads(file.read_bytes())
-        version = raw["format_version"]
+        content = (path / MANIFEST).read_bytes()
     except OSError:
         raise UnfinishedError(f"{path}: no {MANIFEST}, so it is no checkpoint or was never completed") from None
+    manifest = parsed(content, path)
+    sizes = {name: _size(path / name) for name in manifest.files}
+    missing = [name for name, size in sizes.items() if size is None]
+    resized = [name for name, size in sizes.items() if size not in (None, manifest.files[name].bytes)]
+    if missing or resized:
+        raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
+    return manifest
+
+
+def parsed(content: bytes, path: Path | str) -> CheckpointManifest:
+    """The manifest that a file's content is; `path`: of the checkpoint, for errors.
+
+    Raises:
+        ForeignFormatError: It has another format.
+        CheckpointError: It is damaged, or names files that are not within the checkpoint.
+    """
+    try:
+        raw = json.loads(content)
+        version = raw["format_version"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged") from None
     checksum = raw.pop("sha256", None)  # the same in every format from 2 on
     if version != 1 and checksum != _digest(raw):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged")
-    if version == 2:
-        raw = {_RENAMED.get(name, name): value for name, value in raw.items()} | {"format_version": FORMAT_VERSION}
-    elif version != FORMAT_VERSION:
+    if version not in range(2, FORMAT_VERSION + 1):
         raise ForeignFormatError(
-            f"{path}: checkpoint format {version}; this version of stamo reads 2 and {FORMAT_VERSION}; "
+            f"{path}: checkpoint format {version}; this version of stamo reads 2 to {FORMAT_VERSION}; "
             "use the version that wrote it, or choose another run_dir"
         )
-    files = {name: Stored(**stored) for name, stored in raw["files"].items()}
-    manifest = CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
-    missing = [name for name in files if not (path / name).is_file()]
-    resized = [name for name in files if name not in missing and (path / name).stat().st_size != files[name].bytes]
-    if missing or resized:
-        raise CheckpointError(f"{path}: {_listed(('missing', missing), ('truncated', resized))}")
-    return manifest
+    if version == 2:
+        raw = {_RENAMED.get(name, name): value for name, value in raw.items()}
+    files = {
+        name: Stored(stored["bytes"], stored["digest"] if version > 3 else f"sha256:{stored['sha256']}")
+        for name, stored in raw["files"].items()
+    }
+    if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+        raise CheckpointError(f"{path}: {MANIFEST} names {outside[0]}, which is not within it")
+    return CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
 
 
 def damage(path: Path, manifest: CheckpointManifest, share: int = 0, shares: int = 1) -> list[str]:
     """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sums = list(pool.map(lambda name: _file_digest(path / name), names))
-    return [name for name, found in zip(names, sums, strict=True) if found != manifest.files[name].sha256]
+        same = list(pool.map(lambda name: has_digest(path / name, manifest.files[name]), names))
+    return [name for name, unchanged in zip(names, same, strict=True) if not unchanged]
 
 
 def damaged(path: Path, names: Sequence[str]) -> CheckpointError:
@@ -119,13 +149,28 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str | None:
-    digest = hashlib.sha256()
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def hasher(digest: str) -> Any:
+    """A new hash of the kind that a stored digest is of: `update(bytes)`, `hexdigest()`."""
+    return _HASHES[digest.partition(":")[0]]()
+
+
+def has_digest(path: Path, stored: Stored) -> bool:
+    """Whether a file is there and is what was written."""
+    expected, digest = stored.digest.partition(":")[2], hasher(stored.digest)
     buffer = memoryview(bytearray(_BLOCK))
     try:
         with path.open("rb", buffering=0) as f:
             while n := f.readinto(buffer):
                 digest.update(buffer[:n])
     except OSError:
-        return None
-    return digest.hexdigest()
+        return False
+    return bool(digest.hexdigest() == expected)

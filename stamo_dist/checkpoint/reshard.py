@@ -235,24 +235,16 @@ class _Distributed(_Source):
         return f"module.{name}" if part == _WEIGHT else f"optimizer.state.{name}.{part}"
 
     def fill(self, ranges: list[Range]) -> None:
-        wanted: dict[str, tuple[int, int]] = {}
-        for r in ranges:
-            for part in r.into:
-                key = self._key(r.name, part)
-                if r.numel and key in self._stored:
-                    row = self._row(key)
-                    wanted[key] = (r.start // row, -(-(r.start + r.numel) // row))
-        rows = dcp.read_rows(self._folder, wanted)
+        keys = {(r.name, part): self._key(r.name, part) for r in ranges for part in r.into}
+        wanted = {keys[r.name, part]: (r.start, r.numel) for r in ranges for part in r.into}
+        found = dcp.read_ranges(self._folder, {key: wanted[key] for key in wanted if key in self._stored})
         for r in ranges:
             for part, target in r.into.items():
-                key = self._key(r.name, part)
-                if key in rows:
-                    target.copy_(rows[key].view(-1).narrow(0, r.start - wanted[key][0] * self._row(key), r.numel))
+                key = keys[r.name, part]
+                if key in found:
+                    target.copy_(found[key])
                 else:
                     target.zero_()
-
-    def _row(self, key: str) -> int:
-        return math.prod(self._stored[key].size[1:])
 
     def buffers(self, names: set[str]) -> dict[str, Tensor]:
         keys = {n: self._key(n, _WEIGHT) for n in names if n in self.sizes}
@@ -276,7 +268,6 @@ def _targets(engine: Engine, module: nn.Module, step: float) -> list[Range]:
 
 def _tensor_targets(engine: Engine, module: nn.Module, step: float) -> Iterator[Range]:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     optimizer = engine.inner_optimizer
     for name, p in module.named_parameters():
@@ -284,8 +275,7 @@ def _tensor_targets(engine: Engine, module: nn.Module, step: float) -> Iterator[
             continue
         start = 0
         if isinstance(p, DTensor):  # sharded along its first dimension, so a range
-            _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            start = offset[0] * math.prod(p.shape[1:])
+            start = dcp.offset_of(p)
         into = _state(optimizer, p, step)
         flat = {key: _local(t).view(-1) for key, t in {_WEIGHT: p.detach(), **into}.items()}
         yield Range(name, start, flat[_WEIGHT].numel(), flat)

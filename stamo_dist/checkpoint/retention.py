@@ -6,16 +6,17 @@ is damaged is renamed to `corrupt_step_…` and left to a person.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stamo_dist.checkpoint.manifest import (
     MANIFEST,
-    CheckpointManifest,
+    Checkpoint,
     ForeignFormatError,
     UnfinishedError,
     read_checkpoint_manifest,
@@ -24,6 +25,8 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.success import Successes
 
+_log = logging.getLogger(__name__)
+_DISCARDED = ".discarded"
 _PART = re.compile(r"\.step_\d+.*?(?:\.g(\d+))?\.tmp")
 
 
@@ -40,7 +43,7 @@ def part_of(checkpoints: Path, step: int, lease: int) -> Path:
 class Found:
     """What a folder of checkpoints holds, newest first."""
 
-    whole: list[tuple[Path, CheckpointManifest]]
+    whole: list[Checkpoint]
     corrupt: list[tuple[Path, str]]  # and why
     unfinished: list[Path]
     foreign: list[tuple[Path, str]]  # of another format
@@ -54,7 +57,7 @@ def scan(checkpoints: Path) -> Found:
     found = Found([], [], [], [])
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
-            found.whole.append((path, read_checkpoint_manifest(path)))
+            found.whole.append(Checkpoint(path, read_checkpoint_manifest(path)))
         except UnfinishedError:
             found.unfinished.append(path)
         except ForeignFormatError as e:
@@ -71,13 +74,20 @@ def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
     return [path for path, _ in found.whole], why + [reason for _, reason in found.corrupt + found.foreign]
 
 
-def clean(checkpoints: Path, lease: int) -> list[str]:
-    """Remove what earlier starts began to write and never completed; returns what a person should know."""
+def leftovers(checkpoints: Path, lease: int) -> list[Path]:
+    """What earlier starts began to write or to remove, and never completed."""
     parts = [(p, _PART.fullmatch(p.name)) for p in checkpoints.glob(".step_*.tmp")]
-    leftovers = scan(checkpoints).unfinished + [p for p, m in parts if m and int(m[1] or 0) < lease]
-    for path in leftovers:
+    unfinished = [p for p in checkpoints.glob("step_*") if not (p / MANIFEST).exists()]
+    return unfinished + [p for p, m in parts if m and int(m[1] or 0) < lease]
+
+
+def clean(checkpoints: Path, lease: int) -> list[str]:
+    """Remove the leftovers of earlier starts; returns what a person should know."""
+    found = leftovers(checkpoints, lease)
+    for path in found:
         shutil.rmtree(path, ignore_errors=True)
-    return [f"removed {path}: it was never completed" for path in leftovers if not path.exists()]
+    gone = [path for path in found if not path.exists()]
+    return [f"removed {path}: it was never completed" for path in gone if _DISCARDED not in path.name]
 
 
 def set_aside(path: Path, why: str) -> Path:
@@ -88,10 +98,15 @@ def set_aside(path: Path, why: str) -> Path:
     return new
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint; whenever that ends, what is left is none."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+def discard(path: Path, lease: int) -> Path | None:
+    """Make a folder no checkpoint any more; returns where its files are now, to be removed without haste."""
+    new = path.with_name(f".{path.name.lstrip('.')}{_DISCARDED}.g{lease}.tmp")
+    try:
+        path.rename(new)
+    except OSError as e:
+        _log.warning("%s: not needed any more, but could not be removed (%s)", path, e.strerror)
+        return None
+    return new
 
 
 def named(checkpoints: Path, name: str) -> Path:
@@ -116,9 +131,7 @@ def named(checkpoints: Path, name: str) -> Path:
     return path
 
 
-def superseded(
-    whole: list[tuple[Path, CheckpointManifest]], policy: CheckpointConfig, needed: Collection[int] = ()
-) -> list[Path]:
+def superseded(whole: Sequence[Checkpoint], policy: CheckpointConfig, needed: Collection[int] = ()) -> list[Path]:
     """Which of the checkpoints, newest first, are not needed any more.
 
     Needed are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is
@@ -138,8 +151,8 @@ def superseded(
 
 def sync_tree(folder: Path) -> None:
     """Make the names of all files below `folder` durable; their contents are by now."""
-    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        sync(path)
+    for path, _, _ in os.walk(folder):
+        sync(Path(path))
 
 
 def sync(path: Path) -> None:

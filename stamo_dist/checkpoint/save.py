@@ -11,30 +11,37 @@ import shutil
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from stamo_dist.checkpoint.compatibility import RunFingerprint
-from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored, read_checkpoint_manifest
+from stamo_dist.checkpoint.dcp_writer import DcpWriter, Layout
+from stamo_dist.checkpoint.manifest import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointManifest,
+    Stored,
+    read_checkpoint_manifest,
+)
 from stamo_dist.checkpoint.retention import (
-    clean,
+    discard,
     folder_of,
+    leftovers,
     part_of,
-    remove,
     scan,
     set_aside,
     superseded,
     sync,
     sync_tree,
 )
-from stamo_dist.checkpoint.writers import CheckpointWriter, DcpWriter, Staging, ZeroWriter
-from stamo_dist.distributed.collectives import broadcast
+from stamo_dist.checkpoint.staging import Staging
+from stamo_dist.checkpoint.writers import CheckpointWriter, ZeroWriter
+from stamo_dist.distributed.collectives import broadcast, everywhere, gather
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
 from stamo_dist.optim.ema import EMA
@@ -158,6 +165,8 @@ class Saver:
         self._number = broadcast(lease.number if lease else 0)
         self._writing: _Writing | None = None
         self._staging = Staging()
+        self._layouts: dict[str, Layout] = defaultdict(Layout)
+        self._whole: list[Checkpoint] | None = None  # newest first; rank 0 looks once
         self._removing: threading.Thread | None = None
         self._retry: int | None = None  # the step at which a failed save comes due again
         self._delay = 1
@@ -205,7 +214,7 @@ class Saver:
         began = time.perf_counter()
         if wait:
             self._writing.join()
-        elif not self._all(self._writing.done):
+        elif not everywhere(self._writing.done):
             return []
         writing, self._writing = self._writing, None
         outcome = self._commit(writing)
@@ -230,27 +239,18 @@ class Saver:
             writers.append(ZeroWriter(engine, staging))
         else:
             module, optimizer = get_state_dict(engine.unwrapped, engine.inner_optimizer)
-            writers.append(DcpWriter("dcp", {"module": module, "optimizer": optimizer}, staging))
+            state = {"module": module, "optimizer": optimizer}
+            writers.append(DcpWriter("dcp", state, staging, self._layouts["dcp"]))
         if self._ema is not None:
-            writers.append(DcpWriter("ema", {"ema": self._ema.whole()}, staging))
+            writers.append(DcpWriter("ema", {"ema": self._ema.pieces()}, staging, self._layouts["ema"]))
         return writers
-
-    def _all(self, done: bool) -> bool:
-        flag = torch.tensor(int(done), device=self._engine.device)
-        if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
 
     def _commit(self, writing: _Writing) -> str | StamoError | None:
         """Agree on the outcome: None when the checkpoint is whole, why it is not, or what ends the run."""
-        world = self._engine.world
-        written: list[Any] = [writing.written]
-        if dist.is_initialized():
-            written = [None] * world.size
-            dist.gather_object(writing.written, written if world.is_main else None, dst=0)
+        written = gather(writing.written)
         outcome: str | StamoError | None = None
         bug: str | None = None
-        if world.is_main:
+        if written is not None:
             bug = next((w.bug for w in written if w.bug), None)
             outcome = bug or next((f"rank {i}: {w.error}" for i, w in enumerate(written) if w.error), None)
             if outcome is None:
@@ -265,29 +265,33 @@ class Saver:
         outcome, bug = broadcast((outcome, bug))
         if bug:
             raise RuntimeError(f"step {writing.state.step} could not be saved:\n{bug}")
-        if world.is_main and outcome is None:
-            clean(self._checkpoints, self._number)
-            self.prune(beside=writing.beside)
+        if outcome is not None:
+            self._layouts.clear()  # rank 0 may not have learned what the others wrote
+        elif written is not None:
+            self.prune()
         return outcome
 
-    def prune(self, *, beside: bool = False) -> None:
-        """Rank 0: remove the checkpoints that are not needed any more."""
+    def prune(self) -> None:
+        """Rank 0: begin to remove the checkpoints that are not needed any more; `close` waits for it."""
+        self.close()
         best = Successes.read(self._checkpoints.parent).best
         needed = {*self._needed(), *([best.step] if best else [])}
-        self._remove(superseded(scan(self._checkpoints).whole, self._policy, needed), beside=beside)
-
-    def _remove(self, paths: list[Path], *, beside: bool) -> None:
-        """Delete checkpoints, large files in another thread where training need not wait for it."""
-        if self._removing is not None:
-            self._removing.join()
+        if self._whole is None:
+            self._whole = scan(self._checkpoints).whole
+        self._whole = [checkpoint for checkpoint in self._whole if (checkpoint.path / MANIFEST).exists()]
+        doomed = superseded(self._whole, self._policy, needed) + leftovers(self._checkpoints, self._number)
+        discarded = [new for path in doomed if (new := discard(path, self._number))]
 
         def work() -> None:
-            for path in paths:
-                remove(path)
+            for path in discarded:
+                shutil.rmtree(path, ignore_errors=True)
 
         self._removing = threading.Thread(target=work, name="remover", daemon=True)
         self._removing.start()
-        if not beside:
+
+    def close(self) -> None:
+        """Rank 0: wait until what was not needed any more is removed; what is left goes when the run starts again."""
+        if self._removing is not None:
             self._removing.join()
 
     def _publish(self, writing: _Writing, written: list[_Written]) -> None:
@@ -327,6 +331,8 @@ class Saver:
             raise
         sync(final)
         sync(self._checkpoints)
+        if self._whole is not None:
+            self._whole = [Checkpoint(final, manifest), *(c for c in self._whole if c.path != final)]
 
     def _guard(self) -> None:
         if self._lease is not None:

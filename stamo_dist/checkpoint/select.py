@@ -10,27 +10,42 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
-
 from stamo_dist.checkpoint.compatibility import RunFingerprint, growth_of, order_of
-from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import Checkpoint, damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import named as named_checkpoint
 from stamo_dist.checkpoint.retention import scan, set_aside
-from stamo_dist.distributed.collectives import on_main
+from stamo_dist.distributed.collectives import broadcast, gather, on_main
 from stamo_dist.distributed.rank import World
 from stamo_dist.errors import CheckpointError, RunError
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a run began with, as its checkpoint says."""
+
+    sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
+    growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
+    order: str | None = None  # data.shuffle.order
 
 
 @dataclass
 class ResumePoint:
     """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice."""
 
-    path: Path | None
+    checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
     named: bool = False  # by the user: no other will do
-    sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
-    growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
-    order: str | None = None  # data.shuffle.order
+
+    @property
+    def path(self) -> Path | None:
+        return self.checkpoint.path if self.checkpoint else None
+
+    @property
+    def begun(self) -> Begun:
+        if self.checkpoint is None:
+            return Begun()
+        manifest = self.checkpoint.manifest
+        return Begun(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
 
 
 def select_checkpoint(
@@ -57,6 +72,8 @@ def select_checkpoint(
         CheckpointError: The named checkpoint is not whole, or the newest one has another format.
     """
     named = False
+    if "://" in resume:
+        raise RunError(f"--resume {resume}: copy it here first (stamo sync {resume} FOLDER), and give its folder")
     if resume in ("auto", "none"):
         folder = checkpoints
     else:
@@ -66,10 +83,10 @@ def select_checkpoint(
     if named:
         if not given.is_dir():
             raise RunError(f"--resume {resume}: there is no such checkpoint or run; give auto, none or the path of one")
-        whole, notes = [(given, read_checkpoint_manifest(given))], list[str]()
+        whole, notes = [Checkpoint(given, read_checkpoint_manifest(given))], list[str]()
     else:
         found = scan(folder)
-        whole = [(path, manifest) for path, manifest in found.whole if path not in without]
+        whole = [checkpoint for checkpoint in found.whole if checkpoint.path not in without]
         newest = whole[0][0].name if whole else ""
         if found.foreign and found.foreign[0][0].name > newest:
             raise CheckpointError(found.foreign[0][1])
@@ -83,7 +100,7 @@ def select_checkpoint(
     path, manifest = whole[0]
     if fingerprint is not None:
         fingerprint.check(manifest.fingerprint, manifest.recipe, str(path), allowed)
-    return ResumePoint(path, notes, named, manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
+    return ResumePoint(whole[0], notes, named)
 
 
 def growth_of_run(run: Path) -> Mapping[str, list[int]]:
@@ -94,11 +111,12 @@ def growth_of_run(run: Path) -> Mapping[str, list[int]]:
 
 def verify_or_fall_back(
     checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], ResumePoint]
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Checkpoint | None, list[str]]:
     """Read all of the chosen checkpoint, spread over the processes, and fall back while it is damaged.
 
-    Every process calls it; rank 0 calls `choose`, which goes without some checkpoints. Damaged ones in `checkpoints`,
-    the run's own, are renamed. Returns the checkpoint to load and what a person should know.
+    Every process calls it; rank 0 calls `choose`, which goes without some checkpoints, and its manifest is sent to the
+    others. Damaged ones in `checkpoints`, the run's own, are renamed. Returns the checkpoint to load and what a person
+    should know.
 
     Raises:
         CheckpointError: The user named this one, and it is damaged.
@@ -117,27 +135,25 @@ def verify_or_fall_back(
         return choose(frozenset(bad))
 
     choice = on_main(world, lambda: choose(frozenset()))
-    while True:
-        path = choice.path
-        wrong: list[str] = []
-        if path is not None:
-            manifest = read_checkpoint_manifest(path)
-            mine = damage(path, manifest, world.rank, world.size)
-            shares: list[list[str]] = [mine]
-            if dist.is_initialized():
-                shares = [[]] * world.size
-                dist.all_gather_object(shares, mine)
-            wrong = [name for share in shares for name in share]
+    while choice.checkpoint is not None:
+        shares = gather(damage(*choice.checkpoint, world.rank, world.size))
+        wrong = broadcast([name for share in shares or () for name in share])
         if not wrong:
             break
         choice = on_main(world, lambda wrong=wrong: next_choice(wrong))  # type: ignore[misc]
     if world.is_main:
-        notes = [*choice.notes, *notes]
-        own = [p for p, _ in scan(checkpoints).corrupt] + [p for p in bad if p.parent == checkpoints]
-        notes += [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in own]
-        step = read_checkpoint_manifest(path).state.step if path is not None else 0
-        for later, manifest in scan(checkpoints).whole:
-            if manifest.state.step > step:
-                new = set_aside(later, "abandoned")
-                notes.append(f"kept {later} as {new.name}: this run goes on from before it and writes its own")
-    return path, notes
+        notes = [*choice.notes, *notes, *_put_aside(checkpoints, choice.checkpoint, bad)]
+    return choice.checkpoint, notes
+
+
+def _put_aside(checkpoints: Path, chosen: Checkpoint | None, bad: set[Path]) -> list[str]:
+    """Rename what is damaged and what is newer than the checkpoint to load; returns what a person should know."""
+    found = scan(checkpoints)
+    corrupt = [p for p, _ in found.corrupt] + [p for p in bad if p.parent == checkpoints]
+    notes = [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in corrupt]
+    step = chosen.manifest.state.step if chosen else 0
+    for later, manifest in found.whole:
+        if manifest.state.step > step and later not in bad:
+            new = set_aside(later, "abandoned")
+            notes.append(f"kept {later} as {new.name}: this run goes on from before it and writes its own")
+    return notes

@@ -19,6 +19,7 @@ from stamo_dist.cli.recipe import app as recipe_app
 from stamo_dist.cli.runs import cancel, logs, resume, runs, status
 from stamo_dist.cli.serve import serve
 from stamo_dist.cli.submit import submit
+from stamo_dist.cli.sync import sync
 from stamo_dist.cli.train import encode, train
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import EvalTools
@@ -61,7 +62,7 @@ app.add_typer(recipe_app, name="recipe")
 #: In the order of `stamo --help`.
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(submit, status, runs, logs, cancel, resume, doctor, chaos),
-    *(plan, export, train, encode, serve, mix, report),
+    *(plan, export, sync, train, encode, serve, mix, report),
 )
 for _command in COMMANDS:
     app.command()(_command)

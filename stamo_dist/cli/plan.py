@@ -74,6 +74,8 @@ def plan(
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for note in first.notes:
         console.print(f"assumed  {note}", soft_wrap=True)
+    for advice in loaded.strategy.advice(gpus):
+        console.print(f"advised  {advice}", soft_wrap=True)
 
 
 def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:

@@ -78,7 +78,7 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
-    for line in advised:
+    for line in [*r.strategy.advice(world_size or 1), *advised]:
         console.print(f"    {line}")
     paths = [path for source in r.data.used.values() for path in source.paths if "://" not in path]
     if absent := [path for path in paths if not Path(path).expanduser().exists()]:

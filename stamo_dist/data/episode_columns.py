@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from stamo_dist.data.column_file import ColumnFile, write
 from stamo_dist.data.schema import EPISODES, Episode
 from stamo_dist.errors import DataError
+
+_log = logging.getLogger(__name__)
+_COLUMNS = ("starts", "lengths", "text", "changes")
+_LARGE = 1 << 24  # bytes of a table from which on its columns are kept
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,16 @@ class EpisodeColumns:
             np.concatenate([self.text, text[inside]])[order],
         )  # fmt: skip
 
+    def packed(self, number: int) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+        """As table `number` of a ColumnFile: a part of its head, and arrays."""
+        return [str(self.path), self.texts], {f"{number}/{column}": getattr(self, column) for column in _COLUMNS}
+
+    @classmethod
+    def unpacked(cls, head: Sequence[Any], file: ColumnFile, number: int) -> EpisodeColumns:
+        """What `packed` made; the arrays stay in the file."""
+        path, texts = head
+        return cls(Path(path), texts=texts, **{column: file[f"{number}/{column}"] for column in _COLUMNS})
+
     def ids(self, episodes: Sequence[int]) -> list[str]:
         """Names of some, read from the table."""
         with self.path.open("rb") as f:
@@ -90,3 +110,38 @@ def read_columns(source: Path, split: str, count: int | None = None) -> EpisodeC
         path, np.array(starts, np.int64), np.array(lengths, np.int64), list(number), np.array(text, np.int32),
         np.array(changes, np.int64).reshape(-1, 3),
     )  # fmt: skip
+
+
+def kept_columns(cache: Path, path: Path, count: int, read: Callable[[], EpisodeColumns]) -> EpisodeColumns:
+    """What `read` makes of the first `count` episodes of a table; of a large one it is kept in `cache`.
+
+    It is read again when the table has another size or time.
+    """
+    try:
+        table = path.stat()
+    except FileNotFoundError:
+        return read()
+    if table.st_size < _LARGE:
+        return read()
+    of = [str(path), count, table.st_size, table.st_mtime_ns]
+    kept = cache / "episodes" / hashlib.sha256(f"{path}\0{count}".encode()).hexdigest()[:16]
+    try:
+        file = ColumnFile(os.open(kept, os.O_RDONLY | os.O_CLOEXEC))
+        if file.head["of"] == of:
+            return EpisodeColumns.unpacked(file.head["table"], file, 0)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
+        _log.warning("%s: not readable, so it is made anew: %s", kept, e)
+    columns = read()
+    head, arrays = columns.packed(0)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
+        with scratch.open("wb") as f:
+            write(f.fileno(), {"of": of, "table": head}, arrays)
+            os.fsync(f.fileno())
+        scratch.replace(kept)
+    except OSError as e:
+        _log.warning("%s: cannot be written, so %s is read whole at the next start too: %s", kept, path, e.strerror)
+    return columns

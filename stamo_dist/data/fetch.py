@@ -73,18 +73,16 @@ class CacheUse:
     @classmethod
     def of(cls, mixture: Mixture, plan: Iterator[Position]) -> CacheUse | None:
         """None where all shards are on local disk."""
-        sizes = {
-            (v, n): shard.nbytes
-            for v, view in enumerate(mixture.views)
-            for n, shard in enumerate(view.shards)
-            if not view.local(n)
-        }
-        if not sizes:
+        remote = [view.remote() for view in mixture.views]
+        all_sizes = np.concatenate([v.shards.nbytes[r] for v, r in zip(mixture.views, remote, strict=True)])
+        if not len(all_sizes):
             return None
+        sizes: dict[Place, int] = {}
         samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # of a small set no more than one pass
         first, last, batch, count = dict[Place, int](), dict[Place, int](), 0, max(1, samples // mixture.global_batch)
         for i, position in enumerate(islice(plan, count)):
-            places = [place for place in places_of(mixture, position.on_node) if place in sizes]
+            places = [(v, n) for v, n in places_of(mixture, position.on_node) if remote[v][n]]
+            sizes |= {(v, n): int(mixture.views[v].shards.nbytes[n]) for v, n in places if (v, n) not in sizes}
             batch = max(batch, sum(sizes[place] for place in places))
             for place in places:
                 first.setdefault(place, i)
@@ -94,8 +92,8 @@ class CacheUse:
             for at, sign in ((first[place], 1), (last[place] + 1, -1)):
                 begun[at] += sign
                 size[at] += sign * sizes[place]
-        everything = sum(sizes.values())
-        needed = min(int(size.cumsum().max()) + THREADS * max(sizes.values()), everything)
+        everything = int(all_sizes.sum())
+        needed = min(int(size.cumsum().max()) + THREADS * int(all_sizes.max()), everything)
         return cls(int(begun.cumsum().max()), needed, batch, everything)
 
     def check(self, cache: Cache) -> None:
@@ -281,7 +279,7 @@ class Fetcher:
                 del self._fetching[place]
 
     def _size(self, place: Place) -> int:
-        return self._mixture.views[place[0]].shards[place[1]].nbytes
+        return int(self._mixture.views[place[0]].shards.nbytes[place[1]])
 
     def _local(self, place: Place) -> bool:
         return self._mixture.views[place[0]].local(place[1])

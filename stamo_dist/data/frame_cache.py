@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.data.shard_table import Shards, ShardTable
 from stamo_dist.data.shards import ShardSpec, mappings_allowed
 from stamo_dist.errors import DataError
 
@@ -28,6 +29,7 @@ Kind = Literal["latents", "states"]
 Precision = Literal["float16", "bfloat16", "float32"]
 MANIFEST = "manifest.json"
 _STORED: dict[Precision, type] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+_EACH = 64  # shards of a folder of which each is looked at
 _NDIM = {"latents": 4, "states": 3}  # (n, C, h, w) and (n, tokens, dim)
 _FIELD = {"latents": "data.latents", "states": "policy.targets"}
 
@@ -132,7 +134,8 @@ def _read_meta(shard: ShardSpec, kind: Kind, fingerprint: str) -> dict[str, Any]
 class CacheSpec:
     """A whole cache: one file per shard, all of one shape and precision."""
 
-    files: Sequence[str]
+    kind: Kind
+    fingerprint: str
     shape: tuple[int, ...]
     precision: Precision
 
@@ -142,22 +145,21 @@ class CacheSpec:
         return np.dtype(_STORED[self.precision]).str
 
 
-def find_cache(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str) -> CacheSpec:
+def find_cache(shards: Shards, kind: Kind, fingerprint: str) -> CacheSpec:
     """The caches of all `shards`.
+
+    Of a folder with many, what its manifest.json says, the first and the last are looked at; the others when they are
+    mapped.
 
     Raises:
         DataError: Any of them is missing, stale, cut short or of another shape; names the command that makes them.
     """
-    metas = [_read_meta(shard, kind, fingerprint) for shard in shards]
-    good = [meta for meta in metas if isinstance(meta, dict)]
-    bad = [
-        f"{cache_path(shard, kind, fingerprint)}: {meta}"
-        for shard, meta in zip(shards, metas, strict=True)
-        if isinstance(meta, str)
-    ]
+    metas = [found for table in shards.tables for found in _metas(table, kind, fingerprint)]
+    good = [meta for _, meta in metas if isinstance(meta, dict)]
+    bad = [f"{cache_path(shard, kind, fingerprint)}: {meta}" for shard, meta in metas if isinstance(meta, str)]
     bad += [
         f"{cache_path(shard, kind, fingerprint)}: {meta['shape']} {meta['precision']}, others have {good[0]['shape']}"
-        for shard, meta in zip(shards, metas, strict=True)
+        for shard, meta in metas
         if isinstance(meta, dict) and meta != good[0]
     ]
     if bad:
@@ -166,21 +168,40 @@ def find_cache(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str) -> Cac
             "\n".join([f"{kind} are not cached for {len(bad)} of {len(shards)} shards:", *lines])
             + f"\nrun `stamo encode RECIPE`, or set {_FIELD[kind]}: online"
         )
-    files = [str(cache_path(shard, kind, fingerprint)) for shard in shards]
-    return CacheSpec(files, good[0]["shape"], good[0]["precision"])
+    return CacheSpec(kind, fingerprint, good[0]["shape"], good[0]["precision"])
+
+
+def _metas(table: ShardTable, kind: Kind, fingerprint: str) -> list[tuple[ShardSpec, dict[str, Any] | str]]:
+    """The shards of a folder that are looked at, and what is said of them."""
+
+    def look(shards: Sequence[ShardSpec]) -> list[tuple[ShardSpec, dict[str, Any] | str]]:
+        return [(shard, _read_meta(shard, kind, fingerprint)) for shard in shards]
+
+    if len(table) <= _EACH:
+        return look(table)
+    ends = look([table[0], table[len(table) - 1]])
+    try:
+        manifest = json.loads((cache_path(table[0], kind, fingerprint).parent / MANIFEST).read_text())
+        whole = manifest["fingerprint"] == fingerprint and manifest["shards"] >= len(table)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    return ends if whole and all(isinstance(meta, dict) for _, meta in ends) else look(table)
 
 
 class CacheFiles:
     """The cached rows of the shards by number, mapped; item `i` is (n, *shape), bfloat16 as bit patterns."""
 
-    def __init__(self, spec: CacheSpec):
-        self._spec, self._limit = spec, mappings_allowed()
+    def __init__(self, spec: CacheSpec, shards: Sequence[ShardSpec]):
+        self._spec, self._shards, self._limit = spec, shards, mappings_allowed()
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def __getitem__(self, number: int) -> NDArray[Any]:
         array = self._open.get(number)
         if array is None:
-            path = self._spec.files[number]
+            shard, spec = self._shards[number], self._spec
+            path = cache_path(shard, spec.kind, spec.fingerprint)
+            if isinstance(wrong := _read_meta(shard, spec.kind, spec.fingerprint), str):
+                raise DataError(f"{path}: {wrong}; run `stamo encode RECIPE` again")
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False).view(self._spec.dtype)
             except (OSError, ValueError) as e:

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stamo_dist.data.episode_columns import EpisodeColumns
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.node import Content
 from stamo_dist.data.supervised import Table, labelled_episodes, sample_streams
 from stamo_dist.errors import DataError
 
@@ -19,17 +21,34 @@ _TABLES: WeakKeyDictionary[Mixture, dict[str, list[Table]]] = WeakKeyDictionary(
 
 
 def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
-    """The episodes of every folder of every source; they are read once for a mixture.
+    """The episodes of every folder of every source; they are read once for a mixture, or for those of a node's ranks.
 
     Raises:
         DataError: A table is missing or damaged.
     """
     if mixture not in _TABLES:
+        columns = iter(_columns(mixture))
         _TABLES[mixture] = {
-            name: [(f.manifest, f.columns(mixture.data.sources[name].split)) for f in folders]
+            name: [(folder.manifest, next(columns)) for folder in folders]
             for name, folders in zip(mixture.sources, mixture.opened, strict=True)
         }
     return _TABLES[mixture]
+
+
+def _columns(mixture: Mixture) -> list[EpisodeColumns]:
+    """Of all folders, one source after the other."""
+    splits = [mixture.data.sources[name].split for name in mixture.sources]
+    where = [(f, split) for split, folders in zip(splits, mixture.opened, strict=True) for f in folders]
+    if mixture.node is None:
+        return [folder.columns(split) for folder, split in where]
+
+    def read() -> Content:
+        packed = [folder.columns(split).packed(number) for number, (folder, split) in enumerate(where)]
+        heads, arrays = zip(*packed, strict=True)
+        return {"tables": heads}, {name: array for some in arrays for name, array in some.items()}
+
+    file = mixture.node.once("episodes", read)
+    return [EpisodeColumns.unpacked(head, file, number) for number, head in enumerate(file.head["tables"])]
 
 
 class Instructions:

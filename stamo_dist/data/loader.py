@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stamo_dist.data.fetch import CacheUse, Fetcher
-from stamo_dist.data.frame_cache import CacheSpec, find_cache
+from stamo_dist.data.frame_cache import CacheSpec
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Order, Position
 from stamo_dist.data.pool import Pool
@@ -162,9 +162,9 @@ def build_loader(
     if mixture.data.latents == "cached":
         if caches.latents is None:
             raise ValueError("latents: cached needs the fingerprint of the VAE")
-        spec = find_cache(mixture.shards, "latents", caches.latents)
+        spec = mixture.find_cache("latents", caches.latents)
     states = caches.states
-    targets = None if states is None else find_cache(mixture.shards, "states", states.fingerprint)
+    targets = None if states is None else mixture.find_cache("states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
     pin = pin_memory and torch.cuda.is_available()
     found = _Caches(spec, targets, each=states is not None and states.each)
@@ -223,8 +223,9 @@ class Loader:
         data = mixture.data
         self._depth = workers * data.prefetch
         spec = ReaderSpec(
+            file=mixture.file,
             shards=mixture.shards,
-            shard_source=mixture.shard_source.tolist(),
+            shard_source=mixture.shard_source,
             sources=mixture.sources,
             image_size=data.image_size,
             batch=mixture.global_batch // share.world_size,

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.allocation import Allocation, allocation_of
-from stamo_dist.data.cache import Cache
+from stamo_dist.data.frame_cache import CacheSpec, Kind, find_cache
 from stamo_dist.data.group_order import GroupOrder, SourceOrder
 from stamo_dist.data.lane_order import LaneOrder
+from stamo_dist.data.node import NodeShare
+from stamo_dist.data.opening import open_all
 from stamo_dist.data.plan import BatchPlan, Order
 from stamo_dist.data.reader import Window
-from stamo_dist.data.sources import CameraShards, OpenSource, open_cache, open_camera, open_source, resolve
+from stamo_dist.data.shard_table import Shards
+from stamo_dist.data.sources import open_cache
 from stamo_dist.data.view import CameraView
-from stamo_dist.errors import DataError
-from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.data import Data
 
 #: The fields of `data.shuffle` that decide each order; runs from before there were lanes have none but the first.
 GROUPS = {"enabled", "algorithm", "block_size"}
@@ -41,10 +45,12 @@ class Mixture:
         seed: Of the run; it decides the order.
         global_batch: Samples per optimizer step over all processes.
         growth: Source → of each of its paths, after how many growths to read it; others are read as they are.
+        node: Where several ranks of a node make the same mixture at once, so that one of them reads the sources.
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
         cache: Where remote shards are kept.
+        file: What was read of the sources.
         opened: The folders of each source.
         streams: One per folder and camera, in the order of `sources`; with `data.views`, one per folder.
         views: The streams' shards, and those of each further camera of the same timesteps.
@@ -61,13 +67,21 @@ class Mixture:
     """
 
     def __init__(
-        self, data: Data, seed: int, global_batch: int, growth: Mapping[str, Sequence[int]] = MappingProxyType({})
+        self,
+        data: Data,
+        seed: int,
+        global_batch: int,
+        growth: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        node: NodeShare | None = None,
     ):
         self.data, self.seed, self.global_batch = data, seed, global_batch
         used = data.used
         self.sources = list(used)
+        self.node = node
+        self._caches: dict[tuple[Kind, str], CacheSpec] = {}
         self.cache = open_cache(data.cache, data.cache_limit)
-        self.opened, streams = _open_all(used, data, growth, self.cache)
+        opened = open_all(data, growth, self.cache, node)
+        self.file, self.opened, streams = opened.file, opened.folders, opened.streams
         cameras = [stream for of_source in streams for stream in of_source]
         # The cameras of one timestep follow one another.
         self.views = [CameraView(cameras[v :: data.views]) for v in range(data.views)]
@@ -75,7 +89,7 @@ class Mixture:
         of_sources = [len(of_source) // data.views for of_source in streams]
         self.stream_source = np.repeat(np.arange(len(streams)), of_sources)
         self.shards, self.first, self.num_samples = view.shards, view.first, view.samples
-        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        counts = self.shards.samples
         self.shard_source = self.stream_source[view.shard_stream]  # (shards,)
         bounds = np.searchsorted(self.shard_source, np.arange(len(used) + 1))
         self._source_first = self.first[bounds[:-1]]
@@ -103,6 +117,27 @@ class Mixture:
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
         return self.views[0].shard_of(samples)
+
+    def find_cache(self, kind: Kind, fingerprint: str) -> CacheSpec:
+        """What a frozen model made of all shards; looked for once, of a node's ranks by one.
+
+        Raises:
+            DataError: It is not there, or not of these shards; see `frame_cache.find_cache`.
+        """
+        if (kind, fingerprint) not in self._caches:
+            self._caches[kind, fingerprint] = self._find_cache(kind, fingerprint)
+        return self._caches[kind, fingerprint]
+
+    def _find_cache(self, kind: Kind, fingerprint: str) -> CacheSpec:
+        if self.node is None:
+            return find_cache(self.shards, kind, fingerprint)
+        head = self.node.once(kind, lambda: (asdict(find_cache(self.shards, kind, fingerprint)), {})).head
+        return CacheSpec(**{**head, "shape": tuple(head["shape"])})
+
+    def shards_of(self, source: int) -> Shards:
+        """Those of one source, in the order of `shards`."""
+        tables = zip(self.shards.tables, self.stream_source.tolist(), strict=True)
+        return Shards([table for table, of in tables if of == source])
 
     @property
     def notes(self) -> list[str]:
@@ -142,7 +177,7 @@ class Mixture:
         schedule, shuffle = self.schedule, self.data.shuffle
         identity = {
             "format": 2,
-            "shards": [(shard.digest, shard.samples) for shard in self.shards],
+            "shards": self.shards,
             "sources": self._source_first.tolist(),
             "schedule": schedule.identity,
             "shuffle": shuffle.model_dump(include=LANES if shuffle.in_lanes else GROUPS),
@@ -155,91 +190,28 @@ class Mixture:
         if partly := {name: s.labelled for name, s in self.data.used.items() if s.labelled < 1}:
             identity["labelled"] = partly
         if len(self.views) > 1:
-            identity["views"] = [[(shard.digest, shard.samples) for shard in view.shards] for view in self.views[1:]]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            identity["views"] = [view.shards for view in self.views[1:]]
+        digest = hashlib.sha256()
+        for part in _json(identity):
+            digest.update(part.encode())
+        return digest.hexdigest()
 
 
-def _open_all(
-    sources: dict[str, SourceConfig], data: Data, growth: Mapping[str, Sequence[int]], cache: Cache
-) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
-    """Every source's folders, and its cameras."""
-    problems: list[str] = []
-    streams: list[list[CameraShards]] = []
-    seen: dict[tuple[str, str, str], str] = {}
-    found: dict[str, list[OpenSource]] = {}
-    for name, source in sources.items():
-        streams.append([])
-        pinned = [*growth[name], *[0] * len(source.paths)] if name in growth else [None] * len(source.paths)
-        for path, grown in zip(source.paths, pinned, strict=False):
-            try:
-                found.setdefault(name, []).append(opened := open_source(path, cache, grown))
-                problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
-                streams[-1] += _open_cameras(name, opened, source, seen, data.views)
-            except DataError as e:
-                problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
-    if data.horizon:
-        problems += _one_action_space({name: folders for name, folders in found.items() if sources[name].actions})
-    if problems:
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise DataError("\n".join([f"{head} in the data:", *(f"  - {p}" for p in problems)]))
-    return list(found.values()), streams
-
-
-def _check(opened: OpenSource, source: SourceConfig, data: Data) -> list[str]:
-    problems = []
-    size = opened.manifest.image_size
-    if size != data.image_size:
-        problems.append(
-            f"{opened.path} has frames of {size} px, but data.image_size is {data.image_size}; convert it with "
-            f"--size {data.image_size} or change data.image_size"
-        )
-    if source.cameras == []:
-        problems.append(f"cameras is empty; name some of {', '.join(opened.manifest.cameras)}")
-    return problems
-
-
-def _open_cameras(
-    name: str, opened: OpenSource, source: SourceConfig, seen: dict[tuple[str, str, str], str], views: int
-) -> list[CameraShards]:
-    streams, problems = [], []
-    twice: dict[str, list[str]] = {}
-    cameras = list(dict.fromkeys(opened.manifest.cameras if source.cameras is None else source.cameras))
-    if views > 1:
-        if len(cameras) < views:
-            problems.append(
-                f"{opened.path} has {len(cameras)} of the {views} cameras that data.views reads ({', '.join(cameras)})"
-            )
-        cameras = cameras[:views]
-    for camera in cameras:
-        key = (resolve(opened.path), source.split, camera)
-        if key in seen:
-            twice.setdefault(seen[key], []).append(camera)
-        seen.setdefault(key, name)
-        try:
-            streams.append(open_camera(opened, source.split, camera))
-        except DataError as e:
-            problems.append(str(e))
-    problems += [
-        f"reads the same frames as data.sources.{other} ({opened.path}, split {source.split}, {', '.join(shared)}); "
-        "name a source once and give it the sum of the weights"
-        for other, shared in twice.items()
-    ]
-    if problems:
-        raise DataError("\n".join(problems))
-    return streams
-
-
-def _one_action_space(found: dict[str, list[OpenSource]]) -> list[str]:
-    """Actions of one batch must mean the same; sources without actions may be mixed in."""
-    spaces: dict[tuple[int, str], list[str]] = {}
-    for name, folders in found.items():
-        for opened in folders:
-            if opened.manifest.action_dim:
-                space = (opened.manifest.action_dim, opened.manifest.convention)
-                spaces.setdefault(space, []).append(name)
-    if len(spaces) < 2:
-        return []
-    each = "; ".join(
-        f"{', '.join(dict.fromkeys(names))}: {dim} numbers, {convention}" for (dim, convention), names in spaces.items()
-    )
-    return [f"data.sources: the actions mean different things ({each}); convert them with one --action convention"]
+def _json(value: Any) -> Iterator[str]:
+    """The text of `json.dumps` with sorted keys, in parts; of shards, a list of digest and samples of each."""
+    if isinstance(value, Shards):
+        for i, part in enumerate(value.contents()):
+            yield (", " if i else "[") + json.dumps(part)[1:-1]
+        yield "]"
+    elif isinstance(value, dict):
+        for i, key in enumerate(sorted(value)):
+            yield (", " if i else "{") + json.dumps(key) + ": "
+            yield from _json(value[key])
+        yield "}"
+    elif isinstance(value, list) and any(isinstance(item, Shards) for item in value):
+        for i, item in enumerate(value):
+            yield ", " if i else "["
+            yield from _json(item)
+        yield "]"
+    else:
+        yield json.dumps(value)

@@ -58,7 +58,7 @@ class Pool:
         self._answers = select.poll()
         self._worker_of: dict[int, int] = {}
         for worker in range(workers):
-            process, connection = _start(buffers.fd)
+            process, connection = _start(buffers.fd, spec.file.fd)
             self._workers.append(process)
             self._connections.append(connection)
             self._answers.register(connection, select.POLLIN)
@@ -156,16 +156,17 @@ class Pool:
         self._finalizer()
 
 
-def _start(memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start(*inherited: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     path = os.pathsep.join(entry for entry in sys.path if entry)
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stamo_dist.data.worker", str(theirs.fileno()), str(memory)]
+    command = [sys.executable, "-m", "stamo_dist.data.worker", *map(str, (theirs.fileno(), *inherited))]
     # The mask is inherited, so a signal that comes before the worker ignores it does not end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with theirs:
-            process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory), env=env, stdin=subprocess.DEVNULL)
+            fds = (theirs.fileno(), *inherited)
+            process = subprocess.Popen(command, pass_fds=fds, env=env, stdin=subprocess.DEVNULL)
     except OSError as e:
         ours.close()
         raise RunError(f"a loader worker cannot be started: {e}; lower data.workers") from e

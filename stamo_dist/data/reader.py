@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.data.column_file import ColumnFile
 from stamo_dist.data.frame_cache import CacheFiles, CacheSpec
-from stamo_dist.data.shards import MappedShard, OpenShards, ShardLayout, ShardSpec
+from stamo_dist.data.shard_table import Shards, ShardTable
+from stamo_dist.data.shards import MappedShard, OpenShards
 from stamo_dist.data.shared_buffers import BufferField, SharedBuffers
 from stamo_dist.errors import DataError
 
@@ -54,10 +56,11 @@ class Window:
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """All a worker has to know; sent to it once, as JSON."""
+    """All a worker has to know; sent to it once, as JSON, but for the shards, whose file it inherits."""
 
-    shards: Sequence[ShardSpec]
-    shard_source: Sequence[int]  # (shards,) index into sources
+    file: ColumnFile  # that holds the shards
+    shards: Shards
+    shard_source: NDArray[np.int64]  # (shards,) index into sources
     sources: Sequence[str]
     image_size: int
     batch: int
@@ -67,7 +70,7 @@ class ReaderSpec:
     latents: CacheSpec | None
     states: CacheSpec | None
     each: bool  # read the states of each frame up to the target, which only a window has
-    views: Sequence[Sequence[ShardSpec]]  # of each camera after the first, in the order of the samples
+    views: Sequence[Shards]  # of each camera after the first, in the order of the samples
     window: Window | None
     skip: bool  # take another frame for one that cannot be read
     cache: str  # folder of shards that are removed when they are not in use
@@ -91,16 +94,13 @@ class ReaderSpec:
         return SharedBuffers(fields, self.batch, self.slots, fd)
 
     def dumps(self) -> bytes:
-        cameras = [self.shards, *self.views]
-        layouts = list(dict.fromkeys(shard.layout for shards in cameras for shard in shards))
-        number = {layout: i for i, layout in enumerate(layouts)}
-        listed = [[(s.path, s.nbytes, s.samples, number[s.layout], s.digest) for s in shards] for shards in cameras]
+        fields = {name: value for name, value in vars(self).items() if name != "file"}
         return json.dumps(
             {
-                **self.__dict__,
-                "layouts": [astuple(layout) for layout in layouts],
-                "shards": listed[0],
-                "views": listed[1:],
+                **fields,
+                "shards": self.shards.numbers,
+                "shard_source": self.shard_source[self.shards.starts[:-1]].tolist(),
+                "views": [shards.numbers for shards in self.views],
                 "latents": None if self.latents is None else astuple(self.latents),
                 "states": None if self.states is None else astuple(self.states),
                 "window": None if self.window is None else astuple(self.window),
@@ -108,18 +108,19 @@ class ReaderSpec:
         ).encode()
 
     @classmethod
-    def loads(cls, text: bytes) -> ReaderSpec:
+    def loads(cls, text: bytes, fd: int) -> ReaderSpec:
+        """`fd`: of the file that holds the shards."""
         raw: dict[str, Any] = json.loads(text)
-        layouts = [ShardLayout(*map(tuple, layout)) for layout in raw.pop("layouts")]
-        cameras = [
-            [ShardSpec(path, size, n, layouts[i], digest) for path, size, n, i, digest in shards]
-            for shards in (raw["shards"], *raw["views"])
+        raw["file"] = file = ColumnFile(fd)
+        views = [
+            Shards([ShardTable.unpacked(file, number) for number in view]) for view in (raw["shards"], *raw["views"])
         ]
-        raw["shards"], raw["views"] = cameras[0], cameras[1:]
+        raw["shards"], raw["views"] = views[0], views[1:]
+        raw["shard_source"] = np.repeat(raw["shard_source"], np.diff(views[0].starts))
         for kind in ("latents", "states"):
             if raw[kind] is not None:
-                files, shape, precision = raw[kind]
-                raw[kind] = CacheSpec(files, tuple(shape), precision)
+                of, fingerprint, shape, precision = raw[kind]
+                raw[kind] = CacheSpec(of, fingerprint, tuple(shape), precision)
         raw["window"] = raw["window"] and Window(*raw["window"])
         return cls(**raw)
 
@@ -132,8 +133,8 @@ class BatchReader:
         self._shards = _open(spec.shards, spec.cache)
         self._first = _first_samples(spec.shards)
         self._views = [(_open(shards, spec.cache), _first_samples(shards)) for shards in spec.views]
-        self._latents = CacheFiles(spec.latents) if spec.latents else None
-        self._states = CacheFiles(spec.states) if spec.states else None
+        self._latents = CacheFiles(spec.latents, spec.shards) if spec.latents else None
+        self._states = CacheFiles(spec.states, spec.shards) if spec.states else None
         horizon = spec.window.horizon if spec.window else 0
         self._masks = np.arange(horizon) < np.arange(horizon + 1)[:, None]  # (actions there are, horizon)
         self._context = [
@@ -256,25 +257,24 @@ class BatchReader:
         raise DataError(f"{problem}; nor can {_TRIES} frames that might stand in for it")
 
     def _others(self, number: int, row: int) -> Iterator[tuple[int, int]]:
-        specs, owner = self._spec.shards, self._spec.shard_source
-        for i in range(1, min(_TRIES // 2, specs[number].samples)):
-            yield number, (row + i) % specs[number].samples
-        siblings = [n for n in range(number + 1, len(specs)) if owner[n] == owner[number]]
-        siblings += [n for n in range(number) if owner[n] == owner[number]]
-        for other in siblings[: _TRIES // 2]:
-            yield other, row % specs[other].samples
+        counts, owner = self._spec.shards.samples, self._spec.shard_source
+        for i in range(1, min(_TRIES // 2, int(counts[number]))):
+            yield number, (row + i) % int(counts[number])
+        siblings = np.flatnonzero(owner == owner[number])
+        siblings = np.roll(siblings, -1 - np.searchsorted(siblings, number))[:-1]  # from the next one on
+        for other in siblings[: _TRIES // 2].tolist():
+            yield other, row % int(counts[other])
 
 
-def _open(shards: Sequence[ShardSpec], cache: str) -> OpenShards:
+def _open(shards: Shards, cache: str) -> OpenShards:
     below = os.path.join(cache, "")
     return OpenShards(
         shards, open_shard=lambda number: MappedShard(shards[number], cached=shards[number].path.startswith(below))
     )
 
 
-def _first_samples(shards: Sequence[ShardSpec]) -> NDArray[np.int64]:
-    counts = np.array([shard.samples for shard in shards], np.int64)
-    return counts.cumsum() - counts
+def _first_samples(shards: Shards) -> NDArray[np.int64]:
+    return shards.samples.cumsum() - shards.samples
 
 
 def _write_padded(out: NDArray[Any], rows: Sequence[bytes]) -> None:

@@ -225,14 +225,18 @@ def read_manifest(source: Path) -> Manifest:
     Raises:
         DataError: The folder is missing, empty, unfinished, or of a format this version does not read.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder; convert a dataset into it with `stamo data convert`")
     path = source / MANIFEST
-    if not path.is_file():
-        what = "is empty" if not any(source.iterdir()) else "has no manifest.json, so its conversion never finished"
-        raise DataError(f"{source}: {what}; run `stamo data convert` again, it resumes")
     try:
-        raw = json.loads(path.read_text())
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if not source.is_dir():
+            raise DataError(f"{source}: no such folder; convert a dataset into it with `stamo data convert`") from None
+        what = "is empty" if not any(source.iterdir()) else "has no manifest.json, so its conversion never finished"
+        raise DataError(f"{source}: {what}; run `stamo data convert` again, it resumes") from None
+    except ValueError as e:
+        raise DataError(f"{path}: not a manifest: {e}") from e
+    try:
+        raw = json.loads(text)
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise DataError(

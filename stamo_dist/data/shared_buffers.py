@@ -57,7 +57,7 @@ class SharedBuffers:
             self._layout[field.name] = (at, size, dtype, (batch, *field.shape))
             end = at + size
         self._stride = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = _anonymous_file(self._stride * count) if fd is None else fd
+        self.fd = anonymous_file(self._stride * count, "stamo-batches") if fd is None else fd
         self._map = mmap.mmap(self.fd, self._stride * count)
         self._filled = [self.views(self.memory(slot)) for slot in range(count)]
 
@@ -83,9 +83,10 @@ class SharedBuffers:
             self.fd = -1
 
 
-def _anonymous_file(size: int) -> int:
+def anonymous_file(size: int, name: str) -> int:
+    """A descriptor of memory that other processes can inherit; `name` is what /proc shows."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("stamo-batches", os.MFD_CLOEXEC)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -10,14 +9,15 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic_core import from_json
 
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import Reader, reader_from_json
@@ -27,9 +27,10 @@ from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
-from stamo_dist.data.episode_columns import EpisodeColumns, read_columns
+from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
-from stamo_dist.data.shards import MappedShard, ShardLayout, ShardSpec
+from stamo_dist.data.shard_table import ShardTable, check_files
+from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class OpenSource:
 
     def columns(self, split: str) -> EpisodeColumns:
         """As `episodes`, but only what training needs."""
-        return read_columns(self.root, split, self._table(split))
+        count = self._table(split)
+        read = partial(read_columns, self.root, split, count)
+        return kept_columns(self.cache.root, self.root / split / EPISODES, count, read)
 
     def _table(self, split: str) -> int:
         """Fetch the episode table if it is remote and not here; how many episodes of it are read."""
@@ -82,18 +85,30 @@ class OpenSource:
 
 @dataclass(frozen=True)
 class CameraShards:
-    """One camera of one split: a streaming Stream and its shards."""
+    """One camera of one split.
+
+    Attributes:
+        remote: Where the shards are fetched or unpacked from; None: the raw shards are on local disk already.
+        hashes: The algorithm of the checksums that streaming compares.
+        shards: Their table.
+    """
 
     camera: str
-    folder: Path
-    frames: int
-    stream: Stream
+    remote: str | None
+    hashes: str | None
     cache: Cache
-    entries: Sequence[dict[str, Any]]  # index.json's, one a shard
-    shards: Sequence[ShardSpec]
-    local: bool  # the raw shards are on local disk already
+    shards: ShardTable
     action_dim: int
     proprio_dim: int
+
+    @property
+    def frames(self) -> int:
+        return int(self.shards.samples.sum())
+
+    @property
+    def local(self) -> bool:
+        """The raw shards are on local disk for good."""
+        return self.remote is None
 
     def prepare(self, number: int) -> None:
         """Put raw shard `number` on local disk: download it, unpack it. One process of a node does, others wait.
@@ -132,7 +147,7 @@ class CameraShards:
                 return None
             raise DataError(f"{path}: another process holds {e.lock_file} for over {_LOCK_TIMEOUT:.0f} s") from None
         except Exception as e:  # every store raises its own
-            raise DataError(f"{self.stream.remote or path.parent}: shard {path.name} cannot be had: {_said(e)}") from e
+            raise DataError(f"{self.remote}: shard {path.name} cannot be had: {_said(e)}") from e
 
     def open(self, number: int) -> MappedShard:
         """`prepare` the shard, and map it.
@@ -145,25 +160,25 @@ class CameraShards:
 
     def reader(self, number: int) -> Reader:
         """streaming's view of shard `number`, made when asked for: for all at once, it is most of opening a source."""
-        return reader_from_json(str(self.folder), self.stream.split, self.entries[number])
+        return reader_from_json(self.shards.folder, "", self.shards.entry(number))
 
     def _fetch(self, number: int, must: bool) -> Hold | None:
-        shard, entry = self.shards[number], self.entries[number]
+        shard, entry = self.shards[number], self.shards.entry(number)
         path = Path(shard.path)
         path.unlink(missing_ok=True)  # of another size, so left by a process that was killed
         size = shard.nbytes + (entry["zip_data"]["bytes"] if entry["compression"] else 0)
         with self.cache.reserve(path, size, must=must) as scratch:
             if scratch is None:
                 return None
-            held: Hold = _try(partial(self._get, number, scratch), shard.path, is_remote(self.stream.remote or ""))
+            held: Hold = _try(partial(self._get, number, scratch), shard.path, is_remote(self.remote or ""))
             return held
 
     def _get(self, number: int, scratch: Path) -> Hold:
         """Fetch the shard; it gets its name when its checksum was right, so it need not be verified again."""
         shard = self.shards[number]
         with tempfile.TemporaryDirectory(dir=scratch) as attempt:  # streaming takes what lies there for whole
-            stream = copy.copy(self.stream)
-            stream.local = attempt
+            stream = Stream(remote=self.remote, local=attempt)
+            stream.apply_default({**_DOWNLOAD, "validate_hash": self.hashes})
             stream.prepare_shard(self.reader(number))
             whole = Path(attempt) / Path(shard.path).name
             if _size(whole) != shard.nbytes:
@@ -214,7 +229,18 @@ def is_remote(path: str) -> bool:
 
 def resolve(path: str) -> str:
     """One spelling for every way to name the same source."""
-    return path.rstrip("/") if is_remote(path) else os.path.realpath(os.path.expanduser(path))
+    if is_remote(path):
+        return path.rstrip("/")
+    path = os.path.expanduser(path)
+    folder, name = os.path.split((path if os.path.isabs(path) else os.path.join(os.getcwd(), path)).rstrip("/"))
+    real = os.path.join(_real(folder), name)
+    return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
+
+
+@lru_cache(maxsize=64)
+def _real(folder: str) -> str:
+    """Of the folder in which many sources lie: a look at each folder above it is a request to a shared disk."""
+    return os.path.realpath(folder)
 
 
 def open_source(path: str, cache: str | Cache = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
@@ -291,95 +317,52 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     if camera not in manifest.cameras:
         raise DataError(f"{source.path}: has no camera {camera!r}, only {', '.join(manifest.cameras) or 'none'}")
     folder = source.root / split / camera
-    stream = Stream(remote=f"{source.remote}/{split}/{camera}" if source.remote else None, local=str(folder))
+    remote = f"{source.remote}/{split}/{camera}" if source.remote else None
     expected = manifest.splits[split].frames
-    entries = _read_index(stream, folder, expected)
+    entries = _read_index(remote, folder, expected)
     if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked in the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
-        stream = Stream(remote=str(folder), local=str(source.cache.root / name))
-        entries = _read_index(stream, source.cache.root / name, 0)
-        _check_files(folder, entries, packed=True)
+        remote, packed = str(folder), folder
         folder = source.cache.root / name
-        local = False
-    else:
-        local = source.remote is None
-        if local:
-            _check_files(folder, entries, packed=False)
+        entries = _read_index(remote, folder, 0)
+        check_files(str(packed), entries, packed=True)
+    elif remote is None:
+        check_files(str(folder), entries, packed=False)
+    hashes = entries[0]["hashes"][0] if entries and entries[0]["hashes"] else None
     entries = first_entries(entries, expected)
     frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
-    layouts: dict[ShardLayout, ShardLayout] = {}
-    shards = [_spec(folder, entry, f"{split}/{camera}", manifest.checksums, layouts) for entry in entries]
-    for layout in layouts:
+    shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
+    for layout in shards.layouts:
         if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
             raise DataError(f"{folder}: has columns of type {', '.join(unsafe)}, which may run code; convert it again")
-    return CameraShards(
-        camera, folder, frames, stream, source.cache, entries, shards, local, manifest.action_dim, manifest.proprio_dim
-    )
+    return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 
 
-def _read_index(stream: Stream, folder: Path, frames: int) -> list[dict[str, Any]]:
+def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str, Any]]:
     """The entries of index.json; fetched if it is not there, and again if it counts fewer frames."""
-    stream.apply_default(_DOWNLOAD)
     path = folder / "index.json"
     try:
-        if stream.remote:
+        if remote:
+            stream = Stream(remote=remote, local=str(folder))
+            stream.apply_default(_DOWNLOAD)
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".index.lock", timeout=_LOCK_TIMEOUT):
                 if not path.exists():
                     get = partial(stream.get_shards, _ALONE, allow_unsafe_types=False)
-                    _try(get, stream.remote, is_remote(stream.remote))
-                elif is_remote(stream.remote) and _count(path) < frames:
-                    _refresh(f"{stream.remote}/index.json", path)
-        index = json.loads(path.read_bytes())
-        entries = index["shards"]
+                    _try(get, remote, is_remote(remote))
+                elif is_remote(remote) and _count(path) < frames:
+                    _refresh(f"{remote}/index.json", path)
+        entries: list[dict[str, Any]] = from_json(path.read_bytes())["shards"]
         other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
         if other:
             raise ValueError(f"has shards of another format or version: {other}")
-        if entries and entries[0]["hashes"]:
-            stream.validate_hash = entries[0]["hashes"][0]
     except Exception as e:  # every store raises its own
-        raise DataError(f"{stream.remote or folder}: index.json cannot be read: {e}") from e
+        raise DataError(f"{remote or folder}: index.json cannot be read: {e}") from e
     return entries
 
 
 def _count(index: Path) -> int:
     return sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"])
-
-
-def _spec(
-    folder: Path,
-    entry: dict[str, Any],
-    prefix: str,
-    checksums: Mapping[str, str],
-    layouts: dict[ShardLayout, ShardLayout],
-) -> ShardSpec:
-    sizes = tuple(size or None for size in entry["column_sizes"])
-    layout = ShardLayout(tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes)
-    raw = entry["raw_data"]
-    digest = checksums.get(f"{prefix}/{raw['basename']}")
-    if digest is None:
-        digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-    # Equal layouts share one object, which keeps what is sent to workers small.
-    layout = layouts.setdefault(layout, layout)
-    return ShardSpec(str(folder / raw["basename"]), int(raw["bytes"]), int(entry["samples"]), layout, digest)
-
-
-def _check_files(folder: Path, shards: Sequence[dict[str, Any]], *, packed: bool) -> None:
-    with os.scandir(folder) as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries}
-    bad = []
-    for shard in shards:
-        info = (packed and shard["zip_data"]) or shard["raw_data"]
-        size = sizes.get(info["basename"])
-        if size != info["bytes"]:
-            what = "missing" if size is None else f"{size} bytes, index.json says {info['bytes']}"
-            bad.append(f"{info['basename']} ({what})")
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError(
-            f"{folder}: {len(bad)} of {len(shards)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
-            "run `stamo data convert` again"
-        )

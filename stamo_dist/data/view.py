@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.cache import Hold
+from stamo_dist.data.shard_table import Shards
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.data.sources import CameraShards
 
@@ -27,12 +28,11 @@ class CameraView:
 
     def __init__(self, streams: Sequence[CameraShards]):
         self.streams = streams
-        self.shards = [shard for stream in streams for shard in stream.shards]
-        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        self.shards = Shards([stream.shards for stream in streams])
+        counts = self.shards.samples
         self.samples = int(counts.sum())
         self.first: NDArray[np.int64] = counts.cumsum() - counts
-        self.shard_stream = np.repeat(np.arange(len(streams)), [len(stream.shards) for stream in streams])
-        self._stream_first = np.searchsorted(self.shard_stream, np.arange(len(streams)))
+        self.shard_stream = np.repeat(np.arange(len(streams)), np.diff(self.shards.starts))
 
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `shards` of each sample number."""
@@ -69,6 +69,10 @@ class CameraView:
         """Whether shard `number` is on local disk for good."""
         return self._place(number)[0].local
 
+    def remote(self) -> NDArray[np.bool_]:
+        """Which shards are not, (shards,)."""
+        return ~np.array([stream.local for stream in self.streams], bool)[self.shard_stream]
+
     def _place(self, number: int) -> tuple[CameraShards, int]:
-        stream = int(self.shard_stream[number])
-        return self.streams[stream], number - int(self._stream_first[stream])
+        stream, of_stream = self.shards.place(number)
+        return self.streams[stream], of_stream

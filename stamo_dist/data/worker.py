@@ -1,4 +1,4 @@
-"""A loader worker: `python -m stamo_dist.data.worker SOCKET MEMORY`, two inherited file descriptors.
+"""A loader worker: `python -m stamo_dist.data.worker SOCKET MEMORY SHARDS`, three inherited file descriptors.
 
 It serves one connection until that closes, which also happens when the training process dies in whatever way, so no
 worker outlives its run.
@@ -51,14 +51,14 @@ def receive(connection: socket.socket, size: int) -> bytes:
     return parts
 
 
-def serve(connection: socket.socket, memory: int) -> None:
+def serve(connection: socket.socket, memory: int, shards: int) -> None:
     """Fill the slots asked for until the connection closes."""
     # The training process handles these and then closes the connection; they reach workers too, because a terminal
     # or a cluster signals every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     reader: BatchReader | None = None
-    spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))))
+    spec = ReaderSpec.loads(receive(connection, *LENGTH.unpack(receive(connection, LENGTH.size))), shards)
     while True:
         slot, count = REQUEST.unpack(receive(connection, REQUEST.size))
         if slot == FORGET:
@@ -81,4 +81,4 @@ def serve(connection: socket.socket, memory: int) -> None:
 if __name__ == "__main__":
     # Raised once the training process has closed the connection, or died.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+        serve(socket.socket(fileno=int(sys.argv[1])), *map(int, sys.argv[2:]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ PATIENCE = 7200.0
 _LEAVING = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
+_stores: list[dist.TCPStore] = []  # rank 0's must be there until the process group has its own
 
 
 def set_timeout(seconds: float) -> None:
@@ -50,6 +52,30 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def before_connecting(world: World, name: str, body: Callable[[], T]) -> T:
+    """What `body` returns on rank 0, on every rank, for JSON values; there need be no process group yet.
+
+    Rank 0 waits for nobody. `name` is given once in a process group's life.
+    """
+    if world.size == 1:
+        return body()
+    env, by_launcher = os.environ, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        world.size,
+        is_master=world.is_main and not by_launcher,
+        timeout=timedelta(seconds=PATIENCE),
+        wait_for_workers=False,
+        multi_tenant=True,  # the process group's is the same
+    )
+    _stores.append(store)
+    if world.is_main:
+        store.set(f"stamo/{name}", json.dumps(body()))
+    value: T = json.loads(store.get(f"stamo/{name}"))
+    return value
+
+
 def on_main(world: World, body: Callable[[], T]) -> T:
     """What `body` returns or raises on rank 0, on every rank."""
     result: T | StamoError | None = None
@@ -66,11 +92,31 @@ def on_main(world: World, body: Callable[[], T]) -> T:
 
 def everywhere(flag: bool) -> bool:
     """Whether it holds on every rank."""
-    flags = [flag]
-    if dist.is_initialized():
-        flags = [False] * dist.get_world_size()
-        dist.all_gather_object(flags, flag)
-    return all(flags)
+    if not dist.is_initialized():
+        return flag
+    least = torch.tensor(int(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least.item())
+
+
+def gather(value: T) -> list[T] | None:
+    """Every rank's value, on rank 0; None elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def scatter(values: list[T] | None) -> T:
+    """To each rank its own of rank 0's values."""
+    if not dist.is_initialized():
+        assert values is not None, "the only process is rank 0"
+        return values[0]
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, values, src=0)
+    value: T = box[0]
+    return value
 
 
 def part() -> None:

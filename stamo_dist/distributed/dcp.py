@@ -1,9 +1,11 @@
-"""Reading PyTorch's distributed checkpoints without a process group."""
+"""Parts of tensors in PyTorch's distributed checkpoints, and reading them without a process group."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,40 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this process saves of a flattened tensor of `size` elements: `tensor`, which begins at element `start`."""
+
+    tensor: Tensor
+    start: int
+    size: int
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        at = torch.Size([self.start])
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=at, sizes=self.tensor.size()),
+            properties=TensorProperties.create_from_tensor(self.tensor),
+            size=torch.Size([self.size]),
+        )
+        return [WriteItem(index=MetadataIndex(name, at), type=WriteItemType.SHARD, tensor_data=data)]
+
+
+def offset_of(shard: Any) -> int:
+    """Of a DTensor that is sharded along its first dimension: where its part begins in the flattened tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+    return int(offset[0]) * math.prod(shard.shape[1:])
 
 
 def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
@@ -47,6 +80,19 @@ def read_rows(folder: Path, rows: Mapping[str, tuple[int, int]]) -> dict[str, Te
         offsets[name] = torch.Size((first, *(0 for _ in size[1:])) if size else ())
     _load(state, folder, _RowPlanner(offsets))
     return state
+
+
+def read_ranges(folder: Path, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Of each named tensor, flattened, `numel` elements from `start` on, flat, on the CPU; ranges: (start, numel).
+
+    Raises:
+        KeyError: The checkpoint holds no tensor of that name.
+    """
+    stored = tensors(folder)
+    widths = {name: math.prod(stored[name].size[1:]) for name in ranges}
+    wanted = {n: (at // widths[n], -(-(at + numel) // widths[n])) for n, (at, numel) in ranges.items() if numel}
+    rows = read_rows(folder, wanted)
+    return {n: t.view(-1).narrow(0, ranges[n][0] - wanted[n][0] * widths[n], ranges[n][1]) for n, t in rows.items()}
 
 
 class _RowPlanner(DefaultLoadPlanner):

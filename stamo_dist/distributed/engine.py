@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from stamo_dist.distributed.rank import World
@@ -50,6 +51,7 @@ class Engine:
     optimizer: torch.optim.Optimizer
     clip: float | None
     on_phase: Callable[[Phase], None] = lambda phase: None
+    whole_gradients: bool = False  # fsdp, hsdp: between micro-batches
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +84,16 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around each micro-batch: gradients are reduced at the last one only."""
+        """Around each micro-batch: gradients are summed over the processes at the last one only.
+
+        FSDP reduce-scatters those of each micro-batch within the group that shards them, unless they stay whole.
+        """
         self.on_phase(Phase.COMPUTING)
         with self.accelerator.accumulate(self.module):
+            if isinstance(self.module, FSDPModule):
+                last = self.accelerator.sync_gradients
+                self.module.set_requires_gradient_sync(last or not self.whole_gradients)
+                self.module.set_requires_all_reduce(last)
             yield
 
     def warm_up_buckets(self, loss: Callable[[], Tensor]) -> None:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 _PR_SET_PDEATHSIG = 1
 
 
+#: Set by who starts the processes and exports the model itself, once they have left.
+EXPORTS_LATER = "STAMO_EXPORTS_LATER"
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all processes of the run."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -31,7 +31,10 @@ from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
 
 _log = logging.getLogger(__name__)
-SUPPORTS_META_INIT = {"fsdp", "hsdp"}  # takes modules without memory, which are filled once they are sharded
+#: Takes modules without memory, which are filled once they are sharded.
+SUPPORTS_META_INIT = {"fsdp", "hsdp"}
+#: Keeps weights whole, and copies them when it is built: modules without memory are filled on the device before.
+FILLED_BEFORE = {"ddp", "zero1", "zero2"}
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -130,7 +133,8 @@ class EngineSpec:
         if on_gpu:
             return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)
         accelerator = Accelerator(cpu=True, **common)  # Accelerate knows no FSDP on CPU; its prepare does
-        accelerator.state.distributed_type = DistributedType.FSDP
+        # Accelerate's prepare copies this one into the other.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         if mesh is not None:
             accelerator.state.parallelism_config = mesh
@@ -173,7 +177,7 @@ class EngineSpec:
                 group["params"] = [parameters[name] for name in members]
         parts = (self.strategy.name, self.world, accelerator, module, optimizer, self.clip)
         if self.batching.virtual is None:
-            return Engine(*parts)
+            return Engine(*parts, whole_gradients=self.strategy.gradients == "whole")
         from stamo_dist.distributed.deterministic import DeterministicEngine
 
         workers = self.batching.workers
@@ -184,4 +188,8 @@ def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:
     group = strategy.shard_group or world.local_size
     if world.size % group:
         raise RunError(f"strategy.shard_group: {group} does not divide {world.size} processes")
+    if group == 1 < world.size:
+        raise RunError(
+            "hsdp with one process a node shards nothing: set strategy.shard_group to 2 or more, or strategy.name: ddp"
+        )
     return ParallelismConfig(dp_replicate_size=world.size // group, dp_shard_size=group)

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import EXPORTS_LATER, free_port
 from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import rank, slurm
@@ -39,6 +39,7 @@ from stamo_dist.launch.record import (
     task_log,
 )
 from stamo_dist.launch.run_progress import newest_checkpoint
+from stamo_dist.run.folder import RunFolder
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _SIGNALS = {  # as srun writes them
@@ -46,6 +47,7 @@ _SIGNALS = {  # as srun writes them
     "Segmentation fault": 11, "User defined signal 2": 12, "Terminated": 15, "Out Of Memory": 9,
 }  # fmt: skip
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # signals that ask to stop, before the process could say so itself
+_TO_EXPORT = "to export"
 _WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
 #: The batch step's own shape, which srun would take for the shape of its step.
 _NOT_FOR_SRUN = frozenset({
@@ -83,11 +85,39 @@ class Job:
         self.nodes = self.nodes[: max(usable)]
         count = len(self.nodes) * self.launch.processes_per_node
         self._note_what_slurm_did()
+        if self._exporting():
+            return self._settle(self._export(srun))
         self._tell("started", nodes=self.nodes, world_size=count)
         self._say(
             f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: {count} processes, {now()}"
         )
-        return self._settle(self._srun(srun))
+        code = self._srun(step(self.launch, self.nodes, task=self.task or "0", srun=srun))
+        if code == 0 and self._exports_later and RunFolder(self.run).exported_step != newest_step(self.run):
+            code = self._export(srun)
+        return self._settle(code)
+
+    @property
+    def _exports_later(self) -> bool:
+        """Whether the training leaves its export to this process, so that the other nodes are free meanwhile."""
+        return len(self.nodes) > 1 and self.launch.command[:1] == ["train"] and self.task is None
+
+    def _exporting(self) -> bool:
+        """Whether the training is over, and only its export was cut short."""
+        last = next((e for e in newest_first(self.run) if e.job == self.id and e.event == "started"), None)
+        return bool(self.restart) and last is not None and last.reason == _TO_EXPORT
+
+    def _export(self, srun: str) -> int:
+        """Give all nodes but one back, and write the model there."""
+        self._tell("started", nodes=self.nodes[:1], world_size=1, reason=_TO_EXPORT)
+        if len(self.nodes) > 1:
+            try:
+                slurm.shrink(self.id, 1)
+            except slurm.SlurmError as e:
+                self._say(f"job {self.id}: keeps its nodes while it exports: {e}")
+        self._say(f"--- job {self.id} exports on {self.nodes[0]}, {now()}")
+        alone = replace(self.launch, command=["export", str(self.run)], processes_per_node=1)
+        code = self._srun(step(alone, self.nodes[:1], srun=srun))
+        return code if code in (0, EXIT_PREEMPTED) else EXIT_NOT_EXPORTED
 
     def _note_what_slurm_did(self) -> None:
         """A job whose node failed could not say so: its next start does."""
@@ -95,8 +125,7 @@ class Job:
         if self.restart and last is not None and last.event in ("started", "preempted", "stopped"):
             self._tell("requeued", reason="by Slurm: its nodes failed" if last.event == "started" else "by Slurm")
 
-    def _srun(self, srun: str) -> int:
-        command = step(self.launch, self.nodes, task=self.task or "0", srun=srun)
+    def _srun(self, command: Sequence[str]) -> int:
         env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}
         env |= {
             rank.RUN: str(self.run),
@@ -104,6 +133,7 @@ class Job:
             rank.START: str(self.restart + 1),
             "MASTER_PORT": str(free_port()),
         }
+        env |= {EXPORTS_LATER: "1"} if self._exports_later else {}
         env["SLURM_EXPORT_ENV"] = "ALL"
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
         reader = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -80,7 +81,7 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join([*beside, *_PLACES]))
 
 
-def run(*command: str, stdin: str | None = None) -> str:
+def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
     """What the command prints.
 
     Raises:
@@ -92,7 +93,7 @@ def run(*command: str, stdin: str | None = None) -> str:
         raise SlurmError(f"{command[0]}: not found; {place}")
     try:
         done = subprocess.run(
-            [found, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            [found, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd
         )
     except OSError as e:
         raise SlurmError(f"{found}: {e.strerror}") from None
@@ -124,6 +125,16 @@ def details(job: str) -> dict[str, str]:
         if "Invalid job id" in str(e):
             return {}
         raise
+
+
+def shrink(job: str, nodes: int) -> None:
+    """Have a running job keep only so many of its nodes, that of its batch script among them.
+
+    Raises:
+        SlurmError: Slurm does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # scontrol leaves a script there
+        run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", cwd=folder)
 
 
 def partitions() -> dict[str, dict[str, str]]:

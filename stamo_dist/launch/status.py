@@ -256,7 +256,7 @@ def one_run(run: Run) -> RenderableType:
     rows: list[tuple[str, str | Text]] = [("state", _state(run) + Text(f"  {run.state.detail}"))]
     rows.append(("step", _step(run)))
     if p.loss is not None:
-        others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr", "data_wait", "mfu")}
+        others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr", "data_wait", "mfu", "peak_gb")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))

@@ -1,75 +1,88 @@
-"""Exponential moving average of the trained weights, kept in the shards each process already holds."""
+"""Exponential moving average of the trained weights, of which each process keeps a share of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from stamo_dist.distributed.dcp import read_dcp
+from stamo_dist.distributed.dcp import Piece, offset_of, read_dcp, read_ranges
 
 
 class EMA:
-    """fp32 average of every trainable parameter: ē ← d·ē + (1−d)·θ, on this process's shard of θ.
+    """fp32 average of every trainable parameter: ē ← d·ē + (1−d)·θ.
 
     d at step t is min(decay, (1+t)/(10+t)): early averages forget the initial weights.
 
-    Under zero3 a shard is a flat, padded slice; elsewhere it is the parameter or its DTensor shard.
+    A process keeps the elements of its shards of θ; where every process has all of θ (ddp, zero1, zero2), an equal
+    share of all parameters in a row.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self._decay = decay
         self._params: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._zero3 = any(hasattr(p, "ds_tensor") for p in self._params.values())
-        self._average = {n: t.clone().float() for n, t in self._local().items()}
+        self._ranges = dict(self._own())
+        self._average = self._weights()
 
-    def _local(self) -> dict[str, Tensor]:
-        return {n: (p.ds_tensor if self._zero3 else p).detach() for n, p in self._params.items()}
+    def _own(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Names of what this process keeps, with the first element of the flattened parameter and how many."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = -(-sum(p.numel() for p in self._params.values()) // world)
+        passed = 0
+        for name, p in self._params.items():
+            if hasattr(p, "ds_tensor"):  # zero3's equal shares, of which the last may be padded
+                start = rank * p.ds_tensor.numel()
+                stop = min(start + p.ds_tensor.numel(), p.ds_numel)
+            elif hasattr(p, "to_local"):
+                start = offset_of(p)
+                stop = start + p.to_local().numel()
+            else:
+                start = max(rank * share - passed, 0)
+                stop = min((rank + 1) * share - passed, p.numel())
+                passed += p.numel()
+            if stop > start:
+                yield name, (start, stop - start)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Copies in fp32 of what this process keeps, flat."""
+        found = {}
+        for name, (start, numel) in self._ranges.items():
+            p = self._params[name]
+            if hasattr(p, "ds_tensor"):
+                local = p.ds_tensor.detach()[:numel]
+            elif hasattr(p, "to_local"):
+                local = p.detach().to_local().reshape(-1)
+            else:
+                local = p.detach().reshape(-1)[start : start + numel]
+            found[name] = local.to(torch.float32, copy=True)
+        return found
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after the 1-based optimizer `step`."""
+        if not self._average:  # more processes than parameters have elements
+            return
         decay = min(self._decay, (1 + step) / (10 + step))
-        local = [_plain(t).float() for t in self._local().values()]
-        torch._foreach_lerp_([_plain(t) for t in self._average.values()], local, 1 - decay)
+        torch._foreach_lerp_(list(self._average.values()), list(self._weights().values()), 1 - decay)
 
-    def whole(self) -> dict[str, Tensor]:
-        """The average by parameter name, as PyTorch's distributed checkpoint takes it; every process calls it.
-
-        Tensors are the live ones; under zero3 rank 0 has whole copies and the others nothing.
-        """
-        if not self._zero3:
-            return self._average
-        whole = {}
-        for name, p in self._params.items():
-            shard = self._average[name]
-            full = shard.new_empty(dist.get_world_size() * shard.numel())
-            dist.all_gather_into_tensor(full, shard.contiguous())
-            if dist.get_rank() == 0:
-                whole[name] = full[: p.ds_numel].view(p.ds_shape).cpu()
-        return whole
+    def pieces(self) -> dict[str, Piece]:
+        """This process's part of the average by parameter name, for a `DcpWriter`; tensors are the live ones."""
+        wholes = {n: int(getattr(p, "ds_numel", p.numel())) for n, p in self._params.items()}
+        return {n: Piece(t, self._ranges[n][0], wholes[n]) for n, t in self._average.items()}
 
     def load(self, folder: Path) -> None:
         """Read an average written on any number of processes; starts from the weights where there is none."""
         if not folder.is_dir():
-            self._average = {n: t.clone().float() for n, t in self._local().items()}
-        elif not self._zero3:
-            dcp.load({"ema": self._average}, checkpoint_id=folder)
-        else:
-            for name, full in self.read(folder).items():
-                shard = self._average[name]
-                mine = full.flatten()[dist.get_rank() * shard.numel() :][: shard.numel()]
-                shard[: mine.numel()].copy_(mine)
+            self._average = self._weights()
+            return
+        for name, stored in read_ranges(folder, {f"ema.{n}": r for n, r in self._ranges.items()}).items():
+            self._average[name.removeprefix("ema.")].copy_(stored)
 
     @staticmethod
     def read(folder: Path) -> dict[str, Tensor]:
-        """The whole average on the CPU, without a process group."""
+        """The whole average on the CPU, without a process group; flat, but for what earlier versions wrote."""
         return read_dcp(folder, "ema")
-
-
-def _plain(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "to_local") else t

@@ -54,6 +54,8 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     found = []
     for name in strategies or [recipe.strategy.name]:
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
+        if recipe.strategy.gradients == "whole" and name in ("fsdp", "hsdp") and spread.accumulation > 1:
+            memory.gradients += 4 * counted.trained
         memory.micro_batch, memory.activations = spread.micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
@@ -82,7 +84,7 @@ class _Counted:
     def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
         size = 2 if self.bf16 else 4  # bytes of a number in computation
         share = 1 / shards
-        average = 4 * self.trained if ema else 0
+        average = 4 * self.trained / (shards if name == "hsdp" else devices) if ema else 0.0
         gathered = 0.0
         if name == "ddp":
             parameters, gradients, optimizer = float(self.stored), 4.0 * self.trained, 8.0 * self.trained + average
@@ -91,14 +93,14 @@ class _Counted:
             stage = ZERO_STAGE[name]
             parameters = size * self.all * (share if stage == 3 else 1)
             master = 4 * self.trained * share
-            optimizer = master + 8 * self.trained * share + average * (share if stage == 3 else 1)
+            optimizer = master + 8 * self.trained * share + average
             gradients = 4 * self.trained * (1 if stage == 1 else share)
             gathered = 2.0 * size * min(self.trained, _BUCKET)
             if stage == 3:
                 gathered += 2.0 * size * (self.unit + self.root)
         else:
             parameters, gradients = self.stored * share, 4 * self.trained * share
-            optimizer = 8 * self.trained * share + average * share
+            optimizer = 8 * self.trained * share + average
             if shards > 1:
                 # The root stays whole from forward to backward; of the blocks one is computed and one on its way. Then
                 # comes a block's gradient, and again in fp32, in which it is reduced.

@@ -51,8 +51,9 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
     if out.exists():
         raise RunError(f"{out}: exists; give a folder that does not")
     weights = read_weights(folder)
-    mixture = mixture_of(recipe, read_checkpoint_manifest(folder).recipe)
-    task = build_task(recipe, mixture, meta_init=holds_all(folder))
+    manifest = read_checkpoint_manifest(folder)
+    mixture = mixture_of(recipe, manifest.recipe)
+    task = build_task(recipe, mixture, meta_init=holds_all(manifest))
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,14 @@ class CheckpointConfig(Section):
     )
 
 
+class Profile(Section):
+    """A trace of a few steps of rank 0, in RUN/profile."""
+
+    start: PositiveInt = Field(10, description="Steps before the first that is traced; a compiled model is warm then.")
+    steps: PositiveInt = Field(3, description="How many are traced.")
+    memory: bool = Field(False, description="Also a snapshot of the GPU's memory, with the stack of each allocation.")
+
+
 class Train(Section):
     """The schedule of one run."""
 
@@ -87,9 +95,18 @@ class Train(Section):
     save_timeout: PositiveFloat = Field(3600.0, description="The same for what a checkpoint holds the steps up.")
     evaluate_timeout: PositiveFloat = Field(3600.0, description="The same for one measurement between steps.")
     export_timeout: PositiveFloat = Field(3600.0, description="The same for writing the model at the end.")
+    profile: Profile | None = Field(None, description="Trace a few steps; null traces none.")
+    sync_guard: Literal["off", "warn", "error"] = Field(
+        "off",
+        description="On a GPU, after a start's first step: what PyTorch does where the host waits for the device.",
+    )
     dry_export: bool | None = Field(
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
     )
+
+
+#: Above it each process has so little of a block that gathering it is waiting: 1 MB of a 7 B model's at 400.
+MANY_PROCESSES = 256
 
 
 class Strategy(Section):
@@ -101,11 +118,29 @@ class Strategy(Section):
     shard_group: PositiveInt | None = Field(
         None, description="hsdp: processes that share one sharded copy; those of one node when omitted."
     )
+    gradients: Literal["sharded", "whole"] = Field(
+        "sharded",
+        description="fsdp, hsdp, between the micro-batches of a step: each gradient is reduced and sharded at once, or "
+        "stays whole in fp32 on every device until the last, which reduces once.",
+    )
+
+    def advice(self, processes: int) -> list[str]:
+        """What to consider on so many processes."""
+        if self.name != "fsdp" or processes <= MANY_PROCESSES:
+            return []
+        return [
+            f"strategy.name: fsdp gathers every block over all {processes} processes; hsdp gathers within a node (or "
+            "strategy.shard_group) and has gradients alone go farther"
+        ]
 
 
 def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
     """What of the training does not go together, or has no meaning in the stage."""
     problems = []
+    if strategy.name == "hsdp" and strategy.shard_group == 1:
+        problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")
+    if strategy.gradients == "whole" and strategy.name not in ("fsdp", "hsdp"):
+        problems.append(f"strategy.gradients: is of fsdp and hsdp; {strategy.name} would ignore it")
     if virtual := train.virtual_workers:
         if strategy.name != "ddp":
             problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {strategy.name}")

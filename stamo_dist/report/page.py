@@ -144,6 +144,11 @@ class ReportedRun:
         return embed(picture) if picture.is_file() else None
 
     @property
+    def traces(self) -> list[str]:
+        """Files of `train.profile`, below the run folder."""
+        return [f"{path.parent.name}/{path.name}" for path in sorted(self.folder.profile.glob("*_*"))]
+
+    @property
     def resolved(self) -> str:
         return self.folder.resolved.read_text()
 

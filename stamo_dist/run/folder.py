@@ -7,6 +7,7 @@
     starts.jsonl     one line a start               .leases/        which start may write
     checkpoints/     step_00000123/                 model/          the final export, of the step in exported.json
     logs/            rank_00000.log                 first_batch.png
+    profile/         step_00000011.json.gz, a trace of a few steps (train.profile); memory_00000011.pickle
     samples.jsonl    what each step read (train.log_samples)
     success.json     a policy's success while it trains: the last and the best
 
@@ -98,6 +99,18 @@ class RunFolder:
     @property
     def exported(self) -> Path:
         return self.path / "exported.json"
+
+    @property
+    def exported_step(self) -> int | None:
+        """The step whose weights `model` holds, None where there is no whole export."""
+        try:
+            return int(json.loads(self.exported.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def logs(self) -> Path:

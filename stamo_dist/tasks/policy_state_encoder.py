@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stamo_dist.data.frame_cache import find_cache
 from stamo_dist.data.loader import Batch
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.models.openvla.stamo import EncodedFrames, Reads, StamoVision, Target
@@ -25,7 +24,7 @@ def open_state_encoder(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | 
         return None, None
     tokenizer = StateEncoder.from_pretrained(cfg.tokenizer)
     if cached:
-        find_cache(mixture.shards, "states", tokenizer.fingerprint)
+        mixture.find_cache("states", tokenizer.fingerprint)
     return StamoVision(tokenizer), tokenizer.fingerprint
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.rank import few_of
 
+_OF_RANK = 5  # numbers that each rank says of itself
+
 
 @dataclass
 class StepSums:
@@ -74,6 +76,8 @@ class Reduced:
     data_wait: float  # share of the seconds spent waiting for data
     skipped: list[int]  # samples whose frames could not be read, per source
     compute_seconds: list[float]  # each rank's StepTimes.compute_seconds
+    peak_gb: float  # most memory of a step on any rank's device, allocated and reserved; 0 on a CPU
+    reserved_gb: float
     signals: dict[int, str]  # rank → the signal that asks it to stop
     not_finite: list[int]  # ranks whose loss was not finite
 
@@ -111,6 +115,7 @@ class Reduced:
             "data_wait": round(self.data_wait, 4),
             "seconds": round(seconds, 3),
             **({"mfu": round(mfu, 4)} if mfu is not None else {}),
+            **({"peak_gb": self.peak_gb, "reserved_gb": self.reserved_gb} if self.reserved_gb else {}),
             **{f"{term}/{source}": mean for term, source, mean in each if mean is not None},
             **{f"samples/{s}": n for s, n in zip(sources, self.counts, strict=True) if n},
             **({"skipped": sum(self.skipped)} if any(self.skipped) else {}),
@@ -143,22 +148,32 @@ class Reducer:
         """`signal`: number of the one that asks this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
-        own = torch.tensor([times.compute_seconds, float(signal)], device=self._device, dtype=torch.float64)
-        ranks = torch.zeros(3, self._ranks, device=self._device, dtype=torch.float64)
+        said = [times.compute_seconds, float(signal), *self._memory()]
+        own = torch.tensor(said, device=self._device, dtype=torch.float64)
+        ranks = torch.zeros(_OF_RANK, self._ranks, device=self._device, dtype=torch.float64)
         ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
             dist.all_reduce(flat)
         self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, times)
 
+    def _memory(self) -> tuple[float, float]:
+        """Bytes that the device's allocator had in use at most, and held, since it was last asked."""
+        if self._device.type != "cuda":
+            return 0.0, 0.0
+        found = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return float(found[0]), float(found[1])
+
     def take(self) -> Reduced | None:
         if self._pending is None:
             return None
         now, self._pending = self._pending, None
         numbers = now.flat.tolist()
-        cut = len(numbers) - 3 * self._ranks
+        cut = len(numbers) - _OF_RANK * self._ranks
         table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
-        compute_seconds, signals, wrong = (numbers[cut + i * self._ranks :][: self._ranks] for i in range(3))
+        of_rank = [numbers[cut + i * self._ranks :][: self._ranks] for i in range(_OF_RANK)]
+        compute_seconds, signals, peak, reserved, wrong = of_rank
         terms = len(now.terms)
         sums, there, count, skipped = table[:terms], table[terms:-2], table[-2], table[-1]
         losses = {t: (sums[i].sum() / there[i].sum()).item() for i, t in enumerate(now.terms) if there[i].any()}
@@ -186,6 +201,8 @@ class Reducer:
             data_wait=now.times.data_wait,
             skipped=[int(n) for n in skipped.tolist()],
             compute_seconds=compute_seconds,
+            peak_gb=round(max(peak) / 1e9, 3),
+            reserved_gb=round(max(reserved) / 1e9, 3),
             signals={rank: Signals(int(number)).name for rank, number in enumerate(signals) if number},
             not_finite=[rank for rank, flag in enumerate(wrong) if flag],
         )

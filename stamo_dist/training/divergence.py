@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.checkpoint.load import load_checkpoint
-from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.checkpoint.retention import scan
 from stamo_dist.checkpoint.select import ResumePoint, verify_or_fall_back
 from stamo_dist.data.loader import Cursor
@@ -63,22 +63,23 @@ def roll_back(
 
     def choose(damaged: frozenset[Path]) -> ResumePoint:
         guard()
-        whole = [(path, m.state) for path, m in scan(run.checkpoints).whole if path not in damaged]
+        whole = [checkpoint for checkpoint in scan(run.checkpoints).whole if checkpoint.path not in damaged]
         return ResumePoint(batches.last_good(whole, state, train.steps))
 
-    path, notes = verify_or_fall_back(run.checkpoints, engine.world, choose)
-    assert path is not None, "last_good found one"
+    checkpoint, notes = verify_or_fall_back(run.checkpoints, engine.world, choose)
+    assert checkpoint is not None, "last_good found one"
 
     def record() -> None:
         guard()
-        batches.record(read_checkpoint_manifest(path).state.step, state)
+        batches.record(checkpoint.manifest.state.step, state)
 
     # After newer checkpoints were put aside: the next start must not find them.
     on_main(engine.world, record)
-    back = load_checkpoint(path, engine, ema, precision=train.precision, sources=mixture.sources, say=notes.append)
+    precision, sources = train.precision, mixture.sources
+    back = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=notes.append)
     notes.append(
-        f"no finite loss and gradient in {state.bad_in_a_row} steps in a row: went back to {path}; going on without "
-        f"the batches since, see {batches.path}"
+        f"no finite loss and gradient in {state.bad_in_a_row} steps in a row: went back to {checkpoint.path}; "
+        f"going on without the batches since, see {batches.path}"
     )
     return replace(back, cursor=state.cursor), notes
 
@@ -105,7 +106,7 @@ class BadBatches:
             batch += 1
         return Cursor(batch * size).to_dict()
 
-    def last_good(self, whole: Sequence[tuple[Path, RunState]], state: RunState, steps: int) -> Path:
+    def last_good(self, whole: Sequence[Checkpoint], state: RunState, steps: int) -> Checkpoint:
         """The checkpoint to go back to from `state`; `whole`: those there are, newest first.
 
         Raises:
@@ -118,13 +119,15 @@ class BadBatches:
                 f"{why}, after the run was rolled back for it once ({self.path}); lower optimizer.lr or "
                 "optimizer.clip, or continue an earlier checkpoint in another run_dir with --resume PATH"
             )
-        found = next(((path, s.step) for path, s in whole if s.step < first and not s.bad_in_a_row), None)
+        good = (c for c in whole if c.manifest.state.step < first and not c.manifest.state.bad_in_a_row)
+        found = next(good, None)
         if found is None:
             raise RunError(f"{why}, and there is no checkpoint from before; lower optimizer.lr or optimizer.clip")
         size, end = self.mixture.global_batch, self.mixture.steps
-        if end is not None and Cursor.from_dict(state.cursor).samples // size + steps - found[1] > end:
+        left = steps - found.manifest.state.step
+        if end is not None and Cursor.from_dict(state.cursor).samples // size + left > end:
             raise RunError(f"{why}, and data.sources.*.max_epochs leaves no other batches to go on with")
-        return found[0]
+        return found
 
     def record(self, back: int, state: RunState) -> None:
         """Write down all batches read after step `back`, up to `state`."""

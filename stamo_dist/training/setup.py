@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,18 +12,19 @@ import torch
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import holds_all, load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
-from stamo_dist.checkpoint.select import ResumePoint, select_checkpoint, verify_or_fall_back
+from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.distributed.collectives import broadcast, everywhere
+from stamo_dist.data.node import NodeShare
+from stamo_dist.distributed.collectives import before_connecting, broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
-from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
+from stamo_dist.distributed.strategies import FILLED_BEFORE, SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.export import exported_step
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.models.shards import materialise
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.pretrained.pin import as_begun, moved, pin
@@ -40,7 +41,8 @@ from stamo_dist.tracking.metrics import Reducer, Stopwatch
 from stamo_dist.training import hooks
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
-from stamo_dist.training.trainer import Trainer
+from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
+from stamo_dist.training.trainer import Hook, Trainer
 from stamo_dist.training.trial_export import TrialExport
 
 
@@ -56,6 +58,7 @@ class RunStart:
     evaluation: Evaluation
     resume: str
     allowed: frozenset[str]
+    node: NodeShare
     lease: RunLease | None = None  # rank 0's
     notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
 
@@ -72,6 +75,7 @@ class Checked:
     fingerprint: RunFingerprint
     batching: Batching
     select: Callable[..., ResumePoint]  # `select_checkpoint` of this start, but for the fingerprint
+    begun: Begun
 
 
 @dataclass
@@ -98,20 +102,22 @@ def check(start: RunStart) -> Checked:
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
-    begun = ResumePoint(None) if MAY_CHANGE_DATA in start.allowed else _recorded(select)
-    data = in_order(recipe.data, begun.order)
+    begun = Begun(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
+    data_begun = Begun() if MAY_CHANGE_DATA in start.allowed else begun
+    data = in_order(recipe.data, data_begun.order)
     if data != recipe.data:
         start.notes.append(
             "data.shuffle.order: the run goes on in the order of groups, in which it began; a new run has lanes"
         )
-    mixture = Mixture(data, seed=recipe.seed, global_batch=recipe.train.global_batch, growth=begun.growth)
+    batch = recipe.train.global_batch
+    mixture = Mixture(data, seed=recipe.seed, global_batch=batch, growth=data_begun.growth, node=start.node)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
     if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=Cursor()):
         use.check(mixture.cache)
     check_task(recipe, mixture)
-    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select)
+    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select, begun)
 
 
 def build(start: RunStart, checked: Checked) -> Session | int:
@@ -136,47 +142,54 @@ def build(start: RunStart, checked: Checked) -> Session | int:
                 f"code {EXIT_PREEMPTED} to be started again"
             )
         return EXIT_PREEMPTED
+    start.node.met()
     fingerprint = checked.fingerprint.with_frozen(task.frozen)
-    path, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: checked.select(fingerprint, without=bad))
-    if task.init_frames and path is None:
+    select = partial(checked.select, fingerprint)
+    checkpoint, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: select(without=bad))
+    if task.init_frames and checkpoint is None:
         task.initialise(first_frames(mixture, task.init_frames))
+    reads_weights = checkpoint is None or not holds_all(checkpoint.manifest)
+    if recipe.strategy.name in FILLED_BEFORE:
+        materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
+        if reads_weights:
+            task.load_weights()
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
     survive_launcher()
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    if path is None or not holds_all(path):
+    if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
         task.load_weights()
     ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
-    if path is not None:
+    if checkpoint is not None:
         state = load_checkpoint(
-            path, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
+            checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     # Rank 0's word on both: a shared disk may show the others an older folder.
-    exported = broadcast(state.step >= recipe.train.steps and exported_step(run) == state.step)
+    exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
-    start.notes += [*pinned, *notes, *([f"continuing {path} after step {state.step}"] if path else [])]
+    start.notes += [*pinned, *notes, *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else [])]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
 
 
-def _recorded(select: Callable[[], ResumePoint]) -> ResumePoint:
-    """What the checkpoint says of its weights and data; every process reads it before they are connected."""
+def _recorded(select: Callable[[], ResumePoint]) -> Begun:
+    """What the checkpoint says of its weights and data."""
     try:
-        return select()
+        return select().begun
     except StamoError:
-        return ResumePoint(None)  # rank 0 says what is wrong
+        return Begun()  # it is refused with the fingerprint
 
 
 def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
     """The task on the weights that the run began with, which the recipe names from now on; and what was pinned."""
-    begun = _recorded(checked.select).sources
+    begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT)
+    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT | FILLED_BEFORE)
     changed = moved(task.sources, begun)
     if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(  # DeepSpeed's checkpoints lack what is frozen
@@ -247,12 +260,33 @@ def _assemble(
         micro_batch=checked.batching.micro_batch,
         open_loader=open_loader,
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, hooks.HeartbeatHook(watchdog), divergence, save],
+        hooks=[
+            *first,
+            evaluate,
+            log,
+            hooks.HeartbeatHook(watchdog),
+            divergence,
+            *_looking(start, engine, logger),
+            save,
+        ],
         go_back=go_back,
     )
     if start.lease is not None:
         _announce(start, checked, trainer, logger, budget)
     return Session(trainer, mixture, logger, saver, guard, exported)
+
+
+def _looking(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
+    """The hooks that look at the device, where the recipe asks for them."""
+    train, found = start.recipe.train, list[Hook]()
+    if train.profile is not None and start.world.is_main:
+        found.append(ProfileHook(train.profile, start.run.profile, logger, engine.device))
+    if train.sync_guard != "off":
+        if engine.device.type == "cuda":
+            found.append(SyncGuardHook(train.sync_guard))
+        else:
+            start.notes.append(f"train.sync_guard: {train.sync_guard} is of a GPU, and has no effect on a CPU")
+    return found
 
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:

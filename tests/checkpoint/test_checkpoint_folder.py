@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from stamo_dist.checkpoint.dcp_writer import DcpWriter
 from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored, damage, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import clean, complete, folder_of, named, part_of, scan, superseded
 from stamo_dist.checkpoint.select import select_checkpoint
-from stamo_dist.checkpoint.writers import DcpWriter, Staging
+from stamo_dist.checkpoint.staging import Staging
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import CheckpointConfig

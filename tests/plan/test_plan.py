@@ -93,6 +93,18 @@ def test_checkpointing_and_batch_decide_the_activations() -> None:
     assert activations("train.micro_batch=4", "train.gradient_checkpointing=true") < 0.5 * large
 
 
+def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:
+    path = ROOT / "recipes/policy_openvla_state.yaml"
+    settings = ["train.global_batch=1024", "train.micro_batch=16", "strategy.name=fsdp"]
+    sharded, whole = (
+        plan(load(path, [*settings, f"strategy.gradients={kept}"]).recipe, 8)[0] for kept in ("sharded", "whole")
+    )
+    assert whole.gradients - sharded.gradients == 4 * whole.trained_numel
+    check = ("recipe", "check", path, *(part for setting in settings for part in ("--set", setting)), "--world-size")
+    assert "fsdp gathers every block over all 512 processes; hsdp" in stamo(*check, 512).stdout
+    assert "hsdp" not in stamo(*check, 256).stdout
+
+
 def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: Path, tmp_path: Path) -> None:
     recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy, strategy="fsdp")
     (found,) = json.loads(stamo("plan", recipe, "--gpus", 2, "--json").stdout)

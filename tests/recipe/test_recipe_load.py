@@ -107,6 +107,14 @@ flow:
         ("[" * 3000, "run.yaml:1: not readable as YAML: nested too deeply"),
         (GOOD.replace("a: {", "a b: {"), "run.yaml:2: data.sources: a source's name has letters"),
         (GOOD.replace("shards/a", "x, weight: 0"), "run.yaml:2: data.sources: the weights sum to nothing"),
+        (
+            GOOD + "strategy: {name: hsdp, shard_group: 1}",
+            "run.yaml:8: strategy.shard_group: a group of 1 shards nothing; set it to 2",
+        ),
+        (
+            GOOD + "strategy: {name: zero2, gradients: whole}",
+            "run.yaml:8: strategy.gradients: is of fsdp and hsdp; zero2 would ignore",
+        ),
         (GOOD.replace("shards/a", "x, cameras: top"), "run.yaml:3: data.sources.a.cameras: must be a list (text each)"),
         (GOOD + "optimizer: {betas: [true, 0.9]}", "run.yaml:8: optimizer.betas: must be a list of 2"),
         (GOOD + "extends: {a: b}", "run.yaml:8: extends: must be a file name or a list of file names"),

@@ -98,6 +98,9 @@ def test_three_and_more_are_bit_identical(start, tmp_path, strategy):
     )
     assert broken == whole
     assert all(map(torch.equal, averages(tmp_path / "whole/run").values(), averages(tmp_path / "broken/run").values()))
+    parts = [p.stat().st_size for p in (tmp_path / "whole/run/checkpoints/step_00000006/ema").glob("*.distcp")]
+    assert len(parts) == 4
+    assert max(parts) < 0.4 * sum(parts), "each process keeps and writes its share of the average"
 
 
 def test_zero1_in_bf16(start, tmp_path):

@@ -1,0 +1,134 @@
+"""A file of a checkpoint on its way to the disk: hashed as it is written, and written back from early on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+
+from stamo_dist.checkpoint.manifest import HASH, Stored
+
+_log = logging.getLogger(__name__)
+_PIECE = 4 << 20  # bytes of one write
+_WRITE_BACK = 8 << 20  # bytes after which the kernel is asked to begin writing them to the disk
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class Sink(io.RawIOBase):
+    """A file that knows its checksum. Its first error is raised at the end: torch's writers must not see it."""
+
+    def __init__(self, path: Path):
+        self._path, self._fd = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._digest, self._small = xxhash.xxh3_128(), bytearray()
+        self._size = self._written = self._started = 0
+        self._error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Large data goes out as it is; small data is gathered until there is a piece of it."""
+        view = memoryview(data).cast("B")
+        self._size += len(view)
+        if len(self._small) + len(view) < _PIECE:
+            self._small += view
+        else:
+            self._empty()
+            for at in range(0, len(view), _PIECE):
+                self._put(view[at : at + _PIECE])
+        return len(view)
+
+    def _empty(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._put(memoryview(small))
+
+    def _put(self, piece: memoryview) -> None:
+        self._digest.update(piece)
+        if self._error is not None:
+            return
+        try:
+            while piece:
+                done = os.write(self._fd, piece)
+                piece, self._written = piece[done:], self._written + done
+        except OSError as e:
+            self._error = e
+        if self._written - self._started >= _WRITE_BACK:
+            _begin_write_back(self._fd, self._started, self._written - self._started)
+            self._started = self._written
+
+    def tell(self) -> int:
+        return self._size
+
+    def writable(self) -> bool:
+        return True
+
+    def finish(self) -> Stored:
+        """Sync and close.
+
+        Raises:
+            OSError: Something could not be written.
+        """
+        self._empty()
+        try:
+            if self._error is None:
+                os.fsync(self._fd)
+        except OSError as e:
+            self._error = e
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror, str(self._path))
+        return Stored(self._size, f"{HASH}:{self._digest.hexdigest()}")
+
+
+def save(state: Any, path: Path) -> Stored:
+    """`torch.save` through a sink.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    sink = Sink(path)
+    with without_crc():
+        torch.save(state, cast(IO[bytes], sink))
+    return sink.finish()
+
+
+@contextlib.contextmanager
+def without_crc() -> Iterator[None]:
+    """Inside, torch.save computes no CRC32: the sink has a better checksum."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _find_sync_file_range() -> Any:
+    try:
+        call = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call
+
+
+_sync_file_range = _find_sync_file_range()
+
+
+def _begin_write_back(fd: int, start: int, size: int) -> None:
+    """Have the kernel write these bytes to the disk while more are on their way, where it can be asked to."""
+    global _sync_file_range
+    if _sync_file_range is None:
+        return
+    if _sync_file_range(fd, start, size, _SYNC_FILE_RANGE_WRITE) and ctypes.get_errno() in (
+        errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM,
+    ):  # fmt: skip
+        _log.warning("sync_file_range: %s; checkpoints are written back at their end", os.strerror(ctypes.get_errno()))
+        _sync_file_range = None

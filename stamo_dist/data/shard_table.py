@@ -1,0 +1,228 @@
+"""The shards of sources as columns: what index.json says of 10⁵ shards, in 12 MB. Free of torch and streaming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stamo_dist.data.column_file import ColumnFile
+from stamo_dist.data.shards import ShardLayout, ShardSpec
+from stamo_dist.errors import DataError
+
+_EACH = 64  # shards of a folder of which every size is looked at when it is opened; of more, the first's and the last's
+_AT_ONCE = 8192
+_COLUMNS = ("layout", "samples", "nbytes", "digest", "name", "own", "own_ends")
+_OWN = ("raw_data", "zip_data", "samples")  # what the entries of one layout do not share
+
+
+@dataclass(frozen=True)
+class ShardTable(Sequence[ShardSpec]):
+    """Those of one camera of one split of a folder; an item is made when it is asked for.
+
+    Attributes:
+        folder: Where the raw shards are, or come to lie.
+        layouts: Which columns they have.
+        layout: int32 (shards,), index into `layouts`.
+        samples, nbytes: int64 (shards,), of the raw shard.
+        digest, name: bytes (shards,), what identifies the content, and the raw shard's file.
+        common: Of shards that are fetched, per layout what their entries in index.json share.
+        own: And uint8, what each has for itself, as JSON; where each ends is in `own_ends`, int64 (shards,).
+    """
+
+    folder: str
+    layouts: Sequence[ShardLayout]
+    layout: NDArray[np.int32]
+    samples: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    digest: NDArray[np.bytes_]
+    name: NDArray[np.bytes_]
+    common: Sequence[dict[str, Any]]
+    own: NDArray[np.uint8]
+    own_ends: NDArray[np.int64]
+    number: int = -1  # in the file that it was unpacked from
+
+    @classmethod
+    def of(
+        cls, folder: str, entries: Sequence[dict[str, Any]], prefix: str, checksums: Mapping[str, str], *, keep: bool
+    ) -> ShardTable:
+        """Of index.json's entries.
+
+        Args:
+            folder: See above.
+            entries: One a shard.
+            prefix: SPLIT/CAMERA.
+            checksums: The manifest's.
+            keep: The entries, so that the shards can be fetched.
+        """
+        raws = [entry["raw_data"] for entry in entries]
+        names = [raw["basename"] for raw in raws]
+        digests = [checksums.get(f"{prefix}/{name}") or _digest(e) for name, e in zip(names, entries, strict=True)]
+        layout, commons = _layouts(entries)
+        own = [json.dumps({k: entry[k] for k in _OWN}).encode() for entry in entries] if keep else []
+        return cls(
+            folder,
+            [
+                ShardLayout(
+                    tuple(common["column_names"]), tuple(common["column_encodings"]),
+                    tuple(size or None for size in common["column_sizes"]),
+                )
+                for common in commons
+            ],
+            layout,
+            np.array([entry["samples"] for entry in entries], np.int64),
+            np.array([raw["bytes"] for raw in raws], np.int64),
+            np.array([digest.encode() for digest in digests], "S"),
+            np.array([name.encode() for name in names], "S"),
+            commons if keep else [],
+            np.frombuffer(b"".join(own), np.uint8),
+            np.cumsum([len(one) for one in own], dtype=np.int64),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return ShardSpec(
+            os.path.join(self.folder, self.name[number].decode()), int(self.nbytes[number]), int(self.samples[number]),
+            self.layouts[self.layout[number]], self.digest[number].decode(),
+        )  # fmt: skip
+
+    def entry(self, number: int) -> dict[str, Any]:
+        """What index.json says of a shard."""
+        if not self.common:  # it lies there for good
+            with open(os.path.join(self.folder, "index.json"), "rb") as file:
+                found: dict[str, Any] = json.load(file)["shards"][number]
+            return found
+        begin = int(self.own_ends[number - 1]) if number else 0
+        own = json.loads(self.own[begin : self.own_ends[number]].tobytes())
+        return {**self.common[self.layout[number]], **own}
+
+    def packed(self, number: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """As table `number` of a ColumnFile: an item of its head's "tables", and arrays."""
+        layouts = [[layout.names, layout.encodings, layout.sizes] for layout in self.layouts]
+        head = {"folder": self.folder, "layouts": layouts, "common": self.common}
+        return head, {f"{number}/{column}": getattr(self, column) for column in _COLUMNS}
+
+    @classmethod
+    def unpacked(cls, file: ColumnFile, number: int) -> ShardTable:
+        """What `packed` made; the arrays stay in the file."""
+        head = file.head["tables"][number]
+        return cls(
+            folder=head["folder"],
+            layouts=[ShardLayout(*map(tuple, layout)) for layout in head["layouts"]],
+            common=head["common"],
+            number=number,
+            **{column: file[f"{number}/{column}"] for column in _COLUMNS},
+        )
+
+
+class Shards(Sequence[ShardSpec]):
+    """The shards of several tables, one after the other.
+
+    Attributes:
+        tables: As given.
+        starts: int64 (tables + 1,), number of each one's first shard, and how many there are.
+        samples, nbytes: int64 (shards,).
+    """
+
+    def __init__(self, tables: Sequence[ShardTable]):
+        self.tables = tables
+        self.starts = np.cumsum([0, *map(len, tables)])
+        self.samples: NDArray[np.int64] = np.concatenate([table.samples for table in tables])
+        self.nbytes: NDArray[np.int64] = np.concatenate([table.nbytes for table in tables])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        table, of_table = self.place(number % len(self))
+        return self.tables[table][of_table]
+
+    def __iter__(self) -> Iterator[ShardSpec]:
+        return chain.from_iterable(self.tables)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the tables, in their file."""
+        return [table.number for table in self.tables]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which table a shard is in, and its number there."""
+        table = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return table, int(number - self.starts[table])
+
+    def contents(self) -> Iterator[list[tuple[str, int]]]:
+        """Digest and samples of every shard, some thousands at a time."""
+        for table in self.tables:
+            for at in range(0, len(table), _AT_ONCE):
+                part = slice(at, at + _AT_ONCE)
+                digests = [digest.decode() for digest in table.digest[part].tolist()]
+                yield list(zip(digests, table.samples[part].tolist(), strict=True))
+
+
+def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool) -> None:
+    """Whether the shards lie there with the sizes that index.json says; of many, the first and the last.
+
+    The others are compared when they are mapped, and by `stamo data check`.
+
+    Raises:
+        DataError: Some are missing, or of another size; all of the folder are counted then.
+    """
+    files = [(packed and entry["zip_data"]) or entry["raw_data"] for entry in entries]
+    if len(files) > _EACH and not any(_wrong(file, _size(folder, file)) for file in (files[0], files[-1])):
+        return
+    with os.scandir(folder) as found:
+        sizes = {file.name: file.stat().st_size for file in found}
+    bad = [wrong for file in files if (wrong := _wrong(file, sizes.get(file["basename"])))]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError(
+            f"{folder}: {len(bad)} of {len(files)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
+            "run `stamo data convert` again"
+        )
+
+
+def _size(folder: str, file: Mapping[str, Any]) -> int | None:
+    try:
+        return os.stat(os.path.join(folder, file["basename"])).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _wrong(file: Mapping[str, Any], size: int | None) -> str:
+    if size == file["bytes"]:
+        return ""
+    what = "missing" if size is None else f"{size} bytes, index.json says {file['bytes']}"
+    return f"{file['basename']} ({what})"
+
+
+def _layouts(entries: Iterable[dict[str, Any]]) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
+    """Which layout each entry has, int32 (shards,), and what all entries of each layout say."""
+    commons: list[dict[str, Any]] = []
+    number, last, which = dict[str, int](), -1, list[int]()
+    for entry in entries:
+        common = {key: value for key, value in entry.items() if key not in _OWN}
+        if last < 0 or common != commons[last]:
+            last = number.setdefault(json.dumps(common, sort_keys=True), len(commons))
+            if last == len(commons):
+                commons.append(common)
+        which.append(last)
+    return np.array(which, np.int32), commons
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
