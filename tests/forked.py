@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -164,15 +165,10 @@ def _left() -> list[str]:
 
 
 def _serve(answers: IO[str]) -> None:
-    import torch
+    from tests.warm import MODULES
 
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
-
-    import stamo_dist.tasks.tokenizer
-    import stamo_dist.train  # noqa: F401
-
+    for module in MODULES:
+        importlib.import_module(module)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a rank leaves behind becomes this process's child
     for line in sys.stdin:
         code = _run(Call(**json.loads(line)))

@@ -28,9 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The commands that import torch.
 COMMANDS = ("train", "encode", "eval", "export")
 _PR_SET_PDEATHSIG = 1
-_MODULES = (
+#: What the commands import sooner or later; the last two when DeepSpeed builds its engine.
+MODULES = (
     "stamo_dist.distributed.engine", "deepspeed", "stamo_dist.train", "stamo_dist.encode", "stamo_dist.tasks.tokenizer",
     "stamo_dist.tasks.vae", "stamo_dist.tasks.policy", "stamo_dist.cli.app", "stamo_dist.recipe.load",
+    "torch.utils.cpp_extension", "torch._inductor.compile_fx",
 )  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def _serve(answers: IO[str]) -> None:
 if __name__ == "__main__":
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
-    for module in _MODULES:
+    for module in MODULES:
         importlib.import_module(module)
     _serve(pipe)
     os._exit(0)  # what was imported takes long to be taken down
