@@ -117,7 +117,7 @@ class EngineSpec:
             "kwargs_handlers": [
                 InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
                 # SD3's position table is a buffer of 226 MB that never changes.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
             "step_scheduler_with_optimizer": False,
         }

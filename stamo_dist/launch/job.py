@@ -47,7 +47,7 @@ _SIGNALS = {  # as srun writes them
     "Segmentation fault": 11, "User defined signal 2": 12, "Terminated": 15, "Out Of Memory": 9,
 }  # fmt: skip
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # signals that ask to stop, before the process could say so itself
-_TO_EXPORT = "to export"
+_AT_WORK = ("started", "exporting")
 _WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
 #: The batch step's own shape, which srun would take for the shape of its step.
 _NOT_FOR_SRUN = frozenset({
@@ -86,6 +86,7 @@ class Job:
         count = len(self.nodes) * self.launch.processes_per_node
         self._note_what_slurm_did()
         if self._exporting():
+            self._tell("started", nodes=self.nodes[:1], world_size=1)
             return self._settle(self._export(srun))
         self._tell("started", nodes=self.nodes, world_size=count)
         self._say(
@@ -103,12 +104,12 @@ class Job:
 
     def _exporting(self) -> bool:
         """Whether the training is over, and only its export was cut short."""
-        last = next((e for e in newest_first(self.run) if e.job == self.id and e.event == "started"), None)
-        return bool(self.restart) and last is not None and last.reason == _TO_EXPORT
+        mine = (e.event for e in newest_first(self.run) if e.job == self.id)
+        return bool(self.restart) and next((e for e in mine if e in _AT_WORK), None) == "exporting"
 
     def _export(self, srun: str) -> int:
         """Give all nodes but one back, and write the model there."""
-        self._tell("started", nodes=self.nodes[:1], world_size=1, reason=_TO_EXPORT)
+        self._tell("exporting", nodes=self.nodes[:1])
         if len(self.nodes) > 1:
             try:
                 slurm.shrink(self.id, 1)
@@ -122,8 +123,8 @@ class Job:
     def _note_what_slurm_did(self) -> None:
         """A job whose node failed could not say so: its next start does."""
         last = next((e for e in newest_first(self.run) if e.job == self.id), None)
-        if self.restart and last is not None and last.event in ("started", "preempted", "stopped"):
-            self._tell("requeued", reason="by Slurm: its nodes failed" if last.event == "started" else "by Slurm")
+        if self.restart and last is not None and last.event in (*_AT_WORK, "preempted", "stopped"):
+            self._tell("requeued", reason="by Slurm: its nodes failed" if last.event in _AT_WORK else "by Slurm")
 
     def _srun(self, command: Sequence[str]) -> int:
         env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}

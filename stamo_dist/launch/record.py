@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 VERSION = 1
 Kind = Literal["run", "array", "stage", "beside"]  # beside: of a run that trains, and no run of its own
 _ENDS = ("failed", "stopped", "cancelled")
-What = Literal["submitted", "started", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"]
+What = Literal[
+    "submitted", "started", "exporting", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"
+]
 #: In a pipeline's folder: its name, and stage → run folder.
 PIPELINE = "pipeline.json"
 #: Below a recipe's run folder: the runs of its sweeps.

@@ -129,7 +129,7 @@ def _over(history: Sequence[Event]) -> Event | None:
     for event in reversed(history):
         if event.event in _LAST:
             return event
-        if event.event in ("started", "requeued"):
+        if event.event in ("started", "exporting", "requeued"):
             return None
     return None
 
@@ -156,9 +156,10 @@ def _running(progress: Progress, last: Event | None, starts: int) -> State:
         return State("cancelled", "saving", restarts)
     if last.event == "started" and (progress.written or 0) < datetime.fromisoformat(last.time).timestamp():
         return State("starting", progress.phase, restarts)
-    if progress.silence is not None and progress.silence > STALE:
-        return State("running", f"no heartbeat for {duration(progress.silence)}", restarts)
-    return State("running", progress.phase, restarts)
+    detail = "exporting" if last.event == "exporting" else progress.phase
+    if last.event != "exporting" and progress.silence is not None and progress.silence > STALE:
+        detail = f"no heartbeat for {duration(progress.silence)}"
+    return State("running", detail, restarts)
 
 
 def _ended(progress: Progress, job: SlurmJob) -> State:

@@ -24,7 +24,6 @@ from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
-from stamo_dist.models.shards import materialise
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.pretrained.pin import as_begun, moved, pin
@@ -150,6 +149,8 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         task.initialise(first_frames(mixture, task.init_frames))
     reads_weights = checkpoint is None or not holds_all(checkpoint.manifest)
     if recipe.strategy.name in FILLED_BEFORE:
+        from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
+
         materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
         if reads_weights:
             task.load_weights()

@@ -199,7 +199,7 @@ def test_a_far_store_is_asked_for_several_shards_at_once_before_they_are_needed(
         with closing(loader):
             next(loader)
             deadline = time.monotonic() + 60
-            while len(list((tmp_path / "c").rglob("shard.*.mds"))) < 9 and time.monotonic() < deadline:
+            while len(list((tmp_path / "c").glob("*/train/front/shard.*.mds"))) < 9 and time.monotonic() < deadline:
                 time.sleep(0.05)  # nobody asks for a batch
             assert traffic.most_busy >= 4
             asked = traffic.requests

@@ -35,7 +35,7 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     preempt()
     run.starts(3)
     run.ends("finished")
-    assert run.story == ["submitted", *["started", "preempted", "requeued"] * 2, "started", "finished"]
+    assert run.story == ["submitted", *["started", "preempted", "requeued"] * 2, "started", "exporting", "finished"]
     for left, began in zip(run.events[2::3], run.events[4::3], strict=False):
         assert left.step == began.step
     log = (run.folder / "logs/main.log").read_text()
@@ -119,7 +119,7 @@ def test_preemption_without_grace_and_a_dead_node(submit, cluster, preempt):
     run.starts(4)
     assert (run.events[-1].nodes, run.events[-1].world_size) == ([first, second], 2)
     run.ends("finished")
-    assert run.story[-3:] == ["requeued", "started", "finished"]
+    assert run.story[-4:] == ["requeued", "started", "exporting", "finished"]
     run.assert_as_uninterrupted(processes=2)
 
 

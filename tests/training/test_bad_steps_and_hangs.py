@@ -18,15 +18,18 @@ FAULTY = Path(__file__).resolve().parent.parent / "faulty.py"
 
 @pytest.fixture(scope="module")
 def train(warm: Warm) -> Callable[..., tuple[int, str]]:
-    def run(recipe: Path, faults: dict, processes: int, *settings: str) -> tuple[int, str]:
+    def run(recipe: Path, faults: dict, processes: int, *settings: str, per_node: int | None = None) -> tuple[int, str]:
         """Exit code and output of rank 0, of a run with faults (see tests/faulty.py)."""
+        local = per_node or processes
         common = {
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }  # fmt: skip
         command = [json.dumps(faults), "train", str(recipe), *(x for s in settings for x in ("--set", s))]
         ranks = [
-            warm.start(*command, program=FAULTY, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            warm.start(
+                *command, program=FAULTY, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}
+            )
             for rank in range(processes)
         ]
         try:
@@ -113,12 +116,12 @@ def test_a_measurement_may_take_longer_than_a_step(toy, train, tmp_path):
 
 
 def test_processes_that_see_different_data_leave(toy, train, tmp_path):
-    """Rank 1 comes when a source has grown already."""
+    """Rank 1, of another node, comes when a source has grown already."""
     shards = tmp_path / "shards"
     make_source(shards, "a", episodes=6, shard_bytes=1)
     make_source(shards, "b")
     recipe = write_recipe(tmp_path / "toy.yaml", shards, toy.vae)
-    code, output = train(recipe, {"1": {"grown": [str(shards / "a")]}}, 2, "train.steps=2")
+    code, output = train(recipe, {"1": {"grown": [str(shards / "a")]}}, 2, "train.steps=2", per_node=1)
     assert code == EXIT_PREEMPTED, output
     assert "the processes see different data" in output
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
