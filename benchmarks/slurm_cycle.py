@@ -8,6 +8,7 @@ python benchmarks/slurm_cycle.py [CYCLES]
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -130,4 +131,6 @@ def empty(cluster: Cluster, folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cycles", metavar="CYCLES", type=int, nargs="?", default=5)
+    main(parser.parse_args().cycles)
