@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def test_a_refusal_is_the_same(toy: SimpleNamespace, warm: Warm, tmp_path: Path)
         assert one.returncode == 2
 
 
-def test_what_an_import_may_have_read_is_not_forked(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_import_may_have_read_is_not_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm = Warm(tmp_path, os.environ)  # the session's may have begun before another test's imports set variables
     assert warm.fits(["train", "toy.yaml"])
     assert not warm.fits(["recipe", "check", "toy.yaml"])
     monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
