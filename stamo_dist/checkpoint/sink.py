@@ -128,7 +128,10 @@ def _begin_write_back(fd: int, start: int, size: int) -> None:
     if _sync_file_range is None:
         return
     if _sync_file_range(fd, start, size, _SYNC_FILE_RANGE_WRITE) and ctypes.get_errno() in (
-        errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM,
-    ):  # fmt: skip
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.ESPIPE,
+        errno.EPERM,
+    ):
         _log.warning("sync_file_range: %s; checkpoints are written back at their end", os.strerror(ctypes.get_errno()))
         _sync_file_range = None

@@ -132,8 +132,10 @@ class Cache:
             _log.warning(
                 "the shards in use in the cache %s take %.2f GB, more than the %.2f GB it may hold; raise "
                 "data.cache_limit",
-                self.root, used / 1e9, self.limit / 1e9,
-            )  # fmt: skip
+                self.root,
+                used / 1e9,
+                self.limit / 1e9,
+            )
         return fits or overrun
 
     @staticmethod

@@ -59,9 +59,10 @@ class EpisodeColumns:
             order[np.append(np.diff(begins[order]) > 0, True)] if len(order) else order
         )  # a change at frame 0 counts
         return (
-            begins[order], np.concatenate([own, episode[inside]])[order],
+            begins[order],
+            np.concatenate([own, episode[inside]])[order],
             np.concatenate([self.text, text[inside]])[order],
-        )  # fmt: skip
+        )
 
     def packed(self, number: int) -> tuple[list[Any], dict[str, NDArray[Any]]]:
         """As table `number` of a ColumnFile: a part of its head, and arrays."""
@@ -107,9 +108,13 @@ def read_columns(source: Path, split: str, count: int | None = None) -> EpisodeC
     except ValidationError as e:
         raise DataError(f"{path}: not an episode table: {e}") from e
     return EpisodeColumns(
-        path, np.array(starts, np.int64), np.array(lengths, np.int64), list(number), np.array(text, np.int32),
+        path,
+        np.array(starts, np.int64),
+        np.array(lengths, np.int64),
+        list(number),
+        np.array(text, np.int32),
         np.array(changes, np.int64).reshape(-1, 3),
-    )  # fmt: skip
+    )
 
 
 def kept_columns(cache: Path, path: Path, count: int, read: Callable[[], EpisodeColumns]) -> EpisodeColumns:

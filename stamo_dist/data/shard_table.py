@@ -71,7 +71,8 @@ class ShardTable(Sequence[ShardSpec]):
             folder,
             [
                 ShardLayout(
-                    tuple(common["column_names"]), tuple(common["column_encodings"]),
+                    tuple(common["column_names"]),
+                    tuple(common["column_encodings"]),
                     tuple(size or None for size in common["column_sizes"]),
                 )
                 for common in commons
@@ -84,7 +85,7 @@ class ShardTable(Sequence[ShardSpec]):
             commons if keep else [],
             np.frombuffer(b"".join(own), np.uint8),
             np.cumsum([len(one) for one in own], dtype=np.int64),
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -93,9 +94,12 @@ class ShardTable(Sequence[ShardSpec]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         return ShardSpec(
-            os.path.join(self.folder, self.name[number].decode()), int(self.nbytes[number]), int(self.samples[number]),
-            self.layouts[self.layout[number]], self.digest[number].decode(),
-        )  # fmt: skip
+            os.path.join(self.folder, self.name[number].decode()),
+            int(self.nbytes[number]),
+            int(self.samples[number]),
+            self.layouts[self.layout[number]],
+            self.digest[number].decode(),
+        )
 
     def entry(self, number: int) -> dict[str, Any]:
         """What index.json says of a shard."""
