@@ -75,19 +75,20 @@ class Job:
         for s in SIGNALS:
             signal.signal(s, _nothing)  # the processes act on them, and this one sees to it afterwards
         usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
-        if not usable:
+        exports = self._exporting()
+        if not usable and not exports:  # Slurm may give an export no more nodes than it kept
             self._tell("failed", reason=f"got {len(self.nodes)} nodes, and runs on {self.launch.node_counts}")
             return 2
         srun = slurm.tool("srun")
         if srun is None:
             self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
             return 2
-        self.nodes = self.nodes[: max(usable)]
-        count = len(self.nodes) * self.launch.processes_per_node
         self._note_what_slurm_did()
-        if self._exporting():
+        if exports:
             self._tell("started", nodes=self.nodes[:1], world_size=1)
             return self._settle(self._export(srun))
+        self.nodes = self.nodes[: max(usable)]
+        count = len(self.nodes) * self.launch.processes_per_node
         self._tell("started", nodes=self.nodes, world_size=count)
         self._say(
             f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: {count} processes, {now()}"
