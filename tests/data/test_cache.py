@@ -188,6 +188,7 @@ def test_two_trainings_processes_never_map_what_is_removed(packed: Path, tmp_pat
             [*command, str(rank), str(Path(__file__).parent)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=(tmp_path / f"said_{rank}").open("w"),
             text=True,
         )
         for rank in range(2)
@@ -213,7 +214,9 @@ def test_two_trainings_processes_never_map_what_is_removed(packed: Path, tmp_pat
                 print(file=rank.stdin, flush=True)
         assert [rank.wait(60) for rank in ranks] == [0, 0]
     assert limit is not None
-    assert limit / 2 < most[0] <= limit
+    said = "".join((tmp_path / f"said_{rank}").read_text() for rank in range(2))
+    overrun = limit / 26 if "raise data.cache_limit" in said else 0  # by one shard, where the machine stood still for 2 s
+    assert limit / 2 < most[0] <= limit + overrun, said
     assert 0 < maps[0] <= 26
 
 
