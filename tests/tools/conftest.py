@@ -1,12 +1,14 @@
-"""A short LIBERO file cut from the real one."""
+"""A short LIBERO file cut from the real one; an S3 server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
+from s3 import free_port, server, use
 
 REAL = "libero_spatial_task2_128.hdf5"
 FRAMES = (12, 15, 18)
@@ -33,3 +35,21 @@ def cut(shared_data: Callable[[str], Path]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A real S3 server's URL."""
+    with server(free_port()) as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """An empty bucket, with the environment that reaches it."""
+    import boto3
+
+    use(monkeypatch, s3)
+    name = f"c{abs(hash(request.node.name))}"
+    boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket=name)
+    return boto3.resource("s3", endpoint_url=s3, region_name="us-east-1").Bucket(name)

@@ -9,36 +9,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from raw import write_raw
-from s3 import free_port, server, use
+from s3 import free_port
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
 from data_tools.convert.driver import convert
 from data_tools.stores.sources import bring, is_remote
 from stamo_dist.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with server(free_port()) as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """An empty bucket, with the environment that reaches it."""
-    import boto3
-
-    use(monkeypatch, s3)
-    name = f"c{abs(hash(request.node.name))}"
-    boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket=name)
-    return boto3.resource("s3", endpoint_url=s3, region_name="us-east-1").Bucket(name)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
-from s3 import free_port, relay, server, use
+from s3 import relay
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
@@ -22,22 +21,10 @@ from stamo_dist.run.state import RunState
 LARGE = 23 << 20
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with server(free_port()) as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """An empty bucket, with the environment that reaches it; large files go in parts of 5 MB, the least S3 takes."""
-    import boto3
-
-    use(monkeypatch, s3)
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 MB, the least S3 takes."""
     monkeypatch.setattr(multipart, "PART", 5 << 20)
-    name = f"c{abs(hash(request.node.name))}"
-    boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket=name)
-    return boto3.resource("s3", endpoint_url=s3, region_name="us-east-1").Bucket(name)
 
 
 def checkpoint(run: Path, step: int = 7) -> Path:
