@@ -64,7 +64,7 @@ def ours(root: Path, batch: int, size: int) -> Make:
     mixture = Mixture(data, seed=0, global_batch=batch)
 
     def make(workers: int) -> Run:
-        loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+        loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers)
         return lambda: (b.images for b in islice(loader, mixture.num_samples // batch))
 
     return make

@@ -47,7 +47,7 @@ def batches(folders: list[str], workers: int, options: dict[str, Any]) -> tuple[
     sources = {f"s{i}": SourceConfig(path=folder, weight=1 + i % 3) for i, folder in enumerate(folders)}
     data = Data(sources=sources, image_size=SIZE, prefetch=2, **options)
     mixture = Mixture(data, seed=0, global_batch=BATCH)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers)
     return iter(loader), mixture.num_samples // BATCH
 
 

@@ -112,7 +112,7 @@ def measured(cache: Path) -> Iterator[list[int]]:
 def train(mixture: Mixture, step: float, steps: int, workers: int) -> list[float]:
     """Seconds that each step waited for its batch."""
     waits = []
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers)
     with closing(loader):
         began = time.perf_counter()
         for _ in islice(loader, steps):

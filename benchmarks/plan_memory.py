@@ -83,9 +83,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     task.load_weights()
     noise = Noise(0)
     caches = CacheKeys(task.latents)
-    loader = build_loader(
-        mixture, rank=number, world_size=world, cursor=Cursor(), pin_memory=False, workers=0, caches=caches
-    )
+    loader = build_loader(mixture, rank=number, world_size=world, cursor=Cursor(), workers=0, caches=caches)
     with closing(loader):
         batches = iter(loader)
         for step in range(steps):

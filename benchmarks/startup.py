@@ -73,7 +73,7 @@ def rank_start(root: Path, rank: int, ranks: int, world: int) -> None:
         options["node"].close()
     os.path.exists(END)
     sizes = [memory(what) - before for what in ("VmHWM", "VmRSS")]
-    loader = build_loader(mixture, rank=rank, world_size=world, cursor=Cursor(), pin_memory=False, workers=1)
+    loader = build_loader(mixture, rank=rank, world_size=world, cursor=Cursor(), workers=1)
     time.sleep(5)  # the worker has what it needs to know
     worker = memory("VmRSS", loader._pool._workers[0].pid)
     loader.close()

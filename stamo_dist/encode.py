@@ -20,6 +20,7 @@ from torch import Tensor
 from stamo_dist.data.frame_cache import Kind, Precision, has_cache, write_cache, write_manifests
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.shards import MappedShard
+from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.exported import exported
@@ -49,7 +50,8 @@ def encode(recipe: Recipe, world: World) -> int:
         RecipeError: The recipe names no trained VAE, or no tokenizer that reads frames of this size.
         DataError: A source cannot be read or its folder not be written.
     """
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = Device.current()
+    device.select(world.local_rank)
     mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)
     encoder = (_states if recipe.stage == "policy" else _latents)(recipe, device)
     kind, fingerprint = encoder.kind, encoder.fingerprint
@@ -68,19 +70,19 @@ def encode(recipe: Recipe, world: World) -> int:
                 stop = min(len(shard), start + recipe.train.micro_batch)
                 images = torch.from_numpy(_frames(shard, start, stop, recipe.data.image_size))
                 with torch.no_grad():
-                    parts.append(encoder.rows(images.to(device)).cpu().numpy())
+                    parts.append(encoder.rows(device.upload(images)).cpu().numpy())
                 progress.advance(bar, len(images))
             write_cache(mixture.shards[i], kind, fingerprint, np.concatenate(parts), encoder.precision)
     write_manifests(mixture.shards, kind, fingerprint, encoder.about)
     return len(missing)
 
 
-def _latents(recipe: Recipe, device: torch.device) -> FrameEncoder:
+def _latents(recipe: Recipe, device: Device) -> FrameEncoder:
     if recipe.model.vae.weights is None:
         raise RecipeError(["model.vae.weights: is missing, and the latents of a random VAE are of no use"])
     vae = VAE.from_config(recipe.model.vae.model_copy(update={"latent": "mean"}), recipe.data.image_size)
     fingerprint = vae.fingerprint()
-    vae.requires_grad_(False).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    vae.requires_grad_(False).eval().to(device.torch_device, device.dtype())
 
     def encode(images: Tensor) -> Tensor:
         return vae.encode(images).to(torch.bfloat16).view(torch.int16)
@@ -88,7 +90,7 @@ def _latents(recipe: Recipe, device: torch.device) -> FrameEncoder:
     return FrameEncoder("latents", fingerprint, "bfloat16", encode, {"model": recipe.model.vae.weights})
 
 
-def _states(recipe: Recipe, device: torch.device) -> FrameEncoder:
+def _states(recipe: Recipe, device: Device) -> FrameEncoder:
     folder = recipe.policy.tokenizer
     if folder is None:
         raise RecipeError(["policy.tokenizer: is missing: name the run folder of the tokenizer whose states to write"])
@@ -98,7 +100,7 @@ def _states(recipe: Recipe, device: torch.device) -> FrameEncoder:
         raise RecipeError(
             [f"data.image_size: frames of {recipe.data.image_size} px, but policy.tokenizer reads {sizes[0]} px"]
         )
-    tokenizer = StateEncoder.from_pretrained(folder).to(device)
+    tokenizer = StateEncoder.from_pretrained(folder).to(device.torch_device)
     return FrameEncoder("states", tokenizer.fingerprint, "float32", tokenizer.encode, {"model": folder})
 
 

@@ -53,7 +53,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:
     """The first batches of the run, for models that are fitted to data when they are exported."""
     caches = CacheKeys(task.latents, task.states)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0, caches=caches)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=0, caches=caches)
     with closing(loader):
         batches = iter(loader)
         for _ in range(_BATCHES):

@@ -197,7 +197,8 @@ def _make(task: str, size: int) -> Any:
     _find_driver()
     import gymnasium
     import mani_skill.envs  # noqa: F401
-    import torch
+
+    from stamo_dist.device import Device  # with it comes torch
 
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
     try:
@@ -208,7 +209,7 @@ def _make(task: str, size: int) -> Any:
             control_mode=CONTROL_MODE,
             robot_uids=ROBOT,
             sim_backend="physx_cpu",
-            render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            render_backend="gpu" if Device.current().is_gpu else "cpu",
             sensor_configs={"width": size, "height": size},
         ).unwrapped
     except RuntimeError as e:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem
@@ -110,8 +109,7 @@ class _Planner(dcp.DefaultSavePlanner):
             held[item.index] = data if isinstance(data, io.BytesIO) else staging.copy(data.detach())
         self._held = held
         self.state_dict = {}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        staging.wait()
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict[index.fqn]

@@ -41,6 +41,7 @@ from stamo_dist.checkpoint.retention import (
 )
 from stamo_dist.checkpoint.staging import Staging
 from stamo_dist.checkpoint.writers import CheckpointWriter, ZeroWriter
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import broadcast, everywhere, gather
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
@@ -164,7 +165,7 @@ class Saver:
         self._origin, self._lease, self._needed = origin, lease, needed
         self._number = broadcast(lease.number if lease else 0)
         self._writing: _Writing | None = None
-        self._staging = Staging()
+        self._staging = Staging(Device.current())
         self._layouts: dict[str, Layout] = defaultdict(Layout)
         self._whole: list[Checkpoint] | None = None  # newest first; rank 0 looks once
         self._removing: threading.Thread | None = None

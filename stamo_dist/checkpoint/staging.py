@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stamo_dist.device import Device
+
 
 class Staging:
     """Copies of a state in host memory. The memory is kept from save to save: getting it takes longer than copying."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._kept: list[Tensor] = []
         self._used = 0
 
@@ -21,18 +24,22 @@ class Staging:
         self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """On CUDA the copy is there once the device is synchronised."""
+        """A copy, which is there after `wait`."""
         if self._used == len(self._kept):
             self._kept.append(torch.empty(0))
         kept = self._kept[self._used]
         if (kept.shape, kept.stride(), kept.dtype) != (tensor.shape, tensor.stride(), tensor.dtype):
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            kept = self._device.host_like(tensor)
             self._kept[self._used] = kept
         self._used += 1
         return kept.copy_(tensor, non_blocking=True)
 
+    def wait(self) -> None:
+        """Until all copies are there."""
+        self._device.synchronize()
+
     def copy_all(self, value: Any) -> Any:
-        """A copy of everything in a nested state."""
+        """A copy of everything in a nested state, which is there after `wait`."""
         if isinstance(value, Tensor):
             return self.copy(value.detach())
         if isinstance(value, dict):

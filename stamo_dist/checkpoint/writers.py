@@ -10,8 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from stamo_dist.checkpoint import sink
 from stamo_dist.checkpoint.manifest import Stored
 from stamo_dist.checkpoint.staging import Staging
@@ -77,8 +75,8 @@ class ZeroWriter:
         shared = ZERO_STAGE[engine.strategy] == 3
         states = [(path, state if shared else _without_trained(state, engine)) for path, state in catch.caught]
         self._states = [(path, staging.copy_all(state) if staging else state) for path, state in states]
-        if staging and engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        if staging:
+            staging.wait()
 
     def write(self, folder: Path, files: dict[str, Stored]) -> None:
         for path, state in self._states:

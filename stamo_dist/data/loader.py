@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -22,8 +19,10 @@ from stamo_dist.data.frame_cache import CacheSpec
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.plan import Cursor, Order, Position
 from stamo_dist.data.pool import Pool
+from stamo_dist.data.prefetcher import Prefetcher
 from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
+from stamo_dist.device import CPU, Device, Sent
 from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
@@ -51,6 +50,7 @@ class Batch:
         actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 where `mask` is false.
         mask: bool (b, horizon), which actions there are.
         proprio: float32 (b, P) at t; 0 beyond a source's own dimensions.
+        sent: The same tensors on their way to the GPU, where the loader was given one.
 
     What the recipe does not ask for is None.
     """
@@ -70,6 +70,7 @@ class Batch:
     actions: Tensor | None = None
     mask: Tensor | None = None
     proprio: Tensor | None = None
+    sent: Sent | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -80,19 +81,26 @@ class Batch:
         return first if self.views is None else torch.cat([first, self.views], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; from pinned memory the copy overlaps with what the device is doing."""
+        """The batch on `device`: where it was sent there, what the device does from now on waits for it to arrive."""
+        if self.sent is not None:
+            arrived: dict[str, Any] = self.sent.receive()
+            return replace(self, sent=None, **arrived)
         return self._each(lambda t: t.to(device, non_blocking=True))
 
-    def pin(self) -> Batch:
-        """A copy in page-locked memory."""
-        return self._each(lambda t: t.pin_memory())
+    def send(self, device: Device) -> Batch:
+        """A copy in page-locked memory; begins to copy it to the device on a stream of its own, beside all else."""
+        pinned = self._each(device.pin)
+        return replace(pinned, sent=device.send(pinned._tensors()))
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most `size` samples, views of this one."""
         return [self._each(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
 
     def _each(self, change: Any) -> Batch:
-        return replace(self, **{name: change(value) for name, value in vars(self).items() if torch.is_tensor(value)})
+        return replace(self, **{name: change(tensor) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
 
 class CachedStates(NamedTuple):
@@ -134,7 +142,7 @@ def build_loader(
     rank: int,
     world_size: int,
     cursor: Cursor,
-    pin_memory: bool,
+    device: Device = CPU,
     workers: int | None = None,
     caches: CacheKeys = NO_CACHE,
     sharing: Sharing = ALONE,
@@ -145,7 +153,7 @@ def build_loader(
         mixture: What to read.
         rank, world_size: Of this process; `world_size` divides the global batch.
         cursor: Where to begin.
-        pin_memory: Deliver page-locked batches (where there is a GPU).
+        device: To a GPU, batches are sent ahead: they lie in page-locked memory and are on their way there.
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
         caches: What to read in place of frames.
         sharing: Of the process's part of a batch, and of the node's cache.
@@ -166,10 +174,9 @@ def build_loader(
     states = caches.states
     targets = None if states is None else mixture.find_cache("states", states.fingerprint)
     workers = mixture.data.workers if workers is None else workers
-    pin = pin_memory and torch.cuda.is_available()
     found = _Caches(spec, targets, each=states is not None and states.each)
     share = _RankShare(rank, world_size, sharing.groups, sharing.node or range(rank, rank + 1))
-    return Loader(mixture, share, found, cursor, pin=pin, workers=workers)
+    return Loader(mixture, share, found, cursor, device=device, workers=workers)
 
 
 def cache_use(mixture: Mixture, *, world_size: int, node: range, cursor: Cursor) -> CacheUse | None:
@@ -216,7 +223,7 @@ class Loader:
     """
 
     def __init__(
-        self, mixture: Mixture, share: _RankShare, caches: _Caches, cursor: Cursor, *, pin: bool, workers: int
+        self, mixture: Mixture, share: _RankShare, caches: _Caches, cursor: Cursor, *, device: Device, workers: int
     ):
         self._mixture = mixture
         self._latents, states = caches.latents, caches.states
@@ -246,7 +253,7 @@ class Loader:
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture, _positions(mixture, share, cursor))
         self._coming: deque[Cursor] = deque()
-        self._prefetcher = PinnedPrefetcher(lambda: self._read().pin()) if pin else None
+        self._prefetcher = Prefetcher(lambda: self._read().send(device), device) if device.is_gpu else None
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -319,7 +326,7 @@ class Loader:
         views = self._buffers.views(memory)
         samples = views.pop("samples").copy()
         del views["epochs"], views["shard"]
-        tensors = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
+        tensors: dict[str, Any] = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
         if self._latents is not None:
             dtype = torch.float16 if self._latents.precision == "float16" else torch.bfloat16
             tensors["latents"] = torch.from_numpy(views["latents"].view(np.int16)).view(dtype)
@@ -339,49 +346,6 @@ def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[
             yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine], samples)
         if len(plan.samples) < at_a_time:
             return
-
-
-class PinnedPrefetcher:
-    """Calls `make` in a thread, up to `depth` batches ahead of `take`; what `make` raises, `take` raises after them."""
-
-    def __init__(self, make: Callable[[], Batch], depth: int = 2):
-        self._make = make
-        self._made: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-        self._closed = threading.Event()
-        # A new thread begins on the first GPU, and would make a context there.
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._run, name="pin", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        if self._device is not None:
-            torch.cuda.set_device(self._device)
-        made: Batch | BaseException | None = None
-        while not isinstance(made, BaseException):
-            try:
-                made = self._make()
-            except BaseException as e:
-                made = e
-            while True:
-                if self._closed.is_set():
-                    return
-                with suppress(queue.Full):
-                    self._made.put(made, timeout=1)
-                    break
-
-    def take(self) -> Batch:
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
-
-    def close(self) -> None:
-        """End the thread; while it waits for data it is left to end by itself."""
-        self._closed.set()
-        with suppress(queue.Empty):
-            while True:
-                self._made.get_nowait()
-        self._thread.join(timeout=5)
 
 
 def first_frames(mixture: Mixture, count: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
@@ -94,7 +95,7 @@ def everywhere(flag: bool) -> bool:
     """Whether it holds on every rank."""
     if not dist.is_initialized():
         return flag
-    least = torch.tensor(int(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    least = torch.tensor(int(flag), device=Device.current().torch_device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return bool(least.item())
 
@@ -158,8 +159,7 @@ def leave(code: int) -> None:
         with contextlib.suppress(RuntimeError):  # a rank that was killed by now changes nothing about what was done
             dist.barrier()
             dist.destroy_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    Device.current().synchronize()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

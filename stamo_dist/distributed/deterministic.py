@@ -52,8 +52,10 @@ class DeterministicEngine(Engine):
         self._done = 0
         [(_, gradients)] = self._sums
         self._sums.clear()
+        self.on_phase(Phase.REDUCING)
         for parameter, gradient in zip(self._parameters, _over_processes(gradients), strict=True):
             parameter.grad = gradient
+        self.on_phase(Phase.UPDATING)
         return self.step()
 
     @property

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
 
-if not torch.cuda.is_available():
+if not Device.current().is_gpu:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -30,6 +31,8 @@ class Phase(str, Enum):
     WAITING = "waiting for the data of"
     COMPUTING = "computing"
     DIFFERENTIATING = "differentiating"
+    REDUCING = "reducing the gradients of"  # its own gradients are there
+    UPDATING = "updating the weights in"
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
@@ -113,12 +116,29 @@ class Engine:
         it is not finite, on any process, no process has stepped; a loss that is not finite makes it so.
         """
         self.on_phase(Phase.DIFFERENTIATING)
-        self.accelerator.backward(poison_nonfinite(loss))
-        if not self.accelerator.sync_gradients:
+        loss, last = poison_nonfinite(loss), self.accelerator.sync_gradients
+        if last:
+            self._mark_own_gradients(loss)
+        if self.is_zero:  # Accelerate's backward would step too
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            self.deepspeed.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+        if not last:
             return None
-        if self.is_zero:  # DeepSpeed has clipped and stepped inside its backward, or skipped the step
+        self.on_phase(Phase.UPDATING)
+        if self.is_zero:  # DeepSpeed clips and steps, or skips the step
+            self.deepspeed.step()
             return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
         return self.step()
+
+    def _mark_own_gradients(self, loss: Tensor) -> None:
+        """Have the backward pass say when it ends, before it waits for what other processes add to the gradients."""
+
+        def begin(_: Tensor) -> None:  # what is queued first is called first, and the loss comes before all layers
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.on_phase(Phase.REDUCING))
+
+        loss.register_hook(begin)
 
     def step(self) -> float:
         """Clip the gradient and step, unless its norm, which is returned, is not finite. Not for ZeRO."""

@@ -22,6 +22,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import PATIENCE
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
 from stamo_dist.distributed.extension_locks import clear_dead_locks
@@ -37,14 +38,6 @@ SUPPORTS_META_INIT = {"fsdp", "hsdp"}
 FILLED_BEFORE = {"ddp", "zero1", "zero2"}
 
 
-def _tune_gpu(precision: str) -> None:
-    """Before the device is first used. Not cudnn.benchmark: each start might choose other kernels."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if precision == "bf16":  # then fp32 side work, such as a frozen compressor's, may be TF32
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-
-
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": batching.micro_batch,
@@ -55,7 +48,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": Device.current().is_gpu,
             "contiguous_gradients": True,
             "reduce_bucket_size": 200_000_000,
         },
@@ -104,9 +97,9 @@ class EngineSpec:
         Raises:
             RunError: hsdp's group does not divide the world.
         """
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            _tune_gpu(self.precision)
+        device = Device.current()
+        for note in device.tune(self.precision):
+            _log.warning(note)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
@@ -115,7 +108,7 @@ class EngineSpec:
             "gradient_accumulation_steps": parts,
             "mixed_precision": "bf16" if self.precision == "bf16" else "no",
             "kwargs_handlers": [
-                InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE)),
+                InitProcessGroupKwargs(backend=device.backend, timeout=timedelta(seconds=PATIENCE)),
                 # SD3's position table is a buffer of 226 MB that never changes.
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
@@ -136,11 +129,11 @@ class EngineSpec:
 
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         if self.strategy.name == "ddp":
-            return Accelerator(cpu=not on_gpu, **common)
+            return Accelerator(cpu=not device.is_gpu, **common)
 
         plugin = _fsdp_plugin(self.precision, self.block_classes)
         mesh = _hsdp_mesh(self.strategy, self.world) if self.strategy.name == "hsdp" else None
-        if on_gpu:
+        if device.is_gpu:
             return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)
         accelerator = Accelerator(cpu=True, **common)  # Accelerate knows no FSDP on CPU; its prepare does
         # Accelerate's prepare copies this one into the other.

@@ -16,6 +16,7 @@ import torch
 from rich.progress import TaskID
 from torch import Tensor
 
+from stamo_dist.device import Device
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.measurement import Measurement, TokenizerMeasurement
 from stamo_dist.evaluate.options import SpeedOptions
@@ -61,7 +62,7 @@ class SpeedMeasurement(SpeedOptions, Measurement):
 
     def devices(self) -> list[str]:
         """Raises: RunError: One that was asked for is not there."""
-        there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        there = ["cpu", "cuda"] if Device.current().is_gpu else ["cpu"]
         if missing := set(self.device or ()) - set(there):
             raise RunError(f"--device {', '.join(sorted(missing))}: this machine has {', '.join(there)}")
         return self.device or there
@@ -71,12 +72,12 @@ class SpeedMeasurement(SpeedOptions, Measurement):
     ) -> dict[str, tuple[dict[str, Any], Tensor]]:
         """A row of the table for each call by its name, and the seconds, (calls,); they take turns call by call."""
         found: dict[str, list[float]] = {part: [] for part in calls}
+        wait = Device.named(device).synchronize
         for _ in range(WARM + self.calls):
             for part, call in calls.items():
                 start = time.perf_counter()
                 call()
-                if device == "cuda":
-                    torch.cuda.synchronize()
+                wait()
                 found[part].append(time.perf_counter() - start)
                 self.bar.advance(watched)
         seconds = {part: torch.tensor(times[WARM:], dtype=torch.float64) for part, times in found.items()}
@@ -92,7 +93,7 @@ def speed_row(device: str, part: str, batch: int, seconds: Tensor) -> dict[str, 
     """A row of the table from the seconds of each call, (calls,)."""
     median = seconds.median().item()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
+        "device": Device.named(device).name,
         "part": part,
         "batch": batch,
         "hz": batch / median,
@@ -223,7 +224,7 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
     sizes = PolicySizes(_ACTION_DIM, recipe.data.horizon, proprio_dim, state, patch_dim, state_dim)
     with loading.on_meta():
         network = PolicyNetwork(config, cfg, sizes)
-    network = network.to(torch.bfloat16 if device == "cuda" and recipe.train.precision == "bf16" else torch.float32)
+    network = network.to(Device.named(device).dtype(recipe.train.precision))
     loading.materialise(network, device)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -15,6 +15,7 @@ from stamo_dist.checkpoint.compatibility import mixture_of
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
+from stamo_dist.device import Device
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.evaluate.result import Provenance, output_folder
 from stamo_dist.export import write_model
@@ -42,7 +43,7 @@ def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(Device.current().torch_device)
 
 
 def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None) -> tuple[Tokenizer, Provenance]:

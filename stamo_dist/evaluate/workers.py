@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import barrier, broadcast, leave, run_rank
 from stamo_dist.distributed.rank import world_from_environment
 from stamo_dist.run.folder import write_atomic
@@ -152,8 +152,7 @@ def run_in_group(
     world = world_from_environment()
 
     def rank() -> int:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(world.local_rank)
+        Device.current().select(world.local_rank)
         if world.size > 1:
             dist.init_process_group("gloo", rank=world.rank, world_size=world.size)
         body(WorkerGroup(world.rank, world.size))

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from stamo_dist.device import Device
 from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.training import Optimizer
 
@@ -37,9 +38,8 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
         {"params": p, "weight_decay": decay, "scale": scale, "start": cfg.encoder_start if encodes else 0}
         for (decay, scale, encodes), p in groups.items()
     ]
-    return torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=torch.cuda.is_available() or None
-    )
+    fused = Device.current().is_gpu or None
+    return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
 
 
 def lr_at(step: int, steps: int, cfg: Optimizer) -> float:

@@ -181,7 +181,7 @@ def environment(command: list[str]) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    import torch
+    from stamo_dist.device import Device
 
     return {
         "command": command,
@@ -189,7 +189,7 @@ def environment(command: list[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": Device.current().all_names,
         "packages": versions,
         "git_commit": git_commit(),
     }

@@ -196,7 +196,6 @@ class DiffusionTask:
             rank=0,
             world_size=1,
             cursor=Cursor(),
-            pin_memory=False,
             workers=0,
             caches=CacheKeys(states=self.states),
         )

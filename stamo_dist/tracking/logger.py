@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stamo_dist.data.loader import Batch
+from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
@@ -19,9 +18,6 @@ from stamo_dist.tracking.metrics_file import MetricsFile, read_late
 from stamo_dist.tracking.progress import TrainingProgress
 from stamo_dist.tracking.samples import SampleLog
 from stamo_dist.tracking.wandb import WandB
-
-#: Dense bf16 peak in FLOP/s, by a part of the device's name; MFU is printed only where the peak is known.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 class RunLogger:
@@ -143,6 +139,5 @@ class RunLogger:
     def _mfu(self, samples_per_second: float) -> float | None:
         if self._flops is None:
             return None
-        name = torch.cuda.get_device_name()
-        peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
+        peak = Device.current().peak_flops
         return None if peak is None else samples_per_second * self._flops / (peak * self._world.size)

@@ -1,6 +1,7 @@
 """Metrics of a run: reduced over ranks in one collective a step, written to metrics.jsonl first, then W&B.
 
-Values are read on the host one step after they were computed, so logging never makes the device wait.
+Each step's numbers begin their way to the host when they are reduced and are read one step later, so neither the host
+nor the device waits for the other.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stamo_dist.device import Device, Event, Fetched
 from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.rank import few_of
 
-_OF_RANK = 5  # numbers that each rank says of itself
+_OF_RANK = 7  # numbers that each rank says of itself
 
 
 @dataclass
@@ -53,16 +55,17 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one step on one rank."""
+    """One step on one rank, as `Stopwatch` measures it."""
 
     seconds: float
-    data_wait: float  # share of the seconds spent waiting for data
-    compute_seconds: float  # until the rank first waited for the others
+    data_wait: float  # share of the seconds
+    compute_seconds: float
+    comm_wait: float  # share of the seconds
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What all ranks agree on about one step."""
+    """One step over all ranks; `grad_norm`, `lr` and `seconds` are this rank's, and the same on all."""
 
     step: int
     losses: dict[str, float]  # mean of each term over the samples that have it; the terms that none has are left out
@@ -73,10 +76,11 @@ class Reduced:
     grad_norm: float
     lr: float
     seconds: float
-    data_wait: float  # share of the seconds spent waiting for data
+    data_wait: float  # StepTimes.data_wait of the rank that waited longest
+    comm_wait: float  # mean of the ranks' StepTimes.comm_wait
     skipped: list[int]  # samples whose frames could not be read, per source
     compute_seconds: list[float]  # each rank's StepTimes.compute_seconds
-    peak_gb: float  # most memory of a step on any rank's device, allocated and reserved; 0 on a CPU
+    peak_gb: float  # most memory since the step before on any rank's device, allocated and reserved; 0 on a CPU
     reserved_gb: float
     signals: dict[int, str]  # rank → the signal that asks it to stop
     not_finite: list[int]  # ranks whose loss was not finite
@@ -113,6 +117,7 @@ class Reduced:
             "lr": self.lr,
             "samples_per_second": round(rate, 3),
             "data_wait": round(self.data_wait, 4),
+            **({"comm_wait": round(self.comm_wait, 4)} if len(self.compute_seconds) > 1 else {}),
             "seconds": round(seconds, 3),
             **({"mfu": round(mfu, 4)} if mfu is not None else {}),
             **({"peak_gb": self.peak_gb, "reserved_gb": self.reserved_gb} if self.reserved_gb else {}),
@@ -131,7 +136,7 @@ class _Pending:
     terms: tuple[str, ...]
     lacking: set[str]
     shape: tuple[int, ...]
-    flat: Tensor
+    flat: Fetched
     grad_norm: float
     lr: float
     times: StepTimes
@@ -140,7 +145,7 @@ class _Pending:
 class Reducer:
     """One all-reduce a step for losses, counts, times and signals; `take` reads the previous step's."""
 
-    def __init__(self, device: torch.device, rank: int, ranks: int):
+    def __init__(self, device: Device, rank: int, ranks: int):
         self._device, self._rank, self._ranks = device, rank, ranks
         self._pending: _Pending | None = None
 
@@ -148,32 +153,25 @@ class Reducer:
         """`signal`: number of the one that asks this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
-        said = [times.compute_seconds, float(signal), *self._memory()]
-        own = torch.tensor(said, device=self._device, dtype=torch.float64)
-        ranks = torch.zeros(_OF_RANK, self._ranks, device=self._device, dtype=torch.float64)
+        said = [times.compute_seconds, times.data_wait, times.comm_wait, float(signal), *self._device.peak_memory()]
+        own = self._device.upload(torch.tensor(said, dtype=torch.float64))
+        ranks = torch.zeros(_OF_RANK, self._ranks, device=values.device, dtype=torch.float64)
         ranks[:, self._rank] = torch.cat([own, 1 - finite.reshape(1)])
         flat = torch.cat([values.flatten(), ranks.flatten()])
         if dist.is_initialized():
             dist.all_reduce(flat)
-        self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, times)
-
-    def _memory(self) -> tuple[float, float]:
-        """Bytes that the device's allocator had in use at most, and held, since it was last asked."""
-        if self._device.type != "cuda":
-            return 0.0, 0.0
-        found = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return float(found[0]), float(found[1])
+        coming, shape = self._device.fetch(flat), tuple(values.shape)
+        self._pending = _Pending(step, sums.terms, sums.lacking, shape, coming, grad_norm, lr, times)
 
     def take(self) -> Reduced | None:
         if self._pending is None:
             return None
         now, self._pending = self._pending, None
-        numbers = now.flat.tolist()
+        numbers = now.flat.wait().tolist()
         cut = len(numbers) - _OF_RANK * self._ranks
         table = torch.tensor(numbers[:cut], dtype=torch.float64).reshape(now.shape)
         of_rank = [numbers[cut + i * self._ranks :][: self._ranks] for i in range(_OF_RANK)]
-        compute_seconds, signals, peak, reserved, wrong = of_rank
+        compute_seconds, data_wait, comm_wait, signals, peak, reserved, wrong = of_rank
         terms = len(now.terms)
         sums, there, count, skipped = table[:terms], table[terms:-2], table[-2], table[-1]
         losses = {t: (sums[i].sum() / there[i].sum()).item() for i, t in enumerate(now.terms) if there[i].any()}
@@ -198,7 +196,8 @@ class Reducer:
             grad_norm=now.grad_norm,
             lr=now.lr,
             seconds=now.times.seconds,
-            data_wait=now.times.data_wait,
+            data_wait=max(data_wait),
+            comm_wait=sum(comm_wait) / self._ranks,
             skipped=[int(n) for n in skipped.tolist()],
             compute_seconds=compute_seconds,
             peak_gb=round(max(peak) / 1e9, 3),
@@ -209,15 +208,24 @@ class Reducer:
 
 
 class Stopwatch:
-    """Seconds of a step: in all, waiting for data, and before the rank first waited for others.
+    """Times of a step, from the phases that a rank enters.
 
-    On a GPU the last is measured there, as the host only hands out work; it is read once the device has passed it.
+    - `data_wait`: in `Phase.WAITING`, on the host.
+    - `compute_seconds`: from the step's begin to its first backward pass. Nothing before it waits for other ranks, but
+      for the weights that fsdp, hsdp and zero3 gather in the forward pass.
+    - `comm_wait`: in `Phase.REDUCING` of the last micro-batch: from the moment this rank has computed all its own
+      gradients until those reduced over the ranks are there. It is the transfer that no computation hides, and the
+      wait for slower ranks. Not in it: what was waited for before (gathers of fsdp, hsdp and zero3; zero's buckets
+      without overlap, which is so on a CPU) and after (the norm, zero's gather of the updated weights).
+
+    On a GPU, where the host only hands out work, the last two are taken there from events, which the device has passed
+    when the step's gradient norm is known.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._waiting_since: float | None = None
-        self._met: Any = None
+        self._at: dict[Phase, _Moment] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -225,32 +233,48 @@ class Stopwatch:
         self._start: float | None = None
 
     def enter(self, phase: Phase) -> None:
-        """This rank begins `phase`. Before its first gradient is there, a rank waits for no other."""
+        """This rank begins `phase`; of each the first counts."""
         if self._start is None:
             self._begin_step()
         if self._waiting_since is not None:
             self._waited += time.perf_counter() - self._waiting_since
         self._waiting_since = time.perf_counter() if phase is Phase.WAITING else None
-        if phase is Phase.DIFFERENTIATING and self._met is None:
-            self._met = self._now()
+        if phase not in self._at and phase in _TIMED:
+            self._at[phase] = _Moment(self._device)
 
     def step_done(self) -> StepTimes:
         """What passed since the last one, or since the first phase after a reset."""
         assert self._start is not None, "a step has phases"
-        seconds, waited = time.perf_counter() - self._start, self._waited
-        compute_seconds = 0.0
-        if self._met is not None:
-            compute_seconds = self._begin.elapsed_time(self._met) / 1e3 if self._on_gpu else self._met - self._begin
+        seconds, waited, at = max(time.perf_counter() - self._start, 1e-9), self._waited, self._at
+        met = at.get(Phase.DIFFERENTIATING, self._begin)
+        reduced = at.get(Phase.UPDATING, met)
+        times = StepTimes(
+            seconds,
+            data_wait=waited / seconds,
+            compute_seconds=met.since(self._begin),
+            comm_wait=reduced.since(at.get(Phase.REDUCING, reduced)) / seconds,
+        )
         self._begin_step()
-        return StepTimes(seconds, waited / max(seconds, 1e-9), compute_seconds)
+        return times
 
     def _begin_step(self) -> None:
         self._start, self._waited, self._waiting_since = time.perf_counter(), 0.0, None
-        self._begin, self._met = self._now(), None
+        self._begin, self._at = _Moment(self._device), {}
 
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+_TIMED = (Phase.DIFFERENTIATING, Phase.REDUCING, Phase.UPDATING)
+
+
+class _Moment:
+    """When the device comes to what is handed out from now on."""
+
+    def __init__(self, device: Device) -> None:
+        self._event: Event | None = device.event()
+        self._time = time.perf_counter()
+
+    def since(self, before: _Moment) -> float:
+        """Seconds; waits until the device has passed both."""
+        if self._event is None or before._event is None:
+            return self._time - before._time
+        self._event.synchronize()
+        return before._event.elapsed_time(self._event) / 1e3

@@ -16,6 +16,7 @@ from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, 
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import before_connecting, broadcast, everywhere
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
@@ -216,15 +217,16 @@ def _assemble(
     """The trainer with its hooks, in the order in which they are called."""
     recipe, world, run, mixture, watchdog = start.recipe, start.world, start.run, checked.mixture, start.watchdog
     guard: Callable[[], None] = start.lease.check if start.lease else lambda: None
-    flops = task.flops_per_sample() if engine.device.type == "cuda" else None
+    device = Device.current()
+    flops = task.flops_per_sample() if device.peak_flops else None
     logger = RunLogger(recipe, start.loaded.resolved, run, world, mixture.sources, flops, state.step, guard=guard)
     origin = Origin(fingerprint, recipe.train.precision, git_commit(), task.sources)
     needed = start.evaluation.needed
     saver = Saver(run.checkpoints, engine, ema, recipe.train.checkpoint, origin, lease=start.lease, needed=needed)
     budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
-    clock = Stopwatch(engine.device)
+    clock = Stopwatch(device)
     evaluate = hooks.EvaluateHook(start.evaluation, recipe, logger, watchdog)
-    log = hooks.LogHook(logger, Reducer(engine.device, world.rank, world.size), clock, start.stop, recipe)
+    log = hooks.LogHook(logger, Reducer(device, world.rank, world.size), clock, start.stop, recipe)
     trial = TrialExport(recipe, mixture, run, world, logger, watchdog)
     save = hooks.CheckpointHook(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
     first = [hooks.FirstBatchHook(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
@@ -240,7 +242,7 @@ def _assemble(
             rank=world.rank,
             world_size=world.size,
             cursor=Cursor.from_dict(state.cursor),
-            pin_memory=engine.device.type == "cuda",
+            device=device,
             caches=CacheKeys(task.latents, task.states),
             sharing=Sharing(checked.batching.workers, world.on_node),
         )
@@ -267,7 +269,7 @@ def _assemble(
             log,
             hooks.HeartbeatHook(watchdog),
             divergence,
-            *_looking(start, engine, logger),
+            *_looking(start, device, logger),
             save,
         ],
         go_back=go_back,
@@ -277,14 +279,14 @@ def _assemble(
     return Session(trainer, mixture, logger, saver, guard, exported)
 
 
-def _looking(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
+def _looking(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]:
     """The hooks that look at the device, where the recipe asks for them."""
     train, found = start.recipe.train, list[Hook]()
     if train.profile is not None and start.world.is_main:
-        found.append(ProfileHook(train.profile, start.run.profile, logger, engine.device))
+        found.append(ProfileHook(train.profile, start.run.profile, logger, device))
     if train.sync_guard != "off":
-        if engine.device.type == "cuda":
-            found.append(SyncGuardHook(train.sync_guard))
+        if device.is_gpu:
+            found.append(SyncGuardHook(train.sync_guard, device))
         else:
             start.notes.append(f"train.sync_guard: {train.sync_guard} is of a GPU, and has no effect on a CPU")
     return found
@@ -301,7 +303,7 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
     )
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
     logger.info(
-        f"{r.name}: {r.strategy.name} {r.train.precision} on {p.world_size} × {trainer.engine.device.type}, "
+        f"{r.name}: {r.strategy.name} {r.train.precision} on {p.world_size} × {Device.current().name}, "
         f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )

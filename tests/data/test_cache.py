@@ -164,7 +164,6 @@ def loader(found: Mixture, rank: int = 0, world: int = 1, workers: int = 2) -> L
         rank=rank,
         world_size=world,
         cursor=Cursor(),
-        pin_memory=False,
         workers=workers,
         sharing=Sharing(node=range(world)),
     )

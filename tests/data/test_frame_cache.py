@@ -35,9 +35,7 @@ def test_latents_come_with_their_frames(tmp_path: Path, precision: Precision, wo
     folder = write_source(tmp_path / "s", lengths=(14, 13, 13))
     mixture = Mixture(make_data({"s": SourceConfig(path=str(folder))}, latents="cached"), seed=0, global_batch=4)
     cache(mixture, precision)
-    loader = build_loader(
-        mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers, caches=CacheKeys(VAE)
-    )
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers, caches=CacheKeys(VAE))
     with closing(loader):
         for batch in islice(loader, 12):
             assert batch.latents is not None
@@ -53,7 +51,7 @@ def test_missing_and_stale_caches_are_listed_with_the_command(tmp_path: Path) ->
     n = len(mixture.shards)
     assert n >= 3
     with pytest.raises(DataError, match=f"not cached for {n} of {n} shards") as caught:
-        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, caches=CacheKeys(VAE))
+        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), caches=CacheKeys(VAE))
     assert "run `stamo encode RECIPE`" in str(caught.value)
 
     cache(mixture, "float16")

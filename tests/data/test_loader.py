@@ -19,8 +19,9 @@ import pytest
 import torch
 from made import colour, make_data, write_source
 
-from stamo_dist.data.loader import Batch, Cursor, Loader, PinnedPrefetcher, build_loader
+from stamo_dist.data.loader import Batch, Cursor, Loader, build_loader
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.data.prefetcher import Prefetcher
 from stamo_dist.data.shards import OpenShards
 from stamo_dist.data.transforms import Augmentation
 from stamo_dist.errors import DataError, RunError
@@ -29,7 +30,7 @@ from stamo_dist.recipe.sampling import Augment
 
 
 def alone(mixture: Mixture, cursor: Cursor | None = None, **options: Any) -> Loader:
-    return build_loader(mixture, rank=0, world_size=1, cursor=cursor or Cursor(), pin_memory=False, **options)
+    return build_loader(mixture, rank=0, world_size=1, cursor=cursor or Cursor(), **options)
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -204,11 +205,11 @@ def test_reading_ahead_keeps_order_and_errors(two: Callable[..., Data]) -> None:
             raise DataError("gone")
         return next(loader)
 
-    ahead = PinnedPrefetcher(read)
+    ahead = Prefetcher(read)
     assert same([ahead.take() for _ in range(10)], expected)
     with pytest.raises(DataError, match="gone"):
         ahead.take()
-    full = PinnedPrefetcher(lambda: expected[0])
+    full = Prefetcher(lambda: expected[0])
     full.close()
     assert not full._thread.is_alive()
 
@@ -217,11 +218,12 @@ KILLED = """
 import sys, time
 from made import make_data
 from stamo_dist.data.loader import Cursor, build_loader
+from stamo_dist.data.prefetcher import Prefetcher
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.recipe.data import SourceConfig
 
 mixture = Mixture(make_data({"s": SourceConfig(path=sys.argv[1])}), seed=0, global_batch=8)
-loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=2)
+loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=2)
 next(loader)
 print(*[w.pid for w in loader._pool._workers], flush=True)
 time.sleep(60)

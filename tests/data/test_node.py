@@ -84,7 +84,7 @@ def in_ranks(make: Callable[[NodeShare], Any], run: str = "run") -> list[Any]:
 
 
 def batches(found: Mixture, workers: int = 1) -> list[tuple[list[int], bytes]]:
-    loader = build_loader(found, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+    loader = build_loader(found, rank=0, world_size=1, cursor=Cursor(), workers=workers)
     with closing(loader):
         return [(b.sample.tolist(), b.images.numpy().tobytes()) for b in islice(loader, 6)]
 
@@ -311,8 +311,6 @@ def test_latents_are_looked_for_once_and_a_stale_one_among_many_is_named_when_it
 
     meta = cache_path(found.shards[50], "latents", vae).with_suffix(".json")
     meta.write_text(meta.read_text().replace(found.shards[50].digest, "of yesterday"))
-    loader = build_loader(
-        mixture(data, None), rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1, caches=CacheKeys(vae)
-    )
+    loader = build_loader(mixture(data, None), rank=0, world_size=1, cursor=Cursor(), workers=1, caches=CacheKeys(vae))
     with closing(loader), pytest.raises(DataError, match=r"shard\.00050\.npy: stale: the shard has changed since"):
         list(islice(loader, 25))

@@ -86,7 +86,7 @@ def test_data_that_is_limited_ends() -> None:
 
 
 def global_batches(mixture: Mixture, world: int, cursor: Cursor, n: int) -> list[set[int]]:
-    loaders = [build_loader(mixture, rank=r, world_size=world, cursor=cursor, pin_memory=False) for r in range(world)]
+    loaders = [build_loader(mixture, rank=r, world_size=world, cursor=cursor) for r in range(world)]
     return [set().union(*(b.sample.tolist() for b in batches)) for batches in islice(zip(*loaders, strict=True), n)]
 
 
@@ -98,7 +98,7 @@ def test_global_batches_are_the_same_sets_on_any_number_of_processes(two: Callab
     for world in (2, 3, 4):
         assert global_batches(mixture, world, Cursor(), 2 * per_epoch) == whole
     # Stopped on two processes, continued on one, three and four.
-    stopped = build_loader(mixture, rank=1, world_size=2, cursor=Cursor(), pin_memory=False)
+    stopped = build_loader(mixture, rank=1, world_size=2, cursor=Cursor())
     cursor = [b.cursor for b in islice(stopped, 5)][-1]
     assert cursor == Cursor(60)
     for world in (1, 3, 4):
@@ -108,7 +108,7 @@ def test_global_batches_are_the_same_sets_on_any_number_of_processes(two: Callab
 def test_every_rank_gets_every_source(two: Callable[..., Data]) -> None:
     mixture = Mixture(two(a=1, b=1), seed=0, global_batch=16)
     for rank in range(4):
-        loader = build_loader(mixture, rank=rank, world_size=4, cursor=Cursor(), pin_memory=False)
+        loader = build_loader(mixture, rank=rank, world_size=4, cursor=Cursor())
         sources = np.concatenate([b.source.numpy() for b in islice(loader, 20)])
         assert 0.3 < sources.mean() < 0.7
 
@@ -122,7 +122,7 @@ def test_a_run_ends_where_limited_data_ends(two: Callable[..., Data]) -> None:
     sources = {name: SourceConfig(path=s.path, max_epochs=2) for name, s in two().sources.items()}
     mixture = Mixture(two().model_copy(update={"sources": sources}), seed=0, global_batch=8)
     samples = np.concatenate([
-        b.sample.numpy() for b in build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)
+        b.sample.numpy() for b in build_loader(mixture, rank=0, world_size=1, cursor=Cursor())
     ])  # fmt: skip
     assert mixture.steps == 2 * mixture.num_samples // 8
     assert np.bincount(samples).max() == 2

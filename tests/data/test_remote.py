@@ -57,7 +57,7 @@ def upload(store: Any, folder: Path, name: str) -> None:
 def batches(path: str, cache: Path, n: int = 24, **options: Any) -> list[tuple[list[int], bytes]]:
     data = make_data({"s": SourceConfig(path=path)}, cache=str(cache), **options)
     mixture = Mixture(data, seed=0, global_batch=4)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=1)
     with closing(loader):
         return [(b.sample.tolist(), b.images.numpy().tobytes()) for b in islice(loader, n)]
 
@@ -195,7 +195,7 @@ def test_a_far_store_is_asked_for_several_shards_at_once_before_they_are_needed(
         use(monkeypatch, line)
         data = make_data({"s": SourceConfig(path="s3://robots/far")}, cache=str(tmp_path / "c"), **in_order)
         mixture = Mixture(data, seed=0, global_batch=12)
-        loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
+        loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=1)
         with closing(loader):
             next(loader)
             deadline = time.monotonic() + 60
@@ -233,7 +233,7 @@ def test_a_source_that_grows_or_is_removed_leaves_a_running_training_as_it_was(
 
     data = make_data({"s": SourceConfig(path=url)}, cache=str(cache))
     mixture = Mixture(data, seed=0, global_batch=4)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=1)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=1)
     with closing(loader):
         found = [next(loader) for _ in range(5)]
         for name, content in {**whole, MANIFEST: after.model_dump_json().encode()}.items():
@@ -251,7 +251,7 @@ def test_a_source_that_grows_or_is_removed_leaves_a_running_training_as_it_was(
     with pytest.raises(DataError, match=r"s3://robots/s/manifest\.json: cannot be read"):
         Mixture(data, seed=0, global_batch=4)
     os.unlink(mixture.shards[0].path)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=0)
     with (
         closing(loader),
         pytest.raises(DataError, match=r"s3://robots/s/train/front: shard shard\.00000\.mds cannot be had"),

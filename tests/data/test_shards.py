@@ -61,7 +61,7 @@ def test_packed_shards_are_unpacked_in_the_cache_by_one_of_many(tmp_path: Path) 
         return Mixture(data, seed=0, global_batch=4)
 
     loaders = [
-        build_loader(m, rank=r, world_size=2, cursor=Cursor(), pin_memory=False, workers=1)
+        build_loader(m, rank=r, world_size=2, cursor=Cursor(), workers=1)
         for m in (mixture(raw), mixture(packed))
         for r in (0, 1)
     ]
@@ -83,9 +83,7 @@ def test_a_damaged_packed_shard_is_named(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
     data = make_data({"s": SourceConfig(path=str(packed))}, cache=str(tmp_path / "cache"))
-    loader = build_loader(
-        Mixture(data, seed=0, global_batch=4), rank=0, world_size=1, cursor=Cursor(), pin_memory=False
-    )
+    loader = build_loader(Mixture(data, seed=0, global_batch=4), rank=0, world_size=1, cursor=Cursor())
     with pytest.raises(DataError, match=r"shard\.00001\.mds cannot be had: Checksum failure"):
         list(islice(loader, 10))
 

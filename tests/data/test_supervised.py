@@ -76,7 +76,7 @@ def test_the_loader_masks_the_samples_that_are_counted(shards: Path) -> None:
 
     recipe = policy(shards)
     mixture = Mixture(recipe.data, seed=0, global_batch=8)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=0)
     acting, ahead = {}, {}
     for _, batch in zip(range(60), loader, strict=False):
         assert batch.mask is not None

@@ -38,7 +38,7 @@ def test_each_moment_is_seen_by_all_cameras(folder: Path, workers: int, order: t
     assert counts[0] != counts[1]
     assert mixture.num_samples == 49, "the cameras are no samples of their own"
     shards = OpenShards(mixture.shards)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers)
     with closing(loader):
         for batch in islice(loader, 14):
             cameras = batch.cameras().numpy().astype(int)

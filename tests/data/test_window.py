@@ -24,7 +24,7 @@ H = 4
 
 
 def batches(mixture: Mixture, n: int, workers: int = 0) -> list[Batch]:
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=workers)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=workers)
     with closing(loader):
         return list(islice(loader, n))
 

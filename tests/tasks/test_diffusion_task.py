@@ -30,7 +30,7 @@ from stamo_dist.tasks.noise import Noise
 def first_batch(mixture: Mixture, states: CachedStates | None = None, workers: int = 0) -> Batch:
     caches = CacheKeys(states=states)
     with closing(
-        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, caches=caches, workers=workers)
+        build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), caches=caches, workers=workers)
     ) as loader:
         return next(iter(loader))
 

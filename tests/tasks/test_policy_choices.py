@@ -36,7 +36,7 @@ def started(recipe_path: Path, settings: list[str]) -> tuple[PolicyTask, Batch]:
     torch.manual_seed(0)
     task = build_task(recipe, mixture)
     assert isinstance(task, PolicyTask)
-    with closing(build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)) as loader:
+    with closing(build_loader(mixture, rank=0, world_size=1, cursor=Cursor())) as loader:
         return task, next(iter(loader))
 
 

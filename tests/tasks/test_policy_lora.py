@@ -48,7 +48,7 @@ def task_of(recipe: Recipe) -> tuple[PolicyTask, Mixture]:
 
 def step(task: PolicyTask, mixture: Mixture, recipe: Recipe, steps: int = 1) -> None:
     optimizer = adamw(task.trained, recipe.optimizer)
-    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False, workers=0)
+    loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=0)
     batch = next(iter(loader))
     for number in range(1, 1 + steps):
         with torch.autocast("cpu", torch.bfloat16):

@@ -34,7 +34,7 @@ def mixed(recipe: Recipe) -> Mixture:
 
 
 def first_batch(mixture: Mixture) -> Batch:
-    with closing(build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), pin_memory=False)) as loader:
+    with closing(build_loader(mixture, rank=0, world_size=1, cursor=Cursor())) as loader:
         return next(iter(loader))
 
 

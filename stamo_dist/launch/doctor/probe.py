@@ -30,6 +30,7 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "diffusers", "transformers", "mo
 _MEET = 30.0  # seconds for all ranks to appear
 _CONNECT = 5.0  # seconds for one TCP connection
 _INIT = 60.0  # seconds for a process group
+_LARGE = 256 << 18  # fp32 numbers of a large all-reduce between GPUs
 LIMIT = 100.0  # seconds after which a rank gives up
 
 
@@ -122,8 +123,10 @@ def probe(report: Report, out: Path, paths: Sequence[str], wandb: str, enter: Ca
         import torch
         import torch.distributed as dist
 
+        from stamo_dist.device import Device
+
         report.cuda = torch.version.cuda or ""
-        report.gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        report.gpus = Device.current().all_names
         enter("setting up gloo")
         began = time.perf_counter()
         dist.init_process_group("gloo", timeout=timedelta(seconds=_INIT))
@@ -134,12 +137,12 @@ def probe(report: Report, out: Path, paths: Sequence[str], wandb: str, enter: Ca
         dist.barrier()
         dist.all_gather_object(times, time.time())
         report.clock = times[report.rank] - times[0]
-        if torch.cuda.is_available():
+        if (device := Device.current()).is_gpu:
             enter("setting up nccl")
-            torch.cuda.set_device(report.local_rank % torch.cuda.device_count())
-            big = torch.zeros(256 << 18, device="cuda")
+            device.select(report.local_rank)
+            big = torch.zeros(_LARGE, device=device.torch_device)
             began = time.perf_counter()
-            group = dist.new_group(backend="nccl", timeout=timedelta(seconds=_INIT))
+            group = dist.new_group(backend=device.backend, timeout=timedelta(seconds=_INIT))
             dist.all_reduce(big[:1], group=group)
             _ = big[0].item()
             report.init["nccl"] = time.perf_counter() - began
