@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from stamo_dist.errors import RunError
+
 _ALLOCATIONS = 200_000  # that a snapshot of the memory keeps
 #: Dense bf16 peak in FLOP/s, by a part of the device's name; of two that fit, the first counts.
 PEAK_FLOPS = {
@@ -55,10 +57,21 @@ class Device:
 
     @staticmethod
     def named(name: str | None) -> Device:
-        """`cpu`, `cuda` or `cuda:1`; that of this process when omitted."""
-        if name is None:
-            return Device.current()
-        return Gpu(name) if name.startswith("cuda") else Device()
+        """`cpu`, `cuda` or `cuda:1`; that of this process when omitted.
+
+        Raises:
+            RunError: There is none of this name here.
+        """
+        current = Device.current()
+        if name in (None, str(current.torch_device)):
+            return current
+        if name == "cpu":
+            return CPU
+        kind, _, number = str(name).partition(":")
+        there = len(current.all_names)
+        if kind != "cuda" or (number and not number.isdigit()) or int(number or 0) >= there:
+            raise RunError(f"device {name}: this machine has cpu" + f" and {there} × cuda" * bool(there))
+        return Gpu(str(name))
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from stamo_dist.device import Device
 from stamo_dist.errors import DataError, RunError
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
@@ -78,6 +79,15 @@ class Server:
         return Starlette(
             routes=[Route("/act", self.act, methods=["POST"]), Route("/health", self.health, methods=["GET"])]
         )
+
+    def warm_up(self) -> None:
+        """Answer once for nobody: a GPU loads its kernels then, which takes longer than many answers."""
+        policy, key = self.policy, self.key or next(iter(self.policy.statistics.sources))
+        views = [np.zeros((224, 224, 3), np.uint8)] * policy.cfg.views
+        proprio = None
+        if policy.cfg.proprio:
+            proprio = np.zeros(len(policy.statistics.range(key, "proprio", policy.cfg.bounds)))
+        self._compute([Moment(views, "wait", key, proprio, listed=False)])
 
     async def health(self, request: Request) -> Response:
         """What the policy is and expects, and how fast it was."""
@@ -197,10 +207,9 @@ def serve(
     Raises:
         CheckpointError: There is no policy.
         DataError: It has no such statistics.
-        RunError: The address cannot be listened on, or it is not said how the policy sees frames.
+        RunError: The address cannot be listened on, there is no such device, or it is not said how the policy sees
+            frames.
     """
-    import torch
-
     if frames not in ("as-trained", "upright"):
         raise RunError(f"--frames {frames}: must be as-trained or upright")
     try:
@@ -209,10 +218,12 @@ def serve(
         raise RunError(f"--host {host} --port {port}: cannot be listened on ({e.strerror}); choose another") from None
     # Connections inherit it; without it an answer's second packet waits 40 ms for the client to acknowledge the first.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on = Device.named(device)
     options = {} if tokenizer is None else {"tokenizer": tokenizer}
-    policy = load_policy(path, use=use, device=device, **options)
+    policy = load_policy(path, use=use, device=str(on.torch_device), **options)
     server = Server(policy, str(path), unnorm_key, upright=frames == "upright")
+    if on.is_gpu:
+        server.warm_up()
     app, cfg = server.app(), policy.cfg
     host, port = listening.getsockname()[:2]
     sent = "upright" if server.upright else f"{policy.framing.orientation.replace('_', ' ')} already"

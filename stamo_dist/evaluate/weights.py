@@ -42,10 +42,6 @@ def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
     return recipe
 
 
-def default_device() -> str:
-    return str(Device.current().torch_device)
-
-
 def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None) -> tuple[Tokenizer, Provenance]:
     """The tokenizer of a run in fp32, on the GPU where there is one, with the averaged weights where they were kept.
 
@@ -64,7 +60,7 @@ def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None
         provenance = Provenance.of_checkpoint(recipe, path, read_checkpoint_manifest(path))
         tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size)
         tokenizer.trained.load_state_dict(read_weights(path))
-    tokenizer.to(default_device()).eval()
+    tokenizer.to(Device.current().torch_device).eval()
     return tokenizer, provenance
 
 
@@ -129,13 +125,13 @@ def open_policy(
         recipe, step = exported_at(run)
         loaded = _load(recipe, run.model, device, tokenizer, use)
         return loaded, Provenance.of_export(recipe, str(run.model), step)
-    loaded = load_policy(policy, use=use, device=device or default_device(), tokenizer=tokenizer)
+    loaded = load_policy(policy, use=use, device=str(Device.named(device).torch_device), tokenizer=tokenizer)
     return loaded, Provenance.of_released(str(policy))
 
 
 def _load(recipe: Recipe, model: Path, device: str | None, tokenizer: str | None, use: Use) -> AnyPolicy:
     options = {"tokenizer": tokenizer or recipe.policy.tokenizer} if recipe.policy.vision == "stamo" else {}
-    return load_policy(model, use=use, device=device or default_device(), **options)
+    return load_policy(model, use=use, device=str(Device.named(device).torch_device), **options)
 
 
 class SavedPolicy:

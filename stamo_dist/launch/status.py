@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -29,6 +29,11 @@ _STYLE: dict[Word, str] = {
     "suspended": "yellow", "finished": "bold green", "failed": "bold red", "stopped": "yellow", "cancelled": "dim",
     "lost": "bold red", "unknown": "magenta",
 }  # fmt: skip
+#: Of the last line of metrics: row → key → how it is said.
+_LAST = {
+    "waiting": {"data_wait": "{:.1%} for data", "comm_wait": "{:.1%} for other ranks' gradients"},
+    "GPU": {"mfu": "MFU {:.1%}", "peak_gb": "{:.4g} GB in use at most", "reserved_gb": "{:.4g} GB reserved"},
+}
 
 
 @dataclass(frozen=True)
@@ -256,8 +261,9 @@ def one_run(run: Run) -> RenderableType:
     rows: list[tuple[str, str | Text]] = [("state", _state(run) + Text(f"  {run.state.detail}"))]
     rows.append(("step", _step(run)))
     if p.loss is not None:
-        others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr", "data_wait", "mfu", "peak_gb")}
+        others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
+    rows += [(name, said) for name, keys in _LAST.items() if (said := _values(p.terms, keys))]
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):
@@ -286,6 +292,10 @@ def one_run(run: Run) -> RenderableType:
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
     since: list[RenderableType] = [Text(), events] if run.history else []
     return Group(Text(run.name, style="bold"), grid, *since)
+
+
+def _values(terms: Mapping[str, float], keys: Mapping[str, str]) -> str:
+    return ", ".join(form.format(terms[key]) for key, form in keys.items() if key in terms)
 
 
 def _state(run: Run) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -75,6 +77,10 @@ class ReportedRun:
             facts["loss (last 5 %)"] = f"{fmean(losses):.4f}" if losses else "not finite"
             facts["samples/s"] = f"{median(line['samples_per_second'] for line in even):,.1f}"
             facts["waiting for data"] = f"{fmean(line['data_wait'] for line in even):.1%}"
+            if waits := [line["comm_wait"] for line in even if "comm_wait" in line]:
+                facts["waiting for other ranks"] = f"{fmean(waits):.1%}"
+            if peaks := [line["peak_gb"] for line in even if "peak_gb" in line]:
+                facts["GPU memory"] = f"{max(peaks):.4g} GB at most"
             if "mfu" in self.metrics[-1]:
                 facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in even):.1%}"
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
@@ -109,6 +115,11 @@ class ReportedRun:
         found += [
             ("samples per second", line_chart([self.curve("samples_per_second")], zero=True)),
             ("share of the step waiting for data, %", line_chart([self.curve("data_wait", scale=100)], zero=True)),
+            (
+                "share of the step waiting for other ranks, %",
+                line_chart([self.curve("comm_wait", scale=100)], zero=True),
+            ),
+            ("most GPU memory of a step, GB", line_chart([self.curve("peak_gb")], zero=True)),
             ("gradient norm", line_chart([self.curve("grad_norm")], zero=True)),
             ("learning rate", line_chart([self.curve("lr")], smooth=False, zero=True)),
         ]
@@ -143,10 +154,10 @@ class ReportedRun:
         picture = self.folder.path / "first_batch.png"
         return embed(picture) if picture.is_file() else None
 
-    @property
-    def traces(self) -> list[str]:
-        """Files of `train.profile`, below the run folder."""
-        return [f"{path.parent.name}/{path.name}" for path in sorted(self.folder.profile.glob("*_*"))]
+    def traces(self, page: Path) -> list[tuple[str, str]]:
+        """Files of `train.profile`, below the run folder, and where a page in the folder `page` finds them."""
+        files = sorted(self.folder.profile.glob("*_*"))
+        return [(f"{f.parent.name}/{f.name}", quote(os.path.relpath(f, page))) for f in files]
 
     @property
     def resolved(self) -> str:
@@ -171,7 +182,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
         ),
     }
     labels = [_label(run, loaded) for run in loaded]
-    page = template.render(runs=loaded, labels=labels, together=together, compared=compare(loaded))
+    compared = compare(loaded)
+    page = template.render(runs=loaded, labels=labels, together=together, compared=compared, page=target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, page)

@@ -9,6 +9,7 @@
     logs/            rank_00000.log                 first_batch.png
     profile/         step_00000011.json.gz, a trace of a few steps (train.profile); memory_00000011.pickle
     samples.jsonl    what each step read (train.log_samples)
+    compiled/        gpu_00.bin, what torch.compile made (train.compile), for the next start
     success.json     a policy's success while it trains: the last and the best
 
 Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place
@@ -111,6 +112,10 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def compiled(self) -> Path:
+        return self.path / "compiled"
 
     @property
     def logs(self) -> Path:

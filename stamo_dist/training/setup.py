@@ -39,6 +39,7 @@ from stamo_dist.tasks.base import Task
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.tracking.metrics import Reducer, Stopwatch
 from stamo_dist.training import hooks
+from stamo_dist.training.compiled import CompiledHook
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
 from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
@@ -269,7 +270,7 @@ def _assemble(
             log,
             hooks.HeartbeatHook(watchdog),
             divergence,
-            *_looking(start, device, logger),
+            *_of_device(start, device, logger),
             save,
         ],
         go_back=go_back,
@@ -279,9 +280,12 @@ def _assemble(
     return Session(trainer, mixture, logger, saver, guard, exported)
 
 
-def _looking(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]:
-    """The hooks that look at the device, where the recipe asks for them."""
+def _of_device(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]:
+    """The hooks that are about the device, where the recipe asks for them."""
     train, found = start.recipe.train, list[Hook]()
+    if train.compile:
+        file = start.run.compiled / f"gpu_{device.number:02d}.bin"
+        found.append(CompiledHook(file, logger, writes=start.world.rank == device.number))
     if train.profile is not None and start.world.is_main:
         found.append(ProfileHook(train.profile, start.run.profile, logger, device))
     if train.sync_guard != "off":
