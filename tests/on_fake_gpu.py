@@ -10,9 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from fake_gpu import FakeGpu
+import torch
+from accelerate.state import DistributedType, PartialState
 
 from stamo_dist import cli, device
+from tests.fake_gpu import FakeGpu
 
 
 class Counted(FakeGpu):
@@ -22,6 +24,16 @@ class Counted(FakeGpu):
         Path(f"{counts}.{os.environ.get('RANK', '0')}").write_text(json.dumps(said))
 
 
+def prepare_backend(self: PartialState, cpu: bool, *_: object) -> tuple[str, DistributedType]:
+    assert not cpu, "Accelerate is told that there is no GPU"
+    return "gloo", DistributedType.MULTI_GPU
+
+
+def set_device(self: PartialState) -> None:
+    self.device = torch.device("cpu")
+
+
+PartialState._prepare_backend, PartialState.set_device = prepare_backend, set_device
 counts = sys.argv.pop(1)
 device._current = Counted()
 cli.main()

@@ -78,6 +78,8 @@ def test_slow_rank_is_named(reference):
     assert sum(line["slowest_rank"] == 1 for line in later) > len(later) / 2
     spreads = sorted(line["step_seconds_max"] - line["step_seconds_min"] for line in later)
     assert spreads[len(spreads) // 2] == pytest.approx(0.1, abs=0.05)
+    waits = sorted(line["step_seconds_max"] * line["comm_wait"] for line in later)
+    assert waits[len(waits) // 2] == pytest.approx(0.1, abs=0.05), "two micro-batches: one rank waits 0.2 s, one not"
 
 
 def test_bad_steps_under_zero2(toy, train, tmp_path, reference):

@@ -1,0 +1,277 @@
+"""The device: every line that only a GPU runs is run here on a fake one, and none asks torch.cuda by itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import sleep
+from typing import Any, cast
+
+import pytest
+import torch
+from fake_gpu import PENDING, FakeCuda, FakeGpu
+
+from stamo_dist import device as devices
+from stamo_dist.checkpoint.dcp_writer import DcpWriter
+from stamo_dist.checkpoint.staging import Staging
+from stamo_dist.checkpoint.writers import ZeroWriter
+from stamo_dist.data.loader import Batch, Cursor
+from stamo_dist.data.prefetcher import Prefetcher
+from stamo_dist.device import CPU, Device
+from stamo_dist.distributed import strategies
+from stamo_dist.distributed.engine import Engine, Phase
+from stamo_dist.distributed.rank import free_port
+from stamo_dist.errors import RunError
+from stamo_dist.optim.optimizer import adamw
+from stamo_dist.recipe.batching import Batching
+from stamo_dist.recipe.training import Optimizer
+from stamo_dist.run.folder import environment
+from stamo_dist.run.state import RunState
+from stamo_dist.tracking.metrics import Reducer, StepSums, StepTimes, Stopwatch
+from stamo_dist.training.profiling import SyncGuardHook
+from stamo_dist.training.trainer import StepResult
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Where torch.cuda may be asked, and why.
+ALLOWED = {"stamo_dist/device.py": "it is asked there so that it is nowhere else"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    monkeypatch.setattr(devices, "_current", fake)
+    return fake
+
+
+def test_nobody_else_asks_torch_cuda() -> None:
+    asks = re.compile(r"torch\.cuda\b|\.is_cuda\b|\.type [=!]= \"cuda\"|from torch import cuda|\bpin_memory\b")
+    found = {
+        f"{path.relative_to(ROOT)}:{number}": line.strip()
+        for package in ("stamo_dist", "data_tools")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in ALLOWED
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asks.search(line)
+    }
+    assert not found, "ask stamo_dist.device instead"
+
+
+def test_the_fake_is_asked_as_pytorch_would_be() -> None:
+    """Each name of the fake is one of torch.cuda, and takes no argument that the real one does not."""
+    fake = FakeCuda()
+    for name, ours in inspect.getmembers(fake, inspect.ismethod):
+        if name.startswith("_"):
+            continue
+        real = getattr(torch.cuda, name)
+        wanted = inspect.signature(real.__new__ if inspect.isclass(real) else real).parameters
+        for argument in inspect.signature(ours).parameters:
+            assert argument in wanted, f"torch.cuda.{name} has no argument {argument}"
+    assert "max_entries" in inspect.signature(torch.cuda.memory._record_memory_history).parameters
+    assert "filename" in inspect.signature(torch.cuda.memory._dump_snapshot).parameters
+    for kind, used in ((torch.cuda.Stream, ("wait_event",)), (torch.cuda.Event, ("record", "synchronize"))):
+        assert all(callable(getattr(kind, name)) for name in (*used, *(("elapsed_time",) * (kind is torch.cuda.Event))))
+
+
+def test_names_and_numbers(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (gpu.name, gpu.peak_flops, gpu.dtype(), gpu.dtype("fp32")) == (
+        "NVIDIA H100 80GB HBM3", 989e12, torch.bfloat16, torch.float32,
+    )  # fmt: skip
+    assert environment([])["gpus"] == [gpu.name] * 8
+    gpu.select(11)
+    assert (gpu.number, gpu.cuda.selected) == (3, [3]), "of a node's fourth process, where a node has eight"
+    assert str(Device.named("cuda:5").torch_device) == "cuda:5"
+    assert Device.named("cuda:5").number == 5
+    assert Device.named(None) is gpu
+    for wrong in ("cuda:8", "gpu", "cuda:x"):
+        with pytest.raises(RunError, match=f"device {wrong}: this machine has cpu and 8 × cuda"):
+            Device.named(wrong)
+    for name, peak in {"NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "Tesla V100": None}.items():
+        assert FakeGpu(name=name).peak_flops == peak
+    monkeypatch.setattr(devices, "_current", None)
+    assert Device.current().is_gpu is torch.cuda.is_available()
+    assert Device.current() is Device.current()
+    with pytest.raises(RunError, match=r"device tpu: this machine has cpu"):
+        Device.named("tpu")
+    assert (CPU.name, CPU.peak_flops, CPU.all_names, CPU.dtype()) == (
+        f"CPU, {torch.get_num_threads()} thread(s)", None, [], torch.float32,
+    )  # fmt: skip
+
+
+def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert gpu.tune("fp32") == []
+        assert torch.get_float32_matmul_precision() == before, "fp32 means fp32"
+        assert gpu.tune("bf16") == []
+        assert torch.get_float32_matmul_precision() == "high"
+        (note,) = FakeGpu(name="Tesla V100").tune("bf16")
+        assert note == "train.precision: Tesla V100 emulates bf16, which is slow; it has fp32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
+    batching = Batching(world_size=1, per_rank=1, micro_batch=1, accumulation=1)
+    assert strategies._deepspeed_config(2, batching, 1.0, "bf16")["zero_optimization"]["overlap_comm"] is True
+    optimizer = adamw(torch.nn.Linear(2, 2), Optimizer())
+    assert optimizer.defaults["fused"] is True
+
+
+def batch(value: int) -> Batch:
+    images = torch.full((2, 4, 4, 3), value, dtype=torch.uint8)
+    return Batch(images, torch.arange(2), torch.zeros(2, dtype=torch.int64), Cursor(value))
+
+
+def test_a_batch_is_sent_ahead_and_waited_for_on_the_device(gpu: FakeGpu) -> None:
+    sent = batch(1).send(gpu)
+    assert (gpu.cuda.said["pin"], gpu.cuda.said["Stream"]) == (3, 1)
+    assert sent.sent is not None
+    there = sent.sent.tensors["images"]
+    assert (there == PENDING).all(), "nobody waited for the copy yet"
+    assert (sent.images == 1).all(), "the host's is there, for pictures and checksums"
+    assert gpu.cuda.said["synchronize"] == gpu.cuda.said["Event.synchronize"] == 0
+    arrived = sent.to(gpu.torch_device)
+    assert arrived.images is there
+    assert (there == 1).all()
+    assert arrived.sent is None
+    assert arrived.cursor == Cursor(1)
+    assert (gpu.cuda.said["wait_event"], gpu.cuda.said["record_stream"]) == (1, 3)
+    assert gpu.cuda.said["synchronize"] == gpu.cuda.said["Event.synchronize"] == 0, "the host waited"
+    assert [len(part) for part in arrived.split(1)] == [1, 1]
+    batch(2).send(gpu)
+    assert gpu.cuda.said["Stream"] == 1, "one stream for all"
+
+
+def test_copies_run_ahead_in_a_thread(gpu: FakeGpu) -> None:
+    gpu.select(3)
+    left = iter(range(5))
+    ahead = Prefetcher(lambda: batch(next(left)).send(gpu), gpu)
+    for value in range(5):
+        taken = ahead.take()
+        assert (taken.to(gpu.torch_device).images == value).all()
+    with pytest.raises(StopIteration):
+        ahead.take()
+    ahead.close()
+    assert gpu.cuda.selected == [3, 3], "the thread has chosen the device of its maker"
+
+
+def test_a_save_in_background_is_copied_into_page_locked_memory(gpu: FakeGpu, tmp_path: Path) -> None:
+    staging, weights = Staging(gpu), {"w": torch.arange(6.0), "deep": [torch.ones(2), 3]}
+    copies = staging.copy_all(weights)
+    staging.wait()
+    assert (gpu.cuda.said["pin"], gpu.cuda.said["synchronize"]) == (2, 1)
+    staging.begin()
+    again = staging.copy_all({"w": torch.zeros(6), "deep": [torch.zeros(2), 4]})
+    assert again["w"] is copies["w"], "the memory is kept"
+    assert gpu.cuda.said["pin"] == 2
+    staging.begin()
+    writer = DcpWriter("model", {"w": torch.arange(6.0)}, staging)
+    assert gpu.cuda.said["synchronize"] == 2, "a plan of PyTorch's is held once all of it is copied"
+    assert writer.write(tmp_path, {}) is not None
+    module = _DeepSpeed()
+    engine = Engine("zero2", cast(Any, None), cast(Any, None), module, cast(Any, None), None)
+    ZeroWriter(engine, staging)
+    assert gpu.cuda.said["synchronize"] == 3
+
+
+class _DeepSpeed(torch.nn.Module):
+    """What `ZeroWriter` asks of DeepSpeed's engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(2, 2)
+        self.checkpoint_engine: Any = None
+
+    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
+        self.checkpoint_engine.save({"module": self.module.state_dict()}, f"{tag}/states.pt")
+
+
+def result(value: float) -> StepSums:
+    sums = StepSums.empty(["loss"], 1, torch.device("cpu"))
+    sums.add({"loss": torch.full((4,), value)}, torch.zeros(4, dtype=torch.int64))
+    return sums
+
+
+def test_metrics_are_read_a_step_late_and_nobody_waits(gpu: FakeGpu) -> None:
+    reducer, times = Reducer(gpu, 0, 1), StepTimes(2.0, 0.25, 1.0, 0.125)
+    reducer.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    assert gpu.cuda.said["pin"] == 2, "one up, one down"
+    assert gpu.cuda.said["Event.synchronize"] == 0
+    reduced = reducer.take()
+    assert reduced is not None
+    assert gpu.cuda.said["Event.synchronize"] == 1
+    assert gpu.cuda.said["synchronize"] == 0, "of what was handed out since, nothing is waited for"
+    assert (reduced.losses, reduced.data_wait, reduced.comm_wait) == ({"loss": 3.0}, 0.25, 0.125)
+    assert (reduced.peak_gb, reduced.reserved_gb, gpu.cuda.said["reset_peak_memory_stats"]) == (3.0, 4.0, 1)
+    line = reduced.line(["a"], rate=2.0, seconds=2.0, mfu=0.4, bad_steps=0)
+    assert {k: line[k] for k in ("mfu", "peak_gb", "reserved_gb")} == {"mfu": 0.4, "peak_gb": 3.0, "reserved_gb": 4.0}
+    assert "comm_wait" not in line, "one process waits for none"
+    on_cpu = Reducer(CPU, 0, 1)
+    on_cpu.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    reduced = on_cpu.take()
+    assert reduced is not None
+    assert "peak_gb" not in reduced.line(["a"], rate=2.0, seconds=2.0, mfu=None, bad_steps=0)
+
+
+@pytest.mark.parametrize("make", [lambda: CPU, FakeGpu])
+def test_the_times_of_a_step(make: Callable[[], Device]) -> None:
+    """Two micro-batches; the host sleeps in place of what a rank does in each phase."""
+    on = make()
+    watch = Stopwatch(on)
+    phases = [
+        (Phase.WAITING, 0.02), (Phase.COMPUTING, 0.04), (Phase.DIFFERENTIATING, 0.01), (Phase.COMPUTING, 0.01),
+        (Phase.DIFFERENTIATING, 0.01), (Phase.REDUCING, 0.08), (Phase.UPDATING, 0.03),
+    ]  # fmt: skip
+    for _ in range(2):
+        for phase, seconds in phases:
+            watch.enter(phase)
+            sleep(seconds)
+        times = watch.step_done()
+        data, comm = times.data_wait * times.seconds, times.comm_wait * times.seconds
+        for found, least in ((data, 0.02), (times.compute_seconds, 0.06), (comm, 0.08)):
+            assert least - 1e-3 < found < times.seconds - (0.2 - least) + 1e-3, "what the rest took is not in it"
+    if isinstance(on, FakeGpu):
+        assert on.cuda.said["synchronize"] == 0
+        assert on.cuda.said["Event.synchronize"] == 4
+    watch.reset()
+    watch.enter(Phase.COMPUTING)
+    assert watch.step_done().comm_wait == 0.0, "a step without a reduction"
+
+
+def test_the_guard_begins_after_the_first_step(gpu: FakeGpu) -> None:
+    guard = SyncGuardHook("error", gpu)
+    guard.on_start(RunState())
+    guard.after_step(RunState(1), cast(StepResult, None))
+    guard.on_start(RunState())
+    assert gpu.cuda.modes == ["default", "error", "default"]
+
+
+PROBED = """
+import sys
+from pathlib import Path
+from fake_gpu import FakeGpu
+from stamo_dist import device
+from stamo_dist.launch.doctor import probe
+
+device._current = FakeGpu()
+device._current.backend, probe._LARGE = "gloo", 1 << 12
+sys.exit(probe.main(Path(sys.argv[1]), [], ""))
+"""
+
+
+def test_the_doctor_looks_at_gpus(tmp_path: Path) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBED, str(tmp_path)], env={**os.environ, **env}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "rank_00000.json").read_text())
+    assert (done.returncode, report["stage"], report["error"]) == (0, "done", ""), done.stderr
+    assert report["gpus"] == ["NVIDIA H100 80GB HBM3"] * 8
+    assert report["init"].keys() == report["latency"].keys() == {"gloo", "nccl"}
