@@ -183,8 +183,8 @@ class Saver:
     def save(self, state: RunState, kind: str, *, wait: bool) -> list[Saved]:
         """Save `state` as `kind`. Returns the saves that ended: an earlier one, and this one if it was waited for.
 
-        With `wait`, or without train.checkpoint.async, training stands still until the checkpoint is whole; else until
-        it is copied to host memory, and `poll` ends it.
+        With `wait`, or without train.checkpoint.background, training stands still until the checkpoint is whole; else
+        until it is copied to host memory, and `poll` ends it.
 
         Raises:
             FencedError: A newer start of this run writes here now.

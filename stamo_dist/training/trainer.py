@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stamo_dist.data.loader import Batch, Loader
@@ -117,6 +119,7 @@ class Trainer:
         update = self.state.updates + 1
         lr = lr_at(update, self.recipe.train.steps, self.recipe.optimizer)
         self.engine.set_lr(lr, update)
+        torch.manual_seed(_seed(self.recipe.seed, self.state.step, self.engine.world.rank))
         sums = StepSums.empty(self.task.terms, len(self.recipe.data.used), self.engine.device)
         micros = batch.to(self.engine.device).split(self.micro_batch)
         if self._cold:
@@ -138,3 +141,8 @@ class Trainer:
 
     def _begin(self, phase: Phase) -> None:
         self.on_phase(phase, self.state.step + 1)
+
+
+def _seed(*numbers: int) -> int:
+    """For what layers draw themselves, such as dropout: it depends on the step alone, so no state of it is saved."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

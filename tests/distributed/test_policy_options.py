@@ -40,6 +40,7 @@ def plain(toy_policy, ranks, tmp_path_factory) -> list[dict[str, float]]:
 def test_same_losses(toy_policy, ranks, tmp_path, plain, processes, settings, tolerance) -> None:
     for found, wanted in zip(train(ranks, tmp_path, toy_policy, processes, *settings), plain, strict=True):
         assert found == pytest.approx(wanted, rel=tolerance)
+    assert (tmp_path / "run/compiled/gpu_00.bin").is_file() == ("train.compile=true" in settings)
 
 
 def test_gradients_of_bf16_are_reduced_in_fp32() -> None:

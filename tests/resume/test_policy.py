@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toy_policy import write_policy_recipe
+from toy_policy import make_base, on_base, write_policy_recipe
 
 
 def curve(run: Path) -> list[dict]:
@@ -29,6 +29,21 @@ def test_running_again_from_a_checkpoint_changes_nothing(toy_policy, ranks, tmp_
     assert curve(run) == before
     assert len(before) == 12
     assert [p.read_bytes() for p in files] == exported
+
+
+def test_dropout_draws_the_same_after_a_restart(toy_policy, ranks, tmp_path):
+    base = make_base(tmp_path / "base")
+    recipe = on_base(write_policy_recipe(tmp_path / "toy.yaml", toy_policy, actions="regression", proprio=True), base)
+    settings = ["policy.lora={rank: 4, dropout: 0.5}", "train.steps=6", "train.checkpoint.every=2"]
+    words = [word for s in settings for word in ("--set", s)]
+    ranks(1, "train", recipe, *words)
+    before = curve(tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_0000000{step}")
+    assert "after step 2" in ranks(1, "train", recipe, *words)[1]
+    assert curve(tmp_path / "run") == before
+    ranks(1, "train", recipe, *words, "--set", f"run_dir={tmp_path}/none", "--set", "policy.lora.dropout=0")
+    assert curve(tmp_path / "none")[1] != before[1], "there is something to draw"
 
 
 def test_other_statistics_are_another_model(toy_policy, ranks, tmp_path):
