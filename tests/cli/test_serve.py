@@ -157,6 +157,31 @@ def test_clients_of_oft(export, served) -> None:
     assert said["error"] == "full_image: 2 views (full_image, right_wrist), the policy looks at 3"
 
 
+@pytest.mark.parametrize(("actions", "views", "proprio"), [("tokens", 1, False), ("regression", 3, True)])
+def test_a_gpu_answers_once_before_anybody_asks(export, monkeypatch, capsys, actions, views, proprio) -> None:
+    from fake_gpu import FakeGpu
+
+    from stamo_dist import device, serve
+    from stamo_dist.models.openvla.policy import Policy
+
+    asked: list[int] = []
+    act_batch = Policy.act_batch
+
+    def counted(policy, images, *arguments, **options):
+        asked.append(len(images[0]))
+        return act_batch(policy, images, *arguments, **options)
+
+    monkeypatch.setattr(Policy, "act_batch", counted)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: sockets[0].close())
+    folder = export(actions, views=views, proprio=proprio)
+    serve.serve(folder, host="127.0.0.1", port=0)
+    assert asked == [], "a CPU has nothing to load"
+    monkeypatch.setattr(device, "_current", FakeGpu())
+    serve.serve(folder, host="127.0.0.1", port=0)
+    assert asked == [views]
+    assert capsys.readouterr().out.count("answers at http://") == 2
+
+
 def test_the_client_of_the_page_speaks_to_the_command(export) -> None:
     server = subprocess.Popen(
         [sys.executable, "-m", "stamo_dist.cli", "serve", str(export("tokens")), "--port", "0"], cwd=ROOT,

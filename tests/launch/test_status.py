@@ -80,6 +80,26 @@ def test_progress_from_the_folder(tmp_path):
     assert "no name of a run; `stamo runs` lists" in stamo("status", "another", code=2)
 
 
+def test_where_the_time_and_the_memory_go(tmp_path):
+    run = started(tmp_path / "run")
+    last = {
+        "grad_norm": 1.25,
+        "data_wait": 0.0125,
+        "comm_wait": 0.0625,
+        "mfu": 0.43,
+        "peak_gb": 60.125,
+        "reserved_gb": 71,
+    }
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write("\n" + json.dumps({"step": 13, "flow": 0.5, "lr": 1e-4, "seconds": 6.5, **last}) + "\n")
+    said = stamo("status", run)
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in said.splitlines() if line.strip()}
+    assert rows["last"] == "loss 0.5000 lr 0.0001 grad_norm 1.25"
+    assert rows["waiting"] == "1.2% for data, 6.2% for other ranks' gradients"
+    assert rows["GPU"] == "MFU 43.0%, 60.12 GB in use at most, 71 GB reserved"
+    assert max(len(line.rstrip()) for line in said.splitlines() if line.startswith(("last", "waiting", "GPU"))) <= 80
+
+
 def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
     """The process leaves with code 75 when it is asked to, as a training does."""
     waits = "import os, signal\nif 'RANK' in os.environ: signal.sigwait({signal.SIGTERM}), os._exit(75)\n"
