@@ -12,6 +12,7 @@ from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored,
 from stamo_dist.checkpoint.retention import clean, complete, folder_of, named, part_of, scan, superseded
 from stamo_dist.checkpoint.select import select_checkpoint
 from stamo_dist.checkpoint.staging import Staging
+from stamo_dist.device import CPU
 from stamo_dist.distributed.dcp import read_dcp
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import CheckpointConfig
@@ -98,7 +99,7 @@ def test_what_is_staged_is_what_is_written(tmp_path):
     """Training goes on while the copy is on its way to the disk."""
     model = torch.nn.Linear(30, 20)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = DcpWriter("dcp", {"module": model.state_dict()}, staging=Staging())
+    part = DcpWriter("dcp", {"module": model.state_dict()}, staging=Staging(CPU))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
