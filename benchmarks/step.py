@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from stamo_dist.data.loader import Batch, Cursor
+from stamo_dist.device import PEAK_FLOPS
 from stamo_dist.distributed.collectives import leave
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.distributed.rank import world_from_environment
@@ -50,7 +51,6 @@ from stamo_dist.recipe.load import load
 from stamo_dist.tasks.noise import Noise
 from stamo_dist.tasks.tokenizer import TokenizerTask
 from stamo_dist.tasks.vae import VAETask
-from stamo_dist.tracking.logger import PEAK_FLOPS
 from stamo_dist.train import train
 
 FULL = {
