@@ -30,6 +30,7 @@ hook.after_step(RunState(2), None)
 """
 
 
+@pytest.mark.slow  # it compiles, twice
 def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     def start(node: str) -> list[str]:
         """On a node whose own cache is empty."""
