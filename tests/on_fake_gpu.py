@@ -33,6 +33,7 @@ def set_device(self: PartialState) -> None:
     self.device = torch.device("cpu")
 
 
+os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # DDP takes no numbers of devices for what lies in host memory
 PartialState._prepare_backend, PartialState.set_device = prepare_backend, set_device
 counts = sys.argv.pop(1)
 device._current = Counted()
