@@ -65,7 +65,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
     }
 
 
-def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(strategy: Strategy, precision: str, block_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
     policy = None
     if precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -74,7 +74,7 @@ def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDa
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        reshard_after_forward=True,
+        reshard_after_forward=strategy.reshard_after_forward,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=list(block_classes),
         mixed_precision_policy=policy,
@@ -138,7 +138,7 @@ class EngineSpec:
         if self.strategy.name == "ddp":
             return Accelerator(cpu=not on_gpu, **common)
 
-        plugin = _fsdp_plugin(self.precision, self.block_classes)
+        plugin = _fsdp_plugin(self.strategy, self.precision, self.block_classes)
         mesh = _hsdp_mesh(self.strategy, self.world) if self.strategy.name == "hsdp" else None
         if on_gpu:
             return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)

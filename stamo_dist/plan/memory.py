@@ -54,8 +54,11 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     found = []
     for name in strategies or [recipe.strategy.name]:
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
-        if recipe.strategy.gradients == "whole" and name in ("fsdp", "hsdp") and spread.accumulation > 1:
-            memory.gradients += 4 * counted.trained
+        if name in ("fsdp", "hsdp"):
+            if recipe.strategy.gradients == "whole" and spread.accumulation > 1:
+                memory.gradients += 4 * counted.trained
+            if not recipe.strategy.reshard_after_forward and devices > 1:
+                memory.gathered += counted.size * (counted.all - counted.root - 2 * counted.unit)
         memory.micro_batch, memory.activations = spread.micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
@@ -80,9 +83,10 @@ class _Counted:
         units = [_numel(m) for m in made.trained.modules() if type(m).__name__ in made.blocks]
         self.unit = max(units, default=0)
         self.root = self.all - sum(units)
+        self.size = 2 if bf16 else 4  # bytes of a number in computation
 
     def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
-        size = 2 if self.bf16 else 4  # bytes of a number in computation
+        size = self.size
         share = 1 / shards
         average = 4 * self.trained / (shards if name == "hsdp" else devices) if ema else 0.0
         gathered = 0.0

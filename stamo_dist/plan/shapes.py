@@ -69,7 +69,7 @@ def _tokenizer(recipe: schema.Recipe) -> Shapes:
     notes: list[str] = []
     tokenizer = tokenizer_on_meta(recipe.model, recipe.flow, recipe.data.image_size, notes)
     core, joint = tokenizer.trained, recipe.model.encoder.train
-    core.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    core.set_gradient_checkpointing(recipe.train.recompute)
     cached = recipe.data.latents == "cached"
     core.train()
 
@@ -143,7 +143,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     sizes = PolicySizes(action, recipe.data.horizon, proprio, target, patch_dim, state_dim)
     base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     network = policies.on_meta(config, cfg, sizes, base=base)
-    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.set_gradient_checkpointing(recipe.train.recompute)
     network.train()
     seen = policies.TokenCounts(text + sizes.action_tokens + 1, patches, states)
 
@@ -176,7 +176,7 @@ def _diffusion(
         network = DiffusionTransformer(
             cfg, rdt.DiffusionSizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
         )
-    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.set_gradient_checkpointing(recipe.train.recompute)
     network.train()
     looks = policy.views + (cfg.pseudo == "motion" and policy.targets == "online")
 
