@@ -48,7 +48,7 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     """
     spread = batching(recipe.train, devices)
     made = shapes(recipe)
-    counted = _Counted(made, bf16=recipe.train.precision == "bf16")
+    counted = Counted(made, bf16=recipe.train.precision == "bf16")
     activations = _activations(made, spread.micro_batch, bf16=counted.bf16)
     group = recipe.strategy.shard_group or min(devices, 8)
     found = []
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     return found
 
 
-class _Counted:
+class Counted:
     """How many numbers of each kind the modules have."""
 
     def __init__(self, made: Shapes, *, bf16: bool):

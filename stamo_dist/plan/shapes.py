@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Shapes:
     frozen: list[nn.Module]  # whole on every device, cast to bf16 where the recipe trains in bf16
     step: Callable[[int], Tensor]  # micro-batch → loss
     blocks: tuple[str, ...]
+    parts: Mapping[str, Sequence[nn.Module]]  # what a person tells apart → the modules that are called for it
     notes: list[str] = field(default_factory=list)  # what had to be assumed
 
 
@@ -62,7 +63,8 @@ def _vae(recipe: schema.Recipe) -> Shapes:
         image, mean, logvar = vae(_pixels(batch, vae.image_size), torch.empty(batch, *vae.latent_shape))
         return image.sum() + mean.sum() + logvar.sum()
 
-    return Shapes(vae, [], step, ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D"))
+    blocks = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
+    return Shapes(vae, [], step, blocks, {"VAE": [vae.model.encoder, vae.model.decoder]})
 
 
 def _tokenizer(recipe: schema.Recipe) -> Shapes:
@@ -85,7 +87,13 @@ def _tokenizer(recipe: schema.Recipe) -> Shapes:
         return loss if straight is None else loss + (straight - z0).square().mean()
 
     frozen: list[nn.Module] = [m for m in (tokenizer.vae, tokenizer.frozen_encoder) if m is not None]
-    return Shapes(core, frozen, step, core.block_classes(), notes)
+    parts = {
+        "VAE": [tokenizer.vae.model.encoder],
+        "encoder": [tokenizer.encoder],
+        "compressor": [core.compressor],
+        "DiT": [core.decoder],
+    }
+    return Shapes(core, frozen, step, core.block_classes(), parts, notes)
 
 
 def tokenizer_on_meta(model: schema.Model, flow: schema.Flow, image_size: int, notes: list[str]) -> Tokenizer:
@@ -155,7 +163,11 @@ def _policy(recipe: schema.Recipe) -> Shapes:
         return policies.loss(network, policies.inputs(network, seen, batch))
 
     frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.encoder, tokenizer.trained.compressor]
-    return Shapes(network, frozen, step, network.block_classes(), notes)
+    vla = network.vla
+    parts: dict[str, list[nn.Module]] = {"LLM": [vla.language_model.model, vla.language_model.lm_head]}
+    parts |= {"encoder": frozen} if frozen else {}
+    parts |= {"vision towers": [vla.vision_backbone]} if config.towers else {}
+    return Shapes(network, frozen, step, network.block_classes(), parts, notes)
 
 
 def _diffusion(
@@ -195,7 +207,8 @@ def _diffusion(
         found = network(noisy, torch.zeros(batch), known, has, has)
         return sum((part.sum() for part in found if part is not None), torch.zeros(()))
 
-    return Shapes(network, [tokenizer.encoder, compressor], step, network.block_classes(), notes)
+    frozen = [tokenizer.encoder, compressor]
+    return Shapes(network, frozen, step, network.block_classes(), {"encoder": frozen, "DiT": [network]}, notes)
 
 
 def policy_tokenizer(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:

@@ -10,10 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
-#: The size of what they give depends on values, which the host must know; lift_fresh: torch.tensor(…, device=…) copies
-#: from memory that is not pinned.
+#: The size of what they give depends on values, which the host must know.
 _WAITING = {
-    _aten.lift_fresh.default,
     _aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default, _aten.unique_dim.default,
     _aten.unique_consecutive.default, _aten.bincount.default, _aten.repeat_interleave.Tensor, _aten.equal.default,
 }  # fmt: skip
@@ -31,6 +29,16 @@ class HostWaits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._made = _MadeOnHost(self.found)
+
+    def __enter__(self) -> HostWaits:
+        self._made.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,6 +60,20 @@ class HostWaits(TorchDispatchMode):
     def _count(self, func: Any, waits: bool) -> None:
         if waits:
             self.found.append(str(func))
+
+
+class _MadeOnHost(TorchFunctionMode):
+    """torch.tensor(…, device=…) copies from memory that is not pinned; no operator shows it on the meta device."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and made.is_meta and not isinstance(args[0], Tensor):
+            self._found.append(func.__name__)
+        return made
 
 
 def _crosses(func: Any, args: Any, kwargs: Any) -> bool:
