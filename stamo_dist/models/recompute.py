@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def run_block(block: nn.Module, number: int, every: int, *inputs: Any) -> Any:
     return block(*inputs)
 
 
-def recompute_transformers(model: Any, blocks: Sequence[nn.Module], every: int) -> None:
+def recompute_transformers(model: Any, blocks: Iterable[Any], every: int) -> None:
     """Have a model of transformers recompute some of its `blocks`."""
     if not every:
         model.gradient_checkpointing_disable()
@@ -30,7 +30,7 @@ def recompute_transformers(model: Any, blocks: Sequence[nn.Module], every: int) 
         block.gradient_checkpointing = number % every == 0
 
 
-def recompute_diffusers(model: Any, blocks: Sequence[nn.Module], every: int) -> None:
+def recompute_diffusers(model: Any, blocks: Iterable[Any], every: int) -> None:
     """Have a model of diffusers recompute some of its `blocks`."""
     if not every:
         model.disable_gradient_checkpointing()

@@ -6,9 +6,9 @@ count where nothing hides them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.models.flops import shapes_only
@@ -25,7 +25,7 @@ BANDWIDTH = 0.85  # of the memory's
 LINK = 0.80  # of NVLink's and the network's
 KERNEL = 3e-6  # seconds that the smallest kernel takes
 WAITS = 5e-3  # seconds of a step in which the host waits for the norm, and the device for the host
-NETWORK = 50e9  # bytes/s of a GPU to other nodes: one NIC of 400 Gb/s each
+NETWORK = 50e9  # bytes/s of a GPU to other nodes: a NIC of 400 Gb/s each, and a group of several nodes uses all of them
 NODE = 8  # GPUs
 CLASSES = {"gemm": "GEMM", "convolution": "convolution", "attention": "attention", "memory": "memory-bound"}
 
@@ -54,12 +54,12 @@ class Expected:
     samples: int  # of a step, on all devices
     useful_flops: float  # of one device's step, without what is recomputed
     peak_flops: float
-    by_part: Counter[str] = field(default_factory=Counter)  # seconds
-    by_class: Counter[str] = field(default_factory=Counter)
+    by_part: dict[str, float] = field(default_factory=dict)  # seconds
+    by_class: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        return self.by_part.total()
+        return sum(self.by_part.values())
 
     @property
     def samples_per_second(self) -> float:
@@ -70,8 +70,12 @@ class Expected:
         return self.useful_flops / self.seconds / self.peak_flops
 
     def add(self, part: str, kind: str, seconds: float) -> None:
-        self.by_part[part] += seconds
-        self.by_class[kind] += seconds
+        for found, name in ((self.by_part, part), (self.by_class, kind)):
+            found[name] = found.get(name, 0.0) + seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"seconds": self.seconds, "samples_per_second": self.samples_per_second, "mfu": self.mfu}
+        return {"gpu": self.gpu, **numbers, "by_part": self.by_part, "by_class": self.by_class}
 
     @property
     def line(self) -> str:
@@ -148,7 +152,7 @@ def _add_collectives(expected: Expected, recipe: Recipe, counted: Counted, gpu: 
         return
     shards = _shards(recipe, spread.world_size)
     group = spread.world_size if shards == 1 else shards
-    rate = LINK * (gpu.link if group <= NODE else min(gpu.link, NETWORK)) * group / (group - 1)
+    rate = LINK * (gpu.link if group <= NODE else min(gpu.link, NODE * NETWORK)) * group / (group - 1)
     gathers, reduces, late = volumes(recipe, counted, spread)
     hidden = (gathers + reduces) / rate
     copies = spread.world_size // shards

@@ -67,7 +67,8 @@ def test_what_is_computed_forward_and_backward() -> None:
 
 @pytest.fixture(scope="module")
 def full() -> list:
-    return plan(load(ROOT / "recipes/policy_openvla_state.yaml").recipe, 8, STRATEGIES)
+    small = ["train.micro_batch=8", "train.gradient_checkpointing=true"]
+    return plan(load(ROOT / "recipes/policy_openvla_state.yaml", small).recipe, 8, STRATEGIES)
 
 
 def test_a_full_size_policy_needs_no_files(full: list) -> None:
