@@ -31,6 +31,8 @@ from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
 
 _log = logging.getLogger(__name__)
+#: Numbers that ZeRO reduces at once.
+REDUCE_BUCKET = 200_000_000
 #: Takes modules without memory, which are filled once they are sharded.
 SUPPORTS_META_INIT = {"fsdp", "hsdp"}
 #: Keeps weights whole, and copies them when it is built: modules without memory are filled on the device before.
@@ -57,7 +59,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
             "stage": stage,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
-            "reduce_bucket_size": 200_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
         },
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,

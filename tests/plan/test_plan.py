@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import traced_memory
 from safetensors.torch import load_file
+from toy import write_recipe
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.distributed import strategies
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.models.openvla import shapes as policies
@@ -31,6 +34,15 @@ from stamo_dist.tasks.base import ExportLayout
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
+LARGER = """\
+  encoder:
+    image_size: 32
+    train: true
+    config: {patch_size: 8, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4}
+  compressor: {tokens: 2, dim: 256, width: 256, depth: 2, heads: 4}
+  decoder:
+    config: {patch_size: 1, num_layers: 8, num_attention_heads: 8, attention_head_dim: 64}
+"""
 SMALL = {"vocab_size": 448, "pad_token_id": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 4}  # fmt: skip
 
@@ -94,6 +106,23 @@ def test_checkpointing_and_batch_decide_the_activations() -> None:
     every, second = (activations("train.micro_batch=4", f"train.gradient_checkpointing={k}") for k in ("true", "2"))
     assert every < 0.5 * large
     assert 1.3 * every < second < 0.75 * large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["train.global_batch=64", "train.gradient_checkpointing=true"]], ids=len)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_peak_is_that_of_a_traced_step(
+    strategy: str, settings: list[str], toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """79 M parameters on one of eight processes, whose real step is traced."""
+    path = write_recipe(tmp_path / "recipe.yaml", toy.shards, toy.vae)
+    path.write_text(re.sub(r"(?s)  encoder:.*?  vae:", LARGER + "  vae:", path.read_text()))
+    mesh = ["strategy.shard_group=4"] if strategy == "hsdp" else []
+    common = ["train.precision=bf16", "train.ema=0.999", "train.micro_batch=4", "train.global_batch=32"]
+    every = [*common, f"strategy.name={strategy}", *mesh, *settings]
+    monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
+    (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
+    assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
 
 
 def test_weights_that_stay_gathered_count() -> None:
