@@ -33,6 +33,8 @@ def plan(
 ) -> None:
     """What one device holds: parameters, gradients, optimizer, activations, and the peak of a step; or a served policy.
 
+    And how long a step should take in bf16 on some GPUs: a prediction, which none has measured (docs/gpu.md).
+
     Needs neither a GPU nor weights nor data: only shapes are computed.
 
     Example: stamo plan recipes/policy_openvla_state.yaml --gpus 8 --all
@@ -42,6 +44,7 @@ def plan(
 
     from stamo_dist.errors import RecipeError
     from stamo_dist.plan.memory import plan as predict
+    from stamo_dist.plan.roofline import expect
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
@@ -50,10 +53,13 @@ def plan(
         return
     try:
         found = predict(loaded, gpus, _STRATEGIES if every else None)
+        expected = expect(loaded, gpus)
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     if as_json:
-        typer.echo(json.dumps([{**asdict(memory), "peak": memory.peak} for memory in found], indent=1))
+        own = {"expected": [step.to_dict() for step in expected]}
+        rows = [asdict(m) | {"peak": m.peak} | (own if m.strategy == loaded.strategy.name else {}) for m in found]
+        typer.echo(json.dumps(rows, indent=1))
         return
     first = found[0]
     console = Console(highlight=False)
@@ -72,6 +78,8 @@ def plan(
     console.print(table)
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
+    for step in expected:
+        console.print(f"expected  {step.line}", soft_wrap=True)
     for note in first.notes:
         console.print(f"assumed  {note}", soft_wrap=True)
     for advice in loaded.strategy.advice(gpus):

@@ -32,6 +32,8 @@ from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
 
 _log = logging.getLogger(__name__)
+#: Numbers that ZeRO reduces at once.
+REDUCE_BUCKET = 200_000_000
 #: Takes modules without memory, which are filled once they are sharded.
 SUPPORTS_META_INIT = {"fsdp", "hsdp"}
 #: Keeps weights whole, and copies them when it is built: modules without memory are filled on the device before.
@@ -50,7 +52,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
             "stage": stage,
             "overlap_comm": Device.current().is_gpu,
             "contiguous_gradients": True,
-            "reduce_bucket_size": 200_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
         },
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
@@ -58,7 +60,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
     }
 
 
-def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(strategy: Strategy, precision: str, block_classes: Sequence[str]) -> FullyShardedDataParallelPlugin:
     policy = None
     if precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -67,7 +69,7 @@ def _fsdp_plugin(precision: str, block_classes: Sequence[str]) -> FullyShardedDa
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        reshard_after_forward=True,
+        reshard_after_forward=strategy.reshard_after_forward,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=list(block_classes),
         mixed_precision_policy=policy,
@@ -131,7 +133,7 @@ class EngineSpec:
         if self.strategy.name == "ddp":
             return Accelerator(cpu=not device.is_gpu, **common)
 
-        plugin = _fsdp_plugin(self.precision, self.block_classes)
+        plugin = _fsdp_plugin(self.strategy, self.precision, self.block_classes)
         mesh = _hsdp_mesh(self.strategy, self.world) if self.strategy.name == "hsdp" else None
         if device.is_gpu:
             return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, **common)

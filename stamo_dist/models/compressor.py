@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stamo_dist.models import weights
+from stamo_dist.models.recompute import run_block
 from stamo_dist.recipe import schema
 
 #: Of the mean variance: directions in which the initial states differ less are not brought up to the others, or the
@@ -61,7 +61,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.tokens, self.dim, self.features = cfg.tokens, cfg.dim, features
-        self.gradient_checkpointing = False
+        self.recompute = 0  # one layer of so many; 0: none
         self.queries = nn.Parameter(torch.empty(cfg.tokens, cfg.width))
         self.input = nn.Linear(features, cfg.width)
         self.layers = nn.ModuleList(CompressorLayer(cfg.width, cfg.heads) for _ in range(cfg.depth))
@@ -97,10 +97,7 @@ class Compressor(nn.Module):
         x = torch.cat([self.queries.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
         for i, layer in enumerate(self.layers):
             keep = x.shape[1] if i < len(self.layers) - 1 else self.tokens
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, keep, use_reentrant=False)
-            else:
-                x = layer(x, keep)
+            x = run_block(layer, i, self.recompute, x, keep)
         states = (self.output(self.norm(x)) - self.state_mean) / self.state_std
         if self.state_map is not None:
             states = torch.einsum("btd,tde->bte", states, self.state_map.to(states.dtype))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
+from stamo_dist.models.recompute import recompute_diffusers
 from stamo_dist.models.shards import StoredTensor, write
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
@@ -153,11 +154,8 @@ class Decoder(nn.Module):
             velocity = (2 * level - 1) / variance * z + velocity / variance.sqrt()
         return velocity
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.transformer.enable_gradient_checkpointing()
-        else:
-            self.transformer.disable_gradient_checkpointing()
+    def set_gradient_checkpointing(self, every: int) -> None:
+        recompute_diffusers(self.transformer, self.transformer.transformer_blocks, every)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None, shard_size: str = "5GB") -> None:
         """Write diffusers' layout."""

@@ -16,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.images import imagenet_normalise, resize, to_float
+from stamo_dist.models.recompute import recompute_transformers
 from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
@@ -105,11 +106,8 @@ class Encoder(nn.Module):
         tokens: Tensor = self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state
         return tokens[:, :1] if self.output == "cls" else tokens[:, 1 + self.registers :]
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+    def set_gradient_checkpointing(self, every: int) -> None:
+        recompute_transformers(self.model, self.model.encoder.layer, every)
 
     def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
         """SHA-256 of the weights (`seen` of each) and of what else decides the features."""

@@ -17,8 +17,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from stamo_dist.models.recompute import run_block
 from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
@@ -75,7 +75,7 @@ class DiffusionTransformer(nn.Module):
     def __init__(self, cfg: DiffusionTransformerConfig, sizes: DiffusionSizes):
         super().__init__()
         self.cfg, self.sizes = cfg, sizes
-        self.gradient_checkpointing = False
+        self.recompute = 0  # one block of so many; 0: none
         width = cfg.width
         tokens = 1 + (sizes.proprio_dim > 0) + sizes.chunk + (sizes.motion[0] if sizes.motion else 0)
         self.time = nn.Sequential(Timesteps(width, True, 0), TimestepEmbedding(width, width))
@@ -134,17 +134,14 @@ class DiffusionTransformer(nn.Module):
         image, text = self.image_in(known.image.to(dtype)), self.text_in(known.text)
         for i, block in enumerate(self.blocks):
             context, padding = (image, None) if i % 2 == 0 else (text, _bias(known.text_mask, dtype))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, hidden, context, padding, use_reentrant=False)
-            else:
-                x = block(x, hidden, context, padding)
+            x = run_block(block, i, self.recompute, x, hidden, context, padding)
         x = self.norm(x)
         motion = None if noisy.motion is None else self.motion_out(x[:, end:]).float()
         return ActionPlan(self.action_out(x[:, start:end]).float(), motion)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.gradient_checkpointing = enabled
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Recompute the activations of one block of each `every` in the backward pass; 0: of none."""
+        self.recompute = every
 
     def block_classes(self) -> tuple[str, ...]:
         """Class names of the transformer blocks that FSDP shards one by one."""

@@ -63,12 +63,12 @@ class TokenizerCore(nn.Module):
         """(B, tokens, dim) state tokens."""
         return self.compressor(features_or_images if self.encoder is None else self.encoder(features_or_images))
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.compressor.gradient_checkpointing = enabled
-        self.decoder.set_gradient_checkpointing(enabled)
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Recompute the activations of one block of each `every` in the backward pass; 0: of none."""
+        self.compressor.recompute = every
+        self.decoder.set_gradient_checkpointing(every)
         if self.encoder is not None:
-            self.encoder.set_gradient_checkpointing(enabled)
+            self.encoder.set_gradient_checkpointing(every)
 
     def block_classes(self) -> tuple[str, ...]:
         """Class names of the transformer blocks in here, which FSDP shards one by one."""

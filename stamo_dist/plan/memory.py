@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from stamo_dist.distributed import strategies
 from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.plan.activation_peak import peak
@@ -14,7 +15,9 @@ from stamo_dist.plan.shapes import Shapes, shapes
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.schema import Recipe
 
-_BUCKET = 200_000_000  # elements that ZeRO reduces at once
+_ZERO1_BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once without sharding gradients
+_ZERO3_LIVE = 1_000_000_000  # gathered numbers that DeepSpeed lets live
+_ZERO3_PREFETCH = 50_000_000  # numbers that it gathers at once
 
 
 @dataclass
@@ -30,13 +33,15 @@ class Memory:
     frozen: int  # encoder and VAE beside it, and buffers
     gathered: int  # what sharded parameters take while a block is computed, and communication buffers
     activations: int
+    apart: int = 0  # of gradients and activations: what is never there at once, as the last come when the first go
     trained_numel: int = 0
     frozen_numel: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.frozen + self.gathered + self.activations
+        lasting = self.parameters + self.optimizer + self.frozen
+        return lasting + self.gathered + self.gradients + self.activations - self.apart
 
 
 def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> list[Memory]:
@@ -48,23 +53,28 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
     """
     spread = batching(recipe.train, devices)
     made = shapes(recipe)
-    counted = _Counted(made, bf16=recipe.train.precision == "bf16")
+    counted = Counted(made, bf16=recipe.train.precision == "bf16")
     activations = _activations(made, spread.micro_batch, bf16=counted.bf16)
     group = recipe.strategy.shard_group or min(devices, 8)
     found = []
     for name in strategies or [recipe.strategy.name]:
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
-        if recipe.strategy.gradients == "whole" and name in ("fsdp", "hsdp") and spread.accumulation > 1:
-            memory.gradients += 4 * counted.trained
+        if name in ("fsdp", "hsdp"):
+            if recipe.strategy.gradients == "whole" and spread.accumulation > 1:
+                memory.gradients += 4 * counted.trained
+            if not recipe.strategy.reshard_after_forward and devices > 1:
+                memory.gathered += counted.size * (counted.all - counted.root - 2 * counted.unit)
         memory.micro_batch, memory.activations = spread.micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
+        if spread.accumulation == 1 and name not in ZERO_STAGE:
+            memory.apart = min(memory.gradients, memory.activations)
         memory.notes = made.notes
         found.append(memory)
     return found
 
 
-class _Counted:
+class Counted:
     """How many numbers of each kind the modules have."""
 
     def __init__(self, made: Shapes, *, bf16: bool):
@@ -80,9 +90,10 @@ class _Counted:
         units = [_numel(m) for m in made.trained.modules() if type(m).__name__ in made.blocks]
         self.unit = max(units, default=0)
         self.root = self.all - sum(units)
+        self.size = 2 if bf16 else 4  # bytes of a number in computation
 
     def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
-        size = 2 if self.bf16 else 4  # bytes of a number in computation
+        size = self.size
         share = 1 / shards
         average = 4 * self.trained / (shards if name == "hsdp" else devices) if ema else 0.0
         gathered = 0.0
@@ -95,9 +106,13 @@ class _Counted:
             master = 4 * self.trained * share
             optimizer = master + 8 * self.trained * share + average
             gradients = 4 * self.trained * (1 if stage == 1 else share)
-            gathered = 2.0 * size * min(self.trained, _BUCKET)
+            gathered = 2.0 * size * min(self.trained, strategies.REDUCE_BUCKET)
+            if stage == 1:  # its gradients in bf16 beside those in fp32, and what it reduces of these in a copy
+                gradients += size * self.trained
+                gathered = 4.0 * min(self.trained, _ZERO1_BUCKET)
             if stage == 3:
-                gathered += 2.0 * size * (self.unit + self.root)
+                gathered += size * min(self.all, max(_ZERO3_LIVE, 2 * (self.unit + self.root)))
+                gathered += size * min(self.all, _ZERO3_PREFETCH)  # they come in one piece, and are copied out of it
         else:
             parameters, gradients = self.stored * share, 4 * self.trained * share
             optimizer = 8 * self.trained * share + average

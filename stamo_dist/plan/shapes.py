@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Shapes:
     frozen: list[nn.Module]  # whole on every device, cast to bf16 where the recipe trains in bf16
     step: Callable[[int], Tensor]  # micro-batch → loss
     blocks: tuple[str, ...]
+    parts: Mapping[str, Sequence[nn.Module]]  # what a person tells apart → the modules that are called for it
     notes: list[str] = field(default_factory=list)  # what had to be assumed
 
 
@@ -62,14 +63,15 @@ def _vae(recipe: schema.Recipe) -> Shapes:
         image, mean, logvar = vae(_pixels(batch, vae.image_size), torch.empty(batch, *vae.latent_shape))
         return image.sum() + mean.sum() + logvar.sum()
 
-    return Shapes(vae, [], step, ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D"))
+    blocks = ("UNetMidBlock2D", "DownEncoderBlock2D", "UpDecoderBlock2D")
+    return Shapes(vae, [], step, blocks, {"VAE": [vae.model.encoder, vae.model.decoder]})
 
 
 def _tokenizer(recipe: schema.Recipe) -> Shapes:
     notes: list[str] = []
     tokenizer = tokenizer_on_meta(recipe.model, recipe.flow, recipe.data.image_size, notes)
     core, joint = tokenizer.trained, recipe.model.encoder.train
-    core.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    core.set_gradient_checkpointing(recipe.train.recompute)
     cached = recipe.data.latents == "cached"
     core.train()
 
@@ -85,7 +87,13 @@ def _tokenizer(recipe: schema.Recipe) -> Shapes:
         return loss if straight is None else loss + (straight - z0).square().mean()
 
     frozen: list[nn.Module] = [m for m in (tokenizer.vae, tokenizer.frozen_encoder) if m is not None]
-    return Shapes(core, frozen, step, core.block_classes(), notes)
+    parts = {
+        "VAE": [tokenizer.vae.model.encoder],
+        "encoder": [tokenizer.encoder],
+        "compressor": [core.compressor],
+        "DiT": [core.decoder],
+    }
+    return Shapes(core, frozen, step, core.block_classes(), parts, notes)
 
 
 def tokenizer_on_meta(model: schema.Model, flow: schema.Flow, image_size: int, notes: list[str]) -> Tokenizer:
@@ -143,7 +151,7 @@ def _policy(recipe: schema.Recipe) -> Shapes:
     sizes = PolicySizes(action, recipe.data.horizon, proprio, target, patch_dim, state_dim)
     base = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     network = policies.on_meta(config, cfg, sizes, base=base)
-    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.set_gradient_checkpointing(recipe.train.recompute)
     network.train()
     seen = policies.TokenCounts(text + sizes.action_tokens + 1, patches, states)
 
@@ -155,7 +163,11 @@ def _policy(recipe: schema.Recipe) -> Shapes:
         return policies.loss(network, policies.inputs(network, seen, batch))
 
     frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.encoder, tokenizer.trained.compressor]
-    return Shapes(network, frozen, step, network.block_classes(), notes)
+    vla = network.vla
+    parts: dict[str, list[nn.Module]] = {"LLM": [vla.language_model.model, vla.language_model.lm_head]}
+    parts |= {"encoder": frozen} if frozen else {}
+    parts |= {"vision towers": [vla.vision_backbone]} if config.towers else {}
+    return Shapes(network, frozen, step, network.block_classes(), parts, notes)
 
 
 def _diffusion(
@@ -176,7 +188,7 @@ def _diffusion(
         network = DiffusionTransformer(
             cfg, rdt.DiffusionSizes(recipe.data.horizon, action, dim, cfg.vocabulary + 1, motion, proprio)
         )
-    network.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    network.set_gradient_checkpointing(recipe.train.recompute)
     network.train()
     looks = policy.views + (cfg.pseudo == "motion" and policy.targets == "online")
 
@@ -195,7 +207,8 @@ def _diffusion(
         found = network(noisy, torch.zeros(batch), known, has, has)
         return sum((part.sum() for part in found if part is not None), torch.zeros(()))
 
-    return Shapes(network, [tokenizer.encoder, compressor], step, network.block_classes(), notes)
+    frozen = [tokenizer.encoder, compressor]
+    return Shapes(network, frozen, step, network.block_classes(), {"encoder": frozen, "DiT": [network]}, notes)
 
 
 def policy_tokenizer(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:

@@ -75,7 +75,10 @@ class Train(Section):
         description="A power of two: losses are the same to the bit on 1, 2, 4, … up to so many processes; ddp only.",
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the model; states stay fp32.")
-    gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
+    gradient_checkpointing: bool | PositiveInt = Field(
+        False,
+        description="Recompute block activations in the backward pass: of all blocks (true), or of one in 2, 3, ….",
+    )
     compile: bool = Field(False, description="torch.compile the DiT block by block and the frozen parts.")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Decay of an exponential moving average of the trained weights; null keeps none."
@@ -104,6 +107,11 @@ class Train(Section):
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
     )
 
+    @property
+    def recompute(self) -> int:
+        """One block of so many keeps no activations: 1 is all of them, 0 none."""
+        return int(self.gradient_checkpointing)
+
 
 #: Above it each process has so little of a block that gathering it is waiting: 1 MB of a 7 B model's at 400.
 MANY_PROCESSES = 256
@@ -124,6 +132,12 @@ class Strategy(Section):
         "stays whole in fp32 on every device until the last, which reduces once.",
     )
 
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp, hsdp: give a block's gathered weights back after its forward pass and gather them again for "
+        "its backward pass; false keeps all of them between, for half the gathering.",
+    )
+
     def advice(self, processes: int) -> list[str]:
         """What to consider on so many processes."""
         if self.name != "fsdp" or processes <= MANY_PROCESSES:
@@ -141,6 +155,8 @@ def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]
         problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")
     if strategy.gradients == "whole" and strategy.name not in ("fsdp", "hsdp"):
         problems.append(f"strategy.gradients: is of fsdp and hsdp; {strategy.name} would ignore it")
+    if not strategy.reshard_after_forward and strategy.name not in ("fsdp", "hsdp"):
+        problems.append(f"strategy.reshard_after_forward: is of fsdp and hsdp; {strategy.name} would ignore it")
     if virtual := train.virtual_workers:
         if strategy.name != "ddp":
             problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {strategy.name}")

@@ -86,8 +86,7 @@ class DiffusionTask:
         self.trained: nn.Module = self.network
         self.sources: Mapping[str, str] = sources_of(state_encoder)
         self.block_classes = self.network.block_classes()
-        if recipe.train.gradient_checkpointing:
-            self.network.set_gradient_checkpointing(True)
+        self.network.set_gradient_checkpointing(recipe.train.recompute)
         if recipe.train.compile:
             for block in self.network.blocks:
                 block.forward = torch.compile(block.forward)

@@ -73,8 +73,7 @@ class PolicyTask:
             self.load_weights()
         self.trained: nn.Module = self.network
         self.block_classes = self.network.block_classes()
-        if recipe.train.gradient_checkpointing:
-            self.network.set_gradient_checkpointing(True)
+        self.network.set_gradient_checkpointing(recipe.train.recompute)
         if recipe.train.compile:
             for module in self.network.modules():
                 if type(module).__name__ in self.block_classes:

@@ -40,8 +40,7 @@ class TokenizerTask:
         self.init_frames = recipe.model.compressor.standardise
         self._cached = recipe.data.latents == "cached"
         self.latents: str | None = self.tokenizer.frozen_fingerprints()["vae"] if self._cached else None
-        if recipe.train.gradient_checkpointing:
-            self.tokenizer.trained.set_gradient_checkpointing(True)
+        self.tokenizer.trained.set_gradient_checkpointing(recipe.train.recompute)
         if recipe.train.compile:
             self.tokenizer.compile_blocks()
 

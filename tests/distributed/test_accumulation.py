@@ -96,6 +96,10 @@ def test_gradients_are_reduced_as_the_recipe_says_and_the_step_is_the_same() -> 
         "whole": stepped(2, name="fsdp", gradients="whole"),
         "hsdp": stepped(4, name="hsdp", shard_group=2),
     }
+    kept = stepped(2, name="fsdp", reshard_after_forward=False)
+    gathered = [ranks[0][1]["c10d._allgather_base_"] for ranks in (found["fsdp"], kept)]
+    assert gathered == [2 * BLOCKS * MICRO_BATCHES, BLOCKS * MICRO_BATCHES], "weights stay until the backward pass"
+    assert kept[0][3] == found["fsdp"][0][3]
     for norms, *_ in (one for ranks in found.values() for one in ranks):
         assert norms[:-1] == [None] * (MICRO_BATCHES - 1)
     scattered = {name: ranks[0][1]["c10d._reduce_scatter_base_"] for name, ranks in found.items()}

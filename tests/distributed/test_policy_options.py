@@ -47,7 +47,8 @@ def test_gradients_of_bf16_are_reduced_in_fp32() -> None:
     import torch
 
     from stamo_dist.distributed.strategies import _fsdp_plugin
+    from stamo_dist.recipe.training import Strategy
 
-    policy = _fsdp_plugin("bf16", ["Block"]).mixed_precision_policy
+    policy = _fsdp_plugin(Strategy(name="fsdp"), "bf16", ["Block"]).mixed_precision_policy
     assert policy is not None
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)

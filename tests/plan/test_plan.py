@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import traced_memory
 from safetensors.torch import load_file
+from toy import write_recipe
 from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.distributed import strategies
 from stamo_dist.errors import RecipeError
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.models.openvla import shapes as policies
@@ -31,6 +34,15 @@ from stamo_dist.tasks.base import ExportLayout
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
+LARGER = """\
+  encoder:
+    image_size: 32
+    train: true
+    config: {patch_size: 8, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 4}
+  compressor: {tokens: 2, dim: 256, width: 256, depth: 2, heads: 4}
+  decoder:
+    config: {patch_size: 1, num_layers: 8, num_attention_heads: 8, attention_head_dim: 64}
+"""
 SMALL = {"vocab_size": 448, "pad_token_id": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 4}  # fmt: skip
 
@@ -67,7 +79,8 @@ def test_what_is_computed_forward_and_backward() -> None:
 
 @pytest.fixture(scope="module")
 def full() -> list:
-    return plan(load(ROOT / "recipes/policy_openvla_state.yaml").recipe, 8, STRATEGIES)
+    small = ["train.micro_batch=8", "train.gradient_checkpointing=true"]
+    return plan(load(ROOT / "recipes/policy_openvla_state.yaml", small).recipe, 8, STRATEGIES)
 
 
 def test_a_full_size_policy_needs_no_files(full: list) -> None:
@@ -90,7 +103,36 @@ def test_checkpointing_and_batch_decide_the_activations() -> None:
 
     small, large = (activations(f"train.micro_batch={n}", "train.gradient_checkpointing=false") for n in (2, 4))
     assert large == pytest.approx(2 * small, rel=0.1)
-    assert activations("train.micro_batch=4", "train.gradient_checkpointing=true") < 0.5 * large
+    every, second = (activations("train.micro_batch=4", f"train.gradient_checkpointing={k}") for k in ("true", "2"))
+    assert every < 0.5 * large
+    assert 1.3 * every < second < 0.75 * large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["train.global_batch=64", "train.gradient_checkpointing=true"]], ids=len)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_peak_is_that_of_a_traced_step(
+    strategy: str, settings: list[str], toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """79 M parameters on one of eight processes, whose real step is traced."""
+    path = write_recipe(tmp_path / "recipe.yaml", toy.shards, toy.vae)
+    path.write_text(re.sub(r"(?s)  encoder:.*?  vae:", LARGER + "  vae:", path.read_text()))
+    mesh = ["strategy.shard_group=4"] if strategy == "hsdp" else []
+    common = ["train.precision=bf16", "train.ema=0.999", "train.micro_batch=4", "train.global_batch=32"]
+    every = [*common, f"strategy.name={strategy}", *mesh, *settings]
+    monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
+    (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
+    assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
+
+
+def test_weights_that_stay_gathered_count() -> None:
+    path, shards = ROOT / "recipes/tokenizer_sim_droid.yaml", ["strategy.name=fsdp", "train.micro_batch=2"]
+    given_back, kept = (
+        plan(load(path, [*shards, f"strategy.reshard_after_forward={back}"]).recipe, 8)[0] for back in ("true", "false")
+    )
+    assert kept.gathered > given_back.gathered + 1.8 * kept.trained_numel, "in bf16, but for what is gathered anyway"
+    with pytest.raises(RecipeError, match=r"strategy.reshard_after_forward: is of fsdp and hsdp"):
+        load(path, ["strategy.reshard_after_forward=false"])
 
 
 def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from stamo_dist.models.openvla.attention import UNPACKED
 from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.vision import FiLMBlock, VisionBackbone
+from stamo_dist.models.recompute import recompute_transformers
 
 IGNORE = -100  # labels that no loss sees
 
@@ -63,7 +65,7 @@ class OpenVLA(nn.Module):
             self.projector = Projector(patch_dim, config.hidden, fused=False)
         if state_dim is not None:
             self.state_projector = Projector(state_dim, config.hidden, fused=False)
-        self.language_model = LlamaForCausalLM._from_config(config.text, attn_implementation="sdpa")
+        self.language_model = LlamaForCausalLM._from_config(config.text, attn_implementation=UNPACKED)
 
     @property
     def film(self) -> bool:
@@ -189,14 +191,11 @@ class OpenVLA(nn.Module):
             state = out.last_hidden_state[:, 0]
         return torch.stack(ids, 1), torch.stack(logits, 1), torch.stack(states, 1)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block's activations in the backward pass."""
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Recompute the activations of one block of each `every` in the backward pass; 0: of none."""
         if self.config.towers:
-            self.vision_backbone.gradient_checkpointing = enabled
-        if enabled:
-            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.language_model.gradient_checkpointing_disable()
+            self.vision_backbone.recompute = every
+        recompute_transformers(self.language_model, self.language_model.model.layers, every)
 
     def block_classes(self) -> tuple[str, ...]:
         """Class names of the transformer blocks that FSDP shards one by one."""

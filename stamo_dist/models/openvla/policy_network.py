@@ -189,9 +189,9 @@ class PolicyNetwork(nn.Module):
             return states.mean(1)
         return torch.where(_mask(inputs.has_actions, len(first), first.device)[:, None], states.mean(1), first)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute every block's activations in the backward pass."""
-        self.vla.set_gradient_checkpointing(enabled)
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Recompute the activations of one block of each `every` in the backward pass; 0: of none."""
+        self.vla.set_gradient_checkpointing(every)
 
     def block_classes(self) -> tuple[str, ...]:
         """Class names of the transformer blocks that FSDP shards one by one."""

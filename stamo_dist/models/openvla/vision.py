@@ -8,10 +8,10 @@ import timm
 import torch
 from timm.layers import LayerScale as TimmLayerScale
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.config import Tower
+from stamo_dist.models.recompute import run_block
 
 
 class LayerScale(nn.Module):
@@ -63,7 +63,7 @@ class VisionBackbone(nn.Module):
         self.featurizer: Any
         self.fused_featurizer: Any
         self.film = language is not None
-        self.gradient_checkpointing = False
+        self.recompute = 0  # one block of so many; 0: none
         self.featurizer = _build(towers[0], language)
         self.fused_featurizer = _build(towers[1], language) if len(towers) > 1 else None
 
@@ -102,11 +102,8 @@ class VisionBackbone(nn.Module):
         x = tower.patch_embed(pixels.to(tower.patch_embed.proj.weight.dtype))
         x = tower.norm_pre(tower.patch_drop(tower._pos_embed(x)))
         condition = () if language is None else (language.to(x.dtype),)
-        for block in tower.blocks[:-1]:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *condition, use_reentrant=False)
-            else:
-                x = block(x, *condition)
+        for i, block in enumerate(tower.blocks[:-1]):
+            x = run_block(block, i, self.recompute, x, *condition)
         return x[:, tower.num_prefix_tokens :]
 
 

@@ -1,0 +1,135 @@
+"""The bytes of one of eight processes while it trains: real steps of one process, whose collectives are fake ones."""
+
+import gc
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stamo_dist.recipe.schema import Recipe
+
+DEVICES = 8
+BUCKET = 2_000_000  # of ZeRO: as small beside the model as the product's is
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that were made inside and still live; `peak` is the most since `reset`.
+
+    Each number that is read is 1: fake collectives leave what they should fill as it is, which may be NaN.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages = WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            return 1.0
+        out = func(*args, **(kwargs or {}))
+        if self.see(out):
+            self.peak = max(self.peak, self.now())
+        return out
+
+    def see(self, tree: Any) -> bool:
+        """Count the tensors of a tree; whether there were any new ones."""
+        # Of a DTensor its shard: what wraps that has a storage of the whole's size and no memory.
+        tensors = [getattr(t, "_local_tensor", t) for t in tree_leaves(tree) if isinstance(t, Tensor)]
+        before = len(self._storages)
+        for tensor in tensors:
+            if not tensor.is_meta:
+                self._storages.add(tensor.untyped_storage())
+        return len(self._storages) > before
+
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def reset(self) -> None:
+        gc.collect()
+        self.peak = self.now()
+
+
+def measure(path: Path, settings: list[str]) -> int:
+    """Bytes of a process in its third step of a recipe's tokenizer."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_train, args=(str(path), settings, send))
+    process.start()
+    send.close()
+    assert receive.poll(240), "no answer"
+    found: int = receive.recv()
+    process.join(60)
+    return found
+
+
+# DDP looks at the annotations, which must be no strings: hence no `from __future__ import annotations` here.
+def _as_it_is(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future: Any = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def _train(path: str, settings: list[str], answer: Any) -> None:
+    import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from stamo_dist.distributed import strategies
+    from stamo_dist.recipe.load import load
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(DEVICES), "LOCAL_WORLD_SIZE": str(DEVICES)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    config = strategies._deepspeed_config
+
+    def as_on_gpu(*arguments: Any) -> dict[str, Any]:
+        found = config(*arguments)
+        found["zero_optimization"]["overlap_comm"] = True
+        return found
+
+    strategies.REDUCE_BUCKET, strategies._deepspeed_config = BUCKET, as_on_gpu
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=DEVICES)
+    answer.send(_peak(load(path, settings).recipe))
+    os._exit(0)
+
+
+def _peak(recipe: Recipe) -> int:
+    from stamo_dist.data.loader import Batch, Cursor
+    from stamo_dist.distributed.rank import World
+    from stamo_dist.distributed.strategies import EngineSpec
+    from stamo_dist.optim.ema import EMA
+    from stamo_dist.optim.optimizer import adamw
+    from stamo_dist.recipe.batching import batching
+    from stamo_dist.tasks.noise import Noise
+    from stamo_dist.tasks.tokenizer import TokenizerTask
+
+    plan, task = batching(recipe.train, DEVICES), TokenizerTask(recipe)
+    size, ids = recipe.data.image_size, torch.arange(plan.per_rank)
+    images = torch.zeros(plan.per_rank, size, size, 3, dtype=torch.uint8)
+    batch = Batch(images, ids, torch.zeros_like(ids), Cursor())
+    with LiveBytes() as live:
+        live.see([*task.tokenizer.parameters(), *task.tokenizer.buffers()])
+        optimizer = adamw(task.trained, recipe.optimizer)
+        for group in optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: it takes no memory of its own
+        spec = EngineSpec(recipe.strategy, World(0, DEVICES, 0, DEVICES), plan, 1.0, "bf16", task.block_classes)
+        engine = spec.build(task.trained, optimizer)
+        del optimizer
+        if isinstance(engine.module, DistributedDataParallel):  # a fake collective's future holds nothing
+            engine.module.register_comm_hook(None, _as_it_is)
+        task.place(engine.device, torch.bfloat16)
+        average = EMA(engine.unwrapped, 0.999)
+        for step in (1, 2, 3):
+            live.reset()
+            for micro in batch.split(plan.micro_batch):
+                with engine.accumulate():
+                    engine.backward(task.loss(engine.module, micro, Noise(0).at(step)).loss)
+            average.update(step)
+    return live.peak
