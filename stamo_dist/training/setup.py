@@ -159,7 +159,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
         task.load_weights()
-    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
+    ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if checkpoint is not None:
