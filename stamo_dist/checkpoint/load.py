@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stamo_dist.checkpoint.compatibility import sources_of
 from stamo_dist.checkpoint.earlier import DcpSource, ZeroSource
-from stamo_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, damage, damaged, read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import Checkpoint, damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.source import Source, StateSource, batches
 from stamo_dist.checkpoint.state_writer import STATE
 from stamo_dist.distributed import ranges
@@ -22,11 +22,6 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.optim.ema import EMA
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.progress import BytesProgress
-
-
-def holds_all(manifest: CheckpointManifest) -> bool:
-    """Whether a checkpoint has every parameter, those that are not trained included."""
-    return manifest.format_version > 4 or manifest.strategy not in ZERO_STAGE
 
 
 def open_source(checkpoint: Checkpoint) -> Source:
@@ -64,7 +59,7 @@ def load_checkpoint(
             f"{path}: saved in {manifest.precision}, the recipe says {precision}; set train.precision"
         )
     source = open_source(checkpoint)
-    if wrong := _mismatched(source, engine, whole=holds_all(manifest)):
+    if wrong := _mismatched(source, engine, whole=manifest.holds_all):
         raise CheckpointError(
             f"{path}: {len(wrong)} trained parameters are missing, new or of another size: "
             f"{', '.join(sorted(wrong)[:5])}; restore the recipe's model and what it trains, or choose another run_dir"

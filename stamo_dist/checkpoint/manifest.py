@@ -64,6 +64,11 @@ class CheckpointManifest:
     sources: dict[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     format_version: int = FORMAT_VERSION
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether it has every parameter, those that are not trained included: up to format 4 ZeRO's may not."""
+        return self.format_version > 4 or not self.strategy.startswith("zero")
+
     def text(self) -> str:
         """The file's content: JSON with its own checksum."""
         content = json.loads(json.dumps(asdict(self)))  # as a reader will see it: keys are strings

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
+from stamo_dist.models.shards import everyone, shape_of, share_of
 
 #: Parts of the state: the weights that AdamW steps (and buffers, and what is not trained), its moments, the average.
 WEIGHT = "weight"
@@ -71,11 +71,6 @@ def local(tensor: Any) -> Tensor:
     return found
 
 
-def everyone() -> tuple[int, int]:
-    """The replica that this process is of what all processes hold."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def place_of(tensor: Tensor) -> tuple[int, tuple[int, int]]:
     """Of a tensor that is whole or sharded along its first dimension: its first element here, and which replica."""
     if not isinstance(tensor, DTensor):
@@ -93,7 +88,7 @@ def place_of(tensor: Tensor) -> tuple[int, tuple[int, int]]:
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Whole shapes of the parameters and persistent buffers, also where this process has shards."""
-    return {n: tuple(getattr(t, "ds_shape", t.shape)) for n, t in _tensors(module).items()}
+    return {n: shape_of(t) for n, t in _tensors(module).items()}
 
 
 def trained(module: nn.Module) -> set[str]:
@@ -141,13 +136,6 @@ def other_ranges(engine: Engine) -> Iterator[Range]:
             start, replica = place_of(tensor)
             mine = local(tensor.detach())
             yield Range(name, start, mine.numel(), {WEIGHT: mine}, replica=replica)
-
-
-def share_of(parameter: Any, rank: int) -> tuple[int, int]:
-    """zero3's equal share of a parameter, the last ones cut short: first element and how many."""
-    share = parameter.ds_tensor.numel()
-    start = min(rank * share, parameter.ds_numel)
-    return start, min(share, parameter.ds_numel - start)
 
 
 def steps(engine: Engine) -> dict[str, float]:
