@@ -123,18 +123,29 @@ class StateSource(Source):
             live.copy_(target.view(live.shape))
 
     def _read(self, r: Range, part: str, into: Tensor, files: _Files) -> None:
+        done = 0
+        for rank, skip, numel, offset in self.pieces(part, r):
+            at = offset + skip * into.dtype.itemsize
+            files.read(rank, at, as_bytes(into.narrow(0, done, numel)))
+            done += numel
+
+    def pieces(self, part: str, r: Range) -> Iterator[tuple[int, int, int, int]]:
+        """Where a range lies: process that wrote it, elements to skip of its piece, how many, the piece's offset.
+
+        Raises:
+            CheckpointError: The index lacks some of it.
+        """
         first, end = self._rows[f"{part}.{r.name}"]
         rows = self._pieces[first:end]
-        at = int(np.searchsorted(rows[:, START], r.start, side="right")) - 1
-        done = 0
-        while done < r.numel:
-            if at >= len(rows):
+        at, wanted = r.start, r.start + r.numel
+        row = int(np.searchsorted(rows[:, START], at, side="right")) - 1
+        while at < wanted:
+            if row >= len(rows):
                 raise CheckpointError(f"{self._folder}: {PIECES} lacks elements of {part}.{r.name}")
-            skip = r.start + done - int(rows[at, START])
-            numel = min(int(rows[at, NUMEL]) - skip, r.numel - done)
-            offset = int(rows[at, OFFSET]) + skip * into.dtype.itemsize
-            files.read(int(rows[at, FILE]), offset, as_bytes(into.narrow(0, done, numel)))
-            done, at = done + numel, at + 1
+            begin = int(rows[row, START])
+            numel = min(begin + int(rows[row, NUMEL]), wanted) - at
+            yield int(rows[row, FILE]), at - begin, numel, int(rows[row, OFFSET])
+            at, row = at + numel, row + 1
 
 
 class _Files:

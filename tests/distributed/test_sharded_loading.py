@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import multiprocessing
@@ -136,12 +137,15 @@ class Peak:
 
 def _rank(rank: int, port: int, recipe: str, strategy: str, meta_init: bool, answer: Connection) -> None:
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is given back, and not kept for later
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )  # fmt: skip
     r = load(recipe).recipe
     mixture = Mixture(r.data, seed=0, global_batch=8)
+    if strategy == "zero3":
+        from deepspeed.runtime.zero import Init  # noqa: F401  which takes memory of its own
     with Peak() as peak:
         task = build_task(r, mixture, meta_init=meta_init)
         world = World(rank, 2, rank, 2)
