@@ -2,10 +2,11 @@
 
 python benchmarks/checkpoint_scale.py [--ranks 8 64 512] [--millions 7000] [--blocks 32] [--measured 8]
 
-Simulated: the plan that each rank makes of a transformer with AdamW and an average under fsdp (tensors without memory,
-PyTorch's planner, this package's layout), and what rank 0 makes of all of them, one rank after another in one process.
-A rank writes two files. "first" is the first save, "later" one of the same layout, in which a rank sends the sizes and
-checksums of its files, and rank 0 writes the same index. Rows beyond --ranks, up to 4,096, are lines through the last
+Simulated: what each rank plans to write of a transformer with AdamW and an average under fsdp (tensors without memory,
+this package's writer), and what rank 0 makes of all of them, one rank after another in one process. A rank writes one
+file. "first" is the first save, "later" one of the same layout, in which a rank sends the size and checksum of its
+file, and rank 0 writes the same index. "read" is what a rank touches of the index to find its own ranges, and how
+long that takes. Rows beyond --ranks, up to 4,096, are lines through the last
 two. Measured: --measured gloo processes of this machine save a small model three times; what is gathered is counted as
 it is sent.
 """
@@ -19,33 +20,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
-from stamo_dist.checkpoint.dcp_writer import Layout
 from stamo_dist.checkpoint.manifest import Stored
 from stamo_dist.checkpoint.save import Written
-from stamo_dist.distributed.dcp import Piece
+from stamo_dist.checkpoint.source import StateSource
+from stamo_dist.checkpoint.state_writer import STATE, Layout, StateWriter
+from stamo_dist.distributed.ranges import AVERAGE, MOMENTS, WEIGHT, Range
+from stamo_dist.distributed.rank import World
 
 MOST = 4096
-#: Bytes a rank sends at every save: what it wrote, its files' sizes and checksums.
-DIGESTS = len(
-    pickle.dumps(Written({f"{part}/__0_0.distcp": Stored(1, "0" * 41) for part in ("dcp", "ema")}, [None] * 2))
-)
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Bytes a rank sends at every save: its file's size and checksum.
+DIGEST = len(pickle.dumps(Written({"state/00000.safetensors": Stored(1, "0" * 41)})))
 
 
 def shapes(millions: int, blocks: int) -> dict[str, tuple[int, ...]]:
@@ -59,40 +56,26 @@ def shapes(millions: int, blocks: int) -> dict[str, tuple[int, ...]]:
     return {"embedding": (32_000, width), **layers, "norm": (width,)}
 
 
-def states(model: dict[str, tuple[int, ...]], rank: int, ranks: int) -> list[dict[str, Any]]:
-    """What a rank saves under dcp/ and ema/, without memory."""
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=dist.HashStore())
-    mesh = init_device_mesh("cpu", (ranks,))
-    module: dict[str, Tensor] = {}
-    pieces = {}
+def held(model: dict[str, tuple[int, ...]], rank: int, ranks: int) -> list[Range]:
+    """What a rank holds of weights, moments and average, without memory."""
+    found = []
     for name, shape in model.items():
         rows = -(-shape[0] // ranks)
         mine = max(0, min(rows, shape[0] - rank * rows))
-        row = torch.Size(shape[1:]).numel()
-        local = torch.empty((mine, *shape[1:]), device="meta")
-        stride = torch.empty(shape, device="meta").stride()
-        module[name] = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
         if mine:
-            pieces[name] = Piece(local.view(-1), rank * rows * row, torch.Size(shape).numel())
-    optimizer = {
-        "state": {n: {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, t)} for n, t in module.items()},
-        "param_groups": [{"params": list(module), "lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}],
-    }
-    dist.destroy_process_group()
-    return [{"module": module, "optimizer": optimizer}, {"ema": pieces}]
+            local = torch.empty((mine, *shape[1:]), device="meta")
+            parts = dict.fromkeys((WEIGHT, *MOMENTS, AVERAGE), local)
+            found.append(Range(name, rank * rows * (local.numel() // mine), local.numel(), parts))
+    return found
 
 
-def lay(plan: SavePlan, rank: int) -> list[WriteResult]:
-    """Where a plan's items would lie in its file."""
-    results, offset = [], 0
-    for item in plan.items:
-        data = item.tensor_data
-        size = 1200 + (data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 0)
-        results.append(WriteResult(item.index, size, _StorageInfo(f"__{rank}_0.distcp", offset, size)))
-        offset += size
-    return results
+class Gathered(Layout):
+    """Keeps what a rank would send."""
+
+    rows: NDArray[np.int64]
+
+    def agree(self, rows: NDArray[np.int64], sizes: Sequence[int]) -> None:
+        self.rows, self.sizes = rows, sizes
 
 
 @dataclass
@@ -100,35 +83,38 @@ class Row:
     ranks: int
     bytes: float  # a rank writes, the most
     gathered: float  # bytes by rank 0 at the first save
-    first: float  # CPU seconds of rank 0's plan and index
+    first: float  # CPU seconds of rank 0's index
     later: float
-    index: float  # bytes of the indexes
+    index: float  # bytes of the index
+    read: float  # CPU seconds in which a rank finds its ranges
 
 
 def simulated(model: dict[str, tuple[int, ...]], ranks: int) -> Row:
-    plans: list[list[SavePlan]] = [[], []]
-    planner = DefaultSavePlanner()
+    steps = dict.fromkeys(model, 1000.0)
+    written, sent, layout = [], [], Gathered()
     for rank in range(ranks):
-        for group, state in zip(plans, states(model, rank, ranks), strict=True):
-            planner.set_up_planner(state, is_coordinator=rank == 0)
-            group.append(planner.create_local_plan())
-    row = Row(ranks, 0, 0, 0, 0, 0)
-    written = [0] * ranks
-    for group in plans:
-        layout, began = Layout(), time.process_time()
-        assigned = layout.assign(planner, group)
-        row.first += time.process_time() - began
-        results: list[Any] = [lay(plan, rank) for rank, plan in enumerate(assigned)]
-        row.gathered += sum(len(pickle.dumps(sent)) for sent in (*group, *results))
+        mine = held(model, rank, ranks)
+        StateWriter(World(rank, ranks, 0, 1), mine, model, steps, None, layout)
+        written.append(sum(4 * r.numel * len(r.parts) for r in mine))
+        sent.append(layout.rows)
+    row = Row(ranks, max(written), sum(len(pickle.dumps(rows)) for rows in sent), 0, 0, 0, 0)
+    began = time.process_time()
+    layout._index(sent, np.asarray(layout.sizes, np.int64))
+    row.first = time.process_time() - began
+    writer = StateWriter(World(0, ranks, 0, 1), held(model, 0, ranks), model, steps, None, layout)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / STATE).mkdir()
+        began, files = time.process_time(), dict[str, Stored]()
+        writer.finish(Path(folder), files)
+        row.later = time.process_time() - began
+        row.first += row.later
+        row.index = sum(stored.bytes for stored in files.values())
         began = time.process_time()
-        row.index += len(layout.index(results))
-        row.first += time.process_time() - began
-        began = time.process_time()
-        layout.index([None] * ranks)
-        row.later += time.process_time() - began
-        for rank, some in enumerate(results):
-            written[rank] += sum(result.size_in_bytes for result in some)
-    row.bytes = max(written)
+        source = StateSource(Path(folder) / STATE)
+        for r in held(model, ranks // 2, ranks):
+            for part in r.parts:
+                next(iter(source.pieces(part, r)))
+        row.read = time.process_time() - began
     return row
 
 
@@ -142,7 +128,7 @@ def beyond(rows: list[Row]) -> list[Row]:
             first, last = getattr(a, name), getattr(b, name)
             return float(last + (last - first) * (ranks - b.ranks) / (b.ranks - a.ranks))
 
-        found = {name: at(name) for name in ("gathered", "first", "later", "index")}
+        found = {name: at(name) for name in ("gathered", "first", "later", "index", "read")}
         more.append(Row(ranks, b.bytes * b.ranks / ranks, **found))
     return more
 
@@ -180,7 +166,7 @@ def measure(folder: Path) -> None:
     with engine.accumulate():
         engine.backward(engine.module(torch.randn(1, 4, 128)).square().mean())
     origin = Origin(RunFingerprint("", {}), "fp32")
-    saver = Saver(folder, engine, EMA(engine.unwrapped, 0.9), CheckpointConfig(keep=1), origin)
+    saver = Saver(folder, engine, EMA(engine, 0.9), CheckpointConfig(keep=1), origin)
     sent, gather_object = [0], dist.gather_object
 
     def counted(value: Any, *rest: Any, **more: Any) -> None:
@@ -213,12 +199,12 @@ def run_measured(ranks: int) -> str:
     if result.returncode:
         sys.exit(result.stderr)
     found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-    parts = [size for name, size in found["files"].items() if name.endswith(".distcp")]
+    parts = [size for name, size in found["files"].items() if name.endswith(".safetensors")]
     return (
         f"measured, {ranks} gloo processes, 1.6 M parameters: {len(parts) / ranks:.0f} files a rank, at most "
-        f"{max(parts) / 1e6:.2f} MB each, and {len(found['files']) - len(parts)} indexes; gathered on rank 0 at the "
-        f"1st, 2nd, 3rd save: {', '.join(f'{n / 1e3:.1f}' for n in found['gathered'])} kB; saved in "
-        f"{', '.join(f'{s:.2f}' for s in found['seconds'])} s"
+        f"{max(parts) / 1e6:.2f} MB each, and an index of {len(found['files']) - len(parts)} files; "
+        f"gathered on rank 0 at the 1st, 2nd, 3rd save: {', '.join(f'{n / 1e3:.1f}' for n in found['gathered'])} kB; "
+        f"saved in {', '.join(f'{s:.2f}' for s in found['seconds'])} s"
     )
 
 
@@ -239,15 +225,15 @@ def main() -> None:
     table = Table(title=title)
     for column in (
         "ranks", "files", "MB a rank", "sent kB: first", "later", "gathered MB: first", "later", "rank 0 CPU s: first",
-        "later", "index MB",
+        "later", "index MB", "read ms",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for row in [*rows, *(beyond(rows) if len(rows) > 1 else [])]:
         table.add_row(
-            f"{row.ranks}{'' if row.ranks in options.ranks else ' (e)'}", f"{2 * row.ranks + 3}",
-            f"{row.bytes / 1e6:.0f}", f"{row.gathered / row.ranks / 1e3:.0f}", f"{DIGESTS / 1e3:.1f}",
-            f"{row.gathered / 1e6:.1f}", f"{row.ranks * DIGESTS / 1e6:.2f}", f"{row.first:.1f}", f"{row.later:.3f}",
-            f"{row.index / 1e6:.1f}",
+            f"{row.ranks}{'' if row.ranks in options.ranks else ' (e)'}", f"{row.ranks + 3}",
+            f"{row.bytes / 1e6:.0f}", f"{row.gathered / row.ranks / 1e3:.0f}", f"{DIGEST / 1e3:.1f}",
+            f"{row.gathered / 1e6:.1f}", f"{row.ranks * DIGEST / 1e6:.2f}", f"{row.first:.1f}", f"{row.later:.3f}",
+            f"{row.index / 1e6:.1f}", f"{1e3 * row.read:.0f}",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

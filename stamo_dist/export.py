@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
-from stamo_dist.checkpoint.load import holds_all, read_weights
+from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.loader import Batch, CacheKeys, Cursor, build_loader
@@ -44,7 +44,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
     """
     weights = read_weights(path)
     # Anew, as the trained model is spread over the processes; around the weights that were just read, where they do.
-    task = build_task(recipe, mixture, meta_init=holds_all(read_checkpoint_manifest(path)))
+    task = build_task(recipe, mixture, meta_init=read_checkpoint_manifest(path).holds_all)
     shutil.rmtree(folder, ignore_errors=True)
     with closing(training_data(mixture, task)) as batches:
         task.export(folder, weights, batches)

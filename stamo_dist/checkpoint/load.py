@@ -1,34 +1,39 @@
-"""Loading a checkpoint into the running engine, and its weights without one.
-
-ddp, fsdp and hsdp write PyTorch's distributed checkpoint format; ZeRO writes DeepSpeed's files. A run goes on from
-either under any strategy and on any number of processes.
-"""
+"""Loading a checkpoint into the running engine, under any strategy and on any number of processes, or without one."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+import torch
+from torch import Tensor
 
-from stamo_dist.checkpoint import deepspeed_files, reshard
 from stamo_dist.checkpoint.compatibility import sources_of
-from stamo_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, damage, damaged, read_checkpoint_manifest
-from stamo_dist.checkpoint.writers import ZERO_TAG
-from stamo_dist.distributed.dcp import read_dcp
+from stamo_dist.checkpoint.earlier import DcpSource, ZeroSource
+from stamo_dist.checkpoint.manifest import Checkpoint, damage, damaged, read_checkpoint_manifest
+from stamo_dist.checkpoint.source import Source, StateSource, batches
+from stamo_dist.checkpoint.state_writer import STATE
+from stamo_dist.distributed import ranges
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
+from stamo_dist.distributed.ranges import AVERAGE, WEIGHT, Range
 from stamo_dist.errors import CheckpointError
 from stamo_dist.optim.ema import EMA
 from stamo_dist.run.state import RunState
+from stamo_dist.tracking.progress import BytesProgress
 
 
-def holds_all(manifest: CheckpointManifest) -> bool:
-    """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
-    return manifest.strategy not in ZERO_STAGE
+def open_source(checkpoint: Checkpoint) -> Source:
+    """The tensors of a checkpoint of any format.
+
+    Raises:
+        CheckpointError: Its files are not what that format has.
+    """
+    path, manifest = checkpoint
+    if manifest.format_version > 4:
+        return StateSource(path / STATE)
+    return ZeroSource(path, manifest) if manifest.strategy in ZERO_STAGE else DcpSource(path)
 
 
 def load_checkpoint(
@@ -40,7 +45,7 @@ def load_checkpoint(
     sources: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> RunState:
-    """Load weights, optimizer and average into the running engine; every process calls it.
+    """Load weights, optimizer and average into the running engine; every process calls it and reads what it keeps.
 
     `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
     of the checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
@@ -53,20 +58,30 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: saved in {manifest.precision}, the recipe says {precision}; set train.precision"
         )
-    try:
-        if reshard.needed(manifest, engine):
-            note = reshard.load(path, manifest, engine)
-            if engine.world.is_main:
-                say(note)
-        elif engine.is_zero:
-            _load_zero(path, engine)
-        else:
-            _load_dcp(path / "dcp", engine)
-        if ema is not None:
-            ema.load(path / "ema")
-    except (RuntimeError, ValueError, KeyError, CheckpointException) as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
+    source = open_source(checkpoint)
+    if wrong := _mismatched(source, engine, whole=manifest.holds_all):
+        raise CheckpointError(
+            f"{path}: {len(wrong)} trained parameters are missing, new or of another size: "
+            f"{', '.join(sorted(wrong)[:5])}; restore the recipe's model and what it trains, or choose another run_dir"
+        )
+    before, now = (manifest.strategy, manifest.world_size), (engine.strategy, engine.world.size)
+    if before != now and engine.world.is_main:
+        say(
+            f"{path.name} was written by {before[0]} on {before[1]} processes and goes on as {now[0]} on {now[1]}: "
+            "weights, AdamW's moments and step, moving average and data position are carried; sums are taken in "
+            "another order, so losses agree to about 1e-5 and not to the bit"
+        )
+    with torch.no_grad(), BytesProgress(path.name, shown=engine.world.is_main) as progress:
+        ranges.before_reading(engine)
+        ranges.make_moments(engine, source.step)
+        wanted = [*ranges.trained_ranges(engine), *_others(engine, source)]
+        average = list(ema.held()) if ema is not None and source.averaged else []
+        progress.total = sum(_bytes(r) for r in (*wanted, *average))
+        _fill(source, wanted, progress.advance)
+        ranges.publish(engine)
+        _fill(source, average, progress.advance)
+    if ema is not None and not source.averaged:
+        ema.begin()
     state = copy.deepcopy(manifest.state)
     if sources is not None:
         for name in ("samples", "skipped"):
@@ -75,36 +90,30 @@ def load_checkpoint(
     return state
 
 
-def _load_zero(path: Path, engine: Engine) -> None:
-    shared = ZERO_STAGE[engine.strategy] == 3
-    with deepspeed_files.loaded_safely(engine.deepspeed):
-        module = None if shared else _load_untrained
-        loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=ZERO_TAG, custom_load_fn=module)
-    if loaded is None:
-        raise CheckpointError(f"{path}: DeepSpeed could not read it")
-    if not shared:
-        engine.deepspeed.optimizer.update_lp_params()
+def _mismatched(source: Source, engine: Engine, *, whole: bool) -> set[str]:
+    """Parameters and buffers that only one of the two has, or in another size; `whole`: also what is not trained."""
+    shapes, trained = ranges.shapes(engine.unwrapped), ranges.trained(engine.unwrapped)
+    sizes, stored = ({n: math.prod(s) for n, s in some.items()} for some in (shapes, source.shapes))
+    names = (set(sizes) | set(stored)) if whole else trained | source.trained
+    return {n for n in names if sizes.get(n) != stored.get(n)} | (source.trained - trained)
 
 
-def _load_untrained(*, src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load a module's state of which only the names of the trained weights may be there; the fp32 copies follow."""
-    trained = {n for n, p in dst.named_parameters(remove_duplicate=False) if p.requires_grad}
-    named = {n for n, t in src.items() if n in trained and not t.numel()}
-    wrong = dst.load_state_dict({n: t for n, t in src.items() if n not in named}, strict=False)
-    if names := [*(set(wrong.missing_keys) - named), *wrong.unexpected_keys]:
-        raise KeyError(f"missing or unknown parameters: {', '.join(sorted(names)[:5])}")
+def _others(engine: Engine, source: Source) -> list[Range]:
+    return [r for r in ranges.other_ranges(engine) if r.name in source.shapes]
 
 
-def _load_dcp(folder: Path, engine: Engine) -> None:
-    inner = engine.inner_optimizer
-    module, optimizer = get_state_dict(engine.unwrapped, inner)
-    dcp.load({"module": module, "optimizer": optimizer}, checkpoint_id=folder)
-    strict = StateDictOptions(strict=True)
-    set_state_dict(engine.unwrapped, inner, model_state_dict=module, optim_state_dict=optimizer, options=strict)
+def _bytes(r: Range) -> int:
+    return sum(r.numel * t.dtype.itemsize for t in r.parts.values())
+
+
+def _fill(source: Source, wanted: list[Range], advance: Callable[[int], None]) -> None:
+    for some in batches(wanted):
+        source.fill(some)
+        advance(sum(map(_bytes, some)))
 
 
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
-    """The trained module's full fp32 state dict from one checkpoint, without a process group.
+    """The trained module's full state dict from one checkpoint, without a process group.
 
     `ema`: with the moving average in place of the trained parameters, where the checkpoint holds one.
 
@@ -114,10 +123,8 @@ def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     manifest = read_checkpoint_manifest(path)
     if wrong := damage(path, manifest):
         raise damaged(path, wrong)
-    if manifest.strategy in ZERO_STAGE:
-        weights = reshard.read_zero(path, manifest)
-    else:
-        weights = read_dcp(path / "dcp", "module")
-    if ema and (path / "ema").is_dir():
-        weights.update({name: t.view(weights[name].shape) for name, t in EMA.read(path / "ema").items()})
+    source = open_source(Checkpoint(path, manifest))
+    weights = source.whole(WEIGHT)
+    if ema and source.averaged:
+        weights.update(source.whole(AVERAGE))
     return weights

@@ -20,7 +20,7 @@ import xxhash
 from stamo_dist.errors import CheckpointError
 from stamo_dist.run.state import RunState
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 #: What files are compared with; up to format 3 it was SHA-256.
 HASH = "xxh3_128"
 _HASHES: dict[str, Any] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -58,10 +58,16 @@ class CheckpointManifest:
     files: dict[str, Stored]  # relative path → what must be there
     recipe: dict[str, Any] = field(default_factory=dict)  # recipe field → what it was: names what changed
     kind: str = "regular"  # regular | temporary (ephemeral_every, or saved on leaving)
+    averaged: bool = False  # it holds the moving average
     lease: int = 0  # which start of the run wrote it
     git_commit: str | None = None
     sources: dict[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     format_version: int = FORMAT_VERSION
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether it has every parameter, those that are not trained included: up to format 4 ZeRO's may not."""
+        return self.format_version > 4 or not self.strategy.startswith("zero")
 
     def text(self) -> str:
         """The file's content: JSON with its own checksum."""
@@ -125,6 +131,8 @@ def parsed(content: bytes, path: Path | str) -> CheckpointManifest:
     }
     if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
         raise CheckpointError(f"{path}: {MANIFEST} names {outside[0]}, which is not within it")
+    if version < 5:
+        raw["averaged"] = any(name.startswith("ema/") for name in files)
     return CheckpointManifest(**{**raw, "state": RunState(**raw["state"]), "files": files})
 
 

@@ -11,16 +11,12 @@ import shutil
 import threading
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import get_state_dict
-
 from stamo_dist.checkpoint.compatibility import RunFingerprint
-from stamo_dist.checkpoint.dcp_writer import DcpWriter, Layout
 from stamo_dist.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
@@ -40,8 +36,9 @@ from stamo_dist.checkpoint.retention import (
     sync_tree,
 )
 from stamo_dist.checkpoint.staging import Staging
-from stamo_dist.checkpoint.writers import CheckpointWriter, ZeroWriter
+from stamo_dist.checkpoint.state_writer import Layout, StateWriter
 from stamo_dist.device import Device
+from stamo_dist.distributed import ranges
 from stamo_dist.distributed.collectives import broadcast, everywhere, gather
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.errors import CheckpointError, StamoError
@@ -81,7 +78,6 @@ class Written:
     """This process's part of a save."""
 
     files: dict[str, Stored] = field(default_factory=dict)
-    results: list[Any] = field(default_factory=list)
     error: str | None = None
     bug: str | None = None  # traceback of what is no I/O error
 
@@ -89,8 +85,8 @@ class Written:
 class _Writing:
     """One save between its staging and its commit."""
 
-    def __init__(self, state: RunState, kind: str, writers: list[CheckpointWriter], folder: Path):
-        self.state, self.kind, self.writers, self.folder = copy.deepcopy(state), kind, writers, folder
+    def __init__(self, state: RunState, kind: str, writer: StateWriter, folder: Path):
+        self.state, self.kind, self.writer, self.folder = copy.deepcopy(state), kind, writer, folder
         self.began = time.perf_counter()
         self.stall = 0.0
         self.written = Written()
@@ -116,8 +112,7 @@ class _Writing:
     def write(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for writer in self.writers:
-                self.written.results.append(writer.write(self.folder, self.written.files))
+            self.writer.write(self.folder, self.written.files)
         except OSError as e:
             self.written.error = _reason(e)
         except Exception:
@@ -166,7 +161,7 @@ class Saver:
         self._number = broadcast(lease.number if lease else 0)
         self._writing: _Writing | None = None
         self._staging = Staging(Device.current())
-        self._layouts: dict[str, Layout] = defaultdict(Layout)
+        self._layout = Layout()
         self._whole: list[Checkpoint] | None = None  # newest first; rank 0 looks once
         self._removing: threading.Thread | None = None
         self._retry: int | None = None  # the step at which a failed save comes due again
@@ -195,7 +190,7 @@ class Saver:
         staged = self._policy.background and not wait
         began = time.perf_counter()
         folder = part_of(self._checkpoints, state.step, self._number)
-        self._writing = _Writing(state, kind, self._writers(staged=staged), folder)
+        self._writing = _Writing(state, kind, self._writer(staged=staged), folder)
         self._writing.began = began
         if staged:
             self._writing.start()
@@ -231,20 +226,14 @@ class Saver:
         seconds, stall = now - writing.began, writing.stall + now - began
         return [Saved(writing.state.step, final, outcome, seconds, stall, writing.beside)]
 
-    def _writers(self, *, staged: bool) -> list[CheckpointWriter]:
+    def _writer(self, *, staged: bool) -> StateWriter:
         engine = self._engine
-        writers: list[CheckpointWriter] = []
-        staging = self._staging if staged else None
         self._staging.begin()
-        if engine.is_zero:
-            writers.append(ZeroWriter(engine, staging))
-        else:
-            module, optimizer = get_state_dict(engine.unwrapped, engine.inner_optimizer)
-            state = {"module": module, "optimizer": optimizer}
-            writers.append(DcpWriter("dcp", state, staging, self._layouts["dcp"]))
-        if self._ema is not None:
-            writers.append(DcpWriter("ema", {"ema": self._ema.pieces()}, staging, self._layouts["ema"]))
-        return writers
+        mine = ranges.own([*ranges.trained_ranges(engine), *ranges.other_ranges(engine)])
+        average = self._ema.held() if self._ema is not None else ()
+        shapes, steps = ranges.shapes(engine.unwrapped), ranges.steps(engine)
+        staging = self._staging if staged else None
+        return StateWriter(engine.world, [*mine, *average], shapes, steps, staging, self._layout)
 
     def _commit(self, writing: _Writing) -> str | StamoError | None:
         """Agree on the outcome: None when the checkpoint is whole, why it is not, or what ends the run."""
@@ -266,9 +255,7 @@ class Saver:
         outcome, bug = broadcast((outcome, bug))
         if bug:
             raise RuntimeError(f"step {writing.state.step} could not be saved:\n{bug}")
-        if outcome is not None:
-            self._layouts.clear()  # rank 0 may not have learned what the others wrote
-        elif written is not None:
+        if outcome is None and written is not None:
             self.prune()
         return outcome
 
@@ -299,8 +286,7 @@ class Saver:
         """Rank 0: index, sync, rename and, last of all, mark."""
         folder, state = writing.folder, writing.state
         files = {name: stored for w in written for name, stored in w.files.items()}
-        for i, writer in enumerate(writing.writers):
-            writer.finish(folder, files, [w.results[i] for w in written])
+        writing.writer.finish(folder, files)
         sync_tree(folder)
         final = folder_of(self._checkpoints, state.step)
         self._guard()
@@ -317,6 +303,7 @@ class Saver:
             files=files,
             recipe=dict(origin.fingerprint.fields),
             kind=writing.kind,
+            averaged=self._ema is not None,
             lease=self._number,
             git_commit=origin.git_commit,
             sources=dict(origin.sources),

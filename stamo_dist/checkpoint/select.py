@@ -26,6 +26,7 @@ class Begun:
     sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
     growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
     order: str | None = None  # data.shuffle.order
+    holds_all: bool = True  # also weights that are not trained
 
 
 @dataclass
@@ -45,7 +46,7 @@ class ResumePoint:
         if self.checkpoint is None:
             return Begun()
         manifest = self.checkpoint.manifest
-        return Begun(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
+        return Begun(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe), manifest.holds_all)
 
 
 def select_checkpoint(

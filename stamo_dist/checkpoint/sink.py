@@ -8,11 +8,9 @@ import errno
 import io
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 import xxhash
 
 from stamo_dist.checkpoint.manifest import HASH, Stored
@@ -24,7 +22,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 class Sink(io.RawIOBase):
-    """A file that knows its checksum. Its first error is raised at the end: torch's writers must not see it."""
+    """A file that knows its checksum. Its first error is raised at the end."""
 
     def __init__(self, path: Path):
         self._path, self._fd = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -85,29 +83,6 @@ class Sink(io.RawIOBase):
         if self._error is not None:
             raise OSError(self._error.errno, self._error.strerror, str(self._path))
         return Stored(self._size, f"{HASH}:{self._digest.hexdigest()}")
-
-
-def save(state: Any, path: Path) -> Stored:
-    """`torch.save` through a sink.
-
-    Raises:
-        OSError: It could not be written.
-    """
-    sink = Sink(path)
-    with without_crc():
-        torch.save(state, cast(IO[bytes], sink))
-    return sink.finish()
-
-
-@contextlib.contextmanager
-def without_crc() -> Iterator[None]:
-    """Inside, torch.save computes no CRC32: the sink has a better checksum."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def _find_sync_file_range() -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,16 +34,3 @@ class Staging:
     def wait(self) -> None:
         """Until all copies are there."""
         self._device.synchronize()
-
-    def copy_all(self, value: Any) -> Any:
-        """A copy of everything in a nested state, which is there after `wait`."""
-        if isinstance(value, Tensor):
-            return self.copy(value.detach())
-        if isinstance(value, dict):
-            held = copy.copy(value)
-            for key in held:
-                held[key] = self.copy_all(held[key])
-            return held
-        if type(value) in (list, tuple):
-            return type(value)(self.copy_all(v) for v in value)
-        return value

@@ -36,8 +36,6 @@ _log = logging.getLogger(__name__)
 REDUCE_BUCKET = 200_000_000
 #: Takes modules without memory, which are filled once they are sharded.
 SUPPORTS_META_INIT = {"fsdp", "hsdp"}
-#: Keeps weights whole, and copies them when it is built: modules without memory are filled on the device before.
-FILLED_BEFORE = {"ddp", "zero1", "zero2"}
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -145,6 +143,19 @@ class EngineSpec:
             accelerator.state.parallelism_config = mesh
             accelerator.state.device_mesh = mesh.build_device_mesh("cpu")
         return accelerator
+
+    def give_memory(self, module: nn.Module, accelerator: Accelerator) -> None:
+        """Before `build`, where it takes no modules without memory: whole on the device, or in zero3's shares.
+
+        What is in the parameters that had none must be written afterwards.
+        """
+        from stamo_dist.models.shards import materialise, share_out  # with it come diffusers and transformers
+
+        if self.strategy.name == "zero3":
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            share_out(module, _deepspeed_config(3, self.batching, self.clip, self.precision), dtype)
+        else:
+            materialise(module, accelerator.device)
 
     def build(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None

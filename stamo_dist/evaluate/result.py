@@ -45,7 +45,7 @@ class Provenance:
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, path: Path, marker: CheckpointManifest) -> Provenance:
         """Of a checkpoint with its manifest."""
-        found = cls._now(recipe.name, str(path), marker.state.step, ema=(path / "ema").is_dir(), seed=recipe.seed)
+        found = cls._now(recipe.name, str(path), marker.state.step, ema=marker.averaged, seed=recipe.seed)
         return replace(found, data_fingerprint=marker.fingerprint, trained_commit=marker.git_commit)
 
     @classmethod

@@ -9,12 +9,14 @@ write(parameter, stored.read)      # each process reads its slice of the file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -47,6 +49,23 @@ class StoredTensor:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])
 
 
+def everyone() -> tuple[int, int]:
+    """The replica that this process is of what all processes hold."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The whole's shape of a tensor that may be a shard."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def share_of(parameter: Any, rank: int) -> tuple[int, int]:
+    """zero3's equal share of a parameter, the last ones cut short: first element and how many."""
+    share = parameter.ds_tensor.numel()
+    start = min(rank * share, parameter.ds_numel)
+    return start, min(share, parameter.ds_numel - start)
+
+
 def on_meta() -> AbstractContextManager[None]:
     """Modules built inside have parameters without memory, but real buffers."""
     from accelerate import init_empty_weights
@@ -62,9 +81,31 @@ def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
+def share_out(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """For zero3: cut the parameters into shares in `dtype`, those without memory too; every process calls it.
+
+    Each has memory for the whole only while it is cut. `config`: DeepSpeed's.
+    """
+    from deepspeed.runtime.zero import Init
+
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            cast = dtype if p.is_floating_point() else p.dtype
+            if p.is_meta:
+                setattr(part, name, nn.Parameter(torch.empty(p.shape, dtype=cast), requires_grad=p.requires_grad))
+            else:
+                p.data = p.data.to(cast).contiguous()
+            holder = nn.Module()
+            holder.register_parameter("shared", getattr(part, name))
+            Init(module=holder, config_dict_or_path=config, dtype=dtype)
+
+
 @torch.no_grad()
 def write(tensor: Tensor, read: Callable[[Slices], Tensor]) -> None:
     """Copy into `tensor`, or into this process's shard of it, what `read` gives for its slices of the whole."""
+    if hasattr(tensor, "ds_tensor"):
+        _write_share(tensor, read)
+        return
     if not isinstance(tensor, DTensor):
         tensor.copy_(read((slice(None),) * tensor.ndim))
         return
@@ -72,3 +113,15 @@ def write(tensor: Tensor, read: Callable[[Slices], Tensor]) -> None:
     if local.numel():
         (chunk,) = tensor.__create_chunk_list__()
         local.copy_(read(tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))))
+
+
+def _write_share(parameter: Any, read: Callable[[Slices], Tensor]) -> None:
+    """Of a parameter of zero3, which has an equal share of the flattened tensor."""
+    start, numel = share_of(parameter, everyone()[0])
+    if not numel:
+        return
+    shape = parameter.ds_shape
+    width = math.prod(shape[1:])
+    first, stop = start // width, -(-(start + numel) // width)
+    rows = (slice(first, stop), *(slice(None) for _ in shape[1:])) if shape else ()
+    parameter.ds_tensor[:numel].copy_(read(rows).reshape(-1)[start - first * width :][:numel])

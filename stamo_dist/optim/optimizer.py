@@ -9,6 +9,7 @@ from torch import nn
 
 from stamo_dist.device import Device
 from stamo_dist.errors import RecipeError
+from stamo_dist.models.shards import shape_of
 from stamo_dist.recipe.training import Optimizer
 
 
@@ -28,7 +29,7 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
         raise RecipeError([f"optimizer.lr_scale.{prefix}: {why}" for prefix in idle])
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, p in named.items():
-        decay = cfg.weight_decay if p.ndim >= 2 and not name.endswith("queries") else 0.0
+        decay = cfg.weight_decay if len(shape_of(p)) >= 2 and not name.endswith("queries") else 0.0
         encodes = name.startswith(("encoder.", "compressor."))
         scale = cfg.encoder_lr if encodes else 1.0
         if fits := [prefix for prefix in cfg.lr_scale if name.startswith(prefix)]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from stamo_dist.checkpoint.compatibility import mixture_of
-from stamo_dist.checkpoint.load import holds_all, read_weights
+from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import RunError
@@ -53,7 +53,7 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
     weights = read_weights(folder)
     manifest = read_checkpoint_manifest(folder)
     mixture = mixture_of(recipe, manifest.recipe)
-    task = build_task(recipe, mixture, meta_init=holds_all(manifest))
+    task = build_task(recipe, mixture, meta_init=manifest.holds_all)
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)

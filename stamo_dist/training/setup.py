@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
-from stamo_dist.checkpoint.load import holds_all, load_checkpoint
+from stamo_dist.checkpoint.load import load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
@@ -18,9 +18,9 @@ from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
 from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import before_connecting, broadcast, everywhere
-from stamo_dist.distributed.engine import ZERO_STAGE, Engine, Phase
+from stamo_dist.distributed.engine import Engine, Phase
 from stamo_dist.distributed.rank import World, survive_launcher
-from stamo_dist.distributed.strategies import FILLED_BEFORE, SUPPORTS_META_INIT, EngineSpec
+from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
 from stamo_dist.errors import RecipeError, RunError, StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
@@ -149,11 +149,9 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     checkpoint, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: select(without=bad))
     if task.init_frames and checkpoint is None:
         task.initialise(first_frames(mixture, task.init_frames))
-    reads_weights = checkpoint is None or not holds_all(checkpoint.manifest)
-    if recipe.strategy.name in FILLED_BEFORE:
-        from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
-
-        materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
+    reads_weights = checkpoint is None or not checkpoint.manifest.holds_all
+    if recipe.strategy.name not in SUPPORTS_META_INIT:
+        spec.give_memory(task.trained, accelerator)  # not in host memory, which all processes of a node share
         if reads_weights:
             task.load_weights()
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
@@ -161,7 +159,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
         task.load_weights()
-    ema = EMA(engine.unwrapped, recipe.train.ema) if recipe.train.ema else None
+    ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     if checkpoint is not None:
@@ -192,12 +190,12 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
     begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, meta_init=recipe.strategy.name in SUPPORTS_META_INIT | FILLED_BEFORE)
+    task = build_task(recipe, checked.mixture, meta_init=True)
     changed = moved(task.sources, begun)
-    if recipe.strategy.name in ZERO_STAGE and (bases := [line for line in changed if "(base)" in line]):
-        raise RunError(  # DeepSpeed's checkpoints lack what is frozen
-            f"{bases[0]}; name that commit as `revision` in the adapter's adapter_config.json, or train "
-            "under fsdp, hsdp or ddp, whose checkpoints hold the base"
+    if not checked.begun.holds_all and (bases := [line for line in changed if "(base)" in line]):
+        raise RunError(
+            f"{bases[0]}; the run's checkpoints, of an earlier format, do not hold it: name that commit as "
+            "`revision` in the adapter's adapter_config.json"
         )
     # The export reads the same commits, should a branch move meanwhile.
     start.loaded = replace(start.loaded, recipe=pin(recipe, task.sources))

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from stamo_dist.checkpoint.dcp_writer import DcpWriter
 from stamo_dist.checkpoint.manifest import MANIFEST, CheckpointManifest, Stored, damage, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import clean, complete, folder_of, named, part_of, scan, superseded
 from stamo_dist.checkpoint.select import select_checkpoint
+from stamo_dist.checkpoint.source import StateSource
 from stamo_dist.checkpoint.staging import Staging
+from stamo_dist.checkpoint.state_writer import STATE, StateWriter
 from stamo_dist.device import CPU
-from stamo_dist.distributed.dcp import read_dcp
+from stamo_dist.distributed.ranges import WEIGHT, Range
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import CheckpointError
 from stamo_dist.recipe.training import CheckpointConfig
 from stamo_dist.run.state import RunState
@@ -24,9 +26,10 @@ def write(checkpoints: Path, step: int, kind: str = "regular") -> Path:
     """A checkpoint that holds the tensor `step`."""
     folder = folder_of(checkpoints, step)
     files: dict[str, Stored] = {}
-    part = DcpWriter("dcp", {"module": {"w": torch.full((50,), float(step))}}, staging=None)
-    folder.mkdir(parents=True)
-    part.finish(folder, files, [part.write(folder, files)])
+    held = [Range("w", 0, 50, {WEIGHT: torch.full((50,), float(step))})]
+    writer = StateWriter(World(0, 1, 0, 1), held, {"w": (50,)}, {}, None)
+    writer.write(folder, files)
+    writer.finish(folder, files)
     state = RunState(step, cursor={"samples": 8 * step}, samples=[5, 3])
     (folder / MANIFEST).write_text(CheckpointManifest(state, "ddp", 1, "fp32", "f", files, kind=kind).text())
     return folder
@@ -36,7 +39,7 @@ def test_every_byte_of_a_checkpoint_counts(tmp_path):
     folder = write(tmp_path, 3)
     marker = read_checkpoint_manifest(folder)
     assert marker.state == RunState(3, {"samples": 24}, [5, 3])
-    assert set(marker.files) == {"dcp/.metadata", "dcp/__0_0.distcp"}
+    assert set(marker.files) == {"state/index.json", "state/pieces.npy", "state/00000.safetensors"}
     assert damage(folder, marker) == []
     for name in [*marker.files, MANIFEST]:
         whole = (folder / name).read_bytes()
@@ -88,7 +91,7 @@ def test_leftovers_are_cleaned_up_and_the_newest_is_found_by_looking(tmp_path):
     newest = write(tmp_path, 20)
     (write(tmp_path, 30) / MANIFEST).unlink()
     for leftover in (".step_00000040.g2.tmp", ".step_00000040.tmp", ".step_00000050.g3.tmp"):
-        (tmp_path / leftover / "dcp").mkdir(parents=True)
+        (tmp_path / leftover / STATE).mkdir(parents=True)
     assert part_of(tmp_path, 50, 3).is_dir()
     assert complete(tmp_path)[0][0] == newest
     assert len(clean(tmp_path, lease=3)) == 3
@@ -99,11 +102,14 @@ def test_what_is_staged_is_what_is_written(tmp_path):
     """Training goes on while the copy is on its way to the disk."""
     model = torch.nn.Linear(30, 20)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = DcpWriter("dcp", {"module": model.state_dict()}, staging=Staging(CPU))
+    held = [Range(n, 0, p.numel(), {WEIGHT: p.detach()}) for n, p in model.named_parameters()]
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    writer = StateWriter(World(0, 1, 0, 1), held, shapes, {}, Staging(CPU))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
     files: dict[str, Stored] = {}
-    part.finish(tmp_path, files, [part.write(tmp_path, files)])
-    saved = read_dcp(tmp_path / "dcp", "module")
+    writer.write(tmp_path, files)
+    writer.finish(tmp_path, files)
+    saved = StateSource(tmp_path / STATE).whole(WEIGHT)
     assert all(torch.equal(saved[k], before[k]) for k in before)

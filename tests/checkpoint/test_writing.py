@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from safetensors import safe_open
 
-from stamo_dist.checkpoint import dcp_writer, sink
-from stamo_dist.checkpoint.dcp_writer import DcpWriter, Layout
+from stamo_dist.checkpoint import sink, state_writer
 from stamo_dist.checkpoint.manifest import Stored
 from stamo_dist.checkpoint.sink import Sink
-from stamo_dist.distributed.dcp import Piece, read_dcp, read_ranges
+from stamo_dist.checkpoint.source import StateSource
+from stamo_dist.checkpoint.state_writer import STATE, Layout, StateWriter
+from stamo_dist.distributed.ranges import WEIGHT, Range, own
+from stamo_dist.distributed.rank import World
+from stamo_dist.errors import CheckpointError
 
 MIB = 1 << 20
 
@@ -36,17 +41,6 @@ def test_a_file_is_what_was_written_and_knows_its_hash(tmp_path, monkeypatch, ea
         assert sum(size for _, size in asked) > len(content) - 12 * MIB
 
 
-def test_torch_save_computes_no_crc_but_for_the_sink(tmp_path):
-    state = {"w": torch.arange(1000)}
-    stored = sink.save(state, tmp_path / "w.pt")
-    assert stored.bytes == (tmp_path / "w.pt").stat().st_size
-    assert torch.equal(torch.load(tmp_path / "w.pt", mmap=True)["w"], state["w"])
-    assert torch.serialization.get_crc32_options()
-    with pytest.raises(AttributeError):
-        sink.save({"f": lambda: None}, tmp_path / "f.pt")
-    assert torch.serialization.get_crc32_options()
-
-
 def test_a_full_disk_is_said_at_the_end(tmp_path):
     """Torch's writers must not see the error: they end the process."""
     file = Sink(Path("/dev/full"))
@@ -55,43 +49,77 @@ def test_a_full_disk_is_said_at_the_end(tmp_path):
         file.finish()
 
 
-def save(folder: Path, state: dict, layout: Layout) -> dict[str, Stored]:
+def save(folder: Path, held: list[Range], shapes: dict[str, tuple[int, ...]], layout: Layout) -> dict[str, Stored]:
     files: dict[str, Stored] = {}
-    writer = DcpWriter("dcp", state, None, layout)
+    writer = StateWriter(World(0, 1, 0, 1), held, shapes, {}, None, layout)
     folder.mkdir()
-    writer.finish(folder, files, [writer.write(folder, files)])
+    writer.write(folder, files)
+    writer.finish(folder, files)
     return files
 
 
 def test_a_second_save_of_the_same_layout_gathers_nothing(tmp_path, monkeypatch):
     layout, sent = Layout(), []
-    monkeypatch.setattr(dcp_writer, "gather", lambda plan: sent.append(plan) or [plan])
+    monkeypatch.setattr(state_writer, "gather", lambda rows: sent.append(rows) or [rows])
     for step in range(3):
-        files = save(tmp_path / str(step), {"module": {"w": torch.full((9,), float(step))}, "lr": step / 7}, layout)
+        files = save(
+            tmp_path / str(step), [Range("w", 0, 9, {WEIGHT: torch.full((9,), float(step))})], {"w": (9,)}, layout
+        )
         assert len(sent) == 1
-        assert read_dcp(tmp_path / str(step) / "dcp", "module")["w"].tolist() == [float(step)] * 9
-        assert set(files) == {"dcp/.metadata", "dcp/__0_0.distcp"}
-    save(tmp_path / "3", {"module": {"w": torch.zeros(9), "v": torch.ones(2)}, "lr": 0.0}, layout)
+        assert StateSource(tmp_path / str(step) / STATE).whole(WEIGHT)["w"].tolist() == [float(step)] * 9
+        assert set(files) == {"state/00000.safetensors", "state/index.json", "state/pieces.npy"}
+    held = [Range("w", 0, 9, {WEIGHT: torch.zeros(9)}), Range("v", 0, 2, {WEIGHT: torch.ones(2)})]
+    save(tmp_path / "3", held, {"w": (9,), "v": (2,)}, layout)
     assert len(sent) == 2
-    assert read_dcp(tmp_path / "3/dcp", "module")["v"].tolist() == [1.0, 1.0]
+    assert StateSource(tmp_path / "3" / STATE).whole(WEIGHT)["v"].tolist() == [1.0, 1.0]
 
 
-def test_what_lies_elsewhere_than_before_is_found(tmp_path):
-    """The same plan, but a value that is no tensor takes more room."""
-    layout = Layout()
-    for step, text in enumerate(["a", "a" * 5000, "b"]):
-        save(tmp_path / str(step), {"text": text, "module": {"w": torch.full((9,), float(step))}}, layout)
-        assert read_dcp(tmp_path / str(step) / "dcp", "module")["w"].tolist() == [float(step)] * 9
+def test_any_range_of_any_dtype_is_read_into_any_tensor(tmp_path):
+    """Bytes, halves and doubles side by side; into other dtypes, other orders, and where there are no moments."""
+    whole = {
+        "half": torch.randn(7, 3).to(torch.bfloat16), "byte": torch.arange(5, dtype=torch.uint8),
+        "double": torch.randn(4, dtype=torch.float64), "scalar": torch.tensor(3), "flag": torch.tensor([True, False]),
+        "image": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    }  # fmt: skip
+    shapes = {name: tuple(t.shape) for name, t in whole.items()}
+    held = [Range(name, 0, t.numel(), {WEIGHT: t}) for name, t in whole.items()]
+    save(tmp_path / "saved", held, shapes, Layout())
+    source = StateSource(tmp_path / "saved" / STATE)
+    found = source.whole(WEIGHT)
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in whole.items())
+    with safe_open(tmp_path / "saved/state/00000.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("weight.half@0"), whole["half"].flatten())
+        assert set(file.keys()) == {f"weight.{name}@0" for name in whole}
+    wider, image, moment = torch.zeros(10), torch.empty_like(whole["image"]), torch.ones(7, 3)
+    source.fill([
+        Range("half", 4, 6, {WEIGHT: wider}, offset=3),
+        Range("image", 0, image.numel(), {WEIGHT: image}),
+        Range("half", 0, 21, {"exp_avg": moment}),
+    ])  # fmt: skip
+    assert wider.tolist() == [0, 0, 0, *whole["half"].flatten()[4:10].tolist(), 0]
+    assert torch.equal(image, whole["image"])
+    assert not moment.any()
 
 
-def test_pieces_of_flattened_tensors_are_read_in_other_pieces(tmp_path):
-    whole = torch.arange(10.0)
-    save(tmp_path / "saved", {"ema": {"w": Piece(whole, 0, 10), "v": Piece(-whole[:4], 0, 4)}}, Layout())
-    assert read_dcp(tmp_path / "saved/dcp", "ema")["w"].tolist() == whole.tolist()
-    found = read_ranges(tmp_path / "saved/dcp", {"ema.w": (3, 5), "ema.v": (1, 2)})
-    assert {name: t.tolist() for name, t in found.items()} == {
-        "ema.w": [3.0, 4.0, 5.0, 6.0, 7.0],
-        "ema.v": [-1.0, -2.0],
-    }
-    save(tmp_path / "rows", {"ema": {"w": whole.view(5, 2)}}, Layout())  # as earlier versions wrote it
-    assert read_ranges(tmp_path / "rows/dcp", {"ema.w": (3, 4)})["ema.w"].tolist() == [3.0, 4.0, 5.0, 6.0]
+def test_an_index_that_is_none_is_said(tmp_path):
+    save(tmp_path / "saved", [Range("w", 0, 9, {WEIGHT: torch.zeros(9)})], {"w": (9,)}, Layout())
+    state = tmp_path / "saved" / STATE
+    (state / "pieces.npy").write_bytes(pickle.dumps([1]))
+    with pytest.raises(CheckpointError, match=r"index\.json and pieces\.npy are not what this version writes"):
+        StateSource(state)
+
+
+def test_every_element_is_of_one_process():
+    """Whatever several processes hold alike is cut into equal shares, in the order in which they hold it."""
+    held = [[
+        Range("a", 0, 5, {WEIGHT: torch.arange(5.0)}, replica=(rank, 3)),
+        Range("shard", 4 * rank, 4, {WEIGHT: torch.ones(4)}),
+        Range("b", 0, 1, {WEIGHT: torch.ones(())}, replica=(rank, 3)),
+        Range("c", 10, 4, {WEIGHT: torch.arange(8.0)}, offset=3, replica=(rank, 3)),
+    ] for rank in range(3)]  # fmt: skip
+    parts = [[(r.name, r.start, r.flat(WEIGHT).tolist()) for r in own(some)] for some in held]
+    assert parts == [
+        [("a", 0, [0, 1, 2, 3]), ("shard", 0, [1] * 4)],
+        [("a", 4, [4]), ("shard", 4, [1] * 4), ("b", 0, [1]), ("c", 10, [3, 4])],
+        [("shard", 8, [1] * 4), ("c", 12, [5, 6])],
+    ]

@@ -11,22 +11,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 from fake_gpu import PENDING, FakeCuda, FakeGpu
 
 from stamo_dist import device as devices
-from stamo_dist.checkpoint.dcp_writer import DcpWriter
+from stamo_dist.checkpoint.manifest import Stored
 from stamo_dist.checkpoint.staging import Staging
-from stamo_dist.checkpoint.writers import ZeroWriter
+from stamo_dist.checkpoint.state_writer import StateWriter
 from stamo_dist.data.loader import Batch, Cursor
 from stamo_dist.data.prefetcher import Prefetcher
 from stamo_dist.device import CPU, Device
 from stamo_dist.distributed import strategies
-from stamo_dist.distributed.engine import Engine, Phase
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.engine import Phase
+from stamo_dist.distributed.ranges import WEIGHT, Range
+from stamo_dist.distributed.rank import World, free_port
 from stamo_dist.errors import RunError
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe.batching import Batching
@@ -161,34 +162,21 @@ def test_copies_run_ahead_in_a_thread(gpu: FakeGpu) -> None:
 
 
 def test_a_save_in_background_is_copied_into_page_locked_memory(gpu: FakeGpu, tmp_path: Path) -> None:
-    staging, weights = Staging(gpu), {"w": torch.arange(6.0), "deep": [torch.ones(2), 3]}
-    copies = staging.copy_all(weights)
+    staging = Staging(gpu)
+    copies = [staging.copy(torch.arange(6.0)), staging.copy(torch.ones(2))]
     staging.wait()
     assert (gpu.cuda.said["pin"], gpu.cuda.said["synchronize"]) == (2, 1)
     staging.begin()
-    again = staging.copy_all({"w": torch.zeros(6), "deep": [torch.zeros(2), 4]})
-    assert again["w"] is copies["w"], "the memory is kept"
+    assert staging.copy(torch.zeros(6)) is copies[0], "the memory is kept"
+    staging.copy(torch.zeros(2))
     assert gpu.cuda.said["pin"] == 2
     staging.begin()
-    writer = DcpWriter("model", {"w": torch.arange(6.0)}, staging)
-    assert gpu.cuda.said["synchronize"] == 2, "a plan of PyTorch's is held once all of it is copied"
-    assert writer.write(tmp_path, {}) is not None
-    module = _DeepSpeed()
-    engine = Engine("zero2", cast(Any, None), cast(Any, None), module, cast(Any, None), None)
-    ZeroWriter(engine, staging)
-    assert gpu.cuda.said["synchronize"] == 3
-
-
-class _DeepSpeed(torch.nn.Module):
-    """What `ZeroWriter` asks of DeepSpeed's engine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = torch.nn.Linear(2, 2)
-        self.checkpoint_engine: Any = None
-
-    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
-        self.checkpoint_engine.save({"module": self.module.state_dict()}, f"{tag}/states.pt")
+    held = [Range("w", 0, 6, {WEIGHT: torch.arange(6.0)})]
+    writer = StateWriter(World(0, 1, 0, 1), held, {"w": (6,)}, {}, staging)
+    assert gpu.cuda.said["synchronize"] == 2, "it is made once all is copied"
+    files: dict[str, Stored] = {}
+    writer.write(tmp_path, files)
+    assert list(files) == ["state/00000.safetensors"]
 
 
 def result(value: float) -> StepSums:

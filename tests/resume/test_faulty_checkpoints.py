@@ -129,7 +129,7 @@ def damaged_and_named(run: Path) -> list[str]:
         (["--resume", "none"], "holds step_00000020"),
         (["--resume", "/nowhere"], "--resume /nowhere: there is no such checkpoint or run"),
         (["--resume", "/"], "no checkpoint.json"),
-        (newer_format, "checkpoint format 9; this version of stamo reads 2 to 4"),
+        (newer_format, "checkpoint format 9; this version of stamo reads 2 to 5"),
     ],
 )
 def test_refusals(ranks, recipe, arguments, message):

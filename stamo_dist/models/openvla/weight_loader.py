@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.adapters import FIELD, Adapter
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.shards import StoredTensor, write
+from stamo_dist.models.shards import StoredTensor, shape_of, write
 from stamo_dist.models.weights import LoadReport
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class WeightLoader:
             torch.manual_seed(self._seed)
             for layer in sorted(self._layers):
                 _reset(network.get_submodule(layer))
-            for name, tensor in network.state_dict().items():
+            for name, tensor in network.state_dict(keep_vars=True).items():
                 layer, _, matrix = name.partition(".lora_")
                 if not matrix:
                     continue
@@ -101,16 +101,16 @@ class WeightLoader:
                     low = self._low[f"{layer}.weight"]
                     write(tensor, (low.up if matrix.startswith("B") else low.down).read)
                 else:
-                    start = torch.zeros(tensor.shape)
+                    start = torch.zeros(shape_of(tensor))
                     # Peft's gaussian start.
-                    drawn = start if matrix.startswith("B") else start.normal_(std=1 / tensor.shape[0])
+                    drawn = start if matrix.startswith("B") else start.normal_(std=1 / len(start))
                     write(tensor, drawn.__getitem__)
         return self.report
 
 
 def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
     """The network's tensors but its adapters', by the names that they have without them."""
-    state = network.state_dict()
+    state = network.state_dict(keep_vars=True)
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
 
 
@@ -132,7 +132,7 @@ def _reset(layer: nn.Module) -> None:
     """Draw a layer's initial values whole, on the CPU, and copy what is local."""
     drawn = copy.copy(layer)
     own = {name: p for name, p in layer._parameters.items() if p is not None}
-    drawn._parameters = {name: nn.Parameter(torch.zeros(p.shape)) for name, p in own.items()}
+    drawn._parameters = {name: nn.Parameter(torch.zeros(shape_of(p))) for name, p in own.items()}
     drawn.reset_parameters()  # type: ignore[operator]
     for name, parameter in own.items():
         whole = drawn._parameters[name]
