@@ -86,12 +86,22 @@ class Server:
         if len(answered):
             median, slow = (1000 * np.quantile(answered, [0.5, 0.9])).round(2).tolist()
             latency = {"median_ms": median, "90%_ms": slow}
-        return _answer({
-            "status": "ok", "policy": self.name, "views": cfg.views, "proprio": cfg.proprio,
-            "chunk": self.policy.chunk, "unnorm_keys": sorted(self.policy.statistics.sources),
-            "frames": "upright" if self.upright else self.framing.orientation, "framing": self.framing.to_dict(),
-            "bounds": cfg.bounds, "device": str(self.policy.device), "requests": self._served, "latency": latency,
-        })  # fmt: skip
+        return _answer(
+            {
+                "status": "ok",
+                "policy": self.name,
+                "views": cfg.views,
+                "proprio": cfg.proprio,
+                "chunk": self.policy.chunk,
+                "unnorm_keys": sorted(self.policy.statistics.sources),
+                "frames": "upright" if self.upright else self.framing.orientation,
+                "framing": self.framing.to_dict(),
+                "bounds": cfg.bounds,
+                "device": str(self.policy.device),
+                "requests": self._served,
+                "latency": latency,
+            }
+        )
 
     async def act(self, request: Request) -> Response:
         """Actions for one observation or many."""

@@ -53,17 +53,29 @@ Episodes = Literal["recorded", "annotated"]
 _GRIPPER = {"gripper": 6, "gripper_open": 1.0, "gripper_closed": -1.0}
 SPECS: dict[str, ActionSpec | None] = {
     "rel_actions": ActionSpec(
-        dim=7, text="CALVIN rel_actions: added to position (1 = 0.02 m) and Euler angles xyz (1 = 0.05 rad), "
-        "gripper 1 open -1 closed", mode="delta", translation=(0, 1, 2), metres=0.02, rotation=(3, 4, 5),
-        rotation_kind="euler_xyz", radians=0.05, euler_added=True, **_GRIPPER,  # type: ignore[arg-type]
+        dim=7,
+        text="CALVIN rel_actions: added to position (1 = 0.02 m) and Euler angles xyz (1 = 0.05 rad), "
+        "gripper 1 open -1 closed",
+        mode="delta",
+        translation=(0, 1, 2),
+        metres=0.02,
+        rotation=(3, 4, 5),
+        rotation_kind="euler_xyz",
+        radians=0.05,
+        euler_added=True,
+        **_GRIPPER,  # type: ignore[arg-type]
     ),
     "actions": ActionSpec(
-        dim=7, text="CALVIN actions: pose to reach, x y z (1 = 1 m), Euler angles xyz (1 = 1 rad), "
-        "gripper 1 open -1 closed", mode="absolute", translation=(0, 1, 2), rotation=(3, 4, 5),
-        rotation_kind="euler_xyz", **_GRIPPER,  # type: ignore[arg-type]
+        dim=7,
+        text="CALVIN actions: pose to reach, x y z (1 = 1 m), Euler angles xyz (1 = 1 rad), gripper 1 open -1 closed",
+        mode="absolute",
+        translation=(0, 1, 2),
+        rotation=(3, 4, 5),
+        rotation_kind="euler_xyz",
+        **_GRIPPER,  # type: ignore[arg-type]
     ),
     "none": None,
-}  # fmt: skip
+}
 
 
 @dataclass

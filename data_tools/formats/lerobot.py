@@ -104,15 +104,7 @@ class LerobotReader(LerobotActionOptions):
         layout = find_layout(self.src, [f for f in chosen.cameras.values() if features[f].dtype == "video"])
         windows = check_windows(self.src, layout.episodes, info.fps)
         notes += layout.notes
-        needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
-        parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
-        files = sorted({e.data for e in layout.episodes if e.data})
-        if (said := chosen.instruction) and said in features and said != TASK_INDEX:
-            if any(has_column(path, said) for path in files):
-                needed.append(said)  # where some files have it, the table is no stand-in for the others
-            else:
-                notes.append(f"instructions: no file has a column {said}; the episode table's are taken")
-        data = {path: _data_fault(path, needed, parts) for path in files}
+        faults = _data_faults(layout.episodes, chosen, notes)
         by_rows = read_rows(layout.episodes, chosen.instruction, layout.tasks, info.fps)
         unnamed = ""
         if chosen.instruction == TASK_INDEX and TASK_INDEX in features and not layout.tasks:
@@ -124,13 +116,9 @@ class LerobotReader(LerobotActionOptions):
         bad: list[str] = []
         for listed in layout.episodes:
             rows = by_rows.get(listed.index, Rows())
-            fault = listed.fault or (data[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
+            fault = listed.fault or (faults[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
             texts = rows.texts or table_texts(listed.tasks, layout.tasks)
-            if unnamed and len(texts) > 1:
-                fault = fault or f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
-            fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
-            if len(texts) > 1 and not rows.texts and listed.data and chosen.instruction:
-                fault = fault or unsaid(listed.data, chosen.instruction, texts)
+            fault = fault or _text_fault(listed, rows, texts, chosen.instruction, unnamed)
             ref = self._reference(listed, next(iter(texts), ""), info)
             if fault:
                 bad.append(f"{ref.id}: {fault}")
@@ -336,6 +324,31 @@ class LerobotReader(LerobotActionOptions):
                 },
             },
         )
+
+
+def _data_faults(episodes: Sequence[Listed], chosen: _Choice, notes: list[str]) -> dict[Path, str]:
+    """What is wrong with each data file, by its footer alone; "" if nothing is."""
+    features, column = chosen.info.features, chosen.instruction
+    needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
+    parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
+    files = sorted({e.data for e in episodes if e.data})
+    if column and column in features and column != TASK_INDEX:
+        if any(has_column(path, column) for path in files):
+            needed.append(column)  # if some files have the column, the table does not replace it in the others
+        else:
+            notes.append(f"instructions: no file has a column {column}; the episode table's are taken")
+    return {path: _data_fault(path, needed, parts) for path in files}
+
+
+def _text_fault(listed: Listed, rows: Rows, texts: Sequence[str], column: str | None, unnamed: str) -> str:
+    """Why an episode's instructions or length cannot be used; "" if they can. `unnamed`: why task_index cannot be."""
+    if unnamed and len(texts) > 1:
+        return f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
+    if fault := rows.fault or ("" if listed.length > 1 else f"{listed.length} frames"):
+        return fault
+    if len(texts) > 1 and not rows.texts and listed.data and column:
+        return unsaid(listed.data, column, texts)
+    return ""
 
 
 def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, LeRobotFeature]) -> str:

@@ -157,21 +157,12 @@ class ManiskillReader(ImageOptions):
         env, told = _read_json(path.with_suffix(".json"))
         where = f"{path.with_suffix('.json')}, env_info"
         kwargs = object_at(env, "env_kwargs", where)
-        stated = [
-            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
-            kwargs.get("control_freq"),
-        ]
-        rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
-        rate_hz = float(self.rate_hz or next(iter(rates), CONTROL_HZ))
+        rate_hz = self._rate(kwargs, where)
         if not (env_id := text_at(env, "env_id", where)):
             raise DataError(f"{where}, env_id: missing; it says which environment this is")
         robot, mode = _robot(kwargs, where), text_at(kwargs, "control_mode", f"{where}.env_kwargs")
         notes += hdf5.left_out(path, hdf5.others(file, "traj_"))
-        if lost := sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories}):
-            named = ", ".join(f"traj_{k}" for k in lost[:5])
-            notes.append(
-                f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"
-            )
+        notes += _missing_trajectories(path, told, trajectories)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
         like = [f"env_info/{key}" for key, v in env.items() if isinstance(v, str) and remarks.looks_like_language(key)]
@@ -189,31 +180,19 @@ class ManiskillReader(ImageOptions):
             except DataError as e:
                 faults.append(f"{id}: {e}")
                 continue
-            obs, actions = group["obs"], group["actions"]
-            cameras, proprio = _cameras(obs, self.cameras), self._proprio(obs)
-            agreement.note(
-                id,
-                {
-                    "cameras": tuple(cameras),
-                    "actions": action_spec(control_mode, robot, actions.shape[1], _version(group) or 3),
-                    "proprio keys": tuple(proprio),
-                    **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
-                    "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate_hz,
-                },
-            )
+            agreement.note(id, self._properties(group, control_mode, robot, rate_hz))
             episodes.append(
                 EpisodeRef(
                     id=id,
                     file=file_name,
                     key=key,
-                    length=len(actions),
+                    length=len(group["actions"]),
                     task=env_id,
                     instruction=self.instruction or _text(meta) or _text(env),
                     meta={"env_id": env_id, **meta, "success": success},
                     private={
                         "rate_hz": rate_hz,
-                        "frame_size": next(iter(cameras.values())).shape[1:3],
+                        "frame_size": next(iter(_cameras(group["obs"], self.cameras).values())).shape[1:3],
                         "like_language": like,
                     },
                 )
@@ -222,6 +201,28 @@ class ManiskillReader(ImageOptions):
             raise DataError(f"{path}: none of its {len(trajectories)} episodes can be used; {faults[0]}")
         bad += faults
         return episodes
+
+    def _rate(self, kwargs: Mapping[str, Any], where: str) -> float:
+        """Steps per second: the option, else env_kwargs' control_freq, else CONTROL_HZ."""
+        stated = [
+            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
+            kwargs.get("control_freq"),
+        ]
+        rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
+        return float(self.rate_hz or next(iter(rates), CONTROL_HZ))
+
+    def _properties(self, group: h5py.Group, control_mode: str, robot: str, rate_hz: float) -> dict[str, Any]:
+        """What all episodes of a source must agree on, for `hdf5.Agreement`."""
+        obs, actions = group["obs"], group["actions"]
+        proprio = self._proprio(obs)
+        return {
+            "cameras": tuple(_cameras(obs, self.cameras)),
+            "actions": action_spec(control_mode, robot, actions.shape[1], _version(group) or 3),
+            "proprio keys": tuple(proprio),
+            **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
+            "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
+            "rates in Hz": rate_hz,
+        }
 
     def _fault(self, group: Any, meta: Mapping[str, Any]) -> str | None:
         """Why an episode cannot be used, by its shapes alone."""
@@ -252,6 +253,15 @@ class ManiskillReader(ImageOptions):
         if not meta:
             faults.append("not in the .json's episodes")
         return "; ".join(faults) or None
+
+
+def _missing_trajectories(path: Path, told: Mapping[int, Any], trajectories: Sequence[str]) -> list[str]:
+    """A note on the episodes of the .json that the .h5 file lacks."""
+    lost = sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories})
+    if not lost:
+        return []
+    named = ", ".join(f"traj_{k}" for k in lost[:5])
+    return [f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"]
 
 
 def action_spec(control_mode: str, robot: str, dim: int, version: int) -> ActionSpec:

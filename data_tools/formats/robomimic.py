@@ -34,7 +34,7 @@ from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
 from data_tools.formats.robomimic_actions import check_range, resolve_actions
 from data_tools.formats.rotations import pose_vectors
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
 IMAGE = "_image"
@@ -181,19 +181,12 @@ class RobomimicReader(ActionOptions):
                 faults.append(f"{id}: {fault}")
                 continue
             obs, length = demo["obs"], len(demo[self._action_keys()[0]])
-            dim = sum(demo[k].shape[1] for k in self._action_keys())
-            try:
-                spec = resolve_actions(self, self.action, self.action_keys, env, dim)
-            except DataError as e:
-                raise DataError(f"{path}: {e}") from e
-            if not is_declared(self):
-                check_range(path, id, demo[self._action_keys()[0]], spec)
-            cameras = _cameras(obs, self.cameras)
+            spec = self._action_spec(path, id, demo, env)
             proprio = self._proprio(obs)
             agreement.note(
                 id,
                 {
-                    "cameras": tuple(cameras),
+                    "cameras": tuple(_cameras(obs, self.cameras)),
                     "actions": spec,
                     "proprio keys": tuple(proprio),
                     "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
@@ -205,9 +198,6 @@ class RobomimicReader(ActionOptions):
                 found.like_language.update([*like_language([demo, obs]), *like()])
             if not proprio:
                 found.numeric = hdf5.numeric(obs)
-            meta = {"env_name": task, "env_version": env.get("env_version", "")}
-            if (success := hdf5.success(demo)) is not None:
-                meta["success"] = success
             found.episodes.append(
                 EpisodeRef(
                     id=id,
@@ -217,13 +207,28 @@ class RobomimicReader(ActionOptions):
                     task=task,
                     instruction=said,
                     split=splits.get(key, ""),
-                    meta=meta,
+                    meta=_meta(demo, env, task),
                     private={"rate_hz": rate_hz, "by_step": len(texts) == length and len(set(texts)) > 1},
                 )
             )
         if len(faults) == len(demos):
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
         found.bad += faults
+
+    def _action_spec(self, path: Path, id: str, demo: h5py.Group, env: Mapping[str, Any]) -> ActionSpec:
+        """What the actions of an episode mean; checks that their values fit a meaning taken from env_args.
+
+        Raises:
+            DataError: The file's env_args or the options contradict themselves or the actions.
+        """
+        dim = sum(demo[k].shape[1] for k in self._action_keys())
+        try:
+            spec = resolve_actions(self, self.action, self.action_keys, env, dim)
+        except DataError as e:
+            raise DataError(f"{path}: {e}") from e
+        if not is_declared(self):
+            check_range(path, id, demo[self._action_keys()[0]], spec)
+        return spec
 
     def _rate(self, path: Path, env: Mapping[str, Any]) -> float:
         where = f"{path}: /data: attribute env_args"
@@ -283,6 +288,13 @@ class _Found:
     like_language: set[str] = field(default_factory=set)
     numeric: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def _meta(demo: h5py.Group, env: Mapping[str, Any], task: str) -> dict[str, Any]:
+    meta = {"env_name": task, "env_version": env.get("env_version", "")}
+    if (success := hdf5.success(demo)) is not None:
+        meta["success"] = success
+    return meta
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:

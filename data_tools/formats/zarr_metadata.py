@@ -16,8 +16,20 @@ LARGEST = 10**10
 #: Its last four bytes are the length of the whole, little endian: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
 BLOSC_HEADER = 16
 #: What zarr and its codecs raise where a file says what cannot be.
-DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError,
-          MemoryError, AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+DAMAGE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
 ARRAY, GROUP, ATTRIBUTES, V3 = ".zarray", ".zgroup", ".zattrs", "zarr.json"
 
 

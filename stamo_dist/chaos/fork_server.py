@@ -100,8 +100,8 @@ def _begin(request: dict[str, Any]) -> Forked:
         return Forked(body, output)
 
 
-def serve(answers: IO[str]) -> None:
-    """Start what standard input asks for until it ends."""
+def serve(begin: Callable[[dict[str, Any]], Forked], answers: IO[str]) -> None:
+    """Start what standard input asks for, a JSON request a line, until it ends; `begin` forks one request."""
 
     def answer(**values: int) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -112,7 +112,7 @@ def serve(answers: IO[str]) -> None:
             line = sys.stdin.readline()
             if not line:
                 return
-            running.append(_begin(json.loads(line)))
+            running.append(begin(json.loads(line)))
             answer(pid=running[-1].pid)
         for child in list(running):
             if (code := child.poll()) is not None:
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what imports print is no answer
     for module in sys.argv[1:]:
         importlib.import_module(module)
-    serve(pipe)
+    serve(_begin, pipe)

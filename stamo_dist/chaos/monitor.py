@@ -18,7 +18,7 @@ class HungError(Exception):
 
 
 @dataclass(frozen=True)
-class Begun:
+class TrainingStart:
     """A start that got to its training."""
 
     after: int  # the step it went on from
@@ -49,13 +49,13 @@ class Monitor:
             pass
         return self._step
 
-    def begun(self) -> list[Begun]:
+    def begun(self) -> list[TrainingStart]:
         """Of all starts so far, in order."""
         try:
             lines = [json.loads(line) for line in (self.path / "starts.jsonl").read_text().splitlines()]
         except (OSError, ValueError):
             return []
-        return [Begun(line["after step"], line["processes"]) for line in lines]
+        return [TrainingStart(line["after step"], line["processes"]) for line in lines]
 
     def unfinished(self) -> set[str]:
         """Checkpoints that are being written, or were when their writer died."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from stamo_dist.chaos.monitor import Begun, HungError, Monitor, tail
+from stamo_dist.chaos.monitor import HungError, Monitor, TrainingStart, tail
 from stamo_dist.chaos.starts import Starter, Tree
 from stamo_dist.checkpoint.manifest import MANIFEST
 from stamo_dist.checkpoint.retention import folder_of
@@ -30,7 +30,7 @@ class RunSegment:
     last: int | None  # step; None: to the end
 
 
-def segments(begun: Sequence[Begun]) -> list[RunSegment]:
+def segments(begun: Sequence[TrainingStart]) -> list[RunSegment]:
     """Of a training, from all its starts in order."""
     found: list[RunSegment] = []
     last: int | None = None

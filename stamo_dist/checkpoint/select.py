@@ -20,7 +20,7 @@ from stamo_dist.errors import CheckpointError, RunError
 
 
 @dataclass(frozen=True)
-class Begun:
+class RecordedInputs:
     """What a run began with, as its checkpoint says."""
 
     sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
@@ -41,11 +41,11 @@ class ResumePoint:
         return self.checkpoint.path if self.checkpoint else None
 
     @property
-    def begun(self) -> Begun:
+    def begun(self) -> RecordedInputs:
         if self.checkpoint is None:
-            return Begun()
+            return RecordedInputs()
         manifest = self.checkpoint.manifest
-        return Begun(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
+        return RecordedInputs(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe))
 
 
 def select_checkpoint(

@@ -8,10 +8,10 @@ from pathlib import Path
 from stamo_dist.errors import RunError
 from stamo_dist.launch import slurm, submit, supervise
 from stamo_dist.launch.job import newest_step
-from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
 from stamo_dist.launch.status import Run, collect
-from stamo_dist.launch.submit import Order
+from stamo_dist.launch.submit import JobOrder
 
 
 def cancel(path: Path) -> str:
@@ -60,7 +60,7 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
         )
     if launch.kind != "run":
         raise RunError(f"{path}: is part of a pipeline or sweep; submit that again: what is done is skipped")
-    order = Order(launch, Profile.model_validate(launch.profile))
+    order = JobOrder(launch, ClusterProfile.model_validate(launch.profile))
     if nodes or time:
         order = submit.plan(recipe_file(launch.snapshot), launch.cluster, resources=submit.Resources(nodes, time=time))
         kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)

@@ -20,7 +20,7 @@ from torch import Tensor
 from stamo_dist.data.fetch import CacheUse, Fetcher
 from stamo_dist.data.frame_cache import CacheSpec
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.plan import Cursor, Order, Position
+from stamo_dist.data.plan import Cursor, Position, SampleOrder
 from stamo_dist.data.pool import Pool
 from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.data.shards import OpenShards
@@ -189,7 +189,7 @@ class _RankShare:
     groups: int
     node: range
 
-    def slots(self, order: Order) -> NDArray[np.int64]:
+    def slots(self, order: SampleOrder) -> NDArray[np.int64]:
         """Which slots of a global batch the processes of its node read, one process after the other, in its order."""
         groups = [0]
         while len(groups) < self.groups:  # halves before neighbours, so that the sums of a step's groups make one tree

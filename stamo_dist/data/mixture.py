@@ -25,7 +25,7 @@ from stamo_dist.data.group_order import GroupOrder, SourceOrder
 from stamo_dist.data.lane_order import LaneOrder
 from stamo_dist.data.node import NodeShare
 from stamo_dist.data.opening import open_all
-from stamo_dist.data.plan import BatchPlan, Order
+from stamo_dist.data.plan import BatchPlan, SampleOrder
 from stamo_dist.data.reader import Window
 from stamo_dist.data.shard_table import Shards
 from stamo_dist.data.sources import open_cache
@@ -96,7 +96,7 @@ class Mixture:
         shards = [(self.first[a:b], counts[a:b]) for a, b in pairwise(bounds)]
         self.frames = np.array([of_source.sum() for _, of_source in shards], np.int64)
         self.schedule = allocation_of(data, self.frames.tolist(), global_batch)
-        self.order: Order
+        self.order: SampleOrder
         if isinstance(self.schedule, Allocation):
             self.order = LaneOrder(self.schedule, shards, global_batch, data.shuffle.lanes, seed)
         else:

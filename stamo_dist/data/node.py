@@ -33,9 +33,16 @@ LINGER = 10.0  # seconds that a rank that leaves before all have met waits for t
 _PAUSE = 0.02
 #: What tells two starts on a node apart, beside the run.
 _START = (
-    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "STAMO_START", "STAMO_LAUNCHED",
-    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT",
-)  # fmt: skip
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "STAMO_START",
+    "STAMO_LAUNCHED",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 
 class NodeShare:

@@ -22,7 +22,7 @@ from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
 
 
-class Opened:
+class OpenedSources:
     """The sources in use, in the recipe's order.
 
     Attributes:
@@ -45,7 +45,7 @@ class Opened:
             self.streams.append([_unpacked(file, number, cache) for number in streams])
 
 
-def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node: NodeShare | None) -> Opened:
+def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node: NodeShare | None) -> OpenedSources:
     """Open what a recipe reads, or take what another process of the node opened.
 
     Args:
@@ -61,7 +61,7 @@ def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node
     def read() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         return _packed(*_read_all(data, growth, cache))
 
-    return Opened(anonymous(*read()) if node is None else node.once("sources", read), cache)
+    return OpenedSources(anonymous(*read()) if node is None else node.once("sources", read), cache)
 
 
 def _read_all(

@@ -49,7 +49,7 @@ class BatchPlan:
     epochs: NDArray[np.int32]
 
 
-class Order(Protocol):
+class SampleOrder(Protocol):
     """The samples of any global batch, whatever came before it."""
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:

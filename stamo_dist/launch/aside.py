@@ -17,7 +17,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.launch import slurm
-from stamo_dist.launch.profile import LOCAL, Profile, load_profile
+from stamo_dist.launch.profile import LOCAL, ClusterProfile, load_profile
 from stamo_dist.launch.record import Launch, main_log, read, since_submitted
 from stamo_dist.run.lease import Owner
 
@@ -132,7 +132,7 @@ def environment(*, gpus: bool) -> dict[str, str]:
     return env
 
 
-def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | None]:
+def profile_of(run: Path, cluster: str | None) -> tuple[str, ClusterProfile, Launch | None]:
     """(name, the profile for one process on one node, how the training was submitted) of jobs beside a run.
 
     Raises:
@@ -145,17 +145,17 @@ def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | N
     if cluster is not None:
         name, profile = load_profile(cluster)
     elif training is not None and training.cluster != LOCAL and training.profile:
-        name, profile = training.cluster, Profile.model_validate(training.profile)
+        name, profile = training.cluster, ClusterProfile.model_validate(training.profile)
     else:
         raise RunError("evaluate.rollout.cluster: is missing, and the training was not submitted to Slurm; name one")
     if profile.backend != "slurm":
         raise RunError(f"evaluate.rollout.cluster: {name} is no Slurm cluster; set evaluate.rollout.where: process")
     one: Mapping[str, Any] = {"nodes": 1, "min_nodes": None, "max_nodes": None, "processes_per_node": None}
     given = {**profile.model_dump(mode="json"), **one, "gpus_per_node": min(1, profile.gpus_per_node)}
-    return name, Profile.model_validate(given), training
+    return name, ClusterProfile.model_validate(given), training
 
 
-def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, Profile]:
+def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, ClusterProfile]:
     """What is asked for; the code is that of the training's snapshot, if it has one."""
     name, profile, training = profile_of(run, cluster)
     recipe, snapshot = (training.recipe, training.snapshot) if training else ("", None)
@@ -167,12 +167,12 @@ def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[
 
 
 def main(run: str, cluster: str, folder: str, *arguments: str) -> None:
-    from stamo_dist.launch.submit import Order, active, submit
+    from stamo_dist.launch.submit import JobOrder, active, submit
 
     job = active(folder)
     if job is None:
         launch, profile = launch_of(Path(run), cluster or None, Path(folder), arguments)
-        job = submit(Order(launch, profile)).job
+        job = submit(JobOrder(launch, profile)).job
     print(json.dumps({"job": job, "folder": folder, "log": str(main_log(folder))}))
 
 

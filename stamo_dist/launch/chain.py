@@ -20,11 +20,11 @@ from typing import Literal
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
 from stamo_dist.launch.pipeline import Pipeline, Work
-from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.run_progress import read_progress
-from stamo_dist.launch.submit import SNAPSHOT, Order, Resources
+from stamo_dist.launch.submit import SNAPSHOT, JobOrder, Resources
 from stamo_dist.pretrained.pin import pin
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import read_override, show_value
@@ -68,7 +68,9 @@ def look_at(works: Sequence[Work]) -> list[Step]:
     return list(steps.values())
 
 
-def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()) -> list[Order]:
+def stage_orders(
+    pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()
+) -> list[JobOrder]:
     """One for each stage that is left. `changes`: fields of the profile for all stages, `field=value` each.
 
     Raises:
@@ -97,7 +99,7 @@ def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, change
     return found
 
 
-def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[Order]) -> list[Launch]:
+def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[JobOrder]) -> list[Launch]:
     """Queue the orders, each after the jobs of the stages it needs, and write down what the pipeline is.
 
     Raises:
@@ -166,7 +168,7 @@ def _command(work: Work, slices: int | None) -> list[str]:
     return [*work.words, *(("--num-slices", str(slices), "--slice", "{task}") if slices else ())]
 
 
-def _shape(work: Work, profile: Profile) -> list[str]:
+def _shape(work: Work, profile: ClusterProfile) -> list[str]:
     """What a command that is one process takes of a node: `data` its CPUs and memory, `eval` one GPU and its part."""
     if work.every_gpu:
         return []
@@ -224,7 +226,7 @@ def expand_sweep(sweeps: Sequence[str]) -> list[Point]:
 
 def sweep_orders(
     recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str], resources: Resources
-) -> tuple[list[Order], str]:
+) -> tuple[list[JobOrder], str]:
     """(one array of all runs of the sweep, or a list of them for this machine; the folder around them).
 
     Raises:

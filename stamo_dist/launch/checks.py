@@ -13,7 +13,7 @@ from types import MappingProxyType
 from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
-from stamo_dist.launch.profile import Profile, ProfileError, seconds
+from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
@@ -41,7 +41,7 @@ _HINTS = (
 )
 
 
-def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]:
+def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], list[str]]:
     """(numbers of nodes with which the recipe runs, within the profile's range; notes on those with which not).
 
     Raises:
@@ -96,7 +96,7 @@ def folder(run: Path) -> None:
         raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
 
 
-def cluster(profile: Profile, least: int) -> float:
+def cluster(profile: ClusterProfile, least: int) -> float:
     """Whether the partition is there and large enough, by what every user may ask.
 
     Returns the seconds that a job has there between being asked to stop and being killed.
@@ -128,7 +128,7 @@ def cluster(profile: Profile, least: int) -> float:
     return min(preempted, float(profile.signal_delay))
 
 
-def _account(profile: Profile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
+def _account(profile: ClusterProfile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
     """Whether the account and the QOS may be used there, as far as Slurm tells every user."""
     for field, value, allows, denies in (
         ("account", profile.account, "AllowAccounts", "DenyAccounts"),
@@ -163,7 +163,7 @@ def _listed(names: str | None) -> list[str] | None:
     return None if names in (None, "", "ALL", "(null)") else names.split(",")
 
 
-def hinted(words: str, profile: Profile) -> str:
+def hinted(words: str, profile: ClusterProfile) -> str:
     """Slurm's own words, with what they mean here."""
     for pattern, hint in _HINTS:
         if pattern in words:

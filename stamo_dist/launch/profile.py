@@ -44,7 +44,7 @@ class Container(Section):
     mounts: list[str] = Field(default_factory=list, description="SOURCE:TARGET each.")
 
 
-class Profile(Section):
+class ClusterProfile(Section):
     """A cluster profile."""
 
     backend: Literal["slurm", "local"] = Field("slurm", description="local: processes on this machine, no scheduler.")
@@ -93,7 +93,7 @@ class Profile(Section):
         return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Profile:
+    def _fields_agree(self) -> ClusterProfile:
         problems = []
         least, most = self.node_range(self.nodes)
         if not least <= self.nodes <= most:
@@ -124,7 +124,7 @@ class Profile(Section):
         return self.min_nodes or nodes, self.max_nodes or nodes
 
 
-def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile]:
+def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, ClusterProfile]:
     """Read a profile: a file, or the name of one in `slurm/`. Returns (name, profile).
 
     `overrides` are `field=value` each, and win. "local" is there without a file too.
@@ -135,11 +135,11 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile
     path = find(name)
     if path is None:
         if name == LOCAL:
-            return LOCAL, Profile.model_validate({"backend": "local", **_plain(overrides)})
+            return LOCAL, ClusterProfile.model_validate({"backend": "local", **_plain(overrides)})
         hint = did_you_mean(name, names()) or f"there are {', '.join(names())}"
         raise ProfileError([f"--cluster {name}: no such file and no such profile in {FOLDER}/; {hint}"])
     merged = merge(path, overrides)
-    profile, wrong = validate_as(Profile, merged)
+    profile, wrong = validate_as(ClusterProfile, merged)
     problems = [*merged.problems, *wrong]
     if profile is None or problems:
         raise ProfileError(problems)

@@ -76,11 +76,23 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     owner, silence = newest_owner(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
     return Progress(
-        name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
-        loss=_loss(last), mean_loss=mean, rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
-        checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
-        phase=_phase(run), terms=terms, successes=Successes.read(run),
-    )  # fmt: skip
+        name=str(resolved.get("name") or run.name),
+        steps=train.get("steps"),
+        step=last.get("step") or checkpoint or 0,
+        loss=_loss(last),
+        mean_loss=mean,
+        rate=rate,
+        step_seconds=step_seconds,
+        written=_when(run / "metrics.jsonl"),
+        checkpoint=checkpoint,
+        saved=saved,
+        owner=owner,
+        silence=silence,
+        exported=(run / "model").is_dir(),
+        phase=_phase(run),
+        terms=terms,
+        successes=Successes.read(run),
+    )
 
 
 def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:

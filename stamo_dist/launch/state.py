@@ -14,9 +14,19 @@ from stamo_dist.run.lease import STALE
 from stamo_dist.tracking.progress import duration
 
 Word = Literal[
-    "queued", "starting", "running", "preempted", "requeued", "suspended", "finished", "failed", "stopped", "cancelled",
-    "lost", "unknown",
-]  # fmt: skip
+    "queued",
+    "starting",
+    "running",
+    "preempted",
+    "requeued",
+    "suspended",
+    "finished",
+    "failed",
+    "stopped",
+    "cancelled",
+    "lost",
+    "unknown",
+]
 LIVE = frozenset({"queued", "starting", "running", "preempted", "requeued", "suspended", "unknown"})
 _LAST = frozenset({"finished", "failed", "cancelled", "stopped"})
 #: Slurm's reasons for waiting, in words.

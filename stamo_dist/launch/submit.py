@@ -18,7 +18,7 @@ from submitit import SlurmExecutor
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, supervise
 from stamo_dist.launch.job import newest_step, step
-from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
+from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -36,13 +36,13 @@ SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was
 
 
 @dataclass(frozen=True)
-class Order:
+class JobOrder:
     """One job as it will be asked for."""
 
     launch: Launch
-    profile: Profile
+    profile: ClusterProfile
     loaded: Loaded | None = None  # the recipe that goes into the snapshot
-    members: list[Order] = field(default_factory=list)  # of an array whose tasks are runs of their own, this one first
+    members: list[JobOrder] = field(default_factory=list)  # runs of a sweep submitted as one job array, self first
     after: list[str] = field(default_factory=list)  # jobs that must have finished
     notes: list[str] = field(default_factory=list)  # what a person should know
 
@@ -90,7 +90,7 @@ AS_PROFILED = Resources()
 
 def plan(
     recipe: str | Path, cluster: str, *, overrides: Sequence[str] = (), resources: Resources = AS_PROFILED
-) -> Order:
+) -> JobOrder:
     """What submitting the recipe would ask the cluster for. Nothing is written.
 
     Raises:
@@ -110,7 +110,7 @@ def ask(
     *,
     every_gpu: bool = True,
     ready: bool = True,
-) -> Order:
+) -> JobOrder:
     """What a launch would ask the cluster for. Nothing is written.
 
     Args:
@@ -134,7 +134,7 @@ def ask(
     given, processes = profile.model_dump(mode="json"), profile.processes if every_gpu else 1
     launch = replace(launch, cluster=name, profile=given, max_restarts=profile.max_restarts)
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
-    order = Order(launch, profile, loaded, notes=notes)
+    order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
         notes += checks.recipe(loaded, profile.environment)
     checks.folder(run)
@@ -158,7 +158,7 @@ def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
     return replace(loaded, recipe=recipe, resolved=recipe.model_dump(mode="json"), provenance=origin)
 
 
-def describe(order: Order) -> str:
+def describe(order: JobOrder) -> str:
     """What is asked for, in one line."""
     launch, profile = order.launch, order.profile
     if profile.backend == "local":
@@ -177,7 +177,7 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")
 
 
-def script(order: Order) -> str:
+def script(order: JobOrder) -> str:
     """The batch script, to the letter; on this machine, the command of each process."""
     launch = order.launch
     taken = launch.snapshot or _no_snapshot(launch)
@@ -189,12 +189,12 @@ def script(order: Order) -> str:
     return f"{_Sbatch(order).text()}\n# It starts the processes with\n#   {shlex.join(srun)}\n"
 
 
-def submit(order: Order) -> Launch:
+def submit(order: JobOrder) -> Launch:
     """`submit_all` of one."""
     return submit_all([order])[0]
 
 
-def submit_all(orders: Sequence[Order], jobs: Mapping[str, str] | None = None) -> list[Launch]:
+def submit_all(orders: Sequence[JobOrder], jobs: Mapping[str, str] | None = None) -> list[Launch]:
     """Take the snapshots, queue the jobs and write them down. Returns the launches with their job ids.
 
     `jobs`: run folder → job, where it was submitted before, for orders that come after it.
@@ -241,7 +241,7 @@ def active(run: str | Path) -> str | None:
     return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids and slurm.available() else None
 
 
-def _prepared(order: Order, stack: ExitStack) -> Order:
+def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
     """The order, or each of its members, with its snapshot taken and its record written; undone if `stack` fails."""
     if order.members:
         members = [_prepared(replace(member, members=[]), stack) for member in order.members]
@@ -271,7 +271,7 @@ class _Sbatch(SlurmExecutor):
     Slurm may have made already; so the job brings its own (`stamo_dist.launch.job`).
     """
 
-    def __init__(self, order: Order):
+    def __init__(self, order: JobOrder):
         self.order = order
         super().__init__(folder(order.launch.run_dir) / "sbatch")
         p, launch = order.profile, order.launch
@@ -287,12 +287,23 @@ class _Sbatch(SlurmExecutor):
         gpus = f"{p.gpu_type}:{p.gpus_per_node}" if p.gpu_type else p.gpus_per_node
         # One task a node, as wide as all its processes: a range of nodes cannot be asked for with tasks per node.
         self.update_parameters(
-            job_name=launch.name, partition=p.partition, account=p.account, qos=p.qos, time=p.time,
-            nodes=max(counts), cpus_per_task=_cpus(order), gpus_per_node=gpus or None, mem=p.memory,
-            constraint=p.constraint, exclude=p.exclude, wckey=None, stderr_to_stdout=True, use_srun=False,
+            job_name=launch.name,
+            partition=p.partition,
+            account=p.account,
+            qos=p.qos,
+            time=p.time,
+            nodes=max(counts),
+            cpus_per_task=_cpus(order),
+            gpus_per_node=gpus or None,
+            mem=p.memory,
+            constraint=p.constraint,
+            exclude=p.exclude,
+            wckey=None,
+            stderr_to_stdout=True,
+            use_srun=False,
             setup=[*(f"export {k}={shlex.quote(v)}" for k, v in p.environment.items()), *p.setup],
             additional_parameters=more,
-        )  # fmt: skip
+        )
 
     @classmethod
     def affinity(cls) -> int:
@@ -337,14 +348,14 @@ def _no_snapshot(launch: Launch) -> str:
     return f"{folder(launch.run_dir)}/snapshots/TIME"
 
 
-def _log(order: Order) -> str:
+def _log(order: JobOrder) -> str:
     """Where the batch script prints: an array has a log a task, which runs of their own soon leave for theirs."""
     run = Path(order.launch.run_dir)
     log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
     return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
 
 
-def _cpus(order: Order) -> int:
+def _cpus(order: JobOrder) -> int:
     return order.profile.cpus_per_gpu * order.launch.processes_per_node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -141,4 +142,23 @@ def recorded_framing(folder: Path) -> Framing | None:
     try:
         return Framing.read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, RunError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+        raise unreadable(path, error) from error
+
+
+def folder_settings(
+    cfg: PolicyConfig, sizes: Any, statistics: Statistics, framing: Framing, tokenizer_fingerprint: str | None
+) -> dict[str, Any]:
+    """What the `policy.json` of every exported policy says; `sizes`: the dataclass of the network's sizes."""
+    return {
+        "format": FORMAT,
+        "policy": cfg.model_dump(mode="json"),
+        "sizes": dataclasses.asdict(sizes),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "framing": framing.to_dict(),
+        "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
+    }
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error about an exported policy's folder or file that cannot be read because of `error`."""
+    return CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again")

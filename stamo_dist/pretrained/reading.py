@@ -28,29 +28,41 @@ class Kind:
 _DINOV2 = ("dinov2", "dinov2_with_registers")
 KINDS = {
     "encoder": Kind(
-        ("", "encoder"), "model_type", _DINOV2, forms.dinov2,
+        ("", "encoder"),
+        "model_type",
+        _DINOV2,
+        forms.dinov2,
         "give DINOv2 of transformers, timm or Meta (.pth), or load it with transformers and save_pretrained(DIR)",
     ),
     "decoder": Kind(
-        ("transformer", ""), "_class_name", ("SD3Transformer2DModel",), forms.sd3,
+        ("transformer", ""),
+        "_class_name",
+        ("SD3Transformer2DModel",),
+        forms.sd3,
         "give Stable Diffusion 3 or 3.5, or convert it with diffusers: "
         "SD3Transformer2DModel.from_single_file(FILE).save_pretrained(DIR)",
     ),
     # Stable Diffusion's layout, finished runs, the VAE itself.
     "vae": Kind(
-        ("vae", "model/vae", "model", ""), "_class_name", ("AutoencoderKL",), forms.sd3_vae,
+        ("vae", "model/vae", "model", ""),
+        "_class_name",
+        ("AutoencoderKL",),
+        forms.sd3_vae,
         "give the VAE of Stable Diffusion 3 or 3.5, or convert it with diffusers: "
         "AutoencoderKL.from_single_file(FILE).save_pretrained(DIR)",
     ),
     "policy": Kind(
-        ("",), "model_type", ("openvla",), None,
+        ("",),
+        "model_type",
+        ("openvla",),
+        None,
         "give OpenVLA or OpenVLA-OFT, or convert Prismatic's .pt with the official convert_openvla_weights_to_hf.py",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """`parts`: name of the model's tensor → what it is made of; `files`, `shapes`: of the stored tensors."""
 
     config: dict[str, Any]
@@ -63,7 +75,7 @@ def is_pickled(path: Path) -> bool:
     return path.suffix in PICKLED
 
 
-def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Opened:
+def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> OpenedCheckpoint:
     """Open a checkpoint of a part of the model; no tensor is read.
 
     `pickled`: the shapes of a file of torch.save, which only torch can tell. `field` is the recipe's, for errors.
@@ -77,14 +89,16 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
         form = None if kind.form is None else kind.form(shapes)
         if form is None:
             raise CheckpointError(f"{field}: {path} {_unlike(shapes)}; {kind.convert}")
-        return Opened(form.config, form.parts, shapes, dict.fromkeys(shapes, path))
+        return OpenedCheckpoint(form.config, form.parts, shapes, dict.fromkeys(shapes, path))
     if part == "encoder" and is_timm(path, field):
         shapes, files = tensors(path, field)
         if form := forms.dinov2(shapes):
-            return Opened(form.config, form.parts, shapes, files)
+            return OpenedCheckpoint(form.config, form.parts, shapes, files)
     config = read_config(path, part, field)
     shapes, files = tensors(path, field)
-    return Opened(config, {key: JoinedTensor.whole(key, shape) for key, shape in shapes.items()}, shapes, files)
+    return OpenedCheckpoint(
+        config, {key: JoinedTensor.whole(key, shape) for key, shape in shapes.items()}, shapes, files
+    )
 
 
 def is_timm(folder: Path, field: str) -> bool:
@@ -92,7 +106,7 @@ def is_timm(folder: Path, field: str) -> bool:
     return "dinov2" in str(read_json(folder / "config.json", field).get("architecture"))
 
 
-def look(path: Path, part: str, field: str) -> Opened | None:
+def look(path: Path, part: str, field: str) -> OpenedCheckpoint | None:
     """As `read`, without torch; None for a file of torch.save that looks right, of which no more is known.
 
     Raises:

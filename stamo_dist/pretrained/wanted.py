@@ -14,7 +14,7 @@ from typing import Any
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
 from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
-from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
+from stamo_dist.pretrained.reading import KINDS, OpenedCheckpoint, differing, look, read_json
 from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Model, Recipe
 
@@ -33,7 +33,7 @@ class WantedWeights:
 
 def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> WantedWeights:
     """Look at all weights that the recipe's stage reads, as a process with these environment variables finds them."""
-    looked, opened = WantedWeights(), dict[str, Opened]()
+    looked, opened = WantedWeights(), dict[str, OpenedCheckpoint]()
     for part, name, weights in wanted(recipe):
         problems = looked.problems.setdefault(name, [])
         try:
@@ -74,7 +74,9 @@ def _state_encoder(recipe: Recipe) -> Any:
     return None if encoder.train else encoder
 
 
-def _find(part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]) -> Opened | None:
+def _find(
+    part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]
+) -> OpenedCheckpoint | None:
     if part == "policy" and (base := adapter_base(weights, environ)) is not None:
         weights, name = base, f"{name} (base of {weights})"
     hub = hub_id(weights)
@@ -112,7 +114,7 @@ def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str |
     return str(above) if not there and not has_weights(Path(base)) and has_weights(above) else base
 
 
-def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:
+def _misfits(part: str, found: OpenedCheckpoint, name: str, weights: str, recipe: Recipe) -> list[str]:
     """What the headers have otherwise than config.json, and config.json otherwise than the recipe."""
     if part == "policy":
         return _policy(found, name, weights, recipe.policy)
@@ -166,7 +168,7 @@ def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
     }
 
 
-def _policy(found: Opened, name: str, weights: str, policy: PolicyConfig) -> list[str]:
+def _policy(found: OpenedCheckpoint, name: str, weights: str, policy: PolicyConfig) -> list[str]:
     """As `_misfits`, of OpenVLA's folder; what it lacks of heads and projectors starts at random."""
     problems, config = [], found.config
     text = config.get("text_config") or {}
@@ -203,7 +205,7 @@ _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32}
 _TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
 
 
-def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: WantedWeights) -> None:
+def _together(recipe: Recipe, opened: Mapping[str, OpenedCheckpoint], looked: WantedWeights) -> None:
     """What does not fit the rest of the recipe, of parts that are what they should be."""
     if recipe.stage != "tokenizer":
         return

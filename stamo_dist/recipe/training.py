@@ -54,7 +54,7 @@ class CheckpointConfig(Section):
     )
 
 
-class Profile(Section):
+class ProfileSettings(Section):
     """A trace of a few steps of rank 0, in RUN/profile."""
 
     start: PositiveInt = Field(10, description="Steps before the first that is traced; a compiled model is warm then.")
@@ -95,7 +95,7 @@ class Train(Section):
     save_timeout: PositiveFloat = Field(3600.0, description="The same for what a checkpoint holds the steps up.")
     evaluate_timeout: PositiveFloat = Field(3600.0, description="The same for one measurement between steps.")
     export_timeout: PositiveFloat = Field(3600.0, description="The same for writing the model at the end.")
-    profile: Profile | None = Field(None, description="Trace a few steps; null traces none.")
+    profile: ProfileSettings | None = Field(None, description="Trace a few steps; null traces none.")
     sync_guard: Literal["off", "warn", "error"] = Field(
         "off",
         description="On a GPU, after a start's first step: what PyTorch does where the host waits for the device.",

@@ -65,48 +65,59 @@ class PolicyData:
         found: dict[str, dict[str, Any]] = {}
         self.actions: list[ValueRange | None] = []
         self.proprio: list[ValueRange | None] = []
-        for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
-            manifests = [folder.manifest for folder in folders]
-            acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
-            feels = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
-            if (acts or feels) and len(folders) > 1:
-                problems.append(
-                    f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"
-                )
-                continue
-            path, stats = folders[0].path, manifests[0].stats
-            wanted = {"action": (acts, window.action_dim), "proprio": (feels, window.proprio_dim)}
-            ranges: dict[str, ValueRange | None] = {"action": None, "proprio": None}
-            for column, (read, dim) in wanted.items():
-                if not read:
-                    continue
-                if column not in stats:
-                    problems.append(
-                        f"data.sources.{name}: {path} has no statistics of its {column}; run `stamo data stats {path}`"
-                    )
-                elif len(stats[column].q01) != dim:
-                    problems.append(
-                        f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
-                        f"{dim}; leave one out or set its actions: false"
-                    )
-                elif wrong := _stale(mixture, number, column, stats[column], path):
-                    problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
-                else:
-                    values = stats[column].for_scaling().model_dump()
-                    self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
-                    ranges[column] = ValueRange.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
-                    found.setdefault(name, {})[column] = values
-            if name in found:
-                split = manifests[0].splits[mixture.data.sources[name].split]
-                found[name] |= {"num_transitions": split.frames, "num_trajectories": split.episodes}
-            self.actions.append(ranges["action"])
-            self.proprio.append(ranges["proprio"])
+        for number, name in enumerate(mixture.sources):
+            columns = self._read_statistics(mixture, number, cfg, problems)
+            if columns:
+                manifest = mixture.opened[number][0].manifest
+                split = manifest.splits[mixture.data.sources[name].split]
+                found[name] = {**columns, "num_transitions": split.frames, "num_trajectories": split.episodes}
+            for column, ranges in (("action", self.actions), ("proprio", self.proprio)):
+                where = f"data.sources.{name}: {column}"
+                values = columns.get(column)
+                ranges.append(None if values is None else ValueRange.from_statistics(values, cfg.bounds, where))
         if problems:
             head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
         # The middle of what it was trained on; shards hold frames upright.
         self.framing = Framing(crop=mixture.data.augment.middle)
         self.statistics = Statistics(found, "the recipe's sources", {name: _seen(mixture, name) for name in found})
+
+    def _read_statistics(
+        self, mixture: Mixture, number: int, cfg: PolicyConfig, problems: list[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Statistics by column, for the columns that the policy reads from source `number`; extends problems, notes."""
+        window = mixture.window
+        assert window is not None, "a policy's recipe has a horizon"
+        name, folders = mixture.sources[number], mixture.opened[number]
+        manifests = [folder.manifest for folder in folders]
+        has_actions = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
+        has_proprio = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
+        if (has_actions or has_proprio) and len(folders) > 1:
+            problems.append(
+                f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"
+            )
+            return {}
+        path, stats = folders[0].path, manifests[0].stats
+        wanted = {"action": (has_actions, window.action_dim), "proprio": (has_proprio, window.proprio_dim)}
+        found: dict[str, dict[str, Any]] = {}
+        for column, (read, dim) in wanted.items():
+            if not read:
+                continue
+            if column not in stats:
+                problems.append(
+                    f"data.sources.{name}: {path} has no statistics of its {column}; run `stamo data stats {path}`"
+                )
+            elif len(stats[column].q01) != dim:
+                problems.append(
+                    f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
+                    f"{dim}; leave one out or set its actions: false"
+                )
+            elif wrong := _stale(mixture, number, column, stats[column], path):
+                problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
+            else:
+                found[column] = stats[column].for_scaling().model_dump()
+                self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
+        return found
 
 
 def _seen(mixture: Mixture, name: str) -> SeenAs:

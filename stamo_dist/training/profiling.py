@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stamo_dist.data.loader import Batch
-from stamo_dist.recipe.training import Profile
+from stamo_dist.recipe.training import ProfileSettings
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.trainer import Hook, StepResult
@@ -22,7 +22,7 @@ class ProfileHook(Hook):
     A start of the run that begins after them traces nothing.
     """
 
-    def __init__(self, wanted: Profile, folder: Path, logger: RunLogger, device: torch.device):
+    def __init__(self, wanted: ProfileSettings, folder: Path, logger: RunLogger, device: torch.device):
         self._wanted, self._folder, self._logger = wanted, folder, logger
         self._on_gpu = device.type == "cuda"
         self._profiler: profile | None = None

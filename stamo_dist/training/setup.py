@@ -12,7 +12,7 @@ import torch
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import holds_all, load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
-from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, verify_or_fall_back
+from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
@@ -74,7 +74,7 @@ class Checked:
     fingerprint: RunFingerprint
     batching: Batching
     select: Callable[..., ResumePoint]  # `select_checkpoint` of this start, but for the fingerprint
-    begun: Begun
+    begun: RecordedInputs
 
 
 @dataclass
@@ -101,8 +101,8 @@ def check(start: RunStart) -> Checked:
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
-    begun = Begun(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
-    data_begun = Begun() if MAY_CHANGE_DATA in start.allowed else begun
+    begun = RecordedInputs(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
+    data_begun = RecordedInputs() if MAY_CHANGE_DATA in start.allowed else begun
     data = in_order(recipe.data, data_begun.order)
     if data != recipe.data:
         start.notes.append(
@@ -177,12 +177,12 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
 
 
-def _recorded(select: Callable[[], ResumePoint]) -> Begun:
+def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
     """What the checkpoint says of its weights and data."""
     try:
         return select().begun
     except StamoError:
-        return Begun()  # it is refused with the fingerprint
+        return RecordedInputs()  # it is refused with the fingerprint
 
 
 def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
@@ -229,21 +229,11 @@ def _assemble(
     save = hooks.CheckpointHook(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
     first = [hooks.FirstBatchHook(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
     divergence = hooks.DivergenceHook(recipe.train.max_bad_steps, log, save)
+    looking = _device_hooks(start, engine, logger)
 
     def on_phase(phase: Phase, step: int) -> None:
         watchdog.mark(phase.value, step)
         clock.enter(phase)
-
-    def open_loader(state: RunState) -> Loader:
-        return build_loader(
-            mixture,
-            rank=world.rank,
-            world_size=world.size,
-            cursor=Cursor.from_dict(state.cursor),
-            pin_memory=engine.device.type == "cuda",
-            caches=CacheKeys(task.latents, task.states),
-            sharing=Sharing(checked.batching.workers, world.on_node),
-        )
 
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
@@ -259,17 +249,9 @@ def _assemble(
         ema=ema,
         state=state,
         micro_batch=checked.batching.micro_batch,
-        open_loader=open_loader,
+        open_loader=_loader_factory(start, checked, task, engine),
         on_phase=on_phase,
-        hooks=[
-            *first,
-            evaluate,
-            log,
-            hooks.HeartbeatHook(watchdog),
-            divergence,
-            *_looking(start, engine, logger),
-            save,
-        ],
+        hooks=[*first, evaluate, log, hooks.HeartbeatHook(watchdog), divergence, *looking, save],
         go_back=go_back,
     )
     if start.lease is not None:
@@ -277,8 +259,25 @@ def _assemble(
     return Session(trainer, mixture, logger, saver, guard, exported)
 
 
-def _looking(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
-    """The hooks that look at the device, where the recipe asks for them."""
+def _loader_factory(start: RunStart, checked: Checked, task: Task, engine: Engine) -> Callable[[RunState], Loader]:
+    """A function that opens this rank's loader at the position of a run state."""
+
+    def open_loader(state: RunState) -> Loader:
+        return build_loader(
+            checked.mixture,
+            rank=start.world.rank,
+            world_size=start.world.size,
+            cursor=Cursor.from_dict(state.cursor),
+            pin_memory=engine.device.type == "cuda",
+            caches=CacheKeys(task.latents, task.states),
+            sharing=Sharing(checked.batching.workers, start.world.on_node),
+        )
+
+    return open_loader
+
+
+def _device_hooks(start: RunStart, engine: Engine, logger: RunLogger) -> list[Hook]:
+    """Profiling and the sync guard, if the recipe asks for them."""
     train, found = start.recipe.train, list[Hook]()
     if train.profile is not None and start.world.is_main:
         found.append(ProfileHook(train.profile, start.run.profile, logger, engine.device))

@@ -15,7 +15,7 @@ from stamo_dist.launch import checks, slurm
 from stamo_dist.launch.doctor import machine, nodes
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
 from stamo_dist.launch.doctor.verdict import Finding
-from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.recipe.load import Loaded, load
 
 _SLURM = "Slurm"
@@ -79,7 +79,7 @@ def diagnose(
             _remove_empty(folder.parent, made)
 
 
-def _slurm(profile: Profile, loaded: Loaded | None) -> Iterator[Finding]:
+def _slurm(profile: ClusterProfile, loaded: Loaded | None) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding(
             "error", _SLURM, "there is no sbatch here", "log in to the cluster's login node, or --cluster local"

@@ -13,7 +13,7 @@ from stamo_dist.launch import slurm, submit
 from stamo_dist.launch.doctor.probe import LIMIT, Report, read
 from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 from stamo_dist.launch.local import Ranks
-from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Launch, main_log
 
 _TIME = "00:02:00"
@@ -35,7 +35,7 @@ def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iter
 def on_cluster(
     folder: Path,
     cluster: str,
-    profile: Profile,
+    profile: ClusterProfile,
     paths: Sequence[str],
     wandb: str,
     *,
@@ -56,7 +56,7 @@ def on_cluster(
     command, given = _arguments(reports, paths, wandb), profile.model_dump(mode="json")
     launch = Launch("stamo-doctor", str(folder), "", command=command, cluster=cluster, profile=given, max_restarts=0)
     launch = replace(launch, nodes=profile.nodes, processes_per_node=profile.processes)
-    job = submit.submit(submit.Order(launch, profile)).job
+    job = submit.submit(submit.JobOrder(launch, profile)).job
     assert job is not None, "a submitted job has an id"
     say(f"job {job}: {profile.nodes} nodes × {profile.processes} processes for at most {_TIME}")
     waited, ran = time.monotonic(), None

@@ -32,6 +32,7 @@ from stamo_dist.models.policy_base import (
     encode_views,
     read_state_encoder,
     recorded_framing,
+    unreadable,
 )
 from stamo_dist.recipe import policy as recipe
 
@@ -206,7 +207,7 @@ def _settings(
         target = tuple(sizes["target"]) if sizes["target"] else None
         return cfg, PolicySizes(**{**sizes, "target": target, "chunk": unsaid.chunk or sizes["chunk"]})
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+        raise unreadable(path, error) from error
 
 
 def _official(
