@@ -29,13 +29,13 @@ from data_tools.formats.declared import ImageOptions, not_positive, orientation_
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
-#: Version → where its pictures are, below obs.
+#: Version → path of the images below obs.
 IMAGES = {3: "sensor_data", 2: "image"}
 POSE = "extra/tcp_pose"
 PROPRIO = ("agent/qpos", POSE)
 #: x y z and a quaternion.
 POSE_SIZE = 7
-#: The simulator's rate where env_kwargs do not say another.
+#: The simulator's default rate, if env_kwargs has no other.
 CONTROL_HZ = 20.0
 
 
@@ -43,8 +43,8 @@ CONTROL_HZ = 20.0
 class ManiskillReader(ImageOptions):
     """Reads a .h5 file with its .json, or a folder of such pairs.
 
-    obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without pictures (the
-    originals, recorded with obs_mode none) are left out where others have some.
+    obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without images (the
+    originals, recorded with obs_mode none) are left out if others have images.
 
     Args:
         src: A .h5 file or a folder, searched recursively.
@@ -60,7 +60,7 @@ class ManiskillReader(ImageOptions):
 
     src: Path
     cameras: Sequence[str] | None = None
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    proprio: Sequence[str] = ()  # default () instead of None, so that "none" is a value
     rate_hz: float | None = None
     instruction: str | None = None
     only_successful: bool = False
@@ -149,7 +149,7 @@ class ManiskillReader(ImageOptions):
         bad: list[str],
         notes: list[str],
     ) -> list[EpisodeRef]:
-        """The file's usable episodes; adds the others to `bad`.
+        """The file's usable episodes; adds messages on the others to `bad`.
 
         Raises:
             DataError: Nothing in this file can be used.
@@ -225,7 +225,7 @@ class ManiskillReader(ImageOptions):
         }
 
     def _fault(self, group: Any, meta: Mapping[str, Any]) -> str | None:
-        """Why an episode cannot be used, by its shapes alone."""
+        """Why an episode cannot be used, judged by shapes and types alone; None if it can."""
         if not isinstance(group, h5py.Group):
             return "no group"
         if fault := hdf5.missing_keys(group, ["actions"]):
@@ -265,7 +265,7 @@ def _missing_trajectories(path: Path, told: Mapping[int, Any], trajectories: Seq
 
 
 def action_spec(control_mode: str, robot: str, dim: int, version: int) -> ActionSpec:
-    """What a Panda's end-effector controllers make of an action; all other actions are kept as they are stored.
+    """The meaning of actions of a Panda's end-effector controllers; all other actions are kept unchanged.
 
     1 is 0.1 m and, in version 2, 0.1 rad. Version 3 multiplies the rotation by `rot_lower`, -0.1, so 1 is -0.1 rad;
     it takes it as Euler angles about the moving axes x, y, z, equal to a rotation vector within 0.003 rad at this size.
@@ -293,7 +293,7 @@ def action_spec(control_mode: str, robot: str, dim: int, version: int) -> Action
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """env_info, and each episode's own entry by its number."""
+    """env_info, and the entries of the episodes by number."""
     if not path.exists():
         raise DataError(f"{path}: missing; it says which controller the actions of the .h5 beside it are for")
     told = read_object(path)
@@ -308,7 +308,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 
 
 def _robot(kwargs: Mapping[str, Any], where: str) -> str:
-    """The robot; unsaid it is the environment's default, nearly always the Panda.
+    """The robot's name; if not stated, the environment's default, nearly always the Panda.
 
     Raises:
         DataError: It is neither a text nor a list of them.
@@ -323,7 +323,7 @@ def _robot(kwargs: Mapping[str, Any], where: str) -> str:
 
 
 def _version(group: h5py.Group) -> int | None:
-    """ManiSkill's major version, by where pictures are; None without pictures."""
+    """ManiSkill's major version, by the location of images; None without images."""
     obs = hdf5.node(group, "obs") if isinstance(group, h5py.Group) else None
     if not isinstance(obs, h5py.Group):
         return None
@@ -340,7 +340,7 @@ def _pictures(group: Any) -> dict[str, h5py.Dataset]:
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:
-    """Camera → its frames, None where it does not exist."""
+    """Camera → its frames, None if it does not exist."""
     there = next((found for key in IMAGES.values() if (found := _pictures(hdf5.node(obs, key)))), {})
     return there if asked is None else {camera: there.get(camera) for camera in asked}
 
