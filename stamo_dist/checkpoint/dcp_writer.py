@@ -28,9 +28,9 @@ _INDEX = ".metadata"
 
 
 class Layout:
-    """Which rank writes what of a state, and where it lies in the files.
+    """Which rank writes which part of a state, and its position in the files.
 
-    It stays the same from save to save; while it does, no rank sends more than one number. Every process keeps one.
+    It usually stays the same from save to save; then ranks exchange only one number. Every process keeps one.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class Layout:
         self._local: SavePlan | None = None  # what it could write
         self._metadata: Metadata | None = None  # rank 0, until the index is made
         self._index: bytes | None = None  # rank 0
-        self._written: list[WriteResult] | None = None  # where this process's part lay at the last save
+        self._written: list[WriteResult] | None = None  # positions of this process's part at the last save
 
     def agree(self, planner: dcp.DefaultSavePlanner) -> SavePlan:
-        """This process's part of the state that `planner` was set up with; every process calls it."""
+        """Agree on this process's part of the state that `planner` was set up with; every process calls it."""
         local = planner.create_local_plan()
         if not everywhere(local == self._local):
             plans = gather(local)
@@ -51,18 +51,18 @@ class Layout:
         return self.assigned
 
     def assign(self, planner: dcp.DefaultSavePlanner, plans: list[SavePlan]) -> list[SavePlan]:
-        """Rank 0: what each rank writes, given what each could write."""
+        """Rank 0: the part that each rank writes, given the parts that each could write."""
         assigned, self._metadata = planner.create_global_plan(plans)
         self._index = None
         return dcp.FileSystemWriter("").prepare_global_plan(assigned)
 
     def news(self, written: list[WriteResult]) -> list[WriteResult] | None:
-        """What rank 0 must learn of what this process wrote: None where all lies as it did."""
+        """The positions that rank 0 must learn; None if they equal those of the last save."""
         same, self._written = written == self._written, written
         return None if same else written
 
     def index(self, news: list[list[WriteResult] | None]) -> bytes:
-        """Rank 0: the content of the index, given every rank's news."""
+        """Rank 0: the content of the index, given every rank's `news`."""
         changed = {result.index: result.storage_data for some in news for result in some or ()}
         if changed or self._index is None:
             metadata = self._metadata or pickle.loads(self._index or b"")
@@ -73,7 +73,7 @@ class Layout:
 
 
 class DcpWriter:
-    """A state in PyTorch's distributed checkpoint format, under `name`/; `layout`: that of the save before."""
+    """A state in PyTorch's distributed checkpoint format, under `name`/; `layout`: that of the previous save."""
 
     def __init__(self, name: str, state: dict[str, Any], staging: Staging | None, layout: Layout | None = None):
         self._name, self._planner, self._layout = name, _Planner(), layout or Layout()
@@ -85,7 +85,7 @@ class DcpWriter:
 
     def write(self, folder: Path, files: dict[str, Stored]) -> list[WriteResult] | None:
         (folder / self._name).mkdir(parents=True, exist_ok=True)
-        # Reading ahead from the device uses its streams: only where the state is still there.
+        # Overlapped copying from the device uses its streams, so only if the state is on the device.
         ahead = 0 if self._staged else 10_000_000
         writer = dcp.FileSystemWriter(folder / self._name, sync_files=False, per_thread_copy_ahead=ahead)
         writer.fs = _Files(folder, files)
@@ -99,7 +99,7 @@ class DcpWriter:
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """PyTorch's planner, which can copy what this process will write into host memory."""
+    """PyTorch's planner, extended to copy this process's part into host memory."""
 
     _held: dict[MetadataIndex, Any] | None = None
 

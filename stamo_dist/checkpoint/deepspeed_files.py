@@ -1,4 +1,4 @@
-"""Reading DeepSpeed's files: tensors, plain values and a few classes of its own; other pickles are refused."""
+"""Reading DeepSpeed's files: tensors, plain values and a few of its classes; other pickles are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stamo_dist.errors import CheckpointError
 
 
 def load(file: str | Path, *, mmap: bool = False) -> Any:
-    """What DeepSpeed stored in a file, on the CPU.
+    """Load a file written by DeepSpeed, on the CPU.
 
     Raises:
         CheckpointError: It holds classes that DeepSpeed does not store.
@@ -34,7 +34,7 @@ def load(file: str | Path, *, mmap: bool = False) -> Any:
 
 @contextmanager
 def loaded_safely(module: Any) -> Iterator[None]:
-    """Inside, DeepSpeed's engine `module` reads its files with `load`."""
+    """Inside, DeepSpeed's engine module `module` reads its files with `load`."""
     engine = module.checkpoint_engine
     engine.load = lambda path, map_location=None: load(path)
     try:

@@ -1,6 +1,6 @@
 """Loading a checkpoint into the running engine, and its weights without one.
 
-ddp, fsdp and hsdp write PyTorch's distributed checkpoint format; ZeRO writes DeepSpeed's files. A run goes on from
+ddp, fsdp and hsdp write PyTorch's distributed checkpoint format; ZeRO writes DeepSpeed's files. A run continues from
 either under any strategy and on any number of processes.
 """
 
@@ -27,7 +27,7 @@ from stamo_dist.run.state import RunState
 
 
 def holds_all(manifest: CheckpointManifest) -> bool:
-    """Whether a checkpoint has every parameter, those that are not trained included; DeepSpeed's files may not."""
+    """Whether a checkpoint has every parameter, including frozen ones; DeepSpeed's files may lack those."""
     return manifest.strategy not in ZERO_STAGE
 
 
@@ -42,8 +42,8 @@ def load_checkpoint(
 ) -> RunState:
     """Load weights, optimizer and average into the running engine; every process calls it.
 
-    `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
-    of the checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
+    The files' checksums were verified by `verify_or_fall_back`. `sources`: the run's sources, if they may differ from
+    the checkpoint's; samples seen are matched by name. `say` is called with notes for the user, on rank 0.
 
     Raises:
         CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
@@ -87,7 +87,7 @@ def _load_zero(path: Path, engine: Engine) -> None:
 
 
 def _load_untrained(*, src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load a module's state of which only the names of the trained weights may be there; the fp32 copies follow."""
+    """Load a module's state that may hold only the names of trained weights; those are loaded from the fp32 copies."""
     trained = {n for n, p in dst.named_parameters(remove_duplicate=False) if p.requires_grad}
     named = {n for n, t in src.items() if n in trained and not t.numel()}
     wrong = dst.load_state_dict({n: t for n, t in src.items() if n not in named}, strict=False)
@@ -106,10 +106,10 @@ def _load_dcp(folder: Path, engine: Engine) -> None:
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The trained module's full fp32 state dict from one checkpoint, without a process group.
 
-    `ema`: with the moving average in place of the trained parameters, where the checkpoint holds one.
+    `ema`: take the moving average in place of the trained parameters, if the checkpoint has one.
 
     Raises:
-        CheckpointError: It is not whole, or a file is not what was written.
+        CheckpointError: It is incomplete, or a file is damaged.
     """
     manifest = read_checkpoint_manifest(path)
     if wrong := damage(path, manifest):

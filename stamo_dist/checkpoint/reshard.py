@@ -1,9 +1,9 @@
-"""Going on from a checkpoint of another strategy or number of processes.
+"""Continuing from a checkpoint of another strategy or number of processes.
 
 Under every strategy a process holds one contiguous range of each flattened parameter, of its fp32 master copy and of
 its Adam moments: all of it (ddp), some rows (fsdp, hsdp), a piece of a flat group (zero1, zero2) or an equal share
-(zero3). So each process asks the checkpoint for its own ranges by the parameter's name, and the checkpoint answers from
-whatever ranges its writers left. Nothing is converted and nothing is written.
+(zero3). So each process requests its own ranges by the parameter's name, and they are assembled from the ranges
+that the writers stored. Nothing is converted on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_\d+_model_states\.pt$")
 
 @dataclass
 class Range:
-    """Elements [start, start + numel) of a flattened parameter, and where this process wants them.
+    """Elements [start, start + numel) of a flattened parameter, and this process's destination for them.
 
     `into` maps "fp32" and the moments' names to flat tensors of `numel` elements.
     """
@@ -48,7 +48,7 @@ class Range:
 
 
 def needed(manifest: CheckpointManifest, engine: Engine) -> bool:
-    """Whether the checkpoint has another shape than the run. PyTorch's own format reshards without us."""
+    """Whether `load` is needed: ZeRO with another strategy or world size (PyTorch's format reshards itself)."""
     zero = engine.is_zero or manifest.strategy in ZERO_STAGE
     return zero and (manifest.strategy, manifest.world_size) != (engine.strategy, engine.world.size)
 
@@ -56,7 +56,7 @@ def needed(manifest: CheckpointManifest, engine: Engine) -> bool:
 def load(path: Path, manifest: CheckpointManifest, engine: Engine) -> str:
     """Fill `engine` with the weights, buffers and AdamW state of a checkpoint of any strategy and world size.
 
-    Every process calls it and reads only what it keeps. Returns what a person should know.
+    Every process calls it and reads only what it keeps. Returns notes for the user.
 
     Raises:
         CheckpointError: The checkpoint holds another model, or ZeRO files are missing.
@@ -91,7 +91,7 @@ def load(path: Path, manifest: CheckpointManifest, engine: Engine) -> str:
 def read_zero(path: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """The trained module's fp32 state dict from DeepSpeed's files, without a process group.
 
-    Unlike DeepSpeed's own script it reads zero1 in bf16 too.
+    Unlike DeepSpeed's own script, it also reads zero1 in bf16.
 
     Raises:
         CheckpointError: Files are missing.
@@ -105,13 +105,13 @@ def _batches(ranges: list[Range]) -> Iterator[list[Range]]:
         yield [r for _, r in some]
 
 
-# --- what the checkpoint holds ---
+# --- the source: the checkpoint ---
 
 
 class _Source(ABC):
     """A checkpoint as named parameters.
 
-    `sizes`: name → elements, of every parameter it can give; `trained`: those with an optimizer state; `step`: AdamW's.
+    `sizes`: name → elements of every available parameter; `trained`: those with optimizer state; `step`: AdamW's.
     """
 
     sizes: dict[str, int]
@@ -120,11 +120,11 @@ class _Source(ABC):
 
     @abstractmethod
     def fill(self, ranges: list[Range]) -> None:
-        """Copy the ranges' weights and moments into place; moments that were never made are zero."""
+        """Copy the ranges' weights and moments into place; missing moments are zero."""
 
     @abstractmethod
     def buffers(self, names: set[str]) -> dict[str, Tensor]:
-        """Those of the named buffers that the checkpoint holds."""
+        """The named buffers, as far as the checkpoint has them."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class _Piece:
 
 
 class _Zero(_Source):
-    """DeepSpeed's files, one an original rank, mapped into memory: only what is copied is read."""
+    """DeepSpeed's files, one per original rank, memory-mapped: only what is copied is read."""
 
     def __init__(self, path: Path, manifest: CheckpointManifest):
         shards = sorted((int(m[1]), p) for p in path.rglob("*.pt") if (m := _SHARD.search(p.name)))
@@ -192,10 +192,10 @@ class _Zero(_Source):
         return {n: t for n, t in self._model["module"].items() if n in names}
 
     def whole(self) -> dict[str, Tensor]:
-        """Trained and other parameters and buffers, in fp32."""
+        """All parameters and buffers, trained or not, in fp32."""
         others = {n: t for n, t in self._model["module"].items() if n not in self.sizes and t.numel()}
         state = {n: t.float() if t.is_floating_point() else t for n, t in others.items()}
-        if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has its share
+        if shapes := self._model["frozen_param_shapes"]:  # with zero3 every rank has a share of them
             fragments = [deepspeed_files.load(file, mmap=True)["frozen_param_fragments"] for file in self._models]
             for name, shape in shapes.items():
                 flat = torch.cat([part[name].detach().flatten() for part in fragments]).float()
@@ -218,7 +218,7 @@ def _equal_shares(shapes: dict[str, Iterable[int]], rank: int, world: int) -> It
 
 
 class _Distributed(_Source):
-    """PyTorch's distributed checkpoint, of which a process reads the rows that hold its ranges."""
+    """PyTorch's distributed checkpoint; a process reads only the rows that contain its ranges."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -252,16 +252,16 @@ class _Distributed(_Source):
         return {n: rows[k] for n, k in keys.items()}
 
 
-# --- where this process wants it ---
+# --- the destination: this process ---
 
 
 def _targets(engine: Engine, module: nn.Module, step: float) -> list[Range]:
-    """This process's ranges of every trained parameter, with AdamW's state made and its step set."""
+    """This process's ranges of every trained parameter, after creating AdamW's state and setting its step."""
     if not engine.is_zero:
         return list(_tensor_targets(engine, module, step))
     zero, names = engine.deepspeed.optimizer, engine.deepspeed.param_names
     if ZERO_STAGE[engine.strategy] == 3:
-        zero.checkpoint_event_prologue()  # small parameters may be gathered: all must be shares
+        zero.checkpoint_event_prologue()  # small parameters may be gathered: partition them first
         return list(_zero3_targets(zero, names, engine.world.rank, step))
     return list(_zero12_targets(zero, names, step))
 
@@ -282,7 +282,7 @@ def _tensor_targets(engine: Engine, module: nn.Module, step: float) -> Iterator[
 
 
 def _zero12_targets(zero: Any, names: dict[Tensor, str], step: float) -> Iterator[Range]:
-    # zero1 in bf16 is DeepSpeed's BF16_Optimizer, which names its groups otherwise.
+    # zero1 in bf16 uses DeepSpeed's BF16_Optimizer, whose attributes have other names.
     bf16 = hasattr(zero, "bf16_groups")
     groups = zero.bf16_groups if bf16 else zero.bit16_groups
     flats = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
@@ -308,7 +308,7 @@ def _zero3_targets(zero: Any, names: dict[Tensor, str], rank: int, step: float) 
 
 
 def _state(optimizer: torch.optim.Optimizer, p: Tensor, step: float) -> dict[str, Tensor]:
-    """AdamW's moments of `p`, made where it has not stepped yet; sets its step."""
+    """AdamW's moments of `p`, created if it has not stepped yet; sets its step."""
     state = optimizer.state[p]
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     state["step"] = torch.tensor(step, dtype=torch.float32, device=p.device if on_device else "cpu")
@@ -324,7 +324,7 @@ def _local(t: Any) -> Tensor:
 
 
 def _publish(engine: Engine) -> None:
-    """Let the weights that the model computes with follow the master copies."""
+    """Copy the fp32 master copies to the weights that the model computes with."""
     if not engine.is_zero:
         return
     zero = engine.deepspeed.optimizer

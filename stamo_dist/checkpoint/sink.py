@@ -1,4 +1,4 @@
-"""A file of a checkpoint on its way to the disk: hashed as it is written, and written back from early on."""
+"""Writing a checkpoint file: hashed while it is written, with early write-back by the kernel."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stamo_dist.checkpoint.manifest import HASH, Stored
 
 _log = logging.getLogger(__name__)
 _PIECE = 4 << 20  # bytes of one write
-_WRITE_BACK = 8 << 20  # bytes after which the kernel is asked to begin writing them to the disk
+_WRITE_BACK = 8 << 20  # bytes after which the kernel is asked to start write-back
 _SYNC_FILE_RANGE_WRITE = 2
 
 
 class Sink(io.RawIOBase):
-    """A file that knows its checksum. Its first error is raised at the end: torch's writers must not see it."""
+    """A file that computes its checksum. Its first error is raised by `finish`: torch's writers must not see it."""
 
     def __init__(self, path: Path):
         self._path, self._fd = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -33,7 +33,7 @@ class Sink(io.RawIOBase):
         self._error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Large data goes out as it is; small data is gathered until there is a piece of it."""
+        """Large data is written directly; small data is buffered up to one piece."""
         view = memoryview(data).cast("B")
         self._size += len(view)
         if len(self._small) + len(view) < _PIECE:
@@ -72,7 +72,7 @@ class Sink(io.RawIOBase):
         """Sync and close.
 
         Raises:
-            OSError: Something could not be written.
+            OSError: A write failed.
         """
         self._empty()
         try:
@@ -101,7 +101,7 @@ def save(state: Any, path: Path) -> Stored:
 
 @contextlib.contextmanager
 def without_crc() -> Iterator[None]:
-    """Inside, torch.save computes no CRC32: the sink has a better checksum."""
+    """Inside, torch.save computes no CRC32, as the sink has a stronger checksum."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -123,7 +123,7 @@ _sync_file_range = _find_sync_file_range()
 
 
 def _begin_write_back(fd: int, start: int, size: int) -> None:
-    """Have the kernel write these bytes to the disk while more are on their way, where it can be asked to."""
+    """Start the kernel's write-back of these bytes while more are written, where supported."""
     global _sync_file_range
     if _sync_file_range is None:
         return

@@ -1,4 +1,4 @@
-"""Copies of what is saved, so that training can go on while they are written."""
+"""Copies of the state to save, so that training can continue while they are written."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Staging:
-    """Copies of a state in host memory. The memory is kept from save to save: getting it takes longer than copying."""
+    """Copies of a state in host memory, which is reused from save to save: allocating takes longer than copying."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
         self._used = 0
 
     def begin(self) -> None:
-        """Give up the copies of the save before."""
+        """Release the copies of the previous save for reuse."""
         self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """On CUDA the copy is there once the device is synchronised."""
+        """Copy a tensor; from CUDA the copy is complete once the device is synchronised."""
         if self._used == len(self._kept):
             self._kept.append(torch.empty(0))
         kept = self._kept[self._used]

@@ -1,8 +1,8 @@
-"""What one process writes into a checkpoint, in three acts.
+"""How one process writes its part of a checkpoint, in three phases.
 
-*Plan* needs all processes and happens in the training thread; *write* is this process's own files, needs nobody and
-may run beside the next steps; *finish* is rank 0's index over what all wrote. So a full disk on one process never
-leaves the others waiting in a collective.
+*Plan* needs all processes and runs in the training thread; *write* writes this process's own files, needs no other
+process and may run during the next steps; *finish* writes rank 0's index of all files. So a full disk on one process
+never leaves the others waiting in a collective.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class CheckpointWriter(Protocol):
     """One group of files of a checkpoint."""
 
     def write(self, folder: Path, files: dict[str, Stored]) -> Any:
-        """Write and sync this process's files under `folder` and record them; returns what `finish` needs.
+        """Write and sync this process's files under `folder` and record them; returns the input for `finish`.
 
         Raises:
-            OSError: They could not be written.
+            OSError: A file could not be written.
         """
 
     def finish(self, folder: Path, files: dict[str, Stored], written: list[Any]) -> None:
-        """Rank 0: write the index from what every rank's `write` returned."""
+        """Rank 0: write the index from the values returned by every rank's `write`."""
 
 
 class _Catch:
-    """In place of DeepSpeed's checkpoint engine: keeps what it is given to save, and writes nothing."""
+    """Replaces DeepSpeed's checkpoint engine: collects the states to save without writing them."""
 
     def __init__(self, engine: Any):
         self._engine = engine
@@ -53,14 +53,14 @@ class _Catch:
     def commit(self, info: Any) -> bool:
         return True
 
-    def __getattr__(self, name: str) -> Any:  # what it is asked for besides
+    def __getattr__(self, name: str) -> Any:  # other methods that DeepSpeed calls
         return getattr(self._engine, name)
 
 
 class ZeroWriter:
-    """DeepSpeed's own files of this process, caught on their way to the disk.
+    """DeepSpeed's files of this process, collected instead of written by DeepSpeed.
 
-    Under zero1 and zero2 rank 0's file of the whole module holds no trained weights, but only their names: every rank
+    Under zero1 and zero2, rank 0's file of the whole module holds only the names of trained weights: every rank
     writes its share of the fp32 copies.
     """
 
@@ -68,7 +68,7 @@ class ZeroWriter:
         module = engine.deepspeed
         own = module.checkpoint_engine
         module.checkpoint_engine = catch = _Catch(own)
-        module._copy_recovery_script = lambda folder: None  # it writes past the checkpoint engine
+        module._copy_recovery_script = lambda folder: None  # DeepSpeed writes this file without its checkpoint engine
         try:
             module.save_checkpoint(".", tag=ZERO_TAG, save_latest=False)
         finally:

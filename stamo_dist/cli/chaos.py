@@ -119,7 +119,7 @@ def chaos(_: typer.Context, asked: ChaosOptions) -> None:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        for process in psutil.Process().children(recursive=True):  # all are of its starts, known to it or not yet
+        for process in psutil.Process().children(recursive=True):  # all are its starts, recorded by it or not yet
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         starter.close()

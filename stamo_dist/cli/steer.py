@@ -1,4 +1,4 @@
-"""Ending a run, and having one that ended go on where it stopped."""
+"""Ending a run, and resubmitting one that ended."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stamo_dist.launch.submit import JobOrder
 
 
 def cancel(path: Path) -> str:
-    """End the run: it saves if it runs, and is not started again. Returns what was done.
+    """End the run: it saves if it runs, and is not started again. Returns a description of what was done.
 
     Raises:
-        RunError: Nothing was submitted, or nobody can be told.
+        RunError: It was not submitted, or the process in charge cannot be reached.
     """
     run = _look(path)
     launch = run.launch
@@ -32,16 +32,16 @@ def cancel(path: Path) -> str:
     if launch.job is None or launch.job.startswith("local-"):
         supervise.cancel(path)
         return f"{run.name}: it saves, leaves and is not started again"
-    # Before scancel: the job looks there whether it is to be queued again.
+    # Before scancel: the job reads this to decide whether it is to be queued again.
     record(path, Event("cancelled", job=launch.job, step=newest_step(path)))
     slurm.cancel(launch.job)
     return f"{run.name}: job {launch.job} cancelled"
 
 
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:
-    """Submit the run again, with the code and the recipe it was submitted with. Returns what was done.
+    """Submit the run again, with the code and the recipe it was submitted with. Returns a description of what was done.
 
-    `nodes`, `time`: in place of the profile's.
+    `nodes`, `time`: override the profile's.
 
     Raises:
         StamoError: It runs, has finished, was never submitted, or is refused.

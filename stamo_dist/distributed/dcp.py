@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 @dataclass(frozen=True)
 class Piece:
-    """What this process saves of a flattened tensor of `size` elements: `tensor`, which begins at element `start`."""
+    """The part of a flattened tensor of `size` elements that this process saves: `tensor`, from element `start` on."""
 
     tensor: Tensor
     start: int
@@ -42,7 +42,7 @@ class Piece:
 
 
 def offset_of(shard: Any) -> int:
-    """Of a DTensor that is sharded along its first dimension: where its part begins in the flattened tensor."""
+    """Offset in the flattened tensor of the local part of a DTensor sharded along its first dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
@@ -50,7 +50,7 @@ def offset_of(shard: Any) -> int:
 
 
 def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Every tensor of a distributed checkpoint by its key, with whole size and dtype."""
+    """All tensors of a distributed checkpoint: key → global size and dtype."""
     entries: Mapping[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     return {name: m for name, m in entries.items() if isinstance(m, TensorStorageMetadata)}
 
@@ -96,7 +96,7 @@ def read_ranges(folder: Path, ranges: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 class _RowPlanner(DefaultLoadPlanner):
-    """Reads into tensors that are a part of the stored ones, beginning at `offsets`."""
+    """Reads parts of the stored tensors, starting at `offsets`."""
 
     def __init__(self, offsets: Mapping[str, torch.Size]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
