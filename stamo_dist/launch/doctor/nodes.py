@@ -1,4 +1,4 @@
-"""Running the probe on every rank: as a job of a few minutes through the same submission as a run, or right here."""
+"""Running the probe on every rank: as a short job submitted like a run, or on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POLL = 0.5  # seconds
 
 
 def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iterator[Finding]:
-    """Probe this machine with so many processes; `folder` gets their reports and logs and is removed."""
+    """Probe this machine with this many processes; `folder` gets their reports and logs and is removed."""
     reports = folder / "reports"
     reports.mkdir(parents=True)
     command = [sys.executable, "-m", "stamo_dist.cli", *_arguments(reports, paths, wandb)]
@@ -44,7 +44,7 @@ def on_cluster(
 ) -> Iterator[Finding]:
     """Probe the nodes of a cluster in a job that is submitted as a run is; waits `patience` seconds for it to start.
 
-    `folder` must be one that the nodes share; it gets reports and logs, and is removed where all is well.
+    `folder` must be shared by the nodes; it gets reports and logs, and is removed if all is well.
 
     Raises:
         StamoError: Slurm refuses the job.
