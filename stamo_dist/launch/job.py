@@ -248,8 +248,8 @@ def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
 
     Code 2: the request is impossible, and a restart does not help. 76: training finished, but the model could not be
     exported. After any other code except 0 a run is started again, unless the last `max_restarts` restarts brought no
-    progress; an end requested by a signal always restarts it. A command that does not train is only started again
-    after a requested end, at most `max_restarts` times.
+    newer checkpoint (an end requested by a signal always saves one). A command that does not train is only started
+    again after a requested end, at most `max_restarts` times.
     """
     not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
     last: dict[int, tuple[What, str]] = {

@@ -1,5 +1,6 @@
-"""Reading the logs of a run's ranks, one or all merged with the rank before each line, optionally following them; and the
-cause of a failure: the first error line of the rank that failed first.
+"""Reading and following the logs of a run's ranks, and finding the cause of a failure.
+
+The cause is the first error line of the rank that failed first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What trained policies share: acting on one timestep, frames through the state encoder, settings of their folder."""
+"""Shared by trained policies: acting on one timestep, encoding frames with the state encoder, folder settings."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class TrainedPolicy(ABC):
 
     @property
     def chunk(self) -> int:
-        """Actions it predicts at once."""
+        """Number of actions predicted at once."""
         return int(self.network.sizes.chunk)
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
@@ -75,7 +75,7 @@ class TrainedPolicy(ABC):
 def encode_proprio(
     proprio: np.ndarray | None, cfg: PolicyConfig, statistics: Statistics, unnorm_key: str | None, device: torch.device
 ) -> Tensor | None:
-    """(B, P) in the units of the source `unnorm_key` → (B, P) float32 normalised; None where the policy reads none.
+    """(B, P) in the units of the source `unnorm_key` → (B, P) float32 normalised; None if the policy reads none.
 
     Raises:
         DataError: It is missing or of another size, or the statistics are unknown.
@@ -91,7 +91,7 @@ def encode_proprio(
 def encode_views(
     vision: StamoVision, cfg: PolicyConfig, images: Sequence[Sequence[Picture]], framing: Framing
 ) -> Features:
-    """What the StaMo encoder sees in B timesteps of V views.
+    """The StaMo encoder's features of B timesteps of V views.
 
     Raises:
         DataError: another number of views, or images of different sizes.
@@ -113,10 +113,10 @@ def check_views(cfg: PolicyConfig, images: Sequence[Sequence[Picture]]) -> None:
 def read_state_encoder(
     folder: Path, cfg: PolicyConfig, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
-    """The half of a tokenizer that a policy sees through, None where it has towers.
+    """The encoder half of the tokenizer through which a policy sees, None if it has vision towers.
 
     Raises:
-        CheckpointError: it is not said where it lies, or it is not the one the policy was trained with.
+        CheckpointError: its location is unknown, or it is not the one the policy was trained with.
     """
     if cfg.vision != "stamo":
         return None
@@ -131,7 +131,7 @@ def read_state_encoder(
 
 
 def recorded_framing(folder: Path) -> Framing | None:
-    """How a policy that was trained here sees upright frames; None of another's folder.
+    """How a policy trained here sees upright frames; None for other folders.
 
     Raises:
         CheckpointError: Its settings cannot be read.
@@ -148,7 +148,7 @@ def recorded_framing(folder: Path) -> Framing | None:
 def folder_settings(
     cfg: PolicyConfig, sizes: Any, statistics: Statistics, framing: Framing, tokenizer_fingerprint: str | None
 ) -> dict[str, Any]:
-    """What the `policy.json` of every exported policy says; `sizes`: the dataclass of the network's sizes."""
+    """The common fields of every exported policy's `policy.json`; `sizes`: the dataclass of the network's sizes."""
     return {
         "format": FORMAT,
         "policy": cfg.model_dump(mode="json"),

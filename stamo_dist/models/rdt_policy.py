@@ -46,7 +46,7 @@ class RDTPolicy(TrainedPolicy):
     statistics: Statistics
     vision: StamoVision
     scale: float  # of the pseudo-actions
-    framing: Framing = AS_IT_IS  # of frames that come upright
+    framing: Framing = AS_IT_IS  # how upright frames are transformed
 
     @classmethod
     def from_pretrained(
@@ -59,7 +59,7 @@ class RDTPolicy(TrainedPolicy):
     ) -> RDTPolicy:
         """Read a run's `model/`; `tokenizer` is where the StaMo tokenizer lies on this machine.
 
-        `framing`: how it sees upright frames; as the folder says when omitted.
+        `framing`: how upright frames are transformed; by the folder's settings when omitted.
 
         Raises:
             CheckpointError: the folder is missing or damaged, or the tokenizer is another one.

@@ -1,7 +1,7 @@
 """One rank of the doctor's job: checks its node and the connection to the others.
 
-After every stage it writes its report to `OUT/rank_00003.json`, which shows how far a rank got that hangs or dies. Nodes
-try plain TCP first: if NCCL or gloo then fail, it is known whether the network is the cause.
+After every stage it writes its report to `OUT/rank_00003.json`, which shows how far a rank got that hangs or dies.
+Nodes try plain TCP first: if NCCL or gloo then fail, it is known whether the network is the cause.
 """
 
 from __future__ import annotations

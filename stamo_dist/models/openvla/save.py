@@ -25,9 +25,9 @@ from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.policy_base import folder_settings
 
-_STEP = "latest"  # where the official names have a step
+_STEP = "latest"  # replaces the step in official file names
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
-_HUB = "openvla/openvla-7b--"  # where transformers finds the official code, with trust_remote_code
+_HUB = "openvla/openvla-7b--"  # location of the official code for transformers' trust_remote_code
 _CODE: dict[str, dict[str, Any]] = {
     "config": {
         "architectures": ["OpenVLAForActionPrediction"],
@@ -52,7 +52,7 @@ _CODE: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PolicyParts:
-    """What a policy's folder says beside the weights, which `network` names; `tokenizer_fingerprint`: StaMo's."""
+    """The content of a policy's folder besides weights; `network` gives their names; `tokenizer_fingerprint`: StaMo's."""
 
     network: PolicyNetwork
     text: TextTokenizer
@@ -63,7 +63,7 @@ class PolicyParts:
 
 
 def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
-    """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
+    """Write a policy; adapters must be merged (`adapt.merge_lora`). `policy.json` is written last."""
     fingerprint = policy.vision.tokenizer.fingerprint if policy.vision else None
     parts = PolicyParts(policy.network, policy.text, policy.processor, policy.statistics, policy.framing, fingerprint)
     save_parts(Path(folder), parts, policy.network.state_dict(), ExportLayout(shard_size=shard_size))
@@ -77,15 +77,15 @@ def save_parts(
     *,
     base: Base | None = None,
 ) -> None:
-    """As `save_pretrained`, with the weights `state` by the names of the network, whose own are not read.
+    """As `save_pretrained`, with the weights `state` by the network's names; the network's own weights are not read.
 
     The towers, the projector and the language model go into safetensors shards under the released names; action head,
-    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
-    safetensors. In the form hf the language model lies in a folder of its own, which plain transformers opens. With
-    `base`, PEFT's adapter files stand in place of the towers, the projector and the language model.
+    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, unknown to that code, into
+    safetensors. In the form hf the language model is in a separate folder that plain transformers opens. With `base`,
+    PEFT's adapter files replace the towers, the projector and the language model.
 
     Raises:
-        ValueError: there are adapters that are not merged and no `base`, or none and a `base`.
+        ValueError: there are unmerged adapters without `base`, or none with a `base`.
     """
     network = policy.network
     adapted = next((name for name in state if ".lora_" in name), None)
@@ -189,12 +189,12 @@ def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _released(name: str) -> str:
-    """A name as it is without FiLM."""
+    """A parameter's name without FiLM."""
     return re.sub(r"(\.blocks\.\d+\.)block\.", r"\1", name)
 
 
 def _as_adapted(towers: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """FiLM's file in the form OFT loads it: with adapters, which here add nothing."""
+    """FiLM's file in OFT's form, which has adapters; here they are zero."""
     out = {}
     adapted = {
         name: layer
