@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, of which each process keeps a share of its own."""
+"""Exponential moving average of the trained weights, distributed over the processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class EMA:
 
     d at step t is min(decay, (1+t)/(10+t)): early averages forget the initial weights.
 
-    A process keeps the elements of its shards of θ; where every process has all of θ (ddp, zero1, zero2), an equal
-    share of all parameters in a row.
+    A process keeps the average of its shards of θ; if every process has all of θ (ddp, zero1, zero2), an equal
+    share of all concatenated parameters.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -29,7 +29,7 @@ class EMA:
         self._average = self._weights()
 
     def _own(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names of what this process keeps, with the first element of the flattened parameter and how many."""
+        """The ranges that this process keeps: name, first element of the flattened parameter, number of elements."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = -(-sum(p.numel() for p in self._params.values()) // world)
         passed = 0
@@ -48,7 +48,7 @@ class EMA:
                 yield name, (start, stop - start)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Copies in fp32 of what this process keeps, flat."""
+        """Flat fp32 copies of the ranges that this process keeps."""
         found = {}
         for name, (start, numel) in self._ranges.items():
             p = self._params[name]
@@ -63,7 +63,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after the 1-based optimizer `step`."""
+        """Update with the weights after the 1-based optimizer `step`."""
         if not self._average:  # more processes than parameters have elements
             return
         decay = min(self._decay, (1 + step) / (10 + step))
@@ -75,7 +75,7 @@ class EMA:
         return {n: Piece(t, self._ranges[n][0], wholes[n]) for n, t in self._average.items()}
 
     def load(self, folder: Path) -> None:
-        """Read an average written on any number of processes; starts from the weights where there is none."""
+        """Read an average written on any number of processes; starts from the weights if there is none."""
         if not folder.is_dir():
             self._average = self._weights()
             return
@@ -84,5 +84,5 @@ class EMA:
 
     @staticmethod
     def read(folder: Path) -> dict[str, Tensor]:
-        """The whole average on the CPU, without a process group; flat, but for what earlier versions wrote."""
+        """The whole average on the CPU, without a process group; flat, except if written by earlier versions."""
         return read_dcp(folder, "ema")

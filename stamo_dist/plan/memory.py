@@ -1,4 +1,4 @@
-"""Bytes of one device by what they are for, under every strategy."""
+"""Memory of one device by purpose, under every strategy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUCKET = 200_000_000  # elements that ZeRO reduces at once
 
 @dataclass
 class Memory:
-    """What one device holds, in bytes; `peak` is the most at one moment of a step."""
+    """Memory of one device in bytes; `peak` is the maximum during a step."""
 
     strategy: str
     devices: int
@@ -28,7 +28,7 @@ class Memory:
     gradients: int
     optimizer: int  # moments, fp32 master copies where parameters are bf16, and the moving average
     frozen: int  # encoder and VAE beside it, and buffers
-    gathered: int  # what sharded parameters take while a block is computed, and communication buffers
+    gathered: int  # gathered parameters while a block is computed, and communication buffers
     activations: int
     trained_numel: int = 0
     frozen_numel: int = 0
@@ -65,7 +65,7 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
 
 
 class _Counted:
-    """How many numbers of each kind the modules have."""
+    """Numbers of elements of each kind in the modules."""
 
     def __init__(self, made: Shapes, *, bf16: bool):
         self.bf16 = bf16
@@ -82,13 +82,13 @@ class _Counted:
         self.root = self.all - sum(units)
 
     def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
-        size = 2 if self.bf16 else 4  # bytes of a number in computation
+        size = 2 if self.bf16 else 4  # bytes per number in computation
         share = 1 / shards
         average = 4 * self.trained / (shards if name == "hsdp" else devices) if ema else 0.0
         gathered = 0.0
         if name == "ddp":
             parameters, gradients, optimizer = float(self.stored), 4.0 * self.trained, 8.0 * self.trained + average
-            gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold every gradient once more
+            gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold a second copy of every gradient
         elif name in ZERO_STAGE:
             stage = ZERO_STAGE[name]
             parameters = size * self.all * (share if stage == 3 else 1)
@@ -102,7 +102,7 @@ class _Counted:
             parameters, gradients = self.stored * share, 4 * self.trained * share
             optimizer = 8 * self.trained * share + average
             if shards > 1:
-                # The root stays whole from forward to backward; of the blocks one is computed and one on its way. Then
+                # The root stays gathered from forward to backward; one block is computed, another prefetched. Then
                 # comes a block's gradient, and again in fp32, in which it is reduced.
                 gathered = size * (self.root + 2 * self.unit) + (size + 4) * max(self.unit, self.root)
         return Memory(

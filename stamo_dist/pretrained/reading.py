@@ -1,4 +1,4 @@
-"""A checkpoint opened by its headers: its configuration, and where each tensor of the model lies."""
+"""Opening a checkpoint by its headers: its configuration, and the location of each tensor."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stamo_dist.pretrained.forms import CheckpointForm, JoinedTensor, Shapes
 
 @dataclass(frozen=True)
 class Kind:
-    """What a part of the model can be read from."""
+    """The formats from which a part of the model can be read."""
 
-    subfolders: tuple[str, ...]  # where its folder may be, under what a recipe names
-    key: str  # of config.json, that tells the class
+    subfolders: tuple[str, ...]  # subfolders to search in the recipe's path
+    key: str  # field of config.json with the class
     classes: tuple[str, ...]
-    form: Callable[[Shapes], CheckpointForm | None] | None  # the other names that its tensors go by
-    convert: str  # how to make a folder of what cannot be read
+    form: Callable[[Shapes], CheckpointForm | None] | None  # reads files with other tensor names
+    convert: str  # advice for converting unreadable formats
 
 
 _DINOV2 = ("dinov2", "dinov2_with_registers")
@@ -63,7 +63,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """`parts`: name of the model's tensor → what it is made of; `files`, `shapes`: of the stored tensors."""
+    """An opened checkpoint. `parts`: model tensor → its stored parts; `files`, `shapes`: by stored tensor."""
 
     config: dict[str, Any]
     parts: dict[str, JoinedTensor]
@@ -76,9 +76,9 @@ def is_pickled(path: Path) -> bool:
 
 
 def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> OpenedCheckpoint:
-    """Open a checkpoint of a part of the model; no tensor is read.
+    """Open a checkpoint of a part of the model without reading tensors.
 
-    `pickled`: the shapes of a file of torch.save, which only torch can tell. `field` is the recipe's, for errors.
+    `pickled`: the shapes in a torch.save file, which only torch can read. `field`: the recipe field, for errors.
 
     Raises:
         CheckpointError: files are missing or damaged, or are of another model; the message says how to convert it.
@@ -102,12 +102,12 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
 
 
 def is_timm(folder: Path, field: str) -> bool:
-    """Whether a folder holds a DINOv2 as timm saves it."""
+    """Whether a folder holds a DINOv2 in timm's format."""
     return "dinov2" in str(read_json(folder / "config.json", field).get("architecture"))
 
 
 def look(path: Path, part: str, field: str) -> OpenedCheckpoint | None:
-    """As `read`, without torch; None for a file of torch.save that looks right, of which no more is known.
+    """As `read`, without torch; None for a torch.save file that looks right but cannot be checked further.
 
     Raises:
         CheckpointError: as `read`.
@@ -124,7 +124,7 @@ def read_config(folder: Path, part: str, field: str) -> dict[str, Any]:
     """`config.json` of a checkpoint folder of a part of the model.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON object or belongs to another class.
+        CheckpointError: the file is missing, is not a JSON object, or belongs to another class.
     """
     path, kind = folder / "config.json", KINDS[part]
     config = read_json(path, field)
@@ -140,7 +140,7 @@ def read_json(path: Path, field: str) -> dict[str, Any]:
     """`config.json` of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or is no JSON object.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def tensors(folder: Path, field: str) -> tuple[dict[str, Shape], dict[str, Path]
 
 
 def differing(config: Mapping[str, Any], found: Mapping[str, Any], field: str, source: str) -> list[str]:
-    """One problem for each field of a recipe's `config` that the checkpoint `found` has otherwise."""
+    """One problem for each field of a recipe's `config` that differs in the checkpoint's, `found`."""
     return [
         f"{field}.config.{key}: {value}, but {source} has {found[key]}; name other weights, or leave the field out"
         for key, value in config.items()

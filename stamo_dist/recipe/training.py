@@ -105,7 +105,8 @@ class Train(Section):
     )
 
 
-#: Above it each process has so little of a block that gathering it is waiting: 1 MB of a 7 B model's at 400.
+#: Above this number of processes, shards of a block are so small (1 MB for a 7 B model at 400) that gathering them is
+#: dominated by latency.
 MANY_PROCESSES = 256
 
 
@@ -125,7 +126,7 @@ class Strategy(Section):
     )
 
     def advice(self, processes: int) -> list[str]:
-        """What to consider on so many processes."""
+        """Advice for this number of processes."""
         if self.name != "fsdp" or processes <= MANY_PROCESSES:
             return []
         return [
@@ -135,7 +136,7 @@ class Strategy(Section):
 
 
 def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
-    """What of the training does not go together, or has no meaning in the stage."""
+    """Problems: training fields that contradict each other, or have no effect in the stage."""
     problems = []
     if strategy.name == "hsdp" and strategy.shard_group == 1:
         problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")

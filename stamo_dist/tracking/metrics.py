@@ -18,7 +18,7 @@ from torch import Tensor
 from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.rank import few_of
 
-_OF_RANK = 5  # numbers that each rank says of itself
+_OF_RANK = 5  # number of per-rank values in the reduction
 
 
 @dataclass
@@ -26,8 +26,8 @@ class StepSums:
     """Sums over the samples of one optimizer step on this rank: loss terms and counts, per source."""
 
     terms: tuple[str, ...]
-    #: float64, in which sums of so few float32 are exact: no order of samples or ranks changes them.
-    #: (2 · terms + 2, sources): the sums, how many samples each is over, all samples, those in place of unreadable ones
+    #: float64, in which sums of this few float32 are exact, so the order of samples and ranks does not matter.
+    #: (2 · terms + 2, sources): the sums, the samples of each, all samples, replaced unreadable ones
     values: Tensor
     lacking: set[str] = field(default_factory=set)  # terms that some samples may lack
 
@@ -62,10 +62,10 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What all ranks agree on about one step."""
+    """The metrics of one step, reduced over all ranks."""
 
     step: int
-    losses: dict[str, float]  # mean of each term over the samples that have it; the terms that none has are left out
+    losses: dict[str, float]  # mean of each term over the samples that have it; without terms that no sample has
     per_source: dict[str, list[float | None]]  # the same by source
     #: The terms that samples may lack → share of the samples that have it, and the same by source.
     shares: dict[str, tuple[float, list[float | None]]]
@@ -76,21 +76,21 @@ class Reduced:
     data_wait: float  # share of the seconds spent waiting for data
     skipped: list[int]  # samples whose frames could not be read, per source
     compute_seconds: list[float]  # each rank's StepTimes.compute_seconds
-    peak_gb: float  # most memory of a step on any rank's device, allocated and reserved; 0 on a CPU
+    peak_gb: float  # maximum memory of a step on any rank's device, allocated and reserved; 0 on a CPU
     reserved_gb: float
-    signals: dict[int, str]  # rank → the signal that asks it to stop
+    signals: dict[int, str]  # rank → signal that requests it to stop
     not_finite: list[int]  # ranks whose loss was not finite
 
     @property
     def blame(self) -> str:
-        """What was not finite in the step, and where."""
+        """A description of what was not finite in the step, and on which ranks."""
         if self.not_finite:
             return f"the loss on rank {few_of(self.not_finite)} is not finite"
         return "the gradient is not finite"
 
     @property
     def spread(self) -> dict[str, float]:
-        """Seconds of the step of the slowest rank, and of the fastest had it not waited for the slowest."""
+        """Seconds of the step on the slowest rank, and on the fastest without waiting for the others."""
         slowest = max(range(len(self.compute_seconds)), key=self.compute_seconds.__getitem__)
         spread = max(self.compute_seconds) - min(self.compute_seconds)
         return {
@@ -102,7 +102,7 @@ class Reduced:
     def line(
         self, sources: Sequence[str], *, rate: float, seconds: float, mfu: float | None, bad_steps: int
     ) -> dict[str, Any]:
-        """What metrics.jsonl says of the step; `rate` in samples per second, `seconds` of training up to here."""
+        """The step's line in metrics.jsonl; `rate` in samples per second, `seconds` of training so far."""
         terms = [*self.per_source.items(), *((f"share/{t}", shares) for t, (_, shares) in self.shares.items())]
         each = ((t, s, mean) for t, means in terms for s, mean in zip(sources, means, strict=True))
         return {
@@ -145,7 +145,7 @@ class Reducer:
         self._pending: _Pending | None = None
 
     def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, times: StepTimes, signal: int = 0) -> None:
-        """`signal`: number of the one that asks this rank to stop, 0 for none."""
+        """`signal`: number of the signal that requests this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
         said = [times.compute_seconds, float(signal), *self._memory()]
@@ -158,7 +158,7 @@ class Reducer:
         self._pending = _Pending(step, sums.terms, sums.lacking, tuple(values.shape), flat, grad_norm, lr, times)
 
     def _memory(self) -> tuple[float, float]:
-        """Bytes that the device's allocator had in use at most, and held, since it was last asked."""
+        """Peak bytes allocated and reserved by the device's allocator since the last call."""
         if self._device.type != "cuda":
             return 0.0, 0.0
         found = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
@@ -209,9 +209,9 @@ class Reducer:
 
 
 class Stopwatch:
-    """Seconds of a step: in all, waiting for data, and before the rank first waited for others.
+    """Seconds of a step: total, waiting for data, and before the rank first waited for others.
 
-    On a GPU the last is measured there, as the host only hands out work; it is read once the device has passed it.
+    On a GPU the last is measured by device events, as the host only queues work; it is read once the event has passed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -221,7 +221,7 @@ class Stopwatch:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what passed: the next step begins with its first phase."""
+        """Reset: the next step begins with its first phase."""
         self._start: float | None = None
 
     def enter(self, phase: Phase) -> None:
@@ -235,7 +235,7 @@ class Stopwatch:
             self._met = self._now()
 
     def step_done(self) -> StepTimes:
-        """What passed since the last one, or since the first phase after a reset."""
+        """The times since the last step, or since the first phase after a reset."""
         assert self._start is not None, "a step has phases"
         seconds, waited = time.perf_counter() - self._start, self._waited
         compute_seconds = 0.0

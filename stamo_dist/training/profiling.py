@@ -1,4 +1,4 @@
-"""Looking at the device while it trains: a trace of a few steps, a snapshot of its memory, waits of the host."""
+"""Profiling during training: a trace of a few steps, a memory snapshot, and host-device synchronisations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ProfileHook(Hook):
         self._profiler: profile | None = None
 
     def on_start(self, state: RunState) -> None:
-        self._profiler = None  # of steps that a rollback undid
+        self._profiler = None  # trace of steps undone by a rollback
 
     def before_step(self, state: RunState, batch: Batch) -> None:
         if state.step != self._wanted.start:
@@ -62,9 +62,9 @@ class ProfileHook(Hook):
 
 
 class SyncGuardHook(Hook):
-    """Has PyTorch warn of, or refuse, what makes the host wait for the device, from a start's second step on.
+    """Makes PyTorch warn about or forbid host-device synchronisation, from a start's second step on.
 
-    The logger reads the metrics of the step before, and clipping the gradient's norm: one wait each is the loop's own.
+    Exempt are the loop's own waits: the logger's for the previous step's metrics, and clipping's for the gradient norm.
     """
 
     def __init__(self, mode: str):

@@ -1,4 +1,4 @@
-"""From a recipe to a trainer that stands where the run stood."""
+"""Building a trainer from a recipe, at the point where the run stopped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from stamo_dist.training.trial_export import TrialExport
 
 @dataclass
 class RunStart:
-    """One start of a run: what it was asked for and who this process is."""
+    """One start of a run: its request and this process's rank."""
 
     loaded: Loaded
     world: World
@@ -59,7 +59,7 @@ class RunStart:
     allowed: frozenset[str]
     node: NodeShare
     lease: RunLease | None = None  # rank 0's
-    notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
+    notes: list[str] = field(default_factory=list)  # notes for the user, on rank 0
 
     @property
     def recipe(self) -> Recipe:
@@ -68,29 +68,29 @@ class RunStart:
 
 @dataclass
 class Checked:
-    """What was looked at before anything was written or built."""
+    """The results of checks before anything is written or built."""
 
     mixture: Mixture
     fingerprint: RunFingerprint
     batching: Batching
-    select: Callable[..., ResumePoint]  # `select_checkpoint` of this start, but for the fingerprint
+    select: Callable[..., ResumePoint]  # `select_checkpoint` with this start's arguments except the fingerprint
     begun: RecordedInputs
 
 
 @dataclass
 class Session:
-    """A trainer and what the end of the run needs of it."""
+    """A trainer, and the objects needed at the end of the run."""
 
     trainer: Trainer
     mixture: Mixture
     logger: RunLogger
     saver: Saver
-    guard: Callable[[], None]  # raises where this start may not write any more
-    exported: bool  # an earlier start has trained it to the end and exported it
+    guard: Callable[[], None]  # raises if this start may no longer write
+    exported: bool  # an earlier start has finished training and export
 
 
 def check(start: RunStart) -> Checked:
-    """Look at everything that may be refused; writes nothing.
+    """Run all checks; writes nothing.
 
     Raises:
         StamoError: Recipe or data cannot be used as asked.
@@ -120,9 +120,9 @@ def check(start: RunStart) -> Checked:
 
 
 def build(start: RunStart, checked: Checked) -> Session | int:
-    """Build everything and go back to where the run stood; every process calls it.
+    """Build everything and restore the run's state; every process calls it.
 
-    Returns an exit code where there is nothing to train, or not now.
+    Returns an exit code if there is nothing to train, or not now.
 
     Raises:
         StamoError: Weights or checkpoint cannot be used as asked.
@@ -149,9 +149,9 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         task.initialise(first_frames(mixture, task.init_frames))
     reads_weights = checkpoint is None or not holds_all(checkpoint.manifest)
     if recipe.strategy.name in FILLED_BEFORE:
-        from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
+        from stamo_dist.models.shards import materialise  # imports diffusers and transformers
 
-        materialise(task.trained, accelerator.device)  # not in host memory, which all processes of a node share
+        materialise(task.trained, accelerator.device)  # saves host memory, which all processes of a node share
         if reads_weights:
             task.load_weights()
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
@@ -167,7 +167,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
-    # Rank 0's word on both: a shared disk may show the others an older folder.
+    # Decided by rank 0: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
@@ -178,15 +178,15 @@ def build(start: RunStart, checked: Checked) -> Session | int:
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
-    """What the checkpoint says of its weights and data."""
+    """The weights and data recorded in the checkpoint."""
     try:
         return select().begun
     except StamoError:
-        return RecordedInputs()  # it is refused with the fingerprint
+        return RecordedInputs()  # reported later, when it is selected with the fingerprint
 
 
 def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
-    """The task on the weights that the run began with, which the recipe names from now on; and what was pinned."""
+    """The task with the weights that the run began with, to which the recipe is pinned; and notes on pinning."""
     begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
@@ -197,7 +197,7 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
             f"{bases[0]}; name that commit as `revision` in the adapter's adapter_config.json, or train "
             "under fsdp, hsdp or ddp, whose checkpoints hold the base"
         )
-    # The export reads the same commits, should a branch move meanwhile.
+    # The export reads the same commits, even if a branch moves.
     start.loaded = replace(start.loaded, recipe=pin(recipe, task.sources))
     return task, [*notes, *changed]
 
@@ -213,7 +213,7 @@ def _assemble(
     *,
     exported: bool,
 ) -> Session:
-    """The trainer with its hooks, in the order in which they are called."""
+    """Assemble the trainer, with its hooks in calling order."""
     recipe, world, run, mixture, watchdog = start.recipe, start.world, start.run, checked.mixture, start.watchdog
     guard: Callable[[], None] = start.lease.check if start.lease else lambda: None
     flops = task.flops_per_sample() if engine.device.type == "cuda" else None
@@ -290,7 +290,7 @@ def _device_hooks(start: RunStart, engine: Engine, logger: RunLogger) -> list[Ho
 
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
-    """Rank 0: write what this run is and say it."""
+    """Rank 0: write and print the description of this run."""
     r, p, task, mixture = start.recipe, checked.batching, trainer.task, checked.mixture
     cursor = Cursor.from_dict(trainer.state.cursor)
     use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)

@@ -58,7 +58,7 @@ EXTRA_FILES = (
     adapters.WEIGHTS,
     *(f"{part}.safetensors" for part in HEADS),
 )
-OFT_ADAPTER = "lora_adapter"  # subfolder in which OFT's training leaves the adapter, whether merged into the folder above or not
+OFT_ADAPTER = "lora_adapter"  # subfolder of the adapter in OFT's training, merged or not
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
@@ -165,7 +165,7 @@ def _plain(base: Path) -> Path:
 
 
 def read(checkpoint: PolicyCheckpoint, network: PolicyNetwork) -> tuple[dict[str, StoredTensor], Adapter | None]:
-    """A checkpoint's tensors by the names of `network`, and its adapter; the adapter's full parameters are in the first.
+    """A checkpoint's tensors by the names of `network`, and its adapter, whose full parameters are in the first.
 
     Raises:
         CheckpointError: files are missing, damaged, or there are several of one part.

@@ -154,7 +154,7 @@ class OpenVLA(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy decoding of exactly `tokens` ids, cached; no id is excluded, and none ends decoding.
 
-        Prompts of different lengths are padded on the right and masked: every row is decoded independently of the others.
+        Prompts of different lengths are padded on the right and masked: every row is decoded independently.
 
         Returns:
             ids (B, tokens), their logits (B, tokens, vocabulary) and the hidden states (B, tokens, H) they come from.

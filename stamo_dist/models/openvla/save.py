@@ -52,7 +52,7 @@ _CODE: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PolicyParts:
-    """The content of a policy's folder besides weights; `network` gives their names; `tokenizer_fingerprint`: StaMo's."""
+    """A policy's folder without weights; `network` gives the weights' names; `tokenizer_fingerprint`: StaMo's."""
 
     network: PolicyNetwork
     text: TextTokenizer
