@@ -55,7 +55,7 @@ class Augment(Section):
 
     @property
     def middle(self) -> float:
-        """Fraction of the area for the centre crop at inference; 1 without a preset, as crops then include the full frame."""
+        """Fraction of the area of the centre crop at inference; 1 without a preset, whose crops include full frames."""
         return OPENVLA_AREA if self.preset == "openvla" else 1.0
 
     @model_validator(mode="after")
