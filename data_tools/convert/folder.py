@@ -37,7 +37,7 @@ class ConversionOutcome:
 def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionOutcome:
     """Convert this run's share of a plan into the folder OUT."""
     partial = _partial(out)
-    with _alone(out):
+    with _exclusive(out):
         existing = _existing(out, plan.manifest, settings.overwrite)
         if existing is not None and existing.source_fingerprint == plan.manifest.source_fingerprint:
             _discard(partial, plan)
@@ -60,7 +60,7 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
         if not _is_whole(out, plan):
             raise
 
-    with _alone(out):
+    with _exclusive(out):
         if _is_whole(out, plan):
             _discard(partial, plan)
             return ConversionOutcome(read_manifest(out), True)
@@ -68,7 +68,7 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
             return ConversionOutcome(None, True, missing)
         bad = [*plan.bad, *(reason for part in work for reason in (part.report() or {})["skipped"])]
         check_bad(bad, settings.max_bad)
-        lost = _lost(plan, work)
+        lost = _unreadable_splits(plan, work)
         why = [f"split {s}: none of the {len(plan.splits[s])} episodes chosen could be read" for s in lost]
         notes = [*plan.manifest.notes, *why]
         plan = replace(plan, manifest=plan.manifest.model_copy(update={"notes": notes}))
@@ -89,7 +89,7 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
     return ConversionOutcome(manifest, True)
 
 
-def _lost(plan: ConversionPlan, work: Sequence[slices.Slice]) -> list[str]:
+def _unreadable_splits(plan: ConversionPlan, work: Sequence[slices.Slice]) -> list[str]:
     """The splits none of whose episodes could be read."""
     read = {part.split for part in work if (part.report() or {"episodes": []})["episodes"]}
     return [split for split in plan.splits if split not in read]
@@ -108,7 +108,7 @@ def _split_again(plan: ConversionPlan, work: Sequence[slices.Slice], settings: S
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _exclusive(out: Path) -> Iterator[None]:
     """Inside, no other run prepares or assembles the same OUT."""
     lock = out.parent / f".{out.name}.lock"
     try:

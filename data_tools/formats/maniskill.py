@@ -181,6 +181,7 @@ class ManiskillReader(ImageOptions):
                 faults.append(f"{id}: {e}")
                 continue
             agreement.note(id, self._properties(group, control_mode, robot, rate_hz))
+            frame_size = next(iter(_cameras(group["obs"], self.cameras).values())).shape[1:3]
             episodes.append(
                 EpisodeRef(
                     id=id,
@@ -190,11 +191,7 @@ class ManiskillReader(ImageOptions):
                     task=env_id,
                     instruction=self.instruction or _text(meta) or _text(env),
                     meta={"env_id": env_id, **meta, "success": success},
-                    private={
-                        "rate_hz": rate_hz,
-                        "frame_size": next(iter(_cameras(group["obs"], self.cameras).values())).shape[1:3],
-                        "like_language": like,
-                    },
+                    private={"rate_hz": rate_hz, "frame_size": frame_size, "like_language": like},
                 )
             )
         if faults and len(faults) == len(trajectories):

@@ -23,7 +23,7 @@ _KINDS = "biufSU"
 _DEPTH = 32
 
 
-class _Noted:
+class _Placeholder:
     """Placeholder for a function that a pickle calls; records arguments and state."""
 
     __slots__ = ("arguments", "state")
@@ -36,20 +36,20 @@ class _Noted:
         self.state = state
 
 
-class _Array(_Noted):
+class _Array(_Placeholder):
     __slots__ = ()
 
 
-class _Dtype(_Noted):
+class _Dtype(_Placeholder):
     __slots__ = ()
 
 
-class _Scalar(_Noted):
+class _Scalar(_Placeholder):
     __slots__ = ()
 
 
-_KNOWN: dict[tuple[str, str], type[_Noted]] = {
-    ("numpy", "ndarray"): _Noted,
+_KNOWN: dict[tuple[str, str], type[_Placeholder]] = {
+    ("numpy", "ndarray"): _Placeholder,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
@@ -111,7 +111,7 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, _Scalar):
         dtype, content = value.arguments
         return _numbers(dtype, content, (), "C").item()
-    if isinstance(value, _Noted):
+    if isinstance(value, _Placeholder):
         raise ValueError("it holds something else than values")
     return value
 

@@ -182,21 +182,11 @@ class RobomimicReader(ActionOptions):
                 continue
             obs, length = demo["obs"], len(demo[self._action_keys()[0]])
             spec = self._action_spec(path, id, demo, env)
-            proprio = self._proprio(obs)
-            agreement.note(
-                id,
-                {
-                    "cameras": tuple(_cameras(obs, self.cameras)),
-                    "actions": spec,
-                    "proprio keys": tuple(proprio),
-                    "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate_hz,
-                },
-            )
+            agreement.note(id, self._properties(obs, spec, rate_hz))
             said = next((text for text in texts if text), self.instruction or "")
             if not said:
                 found.like_language.update([*like_language([demo, obs]), *like()])
-            if not proprio:
+            if not self._proprio(obs):
                 found.numeric = hdf5.numeric(obs)
             found.episodes.append(
                 EpisodeRef(
@@ -214,6 +204,17 @@ class RobomimicReader(ActionOptions):
         if len(faults) == len(demos):
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
         found.bad += faults
+
+    def _properties(self, obs: h5py.Group, spec: ActionSpec, rate_hz: float) -> dict[str, Any]:
+        """What all episodes of a source must agree on, for `hdf5.Agreement`."""
+        proprio = self._proprio(obs)
+        return {
+            "cameras": tuple(_cameras(obs, self.cameras)),
+            "actions": spec,
+            "proprio keys": tuple(proprio),
+            "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
+            "rates in Hz": rate_hz,
+        }
 
     def _action_spec(self, path: Path, id: str, demo: h5py.Group, env: Mapping[str, Any]) -> ActionSpec:
         """What the actions of an episode mean; checks that their values fit a meaning taken from env_args.

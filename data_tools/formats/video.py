@@ -54,7 +54,7 @@ class VideoReader:
 
     def scan(self) -> Scan:
         self._check_options()
-        shelf = _Shelf(self.root, find_files(self.src, SUFFIXES))
+        shelf = _VideoIndex(self.root, find_files(self.src, SUFFIXES))
         listing = self._listing(shelf)
         if not listing.segments:
             raise DataError(f"{', '.join(map(str, listing.files)) or self.src}: no segments in it")
@@ -136,7 +136,7 @@ class VideoReader:
         if problems:
             raise DataError("\n".join(problems))
 
-    def _listing(self, shelf: _Shelf) -> Listing:
+    def _listing(self, shelf: _VideoIndex) -> Listing:
         tables = [Path(path) for path in self.segments or ()]
         camera = self.cameras[0] if self.cameras else ""
         if self.preset is not None:
@@ -154,7 +154,7 @@ class VideoReader:
         labelled = [replace(s, text=s.text or texts.get(shelf.find(s.video)[0], "")) for s in segments]
         return Listing(labelled, [*tables, self.labels], camera or "video")
 
-    def _labels(self, path: Path, shelf: _Shelf) -> dict[Path | None, str]:
+    def _labels(self, path: Path, shelf: _VideoIndex) -> dict[Path | None, str]:
         found = {name: (shelf.find(name), text) for name, text in read_labels(path).items()}
         if faults := [f"  - {fault}" for ((_, fault), _) in found.values() if fault]:
             raise DataError("\n".join([f"{path}: labels of {len(faults)} unknown videos:", *faults]))
@@ -197,7 +197,7 @@ class _Place:
     broken: bool = False  # because its video is broken
 
 
-class _Shelf:
+class _VideoIndex:
     """The existing videos by the names that annotations use: path or name, with or without suffix."""
 
     def __init__(self, root: Path, videos: Sequence[Path]):

@@ -304,19 +304,8 @@ def _ego4d_moments(node: Any, uid: str, where: str) -> Iterator[tuple[str, Mappi
 
 
 #: Keys of Ego4D's files that hold annotations: lists of objects, or objects.
-_EGO4D = (
-    "narration_pass_1",
-    "narration_pass_2",
-    "narrations",
-    "videos",
-    "clips",
-    "annotations",
-    "labels",
-    "segments",
-    "annotated_intervals",
-    "narrated_actions",
-    "language_queries",
-)
+_EGO4D = ("narration_pass_1", "narration_pass_2", "narrations", "videos", "clips", "annotations", "labels", "segments",
+          "annotated_intervals", "narrated_actions", "language_queries")  # fmt: skip
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TEXTS = ("narration_text", "step_description", "step_category", "step_name", "label", "query", "text")
 #: In seconds of the whole video; Ego4D's other start_* fields may count from a clip's beginning.

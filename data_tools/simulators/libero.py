@@ -110,10 +110,10 @@ class LiberoWorld:
 
     def rollout(self, seed: int) -> Rollout:
         self._reset(seed)
-        self._furnish()
+        self._place_on_furniture()
         self._settle()
         self._await_rest()
-        as_told = self._lies_as_told()
+        as_told = self._is_in_place()
         expert = LiberoExpert(self.env, self.goals, np.random.default_rng(seed))
         steps: list[dict[str, np.ndarray]] = []
         succeeded = 0
@@ -185,13 +185,13 @@ class LiberoWorld:
         for _ in range(steps):
             self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
 
-    def _furnish(self) -> None:
+    def _place_on_furniture(self) -> None:
         """Place the objects that the task's description puts in or on furniture.
 
         A soft reset of the package drops them from a metre above, beside the furniture's new position.
         """
         model, data = self.env.sim.model._model, self.env.sim.data._data
-        for _, name, region in self._told():
+        for _, name, region in self._initial_placements():
             body = self.env.env.obj_body_id[name]
             start = int(model.jnt_qposadr[model.body_jntadr[body]])
             site = data.site(region).xpos
@@ -204,7 +204,7 @@ class LiberoWorld:
             data.qpos[start + 2] -= min(gap, DROPPED_FROM) - 0.005
             self.env.sim.forward()
 
-    def _told(self) -> list[tuple[str, str, str]]:
+    def _initial_placements(self) -> list[tuple[str, str, str]]:
         """(predicate, object, region) of objects that start in or on furniture, without the furniture itself."""
         env = self.env.env
         regions, states = env.object_sites_dict, env.parsed_problem["initial_state"]
@@ -219,9 +219,9 @@ class LiberoWorld:
                 return
             self._settle(1)
 
-    def _lies_as_told(self) -> bool:
+    def _is_in_place(self) -> bool:
         """Whether the object is still in its place and did not fall off."""
-        return all(self.env.env._eval_predicate(state) for state in self._told())
+        return all(self.env.env._eval_predicate(state) for state in self._initial_placements())
 
     def _observe(self) -> dict[str, np.ndarray]:
         model, data, robot = self.env.sim.model._model, self.env.sim.data._data, self.env.robots[0]

@@ -107,7 +107,7 @@ def _from_s3(url: str, cache: Path, quiet: bool) -> Brought:
     name = url.rsplit("/", 1)[-1]
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
     target = folder if single else folder / name
-    with _alone(folder):
+    with _exclusive(folder):
         missing = {name: entry for name, entry in listed.items() if not _is_same(target / name, *entry)}
         _fetch_all(store, target, missing, quiet)
         _remove_others(target, listed)
@@ -129,7 +129,7 @@ def _is_same(path: Path, size: int, written: float) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Let one run at a time download it; the others wait and then use the copy.
 
     Raises:

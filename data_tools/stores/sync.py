@@ -73,7 +73,7 @@ def sync(
         raise DataError(f"{src}: SRC and DST are the same")
     manifest, text = fetch_manifest(source)
     files = _list(source, manifest)
-    with _alone(target):
+    with _exclusive(target):
         old = _existing(target, manifest, overwrite)
         if old is not None and not _same(old, manifest) and not _grown(old, manifest):
             target.delete(MANIFEST)
@@ -180,7 +180,7 @@ def _grown(old: Manifest, new: Manifest) -> bool:
 
 
 @contextmanager
-def _alone(target: Store) -> Iterator[None]:
+def _exclusive(target: Store) -> Iterator[None]:
     """Lock the folder against a second sync."""
     if target.local is None:
         yield

@@ -135,8 +135,8 @@ class Trial:
         self.outcome.processes.append(size)
         struck: Injected | None = None
         self._last = None
-        while (struck is None or struck.harmless) and self._faults and self._come(self._faults[0], start):
-            struck = self._strike(self._faults.popleft(), tree) or struck
+        while (struck is None or struck.harmless) and self._faults and self._wait_for_phase(self._faults[0], start):
+            struck = self._inject(self._faults.popleft(), tree) or struck
         self._monitor.until(lambda: start.poll() is not None, "end")
         code = start.poll()
         self._look()
@@ -151,7 +151,7 @@ class Trial:
         elif self._rng.random() < 0.5:  # otherwise the next start would meet ranks that are still saving
             self._monitor.until(lambda: tree.gone, "end its ranks")
 
-    def _come(self, fault: Fault, start: Start) -> bool:
+    def _wait_for_phase(self, fault: Fault, start: Start) -> bool:
         """Wait for the fault's phase; False if the training ended before."""
         steps = max(1, round(self._gap * (0.3 + 1.4 * self._rng.random())))
         began = time.monotonic()
@@ -172,7 +172,7 @@ class Trial:
             time.sleep(fault.when * (self._pace.step if fault.moment == TRAINING else self._pace.save))
         return start.poll() is None
 
-    def _strike(self, fault: Fault, tree: Tree) -> Injected | None:
+    def _inject(self, fault: Fault, tree: Tree) -> Injected | None:
         """Inject the fault; None if its target does not exist now: then it is tried again later."""
         asked = False
         if fault.moment == STARTING:
@@ -182,7 +182,7 @@ class Trial:
             asked = strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
             self._monitor.until(lambda: tree.gone or bool(self._monitor.unfinished() - before), "save on leaving")
             time.sleep(0.7 * fault.when * self._pace.save)
-        injected = Injected(fault.whom, fault.what, self._moment(fault), self._monitor.step())
+        injected = Injected(fault.whom, fault.what, self._actual_phase(fault), self._monitor.step())
         if fault.whom == CHECKPOINT:
             done = strike(replace(fault, whom=RANKS, what="SIGKILL"), tree)
             for each in self._trees:
@@ -199,7 +199,7 @@ class Trial:
         self.outcome.faults.append(injected)
         return injected
 
-    def _moment(self, fault: Fault) -> str:
+    def _actual_phase(self, fault: Fault) -> str:
         """The phase in which the fault really happens: a save may have begun or ended meanwhile."""
         saving = bool(self._monitor.unfinished())
         if fault.moment in (TRAINING, SAVING):

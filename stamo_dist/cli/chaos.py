@@ -66,7 +66,7 @@ class ChaosOptions:
     ] = 600.0
 
     def plan(self) -> Plan:
-        """Raises: StamoError: The recipe cannot be read, or `world_sizes` are none."""
+        """Raises: StamoError: The recipe cannot be read, or `world_sizes` are invalid."""
         from stamo_dist.chaos.harness import Plan
         from stamo_dist.recipe.load import load
 

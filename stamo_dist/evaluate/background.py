@@ -63,7 +63,7 @@ class BackgroundRollouts(Evaluation):
     def pending(self, step: int) -> bool:
         steps = [at for at in curve.steps(self._run) if at <= step]
         done = {at for at in steps if curve.result(self._run, at) is not None}
-        return bool(self._untold(done)) or any(
+        return bool(self._unlogged_steps(done)) or any(
             not (self._launcher.stays or self._failed(at)) for at in steps if at not in done
         )
 
@@ -73,15 +73,15 @@ class BackgroundRollouts(Evaluation):
             self._begin(step)
 
     def _begin(self, step: int) -> None:
-        self._forget(step)
+        self._discard_after(step)
         unfinished = []
         found = {at: curve.result(self._run, at) for at in curve.steps(self._run) if at not in self.needed()}
-        untold = self._untold({at for at, result in found.items() if result is not None})
+        untold = self._unlogged_steps({at for at, result in found.items() if result is not None})
         for at, result in found.items():
             request = self._request(at)
             if result is not None:
                 if at in untold:
-                    self._tell(at, result)
+                    self._log_result(at, result)
                 self._told(at).touch()
             elif request is not None and not self._failed(at):
                 if digest(folder_of(self._run.checkpoints, at)) == request["checkpoint"]:
@@ -92,7 +92,7 @@ class BackgroundRollouts(Evaluation):
         for at, ticket in sorted(unfinished, key=lambda found: (found[1] is None, found[0])):
             if self._running is None and ticket is not None:
                 self._running = _Running(at)
-                self._ask(self._running, partial(self._again, at, ticket))
+                self._ask(self._running, partial(self._resume, at, ticket))
             else:
                 self._queue(at)
         self.saved(step)
@@ -202,7 +202,7 @@ class BackgroundRollouts(Evaluation):
     def _launch(self, step: int) -> Ticket:
         return self._launcher.start(["eval", "during", str(self._run.path.absolute()), str(step)], self._folder(step))
 
-    def _again(self, step: int, ticket: Ticket) -> Ticket:
+    def _resume(self, step: int, ticket: Ticket) -> Ticket:
         """Resume watching a rollout of an earlier start, or start a new one in its place."""
         return ticket if self._launcher.alive(ticket) else self._launch(step)
 
@@ -216,7 +216,7 @@ class BackgroundRollouts(Evaluation):
             return
         self._running = None
         self._start()
-        self._tell(step, result)
+        self._log_result(step, result)
         curve.write(self._run, self._recipe)
 
     def _fail(self, step: int, why: str, ticket: Ticket | None) -> None:
@@ -226,14 +226,14 @@ class BackgroundRollouts(Evaluation):
         self._start()
         write_atomic(self._folder(step) / "failed.json", json.dumps({"why": why}) + "\n")
 
-    def _tell(self, step: int, result: dict[str, Any]) -> None:
+    def _log_result(self, step: int, result: dict[str, Any]) -> None:
         """Log the result of a step, exactly once over all starts of the run."""
         success, numbers = curve.numbers(step, result)
         self._logger.log_late_eval(step, numbers)
         self._told(step).touch()
         self._say(f"success in closed loop {success}: {success.trials} trials")
 
-    def _untold(self, steps: set[int]) -> set[int]:
+    def _unlogged_steps(self, steps: set[int]) -> set[int]:
         """Steps whose result is not in metrics.jsonl, which is read only if some are not marked.
 
         Such steps are left by a start that was killed between logging and marking, or by an earlier version.
@@ -244,7 +244,7 @@ class BackgroundRollouts(Evaluation):
     def _told(self, step: int) -> Path:
         return self._folder(step) / "told"
 
-    def _forget(self, step: int) -> None:
+    def _discard_after(self, step: int) -> None:
         """Stop and delete rollouts of steps after this one, whose weights were rolled back."""
         if self._waiting is not None and self._waiting > step:
             self._waiting = None

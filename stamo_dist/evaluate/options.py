@@ -96,7 +96,7 @@ class TransferOptions(SharedOptions):
 class ProbeOptions(SharedOptions):
     """Read the k actions between two frames from their motion: state against pixels, encoder and random weights.
 
-    Started again after a kill it goes on; the features of the frames are kept for the next time.
+    A killed measurement continues when it is started again; the features of the frames are kept for the next time.
 
     Example: stamo eval probe runs/tokenizer_demo --seeds 3
     """
@@ -153,7 +153,7 @@ TokenizerOption = Annotated[str | None, named("PATH", "The StaMo tokenizer it se
 class PlanOptions(RunOptions):
     """Let the probe's head drive a simulated robot from (now, goal image), beside the same head on other motions.
 
-    Started again after a kill it goes on; with more --trials it adds them.
+    A killed measurement continues when it is started again; with more --trials it adds them.
 
     Example: stamo eval plan runs/tokenizer_demo --tasks libero_spatial/2 --trials 20
     """
@@ -271,7 +271,7 @@ class ShowOptions:
 class RolloutOptions(UseOptions, ShowOptions):
     """Success rate of a policy in closed loop, from the benchmark's initial states and by its own success check.
 
-    Started again after a kill it goes on, trial by trial; whichever slice ends last makes the whole table.
+    A killed measurement continues when it is started again; the slice that ends last writes the full table.
 
     Example: stamo eval rollout runs/policy_openvla_state --tasks libero_spatial --trials 20
 

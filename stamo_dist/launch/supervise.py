@@ -141,24 +141,24 @@ class _Supervisor:
             if cancelled(run):
                 continue
             if why := _ENDED if self._ending else hindrance(launch):
-                self._tell(run, "stopped", reason=why)
+                self._record_event(run, "stopped", reason=why)
             else:
                 self._run(run, launch)
 
     def _run(self, run: Path, launch: Launch) -> None:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
-            self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
+            self._record_event(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
             verdict = judge_exit(launch, self._start(run, launch, processes, restart), self.job)
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:
                 verdict = Verdict("stopped", False, _ENDED)
-            self._tell(run, verdict.event, restart=restart, reason=verdict.reason)
+            self._record_event(run, verdict.event, restart=restart, reason=verdict.reason)
             if not verdict.again:
                 return
             restart += 1
-            self._tell(run, "requeued", restart=restart)
+            self._record_event(run, "requeued", restart=restart)
             time.sleep(_PAUSE if verdict.event == "failed" else 0)
 
     def _start(self, run: Path, launch: Launch, processes: int, restart: int) -> int:
@@ -196,7 +196,7 @@ class _Supervisor:
         elif self._asked and moment > self._asked + _GRACE:
             ranks.signal(signal.SIGKILL)
 
-    def _tell(self, run: Path, what: What, **about: Any) -> None:
+    def _record_event(self, run: Path, what: What, **about: Any) -> None:
         record(run, Event(what, job=self.job, step=newest_step(run), **about))
 
 

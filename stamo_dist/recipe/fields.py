@@ -92,7 +92,7 @@ ROOT = RecipeField((), Recipe)
 
 
 def find(key: Key, root: RecipeField = ROOT) -> RecipeField | None:
-    """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
+    """The field at `key`, or None if the schema has none (unknown, or inside a list or a free map)."""
     field: RecipeField | None = root
     for name in key:
         if field is None:
