@@ -136,10 +136,10 @@ class ConvertOptions:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT converted otherwise.")] = False
 
     def settings(self) -> Settings:
-        """What they say; those of the same name mean the same.
+        """The options as conversion `Settings`; fields of the same name are copied.
 
         Raises:
-            DataError: The format has no such option, or `episodes` is no range.
+            DataError: The format has no such option, or `episodes` is not a range.
         """
         from data_tools.convert.driver import Settings
         from data_tools.formats.registry import parse_options
@@ -213,7 +213,7 @@ def _what_was_done(outcome: ConversionOutcome) -> str:
 
 
 def _range(text: str | None) -> tuple[int, int | None] | None:
-    """Of A:B, A: or :B."""
+    """The bounds of a range written A:B, A: or :B."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d*):(\d*)", text)

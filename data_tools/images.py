@@ -15,7 +15,7 @@ from stamo_dist.errors import DataError
 FITS = ("crop", "letterbox", "stretch")
 _JPEG = b"\xff\xd8"
 _EXIF = b"Exif\0\0"
-#: EXIF's tag Orientation → what turns the stored picture upright; 1 is upright (CIPA DC-008, 4.6.4).
+#: EXIF tag Orientation → Pillow operation that turns the stored image upright; 1 is upright (CIPA DC-008, 4.6.4).
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,11 +35,11 @@ def encode_frames(
 ) -> list[bytes]:
     """JPEG-encode frames at (size, size).
 
-    A JPEG that has this size already, and lies upright, is kept byte for byte.
+    A JPEG that has this size and is upright is kept byte for byte.
 
     Args:
         frames: uint8 (H, W, 3) or encoded images, one for each of `numbers`.
-        numbers: What the frames are called in messages.
+        numbers: Frame numbers for messages.
         size: Side in pixels.
         fit: "crop" to the middle square, "letterbox" (black bars), or "stretch".
         quality: Of the JPEGs.
@@ -84,7 +84,7 @@ def decode(image: bytes) -> np.ndarray:
 
 
 def _jpeg_turn(image: bytes) -> Image.Transpose | None:
-    if _EXIF not in image:  # as nearly always: nothing is parsed
+    if _EXIF not in image:  # the usual case: nothing is parsed
         return None
     try:
         with Image.open(io.BytesIO(image)) as opened:
@@ -94,7 +94,7 @@ def _jpeg_turn(image: bytes) -> Image.Transpose | None:
 
 
 def _turn(opened: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright; None: nothing, or its EXIF is broken."""
+    """The operation that turns an image upright; None if it is upright or its EXIF is damaged."""
     try:
         return _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
@@ -102,7 +102,7 @@ def _turn(opened: Image.Image) -> Image.Transpose | None:
 
 
 def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> bytes:
-    """Colour keeps its full resolution below 128 px, where halving it is visible; above, it is halved as usual."""
+    """JPEG-encode; chroma keeps full resolution below 128 px, where subsampling is visible, and is halved above."""
     pixels = frame if isinstance(frame, np.ndarray) else decode(frame)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise DataError(f"{pixels.dtype} {pixels.shape}, expected uint8 RGB")
@@ -115,7 +115,7 @@ def _encode(frame: np.ndarray | bytes, size: int, fit: str, quality: int) -> byt
 
 
 def _can_be_kept(image: bytes) -> bool:
-    """A JPEG in colour that lies upright."""
+    """Whether it is an upright colour JPEG, which is stored unchanged."""
     return image[:2] == _JPEG and simplejpeg.decode_jpeg_header(image)[2] != "Gray" and _jpeg_turn(image) is None
 
 
@@ -136,12 +136,12 @@ def _fit(pixels: np.ndarray, size: int, fit: str) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A square frame (S, S, 3) at (size, size, 3), as a conversion would have it."""
+    """Resize a square frame (S, S, 3) to (size, size, 3) as conversion does."""
     return _resize(pixels, (size, size))
 
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """With Lanczos, to (H, W); far larger images are first averaged over whole pixels down to twice that."""
+    """Lanczos to (H, W); much larger images are first box-averaged by an integer factor down to about twice that."""
     if pixels.shape[:2] == shape:
         return pixels
     image = Image.fromarray(np.ascontiguousarray(pixels))  # Pillow copies other layouts slowly

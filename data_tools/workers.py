@@ -21,7 +21,7 @@ def usable_cores() -> int:
 def spawned(processes: int, start: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool whose workers first call `start(*arguments)`.
 
-    Spawned, not forked: neither an OpenGL context nor the threads of h5py and streaming survive a fork.
+    Spawned, not forked: OpenGL contexts and the threads of h5py and streaming do not survive a fork.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(start, arguments))
@@ -37,7 +37,7 @@ def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def _die_with_parent() -> None:
-    # A worker whose parent was killed would wait for work for ever: it holds the queue's other end itself.
+    # Without this, a worker whose parent was killed would wait for ever, as it holds the queue's other end itself.
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,8 +1,8 @@
 """Makes `import streaming.base.x` load x and not the rest of the library.
 
 streaming's packages import all of its datasets, and with them transformers and torchvision: two seconds that every
-process of every start would pay for a shuffle and a downloader. Here the two packages are entered empty, and become the
-real ones when somebody asks them for a name. Import this module before any part of streaming.
+process of every start would pay for a shuffle and a downloader. Here the two packages are registered as empty modules
+and are replaced by the real ones when a name of theirs is requested. Import this module before any part of streaming.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _enter_empty(name: str) -> None:
 
 
 def _filled(module: ModuleType, spec: ModuleSpec, attribute: str) -> Any:
-    if attribute.startswith("__"):  # the import system asks for some of these
+    if attribute.startswith("__"):  # the import system reads some of these attributes
         raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}")
     import stamo_dist._torchvision  # noqa: F401  must precede streaming's datasets
 

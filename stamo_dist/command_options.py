@@ -13,9 +13,9 @@ Options = TypeVar("Options")
 
 
 def with_options(options: type[Options]) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
-    """A decorator of what takes typer's context and an instance of the dataclass `options`: makes a command of it.
+    """Decorator that makes a command of a function of typer's context and an instance of the dataclass `options`.
 
-    The command's help is the docstring of `options`; its options stand in the order of the fields, inherited ones last.
+    The command's help is the docstring of `options`; its options have the order of the fields, inherited ones last.
     """
     hints = get_type_hints(options, include_extras=True)
     kind = inspect.Parameter.KEYWORD_ONLY

@@ -1,8 +1,8 @@
-"""`stamo encode`: what frozen models make of every frame, written once beside the shards.
+"""`stamo encode`: caches the outputs of frozen models for every frame beside the shards.
 
 A tokenizer's recipe asks for the latents of its VAE, a policy's for the states of its tokenizer. Works shard by shard:
-each process has shards of its own, and those that are whole are skipped when it is started again. Within a shard the
-frames go through the model in the same groups on any number of processes, so the bytes are the same too.
+each process has its own shards, and complete ones are skipped on a restart. Within a shard, frames are batched
+identically on any number of processes, so the bytes are the same too.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from stamo_dist.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class FrameEncoder:
-    """What makes a row of a frame."""
+    """A function that computes the cached row of a frame."""
 
     kind: Kind
     fingerprint: str
     precision: Precision
-    rows: Callable[[Tensor], Tensor]  # uint8 (b, H, W, 3) → (b, …) as they are stored
+    rows: Callable[[Tensor], Tensor]  # uint8 (b, H, W, 3) → (b, …) in the stored format
     about: dict[str, Any]  # for the manifests
 
 
 def encode(recipe: Recipe, world: World) -> int:
-    """Write what is missing for the recipe's sources; returns how many shards this process encoded.
+    """Write the missing rows for the recipe's sources; returns the number of shards this process encoded.
 
     Latents are the posterior means, normalised by the VAE's shift and scale, in bfloat16; states are float32, computed
     in float32.
 
     Raises:
         RecipeError: The recipe names no trained VAE, or no tokenizer that reads frames of this size.
-        DataError: A source cannot be read or its folder not be written.
+        DataError: A source cannot be read, or its folder cannot be written.
     """
     device = Device.current()
     device.select(world.local_rank)
@@ -56,7 +56,7 @@ def encode(recipe: Recipe, world: World) -> int:
     encoder = (_states if recipe.stage == "policy" else _latents)(recipe, device)
     kind, fingerprint = encoder.kind, encoder.fingerprint
 
-    # By number, not by what is missing: another process may have begun, or look later.
+    # Divided by shard number, not by missing rows: another process may have started earlier or check later.
     mine = range(world.rank, len(mixture.shards), world.size)
     missing = [i for i in mine if not has_cache(mixture.shards[i], kind, fingerprint)]
     frames = sum(mixture.shards[i].samples for i in missing)

@@ -1,8 +1,8 @@
-"""What the exit code of a run says to whoever started it. Slurm's job, the local launcher and `stamo chain` read it."""
+"""Exit codes of a run. The Slurm job, the local launcher and `stamo chain` read them."""
 
-#: Exit code of a run that left in order to be started again: it saved because it was asked to stop, or it was hung.
+#: The run is to be started again: it saved because it was asked to stop, or it was hung.
 EXIT_PREEMPTED = 75
-#: Exit code of a run that was trained to its end and saved, but whose model could not be written.
+#: The run finished training and saved, but its model could not be exported.
 EXIT_NOT_EXPORTED = 76
-#: Exit code of a second SIGINT, as of a shell's.
+#: A second SIGINT, as shells use.
 EXIT_INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""From a checkpoint to the usable model."""
+"""Exporting the model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> None:
 
 
 def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> None:
-    """Write the model of the checkpoint at `path` into `folder`, in place of what is there.
+    """Write the model of the checkpoint at `path` into `folder`, replacing its content.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -51,7 +51,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
 
 
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:
-    """The first batches of the run, for models that are fitted to data when they are exported."""
+    """The first batches of the run, for models that are fitted to data on export."""
     caches = CacheKeys(task.latents, task.states)
     loader = build_loader(mixture, rank=0, world_size=1, cursor=Cursor(), workers=0, caches=caches)
     with closing(loader):

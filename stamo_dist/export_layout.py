@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 class ExportLayout:
     """How an exported model lies on disk.
 
-    `form` matters to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
-    language model is a folder of its own that plain transformers opens; peft is adapters without their base. `dtype` is
-    that of the trained weights, fp32 when omitted; what was frozen stays as it was. `shard_size` is the most bytes of a
-    file, as 5GB.
+    `form` applies to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
+    language model is in its own folder that plain transformers opens; peft is adapters without their base. `dtype`:
+    of the trained weights, fp32 when omitted; frozen weights keep theirs. `shard_size`: maximum size of a file, such
+    as 5GB.
     """
 
     form: Literal["openvla", "hf", "peft"] = "openvla"

@@ -1,4 +1,4 @@
-"""The two operations that OpenVLA's training and its evaluation share, as TensorFlow has them."""
+"""Two image operations shared by OpenVLA's training and evaluation, equal to TensorFlow's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def window(image: Tensor, top: float, left: float, side: float, size: int) -> Tensor:
-    """Cut a square out of float (3, H, W) and scale it to (3, size, size), bilinearly between the pixels' centres.
+    """Crop a square from float (3, H, W) and resize it to (3, size, size), bilinearly between pixel centres.
 
-    `top`, `left` and `side` are shares of the image's height and width. Equal to `tf.image.crop_and_resize`, which
-    neither smooths nor looks beyond the window's corners.
+    `top`, `left` and `side` are fractions of the image's height and width. Equal to `tf.image.crop_and_resize`, which
+    does no antialiasing and samples only within the window's corners.
     """
-    for start in (top, left):  # rows, then columns, which a copy makes rows: those are picked many times faster
+    for start in (top, left):  # rows, then columns after a transposing copy: indexing rows is many times faster
         image = image.contiguous()
         last = image.shape[1] - 1
         at = torch.linspace(start * last, (start + side) * last, size).clamp_(0, last)

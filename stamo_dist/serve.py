@@ -1,13 +1,13 @@
-"""`stamo serve`: a policy behind HTTP, spoken to as the servers of OpenVLA and OpenVLA-OFT are.
+"""`stamo serve`: a policy over HTTP, with the protocol of the servers of OpenVLA and OpenVLA-OFT.
 
 POST /act takes JSON in which arrays are written as json_numpy writes them::
 
     {"image": uint8 (H, W, 3), "instruction": "…", "unnorm_key": "…"}             OpenVLA → (A,), or (C, A) of a chunk
     {"full_image": …, "wrist_image": …, "state": (P,), "instruction": "…"}         OFT → a list of C actions (A,)
-    {"observations": [either of them, …]}                                          many moments → a list of answers
+    {"observations": [either of them, …]}                                          many timesteps → a list of answers
 
-and the same wrapped once more as text, {"encoded": "…"}, which is then also how the answer comes. GET /health tells
-what the policy expects. What is wrong with a request is answered with code 400 and the name of the field.
+and the same JSON encoded as text, {"encoded": "…"}; then the answer has this form, too. GET /health tells what the
+policy expects. Invalid requests are answered with code 400 and the name of the field.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LARGEST = 256 << 20  # bytes of a request
 
 
 class BadRequestError(Exception):
-    """A request that cannot be answered: the field, and what is wrong with it."""
+    """An invalid request: the field, and the problem."""
 
     def __init__(self, field: str, problem: str):
         super().__init__(f"{field}: {problem}")
@@ -56,14 +56,14 @@ class Moment:
     instruction: str
     key: str
     proprio: np.ndarray | None
-    listed: bool  # the answer is a list of actions, as OFT's clients want it
+    listed: bool  # answer with a list of actions, as OFT's clients expect
 
 
 class Server:
-    """Answers for one policy; one request is computed at a time."""
+    """Answers requests for one policy, one at a time."""
 
     def __init__(self, policy: AnyPolicy, name: str, unnorm_key: str | None = None, *, upright: bool = False):
-        """`unnorm_key` is that of requests that name none; `upright`: frames come so and are turned here.
+        """`unnorm_key`: default of requests without one; `upright`: frames are sent upright and turned here.
 
         Raises:
             DataError: The policy has no such statistics.
@@ -90,21 +90,31 @@ class Server:
         self._compute([Moment(views, "wait", key, proprio, listed=False)])
 
     async def health(self, request: Request) -> Response:
-        """What the policy is and expects, and how fast it was."""
+        """The policy, its inputs, and its latency."""
         cfg, answered = self.policy.cfg, np.array(self._seconds)
         latency = None
         if len(answered):
             median, slow = (1000 * np.quantile(answered, [0.5, 0.9])).round(2).tolist()
             latency = {"median_ms": median, "90%_ms": slow}
-        return _answer({
-            "status": "ok", "policy": self.name, "views": cfg.views, "proprio": cfg.proprio,
-            "chunk": self.policy.chunk, "unnorm_keys": sorted(self.policy.statistics.sources),
-            "frames": "upright" if self.upright else self.framing.orientation, "framing": self.framing.to_dict(),
-            "bounds": cfg.bounds, "device": str(self.policy.device), "requests": self._served, "latency": latency,
-        })  # fmt: skip
+        return _answer(
+            {
+                "status": "ok",
+                "policy": self.name,
+                "views": cfg.views,
+                "proprio": cfg.proprio,
+                "chunk": self.policy.chunk,
+                "unnorm_keys": sorted(self.policy.statistics.sources),
+                "frames": "upright" if self.upright else self.framing.orientation,
+                "framing": self.framing.to_dict(),
+                "bounds": cfg.bounds,
+                "device": str(self.policy.device),
+                "requests": self._served,
+                "latency": latency,
+            }
+        )
 
     async def act(self, request: Request) -> Response:
-        """Actions for one observation or many."""
+        """Answer with actions for one observation or many."""
         wrapped = False
         start = time.perf_counter()
         try:
@@ -128,7 +138,7 @@ class Server:
         return _answer(answers[0] if many is None else answers, wrapped=wrapped)
 
     def _compute(self, moments: list[Moment]) -> list[np.ndarray]:
-        """The chunk (C, A) of each moment; those of one source go through the policy together."""
+        """The chunk (C, A) for each observation; those of one source are batched."""
         found: dict[int, np.ndarray] = {}
         for key in dict.fromkeys(moment.key for moment in moments):
             rows = [i for i, moment in enumerate(moments) if moment.key == key]
@@ -153,7 +163,7 @@ class Server:
         return Moment(self._views(given, prefix), text, key, self._proprio(given, key, prefix), "full_image" in given)
 
     def _views(self, given: Mapping[str, Any], prefix: str) -> list[np.ndarray]:
-        """The cameras' pictures, the third-person one first."""
+        """The cameras' images, the third-person one first."""
         wanted = self.policy.cfg.views
         first = next((name for name in ("full_image", "image") if name in given), None)
         if first is None:
@@ -201,11 +211,11 @@ def serve(
 ) -> None:
     """Load the policy of a run or an export and answer until asked to stop.
 
-    `frames`: how clients send them, turned as the policy was trained or upright. `use`: what a policy of others leaves
-    unsaid.
+    `frames`: as clients send them: turned as in the policy's training, or upright. `use`: settings that a policy of
+    others lacks.
 
     Raises:
-        CheckpointError: There is no policy.
+        CheckpointError: The policy cannot be found.
         DataError: It has no such statistics.
         RunError: The address cannot be listened on, there is no such device, or it is not said how the policy sees
             frames.

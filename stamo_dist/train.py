@@ -1,4 +1,4 @@
-"""The way in: `train` looks, takes the run folder, trains and exports."""
+"""The entry point: `train` checks, acquires the run folder, trains and exports."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def train(
 ) -> int:
     """Train the recipe to its end or until asked to stop; every process of the run calls it.
 
-    `resume`: "auto" continues the newest whole checkpoint of the run folder, "none" insists on a fresh folder, anything
-    else is the path of a checkpoint or a run. `allowed`: flags that let the recipe differ from the checkpoint's.
-    `evaluation`: rank 0's, what the recipe's `evaluate` calls for.
+    `resume`: "auto" continues the newest complete checkpoint of the run folder, "none" requires a fresh folder,
+    anything else is the path of a checkpoint or a run. `allowed`: flags that let the recipe differ from the
+    checkpoint's. `evaluation`: rank 0's, for the recipe's `evaluate`.
     Returns the exit code: 0 when finished, `EXIT_PREEMPTED` when it was asked to stop.
 
     Raises:
@@ -49,9 +49,9 @@ def train(
         watchdog.mark("building for", 1)
         start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed, node)
         checked = check(start)
-        if not world.is_main:  # one process looks, so that all see the same
+        if not world.is_main:  # one process checks, so that all see the same result
             return _train(start, checked)
-        checked.select(checked.fingerprint)  # what is refused is refused before anything is written
+        checked.select(checked.fingerprint)  # all checks run before anything is written
         run.prepare()
         with acquire(run.path) as start.lease:
             start.notes += [*start.lease.notes, *clean(run.checkpoints, start.lease.number)]
@@ -84,7 +84,7 @@ def _train(start: RunStart, checked: Checked) -> int:
 
 
 def _export(start: RunStart, session: Session) -> int:
-    """Rank 0 writes the model while the others wait; a model that cannot be written loses no training."""
+    """Rank 0 exports the model while the others wait; a failed export loses no training."""
     step, run, problem = session.trainer.state.step, start.run, None
     start.watchdog.mark("exporting after", step)
     if start.world.is_main:
@@ -112,11 +112,11 @@ def _give_back(start: RunStart) -> None:
 
 
 def _wait_for_evaluation(start: RunStart, session: Session) -> bool:
-    """Let all processes but the first go, which waits for what is measured in background; False when asked to stop."""
-    start.watchdog.close()  # it may take hours, and who is alone holds nobody up
+    """Rank 0 waits for background measurements, the others exit; False if asked to stop."""
+    start.watchdog.close()  # it may take hours, and a single process blocks no other
     part()
     whole = start.evaluation.finish(lambda: start.stop.asked)
     if start.world.is_main:
         session.guard()
-        session.saver.prune()  # what was held for it
+        session.saver.prune()  # checkpoints kept for it
     return whole

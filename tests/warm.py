@@ -15,7 +15,6 @@ import json
 import os
 import queue
 import runpy
-import select
 import signal
 import subprocess
 import sys
@@ -153,7 +152,7 @@ def _command(arguments: Sequence[str], program: str = "") -> int:
 
 
 def _serve(answers: IO[str]) -> None:
-    from stamo_dist.chaos.fork_server import Forked
+    from stamo_dist.chaos.fork_server import Forked, serve
     from stamo_dist.launch import local
 
     def start_rank(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Forked:
@@ -174,22 +173,8 @@ def _serve(answers: IO[str]) -> None:
 
         return Forked(body)
 
-    def answer(**values: int) -> None:
-        print(json.dumps(values), file=answers, flush=True)
-
     local.launch_local = functools.partial(local.launch_local, start=start_rank)
-    running: list[Forked] = []
-    while True:
-        if select.select([0], [], [], 0.01)[0]:
-            line = sys.stdin.readline()
-            if not line:
-                return
-            running.append(begin(json.loads(line)))
-            answer(pid=running[-1].pid)
-        for child in list(running):
-            if (code := child.poll()) is not None:
-                running.remove(child)
-                answer(pid=child.pid, code=code)
+    serve(begin, answers)
 
 
 if __name__ == "__main__":

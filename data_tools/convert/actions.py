@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
 
 KINDS = ("delta", "absolute", "original")
-#: OpenVLA's bound on the motion of a step without any, in the dataset's units.
+#: OpenVLA's threshold: a step with less motion (in the dataset's units) counts as no motion.
 NO_MOTION = 1e-4
 
 _TEXTS = {
@@ -39,7 +39,7 @@ _NEEDS_POSE = (
 
 @dataclass(frozen=True)
 class Convention:
-    """What an action is in the shards."""
+    """What an action means in the shards."""
 
     dim: int
     text: str
@@ -47,7 +47,7 @@ class Convention:
 
 
 def convention(spec: ActionSpec | None, kind: str) -> Convention:
-    """What actions of `spec` become.
+    """The convention that actions of `spec` are converted to.
 
     Raises:
         DataError: Unknown kind, or `spec` contradicts itself.
@@ -74,8 +74,8 @@ def map_actions(
 ) -> np.ndarray:
     """The actions at the kept frames, each standing for all steps up to the next kept one.
 
-    Deltas are composed (translations added, rotations multiplied); of targets and gripper commands the last one counts.
-    "original", and numbers that are no end-effector motion, are those at the kept frame.
+    Deltas are composed (translations added, rotations multiplied); for targets and gripper commands the last one is
+    taken. With "original", and for actions that are not end-effector motion, the action at the kept frame is taken.
 
     Args:
         spec: What `actions` are.
@@ -89,7 +89,7 @@ def map_actions(
         float64 (K, `convention(spec, kind).dim`).
 
     Raises:
-        DataError: A rotation is none, or the pose is needed and missing.
+        DataError: A rotation is not valid, or the pose is needed and missing.
     """
     actions = np.asarray(actions, np.float64)
     if kind == "original":
@@ -111,7 +111,7 @@ def map_actions(
 
 
 def no_ops(spec: ActionSpec | None, actions: np.ndarray, pose: np.ndarray | None) -> np.ndarray:
-    """Steps without effect, by OpenVLA's rule: no motion, and the gripper command of the last step that has any.
+    """Steps without effect, by OpenVLA's rule: no motion, and the gripper command of the last step with an effect.
 
     Motion is the norm of translation and rotation together in the dataset's units, below 1e-4; absolute targets count
     by their distance to the pose (m, rad). Rule: openvla/experiments/robot/libero/regenerate_libero_dataset.py.
@@ -191,7 +191,7 @@ def _deltas(
 
 
 def _added_angles(spec: ActionSpec, actions: np.ndarray, pose: np.ndarray | None) -> Rotation:
-    """T rotations from the pose to what its Euler angles become when the actions' angles are added to them.
+    """T rotations from the pose to the orientation obtained by adding the actions' Euler angles to the pose's.
 
     Raises:
         DataError: There is no pose.

@@ -5,8 +5,8 @@ at a time. The driver splits the episodes, cuts each split into slices of whole 
 processes, and runs, of their own) and puts them together as stamo_dist/data/schema.py describes.
 
 The result depends on the source and the options alone. Everything is written under `.NAME.partial` beside OUT; a slice
-counts once its folder has its final name, and OUT appears whole by one rename. A killed conversion continues after its
-last whole slice and gives the same bytes. Any number of runs may work on one OUT at a time.
+is complete once its folder has its final name, and OUT is created by one rename. A killed conversion continues after
+its last complete slice and gives the same bytes. Any number of runs may work on one OUT at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stamo_dist.data.schema import Manifest
 
 
 def convert(format: str, src: Path | str, out: Path | str, **settings: Any) -> tuple[Manifest, bool]:
-    """Convert SRC into shards in OUT, alone; see `run`. The keywords are those of `Settings`.
+    """Convert all of SRC into shards in OUT in this process's own run; see `run`. Keywords: the fields of `Settings`.
 
     Returns:
-        The manifest, and whether anything was done (False: OUT was whole already).
+        The manifest, and whether anything was done (False: OUT was complete already).
     """
     outcome = run(format, src, out, replace(Settings(**settings), num_slices=1, slice=0))
     assert outcome.manifest is not None
@@ -35,18 +35,18 @@ def convert(format: str, src: Path | str, out: Path | str, **settings: Any) -> t
 
 
 def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> ConversionOutcome:
-    """Convert this run's share of SRC; who finds all shares done puts OUT together.
+    """Convert this run's share of SRC; the run that finds all shares done assembles OUT.
 
     Args:
         format: One of data_tools/formats/registry.py.
-        src: File or folder of the source dataset; or as a str its URL, which `stores.sources.bring` copies here.
+        src: File or folder of the source dataset; or its URL, which `stores.sources.bring` copies here.
         out: Folder to create, or a URL to upload it to.
         settings: See `Settings`.
 
     Raises:
         DataError: Settings, source or output that cannot be used, all problems at once.
     """
-    src = _here(src, settings)
+    src = _local_source(src, settings)
     if "://" in str(out):
         return run_and_publish(format, src, str(out), settings)
     out = Path(out)
@@ -54,8 +54,8 @@ def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> Co
     return run_plan(plan, out, settings)
 
 
-def _here(src: Path | str, settings: Settings) -> Path:
-    """Where the source lies on this machine; says what was brought here."""
+def _local_source(src: Path | str, settings: Settings) -> Path:
+    """The local path of the source; reports what was copied to this machine."""
     if isinstance(src, Path) or not is_remote(src):
         return Path(src)
     settings.check()

@@ -23,7 +23,7 @@ DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError)
 
 @dataclass(frozen=True)
 class Processing:
-    """What happens to every episode."""
+    """How every episode is processed."""
 
     size: int
     fit: str = "crop"
@@ -60,7 +60,7 @@ class KeptTimesteps:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Whatever reading raises becomes a DataError."""
+    """Turns every exception that reading may raise into a DataError."""
     try:
         yield
     except DAMAGE as e:
@@ -80,7 +80,7 @@ def read_moments(
     spec: ActionSpec | None,
     proprio_dim: int,
 ) -> KeptTimesteps:
-    """Read an episode but for its images.
+    """Read an episode without its images.
 
     Raises:
         DataError: Why this episode cannot be used.
@@ -104,7 +104,7 @@ def read_episode(
     spec: ActionSpec | None,
     proprio_dim: int,
 ) -> Converted:
-    """Read an episode and bring it into the shards' form.
+    """Read an episode and convert it to the form in which shards store it.
 
     Raises:
         DataError: Why this episode cannot be used.
@@ -116,7 +116,7 @@ def read_episode(
 
 
 def read_digest(reader: SourceReader, episode: EpisodeRef) -> str:
-    """The digest of an episode without a look at its frames; "" if it cannot be read."""
+    """The digest of an episode, computed without reading its frames; "" if it cannot be read."""
     try:
         return digest(reader.read(episode), episode)
     except (DataError, *DAMAGE):
@@ -124,7 +124,7 @@ def read_digest(reader: SourceReader, episode: EpisodeRef) -> str:
 
 
 def digest(data: EpisodeData, episode: EpisodeRef) -> str:
-    """Tells two episodes apart by times, actions, proprioception and texts, of all moments."""
+    """A digest of an episode's times, actions, proprioception and texts."""
     told = hashlib.sha256()
     for values in (data.times, data.actions, data.proprio):
         told.update(f"{values.shape}\0".encode() + np.ascontiguousarray(values, np.float64).tobytes())
@@ -169,7 +169,7 @@ def _moments(
 
 def _check(data: EpisodeData, cameras: Sequence[str], spec: ActionSpec | None, proprio_dim: int) -> None:
     """Raises:
-    DataError: Not what the scan promised.
+    DataError: The episode differs from what the scan reported.
     """
     lengths = {"frames": len(data.times), "actions": len(data.actions), "proprio": len(data.proprio)}
     if data.pose is not None:

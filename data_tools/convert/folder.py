@@ -21,11 +21,11 @@ from stamo_dist.errors import DataError
 
 @dataclass(frozen=True)
 class ConversionOutcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        manifest: Of OUT; None while slices of other runs are missing.
-        done: Whether this run did anything (False: OUT was whole already).
+        manifest: OUT's manifest; None while slices of other runs are missing.
+        done: Whether this run did anything (False: OUT was complete already).
         missing: Names of the slices that other runs have still to convert.
     """
 
@@ -37,7 +37,7 @@ class ConversionOutcome:
 def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionOutcome:
     """Convert this run's share of a plan into the folder OUT."""
     partial = _partial(out)
-    with _alone(out):
+    with _exclusive(out):
         existing = _existing(out, plan.manifest, settings.overwrite)
         if existing is not None and existing.source_fingerprint == plan.manifest.source_fingerprint:
             _discard(partial, plan)
@@ -56,11 +56,11 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
             bad += reasons
             check_bad(bad, settings.max_bad)
     except DataError:
-        # Another run may have put OUT together meanwhile.
+        # Another run may have assembled OUT meanwhile.
         if not _is_whole(out, plan):
             raise
 
-    with _alone(out):
+    with _exclusive(out):
         if _is_whole(out, plan):
             _discard(partial, plan)
             return ConversionOutcome(read_manifest(out), True)
@@ -68,7 +68,7 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
             return ConversionOutcome(None, True, missing)
         bad = [*plan.bad, *(reason for part in work for reason in (part.report() or {})["skipped"])]
         check_bad(bad, settings.max_bad)
-        lost = _lost(plan, work)
+        lost = _unreadable_splits(plan, work)
         why = [f"split {s}: none of the {len(plan.splits[s])} episodes chosen could be read" for s in lost]
         notes = [*plan.manifest.notes, *why]
         plan = replace(plan, manifest=plan.manifest.model_copy(update={"notes": notes}))
@@ -89,14 +89,14 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
     return ConversionOutcome(manifest, True)
 
 
-def _lost(plan: ConversionPlan, work: Sequence[slices.Slice]) -> list[str]:
+def _unreadable_splits(plan: ConversionPlan, work: Sequence[slices.Slice]) -> list[str]:
     """The splits none of whose episodes could be read."""
     read = {part.split for part in work if (part.report() or {"episodes": []})["episodes"]}
     return [split for split in plan.splits if split not in read]
 
 
 def _split_again(plan: ConversionPlan, work: Sequence[slices.Slice], settings: Settings) -> ConversionPlan | None:
-    """Another choice of what is held out, of readable episodes alone, as one side has turned out to have none."""
+    """Split the readable episodes anew, because one split has turned out to have none."""
     reports = [part.report() or {} for part in work]
     read = {e["id"] for report in reports for e in report["episodes"]}
     if plan.base or settings.split_by != "hash" or not settings.val_fraction or not read:
@@ -108,8 +108,8 @@ def _split_again(plan: ConversionPlan, work: Sequence[slices.Slice], settings: S
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No other run prepares, or puts together, the same OUT."""
+def _exclusive(out: Path) -> Iterator[None]:
+    """Inside, no other run prepares or assembles the same OUT."""
     lock = out.parent / f".{out.name}.lock"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _alone(out: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if not _partial(out).exists():  # who still waits for the lock finds OUT whole
+                if not _partial(out).exists():  # a run that still waits for the lock finds OUT complete
                     lock.unlink(missing_ok=True)
     except OSError as e:
         raise DataError(slices.cannot_write(out, e)) from e
@@ -147,7 +147,7 @@ def identity(manifest: Manifest) -> dict[str, Any]:
 
 def check_same(where: str, found: Manifest, plan: Manifest, but: Collection[str] = ()) -> None:
     """Raises:
-    DataError: `found` is another conversion than the plan's in more than `but`; says what differs.
+    DataError: `found` differs from the plan's conversion in fields other than `but`; names them.
     """
     old, new = ({k: v for k, v in identity(m).items() if k not in but} for m in (found, plan))
     if old == new:
@@ -213,7 +213,7 @@ def _stamp(plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _discard(partial: Path, plan: ConversionPlan) -> None:
-    """Remove the slices of a plan whose OUT is whole, but not those of another plan that is to replace it."""
+    """Remove the slices of a plan whose OUT is complete, but not those of another plan that will replace it."""
     stamp = partial / slices.STAMP
     if not stamp.is_file() or json.loads(stamp.read_text()).items() >= identity(plan.manifest).items():
         shutil.rmtree(partial, ignore_errors=True)

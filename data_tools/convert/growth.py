@@ -1,4 +1,4 @@
-"""A dataset that has grown: what is new is added to its shards, and nothing that is there is written again."""
+"""Adding new episodes of a grown dataset to its shards, without rewriting the existing ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stamo_dist.errors import DataError
 
 
 def only_new(plan: ConversionPlan, out: Path, found: Manifest, settings: Settings) -> ConversionPlan:
-    """Of a plan, what OUT does not hold yet: `found` was converted in the same way, from other files.
+    """The part of a plan that OUT does not hold yet; `found`: OUT's manifest, converted with the same options.
 
     Raises:
-        DataError: Episodes that OUT holds are gone or changed.
+        DataError: Episodes that OUT holds were removed from the dataset or changed.
     """
     held = {e.id: e for split, of in found.splits.items() for e in read_episodes(out, split, of.episodes)}
     there = {e.id: e for members in plan.splits.values() for e in members}

@@ -1,4 +1,4 @@
-"""The last line behind the readers: an exception that none of them foresaw ends in a message, too."""
+"""Turns unexpected exceptions of readers into error messages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ REPORT = "please report it with this line"
 
 
 def scanned(format: str, src: Path, reader: SourceReader) -> Scan:
-    """What the reader finds.
+    """The reader's scan of its source.
 
     Raises:
-        DataError: The source cannot be used, or the reader has a fault.
+        DataError: The source cannot be used, or the reader raised an unexpected exception.
     """
     try:
         return reader.scan()
@@ -25,6 +25,6 @@ def scanned(format: str, src: Path, reader: SourceReader) -> Scan:
 
 
 def unforeseen(where: str, error: Exception) -> DataError:
-    """The message of an exception that no reader should let through."""
+    """The error message for an exception that the reader did not handle."""
     reason = f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
     return DataError(f"{where} ({reason}); this was not foreseen, {REPORT}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools.formats.source import EpisodeRef
 from stamo_dist.errors import DataError
 
-#: The option of `stamo data convert` that takes a table; notes that name it are about episodes without a text.
+#: The option of `stamo data convert` that takes a table; notes that contain it are about missing instructions.
 FLAG = "--instructions"
 _COLUMNS = ("episode", "instruction")
 _NAMED = 3
@@ -46,10 +46,10 @@ def read_table(path: Path) -> dict[str, str]:
 
 
 def give(episodes: Sequence[EpisodeRef], path: Path) -> tuple[list[EpisodeRef], list[str]]:
-    """The episodes with the table's instructions, which win over the dataset's own; and what to say of it.
+    """The episodes with the table's instructions, which override the dataset's own; and notes for the user.
 
     Raises:
-        DataError: The table cannot be read, or none of its episodes is there.
+        DataError: The table cannot be read, or none of its episodes is in the dataset.
     """
     table = read_table(path)
     unknown = table.keys() - {e.id for e in episodes}

@@ -30,11 +30,11 @@ class EpisodeWriter(MDSWriter):
         self.shard_bytes = shard_bytes
 
     def encode(self, shared: Mapping[str, Any], each: Mapping[str, Sequence[bytes] | np.ndarray]) -> list[bytes]:
-        """All samples of one episode, as they are stored: what `encode_sample` gives, without a dict for each of them.
+        """All samples of one episode encoded as `encode_sample` would, without building a dict per sample.
 
         Args:
             shared: Columns with one value for the whole episode.
-            each: Columns with a value a frame: bytes, or an array whose rows have the column's type.
+            each: Columns with one value per frame: bytes, or an array whose rows have the column's type.
 
         Raises:
             DataError: The episode is larger than MDS' 4 GiB shards.
@@ -61,7 +61,7 @@ class EpisodeWriter(MDSWriter):
         self.new_shard_size += size
 
     def flush_shard(self) -> None:
-        """Write what MDSWriter's method writes, hashed and written sample by sample instead of joined first."""
+        """Write the same bytes as MDSWriter's method, hashing and writing sample by sample instead of joining first."""
         head = 4 * (len(self.new_samples) + 2) + len(self.config_data)  # the number of samples, offsets, the layout
         offsets = np.cumsum([head, *map(len, self.new_samples)], dtype=np.uint32)
         name, _ = self._name_next_shard()

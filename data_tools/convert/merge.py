@@ -1,4 +1,4 @@
-"""Slices → one source: what is known of them is joined, shards are renumbered, and the manifest comes last."""
+"""Merging slices into one source: tables are joined, shards renumbered, and the manifest is written last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from stamo_dist.errors import DataError
 def merge(
     whole: Path, plan: Manifest, work: Sequence[Slice], bad: Sequence[str], base: Manifest | None = None
 ) -> Manifest:
-    """Lay whole slices out as one source in the new folder `whole`, or add them to the source there.
+    """Assemble complete slices as one source in the new folder `whole`, or add them to the source there.
 
     Args:
         whole: Folder to create, or the source.
-        plan: Everything of the manifest that is known beforehand.
-        work: All slices.
-        bad: Episodes that were never tried, "EPISODE: reason".
-        base: Manifest of the source that is there. Whoever reads by it is not disturbed, at no time.
+        plan: The conversion plan, with the manifest fields known in advance.
+        work: The folder of all slices.
+        bad: Episodes that were not attempted, as "EPISODE: reason".
+        base: Manifest of the existing source. Processes that read by it are not affected at any time.
 
     Raises:
         DataError: No episode is left, or a slice was damaged since it was written.
@@ -79,7 +79,7 @@ def put_in_place(whole: Path, out: Path) -> None:
 
 
 def some(reasons: Sequence[str], shown: int = 20) -> list[str]:
-    """The first reasons as lines of a list, and how many more there are."""
+    """The first reasons as list lines, and the number of further ones."""
     rest = len(reasons) - shown
     return [f"  - {r}" for r in reasons[:shown]] + ([f"  … and {rest} more"] if rest > 0 else [])
 
@@ -89,7 +89,7 @@ def _index(folder: Path) -> list[dict[str, Any]]:
 
 
 def _damage(part: Slice, cameras: Sequence[str]) -> str:
-    """What is wrong with a slice's files, by their sizes; the slice is removed then, to be converted again."""
+    """What is wrong with the sizes of a slice's files; a damaged slice is removed, so that it is converted again."""
     for camera in cameras:
         for shard in _index(part.folder / camera):
             path = part.folder / camera / shard["raw_data"]["basename"]
@@ -118,7 +118,7 @@ def _merge_camera(parts: Sequence[Path], target: Path, frames: int) -> dict[str,
 
 
 def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # of an addition that was killed: no index or manifest counts it
+    target.unlink(missing_ok=True)  # left by an addition that was killed: no index or manifest lists it
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

@@ -1,4 +1,4 @@
-"""What a conversion is going to make: the episodes of each split, their slices, and the manifest so far."""
+"""The plan of a conversion: the episodes of each split, their slices, and the manifest so far."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from stamo_dist.data.schema import Manifest
 from stamo_dist.errors import DataError
 
 TRAIN, VAL = "train", "val"
-#: What datasets call the episodes they hold out.
+#: Names that datasets use for held-out splits.
 HELD_OUT = ("val", "valid", "validation", "test")
 SPLITS_BY = ("hash", "source")
-#: Bytes that are read of a file's beginning and end to tell whether it changed, at most of all files, and at a time.
+#: For the fingerprint: bytes read at a file's beginning and end, at most in all files, and per read.
 _ENDS, _CHEAP, _BLOCK = 1 << 20, 32 << 20, 1 << 24
 
 
@@ -59,7 +59,7 @@ class Settings:
         shard_bytes: Size at which a shard is closed; an episode longer than that gets a shard of its own.
         slice_frames: Frames that are converted as one resumable unit.
         quiet: No progress bar.
-        instructions: CSV file with the columns episode and instruction, which wins over the dataset's own.
+        instructions: CSV file with the columns episode and instruction, which overrides the dataset's own.
         options: The format's own options, and `cameras`.
     """
 
@@ -138,10 +138,10 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion before its first frame."""
+    """Everything that is decided before the first frame is converted."""
 
     job: ConversionJob
-    manifest: Manifest  # without what only the shards can tell
+    manifest: Manifest  # without the fields that are known only from the shards
     splits: dict[str, list[EpisodeRef]]
     bad: list[str]  # "EPISODE: reason"
     slice_frames: int
@@ -153,7 +153,7 @@ class ConversionPlan:
         return [e for members in self.splits.values() for e in members]
 
     def slices(self, folder: Path, prefix: str = "") -> list[Slice]:
-        """The resumable units, each to be written to a folder of its own in `folder`."""
+        """The resumable units, each written to its own folder in `folder`."""
         return [
             Slice(split, number, tuple(episodes), folder / f"{prefix}{split}-{number:05d}")
             for split, chosen in self.splits.items()
@@ -230,9 +230,9 @@ def _digest(table: Path) -> str:
 
 
 def fingerprint(src: Path, files: Sequence[Path], *, whole: bool = False) -> str:
-    """sha256 over every file's name below `src`, size and time; of small sets, content in place of the time.
+    """sha256 over the name, size and modification time of every file below `src`; for small sets content replaces time.
 
-    `whole`: All of their content, however long that takes.
+    `whole`: Hash the full content of all files.
     """
     digest = hashlib.sha256()
     root = src if src.is_dir() else src.parent
@@ -260,11 +260,11 @@ def split_episodes(
 ) -> tuple[dict[str, list[EpisodeRef]], list[str]]:
     """Episodes of "train" and "val" in stored order, and a note on what was done so that neither is empty.
 
-    By hash, an episode is held out or not whatever else there is: a set may grow, and none changes sides. With `fill`,
-    of two or more episodes one is held out, and one is not.
+    By hash, whether an episode is held out does not depend on the other episodes, so a growing set keeps its split.
+    With `fill`, two or more episodes give at least one held-out and one training episode.
 
     Raises:
-        DataError: The dataset has no split of its own, and it was asked for.
+        DataError: `split_by` is "source" and the dataset has no split of its own.
     """
     notes = []
     if settings.split_by == "source":
@@ -301,7 +301,7 @@ def check_bad(bad: Sequence[str], max_bad: int) -> None:
 
 def check_stated(settings: Settings, scan: Scan) -> None:
     """Raises:
-    DataError: Frames are dropped, and nobody said whether the actions are deltas, which would have to be added up.
+    DataError: Frames are dropped and it is unknown whether actions are deltas, which would have to be summed.
     """
     dropped = (settings.rate_hz or scan.rate_hz) < scan.rate_hz
     if scan.action and scan.action.unstated and dropped and settings.action != "original":

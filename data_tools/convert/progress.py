@@ -1,4 +1,4 @@
-"""How far a conversion is, for people who watch and for logs."""
+"""Progress of a conversion, on a terminal and in logs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Adds frames, and skipped episodes, to what is done.
+#: Called with the frames converted and the episodes skipped since the last call.
 Show = Callable[[int, int], None]
-#: Seconds between lines where there is no terminal.
+#: Seconds between log lines without a terminal.
 EVERY = 30.0
 
 
@@ -17,10 +17,10 @@ class ConversionProgress:
     """A bar on standard error with frames/s, ETA and skipped episodes; in a log a line every half minute.
 
     Args:
-        total: Frames of the whole work, as far as they are known.
-        done: Frames that were there already.
+        total: Frames in all, as far as known.
+        done: Frames that were converted earlier.
         quiet: Show nothing.
-        what: Is done.
+        what: Verb shown for the work.
     """
 
     def __init__(self, total: int, done: int, quiet: bool, what: str = "convert"):

@@ -1,4 +1,4 @@
-"""Conversion into a bucket: whole in a local folder first, then uploaded, the manifest last."""
+"""Conversion into a bucket: first completed in a local folder, then uploaded with the manifest last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from data_tools.convert.slices import held
 from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
-#: What has been uploaded, kept beside the local copy; for stores that cannot be asked.
+#: Record of uploaded files, kept beside the local copy; for stores that cannot list their content.
 LEDGER = ".uploaded.json"
 
 
 def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> ConversionOutcome:
-    """Convert this run's share; who finds all shares done uploads the source and removes the local copy.
+    """Convert this run's share; the run that finds all shares done uploads the source and removes the local copy.
 
-    Interrupted while uploading and run again, it leaves alone what has arrived.
+    An interrupted upload that is run again skips files that were uploaded.
 
     Raises:
         DataError: As `driver.run`, or the URL cannot be written.
@@ -35,7 +35,7 @@ def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> Con
     if (found := _published_as(plan, url, settings)) is not None:
         return ConversionOutcome(found, False)
     folder = settings.work or work_folder(url)
-    # What lies in the work folder is ours.
+    # The work folder holds only this conversion's files.
     outcome = run_plan(plan, folder / name, replace(settings, overwrite=True))
     if outcome.manifest is None:
         return outcome
@@ -50,15 +50,15 @@ def run_and_publish(format: str, src: Path, url: str, settings: Settings) -> Con
 
 
 def work_folder(url: str) -> Path:
-    """Where the local copy for a URL is made when the user says nothing: the same on every run."""
+    """Default folder of the local copy for a URL; the same on every run."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "stamo" / "convert" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def upload(source: Path, url: str, *, overwrite: bool = False, quiet: bool = False) -> None:
-    """Copy a whole source to a URL: checksums compared, resumable, the manifest last.
+    """Copy a complete source to a URL: checksums are compared, it is resumable, the manifest is written last.
 
-    S3 is asked what it has; for the other stores of mosaicml-streaming the local copy remembers what was uploaded.
+    S3 is listed; for the other stores of mosaicml-streaming the local copy keeps a record of uploaded files.
 
     Raises:
         DataError: The URL cannot be written, or holds another source and `overwrite` is not given.
@@ -72,10 +72,10 @@ def upload(source: Path, url: str, *, overwrite: bool = False, quiet: bool = Fal
 
 
 def _published_as(plan: ConversionPlan, url: str, settings: Settings) -> Manifest | None:
-    """The manifest at the URL if it is what the plan would give; None if the URL is free or may be replaced.
+    """The manifest at the URL if it equals the plan's; None if the URL is unused or may be replaced.
 
     Raises:
-        DataError: It is another conversion's.
+        DataError: The URL holds another conversion.
     """
     found = _published(url)
     if found is None or (settings.overwrite and identity(found) != identity(plan.manifest)):
@@ -85,10 +85,10 @@ def _published_as(plan: ConversionPlan, url: str, settings: Settings) -> Manifes
 
 
 def _published(url: str) -> Manifest | None:
-    """The manifest of what is whole at the URL already.
+    """The manifest of a complete source at the URL, if there is one.
 
     Raises:
-        DataError: The URL cannot be looked at.
+        DataError: The URL cannot be read.
     """
     if url.startswith("s3://"):
         from data_tools.stores.open import open_store
@@ -110,7 +110,7 @@ def _published(url: str) -> Manifest | None:
 
 
 def _upload(source: Path, url: str) -> None:
-    """By mosaicml-streaming's uploader, which knows the other stores."""
+    """Upload with mosaicml-streaming's uploader, which supports the other stores."""
     uploader = _uploader(source, url)
     manifest = read_manifest(source)
     ledger = source / LEDGER

@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from data_tools.convert.mds import EpisodeWriter
 
 REPORT = "slice.json"
-#: Says in the folder of all slices what they are slices of; gone as soon as they are put together.
+#: File in the folder of all slices that identifies their plan; removed once they are merged.
 STAMP = "plan.json"
-#: A process of its own takes seconds to start; below this many frames it does not pay.
+#: Fewer frames than this are converted in one process, as starting another takes seconds.
 FRAMES_WORTH_A_PROCESS = 4096
-#: Seconds between looks at slices that another run is converting.
+#: Polling interval (s) for slices that another run is converting.
 PATIENCE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Consecutive episodes of one split; `folder` appears under its name only when it is whole."""
+    """Consecutive episodes of one split; `folder` gets its final name only when it is complete."""
 
     split: str
     number: int
@@ -52,7 +52,7 @@ class Slice:
         return sum(e.length for e in self.episodes)
 
     def report(self) -> dict[str, Any] | None:
-        """What the conversion of this slice wrote, None if it has not finished."""
+        """The report that the conversion of this slice wrote, None if it has not finished."""
         path = self.folder / REPORT
         try:
             return json.loads(path.read_text())
@@ -62,7 +62,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ConversionJob:
-    """What every slice of a conversion has in common."""
+    """The settings that all slices of a conversion share."""
 
     reader: SourceReader
     manifest: Manifest
@@ -72,9 +72,9 @@ class ConversionJob:
 
 
 def run(job: ConversionJob, work: Sequence[Slice], processes: int | None, quiet: bool) -> Iterator[list[str]]:
-    """Convert the slices that are not whole yet; yields each slice's skipped episodes ("EPISODE: reason").
+    """Convert the slices that are not complete; yields each slice's skipped episodes ("EPISODE: reason").
 
-    Slices that another run is converting right now are waited for, and taken over should that run die.
+    Waits for slices that another run is converting, and takes them over if that run dies.
     """
     todo = []
     for part in work:
@@ -151,7 +151,7 @@ def _convert_in_worker(job: ConversionJob, part: Slice) -> list[str] | None:
 def held(path: Path, timeout: float) -> Iterator[bool]:
     """Hold a lock that the kernel frees when its process dies; False if another one has it until the timeout.
 
-    A file system without such locks gives every caller True: names of one's own and renames keep the result whole.
+    A file system without such locks gives every caller True; unique names and renames keep the result correct.
     """
     lock = FileLock(path)
     try:
@@ -168,9 +168,9 @@ def held(path: Path, timeout: float) -> Iterator[bool]:
 
 
 def _convert(job: ConversionJob, part: Slice, show: Show) -> list[str] | None:
-    """Write one slice under a name of this process and rename it; None if another run is at it."""
+    """Write one slice under a process-specific name and rename it; None if another run is converting it."""
     try:
-        _check_there(part)  # before the lock, which would make the folder again
+        _check_there(part)  # before locking, which would create the folder again
         with held(part.folder.with_name(f"{part.folder.name}.lock"), 0) as mine:
             if not mine:
                 return None
@@ -186,21 +186,21 @@ def _convert(job: ConversionJob, part: Slice, show: Show) -> list[str] | None:
 
 def _check_there(part: Slice) -> None:
     """Raises:
-    DataError: The slices were put together by another run, or removed.
+    DataError: The slices were merged by another run, or removed.
     """
     if not (part.folder.parent / STAMP).is_file():
         raise DataError(f"{part.folder.parent}: was removed while it was being written; run again")
 
 
 def cannot_write(folder: Path, error: OSError) -> str:
-    """What to tell a user whose disk is full, or whose folder cannot be written."""
+    """The error message for a full disk or a folder that cannot be written."""
     reason = error.strerror or str(error)
     return f"{folder}: cannot be written: {reason}; what is finished stays, run again to continue"
 
 
 def _write(job: ConversionJob, part: Slice, show: Show) -> dict[str, Any]:
     host = socket.gethostname()
-    for old in part.folder.parent.glob(f".{part.folder.name}.{host}.*.tmp"):  # of runs that were killed
+    for old in part.folder.parent.glob(f".{part.folder.name}.{host}.*.tmp"):  # left by killed runs
         shutil.rmtree(old, ignore_errors=True)
     temporary = part.folder.with_name(f".{part.folder.name}.{host}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -210,7 +210,7 @@ def _write(job: ConversionJob, part: Slice, show: Show) -> dict[str, Any]:
         try:
             os.replace(temporary, part.folder)
         except OSError:
-            # Without locks another run may have been faster; its slice has the same bytes.
+            # Without locks another run may have finished first; its slice has the same bytes.
             if (part.report()) is None:
                 raise
     finally:
@@ -255,7 +255,7 @@ def _fill(job: ConversionJob, part: Slice, folder: Path, show: Show) -> dict[str
 def _convert_episode(
     job: ConversionJob, episode: EpisodeRef, writers: dict[str, EpisodeWriter]
 ) -> tuple[list[str], str]:
-    """Encode every camera before writing any, so that a bad frame leaves no camera ahead of the others.
+    """Encode all cameras before writing any, so that a bad frame leaves all cameras with the same episodes.
 
     Returns the instruction of each frame, and the episode's digest.
     """

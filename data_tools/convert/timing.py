@@ -1,4 +1,4 @@
-"""Which moments of an episode are kept, by their time stamps."""
+"""Selecting the frames of an episode to keep, by their timestamps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from stamo_dist.errors import DataError
 
-#: How far a target rate may lie above the nominal one: 29.97 frames per second can be had as 30.
+#: Factor by which a target rate may exceed the nominal one: 29.97 Hz counts as 30 Hz.
 TOLERANCE = 1.05
-#: Seconds below which two frames are equally near; the earlier one is taken, whatever the rounding.
+#: Two frames whose distances differ by less (s) count as equally near; the earlier one is taken.
 TIE = 1e-6
 
 
@@ -32,7 +32,7 @@ def check_rate(rate_hz: float | None, source_hz: float) -> None:
 def resample(times: np.ndarray, rate_hz: float | None) -> np.ndarray:
     """Indices of the frames nearest to t0, t0 + 1 / rate, …; all of them without a rate.
 
-    Works for any spacing of the frames. Where they are sparser than the rate a frame counts once.
+    Works for any spacing of the frames. Where frames are sparser than the rate, each is taken once.
 
     Args:
         times: (T,), seconds, increasing.
@@ -51,13 +51,13 @@ def resample(times: np.ndarray, rate_hz: float | None) -> np.ndarray:
 
 
 def durations(times: np.ndarray) -> np.ndarray:
-    """Seconds from each frame to the next, (T,); the last one takes the median of the others, a lone one 0."""
+    """Seconds from each frame to the next, (T,); the last value is the median of the others, a single frame's is 0."""
     steps = np.diff(times)
     return np.append(steps, median(steps.tolist()) if len(steps) else 0.0)
 
 
 def close_up(seconds: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Times of the kept steps as if the others had taken none.
+    """Times of the kept steps with the durations of dropped steps removed.
 
     Args:
         seconds: (T,) from each frame to the next.

@@ -27,7 +27,7 @@ from data_tools.images import decode
 from stamo_dist.errors import DataError
 
 IMAGES = "observations/images"
-#: Mobile ALOHA's, which is not ACT's action.
+#: Mobile ALOHA's base action, which ACT does not use.
 BASE = "base_action"
 #: DT = 0.02 s in ACT's constants.
 RATE_HZ = 50.0
@@ -58,7 +58,7 @@ class AlohaReader(ImageOptions):
 
     src: Path
     cameras: Sequence[str] | None = None
-    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    action: Sequence[str] = ()  # default () instead of None, so that "none" is a value; likewise below
     proprio: Sequence[str] = ()
     rate_hz: float | None = None
     instruction: str | None = None
@@ -147,7 +147,7 @@ class AlohaReader(ImageOptions):
         return list(self.cameras or (sorted(there) if isinstance(there, h5py.Group) else ()))
 
     def _fault(self, file: h5py.File) -> str | None:
-        """Why a file cannot be used, by its shapes alone."""
+        """Why a file cannot be used, judged by shapes and types alone; None if it can."""
         numbers = [*self._keys(file), *self._proprio(file)]
         keys = [*numbers, *(f"{IMAGES}/{c}" for c in self._cameras(file) or ["CAMERA"])]
         if missing := hdf5.missing_keys(file, keys):
@@ -203,14 +203,14 @@ def action_spec(keys: Sequence[str], dim: int) -> ActionSpec:
 
 
 def _is_encoded(images: h5py.Dataset) -> bool:
-    """JPEGs: rows of bytes, padded with zeros, or of any length."""
+    """Whether the frames are JPEGs: rows of bytes, zero-padded or of variable length."""
     variable = h5py.check_vlen_dtype(images.dtype)
     padded = images.ndim == 2 and images.dtype == np.uint8
     return padded or (images.ndim == 1 and (variable == np.uint8 or images.dtype.kind in "SV"))
 
 
 def _frames(path: Path, images: h5py.Dataset, channels: Channels) -> Frames:
-    """Frames as they are stored, RGB."""
+    """The stored frames as RGB."""
     name = images.name
     stored = hdf5.read_frames(path, name) if hdf5.is_images(images) else _encoded(path, name)
     if channels == "rgb":

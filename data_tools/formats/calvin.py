@@ -42,35 +42,47 @@ from stamo_dist.errors import DataError
 TABLE = "ep_start_end_ids.npy"
 SPLITS = ("training", "validation")
 RATE_HZ = 30.0
-#: What begins with the end effector's position and Euler angles, and how many numbers these are.
+#: The key that begins with the end effector's position and Euler angles, and how many numbers these are.
 POSE_KEY, POSE = "robot_obs", 6
 #: Key → type and shape.
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-#: What numpy raises at a damaged .npz, or one with pickled objects.
+#: Exceptions that numpy raises for a damaged .npz, or one with pickled objects.
 DAMAGE = (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 Action = Literal["rel_actions", "actions", "none"]
 Episodes = Literal["recorded", "annotated"]
 _GRIPPER = {"gripper": 6, "gripper_open": 1.0, "gripper_closed": -1.0}
 SPECS: dict[str, ActionSpec | None] = {
     "rel_actions": ActionSpec(
-        dim=7, text="CALVIN rel_actions: added to position (1 = 0.02 m) and Euler angles xyz (1 = 0.05 rad), "
-        "gripper 1 open -1 closed", mode="delta", translation=(0, 1, 2), metres=0.02, rotation=(3, 4, 5),
-        rotation_kind="euler_xyz", radians=0.05, euler_added=True, **_GRIPPER,  # type: ignore[arg-type]
+        dim=7,
+        text="CALVIN rel_actions: added to position (1 = 0.02 m) and Euler angles xyz (1 = 0.05 rad), "
+        "gripper 1 open -1 closed",
+        mode="delta",
+        translation=(0, 1, 2),
+        metres=0.02,
+        rotation=(3, 4, 5),
+        rotation_kind="euler_xyz",
+        radians=0.05,
+        euler_added=True,
+        **_GRIPPER,  # type: ignore[arg-type]
     ),
     "actions": ActionSpec(
-        dim=7, text="CALVIN actions: pose to reach, x y z (1 = 1 m), Euler angles xyz (1 = 1 rad), "
-        "gripper 1 open -1 closed", mode="absolute", translation=(0, 1, 2), rotation=(3, 4, 5),
-        rotation_kind="euler_xyz", **_GRIPPER,  # type: ignore[arg-type]
+        dim=7,
+        text="CALVIN actions: pose to reach, x y z (1 = 1 m), Euler angles xyz (1 = 1 rad), gripper 1 open -1 closed",
+        mode="absolute",
+        translation=(0, 1, 2),
+        rotation=(3, 4, 5),
+        rotation_kind="euler_xyz",
+        **_GRIPPER,  # type: ignore[arg-type]
     ),
     "none": None,
-}  # fmt: skip
+}
 
 
 @dataclass
 class CalvinReader(ImageOptions):
     """Reads CALVIN as it is downloaded: task_D_D, task_ABC_D, the debug set.
 
-    Annotations are a pickle, of which only containers, texts and numbers are read: nothing in it is run.
+    Annotations are a pickle, of which only containers, texts and numbers are read: no code in it is executed.
 
     Args:
         src: The folder that holds `training` and `validation`, or one of them.
@@ -89,7 +101,7 @@ class CalvinReader(ImageOptions):
     src: Path
     cameras: Sequence[str] | None = None
     action: Action = "rel_actions"
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    proprio: Sequence[str] = ()  # default () instead of None, so that "none" is a value
     episodes: Episodes = "recorded"
     longest: int | None = 3000
     annotations: str | None = None
@@ -166,7 +178,7 @@ class CalvinReader(ImageOptions):
         """The annotated windows of a split, and the files that say them.
 
         Raises:
-            DataError: They were asked for and are not there, or cannot be read.
+            DataError: Annotations are required and missing, or cannot be read.
         """
         folders = annotation_folders(split)
         if self.annotations is not None and self.annotations not in folders:
@@ -190,7 +202,7 @@ class CalvinReader(ImageOptions):
     def _references(
         self, src: Path, split: Path, windows: Sequence[Annotated], notes: list[str]
     ) -> Iterator[EpisodeRef]:
-        """The episodes of a split, by their first frame."""
+        """The episodes of a split, sorted by first frame."""
         recorded = _recordings(split)
         if self.episodes == "annotated":
             seen: Counter[tuple[int, int]] = Counter()
@@ -216,7 +228,7 @@ class CalvinReader(ImageOptions):
 
     def _cameras(self, path: Path, shapes: Shapes) -> list[str]:
         """Raises:
-        DataError: A camera that was asked for is not there, or there is none.
+        DataError: A requested camera is missing, or there is no camera.
         """
         rgb = [key for key, (kind, shape) in shapes.items() if kind == "uint8" and len(shape) == 3 and shape[2] == 3]
         cameras = list(self.cameras or sorted(rgb, reverse=True))  # rgb_static first
@@ -227,7 +239,7 @@ class CalvinReader(ImageOptions):
 
     def _proprio(self, path: Path, shapes: Shapes) -> list[str]:
         """Raises:
-        DataError: A key that is needed is not there.
+        DataError: A requested key is missing.
         """
         keys = chosen(self.proprio, (POSE_KEY,), shapes)
         needed = [POSE_KEY, *keys, *([] if self.action == "none" else [self.action])]
@@ -237,7 +249,7 @@ class CalvinReader(ImageOptions):
 
 
 def find_splits(src: Path) -> list[Path]:
-    """The folders with a table of recordings: `src` itself, or training and validation in it.
+    """The split folders, which have a table of recordings: `src` itself, or training and validation in it.
 
     Raises:
         DataError: There is none.
@@ -249,7 +261,7 @@ def find_splits(src: Path) -> list[Path]:
 
 
 def frame_path(split: Path, number: int) -> Path:
-    """Where a frame is."""
+    """The path of a frame's file."""
     return split / f"episode_{number:07d}.npz"
 
 
@@ -273,7 +285,7 @@ def _recordings(split: Path) -> list[tuple[int, int]]:
 def _reference(
     src: Path, split: Path, start: int, end: int, windows: Sequence[Annotated], again: int = 0
 ) -> EpisodeRef:
-    """An episode; `again`: how many before it have the same frames."""
+    """The reference of an episode; `again`: how many earlier episodes have the same frames."""
     texts = list(dict.fromkeys(w.text for w in windows))
     return EpisodeRef(
         id=f"{split.name}/{start:07d}-{end:07d}" + (f"-{again + 1}" if again else ""),
@@ -288,7 +300,7 @@ def _reference(
 
 
 def _frame_numbers(split: Path) -> set[int]:
-    """The frames that are there, by one listing of the folder.
+    """Numbers of the existing frames, from one listing of the folder.
 
     Raises:
         DataError: It cannot be listed.
@@ -302,7 +314,7 @@ def _frame_numbers(split: Path) -> set[int]:
 
 
 def _missing(split: Path, ref: EpisodeRef, there: set[int]) -> str | None:
-    """Why an episode cannot be used, by which frames there are."""
+    """Why an episode cannot be used, judged by which frames exist."""
     start = ref.private["start"]
     lost = [n for n in range(start, start + ref.length) if n not in there]
     if not lost:

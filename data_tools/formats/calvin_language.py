@@ -1,4 +1,4 @@
-"""CALVIN's language annotations: windows of frames, each with what is done in it.
+"""CALVIN's language annotations: windows of frames, each with a text that describes it.
 
 lang_annotations/auto_lang_ann.npy   a pickled dict: info.indx, (start, end) of each window, both included;
                                      language.ann, its text; language.task, the task's name
@@ -59,14 +59,14 @@ def read_annotations(path: Path) -> list[Annotated]:
 
 
 def _text(value: Any) -> str:
-    """A text, also where it is alone in a list or an array."""
+    """A text, unwrapped from a list or array of one item."""
     while isinstance(value, (list, tuple, np.ndarray)):
         value = value[0]
     return str(value).strip()
 
 
 def said(windows: Sequence[Annotated], start: int, length: int) -> list[str]:
-    """What is said at each of `length` frames from `start` on: the text of the window that began last; else ""."""
+    """The text at each of `length` frames from `start` on: that of the latest window that contains it, else ""."""
     texts = [""] * length
     for window in sorted(windows):
         first, last = max(window.start - start, 0), min(window.end - start, length - 1)

@@ -1,4 +1,4 @@
-"""Fields of a dataset's metadata as checked values: whatever is in the files, an error names the file and the field.
+"""Type-checked access to metadata fields; every error names the file and the field.
 
 `where` is the place for messages: FILE, FIELD.
 """
@@ -23,7 +23,7 @@ def read_text(path: Path) -> str:
     """A file's UTF-8 text.
 
     Raises:
-        DataError: It cannot be read, is a Git LFS pointer, or not UTF-8.
+        DataError: The file cannot be read, is a Git LFS pointer, or is not UTF-8.
     """
     check_lfs(path)
     try:
@@ -37,32 +37,32 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
-        DataError: It is no JSON, nested too deep, or has texts that are none (halves of a surrogate pair).
+        DataError: It is not JSON, nested too deeply, or contains unpaired surrogates.
     """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON: {e}") from e
-    if "\\ud" in text.lower() and (halves := next(_halves(value, ""), None)) is not None:
+    if "\\ud" in text.lower() and (halves := next(_unpaired_surrogates(value, ""), None)) is not None:
         raise DataError(f"{where}{halves}: half a character (one of a surrogate pair) in a text")
     return value
 
 
-def _halves(value: Any, at: str) -> Iterator[str]:
-    """Where there are texts that are none in UTF-8."""
+def _unpaired_surrogates(value: Any, at: str) -> Iterator[str]:
+    """The paths of strings that cannot be encoded as UTF-8 (unpaired surrogates)."""
     if isinstance(value, str) and not is_text(value):
         yield at
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in pairs:
-        yield from _halves(str(key), f"{at}, {key!a}")
-        yield from _halves(child, f"{at}{'.' if at else ', '}{key!s}")
+        yield from _unpaired_surrogates(str(key), f"{at}, {key!a}")
+        yield from _unpaired_surrogates(child, f"{at}{'.' if at else ', '}{key!s}")
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: bytes that were none come as halves of surrogate pairs."""
+    """Whether a string can be encoded as UTF-8; undecodable bytes appear as unpaired surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        DataError: It is missing, or no JSON.
+        DataError: The file is missing, or not JSON.
     """
     return parse(read_text(path), str(path))
 
@@ -92,7 +92,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of each line of a JSON-lines file; lines end at a line feed only.
 
     Raises:
-        DataError: A line is no JSON object.
+        DataError: A line is not a JSON object.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -102,7 +102,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def an_object(value: Any, where: str) -> dict[str, Any]:
     """Raises:
-    DataError: It is no JSON object.
+    DataError: The value is not a JSON object.
     """
     if not isinstance(value, dict):
         raise DataError(f"{where}: must be a JSON object, not {shown(value)}")
@@ -111,7 +111,7 @@ def an_object(value: Any, where: str) -> dict[str, Any]:
 
 def a_list(value: Any, where: str) -> list[Any]:
     """Raises:
-    DataError: It is no list.
+    DataError: The value is not a list.
     """
     if not isinstance(value, list):
         raise DataError(f"{where}: must be a list, not {shown(value)}")
@@ -120,7 +120,7 @@ def a_list(value: Any, where: str) -> list[Any]:
 
 def a_text(value: Any, where: str) -> str:
     """Raises:
-    DataError: It is no text.
+    DataError: The value is not a string.
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: must be a text, not {shown(value)}")
@@ -128,7 +128,7 @@ def a_text(value: Any, where: str) -> str:
 
 
 def text_at(holder: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of an object's field; "" where there is none.
+    """A string field of an object; "" if it is missing.
 
     Raises:
         DataError: It is something else.
@@ -138,7 +138,7 @@ def text_at(holder: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def object_at(holder: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """The object of an object's field; {} where there is none.
+    """An object field of an object; {} if it is missing.
 
     Raises:
         DataError: It is something else.
@@ -148,7 +148,7 @@ def object_at(holder: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
 
 
 def list_at(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """The list of an object's field; [] where there is none.
+    """A list field of an object; [] if it is missing.
 
     Raises:
         DataError: It is something else.
@@ -158,7 +158,7 @@ def list_at(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def whole(value: Any, where: str) -> int:
-    """A whole number from 0 on; also as text, or alone in a list.
+    """An integer ≥ 0; also accepted as a string, or as the only item of a list.
 
     Raises:
         DataError: It is not.
@@ -170,7 +170,7 @@ def whole(value: Any, where: str) -> int:
 
 
 def seconds(value: Any, where: str) -> float:
-    """A finite number, likewise.
+    """A finite number; also accepted as a string, or as the only item of a list.
 
     Raises:
         DataError: It is not.
@@ -182,10 +182,10 @@ def seconds(value: Any, where: str) -> float:
 
 
 def positive(value: Any, where: str, what: str = "a positive number") -> float:
-    """A finite number above 0, likewise.
+    """A finite number above 0; also accepted as a string, or as the only item of a list.
 
     Raises:
-        DataError: It is not; says that it must be `what`.
+        DataError: It is not; the message says that it must be `what`.
     """
     number = _number(value)
     if number is None or number <= 0:
@@ -194,10 +194,10 @@ def positive(value: Any, where: str, what: str = "a positive number") -> float:
 
 
 def rate(value: Any, where: str) -> float:
-    """A rate in Hz that a robot or a camera may have.
+    """A plausible rate in Hz of a robot or camera.
 
     Raises:
-        DataError: It is none.
+        DataError: It is not plausible.
     """
     number = _number(value)
     if number is None or not 0 < number <= _FASTEST_HZ:
@@ -206,7 +206,7 @@ def rate(value: Any, where: str) -> float:
 
 
 def flag(value: Any, where: str) -> bool:
-    """True or false; also as 1 and 0, or in words.
+    """A boolean; also accepted as 1 and 0, or as a word.
 
     Raises:
         DataError: It is neither.
@@ -218,7 +218,7 @@ def flag(value: Any, where: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message."""
+    """A value as messages show it, shortened."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

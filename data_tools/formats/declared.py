@@ -1,4 +1,4 @@
-"""What the caller declares where files do not say it: what an action's numbers mean, and which way up images lie."""
+"""Options for what files do not state: the meaning of an action's numbers, and the orientation of images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TEXT = {
 
 @dataclass(kw_only=True)
 class ImageOptions:
-    """Of a format whose images may not be upright.
+    """Options of a format whose images may not be upright.
 
     Args:
         image_orientation: How images are stored: "upright" when omitted, "mirrored", "flipped_vertically" or
@@ -48,7 +48,7 @@ class ImageOptions:
 
 @dataclass(kw_only=True)
 class ActionOptions(ImageOptions):
-    """Of a format whose actions can be declared in full, besides their mode.
+    """Options of a format whose actions can be declared in full, except their mode.
 
     Args:
         rotation: "rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz" or "rot6d", after x y z.
@@ -71,7 +71,7 @@ class ActionOptions(ImageOptions):
 
 
 def not_one_of(choices: Iterable[str], **options: str | None) -> list[str]:
-    """A problem for each option that is given and none of the choices."""
+    """A problem for each given option that is not one of its choices."""
     there = tuple(choices)
     return [
         f"{name}: {value!r} must be one of {', '.join(there)}"
@@ -81,7 +81,7 @@ def not_one_of(choices: Iterable[str], **options: str | None) -> list[str]:
 
 
 def not_positive(**options: float | None) -> list[str]:
-    """A problem for each option that is given and not above 0."""
+    """A problem for each given option that is not above 0."""
     return [f"{name}: {n} must be positive" for name, n in options.items() if n is not None and not float(n) > 0]
 
 
@@ -91,7 +91,7 @@ def orientation_problems(orientation: str | None) -> list[str]:
 
 
 def upright(frames: Frames, orientation: str | None) -> Frames:
-    """Frames that are stored in this orientation (None: upright), turned upright; encoded ones are decoded for it."""
+    """Turn frames stored in this orientation (None: upright) upright; encoded frames are decoded if turned."""
     turn = TURN[orientation or "upright"]
     if not turn:
         return frames
@@ -135,7 +135,7 @@ def declared_spec(
     Dimensions beyond these are allowed only with a `gripper_dim`; they stay in `original_action`.
 
     Returns:
-        The spec, and why it cannot be.
+        The spec, and the problems with it.
     """
     has_gripper = gripper is not None
     arm = dim - has_gripper if gripper_dim is None else gripper_dim
@@ -176,12 +176,12 @@ def declared_spec(
 
 
 def is_declared(asked: ActionOptions) -> bool:
-    """Whether any option says what actions are, whatever the files say."""
+    """Whether any option declares the actions; then the files are not consulted."""
     return any(v is not None for v in (asked.rotation, asked.metres, asked.radians, asked.gripper, asked.gripper_dim))
 
 
 def declared_problems(asked: ActionOptions, mode: Mode | None, option: str) -> list[str]:
-    """What is wrong with these options by their values alone; `option` is the one that says the mode."""
+    """Problems with the options' values alone; `option` names the option that gives the mode."""
     problems = orientation_problems(asked.image_orientation)
     problems += not_one_of(get_args(Mode), **{option: mode})
     problems += not_one_of(get_args(Rotation), rotation=asked.rotation, pose_rotation=asked.pose_rotation)
@@ -199,10 +199,10 @@ def declared_problems(asked: ActionOptions, mode: Mode | None, option: str) -> l
 
 
 def declare(asked: ActionOptions, mode: Mode | None, name: str, dim: int) -> ActionSpec:
-    """What an action of `dim` dimensions means, as declared.
+    """The declared meaning of an action of `dim` dimensions.
 
     Raises:
-        DataError: It does not fit.
+        DataError: The declaration does not fit the dimensions.
     """
     spec, problems = declared_spec(
         name,
@@ -220,7 +220,7 @@ def declare(asked: ActionOptions, mode: Mode | None, name: str, dim: int) -> Act
 
 
 def spec_notes(spec: ActionSpec | None, more: str = "") -> list[str]:
-    """A note where nobody said what actions are, or where dimensions follow those that `action` has."""
+    """Notes: the actions' meaning is undeclared, or stored actions have more dimensions than `action`."""
     if spec is None:
         return []
     if spec.mode == "other":
@@ -230,7 +230,7 @@ def spec_notes(spec: ActionSpec | None, more: str = "") -> list[str]:
 
 
 def settle_gripper(asked: ActionOptions, actions: np.ndarray) -> np.ndarray:
-    """The actions (T, A), a gripper that was declared relative made absolute."""
+    """The actions (T, A), with a relative gripper made absolute."""
     if asked.gripper != "relative":
         return actions
     settled = np.array(actions)
@@ -240,7 +240,7 @@ def settle_gripper(asked: ActionOptions, actions: np.ndarray) -> np.ndarray:
 
 
 def absolute_gripper(relative: np.ndarray) -> np.ndarray:
-    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command its opposite holds.
+    """(T,) commands +1 closes, -1 opens, 0 keeps → (T,) 1 open, 0 closed; before the first command, its opposite.
 
     OpenVLA's rule (rel2abs_gripper_actions of prismatic/vla/datasets/rlds/utils/data_utils.py).
     """

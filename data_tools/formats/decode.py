@@ -1,6 +1,6 @@
 """Frames of video files by their presentation times, with PyAV.
 
-Times come from the container, so nothing is decoded that is not asked for. The decoder has one thread: FFmpeg's own
+Times come from the container, so only requested frames are decoded. The decoder has one thread: FFmpeg's own
 threads deadlock when a forked worker closes a decoder, and the converter runs one process a core anyway.
 """
 
@@ -22,17 +22,17 @@ from av.video.reformatter import VideoReformatter
 from data_tools.formats.source import Frames
 from stamo_dist.errors import DataError
 
-#: Seek to a keyframe when that saves decoding this many frames; for fewer, emptying the decoder costs more.
+#: Seek to a keyframe if that saves decoding this many frames; for fewer, flushing the decoder costs more.
 FRAMES_WORTH_A_SEEK = 8
-#: Rates that differ by less than this share are one: durations are rounded, to milliseconds in Matroska.
+#: Rates that differ by less than this fraction count as equal: durations are rounded (Matroska: to ms).
 SAME_RATE = 0.02
-#: Seconds by which a stream may end before its header says.
+#: A stream may end this many seconds before the duration in its header.
 END_TOLERANCE = 0.5
-#: Seconds to go back further when a seek ended behind its target, which some indices cause.
+#: Seconds to seek further back if a seek ended after its target, which some indices cause.
 SEEK_MARGIN = 10
-#: Containers without presentation times: there, frames are told apart by their order since the beginning.
+#: Containers without presentation times, whose frames are numbered from the beginning.
 UNTIMED = ("avi",)
-#: Transfer characteristics of high dynamic range (ISO/IEC 23091-2): its levels are not those of a usual picture.
+#: Transfer characteristics of high dynamic range (ISO/IEC 23091-2): its levels differ from standard dynamic range.
 HDR = {16: "PQ", 18: "HLG"}
 #: Before version 17, PyAV's colour conversion always had one thread.
 _RGB: dict[str, Any] = {"format": "rgb24"} | ({"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {})
@@ -47,14 +47,14 @@ class VideoInfo:
     rate_hz: float  # average frames per second
     width: int  # as stored, before any rotation
     height: int
-    hdr: str = ""  # one of HDR's, "" for the usual range
+    hdr: str = ""  # an HDR transfer characteristic; "" for standard dynamic range
 
 
 def probe(path: Path) -> VideoInfo:
     """Read a video's header; a file whose header has no frame count or no duration is read through once.
 
     Raises:
-        DataError: The file is missing, no video, or without frames; truncated, where that shows.
+        DataError: The file is missing, not a video, without frames, or detectably truncated.
     """
     with _opened(path) as (container, stream):
         seconds, frames = _declared_seconds(container, stream), stream.frames
@@ -77,7 +77,7 @@ def video_frames(path: Path, start: float | None = None, end: float | None = Non
     tag) asks, and converted to RGB with the video's own colour matrix.
 
     Returns:
-        times float64 (T,), increasing, and the Frames, (H, W, 3) uint8; a number given twice gives its frame twice.
+        times float64 (T,), increasing, and the Frames, (H, W, 3) uint8; a number given twice yields its frame twice.
 
     Raises:
         DataError: The file is missing, no video, truncated or corrupt, or has no frame in this part. While iterating:
@@ -86,7 +86,7 @@ def video_frames(path: Path, start: float | None = None, end: float | None = Non
     with _opened(path) as (container, stream):
         base = stream.time_base
         origin = round(Fraction(container.start_time or 0, av.time_base) / base)
-        # A microsecond is less than any video's precision and more than a float's.
+        # 1 µs: finer than any video's time base, coarser than float64 rounding.
         first, last = (None if s is None else origin + math.ceil(Fraction(s - 1e-6) / base) for s in (start, end))
         timeline = _timeline(container, stream, first, last)
         if timeline.by_order:
@@ -110,7 +110,7 @@ class _Timeline:
 
     ticks: np.ndarray  # (T,) int64, increasing; in the stream's unit
     keys: np.ndarray  # (K,) int64, increasing; K >= 1, and the first is not after the first frame
-    by_order: bool  # it is the whole video, and the decoder's frames have these times in this order
+    by_order: bool  # True: it covers the whole video, and the decoder emits frames with these times in this order
 
     def key_before(self, number: int) -> int:
         """Number of the last keyframe that is not after this frame."""
@@ -123,7 +123,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The open container and its first video stream, with a single-threaded decoder.
 
     Raises:
-        DataError: The file is missing or has no video, or FFmpeg finds something wrong, now or inside the block.
+        DataError: The file is missing or has no video, or FFmpeg reports an error, here or inside the block.
     """
     if not path.is_file():
         raise DataError(f"{path.name}: no such video file")
@@ -140,7 +140,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _declared_seconds(container: Any, stream: Any) -> float | None:
-    """When the video ends by its header, in seconds since the file begins to play; None if it does not say."""
+    """The video's end by its header, in seconds since the start of playback; None if the header has none."""
     if stream.duration:
         ends = ((stream.start_time or 0) + stream.duration) * stream.time_base
         return float(ends - Fraction(container.start_time or 0, av.time_base))
@@ -148,7 +148,7 @@ def _declared_seconds(container: Any, stream: Any) -> float | None:
         with suppress(ValueError):
             hours, minutes, seconds = tag.split(":")
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    # The container's duration includes the sound, which may go on for longer.
+    # The container's duration includes audio, which may be longer.
     if container.duration and len(container.streams) == 1:
         return container.duration / av.time_base
     return None
@@ -157,8 +157,8 @@ def _declared_seconds(container: Any, stream: Any) -> float | None:
 def _timeline(container: Any, stream: Any, first: int | None, last: int | None) -> _Timeline:
     """Frames from the keyframe before `first` until `last`, without decoding them.
 
-    A video whose frames are reordered (B-frames) but are all stored as shown when they are decoded has no presentation
-    times; its decoding times are those of its frames, in order.
+    A video with reordered frames (B-frames) whose presentation times all equal decoding times has no real
+    presentation times; its frames then take the decoding times in order.
 
     Raises:
         DataError: The file ends before its header says, or a frame has no time.
@@ -166,7 +166,7 @@ def _timeline(container: Any, stream: Any, first: int | None, last: int | None) 
     name, packets = Path(container.name).name, 0
     shown: list[tuple[Any, Any, bool]] = []  # presentation time, decoding time, keyframe
     for packet in _packets(container, stream, first):
-        # No packet is shown before it is decoded.
+        # A packet's presentation time is never before its decoding time.
         if last is not None and packet.dts is not None and packet.dts >= last:
             break
         if packet.is_corrupt:
@@ -202,12 +202,12 @@ def _check_end(container: Any, stream: Any, final: int | None, last: int | None)
 
 
 def _hidden(packet: Any, stream: Any) -> bool:
-    """Whether a packet has a frame that is only for reference (RFC 6386, 9.1: show_frame)."""
+    """Whether a packet's frame is only a reference and never shown (RFC 6386, 9.1: show_frame)."""
     return stream.codec_context.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10
 
 
 def _packets(container: Any, stream: Any, target: int | None) -> Iterator[Any]:
-    """Packets from a keyframe shown at or before `target`, or from the beginning; at last an empty one."""
+    """Packets from a keyframe shown at or before `target`, or from the beginning; then an empty one as a flush."""
     if target is not None:
         for margin in (0, SEEK_MARGIN):
             with suppress(av.FFmpegError):  # a file without an index
@@ -258,7 +258,7 @@ def _numbered(container: Any, stream: Any, timeline: _Timeline, number: int) -> 
 
 
 def turn_upright(frame: Any, stream: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns (H, W, 3) upright.
+    """The function that turns (H, W, 3) upright.
 
     The display matrix (a b u; c d v; x y w) takes column p and row q of the stored picture to column ap + cq + x and
     row bp + dq + y (ISO/IEC 14496-12, 6.2.2); only quarter turns and mirrorings are applied.

@@ -34,9 +34,9 @@ ANNOTATIONS = "aggregated-annotations*.json"
 RATE_HZ = 15.0
 STATE = ("cartesian_position", "gripper_position", "joint_positions")
 PROPRIO_DIM = 14
-#: Frames that a recording may lack at its end; DROID's own loader ends the episode there.
+#: Frames that may be missing at the end of a recording; DROID's own loader ends the episode there.
 LACKING = 2
-#: Wider than this times its height, a picture is two side by side.
+#: A frame with a larger ratio of width to height holds two images side by side (stereo).
 STEREO = 2.5
 OPEN, CLOSED = 0.0, 1.0
 _POSE = ActionSpec(
@@ -50,7 +50,7 @@ _POSE = ActionSpec(
     gripper_open=OPEN,
     gripper_closed=CLOSED,
 )
-#: As droid/robot_ik/robot_ik_solver.py takes it.
+#: Convention of droid/robot_ik/robot_ik_solver.py.
 _VELOCITY = "DROID cartesian_velocity: 1 = 7.5 cm or 0.15 rad (Euler x y z) a step, gripper 0 open 1 closed"
 _JOINTS = ActionSpec(
     dim=8,
@@ -80,7 +80,7 @@ class DroidRawReader(ImageOptions):
         action: "cartesian_position" (poses to reach), "cartesian_velocity", "joint_position" or "joint_velocity", each
             with the gripper's position.
         annotations: DROID's aggregated-annotations-….json (instructions by uuid); the one in SRC when omitted. Episodes
-            that it does not have are described by their metadata's current_task.
+            missing in it take their metadata's current_task.
         image_orientation: See `ImageOptions`.
         only_successful: Leave failed episodes out.
         success_only: The older name of only_successful.
@@ -208,7 +208,7 @@ class DroidRawReader(ImageOptions):
         return said
 
     def _metadata(self, path: Path) -> tuple[dict[str, Any], list[Path]]:
-        """The episode's metadata_*.json, or what trajectory.h5 says where there is none."""
+        """The episode's metadata_*.json, or the attributes of trajectory.h5 if there is none."""
         found = sorted(path.parent.glob("metadata_*.json"))
         if found:
             return _checked(read_object(found[0]), found[0]), found[:1]
@@ -288,7 +288,7 @@ def _read(file: h5py.File, action: str) -> dict[str, np.ndarray]:
 
 
 def _skipped(file: h5py.File, length: int) -> np.ndarray:
-    """bool (T,): the operator had paused, and the action was not executed."""
+    """bool (T,): the operator had paused and the action was not executed."""
     for name, means in (("timestamp/skip_action", True), ("controller_info/movement_enabled", False)):
         if f"observation/{name}" not in file:
             continue
@@ -321,7 +321,7 @@ def _times(file: h5py.File, serial: str, length: int) -> np.ndarray:
 
 
 def _at(frames: Frames, steps: np.ndarray) -> Frames:
-    """The frames of these steps, the left half of stereo ones."""
+    """The frames of these steps; of stereo frames the left half."""
 
     def chosen(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
         for image in frames([int(steps[i]) for i in indices]):
@@ -334,7 +334,7 @@ def _at(frames: Frames, steps: np.ndarray) -> Frames:
 
 
 def _stated_length(meta: Mapping[str, Any]) -> int:
-    """The metadata's trajectory_length; 0 where it has none."""
+    """The metadata's trajectory_length; 0 if missing."""
     said = meta.get("trajectory_length")
     return 0 if said is None else whole(said, "metadata_*.json, trajectory_length")
 
@@ -347,10 +347,10 @@ def _length(path: Path) -> int:
 
 
 def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """An episode's metadata with the types that they must have.
+    """An episode's metadata, with its field types checked.
 
     Raises:
-        DataError: A field is something else.
+        DataError: A field has another type.
     """
     checked = dict(meta)
     for key in ("current_task", "uuid"):

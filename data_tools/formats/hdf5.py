@@ -1,4 +1,4 @@
-"""What the HDF5 formats share: opening, lazy frames, and the properties all episodes of a source must agree on."""
+"""Shared by the HDF5 formats: opening files, lazy frames, and properties that all episodes of a source must share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_tools.formats.source import Frames, in_runs
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".hdf5", ".h5")
-#: What an episode's attribute or dataset of its outcome is called.
+#: Names of an episode's attribute or dataset that tells whether it succeeded.
 SUCCESS = ("success", "is_success", "task_success")
 
 
@@ -25,7 +25,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file open for reading.
 
     Raises:
-        DataError: It is truncated, no HDF5 file, broken at a place that was read, or not laid out as expected there.
+        DataError: It is truncated, not an HDF5 file, damaged where it was read, or has another layout.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -38,7 +38,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
 
 
 def read_frames(path: Path, name: str) -> Frames:
-    """Frames of a dataset (T, H, W, 3) uint8, read when they are asked for, in runs of whole chunks."""
+    """Frames of a dataset (T, H, W, 3) uint8, read lazily in runs of whole chunks."""
 
     def frames(indices: Sequence[int]) -> Iterator[np.ndarray]:
         with open_file(path) as file:
@@ -57,7 +57,7 @@ def demonstrations(path: Path, file: h5py.File, layout: str) -> tuple[h5py.Group
     """The group `data` of a file, and its keys demo_0, demo_1, …
 
     Raises:
-        DataError: There is none: the file has another layout.
+        DataError: There is no such group: the file has another layout.
     """
     data = file.get("data")
     demos = numbered(data, "demo_") if isinstance(data, h5py.Group) else []
@@ -74,7 +74,7 @@ def keys_below(group: h5py.Group) -> list[str]:
 
 
 def node(group: h5py.Group, key: str) -> Any:
-    """The dataset or group of this key; None where there is none, or a link that leads nowhere."""
+    """The dataset or group of this key; None if it is missing or a broken link."""
     try:
         return group.get(key)
     except (KeyError, OSError, TypeError):
@@ -82,9 +82,9 @@ def node(group: h5py.Group, key: str) -> Any:
 
 
 class OpenOnce(h5py.Group):
-    """A group whose nodes, and those below them, are opened once each, however often they are looked at.
+    """A group that caches its opened nodes, and those below them.
 
-    Opening a node costs h5py more than reading its shape. For files that do not change meanwhile.
+    Opening a node costs h5py more than reading its shape. The file must not change meanwhile.
     """
 
     def __init__(self, group: h5py.Group):
@@ -117,12 +117,12 @@ class OpenOnce(h5py.Group):
         return iter(self._names)
 
     def _lacks(self, name: Any) -> bool:
-        """Whether a name that is no path is certainly not there."""
+        """Whether a name without slashes is certainly missing."""
         return isinstance(name, str) and "/" not in name and name not in list(self)
 
 
 def node_once(group: h5py.Group, key: str) -> Any:
-    """As `node`; a group opens what is in it once."""
+    """As `node`, with the cache of `OpenOnce` if the group is one."""
     found = node(group, key)
     return OpenOnce(found) if isinstance(found, h5py.Group) else found
 
@@ -142,14 +142,14 @@ def is_texts(found: Any) -> bool:
 
 
 def missing_keys(group: h5py.Group, keys: Sequence[str]) -> str | None:
-    """What is missing of these datasets of rows, with what there is; None if all are there."""
+    """A message on which of these row datasets are missing and which exist; None if none is missing."""
     if missing := [key for key in keys if not is_rows(node(group, key))]:
         return f"no {', '.join(missing)}; it has {', '.join(keys_below(group)) or 'nothing'}"
     return None
 
 
 def number_faults(group: h5py.Group, keys: Sequence[str], axes: tuple[int, ...] | None = (1, 2)) -> list[str]:
-    """Datasets, all of them there, that are not numbers of so many axes (None: any)."""
+    """Messages on existing datasets that are not numeric or do not have this number of axes (None: any)."""
     wrong = (
         found
         for found in (group[key] for key in keys)
@@ -160,13 +160,13 @@ def number_faults(group: h5py.Group, keys: Sequence[str], axes: tuple[int, ...] 
 
 
 def others(group: h5py.Group, prefix: str) -> list[str]:
-    """The keys that begin as the episodes' do and are none: not PREFIX and a number, or no group."""
+    """Keys that begin with the episodes' prefix but are not episodes: no number follows, or it is not a group."""
     known = set(numbered(group, prefix))
     return [key for key in group if key.startswith(prefix) and key not in known]
 
 
 def left_out(path: Path, found: Sequence[str]) -> list[str]:
-    """A note on `others`."""
+    """A note on the keys that `others` returns."""
     return [f"left out: {', '.join(found)} of {path.name}, which are no episodes by their names"] if found else []
 
 
@@ -178,16 +178,16 @@ def is_images(dataset: Any) -> bool:
 
 
 def image_faults(group: h5py.Group, keys: Sequence[str]) -> list[str]:
-    """Datasets that are not RGB frames."""
+    """Messages on datasets that are not RGB frames."""
     wrong = (group[key] for key in keys if not is_images(group[key]))
     return [f"{d.name} is {d.dtype} {d.shape}, not uint8 RGB (T, H, W, 3)" for d in wrong]
 
 
 def read_json(node: h5py.Group, name: str) -> dict[str, Any]:
-    """A JSON object in an attribute of a group; {} if there is no such attribute.
+    """The JSON object in an attribute of a group; {} if the attribute is missing.
 
     Raises:
-        DataError: It is something else; names file and attribute.
+        DataError: It is not a JSON object; names file and attribute.
     """
     where = place(node, name)
     said = attribute_text(node, name)
@@ -200,7 +200,7 @@ def place(node: h5py.Group, name: str) -> str:
 
 
 def attribute(node: h5py.Group, name: str) -> Any:
-    """An attribute as a Python value, alone where it is the only one of an array; None where there is none."""
+    """An attribute as a Python value; an array of one is unwrapped; None if it is missing."""
     value = node.attrs.get(name)
     if isinstance(value, h5py.Empty):
         return None
@@ -210,10 +210,10 @@ def attribute(node: h5py.Group, name: str) -> Any:
 
 
 def attribute_text(node: h5py.Group, name: str) -> str | None:
-    """An attribute's text; None where there is none.
+    """A string attribute; None if it is missing.
 
     Raises:
-        DataError: It is no text; names file and attribute.
+        DataError: It is not a string; names file and attribute.
     """
     value = attribute(node, name)
     if value is None:
@@ -227,7 +227,7 @@ def attribute_text(node: h5py.Group, name: str) -> str | None:
 
 
 def text(value: Any) -> str:
-    """An attribute or a scalar in words: strings and bytes as they are, the first of a list.
+    """An attribute or scalar as text: strings and bytes unchanged, the first item of a list.
 
     Raises:
         DataError: It is not UTF-8.
@@ -243,7 +243,7 @@ def text(value: Any) -> str:
 
 
 def success(episode: h5py.Group) -> bool | None:
-    """Whether an episode succeeded, by an attribute of it or the last of a dataset's values; None: it does not say."""
+    """Whether an episode succeeded, by an attribute or the last value of a dataset; None if neither exists."""
     for name in SUCCESS:
         for value in (attribute(episode, name), node(episode, name)):
             if value is not None and not isinstance(value, h5py.Group) and (said := _flag(value)) is not None:
@@ -265,7 +265,7 @@ def _flag(value: Any) -> bool | None:
 
 
 def numeric(group: h5py.Group) -> list[str]:
-    """The keys below a group of numbers (T, …) that are no pictures, with their shapes, for messages."""
+    """Keys of numeric datasets (T, …) below a group, except images, with their shapes, for messages."""
     found: list[str] = []
 
     def note(key: str, node: Any) -> None:
@@ -287,13 +287,13 @@ def located(src: Path, file: str) -> Path:
 
 
 class Agreement:
-    """Properties that must be the same in all episodes, and where each value was first seen."""
+    """Properties that must be equal in all episodes, and the episode in which each value was first seen."""
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[Any, str]] = {}
 
     def note(self, where: str, properties: Mapping[str, Any]) -> None:
-        """Add one episode's properties (hashable values)."""
+        """Add one episode's properties, which must be hashable."""
         for what, value in properties.items():
             self._seen.setdefault(what, {}).setdefault(value, where)
 

@@ -14,10 +14,10 @@ from stamo_dist.errors import DataError
 
 
 def find_texts(groups: Sequence[h5py.Group], length: int | None = None) -> list[str]:
-    """The texts under the first usual name that has one, in the groups in order: one, or one a step; [] without any.
+    """Texts under the first usual name that has one, searching the groups in order: one, or one per step; else [].
 
     Raises:
-        DataError: They are not UTF-8, or with a `length` neither one nor as many.
+        DataError: They are not UTF-8, or their number is neither one nor `length`, if that is given.
     """
     for group in groups:
         keys = language_keys([*group, *group.attrs])
@@ -38,7 +38,7 @@ def find_texts(groups: Sequence[h5py.Group], length: int | None = None) -> list[
 
 
 def like_language(groups: Sequence[h5py.Group]) -> list[str]:
-    """Names of attributes and string datasets that are not usual ones and might be instructions all the same."""
+    """Attributes and string datasets with unusual names that may nevertheless be instructions."""
     named = {
         name: f"{group.name.rstrip('/')}/{name}"
         for group in groups
@@ -49,7 +49,7 @@ def like_language(groups: Sequence[h5py.Group]) -> list[str]:
 
 
 def _string(group: h5py.Group, name: str) -> Any:
-    """A text, or several, of the group: an attribute, or a dataset right below it; None if it is neither."""
+    """Text or texts in an attribute of the group or a dataset directly below it; None if it is neither."""
     value = group.attrs.get(name)
     if value is not None and not isinstance(value, h5py.Empty) and _is_string(value):
         return value

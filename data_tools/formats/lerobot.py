@@ -1,7 +1,7 @@
-"""LeRobotDataset v2.x and v3.0, LeRobot's own and its relatives: parquet for numbers, mp4 (or images in parquet).
+"""LeRobotDataset v2.x and v3.0 and their variants: numbers in parquet, frames in mp4 (or images in parquet).
 
-Frame t is paired with the state at t and the action taken at t. What the numbers of an action mean is nowhere in the
-files, so the user says it (`action_kind` or `mode`); unsaid, actions are kept as they are.
+Frame t is paired with the state at t and the action taken at t. The files do not state what the
+numbers of an action mean, so the user does (`action_kind` or `mode`); otherwise actions are kept unchanged.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from data_tools.formats.rotations import ROTATION_SIZE, Rotation, pose_vectors
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Film, Frames, Scan
 from stamo_dist.errors import DataError
 
-#: The shortest prefix that tells a camera's name from its feature's.
+#: Prefixes that are removed from a feature's name to obtain the camera's name.
 _PREFIXES = ("observation.images.", "observation.")
-#: Share by which timestamps may be off the stated rate: clocks, and a rate of 29.97 that is called 30.
+#: Relative deviation of timestamps from the stated rate that is accepted: clock drift, or 29.97 Hz stated as 30.
 SAME_RATE = 0.02
-#: Beyond this factor one of the two is no rate of this dataset.
+#: If timestamps and stated rate differ by more than this factor, one of the two is wrong.
 OTHER_RATE = 1.5
-#: Frames whose stored time is this close to their number / fps have exactly that time; the stored one is float32.
+#: A stored time (float32) this close to frame number / fps (s) is replaced by exactly that quotient.
 _TIME_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the options and info.json come down to."""
+    """The features and conventions that the options and info.json select."""
 
     info: Info
     cameras: dict[str, str]
@@ -72,7 +72,7 @@ class _Choice:
 class LerobotReader(LerobotActionOptions):
     """Reads a LeRobotDataset's folder, the one with `meta`, `data` and `videos`; also GR00T's and AgiBot's.
 
-    Rows and frames are paired by order; where their numbers differ, each row needs a frame at its own time.
+    Rows and frames are paired by order; if their counts differ, each row needs a frame at its own time.
 
     Args:
         src: The dataset's folder.
@@ -83,8 +83,8 @@ class LerobotReader(LerobotActionOptions):
             for none. Omitted: action or actions.
         state: Likewise the proprioception. Omitted: observation.state, state or observation.states.
         instruction: Feature with each row's instruction, a text or the number of one in meta/tasks; "none" for the
-            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. What
-            rows say wins over the table.
+            episode table's alone. Omitted: GR00T's annotation.human.…description, else task_index. Row
+            instructions override the table's.
         image_orientation, gripper, gripper_open, gripper_closed, mode, rotation, metres, radians: See
             `LerobotActionOptions`.
         pose: Feature whose first numbers are the end effector's position and rotation, for absolute actions.
@@ -95,7 +95,7 @@ class LerobotReader(LerobotActionOptions):
     cameras: Sequence[str] | None = None
     action: Sequence[str] = ()
     state: Sequence[str] = ()
-    instruction: str = ""  # not None, so that "none" can be said
+    instruction: str = ""  # default () instead of None, so that "none" is a value
     pose: str | None = None
 
     def scan(self) -> Scan:
@@ -104,15 +104,7 @@ class LerobotReader(LerobotActionOptions):
         layout = find_layout(self.src, [f for f in chosen.cameras.values() if features[f].dtype == "video"])
         windows = check_windows(self.src, layout.episodes, info.fps)
         notes += layout.notes
-        needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
-        parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
-        files = sorted({e.data for e in layout.episodes if e.data})
-        if (said := chosen.instruction) and said in features and said != TASK_INDEX:
-            if any(has_column(path, said) for path in files):
-                needed.append(said)  # where some files have it, the table is no stand-in for the others
-            else:
-                notes.append(f"instructions: no file has a column {said}; the episode table's are taken")
-        data = {path: _data_fault(path, needed, parts) for path in files}
+        faults = _data_faults(layout.episodes, chosen, notes)
         by_rows = read_rows(layout.episodes, chosen.instruction, layout.tasks, info.fps)
         unnamed = ""
         if chosen.instruction == TASK_INDEX and TASK_INDEX in features and not layout.tasks:
@@ -124,13 +116,9 @@ class LerobotReader(LerobotActionOptions):
         bad: list[str] = []
         for listed in layout.episodes:
             rows = by_rows.get(listed.index, Rows())
-            fault = listed.fault or (data[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
+            fault = listed.fault or (faults[listed.data] if listed.data else "") or windows.faults.get(listed.index, "")
             texts = rows.texts or table_texts(listed.tasks, layout.tasks)
-            if unnamed and len(texts) > 1:
-                fault = fault or f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
-            fault = fault or rows.fault or ("" if listed.length > 1 else f"{listed.length} frames")
-            if len(texts) > 1 and not rows.texts and listed.data and chosen.instruction:
-                fault = fault or unsaid(listed.data, chosen.instruction, texts)
+            fault = fault or _text_fault(listed, rows, texts, chosen.instruction, unnamed)
             ref = self._reference(listed, next(iter(texts), ""), info)
             if fault:
                 bad.append(f"{ref.id}: {fault}")
@@ -214,7 +202,7 @@ class LerobotReader(LerobotActionOptions):
         return self.pose_rotation or self.rotation or "euler_xyz"
 
     def _instructions(self, rows: pa.Table, chosen: _Choice, episode: EpisodeRef) -> list[str] | None:
-        """Each row's, where one differs from the episode's."""
+        """Instruction of each row, if one differs from the episode's."""
         if chosen.instruction not in rows.column_names or chosen.instruction is None:
             return None
         tasks = read_tasks(self.src)
@@ -227,7 +215,7 @@ class LerobotReader(LerobotActionOptions):
         """Settle every feature and convention.
 
         Raises:
-            DataError: All that is unknown or contradictory.
+            DataError: Unknown or contradictory options, all at once.
         """
         info = read_info(self.src)
         problems: list[str] = []
@@ -296,17 +284,17 @@ class LerobotReader(LerobotActionOptions):
         return {short[by_name[c]]: by_name[c] for c in self.cameras if c in by_name}
 
     def _rate_notes(self, episodes: Sequence[Listed], bad: Sequence[str], fps: float) -> list[str]:
-        """What to say where the first episode's timestamps are not as far apart as info.json's fps says.
+        """A note if the first episode's timestamps do not match info.json's fps.
 
         Raises:
-            DataError: They are so far from it that one of them is wrong.
+            DataError: They differ by so much that one of them is wrong.
         """
         known = (e for e in episodes if e.data is not None and not any(f"episode_{e.index:06d}: " in b for b in bad))
         if (first := next(known, None)) is None or first.data is None:
             return []
         try:
             step = median_step(first.data, first.index)
-        except DataError:  # it will be told when the episode is read
+        except DataError:  # reported when the episode is read
             return []
         if step is None or abs(step * fps - 1) < SAME_RATE:
             return []
@@ -338,8 +326,33 @@ class LerobotReader(LerobotActionOptions):
         )
 
 
+def _data_faults(episodes: Sequence[Listed], chosen: _Choice, notes: list[str]) -> dict[Path, str]:
+    """What is wrong with each data file, by its footer alone; "" if nothing is."""
+    features, column = chosen.info.features, chosen.instruction
+    needed = [*chosen.columns, *(f for f in chosen.cameras.values() if features[f].dtype == "image")]
+    parts = {p.feature.name: p.feature for p in (*chosen.action, *chosen.state, *chosen.pose)}
+    files = sorted({e.data for e in episodes if e.data})
+    if column and column in features and column != TASK_INDEX:
+        if any(has_column(path, column) for path in files):
+            needed.append(column)  # if some files have the column, the table does not replace it in the others
+        else:
+            notes.append(f"instructions: no file has a column {column}; the episode table's are taken")
+    return {path: _data_fault(path, needed, parts) for path in files}
+
+
+def _text_fault(listed: Listed, rows: Rows, texts: Sequence[str], column: str | None, unnamed: str) -> str:
+    """Why an episode's instructions or length cannot be used; "" if they can. `unnamed`: why task_index cannot be."""
+    if unnamed and len(texts) > 1:
+        return f"{unnamed}, and the episode table has several instructions: {', '.join(texts)!r:.80}"
+    if fault := rows.fault or ("" if listed.length > 1 else f"{listed.length} frames"):
+        return fault
+    if len(texts) > 1 and not rows.texts and listed.data and column:
+        return unsaid(listed.data, column, texts)
+    return ""
+
+
 def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, LeRobotFeature]) -> str:
-    """What is wrong with a data file, by its footer alone; nothing: ""."""
+    """What is wrong with a data file, judged by its footer; "" if nothing is."""
     try:
         schema = parquet_file(path).schema_arrow
     except DataError as e:
@@ -354,7 +367,7 @@ def _data_fault(path: Path, needed: Sequence[str], parts: Mapping[str, LeRobotFe
 
 
 def _numbers(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """Columns of a data file; the last file's are kept, because v3.0 has many episodes in each."""
+    """Columns of a data file; those of the last file are cached, because v3.0 stores many episodes per file."""
     try:
         return _kept_numbers(path, path.stat().st_mtime_ns, columns)
     except OSError as e:
@@ -367,7 +380,7 @@ def _kept_numbers(path: Path, modified: int, columns: tuple[str, ...]) -> pa.Tab
 
 
 def _in_order(rows: pa.Table) -> pa.Table:
-    """By frame_index, else by time; rows with neither are in order already."""
+    """Sort rows by frame_index, else by timestamp; without either they are taken to be in order."""
     by = next((name for name in ("frame_index", "timestamp") if name in rows.column_names), None)
     return rows.sort_by(by) if by else rows
 

@@ -1,4 +1,4 @@
-"""What the numbers of a LeRobotDataset's action mean: nowhere in its files, so known by name or declared."""
+"""The meaning of a LeRobotDataset's actions, which its files do not state: a known convention, or declared."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ ACTIONS = {
         gripper=6,
     ),
 }
-#: Cameras of LIBERO as openpi and Hugging Face publish it: turned by 180°, which leaves the scene mirrored.
+#: Cameras of LIBERO as published by openpi and Hugging Face: images turned by 180°, so the scene is mirrored.
 TURNED = {"image", "wrist_image", "image2"}
-#: Numbers with such names are joints or positions to reach, of which the last counts.
+#: Dimensions with such names are joint or position targets; when steps are merged, the last target is taken.
 _TARGETS = re.compile(r"joint|motor|shoulder|elbow|waist|wrist|\.pos$|_pos$|position|absolute|angle", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
 class LerobotActionOptions:
-    """What actions and images are.
+    """Options for the meaning of actions and the orientation of images.
 
     Args:
         action_kind: What `action` means: "libero" (OSC_POSE deltas), "bridge" (deltas in m and rad, gripper 1 open), or
@@ -58,7 +58,7 @@ class LerobotActionOptions:
         rotation: "euler_xyz", "rotvec", "quat_xyzw", "quat_wxyz" or "rot6d".
         metres: Metres of one unit of translation.
         radians: Radians of one unit of rotation.
-        pose_rotation: Its rotation; as `rotation` when omitted.
+        pose_rotation: Rotation of the pose; as `rotation` when omitted.
     """
 
     action_kind: Literal["other", "libero", "bridge"] | None = None
@@ -74,7 +74,7 @@ class LerobotActionOptions:
 
 
 def action_spec(asked: LerobotActionOptions, parts: Sequence[FeatureSlice], problems: list[str]) -> ActionSpec | None:
-    """What the action is; what contradicts itself goes to `problems`."""
+    """The action's meaning; contradictions are added to `problems`."""
     dim = sum(p.end - p.start for p in parts)
     unknown = not_one_of(get_args(Mode), mode=asked.mode)
     unknown += not_one_of(get_args(Rotation), rotation=asked.rotation, pose_rotation=asked.pose_rotation)
@@ -146,7 +146,7 @@ def _declared(asked: LerobotActionOptions, names: Sequence[str], dim: int, probl
 def orientation(
     asked: LerobotActionOptions, cameras: Sequence[str], notes: list[str], problems: list[str]
 ) -> Orientation:
-    """How the images are stored, as asked, else as this publisher's LIBERO is known to be; said in `notes`."""
+    """Orientation of stored images: the option, else that known of a publisher's LIBERO, which `notes` reports."""
     if asked.image_orientation is not None:
         problems += orientation_problems(asked.image_orientation)
         return asked.image_orientation

@@ -1,4 +1,4 @@
-"""Which files a LeRobotDataset has, and which episode is in which: layouts v2.1 and v3.0.
+"""The files of a LeRobotDataset and the episodes in them: layouts v2.1 and v3.0.
 
     v2.1  data/chunk-000/episode_000000.parquet        one file an episode
           videos/chunk-000/KEY/episode_000000.mp4
@@ -7,8 +7,8 @@
           videos/KEY/chunk-000/file-000.mp4
           meta/{info.json, tasks.parquet, episodes/chunk-000/file-000.parquet}
 
-Public datasets state a wrong version, have `video/` for `videos/`, or other path templates than their files: so the
-files that are there decide, and info.json's templates and version are not looked at.
+Public datasets state a wrong version, have `video/` for `videos/`, or path templates that do not match their files:
+so the layout is found from the existing files; info.json's templates and version are ignored.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _VIDEO_FOLDERS = ("videos", "video")
 TASK_TEXTS = ("task", "__index_level_0__")
 #: Columns with one number a row.
 SCALARS = ("episode_index", "frame_index", "timestamp", "task_index", "index")
-#: Of these a number may be missing: the episode table says what to do.
+#: Columns in which numbers may be missing: then the episode table is used.
 _MAY_LACK = ("task_index", "index")
 _SHOWN = 5
-#: Columns of the episode table that say where things are, or are statistics.
+#: Columns of the episode table with file positions or statistics.
 _LOCATIONS = ("stats/", "data/", "videos/", "meta/", "dataset_from_index", "dataset_to_index")
 
 #: (feature or "", (episode,) or (chunk, file)) → path.
@@ -48,7 +48,7 @@ Files = Mapping[tuple[str, tuple[int, ...]], Path]
 
 @dataclass(frozen=True)
 class VideoWindow:
-    """Where an episode is in a video file: from `begins` up to `ends`, in seconds; None: the file's end."""
+    """Position of an episode in a video file: from `begins` up to `ends` (s); None: the file's end."""
 
     path: Path
     begins: float = 0.0
@@ -57,7 +57,7 @@ class VideoWindow:
 
 @dataclass(frozen=True)
 class Listed:
-    """One episode as the episode table has it."""
+    """One row of the episode table."""
 
     index: int
     length: int
@@ -65,14 +65,14 @@ class Listed:
     data: Path | None  # None: the file is missing
     videos: Mapping[str, VideoWindow]  # by feature
     meta: Mapping[str, Any]
-    fault: str = ""  # why it cannot be used
+    fault: str = ""  # why it cannot be used; "" if it can
 
 
 @dataclass(frozen=True)
 class LeRobotLayout:
     """A dataset's files and episodes."""
 
-    version: str  # "2.1" or "3.0", by the files
+    version: str  # "2.1" or "3.0", judged by the files
     episodes: list[Listed]
     tasks: Mapping[int, str]  # text by task_index
     files: list[Path]
@@ -83,7 +83,7 @@ def find_layout(root: Path, video_features: list[str]) -> LeRobotLayout:
     """List the episodes with the files of these video features.
 
     Raises:
-        DataError: The files are of neither layout, or the tables cannot be read; all problems at once.
+        DataError: The files have neither layout, or the tables cannot be read; all problems at once.
     """
     data = _numbered(root, ("data",))
     videos = _numbered(root, _VIDEO_FOLDERS)
@@ -115,14 +115,14 @@ def find_layout(root: Path, video_features: list[str]) -> LeRobotLayout:
 
 
 def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
-    """A note on the episodes that have data and no entry in the episode table."""
+    """A note on episodes that have data but no entry in the episode table."""
     listed = {e.index for e in episodes}
     lost: set[int] = set()
     for (_, number), path in data.items():
         if len(number) == 1:
             lost.update(set(number) - listed)
             continue
-        with suppress(DataError):  # its episodes, if there are any, say what is wrong with the file
+        with suppress(DataError):  # a damaged file is reported with its episodes, if it has any
             if not _between(path) <= listed:
                 there = read_columns(path, ["episode_index"])["episode_index"].unique().to_pylist()
                 lost.update({int(index) for index in there} - listed)
@@ -134,7 +134,7 @@ def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
 
 
 def _between(path: Path) -> set[int]:
-    """The episodes that a data file may have, by the bounds in its footer; {-1} if it is mute."""
+    """The episodes that a data file may contain, by the bounds in its footer; {-1} if the footer has none."""
     footer = parquet_file(path).metadata
     found: set[int] = set()
     for group in (footer.row_group(k) for k in range(footer.num_row_groups)):
@@ -150,7 +150,7 @@ def _between(path: Path) -> set[int]:
 
 
 def _numbered(root: Path, folders: tuple[str, ...]) -> dict[tuple[str, tuple[int, ...]], Path]:
-    """Files by the feature their path names ("" for none) and their number."""
+    """Files by the feature in their path ("" without one) and their number."""
     found = {}
     for folder in folders:
         for path in walk(root / folder):
@@ -165,10 +165,10 @@ def _numbered(root: Path, folders: tuple[str, ...]) -> dict[tuple[str, tuple[int
 def _listed(
     where: str, row: Mapping[str, Any], data: Files, videos: Files, features: list[str], shared: bool
 ) -> Listed:
-    """One row of the episode table; a place that it lacks is the episode's fault, not the dataset's.
+    """One row of the episode table; a missing file position makes only this episode unusable.
 
     Raises:
-        DataError: It does not say which episode it is, or how long.
+        DataError: The row lacks the episode's index or length.
     """
     index, length = (whole(row.get(key), f"{where}, {key}") for key in ("episode_index", "length"))
     path, windows, faults = None, {}, []
@@ -291,11 +291,11 @@ def read_columns(path: Path, columns: list[str] | None, episode: int | None = No
     plain = episode is not None and pa.types.is_integer(schema.field("episode_index").type)
     try:
         if plain:
-            # By its file object: no folder's name on the way (KEY=VALUE) becomes a column.
+            # Through a file object, so that folder names such as KEY=VALUE do not become partition columns.
             with path.open("rb") as source:
                 table = pq.read_table(source, columns=columns, filters=[("episode_index", "==", episode)])
         else:
-            table = file.read(columns)  # without the dataset machinery: a file an episode is read this way
+            table = file.read(columns)  # without pyarrow.dataset, which is slow for layouts with one file per episode
         for number, name in enumerate(table.column_names):
             if name in SCALARS and pa.types.is_nested(table.schema.field(name).type):
                 if (flat := _flat(table[name].combine_chunks())) is None:
@@ -312,7 +312,7 @@ def read_columns(path: Path, columns: list[str] | None, episode: int | None = No
 
 def _check_numbers(column: pa.ChunkedArray, name: str, path: Path) -> None:
     """Raises:
-    DataError: It is no column of numbers, one of them is missing where none may, or not finite.
+    DataError: The column is not numeric, a required number is missing, or one is not finite.
     """
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         if not (pa.types.is_null(column.type) and name in _MAY_LACK):
@@ -325,7 +325,7 @@ def _check_numbers(column: pa.ChunkedArray, name: str, path: Path) -> None:
 
 
 def median_step(path: Path, episode: int) -> float | None:
-    """Seconds from row to row of an episode, by its timestamps; None where they do not say."""
+    """Median seconds between rows of an episode, by its timestamps; None if they are unknown."""
     if "timestamp" not in parquet_file(path).schema_arrow.names:
         return None
     stamps = read_columns(path, ["episode_index", "timestamp"], episode)["timestamp"].to_numpy()

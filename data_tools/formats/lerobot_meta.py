@@ -1,4 +1,4 @@
-"""A LeRobotDataset's metadata as checked values: whatever is in the files, an error names the file and the field."""
+"""Type-checked access to a LeRobotDataset's metadata; every error names the file and the field."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class LeRobotFeature:
 
     name: str
     dtype: str
-    shape: tuple[int, ...] | None  # None: the file does not say
+    shape: tuple[int, ...] | None  # None: not stated
     names: tuple[str, ...]
-    depth: bool  # a depth map, not a picture
+    depth: bool  # a depth map, not RGB
     where: str  # file and field, for errors
 
     @property
     def size(self) -> int:
-        """Numbers a frame.
+        """Numbers per frame.
 
         Raises:
-            DataError: info.json does not say.
+            DataError: info.json does not state it.
         """
         if self.shape is None:
             raise DataError(f"{self.where}.shape: must be a list of whole numbers, e.g. [7]")
@@ -49,7 +49,7 @@ def read_info(root: Path) -> Info:
     """Read meta/info.json.
 
     Raises:
-        DataError: It is missing, no JSON, or a field is not what it must be.
+        DataError: It is missing, not JSON, or a field has another type.
     """
     path = root / "meta" / "info.json"
     if not path.is_file():
@@ -93,7 +93,7 @@ def _names(names: Any) -> list[str]:
 
 
 def _splits(splits: Any) -> dict[str, range]:
-    """From "splits": {"train": "0:45", …}; other notations are no ranges of episodes."""
+    """From "splits": {"train": "0:45", …}; other notations are ignored."""
     ranges = {}
     for name, text in splits.items() if isinstance(splits, dict) else ():
         first, _, last = str(text).partition(":")

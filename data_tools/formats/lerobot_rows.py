@@ -1,4 +1,4 @@
-"""What the rows of a LeRobotDataset say of each episode: its instructions, and how well its clock keeps the rate."""
+"""Reading the rows of a LeRobotDataset for each episode's instructions and the deviation of its timestamps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from data_tools.formats.lerobot_tasks import TASK_INDEX, row_texts, table_texts
 from data_tools.formats.lerobot_windows import THREADS, TOLERANCE
 from stamo_dist.errors import DataError
 
-#: Files whose rows the scan reads beside those it must: each costs a millisecond, and a dataset may have a million.
+#: Files whose rows the scan reads as a sample: each costs a millisecond, and a dataset may have a million.
 LOOKED = 64
-#: Episodes that a note names.
+#: Episodes that a note lists by name.
 _NAMED = 3
 
 
@@ -26,10 +26,10 @@ class Rows:
     """One episode's rows.
 
     Attributes:
-        texts: Their instructions, each once, in the order of their first rows; () where rows have none.
-        off: Seconds by which a row's timestamp is furthest from its number / fps.
+        texts: Distinct instructions in the order of their first rows; () without any.
+        off: Largest deviation (s) of a row's timestamp from its number / fps.
         fault: Why its instructions cannot be read.
-        silent: There is a column for them, and nothing in it.
+        silent: The instruction column exists but is empty.
     """
 
     texts: tuple[str, ...] = ()
@@ -39,8 +39,9 @@ class Rows:
 
 
 def read_rows(listed: Sequence[Listed], column: str | None, tasks: Mapping[int, str], fps: float) -> dict[int, Rows]:
-    """By episode, in the file that the table names for it: of those without an instruction in the table, and of LOOKED
-    files, spread over the others. `column` says each row's instruction; None: none does.
+    """Rows by episode: of episodes without an instruction in the table, and of LOOKED files spread over the others.
+
+    Each is read from the file that the table names. `column`: the rows' instruction column, None without one.
     """
     silent = {e.data for e in listed if e.data and not table_texts(e.tasks, tasks)}
     others = sorted({e.data for e in listed if e.data} - silent)
@@ -51,7 +52,7 @@ def read_rows(listed: Sequence[Listed], column: str | None, tasks: Mapping[int, 
 
 
 def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping[int, str], fps: float) -> list[str]:
-    """What is to be said of these episodes: other instructions in the rows than in the table, clocks off the rate."""
+    """Notes: instructions that differ between rows and table, and timestamps that deviate from the rate."""
     notes = []
     seen = [e for e in listed if e.index in rows]
     share = f"{len(seen)} episodes" if len(seen) == len(listed) else f"{len(seen)} of {len(listed)} episodes looked at"
@@ -81,7 +82,7 @@ def row_notes(listed: Sequence[Listed], rows: Mapping[int, Rows], tasks: Mapping
 
 
 def has_column(path: Path, column: str) -> bool:
-    """By the file's footer; a file that cannot be read has none."""
+    """Whether a file has a column, by its footer; False if it cannot be read."""
     try:
         return column in parquet_file(path).schema_arrow.names
     except DataError:
@@ -89,7 +90,7 @@ def has_column(path: Path, column: str) -> bool:
 
 
 def unsaid(path: Path, column: str, texts: Sequence[str]) -> str:
-    """Why nobody knows which rows have which of their episode's instructions; "" where the column says it."""
+    """Why it is unknown which rows have which of the episode's instructions; "" if the column tells."""
     if has_column(path, column):
         return ""
     return f"no column {column} says which rows have which of {', '.join(texts)!r:.80}"

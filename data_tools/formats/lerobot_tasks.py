@@ -1,6 +1,6 @@
-"""The instructions of a LeRobotDataset: each row's by its task_index, else the episode table's.
+"""Instructions of a LeRobotDataset: of each row by its task_index, else of the episode table.
 
-LeRobot's own reader gives each row the text of its task_index (LeRobotDataset.__getitem__), whatever the table says.
+LeRobot's own reader gives each row the text of its task_index (LeRobotDataset.__getitem__) and ignores the table.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
 TASK_INDEX = "task_index"
-#: GR00T's columns with the number of a text; among its texts are verdicts on the episode.
+#: GR00T's columns with the number of a text; some of its texts are quality labels of the episode.
 ANNOTATION = "annotation.human."
 VERDICTS = ("valid", "invalid")
 
 
 def instruction_column(asked: str, features: Mapping[str, LeRobotFeature]) -> str | None:
-    """The feature whose rows say their instruction; None: none does, or `asked` is "none"; "" finds it.
+    """The feature with each row's instruction; None: there is none, or `asked` is "none". "" searches for it.
 
     Raises:
-        DataError: `asked` is no feature.
+        DataError: `asked` is not a feature.
     """
     if asked == "none":
         return None
@@ -37,13 +37,13 @@ def instruction_column(asked: str, features: Mapping[str, LeRobotFeature]) -> st
 
 
 def table_texts(tasks: Sequence[str | int], texts: Mapping[int, str]) -> list[str]:
-    """The episode's instructions by the episode table, verdicts on it left out."""
+    """The episode's instructions by the episode table, without quality labels."""
     said = [text for task in tasks if (text := task if isinstance(task, str) else texts.get(task))]
     return [text for text in dict.fromkeys(said) if len(said) == 1 or text.strip().lower() not in VERDICTS]
 
 
 def row_texts(column: pa.ChunkedArray, name: str, texts: Mapping[int, str], otherwise: str = "") -> list[str]:
-    """Each row's instruction: its text, the text of its number, or `otherwise` where it has neither.
+    """Each row's instruction: its text, the text of its number, or `otherwise` if it has neither.
 
     Raises:
         DataError: A number has no text.

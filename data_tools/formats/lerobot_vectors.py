@@ -1,4 +1,4 @@
-"""Which columns of a LeRobotDataset, side by side, are its action or its state."""
+"""Selecting the columns of a LeRobotDataset that, concatenated, are its action or its state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_tools.formats.lerobot_meta import LeRobotFeature
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
-#: Where datasets keep them; the first that is there is taken.
+#: Usual feature names; the first that exists is taken.
 DEFAULTS = {"action": ("action", "actions"), "state": ("observation.state", "state", "observation.states")}
 
 MODALITY = "modality.json"
@@ -38,12 +38,12 @@ class FeatureSlice:
 def choose(
     root: Path, option: str, asked: Sequence[str], features: Mapping[str, LeRobotFeature], notes: list[str]
 ) -> list[FeatureSlice]:
-    """The parts of `option` ("action" or "state"), in order; none: the dataset has none, or `asked` is "none".
+    """The slices for `option` ("action" or "state"), in order; [] if the dataset has none, or `asked` is "none".
 
-    Names are features, or slices of meta/modality.json. What is found without being asked for is said in `notes`.
+    Names are features, or slices of meta/modality.json. A feature found without being named is reported in `notes`.
 
     Raises:
-        DataError: A name is unknown, or nothing was asked for and several features could be meant.
+        DataError: A name is unknown, or none is given and several features are candidates.
     """
     names = [asked] if isinstance(asked, str) else list(asked)
     if names == ["none"]:
@@ -73,10 +73,10 @@ def choose(
 
 
 def matrix(rows: pa.Table, parts: Sequence[FeatureSlice]) -> np.ndarray:
-    """The parts side by side, (T, D).
+    """The slices concatenated, (T, D).
 
     Raises:
-        DataError: A row has another number of numbers than info.json says.
+        DataError: A row's length differs from info.json.
     """
     columns = [_numbers(rows[p.feature.name], p.feature)[:, p.start : p.end] for p in parts]
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0), np.float32)
@@ -136,7 +136,7 @@ def _fields(record: pa.StructArray) -> list[tuple[str, pa.Array]]:
 
 
 def _field(values: pa.Array, name: str) -> np.ndarray:
-    """A field of a record, (T, D): as many numbers in each frame."""
+    """A field of a record, (T, D); every frame must have the same number of values."""
     if pa.types.is_nested(values.type):
         lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
         if len(lengths) and (lengths != lengths[0]).any():

@@ -1,6 +1,6 @@
-"""Which frame of a video belongs to which row, and what is wrong with the windows in which episodes lie.
+"""Pairing video frames with rows, and checking the time windows of episodes in video files.
 
-Rows and frames are the same moments in the same order. Times only tell them apart where the video has other frames too.
+Rows and frames are the same moments in the same order. Times are only needed if the video has additional frames.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from data_tools.formats.lerobot_files import Listed, VideoWindow
 from data_tools.formats.source import Frames, check_lfs
 from stamo_dist.errors import DataError
 
-#: Share of a frame's period by which a row's time may miss its frame's: rounding, not another frame.
+#: Fraction of the frame period by which a row's and its frame's time may differ (rounding).
 TOLERANCE = 0.1
-#: Headers that are read at once: the scan waits for the file system.
+#: Headers read concurrently, as the scan waits for the file system.
 THREADS = 8
 
 
 def paired_frames(feature: str, window: VideoWindow, times: np.ndarray, fps: float) -> tuple[Frames, np.ndarray]:
     """The frames of the rows at `times` (T,), seconds since the episode begins.
 
-    By order where there are as many frames as rows; else each row's own frame, by times that agree.
+    By order if there are as many frames as rows; else each row takes the frame at its own time.
 
     Returns:
-        Frames, and when each is shown in the file, float64 (R,) s: by the rows' own times where these agree with the
-        video's. R is T, or T - 1 where the last row's is missing.
+        Frames, and when each is shown in the file, float64 (R,) s: by the rows' times if these agree with the
+        video's. R is T, or T - 1 if the last row's frame is missing.
 
     Raises:
-        DataError: Neither can be; says the numbers.
+        DataError: Neither pairing is possible; gives both counts.
     """
     period, name = 1 / fps, window.path.name
     start = None if window.begins < period / 2 else window.begins - period / 2
@@ -63,12 +63,12 @@ def paired_frames(feature: str, window: VideoWindow, times: np.ndarray, fps: flo
 
 @dataclass(frozen=True)
 class Windows:
-    """What is found of the episodes' videos.
+    """Result of checking the episodes' videos.
 
     Attributes:
         faults: By episode: why it cannot be used.
-        short: By episode whose last frame alone is missing: which video lacks it.
-        hdr: By whole video, named below the dataset: "PQ", "HLG", or "" for the usual range.
+        short: For episodes that lack only their last frame: the video that lacks it.
+        hdr: By intact video, path relative to the dataset: "PQ", "HLG", or "" for standard dynamic range.
     """
 
     faults: dict[int, str]
@@ -121,7 +121,7 @@ def _header(path: Path) -> VideoInfo | str:
 
 
 def _lost_frames(window: VideoWindow, length: int, header: VideoInfo, fps: float) -> int:
-    """How many of the episode's last frames are behind the file's end."""
+    """How many of the episode's last frames lie beyond the end of the file."""
     if window.ends is None:
         return length - header.frames
     return max(0, round((window.ends - header.seconds) * fps))
@@ -129,7 +129,7 @@ def _lost_frames(window: VideoWindow, length: int, header: VideoInfo, fps: float
 
 def _fault(window: VideoWindow, length: int, header: VideoInfo, fps: float) -> str:
     if window.ends is None:
-        return ""  # whole files are paired frame by frame when they are read
+        return ""  # episodes that span a whole file are paired frame by frame when they are read
     seconds = window.ends - window.begins
     said = f"its window is {window.begins:g} s to {window.ends:g} s"
     if window.begins < 0 or seconds <= 0:

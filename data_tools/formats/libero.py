@@ -1,7 +1,8 @@
 """LIBERO's HDF5 layout: official files, OpenVLA's regenerated ones, and those of `stamo data simulate`.
 
-They differ in when an image was taken and which way up it is stored. Our files state both; official files are known by
-their tag; for anything else the caller must say. A wrong guess would pair every action with the wrong frame.
+They differ in when an image was taken and in its stored orientation. Our files state both; official files are
+recognised by their tag; for others the caller must state them. A wrong guess would pair every action with the wrong
+frame.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from data_tools.formats.declared import TURN, not_one_of, orientation_problems, 
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, find_files
 from stamo_dist.errors import DataError
 
-#: robosuite's controller as LIBERO sets it.
+#: robosuite's OSC_POSE controller with LIBERO's settings.
 OSC_POSE = ActionSpec(
     dim=7,
     text="OSC_POSE delta: dx dy dz (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper -1 open +1 close",
@@ -34,7 +35,7 @@ OSC_POSE = ActionSpec(
     gripper_open=-1.0,
     gripper_closed=1.0,
 )
-#: Meta-World's, as `data_tools.formats.metaworld` explains it.
+#: Meta-World's actions; see `data_tools.formats.metaworld`.
 HAND_DELTA = ActionSpec(
     dim=4,
     text="hand delta dx dy dz (1 = 1 cm), gripper effort (-1 opens, +1 closes)",
@@ -47,7 +48,7 @@ HAND_DELTA = ActionSpec(
 )
 
 TIMINGS = ("before", "after")
-#: robosuite's `macros_image_convention` → how the images lie.
+#: robosuite's `macros_image_convention` → orientation of the images.
 MACROS = {"opengl": "flipped_vertically", "opencv": "upright"}
 #: The tag of LIBERO's own create_dataset.py, which stores obs[t] after actions[t].
 OFFICIAL_TAG = "libero-v1"
@@ -61,8 +62,8 @@ POSE = 6
 class LiberoReader:
     """Reads a file or a folder of files in LIBERO's HDF5 layout.
 
-    Frame t is paired with the action taken at it. Where images were stored *after* actions, obs[t] goes with
-    actions[t + 1], and the first action and the last image drop out. proprio is ee_states (6) and gripper_states (2).
+    Frame t is paired with the action taken at it. If images were stored *after* actions, obs[t] goes with
+    actions[t + 1], and the first action and last image are dropped. proprio is ee_states (6) and gripper_states (2).
 
     Args:
         src: A .hdf5 file or a folder, searched recursively.
@@ -149,7 +150,7 @@ class LiberoReader:
     def _scan_file(
         self, path: Path, file: h5py.File, seen: dict[str, dict[Any, str]], bad: list[str], notes: list[str]
     ) -> list[EpisodeRef]:
-        """The file's usable episodes in the order of their numbers; adds the others to `bad` and `notes`.
+        """The file's usable episodes in numerical order; adds the others to `bad` and `notes`.
 
         Raises:
             DataError: Nothing in this file can be used.
@@ -193,10 +194,10 @@ class LiberoReader:
         return episodes
 
     def _conventions(self, path: Path, data: h5py.Group) -> dict[str, str]:
-        """image_timing and image_orientation: as the file says, else as the caller says.
+        """image_timing and image_orientation, from the file, else from the caller.
 
         Raises:
-            DataError: Neither does.
+            DataError: Neither states them.
         """
         names = ("image_timing", "tag", "image_orientation", "macros_image_convention")
         timing, tag, orientation, macros = (hdf5.attribute_text(data, name) for name in names)
@@ -218,7 +219,7 @@ class LiberoReader:
         return {"image_timing": str(timing), "image_orientation": str(orientation)}
 
     def _faults(self, demo: h5py.Group) -> Iterator[str]:
-        """Why an episode cannot be used, by its shapes alone."""
+        """Why an episode cannot be used, judged by shapes and types alone."""
         if not isinstance(demo, h5py.Group):
             yield "no group"
             return
@@ -244,7 +245,7 @@ class LiberoReader:
 
 
 def _action_spec(text: str, dim: int) -> ActionSpec:
-    """What the action conventions of these files mean; anything else is kept as it is."""
+    """The meaning of the files' actions; unknown conventions are kept unchanged."""
     if text.startswith("OSC_POSE delta") and dim == 7:
         return replace(OSC_POSE, text=text)
     if text.startswith("hand delta") and dim == 4:  # Meta-World's
@@ -270,7 +271,7 @@ def _rate(data: h5py.Group) -> float:
 
 
 def _instruction(data: h5py.Group) -> str:
-    """What problem_info says."""
+    """The instruction in problem_info."""
     said = hdf5.read_json(data, "problem_info").get("language_instruction")
     where = f"{hdf5.place(data, 'problem_info')}, language_instruction"
     if isinstance(said, list):
@@ -279,5 +280,5 @@ def _instruction(data: h5py.Group) -> str:
 
 
 def _named(path: Path) -> str:
-    """The instruction in a file's name, as LIBERO names its files by it."""
+    """The instruction in a file's name, following LIBERO's naming."""
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")

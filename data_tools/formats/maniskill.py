@@ -29,13 +29,13 @@ from data_tools.formats.declared import ImageOptions, not_positive, orientation_
 from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
-#: Version → where its pictures are, below obs.
+#: Version → path of the images below obs.
 IMAGES = {3: "sensor_data", 2: "image"}
 POSE = "extra/tcp_pose"
 PROPRIO = ("agent/qpos", POSE)
 #: x y z and a quaternion.
 POSE_SIZE = 7
-#: The simulator's rate where env_kwargs do not say another.
+#: The simulator's default rate, if env_kwargs has no other.
 CONTROL_HZ = 20.0
 
 
@@ -43,8 +43,8 @@ CONTROL_HZ = 20.0
 class ManiskillReader(ImageOptions):
     """Reads a .h5 file with its .json, or a folder of such pairs.
 
-    obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without pictures (the
-    originals, recorded with obs_mode none) are left out where others have some.
+    obs[t] was taken before actions[t]; the last observation has no action and is dropped. Files without images (the
+    originals, recorded with obs_mode none) are left out if others have images.
 
     Args:
         src: A .h5 file or a folder, searched recursively.
@@ -60,7 +60,7 @@ class ManiskillReader(ImageOptions):
 
     src: Path
     cameras: Sequence[str] | None = None
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    proprio: Sequence[str] = ()  # default () instead of None, so that "none" is a value
     rate_hz: float | None = None
     instruction: str | None = None
     only_successful: bool = False
@@ -149,7 +149,7 @@ class ManiskillReader(ImageOptions):
         bad: list[str],
         notes: list[str],
     ) -> list[EpisodeRef]:
-        """The file's usable episodes; adds the others to `bad`.
+        """The file's usable episodes; adds messages on the others to `bad`.
 
         Raises:
             DataError: Nothing in this file can be used.
@@ -157,21 +157,12 @@ class ManiskillReader(ImageOptions):
         env, told = _read_json(path.with_suffix(".json"))
         where = f"{path.with_suffix('.json')}, env_info"
         kwargs = object_at(env, "env_kwargs", where)
-        stated = [
-            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
-            kwargs.get("control_freq"),
-        ]
-        rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
-        rate_hz = float(self.rate_hz or next(iter(rates), CONTROL_HZ))
+        rate_hz = self._rate(kwargs, where)
         if not (env_id := text_at(env, "env_id", where)):
             raise DataError(f"{where}, env_id: missing; it says which environment this is")
         robot, mode = _robot(kwargs, where), text_at(kwargs, "control_mode", f"{where}.env_kwargs")
         notes += hdf5.left_out(path, hdf5.others(file, "traj_"))
-        if lost := sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories}):
-            named = ", ".join(f"traj_{k}" for k in lost[:5])
-            notes.append(
-                f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"
-            )
+        notes += _missing_trajectories(path, told, trajectories)
         file_name = hdf5.relative(Path(self.src), path)
         stem = file_name.removesuffix(path.suffix)
         like = [f"env_info/{key}" for key, v in env.items() if isinstance(v, str) and remarks.looks_like_language(key)]
@@ -189,33 +180,18 @@ class ManiskillReader(ImageOptions):
             except DataError as e:
                 faults.append(f"{id}: {e}")
                 continue
-            obs, actions = group["obs"], group["actions"]
-            cameras, proprio = _cameras(obs, self.cameras), self._proprio(obs)
-            agreement.note(
-                id,
-                {
-                    "cameras": tuple(cameras),
-                    "actions": action_spec(control_mode, robot, actions.shape[1], _version(group) or 3),
-                    "proprio keys": tuple(proprio),
-                    **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
-                    "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate_hz,
-                },
-            )
+            agreement.note(id, self._properties(group, control_mode, robot, rate_hz))
+            frame_size = next(iter(_cameras(group["obs"], self.cameras).values())).shape[1:3]
             episodes.append(
                 EpisodeRef(
                     id=id,
                     file=file_name,
                     key=key,
-                    length=len(actions),
+                    length=len(group["actions"]),
                     task=env_id,
                     instruction=self.instruction or _text(meta) or _text(env),
                     meta={"env_id": env_id, **meta, "success": success},
-                    private={
-                        "rate_hz": rate_hz,
-                        "frame_size": next(iter(cameras.values())).shape[1:3],
-                        "like_language": like,
-                    },
+                    private={"rate_hz": rate_hz, "frame_size": frame_size, "like_language": like},
                 )
             )
         if faults and len(faults) == len(trajectories):
@@ -223,8 +199,30 @@ class ManiskillReader(ImageOptions):
         bad += faults
         return episodes
 
+    def _rate(self, kwargs: Mapping[str, Any], where: str) -> float:
+        """Steps per second: the option, else env_kwargs' control_freq, else CONTROL_HZ."""
+        stated = [
+            object_at(kwargs, "sim_config", f"{where}.env_kwargs").get("control_freq"),
+            kwargs.get("control_freq"),
+        ]
+        rates = [rate(r, f"{where}.env_kwargs, control_freq") for r in stated if r is not None]
+        return float(self.rate_hz or next(iter(rates), CONTROL_HZ))
+
+    def _properties(self, group: h5py.Group, control_mode: str, robot: str, rate_hz: float) -> dict[str, Any]:
+        """What all episodes of a source must agree on, for `hdf5.Agreement`."""
+        obs, actions = group["obs"], group["actions"]
+        proprio = self._proprio(obs)
+        return {
+            "cameras": tuple(_cameras(obs, self.cameras)),
+            "actions": action_spec(control_mode, robot, actions.shape[1], _version(group) or 3),
+            "proprio keys": tuple(proprio),
+            **({} if proprio else {"numeric keys": tuple(hdf5.numeric(obs))}),
+            "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
+            "rates in Hz": rate_hz,
+        }
+
     def _fault(self, group: Any, meta: Mapping[str, Any]) -> str | None:
-        """Why an episode cannot be used, by its shapes alone."""
+        """Why an episode cannot be used, judged by shapes and types alone; None if it can."""
         if not isinstance(group, h5py.Group):
             return "no group"
         if fault := hdf5.missing_keys(group, ["actions"]):
@@ -254,8 +252,17 @@ class ManiskillReader(ImageOptions):
         return "; ".join(faults) or None
 
 
+def _missing_trajectories(path: Path, told: Mapping[int, Any], trajectories: Sequence[str]) -> list[str]:
+    """A note on the episodes of the .json that the .h5 file lacks."""
+    lost = sorted(told.keys() - {int(key.removeprefix("traj_")) for key in trajectories})
+    if not lost:
+        return []
+    named = ", ".join(f"traj_{k}" for k in lost[:5])
+    return [f"left out: {len(lost)} episodes of {path.with_suffix('.json').name} that {path.name} lacks: {named}"]
+
+
 def action_spec(control_mode: str, robot: str, dim: int, version: int) -> ActionSpec:
-    """What a Panda's end-effector controllers make of an action; all other actions are kept as they are stored.
+    """The meaning of actions of a Panda's end-effector controllers; all other actions are kept unchanged.
 
     1 is 0.1 m and, in version 2, 0.1 rad. Version 3 multiplies the rotation by `rot_lower`, -0.1, so 1 is -0.1 rad;
     it takes it as Euler angles about the moving axes x, y, z, equal to a rotation vector within 0.003 rad at this size.
@@ -283,7 +290,7 @@ def action_spec(control_mode: str, robot: str, dim: int, version: int) -> Action
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """env_info, and each episode's own entry by its number."""
+    """env_info, and the entries of the episodes by number."""
     if not path.exists():
         raise DataError(f"{path}: missing; it says which controller the actions of the .h5 beside it are for")
     told = read_object(path)
@@ -298,7 +305,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 
 
 def _robot(kwargs: Mapping[str, Any], where: str) -> str:
-    """The robot; unsaid it is the environment's default, nearly always the Panda.
+    """The robot's name; if not stated, the environment's default, nearly always the Panda.
 
     Raises:
         DataError: It is neither a text nor a list of them.
@@ -313,7 +320,7 @@ def _robot(kwargs: Mapping[str, Any], where: str) -> str:
 
 
 def _version(group: h5py.Group) -> int | None:
-    """ManiSkill's major version, by where pictures are; None without pictures."""
+    """ManiSkill's major version, by the location of images; None without images."""
     obs = hdf5.node(group, "obs") if isinstance(group, h5py.Group) else None
     if not isinstance(obs, h5py.Group):
         return None
@@ -330,7 +337,7 @@ def _pictures(group: Any) -> dict[str, h5py.Dataset]:
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, Any]:
-    """Camera → its frames, None where it does not exist."""
+    """Camera → its frames, None if it does not exist."""
     there = next((found for key in IMAGES.values() if (found := _pictures(hdf5.node(obs, key)))), {})
     return there if asked is None else {camera: there.get(camera) for camera in asked}
 

@@ -1,8 +1,9 @@
-"""Plain values out of a pickled .npy, such as CALVIN's annotations, without running anything that the file says.
+"""Reading plain values from a pickled .npy, such as CALVIN's annotations, without executing code from the file.
 
-A pickle names what is to be called to make its objects. Here only numpy's ways to write an array are known by name, and
-what stands for them notes what it is given; anything else is refused before it is looked up. Containers, texts and
-numbers are pickle's own. Arrays are made afterwards, from bytes whose type and size were compared.
+A pickle names the functions that are called to make its objects. Only the names that numpy writes for arrays are
+allowed, and they are replaced by placeholders that record their arguments; any other name is refused before it is
+imported. Containers, texts and numbers are handled by pickle. Arrays are built afterwards, from bytes of checked type
+and size.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import numpy as np
 
 from stamo_dist.errors import DataError
 
-#: Kinds of dtypes whose values are in the bytes themselves.
+#: Kinds of dtypes that hold plain values, not object references.
 _KINDS = "biufSU"
-#: How deep containers may lie in each other.
+#: Maximum nesting depth of containers.
 _DEPTH = 32
 
 
-class _Noted:
-    """Stands for what a pickle would call; notes arguments and state."""
+class _Placeholder:
+    """Placeholder for a function that a pickle calls; records arguments and state."""
 
     __slots__ = ("arguments", "state")
 
@@ -35,20 +36,20 @@ class _Noted:
         self.state = state
 
 
-class _Array(_Noted):
+class _Array(_Placeholder):
     __slots__ = ()
 
 
-class _Dtype(_Noted):
+class _Dtype(_Placeholder):
     __slots__ = ()
 
 
-class _Scalar(_Noted):
+class _Scalar(_Placeholder):
     __slots__ = ()
 
 
-_KNOWN: dict[tuple[str, str], type[_Noted]] = {
-    ("numpy", "ndarray"): _Noted,
+_KNOWN: dict[tuple[str, str], type[_Placeholder]] = {
+    ("numpy", "ndarray"): _Placeholder,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
@@ -63,10 +64,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickled(path: Path) -> Any:
-    """What a .npy file of one pickled object holds: dicts, lists, tuples, texts, numbers; arrays of objects as lists.
+    """The content of a .npy file with one pickled object: dicts, lists, tuples, texts, numbers; object arrays as lists.
 
     Raises:
-        DataError: It cannot be read, or would have to call something.
+        DataError: It cannot be read, or names a function that is not allowed.
     """
     try:
         with path.open("rb") as file:
@@ -81,7 +82,7 @@ def load_pickled(path: Path) -> Any:
 
 def _skip_header(file: BinaryIO) -> None:
     """Raises:
-    ValueError: No .npy file, or not one of objects.
+    ValueError: Not a .npy file, or not an object array.
     """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -91,10 +92,10 @@ def _skip_header(file: BinaryIO) -> None:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """A value with numpy's arrays and scalars made; an array of objects becomes the list of its items.
+    """Build numpy's arrays and scalars from their placeholders; an object array becomes a list.
 
     Raises:
-        ValueError: It nests too deeply, or an array contradicts itself.
+        ValueError: It nests too deeply, or an array's size, shape and type do not match.
     """
     if depth > _DEPTH:
         raise ValueError(f"it nests more than {_DEPTH} deep")
@@ -110,7 +111,7 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, _Scalar):
         dtype, content = value.arguments
         return _numbers(dtype, content, (), "C").item()
-    if isinstance(value, _Noted):
+    if isinstance(value, _Placeholder):
         raise ValueError("it holds something else than values")
     return value
 

@@ -15,7 +15,7 @@ from data_tools.formats.source import SourceReader
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.layers import did_you_mean
 
-#: Format → where its Reader is, and what it reads.
+#: Format → module and class of its Reader, and what it reads.
 FORMATS: dict[str, tuple[str, str]] = {
     "libero": (
         "data_tools.formats.libero.LiberoReader",
@@ -66,7 +66,7 @@ FORMATS: dict[str, tuple[str, str]] = {
         "a folder of videos, or segments of them; presets for human video sets",
     ),
 }
-#: What else sets are called → the format that reads them.
+#: Other dataset names → the format that reads them.
 NEAREST = {
     **dict.fromkeys(("umi", "diffusion-policy", "diffusion_policy", "replay-buffer", "pusht"), "zarr"),
     **dict.fromkeys(("act", "mobile-aloha", "mobile_aloha", "interbotix"), "aloha"),
@@ -79,7 +79,7 @@ NEAREST = {
     **dict.fromkeys(("mp4", "ssv2", "ego4d", "epic-kitchens", "egodex"), "video"),
 }
 ADD = 'to read another, write a reader: docs/convert.md, "Add a format"'
-#: Fields of a Reader that the command line gives in another way.
+#: Fields of a Reader that are not options of `--set`.
 COMMON = ("src", "cameras")
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -99,7 +99,7 @@ def reader_class(format: str) -> Any:
     """The Reader class of a source format.
 
     Raises:
-        DataError: Unknown format, or one whose libraries are not installed.
+        DataError: Unknown format, or its libraries are not installed.
     """
     if format not in FORMATS:
         near = NEAREST.get(format.lower())
@@ -140,7 +140,7 @@ def options_of(format: str) -> list[Option]:
 
 
 def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
-    """Values of repeated `--set KEY=VALUE`, typed as the Reader's fields are.
+    """Parse repeated `--set KEY=VALUE` into the types of the Reader's fields.
 
     Raises:
         DataError: Unknown keys and values of another type, all at once.
@@ -166,7 +166,7 @@ def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
 
 
 def as_record(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON, those that were not given left out."""
+    """Options as JSON values, without those at None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, str | int | float | bool):
@@ -177,7 +177,7 @@ def as_record(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_record(format: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that `as_record` was given."""
+    """The inverse of `as_record`."""
     paths = {option.name for option in options_of(format) if "Path" in str(option.type)}
 
     def back(name: str, value: Any) -> Any:
@@ -189,7 +189,7 @@ def from_record(format: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def type_text(annotation: Any) -> str:
-    """A field's type in words."""
+    """A field's type as help text."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join("none" if a is type(None) else type_text(a) for a in arguments)
@@ -253,7 +253,7 @@ def _parse_any(text: str, choices: Sequence[Any]) -> Any:
 def _argument_docs(found: type) -> dict[str, str]:
     """Field → text of the docstring's section "Args:".
 
-    A base class has the texts of fields that are listed as `NAME, NAME: See BASE`, and of those not listed.
+    Fields listed as `NAME, NAME: See BASE`, and those not listed, take their text from a base class.
     """
     docs: dict[str, str] = {}
     for described in found.__mro__:

@@ -1,4 +1,4 @@
-"""What the formats' scans say alike: episodes without an instruction, without success, without proprioception."""
+"""Notes shared by the formats' scans: episodes without instruction, without success, without proprioception."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from data_tools.formats.source import EpisodeRef
 
-#: Usual names of an instruction, the surest first; compared in lower case.
+#: Usual names of an instruction, the most specific first; compared in lower case.
 LANGUAGE = (
     "language_instruction",
     "natural_language_instruction",
@@ -30,18 +30,18 @@ _HINTS = ("lang", "instr", "task", "text", "prompt", "descr", "goal", "caption",
 
 
 def looks_like_language(key: str) -> bool:
-    """Whether a key that is none of LANGUAGE might hold an instruction all the same."""
+    """Whether a key outside LANGUAGE might nevertheless hold an instruction."""
     return any(hint in key.lower() for hint in _HINTS)
 
 
 def language_keys(keys: Iterable[str]) -> list[str]:
-    """Those of these keys (paths with /) whose last part is one of LANGUAGE, the surest first."""
+    """Those of these keys (paths with /) whose last part is one of LANGUAGE, the most specific first."""
     named = [(LANGUAGE.index(last), key) for key in keys if (last := key.rsplit("/", 1)[-1].lower()) in LANGUAGE]
     return [key for _, key in sorted(named, key=lambda pair: pair[0])]
 
 
 def unsaid_instructions(episodes: Sequence[EpisodeRef], candidates: Iterable[str] = (), way: str = "") -> list[str]:
-    """A note where episodes have no instruction, with the keys that look like one and the option that takes them."""
+    """A note if episodes have no instruction, with the keys that look like one and the option to use."""
     silent = sum(not e.instruction.strip() for e in episodes)
     if not silent:
         return []
@@ -54,9 +54,9 @@ def unsaid_instructions(episodes: Sequence[EpisodeRef], candidates: Iterable[str
 
 
 def succeeded(episodes: Sequence[EpisodeRef], only: bool) -> tuple[list[EpisodeRef], list[str]]:
-    """The episodes to take, by their meta's `success` (bool; absent or None: unknown), and what to say of failures.
+    """The episodes to take, by `success` in their meta (bool; absent or None: unknown), and notes on failed ones.
 
-    With `only` those that are known to have failed are left out.
+    With `only`, episodes that are known to have failed are left out.
     """
     failed = [e for e in episodes if e.meta.get("success") is False]
     unknown = sum(e.meta.get("success") is None for e in episodes)
@@ -70,7 +70,7 @@ def succeeded(episodes: Sequence[EpisodeRef], only: bool) -> tuple[list[EpisodeR
 
 
 def no_proprio(there: Iterable[str]) -> list[str]:
-    """A note that no proprioception was found, with the numeric keys that there are."""
+    """A note that no proprioception was found, with the existing numeric keys."""
     return [
         f"proprio: none of the usual keys; numeric ones are: {', '.join(there) or 'none'}; "
         "name them with --set proprio=KEY,KEY, or say --set proprio=none"
@@ -78,7 +78,7 @@ def no_proprio(there: Iterable[str]) -> list[str]:
 
 
 def hdr_videos(kinds: Mapping[str, str], named: int = 3) -> list[str]:
-    """A note on the videos of high dynamic range: name → "PQ", "HLG", or "" for the others."""
+    """A note on videos of high dynamic range; `hdr`: name → "PQ", "HLG", or "" for standard range."""
     found = sorted(name for name, kind in kinds.items() if kind)
     if not found:
         return []

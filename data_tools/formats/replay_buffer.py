@@ -46,7 +46,7 @@ from data_tools.formats.zarr_buffer import (
 from data_tools.formats.zarr_metadata import check_folder
 from stamo_dist.errors import DataError
 
-#: Where replay buffers keep the proprioception; all that are there are taken.
+#: Usual keys of the proprioception; all that exist are taken.
 PROPRIO = (
     "state",
     "agent_pos",
@@ -57,7 +57,7 @@ PROPRIO = (
 )
 UMI = ("robot0_eef_pos", "robot0_eef_rot_axis_angle", "robot0_gripper_width")
 TIMES = "timestamp"
-#: How to declare UMI's: its action is the pose that comes next.
+#: How to declare UMI's actions: an action is the pose of the next row.
 UMI_HOW = (
     f"--set action={','.join(UMI)} --set action_at=next --set mode=absolute --set rotation=rotvec "
     f"--set gripper=0.08,0 --set pose={','.join(UMI[:2])}"
@@ -65,7 +65,7 @@ UMI_HOW = (
 HOW = (
     "--set mode=other if they are targets or joints, else e.g. --set mode=delta --set rotation=rotvec --set gripper=1,0"
 )
-#: More than any buffer has; they are counted in memory.
+#: Upper bound on rows of a buffer, as they are enumerated in memory.
 MOST_CHUNKS = 10_000_000
 
 
@@ -79,8 +79,8 @@ class ReplayBufferReader(ActionOptions):
         src: The .zarr folder or .zarr.zip, or a folder that is searched for them.
         cameras: Keys of the pictures, (N, H, W, 3); all such keys when omitted.
         action: Keys whose numbers, side by side, are the action; `action` when omitted; "none" for none.
-        action_at: "now": actions[t] is in row t; "next": in row t + 1, as UMI's poses are; the last frame has none then
-            and drops out.
+        action_at: "now": actions[t] is in row t; "next": in row t + 1, as for UMI's poses; then the last frame has none
+            and is dropped.
         proprio: Keys of the proprioception; state, agent_pos, robot_eef_pose and UMI's, where they exist, when omitted;
             "none" for none.
         mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
@@ -89,13 +89,13 @@ class ReplayBufferReader(ActionOptions):
             actions.
         pose_rotation: Its rotation; as `rotation` when omitted.
         rate_hz: Steps per second, for buffers without data/timestamp.
-        instruction: What the robot is to do, which such buffers do not say.
+        instruction: Instruction of all episodes, as such buffers have none.
         image_orientation: See `ImageOptions`.
     """
 
     src: Path
     cameras: Sequence[str] | None = None
-    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    action: Sequence[str] = ()  # default () instead of None, so that "none" is a value; likewise below
     action_at: Literal["now", "next"] = "now"
     proprio: Sequence[str] = ()
     mode: Mode | None = None
@@ -103,7 +103,7 @@ class ReplayBufferReader(ActionOptions):
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_mark", uuid4().hex)  # another reader of the same path may find other rows there
+        object.__setattr__(self, "_mark", uuid4().hex)  # unique: the file may change before another reader opens it
 
     def scan(self) -> Scan:
         src = Path(self.src)
@@ -112,7 +112,7 @@ class ReplayBufferReader(ActionOptions):
             raise DataError("\n".join(problems))
         found = find_buffers(src)
         episodes: list[EpisodeRef] = []
-        seen: dict[_Settled, str] = {}  # what buffers hold → the first of them
+        seen: dict[_Settled, str] = {}  # property → the first buffer that has it
         notes: list[str] = []
         for path in found:
             try:
@@ -178,7 +178,7 @@ class ReplayBufferReader(ActionOptions):
         return problems
 
     def _settle(self, path: Path, data: Mapping[str, Any], ends: np.ndarray, notes: list[str]) -> _Settled:
-        """Which keys of a buffer are what.
+        """The role of a buffer's keys.
 
         Raises:
             DataError: Keys are missing, or of the wrong shape.
@@ -280,7 +280,7 @@ class ReplayBufferReader(ActionOptions):
 
 @dataclass(frozen=True)
 class _Settled:
-    """What a buffer's keys are; `size`: of the proprioception."""
+    """The roles of a buffer's keys; `size`: dimensions of the proprioception."""
 
     cameras: tuple[str, ...]
     action: tuple[str, ...]

@@ -20,21 +20,21 @@ from data_tools.formats.source import EpisodeData, EpisodeRef, Frames, Scan, pic
 from data_tools.images import decode
 from stamo_dist.errors import DataError
 
-#: Files whose headers are read at once: the scan waits for the file system, not for the CPU.
+#: Files whose headers are read concurrently: the scan is bound by the file system, not the CPU.
 SCAN_THREADS = 8
 WAY = "--set instruction=KEY"
 #: Values of `episode_metadata/success`.
 SUCCESS = (True, "true", "True", "success")
-#: A picture whose brightest value is below this is black.
+#: An image whose maximum is below this counts as black.
 BLACK = 8
-#: A first action whose motion is below this is the zero that Bridge's episodes begin with.
+#: A first action with less motion is taken for the zero action with which Bridge's episodes begin.
 STILL = 1e-5
 
 
 class RldsReader(RldsOptions):
     """Reads a TFDS folder NAME/VERSION of RLDS episodes.
 
-    Known datasets need no option. For others say what RLDS does not: `rate_hz` and `mode`, and unless mode is "other"
+    Known datasets need no option. For others give what RLDS omits: `rate_hz` and `mode`, and unless mode is "other"
     `rotation` and `gripper`. Keys are names below `steps/`.
     """
 
@@ -44,7 +44,7 @@ class RldsReader(RldsOptions):
 
     @cached_property
     def layout(self) -> RldsLayout:
-        """The keys and conventions the options, the preset and features.json come down to."""
+        """The keys and conventions selected by the options, the preset and features.json."""
         return resolve_layout(self, self.dataset)
 
     def scan(self) -> Scan:
@@ -140,7 +140,7 @@ class RldsReader(RldsOptions):
             found = tfrecord.features(fetch, record.offset, record.offset + record.length)
             length = tfds.count_steps(fetch, found, steps)
         except DataError:
-            tfrecord.read_record(path, record)  # a wrong checksum is the better reason
+            tfrecord.read_record(path, record)  # a wrong checksum explains more, so it is reported instead
             raise
         if length < 1:
             raise DataError("has no steps")
@@ -171,7 +171,7 @@ class RldsReader(RldsOptions):
         return lambda indices: (encoded[first + i] for i in indices)
 
     def _first_text(self, fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values]) -> tuple[str | None, str]:
-        """The first instruction key with a text, and that text; the first step's are looked at before the others'."""
+        """The first instruction key with a text, and that text; the first step is searched before the others."""
         for first in (True, False):
             for key in self.layout.instruction:
                 said = tfds.read_texts(fetch, found, key, self.dataset.features[key], first)
@@ -182,7 +182,7 @@ class RldsReader(RldsOptions):
     def _texts(
         self, data: bytes, found: Mapping[str, tfrecord.Values], length: int, first: int, key: str | None
     ) -> list[str] | None:
-        """Each step's instruction, where it changes within the episode."""
+        """Each step's instruction, if it changes within the episode."""
         if key is None or not key.startswith("steps/"):
             return None
         said = tfds.read_texts(lambda a, b: data[a:b], found, key, self.dataset.features[key])
@@ -191,7 +191,7 @@ class RldsReader(RldsOptions):
         return said[first:] if len(set(said)) > 1 else None
 
     def _like_language(self) -> list[str]:
-        """The text keys that are not taken and might be instructions."""
+        """Unused text keys that may be instructions."""
         named = (k for k in texts(self.dataset) if k not in self.layout.instruction)
         return [k.removeprefix("steps/") for k in named if remarks.looks_like_language(k)]
 
@@ -199,7 +199,7 @@ class RldsReader(RldsOptions):
         return tfds.count_steps(lambda a, b: data[a:b], found, self.dataset.steps)
 
     def _black(self, episodes: Sequence[EpisodeRef]) -> list[str]:
-        """Cameras whose middle picture in the first episode is black."""
+        """Cameras whose middle image in the first episode is black."""
         if not episodes:
             return []
         try:
@@ -212,7 +212,7 @@ class RldsReader(RldsOptions):
                     if image.max(initial=0) < BLACK:
                         black.append(camera)
             return black
-        except DataError:  # it will be told, and counted, when the episode is converted
+        except DataError:  # reported and counted when the episode is converted
             return []
 
 

@@ -1,4 +1,4 @@
-"""What the keys of an RLDS dataset are and mean: its preset, the options given, and what features.json has."""
+"""Keys and conventions of an RLDS dataset, from its preset, the given options and features.json."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from stamo_dist.errors import DataError
 
 @dataclass
 class RldsOptions:
-    """What the keys of a dataset are and mean, and which episodes are taken.
+    """Keys and conventions of a dataset, and which episodes are taken.
 
     Args:
         src: Folder with dataset_info.json, or one above it.
-        preset: A dataset whose conventions hold; by the name in dataset_info.json when omitted.
+        preset: The known dataset whose conventions apply; by the name in dataset_info.json when omitted.
         cameras: Image keys below `observation/`; all when omitted.
         action: Keys whose values, side by side, are the action: x y z, rotation, gripper; "none" for
             none.
         proprio: Keys of the proprioception; "none" for none.
         pose: Key whose first dimensions are the end effector's position and rotation, for absolute actions;
             "none" for none.
-        pose_rotation: Its rotation; as `rotation` when omitted.
+        pose_rotation: Rotation of the pose; as `rotation` when omitted.
         instruction: Keys of the instruction, of each step or `episode_metadata/KEY` of the episode; the first that is
             not empty is taken. Those with a usual name when omitted; "none" for none.
         rate_hz: Steps per second.
@@ -47,14 +47,14 @@ class RldsOptions:
         gripper: "OPEN,CLOSED": the last dimension's value when open and when closed; "relative": +1 closes, -1 opens,
             0 keeps, made absolute (1 open); "absent".
         image_orientation: How images are stored: "upright", "mirrored", "flipped_vertically" or "rotated_180".
-        drop_first: Drop the first step where its action does not move (below 1e-5 in all dimensions but the gripper).
+        drop_first: Drop the first step if its action does not move (below 1e-5 in all dimensions but the gripper).
         only_successful: Leave out episodes whose metadata say `success` false.
     """
 
     src: Path
     preset: str | None = None
     cameras: Sequence[str] | None = None
-    action: Sequence[str] = ()  # not None, so that "none" can be said; likewise below
+    action: Sequence[str] = ()  # default () instead of None, so that "none" is a value; likewise below
     proprio: Sequence[str] = ()
     pose: str = ""
     pose_rotation: Rotation | None = None
@@ -72,7 +72,7 @@ class RldsOptions:
 
 @dataclass(frozen=True)
 class RldsLayout:
-    """Where a dataset keeps what, and what it means; keys below `steps/`, but for `instruction`'s full names."""
+    """The keys and conventions of a dataset; keys are relative to `steps/`, except `instruction`: full names."""
 
     cameras: dict[str, str]
     action: tuple[str, ...]
@@ -89,7 +89,7 @@ class RldsLayout:
 
 
 def _listed(value: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The keys of an option; None: omitted, (): "none" on purpose."""
+    """The keys of an option; None: omitted, (): "none" was given."""
     if not value:
         return None
     parts = [p.strip() for p in (value.split(",") if isinstance(value, str) else value)]
@@ -100,7 +100,7 @@ def resolve_layout(asked: RldsOptions, dataset: tfds.Dataset) -> RldsLayout:
     """Settle every key and convention.
 
     Raises:
-        DataError: All that is unknown or contradictory, with the keys that exist.
+        DataError: Unknown or contradictory options, all at once, with the existing keys.
     """
     problems: list[str] = []
     preset = _preset(asked, dataset, problems)
@@ -158,12 +158,12 @@ def resolve_layout(asked: RldsOptions, dataset: tfds.Dataset) -> RldsLayout:
 
 
 def texts(dataset: tfds.Dataset) -> list[str]:
-    """Full names of the features that are strings, of a step or of the episode."""
+    """Full names of the string features of steps and of the episode."""
     return [k for k, f in dataset.features.items() if f.depth == k.startswith("steps/") and f.is_text]
 
 
 def _instruction(asked: RldsOptions, dataset: tfds.Dataset, problems: list[str]) -> tuple[str, ...]:
-    """Full names of the instruction's keys, as asked, else those with usual names."""
+    """Full names of the instruction's keys: the option's, else those with usual names."""
     there = texts(dataset)
     if (keys := _listed(asked.instruction)) is None:
         return tuple(language_keys(there))

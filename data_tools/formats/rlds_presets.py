@@ -1,8 +1,8 @@
-"""What known RLDS datasets mean by their numbers, which RLDS itself does not say.
+"""Conventions of known RLDS datasets, which RLDS itself does not state.
 
 Rates are those of LeRobot's Open X-Embodiment configs; keys and grippers those of OpenVLA's transforms
-(prismatic/vla/datasets/rlds/oxe/transforms.py). Where the unit of a motion is not documented, it is kept as it is
-("other"), and only the gripper is understood.
+(prismatic/vla/datasets/rlds/oxe/transforms.py). If the unit of a motion is not documented, it is kept unchanged
+("other"), and only the gripper is converted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class RldsPreset:
 
     Attributes:
         rate_hz: Steps per second.
-        action: Keys whose values, side by side, are the action; several choices, the first that exists is taken.
+        action: Keys whose values, side by side, are the action; the first alternative that exists is taken.
         mode, rotation, metres, radians: As in ActionSpec, for an action x y z, rotation, gripper.
         gripper: (value when open, value when closed) of the last dimension; "relative": +1 closes, -1 opens, 0 keeps;
             None: the action has none.
         proprio: Keys of the proprioception, those that exist.
         pose: Key and rotation of the end effector's pose, for absolute actions.
-        drop_first: The first step is dropped where its action is all zero.
+        drop_first: The first step is dropped if its action is all zero.
         orientation: How the images are stored.
     """
 
@@ -45,7 +45,7 @@ class RldsPreset:
 CLOSED_1 = (0.0, 1.0)
 SIGN_CLOSES = (-1.0, 1.0)
 SIGN_OPENS = (1.0, -1.0)
-#: RT-X's way of splitting an action.
+#: The action keys of RT-X's layout.
 _SPLIT = ("action/world_vector", "action/rotation_delta")
 _CLOSEDNESS = ((*_SPLIT, "action/gripper_closedness_action"),)
 
@@ -59,7 +59,7 @@ PRESETS = {
         proprio=("observation/state",),
         drop_first=True,
     ),
-    # DROID: `action` differs between builders, action_dict does not. The gripper is 0 open, 1 closed.
+    # DROID: `action` differs between dataset builders, action_dict does not. The gripper is 0 open, 1 closed.
     "droid": RldsPreset(
         15,
         (("action_dict/cartesian_position", "action_dict/gripper_position"),),
@@ -72,7 +72,7 @@ PRESETS = {
         ),
         pose=("observation/cartesian_position", "euler_xyz"),
     ),
-    # OpenVLA's regenerated LIBERO: OSC_POSE; its images were turned by 180°, which leaves the scene mirrored.
+    # OpenVLA's regenerated LIBERO: OSC_POSE; its images are turned by 180°, so the scene is mirrored.
     "libero": RldsPreset(
         20,
         mode="delta",

@@ -34,7 +34,7 @@ from data_tools.formats.hdf5_language import find_texts, like_language
 from data_tools.formats.remarks import language_keys
 from data_tools.formats.robomimic_actions import check_range, resolve_actions
 from data_tools.formats.rotations import pose_vectors
-from data_tools.formats.source import EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
+from data_tools.formats.source import ActionSpec, EpisodeData, EpisodeRef, Scan, chosen, columns, find_files
 from stamo_dist.errors import DataError
 
 IMAGE = "_image"
@@ -47,24 +47,24 @@ SPLITS = {"train": "train", "valid": "val"}
 class RobomimicReader(ActionOptions):
     """Reads a file or a folder of files in robomimic's HDF5 layout, also RoboCasa's and Isaac Lab's.
 
-    obs[t] was taken before actions[t]. Images are upright: robomimic turns the simulator's over before it stores them.
+    obs[t] was taken before actions[t]. Images are upright: robomimic flips the simulator's images before storing them.
     The rate and what actions mean come from the `env_args` of the file, or are declared. The files' own split
     (mask/train, mask/valid) is kept. Instructions are those of `ep_meta`, or of attributes and string datasets with a
-    usual name (`language_instruction`, `task_description`, `lang`, …), of each step where they are.
+    usual name (`language_instruction`, `task_description`, `lang`, …), per step if stored so.
 
     Args:
         src: A .hdf5 file or a folder, searched recursively.
         cameras: Cameras to convert (`obs/CAMERA_image`, or a key of uint8 RGB frames); all when omitted.
         action_keys: Keys below a demonstration whose numbers, side by side, are the action; `actions` when omitted.
         proprio: Keys below obs, side by side; those of the end effector and gripper when omitted; "none" for none.
-        action: "delta" or "absolute" end-effector poses, where that is not what the file's controller says (files of
-            Diffusion Policy hold absolute poses and still say delta), "velocity", or "other" to keep actions as they
-            are. With any of the next five, it is declared in full and env_args are not asked.
+        action: "delta" or "absolute" end-effector poses, if they differ from the file's controller (files of
+            Diffusion Policy hold absolute poses but state delta), "velocity", or "other" to keep actions as they
+            are. With any of the next five options, the action is declared in full and env_args are ignored.
         rotation, metres, radians, gripper: See `ActionOptions`.
         gripper_dim: The gripper's dimension, from 0, where others (a mobile base) follow it; the last when omitted.
         pose: Keys below obs whose numbers, side by side, begin with the end effector's position and rotation;
             robot0_eef_pos and robot0_eef_quat when omitted; "none" for none.
-        pose_rotation: Its rotation; "quat_xyzw" when omitted.
+        pose_rotation: Rotation of the pose; "quat_xyzw" when omitted.
         rate_hz: For files without a control_freq.
         instruction: For episodes that have none.
         image_orientation: See `ImageOptions`.
@@ -74,7 +74,7 @@ class RobomimicReader(ActionOptions):
     src: Path
     cameras: Sequence[str] | None = None
     action_keys: Sequence[str] = ()
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    proprio: Sequence[str] = ()  # default () instead of None, so that "none" is a value
     action: Mode | None = None
     pose: Sequence[str] = ()
     instruction: str | None = None
@@ -153,7 +153,7 @@ class RobomimicReader(ActionOptions):
         return chosen(self.proprio, PROPRIO, obs)
 
     def _scan_file(self, path: Path, file: h5py.File, agreement: hdf5.Agreement, found: _Found) -> None:
-        """Add the file's usable episodes, and the others as bad, to `found`.
+        """Add the file's usable episodes, and messages on the others, to `found`.
 
         Raises:
             DataError: Nothing in this file can be used.
@@ -167,7 +167,7 @@ class RobomimicReader(ActionOptions):
         task = text_at(env, "env_name", hdf5.place(data, "env_args")) or path.stem
         found.notes += hdf5.left_out(path, hdf5.others(data, "demo_"))
         faults = []
-        # Once a file: they look through the names of all episodes.
+        # Cached per file: each call goes through the names of all episodes.
         shared, like = cache(lambda: find_texts([data, file])), cache(lambda: like_language([data]))
         for key in demos:
             demo, id = hdf5.node_once(data, key), f"{stem}/{key}"
@@ -181,33 +181,13 @@ class RobomimicReader(ActionOptions):
                 faults.append(f"{id}: {fault}")
                 continue
             obs, length = demo["obs"], len(demo[self._action_keys()[0]])
-            dim = sum(demo[k].shape[1] for k in self._action_keys())
-            try:
-                spec = resolve_actions(self, self.action, self.action_keys, env, dim)
-            except DataError as e:
-                raise DataError(f"{path}: {e}") from e
-            if not is_declared(self):
-                check_range(path, id, demo[self._action_keys()[0]], spec)
-            cameras = _cameras(obs, self.cameras)
-            proprio = self._proprio(obs)
-            agreement.note(
-                id,
-                {
-                    "cameras": tuple(cameras),
-                    "actions": spec,
-                    "proprio keys": tuple(proprio),
-                    "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
-                    "rates in Hz": rate_hz,
-                },
-            )
+            spec = self._action_spec(path, id, demo, env)
+            agreement.note(id, self._properties(obs, spec, rate_hz))
             said = next((text for text in texts if text), self.instruction or "")
             if not said:
                 found.like_language.update([*like_language([demo, obs]), *like()])
-            if not proprio:
+            if not self._proprio(obs):
                 found.numeric = hdf5.numeric(obs)
-            meta = {"env_name": task, "env_version": env.get("env_version", "")}
-            if (success := hdf5.success(demo)) is not None:
-                meta["success"] = success
             found.episodes.append(
                 EpisodeRef(
                     id=id,
@@ -217,13 +197,39 @@ class RobomimicReader(ActionOptions):
                     task=task,
                     instruction=said,
                     split=splits.get(key, ""),
-                    meta=meta,
+                    meta=_meta(demo, env, task),
                     private={"rate_hz": rate_hz, "by_step": len(texts) == length and len(set(texts)) > 1},
                 )
             )
         if len(faults) == len(demos):
             raise DataError(f"{path}: none of its {len(demos)} episodes can be used; {faults[0]}")
         found.bad += faults
+
+    def _properties(self, obs: h5py.Group, spec: ActionSpec, rate_hz: float) -> dict[str, Any]:
+        """What all episodes of a source must agree on, for `hdf5.Agreement`."""
+        proprio = self._proprio(obs)
+        return {
+            "cameras": tuple(_cameras(obs, self.cameras)),
+            "actions": spec,
+            "proprio keys": tuple(proprio),
+            "proprio dimensions": sum(int(np.prod(obs[k].shape[1:])) for k in proprio),
+            "rates in Hz": rate_hz,
+        }
+
+    def _action_spec(self, path: Path, id: str, demo: h5py.Group, env: Mapping[str, Any]) -> ActionSpec:
+        """What the actions of an episode mean; checks that their values fit a meaning taken from env_args.
+
+        Raises:
+            DataError: The file's env_args or the options contradict themselves or the actions.
+        """
+        dim = sum(demo[k].shape[1] for k in self._action_keys())
+        try:
+            spec = resolve_actions(self, self.action, self.action_keys, env, dim)
+        except DataError as e:
+            raise DataError(f"{path}: {e}") from e
+        if not is_declared(self):
+            check_range(path, id, demo[self._action_keys()[0]], spec)
+        return spec
 
     def _rate(self, path: Path, env: Mapping[str, Any]) -> float:
         where = f"{path}: /data: attribute env_args"
@@ -239,7 +245,7 @@ class RobomimicReader(ActionOptions):
     def _texts(
         self, env: Mapping[str, Any], demo: h5py.Group, file: h5py.File, shared: Callable[[], list[str]]
     ) -> list[str]:
-        """The episode's instruction, or one a step; [] if it has none. `shared`: the file's."""
+        """The episode's instruction, or one per step; [] if it has none. `shared` gives the file's instruction."""
         about, where = hdf5.read_json(demo, "ep_meta"), hdf5.place(demo, "ep_meta")
         said = next((text for k in language_keys(about) if (text := text_at(about, k, where))), "")
         texts = [said] if said else find_texts([demo, demo["obs"]], len(demo[self._action_keys()[0]]))
@@ -250,7 +256,7 @@ class RobomimicReader(ActionOptions):
         return [said] if said else shared()
 
     def _fault(self, demo: Any) -> str | None:
-        """Why an episode cannot be used, by its shapes alone."""
+        """Why an episode cannot be used, judged by shapes and types alone; None if it can."""
         if not isinstance(demo, h5py.Group):
             return "no group"
         obs = hdf5.node(demo, "obs")
@@ -276,13 +282,20 @@ class RobomimicReader(ActionOptions):
 
 @dataclass
 class _Found:
-    """What the files hold, as they are scanned."""
+    """Results collected while the files are scanned."""
 
     episodes: list[EpisodeRef] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     like_language: set[str] = field(default_factory=set)
     numeric: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def _meta(demo: h5py.Group, env: Mapping[str, Any], task: str) -> dict[str, Any]:
+    meta = {"env_name": task, "env_version": env.get("env_version", "")}
+    if (success := hdf5.success(demo)) is not None:
+        meta["success"] = success
+    return meta
 
 
 def _cameras(obs: h5py.Group, asked: Sequence[str] | None) -> dict[str, str]:

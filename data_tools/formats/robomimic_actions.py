@@ -1,4 +1,4 @@
-"""What the actions of a robomimic file mean: by the controller in its env_args, or as declared."""
+"""The meaning of a robomimic file's actions: by the controller in its env_args, or as declared."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ HOW = (
 def resolve_actions(
     asked: ActionOptions, mode: Mode | None, keys: Sequence[str], env: Mapping[str, Any], dim: int
 ) -> ActionSpec:
-    """What an action of `dim` dimensions, made of `keys`, means: as declared, else as the file's env_args say.
+    """What an action of `dim` dimensions, made of `keys`, means: as declared, else by the file's env_args.
 
     Raises:
-        DataError: What was declared does not fit.
+        DataError: The declaration does not fit the action.
     """
     if not is_declared(asked):
         return action_spec(env, dim, mode)
@@ -37,7 +37,7 @@ def resolve_actions(
 
 
 def action_spec(env: Mapping[str, Any], dim: int, asked: str | None = None) -> ActionSpec:
-    """What robosuite's controller makes of an action, from the file's env_args; the arms' own if there are several.
+    """The meaning of an action for robosuite's controller in the file's env_args; for several controllers, the arm's.
 
     OSC_POSE: 1 of a normalised delta is output_max (robosuite/controllers/…/osc.py); absolute poses are metres and a
     rotation vector in the world's frame, not normalised.
@@ -82,7 +82,7 @@ def _units(output_max: Any, turning: int) -> tuple[float, float]:
     """Metres and radians of one unit.
 
     Raises:
-        DataError: output_max is no number and no list of them, or not the same for all axes.
+        DataError: output_max is neither a number nor a list of numbers, or differs between axes.
     """
     where = "env_args: controller_configs: output_max"
     parts = output_max if isinstance(output_max, list) else [output_max] * (3 + turning)
@@ -101,7 +101,7 @@ def _controller(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arm's controller: robosuite's ≤ 1.4 config, or the right arm's part of a composite one (≥ 1.5).
 
     Raises:
-        DataError: controller_configs is something else.
+        DataError: controller_configs has another form.
     """
     configs = kwargs.get("controller_configs") or {}
     if isinstance(configs, list):
@@ -115,10 +115,10 @@ def _controller(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_range(path: Path, id: str, actions: h5py.Dataset, spec: ActionSpec) -> None:
-    """A normalised action beyond ±1 is no delta.
+    """Check that normalised delta actions lie within ±1.
 
     Raises:
-        DataError: The file says one thing and holds another.
+        DataError: The file states normalised deltas but has larger values.
     """
     if spec.mode != "delta":
         return

@@ -1,7 +1,7 @@
 """ROS bags: topics become cameras, actions and proprioception, on the clock of one camera.
 
-A camera's messages are the frames. With each goes the latest message, at or before it, of every other topic: what a
-robot could have known then. Times are those of recording, or of the messages' headers.
+A camera's messages are the frames. Each is paired with the latest message, at or before it, of every other topic:
+what a robot could have known at that time. Times are those of recording, or of the messages' headers.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class RosbagReader(TopicOptions, ActionOptions):
     Args:
         src: A bag, or a folder that is searched for them.
         cameras, action: See `TopicOptions`.
-        action_at: "now": the command in force at a frame; "next": that at the next frame, which was given after this
-            one; the last frame has none then and drops out.
+        action_at: "now": the latest command at a frame; "next": that at the next frame, issued after this one; then
+            the last frame has none and is dropped.
         proprio, clock: See `TopicOptions`.
-        max_age: Seconds that a message may be old at a frame; when omitted two periods of its topic, or of the clock
-            where that is slower.
+        max_age: Maximum age (s) of a message at a frame; when omitted two periods of its topic, or of the clock if
+            that is slower.
         stamps: "received": times at which messages were recorded; "header": those in their headers.
         instruction, instruction_topic: See `TopicOptions`.
         definitions: Folder of PACKAGE/msg/TYPE.msg, for types that bags do not define.
         mode: "delta", "absolute", "velocity" or "other" (kept as it is but for the gripper).
         rotation, metres, radians, gripper, gripper_dim: See `ActionOptions`.
         pose: See `TopicOptions`.
-        pose_rotation: Its rotation; quat_xyzw, as ROS writes poses, when omitted.
-        rate_hz: Frames per second, for the manifest; the clock's median when omitted.
+        pose_rotation: Rotation of the pose; quat_xyzw, ROS's order, when omitted.
+        rate_hz: Frames per second for the manifest; the clock's median rate when omitted.
         image_orientation: See `ImageOptions`.
     """
 
@@ -165,7 +165,7 @@ class RosbagReader(TopicOptions, ActionOptions):
 
     def _paired(self, recorded: Recorded, topics: Topics) -> Paired:
         """Raises:
-        DataError: A message is too old, or no frame is left.
+        DataError: A message is too old, or no frames are left.
         """
         times = {topic: values for topic, values in recorded.times.items() if topic not in topics.spoken}
         paired = pair(times, topics.clock, self.max_age)
@@ -174,7 +174,7 @@ class RosbagReader(TopicOptions, ActionOptions):
         return paired
 
     def _shift(self, topics: Topics) -> int:
-        """Frames at the end that have no action."""
+        """Number of frames at the end that have no action."""
         return int(self.action_at == "next" and bool(topics.action))
 
     def _reference(self, path: Path, topics: Topics, recorded: Recorded, paired: Paired) -> EpisodeRef:
@@ -191,10 +191,10 @@ class RosbagReader(TopicOptions, ActionOptions):
         )
 
     def _dimensions(self, topics: Topics, recorded: Recorded) -> dict[str, Any]:
-        """What all bags must agree on, by the first message of each topic.
+        """Properties that must be equal in all bags, from the first message of each topic.
 
         Raises:
-            DataError: A field is not there, or the action is not what was declared.
+            DataError: A field is missing, or the action does not fit its declaration.
         """
         first = {topic: np.zeros(1, np.int64) for topic in topics.numeric}
         action, proprio, pose = (
@@ -215,13 +215,13 @@ class RosbagReader(TopicOptions, ActionOptions):
 
 
 def _id(src: Path, path: Path) -> str:
-    """What a bag is called: its path below `src`, without its suffix."""
+    """A bag's episode id: its path below `src`, without suffix."""
     named = path.with_suffix("") if path.suffix in rosbag_files.SUFFIXES else path
     return named.name if path == src else named.relative_to(src).as_posix()
 
 
 def _said(dropped: Counter[str], bags: int) -> list[str]:
-    """A note where frames were dropped because a topic had not spoken yet, or no more."""
+    """Notes on frames dropped because a topic had no message yet, or no recent one at the end."""
     if not dropped["bags"]:
         return []
     return [
@@ -231,13 +231,13 @@ def _said(dropped: Counter[str], bags: int) -> list[str]:
 
 
 def _instructions(recorded: Recorded, field: MessageField, times: np.ndarray) -> list[str]:
-    """The text that holds at each of `times` (T,), ns; "" before the first."""
+    """The latest text at each of `times` (T,), ns; "" before the first."""
     texts = ["", *recorded.texts(field)]
     return [texts[row + 1] for row in latest(recorded.times[field.topic], times).tolist()]
 
 
 def _frames(path: Path, topic: str, rows: np.ndarray, definitions: Path | None) -> Frames:
-    """Frame t is the topic's message `rows[t]`."""
+    """Frames of a camera: frame t is the topic's message `rows[t]`."""
 
     def frames(indices: Sequence[int]) -> Iterator[np.ndarray | bytes]:
         with open_bag(path, definitions) as bag:

@@ -1,4 +1,4 @@
-"""What holds at each frame of the camera that is the clock: the latest message of every other topic, none to come."""
+"""Pairing each frame of the clock camera with the latest earlier message of every other topic."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from stamo_dist.errors import DataError
 
-#: Periods of a topic, or of the clock where that is slower, after which its latest message is too old.
+#: Default maximum age of a message, in periods of its topic or of the clock, whichever is longer.
 PERIODS = 2.0
 
 
 @dataclass(frozen=True)
 class Paired:
-    """T frames, and which message of each topic holds at them.
+    """T frames, and the message of each topic paired with them.
 
     Attributes:
         times: int64 (T,), ns.
         rows: By topic (T,): number of the message within its topic; the clock's own too.
-        early: Frames that were dropped, as not every topic had spoken.
-        late: Frames that were dropped at the end, as a topic had fallen silent.
+        early: Frames dropped at the beginning, before every topic had a message.
+        late: Frames dropped at the end, after a topic's last message became too old.
     """
 
     times: np.ndarray
@@ -31,7 +31,7 @@ class Paired:
 
 
 def latest(times: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Number of the last of `times` (N,) that is not after each of `at` (T,); -1: there is none."""
+    """For each of `at` (T,), the index of the last of `times` (N,) at or before it; -1 if there is none."""
     return np.searchsorted(times, at, side="right") - 1
 
 
@@ -41,10 +41,10 @@ def pair(times: Mapping[str, np.ndarray], clock: str, max_age: float | None = No
     Args:
         times: By topic: int64 (N,), ns, not decreasing.
         clock: The topic whose messages are the frames.
-        max_age: Seconds that a message may be old; `PERIODS` when omitted.
+        max_age: Maximum age (s) of a message; by `PERIODS` when omitted.
 
     Raises:
-        DataError: No frame is left, or in their midst a message is too old; says which and how old.
+        DataError: No frame is left, or a message between the first and last frame is too old; says which and how old.
     """
     frames = times[clock]
     rows = {topic: latest(values, frames) for topic, values in times.items()}
@@ -67,12 +67,12 @@ def pair(times: Mapping[str, np.ndarray], clock: str, max_age: float | None = No
 
 
 def period(times: Sequence[int] | np.ndarray) -> float:
-    """Median seconds between messages; 0 where there is only one."""
+    """Median seconds between messages; 0 if there is only one."""
     return float(np.median(np.diff(times))) / 1e9 if len(times) > 1 else 0.0
 
 
 def _limit(times: Mapping[str, np.ndarray], topic: str, clock: str, max_age: float | None) -> float:
-    """Seconds; no limit for a topic that spoke once, unless it was given."""
+    """Maximum age (s) of a topic's messages; infinite for a topic with one message, unless given."""
     if max_age is not None:
         return max_age
     own = period(times[topic])
@@ -82,7 +82,7 @@ def _limit(times: Mapping[str, np.ndarray], topic: str, clock: str, max_age: flo
 def _too_old(
     times: Mapping[str, np.ndarray], topic: str, clock: str, row: np.ndarray, max_age: float | None
 ) -> np.ndarray:
-    """bool (T,): the topic's latest message is older than it may be."""
+    """bool (T,): whether the topic's latest message is too old."""
     age = (times[clock] - times[topic][np.maximum(row, 0)]) / 1e9
     return (row >= 0) & (age > _limit(times, topic, clock, max_age))
 
@@ -90,7 +90,7 @@ def _too_old(
 def _stale(
     times: Mapping[str, np.ndarray], clock: str, rows: dict[str, np.ndarray], old: dict[str, np.ndarray], at: int
 ) -> str:
-    """What to say of frame `at`, at which a message is too old."""
+    """The error message about frame `at`, at which a message is too old."""
     topic = next(topic for topic, values in old.items() if values[at])
     age = (times[clock][at] - times[topic][rows[topic][at]]) / 1e9
     frames = int(old[topic].sum())

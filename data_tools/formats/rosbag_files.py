@@ -1,7 +1,7 @@
 """Bags as files: finding and opening them, their topics, and the numbers in a message.
 
 Read by the package rosbags: ROS 1's .bag, rosbag2's folders, .mcap and .db3. ROS 1, MCAP and newer rosbag2 define their
-messages in the bag; else those of ROS 2 Humble hold, and for types of one's own a folder of .msg files.
+message types in the bag; else the types of ROS 2 Humble apply, and custom types come from a folder of .msg files.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SUFFIXES = (".bag", ".mcap", ".db3")
 METADATA = "metadata.yaml"
 STRING = "std_msgs/msg/String"
 JOINTS = "sensor_msgs/msg/JointState"
-#: Messages in messages that are no numbers of the robot's.
+#: Nested message types that hold no robot data (times, headers).
 _UNMEASURED = ("std_msgs/msg/Header", "builtin_interfaces/msg/Time", "builtin_interfaces/msg/Duration")
 
 
 @dataclass(frozen=True)
 class MessageField:
-    """A topic, and a path to numbers or a text in its messages: names, and places in lists; () is all of a message."""
+    """A topic, and a path to numbers or a text in its messages: field names, list indices; () is the whole message."""
 
     topic: str
     path: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def open_bag(path: Path, definitions: Path | None = None) -> Iterator[Any]:
             yield bag
     except DataError:
         raise
-    except Exception as e:  # storages, codecs and parsers have errors of their own
+    except Exception as e:  # storage plugins, codecs and parsers each raise their own exceptions
         said = " ".join(str(e).split()) or type(e).__name__
         raise DataError(f"{path}: not a whole bag ({said})") from e
 
@@ -118,13 +118,13 @@ def _definitions(folder: Path) -> dict[str, Any]:
 
 
 def topics(bag: Any) -> dict[str, str]:
-    """Topic → type of its messages, for topics that have some."""
+    """Topic → message type, for topics with messages."""
     return {connection.topic: connection.msgtype for connection in bag.connections if connection.msgcount}
 
 
 def check_topics(path: Path, bag: Any, wanted: Sequence[str]) -> None:
     """Raises:
-    DataError: A topic is not there, or its type is not defined.
+    DataError: A topic is missing, or its type is not defined.
     """
     there = topics(bag)
     if lost := [topic for topic in wanted if topic not in there]:
@@ -147,28 +147,28 @@ def messages(bag: Any, wanted: Sequence[str]) -> Iterator[tuple[str, int, bytes,
 
 
 def first_message(bag: Any, topic: str) -> Any:
-    """The first message of a topic that has some."""
+    """The first message of a topic, which must have messages."""
     for _, _, content, kind in messages(bag, [topic]):
         return bag.deserialize(content, kind)
     raise DataError(f"{topic} has no messages, though the bag counts some")
 
 
 def stamp(bag: Any, content: bytes, kind: str) -> int | None:
-    """The time in a message's header in ns; None: it has no header."""
+    """The time in a message's header (ns); None if it has no header."""
     fields = bag.typestore.fielddefs[kind][1]
     if not fields or fields[0][1][1] != "std_msgs/msg/Header":
         return None
-    # ROS 2: 4 bytes that say the byte order come first; ROS 1: the sequence number.
+    # Skip 4 bytes: in ROS 2 the byte-order mark, in ROS 1 the header's sequence number.
     order = "<" if not bag.is2 or content[1] & 1 else ">"
     seconds, nanoseconds = struct.unpack_from(f"{order}iI", content, 4)
     return seconds * 10**9 + nanoseconds
 
 
 def numbers(message: Any, field: MessageField) -> np.ndarray:
-    """float64 (D,): the numbers at a field, in the order of the message's definition, headers and times left out.
+    """float64 (D,): the numbers of a field, in the order of the message's definition, without headers and times.
 
     Raises:
-        DataError: There is no such field, or no number in it.
+        DataError: There is no such field, or it has no number.
     """
     found: list[float] = []
     _collect(reach(message, field), found)
@@ -178,10 +178,10 @@ def numbers(message: Any, field: MessageField) -> np.ndarray:
 
 
 def reach(message: Any, field: MessageField) -> Any:
-    """What is at a field.
+    """The value of a field.
 
     Raises:
-        DataError: Nothing is.
+        DataError: There is no such field.
     """
     value = message
     for part in field.path:
@@ -193,7 +193,7 @@ def reach(message: Any, field: MessageField) -> Any:
 
 
 def fields_of(message: Any) -> str:
-    """The fields of a message, for messages to people."""
+    """The fields of a message, for error messages."""
     return ", ".join(getattr(message, "__dataclass_fields__", {})) or "nothing"
 
 

@@ -11,7 +11,7 @@ from stamo_dist.errors import DataError
 RAW = "sensor_msgs/msg/Image"
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
 TYPES = (RAW, COMPRESSED)
-#: Encoding → bytes of a pixel, and which of them are red, green and blue.
+#: Encoding → bytes per pixel, and the indices of red, green and blue.
 ENCODINGS = {
     "rgb8": (3, (0, 1, 2)),
     "8UC3": (3, (2, 1, 0)),
@@ -23,12 +23,12 @@ ENCODINGS = {
     "8UC1": (1, (0, 0, 0)),
 }
 DEPTH = ("16UC1", "mono16", "32FC1", "64FC1")
-#: What encoded pictures that are read begin with: JPEG, PNG.
+#: First bytes of the supported encoded images: JPEG, PNG.
 _BEGIN = (b"\xff\xd8", b"\x89PNG")
 
 
 def image_fault(message: Any) -> str | None:
-    """Why a topic is no camera, by its first message."""
+    """Why a topic cannot be used as a camera, judged by its first message; None if it can."""
     if message.__msgtype__ == RAW:
         if message.encoding in ENCODINGS:
             return None
@@ -40,10 +40,10 @@ def image_fault(message: Any) -> str | None:
 
 
 def picture(message: Any) -> np.ndarray | bytes:
-    """uint8 (H, W, 3), or the JPEG or PNG as it is.
+    """uint8 (H, W, 3), or the JPEG or PNG bytes unchanged.
 
     Raises:
-        DataError: It is encoded otherwise, or its bytes are too few.
+        DataError: The encoding is not supported, or bytes are missing.
     """
     if message.__msgtype__ == COMPRESSED:
         content = bytes(message.data)

@@ -1,4 +1,4 @@
-"""Which topics of a bag are what, and what was recorded of them."""
+"""Assigning roles to a bag's topics, and reading their messages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from data_tools.formats.rosbag_files import JOINTS, STRING, MessageField, parse_
 from data_tools.formats.rosbag_images import TYPES, image_fault
 from stamo_dist.errors import DataError
 
-#: What image_transport calls the JPEGs of a topic of pictures.
+#: Suffix that image_transport gives to the JPEG version of an image topic.
 TWIN = "/compressed"
-#: Messages of each topic that a scan looks at.
+#: Messages of each topic that a scan reads.
 HEADS = 100
 
 
 @dataclass(kw_only=True)
 class TopicOptions:
-    """What topics are.
+    """Options that assign roles to topics.
 
     Args:
         cameras: Topics of pictures, or their names (/cam/image is cam_image); all that are RGB or grey when omitted.
@@ -32,15 +32,15 @@ class TopicOptions:
         proprio: FIELDs of the proprioception; the joint positions when omitted, where one topic has them; "none" for
             none.
         clock: The camera whose messages are the frames; the first one when omitted.
-        instruction: What the robot is to do, where no topic says it.
-        instruction_topic: FIELD of a text that says it; it holds from its message on.
+        instruction: The instruction, if no topic has it.
+        instruction_topic: FIELD of a text with the instruction, valid from its message on.
         pose: FIELDs whose numbers, side by side, begin with the end effector's position and rotation; for absolute
             actions.
     """
 
     cameras: Sequence[str] | None = None
     action: Sequence[str] = ()
-    proprio: Sequence[str] = ()  # not None, so that "none" can be said
+    proprio: Sequence[str] = ()  # default () instead of None, so that "none" is a value
     pose: Sequence[str] = ()
     clock: str | None = None
     instruction: str | None = None
@@ -49,7 +49,7 @@ class TopicOptions:
 
 @dataclass(frozen=True)
 class Topics:
-    """What topics are: cameras by name, which of them is the clock, and fields of numbers and of a text."""
+    """The roles of topics: cameras by name, the camera used as clock, and fields with numbers and with a text."""
 
     cameras: Mapping[str, str]
     clock: str
@@ -65,15 +65,15 @@ class Topics:
 
     @property
     def spoken(self) -> list[str]:
-        """The topic with the text, if there is one."""
+        """The topic of the instruction, if there is one."""
         return [self.text.topic] if self.text else []
 
 
 def resolve_topics(path: Path, bag: Any, asked: TopicOptions, notes: list[str]) -> Topics:
-    """Which topics of a bag are what; what was left out goes to `notes`.
+    """Assign roles to a bag's topics; those left out are reported in `notes`.
 
     Raises:
-        DataError: One that was asked for is not there, or no topic has pictures.
+        DataError: A requested topic is missing, or no topic has images.
     """
     there = rosbag_files.topics(bag)
     cameras = _cameras(path, bag, asked, there, notes)
@@ -110,12 +110,12 @@ def resolve_topics(path: Path, bag: Any, asked: TopicOptions, notes: list[str]) 
 
 
 def camera_name(topic: str) -> str:
-    """What a camera is called: the topic with _ for /."""
+    """A camera's name: the topic with _ for /."""
     return topic.strip("/").replace("/", "_")
 
 
 def _named(camera: str, cameras: Mapping[str, str]) -> str:
-    """The name of a camera that is given by name or topic."""
+    """The name of a camera given by name or topic."""
     return camera if camera in cameras else camera_name(camera)
 
 
@@ -143,16 +143,16 @@ def _cameras(path: Path, bag: Any, asked: TopicOptions, there: Mapping[str, str]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a bag holds of the topics: times by topic, int64 (N,) in ns, and the messages of those without pictures."""
+    """A bag's messages: times by topic, int64 (N,) in ns, and the content of topics that are not cameras."""
 
     times: dict[str, np.ndarray]
     contents: dict[str, list[Any]]
 
     def numbers(self, fields: Sequence[MessageField], rows: Mapping[str, np.ndarray], length: int) -> np.ndarray:
-        """(T, D): the numbers of these fields, side by side, of the messages `rows` (T,) of each topic.
+        """(T, D): the concatenated numbers of these fields in the messages `rows` (T,) of each topic.
 
         Raises:
-            DataError: A field is not there, or has not always as many numbers.
+            DataError: A field is missing, or its number of values changes.
         """
         parts = [self._column(field, rows[field.topic]) for field in fields]
         return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
@@ -170,7 +170,7 @@ class Recorded:
         """The texts of all messages.
 
         Raises:
-            DataError: There is no such field, or it is no text.
+            DataError: There is no such field, or it is not a string.
         """
         found = [rosbag_files.reach(message, field) for message in self.contents[field.topic]]
         if wrong := [text for text in found if not isinstance(text, str)]:
@@ -180,7 +180,7 @@ class Recorded:
 
 def _check_joints(topic: str, messages: Sequence[Any]) -> None:
     """Raises:
-    DataError: Messages name other joints than the first one does.
+    DataError: A message names other joints than the first one.
     """
     names = [list(getattr(message, "name", ())) for message in messages]
     if other := next((found for found in names if found != names[0]), None):
@@ -191,10 +191,10 @@ def _check_joints(topic: str, messages: Sequence[Any]) -> None:
 
 
 def record(bag: Any, topics: Topics, stamps: str, heads: bool = False) -> Recorded:
-    """Times of all topics, and the messages of those that are no cameras; with `heads` only the first few.
+    """Times of all topics, and the messages of topics that are not cameras; with `heads` only the first few.
 
     Raises:
-        DataError: Header's times were asked for and a topic has none, or they go back.
+        DataError: Header times are requested and a topic has none, or they decrease.
     """
     cameras = set(topics.cameras.values())
     times: dict[str, list[int]] = defaultdict(list)

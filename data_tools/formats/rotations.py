@@ -1,4 +1,4 @@
-"""Rotations as datasets write them: rotation vectors and Euler angles about the fixed axes x, y, z in rad,
+"""Reading the rotation formats of datasets: rotation vectors and Euler angles about the fixed axes x, y, z in rad,
 quaternions; rot6d: the first two rows of the matrix, as PyTorch3D and robomimic store them.
 """
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation as Turns
 
 Rotation = Literal["rotvec", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"]
-#: Numbers of each.
+#: Number of values of each format.
 ROTATION_SIZE = {"rotvec": 3, "euler_xyz": 3, "quat_xyzw": 4, "quat_wxyz": 4, "rot6d": 6}
 
 
@@ -20,7 +20,7 @@ def read_rotations(values: np.ndarray, kind: Rotation, radians: float = 1.0) -> 
     """T rotations from (T, ROTATION_SIZE[kind]) numbers; `radians` is one unit of rotvec and euler_xyz.
 
     Raises:
-        ValueError: They are no rotations.
+        ValueError: The numbers are not valid rotations.
     """
     from scipy.spatial.transform import Rotation as Turns
 
@@ -39,7 +39,7 @@ def pose_vectors(values: np.ndarray, rotation: Rotation) -> np.ndarray:
     """(T, ≥ 6) position in m and rotation, then anything else → (T, 6) position and rotation vector in rad.
 
     Raises:
-        ValueError: The numbers are no rotations.
+        ValueError: The numbers are not valid rotations.
     """
     turned = values[:, 3 : 3 + ROTATION_SIZE[rotation]].astype(np.float64)
     return np.concatenate([values[:, :3], read_rotations(turned, rotation).as_rotvec()], axis=1)

@@ -1,7 +1,7 @@
-"""What a format's Reader tells the driver: which episodes there are, and what one episode holds.
+"""The interface between a format's Reader and the driver: which episodes exist, and the content of one episode.
 
-A Reader gives the dataset's own moments and numbers. What all formats need (another rate, another size, one action
-convention, no-ops dropped, a split) is the driver's.
+A Reader returns the dataset's own timesteps and numbers. The driver does what all formats need: resampling, resizing,
+one action convention, dropping no-ops, splitting.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from stamo_dist.errors import DataError
 _LFS = b"version https://git-lfs"
 
 #: Given increasing frame numbers of an episode, these frames in order: upright RGB (H, W, 3) uint8, or an encoded image
-#: (JPEG, PNG, …) as bytes, which must be upright too. It decodes what it is asked for, lazily.
+#: (JPEG, PNG, …) as bytes, which must be upright too. Only the requested frames are decoded, lazily.
 Frames = Callable[[Sequence[int]], Iterable[np.ndarray | bytes]]
 
 
-#: Rows read at once, at least: a compressed chunk often holds several, and would be unpacked again for each.
+#: Minimum rows per read: a compressed chunk often holds several and would be decompressed for each.
 RUN = 32
 
 
@@ -37,23 +37,23 @@ class ActionSpec:
     """
 
     dim: int
-    text: str  # for people, e.g. "OSC_POSE delta, 1 = 5 cm or 0.5 rad, gripper -1 open +1 close"
+    text: str  # description, e.g. "OSC_POSE delta, 1 = 5 cm or 0.5 rad, gripper -1 open +1 close"
     mode: Literal["delta", "absolute", "velocity", "other"]
     translation: tuple[int, ...] = ()  # dimensions of x, y, z
     metres: float = 1.0  # metres (or metres per second) of one unit
     rotation: tuple[int, ...] = ()  # dimensions of the rotation
     rotation_kind: Rotation = "rotvec"
     radians: float = 1.0  # radians of one unit, for rotvec and euler_xyz
-    euler_added: bool = False  # a delta's euler_xyz is to be added to the pose's angles, as CALVIN's
+    euler_added: bool = False  # a delta's euler_xyz is added to the pose's Euler angles, as in CALVIN
     gripper: int | None = None  # dimension of the gripper command
     gripper_open: float = 1.0  # its value when open
     gripper_closed: float = 0.0
-    unstated: str = ""  # how to say what it is, where "other" was not said but for want of a word: it may be deltas
+    unstated: str = ""  # how the user can declare it, if "other" is only a default: the actions may be deltas
 
 
 @dataclass(frozen=True)
 class EpisodeRef:
-    """Where one episode is, and what it is about."""
+    """Location and metadata of one episode."""
 
     id: str  # unique in the source, stable
     file: str  # relative to the source
@@ -61,20 +61,20 @@ class EpisodeRef:
     length: int  # frames; may be an estimate, the same on every scan
     task: str = ""
     instruction: str = ""
-    split: str = ""  # the dataset's own split, where it has one
+    split: str = ""  # the dataset's own split, if it has one
     meta: Mapping[str, Any] = field(default_factory=dict)  # JSON; kept in the episode table
-    private: Mapping[str, Any] = field(default_factory=dict)  # the reader's own notes; not kept
-    told: bool = False  # the user gave the instruction, which then holds throughout
+    private: Mapping[str, Any] = field(default_factory=dict)  # for the reader's own use; not stored
+    told: bool = False  # the user gave the instruction, which then applies to all frames
 
 
 @dataclass(frozen=True)
 class Film:
-    """The video that a camera's frames are in, and when: for a second look that shares nothing with `frames`.
+    """The video of a camera's frames and their times, for checking frames by a second, independent decoder.
 
     Attributes:
         path: The file.
-        seconds: float64 (T,); when each frame is shown, since the file begins to play.
-        orientation: How pictures are stored, where not upright.
+        seconds: float64 (T,); time of each frame since the start of playback.
+        orientation: How images are stored, if not upright.
     """
 
     path: Path
@@ -84,16 +84,16 @@ class Film:
 
 @dataclass(frozen=True)
 class EpisodeData:
-    """One episode of T moments as the dataset has it.
+    """One episode of T timesteps as stored in the dataset.
 
     Attributes:
         frames: By camera.
         times: float64 (T,), seconds, increasing; when each frame was taken.
-        actions: (T, A) in the dataset's own convention; actions[t] is taken at frame t. A = 0: has none.
+        actions: (T, A) in the dataset's own convention; actions[t] is taken at frame t. A = 0: no actions.
         proprio: (T, P).
         pose: (T, 6) end-effector position in m and rotation vector in rad, needed to turn absolute actions into deltas.
-        instructions: Each frame's own, T of them, where they change within the episode; None: the episode's throughout.
-        films: By camera, where frames are in videos.
+        instructions: T instructions, one per frame, if they change within the episode; None: the episode's.
+        films: By camera, if frames are stored in videos.
     """
 
     frames: Mapping[str, Frames]
@@ -107,29 +107,29 @@ class EpisodeData:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds.
+    """The content of a source.
 
-    `bad` lists the episodes that cannot be used, as "EPISODE: reason"; `notes` says, a line each, what was guessed,
-    left out or not found, for the screen and the manifest.
+    `bad` lists the episodes that cannot be used, as "EPISODE: reason"; `notes` lists, one line each, what was guessed,
+    left out or not found, for the terminal and the manifest.
     """
 
     episodes: list[EpisodeRef]
-    files: list[Path]  # what the fingerprint is made of
+    files: list[Path]  # files whose names, sizes and times make the fingerprint
     cameras: list[str]
     rate_hz: float  # nominal frames per second
     action: ActionSpec | None
     proprio_dim: int
-    options: dict[str, Any]  # what the reader settled on, for the manifest
+    options: dict[str, Any]  # the resolved options, for the manifest
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    frame_size: tuple[int, int] | None = None  # (H, W) of the first camera's frames, where the files say
+    frame_size: tuple[int, int] | None = None  # (H, W) of the first camera's frames, if known
 
 
 class SourceReader(Protocol):
     """One source format. Pickled into the converter's processes, so open files lazily.
 
-    A format is a dataclass of `src` and its own options, each with a default; its docstring's Args say what they mean,
-    in the order in which they are shown, or in which base class it stands (`NAME, NAME: See `BASE`.`).
+    A format is a dataclass of `src` and its own options, each with a default. The Args section of its docstring
+    explains them in display order, or refers to a base class (`NAME, NAME: See `BASE`.`).
     """
 
     def scan(self) -> Scan:
@@ -143,12 +143,12 @@ class SourceReader(Protocol):
         """Read one episode.
 
         Raises:
-            DataError: This episode cannot be read; says why, without its id. Also while iterating over frames.
+            DataError: This episode cannot be read; gives the reason without the id. Also while iterating over frames.
         """
 
 
 def pick(frames: np.ndarray) -> Frames:
-    """Frames that are in memory already, (T, H, W, 3)."""
+    """Frames of an array in memory, (T, H, W, 3)."""
     return lambda indices: (frames[i] for i in indices)
 
 
@@ -165,13 +165,13 @@ def in_runs(rows: Any, indices: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def columns(arrays: Any, keys: Sequence[str], length: int, start: int = 0) -> np.ndarray:
-    """Rows of stored arrays (HDF5, zarr) from `start` on, side by side, (length, D); D = 0 without keys."""
+    """Rows of stored arrays (HDF5, zarr) from `start` on, concatenated, (length, D); D = 0 without keys."""
     parts = [np.asarray(arrays[key][start : start + length]).reshape(length, -1) for key in keys]
     return np.concatenate(parts, axis=1) if parts else np.zeros((length, 0), np.float32)
 
 
 def chosen(asked: Sequence[str], usual: Sequence[str], there: Container[str]) -> list[str]:
-    """The keys of an option: as asked ("none": none), else those of the usual ones that are there."""
+    """The keys of an option: as given ("none": none), else the usual keys that exist."""
     keys = [asked] if isinstance(asked, str) else list(asked or ())
     if not keys:
         return [key for key in usual if key in there]
@@ -179,7 +179,7 @@ def chosen(asked: Sequence[str], usual: Sequence[str], there: Container[str]) ->
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """Files below a folder, sorted, hidden ones left out; each folder once, linked ones too, by its own path if it can.
+    """Files below a folder, sorted, without hidden ones; a linked folder is visited once, by its real path if possible.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -187,7 +187,7 @@ def walk(root: Path) -> Iterator[Path]:
     seen: set[str] = set()
     found: list[Path] = []
     todo = [str(root)]
-    while todo:  # links come after the folders that are there in their own right
+    while todo:  # links come after real folders
         for folder, folders, files in os.walk(todo.pop(0), onerror=_cannot_list):
             real = os.path.realpath(folder)
             if real in seen:
@@ -201,13 +201,13 @@ def walk(root: Path) -> Iterator[Path]:
 
 
 def _cannot_list(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # a folder that is not there has no files
+    if not isinstance(error, FileNotFoundError):  # a missing folder has no files
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror or error}") from error
 
 
 def check_lfs(path: Path) -> None:
     """Raises:
-    DataError: The file is only Git LFS's pointer to it, or cannot be read.
+    DataError: The file is a Git LFS pointer, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -220,7 +220,7 @@ def check_lfs(path: Path) -> None:
 
 def check_there(path: Path) -> None:
     """Raises:
-    DataError: The file is a link to nothing, or only Git LFS's pointer.
+    DataError: The file is a broken link or a Git LFS pointer.
     """
     if not path.exists():
         raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there; bring it back or remove the link")
@@ -231,7 +231,7 @@ def find_files(src: Path, suffixes: Sequence[str]) -> list[Path]:
     """`src` itself if it is a file, else the files below it with one of these suffixes, as `walk` finds them.
 
     Raises:
-        DataError: There is none, one is a Git LFS pointer or a link to nothing, or a folder cannot be listed.
+        DataError: There is none, one is a Git LFS pointer or a broken link, or a folder cannot be listed.
     """
     if not src.is_file() and not src.is_dir():
         raise DataError(f"{src}: no such file or folder")

@@ -1,4 +1,4 @@
-"""What a TFDS folder says of itself: dataset_info.json (splits, files) and features.json (names, shapes, types)."""
+"""Reading the metadata of a TFDS folder: dataset_info.json (splits, files) and features.json (names, shapes, types)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 VAL_NAMES = ("val", "valid", "validation")
 
 
-#: A split says of no shard that it has more episodes.
+#: Upper bound on the stated number of episodes of a shard.
 LONGEST_SHARD = 1_000_000
-#: A shorter row of numbers is no text.
+#: A shorter row of numbers is not taken for text.
 CHARACTERS = 16
 
 
@@ -39,7 +39,7 @@ class TfdsFeature:
         shape: Of one element; -1 where unknown.
         dtype: As declared; floats of any width are stored as float32.
         encoding: Of an image "png", "jpeg" or "" (either); of a tensor "none", "bytes" or "zlib".
-        depth: Sequences around it; the steps of an episode are one.
+        depth: Number of enclosing sequences; the steps of an episode are one.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class TfdsFeature:
 
     @property
     def is_text(self) -> bool:
-        """A string, or its characters as numbers."""
+        """A string, or an array of character codes."""
         characters = self.dtype in ("int32", "int64", "uint8") and len(self.shape) == 1 and self.size >= CHARACTERS
         return self.kind == "text" or (self.kind == "tensor" and (self.dtype in ("string", "object") or characters))
 
@@ -74,7 +74,7 @@ class Shard:
     split: str
     number: int  # within the split
     path: Path
-    episodes: int | None  # as dataset_info.json says
+    episodes: int | None  # as stated in dataset_info.json
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def open_dataset(src: Path) -> Dataset:
     """Read a folder that holds dataset_info.json, or one above it.
 
     Raises:
-        DataError: There is none, more than one, or it cannot be understood.
+        DataError: There is none, more than one, or it has an unknown form.
     """
     if not src.is_dir():
         raise DataError(f"{src}: no such folder; give a TFDS folder, NAME/VERSION, with {INFO}")
@@ -130,7 +130,7 @@ def open_dataset(src: Path) -> Dataset:
 
 
 def _shards(folder: Path, name: str, info: Mapping[str, Any]) -> Iterator[Shard]:
-    """The files of every split, in stored order; an older dataset_info.json without splits: what lies there."""
+    """The files of every split, in stored order; for an older dataset_info.json without splits, the existing files."""
     splits = list_at(info, "splits", f"{folder / INFO}")
     names: set[str] = set()
     for place, split in enumerate(splits):
@@ -172,7 +172,7 @@ def _leaves(node: Any, name: str, depth: int) -> Iterator[tuple[str, TfdsFeature
     """The leaves below a node of features.json, by name.
 
     Raises:
-        DataError: This is no feature; without the file's name.
+        DataError: This is not a feature; the message lacks the file's name.
     """
     if not isinstance(node, dict):
         raise DataError(f"{name or 'the whole'}: {node!r:.80} is no feature")
@@ -212,10 +212,10 @@ def _shape(node: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def count_steps(fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], steps: Mapping[str, TfdsFeature]) -> int:
-    """Steps of an episode, counted on its cheapest feature.
+    """Number of steps of an episode, counted on the feature that is cheapest to read.
 
     Raises:
-        DataError: No feature of a known size.
+        DataError: No feature has a known size.
     """
     counted = [k for k, f in steps.items() if f.kind == "tensor" and f.encoding == "none" and f.size > 0]
     for key in sorted(counted, key=lambda k: (steps[k].size, steps[k].dtype != "bool", k)):
@@ -270,14 +270,14 @@ def _fetch(data: bytes) -> tfrecord.Fetch:
 
 
 def read_features(data: bytes) -> dict[str, tfrecord.Values]:
-    """Where the features of an episode lie in its record."""
+    """Positions of an episode's features in its record."""
     return tfrecord.features(_fetch(data), 0, len(data))
 
 
 def read_texts(
     fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], key: str, feature: TfdsFeature, first: bool = False
 ) -> list[str]:
-    """The texts of a feature by its full name, stripped: one a step, or one for the episode; none where it is missing.
+    """The texts of a feature by its full name, stripped: one per step, or one for the episode; [] if it is missing.
 
     Characters may be stored as numbers, padded with zeros. With `first` only the first one is read, if it is a string.
     """
@@ -298,7 +298,7 @@ def read_texts(
 def read_metadata(
     fetch: tfrecord.Fetch, found: Mapping[str, tfrecord.Values], leaves: Mapping[str, TfdsFeature]
 ) -> dict[str, Any]:
-    """The scalars and texts beside the steps (`episode_metadata/…`), as JSON."""
+    """The scalars and texts outside the steps (`episode_metadata/…`), as JSON values."""
     meta: dict[str, Any] = {}
     for key, feature in leaves.items():
         values = found.get(key)

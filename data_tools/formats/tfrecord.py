@@ -1,6 +1,6 @@
 """TFRecord files of tf.train.Example, without TensorFlow.
 
-A TFRecord file is a row of records: length (uint64), masked CRC-32C of the length, content, masked CRC-32C of the
+A TFRecord file is a sequence of records: length (uint64), masked CRC-32C of the length, content, masked CRC-32C of the
 content (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The content here is the
 protobuf tf.train.Example, a map of names to lists of bytes, float32 or int64
 (tensorflow/core/example/{example,feature}.proto), read from its wire format (https://protobuf.dev/programming-guides/encoding).
@@ -18,20 +18,20 @@ import numpy as np
 
 from stamo_dist.errors import DataError
 
-#: (start, stop) → these bytes, fewer at the end.
+#: (start, stop) → the bytes in this range, fewer at the end of the file.
 Fetch = Callable[[int, int], bytes]
 
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-#: Longest name of a feature; a longer one is garbage.
+#: Longest accepted feature name; a longer one means a corrupt record.
 _LONGEST_NAME = 1 << 12
 _LONGEST_VARINT = 10
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's content lies in its file."""
+    """Position of a record's content in its file."""
 
     number: int  # from 0
     offset: int
@@ -40,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Values:
-    """Where one feature's list lies; `kind` is "bytes", "float", "int64" or "" (an empty feature)."""
+    """Position of one feature's list; `kind` is "bytes", "float", "int64" or "" (an empty feature)."""
 
     kind: str
     start: int
@@ -56,7 +56,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def scan_records(path: Path) -> tuple[list[Record], str]:
-    """Find the records by their headers alone, and say why the rest of the file cannot be used ("" if it can).
+    """The records, found by their headers alone, and why the rest of the file cannot be used ("" if it can).
 
     Raises:
         DataError: The file cannot be opened.
@@ -90,7 +90,7 @@ def _scan(file: int, size: int) -> tuple[list[Record], str]:
 
 
 def read_record(path: Path, record: Record) -> bytes:
-    """A record's content, its checksum verified.
+    """A record's content, after verifying its checksum.
 
     Raises:
         DataError: It cannot be read, is truncated or corrupt.
@@ -123,7 +123,7 @@ def window(file: int, size: int = 1 << 14) -> Fetch:
 
 
 def features(fetch: Fetch, start: int, stop: int) -> dict[str, Values]:
-    """Where each feature of the tf.train.Example in bytes [start, stop) lies; the values themselves are skipped.
+    """Positions of the features of the tf.train.Example in bytes [start, stop), without reading their values.
 
     Raises:
         DataError: Not a tf.train.Example.
@@ -175,7 +175,7 @@ def _messages(fetch: Fetch, start: int, stop: int) -> Iterator[tuple[int, int, i
 
 
 def _varint(head: bytes, at: int) -> tuple[int, int]:
-    """A number at `at`, and where it ends."""
+    """The varint at `at`, and the position after it."""
     value = shift = 0
     for byte in head[at : at + _LONGEST_VARINT]:
         at += 1
@@ -226,7 +226,7 @@ def _expect(kind: str, values: Values) -> None:
 
 
 def _unpacked(data: bytes, kind: str) -> np.ndarray:
-    """Values written one by one, each behind a tag of one byte."""
+    """The values of an unpacked repeated field, each after a tag of one byte."""
     if kind == "float":
         return np.frombuffer(data, np.dtype([("tag", "u1"), ("value", "<f4")]))["value"].copy()
     tagged = _varints(data)  # a tag is a varint too: tag, value, tag, value, …

@@ -19,9 +19,9 @@ from data_tools.formats.video_segments import Segment, once, read_labels, read_t
 from stamo_dist.errors import DataError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
-#: Suffixes of moving pictures that are not read.
+#: Suffixes of videos that are not read.
 OTHERS = (".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob", ".gif", ".apng")
-#: Seconds by which a segment may exceed its video; it is cut there.
+#: A segment may exceed its video by this many seconds and is then cut.
 END_TOLERANCE = 0.5
 
 
@@ -29,14 +29,14 @@ END_TOLERANCE = 0.5
 class VideoReader:
     """Reads a video file, or all .mp4, .webm, .mkv, .avi and .mov below a folder.
 
-    Each video is one episode, or each of its segments is. Everything goes by timestamps, so variable and mixed frame
-    rates are fine; the rate of the source is the median over its videos' average rates. There are no actions and no
-    proprio.
+    Each video is one episode, or each of its segments is. Frames are selected by timestamps, so variable and mixed
+    frame rates are supported; the rate of the source is the median over its videos' average rates. There are no
+    actions and no proprio.
 
     Args:
         src: File or folder.
         segments: Table(s) of segments, CSV or JSON: video, start, end (seconds or HH:MM:SS.mmm), text, and optionally
-            id and split; every row must fit. With a preset, its annotation files where they are not below `src`.
+            id and split; every row must fit its video. With a preset, its annotation files if they are not below `src`.
         labels: JSON with one instruction a video: {VIDEO: text} or a list of {video, text}.
         preset: ssv2, epic, egoexo4d, ego4d or egodex; see data_tools/formats/video_presets.py for their layouts.
         cameras: The one camera's name, "video" when omitted. egoexo4d: "ego" (when omitted), "exo", or a cam_id.
@@ -54,7 +54,7 @@ class VideoReader:
 
     def scan(self) -> Scan:
         self._check_options()
-        shelf = _Shelf(self.root, find_files(self.src, SUFFIXES))
+        shelf = _VideoIndex(self.root, find_files(self.src, SUFFIXES))
         listing = self._listing(shelf)
         if not listing.segments:
             raise DataError(f"{', '.join(map(str, listing.files)) or self.src}: no segments in it")
@@ -136,7 +136,7 @@ class VideoReader:
         if problems:
             raise DataError("\n".join(problems))
 
-    def _listing(self, shelf: _Shelf) -> Listing:
+    def _listing(self, shelf: _VideoIndex) -> Listing:
         tables = [Path(path) for path in self.segments or ()]
         camera = self.cameras[0] if self.cameras else ""
         if self.preset is not None:
@@ -154,7 +154,7 @@ class VideoReader:
         labelled = [replace(s, text=s.text or texts.get(shelf.find(s.video)[0], "")) for s in segments]
         return Listing(labelled, [*tables, self.labels], camera or "video")
 
-    def _labels(self, path: Path, shelf: _Shelf) -> dict[Path | None, str]:
+    def _labels(self, path: Path, shelf: _VideoIndex) -> dict[Path | None, str]:
         found = {name: (shelf.find(name), text) for name, text in read_labels(path).items()}
         if faults := [f"  - {fault}" for ((_, fault), _) in found.values() if fault]:
             raise DataError("\n".join([f"{path}: labels of {len(faults)} unknown videos:", *faults]))
@@ -179,7 +179,7 @@ class VideoReader:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a video that is there."""
+    """A segment of an existing video."""
 
     path: Path
     start: float | None  # None: the video's beginning
@@ -189,16 +189,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Place:
-    """What became of a segment."""
+    """The result of locating a segment."""
 
     part: _Part | None = None
-    fault: str = ""  # why there is none
+    fault: str = ""  # why there is no part
     absent: bool = False  # because its video is not there
     broken: bool = False  # because its video is broken
 
 
-class _Shelf:
-    """The videos that are there, by the names that annotations use: path or name, with or without suffix."""
+class _VideoIndex:
+    """The existing videos by the names that annotations use: path or name, with or without suffix."""
 
     def __init__(self, root: Path, videos: Sequence[Path]):
         self.root = root
@@ -212,27 +212,27 @@ class _Shelf:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Least, median and greatest average rate of the videos that were looked at, in Hz."""
+        """Minimum, median and maximum average rate (Hz) of the probed videos."""
         rates = [info.rate_hz for info in self._infos.values() if isinstance(info, VideoInfo)] or [0.0]
         return round(min(rates), 3), round(float(np.median(rates)), 3), round(max(rates), 3)
 
     @property
     def hdr(self) -> dict[str, str]:
-        """Of each whole video that was looked at, by name: "PQ", "HLG", or "" for the usual range."""
+        """For each intact probed video, by name: "PQ", "HLG", or "" for standard dynamic range."""
         return {self.name(path): info.hdr for path, info in self._infos.items() if isinstance(info, VideoInfo)}
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
     def find(self, name: str) -> tuple[Path | None, str]:
-        """The video that an annotation calls so, or why there is none."""
+        """The video of this name in an annotation, or why there is none."""
         paths = self._by_name.get(name, [])
         if len(paths) > 1:
             return None, f"{name} may be any of {', '.join(map(self.name, paths[:5]))}; give its path"
         return (paths[0], "") if paths else (None, f"{name}: no such video in this folder")
 
     def place(self, segment: Segment, strict: bool) -> _Place:
-        """Where not `strict`, a segment that exceeds its video is cut at the video's end."""
+        """Locate a segment; unless `strict`, one that exceeds its video is cut at the video's end."""
         path, fault = (None, segment.fault) if segment.fault else self.find(segment.video)
         if path is None:
             return _Place(fault=fault, absent=not segment.fault and segment.video not in self._by_name)
@@ -255,7 +255,7 @@ class _Shelf:
 
 
 def _absent(segments: Sequence[Segment]) -> list[str]:
-    """A note on the segments whose video is not there."""
+    """A note on the segments whose video is missing."""
     if not segments:
         return []
     return [f"left out: {len(segments)} annotated segments whose video is not there: {_few(segments)}"]
@@ -267,7 +267,7 @@ def _few(segments: Sequence[Segment], shown: int = 3) -> str:
 
 
 def _check_rows(placed: Sequence[tuple[Segment, _Place]]) -> None:
-    """Raises DataError with all segments that do not fit the videos; a broken video is no fault of theirs."""
+    """Raises DataError with all segments that do not fit their videos; segments of broken videos are not included."""
     faults = [f"  - {s.where}: {at.fault}" for s, at in placed if at.fault and not at.broken]
     if faults:
         raise DataError("\n".join([f"{len(faults)} of {len(placed)} segments cannot be used:", *faults]))

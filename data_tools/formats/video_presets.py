@@ -1,7 +1,7 @@
 """How public human-video datasets lay out their videos and annotations.
 
-A preset finds the annotations below SRC (or takes those given) and lists the segments. People download parts of these
-datasets, so an annotation whose video is not there is left out and counted, not an error.
+A preset finds the annotations below SRC (or takes those given) and lists the segments. Often only parts of these
+datasets are downloaded, so an annotation whose video is missing is left out and counted, not an error.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _MISSING = "{}: no {} below it; say where it is with segments=FILE"
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave a preset."""
+    """The user's options for a preset."""
 
     src: Path
     videos: Sequence[Path]  # below src
-    annotations: Sequence[Path]  # found by the preset where empty
+    annotations: Sequence[Path]  # found by the preset if empty
     camera: str  # "" for the preset's own
-    window: float  # seconds around a moment
+    window: float  # seconds around a single timestamp
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a preset found."""
+    """The segments that a preset found."""
 
     segments: list[Segment]
     files: list[Path]  # annotations
@@ -98,7 +98,7 @@ _GAP = r"\[[^\]]*\]"
 
 
 def _filled(template: str, placeholders: list[str]) -> str:
-    """A template such as "Putting [something] on [something]" with its placeholders, in order."""
+    """Fill a template such as "Putting [something] on [something]" with its placeholders, in order."""
     fillers = iter(placeholders)
     return re.sub(_GAP, lambda match: next(fillers, match[0][1:-1]), template)
 
@@ -106,7 +106,7 @@ def _filled(template: str, placeholders: list[str]) -> str:
 def epic(given: Given) -> Listing:
     """EPIC-KITCHENS-100: PARTICIPANT/videos/VIDEO_ID.MP4, and EPIC_100_{train,validation}.csv.
 
-    Its frame numbers belong to one extraction at mixed rates (29.97 to 90 Hz); only the timestamps are used.
+    Its frame numbers refer to an extraction at mixed rates (29.97 to 90 Hz); only the timestamps are used.
     """
     tables = list(given.annotations) or _found(given.src, ("EPIC_100_train.csv", "EPIC_100_validation.csv"))
     if not tables:
@@ -122,7 +122,7 @@ def _verb_noun(meta: Mapping[str, Any]) -> str:
 def egodex(given: Given) -> Listing:
     """EgoDex: PART/TASK/I.mp4 with I.hdf5 beside it, whose attributes describe the task.
 
-    llm_description holds; for a reversible task (llm_type) which_llm_description says whether it or llm_description2.
+    llm_description is taken; for a reversible task (llm_type), which_llm_description selects it or llm_description2.
     """
     return Listing([_egodex_segment(path, given.src) for path in given.videos if path.suffix.lower() == ".mp4"], [])
 
@@ -163,8 +163,8 @@ def egoexo4d(given: Given) -> Listing:
     """Ego-Exo4D: takes.json, and takes/TAKE/frame_aligned_videos/CAMERA.mp4 (or downscaled/448/CAMERA.mp4 below it).
 
     Camera "ego" is the Aria glasses' RGB stream (aria*_214-1), "exo" the take's best_exo or else its first other
-    camera, and a cam_id such as cam02 that camera. A take is one episode, described by its task; given annotations
-    keystep_*.json its steps are, given atomic_descriptions_*.json `window` seconds around each description are.
+    camera, and a cam_id such as cam02 that camera. A take is one episode, described by its task. With annotations
+    keystep_*.json each step is an episode; with atomic_descriptions_*.json, `window` seconds around each description.
     """
     takes = next((p for p in (given.src / "takes.json", given.src / "metadata" / "takes.json") if p.is_file()), None)
     if takes is None:
@@ -203,7 +203,7 @@ def egoexo4d(given: Given) -> Listing:
 
 
 def _take_video(take: Mapping[str, Any], name: str, camera: str, there: set[str], where: str) -> str:
-    """The take's video of this camera, relative to SRC; the downscaled one where only that was downloaded."""
+    """The take's video of this camera, relative to SRC; the downscaled one if only that exists."""
     at = f"{where}, frame_aligned_videos"
     cameras = object_at(take, "frame_aligned_videos", where)
     streams = {
@@ -225,7 +225,7 @@ def _take_video(take: Mapping[str, Any], name: str, camera: str, there: set[str]
 
 
 def _take_moments(about: Any, camera: str, where: str) -> Iterator[Mapping[str, Any]]:
-    """Steps or descriptions of a take; of several annotators, the first whose work was accepted."""
+    """Steps or descriptions of a take; for several annotators, those of the first that was not rejected."""
     if isinstance(about, Mapping):
         for n, segment in enumerate(a_list(about.get("segments"), f"{where}, segments")):
             _check_moment(an_object(segment, f"{where}, segments.{n}"), f"{where}, segments.{n}")
@@ -269,9 +269,9 @@ def ego4d(given: Given) -> Listing:
 
 
 def _ego4d_moments(node: Any, uid: str, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Everything with a text and a time in an annotation file, with its video; what lies below such is left out.
+    """All objects with a text and a time in an annotation file, with their video; objects nested in such are left out.
 
-    Also what has a text or a time, but not both, and nothing below.
+    Also objects that have only a text or only a time, and nothing nested.
     """
     if isinstance(node, list):
         for number, item in enumerate(node):
@@ -303,7 +303,7 @@ def _ego4d_moments(node: Any, uid: str, where: str) -> Iterator[tuple[str, Mappi
         yield from _ego4d_moments(item, key if _UUID.fullmatch(key) else uid, f"{where}.{key}".replace(", .", ", "))
 
 
-#: What holds annotations in Ego4D's files: lists of objects, or objects.
+#: Keys of Ego4D's files that hold annotations: lists of objects, or objects.
 _EGO4D = ("narration_pass_1", "narration_pass_2", "narrations", "videos", "clips", "annotations", "labels", "segments",
           "annotated_intervals", "narrated_actions", "language_queries")  # fmt: skip
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -320,7 +320,7 @@ _SAID = (*(key for pair in _INTERVALS for key in pair), *_MOMENTS)
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also as text; None for anything else."""
+    """A finite number, also given as a string; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     with suppress(ValueError, OverflowError):
@@ -329,14 +329,14 @@ def _number(value: Any) -> float | None:
 
 
 def _text(about: Mapping[str, Any]) -> str:
-    """What an annotation says, without tags such as #C or #unsure."""
+    """An annotation's text without tags such as #C or #unsure."""
     raw = next((about[key] for key in _TEXTS if isinstance(about.get(key), str) and about[key]), "")
     return re.sub(r"#\w+\s*", "", raw).strip()
 
 
 def _check_moment(about: Mapping[str, Any], where: str) -> None:
     """Raises:
-    DataError: A text is none, or a time no number.
+    DataError: A text is not a string, or a time not a number.
     """
     for key in _TEXTS:
         text_at(about, key, where)
@@ -346,7 +346,7 @@ def _check_moment(about: Mapping[str, Any], where: str) -> None:
 
 
 def _interval(about: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Start and end; a moment is (moment, None)."""
+    """Start and end; a single timestamp gives (time, None)."""
     known = {key: value for key in _SAID if (value := _number(about.get(key))) is not None}
     for first, last in _INTERVALS:
         if first in known and last in known:
@@ -355,7 +355,7 @@ def _interval(about: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _parts(whole: Segment, about: Iterable[Mapping[str, Any]], path: Path, window: float) -> Iterator[Segment]:
-    """The segments of one video in order of time, from annotations of intervals and of moments."""
+    """The segments of one video in order of time, from annotated intervals and single timestamps."""
     timed = [(*_interval(one), _text(one), one) for one in about]
     unknown = [one for start, _, _, one in timed if start is None]
     known = sorted(((start, end, text) for start, end, text, _ in timed if start is not None), key=lambda one: one[0])

@@ -1,4 +1,4 @@
-"""Parts of videos by timestamp, and the tables that list them."""
+"""Segments of videos by timestamp, and the tables that list them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.formats.checked import a_list, a_text, an_object, read_json, shown
 from stamo_dist.errors import DataError
 
-#: What a column may be called; the first name is ours, the others are those of public datasets.
+#: Accepted column names; the first is ours, the others are those of public datasets.
 COLUMNS = {
     "video": ("video", "video_id", "video_uid", "file", "path"),
     "start": ("start", "start_timestamp", "start_sec", "start_time"),
@@ -23,7 +23,7 @@ COLUMNS = {
     "id": ("id", "narration_id"),
     "split": ("split",),
 }
-#: Frame numbers go wrong where frame rates are mixed, so they are left out even of the metadata.
+#: Frame numbers are wrong for mixed frame rates, so they are left out even of the metadata.
 _CELLS = "(cells)"
 _UNUSED = ("start_frame", "stop_frame", "end_frame")
 
@@ -33,7 +33,7 @@ class Segment:
     """A part of a video that becomes an episode."""
 
     where: str  # file and row, for messages
-    video: str  # as the annotation names it
+    video: str  # name used by the annotation
     start: float = 0.0  # seconds since the video begins
     end: float | None = None  # None: the video's end
     text: str = ""
@@ -41,7 +41,7 @@ class Segment:
     split: str = ""
     task: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    fault: str = ""  # why it cannot be used, as far as the annotation shows
+    fault: str = ""  # why it cannot be used, judged by the annotation alone
 
 
 def seconds(text: Any) -> float:
@@ -60,8 +60,8 @@ def seconds(text: Any) -> float:
 def read_table(path: Path, split: str = "", timed: bool = False) -> list[Segment]:
     """Segments of a .csv or .tsv with a header, or a .json: a list of objects, or {VIDEO: [objects]}.
 
-    A row without start begins with the video, one without end ends with it (where `timed` neither may lack), one
-    without split is of `split`. Other columns become metadata.
+    A row without start begins with the video, one without end ends with it (with `timed` both are required); one
+    without split belongs to `split`. Other columns become metadata.
 
     Raises:
         DataError: The file cannot be read or has no column with the video.
@@ -78,13 +78,13 @@ def read_table(path: Path, split: str = "", timed: bool = False) -> list[Segment
 
 
 def split_of(path: Path) -> str:
-    """The split that an annotation file's name tells, as in something-something-v2-train.json."""
+    """The split in an annotation file's name, as in something-something-v2-train.json."""
     found = re.search(r"(?:^|[^a-z])(train|val|test)", path.stem.lower())
     return found[1] if found else ""
 
 
 def once(segments: Sequence[Segment]) -> Sequence[Segment]:
-    """The segments, whose ids are all different.
+    """Check that the segments' ids are unique.
 
     Raises:
         DataError: They are not.
@@ -100,7 +100,7 @@ def read_labels(path: Path) -> dict[str, str]:
     """Instructions by video from a .json: {VIDEO: text}, or a list of objects with a video (or id) and a text.
 
     Raises:
-        DataError: It is something else.
+        DataError: It has another form.
     """
     raw = read_json(path)
     if isinstance(raw, list):
@@ -112,9 +112,9 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def around(times: Sequence[float], window: float) -> list[tuple[float, float]]:
-    """Parts of a video for descriptions of single moments (increasing): `window` seconds around each.
+    """Segments of a video for descriptions of single (increasing) times: `window` seconds around each.
 
-    Between moments that are closer than that, the middle divides them: no frame is in two parts.
+    If two times are closer than that, their midpoint separates the segments: no frame is in two of them.
     """
     borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(times)), math.inf]
     half = window / 2
@@ -161,10 +161,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A JSON row whose known columns are texts, or numbers where they may be.
+    """A JSON row, after checking that known columns are strings, or numbers if allowed.
 
     Raises:
-        DataError: One is not.
+        DataError: One has another type.
     """
     for ours, names in COLUMNS.items():
         for name in names:
@@ -177,7 +177,7 @@ def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The value of the first of these columns that has one."""
+    """The value of the first of these columns that is not empty."""
     return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
 
 

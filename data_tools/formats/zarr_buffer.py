@@ -16,18 +16,18 @@ from data_tools.formats.zarr_metadata import DAMAGE
 from stamo_dist.errors import DataError
 
 ENDS = "meta/episode_ends"
-#: Codecs that run what the file says.
+#: Codecs that execute code from the file.
 UNSAFE = ("pickle",)
-#: Pictures stored as floats are 0 to 1 if they do not exceed this.
+#: Float images are taken to range from 0 to 1 if they do not exceed this.
 ONE = 1.0 + 1e-3
-#: Bytes of an array that is read at once and kept: a read costs a millisecond, however small.
+#: Arrays up to this many bytes are read at once and cached: a read costs a millisecond, however small.
 SMALL = 64 << 20
-#: Buffers that one process holds open.
+#: Buffers that one process keeps open.
 _OPEN = 4
 
 
 def is_buffer(path: Path) -> bool:
-    """A zarr group as a folder, or zipped."""
+    """Whether a path is a zarr group: a folder or a zip."""
     return (path.is_file() and path.suffix == ".zip") or any((path / n).is_file() for n in (".zgroup", "zarr.json"))
 
 
@@ -52,7 +52,7 @@ def open_buffer(path: Path) -> Iterator[Any]:
     """The zarr group of a ReplayBuffer, open for reading.
 
     Raises:
-        DataError: zarr is not installed, or this is no ReplayBuffer, or damaged where it was read.
+        DataError: zarr is not installed, or this is not a ReplayBuffer, or damaged where it was read.
     """
     group = _open(path)
     try:
@@ -96,7 +96,7 @@ def _register_codecs() -> None:
 
 @contextmanager
 def reading(path: Path, key: str) -> Iterator[None]:
-    """Says which array is damaged."""
+    """Turns exceptions into a DataError that names the damaged array."""
     try:
         yield
     except DAMAGE as e:
@@ -116,7 +116,7 @@ def _checked(path: Path, group: Any) -> Any:
 
 def check_codecs(path: Path, array: Any) -> None:
     """Raises:
-    DataError: Reading this array would run what the file says.
+    DataError: Reading this array would execute code from the file.
     """
     compressors = getattr(array, "compressors", None)
     codecs = [*(array.filters or ()), *([getattr(array, "compressor", None)] if compressors is None else compressors)]
@@ -143,19 +143,19 @@ def pictures(data: Mapping[str, Any]) -> list[str]:
 
 
 def unit_of(images: Any) -> float:
-    """What one unit of the stored pictures is, of 255; floats are 0 to 1 where the first frames do not exceed it."""
+    """Factor from stored pixel values to 0…255; floats range from 0 to 1 if the first frames do not exceed that."""
     floats = images.dtype.kind == "f"
     return 255.0 if floats and float(np.max(images[:RUN], initial=0)) <= ONE else 1.0
 
 
-#: No frames yet.
+#: An empty set of frames.
 _NONE = np.empty(0)
 
 
 class OpenBuffer:
     """A buffer that stays open from one episode to the next.
 
-    Each look-up would read metadata again, and the run of rows in which an episode ends is unpacked once for the next.
+    Reopening would read the metadata again; chunks that two episodes share are decompressed only once.
     """
 
     def __init__(self, path: Path):
@@ -168,7 +168,7 @@ class OpenBuffer:
         if key not in self._arrays:
             array = self._arrays[key] = self._data[key]
             if array.ndim <= 2 and array.nbytes <= SMALL:
-                with suppress(*DAMAGE):  # then the episodes that lie elsewhere can still be read
+                with suppress(*DAMAGE):  # so that episodes outside the damaged rows can still be read
                     self._arrays[key] = array[:]
         return self._arrays[key]
 
@@ -192,5 +192,5 @@ class OpenBuffer:
 
 @lru_cache(_OPEN)
 def kept_open(path: Path, reader: str) -> OpenBuffer:
-    """The same for every episode that a reader reads in this process."""
+    """The open buffer, cached per reader and process."""
     return OpenBuffer(path)

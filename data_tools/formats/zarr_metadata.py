@@ -1,4 +1,4 @@
-"""The metadata of a zarr folder as checked values, before zarr reads them: an error names the file and the field."""
+"""Type checks of a zarr folder's metadata before zarr reads it; every error names the file and the field."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ from typing import Any
 from data_tools.formats.checked import a_list, a_text, an_object, object_at, read_object, shown
 from stamo_dist.errors import DataError
 
-#: Of an axis.
+#: Upper bound on the length of an axis.
 LARGEST = 10**10
-#: Its last four bytes are the length of the whole, little endian: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
+#: Bytes of a Blosc header; the last four are the chunk's length, little endian:
+#: github.com/Blosc/c-blosc, README_CHUNK_FORMAT.rst.
 BLOSC_HEADER = 16
-#: What zarr and its codecs raise where a file says what cannot be.
-DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError,
-          MemoryError, AssertionError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+#: Exceptions that zarr and its codecs raise for invalid files.
+DAMAGE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
 ARRAY, GROUP, ATTRIBUTES, V3 = ".zarray", ".zgroup", ".zattrs", "zarr.json"
 
 
 def check_folder(path: Path) -> None:
     """Raises:
-    DataError: A file of a .zarr folder's metadata, or a chunk's length, is wrong; names the file. A zip checks itself.
+    DataError: A file of a .zarr folder's metadata, or a chunk's length, is wrong; names the file. Zips have checksums.
     """
     if not path.is_dir():
         return
     check_metadata(path)
-    with suppress(ImportError):  # told when the buffer is opened
+    with suppress(ImportError):  # reported when the buffer is opened
         import zarr
 
         check_nodes(path, lambda name: zarr.open(name, mode="r"))
@@ -40,7 +53,7 @@ def check_folder(path: Path) -> None:
 
 def check_metadata(folder: Path) -> None:
     """Raises:
-    DataError: A file of the folder's metadata is no JSON, or says what no array can be.
+    DataError: A metadata file is not JSON, or does not describe a valid array.
     """
     for path in sorted(p for name in (ARRAY, GROUP, ATTRIBUTES, V3) for p in folder.rglob(name)):
         about = read_object(path)
@@ -53,10 +66,10 @@ def check_metadata(folder: Path) -> None:
 
 
 def check_nodes(folder: Path, open_node: Callable[[str], Any]) -> None:
-    """Open each array and group of the folder, whose metadata `check_metadata` found fine.
+    """Open each array and group of the folder; call `check_metadata` first.
 
     Raises:
-        DataError: zarr cannot.
+        DataError: zarr cannot open one.
     """
     for path in sorted(p for name in (ARRAY, GROUP, V3) for p in folder.rglob(name)):
         try:
@@ -68,7 +81,7 @@ def check_nodes(folder: Path, open_node: Callable[[str], Any]) -> None:
 
 def check_chunks(folder: Path) -> None:
     """Raises:
-    DataError: A chunk in Blosc, which does not check itself, has another length than it says.
+    DataError: A Blosc chunk, which has no checksum, has another length than its header states.
     """
     for path in sorted(folder.rglob(ARRAY)):
         compressor = read_object(path)["compressor"]

@@ -1,1 +1,1 @@
-"""Is a converted source right? Check it, look at it, measure it."""
+"""Checking, previewing and measuring converted sources."""

@@ -1,6 +1,6 @@
-"""`stamo data check`: is a converted source what it says, and is it plausible?
+"""`stamo data check`: whether a converted source is intact and plausible.
 
-Errors are what training would stumble over or learn wrong; warnings are what a person should look at.
+Errors would break training or teach it wrong data; warnings should be looked at by a person.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from stamo_dist.errors import DataError
 if TYPE_CHECKING:
     from data_tools.look.check_source import Original, SourceTask
 
-#: One shard in so many is looked at in full by a sample, and the first of each camera.
+#: With `fast`, one shard in this many, and the first of each camera, is checked in full.
 SAMPLE_EVERY = 10
-#: An action is an outlier if it is further from the median than so many scales.
+#: An action is an outlier if it differs from the median by more than this many scales.
 OUTLIER_SCALES = 20.0
-#: Outliers of one dimension that are remembered.
+#: Outliers kept per dimension.
 OUTLIERS = 8
 
 
@@ -57,10 +57,10 @@ def check(
     Args:
         source: Folder or URL.
         split: Only this one; all when omitted.
-        fast: Look at a sample: three frames of every episode, the checksums of one shard in ten.
+        fast: Check a sample: three frames of every episode, the checksums of one shard in ten.
         against: The dataset it was converted from, to be compared with.
-        set: Options of its format as KEY=VALUE, where they are others than the manifest has.
-        processes: One a core on large sources when omitted.
+        set: Options of its format as KEY=VALUE, if they differ from the manifest's.
+        processes: Processes to use; one per core on large sources when omitted.
         cache: Folder for the record of verified shards when the source cannot hold it.
         quiet: No progress bar.
 
@@ -68,7 +68,7 @@ def check(
         All findings. Damage of the source is reported, not raised.
 
     Raises:
-        DataError: There is no such source or split, or it cannot be reached; `against` is no such dataset.
+        DataError: There is no such source or split, or it cannot be reached; `against` is not such a dataset.
     """
     store = store_at(source)
     report = CheckReport(source.rstrip("/"), fast)
@@ -101,7 +101,7 @@ class _Check:
         self.actions: Sums | None = None
         self.extremes: list[Extreme] = []
         self.tables: dict[str, Table] = {}
-        # Of each episode its split's number, first sample and fingerprint, for duplicates.
+        # Per episode: number of its split, first sample and fingerprint, for finding duplicates.
         self.episodes = (array("b"), array("q"), array("Q"))
 
     def run(self, split: str | None, processes: int | None, quiet: bool) -> None:
@@ -193,7 +193,7 @@ class _Check:
                     begin += shard.samples
 
     def _plan(self, split: str, camera: str, stack: ExitStack) -> tuple[str, str, list[IndexedShard]]:
-        """The shards of one camera, none if its index is broken; checks what lists them."""
+        """The shards of one camera, none if its index is broken; also checks the index and the table."""
         if split not in self.tables:
             name = f"{split}/{EPISODES}"
             there = self.store.local is not None or self.store.stat(name) is not None
@@ -276,13 +276,13 @@ class _Check:
             return
         moments, quantiles = self.actions
         q05, q25, median, q75, q95 = quantiles.at((0.05, 0.25, 0.5, 0.75, 0.95), moments)
-        # In standard deviations of a normal distribution. Where a dimension rests most of the time its quartiles lie
-        # close together, so that the tails count too.
+        # In standard deviations of a normal distribution. If a dimension rests most of the time, its quartiles lie
+        # close together, so the tails are used too.
         scale = np.maximum((q75 - q25) / 1.349, (q95 - q05) / 3.290)
         scale = np.where(scale > 0, scale, moments.std)
         if self.manifest.gripper is not None:
             scale[self.manifest.gripper] = np.inf
-        # A bin is no finer, so that a dimension which stands still has no outliers.
+        # At least a bin's width, so that a constant dimension has no outliers.
         far = np.maximum(OUTLIER_SCALES * scale, 2 * RELATIVE_ERROR * np.abs(median))
         counts = quantiles.outside(median - far, median + far)
         names = dimension_names(self.manifest, "action")
@@ -324,7 +324,7 @@ class _Check:
 
 
 def _unseen(manifest: Manifest, splits: list[str]) -> Iterator[str]:
-    """What no check of these splits tells."""
+    """What the checks of these splits do not cover."""
     yield "whether frames, actions and instructions are those of the dataset it was converted from"
     if others := [split for split in manifest.splits if split not in splits]:
         yield f"split {', '.join(others)}"
@@ -335,7 +335,7 @@ def _unseen(manifest: Manifest, splits: list[str]) -> Iterator[str]:
 
 
 def _furthest(extremes: list[Extreme]) -> list[Extreme]:
-    """The OUTLIERS least and greatest of each dimension."""
+    """The OUTLIERS smallest and largest actions of each dimension."""
     kept = []
     for dimension in {x.dimension for x in extremes}:
         ordered = sorted((x for x in extremes if x.dimension == dimension), key=lambda x: x.value)

@@ -1,4 +1,4 @@
-"""What `stamo data check` found, and how it is shown."""
+"""The findings of `stamo data check`, and their display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stamo_dist.errors import DataError
 
 ERROR, WARNING = "error", "warning"
 
-#: What each check looks at, in the order of the table. Findings name one of these.
+#: The checks and what they cover, in the order of the table. Findings name one of these.
 CHECKS = {
     "manifest": "manifest.json is whole",
     "table": "episodes.jsonl is whole, contiguous and as the manifest says",
@@ -31,13 +31,13 @@ CHECKS = {
     "duplicate": "episodes that occur twice",
     "source": "frames, numbers and texts are those of the dataset (--against)",
 }
-#: Findings of a check that are kept and printed; all are counted.
+#: Findings kept and printed per check; all are counted.
 KEPT, PRINTED = 100, 3
 
 
 @dataclass(frozen=True)
 class CheckFinding:
-    """One thing that is wrong ("error") or not plausible ("warning")."""
+    """One problem: an "error", or something implausible, a "warning"."""
 
     check: str
     severity: str
@@ -47,10 +47,10 @@ class CheckFinding:
     shard: str = ""
     episode: str = ""
     frame: int | None = None
-    count: int = 1  # alike, of which this is the first
+    count: int = 1  # number of similar findings, of which this is the first
 
     def at(self, split: str, camera: str, shard: str) -> CheckFinding:
-        """The same, of this file."""
+        """A copy that names this file."""
         return replace(self, split=split, camera=camera, shard=shard)
 
     def where(self, source: str) -> str:
@@ -62,15 +62,15 @@ class CheckFinding:
 
 @dataclass
 class CheckReport:
-    """Counts are exact; of the findings of each check and severity the first KEPT are held."""
+    """Counts are exact; the first KEPT findings of each check and severity are stored."""
 
     source: str
     fast: bool = False
     findings: list[CheckFinding] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # check → severity → findings
-    looked: dict[str, int] = field(default_factory=dict)  # what → how many were looked at
-    total: dict[str, int] = field(default_factory=dict)  # what → how many there are
-    unseen: list[str] = field(default_factory=list)  # what this run could not, or was not asked to, look at
+    looked: dict[str, int] = field(default_factory=dict)  # kind of item → how many were checked
+    total: dict[str, int] = field(default_factory=dict)  # kind of item → how many exist
+    unseen: list[str] = field(default_factory=list)  # what this run could not or did not check
     unchanged: int = 0  # shards that were verified before
 
     def add(self, findings: Iterable[CheckFinding]) -> None:
@@ -82,7 +82,7 @@ class CheckReport:
             counts[finding.severity] += finding.count
 
     def look(self, **counts: int) -> None:
-        """Count what was looked at: checksums, frames, …."""
+        """Count checked items: checksums, frames, …."""
         for what, count in counts.items():
             self.looked[what] = self.looked.get(what, 0) + count
 
@@ -100,7 +100,7 @@ class CheckReport:
         return {**asdict(self), "errors": self.number(ERROR), "warnings": self.number(WARNING)}
 
     def shares(self) -> str:
-        """What was looked at, of how many: "frames 30 of 4000 (0.8 %)"."""
+        """Checked items of all, e.g. "frames 30 of 4000 (0.8 %)"."""
         said = []
         for what, total in self.total.items():
             looked = self.looked.get(what, 0)
@@ -122,7 +122,7 @@ def write_report(report: CheckReport, path: Path) -> None:
 
 
 def print_report(report: CheckReport) -> None:
-    """A table of the checks, then of each kind of finding how many there are and the first ones."""
+    """Print a table of the checks, then for each kind of finding its number and the first ones."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

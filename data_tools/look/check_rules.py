@@ -1,4 +1,4 @@
-"""What must hold within one shard, and what is plausible: rules over its columns and frames."""
+"""The rules of one shard: what must hold for its columns and frames, and what is plausible."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from stamo_dist.errors import DataError
 
 #: A gap of more periods than this between two frames is a jump.
 JUMP = 3.0
-#: How far an episode's rate may be from the manifest's.
+#: Relative deviation of an episode's rate from the manifest's that is accepted.
 RATE_TOLERANCE = 0.1
 #: A frame is black if no pixel is brighter than this, and of one colour if no channel varies more than that (of 255).
 BLACK, ONE_COLOUR = 32, 8
 #: An episode is frozen if this share of its frames equals the one before, or so many seconds of them in a row.
 FROZEN_SHARE, FROZEN_SECONDS = 0.5, 2.0
-#: How far the gripper may leave 0 … 1.
+#: Distance by which the gripper may leave 0 … 1.
 GRIPPER_SLACK = 0.05
-#: Frames of each episode that a sample looks at.
+#: Frames per episode checked with `fast`.
 SAMPLED = 3
 VECTORS = ("action", "original_action", "proprio")
 
 
 @dataclass(frozen=True)
 class EpisodeRun:
-    """Consecutive samples of a shard that say they are of one episode: `first` … `first + length - 1`."""
+    """Consecutive samples of a shard with one episode id: `first` … `first + length - 1`."""
 
     episode: str
     first: int
@@ -48,11 +48,11 @@ class EpisodeRow:
     id: str
     start: int
     length: int
-    instructions: Mapping[int, str]  # from which frame on
+    instructions: Mapping[int, str]  # first frame → instruction from there on
 
 
 def runs_of(shard: ColumnShard) -> list[EpisodeRun]:
-    """The episodes of a shard by what its samples say."""
+    """The episodes of a shard according to its samples."""
     ids = shard.values("episode")
     edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)] if ids else [0]
     return [EpisodeRun(ids[a].decode(errors="replace"), a, b - a) for a, b in itertools.pairwise(edges)]
@@ -78,15 +78,15 @@ def check_layout(
     begin: int,
     rows: Sequence[EpisodeRow] | None,
 ) -> Iterator[CheckFinding]:
-    """t and length count up within each episode; episodes, and what each says it is of, are as listed.
+    """Check that t and length are consistent within each episode, and that episodes match the episode table.
 
     Args:
         shard: A shard.
-        runs: Its episodes.
+        runs: The shard's episodes.
         manifest: The source's.
-        camera: Whose shard it is.
-        begin: Number of its first sample in the split.
-        rows: The lines of episodes.jsonl that touch it; None when that file is broken.
+        camera: The shard's camera.
+        begin: Number of the shard's first sample in the split.
+        rows: The lines of episodes.jsonl that overlap it; None if that file is broken.
     """
     t, length = shard.vectors("t")[:, 0], shard.vectors("length")[:, 0]
     said = {"source": manifest.name, "camera": camera, "convention": manifest.convention}
@@ -133,7 +133,7 @@ def _check_rows(
 
 
 def check_numbers(shard: ColumnShard, runs: Sequence[EpisodeRun], names: Sequence[str]) -> Iterator[CheckFinding]:
-    """Vectors and times are finite."""
+    """Check that vectors and times are finite."""
     owner = _owners(runs, len(shard))
     for name in names:
         bad = np.flatnonzero(~np.isfinite(shard.vectors(name).astype(np.float64)).all(1))
@@ -150,7 +150,7 @@ def _owners(runs: Sequence[EpisodeRun], samples: int) -> NDArray[np.int64]:
 
 
 def check_times(shard: ColumnShard, runs: Sequence[EpisodeRun], rate_hz: float) -> Iterator[CheckFinding]:
-    """Times increase, without jumps, at the stated rate."""
+    """Check that times increase without jumps at the stated rate."""
     times = shard.vectors("time")[:, 0].astype(np.float64)
     period = 1 / rate_hz if rate_hz > 0 else np.inf
     for run in runs:
@@ -167,7 +167,7 @@ def check_times(shard: ColumnShard, runs: Sequence[EpisodeRun], rate_hz: float) 
             text = f"{steps[jumps[0]]:.3g} s until the next frame, {steps[jumps[0]] / period:.1f} periods"
             yield CheckFinding("time", WARNING, text, episode=run.episode, frame=int(jumps[0]), count=len(jumps))
         even = np.delete(steps, jumps)
-        # Nearest frames of a faster video vary in their distance but not on average; a rare gap leaves the median.
+        # Frames resampled from a faster video vary in distance but have the right mean; a rare gap moves only the mean.
         rates = [1 / even.mean(), 1 / np.median(even)] if len(even) else []
         if rates and all(abs(rate / rate_hz - 1) > RATE_TOLERANCE for rate in rates):
             text = f"{rates[0]:.3g} frames a second, the manifest says {rate_hz:g}"
@@ -175,7 +175,7 @@ def check_times(shard: ColumnShard, runs: Sequence[EpisodeRun], rate_hz: float) 
 
 
 def check_gripper(shard: ColumnShard, runs: Sequence[EpisodeRun], gripper: int | None) -> Iterator[CheckFinding]:
-    """The gripper is between closed, 0, and open, 1."""
+    """Check that the gripper is between 0 (closed) and 1 (open)."""
     if gripper is None:
         return
     values = shard.vectors("action")[:, gripper].astype(np.float64)
@@ -198,7 +198,7 @@ def chosen_frames(runs: Sequence[EpisodeRun], fast: bool) -> list[int]:
 def check_frames(
     shard: ColumnShard, runs: Sequence[EpisodeRun], chosen: Sequence[int], size: int
 ) -> Iterator[CheckFinding]:
-    """Frames decode at the stated size and are not all black or of one colour; one finding an episode and kind."""
+    """Check that frames decode at the stated size and are not black or uniform; one finding per episode and kind."""
     owner = _owners(runs, len(shard))
     out = np.empty((size, size, 3), np.uint8)
     first: dict[tuple[int, str, str], CheckFinding] = {}
@@ -234,7 +234,7 @@ def _fault(shard: ColumnShard, i: int, out: NDArray[np.uint8]) -> tuple[str, str
 
 
 def check_frozen(shard: ColumnShard, runs: Sequence[EpisodeRun], fast: bool, rate_hz: float) -> Iterator[CheckFinding]:
-    """Consecutive frames whose JPEGs are the same to the byte; a sample compares SAMPLED pairs of an episode."""
+    """Find consecutive frames with identical JPEG bytes; with `fast`, SAMPLED pairs per episode are compared."""
     begins, ends = (edge.tolist() for edge in shard.spans("image"))
     sizes = np.subtract(ends, begins)
     for run in runs:
@@ -256,7 +256,7 @@ def check_frozen(shard: ColumnShard, runs: Sequence[EpisodeRun], fast: bool, rat
 
 
 def _longest(same: NDArray[np.bool_]) -> tuple[int, int]:
-    """Length of the longest run of True, and where it ends."""
+    """Length of the longest run of True, and its end."""
     best = end = length = 0
     for i, value in enumerate(same.tolist()):
         length = length + 1 if value else 0
@@ -266,7 +266,7 @@ def _longest(same: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def fingerprints(shard: ColumnShard, runs: Sequence[EpisodeRun]) -> NDArray[np.uint64]:
-    """Of each episode's first, middle and last JPEG and all its actions; equal for episodes that occur twice."""
+    """A hash of each episode's first, middle and last JPEG and all its actions; equal for duplicates."""
     actions = shard.vectors("action") if "action" in shard.spec.layout.names else np.empty((len(shard), 0), np.float32)
     out = np.empty(len(runs), np.uint64)
     for n, run in enumerate(runs):

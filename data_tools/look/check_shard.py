@@ -18,26 +18,26 @@ from data_tools.stores.verified import BYTES, FRAMES, Entry, holds
 from stamo_dist.data.schema import Manifest
 from stamo_dist.errors import DataError
 
-#: Largest and smallest actions of each dimension that are remembered.
+#: Largest and smallest actions kept per dimension.
 EXTREMES = 4
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard, and what is known of it."""
+    """One shard to check."""
 
     source: str
     split: str
     camera: str
     shard: IndexedShard
     begin: int  # its first sample in the split
-    rows: list[EpisodeRow] | None  # lines of episodes.jsonl that touch it; None when that file is broken
+    rows: list[EpisodeRow] | None  # lines of episodes.jsonl that overlap it; None if that file is broken
     manifest: Manifest
-    sha256: str  # as the manifest says
+    sha256: str  # by the manifest
     fast: bool
-    sampled: bool  # one of those that a sample looks at in full
+    sampled: bool  # checked in full despite `fast`
     known: Entry | None  # what was recorded when it was verified
-    vectors: bool  # also look at what is the same in all cameras
+    vectors: bool  # also check the columns that are equal in all cameras
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Extreme:
-    """An action far out in one dimension, and whose it is."""
+    """An extreme value of one action dimension, with its episode and frame."""
 
     dimension: int
     value: float
@@ -59,13 +59,13 @@ class Extreme:
 
 @dataclass
 class ShardFindings:
-    """What came of it."""
+    """The result of checking a shard."""
 
     findings: list[CheckFinding] = field(default_factory=list)
     frames: int = 0  # decoded
     checksums: int = 0
     episodes: int = 0
-    verified: tuple[Stat, str, list[CheckFinding]] | None = None  # stat, depth, findings about its images
+    verified: tuple[Stat, str, list[CheckFinding]] | None = None  # to be recorded: stat, depth, findings about images
     unchanged: bool = False  # verified before
     actions: Sums | None = None
     extremes: list[Extreme] = field(default_factory=list)
@@ -74,7 +74,7 @@ class ShardFindings:
 
 
 def look(task: ShardTask) -> ShardFindings:
-    """Check one shard; damage becomes findings."""
+    """Check one shard; damage is returned as findings, not raised."""
     looked = ShardFindings()
     try:
         _look(task, looked)
@@ -107,7 +107,7 @@ def _look(task: ShardTask, looked: ShardFindings) -> None:
 
 
 def _check_bytes(task: ShardTask, stat: Stat, path: Path, looked: ShardFindings) -> bool:
-    """Whether the checksum was looked at and is right."""
+    """Whether the checksum was computed and is right."""
     if task.sha256 and task.shard.sha256 and task.sha256 != task.shard.sha256:
         text = f"index.json says sha256 {task.shard.sha256[:12]}…, the manifest {task.sha256[:12]}…"
         looked.findings.append(CheckFinding("checksum", ERROR, text))
@@ -127,7 +127,7 @@ def _check_bytes(task: ShardTask, stat: Stat, path: Path, looked: ShardFindings)
 
 
 def _check_content(task: ShardTask, shard: ColumnShard, looked: ShardFindings) -> list[CheckFinding] | None:
-    """Run all rules; returns what was found about the images, None if a frame is damaged."""
+    """Run all rules; returns the findings about images, None if a frame is damaged."""
     layout, manifest = shard.spec.layout, task.manifest
     if problems := list(rules.check_columns(layout.names, layout.encodings, manifest)):
         looked.findings += [CheckFinding("index", ERROR, problem) for problem in problems]
@@ -159,14 +159,14 @@ def _check_images(
     chosen = rules.chosen_frames(runs, task.fast)
     looked.frames = len(chosen)
     frames = list(rules.check_frames(shard, runs, chosen, task.manifest.image_size))
-    # What is black throughout is also frozen; saying so once is enough.
+    # An entirely black episode is also frozen: report it once.
     blank = {finding.episode for finding in frames if finding.check == "blank" and finding.count > 1}
     frozen = rules.check_frozen(shard, runs, task.fast, task.manifest.rate_hz)
     return [*frames, *(finding for finding in frozen if finding.episode not in blank)]
 
 
 def as_entries(findings: list[CheckFinding]) -> list[dict[str, object]]:
-    """Findings as they are kept in a record."""
+    """Findings in the form in which they are recorded."""
     return [asdict(finding) for finding in findings]
 
 

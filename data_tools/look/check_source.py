@@ -1,7 +1,7 @@
-"""`stamo data check --against SRC`: are the shards those of the dataset they were converted from?
+"""`stamo data check --against SRC`: whether the shards match the dataset they were converted from.
 
-Numbers and texts are read from SRC anew and compared in full. Of each episode a few pictures are fetched on another way
-than conversion's, which decodes frame after frame: in videos by a seek to the frame's time, elsewhere one at a time.
+Numbers and texts are read from SRC again and compared in full. A few images per episode are read by another method
+than conversion's sequential decoding: in videos by seeking to the frame's time, elsewhere one at a time.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from stamo_dist.data.schema import MANIFEST, Episode, Manifest
 from stamo_dist.errors import DataError
 
 CHECK = "source"
-#: Pictures of each episode and camera that are compared, the first and the last among them; with --fast.
+#: Images compared per episode and camera, including the first and last; the second number with --fast.
 PICTURES, PICTURES_FAST = 5, 3
-#: Mean difference from the source's picture, encoded as it was, in grey levels of 255: another decoder's rounding.
+#: Accepted mean difference (of 255) from the source's image after equal encoding: rounding of another decoder.
 TOLERANCE = 2.0
-#: A picture that differs at all, and from the frame beside this many times less, is that one's.
+#: If an image differs from a neighbouring frame this many times less than from its own, it is off by one.
 NEARER = 4.0
-#: Vectors are stored as float32; times in s.
+#: Tolerances: relative for vectors, stored as float32; for times in s.
 RELATIVE, ABSOLUTE, SECONDS = 1e-4, 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
 class Original:
-    """The dataset a source was converted from, opened as it was then."""
+    """The dataset a source was converted from, opened with the options of the conversion."""
 
     reader: SourceReader
     scan: Scan
     processing: Processing
     where: str
-    told: bool  # instructions were given in a table, which is not at hand
+    told: bool  # instructions came from a table, which is not available here
 
     @property
     def episodes(self) -> dict[str, EpisodeRef]:
@@ -54,7 +54,7 @@ class Original:
 
 @dataclass(frozen=True)
 class SourceTask:
-    """One shard, and the episodes of the dataset that should be in it."""
+    """One shard, and the dataset episodes that it should contain."""
 
     source: str
     split: str
@@ -66,22 +66,22 @@ class SourceTask:
     original: Original  # without the episodes
     proprio_dim: int
     pictures: int  # of each episode
-    vectors: bool  # also compare what is the same in all cameras
+    vectors: bool  # also compare the columns that are equal in all cameras
 
 
 @dataclass
 class Compared:
-    """What came of it."""
+    """The result of comparing a shard."""
 
     findings: list[CheckFinding] = field(default_factory=list)
     pictures: int = 0
 
 
 def open_original(manifest: Manifest, src: Path, set: Sequence[str]) -> tuple[Original, list[CheckFinding]]:
-    """Scan SRC with the options of its conversion, which `set` (KEY=VALUE) completes; and what that tells.
+    """Scan SRC with the options of its conversion, updated by `set` (KEY=VALUE); also returns the scan's findings.
 
     Raises:
-        DataError: SRC cannot be read as it was, or lacks a camera.
+        DataError: SRC cannot be read with these options, or lacks a camera.
     """
     given = {"cameras": manifest.cameras, **from_record(manifest.source_format, manifest.given)}
     given |= parse_options(manifest.source_format, set)
@@ -118,7 +118,7 @@ def left_out(original: Original, manifest: Manifest, tables: Mapping[str, Sequen
 
 
 def compare(task: SourceTask) -> Compared:
-    """Compare one shard with the dataset; damage becomes findings."""
+    """Compare one shard with the dataset; damage is returned as findings."""
     compared = Compared()
     try:
         with at_hand(store_at(task.source), f"{task.split}/{task.camera}/{task.shard.name}") as path:
@@ -151,7 +151,7 @@ def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compa
         return
     first = row.start - task.begin
     if first < 0 or first + row.length > len(shard):
-        return  # split over shards, which is an error of its own
+        return  # an episode split over shards is reported separately
     if len(moments.kept) != row.length:
         yield CheckFinding(CHECK, ERROR, f"has {row.length} frames; {original.where} gives {len(moments.kept)}")
         return
@@ -163,7 +163,7 @@ def _episode(task: SourceTask, shard: ColumnShard, row: Episode, compared: Compa
 
 
 def _numbers(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator[CheckFinding]:
-    """Times, actions and proprioception are the dataset's."""
+    """Compare times, actions and proprioception with the dataset's."""
     there = slice(first, first + len(moments.kept))
     expected = {"time": moments.times[:, None], **moments.vectors}
     for name, values in expected.items():
@@ -177,7 +177,7 @@ def _numbers(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator
             )
             continue
         slack = SECONDS if name == "time" else ABSOLUTE + RELATIVE * np.abs(values)
-        wrong = np.flatnonzero(~(np.abs(stored - values) <= slack).all(axis=1))  # NaN differs
+        wrong = np.flatnonzero(~(np.abs(stored - values) <= slack).all(axis=1))  # negated: NaN counts as different
         if len(wrong):
             t = int(wrong[0])
             d = int(np.argmax(np.abs(stored[t] - values[t])))
@@ -187,7 +187,7 @@ def _numbers(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator
 
 
 def _texts(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator[CheckFinding]:
-    """Each frame's instruction is the dataset's."""
+    """Compare each frame's instruction with the dataset's."""
     stored = [bytes(shard.shard.bytes(first + t, "instruction")).decode() for t in range(len(moments.kept))]
     wrong = [t for t, (mine, theirs) in enumerate(zip(stored, moments.instructions, strict=True)) if mine != theirs]
     if wrong:
@@ -199,7 +199,7 @@ def _texts(shard: ColumnShard, first: int, moments: KeptTimesteps) -> Iterator[C
 def _pictures(
     task: SourceTask, shard: ColumnShard, first: int, moments: KeptTimesteps, compared: Compared
 ) -> Iterator[CheckFinding]:
-    """A few pictures are the dataset's; one finding for those that are not."""
+    """Compare a few images with the dataset's; one finding for all that differ."""
     picks = np.unique(np.linspace(0, len(moments.kept) - 1, task.pictures).round().astype(int)).tolist()
     found: list[CheckFinding] = []
     for p in picks:
@@ -218,7 +218,7 @@ def _pictures(
 
 
 def _other(task: SourceTask, stored: bytes, moments: KeptTimesteps, p: int) -> str:
-    """How a stored picture differs from frame `p` of the dataset's; "": it does not."""
+    """How a stored image differs from the dataset's frame `p`; "" if it does not."""
     expected = _expected(task, moments, p)
     if stored == expected:
         return ""
@@ -238,7 +238,7 @@ def _difference(mine: np.ndarray, other: bytes) -> float:
 
 
 def _expected(task: SourceTask, moments: KeptTimesteps, p: int) -> bytes:
-    """The kept frame number `p` of the dataset, encoded as conversion does."""
+    """The dataset's kept frame number `p`, encoded as in the conversion."""
     number, about = int(moments.kept[p]), task.original.processing
     picture: np.ndarray | bytes | None = None
     if film := moments.data.films.get(task.camera):

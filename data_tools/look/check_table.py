@@ -1,4 +1,4 @@
-"""episodes.jsonl: read line by line, as it may be long."""
+"""Checking episodes.jsonl, which is read line by line, as it may be long."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from data_tools.look.check_rules import EpisodeRow
 from stamo_dist.data.schema import EPISODES, Episode, Split
 from stamo_dist.errors import DataError
 
-#: An episode is suspiciously long or short if its length is so many times the median, or so many times less.
+#: An episode is suspiciously long or short if its length differs from the median by this factor.
 LENGTH_FACTOR = 20
 
 
 @dataclass
 class Table:
-    """The episode table of one split; `whole` when it can be compared with the shards."""
+    """The episode table of one split; `whole`: it is intact and can be compared with the shards."""
 
-    path: Path | None  # None: there is none
+    path: Path | None  # None: the file is missing
     whole: bool = True
     episodes: int = 0
 
     def rows(self) -> Iterator[EpisodeRow]:
-        """What places each episode; raises as `lines` does."""
+        """Position of each episode; raises as `lines` does."""
         return (EpisodeRow(e.id, e.start, e.length, {0: e.instruction, **e.later_instructions}) for e in self.lines())
 
     def lines(self) -> Iterator[Episode]:
-        """Its lines.
+        """The lines of the table.
 
         Raises:
             DataError: It is missing, or a line is broken; names it.
@@ -52,7 +52,7 @@ class Table:
             raise DataError(f"cannot be read: {e.strerror or e}") from e
 
     def within(self, edges: list[int]) -> Iterator[list[EpisodeRow]]:
-        """For each shard, from edges[k] to edges[k + 1], the rows that touch it. Only of a whole table."""
+        """For each shard k, samples edges[k] to edges[k + 1], the rows that overlap it. Needs an intact table."""
         rows = self.rows()
         held: list[EpisodeRow] = []
         for begin, end in pairwise(edges):
@@ -64,7 +64,7 @@ class Table:
             yield [row for row in held if row.start < end]
 
     def check(self, split: str, counts: Split) -> Iterator[CheckFinding]:
-        """Lines are whole, contiguous, unique and as many as the manifest says; lengths are plausible."""
+        """Check that lines are intact, contiguous, unique, as many as the manifest states; lengths are plausible."""
         lengths, names, end = array("q"), array("Q"), 0
         try:
             for row in self.rows():

@@ -1,4 +1,4 @@
-"""Whole columns of an MDS shard as arrays, and what index.json says of the shards, without streaming or torch."""
+"""Reading columns of an MDS shard as arrays, and index.json, without streaming or torch."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class _Index(BaseModel):
 class IndexedShard(BaseModel):
     """One shard as index.json describes it."""
 
-    name: str  # its file, beside index.json
+    name: str  # file name, in the folder of index.json
     nbytes: int
     samples: int
-    sha256: str  # "" when index.json has none
+    sha256: str  # "" if index.json has none
     names: tuple[str, ...]
     encodings: tuple[str, ...]
     sizes: tuple[int | None, ...]
 
     def spec(self, path: Path) -> ShardSpec:
-        """For the copy of the shard at `path`."""
+        """The spec for opening a copy of the shard at `path`."""
         layout = ShardLayout(self.names, self.encodings, self.sizes)
         return ShardSpec(str(path), self.nbytes, self.samples, layout, self.sha256)
 
@@ -57,7 +57,7 @@ def read_index(text: bytes, where: str) -> list[IndexedShard]:
 
     Args:
         text: Its content.
-        where: Its name, for messages.
+        where: Name of the file, for messages.
 
     Raises:
         DataError: It is broken, or its shards are compressed, which `stamo data convert` never writes.
@@ -94,13 +94,13 @@ def read_index(text: bytes, where: str) -> list[IndexedShard]:
 
 
 class ColumnShard:
-    """A shard read by the column: no Python per sample for columns of fixed size.
+    """A shard read by columns: columns of fixed size need no Python loop over samples.
 
     Args:
         spec: The shard; its file must be on local disk.
 
     Attributes:
-        shard: The shard by the sample.
+        shard: The same shard, read by sample.
 
     Raises:
         DataError: The file is missing or does not match index.json.
@@ -110,14 +110,14 @@ class ColumnShard:
         self.spec = spec
         self.shard = MappedShard(spec)
         self._data: NDArray[np.uint8] = np.memmap(spec.path, np.uint8, "r")
-        # uint32: sample count, then where each sample begins and the last one ends.
+        # uint32: sample count, then the offset of each sample and of the end.
         self._edges = self._data[4 : 4 * (spec.samples + 2)].view(np.uint32).astype(np.int64)
 
     def __len__(self) -> int:
         return self.spec.samples
 
     def spans(self, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the column of each sample begins and ends in the file, int64 (N,) each.
+        """Start and end of the column in the file for each sample, int64 (N,) each.
 
         Raises:
             DataError: The shard has no such column, or sizes in its samples do not add up.
@@ -148,7 +148,7 @@ class ColumnShard:
         return self._windows(size)[begins].view(dtype)
 
     def values(self, column: str) -> list[bytes]:
-        """A column of any size, as stored bytes."""
+        """A column of any encoding, as stored bytes."""
         begins, ends = self.spans(column)
         return [self._data[b:e].tobytes() for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
 
@@ -157,7 +157,7 @@ class ColumnShard:
 
     @cached_property
     def _varying(self) -> NDArray[np.int64]:
-        """Bytes in the first 0, 1, … columns of varying size of each sample, (N, columns + 1).
+        """Cumulative bytes of the columns of varying size of each sample, (N, columns + 1).
 
         A sample begins with one uint32 size for every column of varying size.
         """

@@ -1,4 +1,4 @@
-"""The same work on every shard of a source, in processes, with results in the order of the shards."""
+"""Running a function on every shard of a source in processes, with results in shard order."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data_tools.stores.store import Advance, Store
 from data_tools.workers import spawned, usable_cores
 from stamo_dist.errors import DataError
 
-#: A process of its own takes a second to start.
+#: Use one process more per so many bytes, as starting one takes a second.
 BYTES_WORTH_A_PROCESS = 1 << 28
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
-#: One store, and for S3 one client, a process.
+#: Stores are cached per process, and with them the S3 client.
 store_at = lru_cache(maxsize=8)(open_store)
 
 
@@ -47,11 +47,11 @@ def processes_for(nbytes: int, asked: int | None) -> int:
 
 
 def in_order(function: Callable[[_Task], _Result], tasks: Iterable[_Task], processes: int) -> Iterator[_Result]:
-    """`function` of each task, in order; only a few results wait in memory.
+    """Yield `function(task)` in order; only a few results are held in memory.
 
     Args:
-        function: Of a module, so that it can be sent to a process.
-        tasks: Taken as they are needed.
+        function: Must be importable, so that it can be sent to a process.
+        tasks: Consumed as needed.
         processes: 1: in this process.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`stamo data preview`: one picture of a source, so that a mirrored or upside-down camera is seen."""
+"""`stamo data preview`: one image of a source that shows whether a camera is mirrored or upside down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_tools.stores.sync import fetch_manifest
 from stamo_dist.data.schema import EPISODES, Episode, Manifest
 from stamo_dist.errors import DataError
 
-#: Rows of the contact sheet that make a picture of a good height.
+#: Rows of the contact sheet by default.
 ROWS = 12
 
 
@@ -30,12 +30,12 @@ def preview(
     Args:
         source: Folder or URL.
         out: PNG to write; preview_NAME.png in the current folder when omitted, or in `out` if that is a folder.
-        split: Which split; train, or else the first, when omitted.
+        split: Which split; when omitted train, or the first if there is no train.
         episodes: How many episodes, evenly spread over the split; as many as fit on a page when omitted.
         frames: How many frames of each in a film strip, and half as many again on the contact sheet.
 
     Returns:
-        Where the picture is.
+        The path of the image.
 
     Raises:
         DataError: The source is missing or damaged, or the picture cannot be written.
@@ -101,7 +101,7 @@ def _episode(
 
 
 def _locate(shards: list[IndexedShard], episode: Episode, where: str) -> tuple[IndexedShard, int]:
-    """The shard that has an episode, and its first sample there."""
+    """The shard of an episode, and the episode's first sample in it."""
     begin = 0
     for shard in shards:
         if begin <= episode.start and episode.start + episode.length <= begin + shard.samples:
@@ -111,7 +111,7 @@ def _locate(shards: list[IndexedShard], episode: Episode, where: str) -> tuple[I
 
 
 def evenly(times: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """The frames nearest to `count` moments evenly spaced from the first to the last, each once."""
+    """Distinct frame numbers nearest to `count` evenly spaced positions from first to last."""
     if len(times) == 1:
         return np.zeros(1, np.int64)
     grid = np.linspace(times[0], times[-1], count)

@@ -1,4 +1,4 @@
-"""The picture of a source: a contact sheet, and film strips with the actions under the frames they belong to."""
+"""Drawing a source: a contact sheet, and film strips with the actions below their frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stamo_dist.errors import DataError
 
 WIDTH, MARGIN, LABELS, GAP = 1280, 16, 196, 3  # pixels
 DPI = 100
-#: Pixels of a line of text, and of a plot of several dimensions and of the gripper.
+#: Heights in pixels: of a line of text, of a plot of several dimensions, of the gripper's plot.
 LINE, PLOT, GRIPPER = 15, 104, 52
 #: Characters that fit beside the frames.
 WRAP = 31
@@ -32,18 +32,18 @@ DELTAS = (
 
 @dataclass(frozen=True)
 class PreviewedEpisode:
-    """What is drawn of one episode."""
+    """The data of one episode that is drawn."""
 
     episode: Episode
     times: NDArray[np.float64]  # (T,) seconds
-    picked: NDArray[np.int64]  # (K,) frames that are shown
+    picked: NDArray[np.int64]  # (K,) numbers of the frames shown
     frames: dict[str, NDArray[np.uint8]]  # by camera, (K, H, W, 3)
     actions: NDArray[np.float32]  # (T, A)
 
 
 @dataclass(frozen=True)
 class _Plot:
-    """Dimensions that share one pair of axes."""
+    """Dimensions drawn in one plot."""
 
     title: str
     dimensions: list[int]
@@ -92,7 +92,7 @@ def draw(
 
 
 def _side(shown: Sequence[PreviewedEpisode]) -> int:
-    """Pixels of a frame, so that a row fills the page; small ones are not blown up."""
+    """Side of a frame in pixels, so that a row fills the page; small frames are not enlarged."""
     columns = max((len(one.picked) for one in shown), default=1)
     return min((WIDTH - 2 * MARGIN - LABELS) // columns - GAP, LARGEST)
 
@@ -147,12 +147,12 @@ def _plots(manifest: Manifest) -> list[_Plot]:
 
 
 def _rows(one: PreviewedEpisode, side: int) -> int:
-    """Pixels of an episode's frames."""
+    """Height in pixels of an episode's frames."""
     return len(one.frames) * (max(side, LINE * 2) + GAP) + 6
 
 
 def _frames(page: _Page, y: int, one: PreviewedEpisode, side: int) -> int:
-    """A row a camera; returns where the next thing goes."""
+    """Draw one row of frames per camera; returns the y position below them."""
     label = textwrap.wrap(one.episode.id, WRAP)[-2:]
     label += textwrap.wrap(one.episode.instruction or one.episode.task or "(no instruction)", WRAP)[:3]
     label.append(f"{one.episode.length} frames, {one.times[-1] - one.times[0]:.1f} s")
@@ -174,11 +174,11 @@ def _frames(page: _Page, y: int, one: PreviewedEpisode, side: int) -> int:
 def _draw_plots(
     page: _Page, y: int, one: PreviewedEpisode, plots: Sequence[_Plot], names: Sequence[str], side: int
 ) -> int:
-    """The actions; the middle of frame k lies at x = k, so that an action is under the frame it was taken at."""
+    """Plot the actions; the middle of frame k is at x = k, so that an action is below the frame it was taken at."""
     count = len(one.picked)
     shown = one.times[one.picked]
     at = np.interp(one.times, shown, np.arange(count))
-    ends = np.append(at, at[-1] + (at[-1] - at[-2] if len(at) > 1 else 0.5))  # the last action lasts a step, too
+    ends = np.append(at, at[-1] + (at[-1] - at[-2] if len(at) > 1 else 0.5))  # the last action is one step wide, too
     for plot in plots:
         axes = page.axes(MARGIN + LABELS, y, count * (side + GAP) - GAP, plot.height)
         for n, d in enumerate(plot.dimensions):

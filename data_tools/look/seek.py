@@ -1,4 +1,4 @@
-"""One picture of a video by its time, by seeking: a second way beside the one by which conversion decodes."""
+"""Reading one frame of a video by its time with a seek, independently of the conversion's decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from data_tools.formats.decode import UNTIMED, turn_upright
 from stamo_dist.errors import DataError
 
-#: Seconds before the picture to which is sought, until a keyframe before it is met; None: the beginning.
+#: Seconds before the frame to seek to, tried in turn until a frame before it is decoded; None: the beginning.
 MARGINS = (0, 10, None)
 
 
@@ -21,12 +21,12 @@ class _UntimedError(Exception):
 
 
 def picture_at(path: Path, seconds: float) -> np.ndarray | None:
-    """The frame (H, W, 3) uint8, upright, that is shown nearest to `seconds` since the file begins to play.
+    """The upright frame (H, W, 3) uint8 whose time is nearest to `seconds` since the start of playback.
 
-    None: frames of this file cannot be told by their times.
+    None: the file's frames cannot be identified by their times.
 
     Raises:
-        DataError: The file is missing or corrupt, or nothing is shown there.
+        DataError: The file is missing or corrupt, or has no frame there.
     """
     try:
         for margin in MARGINS:
@@ -43,7 +43,7 @@ def picture_at(path: Path, seconds: float) -> np.ndarray | None:
 
 
 def _sought(container: Any, seconds: float, margin: int | None) -> np.ndarray | None:
-    """The picture; None: the first one decoded is behind it already."""
+    """The frame; None if the first decoded frame is already after it."""
     cover = av.stream.Disposition.attached_pic
     stream = next(s for s in container.streams.video if not s.disposition & cover)
     stream.codec_context.thread_count = 1

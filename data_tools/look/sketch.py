@@ -24,7 +24,7 @@ _KEYS = 1 << (32 - _SHIFT)
 
 @dataclass
 class Moments:
-    """Count, mean, sum of squared deviations, least and greatest of each of D dimensions, float64 (D,)."""
+    """Count, mean, sum of squared deviations, minimum and maximum of each of D dimensions, float64 (D,)."""
 
     count: int
     mean: NDArray[np.float64]
@@ -34,13 +34,13 @@ class Moments:
 
     @classmethod
     def of(cls, vectors: NDArray[np.float32]) -> Moments:
-        """Of (N, D) finite vectors, N > 0."""
+        """Moments of (N, D) finite vectors, N > 0."""
         values = vectors.astype(np.float64)
         mean = values.mean(0)
         return cls(len(values), mean, ((values - mean) ** 2).sum(0), values.min(0), values.max(0))
 
     def merge(self, other: Moments) -> Moments:
-        """Of both (Chan, Golub and LeVeque 1979, eq. 2.1)."""
+        """Moments of the union (Chan, Golub and LeVeque 1979, eq. 2.1)."""
         count = self.count + other.count
         delta = other.mean - self.mean
         return Moments(
@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """Of the population."""
+        """Population standard deviation."""
         return np.sqrt(self.squares / self.count)
 
 
@@ -66,16 +66,16 @@ class Quantiles:
 
     @classmethod
     def of(cls, vectors: NDArray[np.float32]) -> Quantiles:
-        """Of (N, D) finite vectors."""
+        """Histogram of (N, D) finite vectors."""
         bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32)
-        # Sorted as the numbers are: negative numbers' bits grow as they fall.
+        # Keys in numerical order: the bits of negative floats grow as the number decreases, so they are inverted.
         ordered = np.where(bits >> 31, ~bits, bits | 0x8000_0000).astype(np.uint32) >> _SHIFT
         offsets = np.arange(vectors.shape[1], dtype=np.uint64) * _KEYS
         keys, counts = np.unique(ordered + offsets, return_counts=True)
         return cls(keys.astype(np.uint64), counts.astype(np.int64))
 
     def merge(self, other: Quantiles) -> Quantiles:
-        """Of both."""
+        """Histogram of the union."""
         keys, where = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
         counts = np.zeros(len(keys), np.int64)
         np.add.at(counts, where, np.concatenate([self.counts, other.counts]))
@@ -88,7 +88,7 @@ class Quantiles:
 
         Args:
             shares: Between 0 and 1.
-            moments: Of the same vectors.
+            moments: Moments of the same vectors.
         """
         positions = np.asarray(shares, np.float64) * (moments.count - 1)
         below, above = np.floor(positions).astype(np.int64), np.ceil(positions).astype(np.int64)
@@ -99,7 +99,7 @@ class Quantiles:
         return out
 
     def outside(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.int64]:
-        """How many values of each dimension lie below `low` or above `high` (D,), by the middle of their bin."""
+        """Number of values of each dimension below `low` or above `high` (D,), judged by bin centres."""
         dimension = (self.keys // np.uint64(_KEYS)).astype(np.int64)
         middles = _middle(self.keys % np.uint64(_KEYS))
         out = (middles < low[dimension]) | (middles > high[dimension])
@@ -115,7 +115,7 @@ class Quantiles:
 
 
 def _middle(bins: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """The middle of each bin."""
+    """The centre of each bin."""
     first = bins.astype(np.uint32) << _SHIFT
     ends = np.stack([first, first | ((1 << _SHIFT) - 1)])
     bits = np.where(ends >> 31, ends & 0x7FFF_FFFF, ~ends).astype(np.uint32)

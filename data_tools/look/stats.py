@@ -1,4 +1,4 @@
-"""`stamo data stats`: what a source's actions and proprioception are like, for normalisation.
+"""`stamo data stats`: statistics of a source's actions and proprioception, for normalisation.
 
 The vectors are the same in every camera, so the first one's shards are read, once, without touching an image.
 """
@@ -20,9 +20,9 @@ from data_tools.stores.sync import fetch_manifest, put_bytes
 from stamo_dist.data.schema import MANIFEST, Manifest, Stats, dimension_names, scaling_notes
 from stamo_dist.errors import DataError
 
-#: The split that is trained on, whose statistics the manifest keeps.
+#: The training split, whose statistics are stored in the manifest.
 TRAIN = "train"
-#: Rows that are sketched at once.
+#: Rows processed per call.
 ROWS = 1 << 16
 
 Sums = tuple[Moments, Quantiles]
@@ -71,7 +71,7 @@ def source_stats(
 
 
 def keep_stats(source: str | Path, stats: Mapping[str, Stats]) -> None:
-    """Write statistics of split train into the manifest, which changes in nothing else.
+    """Write statistics of split train into the manifest; nothing else in it changes.
 
     Raises:
         DataError: It cannot be written.
@@ -110,17 +110,17 @@ def _sums_of(vectors: np.ndarray, where: str, column: str) -> Sums:
 
 
 def sums_of(vectors: np.ndarray) -> Sums:
-    """Of (N, D) finite float32 vectors, N > 0."""
+    """Sums of (N, D) finite float32 vectors, N > 0."""
     return Moments.of(vectors), Quantiles.of(vectors)
 
 
 def merge(a: Sums | None, b: Sums) -> Sums:
-    """Of both."""
+    """Sums of the union."""
     return b if a is None else (a[0].merge(b[0]), a[1].merge(b[1]))
 
 
 def to_stats(sums: Sums, gripper: int | None) -> Stats:
-    """As the manifest keeps them; `gripper` is the dimension that is not to be normalised."""
+    """The statistics in the manifest's form; `gripper` is the dimension that is not normalised."""
     moments, quantiles = sums
     q01, q99 = quantiles.at((0.01, 0.99), moments)
     return Stats(
@@ -136,7 +136,7 @@ def to_stats(sums: Sums, gripper: int | None) -> Stats:
 
 
 def print_stats(manifest: Manifest, split: str, stats: Mapping[str, Stats]) -> None:
-    """One table a vector, one row a dimension."""
+    """Print one table per vector, with one row per dimension."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

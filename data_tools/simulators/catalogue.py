@@ -1,4 +1,4 @@
-"""The simulators as `stamo eval plan` and `rollout` are handed them; nothing heavy is imported before they are used."""
+"""The simulators for `stamo eval plan` and `rollout`; heavy packages are imported on use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stamo_dist.errors import DataError
 if TYPE_CHECKING:
     from stamo_dist.evaluate.simulators import Setting, Simulator
 
-#: Initial states that LIBERO has of each task.
+#: Number of initial states of each LIBERO task.
 _LIBERO_TRIALS = 50
 
 

@@ -1,4 +1,4 @@
-"""The simulators for an agent that acts from outside, step by step."""
+"""Simulators driven step by step by an external agent."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from data_tools.simulators.tasks import instruction_of, open_world
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting, Simulator
 
-#: Most steps of a trial: LIBERO's as OpenVLA's evaluation sets them (experiments/robot/libero/run_libero_eval.py), a
-#: little more than the longest demonstration of each suite; Meta-World's as its environments do.
+#: Maximum steps of a trial: LIBERO's as in OpenVLA's evaluation (experiments/robot/libero/run_libero_eval.py), a
+#: little more than the longest demonstration of each suite; Meta-World's as in its environments.
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 OTHER_LIBERO_STEPS = 520
 METAWORLD_STEPS = 500
-#: Twice the expert's longest of 20 episodes (41, 28, 31 and 72 steps) and more, in round numbers.
+#: ManiSkill's: over twice the expert's longest of 20 episodes (41, 28, 31 and 72 steps), rounded up.
 MANISKILL_STEPS = {"PickCube-v1": 100, "PushCube-v1": 100, "PullCube-v1": 100, "StackCube-v1": 200}
 
 
 class Driven(Protocol):
-    """A world of this package that can be driven."""
+    """A simulator world of this package that an agent can drive."""
 
     def start(self, trial: int) -> None: ...
 
@@ -77,7 +77,7 @@ class ClosedLoop:
 
 
 def to_native(spec: ActionSpec, action: np.ndarray, convention: str) -> np.ndarray:
-    """One action (A,) as the simulator takes it, within ±1; the inverse of `data_tools.convert.actions` for one step.
+    """One action (A,) in the simulator's numbers, within ±1; the inverse of `data_tools.convert.actions` for one step.
 
     Raises:
         DataError: It has another number of dimensions.
@@ -104,7 +104,7 @@ def open_task(benchmark: str, task: str, setting: Setting) -> Simulator:
     """Start one task of a benchmark.
 
     Raises:
-        DataError: No headless OpenGL or Vulkan, no such task, or a goal image is wanted and the expert cannot solve it.
+        DataError: No headless OpenGL or Vulkan, no such task, or the expert fails although a goal image is requested.
     """
     aid = {"expert": setting.goals or setting.expert, "finely": setting.finely} if benchmark == "libero" else {}
     world, told = open_world(benchmark, task, **aid), instruction_of(benchmark, task)

@@ -1,4 +1,4 @@
-"""Writing LIBERO's HDF5 layout: one episode a part file, then one file a task.
+"""Writing LIBERO's HDF5 layout: first one part file per episode, then one file per task.
 
 TASK_demo.hdf5
   data/                       attrs: problem_info, bddl_file_name, env_args, num_demos, total, …
@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.simulators.rollout import Rollout
 
-#: How our files store moments and images; stated in the `data` group, read by the converter.
+#: Image timing and orientation of our files; stated in the `data` group, read by the converter.
 CONVENTIONS = {
     "image_timing": "before",  # obs[t] was taken before actions[t]
     "image_orientation": "flipped_vertically",  # as LIBERO's own files; image[::-1] is upright
@@ -31,7 +31,7 @@ CONVENTIONS = {
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary path that is renamed to `path` when the block succeeds, and removed when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -59,7 +59,7 @@ def write_episode(path: Path, rollout: Rollout, frames: Mapping[str, np.ndarray]
         for name, values in rollout.obs.items():
             obs[name] = values
         for camera, images in frames.items():
-            # One frame a chunk, so that a reader may take any frame alone.
+            # One frame per chunk, for random access.
             obs.create_dataset(f"{camera}_rgb", data=images[:, ::-1], chunks=(1, *images.shape[1:]), compression="gzip")
 
 
@@ -77,7 +77,7 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
 
 
 def copy(source: Path | h5py.Group, target: h5py.Group) -> None:
-    """Everything below a group, or of a file, with its attributes."""
+    """Copy everything below a group or file, with attributes."""
     if isinstance(source, Path):
         with h5py.File(source, "r") as file:
             copy(file, target)

@@ -1,4 +1,4 @@
-"""How far each task of a simulation is, on disk and in this call."""
+"""Progress of each task of a simulation, on disk and in this call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOPELESS = 20
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """One attempt, as the worker reports it and as PARTS/TASK/ATTEMPT.json keeps it."""
+    """The result of one attempt, reported by the worker and stored in PARTS/TASK/ATTEMPT.json."""
 
     attempt: int
     success: bool
@@ -33,7 +33,7 @@ class AttemptOutcome:
 
 @dataclass
 class TaskJob:
-    """One task's file and how far it is."""
+    """One task's file and its progress."""
 
     task: str
     path: Path
@@ -44,16 +44,16 @@ class TaskJob:
     fresh: list[AttemptOutcome] = field(default_factory=list)  # of this call
     attributes: dict[str, Any] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
-    kept: int = 0  # attempts recorded in the file that is there already
+    kept: int = 0  # attempts recorded in the existing file
 
     @classmethod
     def open(cls, task: str, out: Path, options: dict[str, Any], episodes: int) -> TaskJob:
-        """Find what an earlier call left.
+        """Load the results of earlier calls.
 
         Raises:
             DataError: The file was made with other options or is broken, or the folder cannot be written.
         """
-        # The folder of parts is named by the options, so another size or seed never picks up these parts.
+        # The folder of parts is named by the options, so another size or seed does not use these parts.
         key = hashlib.sha256(json.dumps({**options, "task": task}, sort_keys=True).encode()).hexdigest()[:12]
         name = f"{task}.h5" if options["benchmark"] == "maniskill" else f"{task}_demo.hdf5"
         job = cls(task, out / name, out / PARTS / key, options, episodes)
@@ -96,16 +96,16 @@ class TaskJob:
 
     @property
     def written(self) -> bool:
-        """The file holds what was asked for."""
+        """Whether the file holds the requested episodes."""
         return self.kept > 0 and self.complete and len(self.outcomes) == self.kept
 
     @property
     def complete(self) -> bool:
-        """The first `episodes` successes are known."""
+        """Whether the first `episodes` successes are known."""
         return not self.running and self.next_attempt() is None
 
     def next_attempt(self) -> int | None:
-        """The first attempt nobody has started, if the episodes may not be enough without it.
+        """The first attempt not yet started, or None if running and finished attempts may suffice.
 
         Running attempts count as successes, so no attempt is made that the file will not need.
         """
@@ -130,7 +130,7 @@ class TaskJob:
             )
 
     def write(self) -> None:
-        """Put the parts together and remove them."""
+        """Assemble the file from the parts and remove them."""
         needed = max(self.episodes, sum(self.outcomes[k] for k in range(self.kept)))
         attempts = chosen = 0
         while chosen < needed:

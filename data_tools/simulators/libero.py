@@ -19,8 +19,8 @@ MAX_STEPS = 400
 SETTLE_STEPS = 10
 MAX_SETTLE_STEPS = 60
 AT_REST = 0.05  # m/s
-PLACED_WITHIN = 0.01  # m of the middle of a region
-DROPPED_FROM = 0.2  # m above it, before something is lowered onto what is there
+PLACED_WITHIN = 0.01  # m from the centre of a region
+DROPPED_FROM = 0.2  # m above it: height before lowering an object onto another
 FREE_JOINT = 0  # MuJoCo's mjJNT_FREE
 #: Steps recorded after the benchmark's success check first holds.
 STEPS_AFTER_SUCCESS = 3
@@ -52,11 +52,11 @@ class LiberoWorld:
 
     Args:
         task: "SUITE/TASK_NAME".
-        expert: The scripted expert is wanted.
-        finely: Frames are drawn as by the benchmark's own renderer, at twice the time on a CPU.
+        expert: Also prepare the scripted expert.
+        finely: Render like the benchmark's own renderer, which takes twice as long on a CPU.
 
     Raises:
-        DataError: The expert is wanted, and the task's goal is not to put something on or in something.
+        DataError: `expert` is set and the task's goal is not to put something on or in something.
     """
 
     def __init__(self, task: str, expert: bool = True, finely: bool = False):
@@ -110,10 +110,10 @@ class LiberoWorld:
 
     def rollout(self, seed: int) -> Rollout:
         self._reset(seed)
-        self._furnish()
+        self._place_on_furniture()
         self._settle()
         self._await_rest()
-        as_told = self._lies_as_told()
+        as_told = self._is_in_place()
         expert = LiberoExpert(self.env, self.goals, np.random.default_rng(seed))
         steps: list[dict[str, np.ndarray]] = []
         succeeded = 0
@@ -126,10 +126,10 @@ class LiberoWorld:
         return recorded(as_told and bool(self.env.check_success()), steps)
 
     def start(self, trial: int) -> None:
-        """Go to the benchmark's initial state number `trial`, and let the objects settle.
+        """Set the benchmark's initial state number `trial`, and let the objects settle.
 
         Raises:
-            DataError: There are fewer, or none.
+            DataError: There are fewer initial states, or none.
         """
         if self._initial is None:
             from libero.libero import get_libero_path
@@ -154,7 +154,7 @@ class LiberoWorld:
         return bool(self.env.check_success())
 
     def solve(self, trial: int) -> int | None:
-        """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
+        """Let the expert act from here until the success check holds; the number of steps, None if it fails."""
         expert = LiberoExpert(self.env, self.goals, np.random.default_rng(trial))
         for step, action in enumerate(expert.actions()):
             if self.act(action):
@@ -164,12 +164,12 @@ class LiberoWorld:
         return None
 
     def picture(self, camera: str, size: int) -> np.ndarray:
-        """The present moment, upright (size, size, 3) uint8."""
+        """The current image, upright (size, size, 3) uint8."""
         state = self._observe()["state"][None]
         return np.asarray(self._drawn(size)(state, [CAMERAS[camera]])[CAMERAS[camera]][0])
 
     def proprio(self) -> np.ndarray:
-        """(8,): ee_states and gripper_states, as the shards hold them."""
+        """(8,): ee_states and gripper_states, as in the shards."""
         found = self._observe()
         return np.concatenate([found["ee_states"], found["gripper_states"]])
 
@@ -178,20 +178,20 @@ class LiberoWorld:
         np.random.seed(seed % 2**32)
         self.env.reset()
         gripper = self.env.robots[0].gripper
-        # A soft reset leaves the gripper's ramp where the last episode left it.
+        # A soft reset does not reset the ramp state of the gripper controller.
         gripper.current_action = np.zeros(gripper.dof)
 
     def _settle(self, steps: int = SETTLE_STEPS) -> None:
         for _ in range(steps):
             self.env.step(np.array([0, 0, 0, 0, 0, 0, OPEN]))
 
-    def _furnish(self) -> None:
-        """Put what the task's description puts into or onto furniture there.
+    def _place_on_furniture(self) -> None:
+        """Place the objects that the task's description puts in or on furniture.
 
-        A soft reset of the package lets it fall from a metre above, beside where the furniture now stands.
+        A soft reset of the package drops them from a metre above, beside the furniture's new position.
         """
         model, data = self.env.sim.model._model, self.env.sim.data._data
-        for _, name, region in self._told():
+        for _, name, region in self._initial_placements():
             body = self.env.env.obj_body_id[name]
             start = int(model.jnt_qposadr[model.body_jntadr[body]])
             site = data.site(region).xpos
@@ -204,8 +204,8 @@ class LiberoWorld:
             data.qpos[start + 2] -= min(gap, DROPPED_FROM) - 0.005
             self.env.sim.forward()
 
-    def _told(self) -> list[tuple[str, str, str]]:
-        """(predicate, object, region) of what stands in or on furniture at the start, the furniture itself left out."""
+    def _initial_placements(self) -> list[tuple[str, str, str]]:
+        """(predicate, object, region) of objects that start in or on furniture, without the furniture itself."""
         env = self.env.env
         regions, states = env.object_sites_dict, env.parsed_problem["initial_state"]
         placed = [s for s in states if s[0] in ("in", "on") and s[1] in env.objects_dict and s[2] in regions]
@@ -219,9 +219,9 @@ class LiberoWorld:
                 return
             self._settle(1)
 
-    def _lies_as_told(self) -> bool:
-        """Whether it is still there, and did not fall off."""
-        return all(self.env.env._eval_predicate(state) for state in self._told())
+    def _is_in_place(self) -> bool:
+        """Whether the object is still in its place and did not fall off."""
+        return all(self.env.env._eval_predicate(state) for state in self._initial_placements())
 
     def _observe(self) -> dict[str, np.ndarray]:
         model, data, robot = self.env.sim.model._model, self.env.sim.data._data, self.env.robots[0]

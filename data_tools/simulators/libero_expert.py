@@ -1,6 +1,6 @@
 """A scripted pick-and-place expert for LIBERO, driving OSC_POSE from privileged poses.
 
-It handles goals that put objects on or in something: every task of libero_spatial and libero_object and the like tasks
+It handles goals that put objects on or in something: every task of libero_spatial and libero_object and similar tasks
 of the other suites.
 """
 
@@ -18,20 +18,20 @@ from data_tools.simulators.rollout import axis_angle
 METERS_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
 OPEN, CLOSE = -1.0, 1.0
-#: The Panda's fingers open to 8 cm; wider objects are taken by the rim.
+#: The Panda's fingers open to 8 cm; wider objects are grasped by the rim.
 GRASPABLE_WIDTH = 0.07
-#: From the gripper's site down to the fingertips; lower than this above a table the fingers would press on it.
+#: From the gripper's site down to the fingertips; with less above a table the fingers would press on it.
 FINGERTIP = 0.012
 FINGER_ROOM = 0.06  # outside a rim: an open finger stands 4 cm from it
 MIN_GRIPPER_STEPS, MAX_GRIPPER_STEPS = 5, 20
 MAX_PHASE_STEPS = 60
-#: Metres from a place (3,) along a direction (3,) to something else.
+#: (position (3,), direction (3,)) → metres to the nearest other geometry.
 Beside = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the fingertips go, relative to the object's body: offset (3,) in world axes, and yaw from the rest pose."""
+    """Fingertip target relative to the object's body: offset (3,) in world axes, and yaw from the rest pose."""
 
     offset: np.ndarray
     yaw: float
@@ -57,7 +57,7 @@ def _descends(model: Any, body: int, ancestor: int) -> bool:
 
 
 def room(model: Any, data: Any, start: np.ndarray, direction: np.ndarray, body: int) -> float:
-    """Metres from `start` (3,) along a unit vector to the next collision geometry that is none of `body`'s."""
+    """Metres from `start` (3,) along a unit vector to the nearest collision geometry not belonging to `body`."""
     import mujoco
 
     group, hit = np.array([1, 0, 0, 0, 0, 0], np.uint8), np.empty(1, np.int32)
@@ -68,9 +68,9 @@ def room(model: Any, data: Any, start: np.ndarray, direction: np.ndarray, body: 
 def plan_grasp(points: np.ndarray, position: np.ndarray, rng: np.random.Generator, beside: Beside) -> Grasp:
     """Grasp an object given the corners (N, 3) of its geometry and its body position (3,).
 
-    Narrow objects are taken around the middle across their narrowest side, wide ones by the rim with the fingers
-    astride the wall, where there is room for them. At rest the fingers close along the world's y axis; `yaw` turns that
-    axis. `beside` tells how much room there is.
+    Narrow objects are grasped at the middle across their narrowest side, wide ones by the rim with one finger on each
+    side of the wall, where there is room. At rest the fingers close along the world's y axis; `yaw` turns that
+    axis. `beside` gives the free distance.
     """
     low, high = points.min(0), points.max(0)
     yaws = np.deg2rad(np.arange(-80, 91, 10))
@@ -107,7 +107,7 @@ class LiberoExpert:
     Args:
         env: LIBERO's ControlEnv, just reset.
         goals: (predicate, object, target) of each goal, as in `parsed_problem["goal_state"]`.
-        rng: Varies approach heights and the speed, so that episodes differ in more than their start.
+        rng: Varies approach heights and speed, so that episodes differ in more than their start.
     """
 
     def __init__(self, env: Any, goals: list[tuple[str, str, str]], rng: np.random.Generator):
@@ -121,7 +121,7 @@ class LiberoExpert:
     def actions(self) -> Iterator[np.ndarray]:
         """Actions (7,): dx dy dz (world), rotation vector (world), gripper (−1 open, +1 closed).
 
-        Ends when an object was not picked up, or some steps after the last one was placed.
+        Ends if an object could not be picked up, or some steps after the last one was placed.
         """
         for _, name, target in self.goals:
             picked = yield from self._pick_and_place(name, target)
@@ -162,7 +162,7 @@ class LiberoExpert:
         return True
 
     def _target(self, target: str) -> tuple[np.ndarray, float]:
-        """Where the underside of the object shall come to rest (3,), and the height to clear on the way."""
+        """Target position (3,) of the object's underside, and the height to clear on the way."""
         env = self.env.env
         if target in env.object_sites_dict:
             site = self.data.site(target)
@@ -182,7 +182,7 @@ class LiberoExpert:
             yield self._toward(goal, yaw, gripper)
 
     def _hold(self, goal: np.ndarray, yaw: float, gripper: float) -> Iterator[np.ndarray]:
-        """Open or close the gripper and wait until the fingers rest."""
+        """Open or close the gripper and wait until the fingers stop."""
         opening = 0.0
         for step in range(MAX_GRIPPER_STEPS):
             before, opening = opening, float(np.ptp(self.data.qpos[self.fingers]))

@@ -20,30 +20,30 @@ from data_tools.simulators.rollout import Rollout, seed_of
 from stamo_dist.errors import DataError
 
 CONTROL_MODE = "pd_ee_delta_pose"
-#: The Panda with a camera at its hand in every task, so that all have the same cameras.
+#: The Panda with a hand camera in every task, so that all tasks have the same cameras.
 ROBOT = "panda_wristcam"
 CAMERAS = ("base_camera", "hand_camera")
 MAX_STEPS = 150
 STEPS_AFTER_SUCCESS = 2
-#: Where `make maniskill` unpacks Mesa's Vulkan driver, or where another checkout's did.
+#: Folders where `make maniskill` unpacks Mesa's Vulkan driver, of this or another checkout.
 DRIVER = Path(os.environ.get("STAMO_LAVAPIPE") or Path(sys.prefix) / "share" / "lavapipe")
 VULKAN_FIX = "no Vulkan driver that it can use: Mesa 24.3 or later is needed (`make maniskill`, or mesa-vulkan-drivers)"
 
 
 def tasks() -> list[str]:
-    """Environments that there is an expert for."""
+    """Environments that have an expert."""
     return list(EXPERTS)
 
 
 def instruction_of(task: str) -> str:
-    """What the task's expert does, as its files say it."""
+    """The instruction of a task, as written into its files."""
     return INSTRUCTIONS[task]
 
 
 def _find_driver() -> None:
-    """Have Vulkan use the driver that `make maniskill` unpacked, if it did and none is named; before sapien's import.
+    """Select the Vulkan driver that `make maniskill` unpacked, unless another is set; call before importing sapien.
 
-    Its libraries are outside the linker's path: once loaded they are found by their names.
+    Its libraries are outside the linker's path, so they are loaded here and then found by name.
     """
     manifest = DRIVER / "lvp_icd.json"
     named = {os.environ.get(name, str(manifest)) for name in ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")}
@@ -51,7 +51,7 @@ def _find_driver() -> None:
         return
     os.environ["VK_ICD_FILENAMES"] = os.environ["VK_DRIVER_FILES"] = str(manifest)
     waiting = sorted(DRIVER.glob("lib/*"))
-    for _ in range(len(waiting)):  # one may need another
+    for _ in range(len(waiting)):  # retried, as one library may need another
         failed = []
         for library in waiting:
             try:
@@ -64,7 +64,7 @@ def _find_driver() -> None:
 class ManiSkillWorld:
     """One ManiSkill task; `pd_ee_delta_pose` moves its Panda.
 
-    The goal of PickCube, which the package hides from its cameras, is drawn: no policy could see it otherwise.
+    The goal of PickCube, which the package hides from its cameras, is drawn, so that policies can see it.
 
     Args:
         task: e.g. "PickCube-v1".
@@ -106,26 +106,26 @@ class ManiSkillWorld:
         )
 
     def start(self, trial: int) -> None:
-        """Begin trial number `trial`, drawn by a seed that only trials have."""
+        """Begin trial number `trial`, with a seed used only for trials."""
         self._fresh(seed_of(self.task, trial))
 
     def act(self, action: np.ndarray) -> bool:
-        """One control step; True when the environment's own success check holds."""
+        """One control step; True if the environment's own success check holds."""
         info = self._env.step(np.asarray(action, np.float32))[-1]
         return bool(info["success"].item())
 
     def solve(self, trial: int) -> int | None:
-        """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
+        """Let the expert act from here until the success check holds; the number of steps, None if it fails."""
         advice = islice(self._advice(seed_of(self.task, trial)), MAX_STEPS)
         return next((n for n, action in enumerate(advice, 1) if self.act(action)), None)
 
     def picture(self, camera: str, size: int) -> np.ndarray:
-        """The present moment, upright (size, size, 3) uint8."""
+        """The current image, upright (size, size, 3) uint8."""
         self._resize(size)
         return self._draw([camera])[camera]
 
     def proprio(self) -> np.ndarray:
-        """(16,): qpos (9) and tcp_pose (7), as the shards hold them."""
+        """(16,): qpos (9) and tcp_pose (7), as in the shards."""
         return np.concatenate(list(self._low().values()))
 
     def render(self, rollout: Rollout, cameras: Sequence[str], size: int) -> dict[str, np.ndarray]:
@@ -152,11 +152,11 @@ class ManiSkillWorld:
         if self._env is None:
             self._env = _make(self.task, self._size)
         self._seed = seed
-        self._env.reset(seed=seed, options={"reconfigure": True})  # nothing is kept of the episode before
+        self._env.reset(seed=seed, options={"reconfigure": True})  # discard the previous episode's record
         self._env._hidden_objects.clear()
 
     def _resize(self, size: int) -> None:
-        """Have cameras of another size; the moment stays."""
+        """Change the cameras' size and keep the simulation's state."""
         if size == self._size:
             return
         state = self._env.get_state()
@@ -166,7 +166,7 @@ class ManiSkillWorld:
         self._env.set_state(state)
 
     def _state(self) -> np.ndarray:
-        """The simulation's state (S,) float32, enough to draw the moment again."""
+        """The simulation's state (S,) float32, enough to render it again."""
         return np.array(self._env.get_state()[0].cpu())
 
     def _low(self) -> dict[str, np.ndarray]:
@@ -189,10 +189,10 @@ class ManiSkillWorld:
 
 
 def _make(task: str, size: int) -> Any:
-    """The unwrapped environment: without a limit of steps.
+    """Create the unwrapped environment, which has no step limit.
 
     Raises:
-        DataError: It cannot render here.
+        DataError: It cannot render on this machine.
     """
     _find_driver()
     import gymnasium

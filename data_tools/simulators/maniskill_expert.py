@@ -14,19 +14,19 @@ import numpy as np
 METRES_PER_UNIT = 0.1
 RADIANS_PER_UNIT = -0.1
 OPEN, CLOSE = 1.0, -1.0
-#: The arm lags behind what it is asked for: of a step's displacement it makes about a third.
+#: The arm lags behind its command: it covers about a third of the requested displacement per step.
 GAIN = 2.0
-HALF = 0.02  # of every cube's side
+HALF = 0.02  # half the side of every cube
 GRIPPER_STEPS = 6
 MAX_PHASE_STEPS = 40
 
 
 class ManiskillExpert:
-    """Yields actions (7,) that solve a task, reading the environment as it goes; after the last phase it holds still.
+    """Yields actions (7,) that solve a task, reading the environment in each step; it holds still after the last phase.
 
     Args:
         env: The unwrapped environment, just reset.
-        rng: Varies heights and the speed, so that episodes differ in more than their start.
+        rng: Varies heights and speed, so that episodes differ in more than their start.
     """
 
     def __init__(self, env: Any, rng: np.random.Generator):
@@ -109,7 +109,7 @@ EXPERTS: dict[str, Callable[[ManiskillExpert], Iterator[np.ndarray]]] = {
     "PullCube-v1": ManiskillExpert.pull,
     "StackCube-v1": ManiskillExpert.stack,
 }
-#: What each of them is told to do; ManiSkill says it nowhere.
+#: Environment → instruction; ManiSkill has none.
 INSTRUCTIONS = {
     "PickCube-v1": "pick cube",
     "PushCube-v1": "push cube",
@@ -123,17 +123,17 @@ def up(height: float) -> np.ndarray:
 
 
 def position(thing: Any) -> np.ndarray:
-    """(3,) m, in the world."""
+    """Position (3,) in m, world frame."""
     return np.asarray(thing.pose.p[0].cpu(), np.float64)
 
 
 def matrix(thing: Any) -> np.ndarray:
-    """Orientation (3, 3) in the world."""
+    """Orientation (3, 3), world frame."""
     return np.asarray(thing.pose.to_transformation_matrix()[0, :3, :3].cpu(), np.float64)
 
 
 def across(object: np.ndarray, hand: np.ndarray) -> np.ndarray:
-    """The orientation (3, 3) of a hand that points down and closes across the object's nearest sides (its y axis)."""
+    """Orientation (3, 3) of a hand that points down and closes (along its y axis) across the object's nearest sides."""
     sides = [sign * object[:, axis] * [1, 1, 0] for axis in (0, 1) for sign in (1, -1)]
     closing = max(sides, key=lambda side: float(side @ hand[:, 1]))
     closing = closing / np.linalg.norm(closing)

@@ -1,6 +1,7 @@
 """Writing ManiSkill's own layout, as its RecordEpisode wrapper does: TASK.h5 with TASK.json beside it.
 
-See `data_tools.formats.maniskill`, which reads it. The root's attributes hold what `stamo data simulate` goes on from.
+See `data_tools.formats.maniskill`, which reads it. The root's attributes hold the state from which `stamo data
+simulate` continues.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def assemble(path: Path, parts: Mapping[int, Path | h5py.Group], attributes: Map
                         "control_mode": json.loads(attributes["env_kwargs"])["control_mode"],
                         "elapsed_steps": int(trajectory.attrs["num_samples"]),
                         "success": True,
-                        "instruction": attributes.get("instruction", ""),  # parts of before have none
+                        "instruction": attributes.get("instruction", ""),  # parts written by earlier versions have none
                     }
                 )
             for name, value in sorted(attributes.items()):

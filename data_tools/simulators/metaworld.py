@@ -73,30 +73,30 @@ class MetaWorld:
         return recorded(bool(info["success"]), steps)
 
     def start(self, trial: int) -> None:
-        """Begin trial number `trial`: goal and objects are drawn by a seed that only trials have."""
+        """Begin trial number `trial`: goal and objects are drawn with a seed used only for trials."""
         self._observation = self._fresh(seed_of(self.task, trial))
 
     def act(self, action: np.ndarray) -> bool:
-        """One control step; True when the benchmark's success check holds."""
+        """One control step; True if the benchmark's success check holds."""
         self._observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
         return bool(info["success"])
 
     def solve(self, trial: int) -> int | None:
-        """Let the expert act from here until the success check holds; the steps that took, None if it comes to none."""
+        """Let the expert act from here until the success check holds; the number of steps, None if it fails."""
         expert = self.expert_class()
         return next((n for n in range(1, MAX_STEPS + 1) if self.act(_advice(expert, self._observation))), None)
 
     def picture(self, camera: str, size: int) -> np.ndarray:
-        """The present moment, upright (size, size, 3) uint8."""
+        """The current image, upright (size, size, 3) uint8."""
         return np.asarray(self._drawn(size)(self._observe()["state"][None], [camera])[camera][0])
 
     def proprio(self) -> np.ndarray:
-        """(8,): ee_states and gripper_states, as the shards hold them."""
+        """(8,): ee_states and gripper_states, as in the shards."""
         found = self._observe()
         return np.concatenate([found["ee_states"], found["gripper_states"]])
 
     def _fresh(self, seed: int) -> np.ndarray:
-        """A new environment's first observation; some tasks keep changes to the model across resets."""
+        """The first observation of a new environment, as some tasks keep changes to the model across resets."""
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         self.close()
@@ -126,7 +126,7 @@ class MetaWorld:
         return self._renderer
 
     def _place_goal(self) -> None:
-        # The goal marker's place is not part of MuJoCo's state.
+        # The goal marker's position is not part of MuJoCo's state.
         for name, position in self.env._target_site_config:
             self.env._set_pos_site(name, position)
 
@@ -141,6 +141,6 @@ class MetaWorld:
 
 def _advice(expert: Any, observation: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
-        # The experts warn about every action beyond ±1, which we clip.
+        # The experts warn about every action beyond ±1; these are clipped here.
         warnings.simplefilter("ignore")
         return np.clip(np.asarray(expert.get_action(observation), np.float64), -1, 1)

@@ -1,6 +1,6 @@
-"""What the simulators share: one episode's record, and rendering it afterwards from the saved simulator states.
+"""Shared by the simulators: the record of an episode, and rendering it later from saved simulator states.
 
-Episodes are rolled out without a camera first. Only those that succeed are rendered, so a failure costs physics alone.
+Episodes are rolled out without a camera first. Only successful ones are rendered, so a failure costs only physics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from stamo_dist.errors import DataError
 
-#: Fix printed with every headless-OpenGL failure.
+#: Advice printed with every headless-OpenGL failure.
 OPENGL_FIX = (
     "install headless OpenGL (Debian/Ubuntu: `apt install libegl1 libgl1-mesa-dri`), "
     "or `apt install libosmesa6` and set MUJOCO_GL=osmesa"
@@ -40,15 +40,15 @@ class Rollout:
     """One episode of T steps; row t of every array was taken just before `actions[t]`.
 
     Attributes:
-        success: The benchmark's own success check held at the end.
+        success: Whether the benchmark's own success check held at the end.
         actions: (T, A) float64, as given to the environment.
-        states: (T, S) float64, MuJoCo's [time, qpos, qvel, mocap pose]: enough to render the moment again.
+        states: (T, S) float64, MuJoCo's [time, qpos, qvel, mocap pose]: enough to render it again.
         robot_states: (T, R) float64.
         obs: LIBERO's low-dimensional observations, each (T, ·): ee_pos, ee_ori, ee_states, gripper_states,
             joint_states.
-        seed: Of the environment's reset, where the layout keeps it.
+        seed: Seed of the environment's reset, if the layout stores it.
 
-    ManiSkill's `states` and `obs` are the package's own, and have a row more: the moment after the last action.
+    ManiSkill's `states` and `obs` are the package's own and have T + 1 rows: the last is after the last action.
     """
 
     success: bool
@@ -77,15 +77,15 @@ class SimulatorWorld(Protocol):
 class StateRenderer:
     """Renders saved states of one MuJoCo model.
 
-    Unless `finely`, multisampling is off and the shadow map small: on a CPU they cost twice the time and change little
+    Unless `finely`, multisampling is off and the shadow map is small: on a CPU they double the time and change little
     at 64–256 px.
 
     Args:
         model, data: MuJoCo's; rendering overwrites `data`.
         size: Side of the square frames in pixels.
         hidden_groups: Geometry groups that are not drawn.
-        after_set: Called after each state is set, for what the state does not hold (goal markers, lit burners).
-        finely: As the model says, which is how the benchmark's own renderer draws.
+        after_set: Called after each state is set, for what the state lacks (goal markers, lit burners).
+        finely: Use the model's render settings, as the benchmark's own renderer does.
 
     Raises:
         DataError: No headless OpenGL.
@@ -103,7 +103,7 @@ class StateRenderer:
     ):
         import mujoco
 
-        if not finely:  # both must be set before the context is made, which reads them once
+        if not finely:  # set before creating the context, which reads them once
             model.vis.quality.offsamples = 0
             model.vis.quality.shadowsize = 1024
         self.model, self.data, self.size, self.after_set = model, data, size, after_set
@@ -131,7 +131,7 @@ class StateRenderer:
         return frames
 
     def _is_rolled(self, camera: str) -> bool:
-        """A fixed camera mounted upside down, as Meta-World's corner cameras: turning by 180° keeps left and right."""
+        """Whether a fixed camera is upside down, as Meta-World's corner cameras are; its frames are turned by 180°."""
         import mujoco
 
         index = self.model.camera(camera).id
@@ -161,14 +161,14 @@ def get_state(model: Any, data: Any) -> np.ndarray:
 
 
 def seed_of(task: str, trial: int) -> int:
-    """Seed of a trial; none that `stamo data simulate` uses, so nothing was trained on it."""
+    """Seed of a trial; never used by `stamo data simulate`, so it is not in training data."""
     return int.from_bytes(hashlib.sha256(f"{task}/trial/{trial}".encode()).digest()[:4], "big")
 
 
 def axis_angle(quat: np.ndarray) -> np.ndarray:
     """Rotation vector (3,) of a unit quaternion (w, x, y, z), its length in [0, 2π] as robosuite's quat2axisangle.
 
-    The length is not brought below π: a gripper that points down sits at π, where the shortest rotation would jump.
+    The length is not reduced below π: a gripper that points down is near π, where the shortest rotation would jump.
     """
     sine = float(np.linalg.norm(quat[1:]))
     if sine < 1e-8:
@@ -179,7 +179,7 @@ def axis_angle(quat: np.ndarray) -> np.ndarray:
 def observed(
     model: Any, data: Any, *, position: np.ndarray, quat: np.ndarray, gripper: np.ndarray, joints: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What is recorded of a moment beside the pictures; `quat` of the hand is (w, x, y, z)."""
+    """The recorded observations of a timestep except images; the hand's `quat` is (w, x, y, z)."""
     turn = axis_angle(quat)
     return {
         "state": get_state(model, data),
@@ -193,6 +193,6 @@ def observed(
 
 
 def recorded(success: bool, steps: Sequence[Mapping[str, np.ndarray]]) -> Rollout:
-    """The episode of these moments, each as `observed`, with the `action` that was taken."""
+    """The episode made of these timesteps, each as returned by `observed`, with the `action` taken."""
     rows = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
     return Rollout(success, rows.pop("action"), rows.pop("state"), rows.pop("robot"), obs=rows)

@@ -33,7 +33,7 @@ from stamo_dist.errors import DataError
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a call of `simulate` did. `files` are all tasks' files; the counts are of this call alone."""
+    """The result of a call of `simulate`. `files`: all tasks' files; the counts cover this call alone."""
 
     files: list[Path]
     attempts: int
@@ -52,7 +52,7 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded of an attempt; a file holds attempts of one such.
+    """Recording settings; all attempts in a file share them.
 
     Attributes:
         benchmark: "libero", "metaworld" or "maniskill".
@@ -84,7 +84,7 @@ def simulate(
     Run again after a kill it continues; the files come out the same. Asked for more episodes it adds to its files.
 
     Args:
-        asked: The simulator and what is seen of it.
+        asked: The simulator, cameras, size and seed.
         out: Folder to write into.
         tasks: LIBERO: "SUITE/INDEX", "SUITE/TASK_NAME" or "SUITE" for all of it. Meta-World: "reach-v3", ….
             ManiSkill: "PickCube-v1", ….
@@ -121,7 +121,7 @@ def simulate(
 
 
 def _drive(pool: ProcessPoolExecutor, jobs: Sequence[TaskJob], processes: int, show: Callable[[], None]) -> None:
-    """Keep every process busy until each task has its episodes; write each file as soon as it is complete."""
+    """Run attempts in all processes until each task has its episodes; write each file once it is complete."""
     running: dict[Future[AttemptOutcome], TaskJob] = {}
     show()
     pending = list(jobs)
@@ -139,7 +139,7 @@ def _drive(pool: ProcessPoolExecutor, jobs: Sequence[TaskJob], processes: int, s
 
 
 def _clean(parts: Path) -> None:
-    """Remove the logs, and the folder unless another call's parts are in it."""
+    """Remove the logs, and the folder unless it holds another call's parts."""
     for log in parts.glob("worker-*.log"):
         log.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -195,14 +195,14 @@ def _attempt(task: str, options: dict[str, Any], attempt: int, parts: Path) -> A
         frames = world.render(rollout, options["cameras"], options["size"])
         layout.write_episode(parts / f"{attempt:05d}.hdf5", rollout, frames, attempt)
     outcome = AttemptOutcome(attempt, rollout.success, len(rollout.actions), world.attributes)
-    # Written last: an attempt counts only once its report exists.
+    # Written last: an attempt is complete once its report exists.
     with demo_file.whole_file(parts / f"{attempt:05d}.json") as temporary:
         temporary.write_text(json.dumps(outcome.__dict__))
     return outcome
 
 
 def _enter(task: str) -> SimulatorWorld:
-    """The world of `task`; a worker keeps the last one, because making it takes seconds."""
+    """The world of `task`; a worker caches the last one, because creating it takes seconds."""
     global _world
     if _world is None or _world[0] != task:
         if _world is not None:
@@ -214,7 +214,7 @@ def _enter(task: str) -> SimulatorWorld:
 
 @contextlib.contextmanager
 def _progress(jobs: Sequence[TaskJob], quiet: bool) -> Iterator[Callable[[], None]]:
-    """Yields show(), which brings the progress line up to date with the jobs."""
+    """Yields show(), which updates the progress line from the jobs."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Which tasks, cameras and packages a simulation needs: checked before anything starts."""
+"""Checking the tasks, cameras and packages of a simulation before it starts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ PROCESS_GB = {"libero": 1.8, "metaworld": 0.6, "maniskill": 1.3}
 
 
 def prepare_environment() -> None:
-    """Set what the simulators read at import."""
+    """Set the environment variables that the simulators read at import."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    # Named, so that neither a prompt nor a file in the home folder decides which assets are used.
+    # Set explicitly, so that neither a prompt nor a file in the home folder selects the assets.
     os.environ.setdefault(
         "LIBERO_CONFIG_PATH", os.path.join(os.path.dirname(os.path.abspath(__file__)), "libero_config")
     )
 
 
 def check_graphics(benchmark: str) -> None:
-    """See that frames can be drawn, as far as that can be told without starting a simulator.
+    """Check that frames can be rendered, as far as possible without starting a simulator.
 
     Raises:
-        DataError: There is no headless OpenGL. ManiSkill, which draws with Vulkan, says so when it starts.
+        DataError: There is no headless OpenGL. ManiSkill, which uses Vulkan, reports it when it starts.
     """
     prepare_environment()
     if benchmark != "maniskill":
@@ -93,7 +93,7 @@ def _module(benchmark: str) -> Any:
 
 
 def open_world(benchmark: str, task: str, **options: bool) -> Any:
-    """The simulator of one task, a `SimulatorWorld` that can also be driven.
+    """The simulator of one task, a `SimulatorWorld` that an agent can drive, too.
 
     Raises:
         DataError: No headless OpenGL or Vulkan, or no such task.
@@ -103,7 +103,7 @@ def open_world(benchmark: str, task: str, **options: bool) -> Any:
 
 
 def instruction_of(benchmark: str, task: str) -> str:
-    """What a policy is told to do in a task."""
+    """The instruction of a task."""
     return str(_module(benchmark).instruction_of(task))
 
 

@@ -22,19 +22,19 @@ _NAME = re.compile(r"step_\d+")
 
 
 def copy_checkpoint(src: str, dst: str, *, parallel: int = 4, quiet: bool = False, pause: float = 1.0) -> Copied:
-    """Copy a checkpoint to DST/step_…, which is no checkpoint before all of it is there.
+    """Copy a checkpoint to DST/step_…, which is valid only once all of it is there (the manifest is last).
 
     Run it again after a kill and it continues: files that are there, and parts of large ones, are not sent again.
 
     Args:
-        src: Folder or s3://BUCKET/PREFIX of a checkpoint; of a run's folder its newest whole one is taken.
+        src: Folder or s3://BUCKET/PREFIX of a checkpoint; of a run's folder, its newest complete one.
         dst: Folder or URL that holds checkpoints; one of SRC and DST is a folder.
         parallel: Files copied at once; each takes 32 MB of memory.
         quiet: No progress bar.
         pause: Seconds before a failing request is made again; each further pause doubles.
 
     Raises:
-        CheckpointError: SRC is no whole checkpoint, or a file is not what was written.
+        CheckpointError: SRC is not a complete checkpoint, or a file is damaged.
         DataError: DST holds another checkpoint of that name, or a file cannot be read or written.
     """
     source = open_store(src, pause)
@@ -76,7 +76,7 @@ def copy_checkpoint(src: str, dst: str, *, parallel: int = 4, quiet: bool = Fals
 
 
 def _checkpoint(folder: Path) -> Path:
-    """The folder of a checkpoint, or the newest whole one of a run."""
+    """The folder of a checkpoint; of a run, its newest complete one."""
     checkpoints = RunFolder(folder).checkpoints
     if (folder / MANIFEST).exists() or not checkpoints.is_dir():
         return folder

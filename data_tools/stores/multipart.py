@@ -1,4 +1,4 @@
-"""Large files into a bucket, part after part; what a killed upload sent is not sent again."""
+"""Resumable upload of large files to a bucket in parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_tools.stores.store import Advance
 from stamo_dist.errors import DataError
 
 PART = 32 << 20  # bytes
-_MOST_PARTS = 9000  # S3 takes 10,000
+_MOST_PARTS = 9000  # S3's limit is 10,000
 
 
 def part_size(size: int) -> int:
@@ -21,12 +21,12 @@ def part_size(size: int) -> int:
 
 
 class MultipartUpload:
-    """One file on its way to a key; goes on with the newest upload to that key that was begun and not completed.
+    """The upload of one file to a key; continues the newest unfinished upload to that key.
 
     Args:
-        call: Makes one request: (method of boto3's client, its arguments), again where that may help.
-        bucket, key: Where it goes.
-        metadata: Of the object.
+        call: Makes a request (method of boto3's client, its arguments), with retries.
+        bucket, key: The target.
+        metadata: The object's metadata.
     """
 
     def __init__(self, call: Callable[..., Any], bucket: str, key: str, metadata: dict[str, str]):
@@ -50,7 +50,7 @@ class MultipartUpload:
             marker = page["NextPartNumberMarker"]
 
     def send(self, path: Path, look: Callable[[bytes], object], advance: Advance) -> None:
-        """Send what is not there yet; `look` sees every part.
+        """Send the missing parts; `look` is called with the bytes of every part.
 
         Raises:
             DataError: The file cannot be read.
@@ -73,10 +73,10 @@ class MultipartUpload:
             raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
 
     def complete(self) -> None:
-        """Make the parts the object."""
+        """Complete the upload: the parts become the object."""
         parts = {"Parts": self._etags}
         self._call("complete_multipart_upload", **self._at, UploadId=self._id, MultipartUpload=parts)
 
     def abort(self) -> None:
-        """Give up what was sent."""
+        """Abort the upload and delete its parts."""
         self._call("abort_multipart_upload", **self._at, UploadId=self._id)

@@ -1,4 +1,4 @@
-"""The store at a path: which kind it is says the path."""
+"""Opening the store of a path or URL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar that counts bytes."""
+"""A progress bar for bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_tools.stores.store import Advance
 
 @contextmanager
 def bytes_bar(name: str, total: int, quiet: bool) -> Iterator[Advance]:
-    """A bar on the screen of `total` bytes; what it gives is told the bytes moved."""
+    """A progress bar for `total` bytes; yields a function to call with the bytes moved."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

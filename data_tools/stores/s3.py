@@ -18,19 +18,19 @@ from data_tools.stores.store import Advance, DamagedError, Stat, TransientError,
 from stamo_dist.checkpoint.manifest import hasher
 from stamo_dist.errors import DataError
 
-#: Files up to this size go in one request, so that S3 knows their MD5.
+#: Files up to this size are sent in one request, so that their ETag is their MD5.
 ONE_REQUEST = 1 << 30
 _MISSING = ("404", "NoSuchKey", "NotFound")
 
 
-#: Attempts at a request, on top of botocore's own.
+#: Attempts per request, on top of botocore's own retries.
 ATTEMPTS = 5
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _patient(method: _F) -> _F:
-    """Try a method of S3Store again while it fails for reasons that may pass, with pauses that double, and jitter."""
+    """Retry a method of S3Store on transient errors, with exponential backoff and jitter."""
 
     @wraps(method)
     def tried(self: S3Store, *arguments: Any) -> Any:
@@ -46,7 +46,7 @@ def _patient(method: _F) -> _F:
 
 @contextmanager
 def _undone(advance: Advance) -> Iterator[Advance]:
-    """Take back the progress of a transfer that fails."""
+    """Undo the progress of a transfer that fails."""
     moved = 0
 
     def count(n: int) -> None:
@@ -65,7 +65,7 @@ class S3Store:
     """Files below s3://BUCKET/PREFIX.
 
     The endpoint is S3_ENDPOINT_URL when set. A file's sha256 is kept in its metadata. Without credentials only public
-    buckets can be read. A request that fails for reasons that may pass is made again.
+    buckets can be read. Requests that fail with a transient error are retried.
 
     Args:
         url: s3://BUCKET/PREFIX.
@@ -97,7 +97,7 @@ class S3Store:
                 self._s3.head_bucket(Bucket=self._bucket)
                 return None
         etag = head["ETag"].strip('"')
-        md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""  # a multipart upload's is no MD5
+        md5 = etag if re.fullmatch("[0-9a-f]{32}", etag) else ""  # a multipart upload's ETag is not an MD5
         kept = head["Metadata"]
         return Stat(head["ContentLength"], etag, kept.get("sha256", ""), md5, kept.get("digest", ""))
 
@@ -106,10 +106,10 @@ class S3Store:
 
     @_patient
     def listing(self, beginning: str = "") -> dict[str, tuple[int, float]]:
-        """Bytes, and when it was written (seconds since 1970), of every key by its name, sorted; hidden ones too.
+        """Key → (bytes, modification time in seconds since 1970), sorted, with hidden keys.
 
         Args:
-            beginning: What names begin with.
+            beginning: Prefix of the keys.
         """
         with self._explained("list", ""):
             pages = self._s3.get_paginator("list_objects_v2").paginate(
@@ -148,10 +148,10 @@ class S3Store:
             )
 
     def put_in_parts(self, path: Path, name: str, digest: str, advance: Advance) -> None:
-        """Copy a file that should have this digest, part after part: what a killed copy has sent is not sent again.
+        """Upload a file with this expected digest in parts; parts sent by a killed upload are not sent again.
 
         Raises:
-            DamagedError: It has another one; nothing is there then.
+            DamagedError: The file has another digest; no object is created.
             DataError: It cannot be read or written.
         """
         key, found = self._prefix + name, hasher(digest)
@@ -196,7 +196,7 @@ class S3Store:
             raise self._client_error(e, what, where) from e
         except (BotoCoreError, Boto3Error) as e:
             cause = e.__cause__ or e.__context__
-            if isinstance(cause, ClientError):  # boto3 wraps those of an upload
+            if isinstance(cause, ClientError):  # boto3 wraps the errors of an upload
                 raise self._client_error(cause, what, where) from e
             if isinstance(e, (NoCredentialsError, PartialCredentialsError)):
                 raise DataError(f"{where}: cannot {what} it: {e}; {_CREDENTIALS}") from e
@@ -235,7 +235,7 @@ _CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
 
 
 def _client(endpoint: str | None, url: str) -> tuple[Any, bool]:
-    """A client, and whether it has no credentials."""
+    """A client, and whether it is anonymous (no credentials)."""
     from boto3.session import Session
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -259,7 +259,7 @@ def _client(endpoint: str | None, url: str) -> tuple[Any, bool]:
 
 
 def _region(session: Any) -> str | None:
-    # An endpoint of one's own has no region, but requests are signed for one.
+    # A custom endpoint has no region, but signing needs one.
     return session.region_name or ("us-east-1" if os.environ.get("S3_ENDPOINT_URL") else None)
 
 

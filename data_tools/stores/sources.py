@@ -1,6 +1,6 @@
-"""Data sets that lie elsewhere, brought here before they are converted: s3://BUCKET/PREFIX and data sets of the Hub.
+"""Downloading remote datasets before conversion: s3://BUCKET/PREFIX and datasets of the Hub.
 
-A copy is kept and used again: of s3:// in a folder of the user's cache, of the Hub in the Hub's own cache.
+Copies are kept and reused: of s3:// in a folder of the user's cache, of the Hub in the Hub's own cache.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from stamo_dist.errors import DataError
 if TYPE_CHECKING:
     from data_tools.stores.s3 import S3Store
 
-#: Files brought at once.
+#: Files downloaded at once.
 PARALLEL = 8
-#: Seconds by which the times of a file and of its copy may differ: file systems round.
+#: Accepted difference (s) between the times of a file and its copy: file systems round.
 SAME_TIME = 2.0
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<path>.+?))?/?")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
@@ -43,13 +43,13 @@ _COPY = {
 
 @dataclass(frozen=True)
 class Brought:
-    """Where a data set is now, and what it took."""
+    """The local path of a dataset, and what was downloaded."""
 
     url: str
     path: Path
     files: int
     bytes: int
-    there: int  # files that were there already
+    there: int  # files that were already local
 
     def __str__(self) -> str:
         kept = f"{self.url}: in {self.path}, which is kept; remove it when it is no longer needed"
@@ -57,14 +57,14 @@ class Brought:
 
 
 def is_remote(src: str) -> bool:
-    """Whether a source is a URL or a data set's id on the Hub, OWNER/NAME, rather than a path on this machine."""
+    """Whether a source is a URL or a Hub dataset id OWNER/NAME, rather than a local path."""
     if "://" in src:
         return True
     return _HUB_ID.fullmatch(src) is not None and not Path(src).exists() and not Path(src).parent.exists()
 
 
 def bring(src: str, work: Path | None = None, quiet: bool = False) -> Brought:
-    """Copy a data set to this machine, if it is not there yet; run again after a kill, it continues file by file.
+    """Copy a dataset to this machine, if it is not there yet; after a kill, another run continues file by file.
 
     Args:
         src: s3://BUCKET/PREFIX, hf://datasets/OWNER/NAME[@REVISION][/PATH], or OWNER/NAME of the Hub.
@@ -72,7 +72,7 @@ def bring(src: str, work: Path | None = None, quiet: bool = False) -> Brought:
         quiet: No progress bar.
 
     Raises:
-        DataError: It is not there, may not be read, cannot be reached, or is of a kind that is not fetched.
+        DataError: It does not exist, may not be read, cannot be reached, or its URL scheme is not supported.
     """
     if src.startswith("s3://"):
         return _from_s3(src, work or _cache(), quiet)
@@ -107,7 +107,7 @@ def _from_s3(url: str, cache: Path, quiet: bool) -> Brought:
     name = url.rsplit("/", 1)[-1]
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
     target = folder if single else folder / name
-    with _alone(folder):
+    with _exclusive(folder):
         missing = {name: entry for name, entry in listed.items() if not _is_same(target / name, *entry)}
         _fetch_all(store, target, missing, quiet)
         _remove_others(target, listed)
@@ -116,7 +116,7 @@ def _from_s3(url: str, cache: Path, quiet: bool) -> Brought:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a key is a file's, below the folder."""
+    """Whether a key is a file below the folder."""
     return all(part not in ("", ".", "..") for part in name.split("/"))
 
 
@@ -129,8 +129,8 @@ def _is_same(path: Path, size: int, written: float) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one run at a time bring it; the others wait and find it there.
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Let one run at a time download it; the others wait and then use the copy.
 
     Raises:
         DataError: The folder cannot be written.
@@ -151,7 +151,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _fetch_all(store: S3Store, target: Path, files: Mapping[str, tuple[int, float]], quiet: bool) -> None:
     """Raises:
-    DataError: The first that could not be fetched.
+    DataError: The first file that could not be downloaded.
     """
     total = sum(size for size, _ in files.values())
     with bytes_bar("fetch", total, quiet) as advance, ThreadPoolExecutor(PARALLEL) as pool:
@@ -165,7 +165,7 @@ def _fetch_all(store: S3Store, target: Path, files: Mapping[str, tuple[int, floa
 
 
 def _fetch(store: S3Store, target: Path, name: str, size: int, written: float, advance: Advance) -> None:
-    """A file gets its name when it is whole, and the time of the original."""
+    """Download one file; it gets its final name when complete, and the original's modification time."""
     path = target / name
     store.fetch(name, part_of(path), advance)
     if part_of(path).stat().st_size != size:
@@ -175,7 +175,7 @@ def _fetch(store: S3Store, target: Path, name: str, size: int, written: float, a
 
 
 def _remove_others(target: Path, listed: Iterable[str]) -> None:
-    """Remove what an earlier copy had and the data set has no more."""
+    """Remove files of an earlier copy that the dataset no longer has."""
     wanted = {target / name for name in listed}
     for path in [path for path in target.rglob("*") if path.is_file() or path.is_symlink()]:
         if path not in wanted:
@@ -183,7 +183,7 @@ def _remove_others(target: Path, listed: Iterable[str]) -> None:
 
 
 def _from_hub(said: str, url: str) -> Brought:
-    """A data set of the Hub, or a folder or file of one, in the Hub's cache."""
+    """Download a Hub dataset, or a folder or file of one, into the Hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -209,7 +209,7 @@ def _from_hub(said: str, url: str) -> Brought:
 
 
 def _there(repo: str) -> set[Path]:
-    """The contents of a data set that the Hub's cache has."""
+    """The files of a dataset in the Hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     blobs = Path(HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs"

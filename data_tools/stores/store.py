@@ -1,4 +1,4 @@
-"""A source's files where they lie: a local folder or s3://BUCKET/PREFIX."""
+"""Stores of a source's files: a local folder or s3://BUCKET/PREFIX."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Stat:
-    """What is known of a file without reading it."""
+    """Facts about a file that are known without reading it."""
 
     size: int
-    stamp: str  # changes whenever the file is written
+    stamp: str  # a value that changes whenever the file is written
     sha256: str = ""  # where the store keeps it
-    md5: str = ""  # where the store knows it
-    digest: str = ""  # where the store keeps it: the hash's name, a colon and its hex digits
+    md5: str = ""  # if the store knows it
+    digest: str = ""  # if the store keeps it: the hash's name, a colon and its hex digits
 
 
 class DamagedError(DataError):
-    """A file whose content is not what was written."""
+    """A file's content does not match its checksum."""
 
 
 class TransientError(DataError):
-    """A request that may succeed when it is made again."""
+    """A request failed with an error that may pass on retry."""
 
 
 class Store(Protocol):
-    """Files by name, such as "train/front/index.json". All methods raise DataError with what to do about it."""
+    """Files by name, such as "train/front/index.json". All methods raise DataError with advice."""
 
     url: str
-    local: Path | None  # the folder, of a local store
+    local: Path | None  # the folder of a local store, else None
 
     def stat(self, name: str) -> Stat | None:
         """None if there is no such file."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file by its name, sorted; hidden ones and those of unfinished copies left out."""
+        """Bytes of every file by name, sorted, without hidden files and unfinished copies."""
 
     def read(self, name: str) -> bytes: ...
 
@@ -54,14 +54,14 @@ class Store(Protocol):
         """Copy a file to `path`."""
 
     def put(self, path: Path, name: str, sha256: str, advance: Advance) -> None:
-        """Copy `path` to a file, which is seen either whole or not at all."""
+        """Copy `path` to a file; readers see either the complete file or none."""
 
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
 
 def sha256_of(path: Path, advance: Advance | None = None) -> str:
-    """Of a file's content.
+    """sha256 of a file's content.
 
     Raises:
         DataError: It cannot be read.
@@ -70,7 +70,7 @@ def sha256_of(path: Path, advance: Advance | None = None) -> str:
 
 
 def md5_of(path: Path) -> str:
-    """Of a file's content, which is S3's ETag of a file written by one request."""
+    """MD5 of a file's content, which equals S3's ETag of a file uploaded in one request."""
     return _digest(path, "md5", None)
 
 
@@ -100,12 +100,12 @@ def at_hand(store: Store, name: str) -> Iterator[Path]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file belongs to a source: within it, not hidden, no lock, nothing half-written."""
+    """Whether a file belongs to a source: inside it, not hidden, not a lock, not a partial file."""
     return all(part and not part.startswith(".") and not part.endswith((".tmp", ".lock")) for part in name.split("/"))
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The temporary path of a file that is being written."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -155,7 +155,7 @@ class LocalStore:
 
 
 def place(target: Path) -> None:
-    """Give the file at `part_of(target)` its name.
+    """Rename `part_of(target)` to `target`.
 
     Raises:
         DataError: It cannot be renamed.
@@ -167,7 +167,7 @@ def place(target: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file that is seen either whole or not at all.
+    """Write a small file atomically.
 
     Raises:
         OSError: It cannot be written.

@@ -20,17 +20,17 @@ from data_tools.stores.verified import BYTES, Verified, holds
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
-#: Most problems that one error prints.
+#: Maximum number of problems in one error.
 SHOWN = 20
 
 
 @dataclass
 class Copied:
-    """What a sync did."""
+    """The result of a sync."""
 
     files: int = 0
     bytes: int = 0
-    skipped: int = 0  # files that were there already
+    skipped: int = 0  # files that DST already had
 
     def __str__(self) -> str:
         return f"copied {self.files} files, {self.bytes / 1e6:.1f} MB; {self.skipped} were there already"
@@ -40,11 +40,11 @@ class Copied:
 class _StoredFile:
     name: str
     size: int
-    sha256: str  # "" for what the manifest has no checksum of
+    sha256: str  # "" if the manifest has no checksum of it
 
     @property
     def describes(self) -> bool:
-        """Whether it comes after the shards: an index, an episode table, the mark of cached latents."""
+        """Whether it is copied after the shards: an index, an episode table, the description of cached latents."""
         return self.name.endswith((".json", ".jsonl"))
 
 
@@ -53,27 +53,27 @@ def sync(
 ) -> Copied:
     """Copy a source.
 
-    Every shard is compared with the manifest's sha256 on its way. The manifest is written last: before that DST is no
-    source. Run it again after a kill and it continues; files that are there already are left alone. A request that
-    fails for reasons that may pass is made again.
+    Every shard is compared with the manifest's sha256 during the copy. The manifest is written last, which makes DST a
+    valid source. Run it again after a kill and it continues; files that DST already has are skipped. Requests that
+    fail with a transient error are retried.
 
     Args:
-        src: Folder or s3://BUCKET/PREFIX of a whole source.
+        src: Folder or s3://BUCKET/PREFIX of a complete source.
         dst: Folder or URL to create or to complete.
         parallel: Files copied at once.
-        overwrite: Replace another source, or another conversion, that DST holds; what SRC has gained needs no leave.
+        overwrite: Replace another source or conversion in DST; not needed if SRC has only grown.
         quiet: No progress bar.
         pause: Seconds before the second attempt; each further pause doubles.
 
     Raises:
-        DataError: SRC is not whole or damaged, DST holds another source, or a file cannot be read or written.
+        DataError: SRC is incomplete or damaged, DST holds another source, or a file cannot be read or written.
     """
     source, target = open_store(src, pause), open_store(dst, pause)
     if source.url == target.url:
         raise DataError(f"{src}: SRC and DST are the same")
     manifest, text = fetch_manifest(source)
     files = _list(source, manifest)
-    with _alone(target):
+    with _exclusive(target):
         old = _existing(target, manifest, overwrite)
         if old is not None and not _same(old, manifest) and not _grown(old, manifest):
             target.delete(MANIFEST)
@@ -92,7 +92,7 @@ def fetch_manifest(store: Store) -> tuple[Manifest, bytes]:
     """The manifest of a source and its text.
 
     Raises:
-        DataError: There is no whole source, or its manifest is broken.
+        DataError: There is no complete source, or its manifest is damaged.
     """
     if store.local is not None:
         return read_manifest(store.local), store.read(MANIFEST)
@@ -108,7 +108,7 @@ def fetch_manifest(store: Store) -> tuple[Manifest, bytes]:
 
 
 def put_bytes(store: Store, name: str, content: bytes) -> None:
-    """Write a small file, which is seen either whole or not at all.
+    """Write a small file atomically.
 
     Raises:
         DataError: It cannot be written.
@@ -146,7 +146,7 @@ def _existing(target: Store, manifest: Manifest, overwrite: bool) -> Manifest | 
     """The manifest in DST.
 
     Raises:
-        DataError: It is another's and must not be replaced.
+        DataError: It belongs to another source and must not be replaced.
     """
     if target.stat(MANIFEST) is None:
         return None
@@ -171,7 +171,7 @@ def _same(a: Manifest, b: Manifest) -> bool:
 
 
 def _grown(old: Manifest, new: Manifest) -> bool:
-    """Whether the new source is the old one and more, so that it is added to under the eyes of its readers."""
+    """Whether the new source extends the old one, so that files can be added while others read it."""
     times = len(old.before)
     if times >= len(new.before) or not old.checksums.items() <= new.checksums.items():
         return False
@@ -180,8 +180,8 @@ def _grown(old: Manifest, new: Manifest) -> bool:
 
 
 @contextmanager
-def _alone(target: Store) -> Iterator[None]:
-    """Keep a second sync out of the same folder."""
+def _exclusive(target: Store) -> Iterator[None]:
+    """Lock the folder against a second sync."""
     if target.local is None:
         yield
         return
@@ -200,7 +200,7 @@ def _alone(target: Store) -> Iterator[None]:
 
 
 class _Copy:
-    """One sync's transfers, a thread each: they wait for disks, networks and sha256, none of which holds the GIL."""
+    """The transfers of one sync, in threads: disks, networks and sha256 do not hold the GIL."""
 
     def __init__(self, source: Store, target: Store):
         self.source, self.target = source, target
@@ -250,14 +250,14 @@ class _Copy:
             return
         try:
             self._transfer(file)
-        except DamagedError:  # the second look tells a bad transfer from a bad file
+        except DamagedError:  # a retry distinguishes a failed transfer from a damaged file
             self._transfer(file)
         with self._lock:
             self.done.files += 1
             self.done.bytes += file.size
 
     def _is_there(self, file: _StoredFile) -> bool:
-        """Whether DST has the file already, with the same content."""
+        """Whether DST has the file with the same content."""
         stat = self.target.stat(file.name)
         if stat is None or stat.size != file.size:
             return False
@@ -285,7 +285,7 @@ class _Copy:
         return stat.sha256 if stat else ""
 
     def _transfer(self, file: _StoredFile) -> None:
-        """Copy one file; it gets its name after its content was compared."""
+        """Copy one file; it gets its final name after its content was verified."""
         moved = 0
 
         def count(n: int) -> None:

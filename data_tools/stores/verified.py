@@ -1,6 +1,6 @@
-"""Which shards were verified, so that they are not verified again while they stay as they are.
+"""The record of verified shards, so that unchanged shards are not verified again.
 
-Kept in SOURCE/.verified.json, or in the user's cache when the source is remote or read-only.
+Stored in SOURCE/.verified.json, or in the user's cache if the source is remote or read-only.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from data_tools.stores.store import Stat, Store, write_whole
 
 VERIFIED = ".verified.json"
-BYTES, FRAMES = "bytes", "frames"  # its checksum is right; and every frame was decoded
+BYTES, FRAMES = "bytes", "frames"  # verified depth: the checksum; the checksum and decoding of every frame
 
 
 Entry = dict[str, Any]
 
 
 def holds(entry: Entry | None, stat: Stat, sha256: str, depth: str = BYTES) -> bool:
-    """Whether a file still is as it was when it was verified, to at least this depth."""
+    """Whether a file is unchanged since it was verified to at least this depth."""
     if entry is None or not sha256:
         return False
     same = (entry.get("size"), entry.get("stamp"), entry.get("sha256")) == (stat.size, stat.stamp, sha256)
@@ -29,7 +29,7 @@ def holds(entry: Entry | None, stat: Stat, sha256: str, depth: str = BYTES) -> b
 
 
 class Verified:
-    """The record of one source. Whatever is wrong with the file, it counts as empty.
+    """The record of one source. A damaged record counts as empty.
 
     Args:
         store: The source.
@@ -48,7 +48,7 @@ class Verified:
         self._changed = False
 
     def get(self, name: str) -> Entry | None:
-        """What was recorded of a file; `holds` tells whether it still counts."""
+        """The entry of a file; `holds` tells whether it is still valid."""
         return self._entries.get(name)
 
     def add(self, name: str, stat: Stat, sha256: str, depth: str, **more: Any) -> None:
@@ -57,11 +57,11 @@ class Verified:
         self._changed = True
 
     def forget(self, name: str) -> None:
-        """Record that a file is not what it should be."""
+        """Remove the entry of a damaged file."""
         self._changed |= self._entries.pop(name, None) is not None
 
     def save(self) -> None:
-        """Write the record where that is possible."""
+        """Write the record, if it can be written."""
         if not self._changed:
             return
         content = json.dumps({"source": self._source, "files": self._entries}, sort_keys=True).encode()
@@ -77,7 +77,7 @@ class Verified:
 def _read(path: Path, source: str) -> dict[str, Entry]:
     try:
         record = json.loads(path.read_bytes())
-        # A record that was copied along with a source says nothing about the copy.
+        # A record that was copied along with a source does not apply to the copy.
         files = record["files"] if record["source"] == source else {}
         return {str(k): v for k, v in files.items() if isinstance(v, dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,1 +1,1 @@
-"""`stamo chaos`: train under random faults and compare every step with a training that was left alone."""
+"""`stamo chaos`: train under random faults and compare every step with an undisturbed training."""

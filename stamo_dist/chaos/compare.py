@@ -1,4 +1,4 @@
-"""Comparing what a run left behind with runs of the same recipe that were left alone."""
+"""Comparing the output of a run with undisturbed runs of the same recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 
-#: Logged values that measure time, or what was not the same by intention.
+#: Logged values that measure time, or that differ on purpose.
 _TIMES = {
     "step",
     "samples_per_second",
@@ -33,10 +33,10 @@ IDENTICAL, WITHIN, NOT, UNFINISHED = "identical", "within spread", "NOT", "not f
 
 @dataclass(frozen=True)
 class History:
-    """What a run says it did, line by line."""
+    """The samples and metrics that a run logged."""
 
-    values: list[tuple[int, dict[str, Any]]]  # step, what was computed
-    samples: list[tuple[int, list[tuple[int, int]]]]  # step, (sample, checksum of what came of it) of its global batch
+    values: list[tuple[int, dict[str, Any]]]  # (step, logged values)
+    samples: list[tuple[int, list[tuple[int, int]]]]  # (step, (sample, checksum of its content) for its global batch)
 
     @classmethod
     def read(cls, run: Path) -> History:
@@ -53,14 +53,14 @@ class History:
 
 @dataclass
 class Comparison:
-    """How a run compares with untouched ones."""
+    """The comparison of a run with undisturbed ones."""
 
-    lost: int  # samples that an untouched run trains on and this one's history does not hold
-    repeated: int  # samples that its history holds more often
-    other: list[int]  # steps whose global batch has other samples, or the same with other content
+    lost: int  # samples of an undisturbed run that are missing in this one
+    repeated: int  # samples that this run has more often
+    other: list[int]  # steps whose global batch differs in samples or in their content
     losses: str  # identical | within spread | NOT
-    deviation: float = 0.0  # largest relative difference of a value from the nearest untouched run
-    spread: float = 0.0  # largest one between those untouched runs
+    deviation: float = 0.0  # largest relative difference of a value from the nearest undisturbed run
+    spread: float = 0.0  # largest difference between the undisturbed runs
     why: list[str] = field(default_factory=list)
 
     @property
@@ -69,10 +69,10 @@ class Comparison:
 
 
 def compare(run: History, untouched: Sequence[History]) -> Comparison:
-    """Samples must be the untouched runs' in every step; values those of one of them, to the bit.
+    """Samples must equal the undisturbed runs' in every step; values must equal one of them bit for bit.
 
-    Several untouched runs that differ between them show what the device does by itself: up to the largest difference
-    that they show up to a step, a value may then differ from the nearest of them.
+    If several undisturbed runs differ, the device is not deterministic: then a value may differ from the nearest of
+    them by up to the largest difference between them up to that step.
     """
     reference = untouched[0]
     mine, theirs = _count(run), _count(reference)
@@ -91,7 +91,7 @@ def compare(run: History, untouched: Sequence[History]) -> Comparison:
 
 
 def spread(untouched: Sequence[History]) -> float:
-    """The largest relative difference of a value in one step of two of them; the logged steps must be the same."""
+    """The largest relative difference of a value in a step between two of them; all must have logged the same steps."""
     widest: dict[str, float] = {}
     for lines in zip(*(u.values for u in untouched), strict=True):
         _widen(widest, [values for _, values in lines])
@@ -124,7 +124,7 @@ def _compare_values(run: History, untouched: Sequence[History], verdict: Compari
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
-    """Relative difference of each value; infinite where only one has it."""
+    """Relative difference of each value; infinite if only one has it."""
     return {key: _difference(a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 

@@ -1,4 +1,4 @@
-"""`stamo data convert`, killed and run again until it is done: the same bytes as of one that was left alone."""
+"""`stamo data convert`, killed and run again until it is done, must give the same bytes as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST = 3  # faults of one conversion
 
 
 def make_source(path: Path) -> Path:
-    """A small dataset in LIBERO's layout: noise."""
+    """Write a small dataset of noise in LIBERO's layout."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
@@ -39,11 +39,11 @@ def make_source(path: Path) -> Path:
 
 class Conversion:
     """Args:
-    starter: What starts the converters.
-    folder: Where to work; is there, and empty.
+    starter: Starts the converters.
+    folder: Working folder; exists and is empty.
     rng: Draws the faults.
     patience: Seconds after which a converter counts as hung.
-    say: Gets a line for each fault.
+    say: Called with a line for each fault.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Conversion:
         self._starter, self._folder, self._rng = starter, folder, rng
         self._patience, self._say = patience, say
         self._source, self._log = make_source(folder / "source.hdf5"), folder / "convert.log"
-        self._seconds = 0.0  # that a conversion takes once it writes
+        self._seconds = 0.0  # seconds that a conversion takes once it writes
         self._tree: Tree | None = None
         self.outcome = Outcome()
 
     def run(self, faults: int) -> Outcome:
-        """Convert alone, and then again and again under so many faults; compare."""
+        """Convert undisturbed, then under this many faults, and compare the results."""
         try:
             self._convert_alone("untouched")
             expected = _content(self._folder / "untouched")
@@ -115,7 +115,7 @@ class Conversion:
             self._say(f"conversion: {injected}: code {injected.code}")
 
     def _until(self, start: Start, condition: Callable[[], bool]) -> None:
-        """Wait for the condition, or the end of the conversion."""
+        """Wait for the condition or the end of the conversion."""
         deadline = time.monotonic() + self._patience
         while start.poll() is None and not condition():
             if time.monotonic() > deadline:
@@ -126,6 +126,6 @@ class Conversion:
 
 
 def _content(folder: Path) -> dict[str, str]:
-    """Every file below `folder` and the digest of its bytes."""
+    """File below `folder` → digest of its bytes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

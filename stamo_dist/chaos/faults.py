@@ -1,4 +1,4 @@
-"""Which faults there are, in which order they come, and doing them."""
+"""The kinds of faults, their order, and injecting them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DECK = (
 
 @dataclass(frozen=True)
 class Fault:
-    """`when` and `pick` in [0, 1): where in the moment it comes, and which of several is hit."""
+    """`when` and `pick`, in [0, 1): the position within its phase, and which of several processes is hit."""
 
     whom: str
     what: str
@@ -55,9 +55,9 @@ class Fault:
 
 
 class Deck:
-    """Deals faults from a shuffled deck of all kinds, again and again, so that few faults are of many kinds.
+    """Deals faults from a shuffled deck of all kinds, so that even few faults cover many kinds.
 
-    `workers`: there are loader workers to kill.
+    `workers`: whether there are loader workers to kill.
     """
 
     def __init__(self, rng: random.Random, *, workers: bool):
@@ -66,7 +66,7 @@ class Deck:
         self._left: list[tuple[str, str, str]] = []
 
     def deal(self, *, hangs: bool) -> Fault:
-        """The next fault; `hangs`: there are other ranks, who soon notice that one is stopped."""
+        """The next fault; `hangs`: whether there are other ranks, which notice a stopped one soon."""
         if not self._left:
             self._left = self._rng.sample(self._kinds, len(self._kinds))
         kind = self._left.pop()
@@ -76,7 +76,7 @@ class Deck:
 
 
 def strike(fault: Fault, tree: Tree) -> bool:
-    """Do it to the processes; False where there are none to do it to."""
+    """Inject the fault into the processes; False if there is no such process."""
     ranks = tree.ranks()
     if not ranks or tree.launcher is None:
         return False
@@ -103,7 +103,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def corrupt(fault: Fault, run: Path) -> Path | None:
-    """Damage one file of the newest checkpoint; returns the checkpoint, None where there is none."""
+    """Damage one file of the newest checkpoint; returns the checkpoint, None if there is none."""
     newest = newest_checkpoint(run)
     if newest is None:
         return None

@@ -1,7 +1,7 @@
 """`python -m stamo_dist.chaos.fork_server MODULE...`: imports modules once and forks `stamo` commands off itself.
 
-A start by fork takes a tenth of the time of one that imports everything, and what it runs is the same. A line of
-standard input asks for one: {"arguments": [...], "processes": 0 or ranks, "run": folder, "output": file}. A line of
+A start by fork takes a tenth of the time of one that imports everything, and runs the same code. A line of
+standard input requests one: {"arguments": [...], "processes": 0 or ranks, "run": folder, "output": file}. A line of
 standard output says {"pid": ...} once it runs, and {"pid": ..., "code": ...} when it has ended.
 """
 
@@ -28,14 +28,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Forked:
-    """A forked process that runs `body` and leaves with what it returns; has what is used of `subprocess.Popen`."""
+    """A forked process that runs `body` and exits with its value; has the needed methods of `subprocess.Popen`."""
 
     def __init__(self, body: Callable[[], int], output: IO[bytes] | None = None):
         self.returncode: int | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self.pid = os.fork()
         if not self.pid:
-            for number in _SIGNALS:  # handlers of the process that forks are not the child's
+            for number in _SIGNALS:  # the child must not inherit the parent's handlers
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             _run(body, output)
@@ -100,8 +100,8 @@ def _begin(request: dict[str, Any]) -> Forked:
         return Forked(body, output)
 
 
-def serve(answers: IO[str]) -> None:
-    """Start what standard input asks for until it ends."""
+def serve(begin: Callable[[dict[str, Any]], Forked], answers: IO[str]) -> None:
+    """Start what standard input asks for, a JSON request a line, until it ends; `begin` forks one request."""
 
     def answer(**values: int) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -112,7 +112,7 @@ def serve(answers: IO[str]) -> None:
             line = sys.stdin.readline()
             if not line:
                 return
-            running.append(_begin(json.loads(line)))
+            running.append(begin(json.loads(line)))
             answer(pid=running[-1].pid)
         for child in list(running):
             if (code := child.poll()) is not None:
@@ -122,7 +122,7 @@ def serve(answers: IO[str]) -> None:
 
 if __name__ == "__main__":
     pipe = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+    os.dup2(2, 1)  # stdout carries answers only, so what imports print goes to stderr
     for module in sys.argv[1:]:
         importlib.import_module(module)
-    serve(pipe)
+    serve(_begin, pipe)

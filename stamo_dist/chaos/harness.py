@@ -1,4 +1,4 @@
-"""Trains a recipe untouched, then under faults, and compares."""
+"""Training a recipe undisturbed, then under faults, and comparing the runs."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from stamo_dist.chaos.trial import FaultSchedule, Outcome, Pace, Trial
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.load import Loaded, load
 
-_HANGS = 60.0  # seconds of train.step_timeout up to which a stopped rank is worth waiting for
-_CONVERSIONS = 7  # one fault in so many hits a conversion
+_HANGS = 60.0  # ranks are stopped only if train.step_timeout (s) is at most this
+_CONVERSIONS = 7  # one fault in this many hits a conversion
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do.
+    """The settings of `stamo chaos`.
 
     Attributes:
-        recipe, overrides: What is trained.
-        kills: Faults in all, dealt out evenly to the strategies.
-        seed: Of the faults.
-        strategies: Each is tried.
-        sizes: Numbers of processes. The largest alone, and all of them in turn, are tried.
-        out: Where to work; results of earlier calls there are kept.
-        untouched: Trainings that are left alone, of each that is compared with.
+        recipe, overrides: The recipe to train.
+        kills: Faults in all, divided evenly among the strategies.
+        seed: Seed of the faults.
+        strategies: Strategies to test.
+        sizes: Numbers of processes. Trainings use the largest throughout, or all of them in turn.
+        out: Working folder; results of earlier calls in it are kept.
+        untouched: Undisturbed trainings per reference.
         convert: Also kill conversions.
-        patience: Seconds without a sign of life after which a run counts as hung.
+        patience: Seconds without a change after which a run counts as hung.
     """
 
     recipe: Path
@@ -60,11 +60,11 @@ class Plan:
 class Harness:
     """Args:
     plan: What to do.
-    starter: What starts `stamo` commands.
-    say: Gets a line for everything that happens.
+    starter: Starts `stamo` commands.
+    say: Called with a line for each event.
 
     Raises:
-        RunError: `plan.out` holds results of something else.
+        RunError: `plan.out` holds results of another recipe.
     """
 
     def __init__(self, plan: Plan, starter: Starter, say: Callable[[str], None]):
@@ -73,7 +73,7 @@ class Harness:
         self._claim()
 
     def run(self) -> None:
-        """Do all of it; a line of `results` for each training as soon as it is judged."""
+        """Run all trainings; adds a line to `results` for each as soon as it is compared."""
         plan = self._plan
         converting = max(1, plan.kills // _CONVERSIONS) if plan.convert and plan.kills > 1 else 0
         shares = _deal(plan.kills - converting, len(plan.strategies))
@@ -98,7 +98,7 @@ class Harness:
                 pass
 
     def _train(self, strategy: str, sizes: list[int], faults: deque[Fault], rng: random.Random) -> bool:
-        """One training under faults, until it ends; whether it went as it should."""
+        """One training under faults until it ends; returns whether it passed."""
         folder = self._fresh(f"{strategy}-{'-'.join(map(str, sizes))}")
         references = [run for size in sizes for run in self._references(strategy, size)]
         gap = 0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults))
@@ -124,7 +124,7 @@ class Harness:
         return Trial(self._starter, given, folder, sizes, schedule, pace=pace, patience=patience, say=say)
 
     def _alike(self, strategy: str, run: Path) -> list[Path]:
-        """Trainings that were left alone, on the numbers of processes on which the steps of `run` were computed."""
+        """Undisturbed trainings that compute each step on the same number of processes as `run`."""
         segments = reference.segments(Monitor(run, self._plan.patience).begun())
         if len(segments) == 1:
             return self._references(strategy, segments[0].processes)
@@ -170,10 +170,10 @@ class Harness:
             shutil.rmtree(folder)
 
     def _untouched(self, strategy: str, size: int) -> None:
-        """Train without faults what is not there yet.
+        """Run the undisturbed trainings that do not exist yet.
 
         Raises:
-            RunError: It did not finish by itself.
+            RunError: One of them failed.
         """
         for folder in self._references(strategy, size):
             if (folder / "whole").is_file():
@@ -211,7 +211,7 @@ class Harness:
         return next(p for n in range(1, 10_000) if not (p := self._plan.out / f"{name}-{n}").exists())
 
     def _claim(self) -> None:
-        """Make the folder this recipe's."""
+        """Reserve the folder for this recipe."""
         resolved = next(iter(self._loaded.values())).resolved
         content = {k: v for k, v in resolved.items() if k not in ("strategy", "run_dir")}
         mine = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -238,6 +238,6 @@ def _measure(run: Path, seconds: float) -> Pace:
 
 
 def _keep_logs(run: Path) -> None:
-    """What is compared stays; what is large goes."""
+    """Remove all but the compared files."""
     for name in ("checkpoints", "model"):
         shutil.rmtree(run / name, ignore_errors=True)

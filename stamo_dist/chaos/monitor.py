@@ -1,4 +1,4 @@
-"""What a run folder says while its run goes on."""
+"""Watching a run folder while its run is active."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 _POLL = 0.002  # seconds
-_TAIL = 1 << 14  # bytes of a file in which its last whole line lies
+_TAIL = 1 << 14  # bytes read from a file's end to find its last complete line
 
 
 class HungError(Exception):
-    """Nothing happened for too long."""
+    """The run made no progress for too long."""
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A start that got to its training."""
+class TrainingStart:
+    """A start of a run that reached training."""
 
-    after: int  # the step it went on from
+    after: int  # the step it continued from
     processes: int
 
 
 class Monitor:
     """Args:
     path: The run folder.
-    patience: Seconds without a sign of life after which the run counts as hung.
+    patience: Seconds without a change after which the run counts as hung.
     """
 
     def __init__(self, path: Path, patience: float):
@@ -36,7 +36,7 @@ class Monitor:
         self._metrics, self._seen, self._step = path / "metrics.jsonl", (0, 0), 0
 
     def step(self) -> int:
-        """The last step that was logged, 0 before the first."""
+        """The last logged step, 0 before the first."""
         try:
             info = self._metrics.stat()
             if (now := (info.st_ino, info.st_size)) != self._seen:
@@ -49,16 +49,16 @@ class Monitor:
             pass
         return self._step
 
-    def begun(self) -> list[Begun]:
-        """Of all starts so far, in order."""
+    def begun(self) -> list[TrainingStart]:
+        """All starts so far that reached training, in order."""
         try:
             lines = [json.loads(line) for line in (self.path / "starts.jsonl").read_text().splitlines()]
         except (OSError, ValueError):
             return []
-        return [Begun(line["after step"], line["processes"]) for line in lines]
+        return [TrainingStart(line["after step"], line["processes"]) for line in lines]
 
     def unfinished(self) -> set[str]:
-        """Checkpoints that are being written, or were when their writer died."""
+        """Checkpoints that are incomplete: being written, or left by a dead process."""
         folder = self.path / "checkpoints"
         try:
             names = {p.name for p in folder.iterdir()}
@@ -71,7 +71,7 @@ class Monitor:
         """Wait for the condition.
 
         Raises:
-            HungError: The folder says nothing new for too long; it did not do `what`.
+            HungError: The folder did not change for too long; the message names `what` was expected.
         """
         alive: Any = None
         deadline = 0.0
@@ -85,7 +85,7 @@ class Monitor:
 
 
 def tail(log: Path) -> list[str]:
-    """The last lines of what starts printed."""
+    """The last lines that the starts printed."""
     try:
         return log.read_text(errors="replace").splitlines()[-12:]
     except OSError:

@@ -1,7 +1,7 @@
-"""The reference of a training that was struck: left alone, but on as many processes, step for step.
+"""The undisturbed reference of a training with faults, with the same number of processes in each step.
 
-A step that counts was computed by the last start that went on from before it. The reference does each step on as many
-processes as that start had, so its sums run in the same order, and the two must agree to the bit.
+The final result of a step was computed by the last start that began before it. The reference computes each step on as
+many processes as that start had, so sums run in the same order, and the two must agree bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from stamo_dist.chaos.monitor import Begun, HungError, Monitor, tail
+from stamo_dist.chaos.monitor import HungError, Monitor, TrainingStart, tail
 from stamo_dist.chaos.starts import Starter, Tree
 from stamo_dist.checkpoint.manifest import MANIFEST
 from stamo_dist.checkpoint.retention import folder_of
@@ -24,19 +24,19 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 @dataclass(frozen=True)
 class RunSegment:
-    """Steps that count and were computed on as many processes."""
+    """Consecutive steps whose final result was computed on one number of processes."""
 
     processes: int
-    last: int | None  # step; None: to the end
+    last: int | None  # last step; None: to the end
 
 
-def segments(begun: Sequence[Begun]) -> list[RunSegment]:
-    """Of a training, from all its starts in order."""
+def segments(begun: Sequence[TrainingStart]) -> list[RunSegment]:
+    """The segments of a training, from all its starts in order."""
     found: list[RunSegment] = []
     last: int | None = None
     for start in reversed(begun):
         if last is not None and start.after >= last:
-            continue  # a later start did all of its steps again
+            continue  # all of its steps were repeated by a later start
         if not found or found[-1].processes != start.processes:
             found.append(RunSegment(start.processes, last))
         last = start.after
@@ -44,19 +44,19 @@ def segments(begun: Sequence[Begun]) -> list[RunSegment]:
 
 
 def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[RunSegment], patience: float) -> None:
-    """Train in `run`, each segment on its number of processes; what is printed goes to `run`.log.
+    """Train in `run`, each segment on its number of processes; output goes to `run`.log.
 
-    A segment saves after its last step, is asked to leave, and the next goes on from what it saved.
+    A segment saves after its last step and is stopped; the next continues from its checkpoint.
 
     Args:
-        starter: What starts its processes.
+        starter: Starts its processes.
         arguments: `stamo` arguments of the training, without the number of processes.
-        run: Its folder.
+        run: The run folder.
         todo: All segments, in order.
-        patience: Seconds without a sign of life after which it counts as hung.
+        patience: Seconds without a change after which it counts as hung.
 
     Raises:
-        RunError: It hung or failed by itself.
+        RunError: It hung or failed.
     """
     monitor, log = Monitor(run, patience), run.with_name(f"{run.name}.log")
     resume: list[str] = []
@@ -64,8 +64,8 @@ def train(starter: Starter, arguments: Sequence[str], run: Path, todo: Sequence[
         saved, settings = None, []
         if segment.last is not None:
             saved = folder_of(run / "checkpoints", segment.last)
-            shutil.rmtree(saved, ignore_errors=True)  # where the segment before got as far before it left
-            # The first multiple of the last step is the step itself; keep_every: it stays, however far it gets.
+            shutil.rmtree(saved, ignore_errors=True)  # the previous segment may have got this far before it stopped
+            # Save at the segment's last step; keep_every keeps that checkpoint if the start runs on.
             settings = [f"{name}={segment.last}" for name in ("every", "keep_every")]
             settings += ["ephemeral_every=null", "background=false"]
         given = [*arguments, *resume, *(x for s in settings for x in ("--set", f"train.checkpoint.{s}"))]

@@ -1,4 +1,4 @@
-"""What chaos found: a line of JSON a training, and the tables made of all of them."""
+"""Results of chaos: one JSON line per training, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Result:
     """One training, or all conversions of one call, under faults."""
 
     what: str  # strategy, or "convert"
-    processes: str  # "2", or "1, 2" where each start had another number
+    processes: str  # "2", or "1, 2" if starts had different numbers
     seed: int
     starts: int
     faults: list[Injected]
@@ -33,9 +33,9 @@ class Result:
     lost: int  # samples
     repeated: int  # samples
     losses: str
-    deviation: float = 0.0  # from the nearest untouched training on as many processes in each step
-    spread: float = 0.0  # between those
-    between: float = 0.0  # between untouched trainings on different numbers of processes
+    deviation: float = 0.0  # from the nearest undisturbed training with equal numbers of processes in each step
+    spread: float = 0.0  # between those undisturbed trainings
+    between: float = 0.0  # between undisturbed trainings on different numbers of processes
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +59,7 @@ def read(out: Path) -> list[Result]:
 
 
 def show(results: list[Result], console: Console) -> None:
-    """Two tables, and what went wrong."""
+    """Print two tables and the failures."""
     if not results:
         return
     console.print(_kinds([fault for result in results for fault in result.faults]))

@@ -1,4 +1,4 @@
-"""Starting `stamo` commands, as a user does or forked off a process that has imported everything; their processes."""
+"""Starting `stamo` commands, as a user does or by forking from a process with all imports; their process trees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import psutil
 
-#: What a training and a conversion import.
+#: Modules that a training and a conversion import.
 MODULES = (
     "stamo_dist.distributed.engine",
     "deepspeed",
@@ -33,7 +33,7 @@ class Start(Protocol):
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
+        """The exit code, negative for a signal; None while it runs."""
 
 
 class Starter(Protocol):
@@ -105,7 +105,7 @@ class _Forked:
 
 
 class Tree:
-    """The processes of one start: launcher, ranks, loader workers; remembers ranks that lost their launcher."""
+    """The processes of one start: launcher, ranks, loader workers, including ranks that lost their launcher."""
 
     def __init__(self, start: Start, processes: int):
         self._start, self._size = start, processes
@@ -115,7 +115,7 @@ class Tree:
             self.launcher = psutil.Process(start.pid)
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks that run, in order; of a training of one process the launcher is the rank."""
+        """The running ranks, in order; with one process the launcher is the rank."""
         if self.launcher is None:
             return []
         if self._size == 1:
@@ -134,11 +134,11 @@ class Tree:
 
     @property
     def gone(self) -> bool:
-        """Whether all of it has ended."""
+        """Whether all processes have ended."""
         return self._start.poll() is not None and not self.ranks()
 
     def kill(self) -> None:
-        """End all of it at once."""
+        """Kill all processes at once."""
         everyone = [*([self.launcher] if self.launcher else []), *self.ranks()]
         for process in list(everyone):
             with suppress(psutil.NoSuchProcess):

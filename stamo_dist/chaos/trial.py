@@ -1,4 +1,4 @@
-"""One training under faults: started, struck, started again, until it has ended by itself."""
+"""One training under faults: started and disturbed again and again until it finishes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stamo_dist.chaos.starts import Start, Starter, Tree
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take, measured on untouched runs; in seconds."""
+    """Durations in seconds, measured on undisturbed runs."""
 
     start: float  # until the first step is done
     step: float
@@ -40,54 +40,54 @@ class Pace:
 
 @dataclass(frozen=True)
 class FaultSchedule:
-    """Which faults come, and how far apart."""
+    """The faults to inject, and their distance."""
 
-    faults: deque[Fault]  # taken from here until it is empty or the training ends
+    faults: deque[Fault]  # consumed until it is empty or the training ends
     rng: random.Random
     gap: float  # steps between two faults, on average
 
 
 @dataclass
 class Injected:
-    """A fault that was done."""
+    """A fault that was injected."""
 
     whom: str
     what: str
     moment: str
-    step: int  # the last one logged before
-    code: int | None = None  # with which the start ended
+    step: int  # last step logged before the fault
+    code: int | None = None  # exit code of the start
 
     def __str__(self) -> str:
         return f"{self.what} {'of' if self.whom == CHECKPOINT else 'to'} {self.whom}, {self.moment}"
 
     @property
     def harmless(self) -> bool:
-        """Whether the run goes on as if nothing had been."""
+        """Whether the run continues undisturbed after it."""
         return self.what == PAUSE or (self.whom, self.what) == (WORKER, "SIGTERM")
 
 
 @dataclass
 class Outcome:
-    """What one training went through."""
+    """The course of one training under faults."""
 
     starts: int = 0
-    redone: int = 0  # steps that were done again
+    redone: int = 0  # repeated steps
     processes: list[int] = field(default_factory=list)  # of each start
     faults: list[Injected] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # what should not have happened
+    problems: list[str] = field(default_factory=list)  # unexpected events
     finished: bool = False
 
 
 class Trial:
     """Args:
-    starter: What starts its processes.
+    starter: Starts its processes.
     arguments: `stamo` arguments of the training, without the number of processes.
-    run: Its run folder; what its starts print goes to `run`.log.
-    sizes: Numbers of processes; each start takes one.
+    run: The run folder; output of the starts goes to `run`.log.
+    sizes: Numbers of processes, one for each start in turn.
     schedule: The faults.
-    pace: Of untouched runs.
-    patience: Seconds without a sign of life after which it counts as hung.
-    say: Gets a line for each fault.
+    pace: Durations measured on undisturbed runs.
+    patience: Seconds without a change after which it counts as hung.
+    say: Called with a line for each fault.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Trial:
         self._monitor, self._log = Monitor(run, patience), run.with_name(f"{run.name}.log")
         self._trees: list[Tree] = []
         self._reached, self._begun = 0, 0
-        self._last: int | None = None  # step of the fault before, in this start
+        self._last: int | None = None  # step of the previous fault, in this start
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
-        """Until the training has ended by itself, or something happened that should not have."""
+        """Run until the training finishes, or something unexpected happens."""
         try:
             while not (self.outcome.finished or self.outcome.problems):
                 self._start()
@@ -135,8 +135,8 @@ class Trial:
         self.outcome.processes.append(size)
         struck: Injected | None = None
         self._last = None
-        while (struck is None or struck.harmless) and self._faults and self._come(self._faults[0], start):
-            struck = self._strike(self._faults.popleft(), tree) or struck
+        while (struck is None or struck.harmless) and self._faults and self._wait_for_phase(self._faults[0], start):
+            struck = self._inject(self._faults.popleft(), tree) or struck
         self._monitor.until(lambda: start.poll() is not None, "end")
         code = start.poll()
         self._look()
@@ -148,11 +148,11 @@ class Trial:
             self.outcome.finished = True
         elif struck is None or struck.harmless:
             self._problem(f"a start that nothing was done to ended with code {code}")
-        elif self._rng.random() < 0.5:  # else the next start finds ranks that still save
+        elif self._rng.random() < 0.5:  # otherwise the next start would meet ranks that are still saving
             self._monitor.until(lambda: tree.gone, "end its ranks")
 
-    def _come(self, fault: Fault, start: Start) -> bool:
-        """Wait for the fault's moment; False where the training ended before."""
+    def _wait_for_phase(self, fault: Fault, start: Start) -> bool:
+        """Wait for the fault's phase; False if the training ended before."""
         steps = max(1, round(self._gap * (0.3 + 1.4 * self._rng.random())))
         began = time.monotonic()
         before = self._monitor.unfinished()
@@ -172,8 +172,8 @@ class Trial:
             time.sleep(fault.when * (self._pace.step if fault.moment == TRAINING else self._pace.save))
         return start.poll() is None
 
-    def _strike(self, fault: Fault, tree: Tree) -> Injected | None:
-        """Do it; None where there was nothing to do it to: then it comes another time."""
+    def _inject(self, fault: Fault, tree: Tree) -> Injected | None:
+        """Inject the fault; None if its target does not exist now: then it is tried again later."""
         asked = False
         if fault.moment == STARTING:
             self._monitor.until(lambda: tree.gone or bool(tree.ranks()), "start its ranks")
@@ -182,7 +182,7 @@ class Trial:
             asked = strike(replace(fault, whom=RANK, what="SIGTERM"), tree)
             self._monitor.until(lambda: tree.gone or bool(self._monitor.unfinished() - before), "save on leaving")
             time.sleep(0.7 * fault.when * self._pace.save)
-        injected = Injected(fault.whom, fault.what, self._moment(fault), self._monitor.step())
+        injected = Injected(fault.whom, fault.what, self._actual_phase(fault), self._monitor.step())
         if fault.whom == CHECKPOINT:
             done = strike(replace(fault, whom=RANKS, what="SIGKILL"), tree)
             for each in self._trees:
@@ -195,19 +195,19 @@ class Trial:
             self._faults.append(fault)
             if not asked:
                 return None
-            injected = Injected(RANK, "SIGTERM", TRAINING, injected.step)  # it had left before the second blow
+            injected = Injected(RANK, "SIGTERM", TRAINING, injected.step)  # it had exited before the second signal
         self.outcome.faults.append(injected)
         return injected
 
-    def _moment(self, fault: Fault) -> str:
-        """The one in which it really comes: a save may begin, or be over."""
+    def _actual_phase(self, fault: Fault) -> str:
+        """The phase in which the fault really happens: a save may have begun or ended meanwhile."""
         saving = bool(self._monitor.unfinished())
         if fault.moment in (TRAINING, SAVING):
             return SAVING if saving else TRAINING
         return f"{LEAVING}, after the save" if fault.moment == LEAVING and not saving else fault.moment
 
     def _look(self) -> int | None:
-        """The step from which this start went on, None before it trains; counts what is done again."""
+        """The step from which this start continued, None before it trains; counts repeated steps."""
         begun = self._monitor.begun()
         if len(begun) <= self._begun:
             self._reached = max(self._reached, self._monitor.step())

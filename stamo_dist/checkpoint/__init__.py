@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, which one a run starts from, writing, reading, and loading on other processes."""
+"""Checkpoints: content, selection, writing, reading, and loading on other numbers of processes."""

@@ -1,4 +1,4 @@
-"""What a run is trained on and with, in a form that tells a person what changed."""
+"""A fingerprint of everything that decides a run's training, by recipe field, so that errors can name changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LISTED = 8
 _STATISTICS = "model.statistics."
 _FROZEN = "model.frozen."
 MAY_CHANGE_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
-#: Fields younger than the first checkpoints, which go on without them, and what they were then.
+#: Fields that the first checkpoints lack, and their values for such checkpoints.
 _YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "model.encoder.output": "patches"}
 
 
@@ -25,26 +25,26 @@ _YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "mo
 class RunFingerprint:
     """Recipe field → value of everything that decides what a step computes, except the optimizer's schedule.
 
-    `mixture` is the fingerprint of the mixture: it changes whenever any batch would, and only then is a change of
-    `fields` about the data a change of the data.
+    `mixture` is the fingerprint of the mixture, which changes whenever any batch would; a change of data `fields`
+    counts only if it changes.
     """
 
     mixture: str
     fields: Mapping[str, Any]
 
     def with_frozen(self, frozen: Mapping[str, str]) -> RunFingerprint:
-        """With the fingerprints of the frozen parts, which are known once they are loaded."""
+        """A copy with the fingerprints of the frozen parts, known once they are loaded."""
         named = {f"{_FROZEN}{name}": fingerprint[:12] for name, fingerprint in frozen.items()}
         return replace(self, fields={**self.fields, **named})
 
     def check(self, saved_fingerprint: str, saved: Mapping[str, Any], where: str, allowed: frozenset[str]) -> None:
-        """Compare with what a checkpoint was trained on; `allowed`: flags that were given.
+        """Compare with a checkpoint's fingerprint; `allowed`: flags of the command line that permit changes.
 
         Raises:
             RunError: Another stage, model or mixture; the message names every field that changed.
         """
         changed = {k for k in (*self.fields, *saved) if self.fields.get(k) != saved.get(k)}
-        changed = {k for k in changed if k in self.fields or not k.startswith(_STATISTICS)}  # of videos, as was
+        changed = {k for k in changed if k in self.fields or not k.startswith(_STATISTICS)}  # older: of videos too
         if not any(k.startswith(_FROZEN) for k in self.fields):
             changed = {k for k in changed if not k.startswith(_FROZEN)}
         if "stage" in changed:
@@ -69,7 +69,7 @@ class RunFingerprint:
 
 
 def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
-    """The fingerprint of a recipe over the shards it finds. Paths are no part of it: data and weights may move."""
+    """The fingerprint of a recipe and its shards. Paths are not part of it: data and weights may move."""
     data = mixture.data
     places = {part: {"weights"} for part in ("encoder", "decoder", "vae")}
     fields: dict[str, Any] = {
@@ -103,7 +103,7 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
             fields[f"data.sources.{name}.labelled"] = source.labelled
         if (
             recipe.stage == "policy" and source.actions
-        ):  # they decide what an action is, so they are kept with the weights
+        ):  # they decide the meaning of an action, so they are kept with the weights
             fields[f"{_STATISTICS}{name}"] = [
                 {column: stats.model_dump() for column, stats in folder.manifest.stats.items()}
                 for folder in mixture.opened[number]
@@ -118,12 +118,12 @@ def sources_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 def growth_of(fields: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Of each source's paths, how many times it had grown; sources that never did may be left out."""
+    """Source → for each of its paths, how many times it had grown; sources that never grew may be missing."""
     return {name: fields.get(f"data.sources.{name}.grown", [0]) for name in sources_of(fields)}
 
 
 def mixture_of(recipe: Recipe, fields: Mapping[str, Any]) -> Mixture:
-    """What a checkpoint with these fields was trained on, should its sources have grown since.
+    """The mixture that a checkpoint with these fields was trained on, if its sources have grown since.
 
     Raises:
         DataError: All problems of all sources at once.
@@ -133,12 +133,12 @@ def mixture_of(recipe: Recipe, fields: Mapping[str, Any]) -> Mixture:
 
 
 def order_of(fields: Mapping[str, Any]) -> str | None:
-    """`data.shuffle.order` of a checkpoint's run, which earlier versions did not name; None without a checkpoint."""
+    """`data.shuffle.order` of a checkpoint's run, also if an earlier version did not record it; None without one."""
     return fields.get("data.shuffle.order", "groups") if "data.shuffle.enabled" in fields else None
 
 
 def in_order(data: Data, order: str | None) -> Data:
-    """A recipe's data in the order of samples of a run that began in the order of groups."""
+    """A recipe's data with the sample order of groups, for a run that began with it."""
     if order != "groups" or not data.shuffle.in_lanes:
         return data
     return data.model_copy(update={"shuffle": data.shuffle.model_copy(update={"order": order})})

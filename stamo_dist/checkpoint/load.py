@@ -47,8 +47,8 @@ def load_checkpoint(
 ) -> RunState:
     """Load weights, optimizer and average into the running engine; every process calls it and reads what it keeps.
 
-    `verify_or_fall_back` has compared the files with their checksums. `sources`: the run's, where they may not be those
-    of the checkpoint; the samples seen of each go by name. `say` gets what a person should know, on rank 0.
+    The files' checksums were verified by `verify_or_fall_back`. `sources`: the run's sources, if they may differ from
+    the checkpoint's; samples seen are matched by name. `say` is called with notes for the user, on rank 0.
 
     Raises:
         CheckpointError: The checkpoint was written in another precision, holds another model, or cannot be read.
@@ -115,10 +115,10 @@ def _fill(source: Source, wanted: list[Range], advance: Callable[[int], None]) -
 def read_weights(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The trained module's full state dict from one checkpoint, without a process group.
 
-    `ema`: with the moving average in place of the trained parameters, where the checkpoint holds one.
+    `ema`: take the moving average in place of the trained parameters, if the checkpoint has one.
 
     Raises:
-        CheckpointError: It is not whole, or a file is not what was written.
+        CheckpointError: It is incomplete, or a file is damaged.
     """
     manifest = read_checkpoint_manifest(path)
     if wrong := damage(path, manifest):

@@ -1,6 +1,6 @@
-"""`checkpoint.json`: what a checkpoint holds, and whether all of it is still there.
+"""`checkpoint.json`: the content of a checkpoint, and verifying it.
 
-It is written last. A folder without it was never completed; a folder that no longer matches it is damaged.
+It is written last. A folder without it was never completed; one that does not match it is damaged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FORMAT_VERSION = 5
 #: What files are compared with; up to format 3 it was SHA-256.
 HASH = "xxh3_128"
 _HASHES: dict[str, Any] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
-#: Format 2 had other names for these.
+#: Field names of format 2 → today's names.
 _RENAMED = {"identity": "recipe", "generation": "lease"}
 MANIFEST = "checkpoint.json"
 _BLOCK = 1 << 20
 
 
 class ForeignFormatError(CheckpointError):
-    """A whole checkpoint that only another version of this package can read."""
+    """A complete checkpoint that only another version of this package can read."""
 
 
 class UnfinishedError(CheckpointError):
@@ -55,13 +55,13 @@ class CheckpointManifest:
     world_size: int
     precision: str
     fingerprint: str  # of the mixture
-    files: dict[str, Stored]  # relative path → what must be there
-    recipe: dict[str, Any] = field(default_factory=dict)  # recipe field → what it was: names what changed
+    files: dict[str, Stored]  # relative path → size and digest
+    recipe: dict[str, Any] = field(default_factory=dict)  # recipe field → its value, for naming changes
     kind: str = "regular"  # regular | temporary (ephemeral_every, or saved on leaving)
     averaged: bool = False  # it holds the moving average
     lease: int = 0  # which start of the run wrote it
     git_commit: str | None = None
-    sources: dict[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
+    sources: dict[str, str] = field(default_factory=dict)  # recipe field → location of its weights
     format_version: int = FORMAT_VERSION
 
     @property
@@ -71,19 +71,19 @@ class CheckpointManifest:
 
     def text(self) -> str:
         """The file's content: JSON with its own checksum."""
-        content = json.loads(json.dumps(asdict(self)))  # as a reader will see it: keys are strings
+        content = json.loads(json.dumps(asdict(self)))  # as JSON returns it: keys are strings
         return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint: its folder and what its manifest says."""
+    """A complete checkpoint: its folder and manifest."""
 
     path: Path
     manifest: CheckpointManifest
 
 
 def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
-    """Read the manifest of one checkpoint and compare names and sizes of the files with it; `damage` compares contents.
+    """Read the manifest of a checkpoint and compare the files' names and sizes; `damage` compares contents.
 
     Raises:
         UnfinishedError: It has no manifest.
@@ -104,7 +104,7 @@ def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
 
 
 def parsed(content: bytes, path: Path | str) -> CheckpointManifest:
-    """The manifest that a file's content is; `path`: of the checkpoint, for errors.
+    """Parse the content of a manifest; `path`: of the checkpoint, for errors.
 
     Raises:
         ForeignFormatError: It has another format.
@@ -137,7 +137,7 @@ def parsed(content: bytes, path: Path | str) -> CheckpointManifest:
 
 
 def damage(path: Path, manifest: CheckpointManifest, share: int = 0, shares: int = 1) -> list[str]:
-    """Names of files of the checkpoint whose content is not what was written; looks at one of `shares` equal shares."""
+    """Names of files of the checkpoint with wrong content; checks one of `shares` equal shares."""
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         same = list(pool.map(lambda name: has_digest(path / name, manifest.files[name]), names))
@@ -158,7 +158,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Bytes of a file; None if it is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -167,12 +167,12 @@ def _size(path: Path) -> int | None:
 
 
 def hasher(digest: str) -> Any:
-    """A new hash of the kind that a stored digest is of: `update(bytes)`, `hexdigest()`."""
+    """A new hash object of a stored digest's algorithm: `update(bytes)`, `hexdigest()`."""
     return _HASHES[digest.partition(":")[0]]()
 
 
 def has_digest(path: Path, stored: Stored) -> bool:
-    """Whether a file is there and is what was written."""
+    """Whether a file exists and has the stored digest."""
     expected, digest = stored.digest.partition(":")[2], hasher(stored.digest)
     buffer = memoryview(bytearray(_BLOCK))
     try:

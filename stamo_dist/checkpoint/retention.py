@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which there are, which stay, and what becomes of the rest.
+"""The folder of a run's checkpoints: listing, retention, and removal.
 
-What is whole is found by looking, never by trusting a link. What was never completed is removed; what was complete and
-is damaged is renamed to `corrupt_step_…` and left to a person.
+Complete checkpoints are found by their manifests, not by a link. Incomplete ones are removed; damaged ones are renamed
+to `corrupt_step_…` and left to the user.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def part_of(checkpoints: Path, step: int, lease: int) -> Path:
-    """Where a checkpoint is written before it is whole; two starts of a run never share it."""
+    """The temporary folder of a checkpoint that is being written; unique to a start of a run."""
     return checkpoints / f".step_{step:08d}.g{lease}.tmp"
 
 
 @dataclass
 class Found:
-    """What a folder of checkpoints holds, newest first."""
+    """The content of a folder of checkpoints, newest first."""
 
     whole: list[Checkpoint]
     corrupt: list[tuple[Path, str]]  # and why
@@ -53,7 +53,7 @@ class Found:
 
 
 def scan(checkpoints: Path) -> Found:
-    """Look at every checkpoint's manifest, and at the names and sizes of its files."""
+    """Read every checkpoint's manifest, and compare names and sizes of its files."""
     found = Found([], [], [], [])
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
@@ -68,21 +68,21 @@ def scan(checkpoints: Path) -> Found:
 
 
 def complete(checkpoints: Path) -> tuple[list[Path], list[str]]:
-    """The loadable checkpoints, newest first, and why others are not."""
+    """The loadable checkpoints, newest first, and the reasons why others are not."""
     found = scan(checkpoints)
     why = [f"{path}: no {MANIFEST}, so it was never completed" for path in found.unfinished]
     return [path for path, _ in found.whole], why + [reason for _, reason in found.corrupt + found.foreign]
 
 
 def leftovers(checkpoints: Path, lease: int) -> list[Path]:
-    """What earlier starts began to write or to remove, and never completed."""
+    """Folders that earlier starts left half-written or half-removed."""
     parts = [(p, _PART.fullmatch(p.name)) for p in checkpoints.glob(".step_*.tmp")]
     unfinished = [p for p in checkpoints.glob("step_*") if not (p / MANIFEST).exists()]
     return unfinished + [p for p, m in parts if m and int(m[1] or 0) < lease]
 
 
 def clean(checkpoints: Path, lease: int) -> list[str]:
-    """Remove the leftovers of earlier starts; returns what a person should know."""
+    """Remove the leftovers of earlier starts; returns notes for the user."""
     found = leftovers(checkpoints, lease)
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
@@ -99,7 +99,7 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def discard(path: Path, lease: int) -> Path | None:
-    """Make a folder no checkpoint any more; returns where its files are now, to be removed without haste."""
+    """Invalidate a checkpoint by renaming its folder; returns the new path, whose files can be removed later."""
     new = path.with_name(f".{path.name.lstrip('.')}{_DISCARDED}.g{lease}.tmp")
     try:
         path.rename(new)
@@ -110,10 +110,10 @@ def discard(path: Path, lease: int) -> Path | None:
 
 
 def named(checkpoints: Path, name: str) -> Path:
-    """The checkpoint that a person calls so: best (by success in closed loop), a step, or a path.
+    """The checkpoint that the user names: best (by success in closed loop), a step, or a path.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no such checkpoint.
     """
     path = Path(name)
     if name == "best":
@@ -132,10 +132,10 @@ def named(checkpoints: Path, name: str) -> Path:
 
 
 def superseded(whole: Sequence[Checkpoint], policy: CheckpointConfig, needed: Collection[int] = ()) -> list[Path]:
-    """Which of the checkpoints, newest first, are not needed any more.
+    """The checkpoints, given newest first, that are no longer needed.
 
-    Needed are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is
-    newer than the oldest of the regular ones kept, and those of the steps `needed`.
+    Kept are the newest `keep` regular ones, those of every `keep_every`-th step, the newest temporary one while it is
+    newer than the oldest regular one kept, and those of the steps `needed`.
     """
     kept = [manifest.state.step for _, manifest in whole if manifest.kind == "regular"][: policy.keep]
     temporary = [manifest.state.step for _, manifest in whole if manifest.kind == "temporary"]
@@ -150,7 +150,7 @@ def superseded(whole: Sequence[Checkpoint], policy: CheckpointConfig, needed: Co
 
 
 def sync_tree(folder: Path) -> None:
-    """Make the names of all files below `folder` durable; their contents are by now."""
+    """fsync the folders below `folder`, so that file names are durable; the contents already are."""
     for path, _, _ in os.walk(folder):
         sync(Path(path))
 

@@ -1,7 +1,7 @@
-"""Writing checkpoints: all processes or none, beside the training where asked, and never at the training's cost.
+"""Writing checkpoints: atomically over all processes, in the background if requested, and without failing the training.
 
-A save that fails, because the disk is full or the file system is gone, leaves nothing behind, is reported by every
-process alike, and comes due again a little later. Only a newer start of the same run ends this one.
+A save that fails, because the disk is full or the file system unavailable, leaves nothing behind, is reported by every
+process alike, and is retried a little later. Only a newer start of the same run ends this one.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from stamo_dist.run.success import Successes
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of one save, the same on every process."""
+    """The result of one save, the same on every process."""
 
     step: int
     path: Path
-    error: str | None  # why it failed; then nothing is left of it
-    seconds: float  # until it was whole
-    stall: float  # of these, training stood still
-    beside: bool  # whether it was written beside the training
+    error: str | None  # why it failed; then nothing of it remains on disk
+    seconds: float  # seconds until it was complete
+    stall: float  # of these, seconds in which training was blocked
+    beside: bool  # whether it was written in the background
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -67,7 +67,7 @@ class Saved:
         return f"saved {self.path} in {self.seconds:.1f} s{stall}"
 
     def facts(self) -> dict[str, Any]:
-        """For the metrics."""
+        """Values for the metrics."""
         if self.error is not None:
             return {"save_failed": self.step}
         return {"save_seconds": round(self.seconds, 3), "save_stall": round(self.stall, 3)}
@@ -79,11 +79,11 @@ class Written:
 
     files: dict[str, Stored] = field(default_factory=dict)
     error: str | None = None
-    bug: str | None = None  # traceback of what is no I/O error
+    bug: str | None = None  # traceback of an error other than I/O
 
 
 class _Writing:
-    """One save between its staging and its commit."""
+    """A save between staging and commit."""
 
     def __init__(self, state: RunState, kind: str, writer: StateWriter, folder: Path):
         self.state, self.kind, self.writer, self.folder = copy.deepcopy(state), kind, writer, folder
@@ -93,7 +93,7 @@ class _Writing:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Write beside the training; only for what is staged, as a thread has a CUDA device of its own."""
+        """Write in a background thread; only for staged state, as a thread has its own current CUDA device."""
         self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -121,10 +121,10 @@ class _Writing:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint's manifest says of where its weights come from.
+    """The provenance of a checkpoint's weights for its manifest.
 
-    `precision`: the recipe's train.precision; `git_commit`: of the code; `sources`: recipe field → where its weights
-    were found.
+    `precision`: the recipe's train.precision; `git_commit`: of the code; `sources`: recipe field → location of its
+    weights.
     """
 
     fingerprint: RunFingerprint
@@ -137,12 +137,12 @@ class Saver:
     """Saves the running engine; every process makes one and calls the same methods at the same steps.
 
     Args:
-        checkpoints: The run's folder for them.
-        engine, ema: What is saved.
+        checkpoints: The run's folder of checkpoints.
+        engine, ema: The state to save.
         policy: The recipe's train.checkpoint.
-        origin: For the manifest.
-        lease: Rank 0: this start's, which must be the newest when it commits; None where nobody else can write.
-        needed: Rank 0: steps whose checkpoints stay beside those of the policy; so does the best by success.
+        origin: Provenance for the manifest.
+        lease: Rank 0: this start's lease, which must be the newest at commit; None if nobody else can write.
+        needed: Rank 0: steps whose checkpoints are kept in addition to the policy's and the best by success.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Saver:
         self._layout = Layout()
         self._whole: list[Checkpoint] | None = None  # newest first; rank 0 looks once
         self._removing: threading.Thread | None = None
-        self._retry: int | None = None  # the step at which a failed save comes due again
+        self._retry: int | None = None  # the step at which a failed save is retried
         self._delay = 1
 
     def due(self, step: int, *, last: bool = False) -> str | None:
@@ -176,7 +176,7 @@ class Saver:
         return "temporary" if policy.ephemeral_every and step % policy.ephemeral_every == 0 else None
 
     def save(self, state: RunState, kind: str, *, wait: bool) -> list[Saved]:
-        """Save `state` as `kind`. Returns the saves that ended: an earlier one, and this one if it was waited for.
+        """Save `state` as `kind`. Returns the saves that finished: an earlier one, and this one if it was waited for.
 
         With `wait`, or without train.checkpoint.background, training stands still until the checkpoint is whole; else
         until it is copied to host memory, and `poll` ends it.
@@ -200,7 +200,7 @@ class Saver:
         return ended if staged else ended + self.poll(wait=True)
 
     def poll(self, *, wait: bool = False) -> list[Saved]:
-        """End the save that is being written, once every process has written its part.
+        """Finish the save in progress, once every process has written its part.
 
         Raises:
             FencedError: A newer start of this run writes here now.
@@ -236,7 +236,7 @@ class Saver:
         return StateWriter(engine.world, [*mine, *average], shapes, steps, staging, self._layout)
 
     def _commit(self, writing: _Writing) -> str | StamoError | None:
-        """Agree on the outcome: None when the checkpoint is whole, why it is not, or what ends the run."""
+        """Agree on the result: None if complete, else the reason, or the exception that ends the run."""
         written = gather(writing.written)
         outcome: str | StamoError | None = None
         bug: str | None = None
@@ -260,7 +260,7 @@ class Saver:
         return outcome
 
     def prune(self) -> None:
-        """Rank 0: begin to remove the checkpoints that are not needed any more; `close` waits for it."""
+        """Rank 0: start removing checkpoints that are no longer needed; `close` waits for it."""
         self.close()
         best = Successes.read(self._checkpoints.parent).best
         needed = {*self._needed(), *([best.step] if best else [])}
@@ -278,12 +278,12 @@ class Saver:
         self._removing.start()
 
     def close(self) -> None:
-        """Rank 0: wait until what was not needed any more is removed; what is left goes when the run starts again."""
+        """Rank 0: wait for removals to finish; what remains is removed when the run starts again."""
         if self._removing is not None:
             self._removing.join()
 
     def _publish(self, writing: _Writing, written: list[Written]) -> None:
-        """Rank 0: index, sync, rename and, last of all, mark."""
+        """Rank 0: write the index, sync, rename, and finally write the manifest."""
         folder, state = writing.folder, writing.state
         files = {name: stored for w in written for name, stored in w.files.items()}
         writing.writer.finish(folder, files)
@@ -328,7 +328,7 @@ class Saver:
 
 
 def _clear(final: Path) -> None:
-    """Make room for a checkpoint of the same step: a leftover goes, a whole one is kept under another name."""
+    """Make room for a checkpoint of the same step: remove a leftover, rename a complete one."""
     try:
         read_checkpoint_manifest(final)
     except CheckpointError:

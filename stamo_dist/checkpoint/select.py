@@ -1,7 +1,7 @@
-"""Which checkpoint a run starts from, and whether all of it is still there.
+"""Choosing and verifying the checkpoint that a run starts from.
 
-A checkpoint is `checkpoints/step_00000123/`: written under a temporary name, synced, renamed, and marked last with
-`checkpoint.json`, which lists every file with its size and checksum. Everything is checked before anything is loaded.
+A checkpoint is `checkpoints/step_00000123/`: written under a temporary name, synced, renamed, and completed by
+`checkpoint.json`, which lists every file with its size and checksum. All files are verified before any is loaded.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from stamo_dist.errors import CheckpointError, RunError
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What a run began with, as its checkpoint says."""
+class RecordedInputs:
+    """The weights, data growth and order that a run began with, as recorded in its checkpoint."""
 
-    sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → where its weights were found
-    growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → how many times its folders had grown
+    sources: Mapping[str, str] = field(default_factory=dict)  # recipe field → location of its weights
+    growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → growths of each folder
     order: str | None = None  # data.shuffle.order
     holds_all: bool = True  # also weights that are not trained
 
 
 @dataclass
 class ResumePoint:
-    """The checkpoint a run starts from, None for a fresh start, and what a person should know about the choice."""
+    """The checkpoint a run starts from, None for a fresh start, and notes for the user on the choice."""
 
     checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
-    named: bool = False  # by the user: no other will do
+    named: bool = False  # by the user: there is no fallback
 
     @property
     def path(self) -> Path | None:
         return self.checkpoint.path if self.checkpoint else None
 
     @property
-    def begun(self) -> Begun:
+    def begun(self) -> RecordedInputs:
         if self.checkpoint is None:
-            return Begun()
+            return RecordedInputs()
         manifest = self.checkpoint.manifest
-        return Begun(manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe), manifest.holds_all)
+        return RecordedInputs(
+            manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe), manifest.holds_all
+        )
 
 
 def select_checkpoint(
@@ -57,20 +59,20 @@ def select_checkpoint(
     allowed: frozenset[str] = frozenset(),
     without: frozenset[Path] = frozenset(),
 ) -> ResumePoint:
-    """Choose by names, manifests and sizes; writes nothing.
+    """Choose a checkpoint by names, manifests and sizes; writes nothing.
 
     Args:
         checkpoints: The run's own checkpoints.
-        resume: "auto": the newest whole one; "none": none may be there; "best": the run's best by success; else the
-            path of a checkpoint or a run.
-        fingerprint: What the recipe trains; None accepts any checkpoint.
-        allowed: Flags of the command line that let some of it differ.
-        without: Checkpoints that are known to be damaged.
+        resume: "auto": the newest complete one; "none": there must be none; "best": the run's best by success; else
+            the path of a checkpoint or a run.
+        fingerprint: The recipe's; None accepts any checkpoint.
+        allowed: Flags of the command line that permit differences.
+        without: Checkpoints known to be damaged.
 
     Raises:
-        RunError: "none" in a folder with checkpoints, a path that is no run, a run without checkpoints, or another
+        RunError: "none" in a folder with checkpoints, a path that is not a run, a run without checkpoints, or another
             stage, model or mixture.
-        CheckpointError: The named checkpoint is not whole, or the newest one has another format.
+        CheckpointError: The named checkpoint is incomplete, or the newest one has another format.
     """
     named = False
     if "://" in resume:
@@ -105,7 +107,7 @@ def select_checkpoint(
 
 
 def growth_of_run(run: Path) -> Mapping[str, list[int]]:
-    """How many times each source's folders had grown, by the newest whole checkpoint; nothing without one."""
+    """How many times each source's folders had grown, by the newest complete checkpoint; {} without one."""
     whole = scan(run / "checkpoints").whole
     return growth_of(whole[0][1].recipe) if whole else {}
 
@@ -113,15 +115,15 @@ def growth_of_run(run: Path) -> Mapping[str, list[int]]:
 def verify_or_fall_back(
     checkpoints: Path, world: World, choose: Callable[[frozenset[Path]], ResumePoint]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Read all of the chosen checkpoint, spread over the processes, and fall back while it is damaged.
+    """Verify the files of the chosen checkpoint, divided over the processes, and fall back while it is damaged.
 
-    Every process calls it; rank 0 calls `choose`, which goes without some checkpoints, and its manifest is sent to the
-    others. Damaged ones in `checkpoints`, the run's own, are renamed. Returns the checkpoint to load and what a person
-    should know.
+    Every process calls it; rank 0 calls `choose`, given the checkpoints to leave out, and sends the manifest to the
+    others. Damaged ones in `checkpoints`, the run's own, are renamed. Returns the checkpoint to load and notes for
+    the user.
 
     Raises:
         CheckpointError: The user named this one, and it is damaged.
-        StamoError: What `choose` raises.
+        StamoError: Raised by `choose`.
     """
     notes: list[str] = []
     bad: set[Path] = set()
@@ -148,7 +150,7 @@ def verify_or_fall_back(
 
 
 def _put_aside(checkpoints: Path, chosen: Checkpoint | None, bad: set[Path]) -> list[str]:
-    """Rename what is damaged and what is newer than the checkpoint to load; returns what a person should know."""
+    """Rename damaged checkpoints and those newer than the one to load; returns notes for the user."""
     found = scan(checkpoints)
     corrupt = [p for p, _ in found.corrupt] + [p for p in bad if p.parent == checkpoints]
     notes = [f"kept {p} as {set_aside(p, 'corrupt').name}; delete it when nobody wants to look at it" for p in corrupt]

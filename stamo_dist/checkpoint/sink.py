@@ -1,4 +1,4 @@
-"""A file of a checkpoint on its way to the disk: hashed as it is written, and written back from early on."""
+"""Writing a checkpoint file: hashed while it is written, with early write-back by the kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stamo_dist.checkpoint.manifest import HASH, Stored
 
 _log = logging.getLogger(__name__)
 _PIECE = 4 << 20  # bytes of one write
-_WRITE_BACK = 8 << 20  # bytes after which the kernel is asked to begin writing them to the disk
+_WRITE_BACK = 8 << 20  # bytes after which the kernel is asked to start write-back
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -31,7 +31,7 @@ class Sink(io.RawIOBase):
         self._error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Large data goes out as it is; small data is gathered until there is a piece of it."""
+        """Large data is written directly; small data is buffered up to one piece."""
         view = memoryview(data).cast("B")
         self._size += len(view)
         if len(self._small) + len(view) < _PIECE:
@@ -70,7 +70,7 @@ class Sink(io.RawIOBase):
         """Sync and close.
 
         Raises:
-            OSError: Something could not be written.
+            OSError: A write failed.
         """
         self._empty()
         try:
@@ -98,7 +98,7 @@ _sync_file_range = _find_sync_file_range()
 
 
 def _begin_write_back(fd: int, start: int, size: int) -> None:
-    """Have the kernel write these bytes to the disk while more are on their way, where it can be asked to."""
+    """Start the kernel's write-back of these bytes while more are written, where supported."""
     global _sync_file_range
     if _sync_file_range is None:
         return

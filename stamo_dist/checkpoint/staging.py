@@ -1,4 +1,4 @@
-"""Copies of what is saved, so that training can go on while they are written."""
+"""Copies of the state to save, so that training can continue while they are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stamo_dist.device import Device
 
 
 class Staging:
-    """Copies of a state in host memory. The memory is kept from save to save: getting it takes longer than copying."""
+    """Copies of a state in host memory, which is reused from save to save: allocating takes longer than copying."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -17,7 +17,7 @@ class Staging:
         self._used = 0
 
     def begin(self) -> None:
-        """Give up the copies of the save before."""
+        """Release the copies of the previous save for reuse."""
         self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:

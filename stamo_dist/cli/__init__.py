@@ -1,4 +1,4 @@
-"""The `stamo` command: a file for each group of commands, which `app` puts together.
+"""The `stamo` command: a file for each group of commands, assembled by `app`.
 
 Torch is imported only inside the commands that need it.
 """

@@ -1,4 +1,4 @@
-"""The `stamo` command, put together of the groups of commands."""
+"""The `stamo` command, assembled from the groups of commands."""
 
 from __future__ import annotations
 

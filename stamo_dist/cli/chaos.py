@@ -66,7 +66,7 @@ class ChaosOptions:
     ] = 600.0
 
     def plan(self) -> Plan:
-        """Raises: StamoError: The recipe cannot be read, or `world_sizes` are none."""
+        """Raises: StamoError: The recipe cannot be read, or `world_sizes` are invalid."""
         from stamo_dist.chaos.harness import Plan
         from stamo_dist.recipe.load import load
 
@@ -119,7 +119,7 @@ def chaos(_: typer.Context, asked: ChaosOptions) -> None:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        for process in psutil.Process().children(recursive=True):  # all are of its starts, known to it or not yet
+        for process in psutil.Process().children(recursive=True):  # all are its starts, recorded by it or not yet
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         starter.close()

@@ -56,4 +56,4 @@ def probe(
     from stamo_dist.launch.doctor.probe import main
 
     code = main(out, path, wandb)
-    os._exit(code)  # gloo's threads may abort an interpreter that finishes
+    os._exit(code)  # gloo's threads may abort the interpreter during shutdown

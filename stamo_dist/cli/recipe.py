@@ -21,7 +21,7 @@ from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
-Advice = Callable[[Recipe], list[str]]  # what the data at hand say of a recipe
+Advice = Callable[[Recipe], list[str]]  # returns notes on a recipe from its local data
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
@@ -62,7 +62,7 @@ def check(
     """
     loaded = load(recipe, overrides or (), world_size)
     r = loaded.recipe
-    advice: Advice | None = context.obj  # who registers the commands may bring one, which refuses what it knows wrong
+    advice: Advice | None = context.obj  # set when the commands are registered; raises if it finds the recipe wrong
     advised = advice(r) if advice else []
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)

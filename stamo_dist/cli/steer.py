@@ -1,4 +1,4 @@
-"""Ending a run, and having one that ended go on where it stopped."""
+"""Ending a run, and resubmitting one that ended."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from stamo_dist.errors import RunError
 from stamo_dist.launch import slurm, submit, supervise
 from stamo_dist.launch.job import newest_step
-from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
 from stamo_dist.launch.status import Run, collect
-from stamo_dist.launch.submit import Order
+from stamo_dist.launch.submit import JobOrder
 
 
 def cancel(path: Path) -> str:
-    """End the run: it saves if it runs, and is not started again. Returns what was done.
+    """End the run: it saves if it runs, and is not started again. Returns a description of what was done.
 
     Raises:
-        RunError: Nothing was submitted, or nobody can be told.
+        RunError: It was not submitted, or the process in charge cannot be reached.
     """
     run = _look(path)
     launch = run.launch
@@ -32,16 +32,16 @@ def cancel(path: Path) -> str:
     if launch.job is None or launch.job.startswith("local-"):
         supervise.cancel(path)
         return f"{run.name}: it saves, leaves and is not started again"
-    # Before scancel: the job looks there whether it is to be queued again.
+    # Before scancel: the job reads this to decide whether it is to be queued again.
     record(path, Event("cancelled", job=launch.job, step=newest_step(path)))
     slurm.cancel(launch.job)
     return f"{run.name}: job {launch.job} cancelled"
 
 
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:
-    """Submit the run again, with the code and the recipe it was submitted with. Returns what was done.
+    """Submit the run again, with the code and the recipe it was submitted with. Returns a description of what was done.
 
-    `nodes`, `time`: in place of the profile's.
+    `nodes`, `time`: override the profile's.
 
     Raises:
         StamoError: It runs, has finished, was never submitted, or is refused.
@@ -60,7 +60,7 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
         )
     if launch.kind != "run":
         raise RunError(f"{path}: is part of a pipeline or sweep; submit that again: what is done is skipped")
-    order = Order(launch, Profile.model_validate(launch.profile))
+    order = JobOrder(launch, ClusterProfile.model_validate(launch.profile))
     if nodes or time:
         order = submit.plan(recipe_file(launch.snapshot), launch.cluster, resources=submit.Resources(nodes, time=time))
         kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)

@@ -54,9 +54,9 @@ def train(
         arguments += sorted(allowed)
         sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir)))
 
-    # They wait until there is something to save; Ctrl-C works meanwhile.
+    # Blocked until there is something to save; Ctrl-C still works.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    gc.disable()  # the million objects that imports make are all kept: looking through them takes as long as torch
+    gc.disable()  # imports make a million objects that stay: collecting them takes as long as importing torch
     from stamo_dist.distributed.collectives import leave, run_rank
     from stamo_dist.distributed.rank import world_from_environment
 
@@ -88,7 +88,7 @@ def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> No
 
         arguments = ["encode", str(recipe), *(x for s in set_ for x in ("--set", s))]
         sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
-    # A launcher blocks them until a rank can act on them; here they end it, and no half-written shard counts.
+    # A launcher blocks these until a rank can handle them; here they end the process: partial shards are ignored.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from stamo_dist.distributed.rank import world_from_environment
@@ -100,7 +100,7 @@ def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> No
 
 
 def _evaluation(recipe: Recipe) -> Evaluation:
-    """What measures while it trains."""
+    """The evaluation during training that the recipe asks for."""
     run = Path(recipe.run_dir)
     if recipe.evaluate.rollout is None:
         from stamo_dist.evaluate.during import BlockingEvaluation

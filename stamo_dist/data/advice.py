@@ -1,4 +1,4 @@
-"""What `stamo recipe check` says of a recipe whose shards are at hand; nothing here needs torch or reads a frame."""
+"""Notes of `stamo recipe check` on a recipe with local shards; needs no torch and reads no frame."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from stamo_dist.recipe.schema import Recipe
 
 
 def advice(recipe: Recipe) -> list[str]:
-    """How many samples have which loss, dimensions that are scaled in another way than the rest, and what could be
-    computed once; a line each.
+    """Notes, one line each: samples per loss, dimensions with special scaling, and model outputs to cache.
 
-    Sources that are remote, or not converted yet, have no say; the shares of the losses need all of them, which sources
-    give no actions is said of those that are there.
+    Remote or missing sources are skipped. Shares of the losses need all sources; sources without actions are listed
+    among the local ones.
 
     Raises:
-        RecipeError: No sample of a policy has a loss that it is to learn from.
+        RecipeError: No sample of a policy has one of its losses.
     """
     manifests = {
         name: [found for path in source.paths if (found := _manifest(path)) is not None]
@@ -79,7 +78,7 @@ def _scaling(recipe: Recipe, manifests: dict[str, list[Manifest]]) -> Iterator[s
 
 
 def _caching(recipe: Recipe, frames: int) -> Iterator[str]:
-    """Frozen models whose output `stamo encode` could keep, where they would see every frame more than once."""
+    """Frozen models whose output `stamo encode` could cache, if every frame would be encoded more than once."""
     seen = recipe.train.steps * recipe.train.global_batch
     if recipe.stage == "policy":
         policy = recipe.policy
@@ -89,7 +88,7 @@ def _caching(recipe: Recipe, frames: int) -> Iterator[str]:
         if policy.targets == "cached" or policy.tokenizer is None or not (states or target):
             return
         if pseudo == "pixels" or (policy.world is not None and policy.world.target == "dinov2"):
-            return  # these are of frames, which the cache does not hold
+            return  # these need frames, which the cache does not hold
         field, what, reads = "policy.targets", "the tokenizer's states", int(states) + int(target)
     else:
         if recipe.stage != "tokenizer" or recipe.data.latents == "cached" or recipe.data.horizon:

@@ -1,9 +1,10 @@
 """How many samples of each source are in each global batch: exact, in closed form, and as steady as can be.
 
-Of its share of a batch a source has the whole part in every batch, in the same slots; what is left of all shares fills
-the spare slots. The k-th spare sample of a source is due when the sum of its remainders reaches k + phase, and the
-spare slots take the sources in the order in which they are due. So after any number of batches every source is within
-two samples of its quota, and any stretch of the run is computed without what precedes it.
+Of its share of a batch, a source gets the integer part in every batch, in the same slots; the fractional remainders
+of all shares fill the spare slots. The k-th spare sample of a source is due when the sum of its remainders reaches
+k + phase, and the spare slots take the sources in the order in which they are due. So after any number of batches
+every source is within two samples of its quota, and any stretch of the run is computed independently of what precedes
+it.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
 _TINY = 1e-9  # of a sample
-_LAST = 3  # samples beyond its part of a batch with which a source can still be held to its limit
+_LAST = 3  # samples beyond its part of a batch that a source needs to stay within its limit
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Batches over which no weight changes and no source runs out.
+    """A range of batches in which no weight changes and no source is exhausted.
 
     Attributes:
         start: Its first batch.
         counts: int64 (sources,), samples of each source before it.
         slots: int64 (sources,), samples of each in every batch.
-        rates: float64 (sources,), how many more on average; they sum to `spare`.
-        spare: Slots of a batch that the remainders share.
-        credit: float64 (sources,), by how much each is behind its quota.
+        rates: float64 (sources,), further samples per batch on average; they sum to `spare`.
+        spare: Slots of a batch shared by the remainders.
+        credit: float64 (sources,), samples by which each is behind its quota.
     """
 
     start: int
@@ -45,7 +46,7 @@ class Stretch:
     credit: NDArray[np.float64]
 
     def spares(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sources of `count` batches' spare slots from batch `start + first` on, and how many each had before.
+        """Sources of the spare slots of `count` batches from batch `start + first` on, and each source's earlier count.
 
         Returns int64 (count, spare) and (sources,).
         """
@@ -77,13 +78,13 @@ class Allocation:
 
     Args:
         weights: Per source: batch from which it holds → weight (0 or more); the first holds from batch 0.
-        limits: Most samples to read of each source, inf for no limit. Once it is reached the others share its part.
+        limits: Maximum samples of each source, inf for none. Once it is reached, the others share its part.
         batch: Samples of a global batch.
 
     Attributes:
         batch: As given.
         stretches: One after the other.
-        end: Samples until no whole batch is left; inf where a source has no limit.
+        end: Samples until less than a batch is left; inf if a source has no limit.
     """
 
     def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float], batch: int):
@@ -121,7 +122,7 @@ class Allocation:
 
     @classmethod
     def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Allocation:
-        """That of a recipe's sources in use; `frames`: how many each has."""
+        """The allocation of a recipe's sources in use; `frames`: number of frames of each."""
         used = list(zip(data.used.values(), frames, strict=True))
         return cls(
             [{step: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
@@ -131,7 +132,7 @@ class Allocation:
 
     @property
     def identity(self) -> list[Any]:
-        """What tells it from others, for JSON."""
+        """JSON values that identify it, for the fingerprint."""
         return [self.batch, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
 
     @property
@@ -163,7 +164,7 @@ class Allocation:
         return Stretch(now, counts, slots, rates, spare, np.where(rates > 0, quota - counts, 0))
 
     def _lasts(self, stretch: Stretch) -> float:
-        """Batches for which no source exceeds its limit; at least one."""
+        """Number of batches for which no source exceeds its limit; at least one."""
         capped = np.isfinite(self._limits) & (stretch.slots + stretch.rates > 0)
         if not capped.any():
             return np.inf
@@ -182,7 +183,7 @@ class Allocation:
         quota: NDArray[np.float64],
         ending: NDArray[np.bool_],
     ) -> NDArray[np.int64] | None:
-        """The batch in which the sources that are `ending` give what they have left; None: too little for a batch."""
+        """The batch with the remaining samples of the `ending` sources; None if they do not fill a batch."""
         left = np.minimum(self._limits - counts, self.batch).astype(np.int64)
         slots = np.where(ending, left, 0)
         while slots.sum() > self.batch:
@@ -195,7 +196,7 @@ class Allocation:
             parts = np.where(open_, share, 0)
             exact = missing * parts / parts.sum()
             add = np.minimum(np.floor(exact), left - slots).astype(np.int64)
-            if not add.any():  # less than one each: to those that are furthest behind
+            if not add.any():  # rounding leaves less than one each: given to the sources furthest behind
                 behind = np.where(open_, quota - counts + exact, -np.inf)
                 add[np.argsort(-behind, kind="stable")[: min(missing, int(open_.sum()))]] = 1
             slots = slots + add
@@ -203,7 +204,7 @@ class Allocation:
 
 
 def allocation_of(data: Data, frames: Sequence[int], global_batch: int) -> Allocation | Schedule:
-    """How many samples of its sources a recipe reads; `frames`: how many each has."""
+    """The allocation of a recipe; `frames`: number of frames of each source."""
     return (Allocation if data.shuffle.in_lanes else Schedule).of(data, frames, global_batch)
 
 

@@ -1,8 +1,8 @@
 """A folder of fetched shards that several processes share, within a limit.
 
-A shard is in use as long as any process has a shared lock (flock) on its file: who reads it ahead keeps a `Hold`, who
-maps it locks it with the map. What is locked is not removed, so what is removed is mapped nowhere, and the folder takes
-the room that its files say. The kernel drops the locks of a process that dies.
+A shard is in use as long as any process has a shared lock (flock) on its file: a process that prefetches it keeps a
+`Hold`, one that maps it locks it with the map. Locked shards are not removed, so a removed shard is mapped nowhere and
+its space is freed. The kernel drops the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _log = logging.getLogger(__name__)
-SCRATCH = ".fetch-"  # prefix of folders that hold what is not whole
-_LOCKS = ".locks"  # folder beside the shards with one lock a shard, held while it is fetched
-_OF_SHARD = re.compile(rf"{re.escape(SCRATCH)}(\d+)-(.+)")  # bytes that it may take, name of the shard
-_ABANDONED = 3600.0  # seconds after which a scratch folder without a lock was left by a process that was killed
-_SLACK = 0.05  # of the limit: evicted beyond what is needed, so that the folder is not looked through for every shard
-_PAUSE = 0.5  # seconds between two looks through a folder that is full of shards in use
-_PATIENCE = 2.0  # seconds in which shards that were given back may be unmapped before the limit is overrun
+SCRATCH = ".fetch-"  # prefix of folders with incomplete files
+_LOCKS = ".locks"  # folder beside the shards with one lock per shard, held while it is fetched
+_OF_SHARD = re.compile(rf"{re.escape(SCRATCH)}(\d+)-(.+)")  # bytes reserved, name of the shard
+_ABANDONED = 3600.0  # seconds after which an unlocked scratch folder is taken for that of a killed process
+_SLACK = 0.05  # fraction of the limit evicted beyond what is needed, so that the folder is not scanned for every shard
+_PAUSE = 0.5  # seconds between two scans of a folder that is full of shards in use
+_PATIENCE = 2.0  # seconds to wait for released shards to be unmapped before the limit is exceeded
 _LOCK_TIMEOUT = 600.0
 
 
@@ -37,11 +37,11 @@ class Hold:
         self._fd = fd
 
     def there(self) -> bool:
-        """Whether the file still has a name: somebody may remove it who knows nothing of locks."""
+        """Whether the file still exists: it may be removed by a process that ignores the locks."""
         return os.fstat(self._fd).st_nlink > 0
 
     def close(self) -> None:
-        """Give it back; it counts as used last now."""
+        """Release the file; marks it as used just now."""
         if self._fd >= 0:
             with suppress(OSError):
                 os.utime(self._fd)
@@ -56,7 +56,7 @@ class Hold:
 
 
 def hold(path: str) -> Hold | None:
-    """Lock a file against removal; None where it is not there."""
+    """Lock a file against removal; None if it is missing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -68,7 +68,7 @@ def hold(path: str) -> Hold | None:
 
 
 def lock_shared(fd: int) -> bool:
-    """Lock an open file, and maps made of it, against removal; False where it was removed before."""
+    """Lock an open file, and maps made of it, against removal; False if it was already removed."""
     fcntl.flock(fd, fcntl.LOCK_SH)
     return os.fstat(fd).st_nlink > 0
 
@@ -81,21 +81,21 @@ def fetch_lock(path: Path, timeout: float) -> FileLock:
 
 
 class Cache:
-    """A folder of shards that takes at most `limit` bytes, those being fetched included; None: as many as come.
+    """A folder of shards of at most `limit` bytes, including those being fetched; None: no limit.
 
-    Those used longest ago are removed first, those in use never.
+    The least recently used shards are removed first, those in use never.
     """
 
     def __init__(self, root: Path, limit: float | None = None):
         self.root, self.limit = root, limit
-        self._looked = -_PAUSE  # when no room was found last
+        self._looked = -_PAUSE  # time when no room was found last
         self._warned = False
 
     @contextmanager
     def reserve(self, path: Path, size: int, *, must: bool) -> Iterator[Path | None]:
-        """A folder beside `path` to fetch it into, with room for `size` bytes; whoever asks has its `fetch_lock`.
+        """A folder beside `path` to fetch it into, with room for `size` bytes; the caller holds its `fetch_lock`.
 
-        None where shards in use take the room, unless it `must` be: then the limit is overrun, with a warning.
+        None if shards in use take the room, unless `must`: then the limit is exceeded, with a warning.
         """
         scratch = path.parent / f"{SCRATCH}{size}-{path.name}"
         made, deadline = self._make(scratch, size, pause=_PAUSE), time.monotonic() + _PATIENCE
@@ -109,9 +109,9 @@ class Cache:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _make(self, scratch: Path, size: int, *, pause: float, overrun: bool = False) -> bool:
-        """Make the folder if there is room; not looked for within `pause` of the last look that found none."""
+        """Create the folder if there is room; does not scan again within `pause` seconds of a scan that found none."""
         if self.limit is None:
-            (self.root / ".used").unlink(missing_ok=True)  # who has a limit counts anew
+            (self.root / ".used").unlink(missing_ok=True)  # a process with a limit counts anew
             self._fresh(scratch)
             return True
         if time.monotonic() < self._looked + pause:
@@ -144,7 +144,7 @@ class Cache:
         scratch.mkdir()
 
     def _recorded(self) -> int | None:
-        """Bytes in the folder as they were last counted, and what was reserved since; None where that is not known."""
+        """Bytes in the folder at the last count, and those reserved since; None if unknown."""
         try:
             return int((self.root / ".used").read_text())
         except (OSError, ValueError):
@@ -154,15 +154,15 @@ class Cache:
         (self.root / ".used").write_text(str(used))
 
     def trim(self) -> None:
-        """Remove what killed processes left, and shards until the folder is within its limit, where there is one."""
+        """Remove files left by killed processes, and shards until the folder is within its limit, if it has one."""
         with FileLock(self.root / ".trim.lock", timeout=_LOCK_TIMEOUT):
             used = self._evict(float("inf") if self.limit is None else self.limit)
             self._record(used)
 
     def _evict(self, target: float, slack: float = 0.0) -> int:
-        """Count what is there; where it is more than `target`, remove shards that nobody uses until it is `slack` less.
+        """Count the bytes; if they exceed `target`, remove unused shards until they are `slack` less.
 
-        Returns the bytes that stay.
+        Returns the remaining bytes.
         """
         total, shards = self._count()
         if total > target:
@@ -175,9 +175,9 @@ class Cache:
         return total
 
     def _count(self) -> tuple[int, list[tuple[float, int, str]]]:
-        """Bytes in the folder; when each whole shard was used last, its size and its path."""
+        """Bytes in the folder; and for each complete shard the time of last use, size and path."""
         total, shards = 0, []
-        for folder, inside, names in os.walk(self.root):  # which passes over what vanishes meanwhile
+        for folder, inside, names in os.walk(self.root):  # skips files that vanish meanwhile
             for name in inside[:]:
                 if name.startswith(SCRATCH):
                     inside.remove(name)
@@ -193,7 +193,7 @@ class Cache:
 
 
 def _in_flight(scratch: Path) -> int:
-    """Bytes that the fetch into this folder takes or will take; 0, and it is removed, if whoever fetched was killed."""
+    """Bytes that the fetch into this folder will take; if its process was killed, 0, and the folder is removed."""
     if of_shard := _OF_SHARD.fullmatch(scratch.name):
         try:
             with fetch_lock(scratch.parent / of_shard[2], timeout=0):
@@ -217,11 +217,11 @@ def _in_flight(scratch: Path) -> int:
 def _remove(path: str) -> bool:
     """Remove a shard unless it is in use."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks for writing only what is open for it
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS grants exclusive locks only on files opened for writing
     except FileNotFoundError:
         return True
     except OSError:
-        return False  # of another user
+        return False  # owned by another user
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)

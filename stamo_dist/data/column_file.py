@@ -17,19 +17,19 @@ from stamo_dist.data.shared_buffers import anonymous_file
 
 _LENGTH = struct.Struct("<Q")
 _ALIGNED = 64
-#: Bytes at the beginning that belong to whoever shares the file.
+#: Bytes at the beginning reserved for the sharing protocol.
 RESERVED = 4096
 
 
 class ColumnFile:
-    """A file that was written by `write`, mapped; what it holds takes memory once it is looked at, once for a node.
+    """A mapped file written by `write`; its pages take memory when first read, once per node.
 
     Args:
-        fd: Open for reading; it is kept until nobody uses the object any more.
+        fd: Open for reading; kept open as long as the object lives.
 
     Attributes:
         fd: As given.
-        head: What was written beside the arrays.
+        head: The JSON object written beside the arrays.
     """
 
     def __init__(self, fd: int):
@@ -55,7 +55,7 @@ def write(fd: int, head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
     """Fill an empty file.
 
     Raises:
-        OSError: There is no room.
+        OSError: There is no space.
     """
     places, end = dict[str, tuple[str, tuple[int, ...], int]](), 0
     for name, array in arrays.items():
@@ -73,7 +73,7 @@ def write(fd: int, head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
 
 
 def anonymous(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> ColumnFile:
-    """A file without a name, for this process and those that inherit its descriptor."""
+    """An unnamed file, for this process and those that inherit its descriptor."""
     fd = anonymous_file(0, "stamo-columns")
     write(fd, head, arrays)
     return ColumnFile(fd)

@@ -1,4 +1,4 @@
-"""The episode table of a split as columns: what training needs of 10⁶ episodes, in 16 MB."""
+"""The episode table of a split as columns with the fields that training needs: 16 MB for 10⁶ episodes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
 _COLUMNS = ("starts", "lengths", "text", "changes")
-_LARGE = 1 << 24  # bytes of a table from which on its columns are kept
+_LARGE = 1 << 24  # tables of at least this many bytes have their columns cached
 
 
 @dataclass(frozen=True)
 class EpisodeColumns:
-    """Of N episodes, in stored order.
+    """Columns of N episodes, in stored order.
 
     Attributes:
-        path: Of the table.
+        path: Path of the table.
         starts, lengths: int64 (N,): first sample within the split, frames.
         texts: The distinct instructions, as stored.
-        text: int32 (N,), index into `texts` of each one's first frame.
-        changes: int64 (C, 3): an episode, its frame from which on the instruction is another, index into `texts`.
+        text: int32 (N,), index into `texts` for the first frame of each episode.
+        changes: int64 (C, 3): an episode, the frame from which its instruction changes, index into `texts`.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class EpisodeColumns:
         return len(self.starts)
 
     def spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of each stretch with one instruction, ascending: first sample, episode, index into `texts`; int64 (S,)."""
+        """For each range of one instruction, ascending: first sample, episode, index into `texts`; int64 (S,)."""
         episode, frame, text = self.changes.T
         inside = frame < self.lengths[episode]
         own = np.arange(len(self))
@@ -57,7 +57,7 @@ class EpisodeColumns:
         order = np.argsort(begins, kind="stable")
         order = (
             order[np.append(np.diff(begins[order]) > 0, True)] if len(order) else order
-        )  # a change at frame 0 counts
+        )  # a change at frame 0 overrides `text`
         return (
             begins[order],
             np.concatenate([own, episode[inside]])[order],
@@ -70,12 +70,12 @@ class EpisodeColumns:
 
     @classmethod
     def unpacked(cls, head: Sequence[Any], file: ColumnFile, number: int) -> EpisodeColumns:
-        """What `packed` made; the arrays stay in the file."""
+        """The inverse of `packed`; the arrays stay in the file."""
         path, texts = head
         return cls(Path(path), texts=texts, **{column: file[f"{number}/{column}"] for column in _COLUMNS})
 
     def ids(self, episodes: Sequence[int]) -> list[str]:
-        """Names of some, read from the table."""
+        """Ids of some episodes, read from the table."""
         with self.path.open("rb") as f:
             lines = (line for line in f if line.strip())
             wanted = set(episodes)
@@ -118,9 +118,9 @@ def read_columns(source: Path, split: str, count: int | None = None) -> EpisodeC
 
 
 def kept_columns(cache: Path, path: Path, count: int, read: Callable[[], EpisodeColumns]) -> EpisodeColumns:
-    """What `read` makes of the first `count` episodes of a table; of a large one it is kept in `cache`.
+    """The result of `read` for the first `count` episodes of a table; for a large table it is stored in `cache`.
 
-    It is read again when the table has another size or time.
+    The table is read again if its size or time has changed.
     """
     try:
         table = path.stat()

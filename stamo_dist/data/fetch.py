@@ -1,4 +1,4 @@
-"""Getting the shards of coming batches onto local disk, and letting go of those that no batch needs any more."""
+"""Prefetching the shards of coming batches to local disk, and releasing those no longer needed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from stamo_dist.data.shards import mappings_allowed
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
-THREADS = 8  # of a process that fetch ahead, and as many for what a batch waits for
-_PATIENCE = 60.0  # seconds between two warnings about a shard that does not come
-#: How far to look ahead: far enough to see every shard that is in use, and to fetch the next ones before they are read.
-#: Bounded in samples of all processes, whose order each has to compute, and in batches.
+THREADS = 8  # threads of a process for prefetching, and as many for shards that a batch waits for
+_PATIENCE = 60.0  # seconds between two warnings about a shard that does not arrive
+#: Limits of the look-ahead, in samples of all processes (each computes their order) and in batches: enough to see every
+#: shard in use, and to fetch the next ones before they are read.
 _AHEAD_SAMPLES, _AHEAD_BATCHES = 1 << 17, 256
 
 
 def batches_ahead(mixture: Mixture) -> int:
-    """How many batches are looked ahead, as far as the cache has room for their shards."""
+    """Number of batches to look ahead, as far as the cache has room for their shards."""
     by_itself = min(_AHEAD_BATCHES, _AHEAD_SAMPLES // mixture.global_batch)
     return max(mixture.data.fetch_ahead, by_itself)
 
@@ -44,9 +44,9 @@ def places_of(mixture: Mixture, samples: NDArray[np.int64]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Upcoming:
-    """A position of the plan, the shards it needs, and those that come over the network for it to its node.
+    """A position of the plan, the shards it needs, and the remote shards that its node fetches for it.
 
-    The latter are those of all processes of the node, which share the cache.
+    The latter include all processes of the node, which share the cache.
     """
 
     position: Position
@@ -56,12 +56,12 @@ class Upcoming:
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What a plan's next positions need of the cache of one node.
+    """Cache space that a plan's next positions need on one node.
 
     Attributes:
-        shards: How many remote shards are begun and not finished at one time, at most.
-        needed: Bytes of these, and of those that are fetched meanwhile: with less, shards are fetched again and again.
-        batch: Bytes of the shards that one batch needs, at most.
+        shards: Maximum number of remote shards that are partly read at one time.
+        needed: Bytes of these and of those fetched meanwhile: with less, shards are fetched repeatedly.
+        batch: Maximum bytes of the shards of one batch.
         everything: Bytes of all remote shards.
     """
 
@@ -72,13 +72,13 @@ class CacheUse:
 
     @classmethod
     def of(cls, mixture: Mixture, plan: Iterator[Position]) -> CacheUse | None:
-        """None where all shards are on local disk."""
+        """None if all shards are on local disk."""
         remote = [view.remote() for view in mixture.views]
         all_sizes = np.concatenate([v.shards.nbytes[r] for v, r in zip(mixture.views, remote, strict=True)])
         if not len(all_sizes):
             return None
         sizes: dict[Place, int] = {}
-        samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # of a small set no more than one pass
+        samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # for a small dataset at most one pass
         first, last, batch, count = dict[Place, int](), dict[Place, int](), 0, max(1, samples // mixture.global_batch)
         for i, position in enumerate(islice(plan, count)):
             places = [(v, n) for v, n in places_of(mixture, position.on_node) if remote[v][n]]
@@ -108,7 +108,7 @@ class CacheUse:
             )
 
     def line(self, cache: Cache) -> str:
-        """What is needed and what is given, for a person."""
+        """A line for the user: needed and available space."""
         needed = (
             f"cache: {self.shards:,} shards in use at once, and those to come, need {self.needed / 1e9:.3g} GB on each "
             "node"
@@ -128,9 +128,9 @@ def _at_least(size: int) -> str:
 
 
 class Fetcher:
-    """The positions of a plan, each once its shards are on local disk, where they stay until the batch is `done`.
+    """Yields the positions of a plan once their shards are on local disk, where they stay until the batch is `done`.
 
-    It looks ahead as far as the cache has room for the shards of all that was not done.
+    It looks ahead as far as the cache has room for the shards of all batches not yet done.
     """
 
     def __init__(self, mixture: Mixture, plan: Iterator[Position]):
@@ -139,7 +139,7 @@ class Fetcher:
         self._limit, self._files = mixture.cache.limit, mappings_allowed()
         self._coming: deque[Upcoming] = deque()
         self._reading: deque[Upcoming] = deque()
-        self._uses: Counter[Place] = Counter()  # positions that were not done, of each shard
+        self._uses: Counter[Place] = Counter()  # shard → number of positions not yet done
         self._on_node: Counter[Place] = Counter()
         self._bytes = 0  # of the shards in `_on_node`
         self._fetching: dict[Place, Future[Hold | None]] = {}
@@ -166,12 +166,12 @@ class Fetcher:
         return upcoming.position
 
     def ready(self) -> bool:
-        """Whether there is a next position that need not be waited for."""
+        """Whether the next position is available without waiting."""
         self._look_ahead()
         return bool(self._coming) and not any(place in self._fetching for place in self._coming[0].places)
 
     def done(self) -> list[Place]:
-        """The position that was handed out first has been read. Returns the shards that none needs any more.
+        """The oldest position handed out has been read. Returns the shards that no position needs any more.
 
         They can be removed once they are `released`.
         """
@@ -188,17 +188,17 @@ class Fetcher:
         return unused
 
     def release(self, places: Iterable[Place]) -> None:
-        """Let the cache remove these shards."""
+        """Allow the cache to remove these shards."""
         for place in places:
             if (held := self._held.pop(place, None)) is not None:
                 held.close()
 
     def __len__(self) -> int:
-        """Shards that are needed by what was handed out, or is to come as far as was looked ahead."""
+        """Number of shards needed by positions handed out or within the look-ahead."""
         return len(self._uses)
 
     def close(self) -> None:
-        """End the threads; a fetch that is under way ends by itself."""
+        """Stop the threads; a running fetch finishes on its own."""
         for threads in (self._threads, self._urgent):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -216,7 +216,7 @@ class Fetcher:
         return Upcoming(position, places, on_node)
 
     def _look_ahead(self) -> None:
-        """Begin to fetch what comes next, and again what was put off."""
+        """Start fetching the next shards, and retry deferred ones."""
         for place, future in list(self._fetching.items()):
             if future.done() and not future.exception():
                 if (held := future.result()) is None:

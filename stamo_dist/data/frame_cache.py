@@ -1,9 +1,9 @@
-"""What frozen models make of every frame, cached beside the shards: a VAE's latents, a StaMo tokenizer's states.
+"""Cached outputs of frozen models for every frame, beside the shards: a VAE's latents, a StaMo tokenizer's states.
 
 SOURCE/SPLIT/CAMERA/KIND-<first 16 characters of the model's fingerprint>/shard.NNNNN.npy holds one array per sample of
 shard.NNNNN; bfloat16 is stored as its bit pattern, uint16, as numpy has no such type. shard.NNNNN.json, written after
-it, says what it was made of; without it the array does not count. manifest.json says what the whole folder is; it is
-written once every shard of the camera has its arrays, by each process that finds it so.
+it, identifies its source; without it the array is ignored. manifest.json describes the whole folder; it is written
+by every process that finds arrays for all shards of the camera.
 
 Loader workers import this module, so it must stay free of torch.
 """
@@ -29,8 +29,8 @@ Kind = Literal["latents", "states"]
 Precision = Literal["float16", "bfloat16", "float32"]
 MANIFEST = "manifest.json"
 _STORED: dict[Precision, type] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
-_EACH = 64  # shards of a folder of which each is looked at
-_NDIM = {"latents": 4, "states": 3}  # (n, C, h, w) and (n, tokens, dim)
+_EACH = 64  # folders with at most this many shards have every shard checked
+_NDIM = {"latents": 4, "states": 3}  # number of axes: (n, C, h, w) and (n, tokens, dim)
 _FIELD = {"latents": "data.latents", "states": "policy.targets"}
 
 
@@ -41,14 +41,14 @@ def cache_path(shard: ShardSpec, kind: Kind, fingerprint: str) -> Path:
 
 
 def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[Any], precision: Precision) -> Path:
-    """Write the rows of one shard; a reader sees either all of them or none.
+    """Write the rows of one shard atomically.
 
     Args:
-        shard: The shard they were made of.
+        shard: The shard from which they were computed.
         kind: What they are.
-        fingerprint: Of the model and what was done to its output.
+        fingerprint: Of the model and the processing of its output.
         rows: latents (n, C, h, w) or states (n, tokens, dim); bfloat16 as 2-byte integers holding the bit patterns.
-        precision: What the bytes mean.
+        precision: Number format of the bytes.
 
     Raises:
         DataError: Not one row per sample of that precision, or the folder cannot be written.
@@ -75,7 +75,7 @@ def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[An
 
 
 def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, about: Mapping[str, Any]) -> list[Path]:
-    """Describe every folder whose shards all have their rows, and remove what killed processes left there."""
+    """Write the manifest of every folder whose shards all have rows, and remove files left by killed processes."""
     folders: dict[Path, list[ShardSpec]] = {}
     for shard in shards:
         folders.setdefault(cache_path(shard, kind, fingerprint).parent, []).append(shard)
@@ -105,7 +105,7 @@ def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, a
 
 
 def has_cache(shard: ShardSpec, kind: Kind, fingerprint: str) -> bool:
-    """Whether the cache of `shard` is whole and was made from the shard as it is now."""
+    """Whether the cache of `shard` is complete and was computed from its current content."""
     return isinstance(_read_meta(shard, kind, fingerprint), dict)
 
 
@@ -132,7 +132,7 @@ def _read_meta(shard: ShardSpec, kind: Kind, fingerprint: str) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """A whole cache: one file per shard, all of one shape and precision."""
+    """A complete cache: one file per shard, all of one shape and precision."""
 
     kind: Kind
     fingerprint: str
@@ -148,11 +148,11 @@ class CacheSpec:
 def find_cache(shards: Shards, kind: Kind, fingerprint: str) -> CacheSpec:
     """The caches of all `shards`.
 
-    Of a folder with many, what its manifest.json says, the first and the last are looked at; the others when they are
+    In a folder with many shards, only manifest.json, the first and the last are checked; the others when they are
     mapped.
 
     Raises:
-        DataError: Any of them is missing, stale, cut short or of another shape; names the command that makes them.
+        DataError: Any of them is missing, stale, cut short or of another shape; names the command that creates them.
     """
     metas = [found for table in shards.tables for found in _metas(table, kind, fingerprint)]
     good = [meta for _, meta in metas if isinstance(meta, dict)]
@@ -172,7 +172,7 @@ def find_cache(shards: Shards, kind: Kind, fingerprint: str) -> CacheSpec:
 
 
 def _metas(table: ShardTable, kind: Kind, fingerprint: str) -> list[tuple[ShardSpec, dict[str, Any] | str]]:
-    """The shards of a folder that are looked at, and what is said of them."""
+    """The shards of a folder that are checked, and their descriptions."""
 
     def look(shards: Sequence[ShardSpec]) -> list[tuple[ShardSpec, dict[str, Any] | str]]:
         return [(shard, _read_meta(shard, kind, fingerprint)) for shard in shards]

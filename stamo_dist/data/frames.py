@@ -1,4 +1,4 @@
-"""Episodes of a converted source by number: what evaluation and the report look at."""
+"""Random access to the episodes of a converted source, for evaluation and the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stamo_dist.data.shards import MappedShard, OpenShards
 from stamo_dist.data.sources import DEFAULT_CACHE, open_camera, open_source
 from stamo_dist.errors import DataError
 
-_MAPPED = 64  # shards; a training that shares the cache cannot remove them
+_MAPPED = 64  # shards kept mapped; a training that shares the cache cannot remove them
 
 
 class Episodes:
@@ -22,11 +22,11 @@ class Episodes:
         path: Folder or URL of the source.
         split: Which split, e.g. "heldout".
         camera: Which camera; the source's first when omitted.
-        cache: Where remote shards are kept.
+        cache: Folder for remote shards.
 
     Attributes:
         episodes: list[Episode], in stored order.
-        camera: Its name.
+        camera: Name of the camera.
         manifest: The source's.
 
     Raises:

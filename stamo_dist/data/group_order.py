@@ -1,8 +1,8 @@
-"""The order of groups, which runs begun before there were lanes go on in, and which keeps sources in stored order.
+"""The sample order of groups: for runs begun before lanes existed, and for sources kept in stored order.
 
-A source is cut into groups of whole shards, about `GROUP` samples each, in a new random arrangement every epoch. Within
-a group streaming's own shuffle decides, so a source of one group has exactly streaming's order. Streaming shuffles a
-whole epoch at once in every process; a group keeps both time and memory from growing with the source.
+A source is cut into groups of whole shards, about `GROUP` samples each, in a new random arrangement every epoch.
+Within a group, samples have the order of streaming's shuffle, so a source of one group has exactly streaming's order.
+Streaming shuffles a whole epoch at once in every process; groups bound time and memory for large sources.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SourceOrder:
         first: int64 (shards,), number of each shard's first sample in the mixture.
         counts: int64 (shards,), samples per shard.
         shuffle: How to shuffle within a group.
-        seed: Of the run.
+        seed: The run's.
         group: Samples that are shuffled at a time, rounded up to whole shards.
 
     Attributes:
@@ -44,7 +44,7 @@ class SourceOrder:
         self._first, self._counts, self._shuffle, self._seed, self._size = first, counts, shuffle, seed, group
         self.samples = int(counts.sum())
         self._dtype = np.uint32 if int((first + counts).max()) < 2**32 else np.int64
-        # Consecutive positions are asked for, so the arrangement and the group used last are enough.
+        # Positions are requested consecutively, so only the last arrangement and group are cached.
         self._arrange = lru_cache(maxsize=1)(self._new_arrangement)
         self._group = lru_cache(maxsize=1)(self._new_group)
 
@@ -80,21 +80,21 @@ class SourceOrder:
         counts = self._counts[shards]
         numbers = np.arange(counts.sum()) + np.repeat(self._first[shards] - (counts.cumsum() - counts), counts)
         if self._shuffle.enabled:
-            # Streaming seeds with seed + epoch: groups of one epoch must not share a sum.
+            # Streaming seeds with seed + epoch: this sum must differ between the groups of an epoch.
             seed = (self._seed + number * 0x9E3779B1) % 2**31
             numbers = numbers[get_shuffle(self._shuffle.algorithm, counts, 1, seed, epoch, self._shuffle.block_size)]
         return numbers.astype(self._dtype)
 
 
 class GroupOrder:
-    """Global batches by number, from the sources' schedule and orders.
+    """Global batches by number, from the schedule and the orders of the sources.
 
     Args:
-        schedule: Which source each position is taken from.
-        orders: (sources,), which of a source's samples.
+        schedule: The source of each position.
+        orders: (sources,), the order of each source's samples.
         global_batch: Samples per batch.
         seed: Of the run.
-        shuffle: Shuffle each batch, so that every rank's share of it has every source.
+        shuffle: Shuffle each batch, so that every rank's share contains every source.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class GroupOrder:
         self._seed, self._shuffle = seed, shuffle
 
     def share(self, number: int, of: int) -> NDArray[np.int64]:
-        """Slots of one of `of` equal shares of a batch: every `of`-th, so that each share has every source."""
+        """Slots of one of `of` equal shares of a batch: every `of`-th, so that each share contains every source."""
         return np.arange(number, self._size, of)
 
     def at_a_time(self, slots: int) -> int:
-        """Batches worth planning in one call: all slots are planned, whoever needs them."""
+        """Number of batches to plan per call; all slots are planned, also those not requested."""
         return max(1, _AT_A_TIME // self._size)
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer where the data ends; of them these `slots`, all when omitted."""
+        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
         size = self._size
         interval = self._schedule.interval(batch * size, count * size)
         samples = np.empty(len(interval.source), np.int64)
@@ -130,6 +130,6 @@ class GroupOrder:
 
 def _random_order(seed: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
     """A permutation for each of `count` batches, (count, size), that depends on the batch's number alone."""
-    blocks = -(-size // 4)  # Philox gives four numbers per count
+    blocks = -(-size // 4)  # Philox yields four numbers per counter value
     numbers = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, 0, 0, 0]).random_raw(count * blocks * 4)
     return numbers.reshape(count, blocks * 4)[:, :size].argsort(axis=1, kind="stable")

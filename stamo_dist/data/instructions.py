@@ -1,4 +1,4 @@
-"""What is known of each sample by its place in its episode: its instruction, and if it is labelled."""
+"""The instruction of each sample, and whether its episode is labelled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TABLES: WeakKeyDictionary[Mixture, dict[str, list[Table]]] = WeakKeyDictionary(
 
 
 def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
-    """The episodes of every folder of every source; they are read once for a mixture, or for those of a node's ranks.
+    """The episode columns of every folder of every source; read once per mixture, or once for a node's ranks.
 
     Raises:
         DataError: A table is missing or damaged.
@@ -36,7 +36,7 @@ def episode_tables(mixture: Mixture) -> dict[str, list[Table]]:
 
 
 def _columns(mixture: Mixture) -> list[EpisodeColumns]:
-    """Of all folders, one source after the other."""
+    """The columns of all folders, source by source."""
     splits = [mixture.data.sources[name].split for name in mixture.sources]
     where = [(f, split) for split, folders in zip(splits, mixture.opened, strict=True) for f in folders]
     if mixture.node is None:
@@ -52,7 +52,7 @@ def _columns(mixture: Mixture) -> list[EpisodeColumns]:
 
 
 class Instructions:
-    """Texts by sample number, from `episode_tables` alone: no frame is opened, and no text travels with a batch.
+    """Texts by sample number, from `episode_tables` alone: no shard is read, and batches carry no texts.
 
     An episode without an instruction takes `data.sources.NAME.instruction`.
 
@@ -95,12 +95,12 @@ class Instructions:
         self.texts = sorted(number)
         place = np.empty(len(number), np.int64)
         place[[number[text] for text in self.texts]] = np.arange(len(number))
-        self._begins = torch.from_numpy(np.concatenate(begins))  # (S,) first samples of stretches
+        self._begins = torch.from_numpy(np.concatenate(begins))  # (S,) first samples of ranges with one instruction
         self._numbers = torch.from_numpy(place[np.concatenate(numbers)])
         self._labelled = torch.from_numpy(np.concatenate(labelled))
 
     def labelled(self, samples: Tensor) -> Tensor:
-        """Sample numbers, int64 (b,) → whether the actions of their episodes may be read, bool (b,)."""
+        """Sample numbers, int64 (b,) → whether their episodes are labelled (actions may be used), bool (b,)."""
         return self._labelled[self._span(samples)]
 
     def of(self, samples: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ _AT_A_TIME = 1 << 15  # samples
 
 @dataclass(frozen=True)
 class _Layout:
-    """The slots of every batch of a stretch: those of the sources, then the spare ones.
+    """The layout of the slots of every batch of a stretch: those of the sources, then the spare ones.
 
-    Sources lie side by side by the share of their slots that comes before, so that any range of slots has of every
-    source what it has of the batch, and of a source's lanes a contiguous range.
+    The slots of all sources are interleaved evenly, so that any range of slots contains each source in proportion to
+    its share of the batch, and a contiguous range of its lanes.
     """
 
     source: NDArray[np.int64]  # (slots,)
-    number: NDArray[np.int64]  # (slots,) which of its source's slots
+    number: NDArray[np.int64]  # (slots,) index among its source's slots
 
     @classmethod
     def of(cls, slots: NDArray[np.int64]) -> _Layout:
@@ -39,11 +39,11 @@ class LaneOrder:
     """The samples of any global batch, or of some of its slots.
 
     Args:
-        allocation: Of the sources.
-        shards: Of each source: number of each shard's first sample, and samples per shard, both int64 (shards,).
+        allocation: The allocation of slots to sources.
+        shards: Per source: number of each shard's first sample, and samples per shard, both int64 (shards,).
         batch: Samples of a global batch.
-        lanes: Of all sources together.
-        seed: Of the run.
+        lanes: Number of lanes of all sources together.
+        seed: The run's.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class LaneOrder:
         self._layout = lru_cache(maxsize=2)(lambda number: _Layout.of(allocation.stretches[number].slots))
 
     def share(self, number: int, of: int) -> NDArray[np.int64]:
-        """Slots of one of `of` equal shares of a batch: a contiguous range, and so of contiguous lanes."""
+        """Slots of one of `of` equal shares of a batch: a contiguous range, and thus contiguous lanes."""
         size = self._batch // of
         return np.arange(number * size, (number + 1) * size)
 
     def at_a_time(self, slots: int) -> int:
-        """Batches worth planning in one call for so many slots."""
+        """Number of batches to plan per call, for this many slots."""
         return max(1, min(1024, _AT_A_TIME // slots))
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer where the data ends; of them these `slots`, all when omitted."""
+        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
         slots = np.arange(self._batch) if slots is None else slots
         end = min(batch + count, self._allocation.end // self._batch)
         parts = []
@@ -99,7 +99,7 @@ class LaneOrder:
         for s in np.union1d(source, wanted):
             lanes = self.sources[s].lanes(number)
             filled = spare_source == s
-            # How many of its spare samples came before each of the batches, and before each spare slot.
+            # Number of its spare samples before each of the batches, and before each spare slot.
             turns = spare_before[s] + filled.cumsum().reshape(filled.shape) - filled
             had = spare_before[s] + filled.sum(1).cumsum()[:, None] - filled.sum(1)[:, None]
             before = stretch.counts[s] + batches * stretch.slots[s] + had

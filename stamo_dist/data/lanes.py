@@ -1,7 +1,7 @@
-"""The order of one source's samples: dealt once to lanes, shuffled anew in every pass; see docs/design/order.md.
+"""The sample order of one source: dealt to lanes once, shuffled anew in every pass; see docs/design/order.md.
 
-A lane has the same slots in every batch and reads its own part of the source, one shard at a time. So whoever reads a
-contiguous range of slots reads a contiguous range of lanes, and needs their shards only.
+A lane has the same slots in every batch and reads its own part of the source, one shard at a time. So a process that
+reads a contiguous range of slots reads a contiguous range of lanes, and needs only their shards.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from stamo_dist.data.allocation import Allocation
 from stamo_dist.data.permute import mixed, permuted
 
 _GOLDEN = 0.6180339887498949
-_DEAL, _TURN, _WITHIN, _START, _ENTER = range(5)  # what a random number is for
-_SPREAD = 8  # shards over which the deal is random
-_FEWEST = 8  # lanes of a source, if it has so many shards
-_KEPT = 4  # parts of passes that a source keeps
+_DEAL, _TURN, _WITHIN, _START, _ENTER = range(5)  # purposes of random numbers, mixed into their keys
+_SPREAD = 8  # neighbouring shards that are shuffled in the deal
+_FEWEST = 8  # minimum number of lanes of a source, if it has as many shards
+_KEPT = 4  # cached parts of passes per source
 
 
 class Drawn(NamedTuple):
-    """Some of a source's samples, by their place in the source's own stream: all int64 (n,)."""
+    """Some of a source's samples, by position in the source's own stream; all int64 (n,)."""
 
     position: NDArray[np.int64]  # in the order of batches and, within a batch, slots
     lane: NDArray[np.int64]
-    turn: NDArray[np.int64]  # how many the lane gave before, since the stretch began
+    turn: NDArray[np.int64]  # samples that the lane has given before, since the stretch began
 
 
 @dataclass(frozen=True)
 class Lanes:
     """The lanes of a source over one stretch of batches.
 
-    A row of slots that follow one another, or the spare slots, is served by one lane or by several in turn.
+    A row (consecutive slots, or the spare slots) is served by one lane or by several in turn.
 
     Attributes:
-        row: int64 (slots,), the row of each of its slots; the spare slots are one row more.
+        row: int64 (slots,), the row of each of the source's slots; the spare slots form one more row.
         first: int64 (rows,), the first slot of each row but the last.
-        width: int64 (rows,), their slots.
-        ways: int64 (rows + 1,), lanes that serve each row in turn.
-        base: int64 (rows + 1,), the first of them.
+        width: int64 (rows,), the number of their slots.
+        ways: int64 (rows + 1,), number of lanes that serve each row in turn.
+        base: int64 (rows + 1,), the first of these lanes.
     """
 
     row: NDArray[np.int64]
@@ -53,7 +53,7 @@ class Lanes:
 
     @classmethod
     def cut(cls, slots: int, rate: float, lanes: float, shards: int) -> Lanes:
-        """About `lanes` lanes, but some even for a small source, for `slots` slots and `rate` samples more a batch."""
+        """About `lanes` lanes (with a minimum) for `slots` slots and on average `rate` further samples per batch."""
         lanes, few = max(1, round(lanes)), min(_FEWEST, shards)
         rows = min(slots, max(lanes, few))
         row = np.arange(slots) * rows // max(1, slots)
@@ -63,17 +63,17 @@ class Lanes:
         return cls(row, width.cumsum() - width, width, ways, ways.cumsum() - ways)
 
     def lane(self, row: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which lane gives a row's sample number `count` of the stretch, and how many that lane gave before."""
+        """The lane that gives a row's sample number `count` of the stretch, and the samples it gave before."""
         turn, way = np.divmod(count, self.ways[row])
         return self.base[row] + way, turn
 
     def given(self, batches: int, spare: int, rest: int) -> NDArray[np.int64]:
-        """Samples each lane gave in so many batches and `rest` samples of the next.
+        """Samples that each lane gave in this many batches and `rest` samples of the next.
 
         Args:
-            batches: Since the stretch began.
+            batches: Batches since the stretch began.
             spare: Samples that filled spare slots in them.
-            rest: Samples of the batch after them, in the order of its slots.
+            rest: Samples of the following batch, in the order of its slots.
         """
         whole = batches * self.width + (rest - self.first).clip(0, self.width)
         counts = np.append(whole, spare + max(0, rest - len(self.row)))
@@ -83,18 +83,18 @@ class Lanes:
 
 
 class SourceLanes:
-    """Place in a source's stream → sample, for every stretch of a run.
+    """Position in a source's stream → sample, for every stretch of a run.
 
     Args:
         first: int64 (shards,), number of each shard's first sample in the mixture.
         counts: int64 (shards,), samples per shard.
-        allocation: Of the mixture.
-        source: Its index there.
-        lanes: Of all sources together.
-        seed: Of the run.
+        allocation: The mixture's.
+        source: Index of the source in the allocation.
+        lanes: Number of lanes of all sources together.
+        seed: The run's.
 
     Attributes:
-        samples: Of one pass.
+        samples: Samples of one pass.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SourceLanes:
         self._first, self._counts = first[dealt], counts[dealt]
         self._stored = dealt
         self._ends = self._counts.cumsum()
-        self._parts: dict[tuple[int, int], _Dealt | _Remaining] = {}  # by stretch and pass, the latest
+        self._parts: dict[tuple[int, int], _Dealt | _Remaining] = {}  # by stretch and pass; the latest are kept
         self.lanes = lru_cache(maxsize=4)(self._new_lanes)
 
     def _new_lanes(self, stretch: int) -> Lanes:
@@ -121,7 +121,7 @@ class SourceLanes:
         return Lanes.cut(slots, rate, self._most * (slots + rate) / self._allocation.batch, len(self._counts))
 
     def at(self, stretch: int, drawn: Drawn) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Sample numbers int64 (n,) and passes int32 (n,) of what was drawn in a stretch."""
+        """Sample numbers int64 (n,) and passes int32 (n,) of samples drawn in a stretch."""
         passes = drawn.position // self.samples
         samples = np.empty(len(passes), np.int64)
         for number in np.unique(passes):
@@ -131,7 +131,7 @@ class SourceLanes:
         return samples, passes.astype(np.int32)
 
     def _given(self, stretch: int, position: int) -> NDArray[np.int64]:
-        """Samples each lane of a stretch gave before a position of the source's stream."""
+        """Samples that each lane of a stretch gave before a position of the source's stream."""
         of, s = self._allocation.stretches[stretch], self._source
         low, high = 0, 1
         while of.counts_after(high)[s] <= position:
@@ -144,7 +144,7 @@ class SourceLanes:
         return self.lanes(stretch).given(batches, spare, position - int(of.counts_after(batches)[s]))
 
     def _part(self, stretch: int, number: int) -> _Dealt | _Remaining:
-        """What the lanes of a stretch read of one pass."""
+        """The part of a pass that the lanes of a stretch read."""
         begin, end = number * self.samples, (number + 1) * self.samples
         links = self._links(stretch, number)
         for previous, link in zip([None, *links], links, strict=False):
@@ -152,7 +152,7 @@ class SourceLanes:
                 continue
             entered = int(self._allocation.stretches[link].counts[self._source])
             before = self._given(link, max(begin, entered))
-            # Sized as if the stretch lasted until the pass is over; what it does not come to is left to the next one.
+            # Sized as if the stretch lasted until the end of the pass; samples not reached go to the next one.
             sizes = self._given(link, end) - before
             if previous is None:
                 self._parts[link, number] = self._deal(number, before, sizes)
@@ -165,7 +165,7 @@ class SourceLanes:
         return self._parts[stretch, number]
 
     def _links(self, stretch: int, number: int) -> list[int]:
-        """The stretches in which a pass is read, up to this one, from the last whose part is known, else the first."""
+        """The stretches up to this one in which a pass is read, from the last with a cached part, else the first."""
         stretches, s, links = self._allocation.stretches, self._source, [stretch]
         while (links[0], number) not in self._parts:
             entered = stretches[links[0]].counts[s]
@@ -175,7 +175,7 @@ class SourceLanes:
         return links
 
     def _deal(self, number: int, before: NDArray[np.int64], sizes: NDArray[np.int64]) -> _Dealt:
-        """A whole pass, cut into the lanes' parts."""
+        """Deal a whole pass to the lanes."""
         cuts = sizes.cumsum()
         ends = np.union1d(self._ends, cuts)
         ends = ends[ends > 0]
@@ -202,10 +202,10 @@ class SourceLanes:
         )
 
     def _turns(self, number: int, lane: NDArray[np.int64], shard: NDArray[np.int64]) -> NDArray[np.int64]:
-        """When in the pass each part of a shard has its turn in its lane.
+        """For each part of a shard, its place in the reading order of its lane.
 
-        The order of their places in the stored order is random and the same for all lanes, but each begins it at
-        another place, so that the shards that are open at one moment are spread over the whole source.
+        All lanes use the same random order of positions, but each starts at another position, so that the shards open
+        at one time are spread over the whole source.
         """
         size = np.bincount(lane)
         stored = np.lexsort((self._stored[shard], lane))
@@ -219,7 +219,7 @@ class SourceLanes:
 
 @dataclass(frozen=True)
 class _Dealt:
-    """A pass that begins in a stretch: lane by lane, shard after shard."""
+    """A pass that begins in a stretch, lane by lane and shard by shard."""
 
     before: NDArray[np.int64]  # (lanes,) what each lane gave before the pass
     sizes: NDArray[np.int64]  # (lanes,) samples of the pass that each has
@@ -236,12 +236,12 @@ class _Dealt:
         return self.samples[part] + permuted(place - self.begins[part], self.lengths[part], self.keys[part])
 
     def rest(self, given: NDArray[np.int64]) -> _Pieces:
-        """What each lane has not given yet, lane after lane."""
+        """The samples that each lane has not given yet, lane by lane."""
         return _Pieces(np.arange(len(given)), given, self.sizes - given)
 
 
 class _Pieces(NamedTuple):
-    """Runs of samples of a `_Dealt`, one after the other: all int64 (pieces,)."""
+    """Consecutive runs of samples of a `_Dealt`; all int64 (pieces,)."""
 
     lane: NDArray[np.int64]
     turn: NDArray[np.int64]
@@ -250,7 +250,7 @@ class _Pieces(NamedTuple):
 
 @dataclass(frozen=True)
 class _Remaining:
-    """What earlier lanes left of a pass when the weights changed: the new lanes share it, each lane's rest in order."""
+    """The rest of a pass when the weights changed, divided among the new lanes in lane order."""
 
     before: NDArray[np.int64]  # (lanes,) what each lane gave before the pass
     sizes: NDArray[np.int64]  # (lanes,)
@@ -278,7 +278,7 @@ class _Remaining:
         return self.dealt.sample(self.pieces.lane[piece], self.pieces.turn[piece] + place - self.begins[piece])
 
     def rest(self, given: NDArray[np.int64]) -> _Pieces:
-        """What each lane has not given yet, lane after lane; pieces that follow one another in the deal are one."""
+        """The samples that each lane has not given yet, lane by lane; adjacent pieces of the deal are merged."""
         starts, ends = self.cuts + given, self.cuts + self.sizes
         edges = np.unique(np.concatenate([starts, ends, self.begins]))
         begins, lengths = edges[:-1], np.diff(edges)
@@ -292,9 +292,9 @@ class _Remaining:
 
 
 def _dealt(shards: int, key: int) -> NDArray[np.int64]:
-    """An order of shards (shards,) any run of which is spread over all of them.
+    """An order of shards (shards,) in which any run is spread over all of them.
 
-    Multiples of the golden ratio do that (three-distance theorem); a shuffle among neighbours makes it random.
+    Multiples of the golden ratio have this property (three-distance theorem); shuffling neighbours makes it random.
     """
     random = np.random.Generator(np.random.Philox(key=key))
     near = np.argsort(np.arange(shards) + random.uniform(0, _SPREAD, shards), kind="stable")

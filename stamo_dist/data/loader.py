@@ -1,4 +1,4 @@
-"""The loader: a mixture → this rank's batches, each with the position that follows it."""
+"""The loader: this rank's batches of a mixture, each with the position that follows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from stamo_dist.data.fetch import CacheUse, Fetcher
 from stamo_dist.data.frame_cache import CacheSpec
 from stamo_dist.data.mixture import Mixture
-from stamo_dist.data.plan import Cursor, Order, Position
+from stamo_dist.data.plan import Cursor, Position, SampleOrder
 from stamo_dist.data.pool import Pool
 from stamo_dist.data.prefetcher import Prefetcher
 from stamo_dist.data.reader import BatchReader, ReaderSpec
@@ -26,8 +26,8 @@ from stamo_dist.device import CPU, Device, Sent
 from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
-_FEW = 16  # shards mapped for a look at some frames
-_HELD = 2  # batches the consumer may hold before it gets copies
+_FEW = 16  # shards kept mapped for reading a few frames
+_HELD = 2  # batches that the consumer may hold; further ones are copied
 
 
 @dataclass
@@ -39,20 +39,20 @@ class Batch:
         sample: int64 (b,), the mixture's sample numbers.
         source: int64 (b,), index into `Mixture.sources`.
         cursor: Position after this batch, the same on every rank.
-        replaced: bool (b,), which rows hold another frame of their source, as theirs could not be read.
+        replaced: bool (b,), rows whose unreadable frame was replaced by another one of its source.
         latents: (b, C, h, w) float16 or bfloat16 with `latents: cached`.
-        views: uint8 (b, views − 1, H, W, 3), what the source's further cameras saw at t.
+        views: uint8 (b, views − 1, H, W, 3), frames of the source's further cameras at t.
         state, target_state: float32 (b, tokens, dim), cached states of the frames at t and t + ahead.
         next_states: float32 (b, horizon, tokens, dim), in place of `target_state` with `CachedStates.each`: those of
             the frames t + 1, t + 2, …; 0 from number `ahead` on.
-        ahead: int64 (b,), frames from t to the target; less than the horizon where the episode ends before.
+        ahead: int64 (b,), frames from t to the target; less than the horizon if the episode ends before.
         target: uint8 (b, H, W, 3), the frames at t + ahead.
-        actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 where `mask` is false.
-        mask: bool (b, horizon), which actions there are.
+        actions: float32 (b, horizon, A), taken at t, t + 1, …; 0 if `mask` is false.
+        mask: bool (b, horizon), whether the action exists.
         proprio: float32 (b, P) at t; 0 beyond a source's own dimensions.
         sent: The same tensors on their way to the GPU, where the loader was given one.
 
-    What the recipe does not ask for is None.
+    Fields that the recipe does not need are None.
     """
 
     images: Tensor
@@ -76,7 +76,7 @@ class Batch:
         return len(self.sample)
 
     def cameras(self) -> Tensor:
-        """uint8 (b, views, H, W, 3): what all cameras saw at t."""
+        """uint8 (b, views, H, W, 3): frames of all cameras at t."""
         first = self.images[:, None]
         return first if self.views is None else torch.cat([first, self.views], dim=1)
 
@@ -104,14 +104,14 @@ class Batch:
 
 
 class CachedStates(NamedTuple):
-    """Which cached states to read: those of the frames at t and t + ahead, or of each frame from t to t + ahead."""
+    """The cached states to read: of the frames at t and t + ahead, or of each frame from t to t + ahead."""
 
-    fingerprint: str  # of the StaMo tokenizer
+    fingerprint: str  # fingerprint of the StaMo tokenizer
     each: bool = False
 
 
 class CacheKeys(NamedTuple):
-    """Which caches are read in place of frames: with `latents: cached`, that of the VAE of this fingerprint; states."""
+    """The caches read in place of frames: with `latents: cached` the latents of this VAE's fingerprint; states."""
 
     latents: str | None = None
     states: CachedStates | None = None
@@ -122,11 +122,11 @@ NO_CACHE = CacheKeys()
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who shares what with a process.
+    """Sharing of the global batch and the cache with other processes.
 
     Attributes:
-        groups: Virtual workers of this process, a power of two; the samples of each follow one another.
-        node: Ranks of the processes that share the cache with this one and itself; None is this one alone.
+        groups: Virtual workers of this process, a power of two; each one's samples are contiguous.
+        node: Ranks that share the cache, including this one; None: this one alone.
     """
 
     groups: int = 1
@@ -155,11 +155,11 @@ def build_loader(
         cursor: Where to begin.
         device: To a GPU, batches are sent ahead: they lie in page-locked memory and are on their way there.
         workers: Processes that decode, 0 for this one; the recipe's `data.workers` when omitted.
-        caches: What to read in place of frames.
-        sharing: Of the process's part of a batch, and of the node's cache.
+        caches: Caches to read in place of frames.
+        sharing: The process's share of a batch, and of the node's cache.
 
     Raises:
-        DataError: Cached latents or states are asked for and not there.
+        DataError: Cached latents or states are requested and missing.
         RunError: The processes do not fit the batch, or a worker cannot be started.
     """
     if mixture.global_batch % world_size:
@@ -180,13 +180,13 @@ def build_loader(
 
 
 def cache_use(mixture: Mixture, *, world_size: int, node: range, cursor: Cursor) -> CacheUse | None:
-    """What the processes with the ranks `node` need of their cache, from `cursor` on; None without remote shards."""
+    """Cache space that the processes with the ranks `node` need from `cursor` on; None without remote shards."""
     return CacheUse.of(mixture, _positions(mixture, _RankShare(node[0], world_size, 1, node), cursor))
 
 
 @dataclass(frozen=True)
 class _RankShare:
-    """What of each global batch a process reads: a share of each of `groups` that follow one another.
+    """The share of each global batch that a process reads: of each of `groups` contiguous groups, one share.
 
     `node`: ranks of all processes on its node.
     """
@@ -196,10 +196,10 @@ class _RankShare:
     groups: int
     node: range
 
-    def slots(self, order: Order) -> NDArray[np.int64]:
-        """Which slots of a global batch the processes of its node read, one process after the other, in its order."""
+    def slots(self, order: SampleOrder) -> NDArray[np.int64]:
+        """Slots of a global batch that the processes of the node read, process by process, in reading order."""
         groups = [0]
-        while len(groups) < self.groups:  # halves before neighbours, so that the sums of a step's groups make one tree
+        while len(groups) < self.groups:  # ordered by halves, so that the sums of a step's groups form one binary tree
             groups = [k for first in groups for k in (first, first + len(groups))]
         shares = self.groups * self.world_size
         return np.concatenate([order.share(rank + k * self.world_size, shares) for rank in self.node for k in groups])
@@ -207,7 +207,7 @@ class _RankShare:
 
 @dataclass(frozen=True)
 class _Caches:
-    """What is read in place of frames, and whether the states are those of each frame up to the target."""
+    """The caches read in place of frames, and whether states of each frame up to the target are read."""
 
     latents: CacheSpec | None
     states: CacheSpec | None
@@ -218,7 +218,7 @@ class Loader:
     """Iterates over Batches; made by `build_loader`. Close it to end its workers.
 
     Raises:
-        DataError: A shard or sample is missing or corrupt, or does not come in time.
+        DataError: A shard or sample is missing or corrupt, or does not arrive in time.
         RunError: A worker died.
     """
 
@@ -248,7 +248,7 @@ class Loader:
             cache=str(mixture.cache.root),
         )
         self._buffers = spec.memory()
-        self._free = list(range(spec.slots))  # the slot freed last goes first: it is still in the cache
+        self._free = list(range(spec.slots))  # the slot freed last is reused first: it is still in the CPU's cache
         self._reader = None if workers else BatchReader(spec, self._buffers)
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture, _positions(mixture, share, cursor))
@@ -269,7 +269,7 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """End the workers and threads; batches that were delivered stay valid."""
+        """Stop the workers and threads; delivered batches stay valid."""
         self._closed = True
         if self._prefetcher is not None:
             self._prefetcher.close()
@@ -291,7 +291,7 @@ class Loader:
             self._reader.forget(unused := self._fetcher.done())
         else:
             assert self._pool is not None
-            # What was submitted need not wait for a shard of what comes after it, nor for room for it.
+            # Submitted batches must not wait for a shard of a later batch, nor for its cache space.
             while len(self._pool) < self._depth and (self._fetcher.ready() or not len(self._pool)):
                 self._pool.submit(self._next_slot())
             slot, wrong = self._pool.take()
@@ -302,7 +302,7 @@ class Loader:
         return self._deliver(slot, self._coming.popleft())
 
     def _next_slot(self) -> int:
-        """Write the next sample numbers into a free slot and return it; `_deliver` keeps one free at all times."""
+        """Write the next sample numbers into a free slot and return it; `_deliver` always keeps one free."""
         position = next(self._fetcher)
         self._coming.append(position.after)
         slot = self._free.pop()
@@ -318,7 +318,7 @@ class Loader:
     def _deliver(self, slot: int, cursor: Cursor) -> Batch:
         memory = self._buffers.memory(slot)
         if self._free:
-            # The tensors keep the array alive, through all of its views, so the slot is free once the array is gone.
+            # The tensors keep the array alive through all views, so the slot is free once the array is collected.
             finalize(memory, self._free.append, slot).atexit = False
         else:
             memory = memory.copy()

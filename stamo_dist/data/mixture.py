@@ -1,9 +1,9 @@
-"""Mixtures: recipe sources → shards → which sample comes at which position of the training stream.
+"""Mixtures: from a recipe's sources to shards, and the sample at every position of the training stream.
 
 The stream is endless and belongs to the run, not to a rank: global batch n is its samples [n·B, (n + 1)·B), on any
-number of processes. `Allocation` says how many of each source a batch has, and in which slots; `SourceLanes` which of
-the source's samples. Both compute any stretch by itself, so a position is one number and memory does not grow with the
-data. (`Schedule` and `SourceOrder` do it in the order of groups.)
+number of processes. `Allocation` gives each source's number of samples and slots in a batch; `SourceLanes` which of
+the source's samples. Both compute any position directly, so a position is one number and memory does not grow with the
+data. (`Schedule` and `SourceOrder` do this in the order of groups.)
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stamo_dist.data.group_order import GroupOrder, SourceOrder
 from stamo_dist.data.lane_order import LaneOrder
 from stamo_dist.data.node import NodeShare
 from stamo_dist.data.opening import open_all
-from stamo_dist.data.plan import BatchPlan, Order
+from stamo_dist.data.plan import BatchPlan, SampleOrder
 from stamo_dist.data.reader import Window
 from stamo_dist.data.shard_table import Shards
 from stamo_dist.data.sources import open_cache
 from stamo_dist.data.view import CameraView
 from stamo_dist.recipe.data import Data
 
-#: The fields of `data.shuffle` that decide each order; runs from before there were lanes have none but the first.
+#: Fields of `data.shuffle` that determine each order; runs from before lanes existed have only the first order.
 GROUPS = {"enabled", "algorithm", "block_size"}
 LANES = {"enabled", "order", "lanes"}
 
@@ -42,24 +42,24 @@ class Mixture:
 
     Args:
         data: The recipe's `data` section.
-        seed: Of the run; it decides the order.
+        seed: The run's, which determines the order.
         global_batch: Samples per optimizer step over all processes.
-        growth: Source → of each of its paths, after how many growths to read it; others are read as they are.
-        node: Where several ranks of a node make the same mixture at once, so that one of them reads the sources.
+        growth: Source → for each of its paths, the number of growths to read; others are read as they are.
+        node: Sharing between ranks of a node that make the same mixture at once: one of them reads the sources.
 
     Attributes:
         sources: Names of the sources with a weight above 0, in the recipe's order.
-        cache: Where remote shards are kept.
-        file: What was read of the sources.
+        cache: Folder of remote shards.
+        file: The data read from the sources.
         opened: The folders of each source.
         streams: One per folder and camera, in the order of `sources`; with `data.views`, one per folder.
         views: The streams' shards, and those of each further camera of the same timesteps.
         stream_source: int64 (streams,), index into `sources`.
         num_samples: Frames in all streams; sample numbers are below it.
         frames: int64 (sources,), frames of each source over its cameras.
-        schedule: How many samples of each source the first so many have.
-        order: Which samples each batch has.
-        steps: Most optimizer steps the data gives; None without limit.
+        schedule: Number of samples of each source among the first n.
+        order: The samples of each batch.
+        steps: Maximum optimizer steps for the data; None without limit.
         fingerprint: Changes whenever any batch would.
 
     Raises:
@@ -83,7 +83,7 @@ class Mixture:
         opened = open_all(data, growth, self.cache, node)
         self.file, self.opened, streams = opened.file, opened.folders, opened.streams
         cameras = [stream for of_source in streams for stream in of_source]
-        # The cameras of one timestep follow one another.
+        # The cameras of one timestep are adjacent.
         self.views = [CameraView(cameras[v :: data.views]) for v in range(data.views)]
         view, self.streams = self.views[0], self.views[0].streams
         of_sources = [len(of_source) // data.views for of_source in streams]
@@ -96,7 +96,7 @@ class Mixture:
         shards = [(self.first[a:b], counts[a:b]) for a, b in pairwise(bounds)]
         self.frames = np.array([of_source.sum() for _, of_source in shards], np.int64)
         self.schedule = allocation_of(data, self.frames.tolist(), global_batch)
-        self.order: Order
+        self.order: SampleOrder
         if isinstance(self.schedule, Allocation):
             self.order = LaneOrder(self.schedule, shards, global_batch, data.shuffle.lanes, seed)
         else:
@@ -107,7 +107,7 @@ class Mixture:
         self.fingerprint = self._fingerprint()
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Global batches `batch` up to `batch + count`, fewer where the data ends; all slots, or these."""
+        """Global batches `batch` up to `batch + count`, fewer at the end of the data; all slots, or these."""
         return self.order.plan(batch, count, slots)
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,10 +119,10 @@ class Mixture:
         return self.views[0].shard_of(samples)
 
     def find_cache(self, kind: Kind, fingerprint: str) -> CacheSpec:
-        """What a frozen model made of all shards; looked for once, of a node's ranks by one.
+        """The cached outputs of a frozen model for all shards; searched once, by one of a node's ranks.
 
         Raises:
-            DataError: It is not there, or not of these shards; see `frame_cache.find_cache`.
+            DataError: It is missing, or not of these shards; see `frame_cache.find_cache`.
         """
         if (kind, fingerprint) not in self._caches:
             self._caches[kind, fingerprint] = self._find_cache(kind, fingerprint)
@@ -135,13 +135,13 @@ class Mixture:
         return CacheSpec(**{**head, "shape": tuple(head["shape"])})
 
     def shards_of(self, source: int) -> Shards:
-        """Those of one source, in the order of `shards`."""
+        """The shards of one source, in the order of `shards`."""
         tables = zip(self.shards.tables, self.stream_source.tolist(), strict=True)
         return Shards([table for table, of in tables if of == source])
 
     @property
     def notes(self) -> list[str]:
-        """A line for each folder with episodes that are not read, as they came after the run began."""
+        """A line for each folder with episodes that are not read because they were added after the run began."""
         return [
             f"{opened.path}: has grown by {opened.later} episodes since this run began, which goes on without them; "
             "a new run reads all"
@@ -154,7 +154,7 @@ class Mixture:
         """Put raw shard `number` on local disk, if it is remote or packed.
 
         Raises:
-            DataError: It cannot be had.
+            DataError: It cannot be fetched or unpacked.
         """
         self.views[0].prepare(number)
 

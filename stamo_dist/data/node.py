@@ -1,8 +1,8 @@
-"""What one rank of a node reads for all of its node: a file in shared memory, which the others wait for and map.
+"""Sharing data that one rank of a node reads: a file in shared memory, which the others wait for and map.
 
-It has a name only while the ranks start: once all of them have it the name goes, and the memory with the last process.
-The rank that reads holds a lock on it; a file without one was left by a start that was killed, is passed over, and is
-removed by the next start.
+The file has a name only while the ranks start: once all have opened it the name is removed, and its memory is freed
+with the last process. The reading rank holds a lock on it; an unlocked file was left by a killed start, is ignored, and
+is removed by the next start.
 """
 
 from __future__ import annotations
@@ -24,27 +24,34 @@ from stamo_dist.data.column_file import ColumnFile, anonymous, write
 from stamo_dist.errors import DataError, RunError, StamoError
 
 _log = logging.getLogger(__name__)
-#: What the head and the arrays of a ColumnFile are made of.
+#: Head and arrays of a ColumnFile.
 Content = tuple[Mapping[str, Any], Mapping[str, NDArray[Any]]]
-#: Memory first; where it has no room or is not there, the disk for temporary files.
+#: Memory first; if it is full or missing, the folder for temporary files.
 PLACES = ("/dev/shm", tempfile.gettempdir())
-PATIENCE = 600.0  # seconds that a rank waits while nobody reads
-LINGER = 10.0  # seconds that a rank that leaves before all have met waits for the others to take what it wrote
+PATIENCE = 600.0  # seconds that a rank waits if no rank is reading
+LINGER = 10.0  # seconds that a rank that exits early waits for the others to open its file
 _PAUSE = 0.02
-#: What tells two starts on a node apart, beside the run.
+#: Environment variables that, with the run, distinguish two starts on a node.
 _START = (
-    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "STAMO_START", "STAMO_LAUNCHED",
-    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT",
-)  # fmt: skip
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "STAMO_START",
+    "STAMO_LAUNCHED",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 
 class NodeShare:
-    """Of a rank's start; `close` it at the end.
+    """Shared files of a rank's start; `close` it at the end.
 
     Args:
         run: The run folder, the same in all ranks.
-        ranks: Of the node.
-        rank: Of this process; the first one reads.
+        ranks: Number of ranks of the node.
+        rank: This process's rank on the node; the first one reads.
     """
 
     def __init__(self, run: str, ranks: range, rank: int):
@@ -54,11 +61,11 @@ class NodeShare:
         self._written: dict[str, ColumnFile] = {}
 
     def once(self, what: str, read: Callable[[], Content]) -> ColumnFile:
-        """What the first rank of the node reads; each rank calls it for the same things in the same order.
+        """The data read by the first rank of the node; every rank calls it with the same names in the same order.
 
         Raises:
-            StamoError: What `read` raised, in every rank.
-            RunError: The first rank does not come.
+            StamoError: Raised by `read`, in every rank.
+            RunError: The first rank does not arrive.
         """
         if len(self._ranks) == 1:
             return anonymous(*read())
@@ -78,7 +85,7 @@ class NodeShare:
         return file
 
     def met(self) -> None:
-        """All ranks have what was read: take its names away."""
+        """All ranks have opened the files: remove their names."""
         for path in self._written:
             with suppress(OSError):
                 os.unlink(path)
@@ -86,7 +93,7 @@ class NodeShare:
         self._written.clear()
 
     def close(self) -> None:
-        """As `met`, but wait a little for those that have not taken it."""
+        """As `met`, but wait a little for ranks that have not opened the files."""
         deadline = time.monotonic() + LINGER
         for file in self._written.values():
             while 0 in os.pread(file.fd, len(self._ranks) - 1, 1) and time.monotonic() < deadline:
@@ -117,7 +124,7 @@ class NodeShare:
 
 @contextmanager
 def _reserved(name: str) -> Iterator[Callable[..., tuple[str, ColumnFile]]]:
-    """A file for what is to be read, by which others see that somebody reads; gives what publishes it."""
+    """Create a locked file that shows that a rank is reading; yields the function that publishes it."""
     places, reserved = iter(PLACES), list[tuple[str, int]]()
 
     def reserve() -> None:
@@ -161,12 +168,12 @@ def _create(place: str, name: str) -> tuple[str, int]:
     while True:
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
-        with suppress(FileNotFoundError):  # another start has just taken the folder away
+        with suppress(FileNotFoundError):  # another start has just removed the folder
             return _create_in(folder, name)
 
 
 def _create_in(folder: str, name: str) -> tuple[str, int]:
-    """What killed processes left there is removed."""
+    """Create a locked file in `folder`, after removing files of killed processes."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(lock).st_uid != os.getuid():
@@ -188,7 +195,7 @@ def _create_in(folder: str, name: str) -> tuple[str, int]:
 
 
 def _held(path: str) -> int | None:
-    """A descriptor of the file, if it is there and who wrote it lives."""
+    """A descriptor of the file, if it exists and its writer is alive."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Opening the sources of a recipe: all of them are looked at, then what training needs of them goes into one file.
+"""Opening the sources of a recipe: all are checked, then the data that training needs is written to one file.
 
-Whoever opens them alone maps an anonymous file; of a node's ranks one opens them for all (see `data.node`). Loader
-workers inherit it.
+A single process maps an anonymous file; of a node's ranks, one opens the sources for all (see `data.node`). Loader
+workers inherit the file.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
 
 
-class Opened:
+class OpenedSources:
     """The sources in use, in the recipe's order.
 
     Attributes:
-        file: What holds them.
-        folders: Of each source; their manifests lack what only conversion needs.
-        streams: Of each source, one per folder and camera.
+        file: The file with their tables.
+        folders: Folders of each source; their manifests lack fields needed only for conversion.
+        streams: Streams of each source, one per folder and camera.
     """
 
     def __init__(self, file: ColumnFile, cache: Cache):
@@ -45,14 +45,14 @@ class Opened:
             self.streams.append([_unpacked(file, number, cache) for number in streams])
 
 
-def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node: NodeShare | None) -> Opened:
-    """Open what a recipe reads, or take what another process of the node opened.
+def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node: NodeShare | None) -> OpenedSources:
+    """Open the sources of a recipe, or use those opened by another process of the node.
 
     Args:
         data: The recipe's section.
-        growth: Source → of each of its paths, after how many growths to read it; others are read as they are.
-        cache: Where remote sources are kept.
-        node: Of the ranks of a run that start together.
+        growth: Source → for each of its paths, the number of growths to read; others are read as they are.
+        cache: Folder of remote sources.
+        node: Sharing between the ranks of a node that start together.
 
     Raises:
         DataError: All problems of all sources at once.
@@ -61,7 +61,7 @@ def open_all(data: Data, growth: Mapping[str, Sequence[int]], cache: Cache, node
     def read() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         return _packed(*_read_all(data, growth, cache))
 
-    return Opened(anonymous(*read()) if node is None else node.once("sources", read), cache)
+    return OpenedSources(anonymous(*read()) if node is None else node.once("sources", read), cache)
 
 
 def _read_all(
@@ -135,7 +135,7 @@ def _open_cameras(
 
 
 def _one_action_space(found: dict[str, list[OpenSource]]) -> list[str]:
-    """Actions of one batch must mean the same; sources without actions may be mixed in."""
+    """Check that all sources' actions have one meaning; sources without actions may be mixed in."""
     spaces: dict[tuple[int, str], list[str]] = {}
     for name, folders in found.items():
         for opened in folders:

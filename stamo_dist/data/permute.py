@@ -1,4 +1,4 @@
-"""Random permutations that need no table: any element of any of them by itself, for whole arrays at once.
+"""Random permutations without tables: any element is computed directly, vectorised over arrays.
 
 A Feistel network over two mixed digits (a, b with a·b just above the size) is a permutation of a·b numbers; those that
 land beyond the size are sent on until they land within it (Black and Rogaway, Ciphers with Arbitrary Finite Domains).
@@ -22,7 +22,7 @@ def mixed(*values: NDArray[np.integer] | int) -> NDArray[np.uint64]:
 
 
 def permuted(index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where permutation `key` of range(size) sends each index; all three (n,), 0 ≤ index < size."""
+    """The image of each index under permutation `key` of range(size); all three (n,), 0 ≤ index < size."""
     height = np.ceil(np.sqrt(size)).astype(np.int64)
     width = -(-size // height)
     out = index.copy()

@@ -1,4 +1,4 @@
-"""Global batches of the training stream: which samples, of which sources, in which order."""
+"""Global batches of the training stream: samples, sources and order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the mixture's stream: so many samples, over all ranks, were consumed."""
+    """A position in the mixture's stream: the number of samples consumed over all ranks."""
 
     samples: int = 0
 
@@ -42,21 +42,21 @@ class BatchPlan:
 
     Attributes:
         samples: int64 (batches, slots), the mixture's sample numbers.
-        epochs: int32, same shape: how often the source was gone through before.
+        epochs: int32, same shape: number of earlier passes over the source.
     """
 
     samples: NDArray[np.int64]
     epochs: NDArray[np.int32]
 
 
-class Order(Protocol):
-    """The samples of any global batch, whatever came before it."""
+class SampleOrder(Protocol):
+    """The samples of any global batch, computed independently of earlier ones."""
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer where the data ends; of them these `slots`, all when omitted."""
+        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
 
     def share(self, number: int, of: int) -> NDArray[np.int64]:
         """Slots of one of `of` equal shares of a batch."""
 
     def at_a_time(self, slots: int) -> int:
-        """Batches worth planning in one call for so many slots."""
+        """Number of batches to plan per call, for this many slots."""

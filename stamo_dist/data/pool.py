@@ -1,6 +1,6 @@
-"""The loader's worker processes: batches go to whoever has the least to do, and come back in order.
+"""The loader's worker processes: batches are assigned to the least busy worker and returned in order.
 
-torch's DataLoader is not used, for three reasons that were measured or met: it hands every batch over in fresh shared
+torch's DataLoader is not used, for three reasons found in practice: it hands every batch over in fresh shared
 memory, whose page faults halve the rate of the decoder; its workers are forks of a process that holds CUDA and NCCL
 (or import all of it again); and it notices a dead worker only every five seconds.
 """
@@ -27,17 +27,17 @@ from stamo_dist.errors import DataError, RunError, StamoError
 
 _log = logging.getLogger(__name__)
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-_PATIENCE = 60.0  # seconds between two warnings about a batch that does not come
+_PATIENCE = 60.0  # seconds between two warnings about a batch that does not arrive
 
 
 class Pool:
     """`workers` processes that fill `buffers`.
 
     Args:
-        spec: What the workers read.
-        buffers: Where they put it.
-        workers: How many.
-        stuck: Slot → where its worker is, for messages.
+        spec: The data that the workers read.
+        buffers: The shared memory they fill.
+        workers: Number of workers.
+        stuck: Slot → description of its worker's position, for messages.
         timeout: Seconds to wait for one batch.
 
     Raises:
@@ -48,7 +48,7 @@ class Pool:
         self, spec: ReaderSpec, buffers: SharedBuffers, workers: int, *, stuck: Callable[[int], str], timeout: float
     ):
         self._stuck, self._timeout = stuck, timeout
-        self._order: deque[int] = deque()  # slots that were submitted and not taken
+        self._order: deque[int] = deque()  # slots submitted and not yet taken
         self._filling: list[list[int]] = [[] for _ in range(workers)]  # assigned to each worker, in order
         self._filled: dict[int, list[str] | StamoError] = {}
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -68,7 +68,7 @@ class Pool:
             self._send(worker, LENGTH.pack(len(message)) + message)
 
     def submit(self, slot: int) -> None:
-        """Assign a free slot to the worker with the fewest: a slow one does not hold up the others."""
+        """Assign a free slot to the worker with the fewest slots, so that a slow one does not delay the others."""
         while answers := self._answers.poll(0):
             for descriptor, _ in answers:
                 self._receive(self._worker_of[descriptor])
@@ -89,10 +89,10 @@ class Pool:
         return len(self._order)
 
     def take(self) -> tuple[int, list[str]]:
-        """Wait until the slot submitted first is filled; returns it, and what was skipped.
+        """Wait until the slot submitted first is filled; returns it, and messages about replaced samples.
 
         Raises:
-            DataError: The batch cannot be read, or not in time.
+            DataError: The batch cannot be read, or does not arrive in time.
             RunError: A worker died.
         """
         slot, waited = self._order.popleft(), 0.0
@@ -112,11 +112,11 @@ class Pool:
         return slot, wrong
 
     def _receive(self, worker: int) -> None:
-        """Read a worker's answer about the slot it was assigned first.
+        """Read a worker's answer for its oldest slot.
 
         Raises:
             RunError: It died.
-            TimeoutError: No answer comes.
+            TimeoutError: No answer arrives.
         """
         connection = self._connections[worker]
         try:
@@ -152,7 +152,7 @@ class Pool:
         return RunError(f"loader worker {worker} (pid {process.pid}) died: {why}")
 
     def close(self) -> None:
-        """End the workers; they are gone when this returns."""
+        """Stop the workers; they have exited when this returns."""
         self._finalizer()
 
 
@@ -161,7 +161,7 @@ def _start(*inherited: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stamo_dist.data.worker", *map(str, (theirs.fileno(), *inherited))]
-    # The mask is inherited, so a signal that comes before the worker ignores it does not end it.
+    # The mask is inherited, so a signal that arrives before the worker ignores signals does not end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with theirs:

@@ -22,15 +22,15 @@ from stamo_dist.data.shared_buffers import BufferField, SharedBuffers
 from stamo_dist.errors import DataError
 
 Place = tuple[int, int]  # of a shard: view, number
-_TRIES = 16  # frames that may stand in for one that cannot be read
+_TRIES = 16  # frames to try in place of one that cannot be read
 
 
 @dataclass(frozen=True)
 class Window:
-    """The context of frame t that is read, beside the frame itself.
+    """The context to read for frame t, besides the frame itself.
 
     `horizons`: per source, frames from t to the target frame, at most `horizon`. `chunks`: per source, actions in a
-    chunk; 0 where its actions are not read.
+    chunk; 0 if its actions are not read.
     """
 
     horizon: int
@@ -56,9 +56,9 @@ class Window:
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """All a worker has to know; sent to it once, as JSON, but for the shards, whose file it inherits."""
+    """The specification sent to a worker once as JSON; the shards' file is inherited instead."""
 
-    file: ColumnFile  # that holds the shards
+    file: ColumnFile  # file that holds the shards
     shards: Shards
     shard_source: NDArray[np.int64]  # (shards,) index into sources
     sources: Sequence[str]
@@ -69,14 +69,14 @@ class ReaderSpec:
     augment: dict[str, Any] | None  # the recipe's data.augment
     latents: CacheSpec | None
     states: CacheSpec | None
-    each: bool  # read the states of each frame up to the target, which only a window has
-    views: Sequence[Shards]  # of each camera after the first, in the order of the samples
+    each: bool  # read the states of each frame up to the target; needs a window
+    views: Sequence[Shards]  # shards of each camera after the first, in the order of the samples
     window: Window | None
-    skip: bool  # take another frame for one that cannot be read
-    cache: str  # folder of shards that are removed when they are not in use
+    skip: bool  # replace unreadable frames by others
+    cache: str  # cache folder; its shards are removed when not in use
 
     def memory(self, fd: int | None = None) -> SharedBuffers:
-        """The slots as this spec lays them out; `fd` of the process that made them."""
+        """The slots in this spec's layout; `fd` of the process that created them."""
         fields = [BufferField("images", "|u1", (self.image_size, self.image_size, 3))]
         if self.latents is not None:
             fields.append(BufferField("latents", "<u2", self.latents.shape))
@@ -148,7 +148,7 @@ class BatchReader:
             self._augment = augmentation(**spec.augment, seed=spec.seed)
 
     def fill(self, slot: int) -> list[str]:
-        """Read the samples whose numbers a slot holds into it; returns what is wrong with those that were replaced.
+        """Read the samples whose numbers are in a slot into it; returns messages about replaced samples.
 
         Raises:
             DataError: A shard, sample or latent is missing or corrupt; names the source, shard, sample and episode.
@@ -160,7 +160,7 @@ class BatchReader:
         reading = views["shard"]
         views["replaced"][:] = False
         wrong: dict[int, str] = {}
-        # One after the other, because decoding empties the caches: code between two frames runs at half its speed.
+        # In one loop, because decoding evicts the CPU's caches: code between two frames runs at half speed.
         for step in self._steps:
             for k, (number, row) in enumerate(places):
                 if k in wrong:
@@ -199,7 +199,7 @@ class BatchReader:
             other = int(np.searchsorted(first, sample, side="right")) - 1
             shards[other].frame(sample - int(first[other]), views["views"][k][v])
         if self._augment is not None:
-            # The target is cropped and lit as the frame is: what differs between them is motion.
+            # The target gets the frame's augmentation, so that they differ only by motion.
             for name in ("images", "target"):
                 if name in views:
                     self._augment(views[name][k], int(views["epochs"][k]), int(views["samples"][k]))
@@ -229,7 +229,7 @@ class BatchReader:
         self._context[k] = min(horizon, length - 1 - t), n, actions, proprio
 
     def _write_context(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
-        """Write the context of all frames of the batch in one numpy call a field; a call costs more than its rows."""
+        """Write the context of all frames of the batch with one numpy call per field, as calls cost more than rows."""
         ahead, counts, actions, proprio = zip(*self._context, strict=True)
         views["ahead"][:] = ahead
         if window.action_dim:
@@ -239,10 +239,10 @@ class BatchReader:
             _write_padded(views["proprio"], proprio)
 
     def _read_another(self, k: int, number: int, row: int, views: dict[str, NDArray[Any]], problem: str) -> None:
-        """Fill row `k` with the shard's next readable frame, or one of the source's next shards; the same in every run.
+        """Fill row `k` with the next readable frame of the shard or of the source's next shards; deterministic.
 
         Raises:
-            DataError: None of the frames tried can be read.
+            DataError: No frame that was tried can be read.
         """
         for other, i in self._others(number, row):
             try:
@@ -253,7 +253,7 @@ class BatchReader:
                 continue
             finally:
                 if other != number:
-                    self.forget([(0, other)])  # nobody tells when it is not needed any more
+                    self.forget([(0, other)])  # not part of the plan, so it is never forgotten on request
         raise DataError(f"{problem}; nor can {_TRIES} frames that might stand in for it")
 
     def _others(self, number: int, row: int) -> Iterator[tuple[int, int]]:

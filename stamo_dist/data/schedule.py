@@ -1,9 +1,9 @@
-"""Which source each position of the training stream is taken from, in the order of groups: exactly, in closed form.
+"""The source of each position of the training stream, for the order of groups: exact, in closed form.
 
-Weights make a share of the samples per source, constant over pieces of the run. The k-th sample of a source is due
+Weights give each source a share of the samples, constant over pieces of the run. The k-th sample of a source is due
 when the source's quota (the integral of its share) reaches k + phase; the stream is all sources' samples in the order
-in which they are due. So after N samples every source is within one sample per source of its quota, whatever N, and
-any interval of the stream is computed without what precedes it.
+in which they are due. So after any N samples every source is within one sample per source of its quota, and
+any interval of the stream is computed independently of what precedes it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Schedule:
 
     Args:
         weights: Per source: sample from which it holds → weight (0 or more); the first holds from sample 0.
-        limits: Most samples to read of each source, inf for no limit. Once it is reached the others share its part.
+        limits: Maximum samples of each source, inf for none. Once it is reached, the others share its part.
 
     Attributes:
         starts: float64 (pieces,), the sample at which each piece begins.
         shares: float64 (pieces, sources), summing to 1 in each piece.
-        end: Samples until all sources are used up; inf where one has no limit.
+        end: Samples until all sources are exhausted; inf if one has no limit.
     """
 
     def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float]):
@@ -79,13 +79,13 @@ class Schedule:
         self._phase = 1 - (np.arange(n) * _GOLDEN) % 1
 
     def quota(self, at: float) -> NDArray[np.float64]:
-        """Samples due of each source once `at` samples were read, (sources,)."""
+        """Samples of each source due after `at` samples, (sources,)."""
         at = min(max(at, 0.0), self.end)
         piece = max(0, int(np.searchsorted(self.starts, at, side="right")) - 1)
         return self._quotas[piece] + self.shares[piece] * (at - self.starts[piece])
 
     def interval(self, start: int, count: int) -> Interval:
-        """The next `count` samples after `start`; fewer where all sources are used up before."""
+        """The next `count` samples after `start`; fewer if all sources are exhausted before."""
         count = max(0, int(min(start + count, self.end)) - start)
         n = len(self._phase)
         margin = n + 1  # the order by due time and the count differ by less
@@ -100,7 +100,7 @@ class Schedule:
 
     @classmethod
     def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Schedule:
-        """The schedule of a recipe's sources in use; `frames`: how many each has."""
+        """The schedule of a recipe's sources in use; `frames`: number of frames of each."""
         used = list(zip(data.used.values(), frames, strict=True))
         return cls(
             [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
@@ -109,7 +109,7 @@ class Schedule:
 
     @property
     def identity(self) -> list[Any]:
-        """What tells it from others, for JSON."""
+        """JSON values that identify it, for the fingerprint."""
         return [self.starts.tolist(), self.shares.tolist(), self.end]
 
     def counts(self, at: int) -> NDArray[np.int64]:
@@ -125,7 +125,7 @@ class Schedule:
         for s in range(len(self._phase)):
             mine = source == s
             wanted = item[mine] + self._phase[s]
-            # The last piece whose quota lies below: a piece without a share adds nothing and is passed over.
+            # The last piece whose quota is below: a piece without a share adds nothing and is skipped.
             piece = np.searchsorted(self._quotas[:, s], wanted, side="left") - 1
             share = self.shares[piece, s]
             with np.errstate(divide="ignore"):

@@ -2,12 +2,12 @@
 
 A converted source is a folder::
 
-    SOURCE/manifest.json                      what it is (Manifest); written last, so its presence means "whole"
+    SOURCE/manifest.json                      what it is (Manifest); written last, so its presence means "complete"
     SOURCE/SPLIT/episodes.jsonl               one Episode a line, in stored order, shared by all cameras
     SOURCE/SPLIT/CAMERA/index.json, shard.*   mosaicml-streaming MDS, one sample a frame
 
-A source may grow: shards, lines of episodes.jsonl and entries of index.json are added at their ends, then a manifest
-takes the place of the one before. Who reads by an older manifest takes as many as that one counts.
+A source may grow: shards, lines of episodes.jsonl and entries of index.json are appended, then the manifest is
+replaced. A process that reads by an older manifest reads only the counts given there.
 
 Frames of an episode are contiguous and in one shard, so frame t+k is sample i+k of the same shard. All cameras of
 a split hold the same episodes in the same order, so sample i is the same timestep in each of them.
@@ -57,10 +57,10 @@ class Episode(BaseModel):
     start: int = Field(ge=0)  # first sample of the episode within its split
     length: int = Field(gt=0)
     instruction: str = ""
-    later_instructions: dict[int, str] = {}  # first frame → instruction from there on, where it changes on the way
+    later_instructions: dict[int, str] = {}  # first frame → instruction from there on, if it changes within the episode
     task: str = ""
-    meta: dict[str, Any] = {}  # what else the dataset says of it
-    digest: str = ""  # of its rows as the dataset has them: times, actions, proprioception, texts
+    meta: dict[str, Any] = {}  # further metadata of the dataset
+    digest: str = ""  # hash of the dataset's rows: times, actions, proprioception, texts
 
     def instruction_at(self, t: int) -> str:
         """The instruction of frame `t`."""
@@ -68,17 +68,17 @@ class Episode(BaseModel):
         return self.later_instructions[max(begun)] if begun else self.instruction
 
 
-#: Quantiles are known to a two-thousandth of their value (`stamo data stats`): closer ones are the same.
+#: Relative precision of quantiles (`stamo data stats`): closer ones count as equal.
 _SAME = 1e-3
 
 
 def _same(a: float, b: float, width: float) -> bool:
-    """Two quantiles of a dimension whose values span `width`."""
+    """Whether two quantiles of a dimension with range `width` are equal within precision."""
     return b - a <= _SAME * min(max(abs(a), abs(b)), width)
 
 
 class Stats(BaseModel):
-    """Of one vector over all frames of a source, a list of one number per dimension each."""
+    """Statistics of one vector over all frames of a source; lists have one number per dimension."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,17 +93,17 @@ class Stats(BaseModel):
 
     @property
     def constant(self) -> list[int]:
-        """Dimensions that never change."""
+        """Dimensions that are constant."""
         return [d for d, (low, high) in enumerate(zip(self.min, self.max, strict=True)) if low == high]
 
     @property
     def rare(self) -> list[int]:
-        """Dimensions that move, but in so few frames that q01 is q99: scaled by these, they could never move."""
+        """Dimensions that change in so few frames that q01 equals q99, so these cannot be used for scaling."""
         rows = enumerate(zip(self.q01, self.q99, self.min, self.max, strict=True))
         return [d for d, (a, b, low, high) in rows if low < high and _same(a, b, high - low)]
 
     def for_scaling(self) -> Stats:
-        """A copy with min and max in place of the quantiles of `rare` dimensions."""
+        """A copy with min and max replacing the quantiles of `rare` dimensions."""
         rare = self.rare
         q01, q99 = (
             [ends[d] if d in rare else q for d, q in enumerate(qs)]
@@ -113,7 +113,7 @@ class Stats(BaseModel):
 
 
 def dimension_names(manifest: Manifest, column: str) -> list[str]:
-    """What to call each dimension: dx dy dz rx ry rz gripper for end-effector deltas, numbers otherwise."""
+    """Names of the dimensions: dx dy dz rx ry rz gripper for end-effector deltas, numbers otherwise."""
     if column != "action":
         return [str(d) for d in range(manifest.proprio_dim)]
     names = [str(d) for d in range(manifest.action_dim)]
@@ -127,7 +127,7 @@ def dimension_names(manifest: Manifest, column: str) -> list[str]:
 
 
 def scaling_notes(manifest: Manifest, column: str, stats: Stats) -> list[str]:
-    """What is special about the scaling of some dimensions of "action" or "proprio", a line each."""
+    """Notes on dimensions of "action" or "proprio" with special scaling, one line each."""
     names = dimension_names(manifest, column)
     same, few = stats.constant, stats.rare
     notes = []
@@ -152,17 +152,17 @@ class Split(BaseModel):
 
 
 class Size(BaseModel):
-    """What a source held before it grew."""
+    """The size of a source before it grew."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     splits: dict[str, Split]
     stats: dict[str, Stats] = {}
-    digest: str  # of its manifest without the statistics
+    digest: str  # digest of its manifest without the statistics
 
 
 class Manifest(BaseModel):
-    """What a converted source is and how it came about."""
+    """Content and provenance of a converted source."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -179,16 +179,16 @@ class Manifest(BaseModel):
     original_action_dim: int = 0
     original_convention: str = ""  # what `original_action` means
     gripper: int | None = None  # which dimension of `action` is the gripper: 1 open, 0 closed
-    frame_size: tuple[int, int] | None = None  # (H, W) of the frames that became these, where the dataset says
+    frame_size: tuple[int, int] | None = None  # (H, W) of the dataset's frames before resizing, if known
     options: dict[str, Any] = {}  # the converter's options
-    given: dict[str, Any] = {}  # the format's own options as they were given
-    source_fingerprint: str = ""  # of the files that were converted
+    given: dict[str, Any] = {}  # the format's own options as given by the user
+    source_fingerprint: str = ""  # fingerprint of the converted files
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
     tool_version: str = ""
     skipped: list[str] = []  # "EPISODE: reason"
-    notes: list[str] = []  # what the converter guessed, left out or did not find
+    notes: list[str] = []  # notes: what the converter guessed, left out or did not find
     stats: dict[str, Stats] = {}  # "action", "proprio"; of split train; by `stamo data stats`
-    before: list[Size] = []  # what it held each time before it grew
+    before: list[Size] = []  # its sizes before each growth
 
     @property
     def episodes(self) -> int:
@@ -196,20 +196,20 @@ class Manifest(BaseModel):
 
     @property
     def origin(self) -> str:
-        """The digest of its first manifest, the same however often it grew since."""
+        """The digest of its first manifest, unchanged by growth."""
         return self.before[0].digest if self.before else self.digest
 
     @property
     def digest(self) -> str:
-        """Digest of all fields but those that may be added at any time."""
+        """Digest of all fields except those that may be added later."""
         dumped = self.model_dump(mode="json", exclude={"stats", "before"})
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
     def as_of(self, growth: int | None) -> Manifest:
-        """The manifest as it was after growing `growth` times; None: as it is now.
+        """The manifest as it was after `growth` growths; None: the current one.
 
         Raises:
-            DataError: It has not grown so often.
+            DataError: It has grown fewer times.
         """
         if growth is None or growth == len(self.before):
             return self
@@ -248,10 +248,10 @@ def read_manifest(source: Path) -> Manifest:
 
 
 def read_episodes(source: Path, split: str, count: int | None = None) -> list[Episode]:
-    """Read the episode table of one split, in stored order; of a source that is growing, the first `count`."""
+    """Read the episode table of one split, in stored order; of a growing source, the first `count`."""
     path = source / split / EPISODES
     try:
-        lines = path.read_text().split("\n")[:count]  # a text may hold other line separators
+        lines = path.read_text().split("\n")[:count]  # texts may contain other line separators
         return [Episode.model_validate_json(line) for line in lines if line]
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run `stamo data convert` again") from None
@@ -260,6 +260,6 @@ def read_episodes(source: Path, split: str, count: int | None = None) -> list[Ep
 
 
 def first_entries(entries: list[dict[str, Any]], frames: int) -> list[dict[str, Any]]:
-    """Of index.json's, those that hold the first frames: the others came when the source grew. All if none fits."""
+    """The entries of index.json with the first frames; later ones were added by growth. All if no boundary fits."""
     counts = list(accumulate(entry["samples"] for entry in entries))
     return entries[: counts.index(frames) + 1] if frames in counts else entries

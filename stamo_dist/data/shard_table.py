@@ -1,4 +1,4 @@
-"""The shards of sources as columns: what index.json says of 10⁵ shards, in 12 MB. Free of torch and streaming."""
+"""The shards of sources as columns: the index.json entries of 10⁵ shards take 12 MB. Free of torch and streaming."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from stamo_dist.data.column_file import ColumnFile
 from stamo_dist.data.shards import ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
-_EACH = 64  # shards of a folder of which every size is looked at when it is opened; of more, the first's and the last's
+_EACH = 64  # up to this many shards, all sizes are checked when a folder is opened; beyond, the first and last
 _AT_ONCE = 8192
 _COLUMNS = ("layout", "samples", "nbytes", "digest", "name", "own", "own_ends")
-_OWN = ("raw_data", "zip_data", "samples")  # what the entries of one layout do not share
+_OWN = ("raw_data", "zip_data", "samples")  # entry fields that differ within one layout
 
 
 @dataclass(frozen=True)
 class ShardTable(Sequence[ShardSpec]):
-    """Those of one camera of one split of a folder; an item is made when it is asked for.
+    """The shards of one camera and split of a folder; items are created on access.
 
     Attributes:
-        folder: Where the raw shards are, or come to lie.
-        layouts: Which columns they have.
+        folder: Folder of the raw shards, or where they will be fetched to.
+        layouts: The column layouts of the shards.
         layout: int32 (shards,), index into `layouts`.
-        samples, nbytes: int64 (shards,), of the raw shard.
-        digest, name: bytes (shards,), what identifies the content, and the raw shard's file.
-        common: Of shards that are fetched, per layout what their entries in index.json share.
-        own: And uint8, what each has for itself, as JSON; where each ends is in `own_ends`, int64 (shards,).
+        samples, nbytes: int64 (shards,), of the raw shards.
+        digest, name: bytes (shards,), content hash and file name of the raw shard.
+        common: For fetched shards: per layout, the fields that all entries in index.json share.
+        own: uint8, the other fields of each entry as JSON, concatenated; their ends are in `own_ends`, int64 (shards,).
     """
 
     folder: str
@@ -47,20 +47,20 @@ class ShardTable(Sequence[ShardSpec]):
     common: Sequence[dict[str, Any]]
     own: NDArray[np.uint8]
     own_ends: NDArray[np.int64]
-    number: int = -1  # in the file that it was unpacked from
+    number: int = -1  # number of the table in the file it was unpacked from
 
     @classmethod
     def of(
         cls, folder: str, entries: Sequence[dict[str, Any]], prefix: str, checksums: Mapping[str, str], *, keep: bool
     ) -> ShardTable:
-        """Of index.json's entries.
+        """The table of index.json's entries.
 
         Args:
             folder: See above.
-            entries: One a shard.
+            entries: One per shard.
             prefix: SPLIT/CAMERA.
             checksums: The manifest's.
-            keep: The entries, so that the shards can be fetched.
+            keep: Keep the full entries, which fetching needs.
         """
         raws = [entry["raw_data"] for entry in entries]
         names = [raw["basename"] for raw in raws]
@@ -102,8 +102,8 @@ class ShardTable(Sequence[ShardSpec]):
         )
 
     def entry(self, number: int) -> dict[str, Any]:
-        """What index.json says of a shard."""
-        if not self.common:  # it lies there for good
+        """The index.json entry of a shard."""
+        if not self.common:  # a local shard, which is never fetched
             with open(os.path.join(self.folder, "index.json"), "rb") as file:
                 found: dict[str, Any] = json.load(file)["shards"][number]
             return found
@@ -112,14 +112,14 @@ class ShardTable(Sequence[ShardSpec]):
         return {**self.common[self.layout[number]], **own}
 
     def packed(self, number: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """As table `number` of a ColumnFile: an item of its head's "tables", and arrays."""
+        """Table `number` of a ColumnFile: an item of its head's "tables", and arrays."""
         layouts = [[layout.names, layout.encodings, layout.sizes] for layout in self.layouts]
         head = {"folder": self.folder, "layouts": layouts, "common": self.common}
         return head, {f"{number}/{column}": getattr(self, column) for column in _COLUMNS}
 
     @classmethod
     def unpacked(cls, file: ColumnFile, number: int) -> ShardTable:
-        """What `packed` made; the arrays stay in the file."""
+        """The inverse of `packed`; the arrays stay in the file."""
         head = file.head["tables"][number]
         return cls(
             folder=head["folder"],
@@ -131,11 +131,11 @@ class ShardTable(Sequence[ShardSpec]):
 
 
 class Shards(Sequence[ShardSpec]):
-    """The shards of several tables, one after the other.
+    """The concatenated shards of several tables.
 
     Attributes:
         tables: As given.
-        starts: int64 (tables + 1,), number of each one's first shard, and how many there are.
+        starts: int64 (tables + 1,), number of each table's first shard, and the total.
         samples, nbytes: int64 (shards,).
     """
 
@@ -161,16 +161,16 @@ class Shards(Sequence[ShardSpec]):
 
     @property
     def numbers(self) -> list[int]:
-        """Of the tables, in their file."""
+        """Numbers of the tables in their file."""
         return [table.number for table in self.tables]
 
     def place(self, number: int) -> tuple[int, int]:
-        """Which table a shard is in, and its number there."""
+        """The table of a shard, and its number in it."""
         table = int(np.searchsorted(self.starts, number, side="right")) - 1
         return table, int(number - self.starts[table])
 
     def contents(self) -> Iterator[list[tuple[str, int]]]:
-        """Digest and samples of every shard, some thousands at a time."""
+        """Digest and samples of every shard, in blocks of some thousands."""
         for table in self.tables:
             for at in range(0, len(table), _AT_ONCE):
                 part = slice(at, at + _AT_ONCE)
@@ -179,12 +179,12 @@ class Shards(Sequence[ShardSpec]):
 
 
 def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool) -> None:
-    """Whether the shards lie there with the sizes that index.json says; of many, the first and the last.
+    """Check that the shards exist with the sizes in index.json; of many, only the first and last.
 
     The others are compared when they are mapped, and by `stamo data check`.
 
     Raises:
-        DataError: Some are missing, or of another size; all of the folder are counted then.
+        DataError: Some are missing or have another size; then all shards of the folder are counted.
     """
     files = [(packed and entry["zip_data"]) or entry["raw_data"] for entry in entries]
     if len(files) > _EACH and not any(_wrong(file, _size(folder, file)) for file in (files[0], files[-1])):
@@ -215,7 +215,7 @@ def _wrong(file: Mapping[str, Any], size: int | None) -> str:
 
 
 def _layouts(entries: Iterable[dict[str, Any]]) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
-    """Which layout each entry has, int32 (shards,), and what all entries of each layout say."""
+    """Layout index of each entry, int32 (shards,), and the common fields of each layout."""
     commons: list[dict[str, Any]] = []
     number, last, which = dict[str, int](), -1, list[int]()
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Mapped MDS shards: any column of any sample without opening the file again.
+"""Memory-mapped MDS shards: random access to any column of any sample.
 
 Loader workers import this module, so it must stay free of torch and streaming: a worker then starts in a tenth of a
 second and takes 40 MB.
@@ -38,23 +38,22 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Where one raw shard lies on local disk and what index.json says about it."""
+    """Path of a raw shard on local disk, and its index.json entry."""
 
     path: str
     nbytes: int
     samples: int
     layout: ShardLayout
-    digest: str  # identifies the content
+    digest: str  # content hash
 
 
 class _Columns:
-    """Where the columns of a layout lie in a sample. The shards of a layout share it: what each of ten thousand shards
-    has for itself is never in the CPU's caches when it is needed.
+    """Positions of a layout's columns within a sample. Shards share this object, so that it stays in the CPU's caches.
 
     Attributes:
         heads: A sample begins with one uint32 size for every column of varying size.
         fixed: Bytes of a sample's heads and columns of fixed size.
-        places: Name → what lies before the column (bytes of fixed size, columns of varying size), and its own size.
+        places: Name → what precedes the column (bytes of fixed size, columns of varying size), and its own size.
     """
 
     def __init__(self, layout: ShardLayout):
@@ -72,7 +71,7 @@ class _Columns:
 
     @cached_property
     def timestep_columns(self) -> tuple[int, int, int, int, struct.Struct]:
-        """Where `t` is and where `length` is, as in `places`, and what to unpack there: length, proprioception.
+        """Positions of `t` and `length` as in `places`, and the struct format to unpack there: length, proprioception.
 
         MDS sorts columns by name, so only vectors, of fixed size, lie between these two.
         """
@@ -89,7 +88,7 @@ class MappedShard:
 
     Args:
         spec: The shard; its file must be on local disk.
-        cached: It lies in a cache, which must not remove it while it is mapped.
+        cached: It is in a cache, which must not remove it while it is mapped.
 
     Raises:
         DataError: The file is missing or does not match index.json.
@@ -101,7 +100,7 @@ class MappedShard:
         self.spec = spec
         try:
             with open(spec.path, "rb") as file:
-                # The map has a copy of the descriptor, and so keeps the lock.
+                # The map holds a duplicate of the descriptor and so keeps the lock.
                 if cached and not lock_shared(file.fileno()):
                     raise DataError(f"{spec.path}: was removed from the cache when it was to be read")
                 size = os.fstat(file.fileno()).st_size
@@ -110,7 +109,7 @@ class MappedShard:
                 self._map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as e:
             raise DataError(f"{spec.path}: {e.strerror or e}") from None
-        table = 4 * (spec.samples + 2)  # uint32: sample count, then where each sample begins and the last one ends
+        table = 4 * (spec.samples + 2)  # uint32: sample count, then the offset of each sample and of the end
         header = self._map[:table].cast("I") if table <= size else None
         if header is None or header[0] != spec.samples or header[-1] != size or header[1] < table:
             raise DataError(f"{spec.path}: its header does not match index.json")
@@ -126,7 +125,7 @@ class MappedShard:
         return column in self._columns.places
 
     def _heads_of(self, i: int) -> tuple[int, tuple[int, ...]]:
-        """Where sample `i` begins, and the sizes of its columns of varying size."""
+        """Offset of sample `i`, and the sizes of its columns of varying size."""
         begin, columns = self._begins[i], self._columns
         try:
             heads = columns.heads.unpack_from(self._map, begin)
@@ -165,7 +164,7 @@ class MappedShard:
         return t, length, proprio
 
     def run(self, start: int, stop: int, column: str) -> builtins.bytes:
-        """The stored bytes of a column of fixed size of samples `start` up to `stop`, joined."""
+        """The stored bytes of a column of fixed size of samples `start` up to `stop`, concatenated."""
         fixed, varying, size = self._columns.places[column]
         begins: Sequence[int] = self._begins[start:stop]
         if varying:
@@ -196,7 +195,7 @@ class MappedShard:
         """Decode the JPEG of sample `i` into `out`, uint8 (H, W, 3), contiguous.
 
         Raises:
-            DataError: It is not a whole JPEG or not of that size; names the shard, the sample and the episode.
+            DataError: It is not a complete JPEG or has another size; names the shard, the sample and the episode.
         """
         try:
             shape = simplejpeg.decode_jpeg(self.bytes(i, "image"), "RGB", True, False, 0, 0, 1, out).shape
@@ -219,7 +218,7 @@ class MappedShard:
 
 
 def mappings_allowed() -> int:
-    """How many files a process may keep mapped: each holds a descriptor, and 1024 is a common soft limit."""
+    """Number of files a process may keep mapped: each holds a descriptor, and 1024 is a common soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         soft = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
@@ -228,12 +227,12 @@ def mappings_allowed() -> int:
 
 
 class OpenShards:
-    """The shards of a data set by number; the `limit` used last stay mapped.
+    """The shards of a dataset by number; the `limit` most recently used stay mapped.
 
     Args:
         specs: The shards.
-        limit: Most shards that are mapped; as many files as a process may open when omitted.
-        open_shard: Maps a shard, by number; of files on local disk for good when omitted.
+        limit: Maximum number of mapped shards; by the process's limit of open files when omitted.
+        open_shard: Function that maps a shard by number; when omitted the files must stay on local disk.
     """
 
     def __init__(
@@ -257,7 +256,7 @@ class OpenShards:
         return shard
 
     def __len__(self) -> int:
-        """How many are mapped."""
+        """Number of mapped shards."""
         return len(self._open)
 
     def forget(self, number: int) -> None:

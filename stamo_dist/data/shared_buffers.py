@@ -1,4 +1,4 @@
-"""Memory for batches that processes share, and what lies in it. Free of torch: loader workers import it."""
+"""Shared memory for batches, and its layout. Free of torch: loader workers import it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BufferField:
 
 
 #: In every slot: sample numbers, epochs (how often their source was gone through before), the shard that is being read
-#: (of the first row alone), and which rows hold another frame because theirs could not be read.
+#: (first row only), and whether the row holds another frame because its own could not be read.
 COMMON_FIELDS = (
     BufferField("samples", "<i8"),
     BufferField("epochs", "<i4"),
@@ -41,8 +41,8 @@ COMMON_FIELDS = (
 class SharedBuffers:
     """Memory for `count` batches of `batch` samples that several processes map.
 
-    It is written again and again, because the kernel takes as long to give fresh shared pages as the decoder to fill
-    them. It is anonymous: nothing of it is visible in /dev/shm, its size is not bounded by that mount, and it is gone
+    It is reused, because the kernel takes as long to provide fresh shared pages as the decoder to fill
+    them. It is anonymous: it is not in /dev/shm nor bounded by that mount, and is freed
     with the last process that maps it.
     """
 
@@ -62,7 +62,7 @@ class SharedBuffers:
         self._filled = [self.views(self.memory(slot)) for slot in range(count)]
 
     def memory(self, slot: int) -> NDArray[np.uint8]:
-        """All of a slot; the arrays that `views` makes of it keep it alive."""
+        """The whole memory of a slot; arrays made by `views` keep it alive."""
         return np.frombuffer(self._map, np.uint8, self._stride, slot * self._stride)
 
     def views(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -77,14 +77,14 @@ class SharedBuffers:
         return self._filled[slot]
 
     def close(self) -> None:
-        """Give up the descriptor; batches that are still held keep the memory."""
+        """Close the descriptor; batches still referenced keep the memory."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 def anonymous_file(size: int, name: str) -> int:
-    """A descriptor of memory that other processes can inherit; `name` is what /proc shows."""
+    """A descriptor of memory that other processes can inherit; `name` is shown in /proc."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
     else:

@@ -1,4 +1,4 @@
-"""Converted sources, wherever they are: their manifest, their shards, and raw shards on local disk when needed."""
+"""Opening converted sources, local or remote: their manifest, shards, and fetching raw shards when needed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _log = logging.getLogger(__name__)
 DEFAULT_CACHE = "~/.cache/stamo"
 _DOWNLOAD = {"download_retry": 1, "download_timeout": 120.0, "validate_hash": None, "keep_zip": False, "split": None}
 _LOCK_TIMEOUT = 3600.0
-_ATTEMPTS = 5  # to fetch a shard, with pauses of about 1, 2, 4 and 8 times _PAUSE between
+_ATTEMPTS = 5  # attempts to fetch a shard, with pauses of about 1, 2, 4 and 8 times _PAUSE
 _PAUSE = 1.0  # seconds
-#: In an error's text: trying again is of no use.
+#: Texts of errors for which retrying is useless.
 _FINAL = ("403", "404", "Forbidden", "AccessDenied", "NoSuch", "No such file", "not found", "credentials")
 _ALONE = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
 
@@ -56,29 +56,29 @@ class OpenSource:
     remote: str | None
     cache: Cache
     manifest: Manifest
-    later: int = 0  # episodes that came when it grew, and are not read
+    later: int = 0  # episodes added by growth that are not read
 
     def episodes(self, split: str) -> list[Episode]:
         """The episode table of a split, fetched if it is remote.
 
         Raises:
-            DataError: It cannot be had, or is damaged.
+            DataError: It cannot be fetched, or is damaged.
         """
         return read_episodes(self.root, split, self._table(split))
 
     def columns(self, split: str) -> EpisodeColumns:
-        """As `episodes`, but only what training needs."""
+        """As `episodes`, but only the fields that training needs."""
         count = self._table(split)
         read = partial(read_columns, self.root, split, count)
         return kept_columns(self.cache.root, self.root / split / EPISODES, count, read)
 
     def _table(self, split: str) -> int:
-        """Fetch the episode table if it is remote and not here; how many episodes of it are read."""
+        """Fetch the episode table if it is remote and not cached; returns the number of episodes to read."""
         path, count = self.root / split / EPISODES, self.manifest.splits[split].episodes
         if self.remote:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT):
-                if not path.exists() or _lines(path) < count:  # it has grown since
+                if not path.exists() or _lines(path) < count:  # the cached copy is from before a growth
                     _refresh(f"{self.remote}/{split}/{EPISODES}", path)
         return count
 
@@ -88,9 +88,9 @@ class CameraShards:
     """One camera of one split.
 
     Attributes:
-        remote: Where the shards are fetched or unpacked from; None: the raw shards are on local disk already.
-        hashes: The algorithm of the checksums that streaming compares.
-        shards: Their table.
+        remote: Source to fetch or unpack shards from; None: the raw shards are on local disk.
+        hashes: Algorithm of the checksums that streaming verifies.
+        shards: Table of the shards.
     """
 
     camera: str
@@ -107,22 +107,22 @@ class CameraShards:
 
     @property
     def local(self) -> bool:
-        """The raw shards are on local disk for good."""
+        """Whether the raw shards are permanently on local disk."""
         return self.remote is None
 
     def prepare(self, number: int) -> None:
-        """Put raw shard `number` on local disk: download it, unpack it. One process of a node does, others wait.
+        """Put raw shard `number` on local disk: download it, unpack it. One process of a node does it, others wait.
 
         Raises:
-            DataError: It cannot be had, or is not what index.json says.
+            DataError: It cannot be fetched, or does not match index.json.
         """
         if (held := self.hold(number, must=True)) is not None:
             held.close()
 
     def hold(self, number: int, *, must: bool) -> Hold | None:
-        """`prepare` the shard, and keep it on local disk until the hold is closed; None where it is there for good.
+        """`prepare` the shard, and keep it on local disk until the hold is closed; None if it is local permanently.
 
-        Unless it `must` be had now, None too where another process fetches it or shards in use take the cache's room.
+        Unless `must`, also None if another process is fetching it or shards in use fill the cache.
 
         Raises:
             DataError: As `prepare`.
@@ -159,13 +159,13 @@ class CameraShards:
             return MappedShard(self.shards[number], cached=not self.local)
 
     def reader(self, number: int) -> Reader:
-        """streaming's view of shard `number`, made when asked for: for all at once, it is most of opening a source."""
+        """streaming's reader of shard `number`, created on demand: creating all would dominate opening a source."""
         return reader_from_json(self.shards.folder, "", self.shards.entry(number))
 
     def _fetch(self, number: int, must: bool) -> Hold | None:
         shard, entry = self.shards[number], self.shards.entry(number)
         path = Path(shard.path)
-        path.unlink(missing_ok=True)  # of another size, so left by a process that was killed
+        path.unlink(missing_ok=True)  # of another size, so left by a killed process
         size = shard.nbytes + (entry["zip_data"]["bytes"] if entry["compression"] else 0)
         with self.cache.reserve(path, size, must=must) as scratch:
             if scratch is None:
@@ -174,16 +174,16 @@ class CameraShards:
             return held
 
     def _get(self, number: int, scratch: Path) -> Hold:
-        """Fetch the shard; it gets its name when its checksum was right, so it need not be verified again."""
+        """Fetch the shard; it gets its final name after its checksum was verified."""
         shard = self.shards[number]
-        with tempfile.TemporaryDirectory(dir=scratch) as attempt:  # streaming takes what lies there for whole
+        with tempfile.TemporaryDirectory(dir=scratch) as attempt:  # streaming takes an existing file for complete
             stream = Stream(remote=self.remote, local=attempt)
             stream.apply_default({**_DOWNLOAD, "validate_hash": self.hashes})
             stream.prepare_shard(self.reader(number))
             whole = Path(attempt) / Path(shard.path).name
             if _size(whole) != shard.nbytes:
                 raise ValueError(f"{_size(whole)} bytes, but index.json says {shard.nbytes}")
-            held = hold(str(whole))  # before others see it, who may want its room
+            held = hold(str(whole))  # before other processes see it and may evict it
             assert held is not None, "nobody else knows the folder"
             whole.replace(shard.path)
         return held
@@ -195,13 +195,13 @@ def _lines(path: Path) -> int:
 
 
 def _said(error: Exception) -> str:
-    """An error in words; streaming calls whatever S3 refuses "not found"."""
+    """The text of an error; streaming reports every refusal of S3 as "not found"."""
     code = getattr(error, "response", {}).get("Error", {}).get("Code")
     return f"{error} (the store answered {code})" if code else str(error)
 
 
 def _try(call: Callable[[], Any], what: str, remote: bool = True) -> Any:
-    """Call it, again where the store may do better the next time."""
+    """Call it with retries on errors that may be transient."""
     attempts = _ATTEMPTS if remote else 1
     for attempt in range(attempts):
         try:
@@ -228,7 +228,7 @@ def is_remote(path: str) -> bool:
 
 
 def resolve(path: str) -> str:
-    """One spelling for every way to name the same source."""
+    """A canonical spelling of a source's path or URL."""
     if is_remote(path):
         return path.rstrip("/")
     path = os.path.expanduser(path)
@@ -239,7 +239,7 @@ def resolve(path: str) -> str:
 
 @lru_cache(maxsize=64)
 def _real(folder: str) -> str:
-    """Of the folder in which many sources lie: a look at each folder above it is a request to a shared disk."""
+    """realpath of a folder, cached: resolving each parent folder is a request to a shared disk."""
     return os.path.realpath(folder)
 
 
@@ -248,8 +248,8 @@ def open_source(path: str, cache: str | Cache = DEFAULT_CACHE, growth: int | Non
 
     Args:
         path: Folder or URL.
-        cache: Where remote sources are kept.
-        growth: Read it as it was after it had grown that many times; None: as it is.
+        cache: Folder of remote sources.
+        growth: Read it as it was after this many growths; None: as it is.
 
     Raises:
         DataError: Missing, empty, unfinished or unreachable.
@@ -275,7 +275,7 @@ def _open_source(path: str, cache: Cache) -> OpenSource:
             fresh = Path(scratch) / MANIFEST
             _download(f"{resolved}/{MANIFEST}", fresh)
             manifest = read_manifest(Path(scratch))
-            # A source that was converted anew gets a new folder, so nothing stale is read; one that grew keeps its own.
+            # A reconverted source gets a new folder, so nothing stale is read; a grown one keeps its folder.
             digest = hashlib.sha256(f"{resolved}\0{manifest.origin}".encode())
             folder = root / digest.hexdigest()[:16]
             folder.mkdir(exist_ok=True)
@@ -286,7 +286,7 @@ def _open_source(path: str, cache: Cache) -> OpenSource:
 
 
 def _refresh(remote: str, local: Path) -> None:
-    """Fetch a small file that others may be reading."""
+    """Fetch a small file, replacing it atomically for its readers."""
     with tempfile.TemporaryDirectory(dir=local.parent, prefix=SCRATCH) as scratch:
         _download(remote, Path(scratch) / local.name)
         os.replace(Path(scratch) / local.name, local)
@@ -321,7 +321,7 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     expected = manifest.splits[split].frames
     entries = _read_index(remote, folder, expected)
     if any(entry["compression"] for entry in entries) and not source.remote:
-        # Unpacked in the cache, because a source's folder may be read-only.
+        # Unpacked into the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
         remote, packed = str(folder), folder
         folder = source.cache.root / name
@@ -342,7 +342,7 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
 
 
 def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str, Any]]:
-    """The entries of index.json; fetched if it is not there, and again if it counts fewer frames."""
+    """The entries of index.json; fetched if missing, and again if it has too few frames."""
     path = folder / "index.json"
     try:
         if remote:

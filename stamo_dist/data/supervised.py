@@ -1,6 +1,6 @@
-"""Which samples of a policy's data have an action loss and which a world loss: from the episode tables alone.
+"""Counting a policy's samples with an action loss and with a world loss, from the episode tables alone.
 
-Nothing here needs torch or opens a shard.
+Needs no torch and opens no shard.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from stamo_dist.data.schema import Manifest
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.schema import Recipe
 
-#: A folder of a source, and the episodes of the split that is read.
+#: A folder of a source, and its split's episodes.
 Table = tuple[Manifest, EpisodeColumns]
 
 
 def labelled_episodes(episodes: int, share: float) -> NDArray[np.bool_]:
-    """Which of so many have their actions read, (episodes,): every fifth one for 0.2, the same ones in every run."""
+    """bool (episodes,): episodes whose actions are used; every fifth one for 0.2, the same ones in every run."""
     exact = Fraction(str(share))
     fits = episodes * exact.numerator < 1 << 63
     numbers = np.arange(episodes + 1, dtype=np.int64 if fits else object) * exact.numerator // exact.denominator
@@ -32,14 +32,14 @@ def labelled_episodes(episodes: int, share: float) -> NDArray[np.bool_]:
 
 
 def sample_streams(data: Data, source: SourceConfig, manifest: Manifest) -> int:
-    """How many of a folder's cameras are streams of samples of their own."""
+    """Number of a folder's cameras that form separate sample streams."""
     if data.views > 1:
         return 1
     return len(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
 
 
 def without_actions(data: Data, manifests: Mapping[str, Sequence[Manifest]]) -> list[str]:
-    """A line that names the sources that give a policy no actions, and why; none where all do."""
+    """A line naming the sources that give a policy no actions, and why; [] if all give some."""
     why = {
         name: "actions: false" if not data.sources[name].actions else "its shards have none"
         for name, folders in manifests.items()
@@ -50,18 +50,18 @@ def without_actions(data: Data, manifests: Mapping[str, Sequence[Manifest]]) -> 
 
 @dataclass(frozen=True)
 class Supervised:
-    """One source, its samples counted over the cameras used.
+    """Sample counts of one source, over the cameras used.
 
-    `action`: samples whose episode is labelled and goes on for a whole chunk. `world`: those whose episode has the
-    frame to predict. `longest`: frames of its longest episode; `longest_labelled`: of those whose actions are read, 0
-    where there are none.
+    `action`: samples whose episode is labelled and continues for a whole chunk. `world`: those whose episode has the
+    frame to predict. `longest`: frames of the longest episode; `longest_labelled`: of the longest labelled one, 0
+    without any.
     """
 
     name: str
     acts: bool
     horizon: int  # frames from t to the target frame
     episodes: int
-    largest: int  # episodes of its largest folder: each is labelled by itself
+    largest: int  # episodes of its largest folder: labelled episodes are chosen per folder
     samples: int
     action: int
     world: int
@@ -69,20 +69,20 @@ class Supervised:
     longest_labelled: int
 
     def share(self, loss: str) -> float:
-        """Share of its samples that have the loss "action" or "world"."""
+        """Fraction of its samples with the loss "action" or "world"."""
         return getattr(self, loss) / self.samples
 
 
 class Supervision:
-    """What a policy's run learns from.
+    """The supervision of a policy's run.
 
     Args:
-        recipe: Of a policy.
+        recipe: A policy's recipe.
         tables: Of every source in use, in the recipe's order.
 
     Attributes:
         sources: One for each.
-        world: What the second loss is called, None where the policy has none.
+        world: Name of the second loss, None if the policy has none.
     """
 
     def __init__(self, recipe: Recipe, tables: Mapping[str, Sequence[Table]]):
@@ -98,13 +98,13 @@ class Supervision:
         self._read = schedule.counts(recipe.train.steps * batch).tolist()  # samples of each source in the run
 
     def share(self, loss: str) -> float:
-        """Share of the run's samples that have the loss "action" or "world"."""
+        """Fraction of the run's samples with the loss "action" or "world"."""
         there = (n * s.share(loss) for n, s in zip(self._read, self.sources, strict=True))
         return sum(there) / max(1, sum(self._read))
 
     @property
     def lines(self) -> list[str]:
-        """The shares, a line for each loss, by source too; and which sources give no actions."""
+        """The fractions, one line per loss, also by source; and the sources without actions."""
         losses = {"action": "action"} | ({"world": self.world} if self.world else {})
         shares = [
             f"{name} loss: {self.share(loss):.1%} of the samples"
@@ -150,7 +150,7 @@ class Supervision:
 
 
 def _count(data: Data, name: str, tables: Sequence[Table], *, each: bool) -> Supervised:
-    """`each`: a sample that has any frame after it has a target, as every step on the way is one."""
+    """Count samples of a source. `each`: every step is a target, so a sample needs only one further frame."""
     source = data.sources[name]
     horizon = source.horizon or data.horizon
     samples = action = world = longest = longest_labelled = 0

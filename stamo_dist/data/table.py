@@ -15,7 +15,7 @@ from stamo_dist.errors import DataError
 
 
 def mixture_table(shares: Sequence[Share], console: Console | None = None) -> None:
-    """Print requested and realised shares, unique samples and epochs of each source, and the warnings below."""
+    """Print requested and realised shares, unique samples and epochs of each source, then warnings."""
     console = console or Console()
     table = Table(title="mixture")
     table.add_column("source")
@@ -38,10 +38,10 @@ def mixture_table(shares: Sequence[Share], console: Console | None = None) -> No
 
 
 def mixture_picture(mixture: Mixture, steps: int, out: Path, points: int = 200) -> Path:
-    """Draw over the run: each source's share of the samples, and how often it was gone through.
+    """Plot over the run: each source's share of the samples, and its number of passes.
 
     Raises:
-        DataError: The picture cannot be written.
+        DataError: The image cannot be written.
     """
     from matplotlib.figure import Figure
 

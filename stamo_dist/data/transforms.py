@@ -18,12 +18,12 @@ class Augments(Protocol):
     def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int = 0) -> None:
         """Augment `image`, uint8 (H, H, 3), in place.
 
-        `epoch`: how often its source was gone through before; `view`: which camera of the timestep it is.
+        `epoch`: number of earlier passes over its source; `view`: number of the camera.
         """
 
 
 def augmentation(*, preset: str | None, crop: float, brightness: float, contrast: float, seed: int) -> Augments:
-    """What the recipe's `data.augment` asks for; `seed` is the run's."""
+    """The augmentation of the recipe's `data.augment`; `seed` is the run's."""
     return (
         OpenVLAAugmentation(seed=seed) if preset == "openvla" else Augmentation(crop, brightness, contrast, seed=seed)
     )
@@ -48,7 +48,7 @@ class Augmentation:
         self._crop, self._brightness, self._contrast, self._seed = crop, brightness, contrast, seed
 
     def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int = 0) -> None:
-        """All views of a timestep change alike."""
+        """All views of a timestep get the same augmentation."""
         drawn = _draw(5, seed=self._seed, epoch=epoch, sample=sample, view=0)
         side, top, left, brightness, contrast = drawn
         if self._crop < 1:
@@ -66,17 +66,17 @@ def _crop_and_resize(image: NDArray[np.uint8], scale: float, top: float, left: f
     height = len(image)
     side = max(1, round(scale * height))
     y, x = int(top * (height - side + 1)), int(left * (height - side + 1))
-    # uint8 in channels-last order takes torch's vectorised path.
+    # uint8 in channels-last order uses torch's vectorised path.
     window = torch.from_numpy(image[y : y + side, x : x + side]).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(window, size=(height, height), mode="bilinear", antialias=True)
     image[...] = resized[0].permute(1, 2, 0).numpy()
 
 
 class OpenVLAAugmentation:
-    """As OpenVLA trains: a window, brightness, contrast, saturation, hue, in this order; each view on its own.
+    """OpenVLA's training augmentation: crop, brightness, contrast, saturation, hue, in this order; each view apart.
 
-    The official code gives all five one seed, and with it one and the same random number: its windows lie on the
-    diagonal, and what is bright is also rich in contrast. Here each is drawn for itself, from the same ranges.
+    The official code uses one seed, and so one random number, for all five: its crops lie on the diagonal, and bright
+    images have high contrast. Here each is drawn independently, from the same ranges.
     """
 
     def __init__(self, *, seed: int):
@@ -90,7 +90,7 @@ class OpenVLAAugmentation:
 def openvla_changed(
     frame: Tensor, top: float, left: float, brightness: float, contrast: float, saturation: float, hue: float
 ) -> Tensor:
-    """uint8 (H, H, 3) → the same, changed by amounts in [0, 1] that stand for the official ranges."""
+    """uint8 (H, H, 3) → the same, changed by amounts in [0, 1], which are mapped to the official ranges."""
     side = math.sqrt(OPENVLA_AREA)
     image = frame.permute(2, 0, 1).contiguous().float() / 255
     image = window(image, top * (1 - side), left * (1 - side), side, len(frame)).contiguous()
@@ -102,11 +102,11 @@ def openvla_changed(
 
 
 def _coloured(image: Tensor, saturation: float, hue: float) -> Tensor:
-    """RGB (3, H, W) of [0, 1] with its HSV saturation multiplied, at most to 1, and its hue turned by a share."""
+    """RGB (3, H, W) in [0, 1] with its HSV saturation multiplied, clipped to 1, and its hue rotated by a fraction."""
     red, green, blue = image
     value = image.amax(0)
     chroma = value - image.amin(0)
-    # In place, with masks of 0 and 1: fresh memory, torch.where and remainder would take longer than all the rest.
+    # In place, with 0/1 masks: allocation, torch.where and remainder would dominate the time.
     is_red = (red == value).float()
     is_green = (green == value).float().mul_(1 - is_red)
     sector = (green - blue).mul_(is_red).add_((blue - red).mul_(is_green))

@@ -14,7 +14,7 @@ from stamo_dist.data.sources import CameraShards
 
 
 class CameraView:
-    """Streams one after the other, their shards, and where each shard's samples begin.
+    """Concatenated streams, their shards, and each shard's first sample.
 
     All cameras of a folder hold the same timesteps in the same order: a sample number means the same timestep in every
     view; the bounds between shards may differ.
@@ -23,7 +23,7 @@ class CameraView:
         shards: Of all streams.
         first: int64 (shards,), number of each shard's first sample.
         shard_stream: int64 (shards,), index into `streams`.
-        samples: How many there are.
+        samples: Number of samples.
     """
 
     def __init__(self, streams: Sequence[CameraShards]):
@@ -66,11 +66,11 @@ class CameraView:
         return stream.open(of_stream)
 
     def local(self, number: int) -> bool:
-        """Whether shard `number` is on local disk for good."""
+        """Whether shard `number` is permanently on local disk."""
         return self._place(number)[0].local
 
     def remote(self) -> NDArray[np.bool_]:
-        """Which shards are not, (shards,)."""
+        """bool (shards,): shards that are not permanently on local disk."""
         return ~np.array([stream.local for stream in self.streams], bool)[self.shard_stream]
 
     def _place(self, number: int) -> tuple[CameraShards, int]:

@@ -8,9 +8,9 @@ import numpy as np
 
 from stamo_dist.data.mixture import Mixture
 
-#: Going through a source more often than this in one run is worth a warning.
+#: More passes over a source than this in one run cause a warning.
 MANY_EPOCHS = 100
-#: A source that is met less than once in this many batches is starved.
+#: A source sampled less than once in this many batches is starved.
 FEW_BATCHES = 100
 
 
@@ -21,10 +21,10 @@ class Share:
     source: str
     frames: int  # over the cameras used
     requested: float  # share of the samples from the weights, averaged over the run
-    realised: float  # share of the samples the run really reads
-    samples: int  # that the run reads
-    unique: int  # different ones among them
-    epochs: float  # times the run goes through the source
+    realised: float  # realised share of the run's samples
+    samples: int  # samples that the run reads
+    unique: int  # distinct ones among them
+    epochs: float  # passes of the run over the source
     warnings: list[str] = field(default_factory=list)
 
 
@@ -68,7 +68,7 @@ def report(mixture: Mixture, steps: int) -> list[Share]:
 
 
 def _shares(mixture: Mixture, at: float) -> np.ndarray:
-    """What the weights alone ask for at sample `at`, whether or not a source is used up."""
+    """Shares given by the weights alone at sample `at`, ignoring exhausted sources."""
     step, weights = at / mixture.global_batch, []
     for name, frames in zip(mixture.sources, mixture.frames.tolist(), strict=True):
         steps = mixture.data.sources[name].weights(frames)

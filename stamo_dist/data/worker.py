@@ -23,7 +23,7 @@ from stamo_dist.errors import StamoError
 LENGTH = struct.Struct("<Q")
 REQUEST = struct.Struct("<qQ")
 FORGET = -1
-#: Sent back for every batch: what became of it, and the length of the message that follows: what is wrong.
+#: Sent back for every batch: its status, and the length of the message that follows, which tells what is wrong.
 ANSWER = struct.Struct("<BQ")
 DONE, BAD_DATA, BUG = range(3)
 
@@ -53,8 +53,8 @@ def receive(connection: socket.socket, size: int) -> bytes:
 
 def serve(connection: socket.socket, memory: int, shards: int) -> None:
     """Fill the slots asked for until the connection closes."""
-    # The training process handles these and then closes the connection; they reach workers too, because a terminal
-    # or a cluster signals every process of the job.
+    # The training process handles these signals and then closes the connection; workers get them too, because a
+    # terminal or a cluster signals every process of the job.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     reader: BatchReader | None = None

@@ -1,9 +1,9 @@
-"""The processes of a run and the engine that spreads a module over them. Free of torch at import, for the launcher."""
+"""The processes of a run and the engine that distributes a module. Free of torch at import, for the launcher."""
 
 import logging
 import warnings
 
-# The libraries' notices about their own internals do not belong in a user's log. This must precede the first import of
+# Suppress the libraries' notices about their internals in the user's log. This must precede the first import of
 # torch and DeepSpeed.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")

@@ -1,4 +1,4 @@
-"""What the processes of one run do together, and how one leaves in an orderly way."""
+"""Collective operations of a run's processes, and leaving the process group in order."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 
-#: Seconds that collectives wait where one rank may work alone for long: before the first step, and while exporting.
+#: Timeout (s) of collectives while one rank may work alone for long: before the first step, and while exporting.
 PATIENCE = 7200.0
-#: Seconds that a rank waits for the others when all is done.
+#: Seconds that a rank waits for the others at the end.
 _LEAVING = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
-_stores: list[dist.TCPStore] = []  # rank 0's must be there until the process group has its own
+_stores: list[dist.TCPStore] = []  # rank 0's store must live until the process group has its own
 
 
 def set_timeout(seconds: float) -> None:
-    """Let the collectives of all process groups wait that long from now on."""
+    """Set the timeout of collectives of all process groups from now on."""
     if not dist.is_initialized():
         return
     for group in list(c10d._world.pg_map):
@@ -54,9 +54,9 @@ def broadcast(value: T) -> T:
 
 
 def before_connecting(world: World, name: str, body: Callable[[], T]) -> T:
-    """What `body` returns on rank 0, on every rank, for JSON values; there need be no process group yet.
+    """The value of `body` on rank 0, returned on every rank; a JSON value; needs no process group.
 
-    Rank 0 waits for nobody. `name` is given once in a process group's life.
+    Rank 0 does not wait. Each `name` may be used once.
     """
     if world.size == 1:
         return body()
@@ -68,7 +68,7 @@ def before_connecting(world: World, name: str, body: Callable[[], T]) -> T:
         is_master=world.is_main and not by_launcher,
         timeout=timedelta(seconds=PATIENCE),
         wait_for_workers=False,
-        multi_tenant=True,  # the process group's is the same
+        multi_tenant=True,  # the process group uses the same store
     )
     _stores.append(store)
     if world.is_main:
@@ -78,7 +78,7 @@ def before_connecting(world: World, name: str, body: Callable[[], T]) -> T:
 
 
 def on_main(world: World, body: Callable[[], T]) -> T:
-    """What `body` returns or raises on rank 0, on every rank."""
+    """The value or exception of `body` on rank 0, on every rank."""
     result: T | StamoError | None = None
     if world.is_main:
         try:
@@ -92,7 +92,7 @@ def on_main(world: World, body: Callable[[], T]) -> T:
 
 
 def everywhere(flag: bool) -> bool:
-    """Whether it holds on every rank."""
+    """Whether the flag is true on every rank."""
     if not dist.is_initialized():
         return flag
     least = torch.tensor(int(flag), device=Device.current().torch_device)
@@ -110,7 +110,7 @@ def gather(value: T) -> list[T] | None:
 
 
 def scatter(values: list[T] | None) -> T:
-    """To each rank its own of rank 0's values."""
+    """Send each rank its own item of rank 0's values."""
     if not dist.is_initialized():
         assert values is not None, "the only process is rank 0"
         return values[0]
@@ -121,7 +121,7 @@ def scatter(values: list[T] | None) -> T:
 
 
 def part() -> None:
-    """Once all are here, leave the process group: from now on none waits for another."""
+    """Leave the process group once all ranks have arrived: from now on none waits for another."""
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # as in `leave`
             dist.barrier()
@@ -131,7 +131,7 @@ def part() -> None:
 def run_rank(world: World, body: Callable[[], int]) -> int:
     """Run `body` and return its exit code; a user's error becomes code 2.
 
-    The other ranks, which write to logs of their own, say who they are and when it was: the first to fail is to blame.
+    Other ranks, which write to their own logs, add rank and time, so that the first failure can be found.
     """
     try:
         return body()
@@ -152,11 +152,11 @@ def leave(code: int) -> None:
     gloo's threads abort a finished process at interpreter exit about one time in ten, which would turn a finished run
     into a failed one.
     """
-    late = threading.Timer(_LEAVING, os._exit, (code,))  # should a peer be stuck, or gone without a word
+    late = threading.Timer(_LEAVING, os._exit, (code,))  # in case a peer hangs or has died
     late.daemon = True
     late.start()
     if code in (0, EXIT_PREEMPTED, EXIT_NOT_EXPORTED) and dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a rank that was killed by now changes nothing about what was done
+        with contextlib.suppress(RuntimeError):  # a rank killed now does not affect the result
             dist.barrier()
             dist.destroy_process_group()
     Device.current().synchronize()

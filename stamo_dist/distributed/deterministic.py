@@ -1,9 +1,9 @@
-"""Data parallelism whose gradient is the same, to the bit, on any number of processes.
+"""Data parallelism with a bitwise identical gradient on any number of processes.
 
 The global batch is cut into V virtual workers, whatever the number of processes W: number v has samples v, v + V, …
 of it. Each one's gradient comes from micro-batches of one size, and the V gradients are summed as the leaves of one
-binary tree, v with v + V/2 first. A process works for v = rank, rank + W, …, which are whole subtrees; what is left of
-the tree is summed on every process in the same way.
+binary tree, v with v + V/2 first. A process computes v = rank, rank + W, …, which form complete subtrees; the rest of
+the tree is summed on every process in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stamo_dist.distributed.engine import Engine, Phase, poison_nonfinite
 
-_BUCKET = 1 << 24  # elements that are exchanged at a time
+_BUCKET = 1 << 24  # elements exchanged at a time
 
 
 @dataclass
@@ -38,7 +38,7 @@ class DeterministicEngine(Engine):
             yield
 
     def warm_up_buckets(self, loss: Callable[[], Tensor]) -> None:
-        """Nothing: the order of the sum is its own."""
+        """Does nothing: the order of summation is fixed."""
 
     def backward(self, loss: Tensor) -> float | None:
         self.on_phase(Phase.DIFFERENTIATING)
@@ -63,7 +63,7 @@ class DeterministicEngine(Engine):
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def _add(self) -> None:
-        """Take over the gradient of a virtual worker that is done; two subtrees of one size become one."""
+        """Add the gradient of a finished virtual worker; two subtrees of equal size are merged."""
         size, found = 1, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -75,7 +75,7 @@ class DeterministicEngine(Engine):
 
 
 def _over_processes(gradients: list[Tensor]) -> list[Tensor]:
-    """The sums over all processes, each process' as the leaf of the same tree."""
+    """The sums over all processes, with each process' sum as a leaf of the same tree."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return gradients
     out: list[Tensor] = []

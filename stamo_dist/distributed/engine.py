@@ -1,4 +1,4 @@
-"""The trained module and its optimizer behind the same five verbs for every strategy, on CPU (gloo) and GPU (nccl)."""
+"""The trained module and its optimizer behind one interface for every strategy, on CPU (gloo) and GPU (nccl)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 class Phase(str, Enum):
-    """What a rank does in a step, in the words of a message that goes on with the step's number."""
+    """The phase of a rank within a step; the value is used in messages before the step's number."""
 
     WAITING = "waiting for the data of"
     COMPUTING = "computing"
@@ -36,15 +36,15 @@ class Phase(str, Enum):
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
-    """`loss`, whose gradient is not finite where its value is not; bit for bit the same where it is."""
+    """`loss`, with a non-finite gradient if its value is not finite; bitwise unchanged if it is."""
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
 class Engine:
-    """The trained module and its optimizer, spread over the processes.
+    """The trained module and its optimizer, distributed over the processes.
 
-    `module` is called as the original one. Between `accumulate` blocks nothing is synchronised.
+    `module` is called like the original. Gradients are synchronised only in `accumulate` blocks.
     """
 
     strategy: str
@@ -81,15 +81,15 @@ class Engine:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def set_lr(self, lr: float, step: int) -> None:
-        """Give each parameter group its learning rate of the 1-based optimizer step."""
+        """Set each parameter group's learning rate for the 1-based optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"] if step > group["start"] else 0.0
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around each micro-batch: gradients are summed over the processes at the last one only.
+        """Context of each micro-batch: gradients are summed over the processes only at the last one.
 
-        FSDP reduce-scatters those of each micro-batch within the group that shards them, unless they stay whole.
+        FSDP reduce-scatters each micro-batch's gradients within the sharding group, unless they are kept whole.
         """
         self.on_phase(Phase.COMPUTING)
         with self.accelerator.accumulate(self.module):
@@ -100,7 +100,7 @@ class Engine:
             yield
 
     def warm_up_buckets(self, loss: Callable[[], Tensor]) -> None:
-        """Before the first step of a start: settle in which order gradients are reduced; nothing else changes.
+        """Before the first step of a start: fix the order in which gradients are reduced; nothing else changes.
 
         PyTorch's DDP regroups them after its first backward pass, and the sum of three or more numbers depends on
         their order: the first step after a resumption would differ from that of a run that was never stopped.
@@ -112,8 +112,8 @@ class Engine:
     def backward(self, loss: Tensor) -> float | None:
         """Backward pass of one micro-batch; at the last one clip and step.
 
-        Returns None between optimizer steps, else the norm of the gradient over all processes, before clipping. Where
-        it is not finite, on any process, no process has stepped; a loss that is not finite makes it so.
+        Returns None between optimizer steps, else the norm of the gradient over all processes, before clipping. If
+        it is not finite on any process, no process has stepped; a non-finite loss makes it non-finite.
         """
         self.on_phase(Phase.DIFFERENTIATING)
         loss, last = poison_nonfinite(loss), self.accelerator.sync_gradients
@@ -143,7 +143,7 @@ class Engine:
     def step(self) -> float:
         """Clip the gradient and step, unless its norm, which is returned, is not finite. Not for ZeRO."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # the step's one wait for the device
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a step's only wait for the device
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""Locks that a killed compiler left behind.
+"""Removing locks left behind by a killed compiler.
 
-PyTorch compiles an extension, such as DeepSpeed's for CPUs, under a file `lock` in its build folder, and whoever needs
-the extension waits until that is gone: for ever, where its owner was killed. The owner has the file open, so on a disk
-of this machine a lock that no process has open is a dead one.
+PyTorch compiles an extension, such as DeepSpeed's for CPUs, under a file `lock` in its build folder, and every process
+that needs the extension waits until it is removed: for ever, if its owner was killed. The owner has the file open, so
+on a local disk a lock that no process has open is dead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overl
 
 
 def clear_dead_locks(say: Callable[[str], None]) -> None:
-    """Remove the dead locks of DeepSpeed's extensions; `say` gets what a person should know."""
+    """Remove the dead locks of DeepSpeed's extensions; `say` is called with notes for the user."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         from torch.utils.cpp_extension import get_default_build_root
 
         root = get_default_build_root()
     for lock in [*Path(root).glob("deepspeed_*/lock"), *Path(root).glob("*/deepspeed_*/lock")]:
-        with FileLock(lock.with_name("stamo.lock")):  # else one process might remove what the next has just made
+        with FileLock(lock.with_name("stamo.lock")):  # else one process might remove a lock just created by another
             if not lock.exists() or _is_open(lock):
                 continue
             if _is_local(lock):
@@ -41,7 +41,7 @@ def _is_open(file: Path) -> bool:
         try:
             if any(opened.path == name for opened in process.open_files()):
                 return True
-        except psutil.Error:  # it has ended, or is another user's
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
     return False
 

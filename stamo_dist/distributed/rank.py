@@ -1,4 +1,4 @@
-"""Who this process is among the processes of the run. Needs no torch."""
+"""This process's rank among the processes of the run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 _PR_SET_PDEATHSIG = 1
 
 
-#: Set by who starts the processes and exports the model itself, once they have left.
+#: Environment variable set by a launcher that exports the model itself after the processes have exited.
 EXPORTS_LATER = "STAMO_EXPORTS_LATER"
 
 
@@ -38,7 +38,7 @@ class World:
 
 
 def few_of(ranks: Sequence[int]) -> str:
-    """The first ranks, and how many more."""
+    """The first ranks, and the number of further ones."""
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return ", ".join(map(str, ranks[:8])) + more
 
@@ -50,9 +50,9 @@ def free_port() -> int:
 
 
 def world_from_environment() -> World:
-    """Read the rank environment that torchrun, `stamo train --nproc` or Slurm set; a lone process gets one of its own.
+    """Read the rank environment that torchrun, `stamo train --nproc` or Slurm set; a single process gets a default one.
 
-    DeepSpeed and FSDP want a process group even for one process, so a lone process is given a rendezvous too.
+    DeepSpeed and FSDP need a process group even for one process, so a single process gets a rendezvous, too.
     """
     if "RANK" not in os.environ:
         os.environ.update(
@@ -65,8 +65,8 @@ def world_from_environment() -> World:
         )
     env = os.environ
     if launcher := env.get("STAMO_LAUNCHED"):
-        # A launcher that is killed cannot tell its ranks: the kernel does. Until all have met there is nothing to save,
-        # and some may never have been started: they end at once.
+        # If the launcher is killed, the kernel signals its ranks. Before all ranks have met there is nothing to save,
+        # and some may never have been started: so they are killed at once.
         _when_launcher_dies(signal.SIGKILL)
         if os.getppid() != int(launcher):
             sys.exit(f"rank {env['RANK']}: what started it has been killed")
@@ -79,7 +79,7 @@ def world_from_environment() -> World:
 
 
 def survive_launcher() -> None:
-    """From now on, after the ranks have met, a launcher that is killed makes this rank save and leave."""
+    """From now on (after the ranks have met), this rank saves and exits if the launcher is killed."""
     if "STAMO_LAUNCHED" in os.environ:
         _when_launcher_dies(signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""From the strategy's name to a ready engine: the only place that knows DeepSpeed, FSDP and DDP apart."""
+"""Building the engine of a strategy: the only module that distinguishes DeepSpeed, FSDP and DDP."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precis
     return {
         "train_micro_batch_size_per_gpu": batching.micro_batch,
         "gradient_accumulation_steps": batching.accumulation,
-        "gradient_clipping": clip or 0.0,  # DeepSpeed clips only where its own config says so
+        "gradient_clipping": clip or 0.0,  # DeepSpeed clips only if its own config says so
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -78,9 +78,9 @@ def _fsdp_plugin(strategy: Strategy, precision: str, block_classes: Sequence[str
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What decides how a module is spread over the processes and trained.
+    """The settings that determine how a module is distributed and trained.
 
-    `clip`: the largest norm of the gradient, None for any. `block_classes` names the transformer block classes that
+    `clip`: maximum gradient norm, None for no clipping. `block_classes` names the transformer block classes that
     FSDP shards one by one.
     """
 
@@ -92,7 +92,7 @@ class EngineSpec:
     block_classes: Sequence[str]
 
     def connect(self) -> Accelerator:
-        """Have the processes find each other; the first half of `build`, which gets what this returns.
+        """Initialise the process group; the first half of `build`, which takes the returned accelerator.
 
         Raises:
             RunError: hsdp's group does not divide the world.
@@ -102,7 +102,7 @@ class EngineSpec:
             _log.warning(note)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        # What each loss is divided by: with virtual workers gradients are summed over the processes, not averaged.
+        # Divisor of each loss: with virtual workers, gradients are summed over the processes, not averaged.
         parts = self.batching.accumulation * (self.batching.world_size if self.batching.virtual else 1)
         common: dict[str, Any] = {
             "gradient_accumulation_steps": parts,
@@ -160,11 +160,11 @@ class EngineSpec:
     def build(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None
     ) -> Engine:
-        """Spread `module` and `optimizer` over the processes.
+        """Distribute `module` and `optimizer` over the processes.
 
-        All processes must hold the same initial weights. `accelerator`: made by `connect`, where the processes had to
-        talk before. Under a strategy of `SUPPORTS_META_INIT` parameters may be on the meta device: only this process's
-        shards get memory, and what is in it must be written afterwards. The streaming loader never goes through here:
+        All processes must hold the same initial weights. `accelerator`: from `connect`, if the processes had to
+        communicate before. Under a strategy of `SUPPORTS_META_INIT` parameters may be on the meta device: only this
+        process's shards get memory, which must be filled afterwards. The streaming loader is not passed here:
         Accelerate would read on rank 0 for all, one batch ahead.
 
         Raises:
@@ -175,7 +175,7 @@ class EngineSpec:
         groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         on_meta = any(p.is_meta for p in names)
         if self.strategy.name != "ddp":
-            # What cuts parameters up takes none that lie in another order, as channels-last ones do.
+            # Sharding does not accept parameters with another memory order, such as channels-last.
             for parameter in names:
                 # 1 × 1 convolutions have other strides too, but is_contiguous() lets them pass.
                 if parameter.stride() != torch.empty(parameter.shape, device="meta").stride():
@@ -184,10 +184,10 @@ class EngineSpec:
         del names
         module, optimizer = accelerator.prepare(module, optimizer)
         if on_meta:
-            from stamo_dist.models.shards import materialise  # with it come diffusers and transformers
+            from stamo_dist.models.shards import materialise  # imports diffusers and transformers
 
             materialise(module, accelerator.device)
-            # Accelerate finds the optimizer's parameters by their address, which they did not have.
+            # Accelerate matches the optimizer's parameters by address, which meta parameters lack.
             parameters = dict(module.named_parameters())
             for group, members in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in members]

@@ -1,1 +1,1 @@
-"""Measurements of a trained tokenizer, one file each. Every result says which recipe, data and weights made it."""
+"""Measurements of trained models, one file each. Every result records its recipe, data and weights."""

@@ -1,4 +1,4 @@
-"""How far a policy's chunks are from what was done in held-out episodes; beside it, what the mean action would give."""
+"""Errors of a policy's action chunks on held-out episodes, compared with predicting the mean action."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from stamo_dist.run.folder import RunFolder
 class LabelledSource:
     """The cameras of one labelled source's episodes."""
 
-    name: str  # of the statistics that scale its actions
+    name: str  # name of the statistics that scale its actions
     cameras: list[Episodes]
     instruction: str
-    convention: str = "delta"  # what the policy's numbers are: one of ACTIONS
+    convention: str = "delta"  # format of the policy's actions: one of ACTIONS
 
     def taken(self, episode: int, ts: Sequence[int]) -> NDArray[np.float64]:
-        """What was done at frames `ts`, in the policy's numbers: (len(ts), A)."""
+        """Recorded actions at frames `ts`, in the policy's format: (len(ts), A)."""
         camera = self.cameras[0]
         if self.convention == "delta":
             return camera.actions(episode, ts).astype(np.float64)
@@ -51,7 +51,7 @@ class LabelledSource:
 
 
 class ActionErrors(ActionsOptions, Measurement):
-    """Of a run, whose recipe says on which data, or of what `load_policy` takes, on a converted source."""
+    """Action errors of a run on its recipe's data, or of any policy that `load_policy` opens on a converted source."""
 
     name = "actions"
     title = "Held-out action error"
@@ -113,10 +113,10 @@ class ActionErrors(ActionsOptions, Measurement):
         self._sources = [self._fit(manifest, self.shards, use.named)]
 
     def _fit(self, manifest: Manifest, path: str, preset: FramingPreset | None) -> LabelledSource:
-        """The shards as the policy acts on them.
+        """Match cameras, action format and statistics of the shards with the policy's.
 
         Raises:
-            RunError, DataError: The policy has other views, other numbers, or no statistics for them.
+            RunError, DataError: The policy has other views or action dimensions, or no statistics for them.
         """
         policy = self._policy
         convention = self.actions or (preset.actions if preset else "delta")
@@ -185,7 +185,7 @@ class ActionErrors(ActionsOptions, Measurement):
                 stop = min(pick.t + policy.chunk, first.episodes[pick.episode].length)
                 taken = source.taken(pick.episode, range(pick.t, stop))
                 wanted, given = ranges.normalise(taken), chunk[: len(taken)]
-                # Normalised, a constant is 0 whatever comes back for it: there the error is in its own units.
+                # Normalised, a constant dimension is 0 whatever is predicted: its error is in its own units.
                 error = np.where(ranges.constant, given - taken, ranges.normalise(given) - wanted)
                 errors.append(error)
                 baseline.append(np.abs(wanted - mean))
@@ -232,7 +232,7 @@ def _held_out(recipe: Recipe, policy: AnyPolicy, split: str) -> list[LabelledSou
 
 
 def _cameras(named: Sequence[str], theirs: Sequence[str], manifest: Manifest, path: str, views: int) -> Sequence[str]:
-    """As many as the policy has views: those named, else those it knows, else all that there are."""
+    """As many cameras as the policy has views: those named, else those recorded in the policy, else all cameras."""
     there = manifest.cameras
     if len(there) < views:
         raise RunError(
@@ -249,5 +249,5 @@ def _cameras(named: Sequence[str], theirs: Sequence[str], manifest: Manifest, pa
 
 
 def _fitting(policy: AnyPolicy, name: str) -> str | None:
-    """The statistics that are called as the shards are, else the only ones."""
+    """The statistics with the name of the shards, else the only ones."""
     return name if name in policy.statistics.sources or f"{name}_no_noops" in policy.statistics.sources else None

@@ -1,8 +1,8 @@
-"""Rollouts of a policy's saved weights while it trains, in a process or a job of their own.
+"""Rollouts of a policy's checkpoints during training, in a separate process or job.
 
-`RUN/eval/during/step_00001000/` is one rollout: `request.json` says of which checkpoint and by whom it is made,
-`rollout.json` is its result, `failed.json` why there is none, `told` that metrics.jsonl has it. The training keeps no
-other record of rollouts, so that a new start finds everything there.
+`RUN/eval/during/step_00001000/` is one rollout: `request.json` has its checkpoint and process or job, `rollout.json`
+its result, `failed.json` the reason if it failed, `told` marks that metrics.jsonl has the result. The training keeps
+no other record of rollouts, so that a new start finds everything there.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.evaluation import Evaluation
 
-_LOOK = 0.5  # seconds between looks at the rollout that runs
-Ticket = dict[str, Any]  # names what was started, in JSON; `log` is where it prints
+_LOOK = 0.5  # seconds between polls of the running rollout
+Ticket = dict[str, Any]  # JSON that identifies a started command; `log` is the path of its output
 
 
 class Launcher(Protocol):
-    """Starts rollouts. Its methods may take long: they are called in another thread."""
+    """Starts rollouts. Its methods may be slow, so they are called in another thread."""
 
-    stays: bool  # what it started goes on after the training has ended
+    stays: bool  # whether its commands continue after the training has ended
 
     def start(self, arguments: Sequence[str], folder: Path) -> Ticket:
-        """Run `stamo ARGUMENTS`, or find it running; `folder` is the rollout's."""
+        """Run `stamo ARGUMENTS` unless it is already running; `folder` is the rollout's."""
 
     def alive(self, ticket: Ticket) -> bool: ...
 
@@ -46,13 +46,13 @@ class Launcher(Protocol):
 @dataclass
 class _Running:
     step: int
-    ticket: Ticket | None = None  # None until it is started
-    asked: Future[Any] | None = None  # the start, or whether it is alive
+    ticket: Ticket | None = None  # None until it has started
+    asked: Future[Any] | None = None  # result of starting it or of asking whether it is alive
     looked: float = 0.0
 
 
 class BackgroundRollouts(Evaluation):
-    """One rollout at a time; of the checkpoints that come due meanwhile only the newest is rolled out after it."""
+    """Runs one rollout at a time; of the checkpoints due meanwhile, only the newest is rolled out next."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, launcher: Launcher):
         self._run, self._recipe, self._launcher = run, recipe, launcher
@@ -63,7 +63,7 @@ class BackgroundRollouts(Evaluation):
     def pending(self, step: int) -> bool:
         steps = [at for at in curve.steps(self._run) if at <= step]
         done = {at for at in steps if curve.result(self._run, at) is not None}
-        return bool(self._untold(done)) or any(
+        return bool(self._unlogged_steps(done)) or any(
             not (self._launcher.stays or self._failed(at)) for at in steps if at not in done
         )
 
@@ -73,15 +73,15 @@ class BackgroundRollouts(Evaluation):
             self._begin(step)
 
     def _begin(self, step: int) -> None:
-        self._forget(step)
+        self._discard_after(step)
         unfinished = []
         found = {at: curve.result(self._run, at) for at in curve.steps(self._run) if at not in self.needed()}
-        untold = self._untold({at for at, result in found.items() if result is not None})
+        untold = self._unlogged_steps({at for at, result in found.items() if result is not None})
         for at, result in found.items():
             request = self._request(at)
             if result is not None:
                 if at in untold:
-                    self._tell(at, result)
+                    self._log_result(at, result)
                 self._told(at).touch()
             elif request is not None and not self._failed(at):
                 if digest(folder_of(self._run.checkpoints, at)) == request["checkpoint"]:
@@ -92,7 +92,7 @@ class BackgroundRollouts(Evaluation):
         for at, ticket in sorted(unfinished, key=lambda found: (found[1] is None, found[0])):
             if self._running is None and ticket is not None:
                 self._running = _Running(at)
-                self._ask(self._running, partial(self._again, at, ticket))
+                self._ask(self._running, partial(self._resume, at, ticket))
             else:
                 self._queue(at)
         self.saved(step)
@@ -110,7 +110,7 @@ class BackgroundRollouts(Evaluation):
         with self._at_no_cost():
             folder = self._folder(step)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "failed.json").unlink(missing_ok=True)  # a new start tries the newest once more
+            (folder / "failed.json").unlink(missing_ok=True)  # a new start retries the newest once
             write_atomic(folder / "request.json", json.dumps({"checkpoint": checkpoint}) + "\n")
             self._queue(step)
         return False
@@ -162,7 +162,7 @@ class BackgroundRollouts(Evaluation):
                 if self._waiting is None:
                     self._say(f"step {running.step} is rolled out by {_name(running.ticket)}, which goes on")
                     return True
-                self._running = None  # it goes on too
+                self._running = None  # the rollout continues, too
                 self._start()
             elif running and not said:
                 said = True
@@ -202,8 +202,8 @@ class BackgroundRollouts(Evaluation):
     def _launch(self, step: int) -> Ticket:
         return self._launcher.start(["eval", "during", str(self._run.path.absolute()), str(step)], self._folder(step))
 
-    def _again(self, step: int, ticket: Ticket) -> Ticket:
-        """What an earlier start of the run began, or a new one in its place."""
+    def _resume(self, step: int, ticket: Ticket) -> Ticket:
+        """Resume watching a rollout of an earlier start, or start a new one in its place."""
         return ticket if self._launcher.alive(ticket) else self._launch(step)
 
     def _ask(self, running: _Running, question: Callable[[], Any]) -> None:
@@ -216,7 +216,7 @@ class BackgroundRollouts(Evaluation):
             return
         self._running = None
         self._start()
-        self._tell(step, result)
+        self._log_result(step, result)
         curve.write(self._run, self._recipe)
 
     def _fail(self, step: int, why: str, ticket: Ticket | None) -> None:
@@ -226,17 +226,17 @@ class BackgroundRollouts(Evaluation):
         self._start()
         write_atomic(self._folder(step) / "failed.json", json.dumps({"why": why}) + "\n")
 
-    def _tell(self, step: int, result: dict[str, Any]) -> None:
-        """Log the result of a step, once over all starts of the run."""
+    def _log_result(self, step: int, result: dict[str, Any]) -> None:
+        """Log the result of a step, exactly once over all starts of the run."""
         success, numbers = curve.numbers(step, result)
         self._logger.log_late_eval(step, numbers)
         self._told(step).touch()
         self._say(f"success in closed loop {success}: {success.trials} trials")
 
-    def _untold(self, steps: set[int]) -> set[int]:
-        """Those whose result metrics.jsonl has not; it is read only for those that are not marked.
+    def _unlogged_steps(self, steps: set[int]) -> set[int]:
+        """Steps whose result is not in metrics.jsonl, which is read only if some are not marked.
 
-        A start that was killed between the two, or was of an earlier version, left them so.
+        Such steps are left by a start that was killed between logging and marking, or by an earlier version.
         """
         unmarked = {step for step in steps if not self._told(step).exists()}
         return unmarked - RunLogger.late_steps_of(self._run) if unmarked else set()
@@ -244,8 +244,8 @@ class BackgroundRollouts(Evaluation):
     def _told(self, step: int) -> Path:
         return self._folder(step) / "told"
 
-    def _forget(self, step: int) -> None:
-        """Stop and delete rollouts of steps after this one: their weights were rolled back."""
+    def _discard_after(self, step: int) -> None:
+        """Stop and delete rollouts of steps after this one, whose weights were rolled back."""
         if self._waiting is not None and self._waiting > step:
             self._waiting = None
         if self._running is not None and self._running.step > step:

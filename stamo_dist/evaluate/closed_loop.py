@@ -1,4 +1,4 @@
-"""Trials of an agent in simulators: one process each, the agent in this process for all of them, a file a trial."""
+"""Trials of an agent in simulators: one process per simulator, one agent in this process, one file per trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting, Simulator, SimulatorCatalogue
 from stamo_dist.run.folder import write_atomic
 
-#: Most pictures of a video; of longer trials every second, fourth, … is kept.
+#: Maximum frames of a video; for longer trials every second, fourth, … is kept.
 VIDEO_FRAMES = 96
 Frame = NDArray[np.uint8]
 
@@ -36,7 +36,7 @@ class TaskTrial:
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """One finished trial, as its file keeps it."""
+    """One finished trial, as stored in its file."""
 
     task: str
     trial: int
@@ -47,14 +47,14 @@ class TrialOutcome:
 
 class Agent(Protocol):
     def act(self, seen: Sequence[Observation], trials: Sequence[TaskTrial], steps: Sequence[int]) -> list[NDArray[Any]]:
-        """Each moment's next actions, (C, A) each: all C are taken before the next look.
+        """For each observation the next actions, (C, A): all C are executed before the next observation.
 
-        `steps`: how many were taken before, in each trial.
+        `steps`: steps taken before in each trial.
         """
 
 
 class TrialFolder:
-    """Finished trials under `folder`/KEY/, one JSON file each; KEY is made of all that decides an outcome."""
+    """Finished trials under `folder`/KEY/, one JSON file each; KEY is a hash of all settings that affect outcomes."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         text = json.dumps(identity, sort_keys=True, default=str)
@@ -63,7 +63,7 @@ class TrialFolder:
         write_atomic(self.path / "settings.json", json.dumps(identity, indent=1, default=str) + "\n")
 
     def read(self, trials: Sequence[TaskTrial]) -> dict[TaskTrial, TrialOutcome]:
-        """Those of `trials` that are finished."""
+        """The outcomes of finished `trials`."""
         found = {}
         for trial in trials:
             with suppress(FileNotFoundError):
@@ -71,7 +71,7 @@ class TrialFolder:
         return found
 
     def write(self, outcome: TrialOutcome, video: Sequence[Frame]) -> None:
-        """Keep an outcome, and its video (none when empty) beside it."""
+        """Store an outcome, with its video (none if empty) beside it."""
         path = self._file(TaskTrial(outcome.task, outcome.trial))
         path.parent.mkdir(exist_ok=True)
         if video:
@@ -96,13 +96,13 @@ def _save_video(path: Path, frames: Sequence[Frame], fps: float = 12) -> None:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Which simulators run, what they show, how many at once, and for how long; picklable."""
+    """The simulators, their settings, number of processes and step limit; picklable."""
 
     benchmarks: SimulatorCatalogue
     benchmark: str
     setting: Setting
     processes: int
-    max_steps: int | None = None  # of a trial; the benchmark's when None
+    max_steps: int | None = None  # maximum steps of a trial; the benchmark's if None
 
 
 def drive(
@@ -116,7 +116,7 @@ def drive(
 ) -> None:
     """Run the trials and write each into `folder`; `done` is called with each outcome.
 
-    `agent`: None where the setting has the benchmark's expert act. `keep_video`: of which outcomes a video is kept.
+    `agent`: None if the setting lets the benchmark's expert act. `keep_video`: whether to keep an outcome's video.
 
     Raises:
         DataError: A simulator cannot be started, a trial cannot begin, or an action does not fit.
@@ -160,7 +160,7 @@ def run_missing(
     store: TrialFolder,
     keep_video: Callable[[TrialOutcome], bool],
 ) -> None:
-    """`drive` those of the trials that `store` lacks; `agent` is only called where there are some."""
+    """`drive` the trials that `store` lacks; `agent` is only called if there are some."""
     there = store.read(trials)
     watched = bar.add_task(what, total=len(trials), completed=len(there))
     if missing := [trial for trial in trials if trial not in there]:
@@ -168,7 +168,7 @@ def run_missing(
 
 
 def _next(waiting: list[TaskTrial], others: Sequence[str], last: str | None) -> TaskTrial | None:
-    """Take the next trial: of the same task, because starting one takes seconds; else of a task that nobody runs."""
+    """The next trial: of the same task, because starting a task takes seconds; else of a task that no process runs."""
     if not waiting:
         return None
     found = next((t for t in waiting if t.task == last), None) or next(
@@ -185,7 +185,7 @@ class _Finished:
 
 
 class _Worker:
-    """This process's end of one simulator process."""
+    """The parent's handle of one simulator process."""
 
     def __init__(self, simulation: Simulation):
         context = multiprocessing.get_context("spawn")
@@ -210,20 +210,20 @@ class _Worker:
         return message
 
     def close(self) -> None:
-        self.pipe.close()  # the process sees the end of its pipe and leaves
+        self.pipe.close()  # the process exits when its pipe is closed
         self._process.join(5)
         if self._process.is_alive():
             self._process.kill()
 
 
 def _serve(pipe: Connection, simulation: Simulation) -> None:
-    """A simulator process: trials come in, moments and outcomes go out."""
+    """The loop of a simulator process: receives trials, sends observations and outcomes."""
     import os
     import signal
     import traceback
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end closes the pipe
-    # The simulators print and warn; Mesa's software renderer would use every core in every process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe
+    # Redirect the simulators' output; limit Mesa's software renderer, which uses all cores in every process.
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
@@ -252,11 +252,11 @@ def _serve(pipe: Connection, simulation: Simulation) -> None:
                 raise
             except Exception:
                 pipe.send(RuntimeError(f"{trial}: the simulator failed:\n{traceback.format_exc()}"))
-    os._exit(0)  # EGL's finalisers fail after the end of the pipe, and nothing is left to do
+    os._exit(0)  # skip EGL's finalisers, which fail after the pipe is closed
 
 
 def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) -> tuple[bool, int, list[Frame]]:
-    """Whether the agent at the other end succeeded, in how many steps, and the video."""
+    """Run a trial: whether the agent succeeded, the number of steps, and the video."""
     moment = simulator.reset(number)
     film, steps, success = _Film(moment.goal), 0, False
     while not success and steps < max_steps:
@@ -273,7 +273,7 @@ def _run(pipe: Connection, simulator: Simulator, number: int, max_steps: int) ->
 
 
 class _Film:
-    """At most about VIDEO_FRAMES evenly spaced frames of a trial whose length is not known; the goal at their right."""
+    """About VIDEO_FRAMES evenly spaced frames at most of a trial of unknown length, the goal image on their right."""
 
     def __init__(self, goal: Frame | None):
         self.frames: list[Frame] = []

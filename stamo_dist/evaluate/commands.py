@@ -24,17 +24,17 @@ app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on
 
 @dataclass(frozen=True)
 class EvalTools:
-    """What the commands need of other packages; `stamo_dist.cli` puts it into the context."""
+    """Dependencies of the commands on other packages, put into the context by `stamo_dist.cli`."""
 
-    launch: Callable[[list[str], int, Path], int]  # starts processes with these arguments; their exit code
+    launch: Callable[[list[str], int, Path], int]  # starts processes with these arguments and returns their exit code
     benchmarks: SimulatorCatalogue
 
 
 def _command(asked: type, implementation: str) -> Callable[..., None]:
-    """A command whose options are the fields of `asked`.
+    """Register a command whose options are the fields of `asked`.
 
-    `implementation`: module:name in this package of what makes the measurement of these fields. It is also given the
-    benchmarks where it has a parameter of that name.
+    `implementation`: module:name in this package of the measurement class, called with these fields, and with the
+    benchmarks if it has a parameter of that name.
     """
 
     @with_options(asked)

@@ -1,6 +1,6 @@
-"""A policy's success over the steps of its training: `RUN/eval/during/` for the page, `success.json` for the rest.
+"""A policy's success over its training: `RUN/eval/during/` for the report, `success.json` for other commands.
 
-Written anew, from the results that are there, whenever a rollout ends: by the training, or by the rollout itself.
+Rewritten from the existing results whenever a rollout ends, by the training or by the rollout itself.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _ABOUT = (
 
 
 def folder(run: RunFolder, step: int) -> Path:
-    """Of one rollout."""
+    """The folder of one rollout."""
     return run.evaluations / NAME / f"step_{step:08d}"
 
 
 def steps(run: RunFolder) -> list[int]:
-    """Of which steps there is something, ascending."""
+    """The steps with a rollout folder, ascending."""
     names = (path.name.removeprefix("step_") for path in (run.evaluations / NAME).glob("step_*"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def result(run: RunFolder, step: int) -> dict[str, Any] | None:
-    """rollout.json of a step, None while there is none."""
+    """rollout.json of a step, None if it does not exist."""
     try:
         found: dict[str, Any] = json.loads((folder(run, step) / "rollout.json").read_text())
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def result(run: RunFolder, step: int) -> dict[str, Any] | None:
 
 
 def overall(step: int, found: dict[str, Any]) -> Success:
-    """Over the trials of all tasks."""
+    """The success rate over the trials of all tasks."""
     rows = [row for row in found["rows"] if row["task"] != ALL]
     trials = sum(row["trials"] for row in rows)
     good = sum(round(row["trials"] * row["success"] / 100) for row in rows if row["trials"])
@@ -56,7 +56,7 @@ def overall(step: int, found: dict[str, Any]) -> Success:
 
 
 def numbers(step: int, found: dict[str, Any]) -> tuple[Success, dict[str, float]]:
-    """What metrics.jsonl and W&B hold of a rollout: overall, and of each task."""
+    """The values of a rollout for metrics.jsonl and W&B: overall, and for each task."""
     success = overall(step, found)
     numbers: dict[str, float] = {f"{KEY}/{k}": getattr(success, k) for k in ("success", "low", "high", "trials")}
     rows = [row for row in found["rows"] if row["task"] != ALL]
@@ -68,7 +68,7 @@ def numbers(step: int, found: dict[str, Any]) -> tuple[Success, dict[str, float]
 
 
 def write(run: RunFolder, recipe: Recipe) -> None:
-    """Make the table of all steps and success.json; the best is one whose checkpoint is still there."""
+    """Write the table of all steps and success.json; the best is chosen among steps whose checkpoint still exists."""
     found = {step: there for step in steps(run) if (there := result(run, step)) is not None}
     if not found:
         run.success.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def write(run: RunFolder, recipe: Recipe) -> None:
     ]
     best = best_of(alike)
     Successes(overall(newest, found[newest]), best).write(run.path)
-    for step in found.keys() - {newest, best and best.step}:  # else they add up over a long training
+    for step in found.keys() - {newest, best and best.step}:  # otherwise they accumulate over a long training
         for video in folder(run, step).rglob("*.gif"):
             video.unlink(missing_ok=True)
     rows = [{"step": step, **row} for step, there in found.items() for row in there["rows"]]
@@ -96,7 +96,7 @@ def write(run: RunFolder, recipe: Recipe) -> None:
 
 
 def reason(log: Path) -> str:
-    """Why a rollout ended without a result, by its log."""
+    """Why a rollout ended without a result, from its log."""
     try:
         with log.open(errors="replace") as f:
             lines = [line.rstrip() for line in deque(f, 200) if line.strip()]

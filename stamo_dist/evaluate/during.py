@@ -1,4 +1,4 @@
-"""Small measurements of a tokenizer while it trains: one row a step and source, for the report and W&B."""
+"""Small measurements of a tokenizer during training: one row per step and source, for the report and W&B."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BlockingEvaluation(Evaluation):
     def begin(self, step: int, logger: RunLogger) -> None:
         self._logger = logger
         if folder_of(RunFolder(self._run).checkpoints, step).exists():
-            self.saved(step)  # a stop may have come before, and the line that told it was taken back
+            self.saved(step)  # the start may have been stopped before, and its metrics line removed on resumption
 
     def saved(self, step: int) -> bool:
         every, say = self._recipe.evaluate.every, self._logger.info
@@ -56,7 +56,7 @@ class BlockingEvaluation(Evaluation):
             return False
         began = time.perf_counter()
         try:
-            with torch.random.fork_rng():  # what trains on must not notice
+            with torch.random.fork_rng():  # the training state must not change
                 numbers, pictures = measure(self._run, self._recipe, step)
         except StamoError as e:
             say(f"step {step} could not be evaluated: {e}")
@@ -111,7 +111,7 @@ def _quietly(measurement: Measurement) -> EvaluationResult:
 
 
 def _summary(folder: Path, recipe: Recipe, pictures: dict[str, Path], step: int, provenance: Provenance) -> None:
-    """One table of all steps up to this one; those after it are of a start that was given up."""
+    """One table of all steps up to this one; later ones belong to a start that was rolled back."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*/row.json"))]
     rows = [row for part in parts for row in part["rows"] if row["step"] <= step]
     columns = dict(_HEADINGS) if recipe.evaluate.reconstruct else {"step": "step", "source": "source"}

@@ -1,4 +1,4 @@
-"""What each representation says of a frame, kept on disk: a motion is the difference of two frames' rows."""
+"""Feature rows of frames for each representation, cached on disk; a motion is the difference of two rows."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ PIXELS, POOLED, PATCHES, RANDOM, STATE = REPRESENTATIONS = (
     "random encoder",
     "state (ours)",
 )
-_VERSION = 1  # of what the rows mean
+_VERSION = 1  # version of the rows' meaning
 _STANDARDISE = 256
 
 
 class Representations:
     """Frames → one row of each representation, float32.
 
-    pixel difference: the frame averaged over a grid of `pixels` × `pixels` cells, by default those that make its row as
-    long as the state's. Δencoder: the
-    tokenizer's own patch tokens, their mean, and all of them (averaged over a grid where they are more than `patch_dim`
-    numbers). random encoder: encoder and compressor as they are, with random weights, and with states standardised on
-    `frames` where the recipe does so. state: the tokenizer's.
+    pixel difference: the frame averaged over a grid of `pixels` × `pixels` cells, by default so that its row is as
+    long as the state's. Δencoder: the tokenizer's patch tokens, their mean, and all of them (averaged over a grid if
+    they have more than `patch_dim` numbers). random encoder: the same encoder and compressor architecture with random
+    weights, with states standardised on `frames` if the recipe does so. state: the tokenizer's.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Representations:
         return {name: row.flatten(1).float().cpu() for name, row in rows.items()}
 
     def _bounded(self, patches: Tensor) -> Tensor:
-        """(B, N, D) patch tokens of a square, averaged over the finest grid with at most `patch_dim` numbers."""
+        """(B, N, D) patch tokens of a square image, averaged over the finest grid with at most `patch_dim` numbers."""
         side = round(patches.shape[1] ** 0.5)
         grid = min(side, max(1, int((self.patch_dim / patches.shape[2]) ** 0.5)))
         square = patches.transpose(1, 2).unflatten(-1, (side, side))
@@ -84,9 +83,9 @@ class Representations:
 
 
 class FeatureCache:
-    """One file an episode under `folder`, named by all that decides its content; half-written ones have other names.
+    """One file per episode under `folder`, named by a hash of all settings; written atomically.
 
-    Without a folder nothing is kept but in memory.
+    Without a folder, features are cached in memory only.
     """
 
     def __init__(self, folder: Path | None, represent: Representations, batch: int = 64):

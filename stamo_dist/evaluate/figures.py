@@ -1,4 +1,4 @@
-"""Pictures of a measurement: transparent ground and mid-grey text, for light and for dark pages."""
+"""Figures of a measurement, with transparent background and mid-grey text for light and dark pages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save_grid(
 
 
 def save_gif(path: Path, frames: Sequence[Sequence[Tensor]], *, cell: int, fps: float = 6) -> None:
-    """Write a looping GIF, there and back; each frame is a row of float images (3, H, W) side by side."""
+    """Write a GIF that loops forward and back; each frame is a row of float images (3, H, W) side by side."""
     sheets = []
     for row in frames:
         sheet = Image.new("RGB", (len(row) * (cell + _GAP) - _GAP, cell), "white")
@@ -87,11 +87,11 @@ def save_lines(
 
 
 def cell_size(image_size: int) -> int:
-    """Small frames are enlarged to be seen, large ones shrunk to fit beside each other."""
+    """Side of a grid cell in pixels: small frames are enlarged, large ones shrunk to fit side by side."""
     return min(max(image_size, 144), 224)
 
 
 def file_name(name: str, suffix: str = "") -> str:
-    """A source's name as a file name; a name that is none gets a checksum, so that two stay apart."""
+    """A source's name as a file name; a changed name gets a checksum, so that two names stay distinct."""
     plain = re.sub(r"[^\w.-]", "_", name)
     return (plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}") + (f".{suffix}" if suffix else "")

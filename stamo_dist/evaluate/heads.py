@@ -1,4 +1,4 @@
-"""Heads that read actions from motions: one recipe of training for every representation, so only the input differs."""
+"""Heads that predict actions from motions, trained identically for every representation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Head(nn.Module):
         super().__init__()
         d = inputs.shape[1]
         self.register_buffer("mean", inputs.mean(0))
-        # One factor for all dimensions: a factor for each would blow up those that hold noise alone.
+        # One factor for all dimensions: a factor for each would amplify those with noise only.
         self.register_buffer("scale", (inputs - inputs.mean(0)).square().mean().sqrt().clamp_min(1e-12))
         if kind == LINEAR:
             self.layers = nn.Sequential(nn.Linear(d, outputs))
@@ -55,7 +55,7 @@ class Head(nn.Module):
                 nn.Linear(d, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, outputs)
             )
 
-        for parameter in self.layers[-1].parameters():  # it begins with the mean action
+        for parameter in self.layers[-1].parameters():  # zero: the head starts by predicting the mean action
             nn.init.zeros_(parameter)
 
     def forward(self, motions: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class Head(nn.Module):
 def fit(
     kind: str, inputs: Tensor, targets: Tensor, episode: Tensor, *, seed: int, epochs: int, patience: int = 8
 ) -> Head:
-    """Train a head on motions (n, d) and standardised actions (n, a) of the episodes (n,), two or more of them.
+    """Train a head on motions (n, d) and standardised actions (n, a) of at least two episodes (n,).
 
-    The seed decides the initial weights, the order, and the episodes that choose the epoch; training ends `patience`
-    epochs after the best.
+    The seed determines the initial weights, the order, and the validation episodes; training ends `patience` epochs
+    after the best.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = episode.unique()

@@ -57,15 +57,15 @@ class HeldOutSource:
 
 @dataclass(frozen=True)
 class Reference:
-    """Made from training frames only."""
+    """Reference images, computed from training frames only."""
 
     mean: Tensor  # (3, H, W) float32 in [0, 1]
     moving: Tensor  # (H, W) bool
 
 
 def open_sources(recipe: Recipe) -> list[HeldOutSource]:
-    """Every source that the recipe trains on (of several folders, the first), with its held-out split, as the run in
-    `run_dir` has it should the source have grown since.
+    """Every source of the recipe (of several folders, the first), with its held-out split, in the state that the run in
+    `run_dir` reads if the source has grown since.
 
     Raises:
         DataError: With every source that cannot be read or has no held-out split.
@@ -90,7 +90,7 @@ def open_sources(recipe: Recipe) -> list[HeldOutSource]:
 
 
 def manifest_with(path: str, split: str, cache: str, growth: int | None = None) -> Manifest:
-    """Of a source that has this split.
+    """The manifest of a source, which must have this split.
 
     Raises:
         DataError: It cannot be read, or the split has no frames.
@@ -109,7 +109,7 @@ def load(episodes: Episodes, index: int, ts: Sequence[int]) -> Tensor:
 
 
 def spread(count: int, of: int) -> list[int]:
-    """`count` whole numbers below `of`, the middles of `count` equal parts; all of them when `of` is less.
+    """`count` integers below `of`, the centres of `count` equal parts; all integers if `of` is less.
 
     >>> spread(3, 12)
     [2, 6, 10]
@@ -119,7 +119,7 @@ def spread(count: int, of: int) -> list[int]:
 
 
 def pick_frames(episodes: Episodes, frames: int) -> list[Pick]:
-    """At most `frames` frames, evenly spaced in every episode; of more episodes than that, the middles of some."""
+    """At most `frames` frames, evenly spaced in every episode; with more episodes, the middle frames of some."""
     chosen = spread(frames, len(episodes.episodes))
     picks = []
     for k, e in enumerate(chosen):

@@ -1,4 +1,4 @@
-"""Motion interpolation: the decoded straight line between two states of an episode, beside the real frames between."""
+"""Motion interpolation: decoding the straight line between two states of an episode, compared with the real frames."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
 FADE, LINE, OWN = KINDS = ("cross-fade", "line of states", "own states")
-Scores = dict[str, list[float]]  # picture → PSNR, PSNR over the moving pixels, rank correlation, share forward
+Scores = dict[str, list[float]]  # image row → PSNR, PSNR over the moving pixels, rank correlation, share forward
 
 
 @dataclass(frozen=True)
 class LineSegment:
-    """The frames `start` to `goal` of a held-out episode, whose states are the ends of a line."""
+    """The frames `start` to `goal` of a held-out episode; the line connects their states."""
 
     source: HeldOutSource
     episode: int
@@ -35,7 +35,7 @@ class LineSegment:
 
     @property
     def files(self) -> tuple[str, str]:
-        """The strip and the loop."""
+        """File names of the strip (PNG) and the loop (GIF)."""
         stem = file_name(f"{self.source.name}_{self.episode}")
         return f"{stem}.png", f"{stem}.gif"
 
@@ -78,7 +78,7 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[LineSegment, Scores]
         }
 
     def _segments(self, source: HeldOutSource) -> list[LineSegment]:
-        """Of evenly spaced episodes among those that have a frame between `start` and a goal."""
+        """Segments of evenly spaced episodes among those with a frame between `start` and goal."""
         lengths = [episode.length for episode in source.held_out.episodes]
         possible = [i for i, length in enumerate(lengths) if length >= self.start + 3]
         if not possible:
@@ -114,7 +114,7 @@ class Interpolation(InterpolateOptions, PartwiseMeasurement[LineSegment, Scores]
 
 
 class Line:
-    """Pictures along one line, at the times `at` of uint8 frames (T, H, W, 3); all decoded from the same noise."""
+    """Images along one line, at the times `at` of uint8 frames (T, H, W, 3); all decoded from the same noise."""
 
     def __init__(self, tokenizer: Tokenizer, frames: Tensor, at: Sequence[int], sample: int, steps: int):
         states, pixels = tokenizer.encode(frames), to_float(frames)
@@ -129,7 +129,7 @@ class Line:
         self.order = {FADE: order(pixels), LINE: order(states), OWN: (float("nan"), float("nan"))}
 
     def scores(self, moving: Tensor) -> Scores:
-        """Picture → PSNR, PSNR over the moving pixels (means over the pictures between the ends), and the order."""
+        """Image row → PSNR, PSNR over the moving pixels (means over the images between the ends), and order scores."""
         truth = self.truth[1:-1]
         return {
             kind: [psnr(images[1:-1], truth, where).mean().item() for where in (None, moving)] + [*self.order[kind]]

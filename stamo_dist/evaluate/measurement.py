@@ -1,4 +1,4 @@
-"""What every measurement does: open, measure in parts, write what is known so far, and show the result."""
+"""The skeleton of a measurement: open, measure in parts, write intermediate results, and show the result."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Value = TypeVar("Value")
 
 
 class Measurement(ABC):
-    """One measurement; a subclass also derives from its options in `options.py`, which are its constructor's arguments.
+    """One measurement; a subclass also derives from its options in `options.py`, which are the constructor's arguments.
 
     `evaluate` calls `open`, which sets `folder` and `provenance`, and writes each of the `results`.
     """
 
-    name: ClassVar[str]  # of the result's files, and of its folder in RUN/eval/
+    name: ClassVar[str]  # name of the result's files and of its folder in RUN/eval/
     title: ClassVar[str]
     about: ClassVar[str]
-    columns: ClassVar[Mapping[str, str]] = {}  # as in `EvaluationResult`, also the two below
+    columns: ClassVar[Mapping[str, str]] = {}  # this and the next two: as in `EvaluationResult`
     by: ClassVar[Sequence[str]] = ()
     better: ClassVar[Mapping[str, str]] = {}
 
@@ -46,12 +46,12 @@ class Measurement(ABC):
     provenance: Provenance
 
     def evaluate(self, console: Console | None = None, group: WorkerGroup = WorkerGroup()) -> EvaluationResult | None:  # noqa: B008
-        """Measure, and write and print the result; None where parts that other processes make are missing.
+        """Measure, and write and print the result; None if parts of other processes are missing.
 
-        Started again after a kill it goes on where it was. `group`: processes that measure together; the first writes.
+        A killed measurement resumes. `group`: processes that measure together; the first one writes.
 
         Raises:
-            StamoError: What `open` raises; nothing was written.
+            StamoError: Raised by `open`; nothing was written.
         """
         self.group, self.console = group, group.console(console)
         self.open()
@@ -67,7 +67,7 @@ class Measurement(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Read what is measured; sets `folder` and `provenance`.
+        """Open the model or run to measure; sets `folder` and `provenance`.
 
         Raises:
             StamoError: It cannot be measured; nothing was written.
@@ -75,18 +75,18 @@ class Measurement(ABC):
 
     @abstractmethod
     def results(self) -> Iterator[EvaluationResult]:
-        """Measure. Each result replaces the one before; the last is the whole."""
+        """Measure, yielding results; each replaces the one before, the last is complete."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers, as the result's file records it."""
+        """The settings that affect the numbers, recorded in the result's file."""
 
     def show(self, result: EvaluationResult) -> None:
         """Print the last result."""
         result.show(self.console, self.folder)
 
     def result(self, rows: list[dict[str, Any]], **rest: Any) -> EvaluationResult:
-        """`rest`: other fields of the result, also in place of the class's."""
+        """Make a result; `rest`: other fields, overriding those of the class."""
         own = {"name": self.name, "title": self.title, "about": self.about, "columns": dict(self.columns)}
         own |= {"by": list(self.by), "better": dict(self.better)}
         return EvaluationResult(**own | rest, rows=rows, settings=self.settings(), provenance=self.provenance)
@@ -110,11 +110,11 @@ class TokenizerMeasurement(RunOptions, Measurement):
         self.folder = output_folder(self.run_folder, self.name, self.out)
 
     def select(self) -> None:
-        """Choose what is measured, and refuse what cannot be, before the weights are read."""
+        """Select the items to measure, and raise if that is impossible, before the weights are read."""
 
     @cached_property
     def sources(self) -> dict[str, HeldOutSource]:
-        """Of the recipe, by name.
+        """The recipe's sources by name.
 
         Raises:
             DataError: One cannot be read or has no held-out split.
@@ -131,17 +131,17 @@ class TokenizerMeasurement(RunOptions, Measurement):
         return {**found, "steps": self.sampler_steps} if "steps" in found else found
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the numbers: parts that were measured under another identity are not taken."""
+        """All settings that affect the numbers: parts measured under another identity are not reused."""
         checksums = {source.name: [source.camera, source.train.manifest.checksums] for source in self.sources.values()}
         return {**self.settings(), "tokenizer": self.tokenizer.fingerprint(), "data": checksums}
 
 
 class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
-    """A table whose rows are made of the values of independent parts, which processes share."""
+    """A measurement whose table is computed from independent parts, which are divided among processes."""
 
-    noun: ClassVar[str]  # what is counted
+    noun: ClassVar[str]  # unit of the counts, e.g. frames
 
-    parts: Mapping[str, Part]  # by a name that says which part it is in any start; set by `select`
+    parts: Mapping[str, Part]  # name → part; names are stable across starts; set by `select`
 
     @abstractmethod
     def select(self) -> None:
@@ -149,14 +149,14 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
 
     @abstractmethod
     def measure(self, part: Part) -> Value:
-        """The value of a part, which JSON can hold; it may also draw the part's pictures into `folder`."""
+        """The JSON value of a part; may also draw the part's figures into `folder`."""
 
     @abstractmethod
     def scores(self, done: Mapping[str, Value]) -> dict[str, dict[str, list[list[float]]]]:
-        """Of the parts that are there: row group → picture → scores, whose means are the last columns of a row."""
+        """Scores of the finished parts: row group → image row → scores, whose means are the last columns of a row."""
 
     def rows(self, done: Mapping[str, Value]) -> list[dict[str, Any]]:
-        """A row for each picture of a group: both names, how many scores there are, and their means."""
+        """A table row for each image row of a group: both names, the number of scores, and their means."""
         return [
             dict(zip(self.columns, (group, kind, len(table), *means(table)), strict=True))
             for group, tables in self.scores(done).items()
@@ -165,13 +165,13 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
 
     @abstractmethod
     def figures(self, done: Mapping[str, Value]) -> list[Figure]:
-        """The pictures of the parts that are there."""
+        """The figures of the finished parts."""
 
     def notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
 
     def count(self, part: Part) -> int:
-        """How many of `noun` a part is."""
+        """The number of `noun` in a part."""
         return 1
 
     def results(self) -> Iterator[EvaluationResult]:
@@ -191,7 +191,7 @@ class PartwiseMeasurement(TokenizerMeasurement, Generic[Part, Value]):
 def by_group(
     done: Mapping[str, Mapping[str, list[float]]], group: Callable[[str], str], kinds: Sequence[str]
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """`PartwiseMeasurement.scores` of parts whose value is picture → scores; `group`: to which a part belongs."""
+    """`PartwiseMeasurement.scores` for parts whose value is image row → scores; `group`: the group of a part."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for name, scores in done.items():
         tables = found.setdefault(group(name), {kind: [] for kind in kinds})
@@ -201,5 +201,5 @@ def by_group(
 
 
 def how_much(done: int, wanted: int, what: str) -> str | None:
-    """`EvaluationResult.partial`."""
+    """The text of `EvaluationResult.partial`."""
     return None if done == wanted else f"{done} of {wanted} {what} are measured"

@@ -1,4 +1,4 @@
-"""The figures of merit, on images (B, 3, H, W) in [0, 1]."""
+"""Image metrics, on images (B, 3, H, W) in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 MAX_PSNR = 100.0
-#: torchvision's ImageNet weights of AlexNet, on which LPIPS (Zhang et al. 2018) stands.
+#: torchvision's ImageNet weights of AlexNet, used by LPIPS (Zhang et al. 2018).
 ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
 class LPIPS:
-    """Perceptual distance by AlexNet, where its weights lie in torch's hub folder: nothing is downloaded.
+    """Perceptual distance by AlexNet, if its weights are in torch's hub folder: nothing is downloaded.
 
-    The linear weights above it come with torchmetrics.
+    The linear weights on top of it come with torchmetrics.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class LPIPS:
 
     @staticmethod
     def weights() -> Path:
-        """Where AlexNet's weights must lie."""
+        """The path at which AlexNet's weights are expected."""
         return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
 
     @classmethod
@@ -41,7 +41,7 @@ class LPIPS:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Of each image, (B,); lower is better. Images smaller than AlexNet takes are enlarged to 64 pixels."""
+        """LPIPS of each image, (B,); lower is better. Images too small for AlexNet are enlarged to 64 pixels."""
         if images.shape[-1] < 64:
             images, truth = (F.interpolate(x, size=64, mode="bilinear", antialias=True) for x in (images, truth))
         distance: Tensor = self._net(images.clamp(0, 1), truth.clamp(0, 1), normalize=True)
@@ -51,7 +51,7 @@ class LPIPS:
 def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
     """PSNR of each image, (B,) in dB: 10·log₁₀(1 / MSE).
 
-    `where` (H, W) bool: over these pixels only; NaN when there are none. At most MAX_PSNR, so that means over exact
+    `where` (H, W) bool: over these pixels only; NaN if there are none. At most MAX_PSNR, so that means over exact
     copies stay finite.
     """
     if where is not None:
@@ -70,10 +70,10 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def order(points: Tensor) -> tuple[float, float]:
-    """How steadily points (T, …) advance along the straight line from the first to the last.
+    """How monotonically points (T, …) advance along the straight line from the first to the last.
 
     Rank correlation (Spearman) of their projection with time, and the share of the T − 1 steps that go forward; NaN
-    when the ends are one point.
+    if both ends are the same point.
     """
     points = points.flatten(1).to("cpu", torch.float64)
     line = points[-1] - points[0]
@@ -85,5 +85,5 @@ def order(points: Tensor) -> tuple[float, float]:
 
 
 def means(table: Sequence[Sequence[float]]) -> list[float | None]:
-    """Of each column over the values that are there; None where none is, which JSON can hold."""
+    """Mean of each column without NaN; None (for JSON) if all are NaN."""
     return [None if math.isnan(x) else x for x in torch.tensor(table, dtype=torch.float64).nanmean(0).tolist()]

@@ -1,4 +1,4 @@
-"""The options of every measurement: a field is an option of its command, with its default, help and limits.
+"""The options of every measurement: each field is an option of its command, with default, help and limits.
 
 The measurements (`reconstruct.py` and so on) derive from these classes. Nothing here imports torch, so that
 `stamo eval --help` is quick.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def count(help: str, least: int = 1) -> Any:
-    """An option that is a number, `least` or more."""
+    """An integer option, at least `least`."""
     return typer.Option(metavar="N", min=least, help=help)
 
 
 def named(metavar: str, help: str, *flags: str) -> Any:
-    """An option shown as --NAME METAVAR; `flags`: its names where they are not the parameter's."""
+    """An option shown as --NAME METAVAR; `flags`: its names if they differ from the parameter's."""
     return typer.Option(*flags, metavar=metavar, help=help)
 
 
@@ -39,7 +39,7 @@ OutOption = Annotated[Path | None, named("DIR", "Where to write; RUN/eval/NAME w
 
 @dataclass
 class RunOptions:
-    """Of a measurement of a run's tokenizer."""
+    """Options of a measurement of a run's tokenizer."""
 
     run: RunArgument
     checkpoint: CheckpointOption = None
@@ -48,7 +48,7 @@ class RunOptions:
 
 @dataclass
 class SharedOptions(RunOptions):
-    """Of one that several processes can share."""
+    """Options of a measurement that several processes can share."""
 
     nproc: Annotated[int, count("Processes that measure together.")] = 1
 
@@ -96,7 +96,7 @@ class TransferOptions(SharedOptions):
 class ProbeOptions(SharedOptions):
     """Read the k actions between two frames from their motion: state against pixels, encoder and random weights.
 
-    Started again after a kill it goes on; the features of the frames are kept for the next time.
+    A killed measurement continues when it is started again; the features of the frames are kept for the next time.
 
     Example: stamo eval probe runs/tokenizer_demo --seeds 3
     """
@@ -153,7 +153,7 @@ TokenizerOption = Annotated[str | None, named("PATH", "The StaMo tokenizer it se
 class PlanOptions(RunOptions):
     """Let the probe's head drive a simulated robot from (now, goal image), beside the same head on other motions.
 
-    Started again after a kill it goes on; with more --trials it adds them.
+    A killed measurement continues when it is started again; with more --trials it adds them.
 
     Example: stamo eval plan runs/tokenizer_demo --tasks libero_spatial/2 --trials 20
     """
@@ -209,7 +209,7 @@ ActionsOption = Annotated[
 
 @dataclass(kw_only=True)
 class UseOptions:
-    """What a user says of a policy that was not trained here, as `stamo_dist.models.openvla.framing.Use` takes it."""
+    """What the user states about a policy that was not trained here; see `stamo_dist.models.openvla.framing.Use`."""
 
     as_: AsOption = None
     orientation: OrientationOption = None
@@ -219,7 +219,7 @@ class UseOptions:
     bounds: BoundsOption = None
 
     def use(self) -> Use:
-        """Raises: RunError: No such preset, orientation, share or bounds."""
+        """Raises: RunError: Unknown preset or orientation, or invalid share or bounds."""
         from stamo_dist.models.openvla.framing import Use
 
         return Use(self.as_, self.orientation, self.crop, self.views, self.chunk, self.bounds)
@@ -252,7 +252,7 @@ class ActionsOptions(UseOptions):
 
 @dataclass(kw_only=True)
 class ShowOptions:
-    """How a policy is shown a benchmark; as it was trained where nothing is said."""
+    """How a policy sees a benchmark; as in its training when omitted."""
 
     benchmark: Annotated[
         str | None, named("libero|metaworld|maniskill", "Which simulator; that of the training data when omitted.")
@@ -271,7 +271,7 @@ class ShowOptions:
 class RolloutOptions(UseOptions, ShowOptions):
     """Success rate of a policy in closed loop, from the benchmark's initial states and by its own success check.
 
-    Started again after a kill it goes on, trial by trial; whichever slice ends last makes the whole table.
+    A killed measurement continues when it is started again; the slice that ends last writes the full table.
 
     Example: stamo eval rollout runs/policy_openvla_state --tasks libero_spatial --trials 20
 

@@ -1,4 +1,4 @@
-"""Planning: a head that read actions from motions drives a simulated robot from (now, goal image) (STAMO §2.5)."""
+"""Planning: a head that predicts actions from motions drives a simulated robot from (now, goal image) (STAMO §2.5)."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from stamo_dist.evaluate.simulators import Observation, Setting, SimulatorCatalo
 NOBODY = "random actions"
 _ALL = "all tasks"
 AGENTS = (STATE, POOLED, PATCHES, PIXELS, RANDOM, NOBODY)
-#: The simulators draw at this many times the frames' side, and the picture is averaged, as a camera does.
+#: The simulators render at this multiple of the frames' side, and the image is averaged, as in a camera.
 _FINER = 2
-_EPISODES, _PATCH_DIM = 256, 4096  # as of the probe
+_EPISODES, _PATCH_DIM = 256, 4096  # as in the probe
 Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
 @dataclass(kw_only=True)
 class GoalPlanning(PlanOptions, TokenizerMeasurement):
-    """Trials of each task, driven by a head for each of AGENTS; each agent's trials are a result."""
+    """Trials of each task with a head for each of AGENTS; each agent's trials give a result."""
 
     name = "plan"
     title = "Goal-conditioned planning"
@@ -90,7 +90,7 @@ class GoalPlanning(PlanOptions, TokenizerMeasurement):
     def identity(self) -> dict[str, Any]:
         checksums = [source.train.manifest.checksums for source in self._chosen]
         found = {**self.settings(), "features": self.represent.key, "camera": self._chosen[0].camera}
-        del found["trials"]  # more trials go on where fewer stopped
+        del found["trials"]  # more trials continue after fewer
         return {**found, "size": self._size, "data": checksums[0] if len(checksums) == 1 else checksums}
 
     def results(self) -> Iterator[EvaluationResult]:
@@ -114,7 +114,7 @@ class GoalPlanning(PlanOptions, TokenizerMeasurement):
             yield self.result(rows, notes=_notes(rows), figures=figures, partial=part)
 
     def _acting_sources(self) -> list[HeldOutSource]:
-        """Those named, or all of the benchmark: of the first source with actions, when that is omitted, too."""
+        """The named sources, or all of the benchmark's; by default the benchmark of the first source with actions."""
         names, benchmark = split(self.source or []), self.benchmark
         acting = [s for s in self.sources.values() if s.train.manifest.action_dim and (not names or s.name in names)]
         if not names:
@@ -133,7 +133,7 @@ class GoalPlanning(PlanOptions, TokenizerMeasurement):
 
 
 def _check_source(source: HeldOutSource, first: HeldOutSource, k: int) -> None:
-    """Raises: DataError: A head cannot learn on this source, or not on it and the first."""
+    """Raises: DataError: A head cannot be trained on this source, or not on it and the first one together."""
     manifest = source.train.manifest
     if not manifest.convention.startswith("end-effector delta"):
         raise DataError(
@@ -156,7 +156,7 @@ def _check_source(source: HeldOutSource, first: HeldOutSource, k: int) -> None:
 
 
 class _GoalPairs:
-    """From every frame of the training episodes to the last: motions, and the next k actions.
+    """Pairs of every frame of the training episodes with the last: motions, and the next k actions.
 
     `sources` come with the names of their training splits.
     """
@@ -173,7 +173,7 @@ class _GoalPairs:
         self._scale = heads.Scale.of(torch.cat(self.actions))
 
     def agent(self, represent: Representations, name: str, size: int, *, epochs: int, seed: int) -> Agent:
-        """Raises RuntimeError for a name that is not one of AGENTS."""
+        """Raises RuntimeError if the name is not one of AGENTS."""
         if name == NOBODY:
             return _EpisodeActions(self.actions, self._k, seed)
         rows = [self._features.episode(train, split, e)[name] for train, split, e in self._chosen]
@@ -213,7 +213,7 @@ class _HeadAgent:
 
 
 class _EpisodeActions:
-    """Chunks of the training episodes' actions, drawn anew at each look."""
+    """Random chunks of the training episodes' actions, drawn anew at each observation."""
 
     def __init__(self, actions: Sequence[Tensor], k: int, seed: int):
         self._actions, self._k, self._seed = actions, k, seed

@@ -1,4 +1,4 @@
-"""Probing: how well a small head reads the robot's actions from the motion between two frames (STAMO §2.4)."""
+"""Probing: how well a small head predicts the robot's actions from the motion between two frames (STAMO §2.4)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NOTHING = "mean action"
 
 
 class ActionProbe(ProbeOptions, TokenizerMeasurement):
-    """Heads of every source that has actions, on every motion; the features are kept in RUN/eval/features/."""
+    """Heads for every source with actions, on every motion; features are cached in RUN/eval/features/."""
 
     name = "probe"
     title = "Actions read from motions"
@@ -102,7 +102,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
         self._dims = self.group.share(episodes, compute)[-1]
 
     def _fit_heads(self, data: SourceData, k: int, finished: PartsFile) -> None:
-        """Add the errors of one source and one k to what is found."""
+        """Add the errors of one source and one k to the results."""
         targets, tests = data.targets(k)
         inputs = {name: data.inputs(k, name) for name in self.representations}
         wanted = {
@@ -148,7 +148,7 @@ class ActionProbe(ProbeOptions, TokenizerMeasurement):
         return rows
 
     def _draw(self, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-        """One picture a source: the MLP's error over k, a line a representation."""
+        """One figure per source: the MLP's error over k, one line per representation."""
         figures = []
         for source in dict.fromkeys(row["source"] for row in rows):
             lines = {
@@ -166,7 +166,7 @@ def probed(sources: Sequence[HeldOutSource], k: int) -> list[HeldOutSource]:
     """The sources that have actions.
 
     Raises:
-        DataError: None has, or one has no two training episodes or no held-out one with k + 1 frames.
+        DataError: None has actions, or one lacks two training episodes or a held-out one with k + 1 frames.
     """
     with_actions = [s for s in sources if s.train.manifest.action_dim]
     problems = []
@@ -186,7 +186,7 @@ def probed(sources: Sequence[HeldOutSource], k: int) -> list[HeldOutSource]:
 
 
 def split_episodes(source: HeldOutSource, recipe: Recipe, most: int) -> list[tuple[str, Episodes, list[int]]]:
-    """At most so many evenly spaced episodes of the training split, and of the held-out one."""
+    """At most this many evenly spaced episodes of the training split and of the held-out one."""
     splits = ((recipe.data.sources[source.name].split, source.train), (SPLIT, source.held_out))
     return [(split, part, spread(most, len(part))) for split, part in splits]
 
@@ -221,7 +221,7 @@ class SourceData:
 
 
 def _compare(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> list[str]:
-    """Where the state is the best motion, and where it is not."""
+    """Notes on which sources the state is the best motion for, and on which not."""
     notes = []
     for source, head in dict.fromkeys((r["source"], r["head"]) for r in rows if r["head"] != "–"):
         group = {r["representation"]: r for r in rows if (r["source"], r["head"]) == (source, head)}

@@ -1,4 +1,4 @@
-"""Reconstruction of held-out frames, between what a tokenizer must beat (the mean image) and what it can (the VAE)."""
+"""Reconstruction of held-out frames, compared with a lower bound (the mean image) and an upper bound (the VAE)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from stamo_dist.models.tokenizer import Tokenizer
 MEAN, TOKENIZER, VAE = KINDS = ("mean image", "reconstruction", "VAE alone")
 ORIGINAL = "original"
 _DRAWN = (ORIGINAL, VAE, TOKENIZER, MEAN)
-_SHOWN = 5  # frames of each source in the picture
-Batch = tuple[str, Sequence[Pick]]  # the name of a source, and frames of it
-Scores = dict[str, list[list[float]]]  # picture → PSNR, SSIM, PSNR over the moving pixels and LPIPS of each frame
+_SHOWN = 5  # frames of each source in the figure
+Batch = tuple[str, Sequence[Pick]]  # (name of a source, frames of it)
+Scores = dict[str, list[list[float]]]  # image row → PSNR, SSIM, PSNR over the moving pixels and LPIPS of each frame
 
 
 class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
-    """Scores of reconstructed frames; `batch` does not change them. A part is a batch of one source's frames."""
+    """Scores of reconstructed frames; independent of `batch`. A part is a batch of one source's frames."""
 
     name = "reconstruct"
     title = "Reconstruction of held-out frames"
@@ -87,7 +87,7 @@ class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
         return found
 
     def figures(self, done: Mapping[str, Scores]) -> list[Figure]:
-        """Of every source whose frames are all measured."""
+        """Figures of every source whose frames are all measured."""
         left = {self.parts[key][0] for key in self.parts.keys() - done.keys()}
         return [self._draw(name) for name in self.sources if name not in left]
 
@@ -98,7 +98,7 @@ class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
                 picks = [self._picks[name][i] for i in spread(_SHOWN, len(self._picks[name]))]
                 made = [self._pictures(name, picks[i : i + self.batch]) for i in range(0, len(picks), self.batch)]
                 drawn = [[image for part in made for image in part[kind].cpu()] for kind in _DRAWN]
-                # The whole id would be wider than the pictures.
+                # The full id would be wider than the images.
                 labels = [f"…{source.held_out.episodes[p.episode].id[-24:]}\nframe {p.t}" for p in picks]
                 grid, cell = list(zip(*drawn, strict=True)), cell_size(self.recipe.data.image_size)
                 save_grid(self.folder / file, grid, headings=_DRAWN, labels=labels, cell=cell)
@@ -126,9 +126,9 @@ class Reconstruction(ReconstructOptions, PartwiseMeasurement[Batch, Scores]):
 def pictures(
     tokenizer: Tokenizer, images: Tensor, picks: Sequence[Pick], mean: Tensor, steps: int
 ) -> dict[str, Tensor]:
-    """Of uint8 frames (B, H, W, 3): themselves and what stands for them, float (B, 3, H, W) in [0, 1] each."""
+    """For uint8 frames (B, H, W, 3): the frames and their reconstructions, each float (B, 3, H, W) in [0, 1]."""
     samples = [pick.sample for pick in picks]
-    posterior = sampler_noise(tokenizer, samples, stream=2)  # read only where the recipe samples the posterior
+    posterior = sampler_noise(tokenizer, samples, stream=2)  # used only if the recipe samples the posterior
     with torch.no_grad():
         through_vae = tokenizer.vae.decode(tokenizer.latents(images, noise=posterior))
     decoded = tokenizer.decode(tokenizer.encode(images), steps, sampler_noise(tokenizer, samples))

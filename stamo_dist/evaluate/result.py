@@ -1,4 +1,4 @@
-"""What a measurement writes: a table, notes, pictures, and where they come from."""
+"""The result of a measurement: a table, notes, figures, and their provenance."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from stamo_dist.run.folder import RunFolder, git_commit, write_atomic
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a result comes from."""
+    """The provenance of a result."""
 
     recipe: str
-    data_fingerprint: str | None  # of the mixture it was trained on; null for an export without its checkpoints
+    data_fingerprint: str | None  # fingerprint of the training mixture; null for an export without its checkpoints
     checkpoint: str
     step: int
-    ema: bool  # the weights are the moving average
+    ema: bool  # whether the weights are the moving average
     trained_commit: str | None
-    git_commit: str | None  # of the code that measured
+    git_commit: str | None  # git commit of the measuring code
     seed: int  # of the run
     command: str
     date: str
 
     @classmethod
     def of_export(cls, recipe: Recipe, weights: str, step: int) -> Provenance:
-        """Of weights that a run exported at `step`; 0: nobody trained them."""
+        """Provenance of weights that a run exported at `step`; 0: they were not trained."""
         return cls._now(recipe.name, weights, step, ema=bool(step) and recipe.train.ema is not None, seed=recipe.seed)
 
     @classmethod
@@ -50,13 +50,13 @@ class Provenance:
 
     @classmethod
     def of_released(cls, weights: str) -> Provenance:
-        """Of weights that were not trained in a run folder."""
+        """Provenance of weights that were not trained in a run folder."""
         return cls._now(Path(weights).name, weights, 0, ema=False, seed=0)
 
     @classmethod
     def _now(cls, recipe: str, checkpoint: str, step: int, *, ema: bool, seed: int) -> Provenance:
         name = Path(sys.argv[0]).name
-        # Under python -m stamo_dist.cli it is that file's.
+        # Under python -m stamo_dist.cli it is the path of that file.
         command = shlex.join(["stamo" if name == "__main__.py" else name, *sys.argv[1:]])
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(recipe, None, checkpoint, step, ema, None, git_commit(), seed, command, date)
@@ -66,22 +66,22 @@ class Provenance:
 class Figure:
     file: str  # relative to the result's folder
     caption: str
-    task: str = ""  # figures of one task stand together, …
-    side: str = ""  # … and those of its sides side by side
+    task: str = ""  # figures of one task are grouped, …
+    side: str = ""  # … and those of its sides placed side by side
 
 
 @dataclass
 class EvaluationResult:
-    """One measurement: a table, what was noticed, pictures, and where it comes from.
+    """One measurement: a table, notes, figures, and provenance.
 
-    `columns` maps the keys of `rows` to headings, in order; rows that share the first are one group. `stamo report`
-    shows any result of this form, and puts the columns in `better` (key → "higher" or "lower") of several runs side by
-    side: rows that agree in all columns of `by` are compared.
+    `columns` maps the keys of `rows` to headings, in order; rows with equal first values form a group. `stamo report`
+    shows any result of this form, and compares the columns in `better` (key → "higher" or "lower") of several runs:
+    rows that are equal in all columns of `by` are placed side by side.
     """
 
     name: str
     title: str
-    about: str  # how it was measured
+    about: str  # settings of the measurement
     columns: dict[str, str]
     rows: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -90,10 +90,10 @@ class EvaluationResult:
     figures: list[Figure] = field(default_factory=list)
     by: list[str] = field(default_factory=list)
     better: dict[str, str] = field(default_factory=dict)
-    partial: str | None = None  # how much of it is there, of a measurement that has not ended
+    partial: str | None = None  # progress of a measurement that has not ended
 
     def write(self, folder: Path) -> None:
-        """Write NAME.csv and, last, NAME.json; the pictures of the result it replaces are deleted."""
+        """Write NAME.csv and, last, NAME.json; figures of the replaced result are deleted."""
         target = folder / f"{self.name}.json"
         if target.exists():
             before = {Path(figure["file"]).name for figure in json.loads(target.read_text())["figures"]}
@@ -107,7 +107,7 @@ class EvaluationResult:
         write_atomic(target, text + "\n")
 
     def show(self, console: Console, folder: Path) -> None:
-        """Print the table, the notes and where it was written."""
+        """Print the table, the notes and the output path."""
         if self.partial:
             console.print(f"PARTIAL: {self.partial}", style="bold yellow")
         weights = "averaged weights" if self.provenance.ema else "weights without an average"
@@ -122,7 +122,7 @@ class EvaluationResult:
             table.add_row(*(show_value(row[key]) for key in self.columns))
         whole = Extent.get(console, console.options.update(max_width=400), table).maximum
         width = console.width
-        console.width = max(width, whole)  # print's own `width` would be cut to the terminal's
+        console.width = max(width, whole)  # print's own `width` would be limited to the terminal's
         console.print(table, crop=False, soft_wrap=True)
         console.width = width
         for note in [*self.notes, f"wrote {folder}"]:

@@ -26,7 +26,7 @@ from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder, open_run
 
-#: The paper's names of LIBERO's suites, in its order.
+#: LIBERO's suites → the paper's names, in its order.
 SUITES = {
     "libero_spatial": "Spatial",
     "libero_object": "Object",
@@ -39,7 +39,7 @@ Outcomes = Mapping[TaskTrial, TrialOutcome]
 
 
 class PolicyAgent:
-    """A policy for `drive`; `sources` names the statistics that the actions of each task are scaled by."""
+    """A policy as an agent for `drive`; `sources`: task → name of the statistics that scale its actions."""
 
     def __init__(self, policy: AnyPolicy, sources: Mapping[str, str], act_steps: int | None):
         self.policy, self._sources, self._act_steps = policy, sources, act_steps
@@ -67,7 +67,7 @@ class PolicyAgent:
 
 
 class RandomAgent:
-    """Chunks of actions drawn evenly between the bounds that the policy's own actions are scaled by."""
+    """Chunks of actions drawn uniformly between the bounds that scale the policy's actions."""
 
     def __init__(self, policy: AnyPolicy, sources: Mapping[str, str]):
         self._chunk, self._sources = policy.chunk, sources
@@ -85,17 +85,17 @@ class RandomAgent:
 
 @dataclass(frozen=True)
 class RolloutArm:
-    """One who drives the robot through all the trials."""
+    """One agent that is evaluated in all trials."""
 
     name: str
-    agent: Agent | None  # None: the expert of `setting`
+    agent: Agent | None  # None: the benchmark's expert acts
     setting: Setting
     store: TrialFolder
 
 
 @dataclass(kw_only=True)
 class PolicyRollout(RolloutOptions, Measurement):
-    """Rollouts of a run's policy, or of what `load_policy` takes."""
+    """Rollouts of a run's policy, or of any policy that `load_policy` opens."""
 
     name = "rollout"
     title = "Rollouts of the policy"
@@ -134,10 +134,10 @@ class PolicyRollout(RolloutOptions, Measurement):
         self._stamp = saved.digest if saved else _stamp(Path(self.provenance.checkpoint))
 
     def _prepare(self, view: PolicyView, loaded: AnyPolicy) -> None:
-        """Put the policy before the benchmark.
+        """Match the policy with the benchmark.
 
         Raises:
-            StamoError: Its views, its statistics or its instructions do not fit.
+            StamoError: Its views, statistics or instructions do not fit.
         """
         self._view, self._policy = view, loaded
         self._setting = view.with_views(loaded.cfg.views, named=bool(self.cameras))
@@ -182,7 +182,7 @@ class PolicyRollout(RolloutOptions, Measurement):
         }
 
     def _arms(self) -> list[RolloutArm]:
-        """The policy, and the baselines where they are asked for. More trials go on where fewer stopped."""
+        """The policy, and the baselines if requested. More trials continue after fewer."""
         folder, setting = self.folder / "trials", self._setting
         identity = {**self.settings(), "policy": self._stamp, "weights": self.provenance.checkpoint}
         del identity["trials"]
@@ -198,7 +198,7 @@ class PolicyRollout(RolloutOptions, Measurement):
         return arms
 
     def results(self) -> Iterator[EvaluationResult]:
-        """One result, or none where trials of other slices are missing."""
+        """Yield one result, or none if trials of other slices are missing."""
         arms, benchmark = self._arms(), self._view.benchmark
         processes = self.processes or self.benchmarks.default_processes(benchmark)
         for arm in arms:
@@ -245,7 +245,7 @@ class PolicyRollout(RolloutOptions, Measurement):
         return ", each task told the next one's instruction" if self.shuffle_instructions else ""
 
     def show(self, result: EvaluationResult) -> None:
-        """Of the suites too, whose table is written beside the result."""
+        """Also prints the suites' table, which is written beside the result."""
         super().show(result)
         rates = {
             SUITES.get(suite, suite): successes.row([o for t, o in self._ours.items() if t.task in tasks])["success"]
@@ -269,7 +269,7 @@ class PolicyRollout(RolloutOptions, Measurement):
 
 
 def _stamp(folder: Path) -> Any:
-    """What tells one policy's files from another's without reading gigabytes; a hub id is its own name."""
+    """An identifier of a policy's files that does not read gigabytes; a hub id identifies itself."""
     if not folder.is_dir():
         return str(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "rollout" not in path.parts)
@@ -277,11 +277,11 @@ def _stamp(folder: Path) -> Any:
 
 
 def roll_out(run_path: Path, step: int, benchmarks: SimulatorCatalogue, console: Console | None = None) -> None:
-    """Roll the checkpoint of `step` out into RUN/eval/during/, and make the table of all steps anew.
+    """Roll the checkpoint of `step` out into RUN/eval/during/, and rewrite the table of all steps.
 
     Raises:
         RunError: The run's recipe asks for no rollouts.
-        StamoError: What `PolicyRollout` raises.
+        StamoError: Raised by `PolicyRollout`.
     """
     run = open_run(run_path)
     recipe = load(run.resolved).recipe

@@ -1,4 +1,4 @@
-"""Whether the rollouts that a recipe asks for are possible, before anything is trained. Needs no torch."""
+"""Checking before training that a recipe's rollouts are possible. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_rollout(recipe: Recipe, benchmarks: SimulatorCatalogue) -> None:
-    """Refuse what the rollouts that a recipe asks for would refuse, where the simulator is here to ask.
+    """Raise now what a recipe's rollouts would raise later, if the simulator is installed here.
 
     Raises:
         RecipeError: Unknown benchmark, task or camera, or more trials than there are initial states.
@@ -37,7 +37,7 @@ def check_rollout(recipe: Recipe, benchmarks: SimulatorCatalogue) -> None:
 
 
 def _format(recipe: Recipe) -> str | None:
-    """Of the data with actions, where it is one and at hand: what a policy is rolled out in unless it is said."""
+    """The source format of the data with actions, if unique and available: the default benchmark of rollouts."""
     from stamo_dist.data.schema import read_manifest
 
     found = set()

@@ -1,4 +1,4 @@
-"""How a policy is shown a benchmark: as it was trained, unless the user says otherwise."""
+"""How a policy sees a benchmark: as in its training, unless the user overrides it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stamo_dist.models.openvla.actions import SeenAs
 from stamo_dist.models.openvla.framing import Framing, FramingPreset
 from stamo_dist.models.policies import AnyPolicy, trained_on
 
-#: Where neither the policy nor the user says.
+#: Defaults if neither the policy nor the user specifies them.
 _BENCHMARK, _SIZE = "libero", 256
 
 
@@ -24,17 +24,17 @@ class PolicyView:
     benchmark: str
     setting: Setting
     unnorm_key: str | None
-    trained: Mapping[str, SeenAs]  # of every source of the policy; empty where its folder does not say
+    trained: Mapping[str, SeenAs]  # of every source of the policy; empty if its folder does not record them
 
     @classmethod
     def to(
         cls, policy: str, benchmarks: SimulatorCatalogue, asked: ShowOptions, preset: FramingPreset | None = None
     ) -> PolicyView:
-        """What is not asked for is taken from the policy's folder, whose weights are not opened, else from a preset.
+        """Options not given come from the policy's folder (its weights are not opened), else from a preset.
 
         Raises:
-            RunError: The policy was trained on other benchmarks, on several and none is named, or on the cameras named
-                in another order.
+            RunError: The policy was trained on other benchmarks, or on several and none is named, or the named cameras
+                are in another order.
         """
         cameras = tuple(split(asked.cameras or []))
         benchmark, size, actions, unnorm_key = asked.benchmark, asked.size, asked.actions, asked.unnorm_key
@@ -61,7 +61,7 @@ class PolicyView:
         seen = trained[key] if key else next((s for s in trained.values() if s.format == benchmark), None)
         if seen is None:
             setting = Setting(size or _SIZE, cameras or (benchmarks.default_camera(benchmark),), actions)
-            setting = replace(setting, finely=not trained)  # frames of others are not of our renderer
+            setting = replace(setting, finely=not trained)  # other datasets were not rendered by our renderer
         else:
             square = seen.frame_size is not None and seen.frame_size[0] == seen.frame_size[1]
             rendered = seen.frame_size[0] if seen.frame_size and square and size in (None, seen.size) else None
@@ -89,7 +89,7 @@ class PolicyView:
         """Task → the source whose statistics scale its actions: as named, else its suite's, else the benchmark's.
 
         Raises:
-            RunError: That is not said, or several would do.
+            RunError: It is not determined, or ambiguous.
             DataError: Its statistics, or some of them, are missing.
         """
         known = policy.statistics
@@ -116,13 +116,13 @@ class PolicyView:
         return found
 
     def said(self, setting: Setting, framing: Framing) -> str:
-        """One line for the user."""
+        """The view in one line, for the user."""
         drawn = f"drawn at {setting.rendered} px, seen at" if setting.rendered not in (None, setting.size) else "at"
         return f"{self.benchmark}: {', '.join(setting.cameras)} {drawn} {setting.size} px, {framing.said()}"
 
 
 def check_order(named: Sequence[str], theirs: Sequence[str], whose: str) -> None:
-    """Raises: RunError: The same cameras are named in another order."""
+    """Raises: RunError: The policy's cameras are named in another order."""
     if tuple(named) != tuple(theirs) and sorted(named) == sorted(theirs):
         raise RunError(
             f"--cameras {','.join(named)}: {whose} {', '.join(theirs)}, in this order, which its views keep; leave "

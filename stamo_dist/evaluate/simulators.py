@@ -1,4 +1,4 @@
-"""What closed-loop measurements need of a simulator; `stamo_dist.cli` brings a `SimulatorCatalogue`."""
+"""The simulator interface of closed-loop measurements; `stamo_dist.cli` provides a `SimulatorCatalogue`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stamo_dist.errors import DataError
 
 @dataclass(frozen=True)
 class Observation:
-    """What an agent is shown before it acts."""
+    """What an agent observes before it acts."""
 
     images: tuple[NDArray[np.uint8], ...]  # upright (S, S, 3), one of each camera asked for
     proprio: NDArray[np.float64]  # (P,), as in the shards: position, rotation vector, fingers
@@ -24,58 +24,58 @@ class Observation:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is shown and driven."""
+    """How a task is rendered and controlled."""
 
     size: int  # side of the frames
     cameras: tuple[str, ...]
-    actions: str = "delta"  # what the agent's numbers are: one of ACTIONS
+    actions: str = "delta"  # format of the agent's actions: one of ACTIONS
     goals: bool = False  # the expert solves each trial first, and its last frame is the goal
-    expert: bool = False  # the expert acts, and nobody is asked
-    finely: bool = False  # frames are drawn as the benchmark's own renderer does; ours is faster where it can be
-    rendered: int | None = None  # side at which frames are drawn, then resized as by a conversion; `size` when None
+    expert: bool = False  # the expert acts instead of an agent
+    finely: bool = False  # render like the benchmark's own renderer; ours is faster
+    rendered: int | None = None  # side at which frames are rendered, then resized as in a conversion; `size` if None
 
 
-#: delta: metres, radians and a gripper that is 1 open and 0 closed, as `stamo data convert` writes them; original: the
-#: simulator's own numbers; openvla: those with the gripper 1 open and 0 closed, as OpenVLA's LIBERO checkpoints give.
+#: delta: metres, radians and gripper 1 open, 0 closed, as `stamo data convert` writes them; original: the simulator's
+#: own numbers; openvla: those with gripper 1 open, 0 closed, as OpenVLA's LIBERO checkpoints output.
 ACTIONS = ("delta", "original", "openvla")
 
 
 class Simulator(Protocol):
     """One task, one episode at a time."""
 
-    max_steps: int  # after which a trial has failed
+    max_steps: int  # steps after which a trial has failed
 
     def reset(self, trial: int) -> Observation:
-        """Go to the benchmark's initial state number `trial`.
+        """Set the benchmark's initial state number `trial`.
 
         Raises:
-            DataError: The benchmark has fewer, or the expert does not solve it and a goal was asked for.
+            DataError: The benchmark has fewer, or a goal was requested and the expert does not solve it.
         """
 
     def solve(self, trial: int) -> int | None:
-        """Let the scripted expert act from initial state number `trial`; the steps it took, None where it failed.
+        """Let the scripted expert act from initial state number `trial`; the number of steps, None if it failed.
 
         Raises:
             DataError: There is no expert for this task.
         """
 
     def step(self, action: NDArray[np.float64]) -> bool:
-        """Act once; True when the benchmark's success check holds."""
+        """Execute an action; True if the benchmark's success check holds."""
 
     def observe(self) -> Observation:
-        """The present moment."""
+        """The current observation."""
 
     def close(self) -> None: ...
 
 
 class SimulatorCatalogue(Protocol):
-    """The simulators there are. Implementations must be picklable: every worker process gets one."""
+    """The available simulators. Implementations must be picklable: every worker process gets a copy."""
 
     def checkable(self, benchmark: str) -> bool:
-        """Whether `resolve` can tell what there is: not so where the simulator is not installed here."""
+        """Whether `resolve` works here: False if the simulator is not installed."""
 
     def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
-        """Full names of the tasks, without starting one.
+        """Full names of the tasks, without starting any.
 
         Raises:
             DataError: Unknown benchmark, task or camera, or a simulator that is not installed (with the install line).
@@ -89,19 +89,19 @@ class SimulatorCatalogue(Protocol):
         """
 
     def instruction(self, benchmark: str, task: str) -> str:
-        """What a policy is told to do in a task, without starting it."""
+        """The instruction of a task, without starting it."""
 
     def default_processes(self, benchmark: str) -> int:
-        """As many simulators as this machine's cores and memory allow."""
+        """Number of simulators that this machine's cores and memory allow."""
 
     def default_camera(self, benchmark: str) -> str: ...
 
     def trials(self, benchmark: str) -> int | None:
-        """How many initial states each task has; None when any number."""
+        """Number of initial states of each task; None if unlimited."""
 
 
 def check_trials(benchmarks: SimulatorCatalogue, benchmark: str, trials: int) -> None:
-    """Raises: DataError: There are not so many initial states."""
+    """Raises: DataError: There are fewer initial states."""
     most = benchmarks.trials(benchmark)
     if most is not None and trials > most:
         raise DataError(f"--trials {trials}: {benchmark} has {most} initial states of each task")

@@ -1,6 +1,6 @@
-"""How fast a tokenizer encodes and decodes, and how many moments a second a policy acts in; warm, median, spread.
+"""Speed of a tokenizer's encoding and decoding, and of a policy's acting (timesteps per second); warm, median, spread.
 
-Of a policy also what the world head costs: none, StaMo's, raw DINOv2's.
+For a policy also the cost of the world head: none, StaMo's, raw DINOv2's.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from stamo_dist.tasks.policy_data import network_config
 
 NONE, STAMO, DINOV2 = PARTS = ("no head", "StaMo head", "raw DINOv2 head")
 _TEXT = "put the red block into the drawer"
-_STATE, _PATCHES = (2, 1024), (256, 1024)  # of the full-size tokenizer, where the policy sees through none
+_STATE, _PATCHES = (2, 1024), (256, 1024)  # of the full-size tokenizer, if the policy uses none
 _ACTION_DIM, _PROPRIO_DIM = 7, 8  # LIBERO's
-WARM = 3  # calls that are not counted
+WARM = 3  # warm-up calls, not counted
 
 
 def speed(**options: Any) -> Measurement:
-    """Of the tokenizer or the policy that the options name."""
+    """The measurement for the tokenizer or policy that the options name."""
     path = options["run"]
     resolved = RunFolder(path).resolved
     is_policy = path.is_file() or (resolved.is_file() and load(resolved).recipe.stage == "policy")
@@ -54,7 +54,7 @@ def speed(**options: Any) -> Measurement:
 
 
 class SpeedMeasurement(SpeedOptions, Measurement):
-    """What the two have in common."""
+    """Shared by the tokenizer's and the policy's measurement."""
 
     name = "speed"
     by = ("device", "part", "batch")
@@ -70,7 +70,7 @@ class SpeedMeasurement(SpeedOptions, Measurement):
     def timed(
         self, calls: Mapping[str, Callable[[], object]], device: str, batch: int, watched: TaskID
     ) -> dict[str, tuple[dict[str, Any], Tensor]]:
-        """A row of the table for each call by its name, and the seconds, (calls,); they take turns call by call."""
+        """A table row for each named call, and the seconds, (calls,); the calls are interleaved."""
         found: dict[str, list[float]] = {part: [] for part in calls}
         wait = Device.named(device).synchronize
         for _ in range(WARM + self.calls):
@@ -141,7 +141,7 @@ class TokenizerSpeed(SpeedMeasurement, TokenizerMeasurement):
 
 
 class PolicySpeed(SpeedMeasurement):
-    """Of a run, or of a recipe, whose network then has random weights: what it costs does not depend on them."""
+    """Speed of a run's or recipe's policy; for a recipe the weights are random, as the cost does not depend on them."""
 
     title = "Speed of the policy"
     about = (
@@ -193,7 +193,7 @@ class PolicySpeed(SpeedMeasurement):
     def _variants(
         self, policy: AnyPolicy, heads: dict[str, WorldHead | None], batch: int
     ) -> dict[str, Callable[[], object]]:
-        """Acting with each of the heads."""
+        """The policy's acting function with each of the heads."""
         size, cfg = self._recipe.data.image_size, policy.cfg
         frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
         images, texts = [[frame] * cfg.views] * batch, [_TEXT] * batch
@@ -211,7 +211,7 @@ class PolicySpeed(SpeedMeasurement):
 
 
 def _random_policy(recipe: Recipe, device: str) -> Policy:
-    """The recipe's network without anybody's weights, straight on the device."""
+    """The recipe's network with random weights, created on the device."""
     cfg = recipe.policy
     _, config = network_config(cfg)
     state_encoder = None
@@ -240,14 +240,14 @@ def _random_policy(recipe: Recipe, device: str) -> Policy:
 
 
 def _targets(policy: Policy) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(tokens, dim) of a state and of all patches: of the tokenizer it sees through, or of the full-size one."""
+    """(tokens, dim) of a state and of all patches, of the policy's tokenizer or the full-size one."""
     if policy.vision is None:
         return _STATE, _PATCHES
     return policy.vision.target_shape("state"), policy.vision.target_shape("dinov2")
 
 
 def _heads(policy: AnyPolicy) -> dict[str, WorldHead | None]:
-    """Each variant's head; the diffusion transformer has none."""
+    """The head of each variant; the diffusion transformer has none."""
     if not isinstance(policy, Policy):
         assert policy.cfg.diffusion is not None, "it is the diffusion policy"
         return {f"diffusion, {policy.cfg.diffusion.sampler_steps} steps": None}

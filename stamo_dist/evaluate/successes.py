@@ -1,4 +1,4 @@
-"""Success rates of trials: rows, what is still missing, and videos for the page."""
+"""Success rates of trials: table rows, missing trials, and videos for the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Success of one `row` over that of another in points, and its 95 % interval: Newcombe's (1998, method 10)."""
+    """Difference of two rows' success rates in points, and its 95 % interval: Newcombe's (1998, method 10)."""
     p, q = first["success"], second["success"]
     down, up = math.hypot(p - first["low"], second["high"] - q), math.hypot(first["high"] - p, q - second["low"])
     return p - q, p - q - down, p - q + up
@@ -50,7 +50,7 @@ COLUMNS = {"trials": "trials", "success": "success %", "low": "low", "high": "hi
 
 
 def my_share(trials: Sequence[TaskTrial], slice: int, num_slices: int) -> list[TaskTrial]:
-    """What this one of several runs does.
+    """This slice's share of the trials.
 
     Raises:
         RunError: There is no such slice.
@@ -61,9 +61,9 @@ def my_share(trials: Sequence[TaskTrial], slice: int, num_slices: int) -> list[T
 
 
 class Films:
-    """Of which outcomes a video is kept: up to `most` of each task's successes and of its failures.
+    """Decides which outcomes keep a video: up to `most` of each task's successes and of its failures.
 
-    Those of `trials` that were kept before count too.
+    Videos of `trials` kept earlier are counted too.
     """
 
     def __init__(self, store: TrialFolder, trials: Sequence[TaskTrial], most: int):
@@ -82,7 +82,7 @@ SIDES = {True: "succeeded", False: "failed"}
 def side_by_side(
     found: Sequence[TrialOutcome], trials: TrialFolder, folder: Path, label: str, most: int
 ) -> list[Figure]:
-    """As `videos`, of one task: up to `most` of its successes, and as many of its failures beside them."""
+    """As `videos`, for one task: up to `most` of its successes and as many of its failures, side by side."""
     figures = []
     for success, side in SIDES.items():
         chosen = [o for o in found if o.success == success]

@@ -22,7 +22,7 @@ from stamo_dist.models.images import to_float
 from stamo_dist.models.tokenizer import Tokenizer
 
 ADDED, PIXELS, STILL = KINDS = ("motion added", "pixels added", "scene alone")
-Scores = dict[str, list[float]]  # picture → motion kept, scene kept
+Scores = dict[str, list[float]]  # image row → motion kept, scene kept
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Pair:
 
     @property
     def files(self) -> tuple[str, str]:
-        """The strip and the loop."""
+        """File names of the strip (PNG) and the loop (GIF)."""
         stem = file_name(f"{self.number:02d}_{self.source.name}_{self.scene.name}")
         return f"{stem}.png", f"{stem}.gif"
 
@@ -104,7 +104,7 @@ class MotionTransfer(TransferOptions, PartwiseMeasurement[Pair, Scores]):
 
 @torch.no_grad()
 def _pictures(tokenizer: Tokenizer, pair: Pair, at: list[int], steps: int) -> dict[str, Tensor]:
-    """(T, 3, H, W) each: the real frames, what stands for the transfer, and (1, 3, H, W) the scene."""
+    """(T, 3, H, W) each: the real frames and the transferred ones; and (1, 3, H, W) the scene."""
     frames = load(pair.source.held_out, pair.episode, at).to(tokenizer.device)
     scene = load(pair.scene.held_out, pair.scene_episode, [0]).to(tokenizer.device)
     states, begin = tokenizer.encode(frames), tokenizer.encode(scene)
@@ -120,7 +120,7 @@ def _pictures(tokenizer: Tokenizer, pair: Pair, at: list[int], steps: int) -> di
 
 
 def _scores(tokenizer: Tokenizer, made: dict[str, Tensor], still: Tensor) -> Scores:
-    """Picture → motion kept, scene kept."""
+    """Image row → motion kept, scene kept."""
     asked = _motion(tokenizer, made["real"])
     found = {}
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""The weights that are measured: a run's tokenizer, a policy, and the noise a tokenizer samples from."""
+"""Loading the weights to measure: a run's tokenizer or a policy; and the tokenizer's sampling noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, open_run
 from stamo_dist.tasks.noise import Noise
 
-SCRATCH = ".model."  # what a killed process leaves is called so
+SCRATCH = ".model."  # prefix of temporary folders, which killed processes leave behind
 
 
 def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
@@ -43,10 +43,10 @@ def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
 
 
 def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None) -> tuple[Tokenizer, Provenance]:
-    """The tokenizer of a run in fp32, on the GPU where there is one, with the averaged weights where they were kept.
+    """The tokenizer of a run in fp32, on the GPU if there is one, with averaged weights if they exist.
 
-    `checkpoint`: a step, or the path of a checkpoint. When omitted, the newest whole checkpoint; the run's export
-    (`model/`) when it has none.
+    `checkpoint`: a step, or the path of a checkpoint. When omitted, the newest complete checkpoint; the run's
+    export (`model/`) if it has none.
 
     Raises:
         CheckpointError: No such checkpoint, or none yet.
@@ -79,7 +79,7 @@ def _find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path | None:
 
 
 def named_checkpoint(run: RunFolder, name: str) -> Path:
-    """What `--checkpoint` names: a step, `best`, or a path.
+    """The checkpoint named by `--checkpoint`: a step, `best`, or a path.
 
     Raises:
         CheckpointError: There is none.
@@ -112,9 +112,9 @@ def exported_at(run: RunFolder) -> tuple[Recipe, int]:
 def open_policy(
     policy: str | Path, device: str | None = None, tokenizer: str | None = None, use: Use = AS_RECORDED
 ) -> tuple[AnyPolicy, Provenance]:
-    """What a run exported, or released weights, and where they come from.
+    """A policy from a run's export or released weights, and its provenance.
 
-    `policy`: a run folder, or what `load_policy` takes. `tokenizer`: where the one it sees through moved to.
+    `policy`: a run folder, or any argument of `load_policy`. `tokenizer`: the new path of its tokenizer, if moved.
 
     Raises:
         RunError: The run trains something else.
@@ -135,16 +135,16 @@ def _load(recipe: Recipe, model: Path, device: str | None, tokenizer: str | None
 
 
 class SavedPolicy:
-    """The exported model of a checkpoint, in a folder that is there until it is opened.
+    """The exported model of a checkpoint, in a temporary folder that exists until it is opened.
 
     Args:
         run: The run folder.
         checkpoint: A step, `best`, or a path.
-        out, name: Where results go; RUN/eval/NAME when `out` is None. The model is written there.
+        out, name: Folder of the results, in which the model is written; RUN/eval/NAME if `out` is None.
 
     Raises:
-        RunError: It is no run folder, or the run trains something else.
-        CheckpointError: No such checkpoint, or it is not whole.
+        RunError: It is not a run folder, or the run trains something else.
+        CheckpointError: No such checkpoint, or it is incomplete.
     """
 
     def __init__(self, run: str, checkpoint: str, out: Path | None, name: str):
@@ -159,14 +159,14 @@ class SavedPolicy:
         write_model(self._recipe, mixture_of(self._recipe, self._manifest.recipe), self._path, Path(self.model))
 
     def open(self, device: str | None, tokenizer: str | None, use: Use) -> tuple[AnyPolicy, Provenance]:
-        """The policy, with the averaged weights where the checkpoint has them, and where it comes from."""
+        """The policy, with averaged weights if the checkpoint has them, and its provenance."""
         policy = _load(self._recipe, Path(self.model), device, tokenizer, use)
-        self._folder.cleanup()  # a large policy must not lie there while it acts
+        self._folder.cleanup()  # removed before acting, as it may be large
         return policy, Provenance.of_checkpoint(self._recipe, self._path, self._manifest)
 
 
 def digest(checkpoint: Path) -> str | None:
-    """What tells a checkpoint from another of the same step; None where there is no whole one."""
+    """A digest that distinguishes checkpoints of the same step; None if there is no complete one."""
     try:
         marker: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
         return str(marker["sha256"])

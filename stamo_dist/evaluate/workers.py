@@ -1,4 +1,4 @@
-"""Parts of a measurement: on disk, so that a killed one goes on where it was, and shared by processes."""
+"""Parts of a measurement: stored on disk, so that a killed one resumes, and shared by processes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ S = TypeVar("S")
 
 
 class PartsFile:
-    """A line of JSON a part, after one with the `identity` (weights, data, settings) they were measured under.
+    """A file with one JSON line per part, after a line with their `identity` (weights, data, settings).
 
-    Every process writes a file of its own and reads those of all. Parts of another identity are deleted.
+    Every process writes its own file and reads those of all. Parts of another identity are deleted.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], rank: int = 0):
@@ -54,11 +54,11 @@ class PartsFile:
             self._done[part["part"]] = part["value"]
 
     def known(self, parts: Iterable[str]) -> dict[str, Any]:
-        """Values of those of `parts` that are measured."""
+        """Values of the measured ones of `parts`."""
         return {part: self._done[part] for part in parts if part in self._done}
 
     def get(self, part: str, measure: Callable[[], Any]) -> Any:
-        """The value that an earlier start measured, or that `measure` returns now: something JSON can hold."""
+        """The JSON value that an earlier start measured, or that `measure` returns now."""
         if part not in self._done:
             self._done[part] = value = measure()
             if not self._path.is_file():
@@ -68,14 +68,14 @@ class PartsFile:
         return self._done[part]
 
     def close(self) -> None:
-        """Everything is measured and in the result: the first process removes the files of all."""
+        """Call when all parts are in the result: the first process removes all files."""
         for file in self._all() if self._main else ():
             file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The processes of one measurement, as seen by the one of `rank`; by default there is only this one."""
+    """The processes of one measurement, as seen by rank `rank`; by default only this one."""
 
     rank: int = 0
     size: int = 1
@@ -86,7 +86,7 @@ class WorkerGroup:
         return self.rank == 0
 
     def share(self, items: Sequence[T], measure: Callable[[T], S]) -> list[S]:
-        """`measure` of every item, in their order, on all processes; each computes every `size`-th.
+        """`measure` of every item, in order, on all processes; each process computes every `size`-th.
 
         The value of an item must not depend on the process, so that the result does not depend on `size`.
         """
@@ -99,16 +99,16 @@ class WorkerGroup:
         return [found[i] for i in range(len(items))]
 
     def open_parts(self, path: Path, identity: Mapping[str, Any]) -> PartsFile:
-        """The values of earlier starts; all processes have read them before one is added."""
+        """The values of earlier starts; all processes have read them before any is added."""
         finished = PartsFile(path, identity, self.rank)
         self.wait()
         return finished
 
     def map(self, finished: PartsFile, parts: Mapping[str, T], measure: Callable[[T], S]) -> Iterator[dict[str, S]]:
-        """`measure` the `parts` that `finished` lacks, `size` at a time, and keep their values there.
+        """`measure` the `parts` that `finished` lacks, `size` at a time, and store their values in it.
 
         Yields name → value of all parts so far, in the order of `parts`, on every process: after each round, and once
-        where nothing is missing. The next round begins when all processes ask for it.
+        if nothing is missing. The next round begins when all processes request it.
         """
         known = finished.known(parts)
         done: dict[str, S] = broadcast(known) if self.size > 1 else known
@@ -123,12 +123,12 @@ class WorkerGroup:
             self.wait()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have arrived."""
         if self.size > 1:
             barrier()
 
     def console(self, console: Console | None) -> Console:
-        """`console`, or the terminal; of the other processes one that prints nowhere."""
+        """`console`, or the terminal; on other processes one that prints nothing."""
         return (console or Console()) if self.main else Console(file=io.StringIO())
 
 
@@ -139,7 +139,7 @@ def run_in_group(
     body: Callable[[WorkerGroup], object],
     arguments: list[str],
 ) -> None:
-    """Run `body` here, or on several processes; does not return in the latter case.
+    """Run `body` here, or on several processes; in the latter case it does not return.
 
     Under torchrun or Slurm each process takes its rank from the environment; otherwise `launch` starts `nproc`
     processes with `arguments`.

@@ -1,1 +1,1 @@
-"""What ends a run that should not go on, or has it leave in time. Free of torch at import, for the launcher."""
+"""Stopping runs: shutdown signals, and ending a hung run. Free of torch at import, for the launcher."""

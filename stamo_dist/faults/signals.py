@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: remembered here, acted on at the next optimizer boundary.
+"""Signals that ask a run to stop: recorded here, handled at the next optimizer step.
 
-A handler may not run a collective, and Python runs handlers only once the main thread is back in the interpreter, which
-a thread inside a hung collective never is. So the signal's number goes through a pipe to a thread of its own; the loop
-reduces what arrived over the ranks together with the metrics.
+A handler may not run a collective, and Python runs handlers only once the main thread is back in the interpreter,
+which a thread inside a hung collective never is. So the signal's number is written to a pipe that a separate thread
+reads; the loop reduces the received signals over the ranks together with the metrics.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from stamo_dist.run.folder import write_atomic
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-#: Seconds. A terminal, srun and torchrun all pass one Ctrl-C on: within that time it is one.
+#: Seconds within which several SIGINTs count as one: a terminal, srun and torchrun all forward a Ctrl-C.
 _ONE_REQUEST = 0.1
-#: Seconds. A scheduler's SIGTERM comes to a rank by several ways: within that time it is one.
+#: Seconds within which several SIGTERMs count as one: a scheduler's reaches a rank in several ways.
 _ONE_END = 5.0
-#: Seconds after the grace time, when the cluster should have killed this process.
+#: Seconds after the grace time at which this process ends itself.
 _OVERTIME = 60.0
 
 
 class ShutdownRequest:
-    """Whether this process was asked to stop, by which signal first.
+    """Whether this process was asked to stop, and by which signal first.
 
-    It ends at once, saved or not, at a second SIGINT or SIGTERM, a minute after the `grace` seconds that the cluster
-    gives are over, and where nothing is to be saved (`nothing_to_save`). Made in the main thread. Processes that are
+    It ends at once, saved or not, at a second SIGINT or SIGTERM, a minute after the cluster's `grace` seconds are
+    over, and while there is nothing to save (`nothing_to_save`). Made in the main thread. Processes that are
     forked off this one ignore the signals.
     """
 
@@ -42,7 +42,7 @@ class ShutdownRequest:
         self.signal: signal.Signals | None = None
         self._rank, self._grace = rank, grace
         self._interrupted: float | None = None
-        self._ended: float | None = None  # when the first SIGTERM came
+        self._ended: float | None = None  # time of the first SIGTERM
         self._idle: str | None = None
         self._last: Callable[[], None] = _nothing
         out, into = os.pipe()
@@ -52,7 +52,7 @@ class ShutdownRequest:
         signal.set_wakeup_fd(into, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_ignore)
         threading.Thread(target=self._listen, args=(out,), name="signals", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # those that came before this was made
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # signals that arrived before this was created
 
     @property
     def asked(self) -> bool:
@@ -60,7 +60,7 @@ class ShutdownRequest:
 
     @contextlib.contextmanager
     def nothing_to_save(self, doing: str, last: Callable[[], None]) -> Iterator[None]:
-        """Inside it a request, or one that came before, ends this process at once, after `last`."""
+        """Inside, a present or earlier request ends this process at once, after calling `last`."""
         self._idle, self._last = doing, last
         if self.signal is not None:
             self._end(f"{self.signal.name} before {doing}", EXIT_PREEMPTED)
@@ -101,7 +101,7 @@ class ShutdownRequest:
 
 
 def describe_requests(signals: Mapping[int, str]) -> str:
-    """Rank → signal, in words."""
+    """Text of rank → signal."""
     ranks: dict[str, list[int]] = {}
     for rank, name in sorted(signals.items()):
         ranks.setdefault(name, []).append(rank)
@@ -110,9 +110,9 @@ def describe_requests(signals: Mapping[int, str]) -> str:
 
 @dataclass
 class ShutdownBudget:
-    """How long it takes to leave when asked to, as last measured in this run, against the time there is for it.
+    """The time needed to leave on request, as last measured in this run, compared with the available time.
 
-    `file` keeps the measurement over restarts; `seconds` is the time there is, None where it is not known.
+    `file` keeps the measurement over restarts; `seconds` is the available time, None if unknown.
     """
 
     file: Path
@@ -120,13 +120,13 @@ class ShutdownBudget:
     _said: bool = False
 
     def measured(self, step: float, save: float) -> list[str]:
-        """Take in the seconds that a step and a save took; returns what to say the first time."""
-        with contextlib.suppress(OSError):  # a full disk ends no run
+        """Record the seconds of a step and a save; returns notes for the user the first time."""
+        with contextlib.suppress(OSError):  # a full disk must not end the run
             write_atomic(self.file, json.dumps({"step_seconds": round(step, 3), "save_seconds": round(save, 3)}) + "\n")
         return self.notes()
 
     def notes(self) -> list[str]:
-        """What a person should know: nothing before the first measurement, and nothing twice."""
+        """Notes for the user: none before the first measurement, and each only once."""
         try:
             found = json.loads(self.file.read_text())
             step, save = float(found["step_seconds"]), float(found["save_seconds"])
@@ -150,7 +150,7 @@ class ShutdownBudget:
 
 
 def _nothing(*_: object) -> None:
-    """A handler must be there for the number to be written to the pipe."""
+    """A no-op: a handler must exist for the signal number to be written to the pipe."""
 
 
 def _ignore() -> None:

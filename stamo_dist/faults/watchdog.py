@@ -1,8 +1,8 @@
-"""Notices that a run no longer gets on, says which rank holds it up, and ends it so that it is started again.
+"""Detects a hung run, reports which rank blocks it, and ends it so that it is started again.
 
-Every rank has a thread that looks at how far its training thread got and leaves word of it (`heartbeats.py`). A rank
-without progress for too long says so there; then all write where they are to `logs/stack_rank_00003.txt`, the lowest
-that answers compares, and all leave. Nothing here needs a working network.
+Every rank has a thread that writes the progress of its training thread as a heartbeat (`heartbeats.py`). A rank without
+progress for too long reports the run as hung; then all write their stacks to `logs/stack_rank_00003.txt`, the lowest
+responding rank compares progress, and all exit. Nothing here needs a working network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.faults.heartbeats import Heartbeat, Heartbeats
 from stamo_dist.recipe.training import Train
 
-#: What is no step → the field of `train` that limits it; the word is what `stamo status` shows.
+#: Activity outside steps (as `stamo status` shows it) → the field of `train` that limits it.
 PHASES = {
     "building": "setup_timeout",
     "saving": "save_timeout",
@@ -30,20 +30,20 @@ PHASES = {
     "exporting": "export_timeout",
     "leaving": "setup_timeout",
 }
-_MARGIN = 60.0  # seconds: the watchdog comes before the process group, which cannot say who is late
-#: Seconds that a rank without a launcher may take for one thing; nobody would end it otherwise.
+_MARGIN = 60.0  # seconds by which the watchdog acts before the process group's timeout, which cannot name the late rank
+#: Seconds that a rank without a launcher may take for one phase; no process would end it otherwise.
 _LONELY = 30.0
-_LOOKS = 4  # at what the node knows, from one beat to the next: nothing of it is on a disk
+_LOOKS = 4  # polls of the node's memory between two heartbeats; no disk access
 
 
 class Watchdog:
     """Watches this rank from its first moment to `close`; every rank makes one.
 
-    Until `ranks_connected` a rank knows of no other, and only its own lateness counts.
+    Until `ranks_connected`, only this rank's own lateness counts.
 
     Args:
-        logs: The run's folder for logs, the same for every rank.
-        world: Who this is.
+        logs: The run's log folder, the same for every rank.
+        world: This process's rank.
         limits: Of its `…_timeout` fields, seconds without progress after which the run counts as hung.
     """
 
@@ -53,15 +53,15 @@ class Watchdog:
         self._beats: Heartbeats | None = None
         self._beat, self._since = Heartbeat(world.rank), time.monotonic()
         self._field = "setup_timeout"
-        self._gone = False  # the run is hung, and what this rank was doing then is what counts
-        self.saving_takes = 0.0  # seconds, as last measured: a rank that lost its launcher gets that long
+        self._gone = False  # the run is hung; the progress at that time is reported
+        self.saving_takes = 0.0  # seconds, as last measured: the time given to a rank that lost its launcher
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def ranks_connected(self) -> None:
-        """All ranks have found each other, and from now on look at each other; every rank calls it."""
-        name = f"watch_{os.getpid()}_{time.time_ns():x}"  # a rank cut off in an earlier start must not mix in
+        """All ranks are connected and from now on watch each other; every rank calls it."""
+        name = f"watch_{os.getpid()}_{time.time_ns():x}"  # a rank left over from an earlier start must not interfere
         if self._world.is_main:
             for old in self._logs.glob("watch_*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -74,7 +74,7 @@ class Watchdog:
         self._beats = beats
 
     def mark(self, doing: str, step: int) -> None:
-        """This rank begins something: `doing`, which for what is no step begins with a phase, and `step` make a phrase.
+        """This rank begins `doing` in `step`; outside steps, `doing` begins with one of PHASES.
 
         The first step may take as long as building the model.
         """
@@ -94,7 +94,7 @@ class Watchdog:
                 self._beats.beat(self._now(dumped=False))
 
     def finished(self, step: int) -> None:
-        """This rank has finished `step`; from the first on, being late counts by the limit of steps."""
+        """This rank has finished `step`; from the first on, the limit of steps applies."""
         self._beat = replace(self._beat, finished=step)
         self.mark("done with", step)
 
@@ -119,7 +119,7 @@ class Watchdog:
                 if late:
                     self._leave_alone(f"{self._now(dumped=False)} (train.{field}: {limit:g})")
                 continue
-            with contextlib.suppress(OSError):  # a full disk hangs nobody
+            with contextlib.suppress(OSError):  # a full disk must not block the watchdog
                 if late and not lonely:
                     beats.say_hung(limit, f"train.{field}")
                 if late or time.monotonic() >= beaten + self._every:
@@ -151,7 +151,7 @@ class Watchdog:
         self._gone = True
         self._dump()
         last = self._now(dumped=True)
-        for _ in range(3 * _LOOKS):  # until the others have done the same and their nodes have passed it on
+        for _ in range(3 * _LOOKS):  # until the others have done the same and their nodes have copied it
             with contextlib.suppress(OSError):
                 beats.beat(last)
             time.sleep(self._every / _LOOKS)
@@ -163,13 +163,13 @@ class Watchdog:
 
 
 def launcher_is_gone() -> bool:
-    """Whether the process that started this rank with others, and would end it, has been killed."""
+    """Whether the launcher of this rank, which would end it, has been killed."""
     launcher = os.environ.get("STAMO_LAUNCHED")
     return launcher is not None and os.getppid() != int(launcher)
 
 
 def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, field: str, logs: Path) -> str:
-    """Who holds the run up: ranks that do not answer, else those that got least far."""
+    """The ranks that block the run: those that do not respond, else those with the least progress."""
     silent = [rank for rank in range(ranks) if rank not in beats or not beats[rank].dumped]
     least = min((beat.marks for beat in beats.values()), default=0)
     behind = [rank for rank, beat in sorted(beats.items()) if beat.marks == least]

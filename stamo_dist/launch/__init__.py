@@ -1,1 +1,1 @@
-"""Starting runs: processes on this machine, jobs on a Slurm cluster, and looking after both. Needs no torch."""
+"""Starting and managing runs: processes on this machine and jobs on a Slurm cluster. Needs no torch."""

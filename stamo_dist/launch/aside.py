@@ -1,4 +1,4 @@
-"""Commands of `stamo` that run beside a training and never in its way: processes, or Slurm jobs, of their own."""
+"""Commands of `stamo` that run beside a training without disturbing it, as separate processes or Slurm jobs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any
 
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.launch import slurm
-from stamo_dist.launch.profile import LOCAL, Profile, load_profile
+from stamo_dist.launch.profile import LOCAL, ClusterProfile, load_profile
 from stamo_dist.launch.record import Launch, main_log, read, since_submitted
 from stamo_dist.run.lease import Owner
 
 _NICE = 10
-_ASK = 60.0  # seconds between questions to Slurm
+_ASK = 60.0  # seconds between queries to Slurm
 _ENDS = ("finished", "failed", "stopped", "cancelled")
-_ROOT = Path(__file__).resolve().parents[2]  # of the package, which may be a snapshot's
-#: What makes a process a rank of the training, or a part of its job.
+_ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a snapshot's
+#: Environment variables that make a process a rank of the training, or a part of its job.
 _RANK = frozenset({
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "STAMO_LAUNCHED", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
@@ -34,7 +34,7 @@ Ticket = dict[str, Any]
 
 
 class Processes:
-    """Each command is a process on this machine, of low priority and in a session of its own."""
+    """Each command is a low-priority process on this machine in its own session."""
 
     stays = False
 
@@ -54,9 +54,9 @@ class Processes:
         return {"process": asdict(Owner.of(process.pid)), "log": str(log)}
 
     def alive(self, ticket: Ticket) -> bool:
-        """Whether it runs; a process of another machine, which the training has left, counts as dead."""
+        """Whether it runs; a process on another machine, where the training ran before, counts as dead."""
         for process in self._mine:
-            process.poll()  # one that has ended is a zombie until it is asked
+            process.poll()  # an ended child is a zombie until it is polled
         owner = Owner(**ticket["process"])
         return owner.local and owner.alive
 
@@ -70,8 +70,8 @@ class Jobs:
     """Each command is a Slurm job on one node, with one process and at most one GPU.
 
     Args:
-        run: The run that is trained.
-        cluster: The profile; that under which the run was submitted when None.
+        run: The training run.
+        cluster: The profile; the one the run was submitted with if None.
 
     Raises:
         StamoError: There is no Slurm here, no such profile, or the run was not submitted to Slurm.
@@ -87,9 +87,9 @@ class Jobs:
         profile_of(run, cluster)
 
     def start(self, arguments: Sequence[str], folder: Path) -> Ticket:
-        """Queue `stamo ARGUMENTS`, or find the job that was queued before; `folder` is its run folder."""
+        """Queue `stamo ARGUMENTS`, or find its earlier job; `folder` is its run folder."""
         asked = [str(self._run), self._cluster or "", str(folder), *arguments]
-        # In a process of its own: what Slurm tells the training's job about itself must not reach the new one.
+        # In a separate process: the Slurm variables of the training's job must not reach the new one.
         command, env = [sys.executable, "-m", __name__, *asked], environment(gpus=False)
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -104,7 +104,7 @@ class Jobs:
             return False
         when, was = self._asked.get(job, (0.0, True))
         if not when or time.monotonic() > when + _ASK:
-            with contextlib.suppress(slurm.SlurmError):  # it does not answer: ask again later
+            with contextlib.suppress(slurm.SlurmError):  # Slurm does not answer: ask again later
                 was = any(j.active for j in slurm.jobs([job]))
             self._asked[job] = (time.monotonic(), was)
         return was
@@ -115,16 +115,16 @@ class Jobs:
 
 
 def launcher(run: Path, where: str, cluster: str | None) -> Processes | Jobs:
-    """What `evaluate.rollout.where` names.
+    """The launcher named by `evaluate.rollout.where`.
 
     Raises:
-        StamoError: There can be no jobs.
+        StamoError: Jobs cannot be submitted here.
     """
     return Jobs(run, cluster) if where == "slurm" else Processes()
 
 
 def environment(*, gpus: bool) -> dict[str, str]:
-    """This process's variables, without those that make it a rank of a training; `gpus`: it sees the same ones."""
+    """This process's variables without those that make it a rank of a training; `gpus`: keep the visible GPUs."""
     env = {k: v for k, v in os.environ.items() if k not in _RANK and (k == "SLURM_CONF" or not k.startswith("SLURM"))}
     if gpus:
         env |= {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if k in os.environ}
@@ -132,11 +132,11 @@ def environment(*, gpus: bool) -> dict[str, str]:
     return env
 
 
-def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | None]:
-    """(name, the profile for one process on one node, how the training was submitted) of jobs beside a run.
+def profile_of(run: Path, cluster: str | None) -> tuple[str, ClusterProfile, Launch | None]:
+    """(profile name, profile for one process on one node, launch of the training) for jobs beside a run.
 
     Raises:
-        StamoError: It is not known under which profile.
+        StamoError: The profile is unknown.
     """
     try:
         training = read(run)
@@ -145,18 +145,18 @@ def profile_of(run: Path, cluster: str | None) -> tuple[str, Profile, Launch | N
     if cluster is not None:
         name, profile = load_profile(cluster)
     elif training is not None and training.cluster != LOCAL and training.profile:
-        name, profile = training.cluster, Profile.model_validate(training.profile)
+        name, profile = training.cluster, ClusterProfile.model_validate(training.profile)
     else:
         raise RunError("evaluate.rollout.cluster: is missing, and the training was not submitted to Slurm; name one")
     if profile.backend != "slurm":
         raise RunError(f"evaluate.rollout.cluster: {name} is no Slurm cluster; set evaluate.rollout.where: process")
     one: Mapping[str, Any] = {"nodes": 1, "min_nodes": None, "max_nodes": None, "processes_per_node": None}
     given = {**profile.model_dump(mode="json"), **one, "gpus_per_node": min(1, profile.gpus_per_node)}
-    return name, Profile.model_validate(given), training
+    return name, ClusterProfile.model_validate(given), training
 
 
-def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, Profile]:
-    """What is asked for; the code is that of the training's snapshot, if it has one."""
+def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[str]) -> tuple[Launch, ClusterProfile]:
+    """The launch record and profile; the code is that of the training's snapshot, if it has one."""
     name, profile, training = profile_of(run, cluster)
     recipe, snapshot = (training.recipe, training.snapshot) if training else ("", None)
     whose, where = f"{run.name} {folder.name}", str(folder.absolute())
@@ -167,12 +167,12 @@ def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[
 
 
 def main(run: str, cluster: str, folder: str, *arguments: str) -> None:
-    from stamo_dist.launch.submit import Order, active, submit
+    from stamo_dist.launch.submit import JobOrder, active, submit
 
     job = active(folder)
     if job is None:
         launch, profile = launch_of(Path(run), cluster or None, Path(folder), arguments)
-        job = submit(Order(launch, profile)).job
+        job = submit(JobOrder(launch, profile)).job
     print(json.dumps({"job": job, "folder": folder, "log": str(main_log(folder))}))
 
 

@@ -1,7 +1,7 @@
 """Several runs of one command: a pipeline's stages, each job after the ones it needs; a sweep's members.
 
 `--sweep optimizer.lr=1e-4,3e-4 --sweep seed=0,1` is the grid of all combinations. The members are ordinary runs below
-the recipe's run folder, `RUN_DIR/sweep/lr=0.0001,seed=0`; that they were submitted as one array is all they share.
+the recipe's run folder, `RUN_DIR/sweep/lr=0.0001,seed=0`; they only share that they were submitted as one array.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Literal
 from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, submit
 from stamo_dist.launch.pipeline import Pipeline, Work
-from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.run_progress import read_progress
-from stamo_dist.launch.submit import SNAPSHOT, Order, Resources
+from stamo_dist.launch.submit import SNAPSHOT, JobOrder, Resources
 from stamo_dist.pretrained.pin import pin
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import read_override, show_value
@@ -41,16 +41,16 @@ class Step:
 
     work: Work
     state: Literal["done", "active", "todo"]
-    job: str | None = None  # of an active one
+    job: str | None = None  # job id of an active stage
 
     @property
     def words(self) -> str:
-        """The state as a person reads it."""
+        """The state as text."""
         return {"done": "done, skipped", "active": f"job {self.job} is queued or runs", "todo": "to do"}[self.state]
 
 
 def look_at(works: Sequence[Work]) -> list[Step]:
-    """What is done, what is queued or runs, and what is left.
+    """The stages of a pipeline: done, active, or to be submitted.
 
     A stage is done when it finished, would do the same again, and none of the stages before it finished later.
     """
@@ -68,12 +68,14 @@ def look_at(works: Sequence[Work]) -> list[Step]:
     return list(steps.values())
 
 
-def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()) -> list[Order]:
-    """One for each stage that is left. `changes`: fields of the profile for all stages, `field=value` each.
+def stage_orders(
+    pipeline: Pipeline, steps: Sequence[Step], cluster: str, changes: Sequence[str] = ()
+) -> list[JobOrder]:
+    """One order per stage to submit. `changes`: profile fields for all stages, `field=value` each.
 
     Raises:
-        StamoError: A profile is wrong or a stage could not run there. Data and weights that earlier stages make are
-            not looked for.
+        StamoError: A profile is wrong or a stage could not run there. Data and weights that earlier stages create are
+            not checked.
     """
     by_name = {step.work.name: step for step in steps}
     found = []
@@ -83,7 +85,7 @@ def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, change
         work, stage = step.work, step.work.stage
         where = stage.cluster or cluster
         profile = load_profile(where, changes)[1]
-        slices = None if profile.backend == "local" else stage.slices  # one converter there uses all cores
+        slices = None if profile.backend == "local" else stage.slices  # the local converter uses all cores
         name, command = f"{pipeline.name}.{work.name}", _command(work, slices)
         launch = Launch(name, str(work.run_dir), stage.train or "", stage.overrides, "stage", command)
         around, after = Path(pipeline.run_dir).absolute(), [str(by_name[before].work.run_dir) for before in work.after]
@@ -97,11 +99,11 @@ def stage_orders(pipeline: Pipeline, steps: Sequence[Step], cluster: str, change
     return found
 
 
-def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[Order]) -> list[Launch]:
-    """Queue the orders, each after the jobs of the stages it needs, and write down what the pipeline is.
+def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[JobOrder]) -> list[Launch]:
+    """Queue the orders, each after the jobs of the stages it needs, and record the pipeline.
 
     Raises:
-        StamoError: The cluster refuses one of them, and those before it are taken back; or a folder cannot be written.
+        StamoError: The cluster refuses one, and the earlier ones are cancelled; or a folder cannot be written.
     """
     folder = Path(pipeline.run_dir).absolute()
     checks.folder(folder)
@@ -115,13 +117,13 @@ def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[
 
 
 def digest(work: Work) -> str:
-    """Of what a stage does: its command, and the recipe that the command reads."""
+    """Digest of a stage's command and of the recipe that it reads."""
     recipe = dump(work.loaded.recipe) if work.loaded else ""
     return hashlib.sha256(json.dumps([work.words, recipe]).encode()).hexdigest()
 
 
 def _finished(work: Work) -> float | None:
-    """When the stage finished as it is now, None if it did not."""
+    """When the stage finished with its current digest, None if it did not."""
     if work.trains:
         assert work.loaded is not None, "a stage that trains has a recipe"
         resolved = work.run_dir / "resolved.yaml"
@@ -144,7 +146,7 @@ def _finished(work: Work) -> float | None:
 
 
 def _at_the_commits_of(recipe: Recipe, ran: Recipe) -> Recipe:
-    """`recipe` with its hub ids at the commits that a run of it recorded, where it names no revision itself."""
+    """`recipe` with hub ids pinned to the commits that its run recorded, unless it names revisions itself."""
     commits = {}
     for name in ("model.encoder", "model.decoder", "model.vae", "policy"):
         asked, found = (attrgetter(f"{name}.weights")(r) for r in (recipe, ran))
@@ -154,20 +156,20 @@ def _at_the_commits_of(recipe: Recipe, ran: Recipe) -> Recipe:
 
 
 def _lasting(recipe: Recipe) -> Recipe:
-    """Without what the cluster puts in."""
+    """The recipe without values that the cluster sets."""
     checkpoint = recipe.train.checkpoint.model_copy(update={"grace_seconds": None})
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint": checkpoint})})
 
 
 def _command(work: Work, slices: int | None) -> list[str]:
-    """With the snapshot's recipe in place of the one in the checkout, which may change while the job waits."""
+    """The command with the snapshot's recipe in place of the checkout's, which may change while the job waits."""
     if work.loaded is not None:
         return [work.words[0], f"{SNAPSHOT}/recipe.yaml"]
     return [*work.words, *(("--num-slices", str(slices), "--slice", "{task}") if slices else ())]
 
 
-def _shape(work: Work, profile: Profile) -> list[str]:
-    """What a command that is one process takes of a node: `data` its CPUs and memory, `eval` one GPU and its part."""
+def _shape(work: Work, profile: ClusterProfile) -> list[str]:
+    """Profile changes for a one-process command: `data` gets all CPUs and memory of a node, `eval` one GPU's part."""
     if work.every_gpu:
         return []
     gpus = min(1, profile.gpus_per_node) if work.words[0] == "eval" else 0
@@ -189,7 +191,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """A folder name that says the values; fields by their last part where that tells them apart."""
+        """A folder name with the values; fields by their last part if that is unique."""
         lasts = [field.rpartition(".")[2] for field in self.values]
         short = {f: last if lasts.count(last) == 1 else f for f, last in zip(self.values, lasts, strict=True)}
         return ",".join(f"{short[field]}={_PLAIN.sub('-', value)}" for field, value in self.values.items())
@@ -224,8 +226,8 @@ def expand_sweep(sweeps: Sequence[str]) -> list[Point]:
 
 def sweep_orders(
     recipe: str | Path, cluster: str, sweeps: Sequence[str], overrides: Sequence[str], resources: Resources
-) -> tuple[list[Order], str]:
-    """(one array of all runs of the sweep, or a list of them for this machine; the folder around them).
+) -> tuple[list[JobOrder], str]:
+    """(one array of all runs of the sweep, or a list of orders for this machine; their parent folder).
 
     Raises:
         StamoError: The sweep, one of its recipes or the profile is wrong.
@@ -246,7 +248,7 @@ def sweep_orders(
 
 
 def _values(field: str, text: str) -> list[str] | None:
-    """The values, each as YAML; None where they cannot be read. Lists keep their brackets: `a=[1,2],[3,4]`."""
+    """The values, each as YAML; None if they cannot be parsed. Lists keep their brackets: `a=[1,2],[3,4]`."""
     layer = read_override(f"{field}=[{text}]")
     value: object = layer.value
     if layer.problems:

@@ -1,4 +1,4 @@
-"""What can be found out before a job is queued: whether recipe, data, weights, folder and cluster fit together."""
+"""Checks before a job is queued: whether recipe, data, weights, folder and cluster fit together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from types import MappingProxyType
 from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
-from stamo_dist.launch.profile import Profile, ProfileError, seconds
+from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 
-EXPORTED = "stamo.json"  # what makes a folder an exported tokenizer
+EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
     (
         "Invalid account or account/partition",
@@ -41,11 +41,11 @@ _HINTS = (
 )
 
 
-def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]:
-    """(numbers of nodes with which the recipe runs, within the profile's range; notes on those with which not).
+def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], list[str]]:
+    """(numbers of nodes in the profile's range on which the recipe can run; notes on the others).
 
     Raises:
-        RecipeError: It runs with none of them.
+        RecipeError: It can run on none of them.
     """
     least, most = profile.node_range(profile.nodes)
     fits, problems = [], []
@@ -69,13 +69,13 @@ def node_counts(loaded: Loaded, profile: Profile) -> tuple[list[int], list[str]]
 
 
 def recipe(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """Whether the data are there, and the weights, which their headers must show to be of the recipe's model.
+    """Check that the data exist, and the weights, whose headers must match the recipe's model.
 
-    `environment` is what the run will find set beside this process's variables. Returns notes on weights that the run
+    `environment`: variables that the run will have besides this process's. Returns notes on weights that the run
     would have to download.
 
     Raises:
-        RecipeError: With all that is missing or wrong.
+        RecipeError: All missing or wrong items.
     """
     looked = weights(loaded, environment)
     problems = [*_data(loaded), *looked.problems, *_policy(loaded)]
@@ -85,10 +85,10 @@ def recipe(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})
 
 
 def folder(run: Path) -> None:
-    """Whether the run folder can be written; it is not made.
+    """Check that the run folder can be written, without creating it.
 
     Raises:
-        RunError: It cannot be.
+        RunError: It cannot be written.
     """
     there = next(p for p in [run, *run.parents] if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -96,13 +96,13 @@ def folder(run: Path) -> None:
         raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
 
 
-def cluster(profile: Profile, least: int) -> float:
-    """Whether the partition is there and large enough, by what every user may ask.
+def cluster(profile: ClusterProfile, least: int) -> float:
+    """Check that the partition exists and is large enough, using queries open to every user.
 
-    Returns the seconds that a job has there between being asked to stop and being killed.
+    Returns the seconds between a job's stop request and its kill there.
 
     Raises:
-        ProfileError: With all that does not fit.
+        ProfileError: All that does not fit.
     """
     found = slurm.partitions()
     name = profile.partition or next((n for n, p in found.items() if p.get("Default") == "YES"), None)
@@ -128,8 +128,8 @@ def cluster(profile: Profile, least: int) -> float:
     return min(preempted, float(profile.signal_delay))
 
 
-def _account(profile: Profile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
-    """Whether the account and the QOS may be used there, as far as Slurm tells every user."""
+def _account(profile: ClusterProfile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
+    """Check that the account and QOS may be used there, as far as every user may query."""
     for field, value, allows, denies in (
         ("account", profile.account, "AllowAccounts", "DenyAccounts"),
         ("qos", profile.qos, "AllowQos", "DenyQos"),
@@ -159,12 +159,12 @@ def _account(profile: Profile, name: str, partition: Mapping[str, str]) -> Itera
 
 
 def _listed(names: str | None) -> list[str] | None:
-    """Names that a partition gives or refuses; None where it says nothing about them."""
+    """Names that a partition allows or denies; None if it does not restrict them."""
     return None if names in (None, "", "ALL", "(null)") else names.split(",")
 
 
-def hinted(words: str, profile: Profile) -> str:
-    """Slurm's own words, with what they mean here."""
+def hinted(words: str, profile: ClusterProfile) -> str:
+    """Slurm's message, with an explanation."""
     for pattern, hint in _HINTS:
         if pattern in words:
             return f"{words}\n  {hint.format_map(profile.model_dump())}"
@@ -186,14 +186,14 @@ def _data(loaded: Loaded) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is wrong with a recipe's weights, and (field, what is the matter, what to do) of those to be downloaded."""
+    """Problems of a recipe's weights, and (field, problem, remedy) of those to be downloaded."""
 
     problems: list[str]
     to_download: list[tuple[str, str, str]]
 
 
 def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> Weights:
-    """Look at the headers of all weights that the stage reads; offline, what is not on this machine is a problem."""
+    """Check the headers of all weights that the stage reads; offline, weights missing on this machine are problems."""
     environ = {**os.environ, **environment}
     looked = look_at(loaded.recipe, environ)
     problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
@@ -211,7 +211,7 @@ def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}
 
 
 def _policy(loaded: Loaded) -> Iterator[str]:
-    """What a policy needs besides: its tokenizer, and the statistics of the actions."""
+    """Check a policy's further needs: its tokenizer, and the statistics of actions."""
     recipe, policy = loaded.recipe, loaded.recipe.policy
     if recipe.stage != "policy":
         return

@@ -1,15 +1,15 @@
-"""What runs in the batch script of a job: it starts one process a task, waits, and decides what comes next.
+"""The process run by a job's batch script: it starts one process per task, waits, and decides what follows.
 
-Slurm asks the processes themselves to stop (USR1 before the time limit, TERM when it preempts); they save and leave
-with code 75. Only this process asks for the job to be queued again, and only where Slurm has not done so itself. A run
-that crashes is started again while it makes progress in between.
+Slurm signals the processes themselves to stop (USR1 before the time limit, TERM when it preempts); they save and exit
+with code 75. Only this process requeues the job, and only if Slurm has not done so itself. A run that crashes is
+started again as long as it makes progress in between.
 """
 
 from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # at once: one that comes before this process can act on it would end it; srun keeps it too
+if __name__ == "__main__":  # at once: a signal before the handler is set would end this process; srun inherits the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 import os
@@ -46,10 +46,10 @@ _SIGNALS = {  # as srun writes them
     "Hangup": 1, "Interrupt": 2, "Quit": 3, "Aborted": 6, "Bus error": 7, "Killed": 9, "User defined signal 1": 10,
     "Segmentation fault": 11, "User defined signal 2": 12, "Terminated": 15, "Out Of Memory": 9,
 }  # fmt: skip
-_TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # signals that ask to stop, before the process could say so itself
+_TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # exit codes of processes stopped by a signal before they could handle it
 _AT_WORK = ("started", "exporting")
-_WAIT = 20  # seconds for the other tasks once one has ended: to say why, not to go on
-#: The batch step's own shape, which srun would take for the shape of its step.
+_WAIT = 20  # seconds for the other tasks to report once one has ended
+#: Variables of the batch step, which srun would apply to its own step.
 _NOT_FOR_SRUN = frozenset({
     "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
     "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
@@ -71,9 +71,9 @@ class Job:
         self._first: int | None = None  # exit code of the task that failed first
 
     def work(self) -> int:
-        """Run the processes to their end; returns the exit code of the batch script."""
+        """Run the processes; returns the exit code of the batch script."""
         for s in SIGNALS:
-            signal.signal(s, _nothing)  # the processes act on them, and this one sees to it afterwards
+            signal.signal(s, _nothing)  # the processes handle them; this one acts on their exit codes
         usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
         exports = self._exporting()
         if not usable and not exports:  # Slurm may give an export no more nodes than it kept
@@ -100,16 +100,16 @@ class Job:
 
     @property
     def _exports_later(self) -> bool:
-        """Whether the training leaves its export to this process, so that the other nodes are free meanwhile."""
+        """Whether this process does the export after the training, so that the other nodes are released."""
         return len(self.nodes) > 1 and self.launch.command[:1] == ["train"] and self.task is None
 
     def _exporting(self) -> bool:
-        """Whether the training is over, and only its export was cut short."""
+        """Whether training has finished and only its export was interrupted."""
         mine = (e.event for e in newest_first(self.run) if e.job == self.id)
         return bool(self.restart) and next((e for e in mine if e in _AT_WORK), None) == "exporting"
 
     def _export(self, srun: str) -> int:
-        """Give all nodes but one back, and write the model there."""
+        """Release all nodes but one, and export the model there."""
         self._tell("exporting", nodes=self.nodes[:1])
         if len(self.nodes) > 1:
             try:
@@ -122,7 +122,7 @@ class Job:
         return code if code in (0, EXIT_PREEMPTED) else EXIT_NOT_EXPORTED
 
     def _note_what_slurm_did(self) -> None:
-        """A job whose node failed could not say so: its next start does."""
+        """Record a node failure of the previous start, which could not do so itself."""
         last = next((e for e in newest_first(self.run) if e.job == self.id), None)
         if self.restart and last is not None and last.event in (*_AT_WORK, "preempted", "stopped"):
             self._tell("requeued", reason="by Slurm: its nodes failed" if last.event in _AT_WORK else "by Slurm")
@@ -147,7 +147,7 @@ class Job:
         return EXIT_PREEMPTED if code in _TO_STOP else code
 
     def _listen(self, stream: Any) -> None:
-        """srun names the tasks in the order in which they ended."""
+        """Read srun's output, which names the tasks in the order in which they ended."""
         for raw in stream:
             line = raw.decode(errors="replace").rstrip()
             self._say(line)
@@ -163,13 +163,13 @@ class Job:
             self._tell("finished")
             return 0
         fate = self._fate()
-        # Slurm may be set to queue again what ends with this code (RequeueExit).
+        # Slurm may be configured to requeue jobs that end with this code (RequeueExit).
         over = 1 if code == EXIT_PREEMPTED else code
         if fate == "cancelled":
             if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
             return over
-        if fate == "queued":  # so it was Slurm that ended it, however it looks from here
+        if fate == "queued":  # so Slurm ended it, whatever the exit code
             reason = verdict.reason if code == EXIT_PREEMPTED else f"Slurm ended it before it had left (code {code})"
             self._tell("preempted", reason=reason)
             self._tell("requeued", reason="by Slurm")
@@ -180,7 +180,7 @@ class Job:
         return self._requeue(verdict, code) if verdict.again else over
 
     def _fate(self) -> str:
-        """What Slurm is about to do with this job: cancelled | queued | "" (nothing, or it does not say)."""
+        """What Slurm will do with this job: cancelled | queued | "" (nothing, or unknown)."""
         if self._cancelled():
             return "cancelled"
         try:
@@ -204,7 +204,7 @@ class Job:
         return code
 
     def _cancelled(self) -> bool:
-        """Whether `stamo cancel` ended it, since it was last submitted."""
+        """Whether `stamo cancel` ended it since its last submission."""
         ids = (None, self.id, self.id.partition("_")[0])
         return any(e.event == "cancelled" and e.job in ids for e in since_submitted(self.run))
 
@@ -217,7 +217,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an end of the run is, and whether it is started again."""
+    """The meaning of an end of the run, and whether it is started again."""
 
     event: What
     again: bool
@@ -225,12 +225,12 @@ class Verdict:
 
 
 def newest_step(run: str | Path) -> int | None:
-    """The step of the newest checkpoint that was completed, None without one."""
+    """The step of the newest complete checkpoint, None without one."""
     return newest_checkpoint(Path(run) / "checkpoints")[0]
 
 
 def stalled(history: Iterable[Event]) -> int:
-    """How many ends in a row, since it was submitted, left the newest checkpoint where it was."""
+    """Number of consecutive ends, since its submission, without a newer checkpoint."""
     best, count = -1, 0
     for e in history:
         if e.event == "submitted":
@@ -246,10 +246,10 @@ def stalled(history: Iterable[Event]) -> int:
 def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
     """What to do after a start of `job` ended with the exit code `code`.
 
-    Code 2 says that what was asked for cannot be done, and no restart changes that; 76 that it was trained to its end,
-    and its model could not be written. After any other code but 0 a run is started again, unless `max_restarts`
-    restarts in a row before brought it no further: an end that was asked for by a signal always does. A command that
-    does not train is only started again if it was asked to end, and so often.
+    Code 2: the request is impossible, and a restart does not help. 76: training finished, but the model could not be
+    exported. After any other code except 0 a run is started again, unless the last `max_restarts` restarts brought no
+    newer checkpoint (an end requested by a signal always saves one). A command that does not train is only started
+    again after a requested end, at most `max_restarts` times.
     """
     not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
     last: dict[int, tuple[What, str]] = {
@@ -273,7 +273,7 @@ def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
 
 
 def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: str = "srun") -> list[str]:
-    """What a start on these nodes (or so many of them) runs; `task`: of an array that shares one command out."""
+    """The srun command of a start on these nodes (or this many); `task`: of an array that divides one command."""
     profile, per_node = launch.profile, launch.processes_per_node
     count = nodes if isinstance(nodes, int) else len(nodes)
     assert launch.snapshot is not None, "submit takes one"
@@ -291,7 +291,7 @@ def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: s
 
 
 def _nothing(*_: object) -> None:
-    """Only so that the signal does not end this process."""
+    """A no-op handler, so that the signal does not end this process."""
 
 
 def main(runs: list[str]) -> int:
@@ -299,7 +299,7 @@ def main(runs: list[str]) -> int:
         return Job(read(runs[0])).work()
     job = Job(read(runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
     file = os.open(job.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for out in (1, 2):  # what Slurm cannot know: the task's own run folder
+    for out in (1, 2):  # the task's own run folder, which Slurm cannot set
         os.dup2(file, out)
     return job.work()
 

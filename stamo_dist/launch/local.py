@@ -20,11 +20,11 @@ from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch.record import rank_log
 from stamo_dist.run.lease import lease_folder
 
-_GRACE = 10.0  # seconds for the other ranks to leave by themselves once one has ended with an error
+_GRACE = 10.0  # seconds for the other ranks to exit on their own after one has failed
 
 
 class Rank(Protocol):
-    """What is used of a `subprocess.Popen`."""
+    """The used part of `subprocess.Popen`'s interface."""
 
     returncode: int | None
 
@@ -36,8 +36,8 @@ class Rank(Protocol):
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Rank:
-    """Start a command with these variables beside this process's own."""
-    # Its own session: a Ctrl-C in the terminal reaches this process only, which passes it on once.
+    """Start a command with these variables in addition to this process's."""
+    # Its own session: a Ctrl-C in the terminal reaches only this process, which forwards it once.
     process: subprocess.Popen[bytes] = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
     )
@@ -51,7 +51,7 @@ def launch_local(arguments: Sequence[str], processes: int, run: Path, start: Sta
     """Run `stamo ARGUMENTS` on `processes` local processes; returns the exit code of the first rank that failed, or 0.
 
     Rank 0 writes to this terminal, every other rank to its log below `run`. Signals sent to this process go to all
-    ranks. `start` starts a rank, in a session of its own.
+    ranks. `start` starts a rank in its own session.
     """
     before = _Before(run, processes)
     with Ranks([sys.executable, "-m", "stamo_dist.cli", *arguments], processes, run, start=start) as ranks:
@@ -62,7 +62,7 @@ def launch_local(arguments: Sequence[str], processes: int, run: Path, start: Sta
 
 
 class _Before:
-    """A run folder as it was before the ranks' logs were opened: a run that is refused leaves it so."""
+    """The state of a run folder before the ranks' logs were opened, to which a refused run restores it."""
 
     def __init__(self, run: Path, processes: int):
         logs = [rank_log(run, rank) for rank in range(1, processes)]
@@ -72,11 +72,11 @@ class _Before:
         self._starts = self._taken()
 
     def _taken(self) -> set[str]:
-        """What each start that was not refused leaves there."""
+        """The files that every accepted start leaves there."""
         return {p.name for p in self._leases.glob("*")}
 
     def restore(self) -> None:
-        """Take the logs back, if no start has taken the folder since."""
+        """Remove the logs, unless a start has taken the folder since."""
         if self._taken() != self._starts:
             return
         with suppress(OSError):
@@ -90,15 +90,15 @@ class _Before:
 
 
 class Ranks:
-    """The processes of one start of a run, as a context: inside it this process passes its signals on to them.
+    """The processes of one start of a run, as a context in which this process forwards its signals to them.
 
     Args:
-        command: What each of them runs.
-        count: How many.
+        command: The command of each process.
+        count: Number of processes.
         run: The run folder; all ranks but the first write to their logs there.
         main: Rank 0's output; this process's when omitted.
-        env: What each has in its environment besides this process's and its rank.
-        forward: Called with a signal that this process got, in place of sending it to all ranks.
+        env: Further environment variables of each process.
+        forward: Called with a received signal instead of sending it to all ranks.
         start: Starts a rank.
     """
 
@@ -126,8 +126,8 @@ class Ranks:
             stack.callback(self._kill)
             for s in SIGNALS:
                 stack.callback(signal.signal, s, signal.signal(s, forward))
-            # Inherited: a rank gets these once it can act on them, and this process once it has all ranks to pass
-            # them on to.
+            # The mask is inherited: a rank gets these signals once it can handle them, and this process once all ranks
+            # are started.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
             try:
                 for rank in range(self._count):
@@ -149,12 +149,12 @@ class Ranks:
     def wait(self, watch: Callable[[], None] = lambda: None) -> int:
         """The exit code of the first rank that failed, or 0; 128 + N for one that signal N killed.
 
-        When one rank fails, the others would wait for it for ever: they are killed after a grace period. `watch` is
+        If one rank fails, the others would wait for it for ever, so they are killed after a grace period. `watch` is
         called several times a second.
         """
         ranks, first = self._processes, None
         deadline = float("inf")
-        while None in (now := [p.poll() for p in ranks]):  # all of them: rank 0 may hang while another has failed
+        while None in (now := [p.poll() for p in ranks]):  # poll all: rank 0 may hang while another has failed
             failed = [(i, code) for i, code in enumerate(now) if code]
             if failed and first is None:
                 rank, first = failed[0]

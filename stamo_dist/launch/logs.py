@@ -1,5 +1,6 @@
-"""The logs of a run's ranks: one, or all in turn with the rank before each line, to their end or on and on; and why it
-failed: the first error line of the rank that failed first.
+"""Reading and following the logs of a run's ranks, and finding the cause of a failure.
+
+The cause is the first error line of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from stamo_dist.launch.record import main_log, rank_log
 _POLL = 0.3  # seconds
 _BLOCK = 1 << 16
 _HEAD = re.compile(rb"^--- start .*?: rank \d+ of \d+ @ (\S+?),")
-_TAIL = 1 << 17  # bytes at the end of each log
+_TAIL = 1 << 17  # bytes read at the end of each log
 _RANK = re.compile(r"^rank (\d+) of \d+(?: @ \S+)? failed(?: at (\S+))?:$")
-#: What begins another start of the run, or is somebody else's line after a traceback.
+#: Lines that begin another start of the run, or that follow a traceback but do not belong to it.
 _START = re.compile(r"^--- start ")
-#: What the ranks say to whom another one's end is all that happened.
+#: Errors of ranks that only report the end of another rank.
 _FOLLOWS = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|closed by (peer|remote)|remote process exited|Socket closed"
     r"|DistBackendError|DistNetworkError|TCPStore|ncclRemoteError|ncclSystemError|Gloo connect|No backend type"
     r"|Timed out (waiting|after)|recvBytes|BarrierTimeout",
     re.IGNORECASE,
 )
-_KILLED = (  # what srun, slurmstepd and our launcher say about a process that had no last word
+_KILLED = (  # messages of srun, slurmstepd and our launcher about a process that logged no error
     re.compile(r"(oom[-_ ]kill|Out Of Memory)", re.IGNORECASE),
     re.compile(
         r"(^|\s)srun: error: \S+: tasks? [\d,-]+: (?!Exited|Terminated)"
@@ -40,10 +41,10 @@ _REFUSED = re.compile(r"^error: (.+)")
 
 @dataclass
 class JobLog:
-    """One file that grows, read line by line."""
+    """A growing file, read line by line."""
 
     path: Path
-    label: str = ""  # before each line
+    label: str = ""  # prefix of each line
     _at: int = 0
     _rest: bytes = b""
     _inode: int = field(default=0)
@@ -64,12 +65,12 @@ class JobLog:
                 self._at, self._inode = size, self.path.stat().st_ino
         except OSError:
             return []
-        self._rest = found.pop() if found else b""  # not ended yet
+        self._rest = found.pop() if found else b""  # incomplete line
         kept = list(found)[-lines:] if lines else list(found)
         return self._labelled(kept)
 
     def more(self) -> list[str]:
-        """The whole lines that were added since; from the start again where the file was replaced."""
+        """The complete lines added since the last call; from the start if the file was replaced."""
         try:
             found = self.path.stat()
             if found.st_size < self._at or (self._inode and found.st_ino != self._inode):
@@ -87,18 +88,18 @@ class JobLog:
         return self._labelled(lines)
 
     def end(self) -> list[str]:
-        """What was written without a line end."""
+        """The last line, if it has no line end."""
         rest, self._rest = self._rest, b""
         return self._labelled([rest] if rest else [])
 
     def _labelled(self, lines: Sequence[bytes]) -> list[str]:
         prefix = f"{self.label} | " if self.label else ""
-        # A progress bar rewrites its line: what it said last is the line.
+        # A progress bar rewrites its line: only the last version counts.
         return [prefix + line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace") for line in lines]
 
 
 def ranks(run: Path) -> dict[int, Path]:
-    """Rank → its log, of those there are."""
+    """Rank → its log, for existing logs."""
     found = {
         int(m[1]): p for p in main_log(run).parent.glob("rank_*.log") if (m := re.fullmatch(r"rank_(\d+)", p.stem))
     }
@@ -111,7 +112,7 @@ def choose(run: Path, rank: str | None) -> list[JobLog]:
     """The logs to show: rank 0's and the job's own, that of one rank, or "all", each line with its rank and node.
 
     Raises:
-        RunError: There are none, or not that one.
+        RunError: There are no logs, or not that one.
     """
     there = ranks(run)
     tasks = {p.stem: p for p in sorted(main_log(run).parent.glob("task_*.log"))}  # of an array
@@ -128,7 +129,7 @@ def choose(run: Path, rank: str | None) -> list[JobLog]:
 
 
 def follow(logs: Sequence[JobLog], over: Callable[[], bool]) -> Iterator[str]:
-    """The lines that are added, until `over` and nothing more comes."""
+    """Yield added lines until `over` and no more arrive."""
     while True:
         ended = over()
         fresh = [line for log in logs for line in log.more()]
@@ -144,7 +145,7 @@ def _named(files: Mapping[str, Path]) -> list[JobLog]:
 
 
 def _who(path: Path, rank: str) -> str:
-    """The rank, and the node it was on last."""
+    """Label with the rank and its last node."""
     try:
         with path.open("rb") as f:
             heads = [m[1] for line in f if (m := _HEAD.match(line))]
@@ -155,16 +156,16 @@ def _who(path: Path, rank: str) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank said at its end."""
+    """The last error of one rank."""
 
     rank: int
-    time: str  # ISO, of that rank's machine; "" where it is not known
+    time: str  # ISO time of the rank's machine; "" if unknown
     error: str
-    refused: bool = False  # a user's error, which rank 0 mostly says as well
+    refused: bool = False  # a user's error, which rank 0 usually reports, too
 
     @property
     def follows(self) -> bool:
-        """Whether it only tells that another rank has gone."""
+        """Whether it only reports that another rank has ended."""
         return _FOLLOWS.search(self.error) is not None
 
     def __str__(self) -> str:
@@ -172,10 +173,10 @@ class Failure:
 
 
 def first_error(run: str | Path) -> str:
-    """The error line of the rank that failed first in the run's last start; "" where the logs have none.
+    """The error line of the rank that failed first in the run's last start; "" if the logs have none.
 
-    An error that only tells of another rank's end comes after all others, whatever the nodes' clocks say. A process
-    that was killed leaves no word of its own; then what the scheduler or the launcher said about it counts.
+    Errors that only report another rank's end are considered last, whatever the nodes' clocks say. A killed process
+    logs no error; then the message of the scheduler or the launcher is used.
     """
     logs = main_log(run).parent
     others = sorted([*logs.glob("rank_*.log"), *logs.glob("task_*.log")])
@@ -217,7 +218,7 @@ def _failures(lines: list[str]) -> Iterator[Failure]:
 
 
 def _refused(lines: list[str]) -> str:
-    """The last user's error; of a list of problems the first one."""
+    """The last user error; of a list of problems, the first one."""
     for i in reversed(range(len(lines))):
         if match := _REFUSED.match(lines[i]):
             listed = match[1].endswith(":") and i + 1 < len(lines)
@@ -226,7 +227,7 @@ def _refused(lines: list[str]) -> str:
 
 
 def _raised(lines: list[str]) -> str:
-    """The line of a traceback that names the exception: of the last one of a chain."""
+    """The line of a traceback that names the exception; for a chain, the last exception's."""
     error, inside = "", False
     for line in lines:
         if line.startswith("Traceback "):

@@ -20,7 +20,7 @@ from stamo_dist.recipe.validate import place_of, validate_as
 
 PositiveInt = Annotated[int, Field(gt=0)]
 _STAGES = ("data", "encode", "eval", "report")  # commands that a stage may run
-_EVERY_GPU = ("encode",)  # those of them that share their work out over one process a GPU
+_EVERY_GPU = ("encode",)  # those that divide their work over one process per GPU
 
 
 class Stage(Section):
@@ -84,7 +84,7 @@ class Pipeline(Section):
         return self
 
     def after(self, name: str) -> list[str]:
-        """The stages that have to finish before `name`."""
+        """The stages that must finish before `name`."""
         given = self.stages[name].after
         above = list(self.stages)[: list(self.stages).index(name)]
         return above[-1:] if given is None else given
@@ -92,7 +92,7 @@ class Pipeline(Section):
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage does."""
+    """The work of one stage."""
 
     name: str
     stage: Stage
@@ -100,7 +100,7 @@ class Work:
     words: list[str]  # of the command, after `stamo`; the recipe as it was given
     loaded: Loaded | None  # the recipe that it names
     after: list[str]
-    makes: Path | None = None  # what has to be there when it has finished
+    makes: Path | None = None  # outputs that exist once it has finished
     reads: frozenset[Path] = frozenset()  # absolute: folders of data, weights and runs
 
     @property
@@ -109,12 +109,12 @@ class Work:
 
     @property
     def every_gpu(self) -> bool:
-        """Whether it is one process a GPU; else it is one process a task."""
+        """Whether it runs one process per GPU; otherwise one process per task."""
         return self.trains or self.words[0] in _EVERY_GPU
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether the file has stages; anything else is taken for a recipe."""
+    """Whether the file has stages; any other file is taken for a recipe."""
     return path.is_file() and "stages" in read_file(path).value
 
 
@@ -156,7 +156,7 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
 
 
 def _too_early(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
-    """(stage, an earlier one that makes what it reads and that it does not wait for)."""
+    """(stage, earlier stage whose output it reads without depending on it)."""
     makers: dict[Path, str] = {}
     before: dict[str, set[str]] = {}
     for work in works:
@@ -201,7 +201,7 @@ def _parse(words: list[str], root: Any) -> dict[str, Any]:
     """The parameters of a command line.
 
     Raises:
-        ValueError: `stamo` would not understand it, or it is no command for a stage.
+        ValueError: It is not a valid `stamo` command, or not one allowed in a stage.
     """
     if not words or words[0] not in _STAGES:
         raise ValueError(f"a stage runs {', '.join(_STAGES)}; to train, write train: RECIPE")
@@ -215,6 +215,6 @@ def _parse(words: list[str], root: Any) -> dict[str, Any]:
     try:
         return dict(command.make_context(words[0], rest).params)
     except Exception as e:
-        if not hasattr(e, "format_message"):  # click's own, which typer brings along under a private name
+        if not hasattr(e, "format_message"):  # click's exceptions, which typer re-exports under a private name
             raise
         raise ValueError(f"`{' '.join(words)}`: {e.format_message()}") from None

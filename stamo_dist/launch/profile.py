@@ -1,4 +1,4 @@
-"""`slurm/*.yaml`: what a cluster offers and how a job asks for it. Resources only, never a training knob."""
+"""`slurm/*.yaml`: a cluster's resources and how a job requests them. Resources only, never a training knob."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = "slurm"
 LOCAL = "local"
 
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
-#: sbatch options that the fields, or the launcher itself, decide.
+#: sbatch options that are set by profile fields or the launcher.
 _OWN = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time", "partition",
     "account", "qos", "constraint", "exclude", "signal", "output", "error", "open-mode", "requeue", "no-requeue",
@@ -44,7 +44,7 @@ class Container(Section):
     mounts: list[str] = Field(default_factory=list, description="SOURCE:TARGET each.")
 
 
-class Profile(Section):
+class ClusterProfile(Section):
     """A cluster profile."""
 
     backend: Literal["slurm", "local"] = Field("slurm", description="local: processes on this machine, no scheduler.")
@@ -84,7 +84,7 @@ class Profile(Section):
     @field_validator("environment", mode="before")
     @classmethod
     def _text(cls, values: Any) -> Any:
-        """Numbers are common in an environment; it only holds text."""
+        """Convert numbers to text, as environment variables are text."""
         if not isinstance(values, dict):
             return values
         bad = [name for name in values if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII)]
@@ -93,7 +93,7 @@ class Profile(Section):
         return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Profile:
+    def _fields_agree(self) -> ClusterProfile:
         problems = []
         least, most = self.node_range(self.nodes)
         if not least <= self.nodes <= most:
@@ -120,14 +120,14 @@ class Profile(Section):
         return self.gpus_per_node or self.processes_per_node or 1
 
     def node_range(self, nodes: int) -> tuple[int, int]:
-        """(fewest, most) nodes of a job that is asked to have `nodes`."""
+        """(minimum, maximum) nodes of a job with this `nodes` setting."""
         return self.min_nodes or nodes, self.max_nodes or nodes
 
 
-def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile]:
+def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, ClusterProfile]:
     """Read a profile: a file, or the name of one in `slurm/`. Returns (name, profile).
 
-    `overrides` are `field=value` each, and win. "local" is there without a file too.
+    `overrides` are `field=value` each, and win. "local" exists without a file, too.
 
     Raises:
         ProfileError: With every problem, each with its file and line.
@@ -135,11 +135,11 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile
     path = find(name)
     if path is None:
         if name == LOCAL:
-            return LOCAL, Profile.model_validate({"backend": "local", **_plain(overrides)})
+            return LOCAL, ClusterProfile.model_validate({"backend": "local", **_plain(overrides)})
         hint = did_you_mean(name, names()) or f"there are {', '.join(names())}"
         raise ProfileError([f"--cluster {name}: no such file and no such profile in {FOLDER}/; {hint}"])
     merged = merge(path, overrides)
-    profile, wrong = validate_as(Profile, merged)
+    profile, wrong = validate_as(ClusterProfile, merged)
     problems = [*merged.problems, *wrong]
     if profile is None or problems:
         raise ProfileError(problems)
@@ -147,7 +147,7 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Profile
 
 
 def names() -> list[str]:
-    """Of the profiles there are."""
+    """Names of the existing profiles."""
     return sorted({LOCAL, *(p.stem for folder in _folders() for p in folder.glob("*.yaml"))})
 
 
@@ -163,7 +163,7 @@ def seconds(limit: str) -> int:
     """A Slurm time limit in seconds.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a time limit.
     """
     match = _TIME.fullmatch(limit)
     if match is None:
@@ -177,7 +177,7 @@ def seconds(limit: str) -> int:
 
 
 def _folders() -> list[Path]:
-    """Where profiles are looked for: here, then in the checkout that this package runs from."""
+    """Folders searched for profiles: here, then in this package's checkout."""
     return [Path.cwd() / FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
 
 

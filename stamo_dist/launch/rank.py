@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 
-if __name__ == "__main__":  # at once: one that comes before the run can save would end it; blocked over the exec too
+if __name__ == "__main__":  # at once: a signal before the run can save would end it; the mask is inherited over exec
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """The rank environment that torch reads, from the variables of a Slurm task.
 
-    The first task is on the node that srun was called on, as it is in a batch script.
+    The first task is on the node on which srun was called, as in a batch script.
     """
     node = int(slurm["SLURM_NODEID"])
     per_node = _expand(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> None:
     env = {**os.environ, **environment(os.environ)}
     if run := env.get(RUN):
         _log_to(run, env)
-    if arguments[:1] != ["train"]:  # nothing else saves and leaves: a signal ends it
+    if arguments[:1] != ["train"]:  # other commands do not save and exit: a signal ends them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    entry = Path(__file__).resolve().parents[2] / "run.py"  # there in a snapshot
+    entry = Path(__file__).resolve().parents[2] / "run.py"  # exists in a snapshot
     module = [str(entry), "stamo_dist.cli"] if entry.is_file() else ["-m", "stamo_dist.cli"]
     os.execve(sys.executable, [sys.executable, *module, *arguments], env)
 

@@ -1,20 +1,20 @@
-"""What was submitted and what became of it: `RUN/launch/`, read and written by everything that looks after a run.
+"""Records of submitted runs and their events in `RUN/launch/`, used by all commands that manage runs.
 
 ::
 
-    launch/launch.json     what was asked for; replaced as a whole
-    launch/events.jsonl    what happened, one line an event, oldest first
+    launch/launch.json     the request; replaced as a whole
+    launch/events.jsonl    one line per event, oldest first
     launch/snapshots/20260101-120000/  the code and the recipe that every start uses: editing the checkout changes none
         code/              the packages, and run.py, which starts a module of them
         recipe.yaml        every value, with where it came from
         written.yaml       the recipe as written
-        git.diff           what was not committed
+        git.diff           uncommitted changes
     logs/main.log          what the job and rank 0 print, over all starts
     logs/rank_00003.log    what rank 3 prints, over all starts
-    logs/task_3.log        in place of both, task 3 of an array that shares one command out
+    logs/task_3.log        in place of both, task 3 of an array that divides one command
 
-Which runs there are says each user's registry, so that `stamo status` finds them from anywhere: a folder of symbolic
-links, one a run. Adding one needs no lock, and a run that was deleted is a dead link.
+Each user has a registry of runs, so that `stamo status` finds them from anywhere: a folder with one symbolic link per
+run. Adding one needs no lock, and a deleted run leaves a dead link.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stamo_dist.recipe.load import Loaded
 
 VERSION = 1
-Kind = Literal["run", "array", "stage", "beside"]  # beside: of a run that trains, and no run of its own
+Kind = Literal["run", "array", "stage", "beside"]  # "beside": runs beside a training, not a run of its own
 _ENDS = ("failed", "stopped", "cancelled")
 What = Literal[
     "submitted", "started", "exporting", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"
@@ -77,7 +77,7 @@ def rank_log(run: str | Path, rank: int) -> Path:
 
 
 def task_log(run: str | Path, task: int | str) -> Path:
-    """The log of one task of an array that shares one command out."""
+    """The log of one task of an array that divides one command."""
     return Path(run) / "logs" / f"task_{task}.log"
 
 
@@ -94,17 +94,17 @@ class Launch:
     recipe: str  # as given on the command line
     overrides: list[str] = field(default_factory=list)
     kind: Kind = "run"
-    command: list[str] = field(default_factory=list)  # arguments of `stamo` that each process runs
-    after: list[str] = field(default_factory=list)  # run folders that have to finish first
-    tasks: int = 1  # of the job array that shares the command out
-    pipeline: str | None = None  # the folder of the pipeline that it is a stage of
-    digest: str = ""  # of what the stage does: another one has to run again
+    command: list[str] = field(default_factory=list)  # `stamo` arguments of each process
+    after: list[str] = field(default_factory=list)  # run folders that must finish first
+    tasks: int = 1  # tasks of the job array that divides the command
+    pipeline: str | None = None  # folder of the pipeline it belongs to
+    digest: str = ""  # digest of the stage's work: if it changes, the stage runs again
     cluster: str = "local"  # name of the profile
     profile: dict[str, Any] = field(default_factory=dict)  # every value it resolved to
     nodes: int = 1
     processes_per_node: int = 1
-    node_counts: list[int] = field(default_factory=list)  # with which it runs; just `nodes` when empty
-    snapshot: str | None = None  # the folder that the job's code and recipe come from
+    node_counts: list[int] = field(default_factory=list)  # node counts on which it can run; just `nodes` if empty
+    snapshot: str | None = None  # folder of the job's code and recipe
     max_restarts: int = 3  # without progress
     job_ids: list[str] = field(default_factory=list)  # newest last
     user: str = field(default_factory=getpass.getuser)
@@ -130,10 +130,10 @@ class Event:
 
     event: What
     job: str | None = None
-    restart: int = 0  # how often the scheduler has started the job again
+    restart: int = 0  # number of restarts of the job by the scheduler
     nodes: list[str] = field(default_factory=list)
     world_size: int | None = None
-    step: int | None = None  # of the newest whole checkpoint
+    step: int | None = None  # step of the newest complete checkpoint
     reason: str = ""
     time: str = field(default_factory=now)
 
@@ -142,7 +142,7 @@ def read(run: str | Path) -> Launch:
     """The launch of the run at `run`.
 
     Raises:
-        RunError: There is none, or it was written by a newer version.
+        RunError: It is missing, or was written by a newer version.
     """
     file = folder(run) / "launch.json"
     try:
@@ -167,19 +167,19 @@ def record(run: str | Path, event: Event) -> None:
 
 
 def newest_first(run: str | Path) -> Iterator[Event]:
-    """What happened, the newest event first; torn lines are left out."""
+    """All events, newest first; torn lines are skipped."""
     for found in last_objects(folder(run) / "events.jsonl", within=None):
         with contextlib.suppress(TypeError):
             yield Event(**_fields_of(Event, found))
 
 
 def events(run: str | Path) -> list[Event]:
-    """Everything that happened so far, oldest first."""
+    """All events, oldest first."""
     return list(newest_first(run))[::-1]
 
 
 def since_submitted(run: str | Path) -> list[Event]:
-    """What happened since the run was submitted last, oldest first."""
+    """The events since the last submission, oldest first."""
     found: list[Event] = []
     for event in newest_first(run):
         found.append(event)
@@ -189,13 +189,13 @@ def since_submitted(run: str | Path) -> list[Event]:
 
 
 def finished(launch: Launch) -> str | None:
-    """When the launch, all tasks of its array, had finished; None if it has not."""
+    """When the launch (all tasks of its array) finished; None if it has not."""
     ends = {e.job: e.time for e in since_submitted(launch.run_dir) if e.event == "finished"}
     return max(ends.values()) if len(ends) >= launch.tasks else None
 
 
 def hindrance(launch: Launch) -> str:
-    """Which of the runs that have to finish first did not, and what became of it; "" if all did."""
+    """A required earlier run that did not finish, and its state; "" if all finished."""
     for before in map(read, launch.after):
         if finished(before) is None:
             last = next((e for e in reversed(since_submitted(before.run_dir)) if e.event in _ENDS), None)
@@ -216,7 +216,7 @@ def registry() -> Path:
 
 
 def register(run: str | Path) -> None:
-    """Add a run to the registry; a home that cannot be written only means that it is not found by itself."""
+    """Add a run to the registry; if the home folder is not writable, the run is just not found automatically."""
     path = Path(run).absolute()
     link = registry() / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     with contextlib.suppress(OSError, RuntimeError):
@@ -225,7 +225,7 @@ def register(run: str | Path) -> None:
 
 
 def registered() -> list[Path]:
-    """The registered runs that are still there; dead links go."""
+    """The registered runs that still exist; dead links are removed."""
     found = []
     with contextlib.suppress(OSError, RuntimeError):
         for link in registry().iterdir():
@@ -233,13 +233,13 @@ def registered() -> list[Path]:
                 target = Path(os.readlink(link))
                 if is_run(target):
                     found.append(target)
-                elif target.parent.is_dir():  # not so where a file system is not mounted
+                elif target.parent.is_dir():  # not if a file system is not mounted
                     link.unlink()
     return sorted(found)
 
 
 def below(folders: Iterable[Path]) -> list[Path]:
-    """The run folders among and directly below `folders`; of a pipeline's folder its stages, in order."""
+    """The run folders among and directly below `folders`; for a pipeline's folder its stages, in order."""
     found = []
     for folder in folders:
         candidates = _stages(folder) or [folder]
@@ -267,7 +267,7 @@ def take_snapshot(run: str | Path, loaded: Loaded | None) -> Path:
     Raises:
         RunError: The run folder cannot be written.
     """
-    from stamo_dist.recipe.render import render  # here: each rank of a job imports this file, and takes no snapshot
+    from stamo_dist.recipe.render import render  # ranks import this file, without it
 
     root = Path(__file__).resolve().parents[2]
     snapshot = folder(run) / "snapshots" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -291,12 +291,12 @@ def recipe_file(snapshot: str | Path) -> Path:
 
 
 def snapshot_command(snapshot: str | Path, module: str, arguments: Sequence[str]) -> list[str]:
-    """The command that runs a module of the snapshot's code, wherever it is started."""
+    """The command that runs a module of the snapshot's code, from any working directory."""
     return [sys.executable, str(Path(snapshot) / "code" / "run.py"), module, *arguments]
 
 
 def process_command(launch: Launch) -> list[str]:
-    """The command of each process of a launch on this machine: of its snapshot, or of this package without one."""
+    """The command of each process of a launch on this machine: from its snapshot, or from this package without one."""
     if launch.snapshot is None:
         return [sys.executable, "-m", "stamo_dist.cli", *launch.command]
     return snapshot_command(launch.snapshot, "stamo_dist.cli", launch.command)

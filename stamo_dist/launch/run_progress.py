@@ -1,4 +1,4 @@
-"""What the folder of a run says about it, read without torch and without the scheduler."""
+"""The progress of a run read from its folder, without torch and the scheduler."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
 from stamo_dist.tracking.progress import duration
 
-_WINDOW = 50  # logged steps over which the speed is taken
+_WINDOW = 50  # number of logged steps for the speed
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run got; what is not known yet is None."""
+    """The progress of a run; unknown values are None."""
 
     name: str = ""
     steps: int | None = None  # in all
-    step: int = 0  # the last one that was logged
+    step: int = 0  # last logged step
     loss: float | None = None
     mean_loss: float | None = None  # over the last logged steps
     rate: float | None = None  # samples per second, over the last steps
     step_seconds: float | None = None
-    written: float | None = None  # when the last line of metrics was (time stamp)
-    checkpoint: int | None = None  # step of the newest whole one
-    saved: float | None = None  # when it was (time stamp)
-    owner: Owner | None = None  # who trains here, or did last
+    written: float | None = None  # timestamp of the last line of metrics
+    checkpoint: int | None = None  # step of the newest complete checkpoint
+    saved: float | None = None  # timestamp of that checkpoint
+    owner: Owner | None = None  # process that trains here, or did last
     silence: float | None = None  # seconds since the owner's last heartbeat
-    exported: bool = False  # trained to the end
-    phase: str = ""  # what rank 0 does that is no step: "building", "exporting", and for how long
+    exported: bool = False  # whether training finished and the model was exported
+    phase: str = ""  # rank 0's activity outside steps, such as "building" or "exporting", and its seconds
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
-    successes: Successes = field(default_factory=Successes)  # of a policy in closed loop
+    successes: Successes = field(default_factory=Successes)  # a policy's success in closed loop
 
     @property
     def finished(self) -> bool:
@@ -60,7 +60,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
 
     Args:
         run: The folder; it may be empty or missing.
-        recipe: The resolved recipe of a run that has not started yet and so has no `resolved.yaml`.
+        recipe: The resolved recipe, for a run that has not started and so has no `resolved.yaml`.
     """
     resolved = _yaml(run / "resolved.yaml") or (_yaml(recipe) if recipe else {})
     train = resolved.get("train") or {}
@@ -76,15 +76,27 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     owner, silence = newest_owner(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
     return Progress(
-        name=str(resolved.get("name") or run.name), steps=train.get("steps"), step=last.get("step") or checkpoint or 0,
-        loss=_loss(last), mean_loss=mean, rate=rate, step_seconds=step_seconds, written=_when(run / "metrics.jsonl"),
-        checkpoint=checkpoint, saved=saved, owner=owner, silence=silence, exported=(run / "model").is_dir(),
-        phase=_phase(run), terms=terms, successes=Successes.read(run),
-    )  # fmt: skip
+        name=str(resolved.get("name") or run.name),
+        steps=train.get("steps"),
+        step=last.get("step") or checkpoint or 0,
+        loss=_loss(last),
+        mean_loss=mean,
+        rate=rate,
+        step_seconds=step_seconds,
+        written=_when(run / "metrics.jsonl"),
+        checkpoint=checkpoint,
+        saved=saved,
+        owner=owner,
+        silence=silence,
+        exported=(run / "model").is_dir(),
+        phase=_phase(run),
+        terms=terms,
+        successes=Successes.read(run),
+    )
 
 
 def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
-    """(step, when it was written) of the newest one that was completed; only its name and marker are looked at."""
+    """(step, timestamp) of the newest complete checkpoint; only names and manifest files are checked."""
     best: tuple[int, float] | None = None
     try:
         for entry in os.scandir(checkpoints):
@@ -102,13 +114,13 @@ def age(stamp: float | None) -> float | None:
 
 
 def _phase(run: Path) -> str:
-    """From the heartbeat that the watchdog of a start writes and takes away at its end."""
+    """The phase in rank 0's heartbeat, which the watchdog writes and removes at the end of a start."""
     main = heartbeat_of_main(run / "logs")
     return f"{main.phase} for {duration(main.seconds)}" if main is not None and main.phase else ""
 
 
 def _loss(line: dict[str, Any]) -> float | None:
-    """The task's loss comes first after the step."""
+    """The task's loss, which is the first value after the step."""
     values = [v for k, v in line.items() if k != "step"]
     return values[0] if values and isinstance(values[0], (int, float)) else None
 

@@ -1,4 +1,4 @@
-"""Slurm's commands, as functions. They work where accounting (sacct) is off."""
+"""Slurm's commands as functions. They do not need accounting (sacct)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stamo_dist.errors import StamoError
 _TIMEOUT = 30.0  # seconds
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 _PLACES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin", "/usr/local/slurm/bin")
-_FIELDS = {  # of `SlurmJob`
+_FIELDS = {  # fields of `SlurmJob` → squeue's format
     "id": "%i", "state": "%T", "reason": "%r", "start": "%S", "nodes": "%N", "count": "%D", "elapsed": "%M",
     "limit": "%l", "partition": "%P", "user": "%u", "name": "%j",
 }  # fmt: skip
@@ -33,7 +33,7 @@ ACTIVE = frozenset({
 
 
 class SlurmError(StamoError):
-    """A Slurm command that refused, with its own words."""
+    """A Slurm command failed; has its message."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class SlurmJob:
 
     id: str  # "12", or "12_3" in an array
     state: str  # PENDING, RUNNING, COMPLETED, …
-    reason: str  # why it waits or ended, in Slurm's word; "None" without one
-    start: datetime | None  # when it started, or is expected to
+    reason: str  # Slurm's reason for waiting or ending; "None" without one
+    start: datetime | None  # actual or expected start time
     nodes: str  # n[1-3]
-    count: int  # of nodes
+    count: int  # number of nodes
     elapsed: str
     limit: str
     partition: str
@@ -64,7 +64,7 @@ def available() -> bool:
         return False
     if "SLURM_CONF" in os.environ or any(Path(p).is_file() for p in _CONFIGURATIONS):
         return True
-    try:  # a configuration of another place, or from a server
+    try:  # configuration elsewhere, or from a server
         run("scontrol", "ping")
     except SlurmError:
         return False
@@ -72,9 +72,9 @@ def available() -> bool:
 
 
 def tool(name: str) -> str | None:
-    """Where one of Slurm's commands is: in PATH, beside one that is in PATH, or where clusters put them.
+    """The path of a Slurm command: in PATH, beside another one in PATH, or in a usual folder.
 
-    A profile's `environment` or `setup` may leave a job a PATH without some of them.
+    A profile's `environment` or `setup` may remove them from a job's PATH.
     """
     others = map(shutil.which, ("srun", "squeue", "sbatch", "scontrol"))
     beside = [str(Path(other).resolve().parent) for other in others if other]
@@ -82,10 +82,10 @@ def tool(name: str) -> str | None:
 
 
 def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
-    """What the command prints.
+    """Run a Slurm command and return its output.
 
     Raises:
-        SlurmError: It is not there, does not answer, or refuses.
+        SlurmError: It is missing, times out, or fails.
     """
     found = tool(command[0])
     if found is None:
@@ -105,11 +105,11 @@ def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
 
 
 def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[SlurmJob]:
-    """The jobs with these ids (all when omitted), ended ones while Slurm remembers them; unknown ids are left out."""
+    """The jobs with these ids (all when omitted), with ended ones that Slurm still knows; skips unknown ids."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--format={'|'.join(_FIELDS.values())}"]
     if user is not None:
         command.append(f"--user={user}")
-    lines = run(*command).splitlines()  # asked by id, squeue refuses as soon as it has forgotten one of them
+    lines = run(*command).splitlines()  # squeue with ids fails if one of them is no longer known
     found = [_job(line) for line in lines if line.count("|") >= len(_FIELDS) - 1]
     if ids is None:
         return found
@@ -118,7 +118,7 @@ def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[S
 
 
 def details(job: str) -> dict[str, str]:
-    """All that `scontrol show job` tells, by Slurm's names; empty where the job is forgotten."""
+    """The output of `scontrol show job`, by Slurm's names; empty if the job is no longer known."""
     try:
         return _pairs(run("scontrol", "--oneliner", "show", "job", job).partition("\n")[0])
     except SlurmError as e:
@@ -128,24 +128,24 @@ def details(job: str) -> dict[str, str]:
 
 
 def shrink(job: str, nodes: int) -> None:
-    """Have a running job keep only so many of its nodes, that of its batch script among them.
+    """Shrink a running job to this many nodes, including that of its batch script.
 
     Raises:
-        SlurmError: Slurm does not.
+        SlurmError: Slurm refuses.
     """
-    with tempfile.TemporaryDirectory() as folder:  # scontrol leaves a script there
+    with tempfile.TemporaryDirectory() as folder:  # scontrol writes a script into the working directory
         run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", cwd=folder)
 
 
 def partitions() -> dict[str, dict[str, str]]:
-    """Name → what `scontrol show partition` tells."""
+    """Name → output of `scontrol show partition`."""
     lines = run("scontrol", "--oneliner", "show", "partition").splitlines()
     found = [_pairs(line) for line in lines if line.startswith("PartitionName=")]
     return {p["PartitionName"]: p for p in found}
 
 
 def config() -> dict[str, str]:
-    """Slurm's configuration as `scontrol show config` tells it."""
+    """Slurm's configuration by `scontrol show config`."""
     lines = run("scontrol", "show", "config").splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
@@ -153,7 +153,7 @@ def config() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Association:
-    """What a user may charge to: an account, in one partition or (\"\") in all, with these QOS."""
+    """An account that a user may charge, in one partition or (\"\") in all, with these QOS."""
 
     account: str
     partition: str
@@ -161,7 +161,7 @@ class Association:
 
 
 def associations(user: str) -> list[Association] | None:
-    """The user's, where the cluster insists on them (AccountingStorageEnforce); None where not, or if nobody tells."""
+    """The user's associations if the cluster enforces them (AccountingStorageEnforce); None if not, or if unknown."""
     try:
         if not re.search(r"associations|limits|qos|safe|wckeys|all", config().get("AccountingStorageEnforce", "")):
             return None
@@ -191,13 +191,13 @@ def _range(text: str) -> list[str]:
 
 
 def fate(job: str, restart: int) -> str:
-    """What is to become of a job whose processes have ended in its start number `restart`, counted from 0.
+    """What Slurm will do with a job whose processes have ended in its start number `restart`, counted from 0.
 
-    "queued": Slurm starts it again. "cancelled": somebody ended it. "": nothing; it was not stopped by Slurm, or only
-    because its time was up or others needed its nodes.
+    "queued": Slurm starts it again. "cancelled": a user ended it. "": nothing; Slurm did not stop it, or only because
+    of its time limit or preemption.
 
     Raises:
-        SlurmError: Slurm does not say.
+        SlurmError: Slurm does not answer.
     """
     found = details(job)
     state = found.get("JobState", "")
@@ -205,7 +205,7 @@ def fate(job: str, restart: int) -> str:
         return "queued"
     if state == "CANCELLED":
         return "cancelled"
-    # While a job completes, Slurm shows that and not why. Preempted where PreemptMode is CANCEL, it is nobody's wish.
+    # A completing job does not show its reason. A job preempted with PreemptMode=CANCEL was not cancelled by a user.
     late = _passed(found.get("RunTime", "")) >= _passed(found.get("TimeLimit", ""))
     preempted = found.get("PreemptTime", "None") != "None"
     return "cancelled" if state == "COMPLETING" and not late and not preempted else ""
@@ -233,7 +233,7 @@ def _time(text: str) -> datetime | None:
 
 
 def _passed(text: str) -> float:
-    """[D-]HH:MM:SS in seconds; without end where there is no limit."""
+    """[D-]HH:MM:SS in seconds; infinite without a limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if match is None:
         return float("inf")

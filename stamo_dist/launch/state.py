@@ -1,4 +1,4 @@
-"""What state a run is in: from its record, its folder, and what the scheduler says where it still knows the job."""
+"""The state of a run: from its record, its folder, and the scheduler if it still knows the job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from stamo_dist.run.lease import STALE
 from stamo_dist.tracking.progress import duration
 
 Word = Literal[
-    "queued", "starting", "running", "preempted", "requeued", "suspended", "finished", "failed", "stopped", "cancelled",
-    "lost", "unknown",
-]  # fmt: skip
+    "queued",
+    "starting",
+    "running",
+    "preempted",
+    "requeued",
+    "suspended",
+    "finished",
+    "failed",
+    "stopped",
+    "cancelled",
+    "lost",
+    "unknown",
+]
 LIVE = frozenset({"queued", "starting", "running", "preempted", "requeued", "suspended", "unknown"})
 _LAST = frozenset({"finished", "failed", "cancelled", "stopped"})
-#: Slurm's reasons for waiting, in words.
+#: Slurm's reasons for waiting → text.
 _REASONS = {
     "Resources": "waits for free nodes",
     "Priority": "others come first",
@@ -41,7 +51,7 @@ _REASONS = {
     "QOSNotAllowed": "the partition does not take the QOS",
     "launch failed requeued held": "it could not be started and is held; `scontrol release` lets it go",
 }
-#: What a job may do besides waiting and running, and what that means.
+#: Slurm's job states other than waiting and running → our state and text.
 _RARE: dict[str, tuple[Word, str]] = {
     "PENDING": ("stopped", _REASONS["DependencyNeverSatisfied"]),
     "SUSPENDED": ("suspended", "stopped by Slurm until others are done"),
@@ -60,15 +70,15 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class State:
-    """One word, and what there is to say about it."""
+    """A state as one word, with details."""
 
     word: Word
     detail: str = ""
-    restarts: int = 0  # how often it was started again since it was submitted
+    restarts: int = 0  # restarts since its submission
 
     @property
     def live(self) -> bool:
-        """Somebody runs it, or will."""
+        """Whether it runs or will run."""
         return self.word in LIVE
 
     @property
@@ -77,7 +87,7 @@ class State:
 
     @property
     def title(self) -> str:
-        """The word, and how often it was started again so far."""
+        """The word, with the number of restarts so far."""
         return f"{self.word} ×{self.restarts}" if self.restarts and self.live else self.word
 
 
@@ -93,12 +103,12 @@ def judge_state(
     """The state of a run.
 
     Args:
-        progress: What its folder says.
-        history: What happened since it was submitted last.
-        job: What the scheduler says about its newest job; None where it knows nothing of it.
+        progress: The progress in its folder.
+        history: Its events since the last submission.
+        job: The scheduler's data on its newest job; None if unknown to it.
         asked: Whether the scheduler answered.
-        watched: Whether a process on this machine looks after the run; None where that is no question.
-        now: The time.
+        watched: Whether a process on this machine supervises the run; None if not applicable.
+        now: The current time.
     """
     now = now or datetime.now().astimezone()
     starts = sum(e.event == "started" for e in history)
@@ -125,7 +135,7 @@ def judge_state(
 
 
 def _over(history: Sequence[Event]) -> Event | None:
-    """The event that ended the run, where nothing began again after it."""
+    """The event that ended the run, unless it was started again."""
     for event in reversed(history):
         if event.event in _LAST:
             return event
@@ -163,7 +173,7 @@ def _running(progress: Progress, last: Event | None, starts: int) -> State:
 
 
 def _ended(progress: Progress, job: SlurmJob) -> State:
-    """The scheduler still remembers how the job ended."""
+    """The state of a job whose end the scheduler still knows."""
     if job.state == "CANCELLED":
         return State("cancelled", _stood(progress))
     if job.state == "PREEMPTED":
@@ -174,7 +184,7 @@ def _ended(progress: Progress, job: SlurmJob) -> State:
 
 
 def _unwatched(progress: Progress, last: Event | None) -> State:
-    """Nobody can be asked: only the heartbeat in the folder tells."""
+    """The state of a run without supervisor or scheduler, judged by the heartbeat in its folder."""
     owner, silence = progress.owner, progress.silence
     if owner is None and last is not None:
         gone = f"`stamo resume` goes on {_after(progress)}" if progress.step else "it never began to train"
@@ -203,7 +213,7 @@ def _waiting(job: SlurmJob, now: datetime) -> str:
 
 
 def _said(over: Event, progress: Progress) -> State:
-    """The state that an event which ended the run left it in."""
+    """The state after an event that ended the run."""
     stood = "" if over.event == "finished" else _stood(progress)
     return State(over.event, over.reason or stood)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Runs and how they do: their folders, one question to the scheduler for all of them, and tables of the answers."""
+"""The status of runs: reading their folders, one scheduler query for all, and tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, Word, judge_state
 from stamo_dist.tracking.progress import duration
 
-_ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # of an array's tasks: what it is said to do
+_ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
 _STYLE: dict[Word, str] = {
     "queued": "cyan", "starting": "cyan", "running": "green", "preempted": "yellow", "requeued": "yellow",
     "suspended": "yellow", "finished": "bold green", "failed": "bold red", "stopped": "yellow", "cancelled": "dim",
@@ -38,12 +38,12 @@ _LAST = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run, or one stage of a pipeline, and how it does."""
+    """One run or pipeline stage, with its status."""
 
     path: Path
-    launch: Launch | None  # None where it was started by hand
+    launch: Launch | None  # None if it was started by hand
     progress: Progress
-    history: list[Event]  # since it was submitted last
+    history: list[Event]  # events since the last submission
     job: SlurmJob | None
     state: State
 
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def nodes(self) -> str:
-        """Where it runs, or how much it waits for."""
+        """Its nodes, or the number of nodes it waits for."""
         if not self.state.live:
             return ""
         if self.job is not None and self.job.nodes:
@@ -67,12 +67,12 @@ class Run:
 
     @property
     def touched(self) -> float:
-        """When something last happened (time stamp)."""
+        """Timestamp of the last activity."""
         last = datetime.fromisoformat(self.history[-1].time).timestamp() if self.history else 0.0
         return max(last, self.progress.written or 0.0, self.progress.saved or 0.0)
 
     def facts(self) -> dict[str, Any]:
-        """For programs: plain values; seconds, and None for what is not known."""
+        """Plain values for programs; durations in seconds, None if unknown."""
         p = self.progress
         return {
             "name": self.name, "run_dir": str(self.path), "state": self.state.word, "detail": self.state.detail,
@@ -84,10 +84,10 @@ class Run:
 
 
 def find(names: Sequence[str]) -> list[Path]:
-    """The run folders that a person means: paths of runs, folders of runs, or names of registered runs.
+    """The run folders named by the user: paths of runs, folders of runs, or names of registered runs.
 
     Raises:
-        RunError: One is none of these, or a name that several runs have.
+        RunError: One is none of these, or an ambiguous name.
     """
     found: list[Path] = []
     for name in names:
@@ -105,10 +105,10 @@ def find(names: Sequence[str]) -> list[Path]:
 
 
 def one(name: str) -> Path:
-    """The run folder that a person means.
+    """The run folder named by the user.
 
     Raises:
-        RunError: It is none, or not one alone.
+        RunError: There is none, or more than one.
     """
     found = find([name])
     if len(found) > 1:
@@ -117,20 +117,20 @@ def one(name: str) -> Path:
 
 
 def everything() -> list[Run]:
-    """The registered runs, and those in the folder where recipes put them; what happened last comes first."""
+    """The registered runs and those in the default folder, most recent activity first."""
     here = below([Path("runs")]) if Path("runs").is_dir() else []
     return sorted(collect(dict.fromkeys([*registered(), *here])), key=lambda run: -run.touched)
 
 
 def recent(runs: Iterable[Run], hours: float = 24.0) -> list[Run]:
-    """Those that are to go on, and those to which something happened lately."""
+    """Active runs and those with recent activity."""
     return [run for run in runs if run.state.live or time.time() - run.touched < hours * 3600]
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
-    """How these runs do; what happened last comes first, but a pipeline's stages come in their order."""
+    """The status of these runs, most recent activity first, but a pipeline's stages in their order."""
     folders = [path for path in paths if is_run(path)]
-    with ThreadPoolExecutor(8) as pool:  # a shared file system answers several questions at once
+    with ThreadPoolExecutor(8) as pool:  # a shared file system serves several requests at once
         read = list(pool.map(_read, folders))
     wanted = [launch.job for launch, _, _ in read if launch and launch.job and not _is_local(launch)]
     jobs: list[SlurmJob] = []
@@ -176,7 +176,7 @@ def _run(
 
 
 def _of(job: str, jobs: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:
-    """The job with this id; of an array the task that says most, and how many have ended."""
+    """The job with this id; for an array the most significant task, and the number of ended ones."""
     mine = [j for j in jobs if j.id == job or j.id.partition("_")[0] == job]
     if len(mine) < 2:
         return (mine[0] if mine else None), ""
@@ -199,7 +199,7 @@ def _named(path: Path) -> str:
 
 
 def status_table(runs: Sequence[Run]) -> RenderableType:
-    """One line a run; what there is to say about its state stands below the table."""
+    """One line per run; details on the states below the table."""
     if not runs:
         return Text("no runs; `stamo submit RECIPE` starts one, and `stamo runs` lists those that ended")
     columns: list[tuple[str, Callable[[Run], str | Text]]] = [
@@ -218,7 +218,7 @@ def status_table(runs: Sequence[Run]) -> RenderableType:
 
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
-    """One line a run: what became of it, and where it lies."""
+    """One line per run: its state and folder."""
     if not runs:
         return Text("no runs; `stamo submit RECIPE` or `stamo train RECIPE` starts one")
     columns: list[tuple[str, Callable[[Run], str | Text]]] = [
@@ -234,7 +234,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
 
 
 def sweep_table(runs: Sequence[Run]) -> RenderableType:
-    """One line a run of a sweep, the lowest loss first, with the values in which the runs differ."""
+    """One line per run of a sweep, lowest loss first, with the values in which they differ."""
     values = {run.path: dict(o.split("=", 1) for o in run.launch.overrides) if run.launch else {} for run in runs}
     fields = dict.fromkeys(field for own in values.values() for field in own if field not in ("run_dir", "name"))
     differ = [f for f in fields if len({own.get(f) for own in values.values()}) > 1]
@@ -256,7 +256,7 @@ def sweep_table(runs: Sequence[Run]) -> RenderableType:
 
 
 def one_run(run: Run) -> RenderableType:
-    """All that is known about one run."""
+    """All details of one run."""
     p = run.progress
     rows: list[tuple[str, str | Text]] = [("state", _state(run) + Text(f"  {run.state.detail}"))]
     rows.append(("step", _step(run)))
@@ -313,7 +313,7 @@ def _saved(run: Run) -> str:
 
 
 def _success(run: Run) -> str:
-    """The newest, and the best where that is another."""
+    """The newest success rate, and the best if different."""
     last, best = run.progress.successes.last, run.progress.successes.best
     if last is None:
         return ""

@@ -1,4 +1,4 @@
-"""From a recipe and a profile to a queued job: checks first, so that nothing that cannot run is queued."""
+"""Submitting a recipe with a profile, after checking that it can run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from submitit import SlurmExecutor
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, supervise
 from stamo_dist.launch.job import newest_step, step
-from stamo_dist.launch.profile import LOCAL, Profile, ProfileError, load_profile, names
+from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -32,36 +32,36 @@ from stamo_dist.launch.record import (
 )
 from stamo_dist.recipe.load import Loaded, load
 
-SNAPSHOT = "{snapshot}"  # in a command: the folder of the snapshot, once it was taken
+SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
 
 
 @dataclass(frozen=True)
-class Order:
-    """One job as it will be asked for."""
+class JobOrder:
+    """One job to submit."""
 
     launch: Launch
-    profile: Profile
-    loaded: Loaded | None = None  # the recipe that goes into the snapshot
-    members: list[Order] = field(default_factory=list)  # of an array whose tasks are runs of their own, this one first
+    profile: ClusterProfile
+    loaded: Loaded | None = None  # the recipe for the snapshot
+    members: list[JobOrder] = field(default_factory=list)  # runs of a sweep submitted as one job array, self first
     after: list[str] = field(default_factory=list)  # jobs that must have finished
-    notes: list[str] = field(default_factory=list)  # what a person should know
+    notes: list[str] = field(default_factory=list)  # notes for the user
 
     @property
     def tasks(self) -> int:
-        """Of an array; 0: it is none."""
+        """Number of array tasks; 0 if it is not an array."""
         return len(self.members) or (self.launch.tasks if self.launch.tasks > 1 else 0)
 
     @property
     def least(self) -> int:
-        """Fewest nodes."""
+        """Minimum number of nodes."""
         return min(self.launch.node_counts or [self.launch.nodes])
 
 
 def default_cluster() -> str:
-    """The profile where none is named: this machine, unless it is a login node.
+    """The default profile: this machine, unless it is a login node.
 
     Raises:
-        ProfileError: It is one.
+        ProfileError: It is a login node.
     """
     if slurm.available():
         raise ProfileError([f"--cluster: name one, there is Slurm here: {', '.join(names())}"])
@@ -70,17 +70,17 @@ def default_cluster() -> str:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the command line asks for in place of the profile's; None: as the profile says."""
+    """Resources of the command line that override the profile; None: the profile's."""
 
     nodes: int | None = None
     gpus_per_node: int | None = None
     time: str | None = None
 
     def changes(self) -> list[str]:
-        """The fields of a profile that it sets, `field=value` each."""
+        """The profile fields that it overrides, `field=value` each."""
         asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
         found = [f"{name}={value}" for name, value in asked.items() if value]
-        found += ["processes_per_node=null"] if self.gpus_per_node else []  # there is one a GPU
+        found += ["processes_per_node=null"] if self.gpus_per_node else []  # one process per GPU
         nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
         return [*found, *nodes]
 
@@ -90,11 +90,11 @@ AS_PROFILED = Resources()
 
 def plan(
     recipe: str | Path, cluster: str, *, overrides: Sequence[str] = (), resources: Resources = AS_PROFILED
-) -> Order:
-    """What submitting the recipe would ask the cluster for. Nothing is written.
+) -> JobOrder:
+    """The job that submitting the recipe would request. Writes nothing.
 
     Raises:
-        StamoError: Recipe or profile are wrong, or it could not run there.
+        StamoError: Recipe or profile is wrong, or it could not run there.
     """
     loaded = load(recipe, overrides)
     run, command = str(Path(loaded.recipe.run_dir).absolute()), ["train", f"{SNAPSHOT}/recipe.yaml"]
@@ -110,15 +110,15 @@ def ask(
     *,
     every_gpu: bool = True,
     ready: bool = True,
-) -> Order:
-    """What a launch would ask the cluster for. Nothing is written.
+) -> JobOrder:
+    """The job that a launch would request. Writes nothing.
 
     Args:
-        launch: What to run; where and on what is filled in here.
-        loaded: The recipe that it reads.
-        cluster, changes: The profile, and fields of it that are set otherwise.
-        every_gpu: It is one process a GPU, and one process otherwise.
-        ready: Its data and weights have to be there by now.
+        launch: The launch; resources and cluster are filled in here.
+        loaded: Its recipe.
+        cluster, changes: The profile, and overrides of its fields.
+        every_gpu: Run one process per GPU, otherwise one process.
+        ready: Its data and weights must already exist.
 
     Raises:
         StamoError: The profile is wrong, or it could not run there.
@@ -134,7 +134,7 @@ def ask(
     given, processes = profile.model_dump(mode="json"), profile.processes if every_gpu else 1
     launch = replace(launch, cluster=name, profile=given, max_restarts=profile.max_restarts)
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
-    order = Order(launch, profile, loaded, notes=notes)
+    order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
         notes += checks.recipe(loaded, profile.environment)
     checks.folder(run)
@@ -148,7 +148,7 @@ def ask(
 
 
 def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
-    """The recipe with the time there is for leaving, where it does not say so: the run warns if that is too short."""
+    """The recipe with the cluster's grace time, unless it sets one; the run warns if that is too short."""
     train = loaded.recipe.train
     if train.checkpoint.grace_seconds is not None:
         return loaded
@@ -158,8 +158,8 @@ def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
     return replace(loaded, recipe=recipe, resolved=recipe.model_dump(mode="json"), provenance=origin)
 
 
-def describe(order: Order) -> str:
-    """What is asked for, in one line."""
+def describe(order: JobOrder) -> str:
+    """The request in one line."""
     launch, profile = order.launch, order.profile
     if profile.backend == "local":
         many = _many(launch.nodes * launch.processes_per_node, "process")
@@ -177,8 +177,8 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")
 
 
-def script(order: Order) -> str:
-    """The batch script, to the letter; on this machine, the command of each process."""
+def script(order: JobOrder) -> str:
+    """The exact batch script; on this machine, the command of each process."""
     launch = order.launch
     taken = launch.snapshot or _no_snapshot(launch)
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
@@ -189,19 +189,19 @@ def script(order: Order) -> str:
     return f"{_Sbatch(order).text()}\n# It starts the processes with\n#   {shlex.join(srun)}\n"
 
 
-def submit(order: Order) -> Launch:
-    """`submit_all` of one."""
+def submit(order: JobOrder) -> Launch:
+    """`submit_all` for one order."""
     return submit_all([order])[0]
 
 
-def submit_all(orders: Sequence[Order], jobs: Mapping[str, str] | None = None) -> list[Launch]:
-    """Take the snapshots, queue the jobs and write them down. Returns the launches with their job ids.
+def submit_all(orders: Sequence[JobOrder], jobs: Mapping[str, str] | None = None) -> list[Launch]:
+    """Take the snapshots, queue the jobs and record them. Returns the launches with their job ids.
 
-    `jobs`: run folder → job, where it was submitted before, for orders that come after it.
+    `jobs`: run folder → job id of earlier submissions on which orders depend.
 
     Raises:
-        StamoError: A run is queued or runs already, a folder cannot be written, or the cluster refuses; nothing is
-            left.
+        StamoError: A run is already queued or running, a folder cannot be written, or the cluster refuses; all changes
+            are undone.
     """
     runs = [m.launch.run_dir for order in orders for m in order.members or [order]]
     for run in runs:
@@ -230,7 +230,7 @@ def submit_all(orders: Sequence[Order], jobs: Mapping[str, str] | None = None) -
 
 
 def active(run: str | Path) -> str | None:
-    """The job of the run that is queued or runs, None without one."""
+    """The queued or running job of the run, None without one."""
     try:
         ids = read(run).job_ids
     except RunError:
@@ -241,7 +241,7 @@ def active(run: str | Path) -> str | None:
     return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids and slurm.available() else None
 
 
-def _prepared(order: Order, stack: ExitStack) -> Order:
+def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
     """The order, or each of its members, with its snapshot taken and its record written; undone if `stack` fails."""
     if order.members:
         members = [_prepared(replace(member, members=[]), stack) for member in order.members]
@@ -253,7 +253,7 @@ def _prepared(order: Order, stack: ExitStack) -> Order:
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
-    order.launch.write()  # before it is queued: the job may start before that is back
+    order.launch.write()  # written before queueing: the job may start before sbatch returns
     record(run, Event("submitted", step=newest_step(run)))
     return order
 
@@ -265,13 +265,13 @@ def _take_back(job: str, kind: type[BaseException] | None, *_: object) -> None:
 
 
 class _Sbatch(SlurmExecutor):
-    """submitit's way to a batch script and to sbatch; the command is our own instead of a pickled function.
+    """submitit's batch script and sbatch call, with our own command instead of a pickled function.
 
-    What submitit runs in a job acts on signals on rank 0 alone, passes SIGTERM over, and asks for a requeue that
-    Slurm may have made already; so the job brings its own (`stamo_dist.launch.job`).
+    submitit's own job handles signals on rank 0 only, ignores SIGTERM, and requests a requeue that Slurm may have made
+    already; so the job runs `stamo_dist.launch.job` instead.
     """
 
-    def __init__(self, order: Order):
+    def __init__(self, order: JobOrder):
         self.order = order
         super().__init__(folder(order.launch.run_dir) / "sbatch")
         p, launch = order.profile, order.launch
@@ -285,27 +285,38 @@ class _Sbatch(SlurmExecutor):
         if order.after:
             more |= {"dependency": f"afterok:{':'.join(order.after)}", "kill-on-invalid-dep": "yes"}
         gpus = f"{p.gpu_type}:{p.gpus_per_node}" if p.gpu_type else p.gpus_per_node
-        # One task a node, as wide as all its processes: a range of nodes cannot be asked for with tasks per node.
+        # One task per node with the CPUs of all processes: a range of nodes cannot be combined with tasks per node.
         self.update_parameters(
-            job_name=launch.name, partition=p.partition, account=p.account, qos=p.qos, time=p.time,
-            nodes=max(counts), cpus_per_task=_cpus(order), gpus_per_node=gpus or None, mem=p.memory,
-            constraint=p.constraint, exclude=p.exclude, wckey=None, stderr_to_stdout=True, use_srun=False,
+            job_name=launch.name,
+            partition=p.partition,
+            account=p.account,
+            qos=p.qos,
+            time=p.time,
+            nodes=max(counts),
+            cpus_per_task=_cpus(order),
+            gpus_per_node=gpus or None,
+            mem=p.memory,
+            constraint=p.constraint,
+            exclude=p.exclude,
+            wckey=None,
+            stderr_to_stdout=True,
+            use_srun=False,
             setup=[*(f"export {k}={shlex.quote(v)}" for k, v in p.environment.items()), *p.setup],
             additional_parameters=more,
-        )  # fmt: skip
+        )
 
     @classmethod
     def affinity(cls) -> int:
-        return 1  # a script can be shown where there is no Slurm
+        return 1  # allows showing a script without Slurm
 
     def text(self) -> str:
         return self._make_submission_file_text(self._command, "")
 
     def test(self) -> None:
-        """Let Slurm look at the script without queueing it.
+        """Let Slurm validate the script without queueing it.
 
         Raises:
-            SlurmError: It would refuse.
+            SlurmError: Slurm would refuse it.
         """
         self._sbatch("--test-only", stdin=self.text())
 
@@ -337,20 +348,20 @@ def _no_snapshot(launch: Launch) -> str:
     return f"{folder(launch.run_dir)}/snapshots/TIME"
 
 
-def _log(order: Order) -> str:
-    """Where the batch script prints: an array has a log a task, which runs of their own soon leave for theirs."""
+def _log(order: JobOrder) -> str:
+    """The batch script's output file; arrays have one per task, used until the task's run opens its own log."""
     run = Path(order.launch.run_dir)
     log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
     return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
 
 
-def _cpus(order: Order) -> int:
+def _cpus(order: JobOrder) -> int:
     return order.profile.cpus_per_gpu * order.launch.processes_per_node
 
 
 @contextlib.contextmanager
 def _nothing_left(run: Path) -> Iterator[None]:
-    """Undo what was written if what is inside fails."""
+    """Undo written files if the block fails."""
     made = next((p for p in [*reversed(run.parents), run] if not p.exists()), None)
     files = [folder(run) / "launch.json", folder(run) / "events.jsonl"]
     before = {file: file.read_bytes() if file.is_file() else None for file in files}

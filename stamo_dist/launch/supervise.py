@@ -1,7 +1,7 @@
-"""Runs on this machine, without a scheduler: one process in the background starts them, and starts them again.
+"""Runs on this machine without a scheduler: a background process starts and restarts them.
 
 It works through its runs one after the other. A run that leaves with code 75, or crashes, is started again as a
-scheduler would do it. `supervisor.json` in a run's `launch/` says which process that is.
+scheduler would do it. `supervisor.json` in a run's `launch/` identifies the process.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
 
 _FILE = "supervisor.json"
-_PATIENCE = 30.0  # seconds for the supervisor to be there
-_GRACE = 120.0  # seconds to save and leave for a run that is to end
-_LOOK = 0.5  # seconds between looks whether a run is to end
-_PAUSE = 1.0  # seconds before a run that crashed is started again
+_PATIENCE = 30.0  # seconds for the supervisor to start
+_GRACE = 120.0  # seconds for a cancelled run to save and exit
+_LOOK = 0.5  # seconds between polls for a cancel request
+_PAUSE = 1.0  # seconds before a crashed run is restarted
 _ENDED = "the process that looks after it was ended"
 
 
 def start(runs: Sequence[str | Path]) -> str:
-    """Run these, one after the other, in the background; each has its launch.json. Returns the job id of all of them.
+    """Run these runs in sequence in the background; each has its launch.json. Returns their common job id.
 
     Raises:
-        RunError: The process that looks after them does not start.
+        RunError: The supervisor does not start.
     """
     log, first = folder(runs[0]) / "supervisor.log", read(runs[0]).snapshot
     words = ["-m", __name__] if first is None else snapshot_command(first, __name__, ())[1:]
@@ -73,14 +73,14 @@ def job_id(pid: int) -> str:
 
 
 def command(launch: Launch) -> list[str]:
-    """Of each process; the profile's setup lines come before it in the same shell."""
+    """The command of each process, preceded by the profile's setup lines in the same shell."""
     words = process_command(launch)
     setup = launch.profile.get("setup")
     return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
 
 
 def supervisor(run: str | Path) -> Owner | None:
-    """Who looks after the run, or did last."""
+    """The run's current or last supervisor."""
     try:
         return Owner(**json.loads((folder(run) / _FILE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -88,7 +88,7 @@ def supervisor(run: str | Path) -> Owner | None:
 
 
 def supervised(run: str | Path) -> bool | None:
-    """Whether somebody looks after the run; None where only another machine can tell."""
+    """Whether the run has a live supervisor; None if only another machine can tell."""
     owner = supervisor(run)
     if owner is None:
         return False
@@ -96,12 +96,12 @@ def supervised(run: str | Path) -> bool | None:
 
 
 def is_local(job: str) -> bool:
-    """Whether the id is of a job of this kind."""
+    """Whether the id is that of a local job."""
     return job.startswith("local-")
 
 
 def busy(run: str | Path) -> bool:
-    """Whether the run waits or runs in the care of a process on this machine."""
+    """Whether the run waits or runs under a supervisor on this machine."""
     if not supervised(run):
         return False
     last = next(newest_first(run), None)
@@ -109,12 +109,12 @@ def busy(run: str | Path) -> bool:
 
 
 def cancel(run: str | Path) -> None:
-    """End the run, or take it off the list: within a second it saves, leaves and is not started again."""
+    """Cancel the run: within a second it is asked to save and exit; it is not restarted. A waiting run is dropped."""
     record(run, Event("cancelled", job=read(run).job, step=newest_step(run)))
 
 
 def cancelled(run: str | Path) -> bool:
-    """Whether it was, since it was last submitted."""
+    """Whether it was cancelled since its last submission."""
     for event in newest_first(run):
         if event.event in ("submitted", "cancelled"):
             return event.event == "cancelled"
@@ -126,7 +126,7 @@ class _Supervisor:
         self.job = job_id(os.getpid())
         self._ending = False  # this process was asked to end
         self._ranks: Ranks | None = None
-        self._looked = self._asked = 0.0  # when the run was looked at last; when it was asked to end, 0 if not
+        self._looked = self._asked = 0.0  # time of the last poll; time of the cancel request, 0 without one
 
     def work(self, runs: Sequence[Path]) -> None:
         for s in SIGNALS:
@@ -137,28 +137,28 @@ class _Supervisor:
         for run in runs:
             launch = read(run)
             while any(map(busy, launch.after)) and not (self._ending or cancelled(run)):
-                time.sleep(_LOOK)  # in the care of another process like this one
+                time.sleep(_LOOK)  # under another supervisor
             if cancelled(run):
                 continue
             if why := _ENDED if self._ending else hindrance(launch):
-                self._tell(run, "stopped", reason=why)
+                self._record_event(run, "stopped", reason=why)
             else:
                 self._run(run, launch)
 
     def _run(self, run: Path, launch: Launch) -> None:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
-            self._tell(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
+            self._record_event(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
             verdict = judge_exit(launch, self._start(run, launch, processes, restart), self.job)
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:
                 verdict = Verdict("stopped", False, _ENDED)
-            self._tell(run, verdict.event, restart=restart, reason=verdict.reason)
+            self._record_event(run, verdict.event, restart=restart, reason=verdict.reason)
             if not verdict.again:
                 return
             restart += 1
-            self._tell(run, "requeued", restart=restart)
+            self._record_event(run, "requeued", restart=restart)
             time.sleep(_PAUSE if verdict.event == "failed" else 0)
 
     def _start(self, run: Path, launch: Launch, processes: int, restart: int) -> int:
@@ -179,13 +179,13 @@ class _Supervisor:
                     self._ranks = None
 
     def _signal(self, number: int, frame: FrameType | None = None) -> None:
-        """SIGTERM and SIGINT end everything; the others ask the run at hand to save and start again."""
+        """Signal handler: SIGTERM and SIGINT end everything; the others make the current run save and restart."""
         self._ending |= number in (signal.SIGTERM, signal.SIGINT)
         if self._ranks is not None and not self._ending:
             self._ranks.signal(number)
 
     def _look(self, run: Path, ranks: Ranks) -> None:
-        """See to it that a run that is to end does so."""
+        """Signal the run if it was cancelled."""
         moment = time.monotonic()
         if moment < self._looked + _LOOK:
             return
@@ -196,7 +196,7 @@ class _Supervisor:
         elif self._asked and moment > self._asked + _GRACE:
             ranks.signal(signal.SIGKILL)
 
-    def _tell(self, run: Path, what: What, **about: Any) -> None:
+    def _record_event(self, run: Path, what: What, **about: Any) -> None:
         record(run, Event(what, job=self.job, step=newest_step(run), **about))
 
 

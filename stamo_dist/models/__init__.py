@@ -5,7 +5,7 @@ import diffusers.utils
 from diffusers.utils import import_utils as _diffusers
 from transformers.utils import import_utils as _transformers
 
-# Where these are installed, both libraries import them for losses, samplers and adapters that nothing here uses, which
-# takes more than half a second.
+# Both libraries import these, if installed, for losses, samplers and adapters that are not used here, which takes more
+# than half a second.
 _diffusers._scipy_available = _diffusers._peft_available = _transformers._scipy_available = False
 diffusers.utils.USE_PEFT_BACKEND = False

@@ -1,12 +1,13 @@
 """Patch features → state: learnable queries in a small transformer.
 
-The queries are prepended to the projected patch tokens and all attend to all, as in TiTok (Yu et al. 2024,
-arXiv 2406.07550); what comes out at the queries' places is the state. DINOv2's patch tokens already carry their
+The queries are prepended to the projected patch tokens and all tokens attend to all, as in TiTok (Yu et al. 2024,
+arXiv 2406.07550); the outputs at the queries' positions are the state. DINOv2's patch tokens already carry their
 position (its position embeddings are added before the first block), so none is added here.
 
-A LayerNorm without affine parameters ends the compressor, unless `norm` is false: every state token has mean 0 and norm
-√dim. So the decoder sees one scale throughout training, states cannot drift to make the loss small, and a motion (the
-difference of two states) is never longer than 2·√dim. States on a sphere are bent, though, which small ones feel.
+A LayerNorm without affine parameters ends the compressor, unless `norm` is false: every state token has mean 0 and
+norm √dim. So the decoder sees one scale throughout training, states cannot drift to make the loss small, and a motion
+(the difference of two states) is never longer than 2·√dim. Normalising onto a sphere is nonlinear, though, which
+matters for small states.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from stamo_dist.models import weights
 from stamo_dist.models.recompute import run_block
 from stamo_dist.recipe import schema
 
-#: Of the mean variance: directions in which the initial states differ less are not brought up to the others, or the
-#: smallest change of a weight would throw the states about.
+#: Fraction of the mean variance: directions of smaller variance are not scaled up fully by whitening, or the
+#: states would be unstable under small changes of the weights.
 _LEAST_VARIANCE = 1e-4
 
 
@@ -83,12 +84,12 @@ class Compressor(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def settings(self) -> dict[str, Any]:
-        """What of the configuration decides the states, beside the weights."""
-        # Training alone knows noise and the straight map; a whitening map is among the weights.
+        """The configuration fields that affect the states, besides the weights."""
+        # Noise and the straight map are for training only; a whitening map is among the weights.
         return self.cfg.model_dump(exclude={"noise", "whiten", "straighten"})
 
     def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
-        """SHA-256 of the weights (`seen` of each) and of the settings."""
+        """SHA-256 of the weights (each mapped by `seen`) and of the settings."""
         return weights.fingerprint(self.settings(), self.state_dict(), seen)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Set the mean and deviation that are taken off before the last norm to those of these frames.
+        """Set the mean and deviation applied before the last norm to those of these frames.
 
-        Frames of one scene look nearly alike to random weights: without this their initial states differ by a few
-        percent, the decoder takes the difference for noise, and training removes it. Of several scenes, which differ
-        far more from each other than frames of one do, only decorrelated states show what happens within one.
+        With random weights, states of frames of one scene differ by only a few percent: without this, the decoder
+        treats the difference as noise, and training removes it. With several scenes, which differ far more from each
+        other than frames of one, differences within a scene are only visible in decorrelated (whitened) states.
         """
         self.state_mean.zero_()
         self.state_std.fill_(1)

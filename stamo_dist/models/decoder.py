@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     ) -> Decoder:
         """Load `cfg.weights` (SD3 or SD3.5), or build `cfg.config` with random weights.
 
-        With `meta_init` the parameters are on the meta device until `load_weights` reads what a checkpoint holds.
+        With `meta_init` the parameters are on the meta device until `load_weights` reads them from the checkpoint.
 
         Without weights the number of channels, the size of the position table and the context width default to what
         the latents (C, h, w) and the heads need.
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, latent_shape: tuple[int, int, int]) -> Decoder:
-        """Load a folder in diffusers' layout, conditioning layers and all."""
+        """Load a folder in diffusers' layout, including the conditioning layers."""
         return cls.from_checkpoint(weights.opened(folder, "decoder", f"{FIELD}.weights"), latent_shape)
 
     @classmethod
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         return decoder
 
     def load_weights(self) -> None:
-        """Read what was deferred, each process its own shards; the parameters have memory by now."""
+        """Read the deferred weights, each process its own shards; the parameters must have memory."""
         parameters = dict(self.transformer.named_parameters())
         for name, stored in self._deferred.items():
             write(parameters[name], stored.read)
@@ -130,14 +130,14 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
         """Latents z_σ (B, C, h, w), σ (B,) float32 and tokens (B, T, dim) → velocity (B, C, h, w) float32.
 
-        With `precondition` the transformer predicts what a linear guess from z_σ leaves over (the idea of Karras et al.
-        2022, arXiv 2206.00364, in flow matching's terms), so that it need not learn to pass the noise through.
+        With `precondition` the transformer predicts the residual of a linear estimate from z_σ (preconditioning of
+        Karras et al. 2022, arXiv 2206.00364, for flow matching), so that it need not learn to pass the noise through.
 
         Raises:
             TypeError: σ is not float32.
         """
         if sigma.dtype != torch.float32:
-            # bf16 knows 9 noise levels between 0.97 and 1; an engine that casts inputs would blur the time silently.
+            # bf16 has 9 values between 0.97 and 1: an engine that casts inputs would silently round the noise level.
             raise TypeError(f"sigma is {sigma.dtype}, expected float32: the engine must not cast the module's inputs")
         tokens = tokens.to(self.dtype)
         level = sigma.view(-1, 1, 1, 1)
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             return_dict=False,
         )[0].to(torch.float32)
         if self.precondition:
-            # The best linear guess of ε − z₀ from z_σ is (2σ−1)/variance · z_σ; its error has variance 1/variance.
+            # The best linear estimate of ε − z₀ from z_σ is (2σ−1)/variance · z_σ; its error has variance 1/variance.
             velocity = (2 * level - 1) / variance * z + velocity / variance.sqrt()
         return velocity
 
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
 
 
 def _full(config: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the class's defaults, but for the fields this module derives."""
+    """Fill in the class's defaults, except for fields that this module derives."""
     derived = ("self", "pos_embed_max_size", "caption_projection_dim")
     parameters = inspect.signature(SD3Transformer2DModel.__init__).parameters
     return {**{k: p.default for k, p in parameters.items() if k not in derived}, **config}

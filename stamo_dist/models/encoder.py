@@ -21,7 +21,7 @@ from stamo_dist.models.weights import LoadReport
 from stamo_dist.recipe import schema
 
 FIELD = "model.encoder"
-_REGISTERS = "num_register_tokens"  # in a config, it says that there are some
+_REGISTERS = "num_register_tokens"  # this field in a config means that there are registers
 Dinov2 = Dinov2Model | Dinov2WithRegistersModel
 
 
@@ -40,9 +40,9 @@ class Encoder(nn.Module):
 
     With `output` "cls" the class token alone, (B, 1, D).
 
-    The whole frame is resized to a square of `image_size` (DINOv2's own evaluation crops the centre; a robot's frame
-    has no part to spare). The position embeddings are resampled to that size once, by transformers' own function, so
-    a forward pass does not interpolate and a trained encoder trains the resampled ones.
+    The whole frame is resized to a square of `image_size` (DINOv2's own evaluation crops the centre; in a robot's
+    frame every part may matter). The position embeddings are resampled to that size once, by transformers' own
+    function, so a forward pass does not interpolate and a trained encoder trains the resampled ones.
     """
 
     def __init__(self, model: Dinov2, image_size: int, output: str = "patches"):
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.report: LoadReport | None = None
         _resample_positions(model, image_size)
         if hasattr(model.embeddings, "mask_token"):
-            model.embeddings.mask_token.requires_grad_(False)  # DINOv2's own pretraining uses it, nothing here does
+            model.embeddings.mask_token.requires_grad_(False)  # used only in DINOv2's own pretraining
 
     @classmethod
     def from_config(cls, cfg: schema.EncoderConfig) -> Encoder:
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         return encoder
 
     def untrained(self) -> Encoder:
-        """Another of this shape, as its class begins: for counting, or for comparing with random weights."""
+        """A randomly initialised encoder of this shape, for counting parameters or as a baseline."""
         return Encoder(_build(self.model.config.to_dict()), self.image_size, self.output)
 
     @property
@@ -110,9 +110,9 @@ class Encoder(nn.Module):
         recompute_transformers(self.model, self.model.encoder.layer, every)
 
     def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
-        """SHA-256 of the weights (`seen` of each) and of what else decides the features."""
+        """SHA-256 of the weights (each mapped by `seen`) and of all settings that affect the features."""
         decides: dict[str, object] = {"class": type(self.model).__name__, "image_size": self.image_size}
-        if self.output != "patches":  # which the first fingerprints do not name
+        if self.output != "patches":  # left out by the first fingerprints
             decides["output"] = self.output
         return weights.fingerprint(decides, self.model.state_dict(), seen)
 
@@ -133,7 +133,7 @@ def _resample_positions(model: Dinov2, image_size: int) -> None:
     embeddings = model.embeddings
     patches = (image_size // model.config.patch_size) ** 2
     table = embeddings.position_embeddings
-    like = table.new_empty(1, patches + 1, table.shape[-1])  # only its shape is read
+    like = table.new_empty(1, patches + 1, table.shape[-1])  # only its shape is used
     embeddings.position_embeddings = nn.Parameter(embeddings.interpolate_pos_encoding(like, image_size, image_size))
     embeddings.patch_embeddings.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = patches

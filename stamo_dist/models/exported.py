@@ -1,4 +1,4 @@
-"""An exported tokenizer's folder: what its `stamo.json` says, and its parts one by one."""
+"""Reading an exported tokenizer's folder: its `stamo.json` and single parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
-    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, wherever that is.
+    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, from its own location.
 
     Raises:
         CheckpointError: files are missing or corrupt.
@@ -29,7 +29,7 @@ def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = No
 
 
 def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
-    """The compressor of the tokenizer exported to `root`, of patches of `dim` numbers.
+    """The compressor of the tokenizer exported to `root`, for patch tokens of dimension `dim`.
 
     Raises:
         CheckpointError: files are missing or corrupt.
@@ -39,7 +39,7 @@ def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
 
 
 def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of an exported tokenizer, which may be a run's `model/`, and what its `stamo.json` says.
+    """The folder of an exported tokenizer, which may be a run's `model/`, and the content of its `stamo.json`.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -57,7 +57,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {about['format']}, this version reads {FORMAT}; export it again")
-        recorded = {key: about.get(key) for key in ("fingerprint", "sees")}  # None in the first exports
+        recorded = {key: about.get(key) for key in ("fingerprint", "sees")}  # missing in the first exports
         return {**{key: about[key] for key in ("image_size", "model", "flow", "frozen")}, **recorded}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
@@ -67,7 +67,7 @@ def check_parts(found: Mapping[str, str], expected: Mapping[str, str], root: Pat
     """Compare the fingerprints of a tokenizer's parts with those its export recorded.
 
     Raises:
-        CheckpointError: One is another.
+        CheckpointError: A fingerprint differs.
     """
     for name, fingerprint in found.items():
         if expected.get(name) != fingerprint:

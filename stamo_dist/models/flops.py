@@ -1,4 +1,4 @@
-"""Arithmetic of one sample, counted by running the models' shapes on the meta device."""
+"""FLOPs of one sample, counted by running the models on the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Flops:
     compressor: int
     decoder: int
     vae_encoder: int
-    joint_encoder: bool  # the encoder is trained
+    joint_encoder: bool  # whether the encoder is trained
 
     def trained(self) -> int:
         return self.compressor + self.decoder + (self.encoder if self.joint_encoder else 0)
@@ -33,9 +33,9 @@ class Flops:
 
 
 def shapes_only(*modules: nn.Module) -> FakeTensorMode:
-    """A context in which nothing is computed but shapes, as on a CPU, autocast and kernels included.
+    """A context in which only shapes are computed, with the autocast rules and kernels of a CPU.
 
-    `modules`, which live on the meta device, may be called in it; they take no memory there either.
+    `modules`, which are on the meta device, may be called in it; they take no memory.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -45,7 +45,7 @@ def shapes_only(*modules: nn.Module) -> FakeTensorMode:
 
 
 def counter() -> FlopCounterMode:
-    """PyTorch's counter, which also knows the attention of CPUs."""
+    """PyTorch's FLOP counter, extended by the attention of CPUs."""
     ops: Any = torch.ops.aten
     attention = {
         ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -57,7 +57,7 @@ def counter() -> FlopCounterMode:
 
 
 def count(module: nn.Module, *inputs: Tensor) -> int:
-    """FLOPs of one forward pass of a module and inputs that live on the meta device."""
+    """FLOPs of one forward pass of a module with inputs, all on the meta device."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module(*inputs)

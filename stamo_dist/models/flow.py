@@ -1,6 +1,6 @@
 """Flow matching as in Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206), in diffusers' conventions.
 
-z_σ = (1−σ)·z₀ + σ·ε, velocity ε − z₀, σ = 0 is data and σ = 1 is noise. Randomness always comes from the caller.
+z_σ = (1−σ)·z₀ + σ·ε, velocity ε − z₀, σ = 0 is data and σ = 1 is noise. Random numbers always come from the caller.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stamo_dist.recipe.schema import Flow
 
-TIMESTEPS = 1000  # SD3's transformer is given σ·1000
+TIMESTEPS = 1000  # SD3's transformer takes σ·1000
 
 
 def shift_sigma(level: Tensor, shift: float) -> Tensor:
@@ -41,9 +41,9 @@ def sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: i
     """Integrate from noise to data with diffusers' Euler sampler.
 
     `velocity(z_σ, σ)` takes latents (B, C, h, w) and σ (B,), both float32. The levels are 1, 1−1/n, …, 1/n, shifted,
-    then 0: every step removes noise, so one step is already a full prediction. Returns z₀ (B, C, h, w).
+    then 0: every step removes noise, so a single step already gives a full prediction. Returns z₀ (B, C, h, w).
     """
-    # Imports scipy.stats, which training need not wait for.
+    # Imported here: it imports scipy.stats, which training does not need.
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=shift)

@@ -1,4 +1,4 @@
-"""From frames to the float images every model takes."""
+"""Converting frames to the float images that all models take."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
-# Kept out of the modules' buffers: an engine that casts a module to bf16 casts its buffers too.
+# Not module buffers, as an engine that casts a module to bf16 casts its buffers, too.
 @functools.cache
 def on_device(of_channel: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Numbers of the three channels as (3, 1, 1), copied to the device once: each copy would make the host wait."""
-    with unset_fake_temporarily():  # where only shapes are computed a fake one would be kept for good
+    """Numbers of the three channels as (3, 1, 1), copied to the device once, as each copy makes the host wait."""
+    with unset_fake_temporarily():  # in a shapes-only context, a fake tensor would stay in the cache
         return torch.tensor(of_channel, device=device).view(3, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Any trained policy by its folder."""
+"""Opening any trained policy by its folder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ AnyPolicy = Policy | RDTPolicy
 
 
 def trained_on(path: str | Path) -> dict[str, SeenAs]:
-    """How the sources of the policy in a folder came to it, without opening its weights; empty where it is not said."""
+    """How a policy saw the frames of its sources in training, without opening its weights; {} if not recorded."""
     folder = Path(path)
     if not folder.exists():
         try:
             folder = load.locate(str(path)).folder
         except CheckpointError:
-            return {}  # who opens it says why
+            return {}  # opening it reports the reason
     return seen_as(folder) or seen_as(folder / "model")
 
 
 def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> AnyPolicy:
     """The policy in a folder: OpenVLA, OpenVLA-OFT or the diffusion transformer; a run's folder means its `model/`.
 
-    `use`: what its folder may leave unsaid; `options` are those of its `from_pretrained`, such as `device` and
+    `use`: settings that its folder may lack; `options`: those of its `from_pretrained`, such as `device` and
     `tokenizer`.
 
     Raises:
         CheckpointError: the folder is missing, damaged or of another model.
-        RunError: it does not say how it sees frames and neither does `use`, or they contradict each other.
+        RunError: neither it nor `use` states how it sees frames, or they contradict each other.
     """
     folder = _with_settings(Path(path))
     if folder is None:
@@ -47,13 +47,13 @@ def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> 
     try:
         kind = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("kind")
     except ValueError:
-        kind = None  # the policy's own reader says what is wrong
+        kind = None  # the policy's own reader reports what is wrong
     return (RDTPolicy if kind == KIND else Policy).from_pretrained(folder, **options)
 
 
 def _released(path: str, use: Use, options: dict[str, Any]) -> AnyPolicy:
     found = load.locate(path)
-    if _with_settings(found.folder) is not None:  # one of ours, from the hub
+    if _with_settings(found.folder) is not None:  # one trained here, from the hub
         return load_policy(found.folder, use=use, **options)
     config = read_config(found.holding("config.json"), "policy", load.FIELD)
     known = Statistics.read(found.holding(STATISTICS), config.get("norm_stats") or {})

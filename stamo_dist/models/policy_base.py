@@ -1,7 +1,8 @@
-"""What trained policies share: acting on one timestep, frames through the state encoder, settings of their folder."""
+"""Shared by trained policies: acting on one timestep, encoding frames with the state encoder, folder settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,12 +32,12 @@ class TrainedPolicy(ABC):
 
     @property
     def chunk(self) -> int:
-        """Actions it predicts at once."""
+        """Number of actions predicted at once."""
         return int(self.network.sizes.chunk)
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
@@ -74,7 +75,7 @@ class TrainedPolicy(ABC):
 def encode_proprio(
     proprio: np.ndarray | None, cfg: PolicyConfig, statistics: Statistics, unnorm_key: str | None, device: torch.device
 ) -> Tensor | None:
-    """(B, P) in the units of the source `unnorm_key` → (B, P) float32 normalised; None where the policy reads none.
+    """(B, P) in the units of the source `unnorm_key` → (B, P) float32 normalised; None if the policy reads none.
 
     Raises:
         DataError: It is missing or of another size, or the statistics are unknown.
@@ -90,7 +91,7 @@ def encode_proprio(
 def encode_views(
     vision: StamoVision, cfg: PolicyConfig, images: Sequence[Sequence[Picture]], framing: Framing
 ) -> Features:
-    """What the StaMo encoder sees in B timesteps of V views.
+    """The StaMo encoder's features of B timesteps of V views.
 
     Raises:
         DataError: another number of views, or images of different sizes.
@@ -112,10 +113,10 @@ def check_views(cfg: PolicyConfig, images: Sequence[Sequence[Picture]]) -> None:
 def read_state_encoder(
     folder: Path, cfg: PolicyConfig, tokenizer: str | Path | None, device: torch.device | str
 ) -> StamoVision | None:
-    """The half of a tokenizer that a policy sees through, None where it has towers.
+    """The encoder half of the tokenizer through which a policy sees, None if it has vision towers.
 
     Raises:
-        CheckpointError: it is not said where it lies, or it is not the one the policy was trained with.
+        CheckpointError: its location is unknown, or it is not the one the policy was trained with.
     """
     if cfg.vision != "stamo":
         return None
@@ -130,7 +131,7 @@ def read_state_encoder(
 
 
 def recorded_framing(folder: Path) -> Framing | None:
-    """How a policy that was trained here sees upright frames; None of another's folder.
+    """How a policy trained here sees upright frames; None for other folders.
 
     Raises:
         CheckpointError: Its settings cannot be read.
@@ -141,4 +142,23 @@ def recorded_framing(folder: Path) -> Framing | None:
     try:
         return Framing.read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, RunError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+        raise unreadable(path, error) from error
+
+
+def folder_settings(
+    cfg: PolicyConfig, sizes: Any, statistics: Statistics, framing: Framing, tokenizer_fingerprint: str | None
+) -> dict[str, Any]:
+    """The common fields of every exported policy's `policy.json`; `sizes`: the dataclass of the network's sizes."""
+    return {
+        "format": FORMAT,
+        "policy": cfg.model_dump(mode="json"),
+        "sizes": dataclasses.asdict(sizes),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "framing": framing.to_dict(),
+        "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
+    }
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error about an exported policy's folder or file that cannot be read because of `error`."""
+    return CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again")

@@ -1,9 +1,9 @@
-"""A small diffusion-transformer policy in the manner of RDT (Liu et al. 2024, arXiv 2410.07864), of diffusers' parts.
+"""A small diffusion-transformer policy similar to RDT (Liu et al. 2024, arXiv 2410.07864), of diffusers' layers.
 
-Action chunk and pseudo-actions (one motion of the StaMo tokenizer over the chunk, or one a step) are denoised together,
-each number predicted clean. A video without actions trains the pseudo-actions alone: its action tokens are hidden from
-all others and from the loss.
-Blocks look at the image and at the instruction in turns, as RDT's do. Randomness always comes from the caller.
+Action chunk and pseudo-actions (one motion of the StaMo tokenizer over the chunk, or one a step) are denoised
+together, each number predicted clean. A video without actions trains only the pseudo-actions: its action tokens are
+masked in attention and in the loss. Blocks cross-attend to the image and the instruction alternately, as in RDT.
+Random numbers always come from the caller.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from stamo_dist.models.recompute import run_block
 from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
 _SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
-_HIDDEN = -10_000.0  # added to the attention scores of what must not be seen
+_HIDDEN = -10_000.0  # added to the attention scores of masked tokens
 
 
 @dataclass(frozen=True)
 class DiffusionSizes:
-    """What the policy takes from the data and from the encoder in front of it."""
+    """Dimensions given by the data and the encoder."""
 
     chunk: int  # C
     action_dim: int  # A
@@ -49,12 +49,12 @@ def motion_shape(pseudo: str, per: str, horizon: int, state: tuple[int, int]) ->
 
 
 def pixel_grid(tokens: int, dim: int) -> int:
-    """Side of the square grid of pooled pixels that holds about as many numbers as a state."""
+    """Side of the square grid of pooled pixels with about as many numbers as a state."""
     return max(1, round((tokens * dim / 3) ** 0.5))
 
 
 class Condition(NamedTuple):
-    """What is known of a timestep."""
+    """The conditioning of a timestep."""
 
     image: Tensor  # (B, N, image_dim)
     text: Tensor  # (B, L) ids
@@ -63,7 +63,7 @@ class Condition(NamedTuple):
 
 
 class ActionPlan(NamedTuple):
-    """What is denoised, noisy or clean."""
+    """The denoised variables, noisy or clean."""
 
     actions: Tensor  # (B, C, A) normalised
     motion: Tensor | None = None  # (B, tokens, dim)
@@ -108,7 +108,7 @@ class DiffusionTransformer(nn.Module):
         has_motion: Tensor | None = None,
     ) -> ActionPlan:
         """The clean plan, float32. `timestep` (B,) counts noise levels; bool masks, (B,), or for the pseudo-action also
-        (B, its tokens), hide what a sample lacks.
+        (B, its tokens), mask what a sample lacks.
         """
         dtype, batch = self.action_out.weight.dtype, len(noisy.actions)
         time = self.time[1](self.time[0](timestep).to(dtype))
@@ -181,5 +181,5 @@ def _mlp(inputs: int, width: int) -> nn.Sequential:
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T) bool → (B, 1, T) to add to the scores."""
+    """(B, T) bool → additive attention bias (B, 1, T)."""
     return ((~seen).to(dtype) * _HIDDEN)[:, None]

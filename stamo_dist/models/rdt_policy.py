@@ -24,8 +24,10 @@ from stamo_dist.models.policy_base import (
     TrainedPolicy,
     encode_proprio,
     encode_views,
+    folder_settings,
     read_state_encoder,
     recorded_framing,
+    unreadable,
 )
 from stamo_dist.models.rdt import ActionPlan, Condition, DiffusionSizes, DiffusionTransformer, draw
 from stamo_dist.recipe import policy as recipe
@@ -44,7 +46,7 @@ class RDTPolicy(TrainedPolicy):
     statistics: Statistics
     vision: StamoVision
     scale: float  # of the pseudo-actions
-    framing: Framing = AS_IT_IS  # of frames that come upright
+    framing: Framing = AS_IT_IS  # how upright frames are transformed
 
     @classmethod
     def from_pretrained(
@@ -57,7 +59,7 @@ class RDTPolicy(TrainedPolicy):
     ) -> RDTPolicy:
         """Read a run's `model/`; `tokenizer` is where the StaMo tokenizer lies on this machine.
 
-        `framing`: how it sees upright frames; as the folder says when omitted.
+        `framing`: how upright frames are transformed; by the folder's settings when omitted.
 
         Raises:
             CheckpointError: the folder is missing or damaged, or the tokenizer is another one.
@@ -75,9 +77,7 @@ class RDTPolicy(TrainedPolicy):
             statistics = Statistics.read(folder, {})
             text = TextTokenizer.from_folder(folder, about["pad"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ValidationError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder}: cannot be read ({type(error).__name__}: {error}); export it again"
-            ) from error
+            raise unreadable(folder, error) from error
         seen = framing or recorded_framing(folder) or AS_IT_IS
         state_encoder = read_state_encoder(folder, cfg, tokenizer, device)
         assert state_encoder is not None, "it sees through the tokenizer"
@@ -119,15 +119,11 @@ class RDTPolicy(TrainedPolicy):
         weights.save(self.network.state_dict(), folder / _WEIGHTS, dtype)
         self.text.save(folder)
         (folder / STATISTICS).write_text(json.dumps(self.statistics.sources, indent=2) + "\n", encoding="utf-8")
+        fingerprint = self.vision.tokenizer.fingerprint
         about = {
-            "format": FORMAT,
+            **folder_settings(self.cfg, self.network.sizes, self.statistics, self.framing, fingerprint),
             "kind": KIND,
-            "policy": self.cfg.model_dump(mode="json"),
-            "sizes": dataclasses.asdict(self.network.sizes),
-            "tokenizer_fingerprint": self.vision.tokenizer.fingerprint,
             "pad": self.text.pad,
             "scale": self.scale,
-            "framing": self.framing.to_dict(),
-            "sources": {name: dataclasses.asdict(seen) for name, seen in self.statistics.seen.items()},
         }
         (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

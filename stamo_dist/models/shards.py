@@ -1,8 +1,8 @@
-"""Weights that go straight into the shards: built without memory, sharded, given memory, filled from mapped files.
+"""Loading weights directly into shards: a module on the meta device is sharded, allocated, filled from mapped files.
 
 with on_meta():
     network = ...                  # shapes only
-an engine shards it, or does not
+an engine may shard it
 materialise(network, device)       # memory for the local shards
 write(parameter, stored.read)      # each process reads its slice of the file
 """
@@ -25,7 +25,7 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint, read when asked."""
+    """One tensor of a checkpoint, read lazily."""
 
     shape: tuple[int, ...]
     read: Callable[[Slices], Tensor]
@@ -41,7 +41,7 @@ class StoredTensor:
         return self.read((slice(None),) * len(self.shape))
 
     def rounded(self, dtype: torch.dtype) -> StoredTensor:
-        """The same tensor as it is once it was kept in `dtype`."""
+        """The same tensor rounded to `dtype`."""
         return StoredTensor(self.shape, lambda slices: self.read(slices).to(dtype))
 
     @classmethod
@@ -67,16 +67,16 @@ def share_of(parameter: Any, rank: int) -> tuple[int, int]:
 
 
 def on_meta() -> AbstractContextManager[None]:
-    """Modules built inside have parameters without memory, but real buffers."""
+    """Modules built inside have parameters on the meta device, but real buffers."""
     from accelerate import init_empty_weights
 
     return init_empty_weights(include_buffers=False)
 
 
 def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give memory to the parameters (or to this process's shards of them) that have none; the others keep their values.
+    """Allocate parameters on the meta device (or this process's shards of them); the others keep their values.
 
-    Parameters that had none are other objects afterwards.
+    Allocated parameters are new objects.
     """
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 

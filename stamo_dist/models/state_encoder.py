@@ -1,4 +1,4 @@
-"""The half of a StaMo tokenizer that sees: encoder and compressor, without the decoder and the VAE."""
+"""The encoding half of a StaMo tokenizer: encoder and compressor, without decoder and VAE."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class StateEncoder(nn.Module):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> StateEncoder:
-        """The parts of a tokenizer, as they are now; its fingerprint takes reading all of its weights."""
+        """The current parts of a tokenizer; computing the fingerprint reads all of its weights."""
         return cls(tokenizer.encoder, tokenizer.trained.compressor, tokenizer.fingerprint())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, encoder_weights: str | None = None) -> StateEncoder:
-        """As `Tokenizer.from_pretrained`; neither the decoder's nor the VAE's weights are read or need be there.
+        """As `Tokenizer.from_pretrained`; the decoder's and VAE's weights are not read and may be missing.
 
-        The fingerprint is the one that the export recorded. The two parts, which alone decide the states, are compared
-        with it; of an export from before fingerprints were recorded everything is read once, and then let go.
+        The fingerprint is the one recorded by the export. The two parts, which alone determine the states, are compared
+        with it; for an export from before fingerprints were recorded, everything is read once and then freed.
 
         Raises:
-            CheckpointError: files are missing or corrupt, or a part is not the one that was exported.
+            CheckpointError: files are missing or corrupt, or a part differs from the exported one.
         """
         root, about = exported(folder)
         if about["fingerprint"] is None:

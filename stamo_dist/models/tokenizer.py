@@ -2,7 +2,7 @@
 
     image → encoder (DINOv2) → compressor → state tokens → decoder (SD3 transformer) → latents → VAE → image
 
-`TokenizerCore` is what is trained, and what an engine wraps; the rest is frozen and stays outside it.
+`TokenizerCore` is trained and wrapped by the engine; the rest is frozen and outside of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer(nn.Module):
-    """Images ↔ state tokens. `trained` is the core, `vae` and (unless trained) `frozen_encoder` never change.
+    """Images ↔ state tokens. `trained` is the core; `vae` and (unless trained) `frozen_encoder` never change.
 
     Images are uint8 (B, H, W, 3), as frames come from the shards, or float (B, 3, H, W) in [0, 1].
     """
@@ -97,7 +97,7 @@ class Tokenizer(nn.Module):
 
     @property
     def encoder(self) -> Encoder:
-        """The feature extractor, wherever it lives."""
+        """The feature extractor, frozen or part of the core."""
         encoder = self.trained.encoder or self.frozen_encoder
         assert encoder is not None, "either the core or the tokenizer holds the encoder"
         return encoder
@@ -113,7 +113,7 @@ class Tokenizer(nn.Module):
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about how the parts were built: their sources, and every re-initialised layer."""
+        """Notes for the user on the parts: their sources, and every re-initialised layer."""
         return [
             f"{field}: {part.report if part.report is not None else 'random initial weights'}"
             for field, part in self._parts().items()
@@ -121,7 +121,7 @@ class Tokenizer(nn.Module):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Recipe field → where its weights were found: a path, or OWNER/NAME@COMMIT of the hub."""
+        """Recipe field → location of its weights: a path, or OWNER/NAME@COMMIT of the hub."""
         return {f"{field}.weights": part.report.source for field, part in self._parts().items() if part.report}
 
     def _parts(self) -> dict[str, Encoder | Decoder | VAE]:
@@ -137,7 +137,7 @@ class Tokenizer(nn.Module):
 
     def freeze(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move the frozen parts to `device` and cast them to `dtype`."""
-        self.frozen_fingerprints()  # of the weights as they were loaded
+        self.frozen_fingerprints()  # before casting: fingerprints of the loaded weights
         self.vae.to(device=device, dtype=dtype)
         if self.frozen_encoder is not None:
             self.frozen_encoder.to(device=device, dtype=dtype)
@@ -145,7 +145,7 @@ class Tokenizer(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile every transformer block and the VAE's encoder; call it before an engine wraps the core.
 
-        Only `forward` is replaced, so names and hooks stay, and equal blocks share one compilation.
+        Only `forward` is replaced, so names and hooks are unchanged, and equal blocks share one compilation.
         """
         blocks: list[nn.Module] = [m for m in self.modules() if isinstance(m, BLOCKS)]
         for module in (*blocks, self.vae.model.encoder):
@@ -156,7 +156,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the core takes: the frozen encoder's patch tokens (B, N, D); the images where the encoder is trained."""
+        """The core's input: the frozen encoder's patch tokens (B, N, D), or the images if the encoder is trained."""
         return images if self.frozen_encoder is None else self.frozen_encoder(images)
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images → state tokens (B, tokens, dim) float32; each of mean 0 and norm √dim, but for `norm: false`."""
+        """Images → state tokens (B, tokens, dim) float32; each of mean 0 and norm √dim, except with `norm: false`."""
         return self.trained.state(self.features(images.to(self.device))).to(torch.float32)
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: Tensor, steps: int | None = None, noise: Tensor | None = None) -> Tensor:
         """State tokens (B, tokens, dim) → float32 images (B, 3, H, W) in [0, 1] by the Euler sampler.
 
-        `noise` (B, C, h, w), standard normal, is where the sampler starts: the same noise gives the same images. It is
+        `noise` (B, C, h, w), standard normal, is the sampler's start: equal noise gives equal images. It is
         drawn from torch's generator when omitted. `steps` defaults to `flow.sampler_steps`.
         """
         tokens = tokens.to(self.device)
@@ -197,7 +197,7 @@ class Tokenizer(nn.Module):
         return self.vae.decode(z0)
 
     def flops(self) -> Flops:
-        """Arithmetic of one frame's forward pass, from the configurations alone: it may be asked of a wrapped core."""
+        """Arithmetic of one frame's forward pass, from the configurations alone, so it works with a wrapped core."""
         size, encoder = self.vae.image_size, self.encoder
         with torch.device("meta"):
             transformer = SD3Transformer2DModel.from_config(self.trained.decoder.transformer.config)
@@ -227,7 +227,7 @@ class Tokenizer(nn.Module):
         return self._frozen_fingerprints
 
     def fingerprint(self, seen: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
-        """SHA-256 of the whole tokenizer: configuration, frozen parts and the core's weights (`seen` of each) now."""
+        """SHA-256 of the tokenizer: configuration, frozen parts, the core's current weights (each mapped by `seen`)."""
         config = {"flow": self.flow.model_dump(), "frozen": self.frozen_fingerprints(), **self._settings()}
         lasting = {k: v for k, v in self.trained.state_dict().items() if not k.startswith("straight.")}
         return weights.fingerprint(config, lasting, seen)
@@ -247,10 +247,10 @@ class Tokenizer(nn.Module):
 
         `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
         encoder is named by its source and fingerprint. `stamo.json` is written last; it records the fingerprints of
-        what is read back, so that who needs half of it need not read all of it.
+        all parts, so that a reader of the encoder half need not read the rest.
 
         Raises:
-            ValueError: `freeze` has cast the frozen parts, so what would be written is not what was loaded.
+            ValueError: `freeze` has cast the frozen parts, so the written weights would differ from the loaded ones.
         """
         if self.vae.dtype != torch.float32:
             raise ValueError(f"the frozen parts were cast to {self.vae.dtype}; save a tokenizer that was not")
@@ -281,7 +281,7 @@ class Tokenizer(nn.Module):
     def from_pretrained(cls, folder: str | Path, encoder_weights: str | None = None) -> Tokenizer:
         """Read what `save_pretrained` wrote, or the run folder whose `model/` holds it.
 
-        `encoder_weights` says where the frozen encoder lies on this machine; where it was when omitted.
+        `encoder_weights`: location of the frozen encoder on this machine; the recorded one when omitted.
 
         Raises:
             CheckpointError: files are missing or corrupt, or the frozen encoder is not the one it was trained with.

@@ -1,4 +1,4 @@
-"""What of the StaMo tokenizer is trained, and what an engine wraps: compressor, decoder, a joint encoder."""
+"""The trained part of the StaMo tokenizer, wrapped by the engine: compressor, decoder, jointly trained encoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stamo_dist.models.compressor import Compressor, CompressorLayer
 from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
 
-#: Transformer blocks, which are compiled and sharded one by one.
+#: Transformer blocks, which are compiled and sharded individually.
 BLOCKS = (CompressorLayer, JointTransformerBlock, Dinov2Layer, Dinov2WithRegistersLayer)
 
 
 class TokenizerPrediction(NamedTuple):
-    """What the core says of z_σ and of the state: float32 (B, C, h, w) each."""
+    """The core's outputs, float32 (B, C, h, w) each."""
 
     velocity: Tensor
     straight: Tensor | None  # the latents z₀, by a linear map of the state alone
@@ -27,7 +27,7 @@ class TokenizerPrediction(NamedTuple):
 class TokenizerCore(nn.Module):
     """The trained part: compressor and decoder, and the encoder when it is trained jointly.
 
-    `straight`, from the flattened state to the flattened latents, is there for training alone.
+    `straight`, a linear map from the flattened state to the flattened latents, is used only in training.
     """
 
     def __init__(

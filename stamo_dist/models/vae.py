@@ -30,7 +30,7 @@ def config_problems(cfg: schema.VAEConfig) -> list[str]:
 class VAE(nn.Module):
     """AutoencoderKL with latents normalised as z₀ = (z − shift)·scale; convolutions run channels-last.
 
-    `latent` says whether `encode` takes the posterior's mean or a sample of it.
+    `latent`: whether `encode` returns the posterior's mean or a sample.
     """
 
     def __init__(self, model: Any, image_size: int, latent: str = "mean"):
@@ -40,7 +40,7 @@ class VAE(nn.Module):
             raise RecipeError([f"data.image_size: {image_size} is not a multiple of the VAE's factor {factor}"])
         self.model: Any = model.to(memory_format=torch.channels_last)  # AutoencoderKL
         self.image_size = image_size
-        self.factor = factor  # side of the image over side of the latents
+        self.factor = factor  # ratio of image side to latent side
         self.latent = latent
         self.report: LoadReport | None = None
 
@@ -96,7 +96,7 @@ class VAE(nn.Module):
         return to_float(images) * 2 - 1
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What training the VAE needs, in float32: reconstruction, mean and log-variance of the posterior.
+        """Outputs for training, in float32: reconstruction, mean and log-variance of the posterior.
 
         `pixels` and the reconstruction are (B, 3, H, W) in [−1, 1]; `noise` (B, C, h, w), standard normal, draws from
         the posterior; mean and log-variance are (B, C, h, w), not normalised.
@@ -107,7 +107,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images → z₀ (B, C, h, w) float32.
 
-        `noise` (B, C, h, w), standard normal, makes a sampled posterior reproducible; it is not read for the mean.
+        `noise` (B, C, h, w), standard normal, makes a sampled posterior reproducible; unused for the mean.
         """
         mean, logvar = self._posterior(self.pixels(images))
         if self.latent == "sample":
@@ -153,11 +153,11 @@ class VAE(nn.Module):
             return count(vae, torch.empty(1, 3, self.image_size, self.image_size), torch.empty(1, *self.latent_shape))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and of what else decides the latents."""
+        """SHA-256 of the weights and of all settings that affect the latents."""
         normalisation = {"class": "AutoencoderKL", "scale": self.scale, "shift": self.shift}
         return weights.fingerprint(normalisation, self.model.state_dict())
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write diffusers' layout, cast to `dtype`: the folder is what `model.vae.weights` may name."""
+        """Write diffusers' layout, cast to `dtype`: the folder can be named by `model.vae.weights`."""
         self.model.save_config(folder)
         weights.save(self.model.state_dict(), Path(folder) / "diffusion_pytorch_model.safetensors", dtype)

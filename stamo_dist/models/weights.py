@@ -1,8 +1,8 @@
 """Reading, checking and writing weights in the layouts of diffusers and transformers.
 
 A checkpoint is a folder with `config.json` and safetensors (one file, or shards with an index), or in one of the forms
-that `pretrained.forms` knows. Its keys and shapes are compared with the model's before a tensor is read: what does not
-fit is either a layer the caller announced will be re-initialised, or an error that lists everything at once.
+that `pretrained.forms` knows. Its keys and shapes are compared with the model's before a tensor is read: every mismatch
+is either in a layer that the caller allows to be re-initialised, or part of an error that lists all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LISTED = 20  # keys of one kind that an error message spells out
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to every key of a checkpoint and of the model it was loaded into."""
+    """The outcome for every key of a checkpoint and of the model it was loaded into."""
 
     source: str
     loaded: tuple[str, ...]
@@ -72,7 +72,7 @@ def _listing(what: str, keys: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainedCheckpoint:
-    """A checkpoint of a part of the model, by the names of our classes; its tensors are read when asked for."""
+    """A checkpoint of a part of the model, by the names of our classes; its tensors are read lazily."""
 
     field: str  # of the recipe, for errors
     source: str  # the path, or OWNER/NAME@COMMIT
@@ -81,9 +81,9 @@ class PretrainedCheckpoint:
 
 
 def find(weights: str, part: str, field: str, config: Mapping[str, Any] = MappingProxyType({})) -> PretrainedCheckpoint:
-    """Open what a recipe names as the weights of a part of the model ("encoder", "decoder", "vae").
+    """Open the weights that a recipe names for a part of the model ("encoder", "decoder", "vae").
 
-    `config` is what the recipe says of the model beside them.
+    `config`: the recipe's config fields for this part.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or of another model.
@@ -113,7 +113,7 @@ def opened(path: Path, part: str, field: str) -> PretrainedCheckpoint:
 
 
 def folder(path: Path, field: str) -> PretrainedCheckpoint:
-    """Open the tensors of a folder of our own, whatever its config.json says.
+    """Open the tensors of a folder written by us, without checking its config.json.
 
     Raises:
         CheckpointError: files are missing or corrupt.
@@ -150,10 +150,10 @@ def _span(span: Span, part: JoinedTensor, whole: Mapping[str, StoredTensor]) -> 
 
 
 def unpickled(path: Path, field: str) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, mapped into memory; nothing but tensors is ever unpickled.
+    """The tensors of a file of torch.save, mapped into memory; only tensors are unpickled.
 
     Raises:
-        CheckpointError: it is damaged, or holds something else.
+        CheckpointError: it is damaged, or holds other objects.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -196,7 +196,7 @@ def _compare(model: nn.Module, shapes: Mapping[str, Shape], source: str, reiniti
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     differing = {k: (shapes[k], expected[k]) for k in expected if k in shapes and shapes[k] != expected[k]}
     layers = {_layer(k) for k in differing} & set(reinitialise)
-    # A layer is re-initialised as a whole: a bias that was trained beside another weight means nothing.
+    # A layer is re-initialised as a whole: a bias trained with another weight is useless.
     redone = {k: (shapes[k], expected[k]) for k in expected if k in shapes and _layer(k) in layers}
     return LoadReport(
         source=source,
@@ -222,7 +222,7 @@ def load(
 
     `build` is called on the meta device, so memory holds the weights once. Layers named in `reinitialise` whose shape
     differs from the checkpoint's keep PyTorch's initialisation and are reported. With `deferred` the parameters stay
-    without memory, and what is to be read into each is put there.
+    on the meta device, and the stored tensor of each is put there.
 
     Raises:
         CheckpointError: any other key or shape differs; all of them are listed.
@@ -251,7 +251,7 @@ def load(
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
-    # A copy even where the dtype is right: the file may be replaced while the run lives.
+    # Copy even if the dtype is right: the file may be replaced while the run lives.
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
@@ -287,13 +287,13 @@ def save_shards(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """On the CPU, whole numbers as they are."""
+    """Cast floats on the CPU; integers are unchanged."""
     kept = dtype is None or not tensor.is_floating_point()
     return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous()
 
 
 def written(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """What `load` makes of a tensor that `save` has cast to `dtype`."""
+    """The value that `load` returns for a tensor that `save` has cast to `dtype`."""
     return lambda tensor: _as_float32(cast(tensor, dtype))
 
 
@@ -302,7 +302,7 @@ def fingerprint(
 ) -> str:
     """SHA-256 over a configuration and named tensors (name, dtype, shape, bytes), in any order.
 
-    `seen`: what to take in place of each tensor.
+    `seen`: maps each tensor before hashing.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name in sorted(state):

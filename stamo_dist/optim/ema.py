@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, of which each process keeps a share of its own."""
+"""Exponential moving average of the trained weights, distributed over the processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after the 1-based optimizer `step`."""
+        """Update with the weights after the 1-based optimizer `step`."""
         if not self._average:  # more processes than parameters have elements
             return
         decay = min(self._decay, (1 + step) / (10 + step))

@@ -14,13 +14,13 @@ from stamo_dist.recipe.training import Optimizer
 
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms) and learned queries are not decayed.
+    """AdamW over the trainable parameters; vectors (biases, norms) and learned queries get no weight decay.
 
     A group's `scale` multiplies the schedule from step `start` on: the encoder's and the compressor's parameters take
     `encoder_lr` and `encoder_start`, those that `lr_scale` names its numbers.
 
     Raises:
-        RecipeError: `lr_scale` names nothing that is trained.
+        RecipeError: `lr_scale` matches no trained parameter.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if idle := [prefix for prefix in cfg.lr_scale if not any(name.startswith(prefix) for name in named)]:

@@ -1,1 +1,1 @@
-"""`stamo plan`: what a recipe needs of a device's memory, from shapes alone."""
+"""`stamo plan`: a recipe's memory per device, from shapes alone."""

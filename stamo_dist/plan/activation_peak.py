@@ -1,4 +1,4 @@
-"""The most memory that a step's tensors take at once, found by running its shapes."""
+"""The peak memory of a step's tensors, found by running the step on the meta device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class ActivationPeak(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside while they live; `peak` is the most.
+    """Counts the bytes of all live tensors created inside; `peak` is the maximum.
 
-    Neither the parameters and buffers of `modules` nor their gradients count.
+    Parameters and buffers of `modules` and their gradients are not counted.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -55,7 +55,7 @@ class ActivationPeak(TorchDispatchMode):
 
 
 def peak(step: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
-    """Bytes that the tensors of `step`, which returns a loss, and of its backward pass take at most."""
+    """Peak bytes of the tensors of `step`, which returns a loss, and of its backward pass."""
     with ActivationPeak(modules) as counted:
         step().backward()
     return counted.peak

@@ -1,4 +1,4 @@
-"""Bytes of one device by what they are for, under every strategy."""
+"""Memory of one device by purpose, under every strategy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ZERO3_PREFETCH = 50_000_000  # numbers that it gathers at once
 
 @dataclass
 class Memory:
-    """What one device holds, in bytes; `peak` is the most at one moment of a step."""
+    """Memory of one device in bytes; `peak` is the maximum during a step."""
 
     strategy: str
     devices: int
@@ -31,7 +31,7 @@ class Memory:
     gradients: int
     optimizer: int  # moments, fp32 master copies where parameters are bf16, and the moving average
     frozen: int  # encoder and VAE beside it, and buffers
-    gathered: int  # what sharded parameters take while a block is computed, and communication buffers
+    gathered: int  # gathered parameters while a block is computed, and communication buffers
     activations: int
     apart: int = 0  # of gradients and activations: what is never there at once, as the last come when the first go
     trained_numel: int = 0
@@ -99,7 +99,7 @@ class Counted:
         gathered = 0.0
         if name == "ddp":
             parameters, gradients, optimizer = float(self.stored), 4.0 * self.trained, 8.0 * self.trained + average
-            gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold every gradient once more
+            gathered = 4.0 * self.trained if devices > 1 else 0.0  # its buckets hold a second copy of every gradient
         elif name in ZERO_STAGE:
             stage = ZERO_STAGE[name]
             parameters = size * self.all * (share if stage == 3 else 1)
@@ -117,7 +117,7 @@ class Counted:
             parameters, gradients = self.stored * share, 4 * self.trained * share
             optimizer = 8 * self.trained * share + average
             if shards > 1:
-                # The root stays whole from forward to backward; of the blocks one is computed and one on its way. Then
+                # The root stays gathered from forward to backward; one block is computed, another prefetched. Then
                 # comes a block's gradient, and again in fp32, in which it is reduced.
                 gathered = size * (self.root + 2 * self.unit) + (size + 4) * max(self.unit, self.root)
         return Memory(

@@ -1,4 +1,4 @@
-"""Configurations of the released checkpoints that recipes name, so that a plan needs none of their files."""
+"""Configurations of released checkpoints, so that planning needs none of their files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SD3_VAE: dict[str, Any] = {
     "shift_factor": 0.0609,
 }
 _MEDIUM = ("stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-3-medium")
-#: Part of the model → hub id → its config.json, as far as it differs from the class's defaults.
+#: Part of the model → hub id → fields of its config.json that differ from the class's defaults.
 KNOWN: dict[str, dict[str, dict[str, Any]]] = {
     "encoder": {
         **{f"facebook/dinov2-{size}": config for size, config in _SIZES.items()},
@@ -50,15 +50,15 @@ KNOWN: dict[str, dict[str, dict[str, Any]]] = {
     "vae": dict.fromkeys(_MEDIUM, _SD3_VAE),
     "policy": {"openvla/openvla-7b": OPENVLA_7B},
 }
-#: The tokenizer of the paper, for policies whose own is not trained yet.
+#: The paper's tokenizer, for policies whose tokenizer is not trained yet.
 PAPER = {"encoder": KNOWN["encoder"]["facebook/dinov2-large"], "decoder": _SD3, "vae": _SD3_VAE}
 
 
 def config_of(part: str, weights: str, field: str) -> dict[str, Any]:
-    """The configuration of the checkpoint `weights`: of its folder or file, or of a released one.
+    """The configuration of the checkpoint `weights`: from its folder or file, or of a known release.
 
     Raises:
-        RecipeError: It is a hub id, and neither in its cache nor known.
+        RecipeError: It is a hub id that is neither cached nor known.
         CheckpointError: It should be on this machine, and is missing, damaged or of another model.
     """
     if part == "policy":

@@ -1,4 +1,4 @@
-"""Bytes of the weights that a served policy holds on its device, and of those that it leaves on disk."""
+"""Bytes of a served policy's weights on the device, and of weights not loaded."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Part:
     name: str
     numel: int
     size: int  # bytes of its parameters and buffers
-    held: bool  # on the device while it is served
+    held: bool  # whether it is on the device while serving
 
 
 def serving(recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[list[Part], list[str]]:
-    """The parts of a policy that was exported in `dtype`, its adapters merged, and what had to be assumed.
+    """The parts of a policy exported in `dtype` with merged adapters, and the assumptions made.
 
     Raises:
-        RecipeError: It is no policy, or the size of a checkpoint is not known.
+        RecipeError: It is not a policy, or the size of a checkpoint is unknown.
     """
     if recipe.stage != "policy":
         raise RecipeError([f"stage: {recipe.stage}, but only a policy is served; give a policy's recipe"])
     made = shapes(recipe)
-    dtype = torch.float32 if recipe.policy.diffusion is not None else dtype  # which is read in float32
+    dtype = torch.float32 if recipe.policy.diffusion is not None else dtype  # loaded in float32
     parts = [_part("policy", [made.trained], dtype)]
     if recipe.policy.vision == "stamo":
         tokenizer = policy_tokenizer(recipe, [])

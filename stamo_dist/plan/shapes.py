@@ -1,4 +1,4 @@
-"""From a recipe to the shapes of one step: what is trained, what stays frozen beside it, and a way to run it."""
+"""The shapes of a recipe's step: trained and frozen modules on the meta device, and a function that runs the step."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from stamo_dist.plan.registry import PAPER, config_of
 from stamo_dist.recipe import schema
 from stamo_dist.recipe.policy import DiffusionTransformerConfig
 
-_ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's, and a long instruction's ids
+_ACTION, _PROPRIO, _TEXT = 7, 8, 64  # LIBERO's dimensions, and the ids of a long instruction
 
 
 @dataclass
 class Shapes:
-    """Modules on the meta device, until `flops.shapes_only` gives them shapes to run."""
+    """Modules on the meta device, which run inside `flops.shapes_only`."""
 
     trained: nn.Module
     frozen: list[nn.Module]  # whole on every device, cast to bf16 where the recipe trains in bf16
@@ -45,10 +45,10 @@ class Shapes:
 
 
 def shapes(recipe: schema.Recipe) -> Shapes:
-    """The shapes of a recipe's step; weights need not be there, if they are released ones.
+    """The shapes of a recipe's step; released weights need not be local.
 
     Raises:
-        RecipeError: The size of a checkpoint is not known.
+        RecipeError: The size of a checkpoint is unknown.
     """
     if recipe.stage == "vae":
         return _vae(recipe)
@@ -212,7 +212,7 @@ def _diffusion(
 
 
 def policy_tokenizer(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | None:
-    """The tokenizer that a policy sees or learns through, on the meta device; `notes` says what had to be assumed."""
+    """A policy's tokenizer on the meta device; assumptions are added to `notes`."""
     cfg = recipe.policy
     if cfg.tokenizer is None or (cfg.world is None and cfg.vision != "stamo"):
         return None
@@ -232,7 +232,7 @@ def policy_tokenizer(recipe: schema.Recipe, notes: list[str]) -> Tokenizer | Non
 
 
 def _data(recipe: schema.Recipe, config: OpenVLAConfig, notes: list[str]) -> tuple[int, int, int]:
-    """Numbers of an action and of proprioception, ids of the longest prompt."""
+    """Dimensions of action and proprioception, and number of ids of the longest prompt."""
     action, proprio, text, missing = _ACTION, _PROPRIO, _TEXT, list[str]()
     try:
         mixture = Mixture(recipe.data, seed=recipe.seed, global_batch=recipe.train.global_batch)

@@ -1,1 +1,1 @@
-"""Released checkpoints as people have them, by their headers alone: a login node looks at them without torch."""
+"""Checking released checkpoints in their usual forms by headers alone, without torch (for login nodes)."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which ones hold its tensors, and what their headers say."""
+"""Finding the weight files of a checkpoint, and reading their headers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stamo_dist.errors import CheckpointError
 Shape = tuple[int, ...]
 
 STEMS = ("diffusion_pytorch_model", "model")
-#: In the order in which they are taken; "" is the full precision.
+#: File variants in order of preference; "" is full precision.
 VARIANTS = ("", "fp16", "bf16")
-PICKLED = (".pth", ".pt")  # read by torch.load(weights_only=True) alone
-_LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+PICKLED = (".pth", ".pt")  # read only by torch.load(weights_only=True)
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def index_name(stem: str, variant: str) -> str:
@@ -27,7 +27,7 @@ def file_name(stem: str, variant: str) -> str:
 
 
 def weight_files(folder: Path, field: str) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those that its index names; the full precision first.
+    """The safetensors files of a checkpoint folder: one, or those in its index; full precision is preferred.
 
     Raises:
         CheckpointError: there are none, or some that the index names are missing.
@@ -57,7 +57,7 @@ def _of_index(index: Path, field: str) -> list[Path]:
 
 
 def _how(folder: Path, field: str) -> str:
-    """What to do with the weights that a folder has in another form."""
+    """Advice for a folder whose weights have another form."""
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
     for name in files:
         if name.endswith((".safetensors", *PICKLED)):
@@ -75,7 +75,7 @@ def header(path: Path, field: str) -> dict[str, Shape]:
     """Name → shape of the tensors of a safetensors file, of which only the header is read.
 
     Raises:
-        CheckpointError: it is no such file, or shorter than its header says.
+        CheckpointError: it is not such a file, or shorter than its header states.
     """
     try:
         with path.open("rb") as file:
@@ -95,13 +95,13 @@ def header(path: Path, field: str) -> dict[str, Shape]:
 
 
 def pickled_names(path: Path, field: str) -> bytes:
-    """The part of a file of torch.save that holds the tensors' names, not unpickled, to look for some in it.
+    """The pickled bytes with the tensor names of a torch.save file, for searching without unpickling.
 
     Raises:
-        CheckpointError: it is no such file, or incomplete.
+        CheckpointError: it is not such a file, or incomplete.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # its directory is at its end: a file that was cut off has none
+        with zipfile.ZipFile(path) as archive:  # the zip directory is at the end: a truncated file has none
             name = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
             return archive.read(name)
     except (OSError, zipfile.BadZipFile, StopIteration) as error:

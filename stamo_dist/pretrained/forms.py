@@ -1,7 +1,7 @@
-"""Checkpoints under other names than transformers' and diffusers': what each of their tensors is called there.
+"""Mapping checkpoints with other tensor names to the names of transformers and diffusers.
 
-DINOv2 as Meta publishes it (.pth) and as timm does, and Stable Diffusion 3 in a single file. Sizes follow from shapes,
-as these files bring no config.json that our classes read.
+DINOv2 as Meta publishes it (.pth) and as timm does, and Stable Diffusion 3 in a single file. Sizes are derived from
+shapes, as these files have no config.json that our classes read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SD3_CHANNELS = 16
 
 
 class Span(NamedTuple):
-    """From `start` to `stop` of a stored tensor; of zeros where it has no key."""
+    """Rows `start` to `stop` of a stored tensor; zeros if it has no key."""
 
     key: str
     start: int
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """A tensor of the model: spans along `axis` of stored ones, joined, and seen in this shape."""
+    """A tensor of the model: spans of stored tensors, concatenated along `axis` and viewed in this shape."""
 
     shape: Shape
     spans: tuple[Span, ...]
@@ -46,14 +46,14 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class CheckpointForm:
-    """A checkpoint by the names of our classes. What no rule knows keeps its name, and will be unknown to the model."""
+    """A checkpoint by the names of our classes. Tensors without a rule keep their name, unknown to the model."""
 
     config: dict[str, Any]
     parts: dict[str, JoinedTensor]
 
 
 def dinov2(shapes: Shapes) -> CheckpointForm | None:
-    """DINOv2 by the names of Meta and of timm, with or without registers; None: it is something else."""
+    """DINOv2 by the names of Meta and of timm, with or without registers; None if it is another model."""
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(shapes):
         return None
     width, patch = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
@@ -117,7 +117,7 @@ def _dinov2_parts(key: str, shape: Shape, gated: bool) -> Iterator[tuple[str, Jo
 
 
 def sd3(shapes: Shapes) -> CheckpointForm | None:
-    """The transformer of a single file of Stable Diffusion 3 or 3.5; None: there is none in it."""
+    """The transformer in a single file of Stable Diffusion 3 or 3.5; None if there is none."""
     found = {k.removeprefix(_SD3): v for k, v in shapes.items() if k.startswith(_SD3)} or dict(shapes)
     if not {"x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "pos_embed"} <= set(found):
         return None
@@ -176,7 +176,7 @@ def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple
     if name in _SD3_FUSED:
         yield from _thirds(stored, shape, [prefix + n + kind for n in _SD3_FUSED[name]])
     elif name == "final_layer.adaLN_modulation.1" or (name, block) == ("context_block.adaLN_modulation.1", f"{last}"):
-        half = shape[0] // 2  # shift, scale there; scale, shift here
+        half = shape[0] // 2  # order in the file: shift, scale; ours: scale, shift
         spans = (Span(stored, half, 2 * half), Span(stored, 0, half))
         yield prefix + _SD3_NAMES[name] + kind, JoinedTensor(shape, spans)
     else:
@@ -184,10 +184,10 @@ def _sd3_parts(key: str, stored: str, shape: Shape, last: int) -> Iterator[tuple
 
 
 def sd3_vae(shapes: Shapes) -> CheckpointForm | None:
-    """The VAE of a single file of Stable Diffusion 3 or 3.5; None: there is none in it."""
+    """The VAE in a single file of Stable Diffusion 3 or 3.5; None if there is none."""
     found = {k.removeprefix(_SD3_VAE): v for k, v in shapes.items() if k.startswith(_SD3_VAE)}
     channels = found.get("decoder.conv_in.weight", (0, 0))[1]
-    # Other models' VAEs have these names too, and are scaled otherwise.
+    # Other models' VAEs have these names too, but other scaling.
     if channels != _SD3_CHANNELS or f"{_SD3}joint_blocks.0.x_block.attn.qkv.weight" not in shapes:
         return None
     levels = _depth(found, "encoder.down.")
@@ -208,7 +208,7 @@ def sd3_vae(shapes: Shapes) -> CheckpointForm | None:
     }
     parts: dict[str, JoinedTensor] = {}
     for key, shape in found.items():
-        flat = shape[:2] if ".mid.attn_1." in key and len(shape) == 4 else shape  # 1 × 1 convolutions there
+        flat = shape[:2] if ".mid.attn_1." in key and len(shape) == 4 else shape  # 1 × 1 convolutions in the file
         parts[_sd3_vae_name(key, levels)] = JoinedTensor(flat, JoinedTensor.whole(_SD3_VAE + key, shape).spans)
     return CheckpointForm(config, parts)
 
@@ -229,7 +229,7 @@ _VAE_NAMES = (
 
 
 def _sd3_vae_name(key: str, levels: int) -> str:
-    key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)  # counted from the other end
+    key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)  # numbered in reverse
     for pattern, name in _VAE_NAMES:
         key = re.sub(pattern, name, key)
     return key
@@ -244,12 +244,12 @@ def _split(key: str, numbered: str) -> tuple[str, str, str]:
 
 
 def _thirds(key: str, shape: Shape, names: list[str]) -> Iterator[tuple[str, JoinedTensor]]:
-    """A fused layer: as many rows of each name, one after the other."""
+    """Split a fused layer into equal row ranges, one per name."""
     rows = shape[0] // len(names)
     for i, name in enumerate(names):
         yield name, JoinedTensor((rows, *shape[1:]), (Span(key, i * rows, (i + 1) * rows),))
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """How many blocks there are under a prefix."""
+    """Number of blocks under a prefix."""
     return 1 + max(int(k[len(prefix) :].partition(".")[0]) for k in shapes if k.startswith(prefix))

@@ -1,4 +1,4 @@
-"""Recipes that say which commit of the hub was read, so that whoever uses them again reads the same."""
+"""Pinning a recipe's hub ids to the commits that were read, so that reusing it reads the same weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ S = TypeVar("S", EncoderConfig, DecoderConfig, VAEConfig, PolicyConfig)
 
 
 def pin(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
-    """The recipe with its hub ids at these commits; `sources`: recipe field → what was found."""
+    """The recipe with its hub ids at these commits; `sources`: recipe field → location found."""
     policy = _pinned(recipe.policy, sources.get("policy.weights"))
     return recipe.model_copy(update={"model": pin_model(recipe.model, sources), "policy": policy})
 
 
 def pin_model(model: Model, sources: Mapping[str, str]) -> Model:
-    """As `pin`, of a recipe's model."""
+    """As `pin`, for a recipe's model."""
     parts = {
         "encoder": _pinned(model.encoder, sources.get("model.encoder.weights")),
         "decoder": _pinned(model.decoder, sources.get("model.decoder.weights")),
@@ -29,9 +29,9 @@ def pin_model(model: Model, sources: Mapping[str, str]) -> Model:
 
 
 def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[str]]:
-    """The recipe with hub ids that name no revision at the commits its run began with, and what a person should know.
+    """The recipe with unpinned hub ids at the commits its run began with, and notes for the user.
 
-    `sources`: as the checkpoint says. It may lack what is frozen, so a branch that moved would change the run.
+    `sources`: from the checkpoint. It may lack frozen weights, so a moved branch would change the run.
     """
     sections: dict[str, EncoderConfig | DecoderConfig | VAEConfig | PolicyConfig] = {
         "policy.weights": recipe.policy,
@@ -48,7 +48,7 @@ def as_begun(recipe: Recipe, sources: Mapping[str, str]) -> tuple[Recipe, list[s
 
 
 def moved(sources: Mapping[str, str], begun: Mapping[str, str]) -> list[str]:
-    """Which weights are of another commit than those a run began with, a line each; both: recipe field → place."""
+    """Lines on weights whose commit differs from the run's beginning; both arguments: recipe field → location."""
     return [
         f"{field}: {found}, but this run began with {begun[field]}"
         for field, found in sources.items()
@@ -58,5 +58,5 @@ def moved(sources: Mapping[str, str], begun: Mapping[str, str]) -> list[str]:
 
 def _pinned(section: S, found: str | None) -> S:
     hub = None if section.weights is None or found is None else hub_id(section.weights)
-    # A part that was read back from an export lies elsewhere, and is named as it was.
+    # A part read from an export has another location, and keeps the recorded one.
     return section.model_copy(update={"weights": found}) if hub and str(found).startswith(f"{hub[0]}@") else section

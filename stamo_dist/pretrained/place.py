@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, a file, or a revision of a hub repository."""
+"""Locating a checkpoint: a folder, a file, or a revision of a hub repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILES = (".safetensors", *PICKLED)
 
 
 def hub_id(weights: str) -> tuple[str, str | None] | None:
-    """(OWNER/NAME, revision) of a recipe's `weights`; None where they are no hub id, or lie on this machine."""
+    """(OWNER/NAME, revision) of a recipe's `weights`; None if they are not a hub id, or are local."""
     match = _HUB_ID.fullmatch(weights)
     if match is None or Path(weights).expanduser().exists():
         return None
@@ -25,7 +25,7 @@ def hub_id(weights: str) -> tuple[str, str | None] | None:
 
 
 def source(path: Path) -> str:
-    """What a record says of a located checkpoint: OWNER/NAME@COMMIT where it lies in the hub's cache, else its path."""
+    """The recorded location of a checkpoint: OWNER/NAME@COMMIT if it is in the hub's cache, else its path."""
     match = _CACHED.search(path.as_posix())
     return f"{match['owner']}/{match['name']}@{match['commit']}" if match else str(path)
 
@@ -33,35 +33,35 @@ def source(path: Path) -> str:
 def locate(
     weights: str, subfolders: Sequence[str], field: str, extra: Sequence[str] = (), alone: str | None = None
 ) -> Path:
-    """Find the checkpoint `weights`, which the hub may supply: the folder with config.json, or the file that is all.
+    """Find the checkpoint `weights`, downloading it if needed: the folder with config.json, or a single file.
 
     `weights` is a local folder or file or a hub id, OWNER/NAME or OWNER/NAME@REVISION; `subfolders` are tried in order
     ("" is the root). `field` is the recipe field that an error names. Hub files come from the local cache or are
-    downloaded, no more of them than needed; `extra` are patterns of further files. `alone` is one that a
-    repository may have in place of config.json and weights: an adapter's.
+    downloaded, no more of them than needed; `extra` are patterns of further files. `alone` is a file that a
+    repository may have instead of config.json and weights: an adapter's.
 
     Raises:
-        CheckpointError: there is no such thing, none of the subfolders is there, or the hub could not be reached.
+        CheckpointError: it does not exist, none of the subfolders exists, or the hub could not be reached.
     """
     hub = hub_id(weights)
     return on_disk(weights, subfolders, field) if hub is None else _from_hub(*hub, subfolders, field, extra, alone)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a whole policy, and not an adapter alone."""
+    """Whether a folder holds a complete policy, not just an adapter."""
     try:
         return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    except OSError:  # what an adapter calls its base may be anything
+    except OSError:  # an adapter's name for its base may be any text
         return False
 
 
 def named_base(adapter: Path, config: Mapping[str, Any]) -> str:
-    """What an adapter says it stands on: a folder with weights where it is one, else what may be an id of the hub.
+    """The base of an adapter: a folder with weights if it is one, else a possible hub id.
 
-    A path is understood from the adapter's folder, then from here.
+    A path is relative to the adapter's folder, else to the working directory.
 
     Raises:
-        CheckpointError: It says nothing, and the folder above it has no weights either.
+        CheckpointError: It names no base, and the folder above it has no weights.
     """
     named = str(config.get("base_model_name_or_path") or "")
     above = adapter.absolute().parent
@@ -78,7 +78,7 @@ def named_base(adapter: Path, config: Mapping[str, Any]) -> str:
 
 
 def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
-    """As `locate`, of what lies on this machine outside the hub's cache."""
+    """As `locate`, for local checkpoints outside the hub's cache."""
     root = Path(weights).expanduser()
     if root.is_file():
         if root.suffix not in _FILES:
@@ -122,7 +122,7 @@ def _from_hub(
             root = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{prefix}config.json"]))
             if not (root / prefix / "config.json").is_file():
                 continue
-            # Every commit has a folder of its own in the cache; all files are of that one, should the branch move now.
+            # Each commit has its own folder in the cache: take all files from this one, even if the branch moves now.
             for variant in VARIANTS:
                 patterns = [f"{prefix}{pattern}" for pattern in _patterns(variant)]
                 snapshot_download(repo, revision=root.name, allow_patterns=[*patterns, *extra])
@@ -147,16 +147,16 @@ def _from_hub(
 
 
 def _patterns(variant: str) -> list[str]:
-    """Files that hold weights, in a folder on the hub."""
+    """Patterns of weight files in a hub folder."""
     of_variant = f".{variant}" if variant else ""
     found = [name(stem, variant) for stem in STEMS for name in (index_name, file_name)]
-    # Both orders of shard number and variant are in use.
+    # Both orders of shard number and variant occur.
     found += [f"{stem}{of_variant}-?????-of-?????.safetensors" for stem in STEMS]
     return found + [f"{stem}-?????-of-?????{of_variant}.safetensors" for stem in STEMS if variant]
 
 
 def download(repo: str, revision: str | None) -> str:
-    """The command that fills the cache."""
+    """The command that downloads it into the cache."""
     return f"hf download {repo}" + (f" --revision {revision}" if revision else "")
 
 
@@ -168,9 +168,9 @@ def cached(
     name: str = "config.json",
 ) -> Path | None:
     """The folder with the file `name` of a repository in the hub's cache, as a process with these environment variables
-    finds it; None: nothing of use.
+    finds it; None if it is not there.
 
-    A folder of the repository without files (a download that failed, or was made elsewhere) holds nothing.
+    A repository folder without files (from a failed download, or one made elsewhere) counts as missing.
     """
     caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     hub = Path(

@@ -1,4 +1,4 @@
-"""A checkpoint opened by its headers: its configuration, and where each tensor of the model lies."""
+"""Opening a checkpoint by its headers: its configuration, and the location of each tensor."""
 
 from __future__ import annotations
 
@@ -16,42 +16,54 @@ from stamo_dist.pretrained.forms import CheckpointForm, JoinedTensor, Shapes
 
 @dataclass(frozen=True)
 class Kind:
-    """What a part of the model can be read from."""
+    """The formats from which a part of the model can be read."""
 
-    subfolders: tuple[str, ...]  # where its folder may be, under what a recipe names
-    key: str  # of config.json, that tells the class
+    subfolders: tuple[str, ...]  # subfolders to search in the recipe's path
+    key: str  # field of config.json with the class
     classes: tuple[str, ...]
-    form: Callable[[Shapes], CheckpointForm | None] | None  # the other names that its tensors go by
-    convert: str  # how to make a folder of what cannot be read
+    form: Callable[[Shapes], CheckpointForm | None] | None  # reads files with other tensor names
+    convert: str  # advice for converting unreadable formats
 
 
 _DINOV2 = ("dinov2", "dinov2_with_registers")
 KINDS = {
     "encoder": Kind(
-        ("", "encoder"), "model_type", _DINOV2, forms.dinov2,
+        ("", "encoder"),
+        "model_type",
+        _DINOV2,
+        forms.dinov2,
         "give DINOv2 of transformers, timm or Meta (.pth), or load it with transformers and save_pretrained(DIR)",
     ),
     "decoder": Kind(
-        ("transformer", ""), "_class_name", ("SD3Transformer2DModel",), forms.sd3,
+        ("transformer", ""),
+        "_class_name",
+        ("SD3Transformer2DModel",),
+        forms.sd3,
         "give Stable Diffusion 3 or 3.5, or convert it with diffusers: "
         "SD3Transformer2DModel.from_single_file(FILE).save_pretrained(DIR)",
     ),
     # Stable Diffusion's layout, finished runs, the VAE itself.
     "vae": Kind(
-        ("vae", "model/vae", "model", ""), "_class_name", ("AutoencoderKL",), forms.sd3_vae,
+        ("vae", "model/vae", "model", ""),
+        "_class_name",
+        ("AutoencoderKL",),
+        forms.sd3_vae,
         "give the VAE of Stable Diffusion 3 or 3.5, or convert it with diffusers: "
         "AutoencoderKL.from_single_file(FILE).save_pretrained(DIR)",
     ),
     "policy": Kind(
-        ("",), "model_type", ("openvla",), None,
+        ("",),
+        "model_type",
+        ("openvla",),
+        None,
         "give OpenVLA or OpenVLA-OFT, or convert Prismatic's .pt with the official convert_openvla_weights_to_hf.py",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
-class Opened:
-    """`parts`: name of the model's tensor → what it is made of; `files`, `shapes`: of the stored tensors."""
+class OpenedCheckpoint:
+    """An opened checkpoint. `parts`: model tensor → its stored parts; `files`, `shapes`: by stored tensor."""
 
     config: dict[str, Any]
     parts: dict[str, JoinedTensor]
@@ -63,10 +75,10 @@ def is_pickled(path: Path) -> bool:
     return path.suffix in PICKLED
 
 
-def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Opened:
-    """Open a checkpoint of a part of the model; no tensor is read.
+def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> OpenedCheckpoint:
+    """Open a checkpoint of a part of the model without reading tensors.
 
-    `pickled`: the shapes of a file of torch.save, which only torch can tell. `field` is the recipe's, for errors.
+    `pickled`: the shapes in a torch.save file, which only torch can read. `field`: the recipe field, for errors.
 
     Raises:
         CheckpointError: files are missing or damaged, or are of another model; the message says how to convert it.
@@ -77,23 +89,25 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
         form = None if kind.form is None else kind.form(shapes)
         if form is None:
             raise CheckpointError(f"{field}: {path} {_unlike(shapes)}; {kind.convert}")
-        return Opened(form.config, form.parts, shapes, dict.fromkeys(shapes, path))
+        return OpenedCheckpoint(form.config, form.parts, shapes, dict.fromkeys(shapes, path))
     if part == "encoder" and is_timm(path, field):
         shapes, files = tensors(path, field)
         if form := forms.dinov2(shapes):
-            return Opened(form.config, form.parts, shapes, files)
+            return OpenedCheckpoint(form.config, form.parts, shapes, files)
     config = read_config(path, part, field)
     shapes, files = tensors(path, field)
-    return Opened(config, {key: JoinedTensor.whole(key, shape) for key, shape in shapes.items()}, shapes, files)
+    return OpenedCheckpoint(
+        config, {key: JoinedTensor.whole(key, shape) for key, shape in shapes.items()}, shapes, files
+    )
 
 
 def is_timm(folder: Path, field: str) -> bool:
-    """Whether a folder holds a DINOv2 as timm saves it."""
+    """Whether a folder holds a DINOv2 in timm's format."""
     return "dinov2" in str(read_json(folder / "config.json", field).get("architecture"))
 
 
-def look(path: Path, part: str, field: str) -> Opened | None:
-    """As `read`, without torch; None for a file of torch.save that looks right, of which no more is known.
+def look(path: Path, part: str, field: str) -> OpenedCheckpoint | None:
+    """As `read`, without torch; None for a torch.save file that looks right but cannot be checked further.
 
     Raises:
         CheckpointError: as `read`.
@@ -110,7 +124,7 @@ def read_config(folder: Path, part: str, field: str) -> dict[str, Any]:
     """`config.json` of a checkpoint folder of a part of the model.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON object or belongs to another class.
+        CheckpointError: the file is missing, is not a JSON object, or belongs to another class.
     """
     path, kind = folder / "config.json", KINDS[part]
     config = read_json(path, field)
@@ -126,7 +140,7 @@ def read_json(path: Path, field: str) -> dict[str, Any]:
     """`config.json` of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or is no JSON object.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +167,7 @@ def tensors(folder: Path, field: str) -> tuple[dict[str, Shape], dict[str, Path]
 
 
 def differing(config: Mapping[str, Any], found: Mapping[str, Any], field: str, source: str) -> list[str]:
-    """One problem for each field of a recipe's `config` that the checkpoint `found` has otherwise."""
+    """One problem for each field of a recipe's `config` that differs in the checkpoint's, `found`."""
     return [
         f"{field}.config.{key}: {value}, but {source} has {found[key]}; name other weights, or leave the field out"
         for key, value in config.items()

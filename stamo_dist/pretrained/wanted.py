@@ -1,6 +1,6 @@
-"""Whether the checkpoints that a recipe names are those it needs, from their headers alone.
+"""Checking by headers alone that a recipe's checkpoints are the ones it needs.
 
-What is compared are the tensors that tell one model, and one size of it, from another; loading compares all of them.
+Compares the tensors that distinguish models and sizes; loading compares all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained.files import Shape
 from stamo_dist.pretrained.place import cached, download, has_weights, hub_id, named_base, on_disk
-from stamo_dist.pretrained.reading import KINDS, Opened, differing, look, read_json
+from stamo_dist.pretrained.reading import KINDS, OpenedCheckpoint, differing, look, read_json
 from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Model, Recipe
 
@@ -25,15 +25,15 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass
 class WantedWeights:
-    """What was found: problems, and the hub ids whose files are not on this machine, by recipe field."""
+    """The results: problems, and hub ids whose files are not local, by recipe field."""
 
-    problems: dict[str, list[str]] = field(default_factory=dict)  # field → what is wrong, each beginning with a field
+    problems: dict[str, list[str]] = field(default_factory=dict)  # field → problems, each beginning with a field
     absent: dict[str, tuple[str, str]] = field(default_factory=dict)  # field → (hub id, the command that downloads it)
 
 
 def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> WantedWeights:
-    """Look at all weights that the recipe's stage reads, as a process with these environment variables finds them."""
-    looked, opened = WantedWeights(), dict[str, Opened]()
+    """Check all weights that the recipe's stage reads, as found by a process with these environment variables."""
+    looked, opened = WantedWeights(), dict[str, OpenedCheckpoint]()
     for part, name, weights in wanted(recipe):
         problems = looked.problems.setdefault(name, [])
         try:
@@ -62,7 +62,7 @@ def wanted(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def _state_encoder(recipe: Recipe) -> Any:
-    """The frozen encoder that the policy's tokenizer was trained on and does not hold; None where there is none."""
+    """The frozen encoder that the policy's tokenizer uses but does not contain; None if there is none."""
     root = Path(recipe.policy.tokenizer or "/").expanduser()
     about = next((p / _EXPORTED for p in (root, root / "model") if (p / _EXPORTED).is_file()), None)
     if recipe.policy.tokenizer is None or about is None:
@@ -70,11 +70,13 @@ def _state_encoder(recipe: Recipe) -> Any:
     try:
         encoder = Model.model_validate(read_json(about, "policy.tokenizer")["model"]).encoder
     except (CheckpointError, KeyError, ValueError):
-        return None  # who reads the tokenizer says what is wrong with it
+        return None  # reading the tokenizer reports the problem
     return None if encoder.train else encoder
 
 
-def _find(part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]) -> Opened | None:
+def _find(
+    part: str, name: str, weights: str, looked: WantedWeights, environ: Mapping[str, str]
+) -> OpenedCheckpoint | None:
     if part == "policy" and (base := adapter_base(weights, environ)) is not None:
         weights, name = base, f"{name} (base of {weights})"
     hub = hub_id(weights)
@@ -88,16 +90,16 @@ def _find(part: str, name: str, weights: str, looked: WantedWeights, environ: Ma
 
 
 def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The weights that a policy's adapter stands on, a path or a hub id; None where `weights` are none or whole.
+    """The base of a policy's adapter, a path or a hub id; None if `weights` are not an adapter.
 
     Raises:
-        CheckpointError: The adapter is not whole, or names no base.
+        CheckpointError: The adapter is incomplete, or names no base.
     """
     hub = hub_id(weights)
     given = Path(weights).expanduser() if hub is None else cached(*hub, [""], environ, _ADAPTER)
     if given is None or has_weights(given):
         return None
-    # OFT's training leaves its adapter in a folder of that name.
+    # OFT's training stores its adapter in a folder of this name.
     adapter = next((p for p in (given, given / "lora_adapter") if (p / _ADAPTER).is_file()), None)
     if adapter is None:
         return None
@@ -112,14 +114,14 @@ def adapter_base(weights: str, environ: Mapping[str, str] = os.environ) -> str |
     return str(above) if not there and not has_weights(Path(base)) and has_weights(above) else base
 
 
-def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) -> list[str]:
-    """What the headers have otherwise than config.json, and config.json otherwise than the recipe."""
+def _misfits(part: str, found: OpenedCheckpoint, name: str, weights: str, recipe: Recipe) -> list[str]:
+    """Mismatches between headers and config.json, and between config.json and the recipe."""
     if part == "policy":
         return _policy(found, name, weights, recipe.policy)
     try:
         telling = _TELLING[part](found.config)
     except (KeyError, TypeError, IndexError):
-        telling = {}  # fields that config.json leaves to the class's defaults, which only torch's side knows
+        telling = {}  # fields missing in config.json take the class's defaults, which are known only with torch
     problems = []
     for key, shape in telling.items():
         has = found.parts[key].shape if key in found.parts else None
@@ -127,7 +129,7 @@ def _misfits(part: str, found: Opened, name: str, weights: str, recipe: Recipe) 
             says = f"has no {key}" if has is None else f"has {key} {list(has)}"
             wants = f"asks for {list(shape)}" if shape is not None else "asks for none"
             problems.append(f"{name}: {weights} {says}, its config.json {wants}; download the checkpoint again")
-            break  # the others are wrong in the same way
+            break  # one is enough: the others mismatch in the same way
     if name != "policy.tokenizer":
         problems += differing(getattr(recipe.model, part).config, found.config, _FIELDS[part], weights)
     return problems
@@ -166,8 +168,8 @@ def _vae(config: Mapping[str, Any]) -> dict[str, Shape | None]:
     }
 
 
-def _policy(found: Opened, name: str, weights: str, policy: PolicyConfig) -> list[str]:
-    """As `_misfits`, of OpenVLA's folder; what it lacks of heads and projectors starts at random."""
+def _policy(found: OpenedCheckpoint, name: str, weights: str, policy: PolicyConfig) -> list[str]:
+    """As `_misfits`, for OpenVLA's folder; missing heads and projectors start at random."""
     problems, config = [], found.config
     text = config.get("text_config") or {}
     width, depth = (text.get(key, default) for key, default in _LLAMA.items())
@@ -198,13 +200,13 @@ def _policy(found: Opened, name: str, weights: str, policy: PolicyConfig) -> lis
     ]
 
 
-#: What transformers' LlamaConfig has where a config.json leaves it out, as openvla-7b's does.
+#: Defaults of transformers' LlamaConfig for fields missing in config.json, as in openvla-7b's.
 _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32}
 _TELLING = {"encoder": _encoder, "decoder": _decoder, "vae": _vae}
 
 
-def _together(recipe: Recipe, opened: Mapping[str, Opened], looked: WantedWeights) -> None:
-    """What does not fit the rest of the recipe, of parts that are what they should be."""
+def _together(recipe: Recipe, opened: Mapping[str, OpenedCheckpoint], looked: WantedWeights) -> None:
+    """Mismatches with the rest of the recipe, for parts that are otherwise right."""
     if recipe.stage != "tokenizer":
         return
     model, configs = recipe.model, {part: found.config for part, found in opened.items()}

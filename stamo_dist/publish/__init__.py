@@ -1,1 +1,1 @@
-"""Models for others: a checkpoint as a folder that other programs read, with a card that says where it comes from."""
+"""Publishing models: exporting a checkpoint to a folder that other programs read, with a model card."""

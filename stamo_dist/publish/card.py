@@ -70,7 +70,7 @@ These are PEFT's adapters and what else was trained; the base is fetched from wh
 
 
 def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportLayout, *, trained: nn.Module) -> str:
-    """Markdown: what it is, how it is used, what it was trained on and how, what was measured."""
+    """The card in Markdown: model, usage, training data and settings, measurements."""
     marker = read_checkpoint_manifest(checkpoint)
     parameters = sum(p.numel() for p in trained.parameters())
     dtype = str(layout.dtype or "torch.float32").removeprefix("torch.")
@@ -121,7 +121,7 @@ def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
 
 
 def _evaluations(run: RunFolder) -> Iterator[str]:
-    """What `stamo eval` has written about the run."""
+    """The results of `stamo eval` for the run."""
     for path in sorted(run.evaluations.glob("*/*.json")):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not {"title", "columns", "rows"} <= set(result):

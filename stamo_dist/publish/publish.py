@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder for others."""
+"""Exporting a checkpoint to a folder for publication."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from stamo_dist.tasks.base import ExportLayout
 def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None = None) -> None:
     """Write the model of a checkpoint, or of a run's newest one, into the new folder `out`.
 
-    `checkpoint`: of the run `given`: a step, or `best` by success in closed loop.
+    `checkpoint`: if `given` is a run: a step, or `best` by success in closed loop.
 
     Raises:
         RunError: `given` is neither, `out` exists, or the format does not suit the stage or the policy.
-        CheckpointError: The checkpoint is not whole.
-        DataError: The run's data, which names statistics and instructions, is no longer there.
+        CheckpointError: The checkpoint is incomplete.
+        DataError: The run's data, which has statistics and instructions, is no longer there.
     """
     run, folder = _locate(given, checkpoint)
     recipe = load(run.resolved).recipe
@@ -73,10 +73,10 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
 
 
 def finish(given: Path) -> None:
-    """Write RUN/model of a run that was trained to its end: what its training does last.
+    """Write RUN/model of a run that finished training, as the training's last step does.
 
     Raises:
-        RunError: It is no run, is not trained to its end, or is training.
+        RunError: It is not a run, has not finished training, or is training.
         CheckpointError: The checkpoint is not whole.
     """
     run = open_run(given)
@@ -94,7 +94,7 @@ def finish(given: Path) -> None:
 
 
 def _as_others_files(folder: Path) -> None:
-    """Give every file the rights of a new one: safetensors writes for its owner alone."""
+    """Give every file default permissions, as safetensors makes files readable only by their owner."""
     mask = os.umask(0o022)
     os.umask(mask)
     for file in folder.rglob("*"):
@@ -103,7 +103,7 @@ def _as_others_files(folder: Path) -> None:
 
 
 def _locate(given: Path, checkpoint: str | None) -> tuple[RunFolder, Path]:
-    """The run and the checkpoint that the user means."""
+    """The run and checkpoint named by the user."""
     if checkpoint is not None:
         run = open_run(given)
         return run, named(run.checkpoints, checkpoint)

@@ -51,7 +51,7 @@ class SourceConfig(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
     def weights(self, frames: int) -> dict[int, float]:
-        """Optimizer step → weight from there on, of a source of so many frames."""
+        """Optimizer step → weight from there on, for a source with this many frames."""
         if isinstance(self.weight, dict):
             return dict(self.weight)
         return {0: float(frames) if self.weight == "natural" else self.weight}
@@ -118,7 +118,7 @@ class Data(Section):
         return {name: source for name, source in self.sources.items() if source.used}
 
     def first_shares(self) -> dict[str, float] | None:
-        """Share of the samples of each source at step 0; None where it depends on how many frames there are."""
+        """Share of the samples of each source at step 0; None if it depends on the number of frames."""
         used = self.used
         if any(source.weight == "natural" for source in used.values()):
             return None
@@ -128,7 +128,7 @@ class Data(Section):
 
 
 def data_problems(data: Data, stage: str, latent: str) -> list[str]:
-    """What of the data does not go together, or with the stage and `model.vae.latent`."""
+    """Problems: data fields that contradict each other, the stage or `model.vae.latent`."""
     problems = []
     weights = [source.weights(frames=1) for source in data.sources.values()]
     for step in sorted({0, *(at for steps in weights for at in steps)}):

@@ -59,16 +59,16 @@ class Evaluate(Section):
 
     @property
     def beside(self) -> RolloutConfig | None:
-        """The rollouts that are made, if they are."""
+        """The rollout settings, if rollouts are made."""
         return self.rollout if self.every else None
 
     def holds_up(self, step: int) -> bool:
-        """Whether training stands still after `step` while rank 0 measures."""
+        """Whether training is blocked after `step` while rank 0 measures."""
         return bool(self.every and step and step % self.every == 0 and self.rollout is None)
 
 
 def evaluate_problems(evaluate: Evaluate, stage: str, checkpoint_every: int, data: Data) -> list[str]:
-    """What does not fit the rest of the recipe."""
+    """Problems with the rest of the recipe."""
     problems = []
     rollout = evaluate.rollout
     if rollout is not None and stage != "policy":

@@ -1,4 +1,4 @@
-"""What a recipe may say: the fields as tables for people, as a JSON schema for editors."""
+"""Documentation of recipe fields: as tables for people, and as a JSON schema for editors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe's fields in words: type, default and documentation, read off the pydantic models."""
+"""The recipe's fields with type text, default and documentation, from the pydantic models."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class RecipeField:
 
     @property
     def kinds(self) -> list[type[Section]]:
-        """The sections this field may be, beside null: several of a union, none for a plain value."""
+        """The sections this field may hold, besides null: several for a union, none for a plain value."""
         union = get_origin(self.annotation) in (Union, types.UnionType)
         options = map(_unannotated, get_args(self.annotation) if union else (self.annotation,))
         return [kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)]
 
     @property
     def section(self) -> type[Section] | None:
-        """The section this field is, the first of a union, or None for a plain value."""
+        """The section this field holds, the first of a union, or None for a plain value."""
         return next(iter(self.kinds), None)
 
     @property
     def entry(self) -> RecipeField | None:
-        """What one entry of this map is, where the field maps free names to sections."""
+        """The entry field of this map, if it maps free names to sections."""
         if get_origin(self.annotation) is not dict:
             return None
         value = RecipeField((*self.key, "NAME"), get_args(self.annotation)[1])
@@ -92,7 +92,7 @@ ROOT = RecipeField((), Recipe)
 
 
 def find(key: Key, root: RecipeField = ROOT) -> RecipeField | None:
-    """The field at `key`, or None where the schema has none (unknown, or inside a list or a free map)."""
+    """The field at `key`, or None if the schema has none (unknown, or inside a list or a free map)."""
     field: RecipeField | None = root
     for name in key:
         if field is None:
@@ -126,7 +126,7 @@ def all_fields(field: RecipeField = ROOT) -> Iterator[RecipeField]:
 
 
 def placeholder(annotation: Any) -> Any:
-    """Some valid value for a required field, so that the rest of a recipe can still be checked."""
+    """A valid value for a required field, so that the rest of a recipe can be checked."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         required = {n: f for n, f in annotation.model_fields.items() if f.is_required()}
         return {name: placeholder(info.annotation) for name, info in required.items()}

@@ -16,9 +16,9 @@ from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_overrid
 
 @dataclass
 class Merged(Layer):
-    """Plain values of all layers together, the place each came from, and what is wrong so far."""
+    """The merged plain values of all layers, the origin of each, and the problems so far."""
 
-    whole: bool = True  # every file could be read
+    whole: bool = True  # whether every file could be read
 
     def add(self, layer: Layer, override: bool = False) -> None:
         self.problems += layer.problems
@@ -37,7 +37,7 @@ class Merged(Layer):
                 self.places[key] = place
 
     def _remove_sources(self, layer: Layer) -> None:
-        """`data.sources.NAME: null` takes an inherited source out of the mixture."""
+        """`data.sources.NAME: null` removes an inherited source from the mixture."""
         sources, inherited = (value_at(value, ("data", "sources")) for value in (layer.value, self.value))
         sources, inherited = (s if isinstance(s, dict) else {} for s in (sources, inherited))
         for name in [n for n, source in sources.items() if source is None]:
@@ -55,7 +55,7 @@ class Merged(Layer):
 def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:
     """Read `path`, all it extends and the overrides, and merge them.
 
-    A file that is reached by two ways counts once, where it comes first.
+    A file reached twice counts once, at its first place.
     """
     out = Merged()
     _add_file(path, out, stack=[], done=set(), at="")
@@ -92,7 +92,7 @@ def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: s
 
 
 def _extends(layer: Layer, out: Merged) -> list[tuple[Key, str]]:
-    """Take `extends` out of a layer: where each name stands, and the name."""
+    """Remove `extends` from a layer; returns (place, name) of each entry."""
     value = layer.value.pop("extends", [])
     entries: list[tuple[Key, Any]] = [(("extends",), value)]
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _missing(path: Path, extender: Path | None, at: str) -> str:
 
 
 def _clear_clashes(old: Any, new: Any) -> None:
-    """A list cannot be merged with a map: where they meet, forget the old one (OmegaConf would raise)."""
+    """A list cannot be merged with a map: if they clash, remove the old one (OmegaConf would raise)."""
     for name, value in new.items():
         before = old.get(name)
         if isinstance(before, dict) and isinstance(value, dict):

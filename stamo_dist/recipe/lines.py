@@ -1,7 +1,7 @@
-"""YAML in and out: plain values with the place of every one of them, so that each problem can name its line.
+"""Reading and writing YAML with the place of every value, so that each problem can name its line.
 
 The accepted language is YAML 1.2's core schema (`off`, `yes` and `010` are text, `1e-4` is a number) without anchors,
-merge keys, tags and `${…}`: what a file says can be read off the file.
+merge keys, tags and `${…}`: so a file's meaning does not depend on such features.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _cls in (_Loader, _Dumper):  # the dumper keeps YAML 1.1's too: what either version would misread is quoted
+for _cls in (_Loader, _Dumper):  # quotes values that YAML 1.1 or 1.2 would misread
     for _name, _pattern, _first in _CORE:
         _cls.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
@@ -50,12 +50,12 @@ for _cls in (_Loader, _Dumper):  # the dumper keeps YAML 1.1's too: what either 
 
 @dataclass
 class Layer:
-    """One file, or one `--set`: its values, where each stands, and what is wrong with the text itself."""
+    """One file, or one `--set`: its values, the place of each, and problems of the text itself."""
 
     value: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    unread: set[Key] = field(default_factory=set)  # values that `problems` already speaks of
+    unread: set[Key] = field(default_factory=set)  # values already reported in `problems`
     text: str = ""
 
 
@@ -64,19 +64,19 @@ def dotted(key: Key) -> str:
 
 
 def located(place: str, key: Key, message: str) -> str:
-    """A problem as it is printed: where, which field, what."""
+    """A problem as printed: place, field, message."""
     return f"{place}: {message}" if not key or place == f"--set {dotted(key)}" else f"{place}: {dotted(key)}: {message}"
 
 
 def shown(path: Path) -> str:
-    """`path` as messages show it: relative to the working directory where it lies below it."""
+    """`path` as messages show it: relative to the working directory if below it."""
     path = path.resolve()
     cwd = Path.cwd()
     return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 
 
 def read_file(path: Path) -> Layer:
-    """Read one recipe file; whatever is wrong with it is in `.problems`."""
+    """Read one recipe file; its problems are in `.problems`."""
     name = shown(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")

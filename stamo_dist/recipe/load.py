@@ -17,7 +17,7 @@ from stamo_dist.recipe.validate import validate
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid recipe and where its values come from."""
+    """A valid recipe and the origin of its values."""
 
     path: Path
     text: str  # the file as written

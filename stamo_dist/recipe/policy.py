@@ -143,7 +143,7 @@ class OpenVLAPolicyConfig(PolicyConfig):
 
 
 def _as_omitted(value: Any, info: ValidationInfo) -> Any:
-    """Accept the default alone: resolved recipes write out every field."""
+    """Accept only the default, as resolved recipes contain every field."""
     assert info.field_name is not None, "it validates fields"
     if value != PolicyConfig.model_fields[info.field_name].get_default(call_default_factory=True):
         raise ValueError("is of OpenVLA, and policy.diffusion trains another network; leave it out")
@@ -170,7 +170,7 @@ class DiffusionPolicyConfig(PolicyConfig):
 
 
 def _kind(value: Any) -> str:
-    """Which of the two a policy is: recipes say it by `policy.diffusion` alone."""
+    """The kind of a policy, determined by `policy.diffusion` alone."""
     diffusion = value.get("diffusion") if isinstance(value, Mapping) else getattr(value, "diffusion", None)
     return "openvla" if diffusion is None else "diffusion"
 
@@ -182,7 +182,7 @@ Policy = Annotated[
 
 
 def policy_problems(policy: Policy, data: Data) -> list[str]:
-    """What in the rest of a recipe does not fit its policy."""
+    """Problems of the rest of a recipe with its policy."""
     problems = []
     if not data.horizon:
         problems.append("data.horizon: a policy needs the actions of a chunk; set 1 for OpenVLA, 8 for OpenVLA-OFT")
@@ -246,7 +246,7 @@ def _diffusion_problems(policy: DiffusionPolicyConfig, data: Data) -> list[str]:
 
 
 def _step_problems(policy: DiffusionPolicyConfig, data: Data) -> list[str]:
-    """What keeps a chunk's pseudo-actions from being one for each action."""
+    """Problems that prevent one pseudo-action per action of a chunk."""
     problems = []
     if policy.diffusion.pseudo == "pixels":
         problems.append("policy.diffusion.pseudo_per: step has motions only; set pseudo: motion, or pseudo_per: chunk")

@@ -1,4 +1,4 @@
-"""A resolved recipe as text, with where each value came from."""
+"""A resolved recipe as text, with the origin of each value."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Augment(Section):
 
     @property
     def middle(self) -> float:
-        """Share of the area that a policy trained so is to see; without a preset the whole frame is a crop too."""
+        """Fraction of the area of the centre crop at inference; 1 without a preset, whose crops include full frames."""
         return OPENVLA_AREA if self.preset == "openvla" else 1.0
 
     @model_validator(mode="after")

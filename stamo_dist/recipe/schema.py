@@ -1,6 +1,6 @@
 """What a recipe may say. Every field carries its own one-line documentation (`stamo recipe explain FIELD`).
 
-Nothing here imports torch: a login node validates recipes with pydantic alone.
+Imports no torch, so that a login node validates recipes with pydantic alone.
 """
 
 from __future__ import annotations

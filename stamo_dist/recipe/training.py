@@ -54,7 +54,7 @@ class CheckpointConfig(Section):
     )
 
 
-class Profile(Section):
+class ProfileSettings(Section):
     """A trace of a few steps of rank 0, in RUN/profile."""
 
     start: PositiveInt = Field(10, description="Steps before the first that is traced; a compiled model is warm then.")
@@ -98,7 +98,7 @@ class Train(Section):
     save_timeout: PositiveFloat = Field(3600.0, description="The same for what a checkpoint holds the steps up.")
     evaluate_timeout: PositiveFloat = Field(3600.0, description="The same for one measurement between steps.")
     export_timeout: PositiveFloat = Field(3600.0, description="The same for writing the model at the end.")
-    profile: Profile | None = Field(None, description="Trace a few steps; null traces none.")
+    profile: ProfileSettings | None = Field(None, description="Trace a few steps; null traces none.")
     sync_guard: Literal["off", "warn", "error"] = Field(
         "off",
         description="On a GPU, after a start's first step: what PyTorch does where the host waits for the device.",
@@ -113,7 +113,8 @@ class Train(Section):
         return int(self.gradient_checkpointing)
 
 
-#: Above it each process has so little of a block that gathering it is waiting: 1 MB of a 7 B model's at 400.
+#: Above this number of processes, shards of a block are so small (1 MB for a 7 B model at 400) that gathering them is
+#: dominated by latency.
 MANY_PROCESSES = 256
 
 
@@ -139,7 +140,7 @@ class Strategy(Section):
     )
 
     def advice(self, processes: int) -> list[str]:
-        """What to consider on so many processes."""
+        """Advice for this number of processes."""
         if self.name != "fsdp" or processes <= MANY_PROCESSES:
             return []
         return [
@@ -149,7 +150,7 @@ class Strategy(Section):
 
 
 def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
-    """What of the training does not go together, or has no meaning in the stage."""
+    """Problems: training fields that contradict each other, or have no effect in the stage."""
     problems = []
     if strategy.name == "hsdp" and strategy.shard_group == 1:
         problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")

@@ -1,4 +1,4 @@
-"""Merged values → `Recipe` or another section, or every problem at once, each with its place and in words."""
+"""Validating merged values into a `Recipe` or another section, or listing all problems with their places."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)+): (.*)", re.DOTALL)
 
 
 def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | None, list[str]]:
-    """The recipe that the merged layers make, or what is wrong with them, on `world_size` processes too."""
+    """The recipe of the merged layers, or their problems, also for `world_size` processes."""
     recipe, found, tree = _check(merged, Recipe, ROOT)
     problems = _placed_all(found, merged)
     if world_size is not None and not {("train",), ("train", "global_batch")} & found.keys() and "train" in tree:
@@ -35,24 +35,24 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
 
 
 def validate_as(model: type[T], merged: Merged) -> tuple[T | None, list[str]]:
-    """The section that a file of another kind than a recipe makes, or what is wrong with it."""
+    """The section of a file that is not a recipe, or its problems."""
     section, found, _ = _check(merged, model, RecipeField((), model))
     problems = _placed_all(found, merged)
     return (section if not problems else None), problems
 
 
 def _check(merged: Merged, model: type[T], root: RecipeField) -> tuple[T | None, dict[Key, list[str]], dict[str, Any]]:
-    """Check everything that can be checked; (the section, what is wrong by field, the values with those repaired).
+    """Check all that can be checked; returns (section, problems by field, values with repairs).
 
     A wrong value hides the checks that need it. So each wrong value is recorded, replaced by a valid one and the
-    section checked again, until nothing new comes up. A check that names a replaced value is dropped, and so is
-    whatever may rest on a file that could not be read.
+    section checked again, until no new problem appears. A check that names a replaced value is dropped, and so is
+    any that may depend on a file that could not be read.
     """
     tree = copy.deepcopy(merged.value)
     found: dict[Key, list[str]] = {nearest(key, root).key: [] for key in merged.unread if key}
     for key in merged.places:
         field = nearest(key, root)
-        if isinstance(value_at(tree, key), bool) and field.is_number:  # pydantic would read true as 1
+        if isinstance(value_at(tree, key), bool) and field.is_number:  # pydantic would accept true as 1
             found.setdefault(field.key, [_wrong_value(field, value_at(tree, field.key))])
     for key in found:
         _repair(tree, key, root)
@@ -77,7 +77,7 @@ def _check(merged: Merged, model: type[T], root: RecipeField) -> tuple[T | None,
 
 
 def place_of(key: Key, places: Mapping[Key, str]) -> str:
-    """Where a value stands; for one that is not there, where the map around it stands."""
+    """The place of a value; of a missing one, the place of the enclosing map."""
     if key not in places:
         below = [place for k, place in places.items() if k[: len(key)] == key]
         return below[0] if below and key else place_of(key[:-1], places)
@@ -118,7 +118,7 @@ def _missing(field: RecipeField, tree: dict[str, Any]) -> str:
     key = field.key
     needs = ", ".join(str(f.key[-1]) for f in field.children() if f.required)
     message = f"missing ({field.words}{f' with {needs}' if field.section else ''}): {field.doc}"
-    if key[:2] == ("data", "sources") and len(key) > 2:  # a mistyped source name makes a new source without its path
+    if key[:2] == ("data", "sources") and len(key) > 2:  # a mistyped source name creates a new source without a path
         others = [name for name in value_at(tree, key[:2]) if name != key[2]]
         hint = did_you_mean(str(key[2]), others)
         message += f" ({hint})" if hint else ""
@@ -144,7 +144,7 @@ def _wrong_value(field: RecipeField, value: Any) -> str:
 
 
 def _repair(tree: dict[str, Any], key: Key, root: RecipeField) -> None:
-    """Replace a wrong value by its default, or by a placeholder where it has none."""
+    """Replace a wrong value by its default, or by a placeholder if it has none."""
     parent = value_at(tree, key[:-1])
     if not key or not isinstance(parent, dict):
         return

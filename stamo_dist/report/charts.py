@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 18, 10, 24
-_POINTS = 300  # drawn per line; more steps are averaged in equal groups
-_MARKED = 40  # at most so many points of a line are marked
+_POINTS = 300  # points per line; more are averaged in equal groups
+_MARKED = 40  # lines with at most this many points are marked
 COLOURS = 8  # --c0 … --c7 on the page
 
 
@@ -20,7 +20,7 @@ COLOURS = 8  # --c0 … --c7 on the page
 class Series:
     """One line: `x` ascending, `y` of the same length; points that are not finite are left out.
 
-    `low` and `high`: an interval around each of few points, drawn as a band.
+    `low` and `high`: an interval around each point, drawn as a band.
     """
 
     label: str
@@ -36,7 +36,7 @@ def line_chart(
     """An SVG with one line per series, in the order of the page's colours, and a legend when there are several.
 
     `smooth` draws an exponential average and, of a single series, the values behind it. `zero`: the y axis starts at 0.
-    `within`: what the y axis spans; few points are marked then. Empty when no series has a point.
+    `within`: range of the y axis; then few points are marked. Empty if no series has a point.
     """
     drawn = [(s.label, grouped(s)) for s in series]
     points = [p for _, line in drawn for p in line]
@@ -81,7 +81,7 @@ def line_chart(
 
 
 def grouped(series: Series) -> list[tuple[float, float]]:
-    """At most _POINTS finite points; of more, the means of equal groups."""
+    """At most _POINTS finite points; more are averaged in equal groups."""
     points = [p for p in zip(series.x, series.y, strict=True) if math.isfinite(p[1])]
     size = -(-len(points) // _POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]

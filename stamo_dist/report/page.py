@@ -1,4 +1,4 @@
-"""Gathers what run folders hold and writes it as one HTML page that needs nothing else: pictures are data URIs."""
+"""Collects the data of run folders into one self-contained HTML page; images are data URIs."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _FIRST = (
     "rollout",
     "during",
     "speed",
-)  # evaluations that open the page; the rest follow by name
+)  # evaluations shown first; the rest follow by name
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What the page says about one run."""
+    """The data of one run for the page."""
 
     folder: RunFolder
     recipe: Recipe
-    history: Sample  # of the lines of its steps
+    history: Sample  # a sample of its metric lines
     checkpoints: list[tuple[str, CheckpointManifest]]  # newest first
     environment: dict[str, Any]
     starts: list[dict[str, Any]]
@@ -92,7 +92,7 @@ class ReportedRun:
 
     @property
     def left_out(self) -> list[str]:
-        """What of metrics.jsonl the page does not show, a line each."""
+        """Lines on what the page leaves out of metrics.jsonl."""
         history, said = self.history, list[str]()
         if history.last is not None:
             size, count = self.folder.metrics.stat().st_size, len(history.objects) - history.last
@@ -106,7 +106,7 @@ class ReportedRun:
 
     @property
     def charts(self) -> list[tuple[str, Markup]]:
-        """(title, SVG) of every curve that has points."""
+        """(title, SVG) of every curve with points."""
         sources = [key for key in (self.metrics[-1] if self.metrics else {}) if key.startswith("loss/")]
         found = [*_success_charts(self.evaluations), ("loss", line_chart([self.curve("loss")]))]
         if len(sources) > 1:
@@ -168,7 +168,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     """Write the page about these runs and return its path: `out`, or report.html in the first run's folder.
 
     Raises:
-        RunError: One is no run folder, a file of its evaluations is damaged, or `out` cannot be written.
+        RunError: One is not a run folder, a file of its evaluations is damaged, or `out` cannot be written.
     """
     loaded = [read_run(open_run(path)) for path in runs]
     target = Path(out) if out else loaded[0].folder.path / "report.html"
@@ -193,9 +193,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
 
 
 def compare(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
-    """Evaluations that two runs or more have, row for row: what to call a row, and each run's numbers in its columns.
+    """Evaluations that at least two runs have: for each row its label, and each run's numbers by column.
 
-    Of a run's several results of one name, that in the folder of the name counts.
+    If a run has several results of one name, the one in the folder of that name is used.
     """
     tables: dict[str, list[dict[str, Any] | None]] = {}
     for i, run in enumerate(runs):
@@ -286,7 +286,7 @@ def _read_json(path: Path) -> Any:
 
 
 def embed(picture: Path) -> dict[str, Any]:
-    """A picture for the page: `uri` holds its content, `wide` marks a strip that a phone should scroll, not shrink."""
+    """An image for the page: `uri` has its content, `wide` marks a strip that is scrolled, not shrunk, on phones."""
     content = picture.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
@@ -302,7 +302,7 @@ def number(value: Any) -> str:
 
 
 def _frames(source: SourceConfig, growth: Sequence[int] | None) -> int | None:
-    """Training frames of a source over the cameras used, as the run has it; None: its shards are not at hand."""
+    """Number of training frames of a source over the cameras used, as of the run; None without its shards."""
     try:
         grown = [*growth, *[0] * len(source.paths)] if growth is not None else [None] * len(source.paths)
         manifests = [
@@ -314,6 +314,6 @@ def _frames(source: SourceConfig, growth: Sequence[int] | None) -> int | None:
 
 
 def _label(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
-    """The recipe's name; with the folder where two runs share it."""
+    """The recipe's name, with the folder if two runs share it."""
     shared = sum(other.recipe.name == run.recipe.name for other in runs) > 1
     return f"{run.recipe.name} ({run.folder.path})" if shared else run.recipe.name

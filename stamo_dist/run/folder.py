@@ -12,8 +12,8 @@
     compiled/        gpu_00.bin, what torch.compile made (train.compile), for the next start
     success.json     a policy's success while it trains: the last and the best
 
-Beside metrics.jsonl and samples.jsonl may lie `.damaged` lines of theirs, `.foreign` files that were in their place
-and, while they are cut off, `.kept` lines.
+Beside metrics.jsonl and samples.jsonl there may be files with their damaged lines (`.damaged`), foreign files found in
+their place (`.foreign`) and, during truncation, lines to keep (`.kept`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 
-#: Beside a copied package, which commit it is: the copy may lie in a checkout that has gone on since.
+#: File beside a copied package with its commit, as the copy may be inside a checkout at a later commit.
 COMMIT_FILE = "GIT_COMMIT"
 _PACKAGES = (
     "stamo-dist",
@@ -60,7 +60,7 @@ def write_atomic(path: Path, text: str) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add a line in one write, of less than a page, so that lines of several processes do not mix.
 
-    A torn last line is ended first, so that only that one is lost.
+    A torn last line is terminated first, so that only that line is lost.
     """
     with path.open("ab+", buffering=0) as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
@@ -103,7 +103,7 @@ class RunFolder:
 
     @property
     def exported_step(self) -> int | None:
-        """The step whose weights `model` holds, None where there is no whole export."""
+        """The step of the weights in `model`, None without a complete export."""
         try:
             return int(json.loads(self.exported.read_text())["step"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -134,7 +134,7 @@ class RunFolder:
         return self.path / "success.json"
 
     def prepare(self) -> None:
-        """Create the folder and prove that it can be written.
+        """Create the folder and check that it can be written.
 
         Raises:
             RunError: It cannot be.
@@ -153,9 +153,9 @@ class RunFolder:
     def describe(
         self, text: str, resolved: str, command: list[str], *, step: int, processes: int, sources: Mapping[str, str]
     ) -> None:
-        """Write what this run is: recipe as written and as resolved, versions, machine, command, and this start.
+        """Write the run's description: recipe as written and as resolved, versions, machine, command, and this start.
 
-        `sources`: recipe field → where its weights were found.
+        `sources`: recipe field → location of its weights.
         """
         write_atomic(self.recipe, text)
         write_atomic(self.resolved, resolved)
@@ -170,7 +170,7 @@ def open_run(path: str | Path) -> RunFolder:
     """The run at `path`.
 
     Raises:
-        RunError: `path` is no run folder.
+        RunError: `path` is not a run folder.
     """
     run = RunFolder(Path(path))
     if not run.resolved.is_file():

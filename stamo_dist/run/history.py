@@ -1,7 +1,7 @@
-"""Files of JSON lines that only grow, such as metrics.jsonl: read from their end, as the rest may be long.
+"""Reading append-only files of JSON lines, such as metrics.jsonl, from the end, as they may be long.
 
-A line that cannot be read is torn where it is the last and has no end, as a killed process leaves it, and damaged
-elsewhere. Free of torch and numpy.
+An unreadable line is torn if it is the last and has no line end (left by a killed process), and damaged
+otherwise. Free of torch and numpy.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK = 1 << 18  # bytes read at once
-_LONGEST = 1 << 28  # bytes; what is longer is no line
-_WHOLE = 1 << 25  # bytes of a file that is read whole where a sample would do
-_WITHIN = 1 << 24  # bytes at the end in which the last objects are looked for
-_TRIES = 8  # lines in a row of which one is wanted
+_LONGEST = 1 << 28  # maximum bytes of a line
+_WHOLE = 1 << 25  # files up to this many bytes are read completely instead of sampled
+_WITHIN = 1 << 24  # bytes at the end that are searched for the last objects
+_TRIES = 8  # consecutive lines tried for a wanted one
 
 Object = dict[str, Any]
 Wanted = Callable[[Object], bool]
 
 
 class TooLongError(ValueError):
-    """No end of a line far and wide."""
+    """A line exceeds the maximum length."""
 
 
 def backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(where it begins, the line with its end), the last one first; the last may have no end.
+    """(offset, line with its line end), last line first; the last may have no line end.
 
     Raises:
         TooLongError: A line of over 256 MiB.
@@ -41,7 +41,7 @@ def backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         size = min(size, start)
         file.seek(start - size)
         block, start = file.read(size) + block, start - size
-        begin = block.find(b"\n", 0, -1) + 1 if start else 0  # the first line may begin further up
+        begin = block.find(b"\n", 0, -1) + 1 if start else 0  # its first line may begin in an earlier block
         if start and not begin:
             size *= 2
             continue
@@ -54,7 +54,7 @@ def backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parsed(line: bytes) -> Object | None:
-    """The object of a line; None if it is none."""
+    """The JSON object of a line; None if it is not one."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -63,7 +63,7 @@ def parsed(line: bytes) -> Object | None:
 
 
 def last_objects(path: Path, wanted: Wanted = bool, within: int | None = _WITHIN) -> Iterator[Object]:
-    """Those that are wanted, the last one first; of the last `within` bytes, None: of all. A missing file has none."""
+    """The wanted objects, last first, within the last `within` bytes (None: all). A missing file has none."""
     with contextlib.suppress(OSError, TooLongError), path.open("rb") as f:
         end = f.seek(0, os.SEEK_END)
         for start, line in backwards(f):
@@ -79,10 +79,10 @@ class Sample:
     """Objects of a file, in its order.
 
     Attributes:
-        objects: Those that were wanted.
-        last: Of a long file, how many at the end are all there are; those before stand at equal distances, of a length
-            in bytes. None: all of the file are here.
-        damaged: Lines that cannot be read, of those that were looked at.
+        objects: The wanted objects.
+        last: For a long file, the number of objects at the end that are complete; earlier ones are sampled at equal
+            distances in bytes. None: the file was read completely.
+        damaged: Number of unreadable lines among those read.
     """
 
     objects: list[Object]
@@ -91,7 +91,7 @@ class Sample:
 
     @property
     def even(self) -> list[Object]:
-        """Those at equal distances, up to the last one."""
+        """The evenly spaced objects, up to the last one."""
         return self.objects if self.last is None else [*self.objects[: -self.last], *self.objects[-1:]]
 
 
@@ -119,16 +119,16 @@ def sample(path: Path, wanted: Wanted = bool, points: int = 1200, last: int = 50
 
 
 def _even(f: BinaryIO, end: int, wanted: Wanted, points: int) -> tuple[list[Object], int]:
-    """Wanted objects that begin before `end`, and how many lines could not be read."""
+    """Evenly spaced wanted objects that begin before `end`, and the number of unreadable lines."""
     found, damaged, reached, dense = list[Object](), 0, 0, True
     for i in range(points):
         at = i * end // points
         if at < reached:
-            dense = True  # within the last line that was read
+            dense = True  # inside the line read last
             continue
         f.seek(reached if dense else at)
         if not dense:
-            f.readline(_LONGEST)  # the rest of a line that begins further up
+            f.readline(_LONGEST)  # the rest of a line that begins earlier
         dense = False
         for _ in range(_TRIES):
             begin = f.tell()

@@ -1,9 +1,9 @@
-"""Who may write into a run folder: each start of a run acquires a lease, and only the newest one's owner writes.
+"""Leases on a run folder: each start of a run acquires one, and only the newest lease's owner may write.
 
 The lease's number is a fencing token. `RUN/.leases/00000007` is created exclusively, so of two simultaneous starts one
-gets the number. It names its owner, and the owner's heartbeat is its modification time. A process whose number is no
-longer the newest is fenced off: it finds out before it commits anything and stops. Whoever finds the newest owner dead
-takes the next number.
+gets the number. It names its owner; its modification time is the owner's heartbeat. A process whose number is no
+longer the newest is fenced off: it notices before it commits anything, and stops. A process that finds the newest
+owner dead takes the next number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO
 
 from stamo_dist.errors import RunError
 
-FOLDER, _EARLIER = ".leases", ".generations"  # the second in run folders from before it was renamed
+FOLDER, _EARLIER = ".leases", ".generations"  # the second name is that of earlier versions
 BEAT = 10.0  # seconds between heartbeats
 STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
 _KEPT = 32  # files of past leases
@@ -39,9 +39,9 @@ class Owner:
 
     node: str
     boot: str  # of the machine
-    namespace: str  # of process ids: they mean the same only within it
+    namespace: str  # pid namespace, within which process ids are comparable
     pid: int
-    started: str  # in ticks since boot: process ids come back
+    started: str  # in ticks since boot, as process ids are reused
     job: str | None = None  # of the scheduler
     restarts: int = 0
     ended: bool = False
@@ -65,16 +65,16 @@ class Owner:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there; only for a local one."""
+        """Whether the process exists; only for a local one."""
         return _started(self.pid) == self.started
 
     def superseded_by(self, other: Owner) -> bool:
-        """The scheduler has started the same job again: the earlier one is cut off, even where it still runs."""
+        """Whether the scheduler has restarted the same job: the earlier start is fenced off, even if still running."""
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
 
 class RunLease:
-    """The number of one start, while it is the newest. Made by `acquire`."""
+    """The lease of one start. Created by `acquire`."""
 
     def __init__(self, file: Path, owner: Owner, notes: list[str], lock: IO[str] | None):
         self.number, self.notes = int(file.name), notes
@@ -104,7 +104,7 @@ class RunLease:
             )
 
     def end(self) -> None:
-        """Give the folder back, at an orderly exit."""
+        """Release the folder at a normal exit."""
         self._over.set()
         self._thread.join()
         tmp = self._file.with_name(f".{self._file.name}.tmp")
@@ -124,7 +124,7 @@ class RunLease:
 def acquire(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Callable[[str], None] = print) -> RunLease:
     """Take the run folder for this process.
 
-    A living owner gets `patience` seconds to leave; one on another machine counts as living while its heartbeat is
+    A live owner gets `patience` seconds to exit; one on another machine counts as alive while its heartbeat is
     younger than `stale` seconds. One that the scheduler has restarted is fenced off at once.
 
     Raises:
@@ -137,15 +137,15 @@ def acquire(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Cal
 
 
 def lease_folder(run: Path) -> Path:
-    """Where the leases of a run lie: one folder for all its starts, those of earlier versions included."""
+    """The folder of a run's leases, shared by all its starts, including those of earlier versions."""
     earlier = run / _EARLIER
     return earlier if earlier.is_dir() else run / FOLDER
 
 
 def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
-    """Who took the run folder last, and the seconds since its last heartbeat by this machine's clock; writes nothing.
+    """The last owner of the run folder, and the seconds since its last heartbeat by this machine's clock; read-only.
 
-    (None, None) where nobody ever did.
+    (None, None) if there never was one.
     """
     try:
         newest = _newest(run)
@@ -180,7 +180,7 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
 
 
 def _newest(run: Path) -> Path | None:
-    """Over both names of the folder: a start of an earlier version may have come between."""
+    """The newest lease under both folder names, as a start of an earlier version may be in between."""
     found = (p for name in (FOLDER, _EARLIER) for p in (run / name).glob("*") if re.fullmatch(r"\d{8}", p.name))
     return max(found, key=lambda p: p.name, default=None)
 
@@ -188,7 +188,7 @@ def _newest(run: Path) -> Path | None:
 def _judge(
     newest: Path | None, holder: Owner | None, me: Owner, stale: float, *, locked: bool
 ) -> tuple[str | None, str | None]:
-    """(what keeps this process from taking over, else None; what to tell about taking over)."""
+    """(the reason that prevents taking over, else None; a note about taking over)."""
     if newest is None or (holder is not None and holder.ended):
         return None, None
     if holder is not None and holder.superseded_by(me):
@@ -204,7 +204,7 @@ def _judge(
 
 
 def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str] | None) -> RunLease | None:
-    """None where another process was faster. The file appears with its content, so no reader sees it empty."""
+    """Create the lease; None if another process was faster. The file appears with its content, never empty."""
     file = folder / f"{number:08d}"
     part = folder / f".{number}.{me.node}.{me.pid}"
     part.write_text(json.dumps(asdict(me)))
@@ -212,7 +212,7 @@ def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str]
         os.link(part, file)
     except FileExistsError:
         return None
-    except OSError:  # no hard links here
+    except OSError:  # file system without hard links
         try:
             with file.open("x") as f:
                 f.write(part.read_text())
@@ -247,9 +247,9 @@ def _age(file: Path) -> float:
 
 
 def _flock(path: Path) -> IO[str] | None:
-    """Within one machine the lock goes with its process, so having it proves that no other one there is alive.
+    """Lock within one machine: it ends with its process, so having it proves that no other one there is alive.
 
-    Not having it proves nothing: forked loader workers inherit it and may outlive their process.
+    Not getting it proves nothing: forked loader workers inherit it and may outlive their process.
     """
     file = path.open("a")
     try:
@@ -275,10 +275,10 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, None where there is none; a zombie is none."""
+    """Start time of a process, None if it does not exist or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    fields = stat.rpartition(")")[2].split()  # the name before it may contain any character
     return None if fields[0] in "ZX" else fields[19]

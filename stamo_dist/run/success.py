@@ -1,6 +1,6 @@
-"""`success.json` of a policy's run: how its saved weights did in closed loop, the newest measured and the best.
+"""`success.json` of a policy's run: closed-loop success of its checkpoints, the newest measured and the best.
 
-Read by what must not import torch.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY = "eval/rollout"
 
 @dataclass(frozen=True)
 class Success:
-    """Of all trials of one step's weights: the rate in %, and its 95 % interval."""
+    """Success rate (%) over all trials of one step's weights, with its 95 % interval."""
 
     step: int
     success: float
@@ -37,7 +37,7 @@ class Successes:
 
     @classmethod
     def read(cls, run: Path) -> Successes:
-        """What is known of a run: nothing where the file is missing or damaged."""
+        """The successes of a run; empty if the file is missing or damaged."""
         try:
             found = json.loads(RunFolder(run).success.read_text())
             return cls(*(None if found[k] is None else Success(**found[k]) for k in ("last", "best")))
@@ -49,10 +49,10 @@ class Successes:
 
 
 def is_late(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is no training step's own: what was measured of that step later."""
+    """Whether a line of metrics.jsonl is a later measurement of a step rather than the step's own line."""
     return len(line) > 1 and all(key == "step" or key.startswith(f"{KEY}/") for key in line)
 
 
 def best_of(found: Sequence[Success]) -> Success | None:
-    """The highest rate; of equal ones the newer."""
+    """The highest rate; of equal ones the newest."""
     return max(found, key=lambda s: (s.success, s.step), default=None)

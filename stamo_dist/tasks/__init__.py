@@ -1,4 +1,4 @@
-"""Training stages: what is particular to each, behind one small interface."""
+"""Training stages, behind one small interface."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from stamo_dist.tasks.base import Task
 
 
 def check_task(recipe: Recipe, mixture: Mixture) -> None:
-    """Whether the stage can use the data, before anything is built or written.
+    """Check that the stage can use the data, before anything is built or written.
 
     Raises:
-        StamoError: It cannot; everything that is wrong at once.
+        StamoError: It cannot; lists all problems.
     """
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy_data import PolicyData
@@ -21,7 +21,7 @@ def check_task(recipe: Recipe, mixture: Mixture) -> None:
 
 
 def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False) -> Task:
-    """The stage the recipe names, with its model built on the CPU.
+    """The recipe's stage, with its model built on the CPU.
 
     With `meta_init`, parameters that a checkpoint supplies are on the meta device until `Task.load_weights`.
     """

@@ -1,4 +1,4 @@
-"""What a training stage is to the loop."""
+"""The interface between a training stage and the loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stamo_dist.tasks.noise import StepNoise
 class LossOutput:
     """`loss`: the scalar to differentiate, the mean of the first term. `per_sample`: term → (B,).
 
-    `present`: term → (B,) bool, which samples have it, for terms that some samples lack; theirs are 0.
+    `present`: term → (B,) bool, samples that have the term, for terms that some samples lack; those values are 0.
     """
 
     loss: Tensor
@@ -29,40 +29,40 @@ class LossOutput:
 
 
 class Task(Protocol):
-    """All that is particular to one stage. The loop knows nothing else about it."""
+    """One stage; the loop uses it only through this interface."""
 
     terms: tuple[str, ...]  # names of the logged losses; the first is the one that is minimised
-    trained: nn.Module  # what the strategy wraps
+    trained: nn.Module  # the module that the strategy wraps
     block_classes: tuple[str, ...]  # transformer blocks that FSDP shards one by one
-    init_frames: int  # training frames that `initialise` wants; 0: it need not be called
-    latents: str | None  # fingerprint of the VAE whose cached latents it reads, if it does
-    states: CachedStates | None  # which cached states it reads, if it does
-    notes: tuple[str, ...]  # what a person should know about how the model was built
-    sources: Mapping[str, str]  # recipe field → where its weights were found: a path, or OWNER/NAME@COMMIT of the hub
+    init_frames: int  # number of training frames for `initialise`; 0: it need not be called
+    latents: str | None  # fingerprint of the VAE whose cached latents it reads, if any
+    states: CachedStates | None  # the cached states it reads, if any
+    notes: tuple[str, ...]  # notes for the user on how the model was built
+    sources: Mapping[str, str]  # recipe field → location of its weights: a path, or OWNER/NAME@COMMIT of the hub
 
     @property
     def frozen(self) -> Mapping[str, str]:
-        """Fingerprint of each part that is not trained and not in checkpoints, as it was loaded."""
+        """Fingerprint of each frozen part that is not in checkpoints, as loaded."""
 
     def initialise(self, frames: Tensor) -> None:
-        """Fit what depends on data to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""
+        """Fit data-dependent parts to `init_frames` training frames, uint8 (N, H, W, 3), the same on every process."""
 
     def load_weights(self) -> None:
-        """Read the weights that `trained` was built without, each process into its own shards."""
+        """Read the weights deferred when building `trained`, each process into its own shards."""
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the frozen parts, which the strategy does not touch, and cast them."""
+        """Move and cast the frozen parts, which the strategy does not handle."""
 
     def loss(self, module: nn.Module, batch: Batch, noise: StepNoise) -> LossOutput:
         """Loss of one micro-batch. `module` is the wrapped `trained`."""
 
     def flops_per_sample(self) -> float:
-        """Arithmetic of one training sample: 3 × trained forward + 1 × frozen forward."""
+        """FLOPs of one training sample: 3 × trained forward + 1 × frozen forward."""
 
     def export(
         self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
-        """Write the usable model from the whole state dict of `trained`; `batches` is training data to look at.
+        """Write the usable model from the whole state dict of `trained`; `batches`: training data for fitting.
 
         Raises:
             RecipeError: The model cannot be written in that form.
@@ -70,12 +70,12 @@ class Task(Protocol):
 
 
 def load_trained(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights into a freshly built `Task.trained`; they become its memory where it has none.
+    """Load a checkpoint's weights into a new `Task.trained`; meta parameters take over the loaded tensors.
 
-    Parameters that are not trained may be missing (ZeRO-1 does not save them): they are as they were built.
+    Frozen parameters may be missing (ZeRO-1 does not save them): they keep their initial values.
 
     Raises:
-        CheckpointError: A trained parameter or a buffer is missing, or there are others.
+        CheckpointError: A trained parameter or a buffer is missing, or there are unknown ones.
     """
     on_meta = any(p.is_meta for p in module.parameters())
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=on_meta)

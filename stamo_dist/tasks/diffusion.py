@@ -41,13 +41,13 @@ _SCALED_ON = 64  # pairs of frames
 class DiffusionTask:
     """L = λ_a · MSE(clean chunk) + w · MSE(clean pseudo-actions), the mean over all samples of the batch.
 
-    Both are denoised together, at one noise level a sample. What a sample lacks is hidden from the network and has no
-    loss: actions, where its episode is a video or not `labelled` or ends within the chunk; the chunk's pseudo-action,
-    where the episode ends before the target frame, and with `pseudo_per: step` those behind the episode's end; both,
-    where it stands in for an unreadable frame. A sample's loss is the mean over the steps that it has.
+    Both are denoised together, at one noise level a sample. What a sample lacks is masked in the network and in the
+    loss: actions, if its episode is a video or not `labelled` or ends within the chunk; the chunk's pseudo-action, if
+    the episode ends before the target frame, and with `pseudo_per: step` those beyond the episode's end; both, if it
+    replaces an unreadable frame. A sample's loss is the mean over the steps that it has.
 
-    Pseudo-actions are divided by their root mean square over the first pairs of the run's data, which is kept with the
-    weights: noise is of unit size.
+    Pseudo-actions are divided by their root mean square over the first pairs of the run's data, which is stored with
+    the weights, so that they have the scale of the noise.
     """
 
     init_frames = 0
@@ -139,7 +139,7 @@ class DiffusionTask:
         return LossOutput(loss.mean(), {"loss": loss, **terms}, present)
 
     def _timestep(self, batch: Batch) -> tuple[Condition, ActionPlan, Tensor, Tensor]:
-        """What is known, what is to be found, who has actions (b,) and which pseudo-actions, (b,) or (b, C)."""
+        """The condition, the target plan, and masks of actions (b,) and of pseudo-actions, (b,) or (b, C)."""
         assert batch.actions is not None
         assert batch.mask is not None
         assert batch.ahead is not None
@@ -164,11 +164,11 @@ class DiffusionTask:
             has_motion = (self._steps < batch.ahead[:, None]) & own[:, None]
         else:
             has_motion = (batch.ahead == self._horizons[batch.source]) & own
-        # What is hidden must not be NaN: attention would spread it all the same.
+        # Masked values must not be NaN: attention would spread it nevertheless.
         return known, ActionPlan(torch.where(has_actions[:, None, None], actions, 0), motion), has_actions, has_motion
 
     def _pseudo(self, batch: Batch, now: EncodedFrames | None = None) -> Tensor:
-        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for steps there are not."""
+        """(b, *sizes.motion) float32, in the units of states or of pixels from 0 to 1; 0 for missing steps."""
         if self._each:
             assert batch.state is not None, "they come together"
             assert batch.next_states is not None, "the recipe's check wants cached states"
@@ -184,7 +184,7 @@ class DiffusionTask:
 
     @torch.no_grad()
     def _scale_on(self, mixture: Mixture) -> float:
-        """Root mean square, to two digits: processes whose sums differ in the last bit agree on it.
+        """Root mean square rounded to two digits, so that processes whose sums differ in the last bit agree.
 
         Raises:
             DataError: None of the frames looked at has a target, or nothing moves.
@@ -214,7 +214,7 @@ class DiffusionTask:
         return float(f"{scale:.2g}")
 
     def flops_per_sample(self) -> float:
-        """Two operations a weight and token, three times where it learns; the encoder on every frame it reads."""
+        """Two operations per weight and token, three times as many if trained; and the encoder on each frame."""
         encoder = self._state_encoder.tokenizer.encoder
         patches = (encoder.image_size // encoder.model.config.patch_size) ** 2
         online = self._cfg.pseudo == "motion" and self.states is None
@@ -240,7 +240,7 @@ class DiffusionTask:
 
 
 def _error(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:
-    """(b,) mean squared error over what it has, `has` (b,) or (b, tokens); 0 with a zero gradient for nothing."""
+    """(b,) mean squared error over unmasked values, `has` (b,) or (b, tokens); 0 with a zero gradient without any."""
     has = has.view(len(has), -1)
     squares = (found - torch.where(has[:, :, None], wanted, found.detach())).square().mean((1, 2))
     if has.shape[1] == 1:

@@ -1,6 +1,6 @@
-"""Random numbers that depend on (seed, step, sample) and on nothing else.
+"""Random numbers that depend only on (seed, step, sample).
 
-Neither the rank, the world size, the worker count nor a restart changes what a sample sees. The generator is
+They do not depend on rank, world size, worker count or restarts. The generator is
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) in vectorised torch, so it needs no
 state and gives the same words on every device.
 """

@@ -34,8 +34,8 @@ class PolicyTask:
     """L = λ_a · L_action + λ_f · (mse · MSE + l1 · L1), the mean over all samples of the batch.
 
     L_action is the cross-entropy of the action tokens, or OFT's L1 of the chunk. A sample whose source has no actions,
-    or whose episode ends within the chunk, has no action loss; one whose target frame lies behind the end of its
-    episode has no world loss; one that stands in for an unreadable frame has neither. So a source's weight in the
+    or whose episode ends within the chunk, has no action loss; one whose target frame is beyond the end of its
+    episode has no world loss; one that replaces an unreadable frame has neither. So a source's weight in the
     mixture is also the weight of its losses, on any number of processes.
     """
 
@@ -120,7 +120,7 @@ class PolicyTask:
         has_actions, has_target = inputs.has_actions, inputs.has_target
         assert inputs.actions is not None
         assert has_actions is not None
-        # A token hides an action that is not finite: its loss must not.
+        # Tokens would hide a non-finite action: its loss must be non-finite.
         wrong = 0 * torch.where(has_actions, inputs.actions.sum((1, 2)), 0)
         action = found.action / found.action_count.clamp_min(1) + wrong
         loss = self._cfg.action_weight * action
@@ -144,7 +144,7 @@ class PolicyTask:
         actions = self._actions.normalise(batch.actions, batch.source)
         text = self._prompts.rows(self._data.instructions.of(batch.sample), actions, has_actions)
         target = has_target = proprio = None
-        now = None  # the frame itself is encoded once, for what the policy sees and for a motion's beginning
+        now = None  # the frame is encoded once, as the policy's input and as the start of a motion
         if cfg.vision == "stamo":
             assert self._state_encoder is not None
             now = encode(batch, self._state_encoder, cfg.stamo)
@@ -182,7 +182,7 @@ class PolicyTask:
         return trained + (self._state_encoder.flops(self._frames()) if self._state_encoder is not None else 0)
 
     def _seen(self) -> shapes.TokenCounts:
-        """What one sample of this policy is made of."""
+        """The numbers of tokens of one sample of this policy."""
         views = self._cfg.views if self._state_encoder is not None else 0
         return shapes.TokenCounts(
             self._prompts.length,
@@ -191,7 +191,7 @@ class PolicyTask:
         )
 
     def _frames(self) -> int:
-        """Frames of a sample that the frozen tokenizer encodes."""
+        """Number of frames per sample that the frozen tokenizer encodes."""
         cfg = self._cfg
         online = cfg.world if cfg.targets == "online" else None
         if cfg.vision == "stamo":
@@ -210,7 +210,7 @@ class PolicyTask:
         if layout.form == "peft":
             base = self._peft_base()
         else:
-            self.network.float()  # a base in bf16 would round what is added to it
+            self.network.float()  # merging into a bf16 base would round the adapters
             merge_lora(self.network.vla)
         data = self._data
         parts = PolicyParts(self.network, self._text, self._processor, data.statistics, data.framing, self._fingerprint)
@@ -252,7 +252,7 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
 def _network(
     recipe: Recipe, data: PolicyData, sizes: PolicySizes
 ) -> tuple[PolicyNetwork, load.WeightLoader | None, list[str]]:
-    """The network, on the meta device where a checkpoint supplies its weights, and how it is filled from that."""
+    """The network, on the meta device if a checkpoint supplies its weights, and the loader that fills it."""
     cfg, checkpoint, weight_loader = recipe.policy, data.checkpoint, None
     with load.on_meta() if checkpoint is not None else contextlib.nullcontext():
         network = PolicyNetwork(data.config, cfg, sizes)

@@ -1,6 +1,6 @@
-"""A batch of frames, actions and sample numbers → what a policy network takes, on the device it came to.
+"""Preparing the inputs of a policy network from a batch, on the batch's device.
 
-The tables are small and move there once, so that no step waits for the host.
+The tables are small and are moved there once, so that no step waits for the host.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ranges:
         return self._there[source]
 
     def normalise(self, values: Tensor, source: Tensor) -> Tensor:
-        """(B, …, A) in the sources' units and (B,) int64 → float64 of the same shape, 0 where there is no range."""
+        """(B, …, A) in the sources' units and (B,) int64 → float64 of the same shape, 0 without a range."""
         middle = (1,) * (values.ndim - 2)
         low, high, mask, constant = (t[source].unflatten(0, (-1, *middle)) for t in self._tables)
         values = values.double()
@@ -59,10 +59,10 @@ class Tokens(NamedTuple):
 
 
 class Prompts:
-    """The prompts of all instructions, and rows made of them: the ids that `TextTokenizer.encode` gives."""
+    """The encoded prompts of all instructions, and batches made of them, equal to `TextTokenizer.encode`."""
 
     def __init__(self, text: TextTokenizer, texts: Sequence[str], coder: ActionTokenizer, places: int, blanks: bool):
-        """`places` action ids follow a prompt; `blanks`: placeholders where a sample has none (a parallel policy)."""
+        """`places`: action ids after a prompt; `blanks`: placeholders for samples without actions (parallel policy)."""
         ids = [text.prompt_ids(t) for t in texts]
         self._places, self._blanks, self._vocabulary = places, blanks, coder.vocabulary
         self._edges = torch.from_numpy(coder.edges)
@@ -87,7 +87,7 @@ class Prompts:
         self._edges = self._edges.to(device)
 
     def rows(self, numbers: Tensor, actions: Tensor, has: Tensor) -> Tokens:
-        """Which text (B,), normalised actions float64 (B, C, A) and who has any (B,) bool → the batch's text."""
+        """Text indices (B,), normalised actions float64 (B, C, A) and their mask (B,) bool → the batch's text."""
         low, high = self._edges[0], self._edges[-1]
         ids = self._vocabulary - torch.bucketize(actions.clamp(low, high).flatten(1), self._edges, right=True)
         ids = torch.where(has[:, None], ids, self._bos)

@@ -1,4 +1,4 @@
-"""What a policy needs of its data beside frames, checked before training: instructions, statistics, sizes."""
+"""The data of a policy besides frames, checked before training: instructions, statistics, sizes."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ from stamo_dist.models.openvla.framing import Framing
 from stamo_dist.recipe.policy import PolicyConfig
 from stamo_dist.recipe.schema import Recipe
 
-_SPLIT = "train"  # whose statistics `stamo data stats` keeps
-_LOOKED_AT = 64  # samples of a source that are compared with its statistics before training
+_SPLIT = "train"  # the split of which `stamo data stats` stores statistics
+_LOOKED_AT = 64  # samples per source that are compared with its statistics before training
 
 
 class PolicyData:
-    """Made from the manifests and episode tables; no frame is read and no model built.
+    """Read from manifests and episode tables, without reading frames or building a model.
 
     Attributes:
-        checkpoint: To start from, if any.
-        config: Of the network.
-        instructions: What each sample asks for.
-        statistics: As inference reads them, of each source with actions.
-        actions, proprio: Range of each source, None where it has none or the policy reads none.
-        notes: How many samples have which loss, and dimensions that are scaled in another way than the rest; a line
-            each.
+        checkpoint: The checkpoint to start from, if any.
+        config: The network's configuration.
+        instructions: The instruction of each sample.
+        statistics: Statistics of each source with actions, as stored for inference.
+        actions, proprio: Range of each source, None if it has none or the policy does not read it.
+        notes: Lines on the number of samples per loss, and on dimensions with special scaling.
 
     Raises:
-        StamoError: The policy cannot be trained on this data; everything that is wrong at once.
+        StamoError: The policy cannot be trained on this data; lists all problems.
     """
 
     def __init__(self, recipe: Recipe, mixture: Mixture):
@@ -65,48 +64,59 @@ class PolicyData:
         found: dict[str, dict[str, Any]] = {}
         self.actions: list[ValueRange | None] = []
         self.proprio: list[ValueRange | None] = []
-        for number, (name, folders) in enumerate(zip(mixture.sources, mixture.opened, strict=True)):
-            manifests = [folder.manifest for folder in folders]
-            acts = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
-            feels = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
-            if (acts or feels) and len(folders) > 1:
-                problems.append(
-                    f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"
-                )
-                continue
-            path, stats = folders[0].path, manifests[0].stats
-            wanted = {"action": (acts, window.action_dim), "proprio": (feels, window.proprio_dim)}
-            ranges: dict[str, ValueRange | None] = {"action": None, "proprio": None}
-            for column, (read, dim) in wanted.items():
-                if not read:
-                    continue
-                if column not in stats:
-                    problems.append(
-                        f"data.sources.{name}: {path} has no statistics of its {column}; run `stamo data stats {path}`"
-                    )
-                elif len(stats[column].q01) != dim:
-                    problems.append(
-                        f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
-                        f"{dim}; leave one out or set its actions: false"
-                    )
-                elif wrong := _stale(mixture, number, column, stats[column], path):
-                    problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
-                else:
-                    values = stats[column].for_scaling().model_dump()
-                    self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
-                    ranges[column] = ValueRange.from_statistics(values, cfg.bounds, f"data.sources.{name}: {column}")
-                    found.setdefault(name, {})[column] = values
-            if name in found:
-                split = manifests[0].splits[mixture.data.sources[name].split]
-                found[name] |= {"num_transitions": split.frames, "num_trajectories": split.episodes}
-            self.actions.append(ranges["action"])
-            self.proprio.append(ranges["proprio"])
+        for number, name in enumerate(mixture.sources):
+            columns = self._read_statistics(mixture, number, cfg, problems)
+            if columns:
+                manifest = mixture.opened[number][0].manifest
+                split = manifest.splits[mixture.data.sources[name].split]
+                found[name] = {**columns, "num_transitions": split.frames, "num_trajectories": split.episodes}
+            for column, ranges in (("action", self.actions), ("proprio", self.proprio)):
+                where = f"data.sources.{name}: {column}"
+                values = columns.get(column)
+                ranges.append(None if values is None else ValueRange.from_statistics(values, cfg.bounds, where))
         if problems:
             head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise DataError("\n".join([f"{head} in the policy's data:", *(f"  - {p}" for p in problems)]))
-        # The middle of what it was trained on; shards hold frames upright.
+        # The centre crop matching the training crops; shards hold upright frames.
         self.framing = Framing(crop=mixture.data.augment.middle)
         self.statistics = Statistics(found, "the recipe's sources", {name: _seen(mixture, name) for name in found})
+
+    def _read_statistics(
+        self, mixture: Mixture, number: int, cfg: PolicyConfig, problems: list[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Statistics by column, for the columns that the policy reads from source `number`; extends problems, notes."""
+        window = mixture.window
+        assert window is not None, "a policy's recipe has a horizon"
+        name, folders = mixture.sources[number], mixture.opened[number]
+        manifests = [folder.manifest for folder in folders]
+        has_actions = mixture.data.sources[name].actions and any(m.action_dim for m in manifests)
+        has_proprio = cfg.proprio and mixture.data.sources[name].actions and any(m.proprio_dim for m in manifests)
+        if (has_actions or has_proprio) and len(folders) > 1:
+            problems.append(
+                f"data.sources.{name}: has {len(folders)} folders with statistics of their own; make each a source"
+            )
+            return {}
+        path, stats = folders[0].path, manifests[0].stats
+        wanted = {"action": (has_actions, window.action_dim), "proprio": (has_proprio, window.proprio_dim)}
+        found: dict[str, dict[str, Any]] = {}
+        for column, (read, dim) in wanted.items():
+            if not read:
+                continue
+            if column not in stats:
+                problems.append(
+                    f"data.sources.{name}: {path} has no statistics of its {column}; run `stamo data stats {path}`"
+                )
+            elif len(stats[column].q01) != dim:
+                problems.append(
+                    f"data.sources.{name}: {path} has {len(stats[column].q01)} numbers of {column}, others have "
+                    f"{dim}; leave one out or set its actions: false"
+                )
+            elif wrong := _stale(mixture, number, column, stats[column], path):
+                problems.append(f"data.sources.{name}: {wrong}; run `stamo data stats {path}` again")
+            else:
+                found[column] = stats[column].for_scaling().model_dump()
+                self.notes += [f"{name}: {note}" for note in scaling_notes(manifests[0], column, stats[column])]
+        return found
 
 
 def _seen(mixture: Mixture, name: str) -> SeenAs:
@@ -116,16 +126,16 @@ def _seen(mixture: Mixture, name: str) -> SeenAs:
 
 
 def _stale(mixture: Mixture, number: int, column: str, stats: Stats, path: str | Path) -> str | None:
-    """Why the statistics of a source are not of its frames, judged by their number and by some of its first shard."""
+    """Why a source's statistics do not match its frames, judged by their number and by samples of the first shard."""
     opened, split = mixture.opened[number][0], mixture.data.sources[mixture.sources[number]].split
     frames = opened.manifest.splits[_SPLIT].frames if _SPLIT in opened.manifest.splits else stats.count
     if stats.count != frames:
         return f"{path} has statistics of {stats.count} frames, but {frames} frames"
     first = int(np.searchsorted(mixture.shard_source, number))
-    if split != _SPLIT or not Path(mixture.shards[first].path).is_file():  # a remote shard has not come yet
+    if split != _SPLIT or not Path(mixture.shards[first].path).is_file():  # a remote shard is not fetched yet
         return None
     shard, low, high = mixture.views[0].open(first), np.array(stats.min), np.array(stats.max)
-    slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-6  # they are kept rounded
+    slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-6  # statistics are stored rounded
     for i in np.unique(np.linspace(0, len(shard) - 1, _LOOKED_AT).astype(int)).tolist():
         values = np.ravel(shard.sample(i, [column])[column])
         for place in np.flatnonzero((values < low - slack) | (values > high + slack)).tolist():
@@ -173,10 +183,10 @@ def network_config(cfg: PolicyConfig) -> tuple[load.PolicyCheckpoint | None, Ope
 
 
 def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: PolicyConfig, fingerprint: str | None) -> None:
-    """Whether weights that saw through a StaMo tokenizer go on with the same one.
+    """Check that weights trained with a StaMo tokenizer continue with the same one.
 
     Raises:
-        CheckpointError: They do not.
+        CheckpointError: The tokenizer differs.
     """
     settings = checkpoint.holding(SETTINGS) / SETTINGS if checkpoint is not None else None
     if settings is None or cfg.vision != "stamo" or not settings.is_file():
@@ -190,7 +200,7 @@ def check_state_encoder(checkpoint: load.PolicyCheckpoint | None, cfg: PolicyCon
 
 
 def _contradictions(given: Mapping[str, Any], config: OpenVLAConfig, folder: Path) -> list[str]:
-    """Fields of `policy.config` that say other than the checkpoint, which decides."""
+    """Fields of `policy.config` that contradict the checkpoint, which takes precedence."""
     text: Mapping[str, Any] = given.get("text_config") or {}
     has = config.text.to_dict()
     rows = [
@@ -211,7 +221,7 @@ def _image_size(cfg: PolicyConfig, config: OpenVLAConfig, frames: int) -> list[s
     if cfg.tokenizer is not None and (cfg.world is not None or cfg.vision == "stamo"):
         try:
             about = exported(cfg.tokenizer)[1]
-            # It has seen its frames through an encoder that resizes them.
+            # Its encoder resizes frames.
             wanted["policy.tokenizer"] = [about["image_size"], about["model"]["encoder"]["image_size"]]
         except StamoError as error:
             problems.append(f"policy.tokenizer: {error}")

@@ -1,4 +1,4 @@
-"""The frozen StaMo tokenizer beside a policy: what it sees through, and what it learns to predict."""
+"""The frozen StaMo tokenizer of a policy: encoding its input and the targets of its world head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stamo_dist.recipe.schema import Recipe
 
 
 def open_state_encoder(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | None, str | None]:
-    """The half of the tokenizer that sees, where it is read, and the whole tokenizer's fingerprint.
+    """The tokenizer's encoder half, if it is used, and the tokenizer's fingerprint.
 
     Raises:
         CheckpointError: There is no such tokenizer.
-        DataError: `targets: cached` asks for states that are not there, or not of this tokenizer and these shards.
+        DataError: `targets: cached` needs states that are missing or of another tokenizer or other shards.
     """
     cfg = recipe.policy
     cached = cfg.targets == "cached"
@@ -29,13 +29,13 @@ def open_state_encoder(recipe: Recipe, mixture: Mixture) -> tuple[StamoVision | 
 
 
 def sources_of(state_encoder: StamoVision | None) -> dict[str, str]:
-    """Where a policy's frozen encoder was found, by recipe field."""
+    """Recipe field → location of a policy's frozen encoder."""
     report = None if state_encoder is None else state_encoder.tokenizer.encoder.report
     return {} if report is None else {"policy.tokenizer": report.source}
 
 
 def encode(batch: Batch, state_encoder: StamoVision, reads: Reads) -> EncodedFrames:
-    """The frames at t of all views, view by view; the cache spares the encoder where their states suffice."""
+    """Encode the frames at t of all views, view by view; cached states are used if they suffice."""
     if batch.state is not None and reads == "states" and batch.views is None:
         return EncodedFrames(None, batch.state)
     return state_encoder.encode(batch.cameras().flatten(0, 1))
@@ -44,9 +44,9 @@ def encode(batch: Batch, state_encoder: StamoVision, reads: Reads) -> EncodedFra
 def target_of(
     batch: Batch, state_encoder: StamoVision | None, target: Target, now: EncodedFrames | None = None
 ) -> Tensor:
-    """What the frames at t + ahead give the policy to predict, (b, tokens, dim) float32: cached, or computed now.
+    """The world head's target from the frames at t + ahead, (b, tokens, dim) float32: cached, or computed now.
 
-    `now`: the frames at t, where they were encoded before.
+    `now`: the encoded frames at t, if available.
     """
     if batch.target_state is not None:
         assert batch.state is not None, "they come together"

@@ -21,7 +21,7 @@ _SIGMA, _EPSILON, _POSTERIOR, _STATE = 0, 1, 2, 3  # independent noise streams o
 class TokenizerTask:
     """L = ‖v(z_σ, σ, s) − (ε − z₀)‖², averaged over the latent (STAMO §1), s = E(o).
 
-    The paper knows neither noise on s, nor the second loss λ·‖W s + b − z₀‖² of `model.compressor.straighten`.
+    Not in the paper: noise on s, and the second loss λ·‖W s + b − z₀‖² of `model.compressor.straighten`.
     """
 
     states: CachedStates | None = None

@@ -1,4 +1,4 @@
-"""Training a small VAE of our own, for where no pretrained one is at hand (the demo)."""
+"""Training a small VAE, for use without a pretrained one (the demo)."""
 
 from __future__ import annotations
 

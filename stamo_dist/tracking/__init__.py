@@ -1,1 +1,1 @@
-"""What a run tells while it trains: metrics, samples, pictures, progress."""
+"""Output of a run during training: metrics, samples, images, progress."""

@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: metrics.jsonl, samples.jsonl, W&B and the line on the terminal."""
+"""Logging during training: metrics.jsonl, samples.jsonl, W&B and the terminal's progress line."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RunLogger:
 
     Args:
         recipe, resolved: The recipe, and as plain values.
-        run: Where to write.
-        world: Who this is.
+        run: The run folder to write to.
+        world: This process's rank.
         sources: Names of the mixture's sources.
-        flops: Arithmetic of one sample, where the share of the device's peak is wanted.
+        flops: FLOPs of one sample, for the share of the device's peak; None for none.
         step: The last step before this start.
-        guard: Raises where this process may not write any more.
+        guard: Raises if this process may no longer write.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RunLogger:
         self._progress.say(text)
 
     def log_step(self, reduced: Reduced, state: RunState) -> None:
-        """Tell about the step that ended in `state`."""
+        """Log the step that ended in `state`."""
         train = self._recipe.train
         rate = train.global_batch / reduced.seconds
         mfu = self._mfu(rate)
@@ -78,16 +78,16 @@ class RunLogger:
         self._progress.update(reduced.step, next(iter(reduced.losses.values())), rate, reduced.data_wait, mfu)
 
     def log_samples(self, step: int, batch: Batch) -> None:
-        """Tell what this rank trained on in `step`; a collective."""
+        """Log the samples that this rank trained on in `step`; a collective."""
         if self._samples is not None:
             self._samples.write(step, batch)
 
     def add_metrics(self, **values: Any) -> None:
-        """Add what is no property of one step to the next line of metrics."""
+        """Add values that do not belong to one step to the next line of metrics."""
         self._extra |= values
 
     def log_eval(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        """Tell what an evaluation of `step` found."""
+        """Log the results of an evaluation of `step`."""
         self.add_metrics(**numbers)
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
@@ -95,7 +95,7 @@ class RunLogger:
             self.log_image(name, path, step)
 
     def log_late_eval(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Tell what was measured of an earlier step beside the training: a line of its own."""
+        """Log a background measurement of an earlier step, on its own line."""
         line = {"step": step, **numbers}
         if self._file is not None:
             self._file.write(line)
@@ -105,7 +105,7 @@ class RunLogger:
 
     @staticmethod
     def late_steps_of(run: RunFolder) -> set[int]:
-        """Steps of which `log_late_eval` has told, in any start; reads all of metrics.jsonl."""
+        """Steps logged by `log_late_eval` in any start; reads all of metrics.jsonl."""
         return set(read_late(run.metrics))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -113,14 +113,14 @@ class RunLogger:
             self._wandb.picture(name, path, step)
 
     def sync(self) -> None:
-        """Have what was written so far survive a power failure."""
+        """Sync the files, so that they survive a power failure."""
         if self._file is not None:
             self._file.sync()
         if self._samples is not None:
             self._samples.sync()
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after `step`."""
+        """Remove the steps after `step`."""
         if self._file is not None:
             self._file.close()
             self._file = MetricsFile(self._run.metrics, step, self._guard)

@@ -28,8 +28,8 @@ class StepSums:
     """Sums over the samples of one optimizer step on this rank: loss terms and counts, per source."""
 
     terms: tuple[str, ...]
-    #: float64, in which sums of so few float32 are exact: no order of samples or ranks changes them.
-    #: (2 · terms + 2, sources): the sums, how many samples each is over, all samples, those in place of unreadable ones
+    #: float64, in which sums of this few float32 are exact, so the order of samples and ranks does not matter.
+    #: (2 · terms + 2, sources): the sums, the samples of each, all samples, replaced unreadable ones
     values: Tensor
     lacking: set[str] = field(default_factory=set)  # terms that some samples may lack
 
@@ -68,7 +68,7 @@ class Reduced:
     """One step over all ranks; `grad_norm`, `lr` and `seconds` are this rank's, and the same on all."""
 
     step: int
-    losses: dict[str, float]  # mean of each term over the samples that have it; the terms that none has are left out
+    losses: dict[str, float]  # mean of each term over the samples that have it; without terms that no sample has
     per_source: dict[str, list[float | None]]  # the same by source
     #: The terms that samples may lack → share of the samples that have it, and the same by source.
     shares: dict[str, tuple[float, list[float | None]]]
@@ -82,19 +82,19 @@ class Reduced:
     compute_seconds: list[float]  # each rank's StepTimes.compute_seconds
     peak_gb: float  # most memory since the step before on any rank's device, allocated and reserved; 0 on a CPU
     reserved_gb: float
-    signals: dict[int, str]  # rank → the signal that asks it to stop
+    signals: dict[int, str]  # rank → signal that requests it to stop
     not_finite: list[int]  # ranks whose loss was not finite
 
     @property
     def blame(self) -> str:
-        """What was not finite in the step, and where."""
+        """A description of what was not finite in the step, and on which ranks."""
         if self.not_finite:
             return f"the loss on rank {few_of(self.not_finite)} is not finite"
         return "the gradient is not finite"
 
     @property
     def spread(self) -> dict[str, float]:
-        """Seconds of the step of the slowest rank, and of the fastest had it not waited for the slowest."""
+        """Seconds of the step on the slowest rank, and on the fastest without waiting for the others."""
         slowest = max(range(len(self.compute_seconds)), key=self.compute_seconds.__getitem__)
         spread = max(self.compute_seconds) - min(self.compute_seconds)
         return {
@@ -106,7 +106,7 @@ class Reduced:
     def line(
         self, sources: Sequence[str], *, rate: float, seconds: float, mfu: float | None, bad_steps: int
     ) -> dict[str, Any]:
-        """What metrics.jsonl says of the step; `rate` in samples per second, `seconds` of training up to here."""
+        """The step's line in metrics.jsonl; `rate` in samples per second, `seconds` of training so far."""
         terms = [*self.per_source.items(), *((f"share/{t}", shares) for t, (_, shares) in self.shares.items())]
         each = ((t, s, mean) for t, means in terms for s, mean in zip(sources, means, strict=True))
         return {
@@ -150,7 +150,7 @@ class Reducer:
         self._pending: _Pending | None = None
 
     def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, times: StepTimes, signal: int = 0) -> None:
-        """`signal`: number of the one that asks this rank to stop, 0 for none."""
+        """`signal`: number of the signal that requests this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
         said = [times.compute_seconds, times.data_wait, times.comm_wait, float(signal), *self._device.peak_memory()]
@@ -229,7 +229,7 @@ class Stopwatch:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what passed: the next step begins with its first phase."""
+        """Reset: the next step begins with its first phase."""
         self._start: float | None = None
 
     def enter(self, phase: Phase) -> None:
@@ -243,7 +243,7 @@ class Stopwatch:
             self._at[phase] = _Moment(self._device)
 
     def step_done(self) -> StepTimes:
-        """What passed since the last one, or since the first phase after a reset."""
+        """The times since the last step, or since the first phase after a reset."""
         assert self._start is not None, "a step has phases"
         seconds, waited, at = max(time.perf_counter() - self._start, 1e-9), self._waited, self._at
         met = at.get(Phase.DIFFERENTIATING, self._begin)

@@ -21,11 +21,11 @@ _LATE = f'"{KEY}/'.encode()
 class MetricsFile:
     """Appends JSON lines; on resumption drops the lines of steps that will be run again.
 
-    Numbers that are not finite, which JSON does not know, become null. Lines for which the disk has no room are
-    written with the next one. `guard` raises where this process may not write any more.
+    Non-finite numbers, which JSON lacks, become null. Lines that a full disk rejects are written with the next one.
+    `guard` raises if this process may no longer write.
 
     Attributes:
-        notes: What was wrong with the file, a line each.
+        notes: Lines on problems of the file.
 
     Raises:
         RunError: It cannot be opened.
@@ -60,23 +60,23 @@ class MetricsFile:
             while rest:
                 rest = rest[self._file.write(rest) or 0 :]
             self._waiting = b""
-        except OSError:  # half a line must not stay
+        except OSError:  # a partial line must not remain
             with contextlib.suppress(OSError):
                 self._file.truncate(whole)
 
 
 def read_metrics(path: Path) -> Sample:
-    """Lines of the steps of a metrics.jsonl: of a long one evenly spaced ones and the last."""
+    """Step lines of a metrics.jsonl; for a long one, evenly spaced lines and the last ones."""
     return sample(path, _of_step)
 
 
 def last_metrics(path: Path, step: int) -> dict[str, Any] | None:
-    """The last line of a step up to `step`; None where there is none."""
+    """The last step line up to `step`; None if there is none."""
     return next(last_objects(path, lambda line: _of_step(line) and line["step"] <= step, within=None), None)
 
 
 def read_late(path: Path) -> dict[int, dict[str, Any]]:
-    """Step → what was measured of it later, beside the training; reads the whole file, and keeps only that."""
+    """Step → its later background measurements; reads the whole file."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as f:
         late = (parsed(line) for line in f if _LATE in line)
         return {line["step"]: line for line in late if line is not None and "step" in line and is_late(line)}

@@ -1,4 +1,4 @@
-"""Pictures of frames, without a plotting library in the training process."""
+"""Writing images of frames without a plotting library in the training process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line that tells a person how the run is doing."""
+"""The progress of a run on the terminal or in its log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainingProgress:
 
 
 class BytesProgress:
-    """How far a long read is: a bar on a terminal, elsewhere a plain line every `every` seconds."""
+    """Progress of a long read: a bar on a terminal, elsewhere a plain line every `every` seconds."""
 
     def __init__(self, what: str, *, shown: bool, every: float = 10.0):
         self.total = 0

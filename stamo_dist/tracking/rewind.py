@@ -1,4 +1,4 @@
-"""Taking the steps that will be run again off the end of a history, at a cost that what stays has no part in."""
+"""Removing steps that will be repeated from the end of a history, at a cost independent of the rest of the file."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.history import TooLongError, backwards, parsed
 from stamo_dist.run.success import is_late
 
-_SETTLED = 16  # lines of steps that stay, one after another: all above them stay too
+_SETTLED = 16  # after this many consecutive lines that stay, all earlier lines stay
 _BEGIN = b'{"step": '  # as `MetricsFile` writes them
 _STEP = re.compile(_BEGIN + rb"(\d+)[,}]")
 
 
 @dataclass
 class _End:
-    """What is wrong at the end of a file."""
+    """The result of examining the end of a file."""
 
-    cut: int  # where it is to end
-    kept: list[bytes] = field(default_factory=list)  # lines behind the cut that are to stay, the last one first
-    damaged: list[bytes] = field(default_factory=list)  # lines that cannot be read, the last one first
-    foreign: bool = False  # no line of it is of a step
+    cut: int  # offset at which to cut
+    kept: list[bytes] = field(default_factory=list)  # lines after the cut that are kept, last first
+    damaged: list[bytes] = field(default_factory=list)  # unreadable lines, last first
+    foreign: bool = False  # whether no line is a step's
 
 
 def rewind(path: Path, step: int, guard: Callable[[], None] | None = None) -> list[str]:
-    """Cut the lines of steps after `step` off a history, and a torn last one; what to tell of it, a line each.
+    """Remove the lines of steps after `step` and a torn last line from a history; returns notes, one line each.
 
-    It is cut in place. What was measured late of an earlier step stands behind the cut and stays: it is in
-    `PATH.kept` until it is at its new place, so that a process that is killed meanwhile loses nothing. Damaged lines
-    go to `PATH.damaged`, and a file without any line of a step becomes `PATH.foreign`. `guard` raises where this
-    process may not write any more.
+    The file is truncated in place. Late measurements of earlier steps after the cut are kept: they are stored in
+    `PATH.kept` until they are appended again, so that a killed process loses nothing. Damaged lines are moved to
+    `PATH.damaged`, and a file without any step line is renamed to `PATH.foreign`. `guard` raises if this process may
+    no longer write.
     """
     if guard is not None:
         guard()
@@ -63,7 +63,7 @@ def rewind(path: Path, step: int, guard: Callable[[], None] | None = None) -> li
 
 
 def _look(path: Path, step: int) -> _End:
-    staying: list[bytes] = []  # since the last line that does not stay
+    staying: list[bytes] = []  # lines since the last one to remove
     settled = good = 0
     torn = b""
     with path.open("rb") as f:
@@ -108,7 +108,7 @@ def _step(line: bytes, resumed: int) -> tuple[float | None, bool]:
 
 
 def _move_kept(path: Path) -> None:
-    """Cut the file off and add the lines behind the cut that are to stay; a second time changes nothing."""
+    """Truncate the file and append the kept lines; idempotent."""
     kept = _kept(path)
     if not kept.exists():
         return
@@ -135,6 +135,6 @@ def _append(path: Path, content: bytes) -> None:
 
 
 def _free(path: Path, suffix: str) -> Path:
-    """A name that no file has: PATH.foreign, PATH.foreign-2, …"""
+    """An unused name: PATH.foreign, PATH.foreign-2, …"""
     names = (path.with_name(f"{path.name}{suffix}{f'-{i}' * (i > 1)}") for i in range(1, 10_000))
     return next(name for name in names if not name.exists())

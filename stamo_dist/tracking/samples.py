@@ -1,4 +1,4 @@
-"""`samples.jsonl`: what each step really read, for comparing runs; on with `train.log_samples`."""
+"""`samples.jsonl`: the samples that each step actually read, for comparing runs; enabled by `train.log_samples`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from stamo_dist.data.loader import Batch
 from stamo_dist.distributed.rank import World
 from stamo_dist.tracking.metrics_file import MetricsFile
 
-_NAMES = ("sample", "source")  # the rest of a batch is content
+_NAMES = ("sample", "source")  # all other fields of a batch are content
 
 
 class SampleLog:
-    """A line a step: the samples of the global batch in the mixture's order, and a checksum of what came of each.
+    """One line per step: the samples of the global batch in the mixture's order, and a checksum of each one's content.
 
     Taken from the batches that were trained on, not from the plan. Every rank has one; only rank 0's writes. On
-    resumption the lines of steps that will be run again are dropped. `guard` raises where this process may not write.
+    resumption the lines of steps that will be run again are dropped. `guard` raises if this process may not write.
 
     Attributes:
-        notes: What was wrong with the file, a line each.
+        notes: Lines on problems of the file.
     """
 
     def __init__(self, path: Path, step: int, world: World, guard: Callable[[], None] | None = None):
@@ -43,7 +43,7 @@ class SampleLog:
             self._file.write({"step": step, "samples": [s for s, _ in rows], "checksums": [c for _, c in rows]})
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after `step`."""
+        """Remove the steps after `step`."""
         if self._file is not None:
             self._file.close()
             self._file = MetricsFile(self._path, step, self._guard)
@@ -58,7 +58,7 @@ class SampleLog:
 
 
 def checksums(batch: Batch) -> list[int]:
-    """CRC-32 of all that the batch holds of each sample: frames as augmented, latents, actions, …; length b."""
+    """CRC-32 of each sample's content in the batch: augmented frames, latents, actions, …; length b."""
     parts = [value for name, value in vars(batch).items() if torch.is_tensor(value) and name not in _NAMES]
     rows = [value.contiguous().view(torch.uint8).reshape(len(batch), -1).numpy() for value in parts]
     sums = [0] * len(batch)

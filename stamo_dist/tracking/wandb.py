@@ -1,4 +1,4 @@
-"""Weights & Biases, where the recipe's `tracking.wandb` asks for it."""
+"""Weights & Biases, if the recipe enables `tracking.wandb`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class WandB:
             self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
 
     def late(self, line: Mapping[str, Any]) -> None:
-        """Log what was measured of an earlier step, on an axis of its own.
+        """Log a measurement of an earlier step, on its own axis.
 
-        It goes with the next step: W&B's own steps only ascend, and a row of its own would take the next step's place.
+        It is logged with the next step: W&B's steps only ascend, and a separate row would take the next step's number.
         """
         if self._run is not None:
             self._late.append({f"{KEY}/step": line["step"], **{k: v for k, v in line.items() if k != "step"}})

@@ -1,1 +1,1 @@
-"""The loop and what happens around it."""
+"""The training loop and its hooks."""

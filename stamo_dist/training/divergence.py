@@ -1,8 +1,8 @@
-"""Steps whose loss or gradient is not finite, and what to do when there are many in a row.
+"""Handling steps with non-finite loss or gradient, and rolling back after many in a row.
 
-Every strategy computes the norm of the whole gradient, over all ranks, before its optimizer steps; a norm that is not
-finite skips the update everywhere, so that norm is all the agreement there need be (`Engine.backward`). A step that
-was skipped moves neither the learning rate nor the moving average.
+Every strategy computes the norm of the whole gradient, over all ranks, before its optimizer steps; a non-finite norm
+skips the update on all ranks, so no further communication is needed (`Engine.backward`). A skipped step changes
+neither the learning rate nor the moving average.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stamo_dist.run.state import RunState
 
 def check_skipped(state: RunState, sources: Sequence[str], data: Data) -> None:
     """Raises:
-    RunError: More samples of a source could not be read than the recipe puts up with.
+    RunError: More samples of a source were unreadable than the recipe allows.
     """
     for source, skipped, seen in zip(sources, state.skipped, state.samples, strict=True):
         if data.max_bad_samples is not None and skipped > data.max_bad_samples:
@@ -50,13 +50,13 @@ def roll_back(
     train: Train,
     guard: Callable[[], None],
 ) -> tuple[RunState, list[str]]:
-    """Load the last checkpoint from before the bad steps, and pass over all batches read since; every process calls it.
+    """Load the last checkpoint before the bad steps, and skip all batches read since; every process calls it.
 
-    A run that is killed meanwhile does it again. `guard` raises, on rank 0, where this start may not write any more.
-    Returns where the run stands now and what a person should know.
+    A run that is killed meanwhile repeats it. `guard` raises, on rank 0, if this start may no longer write.
+    Returns the new run state and notes for the user.
 
     Raises:
-        RunError: It was rolled back before, there is nothing to go back to, or no data to go on with.
+        RunError: It was rolled back before, there is no checkpoint to return to, or no data left.
         FencedError: A newer start of this run writes here now.
     """
     batches = BadBatches(run.bad_batches, mixture)
@@ -73,7 +73,7 @@ def roll_back(
         guard()
         batches.record(checkpoint.manifest.state.step, state)
 
-    # After newer checkpoints were put aside: the next start must not find them.
+    # After renaming newer checkpoints, which the next start must not find.
     on_main(engine.world, record)
     precision, sources = train.precision, mixture.sources
     back = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=notes.append)
@@ -86,7 +86,7 @@ def roll_back(
 
 @dataclass(frozen=True)
 class BadBatches:
-    """`bad_batches.jsonl`: the global batches that a run passes over since it rolled back, one a line."""
+    """`bad_batches.jsonl`: the global batches that a run skips since a rollback, one per line."""
 
     path: Path
     mixture: Mixture
@@ -98,7 +98,7 @@ class BadBatches:
         return [line for line in lines if line["fingerprint"] == self.mixture.fingerprint]
 
     def after(self, cursor: dict[str, Any]) -> dict[str, Any]:
-        """The position to read from, given the one where training stands."""
+        """The position to read from, given the run's position."""
         passed = {line["batch"] for line in self._lines()}
         size = self.mixture.global_batch
         batch = Cursor.from_dict(cursor).samples // size
@@ -107,7 +107,7 @@ class BadBatches:
         return Cursor(batch * size).to_dict()
 
     def last_good(self, whole: Sequence[Checkpoint], state: RunState, steps: int) -> Checkpoint:
-        """The checkpoint to go back to from `state`; `whole`: those there are, newest first.
+        """The checkpoint to return to from `state`; `whole`: the complete ones, newest first.
 
         Raises:
             RunError: The run was rolled back before, there is nothing to go back to, or no data to go on with.
@@ -130,7 +130,7 @@ class BadBatches:
         return found
 
     def record(self, back: int, state: RunState) -> None:
-        """Write down all batches read after step `back`, up to `state`."""
+        """Record all batches read after step `back`, up to `state`."""
         size = self.mixture.global_batch
         last = Cursor.from_dict(state.cursor).samples // size
         begin = last - (state.step - back)

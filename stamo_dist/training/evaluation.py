@@ -1,4 +1,4 @@
-"""What the loop knows of measuring while it trains: when to call, and nothing of what is measured."""
+"""The loop's interface to evaluation during training."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from stamo_dist.tracking.logger import RunLogger
 
 
 class Evaluation:
-    """Measures what was saved, as the recipe's `evaluate` says; this one, of a recipe that asks for none, nothing.
+    """Evaluates saved checkpoints as the recipe's `evaluate` says; this base class does nothing.
 
     Rank 0 has one. It is called between steps, in the order begin, (saved | poll)…, finish, close.
     """
 
     def pending(self, step: int) -> bool:
-        """Whether a run that was trained to its end at `step` has something left to measure or to tell."""
+        """Whether a run that finished training at `step` has results left to measure or log."""
         return False
 
     def begin(self, step: int, logger: RunLogger) -> None:
-        """The loop goes on after `step`, at a start or after a rollback."""
+        """The loop continues after `step`, at a start or after a rollback."""
 
     def saved(self, step: int) -> bool:
-        """The checkpoint of `step` is whole. Returns whether training stood still for it."""
+        """The checkpoint of `step` is complete. Returns whether training was blocked for it."""
         return False
 
     def poll(self) -> None:
-        """Between two steps; must not wait."""
+        """Called between two steps; must not block."""
 
     def needed(self) -> Collection[int]:
-        """Steps whose checkpoints must stay."""
+        """Steps whose checkpoints must be kept."""
         return ()
 
     def finish(self, stopped: Callable[[], bool]) -> bool:
-        """Trained to the end and exported: wait for what is still measured until `stopped`; whether all is told."""
+        """After training and export: wait for running measurements until `stopped`; returns whether all are logged."""
         return True
 
     def close(self) -> None:
-        """This start of the run ends, in whatever way."""
+        """This start of the run ends, for any reason."""

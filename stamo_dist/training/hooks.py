@@ -1,4 +1,4 @@
-"""What happens around the steps: pictures, measurements, metrics, heartbeats, divergence and checkpoints.
+"""Hooks around the steps: first images, evaluation, metrics, heartbeats, divergence and checkpoints.
 
 `setup.build` lists them; they are called in that order.
 """
@@ -29,7 +29,7 @@ from stamo_dist.training.trial_export import TrialExport
 
 
 class FirstBatchHook(Hook):
-    """Rank 0: a picture of the very first frames."""
+    """Rank 0: writes an image of the first frames."""
 
     def __init__(self, picture: Path, sources: list[str], logger: RunLogger):
         self._picture, self._sources, self._logger = picture, sources, logger
@@ -45,7 +45,7 @@ class FirstBatchHook(Hook):
 
 
 class EvaluateHook(Hook):
-    """Measures what was saved. Where that holds the training up, the other ranks wait."""
+    """Evaluates saved checkpoints. If that blocks training, the other ranks wait."""
 
     def __init__(self, evaluation: Evaluation, recipe: Recipe, logger: RunLogger, watchdog: Watchdog):
         self._evaluation, self._recipe, self._logger, self._watchdog = evaluation, recipe, logger, watchdog
@@ -57,7 +57,7 @@ class EvaluateHook(Hook):
         self._evaluation.poll()
 
     def saved(self, step: int) -> bool:
-        """The checkpoint of `step` is whole: measure it if that is due. Returns whether training stood still."""
+        """The checkpoint of `step` is complete: evaluate it if due. Returns whether training was blocked."""
         return self._measure(step, partial(self._evaluation.saved, step))
 
     def _measure(self, step: int, measure: Callable[[], bool | None]) -> bool:
@@ -72,7 +72,7 @@ class EvaluateHook(Hook):
 class LogHook(Hook):
     """Reduces the metrics over the ranks, and logs each step once the device has finished it: one step later.
 
-    `signals`: rank → the signal that asks it to stop, as all ranks know it. `step_seconds`: of the step logged last.
+    `signals`: rank → signal that requests it to stop, known to all ranks. `step_seconds`: of the last logged step.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LogHook(Hook):
         self._logger, self._reducer, self.clock, self._stop, self._recipe = logger, reducer, clock, stop, recipe
         self.signals: dict[int, str] = {}
         self.step_seconds = 0.0
-        self._ended = RunState()  # what the step that is still to be logged ended in
+        self._ended = RunState()  # state after the step that is still to be logged
 
     def on_start(self, state: RunState) -> None:
         self.clock.reset()
@@ -100,10 +100,10 @@ class LogHook(Hook):
         self._logger.log_samples(state.step, result.batch)
 
     def flush(self, state: RunState) -> None:
-        """Log the step that was reduced last, and add to `state` what only the reduction tells.
+        """Log the step that was reduced last, and add to `state` the values known only after the reduction.
 
         Raises:
-            RunError: More samples of a source could not be read than the recipe puts up with.
+            RunError: More samples of a source were unreadable than the recipe allows.
         """
         reduced = self._reducer.take()
         if reduced is None:
@@ -117,7 +117,7 @@ class LogHook(Hook):
 
 
 class HeartbeatHook(Hook):
-    """Tells the watchdog how far this rank is."""
+    """Reports this rank's progress to the watchdog."""
 
     def __init__(self, watchdog: Watchdog):
         self._watchdog = watchdog
@@ -127,7 +127,7 @@ class HeartbeatHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves the state when that is due or the run is asked to stop, and leaves in the second case.
+    """Saves the state when due or when the run is asked to stop, and then exits.
 
     `budget`: rank 0's.
     """
@@ -162,14 +162,14 @@ class CheckpointHook(Hook):
         return ended
 
     def finish(self, step: int) -> None:
-        """Wait for the save that is being written, if any; the run stands after `step`."""
+        """Wait for a running save, if any; the run is after `step`."""
         self._watchdog.mark("saving", step)
         self._report(self._saver.poll(wait=True))
 
     def _save(self, state: RunState, kind: str, *, last: bool, trial: bool) -> Exit | None:
         waits = last or trial or bool(self._log.signals)
         if waits:
-            self.finish(state.step)  # and measure it, while it is there
+            self.finish(state.step)  # and evaluate it while it exists
         self._watchdog.mark("saving", state.step)
         self._logger.sync()
         ended = self._saver.save(state, kind, wait=waits)
@@ -185,7 +185,7 @@ class CheckpointHook(Hook):
         return None
 
     def _report(self, ended: list[Saved]) -> bool:
-        """Tell what became of these saves, and measure those that are due for it; whether any was measured."""
+        """Log the results of these saves, and evaluate those that are due; returns whether any was evaluated."""
         measured = False
         for saved in ended:
             self._logger.info(str(saved))
@@ -200,7 +200,7 @@ class CheckpointHook(Hook):
 
 
 class DivergenceHook(Hook):
-    """Gives a state up after too many steps in a row whose loss or gradient is not finite; before `CheckpointHook`."""
+    """Requests a rollback after too many consecutive non-finite losses or gradients; before `CheckpointHook`."""
 
     def __init__(self, most: int, log: LogHook, checkpoint: CheckpointHook):
         self._most, self._log, self._checkpoint = most, log, checkpoint

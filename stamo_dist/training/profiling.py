@@ -1,4 +1,4 @@
-"""Looking at the device while it trains: a trace of a few steps, a snapshot of its memory, waits of the host."""
+"""Profiling during training: a trace of a few steps, a memory snapshot, and host-device synchronisations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.profiler import profile
 
 from stamo_dist.data.loader import Batch
 from stamo_dist.device import Device
-from stamo_dist.recipe.training import Profile
+from stamo_dist.recipe.training import ProfileSettings
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.trainer import Hook, StepResult
@@ -20,14 +20,14 @@ class ProfileHook(Hook):
     A start of the run that begins after them traces nothing.
     """
 
-    def __init__(self, wanted: Profile, folder: Path, logger: RunLogger, device: Device):
+    def __init__(self, wanted: ProfileSettings, folder: Path, logger: RunLogger, device: Device):
         self._wanted, self._folder, self._logger = wanted, folder, logger
         self._device = device
         self._memory = wanted.memory and device.is_gpu
         self._profiler: profile | None = None
 
     def on_start(self, state: RunState) -> None:
-        self._profiler = None  # of steps that a rollback undid
+        self._profiler = None  # trace of steps undone by a rollback
 
     def before_step(self, state: RunState, batch: Batch) -> None:
         if state.step != self._wanted.start:
@@ -61,7 +61,7 @@ class ProfileHook(Hook):
 
 
 class SyncGuardHook(Hook):
-    """Has PyTorch warn of, or refuse, what makes the host wait for the device, from a start's second step on.
+    """Makes PyTorch warn about or forbid host-device synchronisation, from a start's second step on.
 
     One wait a step is the loop's own: for the gradient's norm.
     """

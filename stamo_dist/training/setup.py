@@ -1,4 +1,4 @@
-"""From a recipe to a trainer that stands where the run stood."""
+"""Building a trainer from a recipe, at the point where the run stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import load_checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
-from stamo_dist.checkpoint.select import Begun, ResumePoint, select_checkpoint, verify_or_fall_back
+from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
@@ -49,7 +49,7 @@ from stamo_dist.training.trial_export import TrialExport
 
 @dataclass
 class RunStart:
-    """One start of a run: what it was asked for and who this process is."""
+    """One start of a run: its request and this process's rank."""
 
     loaded: Loaded
     world: World
@@ -61,7 +61,7 @@ class RunStart:
     allowed: frozenset[str]
     node: NodeShare
     lease: RunLease | None = None  # rank 0's
-    notes: list[str] = field(default_factory=list)  # what a person should know, on rank 0
+    notes: list[str] = field(default_factory=list)  # notes for the user, on rank 0
 
     @property
     def recipe(self) -> Recipe:
@@ -70,29 +70,29 @@ class RunStart:
 
 @dataclass
 class Checked:
-    """What was looked at before anything was written or built."""
+    """The results of checks before anything is written or built."""
 
     mixture: Mixture
     fingerprint: RunFingerprint
     batching: Batching
-    select: Callable[..., ResumePoint]  # `select_checkpoint` of this start, but for the fingerprint
-    begun: Begun
+    select: Callable[..., ResumePoint]  # `select_checkpoint` with this start's arguments except the fingerprint
+    begun: RecordedInputs
 
 
 @dataclass
 class Session:
-    """A trainer and what the end of the run needs of it."""
+    """A trainer, and the objects needed at the end of the run."""
 
     trainer: Trainer
     mixture: Mixture
     logger: RunLogger
     saver: Saver
-    guard: Callable[[], None]  # raises where this start may not write any more
-    exported: bool  # an earlier start has trained it to the end and exported it
+    guard: Callable[[], None]  # raises if this start may no longer write
+    exported: bool  # an earlier start has finished training and export
 
 
 def check(start: RunStart) -> Checked:
-    """Look at everything that may be refused; writes nothing.
+    """Run all checks; writes nothing.
 
     Raises:
         StamoError: Recipe or data cannot be used as asked.
@@ -103,8 +103,8 @@ def check(start: RunStart) -> Checked:
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
-    begun = Begun(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
-    data_begun = Begun() if MAY_CHANGE_DATA in start.allowed else begun
+    begun = RecordedInputs(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
+    data_begun = RecordedInputs() if MAY_CHANGE_DATA in start.allowed else begun
     data = in_order(recipe.data, data_begun.order)
     if data != recipe.data:
         start.notes.append(
@@ -122,9 +122,9 @@ def check(start: RunStart) -> Checked:
 
 
 def build(start: RunStart, checked: Checked) -> Session | int:
-    """Build everything and go back to where the run stood; every process calls it.
+    """Build everything and restore the run's state; every process calls it.
 
-    Returns an exit code where there is nothing to train, or not now.
+    Returns an exit code if there is nothing to train, or not now.
 
     Raises:
         StamoError: Weights or checkpoint cannot be used as asked.
@@ -167,7 +167,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
-    # Rank 0's word on both: a shared disk may show the others an older folder.
+    # Decided by rank 0: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
@@ -177,16 +177,16 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
 
 
-def _recorded(select: Callable[[], ResumePoint]) -> Begun:
-    """What the checkpoint says of its weights and data."""
+def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
+    """The weights and data recorded in the checkpoint."""
     try:
         return select().begun
     except StamoError:
-        return Begun()  # it is refused with the fingerprint
+        return RecordedInputs()  # reported later, when it is selected with the fingerprint
 
 
 def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
-    """The task on the weights that the run began with, which the recipe names from now on; and what was pinned."""
+    """The task with the weights that the run began with, to which the recipe is pinned; and notes on pinning."""
     begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
@@ -197,7 +197,7 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
             f"{bases[0]}; the run's checkpoints, of an earlier format, do not hold it: name that commit as "
             "`revision` in the adapter's adapter_config.json"
         )
-    # The export reads the same commits, should a branch move meanwhile.
+    # The export reads the same commits, even if a branch moves.
     start.loaded = replace(start.loaded, recipe=pin(recipe, task.sources))
     return task, [*notes, *changed]
 
@@ -213,7 +213,7 @@ def _assemble(
     *,
     exported: bool,
 ) -> Session:
-    """The trainer with its hooks, in the order in which they are called."""
+    """Assemble the trainer, with its hooks in calling order."""
     recipe, world, run, mixture, watchdog = start.recipe, start.world, start.run, checked.mixture, start.watchdog
     guard: Callable[[], None] = start.lease.check if start.lease else lambda: None
     device = Device.current()
@@ -235,17 +235,6 @@ def _assemble(
         watchdog.mark(phase.value, step)
         clock.enter(phase)
 
-    def open_loader(state: RunState) -> Loader:
-        return build_loader(
-            mixture,
-            rank=world.rank,
-            world_size=world.size,
-            cursor=Cursor.from_dict(state.cursor),
-            device=device,
-            caches=CacheKeys(task.latents, task.states),
-            sharing=Sharing(checked.batching.workers, world.on_node),
-        )
-
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
         logger.rewind(state.step)
@@ -260,7 +249,7 @@ def _assemble(
         ema=ema,
         state=state,
         micro_batch=checked.batching.micro_batch,
-        open_loader=open_loader,
+        open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
         hooks=[
             *first,
@@ -268,7 +257,7 @@ def _assemble(
             log,
             hooks.HeartbeatHook(watchdog),
             divergence,
-            *_of_device(start, device, logger),
+            *_device_hooks(start, device, logger),
             save,
         ],
         go_back=go_back,
@@ -278,8 +267,25 @@ def _assemble(
     return Session(trainer, mixture, logger, saver, guard, exported)
 
 
-def _of_device(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]:
-    """The hooks that are about the device, where the recipe asks for them."""
+def _loader_factory(start: RunStart, checked: Checked, task: Task, device: Device) -> Callable[[RunState], Loader]:
+    """A function that opens this rank's loader at the position of a run state."""
+
+    def open_loader(state: RunState) -> Loader:
+        return build_loader(
+            checked.mixture,
+            rank=start.world.rank,
+            world_size=start.world.size,
+            cursor=Cursor.from_dict(state.cursor),
+            device=device,
+            caches=CacheKeys(task.latents, task.states),
+            sharing=Sharing(checked.batching.workers, start.world.on_node),
+        )
+
+    return open_loader
+
+
+def _device_hooks(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]:
+    """Hooks about the device that the recipe asks for: compiled code, profiling, the sync guard."""
     train, found = start.recipe.train, list[Hook]()
     if train.compile:
         file = start.run.compiled / f"gpu_{device.number:02d}.bin"
@@ -295,7 +301,7 @@ def _of_device(start: RunStart, device: Device, logger: RunLogger) -> list[Hook]
 
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
-    """Rank 0: write what this run is and say it."""
+    """Rank 0: write and print the description of this run."""
     r, p, task, mixture = start.recipe, checked.batching, trainer.task, checked.mixture
     cursor = Cursor.from_dict(trainer.state.cursor)
     use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)

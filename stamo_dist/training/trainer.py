@@ -29,12 +29,12 @@ class Exit(IntEnum):
 
     FINISHED = 0
     PREEMPTED = EXIT_PREEMPTED
-    DIVERGED = -1  # not the run: it goes on from an earlier checkpoint
+    DIVERGED = -1  # roll back: the run continues from an earlier checkpoint
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did on this process."""
+    """The result of an optimizer step on this process."""
 
     batch: Batch
     sums: StepSums
@@ -43,21 +43,21 @@ class StepResult:
 
     @property
     def good(self) -> bool:
-        """Whether the weights were updated, which all processes agree on."""
+        """Whether the weights were updated; the same on all processes."""
         return math.isfinite(self.grad_norm)
 
 
 class Hook:
-    """What happens around the steps. Every process has the same hooks, which are called in one order."""
+    """Called around the steps, in one order on every process."""
 
     def on_start(self, state: RunState) -> None:
-        """The run goes on after `state.step`, at a start or after it went back."""
+        """The run continues after `state.step`, at a start or after a rollback."""
 
     def before_step(self, state: RunState, batch: Batch) -> None:
-        """`state` is that before the step, `batch` this rank's share of it, still on the host."""
+        """`state` before the step; `batch`: this rank's share, still on the host."""
 
     def after_step(self, state: RunState, result: StepResult) -> Exit | None:
-        """`state` is that after the step. Returns how the loop ends, None where it goes on."""
+        """`state` after the step. Returns how the loop ends, None to continue."""
         return None
 
 
@@ -67,10 +67,10 @@ class Trainer:
 
     Attributes:
         micro_batch: Samples of one forward pass.
-        open_loader: This rank's batches from a state on.
-        on_phase: Is told what this rank begins, and of which step.
-        hooks: In the order in which they are called.
-        go_back: What the run goes on from after it diverged.
+        open_loader: Opens this rank's batches from a state on.
+        on_phase: Called with the phase that this rank begins, and the step.
+        hooks: Hooks in calling order.
+        go_back: Rolls back after divergence; returns the state to continue from.
     """
 
     recipe: Recipe
@@ -90,7 +90,7 @@ class Trainer:
         self.engine.on_phase = self._begin
 
     def fit(self) -> Exit:
-        """Train to the last step, or until a hook says how to leave."""
+        """Train to the last step, or until a hook ends the loop."""
         while (ended := self._fit()) is Exit.DIVERGED:
             self.state = self.go_back(self.state)
         return ended

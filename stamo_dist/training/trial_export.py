@@ -1,4 +1,4 @@
-"""A training that would fail at its end fails in its first minutes: its model is exported once, and thrown away."""
+"""A trial export early in a run, so that a training whose export would fail at the end fails in its first minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tracking.logger import RunLogger
 
-#: The step of a new run after which it is done: by then a step takes as long as it will.
+#: The step of a new run after which it is done, when steps have reached their usual duration.
 STEP = 3
 _LONG = 3600.0
 
@@ -37,18 +37,18 @@ class TrialExport:
         self.steps = recipe.train.steps
 
     def on_start(self, step: int) -> None:
-        """The run goes on after `step`."""
+        """The run continues after `step`."""
         self._new = step == 0
 
     def due(self, step: int, step_seconds: float) -> bool:
-        """Whether to export after `step`, when steps take so long: rank 0's word."""
+        """Whether to export after `step`, given the seconds per step; decided by rank 0."""
         return self._new and step == STEP < self.steps and broadcast(wanted(self._recipe, step_seconds))
 
     def run(self, step: int) -> None:
         """Export the checkpoint of `step`; the other ranks wait.
 
         Raises:
-            RunError: What is trained could not be exported.
+            RunError: The model could not be exported.
         """
         self._watchdog.mark("exporting on trial after", step)
         problem, notes = try_export(self._recipe, self._mixture, self._run, step) if self._world.is_main else (None, [])
@@ -62,7 +62,7 @@ class TrialExport:
 
 
 def wanted(recipe: Recipe, step_seconds: float) -> bool:
-    """As `train.dry_export` says; when it is null, in runs that will take longer than an hour."""
+    """By `train.dry_export`; if null, in runs that will take longer than an hour."""
     asked = recipe.train.dry_export
     return step_seconds * recipe.train.steps > _LONG if asked is None else asked
 
@@ -70,7 +70,7 @@ def wanted(recipe: Recipe, step_seconds: float) -> bool:
 def try_export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> tuple[str | None, list[str]]:
     """Export the checkpoint of `step` and remove what was written; one process calls it.
 
-    Returns what goes wrong, None where nothing does, and what a person should know.
+    Returns the error, None without one, and notes for the user.
     """
     checkpoint, folder, began = folder_of(run.checkpoints, step), run.path / ".model.dry", time.perf_counter()
     try:
@@ -85,7 +85,7 @@ def try_export(recipe: Recipe, mixture: Mixture, run: RunFolder, step: int) -> t
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - began
     notes = [f"the model can be exported: {model / 1e6:,.1f} MB, in {seconds:.1f} s (train.dry_export)"]
-    # All that are kept, and the one that is written before the oldest is removed.
+    # All checkpoints that are kept, plus the one written before the oldest is removed.
     more = recipe.train.checkpoint.keep * saved + model
     if (free := shutil.disk_usage(run.path).free) < more:
         notes.append(

@@ -18,7 +18,7 @@ from toy import write_recipe
 from stamo_dist.chaos import results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, WITHIN, History, compare
 from stamo_dist.chaos.harness import Harness, Plan
-from stamo_dist.chaos.monitor import Begun
+from stamo_dist.chaos.monitor import TrainingStart
 from stamo_dist.chaos.reference import RunSegment, segments
 from stamo_dist.chaos.starts import MODULES, ForkServer
 
@@ -92,9 +92,9 @@ def test_a_twin_does_each_step_on_as_many_processes(tried):
     for size in (1, 2):
         assert compare(changed, [History.read(tried / f"untouched-ddp-{size}-0")]).losses == NOT
     # Steps from 8 on of the third start, and all of the fourth's, were done again by the fifth.
-    starts = [Begun(0, 2), Begun(5, 1), Begun(9, 2), Begun(7, 1), Begun(7, 2), Begun(12, 2)]
+    starts = [TrainingStart(*start) for start in ((0, 2), (5, 1), (9, 2), (7, 1), (7, 2), (12, 2))]
     assert segments(starts) == [RunSegment(2, 5), RunSegment(1, 7), RunSegment(2, None)]
-    assert segments([Begun(0, 1), Begun(0, 2), Begun(0, 1)]) == [RunSegment(1, None)]
+    assert segments([TrainingStart(0, 1), TrainingStart(0, 2), TrainingStart(0, 1)]) == [RunSegment(1, None)]
 
 
 def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):

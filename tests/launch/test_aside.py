@@ -9,7 +9,7 @@ import pytest
 from stamo_dist.errors import RunError
 from stamo_dist.launch import aside
 from stamo_dist.launch.record import Launch
-from stamo_dist.launch.submit import Order, script
+from stamo_dist.launch.submit import JobOrder, script
 
 PROFILE = {"partition": "gpu", "account": "lab", "nodes": 4, "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_gpu": 12}
 
@@ -31,7 +31,7 @@ def test_a_job_under_the_profile_of_the_training(tmp_path: Path) -> None:
     trained(run)
     folder = run / "eval/during/step_00001000"
     launch, profile = aside.launch_of(run, None, folder, ["eval", "during", str(run), "1000"])
-    text = script(Order(launch, profile))
+    text = script(JobOrder(launch, profile))
     for line in ("partition=gpu", "account=lab", "nodes=1", "gpus-per-node=h100:1", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text
     assert f"exec {__import__('sys').executable} {run}/launch/snapshots/now/code/run.py" in text

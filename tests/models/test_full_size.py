@@ -9,36 +9,16 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.plan.registry import PAPER
 from stamo_dist.recipe import schema
 
-SD3_MEDIUM: dict[str, Any] = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 192,
-    "sample_size": 128,
-}
-SD3_VAE: dict[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 1.5305,
-    "shift_factor": 0.0609,
-}
 DINOV2_LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "image_size": 518,
 }
+SD3_MEDIUM, SD3_VAE = PAPER["decoder"], PAPER["vae"]
 
 
 def build(image_size: int) -> Tokenizer:

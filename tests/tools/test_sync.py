@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,6 @@ from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError
 
 REAL = "libero_spatial_task2_128.hdf5"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with server(free_port()) as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """An empty bucket, with the environment that reaches it."""
-    import boto3
-
-    use(monkeypatch, s3)
-    client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
-    name = f"b{abs(hash(request.node.name))}"
-    client.create_bucket(Bucket=name)
-    return boto3.resource("s3", endpoint_url=s3, region_name="us-east-1").Bucket(name)
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""`stamo doctor`: what is wrong with an environment, before a job is burnt on it."""
+"""`stamo doctor`: checking an environment before a job is submitted."""

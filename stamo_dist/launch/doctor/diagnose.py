@@ -1,4 +1,4 @@
-"""All that the doctor looks at, in order: this machine, the recipe, Slurm's settings, the nodes."""
+"""All checks of the doctor, in order: this machine, the recipe, Slurm's settings, the nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stamo_dist.launch import checks, slurm
 from stamo_dist.launch.doctor import machine, nodes
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
 from stamo_dist.launch.doctor.verdict import Finding
-from stamo_dist.launch.profile import Profile, load_profile
+from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.recipe.load import Loaded, load
 
 _SLURM = "Slurm"
@@ -31,15 +31,15 @@ def diagnose(
     patience: float,
     say: Callable[[str], None],
 ) -> Iterator[Finding]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        recipe, overrides: What is to be trained; None looks at the environment alone.
+        recipe, overrides: The recipe to train; None checks the environment alone.
         cluster: A profile.
-        count: Nodes of the job, in place of the profile's.
+        count: Nodes of the job; overrides the profile's.
         job: Also start processes, on the nodes or here.
         patience: Seconds that the job may be queued.
-        say: Called with what it is doing.
+        say: Called with the current activity.
 
     Raises:
         StamoError: The recipe or the profile cannot be read.
@@ -79,7 +79,7 @@ def diagnose(
             _remove_empty(folder.parent, made)
 
 
-def _slurm(profile: Profile, loaded: Loaded | None) -> Iterator[Finding]:
+def _slurm(profile: ClusterProfile, loaded: Loaded | None) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding(
             "error", _SLURM, "there is no sbatch here", "log in to the cluster's login node, or --cluster local"
@@ -110,7 +110,7 @@ def _slurm(profile: Profile, loaded: Loaded | None) -> Iterator[Finding]:
 
 
 def _leaving(loaded: Loaded | None) -> float | None:
-    """Seconds that this run takes to save and leave, as it measured itself."""
+    """Seconds that this run needs to save and exit, as it measured."""
     if loaded is None:
         return None
     try:
@@ -136,7 +136,7 @@ def _gpus() -> int:
 
 
 def _scratch(run: Path) -> tuple[Path, Path | None]:
-    """A folder of its own beside the runs, and the topmost folder that making it will make."""
+    """A new folder beside the runs, and the topmost folder created with it."""
     folder = run.parent / f".doctor-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     made = next((p for p in reversed(folder.parents) if not p.exists()), None)
     return folder, made

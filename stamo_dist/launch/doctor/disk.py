@@ -1,4 +1,4 @@
-"""How a folder's disk does: room, speed, and whether what a run folder relies on works there."""
+"""Measuring a folder's disk: space, speed, and whether the operations that a run folder needs work."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SMALL = 50  # files to create, rename and remove
 
 @dataclass(frozen=True)
 class Disk:
-    """What was measured in one folder; bytes and seconds. `error`: why nothing could be."""
+    """Measurements of one folder; bytes and seconds. `error`: why measuring failed."""
 
     path: str
-    kind: str = ""  # of file system
+    kind: str = ""  # type of file system
     free: int = 0
     write: float = 0.0  # bytes per second, until they are on the disk
-    read: float = 0.0  # bytes per second, past this machine's cache where the file system allows it
+    read: float = 0.0  # bytes per second, bypassing this machine's cache if the file system allows it
     small: float = 0.0  # small files created, renamed and removed per second
     clock: float = 0.0  # seconds by which its time stamps are ahead of this machine's clock
     hard_links: bool = True
@@ -29,7 +29,7 @@ class Disk:
 
 
 def measure(path: str | Path, *, megabytes: int = 64, limit: float = 5.0) -> Disk:
-    """Write, read and remove files in `path`, or where it would be made, for about `limit` seconds at most."""
+    """Write, read and remove files in `path`, or its nearest existing parent, for about `limit` seconds at most."""
     given = Path(path).expanduser().absolute()
     folder = next(p for p in (given, *given.parents) if p.is_dir())
     scratch = folder / f".stamo-doctor-{os.uname().nodename}-{os.getpid()}"
@@ -63,7 +63,7 @@ def _measure(path: str, folder: Path, scratch: Path, megabytes: int, limit: floa
 
 
 def read_speed(file: Path, limit: float = 2.5) -> float:
-    """Bytes per second at which the file is read, in about `limit` seconds; 0 where it is empty."""
+    """Reading speed of the file in bytes per second, measured for about `limit` seconds; 0 if it is empty."""
     with file.open("rb", buffering=0) as f:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -76,13 +76,13 @@ def read_speed(file: Path, limit: float = 2.5) -> float:
 
 
 def room(folder: Path) -> int:
-    """Bytes free for this user; quotas are not always among what is known."""
+    """Bytes free for this user; quotas are not always taken into account."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
 def kind_of(folder: Path) -> str:
-    """The type of the file system that holds `folder`, "" where it is not known."""
+    """The type of the file system that holds `folder`, "" if unknown."""
     at = str(folder.resolve())
     best, kind = "", ""
     with contextlib.suppress(OSError):

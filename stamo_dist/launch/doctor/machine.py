@@ -1,4 +1,4 @@
-"""What can be seen from this machine alone: installed versions, what the recipe needs, W&B."""
+"""Checks on this machine alone: installed versions, the recipe's requirements, W&B."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SLOW_READ = 50e6  # bytes per second
 
 
 def judge_versions() -> Iterator[Finding]:
-    """Whether Python and every package are what stamo-dist asks for."""
+    """Whether Python and every package have a required version."""
     try:
         pythons = metadata.metadata(_PACKAGE)["Requires-Python"] or ""
         needed = [Requirement(r) for r in metadata.requires(_PACKAGE) or []]
@@ -58,7 +58,7 @@ def judge_versions() -> Iterator[Finding]:
 
 
 def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether data and weights are there and right, for a run in this environment, and how fast the data is read."""
+    """Whether data and weights exist and fit for a run in this environment, and how fast the data is read."""
     try:
         checks.recipe(loaded, environment)
     except StamoError as e:
@@ -91,7 +91,7 @@ def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Fin
 
 
 def judge_wandb(recipe: Recipe) -> Iterator[Finding]:
-    """Whether tracking as the recipe wants it can work."""
+    """Whether the recipe's tracking can work."""
     mode = recipe.tracking.wandb
     if mode == "off":
         return
@@ -112,7 +112,7 @@ def judge_wandb(recipe: Recipe) -> Iterator[Finding]:
 
 
 def wandb_host(recipe: Recipe) -> str:
-    """The host that the run has to reach, "" for none."""
+    """The host that the run must reach, "" for none."""
     if recipe.tracking.wandb != "online":
         return ""
     return urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""

@@ -1,4 +1,4 @@
-"""Running the probe on every rank: as a job of a few minutes through the same submission as a run, or right here."""
+"""Running the probe on every rank: as a short job submitted like a run, or on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stamo_dist.launch import slurm, submit
 from stamo_dist.launch.doctor.probe import LIMIT, Report, read
 from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 from stamo_dist.launch.local import Ranks
-from stamo_dist.launch.profile import Profile
+from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Launch, main_log
 
 _TIME = "00:02:00"
@@ -22,7 +22,7 @@ _POLL = 0.5  # seconds
 
 
 def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iterator[Finding]:
-    """Probe this machine with so many processes; `folder` gets their reports and logs and is removed."""
+    """Probe this machine with this many processes; `folder` gets their reports and logs and is removed."""
     reports = folder / "reports"
     reports.mkdir(parents=True)
     command = [sys.executable, "-m", "stamo_dist.cli", *_arguments(reports, paths, wandb)]
@@ -35,7 +35,7 @@ def here(folder: Path, processes: int, paths: Sequence[str], wandb: str) -> Iter
 def on_cluster(
     folder: Path,
     cluster: str,
-    profile: Profile,
+    profile: ClusterProfile,
     paths: Sequence[str],
     wandb: str,
     *,
@@ -44,7 +44,7 @@ def on_cluster(
 ) -> Iterator[Finding]:
     """Probe the nodes of a cluster in a job that is submitted as a run is; waits `patience` seconds for it to start.
 
-    `folder` must be one that the nodes share; it gets reports and logs, and is removed where all is well.
+    `folder` must be shared by the nodes; it gets reports and logs, and is removed if all is well.
 
     Raises:
         StamoError: Slurm refuses the job.
@@ -56,7 +56,7 @@ def on_cluster(
     command, given = _arguments(reports, paths, wandb), profile.model_dump(mode="json")
     launch = Launch("stamo-doctor", str(folder), "", command=command, cluster=cluster, profile=given, max_restarts=0)
     launch = replace(launch, nodes=profile.nodes, processes_per_node=profile.processes)
-    job = submit.submit(submit.Order(launch, profile)).job
+    job = submit.submit(submit.JobOrder(launch, profile)).job
     assert job is not None, "a submitted job has an id"
     say(f"job {job}: {profile.nodes} nodes × {profile.processes} processes for at most {_TIME}")
     waited, ran = time.monotonic(), None

@@ -1,7 +1,7 @@
-"""One rank of the doctor's job: what this node is like, and whether it reaches the others.
+"""One rank of the doctor's job: checks its node and the connection to the others.
 
-After every stage it writes what it knows to `OUT/rank_00003.json`, so that a rank that hangs or dies is known to have
-got that far. Nodes try plain TCP first: when NCCL or gloo then fail, it is known whether the network is to blame.
+After every stage it writes its report to `OUT/rank_00003.json`, which shows how far a rank got that hangs or dies.
+Nodes try plain TCP first: if NCCL or gloo then fail, it is known whether the network is the cause.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ LIMIT = 100.0  # seconds after which a rank gives up
 
 @dataclass
 class Report:
-    """What one rank found; seconds, bytes, and bytes per second."""
+    """The findings of one rank; seconds, bytes, and bytes per second."""
 
     rank: int
     ranks: int
     local_rank: int
     local_ranks: int
     host: str
-    stage: str = "looking at this machine"  # which it is in, or "done"
-    error: str = ""  # what ended it
+    stage: str = "looking at this machine"  # current stage, or "done"
+    error: str = ""  # the error that ended it
     python: str = ""
     executable: str = ""
     packages: dict[str, str] = field(default_factory=dict)
     cpus: int = 0
-    address: str = ""  # what its own name resolves to
-    resolving: float = 0.0  # its own name and back
-    port: int = 0  # where others may connect, on the first rank of a node
+    address: str = ""  # addresses of its own host name
+    resolving: float = 0.0  # seconds to resolve its own name and back
+    port: int = 0  # port for connections, on the first rank of a node
     shm: tuple[int, int] = (0, 0)  # size and free bytes of /dev/shm
     limits: dict[str, int] = field(default_factory=dict)
     scontrol: bool = True  # whether the command is where srun is
@@ -59,16 +59,16 @@ class Report:
     gpus: list[str] = field(default_factory=list)
     cuda: str = ""  # that torch was built for
     disks: list[Disk] = field(default_factory=list)
-    wandb: str | None = None  # why W&B cannot be reached; "" where it can be, None where nobody asked
-    links: dict[str, float | str] = field(default_factory=dict)  # node → seconds to connect, or what failed
+    wandb: str | None = None  # why W&B cannot be reached; "" if it can, None if not checked
+    links: dict[str, float | str] = field(default_factory=dict)  # node → seconds to connect, or the error
     init: dict[str, float] = field(default_factory=dict)  # backend → seconds to set it up
     latency: dict[str, float] = field(default_factory=dict)  # backend → seconds of an all-reduce of one number
-    bandwidth: dict[str, float] = field(default_factory=dict)  # backend → of a large all-reduce, on the bus
+    bandwidth: dict[str, float] = field(default_factory=dict)  # backend → bus bandwidth of a large all-reduce
     clock: float = 0.0  # seconds by which its clock is ahead of rank 0's
 
 
 def main(out: Path, paths: Sequence[str], wandb: str) -> int:
-    """Be the rank that the environment says; returns the exit code.
+    """Run the probe as the rank given by the environment; returns the exit code.
 
     Args:
         out: Folder for the reports, the same for every rank.
@@ -97,14 +97,14 @@ def main(out: Path, paths: Sequence[str], wandb: str) -> int:
     alarm.start()
     try:
         probe(report, out, paths, wandb, enter)
-    except Exception as e:  # whatever it is belongs into the report
+    except Exception as e:  # any exception belongs in the report
         report.error = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
         enter(report.stage)
     return int(bool(report.error))
 
 
 def probe(report: Report, out: Path, paths: Sequence[str], wandb: str, enter: Callable[[str], None]) -> None:
-    """Fill in the report; `enter` says and records which stage begins."""
+    """Fill in the report; `enter` prints and records the stage that begins."""
     look(report)
     first = report.local_rank == 0
     with socket.create_server(("", 0)) as listener:
@@ -152,7 +152,7 @@ def probe(report: Report, out: Path, paths: Sequence[str], wandb: str, enter: Ca
 
 
 def look(report: Report) -> None:
-    """What can be seen without others and without torch."""
+    """Fill in the facts found without other ranks and without torch."""
     report.python, report.executable = sys.version.split()[0], sys.executable
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -179,7 +179,7 @@ def look(report: Report) -> None:
 
 
 def reach(host: str) -> str:
-    """Why HTTPS to `host` does not get through, "" where it does."""
+    """Why HTTPS to `host` fails, "" if it works."""
     try:
         socket.create_connection((host, 443), timeout=_CONNECT).close()
     except OSError as e:
@@ -194,10 +194,10 @@ def _accept(listener: socket.socket) -> None:
 
 
 def _meet(out: Path, ranks: int) -> list[dict[str, Any]]:
-    """The reports of all ranks, once they are visible here.
+    """Wait for and return the reports of all ranks.
 
     Raises:
-        TimeoutError: Some are not.
+        TimeoutError: Some are missing.
     """
     deadline = time.monotonic() + _MEET
     while True:
@@ -238,12 +238,12 @@ def _measure(report: Report, backend: str, big: Any, group: Any = None) -> None:
         return (time.perf_counter() - began) / times
 
     report.latency[backend] = timed(big[:1], 20)
-    share = 2 * (report.ranks - 1) / report.ranks  # of the data that passes over every rank's link
+    share = 2 * (report.ranks - 1) / report.ranks  # factor of the data that passes over every rank's link
     report.bandwidth[backend] = share * big.nbytes / timed(big, 3)
 
 
 def read(out: Path) -> list[Report]:
-    """The reports there are, by rank."""
+    """The existing reports, by rank."""
     found = []
     for file in sorted(out.glob("rank_*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Settings of a Slurm cluster that hurt a run which wants to save, be requeued and go on."""
+"""Settings of a Slurm cluster that prevent a run from saving, being requeued and continuing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def read_settings(text: str) -> dict[str, str]:
 def judge_settings(
     config: Mapping[str, str], partition: Mapping[str, str], *, leaving: float | None, now: datetime
 ) -> Iterator[Finding]:
-    """What in the cluster's and the partition's settings matters to a run.
+    """Findings on the cluster's and the partition's settings.
 
-    `leaving`: seconds that the run takes to save and leave, where it was measured. `now`: this machine's time.
+    `leaving`: seconds that the run needs to save and exit, if measured. `now`: this machine's time.
     """
     yield from _accounting(config)
     yield from _killing(config)
@@ -150,7 +150,7 @@ def _requeueing(config: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _seconds(text: str) -> float | None:
-    """`300 sec`, `2 min`, `00:05:00`, `1-00:00:00` or a number, in seconds; None where it is none."""
+    """`300 sec`, `2 min`, `00:05:00`, `1-00:00:00` or a number, in seconds; None if it is none of these."""
     if match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text):
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds

@@ -1,4 +1,4 @@
-"""What `stamo doctor` says, one line each with what to do about it; and what the nodes' reports mean."""
+"""The findings of `stamo doctor`, one line each with a remedy; and judging the nodes' reports."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _GONE = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. All but `fine` ones have a fix."""
+    """The result of one check. All but `fine` ones have a remedy."""
 
     level: Level
-    area: str  # which part of the report it belongs to
+    area: str  # its part of the report
     what: str
     fix: str = ""
 
@@ -45,7 +45,7 @@ class Finding:
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
-    """Print the findings by area, and how many there are of each kind."""
+    """Print the findings by area, and the number of each kind."""
     for area in dict.fromkeys(f.area for f in findings):
         console.print(Text(area, style="bold"))
         for f in findings:
@@ -65,7 +65,7 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 
 def judge_reports(reports: Sequence[Report], ranks: int, *, log: str) -> Iterator[Finding]:
-    """Findings about the nodes, their network and their disks; `log` is where a rank that is missing left its words."""
+    """Findings about the nodes, their network and their disks; `log` has the output of missing ranks."""
     missing = sorted(set(range(ranks)) - {r.rank for r in reports})
     if missing:
         what = f"of {ranks} ranks {len(missing)} left no report (rank {_few(missing)})"
@@ -175,7 +175,7 @@ def _network(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fin
 
 
 def _stuck(r: Report, reports: Sequence[Report]) -> Finding:
-    """A rank that did not get through."""
+    """The finding on a rank that did not finish."""
     reached = all(not isinstance(x, str) for other in reports for x in other.links.values())
     what = f"rank {r.rank} @ {r.host} ended while {r.stage}: {r.error}"
     if r.stage.startswith("waiting to see"):
@@ -207,7 +207,7 @@ def _disks(first: Sequence[Report]) -> Iterator[Finding]:
 
 
 def judge_disk(disk: Disk, where: str = "") -> Iterator[Finding]:
-    """One folder that a run writes to."""
+    """Findings on one folder that a run writes to."""
     name = f"{disk.path}{where}"
     if disk.error:
         yield Finding(
@@ -240,7 +240,7 @@ def judge_disk(disk: Disk, where: str = "") -> Iterator[Finding]:
 
 
 def _alike(first: Sequence[Report], what: str, of: Callable[[Report], dict[str, Any]], fix: str) -> Iterator[Finding]:
-    """Whether all nodes are the same in something."""
+    """Whether all nodes have the same value."""
     reference = of(first[0])
     for r in first[1:]:
         other = of(r)

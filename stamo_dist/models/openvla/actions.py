@@ -16,15 +16,16 @@ from stamo_dist.recipe.policy import Bounds
 STATISTICS = "dataset_statistics.json"
 SETTINGS = "policy.json"
 _ENDS = {"q99": ("q01", "q99"), "minmax": ("min", "max")}
-_EPSILON = 1e-8  # of the official normalisation, against a range of zero
-_NOISE = 1e-5  # of a number that is constant, relative and absolute
+_EPSILON = 1e-8  # of the official normalisation, avoids division by zero
+_NOISE = 1e-5  # tolerances (relative, absolute) for a constant dimension
 
 
 class ActionTokenizer:
     """Numbers in [low, high] ↔ the last ids of a vocabulary, by uniform bins.
 
-    `bins` numbers are the bins' edges, so there are bins − 1 centres; id = vocabulary − number of the bin, and only the
-    exact upper end has the lowest id, vocabulary − bins. Edges are float64: a float32 action on one may fall beside it.
+    `bins` is the number of bin edges, so there are bins − 1 centres; id = vocabulary − number of the bin, and only the
+    exact upper end has the lowest id, vocabulary − bins. Edges are float64, so a float32 action at an edge may fall
+    into the neighbouring bin.
     """
 
     def __init__(self, vocabulary: int = 32000, bins: int = 256, low: float = -1.0, high: float = 1.0):
@@ -34,11 +35,11 @@ class ActionTokenizer:
 
     @property
     def begin(self) -> int:
-        """Every action id is above this one."""
+        """All action ids are above this one."""
         return self.vocabulary - len(self.edges) - 1
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Normalised actions of any shape → int64 ids of the same shape; what lies outside is clipped.
+        """Normalised actions of any shape → int64 ids of the same shape; values outside are clipped.
 
         Raises:
             DataError: an action is NaN.
@@ -55,10 +56,10 @@ class ActionTokenizer:
 
 @dataclass(frozen=True)
 class ValueRange:
-    """Where the values of one vector lie.
+    """The value range of one vector, for normalisation.
 
-    Dimensions outside `mask` (a gripper) are left as they are, but for those that never change: they are 0 when
-    normalised and come back as what they always were. The official code gives them back as 0, which may be a command.
+    Dimensions outside `mask` (a gripper) are unchanged, except constant ones: they are 0 when normalised and restored
+    to their constant. The official code restores them to 0, which may be a command.
     """
 
     low: np.ndarray  # (A,)
@@ -83,7 +84,7 @@ class ValueRange:
             raise DataError(f"{source}: some of its numbers are none; compute it anew with `stamo data stats`")
         if not low.shape == high.shape == mask.shape == extremes[0].shape == extremes[1].shape:
             raise DataError(f"{source}: its fields have different lengths; compute them anew with `stamo data stats`")
-        # Quantiles alone do not tell a gripper that never moves from one that seldom does.
+        # Quantiles alone do not distinguish a constant gripper from one that rarely moves.
         known = mask | ("min" in statistics and "max" in statistics)
         constant = (extremes[0] == extremes[1]) & known
         return cls(np.where(constant, extremes[0], low), np.where(constant, extremes[0], high), mask, constant)
@@ -104,7 +105,7 @@ class ValueRange:
     def normalise_proprio(self, values: np.ndarray) -> np.ndarray:
         """(…, A) → (…, A) as OFT's inference treats proprioception: a constant dimension is -1.
 
-        A sensor's noise around a constant is no signal: scaled by a range of zero it would jump between the two ends.
+        Sensor noise around a constant is not a signal: scaled by a range of zero it would jump between both ends.
         """
         self._check(values)
         noise = self.constant & np.isclose(values, self.low, rtol=_NOISE, atol=_NOISE)
@@ -115,7 +116,7 @@ class ValueRange:
     def restore(self, values: np.ndarray, epsilon: bool) -> np.ndarray:
         """Normalised (…, A) → the source's units; OFT adds an `epsilon` to the range, OpenVLA does not.
 
-        What never changed in the data is what it was there, whatever the network says of it.
+        Dimensions that are constant in the data are restored to that constant, whatever is predicted.
         """
         self._check(values)
         width = self.high - self.low + (_EPSILON if epsilon else 0.0)
@@ -129,18 +130,18 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class SeenAs:
-    """How the frames of a source came to a policy that was trained on them."""
+    """How a policy saw the frames of a source in its training."""
 
     format: str  # of the dataset, which is also the name of the simulator where it is simulated
     cameras: tuple[str, ...]  # of one timestep, in the order of the policy's views
     size: int  # side of the frames
-    frame_size: tuple[int, int] | None = None  # (H, W) before they were resized, where the dataset says
+    frame_size: tuple[int, int] | None = None  # (H, W) before resizing, if known
 
 
 class Statistics:
     """Statistics of every source a policy was trained on, by its name.
 
-    `seen`: how their frames came to it; empty where the weights do not say, as released ones.
+    `seen`: how the policy saw their frames; empty if not recorded, as for released weights.
     """
 
     def __init__(self, sources: Mapping[str, Mapping[str, Any]], origin: str, seen: Mapping[str, SeenAs] | None = None):
@@ -148,7 +149,7 @@ class Statistics:
 
     @classmethod
     def read(cls, folder: Path, inside: Mapping[str, Any]) -> Statistics:
-        """`dataset_statistics.json` of a checkpoint folder, which replaces the `inside` of its config.json.
+        """Read `dataset_statistics.json` of a checkpoint folder, or else `inside`, the statistics of its config.json.
 
         Raises:
             CheckpointError: the file is not a JSON map.
@@ -198,7 +199,7 @@ class Statistics:
 
 
 def seen_as(folder: Path) -> dict[str, SeenAs]:
-    """How a policy's sources came to it, by their names, read from its settings alone: no weights are opened."""
+    """Source → how the policy saw its frames, read from its settings without opening weights."""
     try:
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["sources"]
         return {
@@ -208,4 +209,4 @@ def seen_as(folder: Path) -> dict[str, SeenAs]:
             for name, s in found.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # of another program, or written before these were kept
+        return {}  # of another program, or written before these were recorded

@@ -1,4 +1,4 @@
-"""Which parts of a policy train: frozen parts, low-rank adapters in place of whole weights, and what is new."""
+"""Choosing the trained parts of a policy: frozen parts, low-rank adapters, and fully trained weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _FILM = re.compile(r"\.blocks\.\d+\.(scale|shift)\.")
 def prepare(
     network: PolicyNetwork, cfg: PolicyConfig, whole: Collection[str] = (), base: torch.dtype = torch.float32
 ) -> list[str]:
-    """Freeze parts and put adapters in, as `cfg` says; returns the layers with adapters.
+    """Freeze parts and insert adapters as `cfg` says; returns the layers with adapters.
 
-    `whole` names the parameters that train whole whatever `cfg` says, for they start at random beside a checkpoint's.
-    Beside adapters, what does not train is kept in `base`. Heads always train whole.
+    `whole` names parameters that are trained fully regardless of `cfg`, because they are not in the checkpoint and
+    start at random. With adapters, frozen weights are kept in the dtype `base`. Heads are always trained fully.
 
     Raises:
-        RecipeError: no layer that may have adapters is called as `cfg.lora` says.
+        RecipeError: no layer that may have adapters matches the names in `cfg.lora`.
     """
-    trains = {name for name, p in network.named_parameters() if p.requires_grad}  # a loss reaches them
+    trains = {name for name, p in network.named_parameters() if p.requires_grad}  # parameters that a loss reaches
     _freeze(network.vla, cfg.freeze)
     layers = [] if cfg.lora is None else _add_lora(network.vla, cfg.lora, whole)
     for name, p in network.named_parameters():
@@ -52,9 +52,9 @@ def _freeze(vla: OpenVLA, cfg: Freeze) -> None:
 
 
 def _add_lora(vla: OpenVLA, cfg: Lora, whole: Collection[str]) -> list[str]:
-    """Put adapters into the layers that train but not whole; nothing else of `vla` trains then.
+    """Insert adapters into trained layers not in `whole`; the rest of `vla` is then frozen.
 
-    all-linear is what OpenVLA adapts: every linear layer, the language model's head and the patch embeddings.
+    all-linear means OpenVLA's choice: every linear layer, the language model's head and the patch embeddings.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -76,7 +76,7 @@ def _add_lora(vla: OpenVLA, cfg: Lora, whole: Collection[str]) -> list[str]:
 
 
 def merge_lora(vla: OpenVLA) -> None:
-    """Add the adapters to the weights they adapt and take them out: the names are the checkpoints' again.
+    """Merge the adapters into their weights and remove them, which restores the checkpoints' names.
 
     The sum is rounded to the number format of the weights.
     """
@@ -90,9 +90,9 @@ def merge_lora(vla: OpenVLA) -> None:
 
 
 def listing(network: PolicyNetwork) -> list[str]:
-    """What trains whole, what by adapters and what not at all, a line each, with the numbers of parameters.
+    """Lines that list the fully trained, adapted, and frozen parts with their numbers of parameters.
 
-    The three hold every parameter once; those of the adapters are counted beside the ones they adapt.
+    Every parameter is in one of the three; the adapters' own parameters are counted separately.
     """
     found: dict[str, Counter[str]] = {kind: Counter() for kind in ("whole", "adapted", "frozen", "adapters")}
     for name, p in network.named_parameters():

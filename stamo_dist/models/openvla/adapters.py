@@ -20,7 +20,7 @@ from stamo_dist.recipe.policy import Lora
 
 FIELD = "policy.weights"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NAME = "default"  # of the one adapter that a network has
+NAME = "default"  # name of a network's only adapter
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(rf"(.+)\.lora_([AB])(?:\.{NAME})?\.weight")
 _MERGE = "merge it into its base with peft (merge_and_unload) and give that folder"
@@ -29,7 +29,7 @@ _OTHER_KINDS = ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters", 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one layer's weight W: scale · B A."""
+    """A low-rank update of one layer's weight W: scale · B A."""
 
     down: StoredTensor  # A: (rank, inputs), or (rank, inputs, height, width) of a convolution
     up: StoredTensor  # B: (outputs, rank), or (outputs, rank, 1, 1)
@@ -41,7 +41,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it fits."""
+        """Shape of the weight it fits."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def added_to(self, base: StoredTensor) -> StoredTensor:
@@ -55,38 +55,38 @@ class LowRank:
         return StoredTensor(base.shape, read)
 
     def goes_on_in(self, layer: nn.Module) -> bool:
-        """Whether `layer` has an adapter that these weights fit and mean the same in."""
+        """Whether `layer` has an adapter of the same shape and scale, so that these weights can continue in it."""
         ranks, scales = getattr(layer, "r", {}), getattr(layer, "scaling", {})
         return NAME in ranks and ranks[NAME] == self.rank and math.isclose(scales[NAME], self.scale)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds, by the names of a network."""
+    """The content of an adapter folder, by the names of a network."""
 
     folder: Path
     layers: Mapping[str, LowRank]  # by layer
     whole: Mapping[str, StoredTensor]  # PEFT's modules_to_save, by parameter: they replace the base's
 
     def goes_on(self, network: nn.Module) -> list[str]:
-        """The layers of a prepared network in which these adapters train on; into the others they are merged."""
+        """The layers of a prepared network in which these adapters continue; in the others they are merged."""
         modules = dict(network.named_modules())
         return [name for name, low in self.layers.items() if name in modules and low.goes_on_in(modules[name])]
 
 
 @dataclass(frozen=True)
 class Base:
-    """What adapters are written for: what others find it by, and the parameters of the network that it lacks."""
+    """The base of written adapters: its name or path for others, and the network's parameters that it lacks."""
 
     name: str
     lacks: Collection[str] = ()
 
 
 def lies_in(folder: Path) -> bool:
-    """Whether there is an adapter in a folder.
+    """Whether a folder contains an adapter.
 
     Raises:
-        CheckpointError: there is half of one, or it is pickle.
+        CheckpointError: a part of it is missing, or it is a pickle.
     """
     config, files = (folder / CONFIG).is_file(), sorted(folder.glob("adapter_model*"))
     if not config and not files:
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json`.
 
     Raises:
-        CheckpointError: it cannot be read, or is not of plain LoRA.
+        CheckpointError: it cannot be read, or is not plain LoRA.
     """
     path = folder / CONFIG
     try:
@@ -128,7 +128,7 @@ def read(folder: Path, rename: Callable[[str], str]) -> Adapter:
     """The adapter in a folder; `rename` turns the base's names into the network's.
 
     Raises:
-        CheckpointError: a file is damaged, or holds other than plain LoRA and whole parameters.
+        CheckpointError: a file is damaged, or holds anything but plain LoRA and full parameters.
     """
     config, path = read_config(folder), folder / WEIGHTS
     file = weights.open_file(path, FIELD)
@@ -161,7 +161,7 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def save(folder: Path, cfg: Lora, state: Mapping[str, Tensor], base: str, rename: Callable[[str], str]) -> None:
-    """Write the adapters and whole parameters `state`, by the names of a network, on the base called `base`.
+    """Write the adapters and full parameters `state`, by the names of a network, for the base named `base`.
 
     `rename` turns the network's names into the base's.
     """

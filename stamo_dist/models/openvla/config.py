@@ -1,4 +1,4 @@
-"""What `config.json` of an OpenVLA checkpoint says."""
+"""Reading `config.json` of an OpenVLA checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOWERS: dict[str, tuple[list[str], int]] = {
 }
 _LLAMA_2 = {"model_type": "llama", "pad_token_id": 32000, "torch_dtype": "bfloat16", "vocab_size": 32064}
 
-#: openvla-7b's own file, without its statistics. `text_config` holds only what differs from LlamaConfig's defaults.
+#: openvla-7b's file without statistics. `text_config` has only values that differ from LlamaConfig's defaults.
 OPENVLA_7B: dict[str, Any] = {
     "arch_specifier": "no-align+fused-gelu-mlp",
     "architectures": ["OpenVLAForActionPrediction"],
@@ -50,7 +50,7 @@ OPENVLA_7B: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tower:
-    """One vision tower: a timm model and what is passed to `timm.create_model`."""
+    """One vision tower: a timm model and its arguments for `timm.create_model`."""
 
     model: str
     image_size: int
@@ -60,9 +60,9 @@ class Tower:
 
 @dataclass(frozen=True)
 class OpenVLAConfig:
-    """The part of `config.json` that decides the network, and the file itself for export.
+    """The fields of `config.json` that determine the network, and the whole file for export.
 
-    `towers` is empty where the image features come from outside (`vision: stamo`).
+    `towers` is empty if image features come from outside (`vision: stamo`).
     """
 
     raw: dict[str, Any]
@@ -101,10 +101,10 @@ class OpenVLAConfig:
         return cls.from_dict(read_config(folder, "policy", source), f"{source}: {folder}", tower_options)
 
     def with_vision(self, vision: Literal["fused", "dinov2", "stamo"]) -> OpenVLAConfig:
-        """The same language model behind another vision: `dinov2` keeps the first tower, `stamo` none.
+        """A config with the same language model and another vision: `dinov2` keeps the first tower, `stamo` none.
 
         Raises:
-            RecipeError: dinov2 is asked of a checkpoint without it.
+            RecipeError: dinov2 is requested of a checkpoint without it.
         """
         if vision == "fused":
             return self
@@ -139,7 +139,7 @@ class OpenVLAConfig:
         return str(self.raw.get("image_resize_strategy", "resize-naive"))
 
 
-_LISTS = ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_kwargs")  # an entry a tower
+_LISTS = ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_kwargs")  # one entry per tower
 
 
 def _towers(raw: dict[str, Any], source: str) -> tuple[Tower, ...]:

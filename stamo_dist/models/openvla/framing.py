@@ -1,8 +1,8 @@
-"""What happens to an upright camera frame before a policy sees it, and how released policies want it.
+"""Transforming upright camera frames into a policy's view, with the settings of released policies.
 
-The policies of OpenVLA and OpenVLA-OFT for LIBERO were trained on frames that their makers turned by 180°. Those came
-upside down out of the simulator, so against an upright frame they are mirrored. A policy that was trained with
-random crops of 0.9 of the area wants the centre crop of as much. Neither stands in a released folder.
+The policies of OpenVLA and OpenVLA-OFT for LIBERO were trained on frames that their authors turned by 180°. The
+simulator's frames are upside down, so the result is a mirrored upright frame. A policy trained with random crops of
+0.9 of the area needs a centre crop of the same area. Neither is recorded in a released folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Framing:
     resize: int | None = None  # side to which a frame is brought before the crop, by JPEG and Lanczos
 
     def __post_init__(self) -> None:
-        """Raises: RunError: No such orientation, or no share."""
+        """Raises: RunError: Unknown orientation, or an invalid share."""
         if self.orientation not in ORIENTATIONS:
             raise RunError(f"--orientation {self.orientation}: must be one of {', '.join(ORIENTATIONS)}")
         if not 0 < self.crop <= 1:
@@ -45,18 +45,18 @@ class Framing:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Framing:
-        """From a policy's settings; frames as they are where they were written before this was kept."""
+        """Read from a policy's settings; unchanged frames if they were written before this was recorded."""
         return cls(**settings.get("framing", {}))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def as_sent(self) -> Framing:
-        """For frames that come turned already, as the official clients send them."""
+        """The framing for frames that are already turned, as the official clients send them."""
         return replace(self, orientation="upright")
 
     def __call__(self, image: Picture) -> Picture:
-        """One frame, PIL or uint8 (H, W, 3) → as the policy sees it; the same object where nothing is to do."""
+        """One frame, PIL or uint8 (H, W, 3) → as the policy sees it; the same object if nothing changes."""
         if self == AS_IT_IS:
             return image
         pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
@@ -67,7 +67,7 @@ class Framing:
         return pixels if self.crop == 1 else centre_crop(pixels, self.crop)
 
     def said(self) -> str:
-        """In words."""
+        """A description for the user."""
         parts = [self.orientation.replace("_", " ")]
         parts += [f"JPEG and Lanczos to {self.resize} px"] if self.resize else []
         parts += [f"centre crop of {self.crop:g} of the area" if self.crop < 1 else "no crop"]
@@ -87,7 +87,7 @@ def centre_crop(pixels: NDArray[np.uint8], area: float) -> NDArray[np.uint8]:
 
 
 def _resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    # TensorFlow's codec, through which the official evaluation goes: it encodes exactly and decodes fast.
+    # As TensorFlow's codec, which the official evaluation uses: accurate encoding, fast decoding.
     packed = io.BytesIO()
     Image.fromarray(pixels).save(packed, "JPEG", quality=95, subsampling="4:2:0")
     unpacked = simplejpeg.decode_jpeg(packed.getvalue(), "RGB", fastdct=True, fastupsample=False)
@@ -101,10 +101,10 @@ class FramingPreset:
     about: str
     framing: Framing
     views: int
-    parallel: bool  # OFT: a chunk at once
+    parallel: bool  # OFT: predicts a chunk at once
     chunk: int
     bounds: Bounds
-    actions: str = "openvla"  # what its numbers are to the simulator
+    actions: str = "openvla"  # format of its actions for the simulator
     benchmark: str | None = None
     cameras: tuple[str, ...] = ()  # of the benchmark, in the order of the views
     size: int = 256  # side of the frames before `framing`
@@ -136,13 +136,13 @@ def preset(name: str) -> FramingPreset:
 
 
 def listed() -> str:
-    """The presets, for a message."""
+    """The list of presets, for messages."""
     return "; ".join(f"{name} ({found.about})" for name, found in PRESETS.items())
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a user says of a policy that its folder may not say; None: as the folder says."""
+    """What the user states about a policy whose folder may not record it; None: the folder's value."""
 
     preset: str | None = None
     orientation: str | None = None
@@ -152,7 +152,7 @@ class Use:
     bounds: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises: RunError: No such preset, orientation, share or bounds."""
+        """Raises: RunError: Unknown preset or orientation, or invalid share or bounds."""
         self.named  # noqa: B018
         Framing(self.orientation or "upright", 1.0 if self.crop is None else self.crop)
         if self.bounds not in (None, *get_args(Bounds)):
@@ -164,10 +164,10 @@ class Use:
         return preset(self.preset) if self.preset is not None else None
 
     def framing(self, recorded: Framing | None, folder: str, sources: Sequence[str]) -> Framing:
-        """`recorded`: what the folder says, None where it says nothing. `sources`: whose statistics it has.
+        """`recorded`: the folder's framing, None if not recorded. `sources`: sources with statistics in the folder.
 
         Raises:
-            RunError: Neither the folder nor the user says how frames are turned and cropped.
+            RunError: Neither the folder nor the user states how frames are turned and cropped.
         """
         named = self.named
         found = named.framing if named else recorded
@@ -180,19 +180,19 @@ class Use:
         return replace(found or AS_IT_IS, **changes)
 
     def check_ours(self, path: str) -> None:
-        """Raises: RunError: What only a released policy leaves to say is said of one that was trained here."""
+        """Raises: RunError: Options for released policies are given for a policy that was trained here."""
         given = {"as": self.preset, "views": self.views, "chunk": self.chunk, "bounds": self.bounds}
         if said := [f"--{name}" for name, value in given.items() if value is not None]:
             raise RunError(f"{', '.join(said)}: {path} was trained here and says it itself; leave it out")
 
     @property
     def actions_at_once(self) -> int | None:
-        """None: as the folder suggests."""
+        """Size of the action chunk; None: the folder's."""
         named = self.named
         return self.chunk or (named.chunk if named else None)
 
     def options(self) -> dict[str, Any]:
-        """Fields of recipe.policy.PolicyConfig that it decides."""
+        """Fields of recipe.policy.PolicyConfig that it determines."""
         named = self.named
         found: dict[str, Any] = {"views": named.views, "bounds": named.bounds} if named else {}
         return found | {key: value for key in ("views", "bounds") if (value := getattr(self, key)) is not None}
@@ -201,7 +201,7 @@ class Use:
         """`head`: whether the folder has an action head.
 
         Raises:
-            RunError: The preset is one of policies of another kind.
+            RunError: The preset belongs to another kind of policy.
         """
         named = self.named
         if named and named.parallel != head:

@@ -1,4 +1,4 @@
-"""What stands beside OpenVLA: OFT's action head and proprioception, and the head that predicts the next state."""
+"""Heads beside OpenVLA: OFT's action head and proprioception projector, and the world head (next state)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _ResidualMLP(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """OFT's regression: the hidden states of one time step's A places → its A numbers."""
+    """OFT's regression head: the hidden states of a time step's A placeholders → its A numbers."""
 
     def __init__(self, hidden: int, action_dim: int):
         super().__init__()
@@ -61,8 +61,8 @@ class ProprioProjector(nn.Module):
 class WorldHead(nn.Module):
     """One hidden state → the next state, its motion, or the patch features of the next frame.
 
-    One small MLP is shared by all target tokens, each with an embedding of its own: two state tokens or 256 patches
-    need the same parameters.
+    One small MLP is shared by all target tokens, each with its own embedding, so the MLP's size does not depend on the
+    number of tokens (two state tokens or 256 patches).
     """
 
     def __init__(self, hidden: int, tokens: int, dim: int, width: int):

@@ -19,15 +19,15 @@ from stamo_dist.models.openvla.config import OpenVLAConfig
 
 PREPROCESSOR = "preprocessor_config.json"
 Triple = tuple[float, float, float]
-# The released files were written under bfloat16, and so were DINOv2's statistics in them.
+# The released files store DINOv2's statistics rounded to bfloat16.
 _DINOV2 = ((0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375))
 _SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_LETTERBOX_FILL = (127, 127, 127)  # of the last tower's mean, for both towers
+_LETTERBOX_FILL = (127, 127, 127)  # fill colour: the last tower's mean, for both towers
 
 
 @dataclass(frozen=True)
 class TowerInput:
-    """What one tower sees: the side of its square and the statistics of its channels."""
+    """The input of one tower: side of the square, and channel statistics."""
 
     size: int
     mean: Triple
@@ -44,13 +44,13 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: OpenVLAConfig) -> ImageProcessor:
-        """The processor that the release has for these towers, where a folder brings no `preprocessor_config.json`."""
+        """The released processor for these towers, for folders without `preprocessor_config.json`."""
         views = [TowerInput(t.image_size, *(_SIGLIP if "siglip" in t.model else _DINOV2)) for t in config.towers]
         return cls(tuple(views), config.resize)  # type: ignore[arg-type]
 
     @classmethod
     def from_folder(cls, folder: Path, config: OpenVLAConfig) -> ImageProcessor:
-        """Read `preprocessor_config.json`; the stored `tvf_*` values win over `means` and `stds`.
+        """Read `preprocessor_config.json`; the stored `tvf_*` values override `means` and `stds`.
 
         Raises:
             CheckpointError: the file cannot be read, or its sizes are not those of the towers.
@@ -142,7 +142,7 @@ class ImageProcessor:
 
 
 def _letterbox(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """Pad both sides of the shorter axis alike; an odd difference leaves the picture one pixel off square."""
+    """Pad both sides of the shorter axis equally; after an odd difference the image is one pixel off square."""
     side = max(image.size)
     x, y = int((side - image.width) / 2), int((side - image.height) / 2)
     square = Image.new("RGB", (image.width + 2 * x, image.height + 2 * y), fill)

@@ -1,11 +1,11 @@
-"""Reading checkpoints into a policy, tensor by tensor: no process ever holds more than its own shards and one tensor.
+"""Reading checkpoints into a policy tensor by tensor: a process holds only its own shards and one tensor.
 
 checkpoint = locate(weights)                               # a folder, or an adapter's and its base's
 with on_meta():
     network = PolicyNetwork(...)                           # shapes only
 found, adapter = read(checkpoint, network)
 loader = WeightLoader(network, found, adapter=adapter, ...) # compares names and shapes
-adapters are put in; an engine shards it, or does not
+adapters are inserted; an engine may shard it
 materialise(network, device)                               # memory for the local shards
 loader.write(network)                                      # each process reads its slices of the mapped files
 """
@@ -50,7 +50,7 @@ __all__ = [
 
 HEADS = ("action_head", "proprio_projector", "world_head")
 LANGUAGE = "language_model"  # subfolder of exports whose language model plain transformers opens
-#: What a hub repository has beside config.json and the weights.
+#: Further files of a hub repository, beside config.json and the weights.
 EXTRA_FILES = (
     "*.json",
     "language_model/*",
@@ -58,12 +58,12 @@ EXTRA_FILES = (
     adapters.WEIGHTS,
     *(f"{part}.safetensors" for part in HEADS),
 )
-OFT_ADAPTER = "lora_adapter"  # subfolder in which OFT's training leaves the adapter, merged into what lies above or not
+OFT_ADAPTER = "lora_adapter"  # subfolder of the adapter in OFT's training, merged or not
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)
 
 
 def fresh_parts(cfg: PolicyConfig) -> str:
-    """What a checkpoint may lack when training starts from it, for `WeightLoader`."""
+    """Parts that a checkpoint may lack when training starts from it, for `WeightLoader`."""
     parts = [rf"{part}\." for part in HEADS] + [r"vla\.state_projector\."]
     if cfg.film:
         parts.append(r"vla\.vision_backbone\.\w+\.blocks\.\d+\.(scale|shift)\.")
@@ -74,29 +74,29 @@ def fresh_parts(cfg: PolicyConfig) -> str:
 
 @dataclass(frozen=True)
 class PolicyCheckpoint:
-    """Where the parts of a checkpoint lie: in one folder, or in that of an adapter and in that of its base."""
+    """The folders of a checkpoint: one, or an adapter's and its base's."""
 
-    folder: Path  # what was asked for: heads, statistics, settings
-    base: Path  # config and weights of the whole network; `folder` itself where it holds them
-    name: str  # by which others find the base: an absolute path or a hub id
+    folder: Path  # the requested folder: heads, statistics, settings
+    base: Path  # config and weights of the whole network; `folder` itself if it holds them
+    name: str  # name of the base for others: an absolute path or a hub id
     adapter: Path | None = None  # folder of the adapter
-    instead: str | None = None  # what the adapter names and is not to be had, where `base` lies in the folder above
+    instead: str | None = None  # the base named by the adapter, if unavailable and `base` is the folder above
 
     def holding(self, name: str) -> Path:
-        """The folder that has the file `name`, the base's where neither has it."""
+        """The folder that has the file `name`; the base's if neither has it."""
         return self.folder if (self.folder / name).is_file() else self.base
 
     def part(self, name: str) -> dict[str, StoredTensor]:
-        """As the function `part`, of the base where the adapter's folder has none."""
+        """As the function `part`, from the base if the adapter's folder has none."""
         return part(self.folder, name) or part(self.base, name)
 
     def sources(self) -> dict[str, str]:
-        """Recipe field → where it was found; of an adapter, its base also."""
+        """Recipe field → location; for an adapter also its base's."""
         found = {FIELD: place.source(self.folder)}
         return found if self.base == self.folder else {**found, f"{FIELD} (base)": place.source(self.base)}
 
     def notes(self) -> list[str]:
-        """What a person should know about how it lies there."""
+        """Notes for the user on its folders."""
         notes = []
         if self.adapter is None and (self.folder / OFT_ADAPTER / adapters.CONFIG).is_file():
             notes.append(f"{self.folder / OFT_ADAPTER} is not read: OFT leaves it beside weights it is merged into")
@@ -108,11 +108,12 @@ class PolicyCheckpoint:
 
 
 def locate(checkpoint: str) -> PolicyCheckpoint:
-    """A checkpoint's folder, or what the hub supplies. An adapter in it stands on the weights beside it, else on those
-    that its config names or that lie in the folder above.
+    """Find a checkpoint's folder, or download it from the hub.
+
+    The base of an adapter is the weights beside it, else those that its config names, or those in the folder above.
 
     Raises:
-        CheckpointError: there is no such folder, the hub did not supply it, or an adapter or its base is not whole.
+        CheckpointError: there is no such folder, it cannot be downloaded, or an adapter or its base is incomplete.
     """
     given = Path(checkpoint).expanduser()
     if given.name == OFT_ADAPTER and adapters.lies_in(given) and place.has_weights(given.parent):
@@ -164,7 +165,7 @@ def _plain(base: Path) -> Path:
 
 
 def read(checkpoint: PolicyCheckpoint, network: PolicyNetwork) -> tuple[dict[str, StoredTensor], Adapter | None]:
-    """What a checkpoint holds, by the names of `network`, and its adapter, whose whole parameters are in the first.
+    """A checkpoint's tensors by the names of `network`, and its adapter, whose full parameters are in the first.
 
     Raises:
         CheckpointError: files are missing, damaged, or there are several of one part.
@@ -187,14 +188,14 @@ def read(checkpoint: PolicyCheckpoint, network: PolicyNetwork) -> tuple[dict[str
 
 
 def _base_dtype(folder: Path) -> torch.dtype | None:
-    """In which our own training kept the base that an adapter folder was trained on."""
+    """The dtype in which our training kept the base of an adapter folder."""
     path = folder / SETTINGS
     name = json.loads(path.read_text(encoding="utf-8")).get("base_dtype") if path.is_file() else None
     return None if name is None else getattr(torch, name)
 
 
 def stored(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
-    """What a checkpoint folder holds, by the names of `network`.
+    """The tensors of a checkpoint folder, by the names of `network`.
 
     Reads the released layouts: OpenVLA's safetensors; OFT's `action_head--*_checkpoint.pt`, `proprio_projector--*` and
     `vision_backbone--*` beside them (the last with adapters inside, which are merged); and our own, where the extra
@@ -211,7 +212,7 @@ def stored(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
 
 
 def _beside(folder: Path, network: PolicyNetwork) -> dict[str, StoredTensor]:
-    """What a folder holds in files of their own: heads, and towers with FiLM."""
+    """Tensors that a folder stores in separate files: heads, and towers with FiLM."""
     found: dict[str, StoredTensor] = {}
     for head in HEADS:
         if getattr(network, head) is not None:
@@ -228,7 +229,7 @@ def has_part(folder: Path, name: str) -> bool:
 
 
 def part(folder: Path, name: str) -> dict[str, StoredTensor]:
-    """What a folder has of an extra part; nothing if there is no file of it."""
+    """The tensors of an extra part in a folder; {} if it has no file of it."""
     file = _part_file(folder, name)
     return {k.removeprefix("module."): v for k, v in _tensors(file).items()} if file else {}
 

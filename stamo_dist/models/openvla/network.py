@@ -16,7 +16,7 @@ from stamo_dist.models.openvla.config import OpenVLAConfig
 from stamo_dist.models.openvla.vision import FiLMBlock, VisionBackbone
 from stamo_dist.models.recompute import recompute_transformers
 
-IGNORE = -100  # labels that no loss sees
+IGNORE = -100  # label ignored by the loss
 
 
 class Projector(nn.Module):
@@ -35,17 +35,17 @@ class Projector(nn.Module):
 
 
 class Features(NamedTuple):
-    """What a frozen StaMo encoder made of the images, in place of pixels: either may be missing."""
+    """Features of the images by a frozen StaMo encoder, in place of pixels; either may be missing."""
 
     patches: Tensor | None = None  # (B, V·N, D)
     states: Tensor | None = None  # (B, V·tokens, dim)
 
 
 class Sequence(NamedTuple):
-    """What the language model reads: BOS, the images' tokens, extra tokens, the rest of the text."""
+    """The input of the language model: BOS, image tokens, extra tokens, the rest of the text."""
 
     embeddings: Tensor  # (B, T, H)
-    mask: Tensor | None  # (B, T) bool; None where nothing is padding
+    mask: Tensor | None  # (B, T) bool; None without padding
     inserted: int  # tokens between BOS and the rest of the text
 
 
@@ -55,7 +55,7 @@ class OpenVLA(nn.Module):
     def __init__(
         self, config: OpenVLAConfig, *, film: bool = False, patch_dim: int | None = None, state_dim: int | None = None
     ):
-        """Random weights. Without towers, `patch_dim` and `state_dim` say which outside features it takes."""
+        """Random weights. Without towers, `patch_dim` and `state_dim` are the dimensions of the outside features."""
         super().__init__()
         self.config = config
         if config.towers:
@@ -90,7 +90,7 @@ class OpenVLA(nn.Module):
         extra: Tensor | None = None,
         blank: Tensor | None = None,
     ) -> Sequence:
-        """Put the images' tokens, then `extra` (B, K, H), behind BOS.
+        """Insert the image tokens, then `extra` (B, K, H), after BOS.
 
         `blank` (B, L) bool marks text tokens whose embeddings become zero (OFT's action placeholders). FiLM reads the
         mean of all the others, padding included, as the official code does.
@@ -114,17 +114,17 @@ class OpenVLA(nn.Module):
         return Sequence(embeddings, torch.cat([seen[:, :1], front, seen[:, 1:]], dim=1), inserted)
 
     def hidden(self, sequence: Sequence, bidirectional: bool = False) -> Tensor:
-        """(B, T, H) after the final norm; `bidirectional` lets every token see all that is no padding (OFT).
+        """(B, T, H) after the final norm; `bidirectional`: every token attends to all tokens except padding (OFT).
 
-        Padding comes last, and what is computed there means nothing.
+        Padding comes last; outputs at padding are meaningless.
         """
         embeddings, mask, _ = sequence
         if not bidirectional:
-            mask = None  # nothing sees what comes after it, and without a mask attention is the fastest kind
+            mask = None  # causal, with padding at the end: no mask is needed, and attention without one is faster
         else:
             batch, length, _ = embeddings.shape
             seen = torch.ones(batch, length, dtype=torch.bool, device=embeddings.device) if mask is None else mask
-            # A mask of four dimensions is taken as it is; without one Llama would be causal.
+            # A four-dimensional mask is used unchanged; without one, Llama would be causal.
             mask = seen[:, None, None, :].expand(batch, 1, length, length)
         return self.language_model.model(
             inputs_embeds=embeddings, attention_mask=mask, use_cache=False
@@ -154,9 +154,9 @@ class OpenVLA(nn.Module):
         attention_mask: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy decoding of exactly `tokens` ids, cached; no id is forbidden and none ends it.
+        """Greedy decoding of exactly `tokens` ids, cached; no id is excluded, and none ends decoding.
 
-        Prompts of different lengths are padded on the right and masked: every row is decoded as if it were alone.
+        Prompts of different lengths are padded on the right and masked: every row is decoded independently.
 
         Returns:
             ids (B, tokens), their logits (B, tokens, vocabulary) and the hidden states (B, tokens, H) they come from.
@@ -204,5 +204,5 @@ class OpenVLA(nn.Module):
 
 
 def spread(values: Tensor, inserted: int, fill: int = IGNORE) -> Tensor:
-    """(B, L) values of the text → (B, inserted + L) of the whole sequence, with `fill` behind BOS."""
+    """(B, L) values of the text → (B, inserted + L) of the whole sequence, with `fill` inserted after BOS."""
     return torch.cat([values[:, :1], values.new_full((len(values), inserted), fill), values[:, 1:]], dim=1)

@@ -32,12 +32,13 @@ from stamo_dist.models.policy_base import (
     encode_views,
     read_state_encoder,
     recorded_framing,
+    unreadable,
 )
 from stamo_dist.recipe import policy as recipe
 
 log = logging.getLogger(__name__)
 
-# (action numbers, proprioception) → chunk, views and bounds of OFT's three robots; their checkpoints do not say.
+# (action dim, proprioception dim) → chunk, views and bounds of OFT's three robots, which checkpoints do not record.
 _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
     (7, 8): (8, 2, "q99"),  # LIBERO
     (14, 14): (25, 3, "minmax"),  # ALOHA
@@ -47,7 +48,7 @@ _PLATFORMS: dict[tuple[int, int], tuple[int, int, recipe.Bounds]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Unsaid:
-    """What a folder may leave unsaid, or should be other than it says.
+    """Settings that a folder may lack, or that override it.
 
     Attributes:
         options: Fields of recipe.policy.PolicyConfig, such as {"views": 2} or {"actions": "parallel_tokens"} for an OFT
@@ -66,14 +67,14 @@ AS_IT_SAYS = Unsaid()
 
 @dataclasses.dataclass
 class Policy(TrainedPolicy):
-    """A network with all it needs to be used; `from_pretrained` builds it."""
+    """A network with everything needed for inference; `from_pretrained` builds it."""
 
     network: PolicyNetwork
     text: TextTokenizer
     processor: ImageProcessor
     statistics: Statistics
     vision: StamoVision | None = None
-    framing: Framing = AS_IT_IS  # of frames that come upright
+    framing: Framing = AS_IT_IS  # how upright frames are transformed
 
     @classmethod
     def from_pretrained(
@@ -93,9 +94,9 @@ class Policy(TrainedPolicy):
             path: The folder or hub id.
             dtype: Of the weights; that of config.json when omitted.
             tokenizer: Where the StaMo tokenizer lies on this machine, for policies that see through it.
-            text: Text tokenizer, instead of the folder's own.
-            unsaid: What the folder does not say.
-            framing: How it sees upright frames; as the folder says, or as they are, when omitted.
+            text: Text tokenizer that replaces the folder's.
+            unsaid: Settings that the folder lacks.
+            framing: How upright frames are transformed; by the folder's settings, or not at all, when omitted.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of another model.
@@ -146,7 +147,7 @@ class Policy(TrainedPolicy):
         unnorm_key: str | None = None,
         proprio: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Tensor | None]:
-        """As `act_batch`, with what the world head expects: (B, tokens, dim), None without a head."""
+        """As `act_batch`, with the world head's prediction: (B, tokens, dim), None without a head."""
         sizes = self.network.sizes
         prompts = self.text.encode(instructions, blanks=sizes.action_tokens if self.network.parallel else 0)
         return self.predict_encoded(prompts, self._look(images), unnorm_key=unnorm_key, proprio=proprio)
@@ -159,7 +160,7 @@ class Policy(TrainedPolicy):
         unnorm_key: str | None = None,
         proprio: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Tensor | None]:
-        """As `predict`, for prompts and images that are encoded already."""
+        """As `predict`, for encoded prompts and images."""
         cfg, sizes, vla = self.cfg, self.network.sizes, self.network.vla
         actions = self.statistics.range(unnorm_key, "action", cfg.bounds)
         if self.network.parallel and len(actions) != sizes.action_dim:
@@ -206,13 +207,13 @@ def _settings(
         target = tuple(sizes["target"]) if sizes["target"] else None
         return cfg, PolicySizes(**{**sizes, "target": target, "chunk": unsaid.chunk or sizes["chunk"]})
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); export it again") from error
+        raise unreadable(path, error) from error
 
 
 def _official(
     checkpoint: load.PolicyCheckpoint, config: OpenVLAConfig, unsaid: Unsaid, statistics: Statistics
 ) -> tuple[recipe.PolicyConfig, PolicySizes]:
-    """What the released folders leave unsaid, from the files they have."""
+    """The settings that released folders lack, derived from their files."""
     options, chunk = unsaid.options, unsaid.chunk
     head, proprio = checkpoint.part("action_head"), checkpoint.part("proprio_projector")
     found: dict[str, Any] = {

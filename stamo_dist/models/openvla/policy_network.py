@@ -1,4 +1,4 @@
-"""What a policy trains: OpenVLA, OFT's parts and the world head, with the losses of one batch."""
+"""The trained network of a policy: OpenVLA, OFT's parts and the world head, with the losses of a batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stamo_dist.recipe.policy import PolicyConfig
 
 @dataclass(frozen=True)
 class PolicySizes:
-    """What the network takes from the data and from the StaMo tokenizer beside it."""
+    """Dimensions given by the data and the StaMo tokenizer."""
 
     action_dim: int  # A
     chunk: int = 1  # C, the actions it predicts at once
     proprio_dim: int = 0  # P
-    target: tuple[int, int] | None = None  # tokens and dim of what the world head predicts
-    patch_dim: int | None = None  # of the StaMo encoder's patch features, where the policy reads them
-    state_dim: int | None = None  # of its state tokens, where the policy reads them
+    target: tuple[int, int] | None = None  # (tokens, dim) of the world head's target
+    patch_dim: int | None = None  # dim of the StaMo encoder's patch features, if the policy reads them
+    state_dim: int | None = None  # dim of its state tokens, if the policy reads them
 
     @property
     def action_tokens(self) -> int:
@@ -33,36 +33,36 @@ class PolicySizes:
 
 
 class Inputs(NamedTuple):
-    """One batch. Everything that a sample lacks may hold any number, NaN too: its mask says so.
+    """One batch. Masked entries may hold any value, even NaN.
 
-    In training a policy with a world head is always given a target, and one with an action head actions: parameters
-    that no loss reaches stop a data-parallel engine.
+    In training, a policy with a world head always gets a target, and one with an action head always gets actions:
+    parameters without a gradient would block a data-parallel engine.
     """
 
     input_ids: Tensor  # (B, L) prompt, action ids or placeholders, </s>; padded on the right
-    attention_mask: Tensor | None  # (B, L) bool; None where nothing is padding
+    attention_mask: Tensor | None  # (B, L) bool; None without padding
     prompts: Tensor  # (B,) ids of each prompt, the space behind it included
     images: Tensor | Features  # pixels (B, C, S, S) or a StaMo encoder's features
-    labels: Tensor | None = None  # (B, L); -100 but for action ids and </s>
+    labels: Tensor | None = None  # (B, L); -100 except at action ids and </s>
     proprio: Tensor | None = None  # (B, P) normalised
     actions: Tensor | None = None  # (B, C, A) normalised
     has_actions: Tensor | None = None  # (B,) bool; all of them when omitted
-    target: Tensor | None = None  # (B, tokens, dim) what the world head is to predict
+    target: Tensor | None = None  # (B, tokens, dim) target of the world head
     has_target: Tensor | None = None  # (B,) bool; all of them when omitted
 
 
 class Losses(NamedTuple):
-    """Per sample, so that a source's mean, a mask and a weight are the caller's. Zero where a sample has none."""
+    """Losses per sample; averaging, masking and weighting are the caller's. Zero if a sample has none."""
 
     action: Tensor  # (B,) sum over the sample's `action_count` terms
-    action_count: Tensor  # (B,) tokens; or 1, the chunk's mean being one term
+    action_count: Tensor  # (B,) number of tokens; or 1 if the loss is the chunk's mean
     mse: Tensor  # (B,) mean squared error of the world head
     l1: Tensor  # (B,) its mean absolute error
-    target_count: Tensor  # (B,) 1 where there is a target
+    target_count: Tensor  # (B,) 1 if there is a target
 
 
 class PolicyPrediction(NamedTuple):
-    """What one forward pass at inference gives: ids or numbers of the actions, and the world head's guess."""
+    """Outputs of an inference pass: ids or values of the actions, and the world head's prediction."""
 
     ids: Tensor | None  # (B, C·A)
     actions: Tensor | None  # (B, C, A) normalised
@@ -76,7 +76,7 @@ class PolicyNetwork(nn.Module):
         """Random weights.
 
         Raises:
-            RecipeError: the parts that `cfg` asks for do not fit `sizes`.
+            RecipeError: the parts in `cfg` do not fit `sizes`.
         """
         super().__init__()
         _check(config, cfg, sizes)
@@ -84,14 +84,14 @@ class PolicyNetwork(nn.Module):
         self.vla = OpenVLA(config, film=cfg.film, patch_dim=sizes.patch_dim, state_dim=sizes.state_dim)
         self.action_head = ActionHead(config.hidden, sizes.action_dim) if cfg.actions == "regression" else None
         if self.action_head is not None:
-            self.vla.language_model.lm_head.requires_grad_(False)  # no loss reaches it
+            self.vla.language_model.lm_head.requires_grad_(False)  # it gets no gradient
         self.proprio_projector = ProprioProjector(sizes.proprio_dim, config.hidden) if cfg.proprio else None
         world = cfg.world
         self.world_head = WorldHead(config.hidden, *sizes.target, world.width) if world and sizes.target else None
 
     @property
     def parallel(self) -> bool:
-        """All actions come from one pass in which everything sees everything (OFT)."""
+        """Whether all actions come from one pass with bidirectional attention (OFT)."""
         return self.cfg.actions != "tokens"
 
     def forward(self, inputs: Inputs) -> Losses:
@@ -120,7 +120,7 @@ class PolicyNetwork(nn.Module):
     def predict(self, inputs: Inputs, tokens: int | None = None) -> PolicyPrediction:
         """Greedy actions of prompts; with a parallel policy `input_ids` holds its placeholders and </s> as well.
 
-        `tokens` is how many ids to decode one after the other, C·A when omitted.
+        `tokens`: number of ids to decode sequentially, C·A when omitted.
         """
         if not self.parallel:
             ids, _, states = self.vla.generate(
@@ -159,16 +159,16 @@ class PolicyNetwork(nn.Module):
         return self.vla.sequence(inputs.input_ids, inputs.images, inputs.attention_mask, self._extra(inputs), blank)
 
     def _places(self, inputs: Inputs, sequence: Sequence) -> Tensor:
-        """(B, C·A) where the hidden states of the actions stand: each predicts what follows it."""
+        """(B, C·A) positions of the hidden states that predict the actions (each predicts the next token)."""
         ahead = torch.arange(self.sizes.action_tokens, device=inputs.prompts.device)
         places = (sequence.inserted + inputs.prompts - 1)[:, None] + ahead
         return places.clamp_max(sequence.embeddings.shape[1] - 1)
 
     def _token_loss(self, hidden: Tensor, inputs: Inputs, sequence: Sequence) -> tuple[Tensor, Tensor]:
-        """Sums over each sample's action ids and </s>, which are all that has labels, and how many it has."""
+        """Sums over each sample's labelled tokens (action ids and </s>), and their number."""
         assert inputs.labels is not None
-        # Only there: the vocabulary is eight times as wide as the hidden states. How many labels there really are is
-        # not asked, for that would wait for the device.
+        # Logits only at these positions: the vocabulary is eight times as wide as the hidden states. The true number
+        # of labels is not read, as that would wait for the device.
         ahead = torch.arange(self.sizes.action_tokens + 1, device=hidden.device)
         text = inputs.prompts[:, None] + ahead
         last = inputs.labels.shape[1] - 1
@@ -179,11 +179,11 @@ class PolicyNetwork(nn.Module):
         return terms.view_as(targets).sum(1), (targets != IGNORE).sum(1).float()
 
     def _world_state(self, hidden: Tensor, places: Tensor, inputs: Inputs) -> Tensor:
-        """(B, H): the last prompt token's hidden state, or the mean over the actions' where the sample has any."""
+        """(B, H): the last prompt token's hidden state, or the mean over the actions' states if the sample has any."""
         if self.cfg.world is None or self.cfg.world.read == "prompt":
             return _pick(hidden, places[:, :1])[:, 0]
         states = _pick(hidden, places)
-        # A sample without actions has no places of its own in a causal sequence: its prompt's end is read.
+        # A sample without actions has no action positions in a causal sequence: the end of its prompt is used.
         first = states[:, 0]
         if self.parallel:
             return states.mean(1)
@@ -204,7 +204,7 @@ def _pick(hidden: Tensor, places: Tensor) -> Tensor:
 
 
 def _difference(found: Tensor, wanted: Tensor, has: Tensor) -> Tensor:
-    """(B, …) float32 found − wanted, and zero with a zero gradient where a sample has nothing, were it NaN."""
+    """(B, …) float32 found − wanted, and zero with a zero gradient where masked, even if the values are NaN."""
     found = found.float()
     return found - torch.where(has[:, None, None], wanted.float(), found.detach())
 

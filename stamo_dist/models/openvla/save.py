@@ -23,11 +23,11 @@ from stamo_dist.models.openvla.load import HEADS, LANGUAGE
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.models.policy_base import FORMAT
+from stamo_dist.models.policy_base import folder_settings
 
-_STEP = "latest"  # where the official names have a step
+_STEP = "latest"  # replaces the step in official file names
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
-_HUB = "openvla/openvla-7b--"  # where transformers finds the official code, with trust_remote_code
+_HUB = "openvla/openvla-7b--"  # location of the official code for transformers' trust_remote_code
 _CODE: dict[str, dict[str, Any]] = {
     "config": {
         "architectures": ["OpenVLAForActionPrediction"],
@@ -52,7 +52,7 @@ _CODE: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PolicyParts:
-    """What a policy's folder says beside the weights, which `network` names; `tokenizer_fingerprint`: StaMo's."""
+    """A policy's folder without weights; `network` gives the weights' names; `tokenizer_fingerprint`: StaMo's."""
 
     network: PolicyNetwork
     text: TextTokenizer
@@ -63,7 +63,7 @@ class PolicyParts:
 
 
 def save_pretrained(policy: Policy, folder: str | Path, *, shard_size: str = "5GB") -> None:
-    """Write all of a policy; its adapters are merged already (`adapt.merge_lora`). `policy.json` comes last."""
+    """Write a policy; adapters must be merged (`adapt.merge_lora`). `policy.json` is written last."""
     fingerprint = policy.vision.tokenizer.fingerprint if policy.vision else None
     parts = PolicyParts(policy.network, policy.text, policy.processor, policy.statistics, policy.framing, fingerprint)
     save_parts(Path(folder), parts, policy.network.state_dict(), ExportLayout(shard_size=shard_size))
@@ -77,18 +77,18 @@ def save_parts(
     *,
     base: Base | None = None,
 ) -> None:
-    """As `save_pretrained`, with the weights `state` by the names of the network, whose own are not read.
+    """As `save_pretrained`, with the weights `state` by the network's names; the network's own weights are not read.
 
     The towers, the projector and the language model go into safetensors shards under the released names; action head,
-    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, which it does not know, into
-    safetensors. In the form hf the language model lies in a folder of its own, which plain transformers opens. With
-    `base`, PEFT's adapter files stand in place of the towers, the projector and the language model.
+    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, unknown to that code, into
+    safetensors. In the form hf the language model is in a separate folder that plain transformers opens. With `base`,
+    PEFT's adapter files replace the towers, the projector and the language model.
 
     Raises:
-        ValueError: there are adapters that are not merged and no `base`, or none and a `base`.
+        ValueError: there are unmerged adapters without `base`, or none with a `base`.
     """
-    network, statistics = policy.network, policy.statistics
-    lora, adapted = network.cfg.lora, next((name for name in state if ".lora_" in name), None)
+    network = policy.network
+    adapted = next((name for name in state if ".lora_" in name), None)
     if base is None and adapted:
         raise ValueError(f"{adapted} is an adapter: merge them before saving")
     if base is not None and not adapted:
@@ -100,42 +100,60 @@ def save_parts(
         parameters = network.named_parameters()
         kept = {name: p.dtype for name, p in parameters if not p.requires_grad and _plain(name) not in base.lacks}
         state = {name: tensor for name, tensor in state.items() if name not in kept}
-        about["base_dtype"] = str(next(d for n, d in kept.items() if ".base_layer." in n)).removeprefix("torch.")
+        about["base_dtype"] = _dtype_name(next(d for n, d in kept.items() if ".base_layer." in n))
     state = {name: weights.cast(tensor, layout.dtype) for name, tensor in state.items()}
     parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
-    vla = _without_film(parts["vla"])
-    config = network.vla.config.raw
-    name = str(next(iter(parts["vla"].values())).dtype).removeprefix("torch.")
-    text_config = {**config["text_config"], "torch_dtype": name}
+    dtype = _dtype_name(next(iter(parts["vla"].values())).dtype)
+    _write_vla(folder, policy, parts["vla"], dtype, layout, base)
+    _write_heads(folder, parts)
+    if network.vla.film and base is None:
+        towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
+        torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
+    _write_configs(folder, policy, dtype, official=layout.form != "hf" and bool(network.vla.config.towers))
+    fingerprint = policy.tokenizer_fingerprint
+    settings = folder_settings(network.cfg, network.sizes, policy.statistics, policy.framing, fingerprint)
+    _write(folder / SETTINGS, {**settings, **about})
+
+
+def _write_vla(
+    folder: Path, policy: PolicyParts, state: Mapping[str, Tensor], dtype: str, layout: ExportLayout, base: Base | None
+) -> None:
+    """Write towers, projector and language model, or with a `base` their adapters; `dtype`: torch's name for config."""
+    network = policy.network
+    vla = _without_film(state)
     if layout.form == "hf":
         language = _below(vla, "language_model.")
         vla = {key: tensor for key, tensor in vla.items() if not key.startswith("language_model.")}
         weights.save_shards(language, folder / LANGUAGE, shard_size=layout.shard_size)
-        model = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+        model = {**network.vla.config.text.to_dict(), "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
         _write(folder / LANGUAGE / "config.json", model)
         policy.text.save(folder / LANGUAGE)
     if base is not None:
-        assert lora is not None, "which made the adapters"
-        adapters.save(folder, lora, parts["vla"], base.name, _released)
+        assert network.cfg.lora is not None, "the adapters were made from policy.lora"
+        adapters.save(folder, network.cfg.lora, state, base.name, _released)
     else:
         weights.save_shards(vla, folder, shard_size=layout.shard_size)
+
+
+def _write_heads(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     for head in ("action_head", "proprio_projector"):
         if parts[head]:
             torch.save({f"module.{k}": v for k, v in parts[head].items()}, folder / f"{head}--{_STEP}_checkpoint.pt")
     if parts["world_head"]:
         weights.save(parts["world_head"], folder / "world_head.safetensors")
-    if network.vla.film and base is None:
-        towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
-        torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
-    official = layout.form != "hf" and bool(network.vla.config.towers)
-    config = {key: value for key, value in config.items() if key != "auto_map"}
+
+
+def _write_configs(folder: Path, policy: PolicyParts, dtype: str, *, official: bool) -> None:
+    """Write config.json, statistics, preprocessor and text tokenizer; `official`: with the released code's entries."""
+    statistics, raw = policy.statistics, policy.network.vla.config.raw
+    config = {key: value for key, value in raw.items() if key != "auto_map"}
     _write(
         folder / "config.json",
         {
             **config,
             **(_CODE["config"] if official else {}),
-            "torch_dtype": name,
-            "text_config": text_config,
+            "torch_dtype": dtype,
+            "text_config": {**raw["text_config"], "torch_dtype": dtype},
             "norm_stats": statistics.sources,
         },
     )
@@ -147,18 +165,10 @@ def save_parts(
         _write(folder / "processor_config.json", _CODE["processor"])
         path = folder / "tokenizer_config.json"
         _write(path, {**json.loads(path.read_text(encoding="utf-8")), **_CODE["processor"]})
-    _write(
-        folder / SETTINGS,
-        {
-            "format": FORMAT,
-            "policy": network.cfg.model_dump(mode="json"),
-            "sizes": dataclasses.asdict(network.sizes),
-            "tokenizer_fingerprint": policy.tokenizer_fingerprint,
-            "framing": policy.framing.to_dict(),
-            **about,
-            "sources": {name: dataclasses.asdict(seen) for name, seen in statistics.seen.items()},
-        },
-    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -179,12 +189,12 @@ def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _released(name: str) -> str:
-    """A name as it is without FiLM."""
+    """A parameter's name without FiLM."""
     return re.sub(r"(\.blocks\.\d+\.)block\.", r"\1", name)
 
 
 def _as_adapted(towers: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """FiLM's file in the form OFT loads it: with adapters, which here add nothing."""
+    """FiLM's file in OFT's form, which has adapters; here they are zero."""
     out = {}
     adapted = {
         name: layer

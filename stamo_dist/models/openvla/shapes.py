@@ -1,4 +1,4 @@
-"""A policy's shapes: what one training step computes, without memory or data."""
+"""A policy's shapes: a training step on the meta device, without memory or data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from stamo_dist.recipe.policy import PolicyConfig
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How much of it a policy reads in one sample."""
+    """Numbers of tokens that a policy reads per sample."""
 
-    text: int  # ids of prompt, actions and </s>, as they are padded
+    text: int  # ids of prompt, actions and </s>, with padding
     patches: int = 0  # of the StaMo encoder, all views
     states: int = 0  # state tokens of the StaMo encoder, all views
 
@@ -35,10 +35,10 @@ def on_meta(
     whole: Collection[str] | None = None,
     base: torch.dtype = torch.float32,
 ) -> PolicyNetwork:
-    """The network on the meta device; what trains is what trains in the recipe's run.
+    """The network on the meta device, with the same trained parameters as in the recipe's run.
 
-    `whole` and `base` are those of `adapt.prepare`. Without `whole` the checkpoint, if `cfg` names one, is taken to
-    lack all that it may lack.
+    `whole` and `base` are those of `adapt.prepare`. Without `whole`, the checkpoint, if `cfg` names one, is assumed to
+    lack all optional parts.
     """
     with torch.device("meta"):
         network = PolicyNetwork(config, cfg, sizes)
@@ -50,7 +50,7 @@ def on_meta(
 
 
 def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
-    """A batch, where and as the network's parameters are; every sample has actions and a target."""
+    """A batch with the device and dtype of the network's parameters; every sample has actions and a target."""
     vla, sizes, weight = network.vla, network.sizes, next(network.parameters())
     ids = torch.zeros(batch, seen.text, dtype=torch.int64, device=weight.device)
 
@@ -81,15 +81,15 @@ def inputs(network: PolicyNetwork, seen: TokenCounts, batch: int) -> Inputs:
 
 
 def loss(network: PolicyNetwork, batch: Inputs) -> Tensor:
-    """A scalar that every loss of the network reaches."""
+    """A scalar that depends on all losses of the network."""
     found = network(batch)
     return found.action.sum() + found.mse.sum() + found.l1.sum()
 
 
 def training_flops(network: PolicyNetwork, seen: TokenCounts) -> int:
-    """Arithmetic of one sample through a network on the meta device, forward and backward, without recomputation.
+    """FLOPs of one sample through a network on the meta device, forward and backward, without recomputation.
 
-    What is frozen has no gradient of its weights, and none at all where nothing before it trains.
+    Frozen weights get no gradient, and no gradient is computed before the first trained layer.
     """
     with shapes_only(network), counter() as counted:
         loss(network, inputs(network, seen, 1)).backward()

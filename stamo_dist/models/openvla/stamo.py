@@ -17,7 +17,7 @@ Target = Literal["state", "motion", "dinov2"]
 
 
 class StamoVision:
-    """States, motions and patch features of frames. It is no part of the trained network."""
+    """States, motions and patch features of frames. It is not part of the trained network."""
 
     def __init__(self, tokenizer: StateEncoder):
         self.tokenizer = tokenizer
@@ -33,14 +33,14 @@ class StamoVision:
         return compressor.tokens, compressor.dim
 
     def target_shape(self, target: Target) -> tuple[int, int]:
-        """(tokens, dim) of what the world head predicts."""
+        """(tokens, dim) of the world head's target."""
         if target != "dinov2":
             return self.state_shape
         encoder = self.tokenizer.encoder
         return (encoder.image_size // encoder.model.config.patch_size) ** 2, encoder.dim
 
     def flops(self, frames: int) -> int:
-        """Arithmetic of encoding so many frames."""
+        """FLOPs of encoding this many frames."""
         encoder, compressor = self.tokenizer.encoder, self.tokenizer.compressor.cfg
         with torch.device("meta"):
             patches = torch.empty(1, self.target_shape("dinov2")[0], encoder.dim)
@@ -49,12 +49,12 @@ class StamoVision:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> EncodedFrames:
-        """uint8 (B, H, W, 3) → what the frozen encoder and compressor make of them."""
+        """uint8 (B, H, W, 3) → patch features and states of the frozen encoder and compressor."""
         patches = self.tokenizer.encoder(frames.to(self.tokenizer.device))
         return EncodedFrames(patches, self.tokenizer.compressor(patches))
 
     def read(self, frames: Tensor, reads: Reads) -> Features:
-        """uint8 (B, V, H, W, 3) → what the policy reads of V views, view by view."""
+        """uint8 (B, V, H, W, 3) → the policy's input from V views, view by view."""
         return self.encode(frames.flatten(0, 1)).features(reads, frames.shape[1])
 
     def target(self, now: Tensor, then: Tensor, target: Target) -> Tensor:
@@ -63,17 +63,17 @@ class StamoVision:
 
 
 class EncodedFrames(NamedTuple):
-    """Frames as the frozen tokenizer sees them, encoded once for all that is read of them."""
+    """Frames encoded once by the frozen tokenizer, for all features read from them."""
 
-    patches: Tensor | None  # (B, N, D), where they were computed
+    patches: Tensor | None  # (B, N, D), if computed
     states: Tensor  # (B, tokens, dim)
 
     def first_view(self, views: int) -> EncodedFrames:
-        """What the first of so many views of each timestep showed."""
+        """The first view of each timestep."""
         return EncodedFrames(None if self.patches is None else self.patches[::views], self.states[::views])
 
     def features(self, reads: Reads, views: int = 1) -> Features:
-        """What the policy reads, of (B / views) timesteps."""
+        """The policy's input, for (B / views) timesteps."""
         patches = None
         if reads != "states":
             assert self.patches is not None, "what is read was computed"
@@ -84,9 +84,9 @@ class EncodedFrames(NamedTuple):
         )
 
     def target(self, before: EncodedFrames | None, target: Target) -> Tensor:
-        """What the world head is to predict of frames after a chunk, (B, tokens, dim) float32.
+        """The world head's target from frames after a chunk, (B, tokens, dim) float32.
 
-        `before` are the frames before it, of which only a motion makes use.
+        `before`: the frames before it, used only for a motion.
         """
         if target == "dinov2":
             assert self.patches is not None, "what is predicted was computed"

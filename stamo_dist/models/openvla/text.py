@@ -23,11 +23,11 @@ _VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _SPACE, _BOS, _EOS, _UNKNOWN, _PAD = "▁", "<s>", "</s>", "<unk>", "<PAD>"
-_BLOCK = 64  # the vocabulary of the network is a multiple of it
+_BLOCK = 64  # the network's vocabulary size is a multiple of it
 
 
 def prompt(instruction: str, style: Style = "openvla") -> str:
-    """The text in front of the actions; `v01` is that of openvla-v01 (Vicuna).
+    """The prompt before the actions; `v01`: the format of openvla-v01 (Vicuna).
 
     Raises:
         DataError: the instruction is empty.
@@ -40,11 +40,11 @@ def prompt(instruction: str, style: Style = "openvla") -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of prompts, with or without actions behind them, padded on the right."""
+    """A batch of prompts, optionally followed by actions, padded on the right."""
 
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) bool
-    labels: Tensor  # (B, L) int64; -100 but for the action ids and </s>
+    labels: Tensor  # (B, L) int64; -100 except at action ids and </s>
     prompts: Tensor  # (B,) int64: ids of each prompt, BOS and the space behind it included
 
     def to(self, device: torch.device | str) -> Encoded:
@@ -55,7 +55,7 @@ class TextTokenizer:
     """Instructions → prompt ids, by the `tokenizer.json` that lies beside a checkpoint's weights."""
 
     def __init__(self, tokenizer: Tokenizer, pad: int, style: Style = "openvla", source: str = TOKENIZER):
-        """`pad` is the id of padding, as the checkpoint's config.json says.
+        """`pad` is the padding id of the checkpoint's config.json.
 
         Raises:
             CheckpointError: the tokenizer lacks one of the tokens of Llama's vocabulary.
@@ -78,19 +78,19 @@ class TextTokenizer:
             raise CheckpointError(f"{folder} has no {TOKENIZER}; copy the tokenizer of the checkpoint there")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower exception
             raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
         return cls(tokenizer, pad, style, str(path))
 
     @classmethod
     def from_instructions(cls, instructions: Iterable[str], *, size: int = 512, bins: int = 256) -> TextTokenizer:
-        """A small byte-pair tokenizer in Llama's manner, learnt from these instructions, for policies without weights.
+        """A small Llama-style byte-pair tokenizer learnt from these instructions, for policies without weights.
 
         The last `bins` ids are action tokens and the padding follows them, so a network of `size + 64` ids with
         `pad_token_id: size` and `pad_to_multiple_of: 64` fits.
 
         Raises:
-            ValueError: `size` is no multiple of 64, or the letters and actions do not fit in it.
+            ValueError: `size` is not a multiple of 64, or too small for the characters and actions.
         """
         special = [_UNKNOWN, _BOS, _EOS]
         texts = [prompt(i) for i in instructions]
@@ -116,7 +116,7 @@ class TextTokenizer:
         return cls(tokenizer, size)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, and what transformers' AutoTokenizer asks for besides."""
+        """Write `tokenizer.json`, and the files that transformers' AutoTokenizer also needs."""
         self.tokenizer.save(str(folder / TOKENIZER))
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -132,10 +132,10 @@ class TextTokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def check(self, vocabulary: int, most: int, source: str) -> None:
-        """Whether it is that of a network of `vocabulary` ids, `most` with their padding.
+        """Check that it fits a network of `vocabulary` ids, `most` including padding.
 
         Raises:
-            CheckpointError: it is another's.
+            CheckpointError: it does not fit.
         """
         size = self.tokenizer.get_vocab_size()
         if not vocabulary <= size <= most:
@@ -154,8 +154,8 @@ class TextTokenizer:
     ) -> Encoded:
         """Prompts alone, or each followed by its action ids (any shape) and </s>.
 
-        Where a sample has no actions, `blanks` placeholders and </s> follow its prompt, as a parallel policy reads
-        them, or nothing does; its labels are ignored.
+        If a sample has no actions, its prompt is followed by `blanks` placeholders and </s>, for a parallel policy,
+        or by nothing; its labels are ignored.
         """
         rows: list[SampleIds] = []
         for i, instruction in enumerate(instructions):

@@ -15,7 +15,7 @@ from stamo_dist.models.recompute import run_block
 
 
 class LayerScale(nn.Module):
-    """timm's LayerScale under the name the checkpoints have: transformers once rewrote names that held "gamma"."""
+    """timm's LayerScale with the checkpoints' parameter name: transformers used to rename parameters with "gamma"."""
 
     def __init__(self, start: Tensor):
         super().__init__()
@@ -54,7 +54,7 @@ class FiLMBlock(nn.Module):
 class VisionBackbone(nn.Module):
     """Pixels → patch features of the second-to-last block of each tower, without the final norm.
 
-    The last block, the final norm and SigLIP's pooling are in the checkpoints and never used; they are frozen.
+    The last block, the final norm and SigLIP's pooling are in the checkpoints but unused; they are frozen.
     """
 
     def __init__(self, towers: tuple[Tower, ...], language: int | None = None):

@@ -1,4 +1,4 @@
-"""A checkpoint compared with a policy network and copied into it, each process its own shards."""
+"""Comparing a checkpoint with a policy network and copying it into the network, each process its own shards."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ NOTHING = r"(?!)"
 
 
 class WeightLoader:
-    """A checkpoint compared with a network, and then copied into its parameters, each process its own shards.
+    """Compares a checkpoint with a network, then copies it into the parameters, each process its own shards.
 
-    Layers whose names begin as the pattern `fresh` says get an initialisation (the same on any number of processes)
-    where the checkpoint lacks them or has them in another shape. The network's adapters start as the identity, or go on
-    from the checkpoint's; what does not go on is merged. What the checkpoint has of towers that this network does not
-    use is left unread.
+    Layers whose names match the pattern `fresh` are initialised (identically on any number of processes) if the
+    checkpoint lacks them or has another shape. The network's adapters start as the identity, or continue the
+    checkpoint's; other adapters are merged. Towers of the checkpoint that this network does not use are not read.
 
     Attributes:
-        report: What becomes of each parameter, by its name without adapters.
-        whole: Parameters that start at random, or that the checkpoint's adapter has whole: adapters leave them alone.
+        report: The outcome for each parameter, by its name without adapters.
+        whole: Parameters that start at random or are full in the checkpoint's adapter; they get no adapters.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class WeightLoader:
         fresh: str = NOTHING,
         seed: int = 0,
     ):
-        """Only names and shapes are looked at; the network may be without memory.
+        """Only names and shapes are compared; the network may be on the meta device.
 
         Raises:
             CheckpointError: anything else is missing, unknown or has another shape; all of it is listed.
@@ -76,7 +75,7 @@ class WeightLoader:
         self._found, self._low, self._seed = found, low, seed
 
     def merged(self, network: PolicyNetwork) -> list[str]:
-        """Parameters into which an adapter of the checkpoint is merged, for it does not go on in `network`."""
+        """Parameters into which an adapter of the checkpoint is merged, because it does not continue in `network`."""
         return [n for n in self.report.loaded if n in self._low and not self._goes_on(network, n)]
 
     def _goes_on(self, network: PolicyNetwork, name: str) -> bool:
@@ -84,7 +83,7 @@ class WeightLoader:
 
     @torch.no_grad()
     def write(self, network: PolicyNetwork) -> LoadReport:
-        """Fill the network, with adapters or without, sharded or not; its parameters have memory."""
+        """Fill the network, with or without adapters, sharded or not; its parameters must have memory."""
         state, merged = _unadapted(network), set(self.merged(network))
         for name in self.report.loaded:
             tensor = self._found[name]
@@ -115,7 +114,7 @@ def _unadapted(network: PolicyNetwork) -> dict[str, Tensor]:
 
 
 def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
-    """Towers that the network has not: it reads one of two, or a StaMo encoder instead."""
+    """Towers that the network lacks: it uses one of two, or a StaMo encoder instead."""
     prefixes = []
     if not network.vla.config.towers:
         prefixes.append("vla.vision_backbone.")
@@ -129,7 +128,7 @@ def _unused(network: PolicyNetwork, found: Iterable[str]) -> set[str]:
 
 
 def _reset(layer: nn.Module) -> None:
-    """Draw a layer's initial values whole, on the CPU, and copy what is local."""
+    """Draw a layer's full initial values on the CPU, and copy the local part."""
     drawn = copy.copy(layer)
     own = {name: p for name, p in layer._parameters.items() if p is not None}
     drawn._parameters = {name: nn.Parameter(torch.zeros(shape_of(p))) for name, p in own.items()}
