@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
-from stamo_dist.models.shards import everyone, shape_of, share_of
+from stamo_dist.shares import everyone, shape_of, share_of
 
 #: Parts of the state: the weights that AdamW steps (and buffers, and what is not trained), its moments, the average.
 WEIGHT = "weight"

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from stamo_dist.shares import everyone, share_of
 
 Slices = tuple[slice, ...]
 
@@ -47,23 +48,6 @@ class StoredTensor:
     @classmethod
     def in_memory(cls, tensor: Tensor) -> StoredTensor:
         return cls(tuple(tensor.shape), lambda slices: tensor[slices])
-
-
-def everyone() -> tuple[int, int]:
-    """The replica that this process is of what all processes hold."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def shape_of(tensor: Any) -> tuple[int, ...]:
-    """The whole's shape of a tensor that may be a shard."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def share_of(parameter: Any, rank: int) -> tuple[int, int]:
-    """zero3's equal share of a parameter, the last ones cut short: first element and how many."""
-    share = parameter.ds_tensor.numel()
-    start = min(rank * share, parameter.ds_numel)
-    return start, min(share, parameter.ds_numel - start)
 
 
 def on_meta() -> AbstractContextManager[None]:

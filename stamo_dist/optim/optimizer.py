@@ -9,8 +9,8 @@ from torch import nn
 
 from stamo_dist.device import Device
 from stamo_dist.errors import RecipeError
-from stamo_dist.models.shards import shape_of
 from stamo_dist.recipe.training import Optimizer
+from stamo_dist.shares import shape_of
 
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:

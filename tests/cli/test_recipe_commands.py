@@ -55,7 +55,7 @@ def test_check_prints_shares_and_batching():
     out = run("check", "recipes/tokenizer_sim_droid.yaml", "--world-size", "8")
     assert out.startswith("OK ")
     assert "droid 50.0%" in out
-    assert re.search(r"^ +8 +96 = +48 × 2$", out, re.MULTILINE)
+    assert re.search(r"^ +8 +96 = +96 × 1$", out, re.MULTILINE)
 
 
 def test_check_lists_the_sizes_that_share_the_virtual_workers():

@@ -66,7 +66,7 @@ class Step:
         world = World(0, 1, 0, 1)
         engine = MetaEngine("fsdp", world, accelerator, self.task.trained, optimizer, self.recipe.optimizer.clip)
         state = RunState(cursor=Cursor().to_dict(), samples=[0], skipped=[0])
-        average = EMA(self.task.trained, 0.999)
+        average = EMA(engine, 0.999)
         return Trainer(
             self.recipe, self.task, engine, average, state, len(self.batch) // 2, _unused, _unused, (), _unused
         )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.adapters import FIELD, Adapter
 from stamo_dist.models.openvla.policy_network import PolicyNetwork
-from stamo_dist.models.shards import StoredTensor, shape_of, write
+from stamo_dist.models.shards import StoredTensor, write
 from stamo_dist.models.weights import LoadReport
+from stamo_dist.shares import shape_of
 
 log = logging.getLogger(__name__)
 
