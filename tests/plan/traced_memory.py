@@ -125,7 +125,7 @@ def _peak(recipe: Recipe) -> int:
         if isinstance(engine.module, DistributedDataParallel):  # a fake collective's future holds nothing
             engine.module.register_comm_hook(None, _as_it_is)
         task.place(engine.device, torch.bfloat16)
-        average = EMA(engine.unwrapped, 0.999)
+        average = EMA(engine, 0.999)
         for step in (1, 2, 3):
             live.reset()
             for micro in batch.split(plan.micro_batch):
