@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A moment in what a device does."""
 
     def record(self) -> None: ...
@@ -106,7 +106,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait until all that was handed out is done."""
 
-    def event(self) -> Event | None:
+    def event(self) -> DeviceEvent | None:
         """A recorded moment of what is handed out here; None where the host's clock tells as much."""
         return None
 
@@ -203,8 +203,8 @@ class Gpu(Device):
     def synchronize(self) -> None:
         self._cuda.synchronize(self.torch_device)
 
-    def event(self) -> Event:
-        event: Event = self._cuda.Event(enable_timing=True)
+    def event(self) -> DeviceEvent:
+        event: DeviceEvent = self._cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -271,7 +271,7 @@ class Fetched:
     """A tensor on its way to the host."""
 
     tensor: Tensor
-    arrived: Event | None
+    arrived: DeviceEvent | None
 
     def wait(self) -> Tensor:
         """The tensor, once it is there; for what was handed out after it nobody waits."""

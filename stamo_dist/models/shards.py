@@ -75,10 +75,11 @@ def share_out(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> 
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             cast = dtype if p.is_floating_point() else p.dtype
+            plain = torch.empty(p.shape, dtype=cast)  # in rows: DeepSpeed takes no other order, as channels-last
             if p.is_meta:
-                setattr(part, name, nn.Parameter(torch.empty(p.shape, dtype=cast), requires_grad=p.requires_grad))
+                setattr(part, name, nn.Parameter(plain, requires_grad=p.requires_grad))
             else:
-                p.data = p.data.to(cast).contiguous()
+                p.data = plain.copy_(p.data)
             holder = nn.Module()
             holder.register_parameter("shared", getattr(part, name))
             Init(module=holder, config_dict_or_path=config, dtype=dtype)

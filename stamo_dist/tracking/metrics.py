@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stamo_dist.device import Device, Event, Fetched
+from stamo_dist.device import Device, DeviceEvent, Fetched
 from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.rank import few_of
 
@@ -269,7 +269,7 @@ class _Moment:
     """When the device comes to what is handed out from now on."""
 
     def __init__(self, device: Device) -> None:
-        self._event: Event | None = device.event()
+        self._event: DeviceEvent | None = device.event()
         self._time = time.perf_counter()
 
     def since(self, before: _Moment) -> float:
