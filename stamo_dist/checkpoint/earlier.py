@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from stamo_dist.checkpoint.manifest import CheckpointManifest
-from stamo_dist.checkpoint.source import Source
+from stamo_dist.checkpoint.source import Source, make_zero, put_back
 from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.distributed.ranges import AVERAGE, MOMENTS, WEIGHT, Range
 from stamo_dist.errors import CheckpointError
@@ -81,7 +81,7 @@ class _Distributed:
 
 
 class DcpSource(Source):
-    """A checkpoint of ddp, fsdp or hsdp, or only the average of one of DeepSpeed's.
+    """A checkpoint of ddp, fsdp or hsdp.
 
     Raises:
         CheckpointError: An index holds what PyTorch does not store there.
@@ -186,13 +186,12 @@ def _fill(source: Source, ranges: Sequence[Range], read: Any) -> None:
         wanted = {r.name: (r.start, r.numel) for r in some if source.dtype(part, r.name) and r.numel}
         found = read(part, wanted) if wanted else {}
         for r in some:
-            live, flat = r.parts[part], r.flat(part)
+            flat = r.flat(part)
             if r.name in found:
                 flat.copy_(found[r.name])
-            else:
-                flat.zero_()
-            if not live.is_contiguous():  # then `flat` is a copy
-                live.copy_(flat.view(live.shape))
+            elif r.numel:
+                make_zero(flat, part, r.name)
+            put_back(flat, r.parts[part])
 
 
 # --- DeepSpeed's files ---

@@ -71,6 +71,20 @@ def load_checkpoint(
             "weights, AdamW's moments and step, moving average and data position are carried; sums are taken in "
             "another order, so losses agree to about 1e-5 and not to the bit"
         )
+    try:
+        _load(source, engine, ema, path)
+    except (RuntimeError, ValueError, KeyError) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f"{path}: does not fit the model or optimizer of the recipe: {why}") from e
+    state = copy.deepcopy(manifest.state)
+    if sources is not None:
+        for name in ("samples", "skipped"):
+            counted = dict(zip(sources_of(manifest.recipe), getattr(state, name), strict=False))
+            setattr(state, name, [counted.get(source, 0) for source in sources])
+    return state
+
+
+def _load(source: Source, engine: Engine, ema: EMA | None, path: Path) -> None:
     with torch.no_grad(), BytesProgress(path.name, shown=engine.world.is_main) as progress:
         ranges.before_reading(engine)
         ranges.make_moments(engine, source.step)
@@ -82,12 +96,6 @@ def load_checkpoint(
         _fill(source, average, progress.advance)
     if ema is not None and not source.averaged:
         ema.begin()
-    state = copy.deepcopy(manifest.state)
-    if sources is not None:
-        for name in ("samples", "skipped"):
-            counted = dict(zip(sources_of(manifest.recipe), getattr(state, name), strict=False))
-            setattr(state, name, [counted.get(source, 0) for source in sources])
-    return state
 
 
 def _mismatched(source: Source, engine: Engine, *, whole: bool) -> set[str]:

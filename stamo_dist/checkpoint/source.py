@@ -45,7 +45,11 @@ class Source(ABC):
 
     @abstractmethod
     def fill(self, ranges: Sequence[Range]) -> None:
-        """Read the ranges' parts into place; moments that the checkpoint lacks are zero."""
+        """Read the ranges' parts into place; moments that the checkpoint lacks are zero.
+
+        Raises:
+            KeyError: It lacks another part.
+        """
 
     @abstractmethod
     def dtype(self, part: str, name: str) -> torch.dtype | None:
@@ -65,6 +69,24 @@ def batches(ranges: Sequence[Range]) -> Iterator[list[Range]]:
     ends = itertools.accumulate(r.numel for r in ranges)
     for _, some in itertools.groupby(zip(ends, ranges, strict=True), key=lambda pair: pair[0] // _AT_ONCE):
         yield [r for _, r in some]
+
+
+def make_zero(target: Tensor, part: str, name: str) -> None:
+    """Where a checkpoint lacks a part: moments are zero until the first step.
+
+    Raises:
+        KeyError: It is another part.
+    """
+    if part not in MOMENTS:
+        raise KeyError(f"the checkpoint lacks {part}.{name}")
+    target.zero_()
+
+
+def put_back(flat: Tensor, live: Tensor) -> None:
+    """Copy a flattened tensor that was filled into the live one, where it is a copy of it."""
+    if not live.is_contiguous():
+        assert flat.numel() == live.numel(), "only whole tensors lie in another order"
+        live.copy_(flat.view(live.shape))
 
 
 class StateSource(Source):
@@ -110,17 +132,14 @@ class StateSource(Source):
     def _fill(self, r: Range, part: str, *, files: _Files) -> None:
         target, stored = r.flat(part), self.dtype(part, r.name)
         if stored is None:
-            target.zero_()
+            make_zero(target, part, r.name)
         else:
             direct = target.device.type == "cpu" and target.dtype == stored and target.is_contiguous()
             buffer = target if direct else torch.empty(r.numel, dtype=stored)
             self._read(r, part, buffer, files)
             if not direct:
                 target.copy_(buffer)
-        live = r.parts[part]
-        if not live.is_contiguous():  # then `target` is a copy
-            assert r.numel == live.numel(), "only whole tensors lie in another order"
-            live.copy_(target.view(live.shape))
+        put_back(target, r.parts[part])
 
     def _read(self, r: Range, part: str, into: Tensor, files: _Files) -> None:
         done = 0

@@ -5,7 +5,7 @@ thread; *write* is this process's own file, needs nobody and may run beside the 
 So a full disk on one process never leaves the others waiting in a collective.
 
 `state/00000.safetensors` holds the elements of which process 0 was in charge, flat, as `PART.NAME@START`; `index.json`
-the whole tensors' dtypes and shapes, and AdamW's steps; `pieces.npy` where every piece lies (see `Pieces`).
+the whole tensors' dtypes and shapes, and AdamW's steps; `pieces.npy` where every piece lies.
 """
 
 from __future__ import annotations

@@ -125,9 +125,9 @@ def trained_ranges(engine: Engine) -> Iterator[Range]:
 
 def other_ranges(engine: Engine) -> Iterator[Range]:
     """This process's ranges of the persistent buffers and of the parameters that are not trained."""
-    steps = trained(engine.unwrapped)
+    names = trained(engine.unwrapped)
     for name, tensor in _tensors(engine.unwrapped).items():
-        if name in steps:
+        if name in names:
             continue
         if hasattr(tensor, "ds_tensor"):  # zero3, which may have gathered the tensor itself
             start, numel = share_of(tensor, engine.world.rank)

@@ -153,7 +153,7 @@ class EngineSpec:
 
         if self.strategy.name == "zero3":
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            share_out(module, _deepspeed_config(3, self.batching, self.clip, self.precision), dtype)
+            share_out(module, _deepspeed_config(3, self.batching, self.clip, self.precision), dtype, accelerator.device)
         else:
             materialise(module, accelerator.device)
 

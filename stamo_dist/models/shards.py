@@ -65,8 +65,8 @@ def materialise(module: nn.Module, device: torch.device | str = "cpu") -> None:
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
-def share_out(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """For zero3: cut the parameters into shares in `dtype`, those without memory too; every process calls it.
+def share_out(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """For zero3: cut the parameters into shares on `device`, those without memory too; every process calls it.
 
     Each has memory for the whole only while it is cut. `config`: DeepSpeed's.
     """
@@ -75,7 +75,9 @@ def share_out(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> 
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             cast = dtype if p.is_floating_point() else p.dtype
-            plain = torch.empty(p.shape, dtype=cast)  # in rows: DeepSpeed takes no other order, as channels-last
+            plain = torch.empty(
+                p.shape, dtype=cast, device=device
+            )  # in rows: DeepSpeed takes no other order, as channels-last
             if p.is_meta:
                 setattr(part, name, nn.Parameter(plain, requires_grad=p.requires_grad))
             else:

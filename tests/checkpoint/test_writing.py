@@ -99,6 +99,9 @@ def test_any_range_of_any_dtype_is_read_into_any_tensor(tmp_path):
     assert wider.tolist() == [0, 0, 0, *whole["half"].flatten()[4:10].tolist(), 0]
     assert torch.equal(image, whole["image"])
     assert not moment.any()
+    for part in (WEIGHT, "ema"):
+        with pytest.raises(KeyError, match=rf"the checkpoint lacks {part}\.other"):
+            source.fill([Range("other", 0, 2, {part: torch.ones(2)})])
 
 
 def test_an_index_that_is_none_is_said(tmp_path):
