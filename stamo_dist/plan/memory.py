@@ -95,7 +95,7 @@ class Counted:
     def spread(self, name: str, devices: int, shards: int, *, ema: bool) -> Memory:
         size = self.size
         share = 1 / shards
-        average = 4 * self.trained / (shards if name == "hsdp" else devices) if ema else 0.0
+        average = 4 * self.trained / devices if ema else 0.0
         gathered = 0.0
         if name == "ddp":
             parameters, gradients, optimizer = float(self.stored), 4.0 * self.trained, 8.0 * self.trained + average

@@ -115,7 +115,7 @@ def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
     line = last_metrics(run.metrics, marker.state.step)
     if line is None:
         return "None were kept."
-    names = [k for k in line if isinstance(line[k], float) and not k.startswith(("samples", "data_wait"))]
+    names = [k for k in line if isinstance(line[k], float) and not k.startswith(("samples", "data_wait", "comm_wait"))]
     rows = [[name, f"{line[name]:.5g}"] for name in names]
     return f"In training, at step {line['step']}:\n\n" + _table(["", ""], rows)
 

@@ -24,7 +24,9 @@ SLOW = (
 
 def test_time_limit_and_preemption(submit, cluster, preempt):
     """2 nodes × 2 tasks: asked to stop before its time is up, then preempted with time to save. No step is lost."""
-    profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:01:00", "signal_delay": 59}
+    # slurmctld looks every 30 s and signals up to 30 s early: here 5 to 35 s after the start. Sooner, there would be no
+    # step to signal yet on a loaded machine, and Slurm sends it once.
+    profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:02:00", "signal_delay": 85}
     settings = ("train.steps=100", "train.checkpoint.every=1000", "strategy.name=fsdp")
     run = submit("run", profile, *settings, "tracking.wandb=offline")
     run.release(SLOW)
