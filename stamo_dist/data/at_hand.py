@@ -1,6 +1,6 @@
-"""Whether the sources are what a recipe asks of them: by manifests, tables and the sizes of files. Needs no numpy.
+"""Checks of sources against a recipe, using manifests, tables and file sizes. Needs no numpy.
 
-`misfits` serves whoever opens sources, remote ones too; `look` the commands that look before anything is started.
+`misfits` is used when sources are opened, remote ones included; `look` by the commands that check before a start.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, read_man
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
 
-_EACH = 64  # shards of a folder of which every size is looked at when it is opened; of more, the first's and the last's
+_EACH = 64  # up to this many shards, all sizes are checked when a folder is opened; beyond, the first and last
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """What is wrong, in words that name the source, and the field of the recipe that says otherwise."""
+    """A problem as text that names the source, and the recipe field it contradicts."""
 
     field: str
     text: str
@@ -40,7 +40,7 @@ def is_remote(path: str) -> bool:
 
 
 def resolve(path: str) -> str:
-    """One spelling for every way to name the same source."""
+    """Canonical path or URL of a source."""
     if is_remote(path):
         return path.rstrip("/")
     path = os.path.expanduser(path)
@@ -51,18 +51,18 @@ def resolve(path: str) -> str:
 
 @lru_cache(maxsize=64)
 def _real(folder: str) -> str:
-    """Of the folder in which many sources lie: a look at each folder above it is a request to a shared disk."""
+    """Cached, because each parent folder is a request to a shared disk and many sources share one."""
     return os.path.realpath(folder)
 
 
 def cameras_of(manifest: Manifest, source: SourceConfig, views: int) -> list[str]:
-    """The cameras that are read of a folder, of those that it has."""
+    """The existing cameras of a folder that the recipe reads."""
     asked = list(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
     return [camera for camera in asked[: views if views > 1 else None] if camera in manifest.cameras]
 
 
 def misfits(data: Data, found: Found) -> list[Misfit]:
-    """What of the folders that were found is not as the recipe's section says, or does not go together."""
+    """Contradictions between the folders found and the recipe's section, or among the folders."""
     problems = list[Misfit]()
     read: dict[tuple[str, str, str], str] = {}
     for name, folders in found.items():
@@ -101,7 +101,7 @@ def _of_folder(name: str, source: SourceConfig, data: Data, path: str, manifest:
 def _read_twice(
     name: str, source: SourceConfig, path: str, cameras: Sequence[str], read: dict[tuple[str, str, str], str]
 ) -> Iterator[Misfit]:
-    """`read`: what was read so far, by which source; added to."""
+    """`read`: source that reads each (path, split, camera); updated."""
     twice: dict[str, list[str]] = {}
     for camera in cameras:
         key = (resolve(path), source.split, camera)
@@ -118,7 +118,7 @@ def _read_twice(
 
 
 def _action_spaces(found: Found) -> Iterator[Misfit]:
-    """Actions of one batch must mean the same; sources without actions may be mixed in."""
+    """Sources with actions must share one action space."""
     spaces: dict[tuple[int, str], list[str]] = {}
     for name, folders in found.items():
         for _, manifest in folders:
@@ -134,7 +134,7 @@ def _action_spaces(found: Found) -> Iterator[Misfit]:
 
 
 def look(data: Data) -> list[Misfit]:
-    """What training would refuse of the sources on this machine's disks, all at once; remote ones are not looked at."""
+    """All problems that training would refuse in local sources; remote ones are not checked."""
     problems, found = list[Misfit](), dict[str, list[tuple[str, Manifest]]]()
     for name, source in data.used.items():
         for path in source.paths:
@@ -155,7 +155,7 @@ def look(data: Data) -> list[Misfit]:
 
 
 def damage(folder: Path, split: str, cameras: Sequence[str], *, every: bool = False) -> list[str]:
-    """What is missing of a split, or not of the size that was written; `every`: see `check_files`."""
+    """Files of a split that are missing or of another size than written; `every`: see `check_files`."""
     problems = []
     if not (folder / split / EPISODES).is_file():
         problems.append(f"{folder / split / EPISODES}: missing; {REPAIR}")
@@ -173,12 +173,12 @@ def damage(folder: Path, split: str, cameras: Sequence[str], *, every: bool = Fa
 
 
 def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool, every: bool = False) -> None:
-    """Whether the shards lie there with the sizes that index.json says; of many the first and the last, or `every`.
+    """Check that the shards exist with the sizes in index.json; of many, only the first and last unless `every`.
 
     The others are compared when they are mapped, and by `stamo data check`.
 
     Raises:
-        DataError: Some are missing, or of another size; all of the folder are counted then.
+        DataError: Some are missing or have another size; then all shards of the folder are counted.
     """
     files = [(packed and entry["zip_data"]) or entry["raw_data"] for entry in entries]
     if not every and len(files) > _EACH and not any(_wrong(f, _size(folder, f)) for f in (files[0], files[-1])):
@@ -208,7 +208,7 @@ def _wrong(file: Mapping[str, Any], size: int | None) -> str:
 
 
 def too_far(data: Data) -> Iterator[Misfit]:
-    """Whether data.horizon is more than any episode has frames, where all sources are on this machine's disks."""
+    """Whether data.horizon exceeds the longest episode; only if all sources are local."""
     if not data.horizon:
         return
     longest = 0

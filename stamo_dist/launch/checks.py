@@ -70,17 +70,20 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
     return fits, notes
 
 
-#: What else looks at a recipe whose data are at hand: returns lines to read, raises RecipeError. The `stamo` command
-#: brings what needs numpy or the simulators.
+#: Further checks of a recipe with local data; each returns notes or raises RecipeError. Registered by the `stamo`
+#: command, because they need numpy or the simulators.
 FURTHER: list[Callable[[Recipe], list[str]]] = []
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What is known of a recipe before it runs.
+    """Result of the checks of a recipe.
 
-    `problems`: what training refuses. `notes`: what may not be meant. `to_download`: (field, what is the matter, what
-    to do) of weights that the run would have to download. `advice`: how its data are used.
+    Attributes:
+        problems: What training refuses.
+        notes: What may be unintended.
+        to_download: (field, problem, remedy) of weights that the run would have to download.
+        advice: How its data are used.
     """
 
     problems: list[str]
@@ -96,13 +99,13 @@ def look(
     world_size: int | None = None,
     offline: bool = False,
 ) -> Looked:
-    """All that can be said of a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
+    """Check a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
 
     Args:
         loaded: The recipe.
-        environment: What the run will find set beside this process's variables.
-        world_size: Also whether the global batch divides over so many processes.
-        offline: Neither data nor weights are here to be looked at.
+        environment: Variables that the run will have besides this process's.
+        world_size: Also check that the global batch divides over this many processes.
+        offline: Skip data and weights, which are not on this machine.
     """
     problems = list[str]()
     if world_size is not None:
