@@ -11,6 +11,7 @@ import typer
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.options import UseOptions
+from stamo_dist.extras import how_to_install
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,7 @@ class ClientOptions:
 class ServeOptions(ClientOptions, UseOptions):
     """Answer observations with actions over HTTP, as clients of OpenVLA and OpenVLA-OFT speak. There is no login.
 
-    Needs `pip install "stamo-dist[serve]"`.
+    Its packages come with `make demo`, or with `pip install -e '.[serve]'` in a checkout.
 
     Example: stamo serve runs/policy_oft_state --port 8777
 
@@ -55,7 +56,7 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("json_numpy", "starlette", "uvicorn") if find_spec(name) is None]:
-        raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
+        raise RunError(f"serving needs the packages {', '.join(missing)}; {how_to_install('serve')}")
     from stamo_dist.serve import serve as answer
 
     answer(
