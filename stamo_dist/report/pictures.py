@@ -16,7 +16,7 @@ _LARGEST = 16383  # pixels a side that WebP can hold
 def embed(picture: Path) -> dict[str, Any]:
     """An image for the page, as WebP where that is smaller than the file; animations stay animations.
 
-    Returns `uri` with its content, `width` and `height`, and `wide` for a strip that is scrolled, not shrunk, on phones.
+    Returns `uri` (its content), `width`, `height`, and `wide`, for a strip that is scrolled, not shrunk, on phones.
     """
     content = picture.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
