@@ -47,6 +47,7 @@ def until(stamo: Callable[..., subprocess.CompletedProcess[str]], runs: Path, *s
 
 def test_a_pipeline_on_this_machine(here, tmp_path):
     write_raw(tmp_path / "raw" / "can.hdf5")
+    (tmp_path / "nothing").mkdir()
     runs, out, file = tmp_path / "runs", tmp_path / "shards", tmp_path / "pipeline.yaml"
 
     def submit(count: int = 3, **change: str) -> str:
@@ -69,7 +70,7 @@ def test_a_pipeline_on_this_machine(here, tmp_path):
     assert "p.shards: job local-" in submit()  # which goes on; the others come after it
     os.kill(watching, signal.SIGCONT)
     details = until(here, runs, "finished", "failed", "stopped")
-    assert f"{tmp_path / 'nothing'}: no such folder" in details[1]
+    assert f"{tmp_path / 'nothing'}: is empty" in details[1]
     assert details[2] == "p.check failed"
     assert "converted; train" in here("logs", runs / "shards").stdout
     assert "p.shards: done, skipped" in submit(check=f"data check {out}")
