@@ -151,11 +151,20 @@ class RunFolder:
             ) from e
 
     def describe(
-        self, text: str, resolved: str, command: list[str], *, step: int, processes: int, sources: Mapping[str, str]
+        self,
+        text: str,
+        resolved: str,
+        command: list[str],
+        *,
+        step: int,
+        processes: int,
+        sources: Mapping[str, str],
+        changed: Mapping[str, list[str]] | None = None,
     ) -> None:
         """Write the run's description: recipe as written and as resolved, versions, machine, command, and this start.
 
-        `sources`: recipe field → location of its weights.
+        `sources`: recipe field → location of its weights. `changed`: recipe field → its value in the last start, and
+        in this one.
         """
         write_atomic(self.recipe, text)
         write_atomic(self.resolved, resolved)
@@ -163,6 +172,7 @@ class RunFolder:
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
         start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"]}
+        start |= {"changed": dict(changed)} if changed else {}
         append_line(self.path / "starts.jsonl", json.dumps(start))
 
 
