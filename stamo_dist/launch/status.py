@@ -21,6 +21,8 @@ from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, 
 from stamo_dist.launch.run_progress import Progress, age, read_progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, Word, judge_state
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.tracking.progress import duration
 
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
@@ -279,6 +281,9 @@ def one_run(run: Run) -> RenderableType:
     if run.launch:
         again = f", {run.state.restarts} restarts" if run.state.restarts else ""
         rows.append(("job", f"{run.launch.job or 'none'} on {run.launch.cluster}{again}"))
+    for after, changed in changes_of(RunFolder(run.path)):
+        said = "; ".join(f"{field}: {old} → {new}" for field, (old, new) in changed.items())
+        rows.append((f"changed @ {after:,}", said))
     rows.append(("folder", str(run.path)))
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:

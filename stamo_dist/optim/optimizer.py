@@ -39,4 +39,3 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
     ]
     fused = Device.current().is_gpu or None
     return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
-

@@ -80,6 +80,7 @@ def continued(before: Schedule, recipe: Recipe, updates: int) -> tuple[Schedule,
         return after, [f"learning rate: {said}"]
     if math.isclose(asked.at(updates + 1), was, rel_tol=1e-9) or not updates:
         return asked, []
-    note = f"learning rate: {reached:.4g} at step {updates}, then {asked.at(updates + 1):.4g} by the changed schedule"
-    way = "" if here else "; --set optimizer.schedule_from=here starts it at the rate reached"
-    return asked, [f"{note} (before: {was:.4g}){way}"]
+    now = asked.at(updates + 1)
+    note = f"learning rate: {reached:.4g} at step {updates}, then {now:.4g} by the changed schedule (before: {was:.4g})"
+    way = "; --set optimizer.schedule_from=here starts it at the rate reached" if now > was else ""
+    return asked, [note + way]

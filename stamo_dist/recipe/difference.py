@@ -14,19 +14,22 @@ from stamo_dist.recipe.lines import show_value
 from stamo_dist.recipe.load import leaves
 from stamo_dist.recipe.schema import Recipe
 
-_MISSING = "not there"
+#: Of a field that one of the two recipes lacks.
+MISSING = "not there"
+_SHOWN = 80  # characters of a value
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field with another value."""
+    """A field with another value, both as YAML on one line."""
 
     field: str
     old: str
     new: str
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.old} → {self.new}"
+        old, new = (text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…" for text in (self.old, self.new))
+        return f"{self.field}: {old} → {new}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
@@ -57,7 +60,7 @@ def _value(tree: Mapping[str, Any], field: str) -> Any:
     at: Any = tree
     for name in field.split("."):
         if not isinstance(at, Mapping) or name not in at:
-            return _MISSING
+            return MISSING
         at = at[name]
     return at
 
@@ -68,4 +71,4 @@ def _inner(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return value if value is _MISSING else show_value(value, limit=80)
+    return value if value is MISSING else show_value(value, limit=1 << 20)

@@ -10,7 +10,6 @@ from typing import Any
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.success import KEY
 
-
 _NO_NUMBERS = ("step", "changed")  # W&B's own, and in its config
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,7 @@ from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.difference import Change, differences, resolved_of
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, git_commit
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
@@ -171,8 +173,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
-    schedule = _schedule(start, state)
-    state.schedule = schedule.to_dict()
+    state.schedule = _schedule(start, state).to_dict()
     # Decided by rank 0: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
@@ -182,7 +183,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     if world.is_main:
         start.changes = _changes(start, checkpoint)
     start.notes += [*pinned, *notes, *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else [])]
-    return _assemble(start, checked, task, engine, ema, state, schedule, fingerprint, exported=exported)
+    return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
@@ -195,7 +196,7 @@ def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
 
 def _schedule(start: RunStart, state: RunState) -> Schedule:
     """The learning rate's schedule, changed or not since the checkpoint; the same on every process."""
-    if state.schedule is not None:
+    if state.schedule:
         before = Schedule.from_dict(state.schedule)
     else:  # no checkpoint, or an early one: as of the last start
         last = broadcast(resolved_of(start.run.resolved) if state.step and start.world.is_main else None)
@@ -209,7 +210,8 @@ def _changes(start: RunStart, checkpoint: Checkpoint | None) -> list[Change]:
     """What differs between the recipes of the last start, or of the run it goes on from, and of this one."""
     run = start.run
     if checkpoint is not None and not run.resolved.is_file():
-        run = RunFolder(checkpoint.path.parent.parent)
+        parent = lineage.read(run.path)
+        run = RunFolder(Path(parent.run) if parent else checkpoint.path.parent.parent)
     last = resolved_of(run.resolved)
     return differences(last, start.recipe.model_dump(mode="json")) if last else []
 
@@ -238,7 +240,6 @@ def _assemble(
     engine: Engine,
     ema: EMA | None,
     state: RunState,
-    schedule: Schedule,
     fingerprint: RunFingerprint,
     *,
     exported: bool,
@@ -267,7 +268,7 @@ def _assemble(
 
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
-        state.schedule = schedule.to_dict()
+        state.schedule = trainer.schedule.to_dict()
         logger.rewind(state.step)
         for note in notes:
             logger.info(note)
@@ -279,7 +280,7 @@ def _assemble(
         engine=engine,
         ema=ema,
         state=state,
-        schedule=schedule,
+        schedule=Schedule.from_dict(state.schedule),
         micro_batch=checked.batching.micro_batch,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
