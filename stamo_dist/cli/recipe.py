@@ -19,6 +19,7 @@ from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.render import render
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.unread import unread
 from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
@@ -92,7 +93,7 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
-    for line in [*r.strategy.advice(world_size or 1), *advised]:
+    for line in [*unread(loaded), *r.strategy.advice(world_size or 1), *advised]:
         console.print(f"    {line}")
     paths = [path for source in r.data.used.values() for path in source.paths if "://" not in path]
     if absent := [path for path in paths if not Path(path).expanduser().exists()]:

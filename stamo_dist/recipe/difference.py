@@ -36,7 +36,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every field in which two resolved recipes differ; fields that the older version lacked have their defaults."""
     before, now = _completed(old), _completed(new)
     fields = dict.fromkeys([*leaves(before), *leaves(now)])
-    found = [(field, _value(before, field), _value(now, field)) for field in fields]
+    found = [(field, value_of(before, field), value_of(now, field)) for field in fields]
     return [Change(field, _shown(a), _shown(b)) for field, a, b in found if a != b and not _inner(a) and not _inner(b)]
 
 
@@ -56,7 +56,8 @@ def _completed(resolved: Mapping[str, Any]) -> Mapping[str, Any]:
         return resolved
 
 
-def _value(tree: Mapping[str, Any], field: str) -> Any:
+def value_of(tree: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field, `MISSING` if there is none."""
     at: Any = tree
     for name in field.split("."):
         if not isinstance(at, Mapping) or name not in at:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_a_longer_schedule_starts_at_the_rate_reached(shape):
     assert "starts at the rate reached, 0.0001" in notes[0]
     assert after.at(100) == after.rate == pytest.approx(reached)
     rates = [after.at(step) for step in range(100, 201)]
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates))
     assert math.isclose(rates[1], reached, rel_tol=0.01)
     end = {"constant": 1, "inverse_sqrt": math.sqrt(0.5)}.get(shape, 0.1)
     assert rates[-1] == pytest.approx(end * reached)
