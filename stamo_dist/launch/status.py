@@ -266,6 +266,8 @@ def one_run(run: Run) -> RenderableType:
         others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
     rows += [(name, said) for name, keys in _LAST.items() if (said := _values(p.terms, keys))]
+    if p.alarm:
+        rows.append(("ALARM", p.alarm))
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):

@@ -80,6 +80,15 @@ class ProfileSettings(Section):
     memory: bool = Field(False, description="Also a snapshot of the GPU's memory, with the stack of each allocation.")
 
 
+class Alarms(Section):
+    """Which steps are spikes; they are said in the log, in metrics.jsonl and by `stamo status`, and nothing else."""
+
+    window: Annotated[int, Field(ge=10)] = Field(200, description="Logged steps that a step is compared with.")
+    deviations: PositiveFloat = Field(
+        10.0, description="Robust deviations above their median at which loss or gradient norm is a spike."
+    )
+
+
 class Train(Section):
     """The schedule of one run."""
 
@@ -109,6 +118,7 @@ class Train(Section):
     max_bad_steps: PositiveInt = Field(
         10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."
     )
+    alarms: Alarms | None = Field(Alarms(), description="Spikes of loss and gradient norm; null looks for none.")
     step_timeout: PositiveFloat = Field(
         1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
     )

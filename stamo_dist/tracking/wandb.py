@@ -10,7 +10,7 @@ from typing import Any
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.success import KEY
 
-_NO_NUMBERS = ("step", "changed")  # W&B's own, and in its config
+_NO_NUMBERS = ("step", "changed", "alarms")
 
 
 class WandB:
@@ -45,6 +45,7 @@ class WandB:
             late = self._late.pop(0) if self._late else {}
             self._free = line["step"] + bool(late)
             numbers = {k: v for k, v in line.items() if k not in _NO_NUMBERS}
+            numbers |= {f"alarm/{name}": z for name, z in line.get("alarms", {}).items()}
             self._run.log({**numbers, **late}, step=line["step"])
 
     def late(self, line: Mapping[str, Any]) -> None:
