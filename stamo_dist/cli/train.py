@@ -56,7 +56,13 @@ def train(
         if launched or resume != "auto":
             raise StamoError("--branch: begins a run of its own, on one machine; on a cluster: stamo submit --branch")
         set_ = begin_branch(recipe, set_, branch)
-    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
+    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else None)
+    if not launched:
+        from stamo_dist.launch import checks
+
+        looked = checks.recipe(loaded, world_size=nproc)
+        downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
+        print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
     if not launched and nproc > 1:
         from stamo_dist.launch.local import launch_local
 

@@ -35,7 +35,6 @@ from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.difference import Change, differences, resolved_of
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.recipe.unread import unread
 from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, git_commit
 from stamo_dist.run.lease import RunLease
@@ -125,7 +124,6 @@ def check(start: RunStart) -> Checked:
     if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=Cursor()):
         use.check(mixture.cache)
     check_task(recipe, mixture)
-    start.notes += unread(start.loaded)
     return Checked(mixture, run_fingerprint(recipe, mixture), plan, select, begun)
 
 
