@@ -17,11 +17,11 @@ from typing import Any
 import json_numpy
 import numpy as np
 import requests
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stamo_dist.device import Device
 from stamo_dist.models.policies import load_policy
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import open_run
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     options = parser.parse_args()
     size = load(open_run(options.run).resolved).recipe.data.image_size
-    policy = load_policy(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(options.run, device=str(Device.current().torch_device))
     cfg, key = policy.cfg, next(iter(policy.statistics.sources))
     frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     felt = np.zeros(len(policy.statistics.range(key, "proprio", cfg.bounds))) if cfg.proprio else None

@@ -88,9 +88,18 @@ class Device:
         return None
 
     @property
+    def capacity(self) -> float | None:
+        """Bytes of the GPU's memory; None on a CPU."""
+        return None
+
+    @property
     def number(self) -> int:
         """Among those of the machine that the process may use."""
         return 0
+
+    def number_of(self, local_rank: int) -> int:
+        """The number of the device of a node's process: another where a scheduler shows each process its own alone."""
+        return local_rank
 
     def select(self, number: int) -> None:
         """In the calling thread, use the GPU of this number: the process's on its node, or `number`."""
@@ -133,6 +142,9 @@ class Device:
     def peak_memory(self) -> tuple[float, float]:
         """Bytes that the allocator had in use at most, and held, since it was last asked; 0 on a CPU."""
         return 0.0, 0.0
+
+    def release_memory(self) -> None:
+        """Give back what the allocator holds unused, and count the peak from here."""
 
     @property
     def activities(self) -> list[ProfilerActivity]:
@@ -177,12 +189,19 @@ class Gpu(Device):
         return next((peak for part, peak in PEAK_FLOPS.items() if part in self.name), None)
 
     @property
+    def capacity(self) -> float:
+        return float(self._cuda.mem_get_info(self.torch_device)[1])
+
+    @property
     def number(self) -> int:
         index = self.torch_device.index
         return int(self._cuda.current_device()) if index is None else index
 
+    def number_of(self, local_rank: int) -> int:
+        return local_rank % int(self._cuda.device_count())
+
     def select(self, number: int) -> None:
-        number %= self._cuda.device_count()  # a scheduler may show each process its own alone
+        number = self.number_of(number)
         self._cuda.set_device(number)
         self.torch_device = torch.device("cuda", number)
 
@@ -248,6 +267,10 @@ class Gpu(Device):
         )
         self._cuda.reset_peak_memory_stats(self.torch_device)
         return float(found[0]), float(found[1])
+
+    def release_memory(self) -> None:
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(self.torch_device)
 
     @property
     def activities(self) -> list[ProfilerActivity]:
