@@ -16,12 +16,12 @@ def gpu() -> roofline.GPU:
     return next((known for part, known in by_name.items() if part in Device.current().name), by_name["H100"])
 
 
-def beside(what: str, measured: float | None, predicted: float | None, unit: str) -> None:
-    """Print both and their ratio; None is what could not be measured or predicted."""
+def beside(what: str, measured: float | None, predicted: float | None, unit: str, *, other: str = "predicted") -> None:
+    """Print both and their ratio; None is what could not be measured or predicted. `other`: what the second one is."""
     said = "not measured" if measured is None else f"{measured:,.4g} {unit}"
     if predicted is not None:
         ratio = "" if measured is None else f", × {measured / predicted:.2f}"
-        said += f", predicted {predicted:,.4g} {unit}{ratio}"
+        said += f", {other} {predicted:,.4g} {unit}{ratio}"
     print(f"» {what}: {said}", flush=True)
 
 

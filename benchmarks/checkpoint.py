@@ -232,9 +232,8 @@ def show(training: Training, rows: dict[str, dict[str, float]], step: float) -> 
             f"{size / row['seconds'] / 1e9:.2f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    # The limits were measured in the same run: beside them stands what the project promises.
     waited, plain = rows["ours, waited for"]["seconds"], rows["torch.save + fsync"]["seconds"]
-    beside("checkpoint waited for, of torch.save (goal)", 100 * waited / plain, 100, "%")
+    beside("checkpoint waited for, of torch.save's seconds", 100 * waited / plain, 100, "%", other="goal")
     if (row := rows.get("ours, beside the training")) is not None:
         beside("training waits for one in background, of a step", row["stall"] / step, None, "steps")
 

@@ -124,7 +124,9 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
         table.add_column(column, justify="right")
     table.add_row(f"{total / n * 1e3:.1f}", f"{sum(model) / n * 1e3:.1f}", f"{1 - sum(model) / total:.2%}", "< 3 %")
     Console().print(table)
-    beside("share of a step outside forward, backward and optimizer", 100 * (1 - sum(model) / total), 3, "%")
+    beside(
+        "share of a step outside forward, backward and optimizer", 100 * (1 - sum(model) / total), 3, "%", other="goal"
+    )
 
 
 def full_recipe(sizes: dict, batch: int, compiled: bool, cached: bool) -> schema.Recipe:
