@@ -108,6 +108,9 @@ class Device:
         """Set up arithmetic and memory; before the device is first used. Returns what a person should know."""
         return []
 
+    def allow_tf32(self, allowed: bool) -> None:
+        """Whether products and convolutions of fp32 may be computed in TF32, which a CPU does not have."""
+
     def dtype(self, precision: str = "bf16") -> torch.dtype:
         """That of weights which are not trained: the recipe's precision where the device is made for it."""
         return torch.float32
@@ -210,11 +213,14 @@ class Gpu(Device):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if precision != "bf16":
             return []
-        torch.set_float32_matmul_precision("high")  # fp32 side work, such as a frozen compressor's, may be TF32
-        torch.backends.cudnn.allow_tf32 = True
+        self.allow_tf32(True)  # fp32 side work, such as a frozen compressor's
         if self._cuda.is_bf16_supported(including_emulation=False):
             return []
         return [f"train.precision: {self.name} emulates bf16, which is slow; it has fp32"]
+
+    def allow_tf32(self, allowed: bool) -> None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
     def dtype(self, precision: str = "bf16") -> torch.dtype:
         return torch.bfloat16 if precision == "bf16" else torch.float32

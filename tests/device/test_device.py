@@ -116,10 +116,14 @@ def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.get_float32_matmul_precision() == before, "fp32 means fp32"
         assert gpu.tune("bf16") == []
         assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+        gpu.allow_tf32(False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
         (note,) = FakeGpu(name="Tesla V100").tune("bf16")
         assert note == "train.precision: Tesla V100 emulates bf16, which is slow; it has fp32"
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = True
     assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
     batching = Batching(world_size=1, per_rank=1, micro_batch=1, accumulation=1)
     assert strategies._deepspeed_config(2, batching, 1.0, "bf16")["zero_optimization"]["overlap_comm"] is True
