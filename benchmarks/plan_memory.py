@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     a = parser.parse_args()
     os.environ.update(MALLOC)
+    from _beside import beside
+
     from stamo_dist.plan.memory import plan
     from stamo_dist.recipe.load import load
 
@@ -142,6 +144,8 @@ def main() -> None:
         table.add_row(name, *cells, f"{error:+.0%}")
     Console().print(table)
     print(json.dumps(rows))
+    for row in rows:
+        beside(f"memory, {row['strategy']}", row["measured"] / 1e9, row["predicted"] / 1e9, "GB")
 
 
 if __name__ == "__main__":
