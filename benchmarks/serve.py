@@ -27,6 +27,7 @@ from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import open_run
 
 _WARM = 3
+_JSON = {"Content-Type": "application/json"}
 _TEXT = "put the red block into the drawer"
 
 
@@ -83,7 +84,7 @@ def main() -> None:
                     policy.act_batch([[frame] * cfg.views] * batch, [_TEXT] * batch, unnorm_key=key, proprio=many)
 
                 def served(payload: dict[str, Any] = payload) -> None:
-                    answer = session.post(f"{url}/act", data=json_numpy.dumps(payload), timeout=600)
+                    answer = session.post(f"{url}/act", data=json_numpy.dumps(payload), headers=_JSON, timeout=600)
                     answer.raise_for_status()
                     json_numpy.loads(answer.text)
 
