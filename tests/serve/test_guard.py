@@ -83,6 +83,7 @@ def test_over_http(regression, served, caplog: pytest.LogCaptureFixture, capfd: 
 
 
 def test_a_run_of_another_stage(tmp_path, monkeypatch: pytest.MonkeyPatch, toy_policy) -> None:
+    from toy import write_recipe
     from toy_policy import write_policy_recipe
 
     from stamo_dist.serve.command import check_stage
@@ -93,4 +94,8 @@ def test_a_run_of_another_stage(tmp_path, monkeypatch: pytest.MonkeyPatch, toy_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run/resolved.yaml").write_text(recipe.read_text())
     check_stage(tmp_path / "run")
+    recipe = write_recipe(tmp_path / "t.yaml", toy_policy / "shards", toy_policy / "vae")
+    (tmp_path / "run/resolved.yaml").write_text(recipe.read_text())
+    with pytest.raises(RunError, match="run: its recipe trains the tokenizer stage; give the run folder of a policy"):
+        check_stage(tmp_path / "run")
     check_stage(tmp_path / "nothing")
