@@ -54,6 +54,8 @@ class ServeOptions(ClientOptions, UseOptions):
         Path | None,
         typer.Option(help="Where the policy's StaMo tokenizer lies; where it was in training when omitted."),
     ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Most observations computed at once, of one client or many.")] = 16
+    largest_request: Annotated[int, typer.Option(metavar="MIB", min=1, help="Size of the largest request.")] = 32
     unnorm_key: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Source whose units the actions have, if a request names none.")
     ] = None
@@ -67,6 +69,7 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
         raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
     from stamo_dist.serve.command import Address
     from stamo_dist.serve.command import serve as answer
+    from stamo_dist.serve.limits import MIB, Limits
 
     answer(
         asked.run,
@@ -76,4 +79,5 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
         unnorm_key=asked.unnorm_key,
         frames=asked.frames,
         use=asked.use(),
+        limits=Limits(batch=asked.batch, body=asked.largest_request * MIB, decoded=4 * asked.largest_request * MIB),
     )
