@@ -267,13 +267,25 @@ def _place(path: Path) -> tuple[int, str]:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     result = _read_json(path)
     try:
-        figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
+        figures = [{**figure, **embed(_inside(path.parent, figure["file"]))} for figure in result["figures"]]
         shown = {key: result[key] for key in _SHOWN}
         kept = {"by": result.get("by", []), "better": result.get("better", {}), "partial": result.get("partial")}
         drawn = {"figures": figures, "tasks": _tasks(figures)}
         return {"name": path.stem, "place": path.parent.name, **shown, **kept, **drawn}
     except (KeyError, TypeError, OSError) as e:
         raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A picture of the evaluations, of which `folder` is one.
+
+    Raises:
+        OSError: It lies elsewhere, and would get into a page that is passed on.
+    """
+    picture = folder / name
+    if not picture.resolve().is_relative_to(folder.parent.resolve()):
+        raise OSError(f"{name} lies outside of {folder.parent}")
+    return picture
 
 
 def _tasks(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
