@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import load_checkpoint
+from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
@@ -31,6 +33,7 @@ from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, git_commit
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
@@ -173,8 +176,17 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
+    if start.lease is not None:
+        _record_parent(run.path, checkpoint)
     start.notes += [*pinned, *notes, *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else [])]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
+
+
+def _record_parent(run: Path, checkpoint: Checkpoint | None) -> None:
+    """Rank 0: record where this start's state comes from, if that is not the run itself."""
+    parent = None if checkpoint is None else lineage.resumed(checkpoint.path, checkpoint.manifest.state.step)
+    if parent is None or Path(parent.run) != run.resolve():
+        lineage.record(run, parent)
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
