@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -74,3 +75,14 @@ def read(run_folder: Path) -> Parent | None:
         _log.warning("%s: is not what stamo writes, so the run's parent is not known", path)
         return None
     return parent
+
+
+def ancestors(run_folder: Path) -> Iterator[Parent]:
+    """A run's parent, that one's parent and so on, as far as the folders are there; each once."""
+    seen, at = {str(run_folder.resolve())}, run_folder
+    while (parent := read(at)) is not None:
+        yield parent
+        if parent.run in seen:
+            return
+        seen.add(parent.run)
+        at = Path(parent.run)
