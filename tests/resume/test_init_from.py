@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy import write_recipe
+from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
@@ -243,3 +246,53 @@ def test_itself_a_circle_and_another_stage_are_refused(parent, child, ranks, tmp
     code, output = begin(ranks, recipe, parent, "--set", "model.compressor.width=64", *STILL, check=False)
     assert code == 2
     assert "compressor.queries: [2, 32] in the parent, [2, 64] in the recipe\n" in output
+
+
+def test_a_policy_begins_with_another_s_export_and_checkpoint(toy_policy, ranks, tmp_path) -> None:
+    """OpenVLA at toy size, its world head fresh; the diffusion transformer."""
+    none = ["--set", "policy.world=null", "--set", "train.steps=3", *EMA]
+    for kind, write_one in (("openvla", write_policy_recipe), ("diffusion", write_diffusion_recipe)):
+        first = write_one(tmp_path / kind / "first/toy.yaml", toy_policy)
+        ranks(1, "train", first, *(none if kind == "openvla" else none[2:]))
+        run = first.parent / "run"
+        expected = read_weights(newest(run))
+        for name, given in {"export": run / "model", "checkpoint": run}.items():
+            recipe = write_one(tmp_path / kind / name / "toy.yaml", toy_policy, strategy="zero2")
+            output = begin(ranks, recipe, given, *STILL, processes=2)[1]
+            found = read_weights(newest(recipe.parent / "run"))
+            for key, weight in expected.items():
+                torch.testing.assert_close(found[key].float(), weight.float(), rtol=1e-6, atol=1e-6, msg=key)
+            assert ("world_head: fresh " in output) == (kind == "openvla")
+            assert f"{'language' if kind == 'openvla' else 'policy'}: loaded " in output
+            assert ", ignored " not in output
+
+
+def test_a_vae_begins_with_another(toy, ranks, tmp_path) -> None:
+    recipes = [write_recipe(tmp_path / name / "toy.yaml", toy.shards, toy.vae) for name in ("first", "second", "third")]
+    stage = ["--set", "stage=vae"]
+    ranks(1, "train", recipes[0], *stage, "--set", "train.steps=2", *EMA)
+    run = recipes[0].parent / "run"
+    for recipe, given in zip(recipes[1:], (run, run / "model"), strict=True):
+        begin(ranks, recipe, given, *stage, *STILL, "--set", f"model.vae.weights={toy.vae}")
+        found, expected = (read_weights(newest(at)) for at in (recipe.parent / "run", run))
+        assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_a_hub_id_is_pinned_to_the_commit_that_was_read(parent, child, ranks, tmp_path, monkeypatch) -> None:
+    commit, repo = "a" * 40, tmp_path / "hub/models--lab--tokenizer"
+    shutil.copytree(parent / "model", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "-m", "stamo_dist.cli", "train", str(child())]
+    run = tmp_path / "child/run"
+    more = ["--set", "init_from=lab/tokenizer", "--set", "train.checkpoint.every=2", "--set", "optimizer.lr=1e-30"]
+    for steps in (2, 3):
+        subprocess.run([*command, *more, "--set", f"train.steps={steps}"], check=True, timeout=300)
+        assert read_checkpoint_manifest(newest(run)).sources["init_from"] == f"lab/tokenizer@{commit}"
+        assert f"path: lab/tokenizer@{commit}" in (run / "resolved.yaml").read_text()
+        (repo / "refs/main").write_text("b" * 40)  # a branch that moved, to what is not at hand
+    assert read(run) == Parent("init", f"lab/tokenizer@{commit}")
+    found, expected = read_weights(newest(run)), read_weights(newest(parent))
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
