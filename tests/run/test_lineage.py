@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from toy import write_recipe
 
-from stamo_dist.run.lineage import PARENT, Parent, read, write
+from stamo_dist.run.lineage import PARENT, Parent, ancestors, lines, read, write
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,42 @@ def test_going_on_from_another_run_s_checkpoint_is_recorded(toy, ranks, tmp_path
         ranks(1, "train", second, *few, "--set", "train.steps=6", "--resume", own)
         assert read(run) == Parent("resume", str(tmp_path / "first/run"), 2)
     assert read(tmp_path / "first/run") is None
+
+
+def test_runs_report_and_card_tell_the_lineage(toy, ranks, stamo, tmp_path) -> None:
+    """A child, a grandchild and one that was branched off."""
+    folder = tmp_path / "runs"
+    few = ["--set", "train.steps=2", "--set", "train.checkpoint.every=2"]
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    before = []
+    for name in ("first", "second", "third"):
+        own = ["--set", f"run_dir={folder / name}", "--set", f"name={name}"]
+        ranks(1, "train", recipe, *few, *own, *before)
+        before = ["--set", f"init_from={folder / name}"]
+    write(folder / "third", Parent("branch", str(folder / "second"), 2))
+
+    printed = stamo("runs", folder, "--tree").stdout.splitlines()
+    assert [line.lstrip(" └─├│").split()[0] for line in printed] == ["first", "second", "third"]
+    assert "init_from step 2" in printed[1]
+    assert "branch step 2" in printed[2]
+    facts = json.loads(stamo("runs", folder, "--json").stdout)
+    parent = {"kind": "init", "run": str(folder / "first"), "step": 2, "weights": "raw"}
+    assert {run["name"]: run["parent"] for run in facts}["second"] == parent
+
+    page = Path(stamo("report", folder / "second", "--out", tmp_path / "page.html") and tmp_path / "page.html")
+    stamo("export", folder / "second", tmp_path / "model")
+    for text in (page.read_text(), (tmp_path / "model/README.md").read_text()):
+        assert f"it began with the weights of {folder / 'first'}, step 2, raw weights" in text
+        assert "third branched off it at step 2" in text
+
+    shutil.rmtree(folder / "first")
+    printed = stamo("runs", folder, "--tree").stdout.splitlines()
+    assert printed[0] == f"{folder / 'first'} (moved or removed)"
+    assert lines(folder / "second")[0].endswith("(moved or removed)")
+
+
+def test_a_circle_ends(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, Parent("init", str(tmp_path / other), 1))
+    assert [Path(parent.run).name for parent in ancestors(tmp_path / "a")] == ["b", "a"]
