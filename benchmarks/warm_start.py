@@ -27,7 +27,7 @@ from tests.warm import Warm  # noqa: E402
 SOURCES = ("sim", "droid", "oxe", "ego")
 SCALES = {"S": 1, "S+D": 2, "S+D+O": 3, "+Ego": 4}
 Found = tuple[float, int | None, float]
-FRAMES, DRAWS, SIDE = 256, 4, 32
+FRAMES, DRAWS, SIDE = 128, 4, 32
 RECIPE = """\
 name: {name}
 run_dir: {run}
@@ -50,8 +50,8 @@ model:
 flow: {{mean: 1.0}}
 train:
   steps: {steps}
-  global_batch: 16
-  micro_batch: 16
+  global_batch: 8
+  micro_batch: 8
   precision: fp32
   ema: 0.98
   log_every: 50

@@ -14,6 +14,7 @@ from stamo_dist.data.schema import MANIFEST, read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
@@ -78,7 +79,7 @@ def recipe(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})
         RecipeError: All missing or wrong items.
     """
     looked = weights(loaded, environment)
-    problems = [*_data(loaded), *looked.problems, *_policy(loaded)]
+    problems = [*_data(loaded), *_initial(loaded), *looked.problems, *_policy(loaded)]
     if problems:
         raise RecipeError(problems)
     return [f"{field}: {what}; nodes without network cannot get it: {fix}" for field, what, fix in looked.to_download]
@@ -182,6 +183,16 @@ def _data(loaded: Loaded) -> Iterator[str]:
                 yield f"{field}: there is no folder {path}; `stamo data convert` makes it"
             elif not (folder / MANIFEST).is_file():
                 yield f"{field}: {path} has no {MANIFEST}, so it was not converted to its end"
+
+
+def _initial(loaded: Loaded) -> Iterator[str]:
+    """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
+    initial, own = loaded.recipe.init_from, Path(loaded.recipe.run_dir) / "checkpoints"
+    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or any(own.glob("step_*")):
+        return
+    if not Path(initial.path).expanduser().is_dir():
+        field = _placed(loaded, "init_from.path")
+        yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
 
 
 @dataclass(frozen=True)
