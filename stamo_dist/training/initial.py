@@ -5,7 +5,7 @@ Each process reads the ranges that it holds. A parent is read only by a start wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -222,6 +222,15 @@ class Initial:
             for name, was in self._parent.frozen.items()
             if name in frozen and frozen[name][:12] != was[:12]
         ]
+
+    def corrected(self, notes: Sequence[str]) -> tuple[str, ...]:
+        """A task's notes on how its parts were built, of which some have no random weights any more."""
+        begun = [part for part, counts in self._plan.parts.items() if counts.loaded[0] and not counts.fresh[0]]
+        said = [f"model.{part}: " for part in begun]
+        if self._recipe.stage == "policy" and len(begun) == len(self._plan.parts):
+            said.append("policy: ")
+        random = "random initial weights"
+        return tuple(n.replace(random, f"weights of {FIELD}") if n.startswith(tuple(said)) else n for n in notes)
 
     def _taken_of(self, part: str) -> bool:
         return any(part_of(self._recipe.stage, name) == part for name in self._plan.taken)

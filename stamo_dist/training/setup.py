@@ -226,6 +226,8 @@ def _build_task(start: RunStart, checked: Checked, initial: Initial | None) -> t
     if initial is not None and not initial.meet(task.trained):
         torch.manual_seed(recipe.seed)
         task = build_task(recipe, checked.mixture, meta_init=True)
+    if initial is not None:
+        task.notes = initial.corrected(task.notes)
     if described := initial.described if initial else begun.get("init_from"):
         task.sources = {**task.sources, "init_from": described}
     changed = moved(task.sources, begun)

@@ -65,6 +65,7 @@ def test_every_strategy_begins_with_the_parent_s_average(parent, child, ranks, s
     output = begin(ranks, recipe, parent, *more, processes=2)[1]
     assert f"init_from: {newest(parent)} (averaged weights, " in output
     assert "decoder: loaded " in output
+    assert "model.decoder: weights of init_from" in output
     expected = read_weights(newest(parent))
     for averaged in (False, True):
         found = read_weights(newest(recipe.parent / "run"), ema=averaged)
@@ -265,6 +266,7 @@ def test_a_policy_begins_with_another_s_export_and_checkpoint(toy_policy, ranks,
             assert ("world_head: fresh " in output) == (kind == "openvla")
             assert f"{'language' if kind == 'openvla' else 'policy'}: loaded " in output
             assert ", ignored " not in output
+            assert ("policy: weights of init_from" in output) == (kind == "diffusion")
 
 
 def test_a_vae_begins_with_another(toy, ranks, tmp_path) -> None:
