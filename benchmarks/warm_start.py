@@ -1,8 +1,8 @@
 """Steps of a tokenizer to the same held-out loss: from scratch, and from the scale before (`init_from`). A toy.
 
-The paper's four scales, S → S+D → S+D+O → +Ego, as four kinds of drawn films. Every scale is trained from scratch for
-`--steps`, and once more from the last weights of the warm run before (the first from those of S). Printed are the steps
-after which the warm run's held-out loss is the one that the run from scratch ends with.
+The four scales of the paper, S → S+D → S+D+O → +Ego, as drawn films. Every scale is trained from scratch for
+`--steps`, and once more for `--share` of them as a chain: from the last weights of the warm run before (S+D from S's).
+Printed are the steps after which the warm run's held-out loss is the one that the run from scratch ends with.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def train(warm: Warm, recipe: Path, *settings: str) -> None:
         sys.exit(f"{recipe}: exited {done.returncode}\n{done.stdout}\n{done.stderr}")
 
 
-def write_recipe(folder: Path, name: str, count: int, seed: int, args: argparse.Namespace) -> Path:
+def write_recipe(folder: Path, name: str, count: int, seed: int, steps: int, args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
     sources = "\n".join(f"    {kind}: {{path: {args.data}/{kind}}}" for kind in SOURCES[:count])
-    values = {"steps": args.steps, "every": args.every, "vae": args.data / "vae", "sources": sources}
+    values = {"steps": steps, "every": args.every, "vae": args.data / "vae", "sources": sources}
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(name=name, run=folder / "run", seed=seed, **values))
     return path
@@ -144,18 +144,18 @@ def one_seed(
 ) -> dict[str, tuple[float, int | None, float]]:
     """Scale → (last loss from scratch, warm start's steps to it, warm start's last loss)."""
     found: dict[str, Found] = {}
-    before = None
+    before, fewer = None, round(args.share * args.steps)
     for name, count in SCALES.items():
-        scratch = write_recipe(out / f"{seed}_{count}_scratch", f"{name} from scratch", count, seed, args)
+        scratch = write_recipe(out / f"{seed}_{count}_scratch", f"{name} from scratch", count, seed, args.steps, args)
         train(server, scratch)
         if before is None:
             before = scratch.parent / "run"
             continue
-        warm = write_recipe(out / f"{seed}_{count}_warm", f"{name} warm", count, seed, args)
+        warm = write_recipe(out / f"{seed}_{count}_warm", f"{name} warm", count, seed, fewer, args)
         train(server, warm, "--set", f"init_from={before}")
         goal, losses = held_out(scratch)[args.steps], held_out(warm)
         reached = next((step for step, loss in losses.items() if loss <= goal), None)
-        found[name] = (goal, reached, losses[args.steps])
+        found[name] = (goal, reached, losses[fewer])
         print(f"seed {seed}, {name}: from scratch {goal:.4f} at {args.steps}, warm {reached}", file=sys.stderr)
         before = warm.parent / "run"
     return found
@@ -164,9 +164,11 @@ def one_seed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower at this size
     with tempfile.TemporaryDirectory() as folder:
         args.data = Path(folder) / "shards"
         make_sources(args.data)

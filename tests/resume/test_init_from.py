@@ -16,7 +16,10 @@ from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
+from stamo_dist.recipe.load import load
 from stamo_dist.run.lineage import Parent, read, write
+from stamo_dist.tasks.tokenizer import TokenizerTask
+from stamo_dist.training.initial import find, open_initial
 
 EMA = ["--set", "train.ema=0.9"]
 #: Steps that leave the weights as they are.
@@ -298,3 +301,46 @@ def test_a_hub_id_is_pinned_to_the_commit_that_was_read(parent, child, ranks, tm
     assert read(run) == Parent("init", f"lab/tokenizer@{commit}")
     found, expected = read_weights(newest(run)), read_weights(newest(parent))
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_what_is_given_whole_is_built_without_memory(parent, child) -> None:
+    """A random decoder would be as large as the model, on every process."""
+    given = [f"init_from={parent}", "train.precision=fp32"]
+    for more, empty in (([], True), ([f"init_from={json.dumps({'path': str(parent), 'parts': ['encoder']})}"], False)):
+        recipe = load(child(), [*given, *more]).recipe
+        initial = open_initial(recipe, find(recipe, Path(recipe.run_dir), print))
+        assert initial is not None
+        task = TokenizerTask(recipe, meta_init=True, unfilled=initial.may_give_all)
+        assert initial.meet(task.trained)
+        decoder = [p for name, p in task.trained.named_parameters() if name.startswith("decoder.")]
+        assert [p.is_meta for p in decoder] == [empty] * len(decoder)
+        assert initial.gives_all(task.trained) == empty
+
+
+def test_a_deeper_model_has_fresh_layers(parent, child, ranks) -> None:
+    recipe = child(strategy="fsdp")
+    output = begin(ranks, recipe, parent, "--set", "model.compressor.depth=2", *STILL, processes=2)[1]
+    assert "compressor: loaded 23 tensors (15,072 parameters), fresh 14 tensors" in output
+
+
+def test_states_that_would_not_be_standardised_are_refused(parent, child, ranks) -> None:
+    recipe, alone = child(), {"path": str(parent), "parts": ["encoder"]}
+    code, output = begin(ranks, recipe, alone, "--set", "model.compressor.standardise=64", *STILL, check=False)
+    assert code == 2
+    assert "init_from.parts: an encoder without its compressor is not standardised" in output
+    white = ["--set", "model.compressor.standardise=64", "--set", "model.compressor.whiten=true"]
+    code, output = begin(ranks, recipe, parent, *white, *STILL, check=False)
+    assert code == 2
+    assert f"model.compressor.whiten: {parent} does not whiten its states" in output
+
+
+def test_a_run_whose_own_checkpoints_are_all_damaged_begins_anew_with_its_parent(parent, child, ranks) -> None:
+    recipe = child()
+    begin(ranks, recipe, parent, *STILL)
+    run = recipe.parent / "run"
+    _damage(run)
+    code, output = begin(ranks, recipe, parent, *STILL, check=False)
+    assert code == 75, output
+    assert "to be started again, from init_from" in output
+    assert "encoder: loaded" in begin(ranks, recipe, parent, *STILL)[1]
+    assert read(run) == Parent("init", str(parent), 6, "averaged")
