@@ -63,7 +63,7 @@ def _begin(run: RunFolder, child: RunFolder, step: int, parent: Recipe) -> None:
             phase = f"the learning rate is stable from step {schedule.warmup} to {falls}"
         raise RunError(f"--branch {step}: not a step in which the learning rate of {run.path} is stable: {phase}")
     child.prepare()
-    lineage.write(child.path, lineage.Parent("branch", str(run.path), step))
+    lineage.write(child.path, lineage.Parent("branch", str(run.path.resolve()), step))
     _link(source, child.checkpoints / source.name)
 
 

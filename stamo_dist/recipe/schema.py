@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
+from stamo_dist.recipe.init_from import InitialWeights
 from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
 from stamo_dist.recipe.section import (
     NonNegativeInt,
@@ -152,6 +153,9 @@ class Recipe(Section):
     stage: Literal["tokenizer", "vae", "policy"] = Field("tokenizer", description="What is trained.")
     run_dir: str = Field("", description="The run folder; runs/NAME when omitted.")
     seed: NonNegativeInt = Field(0, description="Seed of initialisation, sample order, augmentation and noise.")
+    init_from: InitialWeights = Field(
+        None, description="Another run or a model whose weights this one begins with: a path, or a map."
+    )
     data: Data
     model: Model = Model()
     flow: Flow = Flow()

@@ -28,6 +28,7 @@ from stamo_dist.recipe.data import SourceConfig
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
 from stamo_dist.run.history import Sample, sample
 from stamo_dist.run.recipe_history import changes_of
@@ -151,6 +152,11 @@ class ReportedRun:
             row = {"source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples}
             rows.append({**row, "realised": realised, "frames": frames, "epochs": epochs})
         return rows
+
+    @property
+    def lineage(self) -> list[str]:
+        """Where it comes from, and what began from it."""
+        return lineage.lines(self.folder.path)
 
     @property
     def command(self) -> str:

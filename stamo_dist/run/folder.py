@@ -10,6 +10,7 @@
     profile/         step_00000011.json.gz, a trace of a few steps (train.profile); memory_00000011.pickle
     samples.jsonl    what each step read (train.log_samples)
     compiled/        gpu_00.bin, what torch.compile made (train.compile), for the next start
+    parent.json      what the run began from, if that is another run or a model (run/lineage.py)
     success.json     a policy's success while it trains: the last and the best
 
 Beside metrics.jsonl and samples.jsonl there may be files with their damaged lines (`.damaged`), foreign files found in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +16,11 @@ PARENT = "parent.json"
 
 Kind = Literal["init", "branch", "resume"]
 Weights = Literal["averaged", "raw"]
+SAID: Mapping[Kind, str] = {
+    "init": "began with the weights of",
+    "branch": "branched off",
+    "resume": "went on from",
+}
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,37 @@ def read(run_folder: Path) -> Parent | None:
         _log.warning("%s: is not what stamo writes, so the run's parent is not known", path)
         return None
     return parent
+
+
+def ancestors(run_folder: Path) -> Iterator[Parent]:
+    """A run's parent, that one's parent and so on, as far as the folders are there; each once."""
+    seen, at = {str(run_folder.resolve())}, run_folder
+    while (parent := read(at)) is not None:
+        yield parent
+        if parent.run in seen:
+            return
+        seen.add(parent.run)
+        at = Path(parent.run)
+
+
+def children(run_folder: Path) -> list[tuple[Path, Parent]]:
+    """The runs beside it, in the same folder, that began from it."""
+    own = str(run_folder.resolve())
+    try:
+        beside = sorted(path for path in run_folder.resolve().parent.iterdir() if (path / PARENT).is_file())
+    except OSError:
+        return []
+    return [(path, parent) for path in beside if (parent := read(path)) is not None and parent.run == own]
+
+
+def lines(run_folder: Path) -> list[str]:
+    """Where a run comes from, nearest first, and what began from it among the runs beside it; for people."""
+    said, who = list[str](), "it"
+    for parent in ancestors(run_folder):
+        gone = "" if Path(parent.run).is_dir() or not Path(parent.run).is_absolute() else " (moved or removed)"
+        said.append(f"{who} {SAID[parent.kind]} {parent}{gone}")
+        who = f"that run, {Path(parent.run).name},"
+    return said + [
+        f"{path.name} {SAID[parent.kind]} it" + (f" at step {parent.step}" if parent.step is not None else "")
+        for path, parent in children(run_folder)
+    ]
