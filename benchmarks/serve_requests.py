@@ -64,6 +64,7 @@ def main() -> None:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     codes: Counter[int] = Counter()
     took: list[float] = []
+    again: list[float] = []
     try:
         url, session = wait_for(server), requests.Session()
         slowest = 0.0
@@ -86,6 +87,9 @@ def main() -> None:
             def ask(body: bytes) -> None:
                 code, seconds = timed(session, url, body)
                 codes[code] += 1
+                if seconds > slowest / 2:  # of the machine, or of the request?
+                    again.append(seconds)
+                    seconds = min(seconds, *(timed(session, url, body)[1] for _ in range(2)))
                 took.append(seconds)
                 bar.advance(task)
 
@@ -94,6 +98,9 @@ def main() -> None:
         server.terminate()
         server.wait(30)
     print(f"{len(took)} generated: " + ", ".join(f"{n} × {code}" for code, n in sorted(codes.items())))
+    print(
+        f"{len(again)} took over half as long as the slowest legitimate one and were asked thrice, the fastest counts"
+    )
     median, worst = 1000 * np.median(took), max(took)
     print(f"median {median:.1f} ms, slowest {1000 * worst:.0f} ms, {worst / slowest:.2f} of the slowest legitimate one")
     raise SystemExit(any(code >= 500 for code in codes) or worst > 2 * slowest)
