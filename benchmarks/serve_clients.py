@@ -86,12 +86,12 @@ asyncio.run(harness())
 
 
 def main() -> None:
-    from serve import serving
+    from serve import served_run
 
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     os.environ["STAMO_SERVE_TOKEN"] = "only-for-this"
-    with tempfile.TemporaryDirectory() as folder, serving(Path(sys.argv[1])) as url:
+    with tempfile.TemporaryDirectory() as folder, served_run(Path(sys.argv[1]), 0) as url:
         venv.create(folder, with_pip=True)
         python = f"{folder}/bin/python"
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

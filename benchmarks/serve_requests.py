@@ -10,7 +10,6 @@ twice the slowest legitimate request.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,11 +25,9 @@ import requests  # noqa: E402
 from generated import BODIES  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from rich.progress import Progress  # noqa: E402
-from serve import wait_for  # noqa: E402
+from serve import HEADERS, served_run  # noqa: E402
 
 from stamo_dist.serve.limits import DEFAULT  # noqa: E402
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def legitimate() -> dict[str, dict[str, Any]]:
@@ -51,7 +48,7 @@ def legitimate() -> dict[str, dict[str, Any]]:
 
 def timed(session: requests.Session, url: str, body: bytes | str) -> tuple[int, float]:
     start = time.perf_counter()
-    answer = session.post(f"{url}/act", data=body, headers=_JSON, timeout=600)
+    answer = session.post(f"{url}/act", data=body, headers=HEADERS, timeout=600)
     return answer.status_code, time.perf_counter() - start
 
 
@@ -60,13 +57,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "stamo_dist.cli", "serve", str(options.run), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     codes: Counter[int] = Counter()
     took: list[float] = []
     again: list[float] = []
-    try:
-        url, session = wait_for(server), requests.Session()
+    with served_run(options.run, 0) as url, requests.Session() as session:
         slowest = 0.0
         for name, payload in legitimate().items():
             body = json_numpy.dumps(payload)
@@ -94,9 +88,6 @@ def main() -> None:
                 bar.advance(task)
 
             ask()
-    finally:
-        server.terminate()
-        server.wait(30)
     print(f"{len(took)} generated: " + ", ".join(f"{n} × {code}" for code, n in sorted(codes.items())))
     print(
         f"{len(again)} took over half as long as the slowest legitimate one and were asked thrice, the fastest counts"

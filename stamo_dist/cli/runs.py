@@ -10,6 +10,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from stamo_dist.tables import show
+
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
     list[str], typer.Argument(metavar="[RUN...]", help="Run folders, folders of runs, or names of runs.")
@@ -39,7 +41,7 @@ def status(
         return
     console = Console(highlight=False)
     if not watch:
-        console.print(table())
+        show(console, table())
         return
     with Live(table(), console=console, auto_refresh=False) as live:
         try:
@@ -69,7 +71,7 @@ def runs(
     else:
         is_sweep = bool(found) and all(run.path.parent == found[0].path.parent for run in found)
         is_sweep &= bool(found) and found[0].path.parent.name == SWEEP
-        Console(highlight=False).print((sweep_table if is_sweep else runs_table)(found))
+        show(Console(highlight=False), (sweep_table if is_sweep else runs_table)(found))
 
 
 def logs(
@@ -89,6 +91,8 @@ def logs(
 
     path = one(run)
     chosen = files.choose(path, rank)
+    if rank is None and files.by_hand(path) and 0 not in files.ranks(path):
+        typer.echo(files.in_terminal(path), err=True)
     for log in chosen:
         for line in log.last(lines):
             typer.echo(line)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,21 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
+from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
 from stamo_dist.data.confined import check_index
 from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
-from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
-from stamo_dist.data.shard_table import ShardTable, check_files
+from stamo_dist.data.schema import (
+    EPISODES,
+    MANIFEST,
+    REPAIR,
+    Episode,
+    Manifest,
+    first_entries,
+    read_episodes,
+    read_manifest,
+)
+from stamo_dist.data.shard_table import ShardTable
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import DataError
 
@@ -222,27 +232,6 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL such as s3://bucket/source."""
-    return "://" in path
-
-
-def resolve(path: str) -> str:
-    """A canonical spelling of a source's path or URL."""
-    if is_remote(path):
-        return path.rstrip("/")
-    path = os.path.expanduser(path)
-    folder, name = os.path.split((path if os.path.isabs(path) else os.path.join(os.getcwd(), path)).rstrip("/"))
-    real = os.path.join(_real(folder), name)
-    return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
-
-
-@lru_cache(maxsize=64)
-def _real(folder: str) -> str:
-    """realpath of a folder, cached: resolving each parent folder is a request to a shared disk."""
-    return os.path.realpath(folder)
-
-
 def open_source(path: str, cache: str | Cache = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
     """Read the manifest of a local or remote source.
 
@@ -333,7 +322,7 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     entries = first_entries(entries, expected)
     frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
-        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
+        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; {REPAIR}")
     shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
     return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 

@@ -40,6 +40,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """
     path = Path(path)
     merged = merge(path, overrides)
+    if "stages" in merged.value:
+        raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
     problems = merged.problems
     if world_size is not None and world_size < 1:
         problems.append(f"world size {world_size}: must be at least 1 process")

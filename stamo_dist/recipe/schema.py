@@ -167,7 +167,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         problems = data_problems(self.data, self.stage, self.model.vae.latent)
-        problems += training_problems(self.train, self.strategy, self.stage)
+        problems += training_problems(self.train, self.optimizer, self.strategy, self.stage)
         if self.data.views > 1 and self.stage != "policy":
             problems.append(
                 f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import load_checkpoint
+from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
@@ -27,10 +29,13 @@ from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
+from stamo_dist.optim.schedule import Schedule, continued
 from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
+from stamo_dist.recipe.difference import Change, differences, resolved_of
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, git_commit
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
@@ -62,6 +67,7 @@ class RunStart:
     node: NodeShare
     lease: RunLease | None = None  # rank 0's
     notes: list[str] = field(default_factory=list)  # notes for the user, on rank 0
+    changes: list[Change] = field(default_factory=list)  # of the recipe since the last start, on rank 0
 
     @property
     def recipe(self) -> Recipe:
@@ -167,12 +173,15 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
+    state.schedule = _schedule(start, state).to_dict()
     # Decided by rank 0: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
+    if world.is_main:
+        start.changes = _changes(start, checkpoint)
     start.notes += [*pinned, *notes, *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else [])]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
 
@@ -183,6 +192,28 @@ def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
         return select().begun
     except StamoError:
         return RecordedInputs()  # reported later, when it is selected with the fingerprint
+
+
+def _schedule(start: RunStart, state: RunState) -> Schedule:
+    """The learning rate's schedule, changed or not since the checkpoint; the same on every process."""
+    if state.schedule:
+        before = Schedule.from_dict(state.schedule)
+    else:  # no checkpoint, or an early one: as of the last start
+        last = broadcast(resolved_of(start.run.resolved) if state.step and start.world.is_main else None)
+        before = Schedule.of(Recipe.model_validate(last) if last else start.recipe)
+    schedule, notes = continued(before, start.recipe, state.updates)
+    start.notes += notes
+    return schedule
+
+
+def _changes(start: RunStart, checkpoint: Checkpoint | None) -> list[Change]:
+    """What differs between the recipes of the last start, or of the run it goes on from, and of this one."""
+    run = start.run
+    if checkpoint is not None and not run.resolved.is_file():
+        parent = lineage.read(run.path)
+        run = RunFolder(Path(parent.run) if parent else checkpoint.path.parent.parent)
+    last = resolved_of(run.resolved)
+    return differences(last, start.recipe.model_dump(mode="json")) if last else []
 
 
 def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
@@ -237,6 +268,7 @@ def _assemble(
 
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
+        state.schedule = trainer.schedule.to_dict()
         logger.rewind(state.step)
         for note in notes:
             logger.info(note)
@@ -248,6 +280,7 @@ def _assemble(
         engine=engine,
         ema=ema,
         state=state,
+        schedule=Schedule.from_dict(state.schedule),
         micro_batch=checked.batching.micro_batch,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
@@ -306,8 +339,15 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
     cursor = Cursor.from_dict(trainer.state.cursor)
     use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)
     cache = [use.line(mixture.cache)] if use else []
+    changed = {change.field: [change.old, change.new] for change in start.changes}
     start.run.describe(
-        start.loaded.text, dump(r), sys.argv, step=trainer.state.step, processes=p.world_size, sources=task.sources
+        start.loaded.text,
+        dump(r),
+        sys.argv,
+        step=trainer.state.step,
+        processes=p.world_size,
+        sources=task.sources,
+        changed=changed,
     )
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
     logger.info(
@@ -315,5 +355,10 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
+    if start.changes:
+        logger.info("  the recipe differs from the last start's:")
+        logger.add_metrics(changed=changed)
+    for change in start.changes:
+        logger.info(f"    {change}")
     for note in [*mixture.notes, *cache, *task.notes, *start.notes, *budget.notes()]:
         logger.info(f"  {note}")
