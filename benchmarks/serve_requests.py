@@ -10,7 +10,6 @@ twice the slowest legitimate request.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,11 +25,9 @@ import requests  # noqa: E402
 from generated import BODIES  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from rich.progress import Progress  # noqa: E402
-from serve import wait_for  # noqa: E402
+from serve import HEADERS, served_run  # noqa: E402
 
 from stamo_dist.serve.limits import DEFAULT  # noqa: E402
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def legitimate() -> dict[str, dict[str, Any]]:
@@ -51,7 +48,7 @@ def legitimate() -> dict[str, dict[str, Any]]:
 
 def timed(session: requests.Session, url: str, body: bytes | str) -> tuple[int, float]:
     start = time.perf_counter()
-    answer = session.post(f"{url}/act", data=body, headers=_JSON, timeout=600)
+    answer = session.post(f"{url}/act", data=body, headers=HEADERS, timeout=600)
     return answer.status_code, time.perf_counter() - start
 
 
@@ -60,12 +57,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "stamo_dist.cli", "serve", str(options.run), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     codes: Counter[int] = Counter()
     took: list[float] = []
-    try:
-        url, session = wait_for(server), requests.Session()
+    again: list[float] = []
+    with served_run(options.run, 0) as url, requests.Session() as session:
         slowest = 0.0
         for name, payload in legitimate().items():
             body = json_numpy.dumps(payload)
@@ -86,14 +81,17 @@ def main() -> None:
             def ask(body: bytes) -> None:
                 code, seconds = timed(session, url, body)
                 codes[code] += 1
+                if seconds > slowest / 2:  # of the machine, or of the request?
+                    again.append(seconds)
+                    seconds = min(seconds, *(timed(session, url, body)[1] for _ in range(2)))
                 took.append(seconds)
                 bar.advance(task)
 
             ask()
-    finally:
-        server.terminate()
-        server.wait(30)
     print(f"{len(took)} generated: " + ", ".join(f"{n} × {code}" for code, n in sorted(codes.items())))
+    print(
+        f"{len(again)} took over half as long as the slowest legitimate one and were asked thrice, the fastest counts"
+    )
     median, worst = 1000 * np.median(took), max(took)
     print(f"median {median:.1f} ms, slowest {1000 * worst:.0f} ms, {worst / slowest:.2f} of the slowest legitimate one")
     raise SystemExit(any(code >= 500 for code in codes) or worst > 2 * slowest)
