@@ -37,15 +37,17 @@ from stamo_dist.plan.roofline import BANDWIDTH
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import open_run
 from stamo_dist.serve import Server
+from stamo_dist.serve.command import configured
 
+HEADERS = {"Content-Type": "application/json"}
 _WARM = 3
 _TEXT = "put the red block into the drawer"
 
 
 @contextmanager
-def served_run(run: Path, port: int) -> Iterator[str]:
+def served_run(run: Path, port: int, *options: str) -> Iterator[str]:
     """`stamo serve RUN`; gives its address."""
-    command = [sys.executable, "-m", "stamo_dist.cli", "serve", str(run), "--port", str(port)]
+    command = [sys.executable, "-m", "stamo_dist.cli", "serve", str(run), "--port", str(port), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -63,7 +65,7 @@ def served_here(policy: AnyPolicy, port: int) -> Iterator[str]:
     """A thread of this process; gives its address."""
     listening = socket.create_server(("127.0.0.1", port))
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    server = uvicorn.Server(uvicorn.Config(Server(policy, "random weights").app(), log_level="warning"))
+    server = uvicorn.Server(configured(Server(policy, "random weights")))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -95,23 +97,30 @@ def least_milliseconds(policy: AnyPolicy) -> float | None:
     return float(1000 * tokens * held / (gpu().memory * BANDWIDTH))
 
 
+def moment_of(policy: AnyPolicy, size: int) -> dict[str, Any]:
+    """A request of one timestep."""
+    cfg, key = policy.cfg, next(iter(policy.statistics.sources))
+    frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    moment: dict[str, Any] = {"image": [frame] * cfg.views, "instruction": _TEXT, "unnorm_key": key}
+    if cfg.proprio:
+        moment["state"] = np.zeros(len(policy.statistics.range(key, "proprio", cfg.bounds)))
+    return moment
+
+
 def calls_of(
     policy: AnyPolicy, size: int, batch: int, session: requests.Session, url: str
 ) -> dict[str, Callable[[], None]]:
     """The same request in Python and over HTTP."""
-    cfg, key = policy.cfg, next(iter(policy.statistics.sources))
-    frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    felt = np.zeros(len(policy.statistics.range(key, "proprio", cfg.bounds))) if cfg.proprio else None
-    moment: dict[str, Any] = {"image": [frame] * cfg.views, "instruction": _TEXT, "unnorm_key": key}
-    moment |= {} if felt is None else {"state": felt}
+    moment = moment_of(policy, size)
+    frames, felt, key = moment["image"], moment.get("state"), moment["unnorm_key"]
     payload = moment if batch == 1 else {"observations": [moment] * batch}
 
     def direct() -> None:
         many = None if felt is None else np.stack([felt] * batch)
-        policy.act_batch([[frame] * cfg.views] * batch, [_TEXT] * batch, unnorm_key=key, proprio=many)
+        policy.act_batch([frames] * batch, [_TEXT] * batch, unnorm_key=key, proprio=many)
 
     def served() -> None:
-        answer = session.post(f"{url}/act", data=json_numpy.dumps(payload), timeout=600)
+        answer = session.post(f"{url}/act", data=json_numpy.dumps(payload), headers=HEADERS, timeout=600)
         answer.raise_for_status()
         json_numpy.loads(answer.text)
 

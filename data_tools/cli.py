@@ -186,6 +186,7 @@ def formats(format: Annotated[str | None, typer.Argument(help="Show the options 
     from rich.table import Table
 
     from data_tools.formats.registry import FORMATS, options_of, type_text
+    from stamo_dist.tables import Whole, show
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1 if format else 0, 0))
     if format is None:
@@ -199,7 +200,7 @@ def formats(format: Annotated[str | None, typer.Argument(help="Show the options 
         for option in options_of(format):
             default = "none" if option.default is None else str(option.default)
             table.add_row(option.name, type_text(option.type), default, option.doc)
-    Console().print(table)
+    show(Console(), Whole(table))
 
 
 def _what_was_done(outcome: ConversionOutcome) -> str:

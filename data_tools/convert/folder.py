@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -15,8 +16,12 @@ from data_tools.convert import slices
 from data_tools.convert.growth import only_new
 from data_tools.convert.merge import merge, put_in_place
 from data_tools.convert.plan import ConversionPlan, Settings, check_bad, split_episodes
-from stamo_dist.data.schema import MANIFEST, Manifest, read_manifest
+from data_tools.stores.store import sha256_of
+from stamo_dist.data.at_hand import damage
+from stamo_dist.data.schema import MANIFEST, Manifest, has_shards, partial_of, read_manifest
 from stamo_dist.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class ConversionOutcome:
 
 def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionOutcome:
     """Convert this run's share of a plan into the folder OUT."""
-    partial = _partial(out)
+    partial = partial_of(out)
     with _exclusive(out):
         existing = _existing(out, plan.manifest, settings.overwrite)
         if existing is not None and existing.source_fingerprint == plan.manifest.source_fingerprint:
@@ -56,12 +61,12 @@ def run_plan(plan: ConversionPlan, out: Path, settings: Settings) -> ConversionO
             bad += reasons
             check_bad(bad, settings.max_bad)
     except DataError:
-        # Another run may have assembled OUT meanwhile.
-        if not _is_whole(out, plan):
+        # Another run may have put OUT together meanwhile.
+        if not _is_whole(out, plan, read=settings.overwrite):
             raise
 
     with _exclusive(out):
-        if _is_whole(out, plan):
+        if _is_whole(out, plan, read=settings.overwrite):
             _discard(partial, plan)
             return ConversionOutcome(read_manifest(out), True)
         if missing := [part.folder.name for part in work if part.report() is None]:
@@ -117,14 +122,10 @@ def _exclusive(out: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if not _partial(out).exists():  # a run that still waits for the lock finds OUT complete
+                if not partial_of(out).exists():  # a run that still waits for the lock finds OUT complete
                     lock.unlink(missing_ok=True)
     except OSError as e:
         raise DataError(slices.cannot_write(out, e)) from e
-
-
-def _partial(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
 
 
 _IDENTITY = (
@@ -167,8 +168,19 @@ def check_same(where: str, found: Manifest, plan: Manifest, but: Collection[str]
     raise DataError("\n".join([*lines, "choose another OUT, or replace it with --overwrite"]))
 
 
-def _is_whole(out: Path, plan: ConversionPlan) -> bool:
-    return (out / MANIFEST).is_file() and identity(read_manifest(out)) == identity(plan.manifest)
+def _is_whole(out: Path, plan: ConversionPlan, *, read: bool) -> bool:
+    if not (out / MANIFEST).is_file():
+        return False
+    found = read_manifest(out)
+    return identity(found) == identity(plan.manifest) and not _damaged(out, found, read=read)
+
+
+def _damaged(out: Path, manifest: Manifest, *, read: bool) -> list[str]:
+    """Files of OUT that are missing or of another size than was written; `read`: also those of another content."""
+    wrong = [line for split in manifest.splits for line in damage(out, split, manifest.cameras, every=True)]
+    if read and not wrong:
+        wrong = [name for name, expected in manifest.checksums.items() if sha256_of(out / name) != expected]
+    return wrong
 
 
 def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
@@ -178,7 +190,11 @@ def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: exists and was not written by `stamo data convert`; choose another OUT")
+        if not has_shards(out):
+            raise DataError(f"{out}: exists and was not written by `stamo data convert`; choose another OUT")
+        if not overwrite:
+            raise DataError(f"{out}: has shards but no {MANIFEST}; choose another OUT, or replace it with --overwrite")
+        return None
     try:
         found = read_manifest(out)
         check_same(str(out), found, plan, but=() if overwrite else ("source_fingerprint",))
@@ -186,7 +202,15 @@ def _existing(out: Path, plan: Manifest, overwrite: bool) -> Manifest | None:
         if overwrite:
             return None
         raise
-    return found
+    wrong = _damaged(out, found, read=overwrite)
+    if wrong and not overwrite and (found.before or found.source_fingerprint != plan.source_fingerprint):
+        raise DataError(
+            f"{wrong[0]}\n{out}: it, or the dataset, has grown or changed since it was converted: only --overwrite "
+            "converts all of it anew"
+        )
+    if wrong:
+        _log.warning("%s: damaged, so it is converted anew: %s", out, wrong[0].partition(";")[0])
+    return None if wrong else found
 
 
 def _prepare(partial: Path, out: Path, plan: ConversionPlan) -> None:

@@ -127,6 +127,8 @@ def print_report(report: CheckReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from stamo_dist.tables import Whole, show
+
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=escape(report.source), title_justify="left")
     table.add_column("check")
@@ -141,7 +143,7 @@ def print_report(report: CheckReport) -> None:
         table.add_row(
             check, what, f"[red]{errors}[/]" if errors else "–", f"[yellow]{warnings}[/]" if warnings else "–"
         )
-    console.print(table)
+    show(console, Whole(table))
     for check, what in CHECKS.items():
         for severity, colour in ((ERROR, "red"), (WARNING, "yellow")):
             found = [f for f in report.findings if (f.check, f.severity) == (check, severity)]

@@ -141,6 +141,8 @@ def print_stats(manifest: Manifest, split: str, stats: Mapping[str, Stats]) -> N
     from rich.console import Console
     from rich.table import Table
 
+    from stamo_dist.tables import Whole, show
+
     console = Console(highlight=False)
     for column, found in stats.items():
         title = f"{manifest.name} · {column} · split {split} · {found.count} frames"
@@ -150,6 +152,6 @@ def print_stats(manifest: Manifest, split: str, stats: Mapping[str, Stats]) -> N
         rows: Any = zip(found.mean, found.std, found.min, found.q01, found.q99, found.max, strict=True)
         for name, numbers, mask in zip(dimension_names(manifest, column), rows, found.mask, strict=True):
             table.add_row(name, *(f"{x + 0.0:.3g}" for x in numbers), "yes" if mask else "no")
-        console.print(table)
+        show(console, Whole(table))
         for note in scaling_notes(manifest, column, found):
             console.print(f"  {note}", soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from stamo_dist import tables
 from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, WITHIN
 from stamo_dist.chaos.trial import Injected
 
@@ -62,8 +63,8 @@ def show(results: list[Result], console: Console) -> None:
     """Print two tables and the failures."""
     if not results:
         return
-    console.print(_kinds([fault for result in results for fault in result.faults]))
-    console.print(_trainings(results))
+    for table in (_kinds([fault for result in results for fault in result.faults]), _trainings(results)):
+        tables.show(console, tables.Whole(table))
     for result in results:
         for problem in result.problems:
             console.print(f"PROBLEM: {result.what} on {result.processes}, seed {result.seed}: {problem}", markup=False)

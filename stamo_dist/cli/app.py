@@ -25,6 +25,7 @@ from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.evaluate.rollout_check import check_rollout
+from stamo_dist.launch import checks
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -46,17 +47,14 @@ def _bring_tools(context: typer.Context) -> None:
     context.obj = EvalTools(launch_local, InstalledBenchmarks())
 
 
-@recipe_app.callback()
-def _bring_advice(context: typer.Context) -> None:
-    def look(recipe: Recipe) -> list[str]:
-        from stamo_dist.data.advice import advice
+def _advice(recipe: Recipe) -> list[str]:
+    from stamo_dist.data.advice import advice
 
-        check_rollout(recipe, InstalledBenchmarks())
-        return advice(recipe)
-
-    context.obj = look
+    check_rollout(recipe, InstalledBenchmarks())
+    return advice(recipe)
 
 
+checks.FURTHER.append(_advice)
 app.add_typer(eval_app, name="eval")
 app.add_typer(recipe_app, name="recipe")
 #: In the order of `stamo --help`.

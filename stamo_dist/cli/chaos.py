@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -107,6 +108,7 @@ def chaos(_: typer.Context, asked: ChaosOptions) -> None:
     from stamo_dist.chaos.starts import ForkServer, Spawner
 
     plan = asked.plan()
+    os.environ["XDG_STATE_HOME"] = str(plan.out / "state")  # its trainings are none of the user's runs
     console = Console(width=None if sys.stdout.isatty() else 120)
     before = len(results.read(plan.out))
     for number in (signal.SIGINT, signal.SIGTERM):

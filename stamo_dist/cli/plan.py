@@ -46,6 +46,7 @@ def plan(
     from stamo_dist.plan.memory import plan as predict
     from stamo_dist.plan.roofline import expect
     from stamo_dist.recipe.load import load
+    from stamo_dist.tables import Whole, show
 
     loaded = load(recipe, set_).recipe
     if serve is not None:
@@ -75,7 +76,7 @@ def plan(
     for memory in found:
         numbers = [f"{getattr(memory, column) / 1e9:.2f}" for column in columns]
         table.add_row(memory.strategy, *numbers)
-    console.print(table)
+    show(console, Whole(table))
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for step in expected:
@@ -93,6 +94,7 @@ def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:
 
     from stamo_dist.errors import StamoError
     from stamo_dist.plan.serving import serving
+    from stamo_dist.tables import Whole, show
 
     if name not in _DTYPES:
         raise StamoError(f"--serve: {name} is unknown; give {', '.join(_DTYPES)}")
@@ -111,7 +113,7 @@ def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:
     held, left = (f"{sum(part.size for part in parts if part.held is on) / 1e9:.2f}" for on in (True, False))
     table.add_section()
     table.add_row("in all", "", held, left)
-    console.print(table)
+    show(console, Whole(table))
     console.print("Weights alone: a request's activations come on top, and 1 GB of a GPU's own.", style="dim")
     for note in notes:
         console.print(f"assumed  {note}", soft_wrap=True)

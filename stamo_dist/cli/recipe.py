@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,19 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from stamo_dist.errors import StamoError
+from stamo_dist.data.at_hand import is_remote
+from stamo_dist.errors import RecipeError, StamoError
+from stamo_dist.launch import checks
 from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.difference import differences
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.render import render
-from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
-Advice = Callable[[Recipe], list[str]]  # returns notes on a recipe from its local data
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
@@ -30,14 +31,26 @@ SetOption = Annotated[
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+def show(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    lr: Annotated[bool, typer.Option("--lr", help="Draw the learning rate over the steps instead.")] = False,
+    picture: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="With --lr: also as a picture.")] = None,
+) -> None:
     """Print the resolved recipe with the file and line each value came from.
 
-    The output is a recipe itself: every value written out, the origin as a comment.
+    The output is a recipe itself: every value written out, the origin as a comment. --lr shows what its run trained
+    with so far, too.
 
     Example: stamo recipe show recipes/tokenizer_demo.yaml --set train.steps=500
+
+    Example: stamo recipe show recipes/tokenizer_sim.yaml --lr --set optimizer.schedule=wsd
     """
     loaded = load(recipe, overrides or ())
+    if lr or picture is not None:
+        from stamo_dist.cli.rate import show_rate
+
+        return show_rate(loaded.recipe, picture)
     console = Console(highlight=False, soft_wrap=True)
     for line in render(loaded):
         console.print(line)
@@ -45,25 +58,28 @@ def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 @app.command()
 def check(
-    context: typer.Context,
     recipe: RecipeArgument,
     overrides: SetOption = None,
     world_size: Annotated[
-        int | None, typer.Option("--world-size", metavar="N", help="Check the batching on N processes too.")
+        int | None, typer.Option("--world-size", metavar="N", min=1, help="Check the batching on N processes too.")
     ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Data and weights are not on this machine: look at the recipe alone.")
+    ] = False,
 ) -> None:
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
-    Whether shards and weights are there, and fit the recipe, `stamo doctor RECIPE --no-job` looks at. Where the
-    shards are at hand: also how many samples have an action and a world loss, dimensions of actions that
-    never or seldom move, and what could be cached.
+    Shards and weights are looked at as `stamo train` does before it starts: whether they are there, whole, and fit
+    the recipe. It also says how many samples have an action and a world loss, which dimensions of actions never or
+    seldom move, and what could be cached.
 
-    Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --world-size 64
+    Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --offline --world-size 64
     """
-    loaded = load(recipe, overrides or (), world_size)
+    loaded = load(recipe, overrides or ())
     r = loaded.recipe
-    advice: Advice | None = context.obj  # set when the commands are registered; raises if it finds the recipe wrong
-    advised = advice(r) if advice else []
+    looked = checks.look(loaded, world_size=world_size, offline=offline)
+    if looked.problems:
+        raise RecipeError(looked.problems)
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)
@@ -78,11 +94,32 @@ def check(
     for size in sizes:
         b = batching(r.train, size)
         console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
-    for line in [*r.strategy.advice(world_size or 1), *advised]:
+    absent = [f"{field}: {what}: {fix}" for field, what, fix in looked.to_download]
+    for line in [*r.strategy.advice(world_size or 1), *looked.notes, *absent, *looked.advice]:
         console.print(f"    {line}")
-    paths = [path for source in r.data.used.values() for path in source.paths if "://" not in path]
-    if absent := [path for path in paths if not Path(path).expanduser().exists()]:
-        console.print(f"    not there, so not looked at: {', '.join(absent)}", style="dim")
+    remote = [path for source in r.data.used.values() for path in source.paths if is_remote(path)]
+    if offline or remote:
+        what = "data and weights (--offline)" if offline else ", ".join(remote)
+        console.print(f"    not looked at: {what}", style="dim")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A recipe, a run folder or a checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+) -> None:
+    """List the fields in which two recipes differ, defaults included; exit code 1 if there are any.
+
+    A run has the recipe of its last start, a checkpoint that of its time.
+
+    Example: stamo recipe diff recipes/tokenizer_sim.yaml recipes/tokenizer_sim_droid.yaml
+    """
+    changes = differences(resolved_at(first), resolved_at(second))
+    for change in changes:
+        typer.echo(str(change))
+    if changes:
+        raise typer.Exit(1)
+    typer.echo("no difference")
 
 
 @app.command()

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from stamo_dist.tables import show
+
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
     list[str], typer.Argument(metavar="[RUN...]", help="Run folders, folders of runs, or names of runs.")
@@ -39,7 +41,7 @@ def status(
         return
     console = Console(highlight=False)
     if not watch:
-        console.print(table())
+        show(console, table())
         return
     with Live(table(), console=console, auto_refresh=False) as live:
         try:
@@ -55,21 +57,29 @@ def runs(
         list[str], typer.Argument(metavar="[FOLDER...]", help="Folders of runs; all you submitted when omitted.")
     ] = [],  # noqa: B006 (typer reads the default)
     as_json: AsJson = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Each below the run that it began from.")] = False,
 ) -> None:
     """List runs, those that ended too: state, last loss, folder; for the folder of a sweep, the best values first.
 
-    Example: stamo runs runs/
+    Example: stamo runs runs/ --tree
     """
+    from dataclasses import asdict
+
     from stamo_dist.launch.record import SWEEP
     from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
+    from stamo_dist.launch.tree import parent_of, runs_tree
 
     found = collect(find(folders)) if folders else everything()
     if as_json:
-        typer.echo(json.dumps([run.facts() for run in found], indent=1))
+        parents = [parent_of(run) for run in found]
+        facts = [{**run.facts(), "parent": p and asdict(p)} for run, p in zip(found, parents, strict=True)]
+        typer.echo(json.dumps(facts, indent=1))
+    elif tree:
+        Console(highlight=False, soft_wrap=True).print(runs_tree(found))
     else:
         is_sweep = bool(found) and all(run.path.parent == found[0].path.parent for run in found)
         is_sweep &= bool(found) and found[0].path.parent.name == SWEEP
-        Console(highlight=False).print((sweep_table if is_sweep else runs_table)(found))
+        show(Console(highlight=False), (sweep_table if is_sweep else runs_table)(found))
 
 
 def logs(
@@ -89,6 +99,8 @@ def logs(
 
     path = one(run)
     chosen = files.choose(path, rank)
+    if rank is None and files.by_hand(path) and 0 not in files.ranks(path):
+        typer.echo(files.in_terminal(path), err=True)
     for log in chosen:
         for line in log.last(lines):
             typer.echo(line)

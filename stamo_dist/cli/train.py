@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_tools.simulators.catalogue import InstalledBenchmarks
-from stamo_dist.cli.options import Overrides, Processes, RecipePath
+from stamo_dist.cli.options import Branch, Overrides, Processes, RecipePath
+from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.rollout_check import check_rollout
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def train(
         str,
         typer.Option(metavar="auto|none|best|PATH", help="Go on from the newest whole one, none, the best, or that."),
     ] = "auto",
+    branch: Branch = None,
     set_: Overrides = [],  # noqa: B006 (typer reads the default)
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although the mixture is not the one trained on so far.")
@@ -40,13 +42,27 @@ def train(
     Starts its processes itself; under torchrun or Slurm each process takes its rank from the environment.
 
     Example: stamo train recipes/tokenizer_demo.yaml --nproc 2 --set train.steps=500
+
+    Example: stamo train recipes/tokenizer_sim.yaml --branch 20000
     """
     from stamo_dist.recipe.load import load
 
     given = {"--allow-changed-data": allow_changed_data, "--allow-changed-model": allow_changed_model}
     allowed = frozenset(flag for flag, on in given.items() if on)
     launched = "RANK" in os.environ
-    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else nproc)
+    if branch is not None:
+        from stamo_dist.checkpoint.branch import branch as begin_branch
+
+        if launched or resume != "auto":
+            raise StamoError("--branch: begins a run of its own, on one machine; on a cluster: stamo submit --branch")
+        set_ = begin_branch(recipe, set_, branch)
+    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else None)
+    if not launched:
+        from stamo_dist.launch import checks
+
+        looked = checks.recipe(loaded, world_size=nproc)
+        downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
+        print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
     if not launched and nproc > 1:
         from stamo_dist.launch.local import launch_local
 

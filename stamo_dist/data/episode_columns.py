@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from stamo_dist.data.column_file import ColumnFile, write
-from stamo_dist.data.schema import EPISODES, Episode
+from stamo_dist.data.schema import EPISODES, REPAIR, Episode
 from stamo_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def read_columns(source: Path, split: str, count: int | None = None) -> EpisodeC
                 lengths.append(episode.length)
                 text.append(number.setdefault(episode.instruction, len(number)))
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `stamo data convert` again") from None
+        raise DataError(f"{path}: missing; {REPAIR}") from None
     except ValidationError as e:
         raise DataError(f"{path}: not an episode table: {e}") from e
     return EpisodeColumns(

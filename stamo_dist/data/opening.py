@@ -6,12 +6,14 @@ workers inherit the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from stamo_dist.data.at_hand import cameras_of, misfits
 from stamo_dist.data.cache import Cache
 from stamo_dist.data.column_file import ColumnFile, anonymous
 from stamo_dist.data.node import NodeShare
@@ -19,7 +21,7 @@ from stamo_dist.data.schema import Manifest
 from stamo_dist.data.shard_table import ShardTable
 from stamo_dist.data.sources import CameraShards, OpenSource, open_camera, open_source
 from stamo_dist.errors import DataError
-from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.data import Data
 
 
 class OpenedSources:
@@ -68,86 +70,36 @@ def _read_all(
     data: Data, growth: Mapping[str, Sequence[int]], cache: Cache
 ) -> tuple[list[list[OpenSource]], list[list[CameraShards]]]:
     """Every source's folders, and its cameras."""
-    sources, problems = data.used, list[str]()
-    streams: list[list[CameraShards]] = []
-    seen: dict[tuple[str, str, str], str] = {}
-    found: dict[str, list[OpenSource]] = {}
-    for name, source in sources.items():
-        streams.append([])
+    problems = list[str]()
+    found: dict[str, list[OpenSource]] = {name: [] for name in data.used}
+    for name, source in data.used.items():
         pinned = [*growth[name], *[0] * len(source.paths)] if name in growth else [None] * len(source.paths)
         for path, grown in zip(source.paths, pinned, strict=False):
-            try:
-                found.setdefault(name, []).append(opened := open_source(path, cache, grown))
-                problems += [f"data.sources.{name}: {p}" for p in _check(opened, source, data)]
-                streams[-1] += _open_cameras(name, opened, source, seen, data.views)
-            except DataError as e:
-                problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
-    if data.horizon:
-        problems += _one_action_space({name: folders for name, folders in found.items() if sources[name].actions})
+            with _said_of(name, problems):
+                found[name].append(open_source(path, cache, grown))
+    folders = {name: [(opened.path, opened.manifest) for opened in of_source] for name, of_source in found.items()}
+    problems += [misfit.text for misfit in misfits(data, folders)]
+    streams: list[list[CameraShards]] = []
+    for name, source in data.used.items():
+        streams.append([])
+        for opened in found[name]:
+            if source.split not in opened.manifest.splits:
+                continue
+            for camera in cameras_of(opened.manifest, source, data.views):
+                with _said_of(name, problems):
+                    streams[-1].append(open_camera(opened, source.split, camera))
     if problems:
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise DataError("\n".join([f"{head} in the data:", *(f"  - {p}" for p in problems)]))
     return list(found.values()), streams
 
 
-def _check(opened: OpenSource, source: SourceConfig, data: Data) -> list[str]:
-    problems = []
-    size = opened.manifest.image_size
-    if size != data.image_size:
-        problems.append(
-            f"{opened.path} has frames of {size} px, but data.image_size is {data.image_size}; convert it with "
-            f"--size {data.image_size} or change data.image_size"
-        )
-    if source.cameras == []:
-        problems.append(f"cameras is empty; name some of {', '.join(opened.manifest.cameras)}")
-    return problems
-
-
-def _open_cameras(
-    name: str, opened: OpenSource, source: SourceConfig, seen: dict[tuple[str, str, str], str], views: int
-) -> list[CameraShards]:
-    streams, problems = [], []
-    twice: dict[str, list[str]] = {}
-    cameras = list(dict.fromkeys(opened.manifest.cameras if source.cameras is None else source.cameras))
-    if views > 1:
-        if len(cameras) < views:
-            problems.append(
-                f"{opened.path} has {len(cameras)} of the {views} cameras that data.views reads ({', '.join(cameras)})"
-            )
-        cameras = cameras[:views]
-    for camera in cameras:
-        key = (opened.remote or str(opened.root), source.split, camera)
-        if key in seen:
-            twice.setdefault(seen[key], []).append(camera)
-        seen.setdefault(key, name)
-        try:
-            streams.append(open_camera(opened, source.split, camera))
-        except DataError as e:
-            problems.append(str(e))
-    problems += [
-        f"reads the same frames as data.sources.{other} ({opened.path}, split {source.split}, {', '.join(shared)}); "
-        "name a source once and give it the sum of the weights"
-        for other, shared in twice.items()
-    ]
-    if problems:
-        raise DataError("\n".join(problems))
-    return streams
-
-
-def _one_action_space(found: dict[str, list[OpenSource]]) -> list[str]:
-    """Check that all sources' actions have one meaning; sources without actions may be mixed in."""
-    spaces: dict[tuple[int, str], list[str]] = {}
-    for name, folders in found.items():
-        for opened in folders:
-            if opened.manifest.action_dim:
-                space = (opened.manifest.action_dim, opened.manifest.convention)
-                spaces.setdefault(space, []).append(name)
-    if len(spaces) < 2:
-        return []
-    each = "; ".join(
-        f"{', '.join(dict.fromkeys(names))}: {dim} numbers, {convention}" for (dim, convention), names in spaces.items()
-    )
-    return [f"data.sources: the actions mean different things ({each}); convert them with one --action convention"]
+@contextmanager
+def _said_of(name: str, problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as e:
+        problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
 
 
 _CONVERSION: dict[str, Any] = {"checksums": {}, "skipped": [], "given": {}, "source_fingerprint": ""}

@@ -23,11 +23,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stamo_dist.data.confined import check_folder_name
 from stamo_dist.errors import DataError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 EPISODES = "episodes.jsonl"
+#: What to do about a damaged source, in errors.
+REPAIR = "`stamo data convert` with the same arguments makes it anew; what was copied, copy again"
 
 
 def columns(*, action: int, original_action: int, proprio: int) -> dict[str, str]:
@@ -229,10 +232,9 @@ def read_manifest(source: Path) -> Manifest:
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        if not source.is_dir():
+        if not source.is_dir() and not partial_of(source).is_dir():
             raise DataError(f"{source}: no such folder; convert a dataset into it with `stamo data convert`") from None
-        what = "is empty" if not any(source.iterdir()) else "has no manifest.json, so its conversion never finished"
-        raise DataError(f"{source}: {what}; run `stamo data convert` again, it resumes") from None
+        raise DataError(f"{source}: {_unfinished(source)}") from None
     except ValueError as e:
         raise DataError(f"{path}: not a manifest: {e}") from e
     try:
@@ -242,9 +244,40 @@ def read_manifest(source: Path) -> Manifest:
             raise DataError(
                 f"{path}: format_version {version}; this version of stamo reads {FORMAT_VERSION}: convert it again"
             )
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
+        for name in (*manifest.splits, *manifest.cameras):
+            check_folder_name(name, str(path))
+        return manifest
     except (ValidationError, ValueError, AttributeError) as e:
         raise DataError(f"{path}: not a manifest: {e}") from e
+
+
+def partial_of(out: Path) -> Path:
+    """Where a conversion into the folder OUT keeps what it has done so far."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def has_shards(source: Path) -> bool:
+    """Whether a folder is laid out as a converted source, whole or not."""
+    return next(source.glob("*/*/index.json"), None) is not None
+
+
+def _unfinished(source: Path) -> str:
+    """What a folder without a manifest is, and what to do."""
+    if partial_of(source).is_dir():
+        what = "its conversion never finished" if source.is_dir() else "no such folder: its conversion never finished"
+        return f"{what}; run the same `stamo data convert` again, it resumes"
+    if has_shards(source):
+        return (
+            f"has shards but no {MANIFEST}, so its conversion or copy never finished; copy it again, or run "
+            "`stamo data convert` with --overwrite"
+        )
+    if not any(source.iterdir()):
+        return "is empty; convert a dataset into it with `stamo data convert`"
+    return (
+        f"has no {MANIFEST}, so it was not made by `stamo data convert`; a dataset itself is not read: convert it into "
+        "another folder (`stamo data convert --help`)"
+    )
 
 
 def read_episodes(source: Path, split: str, count: int | None = None) -> list[Episode]:
@@ -254,7 +287,7 @@ def read_episodes(source: Path, split: str, count: int | None = None) -> list[Ep
         lines = path.read_text().split("\n")[:count]  # texts may contain other line separators
         return [Episode.model_validate_json(line) for line in lines if line]
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `stamo data convert` again") from None
+        raise DataError(f"{path}: missing; {REPAIR}") from None
     except ValidationError as e:
         raise DataError(f"{path}: not an episode table: {e}") from e
 

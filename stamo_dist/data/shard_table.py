@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from stamo_dist.data.column_file import ColumnFile
 from stamo_dist.data.shards import ShardLayout, ShardSpec
-from stamo_dist.errors import DataError
 
-_EACH = 64  # up to this many shards, all sizes are checked when a folder is opened; beyond, the first and last
 _AT_ONCE = 8192
 _COLUMNS = ("layout", "samples", "nbytes", "digest", "name", "own", "own_ends")
 _OWN = ("raw_data", "zip_data", "samples")  # entry fields that differ within one layout
@@ -176,42 +174,6 @@ class Shards(Sequence[ShardSpec]):
                 part = slice(at, at + _AT_ONCE)
                 digests = [digest.decode() for digest in table.digest[part].tolist()]
                 yield list(zip(digests, table.samples[part].tolist(), strict=True))
-
-
-def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool) -> None:
-    """Check that the shards exist with the sizes in index.json; of many, only the first and last.
-
-    The others are compared when they are mapped, and by `stamo data check`.
-
-    Raises:
-        DataError: Some are missing or have another size; then all shards of the folder are counted.
-    """
-    files = [(packed and entry["zip_data"]) or entry["raw_data"] for entry in entries]
-    if len(files) > _EACH and not any(_wrong(file, _size(folder, file)) for file in (files[0], files[-1])):
-        return
-    with os.scandir(folder) as found:
-        sizes = {file.name: file.stat().st_size for file in found}
-    bad = [wrong for file in files if (wrong := _wrong(file, sizes.get(file["basename"])))]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError(
-            f"{folder}: {len(bad)} of {len(files)} shards are missing or damaged: {', '.join(bad[:3])}{more}; "
-            "run `stamo data convert` again"
-        )
-
-
-def _size(folder: str, file: Mapping[str, Any]) -> int | None:
-    try:
-        return os.stat(os.path.join(folder, file["basename"])).st_size
-    except FileNotFoundError:
-        return None
-
-
-def _wrong(file: Mapping[str, Any], size: int | None) -> str:
-    if size == file["bytes"]:
-        return ""
-    what = "missing" if size is None else f"{size} bytes, index.json says {file['bytes']}"
-    return f"{file['basename']} ({what})"
 
 
 def _layouts(entries: Iterable[dict[str, Any]]) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:

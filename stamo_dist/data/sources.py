@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,25 @@ from pydantic_core import from_json
 
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import Reader, reader_from_json
-from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
+from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
+from stamo_dist.data.confined import check_index
 from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
-from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, first_entries, read_episodes, read_manifest
-from stamo_dist.data.shard_table import ShardTable, check_files
+from stamo_dist.data.schema import (
+    EPISODES,
+    MANIFEST,
+    REPAIR,
+    Episode,
+    Manifest,
+    first_entries,
+    read_episodes,
+    read_manifest,
+)
+from stamo_dist.data.shard_table import ShardTable
 from stamo_dist.data.shards import MappedShard
 from stamo_dist.errors import DataError
 
@@ -222,27 +232,6 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL such as s3://bucket/source."""
-    return "://" in path
-
-
-def resolve(path: str) -> str:
-    """A canonical spelling of a source's path or URL."""
-    if is_remote(path):
-        return path.rstrip("/")
-    path = os.path.expanduser(path)
-    folder, name = os.path.split((path if os.path.isabs(path) else os.path.join(os.getcwd(), path)).rstrip("/"))
-    real = os.path.join(_real(folder), name)
-    return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
-
-
-@lru_cache(maxsize=64)
-def _real(folder: str) -> str:
-    """realpath of a folder, cached: resolving each parent folder is a request to a shared disk."""
-    return os.path.realpath(folder)
-
-
 def open_source(path: str, cache: str | Cache = DEFAULT_CACHE, growth: int | None = None) -> OpenSource:
     """Read the manifest of a local or remote source.
 
@@ -333,11 +322,8 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     entries = first_entries(entries, expected)
     frames = sum(entry["samples"] for entry in entries)
     if frames != expected or not frames:
-        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; convert it again")
+        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; {REPAIR}")
     shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
-    for layout in shards.layouts:
-        if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
-            raise DataError(f"{folder}: has columns of type {', '.join(unsafe)}, which may run code; convert it again")
     return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 
 
@@ -359,6 +345,9 @@ def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str,
         other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
         if other:
             raise ValueError(f"has shards of another format or version: {other}")
+        check_index(entries, str(path))
+    except DataError:
+        raise
     except Exception as e:  # every store raises its own
         raise DataError(f"{remote or folder}: index.json cannot be read: {e}") from e
     return entries

@@ -12,6 +12,7 @@ from rich.table import Table
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.weights import Share
 from stamo_dist.errors import DataError
+from stamo_dist.tables import Whole, show
 
 
 def mixture_table(shares: Sequence[Share], console: Console | None = None) -> None:
@@ -31,7 +32,7 @@ def mixture_table(shares: Sequence[Share], console: Console | None = None) -> No
             f"{share.unique:,}",
             f"{share.epochs:.2f}",
         )
-    console.print(table)
+    show(console, Whole(table))
     for share in shares:
         for warning in share.warnings:
             console.print(f"[yellow]{share.source}: {warning}", soft_wrap=True)

@@ -43,6 +43,11 @@ def few_of(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + more
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -63,6 +68,7 @@ def world_from_environment() -> World:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # as the launcher does; accelerate warns where it is not
     env = os.environ
     if launcher := env.get("STAMO_LAUNCHED"):
         # If the launcher is killed, the kernel signals its ranks. Before all ranks have met there is nothing to save,

@@ -13,13 +13,13 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement as Extent
 from rich.table import Table
 
 from stamo_dist.checkpoint.manifest import CheckpointManifest
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, git_commit, write_atomic
+from stamo_dist.tables import Whole, show
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,7 @@ class EvaluationResult:
             if before is not None and before[group] != row[group]:
                 table.add_section()
             table.add_row(*(show_value(row[key]) for key in self.columns))
-        whole = Extent.get(console, console.options.update(max_width=400), table).maximum
-        width = console.width
-        console.width = max(width, whole)  # print's own `width` would be limited to the terminal's
-        console.print(table, crop=False, soft_wrap=True)
-        console.width = width
+        show(console, Whole(table))
         for note in [*self.notes, f"wrote {folder}"]:
             console.print(note, highlight=False, soft_wrap=True)
 

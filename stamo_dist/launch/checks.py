@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from stamo_dist.data.schema import MANIFEST, read_manifest
+from stamo_dist.data import at_hand
+from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.unread import unread
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
@@ -68,20 +72,77 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
     return fits, notes
 
 
-def recipe(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """Check that the data exist, and the weights, whose headers must match the recipe's model.
+#: Further checks of a recipe with local data; each returns notes or raises RecipeError. Registered by the `stamo`
+#: command, because they need numpy or the simulators.
+FURTHER: list[Callable[[Recipe], list[str]]] = []
 
-    `environment`: variables that the run will have besides this process's. Returns notes on weights that the run
-    would have to download.
+
+@dataclass(frozen=True)
+class Looked:
+    """Result of the checks of a recipe.
+
+    Attributes:
+        problems: What training refuses.
+        notes: What may be unintended.
+        to_download: (field, problem, remedy) of weights that the run would have to download.
+        advice: How its data are used.
+    """
+
+    problems: list[str]
+    notes: list[str]
+    to_download: list[tuple[str, str, str]]
+    advice: list[str]
+
+
+def look(
+    loaded: Loaded,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    *,
+    world_size: int | None = None,
+    offline: bool = False,
+) -> Looked:
+    """Check a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
+
+    Args:
+        loaded: The recipe.
+        environment: Variables that the run will have besides this process's.
+        world_size: Also check that the global batch divides over this many processes.
+        offline: Skip data and weights, which are not on this machine.
+    """
+    problems = list[str]()
+    if world_size is not None:
+        try:
+            batching(loaded.recipe.train, world_size)
+        except ValueError as e:
+            problems.append(_located(loaded, str(e)))
+    if offline:
+        return Looked(problems, list(_notes(loaded)), [], [])
+    looked = weights(loaded, environment)
+    data = [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.look(loaded.recipe.data)]
+    advice = list[str]()
+    if not data:
+        try:
+            advice = [line for further in FURTHER for line in further(loaded.recipe)]
+        except RecipeError as e:
+            data += [_located(loaded, problem) for problem in e.problems]
+    if not data:
+        data += [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.too_far(loaded.recipe.data)]
+    problems += [*data, *_initial(loaded), *looked.problems, *_policy(loaded)]
+    return Looked(problems, list(_notes(loaded)), looked.to_download, advice)
+
+
+def recipe(
+    loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}), world_size: int | None = None
+) -> Looked:
+    """As `look`, but problems are raised.
 
     Raises:
         RecipeError: All missing or wrong items.
     """
-    looked = weights(loaded, environment)
-    problems = [*_data(loaded), *looked.problems, *_policy(loaded)]
-    if problems:
-        raise RecipeError(problems)
-    return [f"{field}: {what}; nodes without network cannot get it: {fix}" for field, what, fix in looked.to_download]
+    looked = look(loaded, environment, world_size=world_size)
+    if looked.problems:
+        raise RecipeError(looked.problems)
+    return looked
 
 
 def folder(run: Path) -> None:
@@ -171,17 +232,22 @@ def hinted(words: str, profile: ClusterProfile) -> str:
     return words
 
 
-def _data(loaded: Loaded) -> Iterator[str]:
-    for name, source in loaded.recipe.data.used.items():
-        for path in source.paths:
-            if "://" in path:
-                continue
-            folder = Path(path).expanduser()
-            field = _placed(loaded, f"data.sources.{name}.path")
-            if not folder.is_dir():
-                yield f"{field}: there is no folder {path}; `stamo data convert` makes it"
-            elif not (folder / MANIFEST).is_file():
-                yield f"{field}: {path} has no {MANIFEST}, so it was not converted to its end"
+def _notes(loaded: Loaded) -> Iterator[str]:
+    yield from unread(loaded)
+    warmup, steps = loaded.recipe.optimizer.warmup_steps, loaded.recipe.train.steps
+    if warmup >= steps:
+        text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
+        yield _placed(loaded, "optimizer.warmup_steps", text)
+
+
+def _initial(loaded: Loaded) -> Iterator[str]:
+    """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
+    initial, own = loaded.recipe.init_from, Path(loaded.recipe.run_dir) / "checkpoints"
+    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or any(own.glob("step_*")):
+        return
+    if not Path(initial.path).expanduser().is_dir():
+        field = _placed(loaded, "init_from.path")
+        yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
 
 
 @dataclass(frozen=True)
@@ -230,6 +296,13 @@ def _policy(loaded: Loaded) -> Iterator[str]:
                     yield f"{field}: {path} has no statistics of its actions; `stamo data stats {path}` makes them"
 
 
-def _placed(loaded: Loaded, field: str) -> str:
+def _placed(loaded: Loaded, field: str, text: str | None = None) -> str:
+    """The text, by default the field, after the file and line that set the field."""
     place = loaded.provenance.get(field, "default")
-    return field if place in ("default", "--set") else f"{place}: {field}"
+    text = field if text is None else text
+    return text if place in ("default", "--set") else f"{place}: {text}"
+
+
+def _located(loaded: Loaded, text: str) -> str:
+    """A text that begins with a field, after the place of that field."""
+    return _placed(loaded, text.partition(":")[0], text)

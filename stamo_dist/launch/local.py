@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import cores, free_port
 from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
@@ -174,7 +174,6 @@ class Ranks:
         return 128 - code if code < 0 else code
 
     def _start(self, rank: int, stack: ExitStack) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if rank == 0:
             self._common = {
                 "WORLD_SIZE": str(self._count),
@@ -182,7 +181,7 @@ class Ranks:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(free_port()),
                 "STAMO_LAUNCHED": str(os.getpid()),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._count))),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self._count))),
             }
         log = rank_log(self._run, rank)
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch.record import main_log, rank_log
+from stamo_dist.launch.record import folder, main_log, rank_log
 
 _POLL = 0.3  # seconds
 _BLOCK = 1 << 16
@@ -108,6 +108,19 @@ def ranks(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def by_hand(run: Path) -> bool:
+    """Whether the run was started by `stamo train`, not submitted."""
+    return (run / "resolved.yaml").is_file() and not (folder(run) / "launch.json").is_file()
+
+
+def in_terminal(run: Path) -> str:
+    """Where the output of such a run is."""
+    return (
+        f"{run}: was started by `stamo train`, so rank 0 printed into that terminal, and no log holds it; "
+        f"`stamo status {run}` says how it does, {run / 'metrics.jsonl'} has every logged step"
+    )
+
+
 def choose(run: Path, rank: str | None) -> list[JobLog]:
     """The logs to show: rank 0's and the job's own, that of one rank, or "all", each line with its rank and node.
 
@@ -117,6 +130,8 @@ def choose(run: Path, rank: str | None) -> list[JobLog]:
     there = ranks(run)
     tasks = {p.stem: p for p in sorted(main_log(run).parent.glob("task_*.log"))}  # of an array
     if not there and not tasks:
+        if by_hand(run):
+            raise RunError(in_terminal(run))
         raise RunError(f"{run}: no logs yet; `stamo status {run}` tells what it waits for")
     if rank == "all":
         return [JobLog(path, _who(path, f"rank {n}")) for n, path in there.items()] + _named(tasks)

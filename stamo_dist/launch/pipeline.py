@@ -194,7 +194,8 @@ def _reads(recipe: Recipe) -> Iterator[str]:
     for source in recipe.data.used.values():
         yield from (path for path in source.paths if "://" not in path)
     found = [getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")]
-    yield from (path for path in [*found, recipe.policy.weights, recipe.policy.tokenizer] if path is not None)
+    found += [recipe.policy.weights, recipe.policy.tokenizer, recipe.init_from and recipe.init_from.path]
+    yield from (path for path in found if path is not None)
 
 
 def _parse(words: list[str], root: Any) -> dict[str, Any]:

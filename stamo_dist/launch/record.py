@@ -11,17 +11,13 @@
         git.diff           uncommitted changes
     logs/main.log          what the job and rank 0 print, over all starts
     logs/rank_00003.log    what rank 3 prints, over all starts
-    logs/task_3.log        in place of both, task 3 of an array that divides one command
-
-Each user has a registry of runs, so that `stamo status` finds them from anywhere: a folder with one symbolic link per
-run. Adding one needs no lock, and a deleted run leaves a dead link.
+    logs/task_3.log        in place of both, task 3 of an array that shares one command out
 """
 
 from __future__ import annotations
 
 import contextlib
 import getpass
-import hashlib
 import json
 import os
 import shutil
@@ -36,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stamo_dist.errors import RunError
 from stamo_dist.run.folder import COMMIT_FILE, append_line, git_commit, write_atomic
 from stamo_dist.run.history import last_objects
+from stamo_dist.run.registry import register, registry
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.load import Loaded
@@ -208,20 +205,6 @@ def hindrance(launch: Launch) -> str:
 def _fields_of(kind: type, found: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in found.items() if name in names}
-
-
-def registry() -> Path:
-    """The folder of links to this user's runs."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "stamo" / "runs"
-
-
-def register(run: str | Path) -> None:
-    """Add a run to the registry; if the home folder is not writable, the run is just not found automatically."""
-    path = Path(run).absolute()
-    link = registry() / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    with contextlib.suppress(OSError, RuntimeError):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
 
 
 def registered() -> list[Path]:

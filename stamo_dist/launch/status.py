@@ -21,6 +21,9 @@ from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, 
 from stamo_dist.launch.run_progress import Progress, age, read_progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, Word, judge_state
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.recipe_history import changes_of
+from stamo_dist.tables import Whole
 from stamo_dist.tracking.progress import duration
 
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
@@ -228,9 +231,9 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
         ("on", lambda r: r.launch.cluster if r.launch else "by hand"),
         ("last change", lambda r: f"{datetime.fromtimestamp(r.touched):%Y-%m-%d %H:%M}" if r.touched else ""),
-        ("folder", lambda r: str(r.path)),
+        ("folder", lambda r: _from_here(r.path)),
     ]
-    return _table(runs, columns, wide="folder")
+    return _table(runs, columns)
 
 
 def sweep_table(runs: Sequence[Run]) -> RenderableType:
@@ -252,7 +255,7 @@ def sweep_table(runs: Sequence[Run]) -> RenderableType:
         ("folder", lambda r: r.path.name),
     ]
     best = sorted(runs, key=lambda r: float("inf") if r.progress.mean_loss is None else r.progress.mean_loss)
-    return Group(_table(best, columns, wide="folder"), _details(best))
+    return Group(_table(best, columns), _details(best))
 
 
 def one_run(run: Run) -> RenderableType:
@@ -264,6 +267,8 @@ def one_run(run: Run) -> RenderableType:
         others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
     rows += [(name, said) for name, keys in _LAST.items() if (said := _values(p.terms, keys))]
+    if p.alarm:
+        rows.append(("ALARM", p.alarm))
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):
@@ -279,6 +284,9 @@ def one_run(run: Run) -> RenderableType:
     if run.launch:
         again = f", {run.state.restarts} restarts" if run.state.restarts else ""
         rows.append(("job", f"{run.launch.job or 'none'} on {run.launch.cluster}{again}"))
+    for after, changed in changes_of(RunFolder(run.path)):
+        said = "; ".join(f"{field}: {old} → {new}" for field, (old, new) in changed.items())
+        rows.append((f"changed @ {after:,}", said))
     rows.append(("folder", str(run.path)))
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
@@ -290,7 +298,7 @@ def one_run(run: Run) -> RenderableType:
         when = f"{datetime.fromisoformat(e.time).astimezone():%m-%d %H:%M:%S}"
         where = f"{','.join(e.nodes)} × {e.world_size} ranks" if e.nodes and e.world_size else ",".join(e.nodes)
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
-    since: list[RenderableType] = [Text(), events] if run.history else []
+    since: list[RenderableType] = [Text(), Whole(events)] if run.history else []
     return Group(Text(run.name, style="bold"), grid, *since)
 
 
@@ -326,10 +334,19 @@ def _details(runs: Sequence[Run]) -> Text:
     return Text("\n").join(lines)
 
 
-def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]], wide: str = "run") -> Table:
+def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]]) -> Whole:
+    """Columns in which no run has anything are left out."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, _ in columns:
-        table.add_column(name, overflow="fold" if name == wide else "ellipsis", no_wrap=name != wide)
-    for run in runs:
-        table.add_row(*(value(run) for _, value in columns))
-    return table
+    cells = {name: [value(run) for run in runs] for name, value in columns}
+    cells = {name: of_runs for name, of_runs in cells.items() if any(map(str, of_runs))}
+    for name in cells:
+        table.add_column(name)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return Whole(table)
+
+
+def _from_here(path: Path) -> str:
+    """A folder as a person in this one would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

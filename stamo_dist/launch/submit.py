@@ -136,7 +136,10 @@ def ask(
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
     order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
-        notes += checks.recipe(loaded, profile.environment)
+        looked = checks.recipe(loaded, profile.environment)
+        notes += looked.notes
+        for field, what, fix in looked.to_download:
+            notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     checks.folder(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm" and slurm.available():

@@ -40,6 +40,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """
     path = Path(path)
     merged = merge(path, overrides)
+    if "stages" in merged.value:
+        raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
     problems = merged.problems
     if world_size is not None and world_size < 1:
         problems.append(f"world size {world_size}: must be at least 1 process")
@@ -57,6 +59,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     for derived in ("name", "run_dir"):
         if not merged.value.get(derived):
             written.pop(derived, None)
+    if isinstance(merged.value.get("init_from"), str):
+        written["init_from.path"] = written["init_from"]
     return Loaded(
         path=path,
         text=merged.text,

@@ -52,7 +52,7 @@ def test_show_is_a_recipe_with_the_origin_of_every_value(tmp_path):
 
 
 def test_check_prints_shares_and_batching():
-    out = run("check", "recipes/tokenizer_sim_droid.yaml", "--world-size", "8")
+    out = run("check", "recipes/tokenizer_sim_droid.yaml", "--world-size", "8", "--offline")
     assert out.startswith("OK ")
     assert "droid 50.0%" in out
     assert re.search(r"^ +8 +96 = +96 × 1$", out, re.MULTILINE)
@@ -60,7 +60,7 @@ def test_check_prints_shares_and_batching():
 
 def test_check_lists_the_sizes_that_share_the_virtual_workers():
     settings = ("--set", "train.virtual_workers=4", "--set", "strategy.name=ddp")
-    out = run("check", "recipes/tokenizer_sim_droid.yaml", *settings)
+    out = run("check", "recipes/tokenizer_sim_droid.yaml", "--offline", *settings)
     assert re.findall(r"^ +(\d+) +\d+ = ", out, re.MULTILINE) == ["1", "2", "4"]
 
 

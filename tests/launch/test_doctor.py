@@ -144,7 +144,7 @@ def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):
     assert lacking.returncode == 1
     errors = [f["what"] for f in json.loads(lacking.stdout) if f["level"] == "error"]
     assert len(errors) == 1
-    assert "data.sources.a.path: there is no folder nowhere" in errors[0]
+    assert "data.sources.a: nowhere: no such folder" in errors[0]
     fine = stamo("doctor", recipe, "--no-job").stdout
     assert "data and weights are there and fit the recipe" in fine
     assert "✗" not in fine

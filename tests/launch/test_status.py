@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -11,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from stamo_dist.launch import supervise
 from stamo_dist.launch.record import Event, Launch, record
+from stamo_dist.launch.status import collect, find, runs_table
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.tables import show
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Runs the command, and says on stderr what it imported of what takes long.
@@ -33,7 +38,7 @@ def _own_list(monkeypatch, tmp_path):
 def stamo(*words: object, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *map(str, words)], check=False, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": os.environ.get("COLUMNS", "160")},
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout + done.stderr
@@ -98,6 +103,36 @@ def test_where_the_time_and_the_memory_go(tmp_path):
     assert rows["waiting"] == "1.2% for data, 6.2% for other ranks' gradients"
     assert rows["GPU"] == "MFU 43.0%, 60.12 GB in use at most, 71 GB reserved"
     assert max(len(line.rstrip()) for line in said.splitlines() if line.startswith(("last", "waiting", "GPU"))) <= 80
+
+
+def test_names_and_folders_are_whole_at_any_width(tmp_path, monkeypatch):
+    """As a table as wide as it is in a pipe; on a narrow terminal as a block a run."""
+    name = "policy_openvla_state_of_a_long_name"
+    started(tmp_path / "runs" / name)
+    monkeypatch.setenv("COLUMNS", "60")
+    for words in (["runs"], ["status"]):
+        shown = stamo(*words)
+        assert name in shown
+        assert "12/50" in shown
+    assert f" runs/{name}\n" in stamo("runs")
+    narrow = Console(force_terminal=True, width=60, file=io.StringIO(), color_system=None)
+    show(narrow, runs_table(collect(find([f"runs/{name}"]))))
+    lines = narrow.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 60
+    for heading, value in (("run", name), ("folder", f"runs/{name}"), ("step", "12/50"), ("on", "local")):
+        assert [heading, value] in [line.split() for line in lines]
+
+
+def test_what_stamo_train_started_is_registered_and_says_where_its_output_is(tmp_path):
+    run = RunFolder(tmp_path / "elsewhere" / "by_hand")
+    run.prepare()
+    run.describe("", "name: by_hand\ntrain: {steps: 5}\n", ["stamo", "train"], step=0, processes=1, sources={})
+    assert "by_hand" in stamo("runs")
+    assert "rank 0 printed into that terminal" in stamo("logs", "by_hand", code=2)
+    (run.logs / "rank_00001.log").write_text("line of rank 1\n")
+    shown = stamo("logs", "by_hand")
+    assert "line of rank 1" in shown
+    assert "rank 0 printed into that terminal" in shown
 
 
 def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):

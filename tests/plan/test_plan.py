@@ -142,7 +142,14 @@ def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:
         plan(load(path, [*settings, f"strategy.gradients={kept}"]).recipe, 8)[0] for kept in ("sharded", "whole")
     )
     assert whole.gradients - sharded.gradients == 4 * whole.trained_numel
-    check = ("recipe", "check", path, *(part for setting in settings for part in ("--set", setting)), "--world-size")
+    check = (
+        "recipe",
+        "check",
+        path,
+        "--offline",
+        *(part for setting in settings for part in ("--set", setting)),
+        "--world-size",
+    )
     assert "fsdp gathers every block over all 512 processes; hsdp" in stamo(*check, 512).stdout
     assert "hsdp" not in stamo(*check, 256).stdout
 

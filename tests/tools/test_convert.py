@@ -135,6 +135,35 @@ def test_upright_files_stay_upright(tmp_path: Path, cut: Callable[..., Path]) ->
         assert psnr(image, file["data/demo_0/obs/agentview_rgb"][0]) > 34
 
 
+def test_a_damaged_source_is_converted_anew(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+    """What training refuses for its size is repaired by the same command, what only a checksum shows by --overwrite."""
+    out = tmp_path / "out"
+    given: dict[str, Any] = {"size": 32, "val_fraction": 0, "max_episodes": 2, "options": BEFORE, "quiet": True}
+    convert("libero", shared_data(REAL), out, **given)
+    whole = tree(out)
+    shard = out / "train" / "agentview" / "shard.00000.mds"
+
+    def again(**more: Any) -> bool:
+        outcome = convert("libero", shared_data(REAL), out, **given, **more)
+        assert not outcome[1] or tree(out) == whole
+        return bool(outcome[1])
+
+    assert not again()
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert again()
+    (out / "train" / "episodes.jsonl").unlink()
+    assert again()
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert not again()
+    assert again(overwrite=True)
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"has shards but no manifest.json; .* replace it with --overwrite"):
+        again()
+    assert again(overwrite=True)
+
+
 def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
     arguments = ("libero", shared_data(REAL))
     options = {"size": 128, "val_fraction": 0.3, "slice_frames": 1, "options": BEFORE, "quiet": True}

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from stamo_dist.errors import StamoError
 from stamo_dist.launch import checks
 from stamo_dist.launch.doctor.disk import read_speed
 from stamo_dist.launch.doctor.probe import reach
@@ -58,17 +57,18 @@ def judge_versions() -> Iterator[Finding]:
 
 
 def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether data and weights exist and fit for a run in this environment, and how fast the data is read."""
-    try:
-        checks.recipe(loaded, environment)
-    except StamoError as e:
-        for problem in getattr(e, "problems", [str(e)]):
-            yield Finding("error", _RECIPE, problem, "do as it says, put it there, or change the field")
-    else:
-        yield Finding("fine", _RECIPE, "data and weights are there and fit the recipe, or can be had")
-        for field, what, fix in checks.weights(loaded, environment).to_download:
-            said = f"{field}: {what}; nodes without network cannot get it"
-            yield Finding("warning", _RECIPE, said, f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1")
+    """Whether data and weights are there and right, for a run in this environment, and how fast the data is read."""
+    looked = checks.look(loaded, environment)
+    for problem in looked.problems:
+        yield Finding("error", _RECIPE, problem, "do as it says, put it there, or change the field")
+    for note in looked.notes:
+        yield Finding("warning", _RECIPE, note, "change one of them, if it is not meant so")
+    for field, what, fix in looked.to_download:
+        said = f"{field}: {what}; nodes without network cannot get it"
+        yield Finding("warning", _RECIPE, said, f"{fix} (HF_HOME); then set HF_HUB_OFFLINE=1")
+    if not looked.problems:
+        what = "the data and the weights that are here" if looked.to_download else "data and weights are there and"
+        yield Finding("fine", _RECIPE, f"{what} fit the recipe")
     for name, source in loaded.recipe.data.used.items():
         shard = next(
             (s for path in source.paths if "://" not in path for s in Path(path).expanduser().rglob("*.mds")), None
