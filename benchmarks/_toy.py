@@ -52,8 +52,9 @@ flow: {{sampler_steps: 2}}
 LARGE = {
     "train": {"precision": "bf16", "global_batch": 32, "micro_batch": 32, "compile": True},
     "model": {
-        "encoder": {"image_size": 224, "config": {"patch_size": 14, "hidden_size": 768, "num_hidden_layers": 12,
-                                                  "num_attention_heads": 12}},
+        "encoder": {"image_size": 224, "train": True,
+                    "config": {"patch_size": 14, "hidden_size": 768, "num_hidden_layers": 12,
+                               "num_attention_heads": 12}},
         "compressor": {"tokens": 2, "dim": 1024, "width": 1024, "depth": 4, "heads": 16},
         "decoder": {"config": {"patch_size": 2, "num_layers": 6, "num_attention_heads": 24, "attention_head_dim": 64}},
     },

@@ -76,7 +76,7 @@ class LatentEncoder(FrameEncoder):
 
 
 class StateRows(FrameEncoder):
-    """State tokens of a tokenizer, stored in float32. The compressor always computes in fp32, as in a policy's step."""
+    """State tokens of a tokenizer, stored in float32. The compressor stays in fp32 or TF32, as in a policy's step."""
 
     kind, stored = "states", "float32"
 
@@ -141,12 +141,11 @@ def lowered(encoder: FrameEncoder, arithmetic: Arithmetic, device: Device, image
         return None
     some = images[:COMPARED]
     exact = encoder.rows(some)
-    if arithmetic == "tf32":
-        device.allow_tf32(True)
-    else:
+    device.allow_tf32(True)
+    if arithmetic == "bf16":
         encoder.to_bf16()
-    error, size = encoder.rows(some) - exact, exact
-    return float(error.square().mean().sqrt() / size.square().mean().sqrt())
+    error = encoder.rows(some) - exact
+    return float(error.square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def function(encoder: FrameEncoder, *, compiled: bool, batch: int) -> Callable[[Tensor], Tensor]:
