@@ -45,8 +45,9 @@ demo: $(VENV)/.installed opengl
 	$(STAMO) mix recipes/tokenizer_demo.yaml
 	$(STAMO) train recipes/vae_demo.yaml --nproc 2
 	$(STAMO) encode recipes/tokenizer_demo.yaml
-	@echo "training the tokenizer, and killing it after a while, as a cluster would"
-	-timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
+	@echo "training the tokenizer, and killing it after 90 seconds, as a cluster would"
+	@sh -c 'exec timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2 2>&3' 3>&2 2>/dev/null \
+	  || echo "it was killed, as was meant; the same command goes on from its last checkpoint:"
 	$(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
 	$(STAMO) eval reconstruct demo/runs/tokenizer
 	$(STAMO) eval interpolate demo/runs/tokenizer
@@ -80,6 +81,7 @@ test-fast: $(VENV)/.installed
 # The pages of docs/ and the API from the docstrings as a site in build/site; a broken link fails.
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --quiet --strict
+	@echo "the site is in build/site: open build/site/index.html"
 
 # Every stage, strategy, kind and pair of options from start to end; hours, and another start goes on.
 MATRIX ?= runs/matrix

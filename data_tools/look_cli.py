@@ -55,7 +55,7 @@ def check(
 
 
 def preview(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders or URLs, a picture each.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Folders or URLs, a picture each.")],
     out: Annotated[
         Path | None, typer.Option(metavar="PNG", help="PNG, or a folder for several; here when omitted.")
     ] = None,

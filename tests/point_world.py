@@ -12,6 +12,7 @@ from toy import toy_frame
 
 from stamo_dist.errors import DataError
 from stamo_dist.evaluate.simulators import Observation, Setting
+from stamo_dist.extras import how_to_install
 
 
 class PointSimulator:
@@ -52,7 +53,7 @@ class PointBenchmarks:
 
     def resolve(self, benchmark: str, tasks: Sequence[str], setting: Setting) -> list[str]:
         if benchmark != "toy":
-            raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[sim]'")
+            raise DataError(f"{benchmark} is not installed: {how_to_install('sim')}")
         return list(tasks)
 
     def open(self, benchmark: str, task: str, setting: Setting) -> PointSimulator:

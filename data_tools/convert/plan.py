@@ -23,6 +23,7 @@ from data_tools.formats.source import EpisodeRef, Scan
 from data_tools.images import FITS
 from stamo_dist.data.schema import Manifest
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 
 TRAIN, VAL = "train", "val"
 #: Names that datasets use for held-out splits.
@@ -180,7 +181,7 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Conversi
     check_rate(settings.rate_hz, scan.rate_hz)
     check_stated(settings, scan)
     if scan.action and scan.action.mode != "other" and find_spec("scipy") is None:
-        raise DataError("converting actions needs the package scipy; pip install 'stamo-dist[convert]'")
+        raise DataError(f"converting actions needs the package scipy; {how_to_install('convert')}")
     episodes, notes = scan.episodes, scan.notes
     if settings.instructions is not None:
         episodes, given = give(episodes, settings.instructions)

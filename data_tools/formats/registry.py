@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from data_tools.formats.source import SourceReader
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 from stamo_dist.recipe.layers import did_you_mean
 
 #: Format → module and class of its Reader, and what it reads.
@@ -109,7 +110,7 @@ def reader_class(format: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as e:
-        raise DataError(f"format {format} needs the package {e.name}; pip install 'stamo-dist[convert]'") from e
+        raise DataError(f"format {format} needs the package {e.name}; {how_to_install('convert')}") from e
 
 
 def open_reader(format: str, src: Path, options: Mapping[str, Any]) -> SourceReader:

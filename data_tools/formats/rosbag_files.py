@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.formats.source import check_lfs, find_files, walk
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 
 SUFFIXES = (".bag", ".mcap", ".db3")
 METADATA = "metadata.yaml"
@@ -83,7 +84,7 @@ def open_bag(path: Path, definitions: Path | None = None) -> Iterator[Any]:
         from rosbags.highlevel import AnyReader
         from rosbags.typesys import Stores, get_typestore
     except ImportError as e:
-        raise DataError("reading bags needs the package rosbags; pip install 'stamo-dist[ros]'") from e
+        raise DataError(f"reading bags needs the package rosbags; {how_to_install('ros')}") from e
     for file in bag_files(path):
         check_lfs(file)
     try:

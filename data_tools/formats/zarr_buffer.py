@@ -14,6 +14,7 @@ import numpy as np
 from data_tools.formats.source import RUN
 from data_tools.formats.zarr_metadata import DAMAGE
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 
 ENDS = "meta/episode_ends"
 #: Codecs that execute code from the file.
@@ -68,7 +69,7 @@ def _open(path: Path) -> Any:
     try:
         import zarr
     except ImportError as e:
-        raise DataError("reading .zarr needs the package zarr; pip install 'stamo-dist[zarr]'") from e
+        raise DataError(f"reading .zarr needs the package zarr; {how_to_install('zarr')}") from e
     _register_codecs()
     try:
         if path.is_file() and not zipfile.is_zipfile(path):
@@ -80,7 +81,7 @@ def _open(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(error) else ""
+    hint = f"; {how_to_install('zarr')}" if "codec not available" in str(error) else ""
     return DataError(f"{path}: cannot be read as a zarr ReplayBuffer ({type(error).__name__}: {error}){hint}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_tools.formats.checked import a_list, a_text, an_object, object_at, read_object, shown
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 
 #: Upper bound on the length of an axis.
 LARGEST = 10**10
@@ -75,7 +76,7 @@ def check_nodes(folder: Path, open_node: Callable[[str], Any]) -> None:
         try:
             open_node(str(path.parent))
         except DAMAGE as e:
-            hint = "; pip install 'stamo-dist[zarr]'" if "codec not available" in str(e) else ""
+            hint = f"; {how_to_install('zarr')}" if "codec not available" in str(e) else ""
             raise DataError(f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}") from e
 
 

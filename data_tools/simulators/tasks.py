@@ -12,6 +12,7 @@ from typing import Any
 from data_tools.simulators.rollout import check_opengl
 from data_tools.workers import usable_cores
 from stamo_dist.errors import DataError
+from stamo_dist.extras import how_to_install
 
 DEFAULT_CAMERAS: dict[str, list[str]] = {
     "libero": ["agentview"],
@@ -64,7 +65,7 @@ def check_request(
     if benchmark not in PACKAGES:
         raise DataError(f"unknown benchmark {benchmark!r}; choose libero, metaworld or maniskill")
     if importlib.util.find_spec(PACKAGES[benchmark]) is None:
-        raise DataError(f"{benchmark} is not installed: pip install 'stamo-dist[{INSTALL[benchmark]}]'")
+        raise DataError(f"{benchmark} is not installed: {how_to_install(INSTALL[benchmark])}")
     check_graphics(benchmark)
     problems = []
     if episodes < 1:

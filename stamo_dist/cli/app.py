@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.cli.chaos import chaos
 from stamo_dist.cli.doctor import doctor, probe
 from stamo_dist.cli.export import export
+from stamo_dist.cli.help import Grouped, WholeSummaries, show_version
 from stamo_dist.cli.pages import mix, report
 from stamo_dist.cli.plan import plan
 from stamo_dist.cli.recipe import app as recipe_app
@@ -36,8 +37,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
+    cls=Grouped,
 )
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", cls=WholeSummaries)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and commit, and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 @eval_app.callback()
@@ -55,9 +67,8 @@ def _advice(recipe: Recipe) -> list[str]:
 
 
 checks.FURTHER.append(_advice)
-app.add_typer(eval_app, name="eval")
-app.add_typer(recipe_app, name="recipe")
-#: In the order of `stamo --help`.
+app.add_typer(eval_app, name="eval", cls=WholeSummaries)
+app.add_typer(recipe_app, name="recipe", cls=WholeSummaries)
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(submit, status, runs, logs, cancel, resume, doctor, chaos),
     *(plan, export, sync, train, encode, serve, mix, report),

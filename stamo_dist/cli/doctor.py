@@ -16,7 +16,7 @@ from stamo_dist.cli.options import Overrides
 
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="Also look at what this recipe needs: data, weights, W&B.")
+        Path | None, typer.Argument(metavar="RECIPE", help="Also look at what this recipe needs: data, weights, W&B.")
     ] = None,
     cluster: Annotated[
         str, typer.Option(metavar="PROFILE", help="Look at this cluster, and run a job of two minutes on it.")

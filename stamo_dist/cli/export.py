@@ -34,7 +34,7 @@ def export(
     out: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[OUT]", help="Folder to write; it must not exist. Without it: the run's own export, RUN/model."
+            metavar="OUT", help="Folder to write; it must not exist. Without it: the run's own export, RUN/model."
         ),
     ] = None,
     form: Annotated[
@@ -61,9 +61,9 @@ def export(
 
     A run that was trained, and whose own export failed, is finished by its folder alone.
 
-    Example: stamo export runs/my_run
+    Example: stamo export demo/runs/tokenizer exports/tokenizer
 
-    Example: stamo export runs/policy_oft_state exports/policy --format openvla --dtype bfloat16
+    Example: stamo export runs/policy_openvla_lora exports/policy --format openvla --dtype bfloat16
     """
     import torch
 

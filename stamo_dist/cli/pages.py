@@ -47,7 +47,7 @@ def mix(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, shown side by side.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, shown side by side.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write; RUN/report.html of the first run when omitted.")
     ] = None,

@@ -124,9 +124,7 @@ def diff(
 
 @app.command()
 def schema(
-    out: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; printed when omitted.")
-    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to write it; printed when omitted.")] = None,
 ) -> None:
     """Write the JSON schema that gives editors completion and checks in recipe files.
 
@@ -147,7 +145,7 @@ def schema(
 
 @app.command()
 def explain(
-    field: Annotated[str, typer.Argument(metavar="[FIELD]", help="Dotted name; the sections when omitted.")] = "",
+    field: Annotated[str, typer.Argument(metavar="FIELD", help="Dotted name; the sections when omitted.")] = "",
 ) -> None:
     """Explain a field or a section: type, default, meaning.
 

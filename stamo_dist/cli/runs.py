@@ -14,7 +14,7 @@ from stamo_dist.tables import show
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
-    list[str], typer.Argument(metavar="[RUN...]", help="Run folders, folders of runs, or names of runs.")
+    list[str], typer.Argument(metavar="RUN", help="Run folders, folders of runs, or names of runs.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it for programs.")]
 
@@ -54,7 +54,7 @@ def status(
 
 def runs(
     folders: Annotated[
-        list[str], typer.Argument(metavar="[FOLDER...]", help="Folders of runs; all you submitted when omitted.")
+        list[str], typer.Argument(metavar="FOLDER", help="Folders of runs; all you submitted when omitted.")
     ] = [],  # noqa: B006 (typer reads the default)
     as_json: AsJson = False,
     tree: Annotated[bool, typer.Option("--tree", help="Each below the run that it began from.")] = False,
@@ -120,7 +120,7 @@ def logs(
 
 
 def cancel(
-    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs.")],
+    run: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or names of runs.")],
 ) -> None:
     """End runs: each saves, leaves and is not started again. `stamo resume` goes on later.
 

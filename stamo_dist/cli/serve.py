@@ -11,6 +11,7 @@ import typer
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.options import UseOptions
+from stamo_dist.extras import how_to_install
 
 _NEEDED = ("json_numpy", "msgpack", "starlette", "uvicorn", "websockets")
 
@@ -32,7 +33,8 @@ class ClientOptions:
 class ServeOptions(ClientOptions, UseOptions):
     """Answer observations with actions, as clients of OpenVLA, OpenVLA-OFT, openpi and vla-eval speak.
 
-    Needs `pip install "stamo-dist[serve]"`. Asks for the token in STAMO_SERVE_TOKEN, if it is set.
+    Its packages come with `make demo`, or with `pip install -e '.[serve]'` in a checkout. Asks for the token in
+    STAMO_SERVE_TOKEN, if it is set.
 
     Example: stamo serve runs/policy_oft_state --port 8777
 
@@ -66,7 +68,7 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise RunError(f"serving needs the packages {', '.join(missing)}; pip install 'stamo-dist[serve]'")
+        raise RunError(f"serving needs the packages {', '.join(missing)}; {how_to_install('serve')}")
     from stamo_dist.serve.command import Address
     from stamo_dist.serve.command import serve as answer
     from stamo_dist.serve.limits import MIB, Limits

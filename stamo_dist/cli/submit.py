@@ -65,6 +65,7 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
         if asked.sweep:
             raise StamoError(f"--sweep: {recipe} is a pipeline; sweep over one of its recipes")
         whole, works = pipeline.load_pipeline(recipe, asked.set_, context.find_root().command)
+        pipeline.check_needs(works)
         steps = chain.look_at(works)
         for step in steps:
             if step.state != "todo":

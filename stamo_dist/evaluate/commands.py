@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from stamo_dist.evaluate.measurement import Measurement
     from stamo_dist.evaluate.simulators import SimulatorCatalogue
 
-app = typer.Typer(no_args_is_help=True, help="Measure a tokenizer or a policy on held-out episodes.")
+HELP = """Measure a tokenizer or a policy on held-out episodes.
+
+RUN is the folder of a run, its recipe's run_dir; `make demo` trains demo/runs/tokenizer.
+"""
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 
 @dataclass(frozen=True)

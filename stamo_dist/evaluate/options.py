@@ -57,7 +57,7 @@ class SharedOptions(RunOptions):
 class ReconstructOptions(SharedOptions):
     """PSNR and SSIM of reconstructed held-out frames, beside the VAE alone and the mean image.
 
-    Example: stamo eval reconstruct runs/tokenizer_demo --frames 64
+    Example: stamo eval reconstruct demo/runs/tokenizer --frames 64
     """
 
     frames: Annotated[int, count("Most held-out frames of each source.")] = 128
@@ -69,7 +69,7 @@ class ReconstructOptions(SharedOptions):
 class InterpolateOptions(SharedOptions):
     """Decode the straight line between two states of held-out episodes, beside the real frames between them.
 
-    Example: stamo eval interpolate runs/tokenizer_demo --span 48
+    Example: stamo eval interpolate demo/runs/tokenizer --span 48
     """
 
     episodes: Annotated[int, count("Most held-out episodes of each source.")] = 4
@@ -83,7 +83,7 @@ class InterpolateOptions(SharedOptions):
 class TransferOptions(SharedOptions):
     """Add the motion of one held-out episode to the state of another scene and decode it.
 
-    Example: stamo eval transfer runs/tokenizer_demo --span 48
+    Example: stamo eval transfer demo/runs/tokenizer --span 48
     """
 
     pairs: Annotated[int, count("Pairs of episodes, of each two sources.")] = 2
@@ -98,7 +98,7 @@ class ProbeOptions(SharedOptions):
 
     A killed measurement continues when it is started again; the features of the frames are kept for the next time.
 
-    Example: stamo eval probe runs/tokenizer_demo --seeds 3
+    Example: stamo eval probe demo/runs/tokenizer --seeds 3
     """
 
     k: Annotated[list[int] | None, count("Frames between the two; may be repeated. 1, 2, 4, 8 if omitted.")] = None
@@ -155,7 +155,7 @@ class PlanOptions(RunOptions):
 
     A killed measurement continues when it is started again; with more --trials it adds them.
 
-    Example: stamo eval plan runs/tokenizer_demo --tasks libero_spatial/2 --trials 20
+    Example: stamo eval plan demo/runs/tokenizer --tasks libero_spatial/2 --trials 20
     """
 
     tasks: TasksOption

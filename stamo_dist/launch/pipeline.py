@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.recipe.layers import merge
+from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.lines import Key, located, read_file, show_value
 from stamo_dist.recipe.load import Loaded, load
 from stamo_dist.recipe.schema import Recipe, Section
-from stamo_dist.recipe.validate import place_of, validate_as
+from stamo_dist.recipe.validate import place_of, repaired
 
 PositiveInt = Annotated[int, Field(gt=0)]
 _STAGES = ("data", "encode", "eval", "report")  # commands that a stage may run
@@ -70,18 +70,14 @@ class Pipeline(Section):
             raise ValueError(f"a stage's name has letters, digits, _ and - only, unlike {', '.join(map(repr, bad))}")
         return stages
 
-    @model_validator(mode="after")
-    def _come_after_stages_above(self) -> Pipeline:
+    def misplaced(self) -> Iterator[tuple[str, str]]:
+        """(stage, message) for each `after` that names no stage above."""
         names = list(self.stages)
-        problems = []
         for i, (name, stage) in enumerate(self.stages.items()):
             for before in stage.after or []:
                 if before not in names[:i]:
-                    known = ", ".join(names[:i]) or "none"
-                    problems.append(f"stages.{name}.after: {before} is no stage above {name}; there are: {known}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+                    hint = did_you_mean(before, names[:i]) or f"there are: {', '.join(names[:i]) or 'none'}"
+                    yield name, f"{before} is no stage above {name}; {hint}"
 
     def after(self, name: str) -> list[str]:
         """The stages that must finish before `name`."""
@@ -102,6 +98,8 @@ class Work:
     after: list[str]
     makes: Path | None = None  # outputs that exist once it has finished
     reads: frozenset[Path] = frozenset()  # absolute: folders of data, weights and runs
+    needs: frozenset[Path] = frozenset()  # those of data and runs, which are on this machine
+    place: str = ""  # file and line of the stage
 
     @property
     def trains(self) -> bool:
@@ -125,18 +123,24 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
         RecipeError: With every problem, each with its file and line.
     """
     merged = merge(path, overrides)
-    pipeline, wrong = validate_as(Pipeline, merged)
-    problems = [*merged.problems, *wrong]
-    if pipeline is None or problems:
+    pipeline, wrong = repaired(Pipeline, merged)
+    problems = [*merged.problems, *(problem for of_field in wrong.values() for problem in of_field)]
+    if pipeline is None or not merged.whole:
         raise RecipeError(problems)
     name = pipeline.name or path.stem
     pipeline = pipeline.model_copy(update={"name": name, "run_dir": pipeline.run_dir or f"runs/{name}"})
+    for stage_name, message in pipeline.misplaced():
+        field: Key = ("stages", stage_name, "after")
+        problems.append(located(place_of(field, merged.places), field, message))
     found = []
     for stage_name, stage in pipeline.stages.items():
+        if any(("stages", stage_name, *field) in wrong for field in ((), ("train",), ("run",), ("set",))):
+            continue  # a placeholder in its place
         try:
-            found.append(_work(pipeline, stage_name, root))
+            work = _work(pipeline, stage_name, root)
+            found.append(replace(work, place=place_of(("stages", stage_name), merged.places)))
         except (RecipeError, ValueError) as e:
-            field: Key = ("stages", stage_name, "train" if stage.train else "run")
+            field = ("stages", stage_name, "train" if stage.train else "run")
             place = place_of(field, merged.places)
             problems += [located(place, field, p) for p in (e.problems if isinstance(e, RecipeError) else [str(e)])]
     shared: dict[Path, str] = {}
@@ -146,7 +150,7 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
             message = f"trains into {work.run_dir} as {shared[work.run_dir]} does; set run_dir"
             problems.append(located(place_of(key, merged.places), key, message))
         shared[work.run_dir] = work.name
-    for work, other in _too_early(found):
+    for work, other in [] if problems else _too_early(found):
         place = place_of(("stages", work.name, "after"), merged.places)
         message = f"{work.name} reads what {other} makes; add {other}, or a stage that comes after it"
         problems.append(located(place, ("stages", work.name, "after"), message))
@@ -167,8 +171,27 @@ def _too_early(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
             makers[made.absolute()] = work.name
 
 
+def check_needs(works: Sequence[Work]) -> None:
+    """Check that what each stage reads is there, or made by a stage above. A finished conversion needs no raw data.
+
+    Raises:
+        RecipeError: With all that is missing.
+    """
+    made, problems = set[Path](), list[str]()
+    for work in works:
+        if work.makes is None or not work.makes.exists():
+            missing = (path for path in sorted(work.needs) if not path.exists() and not made & {path, *path.parents})
+            for path in missing:
+                message = f"{work.name} reads {path}, which is not there, and no stage above makes it"
+                problems.append(located(work.place, ("stages", work.name), message))
+        if output := work.run_dir if work.trains else work.makes:
+            made.add(output.absolute())
+    if problems:
+        raise RecipeError(problems)
+
+
 def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
-    stage, loaded, makes, reads = pipeline.stages[name], None, None, list[str]()
+    stage, loaded, makes, needs = pipeline.stages[name], None, None, list[str]()
     folder = Path(pipeline.run_dir) / name
     if stage.train is not None:
         loaded = load(stage.train, stage.overrides)
@@ -179,23 +202,31 @@ def _work(pipeline: Pipeline, name: str, root: Any) -> Work:
         given = _parse(words, root)
         if "recipe" in given:
             loaded = load(given["recipe"], given["set_"])
-        if words[:2] == ["data", "convert"] and "://" not in given["out"]:
+        if words[:2] in (["data", "convert"], ["data", "simulate"]) and "://" not in str(given["out"]):
             makes = Path(given["out"])
         if words[0] in ("eval", "report"):
-            reads += [given["run"]] if words[0] == "eval" else given["runs"]
+            needs += [given["run"]] if words[0] == "eval" else given["runs"]
+        needs += [given[key] for key in ("src", "source") if words[0] == "data" and key in given]
+    weights = list[str]()
     if loaded is not None:
-        reads += _reads(loaded.recipe)
-    paths = frozenset(Path(path).expanduser().absolute() for path in reads)
-    return Work(name, stage, folder.absolute(), words, loaded, pipeline.after(name), makes, paths)
+        data = [path for source in loaded.recipe.data.used.values() for path in source.paths]
+        needs += [*data, *([loaded.recipe.policy.tokenizer] if loaded.recipe.policy.tokenizer else [])]
+        weights = _weights(loaded.recipe)
+    there = _folders(needs)
+    return Work(
+        name, stage, folder.absolute(), words, loaded, pipeline.after(name), makes, there | _folders(weights), there
+    )
 
 
-def _reads(recipe: Recipe) -> Iterator[str]:
-    """Folders on this machine that a recipe names: of data, weights, and its tokenizer's run."""
-    for source in recipe.data.used.values():
-        yield from (path for path in source.paths if "://" not in path)
+def _folders(names: Iterable[str | Path]) -> frozenset[Path]:
+    return frozenset(Path(name).expanduser().absolute() for name in names if "://" not in str(name))
+
+
+def _weights(recipe: Recipe) -> list[str]:
+    """Weights that a recipe names: folders, or models of the hub."""
     found = [getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")]
-    found += [recipe.policy.weights, recipe.policy.tokenizer, recipe.init_from and recipe.init_from.path]
-    yield from (path for path in found if path is not None)
+    found += [recipe.policy.weights, recipe.init_from.path if recipe.init_from else None]
+    return [path for path in found if path is not None]
 
 
 def _parse(words: list[str], root: Any) -> dict[str, Any]:

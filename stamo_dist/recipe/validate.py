@@ -36,9 +36,15 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
 
 def validate_as(model: type[T], merged: Merged) -> tuple[T | None, list[str]]:
     """The section of a file that is not a recipe, or its problems."""
-    section, found, _ = _check(merged, model, RecipeField((), model))
-    problems = _placed_all(found, merged)
+    section, found = repaired(model, merged)
+    problems = [problem for of_field in found.values() for problem in of_field]
     return (section if not problems else None), problems
+
+
+def repaired(model: type[T], merged: Merged) -> tuple[T | None, dict[Key, list[str]]]:
+    """As `validate_as`, with the problems by field; the section has defaults and placeholders for wrong values."""
+    section, found, _ = _check(merged, model, RecipeField((), model))
+    return section, {key: [_placed(key, m, merged.places) for m in messages] for key, messages in found.items()}
 
 
 def _check(merged: Merged, model: type[T], root: RecipeField) -> tuple[T | None, dict[Key, list[str]], dict[str, Any]]:

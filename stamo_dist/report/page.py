@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import shlex
@@ -17,7 +15,6 @@ from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from stamo_dist.checkpoint.compatibility import growth_of
 from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
@@ -28,6 +25,7 @@ from stamo_dist.recipe.data import SourceConfig
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
+from stamo_dist.report.pictures import embed
 from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
 from stamo_dist.run.history import Sample, sample
@@ -308,16 +306,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as e:
         raise RunError(f"{path}: is damaged ({e}); write it again or delete it") from e
-
-
-def embed(picture: Path) -> dict[str, Any]:
-    """An image for the page: `uri` has its content, `wide` marks a strip that is scrolled, not shrunk, on phones."""
-    content = picture.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        kind = Image.MIME[image.format or "PNG"]
-    uri = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return {"uri": uri, "width": width, "height": height, "wide": width > 2.2 * height}
 
 
 def number(value: Any) -> str:

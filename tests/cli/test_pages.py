@@ -7,9 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from typer.testing import CliRunner
 
+import stamo_dist
 from stamo_dist.cli.app import app
+from stamo_dist.cli.help import GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +30,36 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "text"), commands())
+def examples(command, name="stamo"):
+    """(command, example) of every help page."""
+    for text in re.findall(r"Example: (stamo .*?)(?:\n\n|$)", command.help or "", re.DOTALL):
+        yield name, " ".join(text.split()).replace("$SLURM_ARRAY_TASK_ID", "3")
+    for child in getattr(command, "commands", {}).values():
+        yield from examples(child, f"{name} {child.name}")
+
+
+EXAMPLES = [*examples(typer.main.get_command(app)), *(("stamo", example) for _, example in GROUPS.values())]
+
+
+def test_help_has_every_command_once_and_whole():
+    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    for name in typer.main.get_command(app).commands:
+        assert len(re.findall(rf"^  {name}  ", said, re.MULTILINE)) == (name != "doctor-probe"), name
+    assert "..." not in said.partition("Options:")[2]
+    assert "Others" not in said, "a new command belongs to a group"
+    assert (
+        "..." not in CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "80"}).output.partition("Options:")[2]
+    )
+
+
+def test_version_says_what_a_report_of_a_fault_needs():
+    said = CliRunner().invoke(app, ["--version"]).output
+    assert said.startswith(f"stamo-dist {stamo_dist.__version__}")
+    assert torch.__version__ in said
+    assert "CUDA" in said
+
+
+@pytest.mark.parametrize(("page", "text"), [*commands(), *EXAMPLES])
 def test_command_parses(page, text):
     command = typer.main.get_command(app)
     words = shlex.split(text)[1:]

@@ -119,7 +119,7 @@ def test_what_cannot_be_rolled_out_is_said(policy: Path, tmp_path: Path):
     options: dict[str, Any] = {"tasks": TASKS, "benchmark": "toy", "size": 32, "out": tmp_path / "out", "processes": 1}
     for changed, error, says in (
         ({"benchmark": "libero"}, RunError, r"was trained on a \(toy\), not on libero; choose another --benchmark"),
-        ({"benchmark": "libero", "unnorm_key": "a"}, DataError, "pip install 'stamo-dist"),
+        ({"benchmark": "libero", "unnorm_key": "a"}, DataError, "install -e '"),
         ({"trials": 10}, DataError, "has 9 initial states"),
         ({"slice": 2, "num_slices": 2}, RunError, "--slice 2: must be between"),
         ({"actions": "radians"}, RunError, "--actions radians: must be one of delta, original, openvla"),

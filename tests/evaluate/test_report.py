@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.interpolate import Interpolation
 from stamo_dist.evaluate.reconstruct import Reconstruction
 from stamo_dist.report import page, write_report
 from stamo_dist.report.charts import Series, line_chart, ticks
+from stamo_dist.report.pictures import embed
 from stamo_dist.run.history import sample
 
 
@@ -35,14 +39,50 @@ def test_report_holds_every_picture_and_fetches_nothing(run: Path):
     _assert_self_contained(page)
     pictures = [run / "first_batch.png", *run.glob("eval/*/*.png"), *run.glob("eval/*/*.gif")]
     assert len(pictures) == 1 + 2 + 4
+    assert page.count('<img loading="lazy"') == len(pictures)
+    shown = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in re.findall(r'base64,([^"]+)"', page)]
     for picture in pictures:
-        assert base64.b64encode(picture.read_bytes()).decode() in page, picture
+        assert any(_same(Image.open(picture), one) for one in shown), picture
     row = json.loads((run / "eval/reconstruct/reconstruct.json").read_text())["rows"][1]
     assert f"<td>{row['psnr']:.2f}</td>" in page
     assert page.index("Reconstruction of held-out frames") < page.index("Interpolation of states")
     for said in ("66.7%", "33.3%", "4 of 4", "sampler_steps: 2", "step_00000004", "stamo-dist"):
         assert said in page, said
     assert page.count("<svg") == 6
+
+
+def _same(written: Image.Image, shown: Image.Image) -> bool:
+    """Whether a page shows a picture, all its frames, to within what compression takes of a toy's noise."""
+    frames = [[_on_grey(frame) for frame in ImageSequence.Iterator(image)] for image in (written, shown)]
+    if len({(len(of), of[0].shape) for of in frames}) > 1:
+        return False
+    return all(np.abs(a - b).mean() < 8 for a, b in zip(*frames, strict=True))
+
+
+def _on_grey(frame: Image.Image) -> np.ndarray:
+    ground = Image.new("RGBA", frame.size, "grey")
+    return np.asarray(Image.alpha_composite(ground, frame.convert("RGBA")).convert("RGB"), float)
+
+
+def test_pictures_are_compressed_and_animations_stay(run: Path, tmp_path: Path):
+    """On pictures as large as those of the demo, and noisier."""
+    noise = np.random.default_rng(0).normal(0, 3, (16, 144, 292, 3))
+    x, y = np.meshgrid(np.linspace(0, 1, 292), np.linspace(0, 1, 144))
+    scene = np.stack([x, y, x * y], -1) * 200 + 20
+    frames = [Image.fromarray((scene + n).clip(0, 255).astype(np.uint8)) for n in noise]
+    gif, still = tmp_path / "motion.gif", tmp_path / "still.png"
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=160, loop=0)
+    frames[0].save(still)
+    for path, count in ((gif, 16), (still, 1)):
+        shown = embed(path)
+        content = base64.b64decode(shown["uri"].partition("base64,")[2])
+        with Image.open(io.BytesIO(content)) as image:
+            assert (image.format, image.size, getattr(image, "n_frames", 1)) == ("WEBP", (292, 144), count)
+            assert count == 1 or (image.info["loop"], image.info.get("duration", 160)) == (0, 160)
+        assert len(content) < path.stat().st_size / 2
+    tiny = tmp_path / "tiny.png"
+    Image.new("L", (2, 2)).save(tiny)
+    assert embed(tiny)["uri"].startswith("data:image/")
 
 
 def test_several_runs_side_by_side(run: Path, tmp_path: Path):

