@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,14 @@ from stamo_dist.checkpoint.retention import scan
 from stamo_dist.checkpoint.source import Source, put_back
 from stamo_dist.distributed.ranges import WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RunError
-from stamo_dist.models import weights
-from stamo_dist.models.openvla import load as openvla
-from stamo_dist.models.shards import StoredTensor
 from stamo_dist.pretrained.files import header, weight_files
 from stamo_dist.pretrained.place import download, hub_id, source
 from stamo_dist.recipe.init_from import InitFrom
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lineage import Weights
+
+if TYPE_CHECKING:  # stamo_dist.models takes seconds, and only some parents need it
+    from stamo_dist.models.shards import StoredTensor
 
 FIELD = "init_from"
 _FORMS = "give a run, a checkpoint, an exported model (RUN/model) or a hub id (owner/name[@revision])"
@@ -202,6 +202,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _of_folders(folders: Mapping[str, Path]) -> TensorSource:
+    from stamo_dist.models import weights
+
     found: dict[str, StoredTensor] = {}
     for prefix, folder in folders.items():
         for file in weight_files(folder, FIELD):
@@ -211,6 +213,8 @@ def _of_folders(folders: Mapping[str, Path]) -> TensorSource:
 
 
 def _openvla(path: Path, network: Any) -> TensorSource:
+    from stamo_dist.models.openvla import load as openvla
+
     checkpoint = openvla.locate(str(path))
     if checkpoint.adapter is not None:
         raise CheckpointError(f"{FIELD}: {path} is an adapter on a base; name it as policy.weights, which reads both")
