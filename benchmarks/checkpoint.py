@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _beside import beside
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from stamo_dist.checkpoint.compatibility import RunFingerprint
 from stamo_dist.checkpoint.save import Origin, Saver
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import barrier, broadcast, leave
 from stamo_dist.distributed.rank import world_from_environment
 from stamo_dist.distributed.strategies import EngineSpec
@@ -82,8 +84,7 @@ class Training:
         began = time.perf_counter()
         with self.engine.accumulate():
             self.engine.backward(self.engine.module(self.data).square().mean())
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        Device.current().synchronize()
         return time.perf_counter() - began
 
 
@@ -177,7 +178,7 @@ def waited(training: Training, folder: Path, saves: int, step: float) -> dict[st
         "ours, waited for": lambda: mine.save(step),
     }
     # accelerate's FSDP needs a GPU
-    if engine.device.type == "cuda" or engine.strategy not in ("fsdp", "hsdp"):
+    if Device.current().is_gpu or engine.strategy not in ("fsdp", "hsdp"):
         ways["accelerate.save_state"] = Peer(
             folder / "peer", lambda path: engine.accelerator.save_state(str(path))
         ).save
@@ -215,11 +216,11 @@ def main() -> None:
 
 
 def show(training: Training, rows: dict[str, dict[str, float]], step: float) -> None:
-    world, on_gpu = training.engine.world, training.engine.device.type == "cuda"
+    world = training.engine.world
     size = world.size * sum(t.numel() * t.element_size() for t in own_tensors(training))
     table = Table(
         title=f"{training.parameters / 1e6:.0f} M parameters, {training.engine.strategy} on {world.size} × "
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {size / 1e9:.1f} GB, a step takes {step:.2f} s"
+        f"{Device.current().name}, {size / 1e9:.1f} GB, a step takes {step:.2f} s"
     )
     for column in ("", "whole after s", "÷ torch.save", "÷ write", "training waits s", "of a step", "cost s", "GB/s"):
         table.add_column(column, justify="left" if not column else "right")
@@ -231,6 +232,10 @@ def show(training: Training, rows: dict[str, dict[str, float]], step: float) -> 
             f"{size / row['seconds'] / 1e9:.2f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    waited, plain = rows["ours, waited for"]["seconds"], rows["torch.save + fsync"]["seconds"]
+    beside("checkpoint waited for, of torch.save's seconds", 100 * waited / plain, 100, "%", other="goal")
+    if (row := rows.get("ours, beside the training")) is not None:
+        beside("training waits for one in background, of a step", row["stall"] / step, None, "steps")
 
 
 if __name__ == "__main__":

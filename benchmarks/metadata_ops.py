@@ -1,6 +1,6 @@
 """How often a run's ranks ask the shared disk: at the start, a save, a beat of the watchdog and the end.
 
-python benchmarks/metadata_ops.py [--worlds 4 8] [--node 2] [--strategy fsdp] [--steps 12]
+python benchmarks/metadata_ops.py [--worlds 4 8] [--node 2] [--strategy fsdp] [--steps 12] [--sources 2]
 
 Trains a toy recipe on some processes (gloo, no GPU), each under strace, as if every `--node` of them were a node, and
 counts the calls that name a path in the folder of sources, weights and run, and the reads of its folders. What rank 0,
@@ -62,6 +62,8 @@ def train(root: Path, world: int, node: int, options: argparse.Namespace) -> lis
     """Of each rank, operations at the start and end, and of a step, a save and a beat."""
     recipe = write_recipe(root / f"{world}" / "toy.yaml", root, root / "vae", strategy=options.strategy)
     text = recipe.read_text().replace("every: 10, keep: 2", f"every: {EVERY}, keep: 2")
+    for name in source_names(options.sources)[2:]:
+        text = text.replace("  sources:\n", f"  sources:\n    {name}: {{path: {root / name}}}\n")
     recipe.write_text(text.replace("steps: 20", f"steps: {options.steps}").replace("micro_batch: 2", "micro_batch: 1"))
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000 + world)}
     processes = []
@@ -98,6 +100,10 @@ def count(trace: Path, root: Path, steps: int) -> dict[str, float]:
     return {name: found[name] / times.get(name, 1) for name in PARTS}
 
 
+def source_names(count: int) -> list[str]:
+    return [*"ab", *(f"more{n}" for n in range(2, count))]
+
+
 def by_role(ranks: list[dict[str, float]], node: int) -> dict[str, dict[str, float]]:
     """Medians over the ranks of each role."""
     of = {ROLES[0]: ranks[:1], ROLES[1]: ranks[node::node]}
@@ -121,6 +127,7 @@ def main() -> None:
     parser.add_argument("--node", type=int, default=2, help="Ranks of a node.")
     parser.add_argument("--strategy", default="fsdp")
     parser.add_argument("--steps", type=int, default=3 * EVERY)
+    parser.add_argument("--sources", type=int, default=2)
     parser.add_argument("--to", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="Where the traces stay; an empty one.")
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
@@ -130,12 +137,13 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(prefix="stamo-benchmark-") as folder:
         root = (options.folder or Path(folder)).resolve()
-        for name in ("a", "b"):
+        for name in source_names(options.sources):
             make_source(root, name)
         make_vae(root / "vae")
         for world in options.worlds:
             found[world] = by_role(train(root, world, options.node, options), options.node)
-    table = Table(title=f"{options.strategy}: operations on the shared disk; of a step, a save and a beat one each")
+    what = f"{options.strategy}, {options.sources} sources: operations on the shared disk"
+    table = Table(title=f"{what}; of a step, a save and a beat one each")
     for column in ("", *PARTS):
         table.add_column(column, justify="right" if column else "left")
     for world, roles in found.items():

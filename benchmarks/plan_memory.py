@@ -59,6 +59,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
 
     from stamo_dist.data.loader import CacheKeys, Cursor, build_loader
     from stamo_dist.data.mixture import Mixture
+    from stamo_dist.device import Device
     from stamo_dist.distributed.rank import world_from_environment
     from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
     from stamo_dist.optim.optimizer import adamw
@@ -67,7 +68,8 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     from stamo_dist.tasks import build_task
     from stamo_dist.tasks.noise import Noise
 
-    if not torch.cuda.is_available():
+    device = Device.current()
+    if not device.is_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401  its import is no part of the model
 
@@ -91,7 +93,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
                 with engine.accumulate():
                     engine.backward(task.loss(engine.module, micro, noise.at(step)).loss)
     peak = watch.stop() - before
-    answer.send(torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else peak)
+    answer.send(device.peak_memory()[0] if device.is_gpu else peak)
     torch.distributed.barrier()
     os._exit(0)
 
@@ -122,6 +124,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     a = parser.parse_args()
     os.environ.update(MALLOC)
+    from _beside import beside
+
     from stamo_dist.plan.memory import plan
     from stamo_dist.recipe.load import load
 
@@ -140,6 +144,8 @@ def main() -> None:
         table.add_row(name, *cells, f"{error:+.0%}")
     Console().print(table)
     print(json.dumps(rows))
+    for row in rows:
+        beside(f"memory, {row['strategy']}", row["measured"] / 1e9, row["predicted"] / 1e9, "GB")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@
 
 `full` prints samples/s, MFU and peak memory of our step (latents online and cached) beside a plain loop on the same
 frames: accelerate, diffusers' and transformers' own classes, eager, as diffusers' training examples write it. `policy`
-prints the same of OpenVLA beside a loop as the official one: eager, with the logits of every token. Weights are random:
-speed does not depend on them. `--tiny` runs the same code at toy size and eager, to show without a GPU that it works.
+prints the same of OpenVLA beside a loop as the official one: eager, with the logits of every token. Then come both
+beside what `stamo plan` predicts of such a step. Weights are random: speed does not depend on them. `--tiny` runs the
+same code at toy size and eager, to show without a GPU that it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -24,6 +26,7 @@ from typing import Any
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede diffusers and transformers
 import torch
+from _beside import beside, beside_plan, fits, row
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -32,7 +35,7 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from stamo_dist.data.loader import Batch, Cursor
-from stamo_dist.device import PEAK_FLOPS
+from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import leave
 from stamo_dist.distributed.engine import Engine
 from stamo_dist.distributed.rank import world_from_environment
@@ -74,19 +77,14 @@ TINY = {
 }  # fmt: skip
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds_per_call(call: Callable[[], object], repeats: int) -> float:
     """Median seconds of `repeats` calls after two warm ones."""
     times = []
     for i in range(repeats + 2):
-        synchronise()
+        Device.current().synchronize()
         start = time.perf_counter()
         call()
-        synchronise()
+        Device.current().synchronize()
         if i >= 2:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
@@ -98,10 +96,10 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
 
     def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            synchronise()
+            Device.current().synchronize()
             start = time.perf_counter()
             out = call(*args, **kwargs)
-            synchronise()
+            Device.current().synchronize()
             inside.append(time.perf_counter() - start)
             return out
 
@@ -126,10 +124,13 @@ def overhead(path: str, steps: int, overrides: list[str]) -> None:
         table.add_column(column, justify="right")
     table.add_row(f"{total / n * 1e3:.1f}", f"{sum(model) / n * 1e3:.1f}", f"{1 - sum(model) / total:.2%}", "< 3 %")
     Console().print(table)
+    beside(
+        "share of a step outside forward, backward and optimizer", 100 * (1 - sum(model) / total), 3, "%", other="goal"
+    )
 
 
 def full_recipe(sizes: dict, batch: int, compiled: bool, cached: bool) -> schema.Recipe:
-    return schema.Recipe.model_validate(
+    recipe = schema.Recipe.model_validate(
         {
             "name": "step",
             "data": {"sources": {"synthetic": {"path": "none"}}, "image_size": sizes["size"],
@@ -143,6 +144,8 @@ def full_recipe(sizes: dict, batch: int, compiled: bool, cached: bool) -> schema
             "strategy": {"name": "ddp"},
         }
     )  # fmt: skip
+    encoder = recipe.model.encoder.model_copy(update={"train": False})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
 
 
 def frames(batch: int, size: int, device: torch.device, latents: tuple[int, ...] | None) -> Batch:
@@ -156,8 +159,6 @@ def frames(batch: int, size: int, device: torch.device, latents: tuple[int, ...]
 def ours(sizes: dict, batch: int, compiled: bool, cached: bool) -> tuple[Callable[[], object], float]:
     """Our step, as `stamo_dist.train` makes it: returns the step and its arithmetic per sample."""
     recipe = full_recipe(sizes, batch, compiled, cached)
-    encoder = recipe.model.encoder.model_copy(update={"train": False})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": encoder})})
     world = world_from_environment()
     task = TokenizerTask(recipe)
     spec = EngineSpec(recipe.strategy, world, batching(recipe.train, 1), 1.0, "bf16", task.block_classes)
@@ -192,7 +193,7 @@ class PlainModel(torch.nn.Module):
 
 def plain(sizes: dict, batch: int) -> Callable[[], object]:
     """The peer: accelerate and the libraries' own classes, eager. Its frozen parts run in bf16, as ours do."""
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not Device.current().is_gpu)
     device = accelerator.device
     vae = AutoencoderKL(**sizes["vae"]).requires_grad_(False).to(device, torch.bfloat16)
     dino = Dinov2Model(Dinov2Config(**sizes["dino"])).requires_grad_(False).eval().to(device, torch.bfloat16)
@@ -223,38 +224,47 @@ def plain(sizes: dict, batch: int) -> Callable[[], object]:
     return run
 
 
-def full(batch: int, repeats: int, tiny: bool) -> None:
-    sizes = TINY if tiny else FULL
-    on_gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
-    table = Table(title=f"{'toy size' if tiny else 'full size'}, batch {batch}, {sizes['size']} px, bf16, {name}")
-    for column in ("step", "samples/s", "MFU", "peak GiB", "× plain"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    reference, online_flops = None, 0.0
-    for label in ("ours, latents online", "ours, latents cached", "plain loop"):
-        torch._dynamo.reset()
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        if label == "plain loop":
-            step, flops = plain(sizes, batch), online_flops
-        else:
-            step, flops = ours(sizes, batch, compiled=not tiny, cached="cached" in label)
-            online_flops = online_flops or flops
-        rate = batch / seconds_per_call(step, repeats)
-        del step
-        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        row = (label, rate, rate * flops / peak if peak else None, memory)
-        if label == "plain loop":
-            reference = rate
-        ROWS.append(row)
-    for label, rate, mfu, memory in ROWS:
-        table.add_row(
-            label, f"{rate:.1f}", "–" if mfu is None else f"{mfu:.1%}", "–" if memory is None else f"{memory:.1f}",
-            f"{rate / reference:.2f}" if reference else "–",
-        )  # fmt: skip
+def begin_anew() -> None:
+    """Forget what was compiled, and give back the memory of the step before."""
+    torch._dynamo.reset()
+    gc.collect()
+    Device.current().release_memory()
+
+
+def measured(step: Callable[[], object], batch: int, repeats: int) -> tuple[float, float | None]:
+    """Samples/s, and bytes at the peak on a GPU."""
+    rate, device = batch / seconds_per_call(step, repeats), Device.current()
+    return rate, device.peak_memory()[0] if device.is_gpu else None
+
+
+def show(title: str, rows: list[list[Any]]) -> None:
+    table = Table(title=title)
+    for column in ("", "samples/s", "MFU", "peak GB", "× plain loop"):
+        table.add_column(column, justify="left" if not column else "right")
+    for cells in rows:
+        table.add_row(*cells)
     Console().print(table)
+
+
+def full(batch: int, repeats: int, tiny: bool) -> None:
+    sizes, device = TINY if tiny else FULL, Device.current()
+    found, flops = dict[str, tuple[float, float | None]](), dict[str, float]()
+    for label in ("plain loop", "latents online", "latents cached"):
+        begin_anew()
+        if label == "plain loop":
+            step, own = plain(sizes, batch), 0.0
+        else:
+            step, own = ours(sizes, batch, compiled=not tiny, cached="cached" in label)
+        found[label] = measured(step, batch, repeats)
+        del step
+        flops[label] = own
+    flops["plain loop"] = flops["latents online"]
+    reference = found["plain loop"][0]
+    rows = [row(label, rate, flops[label], peak, reference) for label, (rate, peak) in found.items()]
+    show(f"{'toy size' if tiny else 'full size'}, batch {batch}, {sizes['size']} px, bf16, {device.name}", rows)
+    for label in ("latents online", "latents cached"):
+        recipe = full_recipe(sizes, batch, compiled=not tiny, cached="cached" in label)
+        beside_plan(f"tokenizer, {label}", recipe, *found[label])
 
 
 SMALL_POLICY = {
@@ -262,6 +272,9 @@ SMALL_POLICY = {
     "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000, "hidden_size": 64,
                     "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4},
 }  # fmt: skip
+
+
+TEXT = 72  # ids of prompt, actions and </s>: what `stamo plan` assumes
 
 
 def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device) -> Inputs:
@@ -276,19 +289,17 @@ def moments(network: PolicyNetwork, batch: int, text: int, device: torch.device)
     return Inputs(*(t.to(device) for t in tensors))
 
 
-def policy_step(
-    config: OpenVLAConfig, cfg: recipes.PolicyConfig, batch: int, text: int, device: torch.device, *, plain: bool,
-    compiled: bool,
-) -> Callable[[], object]:  # fmt: skip
+def policy_step(config: OpenVLAConfig, recipe: schema.Recipe, batch: int, *, plain: bool) -> Callable[[], object]:
     """One step under autocast: ours takes the logits of the actions alone, the plain loop those of every token."""
+    device = Device.current().torch_device
     with torch.device(device):
-        network = PolicyNetwork(config, cfg, PolicySizes(7))
-        prepare(network, cfg, base=torch.bfloat16)
-    network.set_gradient_checkpointing(True)
+        network = PolicyNetwork(config, recipe.policy, PolicySizes(7))
+        prepare(network, recipe.policy, base=torch.bfloat16)
+    network.set_gradient_checkpointing(recipe.train.recompute)
     for module in network.modules():
-        if compiled and type(module).__name__ in network.block_classes():
+        if recipe.train.compile and not plain and type(module).__name__ in network.block_classes():
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
-    optimizer, given = adamw(network, schema.Optimizer()), moments(network, batch, text, device)
+    optimizer, given = adamw(network, schema.Optimizer()), moments(network, batch, TEXT, device)
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -305,38 +316,46 @@ def policy_step(
     return run
 
 
-def policy(batch: int, repeats: int, tiny: bool, lora: int | None, text: int = 40) -> None:
+def policy_recipe(batch: int, lora: int | None, tiny: bool, compiled: bool, every: int) -> schema.Recipe:
+    """What is measured, for the prediction; a run's recipe would refuse adapters on random weights."""
+    recipe = schema.Recipe.model_validate(
+        {
+            "name": "step", "stage": "policy",
+            "data": {"sources": {"synthetic": {"path": "none"}}, "image_size": 224, "horizon": 1},
+            "policy": {"vision": "fused", "config": SMALL_POLICY if tiny else {}},
+            "train": {"steps": 1, "global_batch": batch, "micro_batch": batch, "compile": compiled,
+                      "gradient_checkpointing": every or False},
+            "strategy": {"name": "ddp"},
+        }
+    )  # fmt: skip
+    adapters = None if lora is None else recipes.Lora(rank=lora)
+    return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"lora": adapters})})
+
+
+def policy(batch: int, repeats: int, tiny: bool, lora: int | None, every: int) -> None:
     """OpenVLA's step, ours and the plain loop's."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    cfg = recipes.OpenVLAPolicyConfig(lora=None if lora is None else recipes.Lora(rank=lora))
+    device, recipe = Device.current(), policy_recipe(batch, lora, tiny, not tiny, every)
+    what = f"policy of {'toy size' if tiny else '7 B'}, {'LoRA' if lora else 'whole'}"
+    if (why := fits(recipe)) is not None:
+        print(f"» {what}, batch {batch}: not run, {why}")
+        return
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **(SMALL_POLICY if tiny else {})}, "benchmark")
-    flops = shapes.training_flops(shapes.on_meta(config, cfg, PolicySizes(7)), shapes.TokenCounts(text))
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = next((p for part, p in PEAK_FLOPS.items() if part in name), None)
-    size, part = "toy" if tiny else "7 B", "LoRA" if lora else "whole"
-    table = Table(title=f"policy of {size} size, {part}, {flops / 1e12:.3g} TF a sample, batch {batch}, {name}")
-    for column in ("", "samples/s", "MFU", "peak GB", "× plain loop"):
-        table.add_column(column, justify="left" if not column else "right")
-    reference = None
+    network = shapes.on_meta(config, recipe.policy, PolicySizes(7))
+    flops = shapes.training_flops(network, shapes.TokenCounts(TEXT))
+    rows, reference = list[list[Any]](), None
     for label in ("plain loop", "ours"):
-        torch._dynamo.reset()
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        plain = label == "plain loop"
-        step = policy_step(config, cfg, batch, text, device, plain=plain, compiled=not (plain or tiny))
-        rate = batch / seconds_per_call(step, repeats)
-        del step
-        reference = reference or rate
-        table.add_row(
-            label, f"{rate:.2f}", "–" if peak is None else f"{rate * flops / peak:.1%}",
-            f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "–", f"{rate / reference:.2f}",
-        )  # fmt: skip
-    Console().print(table)
-
-
-ROWS: list[tuple[str, float, float | None, float | None]] = []
+        begin_anew()
+        try:
+            rate, peak = measured(policy_step(config, recipe, batch, plain=label == "plain loop"), batch, repeats)
+        except torch.OutOfMemoryError:
+            if label == "ours":
+                raise
+            rows.append([label, "out of memory", "–", "–", "–"])
+            continue
+        reference = reference or (rate if label == "plain loop" else None)
+        rows.append(row(label, rate, flops, peak, reference))
+    show(f"{what}, {flops / 1e12:.3g} TF a sample, batch {batch}, {device.name}", rows)
+    beside_plan(what, recipe, rate, peak)
 
 
 def main() -> None:
@@ -354,12 +373,13 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--repeats", type=int, default=10)
     p.add_argument("--lora", type=int, metavar="RANK")
+    p.add_argument("--recompute", type=int, default=0, metavar="K", help="every k-th block; 0: none")
     p.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
     if a.command == "overhead":
         overhead(a.recipe, a.steps, a.set)
     elif a.command == "policy":
-        policy(a.batch, a.repeats, a.tiny, a.lora)
+        policy(a.batch, a.repeats, a.tiny, a.lora, a.recompute)
     else:
         full(a.batch, a.repeats, a.tiny)
     leave(0)

@@ -88,9 +88,18 @@ class Device:
         return None
 
     @property
+    def capacity(self) -> float | None:
+        """Bytes of the GPU's memory; None on a CPU."""
+        return None
+
+    @property
     def number(self) -> int:
         """Among those of the machine that the process may use."""
         return 0
+
+    def number_of(self, local_rank: int) -> int:
+        """The number of the device of a node's process: another where a scheduler shows each process its own alone."""
+        return local_rank
 
     def select(self, number: int) -> None:
         """In the calling thread, use the GPU of this number: the process's on its node, or `number`."""
@@ -98,6 +107,9 @@ class Device:
     def tune(self, precision: str) -> list[str]:
         """Set up arithmetic and memory; before the device is first used. Returns what a person should know."""
         return []
+
+    def allow_tf32(self, allowed: bool) -> None:
+        """Whether products and convolutions of fp32 may be computed in TF32, which a CPU does not have."""
 
     def dtype(self, precision: str = "bf16") -> torch.dtype:
         """That of weights which are not trained: the recipe's precision where the device is made for it."""
@@ -133,6 +145,9 @@ class Device:
     def peak_memory(self) -> tuple[float, float]:
         """Bytes that the allocator had in use at most, and held, since it was last asked; 0 on a CPU."""
         return 0.0, 0.0
+
+    def release_memory(self) -> None:
+        """Give back what the allocator holds unused, and count the peak from here."""
 
     @property
     def activities(self) -> list[ProfilerActivity]:
@@ -177,12 +192,19 @@ class Gpu(Device):
         return next((peak for part, peak in PEAK_FLOPS.items() if part in self.name), None)
 
     @property
+    def capacity(self) -> float:
+        return float(self._cuda.mem_get_info(self.torch_device)[1])
+
+    @property
     def number(self) -> int:
         index = self.torch_device.index
         return int(self._cuda.current_device()) if index is None else index
 
+    def number_of(self, local_rank: int) -> int:
+        return local_rank % int(self._cuda.device_count())
+
     def select(self, number: int) -> None:
-        number %= self._cuda.device_count()  # a scheduler may show each process its own alone
+        number = self.number_of(number)
         self._cuda.set_device(number)
         self.torch_device = torch.device("cuda", number)
 
@@ -191,11 +213,14 @@ class Gpu(Device):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if precision != "bf16":
             return []
-        torch.set_float32_matmul_precision("high")  # fp32 side work, such as a frozen compressor's, may be TF32
-        torch.backends.cudnn.allow_tf32 = True
+        self.allow_tf32(True)  # fp32 side work, such as a frozen compressor's
         if self._cuda.is_bf16_supported(including_emulation=False):
             return []
         return [f"train.precision: {self.name} emulates bf16, which is slow; it has fp32"]
+
+    def allow_tf32(self, allowed: bool) -> None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
     def dtype(self, precision: str = "bf16") -> torch.dtype:
         return torch.bfloat16 if precision == "bf16" else torch.float32
@@ -248,6 +273,10 @@ class Gpu(Device):
         )
         self._cuda.reset_peak_memory_stats(self.torch_device)
         return float(found[0]), float(found[1])
+
+    def release_memory(self) -> None:
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(self.torch_device)
 
     @property
     def activities(self) -> list[ProfilerActivity]:

@@ -124,6 +124,12 @@ class FakeCuda:
     def reset_peak_memory_stats(self, device: object = None) -> None:
         self.said["reset_peak_memory_stats"] += 1
 
+    def mem_get_info(self, device: object = None) -> tuple[int, int]:
+        return 70_000_000_000, 80_000_000_000
+
+    def empty_cache(self) -> None:
+        self.said["empty_cache"] += 1
+
     def set_sync_debug_mode(self, debug_mode: str) -> None:
         self.modes.append(debug_mode)
 

@@ -29,9 +29,9 @@ COMMANDS = ("train", "encode", "eval", "export")
 _PR_SET_PDEATHSIG = 1
 #: What the commands import sooner or later; the last two when DeepSpeed builds its engine.
 MODULES = (
-    "stamo_dist.distributed.engine", "deepspeed", "stamo_dist.train", "stamo_dist.encode", "stamo_dist.tasks.tokenizer",
-    "stamo_dist.tasks.vae", "stamo_dist.tasks.policy", "stamo_dist.cli.app", "stamo_dist.recipe.load",
-    "torch.utils.cpp_extension", "torch._inductor.compile_fx",
+    "stamo_dist.distributed.engine", "deepspeed", "stamo_dist.train", "stamo_dist.encode.run",
+    "stamo_dist.tasks.tokenizer", "stamo_dist.tasks.vae", "stamo_dist.tasks.policy", "stamo_dist.cli.app",
+    "stamo_dist.recipe.load", "torch.utils.cpp_extension", "torch._inductor.compile_fx",
 )  # fmt: skip
 
 

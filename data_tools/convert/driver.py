@@ -51,6 +51,7 @@ def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> Co
     if "://" in str(out):
         return run_and_publish(format, src, str(out), settings)
     out = Path(out)
+    settings.check()
     _check_apart(src, out)
     plan = make_plan(format, src, settings.name or out.resolve().name, settings)
     return run_plan(plan, out, settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.slices import Slice
+from stamo_dist.data.confined import check_index
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Size, Split, first_entries
 from stamo_dist.errors import DataError
 
@@ -85,7 +86,9 @@ def some(reasons: Sequence[str], shown: int = 20) -> list[str]:
 
 
 def _index(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "index.json").read_text())["shards"]
+    shards: list[dict[str, Any]] = json.loads((folder / "index.json").read_text())["shards"]
+    check_index(shards, str(folder / "index.json"))
+    return shards
 
 
 def _damage(part: Slice, cameras: Sequence[str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,43 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file open for reading.
 
     Raises:
-        DataError: It is truncated, not an HDF5 file, damaged where it was read, or has another layout.
+        DataError: It is truncated, not an HDF5 file, damaged where it was read, or has another layout; or parts of it
+            lie in other files, which could be any of this machine.
     """
     try:
         with h5py.File(path, "r") as file:
+            now = path.stat()
+            if elsewhere := _elsewhere(str(path), now.st_size, now.st_mtime_ns):
+                raise DataError(
+                    f"{path}: {elsewhere} lies in another file, which is not read; copy it into this one (h5repack)"
+                )
             yield file
     except (OSError, KeyError, RuntimeError) as e:
         reason = str(e).encode("utf-8", "replace").decode()
         raise DataError(f"{path}: not a whole HDF5 file ({reason})") from e
     except (TypeError, ValueError, AttributeError, IndexError) as e:
         raise DataError(f"{path}: not laid out as expected ({type(e).__name__}: {e})") from e
+
+
+@lru_cache(maxsize=256)
+def _elsewhere(path: str, size: int, changed: int) -> str:
+    """The first link or dataset of a file (of this size and time of change) that lies in another one; "" if none."""
+    with h5py.File(path, "r") as file:
+
+        def linked(name: bytes, info: Any) -> bytes | None:
+            return name if info.type == h5py.h5l.TYPE_EXTERNAL else None
+
+        def stored(name: bytes) -> bytes | None:
+            found = h5py.h5o.open(file.id, name)
+            if not isinstance(found, h5py.h5d.DatasetID):
+                return None
+            how = found.get_create_plist()
+            return name if how.get_external_count() or how.get_layout() == h5py.h5d.VIRTUAL else None
+
+        with suppress(OSError, RuntimeError, KeyError):  # damaged: what is read of it will say so
+            name = file.id.links.visit(linked, info=True) or h5py.h5o.visit(file.id, stored)
+            return (name or b"").decode("utf-8", "backslashreplace")
+    return ""
 
 
 def read_frames(path: Path, name: str) -> Frames:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
+from stamo_dist.data.confined import check_columns, check_file_name
 from stamo_dist.data.shards import MappedShard, ShardLayout, ShardSpec
 from stamo_dist.errors import DataError
 
@@ -73,8 +73,8 @@ def read_index(text: bytes, where: str) -> list[IndexedShard]:
         if entry.zip_data is not None:
             raise DataError(f"{where}: shard {n} is compressed; `stamo data` looks at raw shards, convert it again")
         name = entry.raw_data.basename
-        if not name or name != os.path.basename(name) or name.startswith("."):
-            raise DataError(f"{where}: shard {n}: {name!r} is not a file name")
+        check_file_name(name, f"{where}: shard {n}")
+        check_columns(entry.column_encodings, where)
         columns = (entry.column_names, entry.column_encodings, entry.column_sizes)
         if len({len(column) for column in columns}) != 1:
             raise DataError(f"{where}: {name}: column_names, column_encodings and column_sizes differ in length")

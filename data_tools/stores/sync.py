@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from data_tools.stores.open import open_store
 from data_tools.stores.progress import bytes_bar
 from data_tools.stores.store import Advance, DamagedError, Store, md5_of, part_of, place, sha256_of
 from data_tools.stores.verified import BYTES, Verified, holds
+from stamo_dist.data.confined import check_index
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
 
@@ -123,18 +125,27 @@ def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
     """All files but the manifest, cached latents included.
 
     Raises:
-        DataError: Files are missing.
+        DataError: Files are missing, or an index names files elsewhere or columns that may run code.
     """
     needed = set(manifest.checksums)
-    for split in manifest.splits:
-        needed |= {f"{split}/{EPISODES}", *(f"{split}/{camera}/index.json" for camera in manifest.cameras)}
+    indexes = [f"{split}/{camera}/index.json" for split in manifest.splits for camera in manifest.cameras]
+    needed |= {*indexes, *(f"{split}/{EPISODES}" for split in manifest.splits)}
     sizes = source.sizes()
     if missing := sorted(needed - set(sizes)):
         lines = [f"{source.url}: {len(missing)} files of the source are missing:", *_some(missing)]
         raise DataError("\n".join(lines))
+    for name in indexes:
+        _check_index(source.read(name), f"{source.url}/{name}")
     return [
         _StoredFile(name, size, manifest.checksums.get(name, "")) for name, size in sizes.items() if name != MANIFEST
     ]
+
+
+def _check_index(text: bytes, where: str) -> None:
+    try:
+        check_index(json.loads(text)["shards"], where)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise DataError(f"{where}: not an index of shards: {e}") from None
 
 
 def _some(problems: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ _TIMES = {
     "comm_wait",
     "peak_gb",
     "reserved_gb",
+    "changed",
+    "alarms",
     "seconds",
     "mfu",
     "step_seconds_max",

@@ -27,6 +27,7 @@ class RecordedInputs:
     growth: Mapping[str, list[int]] = field(default_factory=dict)  # source → growths of each folder
     order: str | None = None  # data.shuffle.order
     holds_all: bool = True  # also weights that are not trained
+    step: int | None = None  # of the checkpoint; None without one
 
 
 @dataclass
@@ -47,7 +48,11 @@ class ResumePoint:
             return RecordedInputs()
         manifest = self.checkpoint.manifest
         return RecordedInputs(
-            manifest.sources, growth_of(manifest.recipe), order_of(manifest.recipe), manifest.holds_all
+            manifest.sources,
+            growth_of(manifest.recipe),
+            order_of(manifest.recipe),
+            manifest.holds_all,
+            manifest.state.step,
         )
 
 

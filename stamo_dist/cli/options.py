@@ -12,3 +12,12 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
 ]
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes to start on this machine.")]
+Branch = Annotated[
+    int | None,
+    typer.Option(
+        "--branch",
+        metavar="STEP",
+        min=1,
+        help="Train only wsd's decay, from that checkpoint of the recipe's run, in the run folder RUN-STEP.",
+    ),
+]

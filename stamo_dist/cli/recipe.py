@@ -14,10 +14,12 @@ from stamo_dist.data.at_hand import is_remote
 from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.launch import checks
 from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.difference import differences
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.render import render
+from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
@@ -29,14 +31,26 @@ SetOption = Annotated[
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+def show(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    lr: Annotated[bool, typer.Option("--lr", help="Draw the learning rate over the steps instead.")] = False,
+    picture: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="With --lr: also as a picture.")] = None,
+) -> None:
     """Print the resolved recipe with the file and line each value came from.
 
-    The output is a recipe itself: every value written out, the origin as a comment.
+    The output is a recipe itself: every value written out, the origin as a comment. --lr shows what its run trained
+    with so far, too.
 
     Example: stamo recipe show recipes/tokenizer_demo.yaml --set train.steps=500
+
+    Example: stamo recipe show recipes/tokenizer_sim.yaml --lr --set optimizer.schedule=wsd
     """
     loaded = load(recipe, overrides or ())
+    if lr or picture is not None:
+        from stamo_dist.cli.rate import show_rate
+
+        return show_rate(loaded.recipe, picture)
     console = Console(highlight=False, soft_wrap=True)
     for line in render(loaded):
         console.print(line)
@@ -87,6 +101,25 @@ def check(
     if offline or remote:
         what = "data and weights (--offline)" if offline else ", ".join(remote)
         console.print(f"    not looked at: {what}", style="dim")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A recipe, a run folder or a checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+) -> None:
+    """List the fields in which two recipes differ, defaults included; exit code 1 if there are any.
+
+    A run has the recipe of its last start, a checkpoint that of its time.
+
+    Example: stamo recipe diff recipes/tokenizer_sim.yaml recipes/tokenizer_sim_droid.yaml
+    """
+    changes = differences(resolved_at(first), resolved_at(second))
+    for change in changes:
+        typer.echo(str(change))
+    if changes:
+        raise typer.Exit(1)
+    typer.echo("no difference")
 
 
 @app.command()

@@ -57,17 +57,25 @@ def runs(
         list[str], typer.Argument(metavar="FOLDER", help="Folders of runs; all you submitted when omitted.")
     ] = [],  # noqa: B006 (typer reads the default)
     as_json: AsJson = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Each below the run that it began from.")] = False,
 ) -> None:
     """List runs, those that ended too: state, last loss, folder; for the folder of a sweep, the best values first.
 
-    Example: stamo runs runs/
+    Example: stamo runs runs/ --tree
     """
+    from dataclasses import asdict
+
     from stamo_dist.launch.record import SWEEP
     from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
+    from stamo_dist.launch.tree import parent_of, runs_tree
 
     found = collect(find(folders)) if folders else everything()
     if as_json:
-        typer.echo(json.dumps([run.facts() for run in found], indent=1))
+        parents = [parent_of(run) for run in found]
+        facts = [{**run.facts(), "parent": p and asdict(p)} for run, p in zip(found, parents, strict=True)]
+        typer.echo(json.dumps(facts, indent=1))
+    elif tree:
+        Console(highlight=False, soft_wrap=True).print(runs_tree(found))
     else:
         is_sweep = bool(found) and all(run.path.parent == found[0].path.parent for run in found)
         is_sweep &= bool(found) and found[0].path.parent.name == SWEEP

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stamo_dist.cli.options import Overrides
+from stamo_dist.cli.options import Branch, Overrides
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import StamoError
 
@@ -42,6 +42,7 @@ class SubmitOptions:
         list[str],
         typer.Option(metavar="A.B=X,Y", help="One run for each value; may be repeated, for all combinations."),
     ] = field(default_factory=list)
+    branch: Branch = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, and stop.")] = False
 
 
@@ -51,6 +52,13 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     from stamo_dist.launch import submit as jobs
 
     recipe, cluster = asked.recipe, asked.cluster or jobs.default_cluster()
+    overrides = asked.set_
+    if asked.branch is not None:
+        from stamo_dist.checkpoint.branch import branch
+
+        if pipeline.is_pipeline(recipe) or asked.sweep:
+            raise StamoError("--branch: is of one run, not of a pipeline or sweep")
+        overrides = branch(recipe, overrides, asked.branch)
     resources = jobs.Resources(asked.nodes, asked.gpus_per_node, asked.time)
     steps: list[chain.Step] = []
     if pipeline.is_pipeline(recipe):
@@ -66,7 +74,7 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     elif asked.sweep:
         orders, where = chain.sweep_orders(recipe, cluster, asked.sweep, asked.set_, resources)
     else:
-        orders = [jobs.plan(recipe, cluster, overrides=asked.set_, resources=resources)]
+        orders = [jobs.plan(recipe, cluster, overrides=overrides, resources=resources)]
         where = orders[0].launch.run_dir
     for order in orders:
         print(jobs.describe(order))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_tools.simulators.catalogue import InstalledBenchmarks
-from stamo_dist.cli.options import Overrides, Processes, RecipePath
+from stamo_dist.cli.options import Branch, Overrides, Processes, RecipePath
+from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.rollout_check import check_rollout
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def train(
         str,
         typer.Option(metavar="auto|none|best|PATH", help="Go on from the newest whole one, none, the best, or that."),
     ] = "auto",
+    branch: Branch = None,
     set_: Overrides = [],  # noqa: B006 (typer reads the default)
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although the mixture is not the one trained on so far.")
@@ -40,12 +42,20 @@ def train(
     Starts its processes itself; under torchrun or Slurm each process takes its rank from the environment.
 
     Example: stamo train recipes/tokenizer_demo.yaml --nproc 2 --set train.steps=500
+
+    Example: stamo train recipes/tokenizer_sim.yaml --branch 20000
     """
     from stamo_dist.recipe.load import load
 
     given = {"--allow-changed-data": allow_changed_data, "--allow-changed-model": allow_changed_model}
     allowed = frozenset(flag for flag, on in given.items() if on)
     launched = "RANK" in os.environ
+    if branch is not None:
+        from stamo_dist.checkpoint.branch import branch as begin_branch
+
+        if launched or resume != "auto":
+            raise StamoError("--branch: begins a run of its own, on one machine; on a cluster: stamo submit --branch")
+        set_ = begin_branch(recipe, set_, branch)
     loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else None)
     if not launched:
         from stamo_dist.launch import checks
@@ -79,30 +89,44 @@ def train(
     leave(run_rank(world, body))
 
 
-def encode(recipe: RecipePath, nproc: Processes = 1, set_: Overrides = []) -> None:  # noqa: B006
+def encode(
+    recipe: RecipePath,
+    nproc: Processes = 1,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp32|tf32|bf16", help="Of the model; when omitted fp32 for states, and bf16 for latents on a GPU."
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first, which takes a minute.")] = False,
+    set_: Overrides = [],  # noqa: B006
+) -> None:
     """Write what frozen models make of every frame beside the shards: once, instead of in every step.
 
     Of a tokenizer's recipe the VAE's latents, for `data.latents: cached`; of a policy's the tokenizer's states, for
     `policy.targets: cached`. May be started again, and under torchrun or Slurm on many processes: whole shards are
-    skipped.
+    skipped. Says how far tf32 and bf16 are from fp32.
 
-    Example: stamo encode recipes/policy_openvla_motion.yaml --nproc 8
+    Example: stamo encode recipes/policy_openvla_motion.yaml --nproc 8 --arithmetic bf16 --compile
     """
     if nproc > 1 and "RANK" not in os.environ:
         from stamo_dist.launch.local import launch_local
         from stamo_dist.recipe.load import load
 
-        arguments = ["encode", str(recipe), *(x for s in set_ for x in ("--set", s))]
+        options = [*(("--arithmetic", arithmetic) if arithmetic else ()), *(("--compile",) if compiled else ())]
+        arguments = ["encode", str(recipe), *options, *(x for s in set_ for x in ("--set", s))]
         sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
     # A launcher blocks these until a rank can handle them; here they end the process: partial shards are ignored.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from stamo_dist.distributed.rank import world_from_environment
-    from stamo_dist.encode import encode as run
+    from stamo_dist.encode.run import encode as run
     from stamo_dist.recipe.load import load
 
     loaded = load(recipe, set_).recipe
-    print(f"encoded {run(loaded, world_from_environment())} shards")
+    done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
+    error = "" if done.error is None else f", {done.error:.2g} of a row's size from fp32"
+    print(f"encoded {done.shards} shards in {done.arithmetic}{error}")
 
 
 def _evaluation(recipe: Recipe) -> Evaluation:

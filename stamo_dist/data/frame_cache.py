@@ -40,7 +40,9 @@ def cache_path(shard: ShardSpec, kind: Kind, fingerprint: str) -> Path:
     return path.parent / f"{kind}-{fingerprint[:16]}" / f"{path.stem}.npy"
 
 
-def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[Any], precision: Precision) -> Path:
+def write_cache(
+    shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[Any], precision: Precision, *, computed: str = "fp32"
+) -> Path:
     """Write the rows of one shard atomically.
 
     Args:
@@ -49,6 +51,7 @@ def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[An
         fingerprint: Of the model and the processing of its output.
         rows: latents (n, C, h, w) or states (n, tokens, dim); bfloat16 as 2-byte integers holding the bit patterns.
         precision: Number format of the bytes.
+        computed: Arithmetic of the model, for the record.
 
     Raises:
         DataError: Not one row per sample of that precision, or the folder cannot be written.
@@ -57,7 +60,8 @@ def write_cache(shard: ShardSpec, kind: Kind, fingerprint: str, rows: NDArray[An
     if rows.dtype.itemsize != size or rows.ndim != _NDIM[kind] or len(rows) != shard.samples:
         raise DataError(f"{shard.path}: {shard.samples} samples do not fit {kind} {rows.shape} {rows.dtype}")
     path = cache_path(shard, kind, fingerprint)
-    meta = {**_expected(shard, fingerprint), "shape": list(rows.shape[1:]), "precision": precision}
+    about = {"shape": list(rows.shape[1:]), "precision": precision, "computed": computed}
+    meta = {**_expected(shard, fingerprint), **about}
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -95,6 +99,7 @@ def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, a
             "precision": first["precision"],
             "shards": len(of_folder),
             "samples": sum(shard.samples for shard in of_folder),
+            "computed": sorted({_computed(cache_path(shard, kind, fingerprint)) for shard in of_folder}),
             **about,
         }
         scratch = folder / f".{MANIFEST}.{os.getpid()}"
@@ -102,6 +107,11 @@ def write_manifests(shards: Sequence[ShardSpec], kind: Kind, fingerprint: str, a
         scratch.replace(folder / MANIFEST)
         written.append(folder / MANIFEST)
     return written
+
+
+def _computed(path: Path) -> str:
+    """The arithmetic in which a shard's rows were computed."""
+    return str(json.loads(path.with_suffix(".json").read_text()).get("computed", "unknown"))
 
 
 def has_cache(shard: ShardSpec, kind: Kind, fingerprint: str) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stamo_dist.data.confined import check_folder_name
 from stamo_dist.errors import DataError
 
 FORMAT_VERSION = 2
@@ -243,7 +244,10 @@ def read_manifest(source: Path) -> Manifest:
             raise DataError(
                 f"{path}: format_version {version}; this version of stamo reads {FORMAT_VERSION}: convert it again"
             )
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
+        for name in (*manifest.splits, *manifest.cameras):
+            check_folder_name(name, str(path))
+        return manifest
     except (ValidationError, ValueError, AttributeError) as e:
         raise DataError(f"{path}: not a manifest: {e}") from e
 

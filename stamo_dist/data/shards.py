@@ -22,6 +22,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from stamo_dist.data.cache import lock_shared
+from stamo_dist.data.confined import check_columns
 from stamo_dist.errors import DataError
 
 _INT = struct.Struct("<q")
@@ -176,12 +177,13 @@ class MappedShard:
         """Sample `i` as a dict, decoded by streaming's own encodings; only `columns` when given.
 
         Raises:
-            DataError: The sample is corrupt.
+            DataError: The sample is corrupt, or a column is of a type that may run code.
         """
         import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
         from streaming.base.format.mds.encodings import mds_decode
 
         layout = self.spec.layout
+        check_columns(layout.encodings, self.spec.path)
         try:
             return {
                 name: mds_decode(encoding, bytes(self.bytes(i, name)))

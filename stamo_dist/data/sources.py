@@ -21,13 +21,13 @@ from pydantic_core import from_json
 
 import stamo_dist._streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import Reader, reader_from_json
-from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
 from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
+from stamo_dist.data.confined import check_index
 from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
 from stamo_dist.data.schema import (
     EPISODES,
@@ -324,9 +324,6 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     if frames != expected or not frames:
         raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; {REPAIR}")
     shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
-    for layout in shards.layouts:
-        if unsafe := [e for e in layout.encodings if not is_mds_encoding_safe(e)]:
-            raise DataError(f"{folder}: has columns of type {', '.join(unsafe)}, which may run code; convert it again")
     return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 
 
@@ -348,6 +345,9 @@ def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str,
         other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
         if other:
             raise ValueError(f"has shards of another format or version: {other}")
+        check_index(entries, str(path))
+    except DataError:
+        raise
     except Exception as e:  # every store raises its own
         raise DataError(f"{remote or folder}: index.json cannot be read: {e}") from e
     return entries

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -97,6 +98,10 @@ class EngineSpec:
         Raises:
             RunError: hsdp's group does not divide the world.
         """
+        with _local_rank_of_device(self.world):
+            return self._connect()
+
+    def _connect(self) -> Accelerator:
         device = Device.current()
         for note in device.tune(self.precision):
             _log.warning(note)
@@ -182,7 +187,8 @@ class EngineSpec:
                     plain = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
                     parameter.data = plain.copy_(parameter.data)
         del names
-        module, optimizer = accelerator.prepare(module, optimizer)
+        with _local_rank_of_device(self.world):
+            module, optimizer = accelerator.prepare(module, optimizer)
         if on_meta:
             from stamo_dist.models.shards import materialise  # imports diffusers and transformers
 
@@ -198,6 +204,19 @@ class EngineSpec:
 
         workers = self.batching.workers
         return DeterministicEngine(*parts, workers=workers, micro_batches=self.batching.accumulation // workers)
+
+
+@contextlib.contextmanager
+def _local_rank_of_device(world: World) -> Iterator[None]:
+    """Accelerate's DDP and DeepSpeed take LOCAL_RANK for the GPU's number: where each process sees one, that is 0."""
+    before = os.environ.get("LOCAL_RANK")
+    if before is not None:
+        os.environ["LOCAL_RANK"] = str(Device.current().number_of(world.local_rank))
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _hsdp_mesh(strategy: Strategy, world: World) -> ParallelismConfig:

@@ -177,7 +177,7 @@ class PolicySpeed(SpeedMeasurement):
             if self._run is not None:
                 policy, _ = open_policy(self.run, device)
             else:
-                policy = _random_policy(self._recipe, device)
+                policy = random_policy(self._recipe, device)
             heads = _heads(policy)
             total = len(self._batches) * len(heads) * (self.calls + WARM)
             watched = self.bar.add_task(f"calls on {device}", total=total)
@@ -210,7 +210,7 @@ class PolicySpeed(SpeedMeasurement):
         return {part: partial(act, head) for part, head in heads.items()}
 
 
-def _random_policy(recipe: Recipe, device: str) -> Policy:
+def random_policy(recipe: Recipe, device: str) -> Policy:
     """The recipe's network with random weights, created on the device."""
     cfg = recipe.policy
     _, config = network_config(cfg)

@@ -15,11 +15,13 @@ from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.unread import unread
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
@@ -125,7 +127,7 @@ def look(
             data += [_located(loaded, problem) for problem in e.problems]
     if not data:
         data += [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.too_far(loaded.recipe.data)]
-    problems += [*data, *looked.problems, *_policy(loaded)]
+    problems += [*data, *_initial(loaded), *looked.problems, *_policy(loaded)]
     return Looked(problems, list(_notes(loaded)), looked.to_download, advice)
 
 
@@ -231,10 +233,21 @@ def hinted(words: str, profile: ClusterProfile) -> str:
 
 
 def _notes(loaded: Loaded) -> Iterator[str]:
+    yield from unread(loaded)
     warmup, steps = loaded.recipe.optimizer.warmup_steps, loaded.recipe.train.steps
     if warmup >= steps:
         text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
         yield _placed(loaded, "optimizer.warmup_steps", text)
+
+
+def _initial(loaded: Loaded) -> Iterator[str]:
+    """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
+    initial, own = loaded.recipe.init_from, Path(loaded.recipe.run_dir) / "checkpoints"
+    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or any(own.glob("step_*")):
+        return
+    if not Path(initial.path).expanduser().is_dir():
+        field = _placed(loaded, "init_from.path")
+        yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def ranks(run: Path) -> dict[int, Path]:
 
 def by_hand(run: Path) -> bool:
     """Whether the run was started by `stamo train`, not submitted."""
-    return not (folder(run) / "launch.json").is_file()
+    return (run / "resolved.yaml").is_file() and not (folder(run) / "launch.json").is_file()
 
 
 def in_terminal(run: Path) -> str:

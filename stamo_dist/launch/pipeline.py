@@ -225,7 +225,8 @@ def _folders(names: Iterable[str | Path]) -> frozenset[Path]:
 def _weights(recipe: Recipe) -> list[str]:
     """Weights that a recipe names: folders, or models of the hub."""
     found = [getattr(recipe.model, part).weights for part in ("encoder", "decoder", "vae")]
-    return [path for path in [*found, recipe.policy.weights] if path is not None]
+    found += [recipe.policy.weights, recipe.init_from.path if recipe.init_from else None]
+    return [path for path in found if path is not None]
 
 
 def _parse(words: list[str], root: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from stamo_dist.faults.heartbeats import heartbeat_of_main
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
+from stamo_dist.tracking.alarms import alarm_text
 from stamo_dist.tracking.progress import duration
 
 _WINDOW = 50  # number of logged steps for the speed
@@ -41,6 +42,7 @@ class Progress:
     exported: bool = False  # whether training finished and the model was exported
     phase: str = ""  # rank 0's activity outside steps, such as "building" or "exporting", and its seconds
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
+    alarm: str = ""  # the last spike among the last logged steps
     successes: Successes = field(default_factory=Successes)  # a policy's success in closed loop
 
     @property
@@ -91,6 +93,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         exported=(run / "model").is_dir(),
         phase=_phase(run),
         terms=terms,
+        alarm=next((alarm_text(line) for line in reversed(lines) if line.get("alarms")), ""),
         successes=Successes.read(run),
     )
 

@@ -21,6 +21,8 @@ from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, 
 from stamo_dist.launch.run_progress import Progress, age, read_progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, Word, judge_state
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.tables import Whole
 from stamo_dist.tracking.progress import duration
 
@@ -265,6 +267,8 @@ def one_run(run: Run) -> RenderableType:
         others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
     rows += [(name, said) for name, keys in _LAST.items() if (said := _values(p.terms, keys))]
+    if p.alarm:
+        rows.append(("ALARM", p.alarm))
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):
@@ -280,6 +284,9 @@ def one_run(run: Run) -> RenderableType:
     if run.launch:
         again = f", {run.state.restarts} restarts" if run.state.restarts else ""
         rows.append(("job", f"{run.launch.job or 'none'} on {run.launch.cluster}{again}"))
+    for after, changed in changes_of(RunFolder(run.path)):
+        said = "; ".join(f"{field}: {old} → {new}" for field, (old, new) in changed.items())
+        rows.append((f"changed @ {after:,}", said))
     rows.append(("folder", str(run.path)))
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from stamo_dist.models.decoder import Decoder
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.exported import FORMAT, check_parts, exported, read_compressor, read_encoder
 from stamo_dist.models.flops import Flops, count
+from stamo_dist.models.shards import on_meta
 from stamo_dist.models.tokenizer_core import BLOCKS, TokenizerCore
 from stamo_dist.models.vae import VAE
 from stamo_dist.pretrained.pin import pin_model
@@ -70,12 +72,18 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_config(
-        cls, cfg: schema.Model, flow: schema.Flow, image_size: int, *, meta_init: bool = False
+        cls,
+        cfg: schema.Model,
+        flow: schema.Flow,
+        image_size: int,
+        *,
+        meta_init: bool = False,
+        unfilled: bool = False,
     ) -> Tokenizer:
         """Build from a recipe for square frames of `image_size`; parts without weights are random (torch's generator).
 
         With `meta_init` the decoder is on the meta device until `trained.decoder.load_weights` reads its weights, each
-        process its own shards.
+        process its own shards; with `unfilled` a random one too, which the caller gives memory and values.
 
         Raises:
             RecipeError: fields that the model classes do not know or that do not fit each other.
@@ -90,7 +98,8 @@ class Tokenizer(nn.Module):
         vae = VAE.from_config(cfg.vae, image_size)
         encoder = Encoder.from_config(cfg.encoder)
         compressor = Compressor(cfg.compressor, encoder.dim)
-        decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, meta_init=meta_init)
+        with on_meta() if unfilled and cfg.decoder.weights is None else nullcontext():
+            decoder = Decoder.from_config(cfg.decoder, cfg.compressor, vae.latent_shape, meta_init=meta_init)
         tokenizer = cls(cfg, flow, encoder=encoder, compressor=compressor, decoder=decoder, vae=vae)
         tokenizer.cfg = pin_model(cfg, tokenizer.sources)
         return tokenizer

@@ -1,8 +1,6 @@
-"""AdamW and the learning-rate schedule."""
+"""AdamW, with its groups of parameters."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -41,13 +39,3 @@ def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:
     ]
     fused = Device.current().is_gpu or None
     return torch.optim.AdamW(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
-
-
-def lr_at(step: int, steps: int, cfg: Optimizer) -> float:
-    """Learning rate of the 1-based optimizer step: linear warm-up, then cosine to `final_lr` or constant."""
-    if step <= cfg.warmup_steps:
-        return cfg.lr * step / cfg.warmup_steps
-    if cfg.schedule == "constant":
-        return cfg.lr
-    progress = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

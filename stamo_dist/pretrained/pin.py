@@ -15,7 +15,11 @@ S = TypeVar("S", EncoderConfig, DecoderConfig, VAEConfig, PolicyConfig)
 def pin(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
     """The recipe with its hub ids at these commits; `sources`: recipe field → location found."""
     policy = _pinned(recipe.policy, sources.get("policy.weights"))
-    return recipe.model_copy(update={"model": pin_model(recipe.model, sources), "policy": policy})
+    initial, found = recipe.init_from, sources.get("init_from", "")
+    if initial and (hub := hub_id(initial.path)) and found.startswith(f"{hub[0]}@"):
+        initial = initial.model_copy(update={"path": found})
+    parts = {"model": pin_model(recipe.model, sources), "policy": policy, "init_from": initial}
+    return recipe.model_copy(update=parts)
 
 
 def pin_model(model: Model, sources: Mapping[str, str]) -> Model:

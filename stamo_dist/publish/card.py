@@ -12,6 +12,7 @@ from torch import nn
 from stamo_dist.checkpoint.compatibility import sources_of
 from stamo_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import ExportLayout
 from stamo_dist.tracking.metrics_file import last_metrics
@@ -91,6 +92,7 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportL
         _metrics(run, marker),
         *_evaluations(run),
         *_weights(marker),
+        *_lineage(run),
         "## Recipe",
         f"```yaml\n{run.resolved.read_text(encoding='utf-8').rstrip()}\n```",
         f"Code: commit `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
@@ -109,6 +111,11 @@ def _data(marker: CheckpointManifest) -> str:
 def _weights(marker: CheckpointManifest) -> Iterator[str]:
     if marker.sources:
         yield "## Weights that it began with\n\n" + _table(["", ""], [[*row] for row in marker.sources.items()])
+
+
+def _lineage(run: RunFolder) -> Iterator[str]:
+    if found := lineage.lines(run.path):
+        yield "## Lineage\n\n" + "\n".join(f"- {line}" for line in found)
 
 
 def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:

@@ -6,6 +6,7 @@ merge keys, tags and `${…}`: so a file's meaning does not depend on such featu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def located(place: str, key: Key, message: str) -> str:
 
 def shown(path: Path) -> str:
     """`path` as messages show it: relative to the working directory if below it."""
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # not resolved: that asks the disk for each folder above it, on every rank
     cwd = Path.cwd()
     return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 

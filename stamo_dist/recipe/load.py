@@ -59,6 +59,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     for derived in ("name", "run_dir"):
         if not merged.value.get(derived):
             written.pop(derived, None)
+    if isinstance(merged.value.get("init_from"), str):
+        written["init_from.path"] = written["init_from"]
     return Loaded(
         path=path,
         text=merged.text,

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
+from stamo_dist.recipe.init_from import InitialWeights
 from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
 from stamo_dist.recipe.section import (
     NonNegativeInt,
@@ -152,6 +153,9 @@ class Recipe(Section):
     stage: Literal["tokenizer", "vae", "policy"] = Field("tokenizer", description="What is trained.")
     run_dir: str = Field("", description="The run folder; runs/NAME when omitted.")
     seed: NonNegativeInt = Field(0, description="Seed of initialisation, sample order, augmentation and noise.")
+    init_from: InitialWeights = Field(
+        None, description="Another run or a model whose weights this one begins with: a path, or a map."
+    )
     data: Data
     model: Model = Model()
     flow: Flow = Flow()
@@ -167,7 +171,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         problems = data_problems(self.data, self.stage, self.model.vae.latent)
-        problems += training_problems(self.train, self.strategy, self.stage)
+        problems += training_problems(self.train, self.optimizer, self.strategy, self.stage)
         if self.data.views > 1 and self.stage != "policy":
             problems.append(
                 f"data.views: only a policy looks at {self.data.views} cameras of a moment; set data.views: 1"

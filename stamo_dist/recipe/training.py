@@ -30,9 +30,27 @@ class Optimizer(Section):
         0.01, description="Decoupled weight decay on matrices; biases, norms and queries have none."
     )
     warmup_steps: NonNegativeInt = Field(1000, description="Steps of linear warm-up.")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
-    final_lr: Fraction = Field(0.1, description="Learning rate at the end of the cosine, relative to the peak.")
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = Field(
+        "cosine",
+        description="After the warm-up; wsd is stable, then falls linearly over decay_steps: train it on or branch off "
+        "a decay (`stamo train --branch`) at any step.",
+    )
+    final_lr: Fraction = Field(
+        0.1, description="Learning rate at the end of cosine, linear and wsd, relative to the peak."
+    )
+    decay_steps: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="wsd: last steps, or share of all, in which it falls."
+    )
+    schedule_from: Literal["begin", "here"] = Field(
+        "begin",
+        description="A schedule changed on the way (also by train.steps) counts from the run's begin, or starts at the "
+        "rate reached, which is its peak.",
+    )
     clip: PositiveFloat | None = Field(1.0, description="Largest gradient norm; null turns clipping off.")
+
+    def decay_of(self, steps: int) -> int:
+        """Steps of wsd's decay in a run of so many."""
+        return self.decay_steps if isinstance(self.decay_steps, int) else max(1, round(self.decay_steps * steps))
 
 
 class CheckpointConfig(Section):
@@ -60,6 +78,15 @@ class ProfileSettings(Section):
     start: PositiveInt = Field(10, description="Steps before the first that is traced; a compiled model is warm then.")
     steps: PositiveInt = Field(3, description="How many are traced.")
     memory: bool = Field(False, description="Also a snapshot of the GPU's memory, with the stack of each allocation.")
+
+
+class Alarms(Section):
+    """Which steps are spikes; they are said in the log, in metrics.jsonl and by `stamo status`, and nothing else."""
+
+    window: Annotated[int, Field(ge=10)] = Field(200, description="Logged steps that a step is compared with.")
+    deviations: PositiveFloat = Field(
+        10.0, description="Robust deviations above their median at which loss or gradient norm is a spike."
+    )
 
 
 class Train(Section):
@@ -91,6 +118,7 @@ class Train(Section):
     max_bad_steps: PositiveInt = Field(
         10, description="Steps in a row without a finite loss and gradient after which the run is rolled back, once."
     )
+    alarms: Alarms | None = Field(Alarms(), description="Spikes of loss and gradient norm; null looks for none.")
     step_timeout: PositiveFloat = Field(
         1800.0, description="Seconds without progress after which the run counts as hung and leaves with code 75."
     )
@@ -149,9 +177,11 @@ class Strategy(Section):
         ]
 
 
-def training_problems(train: Train, strategy: Strategy, stage: str) -> list[str]:
+def training_problems(train: Train, optimizer: Optimizer, strategy: Strategy, stage: str) -> list[str]:
     """Problems: training fields that contradict each other, or have no effect in the stage."""
     problems = []
+    if optimizer.schedule == "wsd" and (decay := optimizer.decay_of(train.steps)) > train.steps:
+        problems.append(f"optimizer.decay_steps: {decay} are more than train.steps ({train.steps})")
     if strategy.name == "hsdp" and strategy.shard_group == 1:
         problems.append("strategy.shard_group: a group of 1 shards nothing; set it to 2 or more, or strategy.name: ddp")
     if strategy.gradients == "whole" and strategy.name not in ("fsdp", "hsdp"):

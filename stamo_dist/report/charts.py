@@ -31,12 +31,18 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], *, smooth: bool = True, zero: bool = False, within: tuple[float, float] | None = None
+    series: Sequence[Series],
+    *,
+    smooth: bool = True,
+    zero: bool = False,
+    within: tuple[float, float] | None = None,
+    marks: Sequence[float] = (),
 ) -> Markup:
     """An SVG with one line per series, in the order of the page's colours, and a legend when there are several.
 
     `smooth` draws an exponential average and, of a single series, the values behind it. `zero`: the y axis starts at 0.
-    `within`: range of the y axis; then few points are marked. Empty if no series has a point.
+    `within`: range of the y axis; then few points are marked. `marks`: x of vertical lines. Empty if no series has a
+    point.
     """
     drawn = [(s.label, grouped(s)) for s in series]
     points = [p for _, line in drawn for p in line]
@@ -58,6 +64,8 @@ def line_chart(
     for tick in ticks(x0, x1, 5):
         x = place(tick, y0).split(",")[0]
         parts.append(f'<text x="{x}" y="{HEIGHT - 7}" text-anchor="middle">{tick:,g}</text>')
+    for x in (place(mark, y0).split(",")[0] for mark in marks if x0 <= mark <= x1):
+        parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
     for i, (_, line) in enumerate(drawn):
         colour = f"stroke:var(--c{i % COLOURS})"
         if series[i].low:

@@ -26,8 +26,10 @@ from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.report.charts import COLOURS, Series, line_chart
 from stamo_dist.report.pictures import embed
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, open_run, write_atomic
 from stamo_dist.run.history import Sample, sample
+from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.run.success import Successes
 from stamo_dist.tracking.metrics_file import read_metrics
 from stamo_dist.tracking.progress import duration
@@ -89,6 +91,11 @@ class ReportedRun:
         return facts
 
     @property
+    def changes(self) -> list[tuple[int, dict[str, list[str]]]]:
+        """(step, recipe field → [old, new]) of each start with another recipe than the one before."""
+        return changes_of(self.folder)
+
+    @property
     def left_out(self) -> list[str]:
         """Lines on what the page leaves out of metrics.jsonl."""
         history, said = self.history, list[str]()
@@ -104,12 +111,13 @@ class ReportedRun:
 
     @property
     def charts(self) -> list[tuple[str, Markup]]:
-        """(title, SVG) of every curve with points."""
+        """(title, SVG) of every curve with points; what training does is marked where the recipe changed."""
+        marks = [step for step, _ in self.changes]
         sources = [key for key in (self.metrics[-1] if self.metrics else {}) if key.startswith("loss/")]
-        found = [*_success_charts(self.evaluations), ("loss", line_chart([self.curve("loss")]))]
+        found = [*_success_charts(self.evaluations), ("loss", line_chart([self.curve("loss")], marks=marks))]
         if len(sources) > 1:
             curves = [self.curve(key, label=key.partition("/")[2]) for key in sources]
-            found.append(("loss per source", line_chart(curves)))
+            found.append(("loss per source", line_chart(curves, marks=marks)))
         found += [
             ("samples per second", line_chart([self.curve("samples_per_second")], zero=True)),
             ("share of the step waiting for data, %", line_chart([self.curve("data_wait", scale=100)], zero=True)),
@@ -118,8 +126,8 @@ class ReportedRun:
                 line_chart([self.curve("comm_wait", scale=100)], zero=True),
             ),
             ("most GPU memory of a step, GB", line_chart([self.curve("peak_gb")], zero=True)),
-            ("gradient norm", line_chart([self.curve("grad_norm")], zero=True)),
-            ("learning rate", line_chart([self.curve("lr")], smooth=False, zero=True)),
+            ("gradient norm", line_chart([self.curve("grad_norm")], zero=True, marks=marks)),
+            ("learning rate", line_chart([self.curve("lr")], smooth=False, zero=True, marks=marks)),
         ]
         return [(title, chart) for title, chart in found if chart]
 
@@ -142,6 +150,11 @@ class ReportedRun:
             row = {"source": name, "path": ", ".join(source.paths), "requested": shares.get(name), "samples": samples}
             rows.append({**row, "realised": realised, "frames": frames, "epochs": epochs})
         return rows
+
+    @property
+    def lineage(self) -> list[str]:
+        """Where it comes from, and what began from it."""
+        return lineage.lines(self.folder.path)
 
     @property
     def command(self) -> str:
@@ -258,13 +271,25 @@ def _place(path: Path) -> tuple[int, str]:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     result = _read_json(path)
     try:
-        figures = [{**figure, **embed(path.parent / figure["file"])} for figure in result["figures"]]
+        figures = [{**figure, **embed(_inside(path.parent, figure["file"]))} for figure in result["figures"]]
         shown = {key: result[key] for key in _SHOWN}
         kept = {"by": result.get("by", []), "better": result.get("better", {}), "partial": result.get("partial")}
         drawn = {"figures": figures, "tasks": _tasks(figures)}
         return {"name": path.stem, "place": path.parent.name, **shown, **kept, **drawn}
     except (KeyError, TypeError, OSError) as e:
         raise RunError(f"{path}: is not a whole result ({e}); run that `stamo eval` again or delete it") from e
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A picture of the evaluations, of which `folder` is one.
+
+    Raises:
+        OSError: It lies elsewhere, and would get into a page that is passed on.
+    """
+    picture = folder / name
+    if not picture.resolve().is_relative_to(folder.parent.resolve()):
+        raise OSError(f"{name} lies outside of {folder.parent}")
+    return picture
 
 
 def _tasks(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

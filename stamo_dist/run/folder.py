@@ -10,6 +10,7 @@
     profile/         step_00000011.json.gz, a trace of a few steps (train.profile); memory_00000011.pickle
     samples.jsonl    what each step read (train.log_samples)
     compiled/        gpu_00.bin, what torch.compile made (train.compile), for the next start
+    parent.json      what the run began from, if that is another run or a model (run/lineage.py)
     success.json     a policy's success while it trains: the last and the best
 
 Beside metrics.jsonl and samples.jsonl there may be files with their damaged lines (`.damaged`), foreign files found in
@@ -152,11 +153,20 @@ class RunFolder:
             ) from e
 
     def describe(
-        self, text: str, resolved: str, command: list[str], *, step: int, processes: int, sources: Mapping[str, str]
+        self,
+        text: str,
+        resolved: str,
+        command: list[str],
+        *,
+        step: int,
+        processes: int,
+        sources: Mapping[str, str],
+        changed: Mapping[str, list[str]] | None = None,
     ) -> None:
         """Write the run's description (recipe, versions, machine, command, this start), and register the run.
 
-        `sources`: recipe field → location of its weights.
+        `sources`: recipe field → location of its weights. `changed`: recipe field → its value in the last start, and
+        in this one.
         """
         write_atomic(self.recipe, text)
         write_atomic(self.resolved, resolved)
@@ -165,6 +175,7 @@ class RunFolder:
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
         start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"]}
+        start |= {"changed": dict(changed)} if changed else {}
         append_line(self.path / "starts.jsonl", json.dumps(start))
 
 

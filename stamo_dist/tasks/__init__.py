@@ -20,10 +20,12 @@ def check_task(recipe: Recipe, mixture: Mixture) -> None:
         PolicyData(recipe, mixture)
 
 
-def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False) -> Task:
+def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False, unfilled: bool = False) -> Task:
     """The recipe's stage, with its model built on the CPU.
 
-    With `meta_init`, parameters that a checkpoint supplies are on the meta device until `Task.load_weights`.
+    With `meta_init`, parameters that a checkpoint supplies are on the meta device until `Task.load_weights`; with
+    `unfilled` those of the large part (a tokenizer's decoder, OpenVLA) also where they would be random: the caller
+    gives them memory and values.
     """
     if recipe.stage == "vae":
         from stamo_dist.tasks.vae import VAETask
@@ -36,7 +38,7 @@ def build_task(recipe: Recipe, mixture: Mixture, *, meta_init: bool = False) -> 
     if recipe.stage == "policy":
         from stamo_dist.tasks.policy import PolicyTask
 
-        return PolicyTask(recipe, mixture, meta_init=meta_init)
+        return PolicyTask(recipe, mixture, meta_init=meta_init, unfilled=unfilled)
     from stamo_dist.tasks.tokenizer import TokenizerTask
 
-    return TokenizerTask(recipe, meta_init=meta_init)
+    return TokenizerTask(recipe, meta_init=meta_init, unfilled=unfilled)

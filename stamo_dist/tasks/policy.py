@@ -42,7 +42,7 @@ class PolicyTask:
     init_frames = 0
     latents: str | None = None
 
-    def __init__(self, recipe: Recipe, mixture: Mixture, *, meta_init: bool = False):
+    def __init__(self, recipe: Recipe, mixture: Mixture, *, meta_init: bool = False, unfilled: bool = False):
         cfg, window = recipe.policy, mixture.window
         assert window is not None, "a policy's recipe has a horizon"
         self._cfg = cfg
@@ -66,7 +66,7 @@ class PolicyTask:
             vision.patch_dim if vision and cfg.stamo != "states" else None,
             vision.state_shape[1] if vision and cfg.stamo != "patches" else None,
         )
-        self.network, self._weight_loader, notes = _network(recipe, data, sizes)
+        self.network, self._weight_loader, notes = _network(recipe, data, sizes, unfilled=unfilled)
         self._unloaded = self._weight_loader is not None
         if not meta_init and self._weight_loader is not None:
             load.materialise(self.network)
@@ -250,11 +250,11 @@ def _text(recipe: Recipe, data: PolicyData) -> TextTokenizer:
 
 
 def _network(
-    recipe: Recipe, data: PolicyData, sizes: PolicySizes
+    recipe: Recipe, data: PolicyData, sizes: PolicySizes, *, unfilled: bool
 ) -> tuple[PolicyNetwork, load.WeightLoader | None, list[str]]:
-    """The network, on the meta device if a checkpoint supplies its weights, and the loader that fills it."""
+    """The network, on the meta device if it is `unfilled` or a checkpoint supplies its weights, and the loader."""
     cfg, checkpoint, weight_loader = recipe.policy, data.checkpoint, None
-    with load.on_meta() if checkpoint is not None else contextlib.nullcontext():
+    with load.on_meta() if checkpoint is not None or unfilled else contextlib.nullcontext():
         network = PolicyNetwork(data.config, cfg, sizes)
         if checkpoint is not None:
             found, adapter = load.read(checkpoint, network)

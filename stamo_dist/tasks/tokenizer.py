@@ -26,9 +26,11 @@ class TokenizerTask:
 
     states: CachedStates | None = None
 
-    def __init__(self, recipe: Recipe, *, meta_init: bool = False):
+    def __init__(self, recipe: Recipe, *, meta_init: bool = False, unfilled: bool = False):
         self._flow = recipe.flow
-        self.tokenizer = Tokenizer.from_config(recipe.model, recipe.flow, recipe.data.image_size, meta_init=meta_init)
+        self.tokenizer = Tokenizer.from_config(
+            recipe.model, recipe.flow, recipe.data.image_size, meta_init=meta_init, unfilled=unfilled
+        )
         self.trained: nn.Module = self.tokenizer.trained
         self.block_classes = self.tokenizer.block_classes()
         self.notes: tuple[str, ...] = tuple(self.tokenizer.notes)

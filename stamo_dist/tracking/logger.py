@@ -13,6 +13,7 @@ from stamo_dist.distributed.rank import World
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.state import RunState
+from stamo_dist.tracking.alarms import SpikeAlarms, alarm_text, steps_before
 from stamo_dist.tracking.metrics import Reduced
 from stamo_dist.tracking.metrics_file import MetricsFile, read_late
 from stamo_dist.tracking.progress import TrainingProgress
@@ -49,6 +50,7 @@ class RunLogger:
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
         self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
         self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
+        self._alarms = self._watch() if world.is_main else None
         self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
         for part in (self._file, self._samples):
             for note in part.notes if part is not None else ():
@@ -67,6 +69,9 @@ class RunLogger:
             line = reduced.line(self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps)
             line |= self._extra
             self._extra = {}
+            if self._alarms is not None and (alarms := self._alarms.look(line)):
+                line["alarms"] = alarms
+                self.info(f"ALARM {alarm_text(line)}")
             self._file.write(line)
             if self._wandb is not None:
                 self._wandb.log(line)
@@ -124,6 +129,7 @@ class RunLogger:
         if self._file is not None:
             self._file.close()
             self._file = MetricsFile(self._run.metrics, step, self._guard)
+            self._alarms = self._watch()
         if self._samples is not None:
             self._samples.rewind(step)
 
@@ -135,6 +141,12 @@ class RunLogger:
             self._samples.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _watch(self) -> SpikeAlarms | None:
+        alarms = self._recipe.train.alarms
+        if alarms is None:
+            return None
+        return SpikeAlarms(alarms.window, alarms.deviations, steps_before(self._run.metrics, 2 * alarms.window))
 
     def _mfu(self, samples_per_second: float) -> float | None:
         if self._flops is None:

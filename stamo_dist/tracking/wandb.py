@@ -10,6 +10,8 @@ from typing import Any
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.success import KEY
 
+_NO_NUMBERS = ("step", "changed", "alarms")
+
 
 class WandB:
     """A W&B run that keeps its id over restarts; does nothing when tracking is off."""
@@ -34,15 +36,17 @@ class WandB:
             tags=recipe.tracking.tags,
             name=recipe.name,
             dir=str(folder),
-            config=resolved,
         )
+        self._run.config.update(resolved, allow_val_change=True)
         self._run.define_metric(f"{KEY}/*", step_metric=f"{KEY}/step")
 
     def log(self, line: dict[str, Any]) -> None:
         if self._run is not None:
             late = self._late.pop(0) if self._late else {}
             self._free = line["step"] + bool(late)
-            self._run.log({**{k: v for k, v in line.items() if k != "step"}, **late}, step=line["step"])
+            numbers = {k: v for k, v in line.items() if k not in _NO_NUMBERS}
+            numbers |= {f"alarm/{name}": z for name, z in line.get("alarms", {}).items()}
+            self._run.log({**numbers, **late}, step=line["step"])
 
     def late(self, line: Mapping[str, Any]) -> None:
         """Log a measurement of an earlier step, on its own axis.

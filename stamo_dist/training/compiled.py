@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from stamo_dist.data.loader import Batch
+from stamo_dist.run.own import seal, unseal
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.trainer import Hook, StepResult
@@ -18,7 +19,7 @@ class CompiledHook(Hook):
 
     Compiled code names the number of its GPU, so there is a file for each. PyTorch finds an entry by a hash of the
     graph, its shapes, versions and hardware: what does not fit is compiled, as without a file. For a CPU the file holds
-    graphs and C++, which is built again.
+    graphs and C++, which is built again. A file from elsewhere is not run: it is sealed with a key of this user's.
 
     Args:
         file: Of this process's GPU.
@@ -45,16 +46,15 @@ class CompiledHook(Hook):
             self._write()
 
     def _take(self) -> None:
-        """This user's own file alone: it is code, and is run."""
+        """What this user's runs wrote alone: it is code, and is run."""
         try:
-            if self._file.stat().st_uid != os.getuid():
-                self._logger.info(f"{self._file}: is another user's, and what others compiled is not run")
-                return
-            taken = torch.compiler.load_cache_artifacts(self._file.read_bytes())
+            code = unseal(self._file.read_bytes())
         except OSError as e:
             self._logger.info(f"{self._file}: cannot be read ({e.strerror}), compiling anew")
             return
-        if taken is None:
+        if code is None:
+            self._logger.info(f"{self._file}: was not written by a run of yours, and is not run; compiling anew")
+        elif torch.compiler.load_cache_artifacts(code) is None:
             self._logger.info(f"{self._file}: cannot be read, compiling anew")
 
     def _write(self) -> None:
@@ -65,7 +65,7 @@ class CompiledHook(Hook):
         tmp = self._file.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._file.parent.mkdir(exist_ok=True)
-            tmp.write_bytes(saved[0])
+            tmp.write_bytes(seal(saved[0]))
             tmp.replace(self._file)
         except OSError as e:
             self._logger.info(f"{self._file}: not written ({e.strerror}); the next start compiles again")

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import load_checkpoint
+from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
@@ -27,10 +29,13 @@ from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
+from stamo_dist.optim.schedule import Schedule
 from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
+from stamo_dist.recipe.difference import Change
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder, git_commit
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
@@ -39,9 +44,11 @@ from stamo_dist.tasks.base import Task
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.tracking.metrics import Reducer, Stopwatch
 from stamo_dist.training import hooks
+from stamo_dist.training.changes import changes, schedule_of
 from stamo_dist.training.compiled import CompiledHook
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
+from stamo_dist.training.initial import Initial, find, open_initial, without_effect
 from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
 from stamo_dist.training.trainer import Hook, Trainer
 from stamo_dist.training.trial_export import TrialExport
@@ -62,6 +69,7 @@ class RunStart:
     node: NodeShare
     lease: RunLease | None = None  # rank 0's
     notes: list[str] = field(default_factory=list)  # notes for the user, on rank 0
+    changes: list[Change] = field(default_factory=list)  # of the recipe since the last start, on rank 0
 
     @property
     def recipe(self) -> Recipe:
@@ -77,6 +85,7 @@ class Checked:
     batching: Batching
     select: Callable[..., ResumePoint]  # `select_checkpoint` with this start's arguments except the fingerprint
     begun: RecordedInputs
+    initial: str | None  # where the weights lie that the run begins with
 
 
 @dataclass
@@ -118,7 +127,9 @@ def check(start: RunStart) -> Checked:
     if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=Cursor()):
         use.check(mixture.cache)
     check_task(recipe, mixture)
-    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select, begun)
+    first = begun.step is None
+    found = before_connecting(start.world, "init_from", lambda: _initial(start) if first else None)
+    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select, begun, found)
 
 
 def build(start: RunStart, checked: Checked) -> Session | int:
@@ -129,7 +140,8 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     Raises:
         StamoError: Weights or checkpoint cannot be used as asked.
     """
-    task, pinned = _build_task(start, checked)
+    initial = open_initial(start.recipe, checked.initial)
+    task, pinned = _build_task(start, checked, initial)
     recipe, world, run, mixture = start.recipe, start.world, start.run, checked.mixture
     spec = EngineSpec(
         recipe.strategy, world, checked.batching, recipe.optimizer.clip, recipe.train.precision, task.block_classes
@@ -147,9 +159,15 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     fingerprint = checked.fingerprint.with_frozen(task.frozen)
     select = partial(checked.select, fingerprint)
     checkpoint, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: select(without=bad))
-    if task.init_frames and checkpoint is None:
+    if checkpoint is None and recipe.init_from is not None and initial is None:
+        if world.is_main:
+            left = f"{run.path}: leaving with code {EXIT_PREEMPTED} to be started again, from init_from"
+            print("\n".join([*notes, left]))
+        return EXIT_PREEMPTED
+    if task.init_frames and checkpoint is None and (initial is None or initial.needs_frames):
         task.initialise(first_frames(mixture, task.init_frames))
     reads_weights = checkpoint is None or not checkpoint.manifest.holds_all
+    reads_weights &= initial is None or not initial.gives_all(task.trained)
     if recipe.strategy.name not in SUPPORTS_META_INIT:
         spec.give_memory(task.trained, accelerator)  # not in host memory, which all processes of a node share
         if reads_weights:
@@ -159,6 +177,9 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
         task.load_weights()
+    if initial is not None:
+        initial.load(engine)
+        start.notes += initial.notes(task.frozen)
     ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
     none = [0] * len(mixture.sources)
     state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
@@ -167,14 +188,38 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
         )
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
+    schedule, changed = schedule_of(recipe, run, state, world)
+    state.schedule = schedule.to_dict()
     # Decided by rank 0: a shared disk may show the others an older folder.
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
             print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
         return 0
-    start.notes += [*pinned, *notes, *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else [])]
+    if world.is_main:
+        start.changes = changes(recipe, run, checkpoint)
+    if start.lease is not None:
+        _record_parent(run.path, checkpoint, initial)
+    start.notes += [
+        *pinned,
+        *notes,
+        *changed,
+        *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else []),
+    ]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
+
+
+def _record_parent(run: Path, checkpoint: Checkpoint | None, initial: Initial | None) -> None:
+    """Rank 0: record where this start's state comes from, if that is not the run itself."""
+    parent = initial.record if initial else None
+    if checkpoint is not None:
+        parent = lineage.resumed(checkpoint.path, checkpoint.manifest.state.step)
+    if parent is None or Path(parent.run) != run.resolve():
+        lineage.record(run, parent)
+
+
+def _initial(start: RunStart) -> str | None:
+    return find(start.recipe, start.run.path, start.notes.append)
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
@@ -185,12 +230,19 @@ def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
         return RecordedInputs()  # reported later, when it is selected with the fingerprint
 
 
-def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
+def _build_task(start: RunStart, checked: Checked, initial: Initial | None) -> tuple[Task, list[str]]:
     """The task with the weights that the run began with, to which the recipe is pinned; and notes on pinning."""
     begun = checked.begun.sources
     recipe, notes = as_begun(start.recipe, begun)
     torch.manual_seed(recipe.seed)  # every process builds the same initial weights
-    task = build_task(recipe, checked.mixture, meta_init=True)
+    task = build_task(recipe, checked.mixture, meta_init=True, unfilled=initial is not None and initial.may_give_all)
+    if initial is not None and not initial.meet(task.trained):
+        torch.manual_seed(recipe.seed)
+        task = build_task(recipe, checked.mixture, meta_init=True)
+    if initial is not None:
+        task.notes = initial.corrected(task.notes)
+    if described := initial.described if initial else begun.get("init_from"):
+        task.sources = {**task.sources, "init_from": described}
     changed = moved(task.sources, begun)
     if not checked.begun.holds_all and (bases := [line for line in changed if "(base)" in line]):
         raise RunError(
@@ -199,6 +251,8 @@ def _build_task(start: RunStart, checked: Checked) -> tuple[Task, list[str]]:
         )
     # The export reads the same commits, even if a branch moves.
     start.loaded = replace(start.loaded, recipe=pin(recipe, task.sources))
+    if checked.begun.step is not None:
+        notes += without_effect(recipe, begun.get("init_from"))
     return task, [*notes, *changed]
 
 
@@ -237,6 +291,7 @@ def _assemble(
 
     def go_back(state: RunState) -> RunState:
         state, notes = roll_back(run, mixture, engine, ema, state, recipe.train, guard)
+        state.schedule = trainer.schedule.to_dict()
         logger.rewind(state.step)
         for note in notes:
             logger.info(note)
@@ -248,6 +303,7 @@ def _assemble(
         engine=engine,
         ema=ema,
         state=state,
+        schedule=Schedule.from_dict(state.schedule),
         micro_batch=checked.batching.micro_batch,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
@@ -306,8 +362,15 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
     cursor = Cursor.from_dict(trainer.state.cursor)
     use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)
     cache = [use.line(mixture.cache)] if use else []
+    changed = {change.field: [change.old, change.new] for change in start.changes}
     start.run.describe(
-        start.loaded.text, dump(r), sys.argv, step=trainer.state.step, processes=p.world_size, sources=task.sources
+        start.loaded.text,
+        dump(r),
+        sys.argv,
+        step=trainer.state.step,
+        processes=p.world_size,
+        sources=task.sources,
+        changed=changed,
     )
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
     logger.info(
@@ -315,5 +378,10 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
+    if start.changes:
+        logger.info("  the recipe differs from the last start's:")
+        logger.add_metrics(changed=changed)
+    for change in start.changes:
+        logger.info(f"    {change}")
     for note in [*mixture.notes, *cache, *task.notes, *start.notes, *budget.notes()]:
         logger.info(f"  {note}")

@@ -16,7 +16,7 @@ from stamo_dist.data.loader import Batch, Loader
 from stamo_dist.distributed.engine import Engine, Phase
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.optim.ema import EMA
-from stamo_dist.optim.optimizer import lr_at
+from stamo_dist.optim.schedule import Schedule
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks.base import Task
@@ -66,6 +66,7 @@ class Trainer:
     """One start of a run, from `state` to the end or to the next stop.
 
     Attributes:
+        schedule: Learning rate by update.
         micro_batch: Samples of one forward pass.
         open_loader: Opens this rank's batches from a state on.
         on_phase: Called with the phase that this rank begins, and the step.
@@ -78,6 +79,7 @@ class Trainer:
     engine: Engine
     ema: EMA | None
     state: RunState
+    schedule: Schedule
     micro_batch: int
     open_loader: Callable[[RunState], Loader]
     on_phase: Callable[[Phase, int], None]
@@ -117,7 +119,7 @@ class Trainer:
     def step(self, batch: Batch) -> StepResult:
         """Forward, backward, clip, update and average: one optimizer step of all processes."""
         update = self.state.updates + 1
-        lr = lr_at(update, self.recipe.train.steps, self.recipe.optimizer)
+        lr = self.schedule.at(update)
         self.engine.set_lr(lr, update)
         torch.manual_seed(_seed(self.recipe.seed, self.state.step, self.engine.world.rank))
         sums = StepSums.empty(self.task.terms, len(self.recipe.data.used), self.engine.device)

@@ -54,7 +54,7 @@ def test_nobody_else_asks_torch_cuda() -> None:
     asks = re.compile(r"torch\.cuda\b|\.is_cuda\b|\.type [=!]= \"cuda\"|from torch import cuda|\bpin_memory\b")
     found = {
         f"{path.relative_to(ROOT)}:{number}": line.strip()
-        for package in ("stamo_dist", "data_tools")
+        for package in ("stamo_dist", "data_tools", "benchmarks")
         for path in sorted((ROOT / package).rglob("*.py"))
         if str(path.relative_to(ROOT)) not in ALLOWED
         for number, line in enumerate(path.read_text().splitlines(), 1)
@@ -86,6 +86,10 @@ def test_names_and_numbers(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
     assert environment([])["gpus"] == [gpu.name] * 8
     gpu.select(11)
     assert (gpu.number, gpu.cuda.selected) == (3, [3]), "of a node's fourth process, where a node has eight"
+    assert [FakeGpu(count=1).number_of(3), gpu.number_of(3), CPU.number_of(3)] == [0, 3, 3]
+    assert (gpu.capacity, CPU.capacity) == (80e9, None)
+    gpu.release_memory()
+    assert (gpu.cuda.said["empty_cache"], gpu.cuda.said["reset_peak_memory_stats"]) == (1, 1)
     assert str(Device.named("cuda:5").torch_device) == "cuda:5"
     assert Device.named("cuda:5").number == 5
     assert Device.named(None) is gpu
@@ -112,10 +116,14 @@ def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.get_float32_matmul_precision() == before, "fp32 means fp32"
         assert gpu.tune("bf16") == []
         assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+        gpu.allow_tf32(False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
         (note,) = FakeGpu(name="Tesla V100").tune("bf16")
         assert note == "train.precision: Tesla V100 emulates bf16, which is slow; it has fp32"
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = True
     assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
     batching = Batching(world_size=1, per_rank=1, micro_batch=1, accumulation=1)
     assert strategies._deepspeed_config(2, batching, 1.0, "bf16")["zero_optimization"]["overlap_comm"] is True
@@ -237,6 +245,57 @@ def test_the_guard_begins_after_the_first_step(gpu: FakeGpu) -> None:
     guard.after_step(RunState(1), cast(StepResult, None))
     guard.on_start(RunState())
     assert gpu.cuda.modes == ["default", "error", "default"]
+
+
+ALONE = """
+import sys
+import deepspeed
+import torch
+from accelerate.state import DistributedType, PartialState
+from fake_gpu import FakeGpu
+from stamo_dist import device
+from stamo_dist.distributed.rank import world_from_environment
+from stamo_dist.distributed.strategies import EngineSpec
+from stamo_dist.optim.optimizer import adamw
+from stamo_dist.recipe.batching import Batching
+from stamo_dist.recipe.training import Optimizer, Strategy
+
+device._current = FakeGpu(count=1)
+PartialState._prepare_backend = lambda self, cpu, *_: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+DDP = torch.nn.parallel.DistributedDataParallel
+
+def ddp(module, device_ids, output_device, **options):
+    print("device", device_ids, output_device)
+    return DDP(module, **options)
+
+torch.nn.parallel.DistributedDataParallel = ddp
+cpu = deepspeed.accelerator.get_accelerator()
+cpu.set_device = lambda number: print("device", [number], number)
+world = world_from_environment()
+module, spread = torch.nn.Linear(2, 2), Batching(world_size=2, per_rank=1, micro_batch=1, accumulation=1)
+spec = EngineSpec(Strategy(name=sys.argv[1]), world, spread, None, "fp32", ())
+spec.build(module, adamw(module, Optimizer()))
+assert world_from_environment() == world
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_process_that_sees_one_gpu_of_its_node_takes_it(strategy: str) -> None:
+    """As under Slurm with one GPU a task: Accelerate and DeepSpeed would name the fourth of one."""
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, strategy], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(2 + rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        said = rank.communicate(timeout=240)[0]
+        assert {line for line in said.splitlines() if line.startswith("device ")} == {"device [0] 0"}, said
+        assert rank.returncode == 0, said
 
 
 PROBED = """

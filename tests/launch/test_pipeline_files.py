@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import typer
 
 from stamo_dist.cli.app import app
 from stamo_dist.errors import RecipeError
+from stamo_dist.launch import checks
 from stamo_dist.launch.pipeline import check_needs, load_pipeline
+from stamo_dist.recipe.load import load
 
 ROOT = Path(__file__).parents[2]
 STAGES = """\
@@ -96,3 +99,40 @@ def test_policies_see_through_the_tokenizer_of_their_pipeline(name, monkeypatch)
         work.words[2] for work in works if work.words[:2] == ["data", "stats"] and work.name in stages["policy"].after
     }
     assert {source.path for source in policy.recipe.data.used.values()} == counted
+
+
+def test_the_scales_are_a_chain(monkeypatch):
+    """Each run begins with the one before, has a folder of its own, and fewer steps than its recipe from scratch."""
+    monkeypatch.chdir(ROOT)
+    _, works = load_pipeline(ROOT / "recipes/pipelines/scales.yaml", [], typer.main.get_command(app))
+    assert len({work.run_dir for work in works}) == len(works) == 4
+    for before, work in pairwise(works):
+        assert work.loaded is not None
+        initial = work.loaded.recipe.init_from
+        assert initial is not None
+        assert Path(initial.path).absolute() == before.run_dir
+        assert work.loaded.recipe.train.steps < load(work.stage.train or "").recipe.train.steps
+
+
+def test_a_stage_must_wait_for_the_run_it_begins_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes/pipelines/scales.yaml").read_text()
+    (tmp_path / "p.yaml").write_text(text.replace("set: {name: scales_sim_droid,", "after: []\n    set: {name: b,"))
+    with pytest.raises(RecipeError) as caught:
+        load_pipeline(tmp_path / "p.yaml", [], typer.main.get_command(app))
+    assert "sim_droid reads what sim makes" in caught.value.problems[0]
+
+
+def test_a_missing_parent_is_said_before_a_job_is_queued(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def said(path: str) -> list[str]:
+        with pytest.raises(RecipeError) as caught:  # its data are not at hand either
+            checks.recipe(load("recipes/tokenizer_demo.yaml", [f"init_from={path}", f"run_dir={tmp_path}/run"]))
+        return [problem for problem in caught.value.problems if "init_from" in problem]
+
+    missing = f"{tmp_path}/no_such_run"
+    assert f"init_from.path: there is no folder {missing}" in said(missing)[0]
+    assert said(str(tmp_path)) == said("lab/model") == []
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    assert said(missing) == []

@@ -14,6 +14,7 @@ from stamo_dist.launch.pipeline import load_pipeline
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.lines import read_file
 from stamo_dist.recipe.load import dump, load
+from stamo_dist.recipe.unread import unread
 
 ROOT = Path(__file__).parents[2]
 RUNNABLE = sorted(ROOT.glob("recipes/*.yaml"))
@@ -36,7 +37,23 @@ def test_recipe_loads_at_many_world_sizes(path, tmp_path, monkeypatch):
         assert b.micro_batch * b.accumulation * world_size == loaded.recipe.train.global_batch
         assert b.micro_batch <= loaded.recipe.train.micro_batch
     Path("resolved.yaml").write_text(dump(loaded.recipe))
-    assert load("resolved.yaml").recipe == loaded.recipe
+    again = load("resolved.yaml")
+    assert again.recipe == loaded.recipe
+    assert unread(loaded) == unread(again) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "note"),
+    [
+        ("vae_demo", "model.compressor.tokens=4", "no effect in the vae stage: model.compressor.tokens (--set)"),
+        ("tokenizer_demo", "policy.lora={rank: 8}", "no effect in the tokenizer stage: policy.lora.rank (--set)"),
+        ("policy_openvla_motion", "flow.shift=3", "no effect in the policy stage: flow.shift (--set)"),
+        ("policy_openvla_motion", "flow.shift=1.0", None),  # as it is anyway
+        ("tokenizer_demo", "flow.shift=3", None),
+    ],
+)
+def test_what_the_stage_does_not_read_is_said(recipe, override, note):
+    assert unread(load(ROOT / "recipes" / f"{recipe}.yaml", [override])) == ([note] if note else [])
 
 
 def test_the_paper_has_its_four_mixtures():

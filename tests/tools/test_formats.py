@@ -110,7 +110,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
         monkeypatch.setitem(sys.modules, package, None)
         for module in ("data_tools.formats.lerobot", "data_tools.formats.lerobot_files"):
             monkeypatch.delitem(sys.modules, module, raising=False)
-        with pytest.raises(DataError, match=rf"needs the package {package}.*stamo-dist\[convert\]"):
+        with pytest.raises(DataError, match=rf"needs the package {package}.*install -e .*\[convert\]"):
             make_plan(format, path, "s", Settings())
 
 

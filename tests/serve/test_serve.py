@@ -6,82 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import make_source
-from toy_policy import TEXTS, set_statistics, write_policy_recipe
+from toy_policy import TEXTS
 
 json_numpy = pytest.importorskip("json_numpy")
 requests = pytest.importorskip("requests")
 uvicorn = pytest.importorskip("uvicorn")
 
+from speaking import JSON, frames, post  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def export(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a policy with random weights."""
-    import torch
-
-    import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
-    from stamo_dist.data.mixture import Mixture
-    from stamo_dist.recipe.load import load
-    from stamo_dist.tasks import build_task
-
-    def build(actions: str, *, views: int = 1, proprio: bool = False) -> Path:
-        folder = tmp_path_factory.mktemp(actions)
-        settings = [f"data.views={views}", f"policy.views={views}"]
-        if views > 1:
-            cameras = tuple(f"camera_{v}" for v in range(views))
-            source = make_source(folder, "a", cameras=cameras, splits=("train",), shard_bytes=1 << 20)
-            set_statistics(source)
-            settings += [f"data.sources.a.path={source}", "data.sources.a.instruction=x", "data.sources.b.weight=0"]
-        path = write_policy_recipe(folder / "toy.yaml", toy_policy, actions=actions, proprio=proprio)
-        recipe = load(path, settings).recipe
-        torch.manual_seed(0)
-        task = build_task(recipe, Mixture(recipe.data, seed=0, global_batch=8))
-        task.export(folder / "model", task.trained.state_dict(), [])
-        return folder / "model"
-
-    return build
-
-
-@pytest.fixture
-def served() -> Iterator[Callable[..., str]]:
-    """Answer in a thread; gives the URL."""
-    import socket
-
-    from stamo_dist.serve import Server
-
-    servers = []
-
-    def start(policy, **options) -> str:
-        listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(Server(policy, "toy", **options).app(), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-    yield start
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join()
-
-
-def frames(count: int, size: int = 32) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-
-
-def post(url: str, payload: object, code: int = 200):
-    answer = requests.post(f"{url}/act", data=json_numpy.dumps(payload), timeout=30)
-    assert answer.status_code == code, answer.text
-    return json_numpy.loads(answer.text)
 
 
 def test_the_tokenizer_s_decoder_need_not_be_there(
@@ -134,7 +73,7 @@ def test_clients_of_openvla(export, served) -> None:
     assert "2 views (image[0], image[1]), the policy looks at 1" in post(
         url, {"image": [a, b], "instruction": "x"}, code=400
     )["error"]  # fmt: skip
-    assert requests.post(f"{url}/act", data="not JSON", timeout=30).json()["field"] == "body"
+    assert requests.post(f"{url}/act", data="not JSON", headers=JSON, timeout=30).json()["field"] == "body"
 
 
 def test_clients_of_oft(export, served) -> None:
@@ -161,8 +100,9 @@ def test_clients_of_oft(export, served) -> None:
 def test_a_gpu_answers_once_before_anybody_asks(export, monkeypatch, capsys, actions, views, proprio) -> None:
     from fake_gpu import FakeGpu
 
-    from stamo_dist import device, serve
+    from stamo_dist import device
     from stamo_dist.models.openvla.policy import Policy
+    from stamo_dist.serve.command import Address, serve
 
     asked: list[int] = []
     act_batch = Policy.act_batch
@@ -174,10 +114,10 @@ def test_a_gpu_answers_once_before_anybody_asks(export, monkeypatch, capsys, act
     monkeypatch.setattr(Policy, "act_batch", counted)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: sockets[0].close())
     folder = export(actions, views=views, proprio=proprio)
-    serve.serve(folder, host="127.0.0.1", port=0)
+    serve(folder, Address(port=0))
     assert asked == [], "a CPU has nothing to load"
     monkeypatch.setattr(device, "_current", FakeGpu())
-    serve.serve(folder, host="127.0.0.1", port=0)
+    serve(folder, Address(port=0))
     assert asked == [views]
     assert capsys.readouterr().out.count("answers at http://") == 2
 

@@ -1,0 +1,1 @@
+"""Caching what frozen models make of every frame, beside the shards."""

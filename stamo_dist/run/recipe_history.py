@@ -1,0 +1,57 @@
+"""The recipe of a run, now and at an earlier step, from what its starts recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stamo_dist.errors import RunError
+from stamo_dist.recipe.difference import MISSING, resolved_of
+from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.history import sample
+
+_STEP = "step_"
+
+
+def changes_of(run: RunFolder) -> list[tuple[int, dict[str, list[str]]]]:
+    """(last step before it, recipe field → [old, new]) of each start whose recipe differed from the one before."""
+    starts = sample(run.path / "starts.jsonl").objects
+    return [(start.get("after step", 0), start["changed"]) for start in starts if start.get("changed")]
+
+
+def resolved_at(path: str | Path) -> dict[str, Any]:
+    """The resolved recipe of a recipe file, a run folder, or a checkpoint as of when it was saved.
+
+    Raises:
+        RunError: It is none of them.
+        RecipeError: The recipe has problems.
+    """
+    path = Path(path)
+    if path.is_file():
+        return load(path).resolved
+    of_checkpoint = path.name.startswith(_STEP) and path.parent.name == "checkpoints"
+    run = RunFolder(path.parent.parent if of_checkpoint else path)
+    resolved = resolved_of(run.resolved)
+    if resolved is None or not path.is_dir():
+        raise RunError(f"{path}: is no recipe, no run folder (with resolved.yaml) and no checkpoint of one")
+    if of_checkpoint:
+        for after, changed in reversed(changes_of(run)):
+            if after >= int(path.name.removeprefix(_STEP)):
+                for field, (old, _) in changed.items():
+                    _put(resolved, field, old)
+    return resolved
+
+
+def _put(tree: dict[str, Any], field: str, text: str) -> None:
+    *sections, name = field.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            return
+    if text == MISSING:
+        tree.pop(name, None)
+    else:
+        tree[name] = yaml.safe_load(text)

@@ -1,0 +1,34 @@
+"""What a start changes of the run that it goes on with: fields of its recipe, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stamo_dist.checkpoint.manifest import Checkpoint
+from stamo_dist.distributed.collectives import broadcast
+from stamo_dist.distributed.rank import World
+from stamo_dist.optim.schedule import Schedule, continued
+from stamo_dist.recipe.difference import Change, differences, resolved_of
+from stamo_dist.recipe.schema import Recipe
+from stamo_dist.run import lineage
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.state import RunState
+
+
+def schedule_of(recipe: Recipe, run: RunFolder, state: RunState, world: World) -> tuple[Schedule, list[str]]:
+    """The learning rate's schedule, changed or not since the checkpoint, and notes; the same on every process."""
+    if state.schedule:
+        before = Schedule.from_dict(state.schedule)
+    else:  # no checkpoint, or an early one: as of the last start
+        last = broadcast(resolved_of(run.resolved) if state.step and world.is_main else None)
+        before = Schedule.of(Recipe.model_validate(last) if last else recipe)
+    return continued(before, recipe, state.updates)
+
+
+def changes(recipe: Recipe, run: RunFolder, checkpoint: Checkpoint | None) -> list[Change]:
+    """What differs between the recipe of the last start, or of the run it goes on from, and this one."""
+    if checkpoint is not None and not run.resolved.is_file():
+        parent = lineage.read(run.path)
+        run = RunFolder(Path(parent.run) if parent else checkpoint.path.parent.parent)
+    last = resolved_of(run.resolved)
+    return differences(last, recipe.model_dump(mode="json")) if last else []
