@@ -12,6 +12,7 @@ import typer
 from data_tools import look_cli
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import DataError
+from stamo_dist.words import counted
 
 if TYPE_CHECKING:
     from data_tools.convert.driver import Settings
@@ -163,7 +164,9 @@ def convert(_: typer.Context, asked: ConvertOptions) -> None:
         typer.echo("  whichever run finds all slices there puts them together")
         return
     head = f"{asked.out}: {_what_was_done(outcome)}"
-    splits = ", ".join(f"{k} {v.episodes} episodes, {v.frames} frames" for k, v in manifest.splits.items())
+    splits = ", ".join(
+        f"{k} {counted(v.episodes, 'episode')}, {counted(v.frames, 'frame')}" for k, v in manifest.splits.items()
+    )
     typer.echo(f"{head}; {splits}; cameras {', '.join(manifest.cameras)}")
     typer.echo(f"  {manifest.rate_hz:g} Hz; action: {manifest.convention}")
     for note in manifest.notes:
@@ -171,7 +174,7 @@ def convert(_: typer.Context, asked: ConvertOptions) -> None:
     if outcome.done and manifest.before and manifest.before[-1].stats:
         typer.echo(f"  the statistics are to be made anew: stamo data stats {asked.out}")
     if manifest.skipped:
-        typer.echo(f"  {len(manifest.skipped)} episodes skipped:")
+        typer.echo(f"  {counted(len(manifest.skipped), 'episode')} skipped:")
     for reason in manifest.skipped:
         typer.echo(f"    {reason}")
 
@@ -210,7 +213,7 @@ def _what_was_done(outcome: ConversionOutcome) -> str:
     if manifest is None or not manifest.before:
         return "converted"
     before = manifest.as_of(len(manifest.before) - 1)
-    return f"added {manifest.episodes - before.episodes} episodes to {before.episodes}"
+    return f"added {counted(manifest.episodes - before.episodes, 'episode')} to {before.episodes}"
 
 
 def _range(text: str | None) -> tuple[int, int | None] | None:

@@ -1,4 +1,4 @@
-"""Tables that lose nothing: where one is wider than the terminal, each row becomes a block of its own."""
+"""Tables that are never cut: if one is wider than the terminal, each row is printed as a block."""
 
 from __future__ import annotations
 

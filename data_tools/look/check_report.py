@@ -10,6 +10,7 @@ from typing import Any
 
 from data_tools.stores.store import write_whole
 from stamo_dist.errors import DataError
+from stamo_dist.words import counted
 
 ERROR, WARNING = "error", "warning"
 
@@ -161,5 +162,5 @@ def print_report(report: CheckReport) -> None:
         console.print(f"not looked at: {escape(unseen)}")
     if report.unchanged:
         console.print(f"{report.unchanged} shards were verified before and have not changed since")
-    verdict = f"{report.number(ERROR)} errors, {report.number(WARNING)} warnings"
+    verdict = f"{counted(report.number(ERROR), 'error')}, {counted(report.number(WARNING), 'warning')}"
     console.print(f"[{'green' if report.fine else 'red'}]{verdict}[/]")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.convert.progress import EVERY
 from data_tools.simulators.jobs import PARTS, AttemptOutcome, TaskJob, open_jobs
 from data_tools.simulators.rollout import SimulatorWorld
 from data_tools.simulators.tasks import (
@@ -29,6 +31,7 @@ from data_tools.simulators.tasks import (
 )
 from data_tools.workers import spawned
 from stamo_dist.errors import DataError
+from stamo_dist.words import counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Simulated:
         if not self.attempts:
             return f"{len(self.files)} file(s) already whole"
         return (
-            f"{self.episodes} episodes of {self.attempts} attempts ({self.episodes / self.attempts:.0%} success), "
+            f"{counted(self.episodes, 'episode')} of {counted(self.attempts, 'attempt')} "
+            f"({self.episodes / self.attempts:.0%} success), "
             f"{self.frames} frames in {self.seconds:.0f} s ({self.frames / self.seconds:.1f} frames/s)"
         )
 
@@ -214,7 +218,7 @@ def _enter(task: str) -> SimulatorWorld:
 
 @contextlib.contextmanager
 def _progress(jobs: Sequence[TaskJob], quiet: bool) -> Iterator[Callable[[], None]]:
-    """Yields show(), which updates the progress line from the jobs."""
+    """Yields show(), which updates the progress line from the jobs; in a pipe it is a line every half minute."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -225,18 +229,24 @@ def _progress(jobs: Sequence[TaskJob], quiet: bool) -> Iterator[Callable[[], Non
         TextColumn("episodes · {task.fields[rate]} · {task.fields[fps]} frames/s · ETA"),
         TimeRemainingColumn(),
     )
-    start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        line = bar.add_task("simulate", total=sum(job.episodes for job in jobs), rate="starting", fps="–")
+    start, last = time.monotonic(), float("-inf")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        total = sum(job.episodes for job in jobs)
+        line = bar.add_task("simulate", total=total, rate="starting", fps="–")
 
         def show() -> None:
+            nonlocal last
             fresh = [o for job in jobs for o in job.fresh]
             good = [o for o in fresh if o.success]
-            bar.update(
-                line,
-                completed=sum(job.episodes - job.missing for job in jobs),
-                rate=f"{len(good) / len(fresh):.0%} success" if fresh else "starting",
-                fps=f"{sum(o.frames for o in good) / (time.monotonic() - start):.1f}" if good else "–",
-            )
+            completed = sum(job.episodes - job.missing for job in jobs)
+            rate = f"{len(good) / len(fresh):.0%} success" if fresh else "starting"
+            fps = f"{sum(o.frames for o in good) / (time.monotonic() - start):.1f}" if good else "–"
+            bar.update(line, completed=completed, rate=rate, fps=fps)
+            if not quiet and not console.is_terminal and time.monotonic() - last > EVERY:
+                last = time.monotonic()
+                print(
+                    f"simulate: {completed} of {total} episodes · {rate} · {fps} frames/s", file=sys.stderr, flush=True
+                )
 
         yield show

@@ -21,6 +21,7 @@ from data_tools.stores.verified import BYTES, Verified, holds
 from stamo_dist.data.confined import check_index
 from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
 from stamo_dist.errors import DataError
+from stamo_dist.words import counted
 
 #: Maximum number of problems in one error.
 SHOWN = 20
@@ -35,7 +36,7 @@ class Copied:
     skipped: int = 0  # files that DST already had
 
     def __str__(self) -> str:
-        return f"copied {self.files} files, {self.bytes / 1e6:.1f} MB; {self.skipped} were there already"
+        return f"copied {counted(self.files, 'file')}, {self.bytes / 1e6:.1f} MB; {self.skipped} were there already"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.cli.options import Branch, Overrides, Processes, RecipePath
 from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.rollout_check import check_rollout
+from stamo_dist.words import counted
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -126,7 +127,7 @@ def encode(
     loaded = load(recipe, set_).recipe
     done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
     error = "" if done.error is None else f", {done.error:.2g} of a row's size from fp32"
-    print(f"encoded {done.shards} shards in {done.arithmetic}{error}")
+    print(f"encoded {counted(done.shards, 'shard')} in {done.arithmetic}{error}")
 
 
 def _evaluation(recipe: Recipe) -> Evaluation:

@@ -157,6 +157,17 @@ def look(data: Data) -> list[Misfit]:
     return problems
 
 
+def not_encoded(data: Data, kind: str) -> list[str]:
+    """Paths of local sources without a cache of this kind ("latents", "states") beside their shards."""
+    missing = []
+    for source in data.used.values():
+        for path in source.paths:
+            split = Path(path).expanduser() / source.split
+            if split.is_dir() and not any(split.glob(f"*/{kind}-*")):
+                missing.append(path)
+    return missing
+
+
 def damage(folder: Path, split: str, cameras: Sequence[str], *, every: bool = False) -> list[str]:
     """Files of a split that are missing or of another size than written; `every`: see `check_files`."""
     problems = []

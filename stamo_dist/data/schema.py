@@ -267,7 +267,8 @@ def _unfinished(source: Path) -> str:
     if partial_of(source).is_dir():
         what = "its conversion never finished" if source.is_dir() else "no such folder: its conversion never finished"
         return f"{what}; run the same `stamo data convert` again, it resumes"
-    if has_shards(source):
+    begun = (f"*/{EPISODES}", "*/*/shard.*", "*/*/*/shard.*")  # a copy may have begun with any of these
+    if has_shards(source) or any(next(source.glob(part), None) is not None for part in begun):
         return (
             f"has shards but no {MANIFEST}, so its conversion or copy never finished; copy it again, or run "
             "`stamo data convert` with --overwrite"

@@ -25,6 +25,7 @@ from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.training.evaluation import Evaluation
+from stamo_dist.words import counted
 
 _LOOK = 0.5  # seconds between polls of the running rollout
 Ticket = dict[str, Any]  # JSON that identifies a started command; `log` is the path of its output
@@ -231,7 +232,7 @@ class BackgroundRollouts(Evaluation):
         success, numbers = curve.numbers(step, result)
         self._logger.log_late_eval(step, numbers)
         self._told(step).touch()
-        self._say(f"success in closed loop {success}: {success.trials} trials")
+        self._say(f"success in closed loop {success}: {counted(success.trials, 'trial')}")
 
     def _unlogged_steps(self, steps: set[int]) -> set[int]:
         """Steps whose result is not in metrics.jsonl, which is read only if some are not marked.

@@ -128,7 +128,7 @@ def look(
     if not data:
         data += [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.too_far(loaded.recipe.data)]
     problems += [*data, *_initial(loaded), *looked.problems, *_policy(loaded)]
-    return Looked(problems, list(_notes(loaded)), looked.to_download, advice)
+    return Looked(problems, [*_notes(loaded), *_to_encode(loaded)], looked.to_download, advice)
 
 
 def recipe(
@@ -248,6 +248,19 @@ def _initial(loaded: Loaded) -> Iterator[str]:
     if not Path(initial.path).expanduser().is_dir():
         field = _placed(loaded, "init_from.path")
         yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
+
+
+def _to_encode(loaded: Loaded) -> Iterator[str]:
+    """What `stamo encode` has to write before the training."""
+    recipe = loaded.recipe
+    caches = [("latents", "data.latents", recipe.data.latents)]
+    if recipe.stage == "policy":
+        caches.append(("states", "policy.targets", recipe.policy.targets))
+    for kind, field, value in caches:
+        missing = at_hand.not_encoded(recipe.data, kind) if value == "cached" else []
+        if missing:
+            text = f"{field}: cached, and there are no {kind} beside {', '.join(missing)}; `stamo encode` first"
+            yield _placed(loaded, field, text)
 
 
 @dataclass(frozen=True)

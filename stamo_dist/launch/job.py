@@ -40,6 +40,7 @@ from stamo_dist.launch.record import (
 )
 from stamo_dist.launch.run_progress import newest_checkpoint
 from stamo_dist.run.folder import RunFolder
+from stamo_dist.words import counted
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _SIGNALS = {  # as srun writes them
@@ -91,7 +92,8 @@ class Job:
         count = len(self.nodes) * self.launch.processes_per_node
         self._tell("started", nodes=self.nodes, world_size=count)
         self._say(
-            f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: {count} processes, {now()}"
+            f"--- start {self.restart + 1} of job {self.id} on {','.join(self.nodes)}: "
+            f"{counted(count, 'process')}, {now()}"
         )
         code = self._srun(step(self.launch, self.nodes, task=self.task or "0", srun=srun))
         if code == 0 and self._exports_later and RunFolder(self.run).exported_step != newest_step(self.run):

@@ -25,6 +25,7 @@ from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.tables import Whole
 from stamo_dist.tracking.progress import duration
+from stamo_dist.words import counted
 
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
 _STYLE: dict[Word, str] = {
@@ -276,7 +277,7 @@ def one_run(run: Run) -> RenderableType:
     if p.checkpoint is not None:
         rows.append(("checkpoint", f"step {p.checkpoint}, {duration(age(p.saved) or 0)} ago"))
     if p.successes.last is not None:
-        rows.append(("success", f"{p.successes.last}, of {p.successes.last.trials} trials"))
+        rows.append(("success", f"{p.successes.last}, of {counted(p.successes.last.trials, 'trial')}"))
     if p.successes.best is not None:
         rows.append(("best", f"{p.successes.best}; its checkpoint is kept"))
     if run.nodes:
@@ -296,7 +297,9 @@ def one_run(run: Run) -> RenderableType:
         events.add_column(column)
     for e in run.history:
         when = f"{datetime.fromisoformat(e.time).astimezone():%m-%d %H:%M:%S}"
-        where = f"{','.join(e.nodes)} × {e.world_size} ranks" if e.nodes and e.world_size else ",".join(e.nodes)
+        where = (
+            f"{','.join(e.nodes)} × {counted(e.world_size, 'rank')}" if e.nodes and e.world_size else ",".join(e.nodes)
+        )
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
     since: list[RenderableType] = [Text(), Whole(events)] if run.history else []
     return Group(Text(run.name, style="bold"), grid, *since)

@@ -40,6 +40,7 @@ from stamo_dist.launch.record import (
 )
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
+from stamo_dist.words import counted
 
 _FILE = "supervisor.json"
 _PATIENCE = 30.0  # seconds for the supervisor to start
@@ -170,7 +171,7 @@ class _Supervisor:
                 other.write(f"{head}: rank {rank} of {processes} @ {node}, {when}\n")
         environment = {"PYTHONUNBUFFERED": "1", **launch.profile.get("environment", {})}
         with main_log(run).open("ab", buffering=0) as log:
-            log.write(f"{head} on {node}: {processes} processes, {when}\n".encode())
+            log.write(f"{head} on {node}: {counted(processes, 'process')}, {when}\n".encode())
             with Ranks(command(launch), processes, run, main=log, env=environment, forward=self._signal) as ranks:
                 self._ranks = ranks
                 try:

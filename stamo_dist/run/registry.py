@@ -1,6 +1,6 @@
-"""Which runs there are says each user's registry, so that `stamo status` finds them from anywhere.
+"""Each user's registry of runs, so that `stamo status` finds them from anywhere.
 
-It is a folder of symbolic links, one a run. Adding one needs no lock, and a run that was deleted is a dead link.
+It is a folder with one symbolic link per run. Adding one needs no lock, and a deleted run leaves a dead link.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def registry() -> Path:
 
 
 def register(run: str | Path) -> None:
-    """Add a run to the registry; a home that cannot be written only means that it is not found by itself."""
+    """Add a run to the registry; if the home folder is not writable, the run is just not found automatically."""
     path = Path(run).absolute()
     with contextlib.suppress(OSError, RuntimeError):
         link = registry() / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]

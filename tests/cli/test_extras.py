@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stamo_dist import extras
+from stamo_dist.words import counted
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +30,8 @@ def test_elsewhere_the_packages_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pip_is_that_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert f"{sys.executable} -m pip install" in extras.how_to_install("sim")
+
+
+def test_nouns_agree_with_their_number():
+    assert [counted(n, "run") for n in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert [counted(n, "process") for n in (1, 3)] == ["1 process", "3 processes"]

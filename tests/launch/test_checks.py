@@ -93,3 +93,14 @@ def test_a_folder_that_is_no_source_says_what_it_is(tmp_path: Path) -> None:
     assert "its conversion never finished; run the same `stamo data convert` again, it resumes" in said(
         tmp_path / "half"
     )
+
+
+def test_what_has_to_be_encoded_first_is_said(recipe: Path, stamo: Any) -> None:
+    cached = ("--set", "data.latents=cached", "--set", "data.augment.brightness=0")
+    shards = recipe.parent / "shards"
+    said = stamo("recipe", "check", recipe, *cached).stdout
+    assert f"there are no latents beside {shards}/a, {shards}/b; `stamo encode` first" in said
+    (shards / "a" / "train" / "front" / "latents-0123456789abcdef").mkdir()
+    said = stamo("recipe", "check", recipe, *cached).stdout
+    assert f"there are no latents beside {shards}/b; `stamo encode` first" in said
+    assert "latents beside" not in stamo("recipe", "check", recipe).stdout

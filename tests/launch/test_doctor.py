@@ -97,7 +97,7 @@ def test_settings_that_hurt(line, instead, partition, leaving, expected):
         ({"clock": -3.0}, ["warning: n2: its clock is -3.0 s from rank 0's", "NTP"]),
         ({"packages": {"torch": "2.11"}}, ["warning: n1 and n2 have other versions: torch 2.13 ≠ 2.11", "environment"]),
         ({"cuda": "", "gpus": []}, ["error: n2 has GPUs (driver 580), but torch 2.13 is built without CUDA", "GPUs"]),
-        ({"gpus": ["H100"]}, ["error: n2 shows 1 GPUs to 2 ranks", "gpus_per_node"]),
+        ({"gpus": ["H100"]}, ["error: n2 shows 1 GPU to 2 ranks", "gpus_per_node"]),
         ({"shm": (1 << 26, 1 << 26)}, ["warning: n2: /dev/shm has 67 MB free of 67 MB", "--shm-size"]),
         ({"limits": {"nofile": 1024}}, ["warning: n2: a process may open 1024 files only", "ulimit -n"]),
         ({"bandwidth": {"nccl": 2e8}}, ["warning: nccl: set up in 2.0 s", "NCCL_DEBUG=INFO"]),

@@ -343,7 +343,7 @@ def test_command_prints_what_it_did_and_errors_without_a_traceback(
     cut(tmp_path / "raw" / "a.hdf5")
     done = stamo("data", "convert", "libero", tmp_path / "raw", tmp_path / "out", "--size", 32)
     assert "train 2 episodes" in done.stdout
-    assert "val 1 episodes" in done.stdout
+    assert "val 1 episode," in done.stdout
     failed = stamo("data", "convert", "libero", tmp_path / "no", tmp_path / "out", check=False)
     assert failed.returncode == 2
     assert "no such file or folder" in failed.stderr

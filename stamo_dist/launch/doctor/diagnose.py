@@ -17,6 +17,7 @@ from stamo_dist.launch.doctor.settings import judge_settings, read_settings
 from stamo_dist.launch.doctor.verdict import Finding
 from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.words import counted
 
 _SLURM = "Slurm"
 
@@ -70,7 +71,7 @@ def diagnose(
             yield from nodes.on_cluster(folder, name, profile, paths, wandb, patience=patience, say=say)
         else:
             processes = _gpus() or max(2, profile.processes)
-            say(f"starting {processes} processes here")
+            say(f"starting {counted(processes, 'process')} here")
             yield from nodes.here(folder, processes, paths, wandb)
     except StamoError as e:
         yield Finding("error", "Nodes", str(e), "mend what Slurm or the folder says, and look again")

@@ -15,6 +15,7 @@ from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Launch, main_log
+from stamo_dist.words import counted
 
 _TIME = "00:02:00"
 _AREA = "Nodes"
@@ -58,7 +59,7 @@ def on_cluster(
     launch = replace(launch, nodes=profile.nodes, processes_per_node=profile.processes)
     job = submit.submit(submit.JobOrder(launch, profile)).job
     assert job is not None, "a submitted job has an id"
-    say(f"job {job}: {profile.nodes} nodes × {profile.processes} processes for at most {_TIME}")
+    say(f"job {job}: {counted(profile.nodes, 'node')} × {counted(profile.processes, 'process')} for at most {_TIME}")
     waited, ran = time.monotonic(), None
     while True:
         found = next(iter(slurm.jobs([job])), None)

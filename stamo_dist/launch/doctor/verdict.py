@@ -11,6 +11,7 @@ from rich.text import Text
 
 from stamo_dist.launch.doctor.disk import Disk
 from stamo_dist.launch.doctor.probe import Report
+from stamo_dist.words import counted
 
 Level = Literal["error", "warning", "note", "fine"]
 _MARK: dict[Level, tuple[str, str]] = {
@@ -91,7 +92,7 @@ def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fi
             fix = "install the CUDA build of torch (pip's default on Linux)"
             yield Finding("error", _NODES, what, fix)
         elif r.driver and r.cuda and len(r.gpus) < r.local_ranks:
-            what = f"{r.host} shows {len(r.gpus)} GPUs to {r.local_ranks} ranks"
+            what = f"{r.host} shows {counted(len(r.gpus), 'GPU')} to {r.local_ranks} ranks"
             fix = "set gpus_per_node in the profile; `nvidia-smi` on the node and CUDA_VISIBLE_DEVICES say why"
             yield Finding("error", _NODES, what, fix)
         if r.limits.get("nofile", _FILES) not in range(_FILES, 1 << 62) and r.limits.get("nofile") != -1:
@@ -120,8 +121,8 @@ def _machines(reports: Sequence[Report], first: Sequence[Report]) -> Iterator[Fi
         hosts = sorted({x.host for x in good})
         named = ", ".join(hosts[:8]) + (" …" if len(hosts) > 8 else "")
         what = (
-            f"{named}: {len(good)} ranks, {gpus} a node, {r.cpus} CPUs a rank, python {r.python}, "
-            f"torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}"
+            f"{named}: {counted(len(good), 'rank')}, {gpus} a node, {counted(r.cpus, 'CPU')} a rank, "
+            f"python {r.python}, torch {r.packages.get('torch', 'missing')}, /dev/shm {_bytes(r.shm[0])}"
         )
         yield Finding("fine", _NODES, what)
 
