@@ -21,6 +21,7 @@ from data_tools.convert.plan import Settings, make_plan
 from data_tools.convert.publish import run_and_publish
 from data_tools.stores.sources import bring, is_remote
 from stamo_dist.data.schema import Manifest
+from stamo_dist.errors import DataError
 
 
 def convert(format: str, src: Path | str, out: Path | str, **settings: Any) -> tuple[Manifest, bool]:
@@ -50,8 +51,17 @@ def run(format: str, src: Path | str, out: Path | str, settings: Settings) -> Co
     if "://" in str(out):
         return run_and_publish(format, src, str(out), settings)
     out = Path(out)
+    _check_apart(src, out)
     plan = make_plan(format, src, settings.name or out.resolve().name, settings)
     return run_plan(plan, out, settings)
+
+
+def _check_apart(src: Path, out: Path) -> None:
+    """Refuse an OUT among the files of SRC, which the next scan would take for data, and one that holds SRC."""
+    raw, shards = src.resolve(), out.resolve()
+    if shards.is_relative_to(raw) or raw.is_relative_to(shards):
+        where = "is SRC" if raw == shards else "lies in SRC" if shards.is_relative_to(raw) else "holds SRC"
+        raise DataError(f"out: {out} {where} ({src}); give a folder beside it, e.g. {raw.parent / 'shards' / raw.name}")
 
 
 def _local_source(src: Path | str, settings: Settings) -> Path:

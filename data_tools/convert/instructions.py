@@ -38,6 +38,9 @@ def read_table(path: Path) -> dict[str, str]:
                 if episode in table:
                     raise DataError(f"{path}, line {rows.line_num}: {episode} is there twice")
                 table[episode] = text
+    except FileNotFoundError:
+        columns = ", ".join(_COLUMNS)
+        raise DataError(f"--instructions {path}: no such file; give a CSV with the columns {columns}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path}: cannot be read as CSV in UTF-8 ({e})") from e
     if not table:

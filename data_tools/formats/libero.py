@@ -81,6 +81,12 @@ class LiberoReader:
     only_successful: bool = False
 
     def scan(self) -> Scan:
+        scan = self._scan()
+        if scan.action is not None and scan.action.text.startswith("hand delta"):
+            raise DataError(f"{self.src}: actions are Meta-World's ({scan.action.text}); is it `metaworld`?")
+        return scan
+
+    def _scan(self) -> Scan:
         files = find_files(self.src, (".hdf5", ".h5"))
         problems = self._check_options()
         episodes: list[EpisodeRef] = []

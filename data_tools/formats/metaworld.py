@@ -27,7 +27,7 @@ class MetaworldReader(LiberoReader):
     """
 
     def scan(self) -> Scan:
-        scan = super().scan()
+        scan = self._scan()
         if scan.action is None or scan.action.dim != HAND_DELTA.dim:
             dim = scan.action.dim if scan.action else 0
             raise DataError(f"{self.src}: actions have {dim} dimensions, Meta-World's 4; is it `libero`?")

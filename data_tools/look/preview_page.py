@@ -146,6 +146,11 @@ def _plots(manifest: Manifest) -> list[_Plot]:
     return plots + ([_Plot("gripper", [manifest.gripper], GRIPPER)] if manifest.gripper is not None else [])
 
 
+def _short(id: str) -> str:
+    """An episode's id in one line; of a long one the end, which tells it from the others."""
+    return id if len(id) <= WRAP else f"…{id[1 - WRAP :]}"
+
+
 def _rows(one: PreviewedEpisode, side: int) -> int:
     """Height in pixels of an episode's frames."""
     return len(one.frames) * (max(side, LINE * 2) + GAP) + 6
@@ -153,14 +158,14 @@ def _rows(one: PreviewedEpisode, side: int) -> int:
 
 def _frames(page: _Page, y: int, one: PreviewedEpisode, side: int) -> int:
     """Draw one row of frames per camera; returns the y position below them."""
-    label = textwrap.wrap(one.episode.id, WRAP)[-2:]
+    label = [_short(one.episode.id)]
     label += textwrap.wrap(one.episode.instruction or one.episode.task or "(no instruction)", WRAP)[:3]
     label.append(f"{one.episode.length} frames, {one.times[-1] - one.times[0]:.1f} s")
     for n, (camera, frames) in enumerate(one.frames.items()):
         page.text(MARGIN, y + 1, camera, weight="bold")
         if n == 0:
             fits = max(1, (side - LINE) // 12) if len(one.frames) > 1 or side < 100 else len(label)
-            page.text(MARGIN, y + LINE, "\n".join(label[-fits:]), linespacing=1.25)
+            page.text(MARGIN, y + LINE, "\n".join(label[:fits]), linespacing=1.25)
         for k, frame in enumerate(frames):
             x = MARGIN + LABELS + k * (side + GAP)
             page.image(x, y, frame, side)

@@ -67,6 +67,9 @@ class ServeOptions(ClientOptions, UseOptions):
 def serve(_: typer.Context, asked: ServeOptions) -> None:
     from importlib.util import find_spec
 
+    from stamo_dist.evaluate.run_recipe import check_policy
+
+    check_policy(asked.run)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise RunError(f"serving needs the packages {', '.join(missing)}; {how_to_install('serve')}")
     from stamo_dist.serve.command import Address

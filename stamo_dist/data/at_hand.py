@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, read_manifest
 from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import Data, SourceConfig
+from stamo_dist.recipe.layers import did_you_mean
 
 _EACH = 64  # up to this many shards, all sizes are checked when a folder is opened; beyond, the first and last
 
@@ -91,7 +92,9 @@ def _of_folder(name: str, source: SourceConfig, data: Data, path: str, manifest:
         yield Misfit(f"{field}.cameras", f"{field}: cameras is empty; name some of {there}")
     for camera in dict.fromkeys(source.cameras or ()):
         if camera not in manifest.cameras:
-            yield Misfit(f"{field}.cameras", f"{field}: {path}: has no camera {camera!r}, only {there}")
+            near = did_you_mean(camera, manifest.cameras)
+            hint = f"; {near}" if near else ""
+            yield Misfit(f"{field}.cameras", f"{field}: {path}: has no camera {camera!r}, only {there}{hint}")
     asked = list(dict.fromkeys(manifest.cameras if source.cameras is None else source.cameras))
     if len(asked) < data.views > 1:
         text = f"has {len(asked)} of the {data.views} cameras that data.views reads ({', '.join(asked)})"

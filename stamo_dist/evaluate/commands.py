@@ -14,6 +14,7 @@ import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.evaluate import options
+from stamo_dist.evaluate.run_recipe import check_policy, check_tokenizer
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.measurement import Measurement
@@ -34,6 +35,14 @@ class EvalTools:
     benchmarks: SimulatorCatalogue
 
 
+def _check_folder(given: Any) -> None:
+    """Refuse a wrong folder before torch is imported, which takes seconds."""
+    if isinstance(given, options.UseOptions):
+        check_policy(given.policy)  # type: ignore[attr-defined]
+    elif not isinstance(given, options.SpeedOptions):
+        check_tokenizer(given.run)
+
+
 def _command(asked: type, implementation: str) -> Callable[..., None]:
     """Register a command whose options are the fields of `asked`.
 
@@ -43,6 +52,7 @@ def _command(asked: type, implementation: str) -> Callable[..., None]:
 
     @with_options(asked)
     def command(context: typer.Context, given: Any) -> None:
+        _check_folder(given)
         from stamo_dist.evaluate.workers import WorkerGroup, run_in_group
 
         tools: EvalTools = context.obj

@@ -16,7 +16,8 @@ from stamo_dist.evaluate.held_out import HeldOutSource, open_sources
 from stamo_dist.evaluate.metrics import means
 from stamo_dist.evaluate.options import RunOptions
 from stamo_dist.evaluate.result import EvaluationResult, Figure, Provenance, output_folder
-from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
+from stamo_dist.evaluate.run_recipe import read_recipe
+from stamo_dist.evaluate.weights import load_tokenizer
 from stamo_dist.evaluate.workers import WorkerGroup
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe.schema import Recipe

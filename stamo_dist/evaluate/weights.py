@@ -16,30 +16,18 @@ from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.device import Device
-from stamo_dist.errors import CheckpointError, RunError
+from stamo_dist.errors import CheckpointError
 from stamo_dist.evaluate.result import Provenance, output_folder
+from stamo_dist.evaluate.run_recipe import read_recipe
 from stamo_dist.export import write_model
 from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.policies import AnyPolicy, load_policy
 from stamo_dist.models.tokenizer import Tokenizer
-from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, open_run
 from stamo_dist.tasks.noise import Noise
 
 SCRATCH = ".model."  # prefix of temporary folders, which killed processes leave behind
-
-
-def read_recipe(run: RunFolder, stage: str = "tokenizer") -> Recipe:
-    """The resolved recipe of a run.
-
-    Raises:
-        RunError: The run trains something else.
-    """
-    recipe = load(run.resolved).recipe
-    if recipe.stage != stage:
-        raise RunError(f"{run.path}: its recipe trains the {recipe.stage} stage; give the run folder of a {stage}")
-    return recipe
 
 
 def load_tokenizer(run: RunFolder, recipe: Recipe, checkpoint: str | None = None) -> tuple[Tokenizer, Provenance]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 import stamo_dist
 from stamo_dist.cli.app import app
 from stamo_dist.cli.help import GROUPS
+from stamo_dist.recipe.load import dump, load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,3 +81,23 @@ def test_a_user_error_has_no_traceback(stamo, tmp_path):
     assert result.returncode == 2
     assert "missing.yaml" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("eval", "reconstruct", "{nothing}"), "not a run folder"),
+        (("eval", "reconstruct", "{vae}"), "its recipe trains the vae stage; give the run folder of a tokenizer"),
+        (("eval", "rollout", "{vae}", "--tasks", "reach-v3"), "give the run folder of a policy"),
+        (("serve", "{vae}"), "its recipe trains the vae stage; give the run folder of a policy"),
+        (("serve", "nosuchrun"), "nosuchrun: no such folder; give the run folder of a policy"),
+    ],
+)
+def test_a_wrong_folder_is_refused_before_torch_is_imported(command, says, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "resolved.yaml").write_text(dump(load(ROOT / "recipes" / "vae_demo.yaml").recipe))
+    words = [word.format(nothing=tmp_path, vae=tmp_path / "vae") for word in command]
+    program = "import sys, stamo_dist.cli\nsys.modules['torch'] = None\nstamo_dist.cli.main()"
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr

@@ -18,7 +18,8 @@ from stamo_dist.data.frames import Episodes
 from stamo_dist.errors import CheckpointError, DataError, RunError
 from stamo_dist.evaluate.interpolate import FADE, LINE, OWN, Interpolation
 from stamo_dist.evaluate.reconstruct import MEAN, TOKENIZER, VAE, Reconstruction
-from stamo_dist.evaluate.weights import load_tokenizer, read_recipe
+from stamo_dist.evaluate.run_recipe import read_recipe
+from stamo_dist.evaluate.weights import load_tokenizer
 from stamo_dist.run.folder import open_run
 
 

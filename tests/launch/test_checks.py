@@ -24,7 +24,7 @@ def recipe(toy: SimpleNamespace, tmp_path: Path) -> Path:
 
 WRONG = {
     "data.image_size=64": "has frames of 32 px, but data.image_size is 64",
-    "data.sources.a.cameras=[wrist]": "data.sources.a: {shards}/a: has no camera 'wrist', only front",
+    "data.sources.a.cameras=[frnt]": "{shards}/a: has no camera 'frnt', only front; did you mean front?",
     "data.sources.a.split=tset": "data.sources.a: {shards}/a: has no split 'tset', only train, val",
     "data.sources.b.path=nowhere": "data.sources.b: nowhere: no such folder",
     "data.horizon=40": "data.horizon: 40 frames, but the longest episode of all sources has 12",

@@ -303,6 +303,20 @@ def test_unwritable_output(tmp_path: Path, cut: Callable[..., Path]) -> None:
         convert("libero", cut(tmp_path / "a.hdf5"), tmp_path / "file" / "out", quiet=True)
 
 
+def test_out_and_raw_data_lie_apart(tmp_path: Path, cut: Callable[..., Path]) -> None:
+    """Shards among the raw files would be scanned next time, and OUT is replaced as a whole."""
+    raw = cut(tmp_path / "data" / "raw" / "a.hdf5").parent
+    for out, where in ((raw / "out", "lies in SRC"), (raw, "is SRC"), (raw.parent, "holds SRC")):
+        with pytest.raises(DataError, match=rf"out: .* {where} .*give a folder beside it"):
+            convert("libero", raw, out, quiet=True, overwrite=True)
+    assert (raw / "a.hdf5").is_file()
+
+
+def test_a_missing_table_of_instructions_is_named(tmp_path: Path, cut: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"--instructions .*none.csv: no such file; give a CSV with the columns"):
+        convert("libero", cut(tmp_path / "a.hdf5"), tmp_path / "out", instructions=tmp_path / "none.csv", quiet=True)
+
+
 def test_bad_episodes_are_skipped_and_listed_up_to_a_limit(tmp_path: Path, cut: Callable[..., Path]) -> None:
     """Found in the shapes (short actions) or only when read (NaN)."""
     path = cut(tmp_path / "a.hdf5")

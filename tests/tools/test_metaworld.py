@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.formats.libero import HAND_DELTA
+from data_tools.formats.libero import HAND_DELTA, LiberoReader
 from data_tools.formats.metaworld import MetaworldReader
 from data_tools.simulators.demo_file import assemble, write_episode
 from data_tools.simulators.metaworld import MetaWorld
@@ -33,6 +33,8 @@ def test_episode(tmp_path: Path) -> None:
     write_episode(part, rollout, {"corner3": images}, attempt=0)
     assemble(tmp_path / "drawer-open-v3_demo.hdf5", {0: part}, attributes())
 
+    with pytest.raises(DataError, match=r"actions are Meta-World's .*; is it `metaworld`"):
+        LiberoReader(tmp_path).scan()
     reader = MetaworldReader(tmp_path)
     scan = reader.scan()
     assert (scan.rate_hz, scan.cameras, scan.episodes[0].instruction) == (80, ["corner3"], "drawer open")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.convert.driver import convert
 from data_tools.look.preview import evenly, preview
-from data_tools.look.preview_page import COLOURS, GAP, LABELS, MARGIN, WIDTH
+from data_tools.look.preview_page import COLOURS, GAP, LABELS, MARGIN, WIDTH, WRAP, _short
 from data_tools.look_cli import register
 from stamo_dist.errors import DataError
 
@@ -50,6 +50,14 @@ def test_frames_are_shown_the_way_they_are_stored(source: Path, tmp_path: Path) 
     for colour in COLOURS[:3]:  # dx, dy, dz
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture[picture.shape[0] // 2 :].astype(int) - rgb) <= 2).all(2).sum() > 50
+
+
+def test_an_episode_has_its_own_name_however_long() -> None:
+    named = [f"pick_up_the_black_bowl_and_place_it_on_the_plate_demo/demo_{n}" for n in (0, 10)]
+    for id in named:
+        assert _short(id) == f"…{id[-30:]}"
+        assert len(_short(id)) == WRAP
+    assert _short("a/demo_10") == "a/demo_10"
 
 
 def turn(frame: bytes) -> bytes:
