@@ -53,7 +53,7 @@ def test_a_pipeline_on_this_machine(here, tmp_path):
     def submit(count: int = 3, **change: str) -> str:
         stages: dict[str, dict[str, Any]] = {
             "shards": {"run": f"data convert robomimic {tmp_path / 'raw'} {out} --size 32", "slices": 4},
-            "check": {"run": f"data check {tmp_path / 'nothing'}"},
+            "check": {"run": f"data stats {tmp_path / 'nothing'}"},
             "stats": {"run": f"data stats {out}"},
         }
         for name, command in change.items():
