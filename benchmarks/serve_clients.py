@@ -8,6 +8,7 @@ of their own, which is thrown away; an action of each protocol is compared with 
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -88,10 +89,11 @@ asyncio.run(harness())
 def main() -> None:
     from serve import served_run
 
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    options = parser.parse_args()
     os.environ["STAMO_SERVE_TOKEN"] = "only-for-this"
-    with tempfile.TemporaryDirectory() as folder, served_run(Path(sys.argv[1]), 0) as url:
+    with tempfile.TemporaryDirectory() as folder, served_run(options.run, 0) as url:
         venv.create(folder, with_pip=True)
         python = f"{folder}/bin/python"
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

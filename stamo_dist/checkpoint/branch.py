@@ -10,7 +10,7 @@ from pathlib import Path
 from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.errors import CheckpointError, RunError
-from stamo_dist.optim.schedule import Schedule
+from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
@@ -55,7 +55,7 @@ def _begin(run: RunFolder, child: RunFolder, step: int, parent: Recipe) -> None:
             f"--branch {step}: {e}; {run.path} has checkpoints of {f'steps {there}' if there else 'no step'} "
             "(train.checkpoint.keep_every keeps some for ever)"
         ) from e
-    schedule = Schedule.from_dict(manifest.state.schedule) if manifest.state.schedule else Schedule.of(parent)
+    schedule = RateSchedule.from_dict(manifest.state.schedule) if manifest.state.schedule else RateSchedule.of(parent)
     falls = schedule.steps - schedule.decay if schedule.shape == "wsd" else schedule.steps
     if schedule.shape not in _STABLE or not schedule.warmup <= manifest.state.updates <= falls:
         phase = f"its learning rate is {schedule.shape}"

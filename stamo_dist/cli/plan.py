@@ -12,6 +12,11 @@ import typer
 from stamo_dist.cli.options import Overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from stamo_dist.plan.memory import Memory
     from stamo_dist.recipe.schema import Recipe
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -40,7 +45,6 @@ def plan(
     Example: stamo plan recipes/policy_openvla_state.yaml --gpus 8 --all
     """
     from rich.console import Console
-    from rich.table import Table
 
     from stamo_dist.errors import RecipeError
     from stamo_dist.plan.memory import plan as predict
@@ -62,21 +66,10 @@ def plan(
         rows = [asdict(m) | {"peak": m.peak} | (own if m.strategy == loaded.strategy.name else {}) for m in found]
         typer.echo(json.dumps(rows, indent=1))
         return
-    first = found[0]
+    first, devices = found[0], "1 device" if gpus == 1 else f"{gpus} devices"
     console = Console(highlight=False)
-    devices = "1 device" if gpus == 1 else f"{gpus} devices"
-    table = Table(
-        title=f"{loaded.name} on {devices}: GB of each ({loaded.train.precision}, micro-batch {first.micro_batch})"
-    )
-    table.add_column("strategy")
-    heads = ("weights", "grads", "AdamW", "frozen", "gather", "activ.", "peak")
-    columns = ("parameters", "gradients", "optimizer", "frozen", "gathered", "activations", "peak")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for memory in found:
-        numbers = [f"{getattr(memory, column) / 1e9:.2f}" for column in columns]
-        table.add_row(memory.strategy, *numbers)
-    show(console, Whole(table))
+    title = f"{loaded.name} on {devices}: GB of each ({loaded.train.precision}, micro-batch {first.micro_batch})"
+    show(console, Whole(_memory_table(title, found)))
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for step in expected:
@@ -85,6 +78,21 @@ def plan(
         console.print(f"assumed  {note}", soft_wrap=True)
     for advice in loaded.strategy.advice(gpus):
         console.print(f"advised  {advice}", soft_wrap=True)
+
+
+def _memory_table(title: str, found: Sequence[Memory]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("strategy")
+    heads = ("weights", "grads", "AdamW", "frozen", "gather", "activ.", "peak")
+    columns = ("parameters", "gradients", "optimizer", "frozen", "gathered", "activations", "peak")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for memory in found:
+        numbers = [f"{getattr(memory, column) / 1e9:.2f}" for column in columns]
+        table.add_row(memory.strategy, *numbers)
+    return table
 
 
 def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:

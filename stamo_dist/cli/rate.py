@@ -9,7 +9,7 @@ from rich.table import Table
 
 from stamo_dist.checkpoint.retention import scan
 from stamo_dist.errors import StamoError
-from stamo_dist.optim.schedule import Schedule, continued
+from stamo_dist.optim.schedule import RateSchedule, continued
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import sample
@@ -49,20 +49,20 @@ def show_rate(recipe: Recipe, picture: Path | None) -> None:
         console.print(f"wrote {picture}", soft_wrap=True)
 
 
-def _steps(schedule: Schedule, count: int = _ROWS) -> list[int]:
+def _steps(schedule: RateSchedule, count: int = _ROWS) -> list[int]:
     """Steps at equal distances, and those at which the rate turns."""
     last = schedule.steps
     turns = [schedule.warmup, last - schedule.decay] if schedule.shape == "wsd" else [schedule.warmup]
     return sorted({max(1, i * last // count) for i in range(count + 1)} | {turn for turn in turns if 0 < turn <= last})
 
 
-def _future(run: RunFolder, recipe: Recipe) -> Schedule:
+def _future(run: RunFolder, recipe: Recipe) -> RateSchedule:
     """The schedule under which the run would go on from its newest checkpoint."""
     whole = scan(run.checkpoints).whole
     state = whole[0].manifest.state if whole else None
     if state is None or not state.schedule:
-        return Schedule.of(recipe)
-    return continued(Schedule.from_dict(state.schedule), recipe, state.updates)[0]
+        return RateSchedule.of(recipe)
+    return continued(RateSchedule.from_dict(state.schedule), recipe, state.updates)[0]
 
 
 def _past(run: RunFolder) -> Points:

@@ -18,6 +18,7 @@ from stamo_dist.evaluate.rollout_check import check_rollout
 from stamo_dist.words import counted
 
 if TYPE_CHECKING:
+    from stamo_dist.recipe.load import Loaded
     from stamo_dist.recipe.schema import Recipe
     from stamo_dist.training.evaluation import Evaluation
 
@@ -52,23 +53,17 @@ def train(
     allowed = frozenset(flag for flag, on in given.items() if on)
     launched = "RANK" in os.environ
     if branch is not None:
-        from stamo_dist.checkpoint.branch import branch as begin_branch
-
         if launched or resume != "auto":
             raise StamoError("--branch: begins a run of its own, on one machine; on a cluster: stamo submit --branch")
-        set_ = begin_branch(recipe, set_, branch)
+        set_ = _begin_branch(recipe, set_, branch)
     loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else None)
     if not launched:
-        from stamo_dist.launch import checks
-
-        looked = checks.recipe(loaded, world_size=nproc)
-        downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
-        print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
+        _check(loaded, nproc)
     if not launched and nproc > 1:
         from stamo_dist.launch.local import launch_local
 
-        arguments = ["train", str(recipe), "--resume", resume, *(x for s in set_ for x in ("--set", s))]
-        arguments += sorted(allowed)
+        sets = (x for s in set_ for x in ("--set", s))
+        arguments = ["train", str(recipe), "--resume", resume, *sets, *sorted(allowed)]
         sys.exit(launch_local(arguments, nproc, Path(loaded.recipe.run_dir)))
 
     # Blocked until there is something to save; Ctrl-C still works.
@@ -88,6 +83,21 @@ def train(
         return run(loaded, world, resume=resume, allowed=allowed, evaluation=evaluation)
 
     leave(run_rank(world, body))
+
+
+def _begin_branch(recipe: Path, overrides: list[str], step: int) -> list[str]:
+    from stamo_dist.checkpoint.branch import branch
+
+    return branch(recipe, overrides, step)
+
+
+def _check(loaded: Loaded, processes: int) -> None:
+    """Look at data and weights before anything is started, and print what may not be meant."""
+    from stamo_dist.launch import checks
+
+    looked = checks.recipe(loaded, world_size=processes)
+    downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
+    print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
 
 
 def encode(

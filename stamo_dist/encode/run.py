@@ -28,7 +28,7 @@ _READERS = 8  # threads that decode, at most
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodeOutcome:
     """What a process did.
 
     Attributes:
@@ -44,7 +44,7 @@ class Encoded:
     seconds: float
 
 
-def encode(recipe: Recipe, world: World, arithmetic: str | None = None, *, compiled: bool = False) -> Encoded:
+def encode(recipe: Recipe, world: World, arithmetic: str | None = None, *, compiled: bool = False) -> EncodeOutcome:
     """Write the missing rows for the recipe's sources.
 
     Latents are the posterior means, normalised by the VAE's shift and scale, in bfloat16; states are float32.
@@ -97,7 +97,7 @@ def encode(recipe: Recipe, world: World, arithmetic: str | None = None, *, compi
             progress.advance(bar, len(images))
     seconds = 0.0 if began is None else time.perf_counter() - began
     write_manifests(mixture.shards, kind, fingerprint, encoder.about)
-    return Encoded(len(missing), chosen, error, seconds)
+    return EncodeOutcome(len(missing), chosen, error, seconds)
 
 
 def readers(world: World) -> int:

@@ -11,7 +11,7 @@ from stamo_dist.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RateSchedule:
     """Learning rate by 1-based optimizer update.
 
     Attributes:
@@ -35,7 +35,7 @@ class Schedule:
     rate: float | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Schedule:
+    def of(cls, recipe: Recipe) -> RateSchedule:
         """The schedule of a run that begins with this recipe."""
         o, steps = recipe.optimizer, recipe.train.steps
         return cls(o.schedule, o.lr, o.warmup_steps, o.final_lr, o.decay_of(steps), steps)
@@ -61,16 +61,16 @@ class Schedule:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Schedule:
+    def from_dict(cls, fields: Mapping[str, Any]) -> RateSchedule:
         return cls(**fields)
 
 
-def continued(before: Schedule, recipe: Recipe, updates: int) -> tuple[Schedule, list[str]]:
+def continued(before: RateSchedule, recipe: Recipe, updates: int) -> tuple[RateSchedule, list[str]]:
     """The schedule of a run that goes on after `updates` updates under `before`; and notes if it is another one.
 
     With `optimizer.schedule_from: here` a changed schedule starts at the rate reached. It stays there in later starts.
     """
-    asked, here = Schedule.of(recipe), recipe.optimizer.schedule_from == "here"
+    asked, here = RateSchedule.of(recipe), recipe.optimizer.schedule_from == "here"
     if replace(before, begin=0, rate=None) == asked and (here or before.rate is None):
         return before, []
     was, reached = before.at(updates + 1), before.at(max(1, updates))

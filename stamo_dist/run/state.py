@@ -17,7 +17,7 @@ class RunState:
     seconds: float = 0.0  # seconds of training, over all restarts
     bad_steps: int = 0  # steps without update because loss or gradient was not finite
     bad_in_a_row: int = 0  # number of most recent consecutive bad steps
-    schedule: dict[str, Any] = field(default_factory=dict)  # `Schedule.to_dict`; {} in early checkpoints
+    schedule: dict[str, Any] = field(default_factory=dict)  # `RateSchedule.to_dict`; {} in early checkpoints
 
     @property
     def updates(self) -> int:

@@ -64,9 +64,14 @@ class Server:
     def app(self) -> Starlette:
         cfg = self.policy.cfg
         sockets = Sockets(
-            self._observations, self._answer, self._limits, self._about(), cfg.views, cfg.proprio,
+            self._observations,
+            self._answer,
+            self._limits,
+            self._about(),
+            cfg.views,
+            cfg.proprio,
             self._closing_positive,
-        )  # fmt: skip
+        )
         return Starlette(
             routes=[
                 Route("/act", self.act, methods=["POST"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.distributed.collectives import broadcast
 from stamo_dist.distributed.rank import World
-from stamo_dist.optim.schedule import Schedule, continued
+from stamo_dist.optim.schedule import RateSchedule, continued
 from stamo_dist.recipe.difference import Change, differences, resolved_of
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
@@ -15,13 +15,13 @@ from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.state import RunState
 
 
-def schedule_of(recipe: Recipe, run: RunFolder, state: RunState, world: World) -> tuple[Schedule, list[str]]:
+def schedule_of(recipe: Recipe, run: RunFolder, state: RunState, world: World) -> tuple[RateSchedule, list[str]]:
     """The learning rate's schedule, changed or not since the checkpoint, and notes; the same on every process."""
     if state.schedule:
-        before = Schedule.from_dict(state.schedule)
+        before = RateSchedule.from_dict(state.schedule)
     else:  # no checkpoint, or an early one: as of the last start
         last = broadcast(resolved_of(run.resolved) if state.step and world.is_main else None)
-        before = Schedule.of(Recipe.model_validate(last) if last else recipe)
+        before = RateSchedule.of(Recipe.model_validate(last) if last else recipe)
     return continued(before, recipe, state.updates)
 
 

@@ -85,7 +85,7 @@ def part_of(stage: str, name: str) -> str:
 
 
 @dataclass
-class _Part:
+class _PartCount:
     """(tensors, elements) of a part, by what becomes of them."""
 
     loaded: list[int] = field(default_factory=lambda: [0, 0])
@@ -103,15 +103,15 @@ class _Part:
 
 
 @dataclass
-class Plan:
+class InitialPlan:
     """What becomes of the module's tensors and the parent's."""
 
     taken: dict[str, str] = field(default_factory=dict)  # tensor of the module → of the parent
     resized: dict[str, Shape] = field(default_factory=dict)  # tensor of the module → its shape
-    parts: dict[str, _Part] = field(default_factory=dict)
+    parts: dict[str, _PartCount] = field(default_factory=dict)
 
     def count(self, part: str, kind: str, shape: Shape) -> None:
-        counted = getattr(self.parts.setdefault(part, _Part()), kind)
+        counted = getattr(self.parts.setdefault(part, _PartCount()), kind)
         counted[0] += 1
         counted[1] += torch.Size(shape).numel()
 
@@ -122,7 +122,7 @@ class Initial:
     def __init__(self, recipe: Recipe, cfg: InitFrom, parent: ParentWeights):
         self._recipe, self._cfg, self._parent = recipe, cfg, parent
         self._source: Source | None = None
-        self._plan = Plan()
+        self._plan = InitialPlan()
 
     @property
     def described(self) -> str:
@@ -236,8 +236,8 @@ class Initial:
         return any(part_of(self._recipe.stage, name) == part for name in self._plan.taken)
 
 
-def _plan(cfg: InitFrom, stage: str, source: Source, shapes: Mapping[str, Shape], run: str) -> Plan:
-    plan, wrong = Plan(), list[str]()
+def _plan(cfg: InitFrom, stage: str, source: Source, shapes: Mapping[str, Shape], run: str) -> InitialPlan:
+    plan, wrong = InitialPlan(), list[str]()
     _check_parts(cfg, stage, source, shapes, run)
     for name, shape in shapes.items():
         part, stored = part_of(stage, name), _stored_name(name, source)

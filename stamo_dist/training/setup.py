@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from stamo_dist.checkpoint.compatibility import MAY_CHANGE_DATA, RunFingerprint, in_order, run_fingerprint
 from stamo_dist.checkpoint.load import load_checkpoint
@@ -29,7 +30,7 @@ from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
-from stamo_dist.optim.schedule import Schedule
+from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.pretrained.pin import as_begun, moved, pin
 from stamo_dist.recipe.batching import Batching, batching
 from stamo_dist.recipe.difference import Change
@@ -149,44 +150,28 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     accelerator = spec.connect()
     start.watchdog.ranks_connected()
     if not everywhere(broadcast(mixture.fingerprint) == mixture.fingerprint):
-        if world.is_main:
-            print(
-                f"{run.path}: the processes see different data: a source changed while they started. Leaving with "
-                f"code {EXIT_PREEMPTED} to be started again"
-            )
-        return EXIT_PREEMPTED
+        return _start_again(start, ["the processes see different data: a source changed while they started"])
     start.node.met()
     fingerprint = checked.fingerprint.with_frozen(task.frozen)
     select = partial(checked.select, fingerprint)
     checkpoint, notes = verify_or_fall_back(run.checkpoints, world, lambda bad: select(without=bad))
     if checkpoint is None and recipe.init_from is not None and initial is None:
-        if world.is_main:
-            left = f"{run.path}: leaving with code {EXIT_PREEMPTED} to be started again, from init_from"
-            print("\n".join([*notes, left]))
-        return EXIT_PREEMPTED
+        return _start_again(start, notes, ", from init_from")
     if task.init_frames and checkpoint is None and (initial is None or initial.needs_frames):
         task.initialise(first_frames(mixture, task.init_frames))
     reads_weights = checkpoint is None or not checkpoint.manifest.holds_all
     reads_weights &= initial is None or not initial.gives_all(task.trained)
-    if recipe.strategy.name not in SUPPORTS_META_INIT:
-        spec.give_memory(task.trained, accelerator)  # not in host memory, which all processes of a node share
-        if reads_weights:
-            task.load_weights()
-    engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
-    survive_launcher()
-    task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
-        task.load_weights()
+    engine = _build_engine(recipe, task, spec, accelerator, reads_weights=reads_weights)
     if initial is not None:
         initial.load(engine)
         start.notes += initial.notes(task.frozen)
     ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
-    none = [0] * len(mixture.sources)
-    state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
-    if checkpoint is not None:
-        state = load_checkpoint(
-            checkpoint, engine, ema, precision=recipe.train.precision, sources=mixture.sources, say=notes.append
-        )
+    if checkpoint is None:
+        none = [0] * len(mixture.sources)
+        state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
+    else:
+        precision, sources = recipe.train.precision, mixture.sources
+        state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=notes.append)
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     schedule, changed = schedule_of(recipe, run, state, world)
     state.schedule = schedule.to_dict()
@@ -207,6 +192,28 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else []),
     ]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
+
+
+def _start_again(start: RunStart, why: list[str], how: str = "") -> int:
+    if start.world.is_main:
+        print("\n".join([*why, f"{start.run.path}: leaving with code {EXIT_PREEMPTED} to be started again{how}"]))
+    return EXIT_PREEMPTED
+
+
+def _build_engine(
+    recipe: Recipe, task: Task, spec: EngineSpec, accelerator: Accelerator, *, reads_weights: bool
+) -> Engine:
+    """Build the engine and place the task; `reads_weights`: also load the weights that the recipe names."""
+    if recipe.strategy.name not in SUPPORTS_META_INIT:
+        spec.give_memory(task.trained, accelerator)  # not in host memory, which all processes of a node share
+        if reads_weights:
+            task.load_weights()
+    engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer), accelerator)
+    survive_launcher()
+    task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    if recipe.strategy.name in SUPPORTS_META_INIT and reads_weights:
+        task.load_weights()
+    return engine
 
 
 def _record_parent(run: Path, checkpoint: Checkpoint | None, initial: Initial | None) -> None:
@@ -283,6 +290,7 @@ def _assemble(
     trial = TrialExport(recipe, mixture, run, world, logger, watchdog)
     save = hooks.CheckpointHook(saver, log, evaluate, logger, watchdog, budget if world.is_main else None, trial)
     first = [hooks.FirstBatchHook(run.path / "first_batch.png", mixture.sources, logger)] if world.is_main else []
+    beat = hooks.HeartbeatHook(watchdog)
     divergence = hooks.DivergenceHook(recipe.train.max_bad_steps, log, save)
 
     def on_phase(phase: Phase, step: int) -> None:
@@ -303,19 +311,11 @@ def _assemble(
         engine=engine,
         ema=ema,
         state=state,
-        schedule=Schedule.from_dict(state.schedule),
+        schedule=RateSchedule.from_dict(state.schedule),
         micro_batch=checked.batching.micro_batch,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
-        hooks=[
-            *first,
-            evaluate,
-            log,
-            hooks.HeartbeatHook(watchdog),
-            divergence,
-            *_device_hooks(start, device, logger),
-            save,
-        ],
+        hooks=[*first, evaluate, log, beat, divergence, *_device_hooks(start, device, logger), save],
         go_back=go_back,
     )
     if start.lease is not None:

@@ -16,7 +16,7 @@ from stamo_dist.data.loader import Batch, Loader
 from stamo_dist.distributed.engine import Engine, Phase
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.optim.ema import EMA
-from stamo_dist.optim.schedule import Schedule
+from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks.base import Task
@@ -79,7 +79,7 @@ class Trainer:
     engine: Engine
     ema: EMA | None
     state: RunState
-    schedule: Schedule
+    schedule: RateSchedule
     micro_batch: int
     open_loader: Callable[[RunState], Loader]
     on_phase: Callable[[Phase, int], None]

@@ -47,12 +47,13 @@ def until(stamo: Callable[..., subprocess.CompletedProcess[str]], runs: Path, *s
 
 def test_a_pipeline_on_this_machine(here, tmp_path):
     write_raw(tmp_path / "raw" / "can.hdf5")
+    (tmp_path / "nothing").mkdir()
     runs, out, file = tmp_path / "runs", tmp_path / "shards", tmp_path / "pipeline.yaml"
 
     def submit(count: int = 3, **change: str) -> str:
         stages: dict[str, dict[str, Any]] = {
             "shards": {"run": f"data convert robomimic {tmp_path / 'raw'} {out} --size 32", "slices": 4},
-            "check": {"run": f"data stats {tmp_path / 'raw'}"},  # not converted
+            "check": {"run": f"data stats {tmp_path / 'nothing'}"},
             "stats": {"run": f"data stats {out}"},
         }
         for name, command in change.items():
@@ -69,8 +70,7 @@ def test_a_pipeline_on_this_machine(here, tmp_path):
     assert "p.shards: job local-" in submit()  # which goes on; the others come after it
     os.kill(watching, signal.SIGCONT)
     details = until(here, runs, "finished", "failed", "stopped")
-    assert f"{tmp_path / 'raw'}: " in details[1]
-    assert "manifest.json" in details[1]
+    assert f"{tmp_path / 'nothing'}: is empty" in details[1]
     assert details[2] == "p.check failed"
     assert "converted; train" in here("logs", runs / "shards").stdout
     assert "p.shards: done, skipped" in submit(check=f"data check {out}")

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from stamo_dist.optim.schedule import Schedule, continued
+from stamo_dist.optim.schedule import RateSchedule, continued
 from stamo_dist.recipe.schema import Recipe
 
 
@@ -30,7 +30,7 @@ def recipe(steps: int = 100, **optimizer: object) -> Recipe:
     ],
 )
 def test_rates(options, rates):
-    schedule = Schedule.of(recipe(**options))
+    schedule = RateSchedule.of(recipe(**options))
     for step, rate in rates.items():
         assert schedule.at(step) == pytest.approx(rate, rel=1e-9), step
 
@@ -38,7 +38,7 @@ def test_rates(options, rates):
 @pytest.mark.parametrize("shape", ["cosine", "linear", "inverse_sqrt", "constant", "wsd"])
 def test_a_longer_schedule_starts_at_the_rate_reached(shape):
     """Also once more, and after another change; a start that changes nothing keeps it."""
-    before, reached = Schedule.of(recipe()), 1e-4
+    before, reached = RateSchedule.of(recipe()), 1e-4
     longer = recipe(steps=200, schedule=shape, schedule_from="here")
     after, notes = continued(before, longer, 100)
     assert "starts at the rate reached, 0.0001" in notes[0]
@@ -48,23 +48,23 @@ def test_a_longer_schedule_starts_at_the_rate_reached(shape):
     assert math.isclose(rates[1], reached, rel_tol=0.01)
     end = {"constant": 1, "inverse_sqrt": math.sqrt(0.5)}.get(shape, 0.1)
     assert rates[-1] == pytest.approx(end * reached)
-    assert continued(Schedule.from_dict(after.to_dict()), longer, 150) == (after, [])
+    assert continued(RateSchedule.from_dict(after.to_dict()), longer, 150) == (after, [])
     again, notes = continued(after, recipe(steps=300, schedule=shape, schedule_from="here"), 200)
     assert notes
     assert again.at(200) == pytest.approx(rates[-1])
 
 
 def test_a_jump_is_said_with_both_rates():
-    before = Schedule.of(recipe())
+    before = RateSchedule.of(recipe())
     after, (note,) = continued(before, recipe(steps=200), 100)
-    assert after == Schedule.of(recipe(steps=200))
+    assert after == RateSchedule.of(recipe(steps=200))
     assert f"0.0001 at step 100, then {after.at(101):.4g}" in note
     assert "optimizer.schedule_from=here" in note
     assert continued(before, recipe(), 100) == (before, [])
 
 
 def test_what_changes_no_rate_is_not_said():
-    stable = Schedule.of(recipe(schedule="wsd", decay_steps=10))
+    stable = RateSchedule.of(recipe(schedule="wsd", decay_steps=10))
     after, notes = continued(stable, recipe(steps=200, schedule="wsd", decay_steps=10), 50)
     assert notes == []
     assert after.steps == 200
