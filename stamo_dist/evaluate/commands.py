@@ -14,7 +14,8 @@ import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.evaluate import options
-from stamo_dist.evaluate.run_recipe import check_policy, check_tokenizer
+from stamo_dist.evaluate.run_recipe import check_policy, check_tokenizer, read_recipe
+from stamo_dist.run.folder import open_run
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.measurement import Measurement
@@ -96,6 +97,7 @@ def during(
 
     Example: stamo eval during runs/policy_openvla_state 4000
     """
+    read_recipe(open_run(run), "policy")
     from stamo_dist.evaluate.rollout import roll_out
 
     roll_out(run, step, context.obj.benchmarks)

@@ -287,7 +287,10 @@ def roll_out(run_path: Path, step: int, benchmarks: SimulatorCatalogue, console:
     recipe = load(run.resolved).recipe
     wanted = recipe.evaluate.rollout
     if wanted is None:
-        raise RunError(f"{run.path}: evaluate.rollout is not set in its recipe; `stamo eval rollout` asks for nothing")
+        raise RunError(
+            f"{run.path}: its recipe sets no evaluate.rollout, so its training rolls nothing out; "
+            f"`stamo eval rollout {run.path} --tasks TASK` does it now"
+        )
     out = curve.folder(run, step)
     for leftover in out.glob(f"{SCRATCH}*"):
         shutil.rmtree(leftover, ignore_errors=True)

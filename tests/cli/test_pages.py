@@ -89,6 +89,7 @@ def test_a_user_error_has_no_traceback(stamo, tmp_path):
         (("eval", "reconstruct", "{nothing}"), "not a run folder"),
         (("eval", "reconstruct", "{vae}"), "its recipe trains the vae stage; give the run folder of a tokenizer"),
         (("eval", "rollout", "{vae}", "--tasks", "reach-v3"), "give the run folder of a policy"),
+        (("eval", "during", "{vae}", "3"), "give the run folder of a policy"),
         (("serve", "{vae}"), "its recipe trains the vae stage; give the run folder of a policy"),
         (("serve", "nosuchrun"), "nosuchrun: no such folder; give the run folder of a policy"),
     ],
