@@ -110,7 +110,7 @@ def instruction_of(benchmark: str, task: str) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(known[:12])}"
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(known)}"
 
 
 def _resolve_libero(task: str) -> list[str]:

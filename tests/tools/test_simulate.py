@@ -15,6 +15,7 @@ import pytest
 
 from data_tools.convert.driver import convert
 from data_tools.simulators.simulate import Recording, simulate
+from data_tools.simulators.tasks import _nearest
 from stamo_dist.errors import DataError
 
 needs_metaworld = pytest.mark.skipif(
@@ -135,3 +136,9 @@ def test_missing_opengl_says_what_to_install(tmp_path: Path, monkeypatch: pytest
         simulate(
             Recording("metaworld", size=32), tmp_path / "out", tasks=["reach-v3"], episodes=1, processes=1, quiet=True
         )
+
+
+def test_a_list_of_tasks_is_whole() -> None:
+    names = [f"task-{n:02}" for n in range(50)]
+    assert all(name in _nearest("zzz", names) for name in names)
+    assert _nearest("task-7", ["task-70", "reach"]) == "; did you mean task-70?"
