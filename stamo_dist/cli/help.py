@@ -69,5 +69,7 @@ def _torch() -> str:
         return "is not installed"
     if torch.version.cuda is None:
         return f"{metadata.version('torch')}, built without CUDA"
-    gpus = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+    from stamo_dist.device import Device
+
+    gpus = ", ".join(Device.current().all_names) or "no GPU"
     return f"{metadata.version('torch')}, CUDA {torch.version.cuda}, {gpus}"
