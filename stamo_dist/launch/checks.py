@@ -100,6 +100,7 @@ def look(
     *,
     world_size: int | None = None,
     offline: bool = False,
+    advise: bool = True,
 ) -> Looked:
     """Check a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
 
@@ -108,6 +109,7 @@ def look(
         environment: Variables that the run will have besides this process's.
         world_size: Also check that the global batch divides over this many processes.
         offline: Skip data and weights, which are not on this machine.
+        advise: Also look at how the data are used, which takes numpy.
     """
     problems = list[str]()
     if world_size is not None:
@@ -117,10 +119,11 @@ def look(
             problems.append(_located(loaded, str(e)))
     if offline:
         return Looked(problems, list(_notes(loaded)), [], [])
-    looked = weights(loaded, environment)
+    # A run that goes on reads the weights of the commit that it began with, which its checkpoints name.
+    looked = Weights([], []) if _has_checkpoints(loaded) else weights(loaded, environment)
     data = [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.look(loaded.recipe.data)]
     advice = list[str]()
-    if not data:
+    if not data and advise:
         try:
             advice = [line for further in FURTHER for line in further(loaded.recipe)]
         except RecipeError as e:
@@ -139,7 +142,8 @@ def recipe(
     Raises:
         RecipeError: All missing or wrong items.
     """
-    looked = look(loaded, environment, world_size=world_size)
+    advise = loaded.recipe.stage == "policy"  # of other stages nothing more is refused
+    looked = look(loaded, environment, world_size=world_size, advise=advise)
     if looked.problems:
         raise RecipeError(looked.problems)
     return looked
@@ -240,10 +244,14 @@ def _notes(loaded: Loaded) -> Iterator[str]:
         yield _placed(loaded, "optimizer.warmup_steps", text)
 
 
+def _has_checkpoints(loaded: Loaded) -> bool:
+    return any((Path(loaded.recipe.run_dir) / "checkpoints").glob("step_*"))
+
+
 def _initial(loaded: Loaded) -> Iterator[str]:
     """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
-    initial, own = loaded.recipe.init_from, Path(loaded.recipe.run_dir) / "checkpoints"
-    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or any(own.glob("step_*")):
+    initial = loaded.recipe.init_from
+    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or _has_checkpoints(loaded):
         return
     if not Path(initial.path).expanduser().is_dir():
         field = _placed(loaded, "init_from.path")

@@ -82,7 +82,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
     def submit(check: Path) -> str:
         stages: dict[str, Any] = {
             "shards": {"run": convert.format(out), "slices": 2},
-            "check": {"run": f"data check {check}"},
+            "check": {"run": f"data stats {check}"},
             "stats": {"run": f"data stats {out}"},
             "report": {"run": f"report {tmp_path}", "after": ["stats"]},
             **training(tmp_path, out, toy.vae),
@@ -94,6 +94,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
     def states() -> list[tuple[str, str]]:
         return [(run["state"], run["detail"]) for run in json.loads(here("status", runs, "--json"))]
 
+    (tmp_path / "nothing").mkdir()
     submit(tmp_path / "nothing")
     array = read(runs / "shards").job
     cluster.until(lambda: any(e.event == "started" and e.job == f"{array}_0" for e in events(runs / "shards")))
@@ -101,7 +102,7 @@ def test_a_pipeline_stops_at_a_failed_stage_and_goes_on_where_it_stopped(here, c
     cluster.until(lambda: not cluster.run("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING").strip())
     found = states()
     assert [word for word, _ in found] == ["finished", "failed", *["stopped"] * 5]
-    assert f"{tmp_path / 'nothing'}: no such folder" in found[1][1]
+    assert f"{tmp_path / 'nothing'}: is empty" in found[1][1]
     assert {detail for _, detail in found[2:]} == {"p.check failed"}
     assert (story(runs / "shards").count("requeued"), story(runs / "stats")) == (1, ["submitted"])
     here(*convert.format(tmp_path / "straight" / "shards").split())

@@ -97,7 +97,7 @@ def test_problems_of_a_profile_come_at_once_with_their_lines(toy, stamo, tmp_pat
         ({"cpus_per_gpu": 64}, [], "no node has that many GPUs, CPUs or that much memory"),
         ({"constraint": "h100"}, [], "the profile's constraint h100 names no feature of a node"),
         ({"nodes": 3}, [], "8 is not divisible by 6 processes"),
-        ({}, ["data.sources.b.path=/nowhere/b"], "data.sources.b.path: there is no folder /nowhere/b"),
+        ({}, ["data.sources.b.path=/nowhere/b"], "data.sources.b: /nowhere/b: no such folder"),
         ({}, ["model.vae.weights=/nowhere/vae"], "model.vae.weights: there is no folder /nowhere/vae"),
         ({}, ["run_dir=/proc/run"], "run_dir: /proc/run"),
         ({}, ["train.stepss=3"], "train.stepss: no such field"),
