@@ -53,8 +53,9 @@ def write_mds(root: Path, jpegs: list[bytes], size: int, shards: int = SHARDS) -
     """A source of one camera, one episode a shard."""
     import stamo_dist._streaming  # noqa: F401, I001  must precede streaming
     from streaming.base.format import MDSWriter
-    from stamo_dist.data.schema import MANIFEST, Manifest, Split, columns
+    from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Split, columns
 
+    table = list[str]()
     rest = {
         "action": np.zeros(7, np.float32), "proprio": np.zeros(9, np.float32), "instruction": "", "source": "s",
         "camera": "front", "convention": "",
@@ -65,6 +66,7 @@ def write_mds(root: Path, jpegs: list[bytes], size: int, shards: int = SHARDS) -
             if e:
                 writer.flush_shard()
                 writer._reset_cache()
+            table.append(Episode(id=str(e), start=int(part[0]), length=len(part)).model_dump_json())
             for t, i in enumerate(part):
                 moment = {"image": jpegs[i], "t": t, "length": len(part), "time": t / 20, "episode": str(e)}
                 writer.write({**moment, **rest})
@@ -72,6 +74,7 @@ def write_mds(root: Path, jpegs: list[bytes], size: int, shards: int = SHARDS) -
         name="s", source_format="benchmark", image_size=size, cameras=["front"], rate_hz=20, action_dim=7,
         splits={"train": Split(episodes=shards, frames=len(jpegs))}, proprio_dim=9, convention="",
     )  # fmt: skip
+    (root / "train" / EPISODES).write_text("\n".join(table) + "\n")
     (root / MANIFEST).write_text(manifest.model_dump_json())
 
 

@@ -23,6 +23,7 @@ from stamo_dist.distributed.engine import Engine
 from stamo_dist.distributed.rank import World
 from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
+from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.plan.registry import PAPER
 from stamo_dist.recipe import policy as policies
 from stamo_dist.recipe.schema import Recipe
@@ -67,8 +68,9 @@ class Step:
         engine = MetaEngine("fsdp", world, accelerator, self.task.trained, optimizer, self.recipe.optimizer.clip)
         state = RunState(cursor=Cursor().to_dict(), samples=[0], skipped=[0])
         average = EMA(engine, 0.999)
+        schedule, micro_batch = RateSchedule.of(self.recipe), len(self.batch) // 2
         return Trainer(
-            self.recipe, self.task, engine, average, state, len(self.batch) // 2, _unused, _unused, (), _unused
+            self.recipe, self.task, engine, average, state, schedule, micro_batch, _unused, _unused, (), _unused
         )
 
 
