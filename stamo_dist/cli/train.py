@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,12 +93,33 @@ def _begin_branch(recipe: Path, overrides: list[str], step: int) -> list[str]:
 
 
 def _check(loaded: Loaded, processes: int) -> None:
-    """Look at data and weights before anything is started, and print what may not be meant."""
+    """Look at data and weights before anything is started, and print what may not be meant.
+
+    A disk that hangs does not hold this process: after train.setup_timeout it is left to the run and its watchdog.
+
+    Raises:
+        RecipeError: What training would refuse.
+    """
     from stamo_dist.launch import checks
 
-    looked = checks.recipe(loaded, world_size=processes)
-    downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
-    print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
+    found: list[checks.Looked | Exception] = []
+
+    def look() -> None:
+        try:
+            found.append(checks.recipe(loaded, world_size=processes))
+        except Exception as e:
+            found.append(e)
+
+    thread, limit = threading.Thread(target=look, daemon=True), loaded.recipe.train.setup_timeout
+    thread.start()
+    thread.join(limit)
+    if not found:
+        print(f"note: data and weights were not looked at: no answer in {limit:g} s (train.setup_timeout)", flush=True)
+        return
+    if isinstance(found[0], Exception):
+        raise found[0]
+    downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in found[0].to_download]
+    print(*(f"note: {note}\n" for note in [*found[0].notes, *downloads]), sep="", end="", flush=True)
 
 
 def encode(
