@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/tokenizer_demo.yaml.")]
+RecipePath = Annotated[
+    Path,  # readable=False: no access(2) by every rank of a run before the recipe is read
+    typer.Argument(metavar="RECIPE", readable=False, help="A recipe, e.g. recipes/tokenizer_demo.yaml."),
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from stamo_dist.paths import canonical
 from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
 
 
@@ -71,7 +72,7 @@ def did_you_mean(word: str, known: Any) -> str:
 
 
 def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: str) -> None:
-    where = path.resolve()
+    where = Path(canonical(path))
     if where in stack:
         names = " → ".join(shown(p) for p in [*stack[stack.index(where) :], where])
         out.problems.append(f"{at}: extends: goes round in a circle: {names}")
@@ -79,11 +80,11 @@ def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: s
         return
     if where in done:
         return
-    if not path.is_file():
+    layer = read_file(path)
+    if () in layer.unread and not path.is_file():
         out.problems.append(_missing(path, stack[-1] if stack else None, at))
         out.whole = False
         return
-    layer = read_file(path)
     for key, name in _extends(layer, out):
         _add_file(where.parent / Path(name).expanduser(), out, [*stack, where], done, layer.places[key])
     done.add(where)
