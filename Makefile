@@ -13,6 +13,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[sim,convert,zarr,ros,serve,dev]"
 	touch $@
 
+# What this environment has, for those who want it again: pip install -c constraints.txt .
+.PHONY: constraints
+constraints: $(VENV)/.installed
+	{ echo "# Written by make constraints: $$($(BIN)/python -V), the versions that the tests last passed with."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//'; } > constraints.txt
+
 # Headless OpenGL for the simulators; a no-op where it is there or cannot be installed.
 .PHONY: opengl
 opengl:
