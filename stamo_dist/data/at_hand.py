@@ -42,7 +42,7 @@ def is_remote(path: str) -> bool:
 
 def resolve(path: str) -> str:
     """Canonical path or URL of a source."""
-    return path.rstrip("/") if is_remote(path) else canonical(path)
+    return path.rstrip("/") if is_remote(path) else canonical(os.path.expanduser(path))
 
 
 def cameras_of(manifest: Manifest, source: SourceConfig, views: int) -> list[str]:
