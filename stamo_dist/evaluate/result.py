@@ -18,7 +18,8 @@ from rich.table import Table
 from stamo_dist.checkpoint.manifest import CheckpointManifest
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.run.folder import RunFolder, git_commit, write_atomic
+from stamo_dist.run.code import git_commit
+from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tables import Whole, show
 
 

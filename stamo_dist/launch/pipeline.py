@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.lines import Key, located, read_file, show_value
 from stamo_dist.recipe.load import Loaded, load
@@ -113,6 +114,7 @@ class Work:
 
 def is_pipeline(path: Path) -> bool:
     """Whether the file has stages; any other file is taken for a recipe."""
+    path = find_recipe(path)
     return path.is_file() and "stages" in read_file(path).value
 
 
@@ -122,6 +124,7 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
     Raises:
         RecipeError: With every problem, each with its file and line.
     """
+    path = find_recipe(path)
     merged = merge(path, overrides)
     pipeline, wrong = repaired(Pipeline, merged)
     problems = [*merged.problems, *(problem for of_field in wrong.values() for problem in of_field)]

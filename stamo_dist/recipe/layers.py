@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from stamo_dist.recipe.find import beside, closest
 from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
 
 
@@ -85,7 +86,7 @@ def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: s
         return
     layer = read_file(path)
     for key, name in _extends(layer, out):
-        _add_file(where.parent / Path(name).expanduser(), out, [*stack, where], done, layer.places[key])
+        _add_file(beside(where.parent, name), out, [*stack, where], done, layer.places[key])
     done.add(where)
     out.add(layer)
     out.text = layer.text
@@ -108,8 +109,9 @@ def _missing(path: Path, extender: Path | None, at: str) -> str:
     siblings = [p.name for p in path.parent.glob("*.y*ml") if p.resolve() != extender] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     if extender is None:
-        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-        return f"{path}: {'is a folder, not a recipe' if path.is_dir() else 'no such file'}{hint}"
+        near = str(path.parent / close[0]) if close else closest(path)
+        hint = f"did you mean {near}?" if near else "`stamo recipe list` shows what can be given by name"
+        return f"{path}: {'is a folder, not a recipe' if path.is_dir() else 'no such file'}; {hint}"
     name = os.path.relpath(path, extender.parent)
     if Path(name).is_file():
         hint = f"; did you mean {os.path.relpath(name, extender.parent)}?"

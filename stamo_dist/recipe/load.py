@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.layers import merge
 from stamo_dist.recipe.lines import dotted, dump_yaml
 from stamo_dist.recipe.schema import Recipe
@@ -30,15 +31,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """Read the recipe at `path`.
 
     Args:
-        path: A YAML file. Names under its `extends` are relative to it; every other path in a recipe is relative to
-            the working directory.
+        path: A YAML file, or a name of `stamo recipe list`. Names under its `extends` are relative to it; every other
+            path in a recipe is relative to the working directory.
         overrides: `a.b=c` each, the value in YAML; they win over the files, the last one over the others.
         world_size: Also check that the global batch divides over this many processes.
 
     Raises:
         RecipeError: With every problem of all the files and overrides at once, each with its file and line.
     """
-    path = Path(path)
+    path = find_recipe(path)
     merged = merge(path, overrides)
     if "stages" in merged.value:
         raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])

@@ -37,7 +37,8 @@ from stamo_dist.recipe.difference import Change
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
-from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.code import git_commit
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks import build_task, check_task
