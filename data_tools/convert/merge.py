@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.slices import Slice
+from stamo_dist.data.agreement import describing, prefix_of
 from stamo_dist.data.confined import check_index
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Size, Split, first_entries
 from stamo_dist.errors import DataError
@@ -52,13 +53,20 @@ def merge(
             checksums |= {f"{split}/{camera}/{shard}": value for shard, value in sums.items()}
         _replace(whole / split / EPISODES, "".join(f"{line}\n" for line in [*old, *lines]))
         splits[split] = Split(episodes=len(old) + len(lines), frames=start)
+    prefixes = dict(base.prefixes) if base else {}
+    for split in {part.split for part in work} & set(splits):
+        for name in describing(plan, split, plan.cameras):
+            prefixes[name] = prefix_of((whole / name).read_bytes(), name)
     if not splits:
         raise DataError("\n".join(["no episode could be read:", *some(skipped)]))
-    manifest = plan.model_copy(update={"splits": splits, "checksums": checksums, "skipped": skipped})
+    manifest = plan.model_copy(
+        update={"splits": splits, "checksums": checksums, "prefixes": prefixes, "skipped": skipped}
+    )
     if base is not None and splits == base.splits:
         manifest = manifest.model_copy(update={"before": base.before, "stats": base.stats})
     elif base is not None:
-        sizes = [*base.before, Size(splits=base.splits, stats=base.stats, digest=base.digest)]
+        size = Size(splits=base.splits, stats=base.stats, digest=base.digest, prefixes=base.prefixes)
+        sizes = [*base.before, size]
         manifest = manifest.model_copy(update={"before": sizes})
     _replace(whole / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest

@@ -25,6 +25,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
+from stamo_dist.data.agreement import INDEX, check_content, check_shards
 from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
 from stamo_dist.data.confined import check_index
@@ -309,6 +310,8 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     remote = f"{source.remote}/{split}/{camera}" if source.remote else None
     expected = manifest.splits[split].frames
     entries = _read_index(remote, folder, expected)
+    where = str(folder / INDEX)
+    check_content((folder / INDEX).read_bytes(), f"{split}/{camera}/{INDEX}", manifest, where)
     if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked into the cache, because a source's folder may be read-only.
         name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
@@ -320,9 +323,9 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
         check_files(str(folder), entries, packed=False)
     hashes = entries[0]["hashes"][0] if entries and entries[0]["hashes"] else None
     entries = first_entries(entries, expected)
-    frames = sum(entry["samples"] for entry in entries)
-    if frames != expected or not frames:
-        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; {REPAIR}")
+    check_shards(entries, manifest, split, camera, where, grown=bool(source.later))
+    if not expected:
+        raise DataError(f"{where}: has no frames; {REPAIR}")
     shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
     return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 
