@@ -93,7 +93,7 @@ def count(trace: Path, root: Path, steps: int) -> dict[str, float]:
                     beating.add(thread)
                 else:
                     part = begun
-            elif str(root) in line and "<... " not in line and '"", {' not in line:
+            elif str(root) in line and "<... " not in line and '"", {' not in line and " execve(" not in line:
                 saved = part == "step" and "/checkpoints" in line  # in a thread of its own
                 found["beat" if thread in beating else "save" if saved else part] += 1
     times = {"step": steps, "save": steps // EVERY, "beat": max(1, beats)}

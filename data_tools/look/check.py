@@ -201,7 +201,7 @@ class _Check:
             table = Table(stack.enter_context(at_hand(self.store, name)) if there else None)
             self.tables[split] = table
             self.report.add(table.check(split, self.manifest.splits[split]))
-            if there and (problem := altered(self.store.read(name), name, self.manifest)):
+            if table.whole and (problem := altered(self.store.read(name), name, self.manifest)):
                 self.report.add([CheckFinding("table", ERROR, problem, split=split, shard=EPISODES)])
         try:
             shards = shards_of(self.store, split, camera)
@@ -218,8 +218,8 @@ class _Check:
             text = f"counts {frames} frames, the manifest {expected}"
             yield CheckFinding("index", ERROR, text).at(split, camera, INDEX)
         name = index_name(split, camera)
-        problems = [altered(self.store.read(name), name, self.manifest)]
-        problems += disagreements(((shard.name, shard.sha256) for shard in shards), self.manifest, split, camera)
+        problems = disagreements(((shard.name, shard.sha256) for shard in shards), self.manifest, split, camera)
+        problems += [altered(self.store.read(name), name, self.manifest)] if not problems else []
         for problem in filter(None, problems):
             yield CheckFinding("index", ERROR, problem).at(split, camera, INDEX)
 

@@ -127,7 +127,8 @@ def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
     """All files but the manifest, cached latents included.
 
     Raises:
-        DataError: Files are missing; an index names files elsewhere or columns that may run code, or is not the manifest's.
+        DataError: Files are missing, or an index or table is not the manifest's, or an index names files elsewhere or
+            columns that may run code.
     """
     needed = set(manifest.checksums)
     indexes = [f"{split}/{camera}/index.json" for split in manifest.splits for camera in manifest.cameras]

@@ -16,9 +16,10 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 RecipePath = Annotated[
-    Path,
+    Path,  # readable=False: no access(2) by every rank of a run before the recipe is read
     typer.Argument(
         metavar="RECIPE",
+        readable=False,
         help="A recipe: a file, or a name of `stamo recipe list`, e.g. tokenizer_demo.",
         autocompletion=recipe_names,
     ),

@@ -1,7 +1,7 @@
 """Whether what describes the shards, index.json and episodes.jsonl, is what the manifest was written with.
 
-Both files only grow: the manifest has a checksum of the bytes that it counts, and a reader by an older manifest looks at
-no more. Free of numpy, torch and streaming.
+Both files only grow: the manifest has a checksum of the bytes that it counts; who reads by an older one reads no more.
+Free of numpy, torch and streaming.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def describing(manifest: Manifest, split: str, cameras: Iterable[str]) -> list[s
 
 
 def altered(content: bytes, name: str, manifest: Manifest) -> str:
-    """Why a describing file is not the one that the manifest was written with; "" if it is, or if it has no checksum."""
+    """Why a describing file is not that of the manifest; "" if it is, or if the manifest has no checksum of it."""
     expected = manifest.prefixes.get(name)
     if expected is None:
         return ""

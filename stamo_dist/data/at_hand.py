@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from stamo_dist.data.agreement import INDEX, check_content, check_shards
 from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, first_entries, read_manifest
 from stamo_dist.errors import DataError
+from stamo_dist.paths import canonical
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.layers import did_you_mean
 
@@ -43,18 +43,7 @@ def is_remote(path: str) -> bool:
 
 def resolve(path: str) -> str:
     """Canonical path or URL of a source."""
-    if is_remote(path):
-        return path.rstrip("/")
-    path = os.path.expanduser(path)
-    folder, name = os.path.split((path if os.path.isabs(path) else os.path.join(os.getcwd(), path)).rstrip("/"))
-    real = os.path.join(_real(folder), name)
-    return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
-
-
-@lru_cache(maxsize=64)
-def _real(folder: str) -> str:
-    """Cached, because each parent folder is a request to a shared disk and many sources share one."""
-    return os.path.realpath(folder)
+    return path.rstrip("/") if is_remote(path) else canonical(path)
 
 
 def cameras_of(manifest: Manifest, source: SourceConfig, views: int) -> list[str]:
@@ -176,13 +165,8 @@ def damage(folder: Path, manifest: Manifest, split: str, cameras: Sequence[str],
     `every`: see `check_files`.
     """
     problems = []
-    table = f"{split}/{EPISODES}"
-    try:
-        check_content((folder / table).read_bytes(), table, manifest, str(folder / table))
-    except FileNotFoundError:
-        problems.append(f"{folder / table}: missing; {REPAIR}")
-    except (DataError, OSError) as e:
-        problems.append(str(e))
+    if not (folder / split / EPISODES).is_file():
+        problems.append(f"{folder / split / EPISODES}: missing; {REPAIR}")
     for camera in cameras:
         place = folder / split / camera
         try:
@@ -209,11 +193,9 @@ def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool,
         DataError: Some are missing or have another size; then all shards of the folder are counted.
     """
     files = [(packed and entry["zip_data"]) or entry["raw_data"] for entry in entries]
-    if not every and len(files) > _EACH and not any(_wrong(f, _size(folder, f)) for f in (files[0], files[-1])):
+    if not every and len(files) > _EACH and not any(_wrong(folder, file) for file in (files[0], files[-1])):
         return
-    with os.scandir(folder) as there:
-        sizes = {file.name: file.stat().st_size for file in there}
-    bad = [wrong for file in files if (wrong := _wrong(file, sizes.get(file["basename"])))]
+    bad = [wrong for file in files if (wrong := _wrong(folder, file))]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
@@ -221,18 +203,13 @@ def check_files(folder: str, entries: Sequence[dict[str, Any]], *, packed: bool,
         )
 
 
-def _size(folder: str, file: Mapping[str, Any]) -> int | None:
+def _wrong(folder: str, file: Mapping[str, Any]) -> str:
+    """What is wrong with a shard's file, or nothing."""
     try:
-        return os.stat(os.path.join(folder, file["basename"])).st_size
+        size = os.stat(os.path.join(folder, file["basename"])).st_size
     except FileNotFoundError:
-        return None
-
-
-def _wrong(file: Mapping[str, Any], size: int | None) -> str:
-    if size == file["bytes"]:
-        return ""
-    what = "missing" if size is None else f"{size} bytes, index.json says {file['bytes']}"
-    return f"{file['basename']} ({what})"
+        return f"{file['basename']} (missing)"
+    return "" if size == file["bytes"] else f"{file['basename']} ({size} bytes, index.json says {file['bytes']})"
 
 
 def too_far(data: Data) -> Iterator[Misfit]:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stamo_dist.paths import canonical
+
 _HUNG = "hung"
 _PREFIX = "stamo-watch-"
 _NEVER = -1e18  # seconds of a clock
@@ -164,7 +166,7 @@ class Heartbeats:
 
 def in_memory(logs: Path) -> str:
     """Name prefix of a run's folders in its nodes' memory."""
-    run = hashlib.sha256(str(logs.resolve()).encode()).hexdigest()[:12]
+    run = hashlib.sha256(canonical(logs).encode()).hexdigest()[:12]
     return f"{_PREFIX}{os.getuid()}-{run}-"
 
 

@@ -124,8 +124,8 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
     Raises:
         RecipeError: With every problem, each with its file and line.
     """
-    path = find_recipe(path)
     merged = merge(path, overrides)
+    path = merged.path
     pipeline, wrong = repaired(Pipeline, merged)
     problems = [*merged.problems, *(problem for of_field in wrong.values() for problem in of_field)]
     if pipeline is None or not merged.whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -83,10 +84,11 @@ def header(path: Path, field: str) -> dict[str, Shape]:
             if not 2 <= length <= _LONGEST_HEADER:
                 raise ValueError("it has no safetensors header")
             entries = json.loads(file.read(length))
+            there = os.fstat(file.fileno()).st_size
         entries.pop("__metadata__", None)
         size = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        if path.stat().st_size != size:
-            raise ValueError(f"{path.stat().st_size:,} bytes of {size:,}")
+        if there != size:
+            raise ValueError(f"{there:,} bytes of {size:,}")
         return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(

@@ -80,6 +80,9 @@ def named_base(adapter: Path, config: Mapping[str, Any]) -> str:
 def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
     """As `locate`, for local checkpoints outside the hub's cache."""
     root = Path(weights).expanduser()
+    for sub in subfolders:
+        if (root / sub / "config.json").is_file():
+            return root / sub
     if root.is_file():
         if root.suffix not in _FILES:
             raise CheckpointError(f"{field}: {weights} is no folder, nor a file {' or '.join(_FILES)}; convert it")
@@ -89,9 +92,6 @@ def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
             f"{field}: there is no folder {weights}; give an existing folder or file, or a hub id (owner/name or "
             "owner/name@revision)"
         )
-    for sub in subfolders:
-        if (root / sub / "config.json").is_file():
-            return root / sub
     raise CheckpointError(f"{field}: there is no {_names(subfolders)} in {weights}; {_instead(root, field)}")
 
 

@@ -84,7 +84,7 @@ def read(path: Path, part: str, field: str, pickled: Shapes | None = None) -> Op
         CheckpointError: files are missing or damaged, or are of another model; the message says how to convert it.
     """
     kind = KINDS[part]
-    if path.is_file():
+    if path.suffix in (".safetensors", *PICKLED) and path.is_file():
         shapes = dict(pickled) if pickled is not None else header(path, field)
         form = None if kind.form is None else kind.form(shapes)
         if form is None:

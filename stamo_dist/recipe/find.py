@@ -26,13 +26,11 @@ def find_recipe(given: str | Path) -> Path:
     return next((path for path in candidates if path.is_file()), given)
 
 
-def beside(folder: Path, name: str) -> Path:
-    """The file that a recipe in `folder` extends as `name`: relative to it, or one of those that come with stamo."""
-    own = folder / Path(name).expanduser()
-    if own.is_file() or own == Path(name) or ".." in own.parts:
-        return own
-    candidates = (shipped.RECIPES / f"{name}{suffix}" for suffix in _SUFFIXES)
-    return next((path for path in candidates if path.is_file()), own)
+def shipped_recipe(name: str) -> Path:
+    """The recipe of this name that comes with stamo; a file that is not there where none does."""
+    candidates = [shipped.RECIPES / f"{name}{suffix}" for suffix in _SUFFIXES]
+    inside = ".." not in Path(name).parts
+    return next((path for path in candidates if inside and path.is_file()), candidates[0])
 
 
 def names() -> dict[str, Path]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stamo_dist.recipe.find import beside, closest
+from stamo_dist.paths import canonical
+from stamo_dist.recipe.find import closest, find_recipe, shipped_recipe
 from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
 
 
@@ -20,6 +21,7 @@ class Merged(Layer):
     """The merged plain values of all layers, the origin of each, and the problems so far."""
 
     whole: bool = True  # whether every file could be read
+    path: Path = Path()  # the file itself
 
     def add(self, layer: Layer, override: bool = False) -> None:
         self.problems += layer.problems
@@ -56,9 +58,10 @@ class Merged(Layer):
 def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:
     """Read `path`, all it extends and the overrides, and merge them.
 
-    A file reached twice counts once, at its first place.
+    Where there is no such file, it is a name of `stamo recipe list`. A file reached twice counts once, at its first
+    place.
     """
-    out = Merged()
+    out = Merged(path=path)
     _add_file(path, out, stack=[], done=set(), at="")
     for override in overrides:
         out.add(read_override(override), override=True)
@@ -72,7 +75,7 @@ def did_you_mean(word: str, known: Any) -> str:
 
 
 def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: str) -> None:
-    where = path.resolve()
+    where = Path(canonical(path))
     if where in stack:
         names = " → ".join(shown(p) for p in [*stack[stack.index(where) :], where])
         out.problems.append(f"{at}: extends: goes round in a circle: {names}")
@@ -80,16 +83,26 @@ def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: s
         return
     if where in done:
         return
-    if not path.is_file():
-        out.problems.append(_missing(path, stack[-1] if stack else None, at))
-        out.whole = False
-        return
     layer = read_file(path)
+    if () in layer.unread and not path.is_file():
+        _add_named(path, out, stack, done, at)
+        return
     for key, name in _extends(layer, out):
-        _add_file(beside(where.parent, name), out, [*stack, where], done, layer.places[key])
+        _add_file(where.parent / Path(name).expanduser(), out, [*stack, where], done, layer.places[key])
     done.add(where)
     out.add(layer)
     out.text = layer.text
+
+
+def _add_named(path: Path, out: Merged, stack: list[Path], done: set[Path], at: str) -> None:
+    """In place of a file that is not there, the recipe of this name: for `extends`, of those that come with stamo."""
+    named = shipped_recipe(os.path.relpath(path, stack[-1].parent)) if stack else find_recipe(path)
+    if named.is_file():
+        out.path = out.path if stack else named
+        _add_file(named, out, stack, done, at)
+        return
+    out.problems.append(_missing(path, stack[-1] if stack else None, at))
+    out.whole = False
 
 
 def _extends(layer: Layer, out: Merged) -> list[tuple[Key, str]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.layers import merge
 from stamo_dist.recipe.lines import dotted, dump_yaml
 from stamo_dist.recipe.schema import Recipe
@@ -39,8 +38,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Raises:
         RecipeError: With every problem of all the files and overrides at once, each with its file and line.
     """
-    path = find_recipe(path)
-    merged = merge(path, overrides)
+    merged = merge(Path(path), overrides)
+    path = merged.path
     if "stages" in merged.value:
         raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
     problems = merged.problems
