@@ -16,6 +16,7 @@ from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.lines import Key, located, read_file, show_value
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe, Section
 from stamo_dist.recipe.validate import place_of, repaired
 
@@ -60,6 +61,11 @@ class Pipeline(Section):
     name: str = Field("", description="Name of the pipeline; its file name when omitted.")
     run_dir: str = Field("", description="Folder for its record and the stages' logs; runs/NAME when omitted.")
     stages: dict[str, Stage] = Field(description="Name → stage, in the order in which they may start.")
+
+    @field_validator("name")
+    @classmethod
+    def _below_runs(cls, name: str) -> str:
+        return check_name(name)
 
     @field_validator("stages")
     @classmethod

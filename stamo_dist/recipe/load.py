@@ -11,6 +11,7 @@ from typing import Any
 from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.layers import merge
 from stamo_dist.recipe.lines import dotted, dump_yaml
+from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.recipe.validate import validate
 
@@ -52,7 +53,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         problems += wrong
     if recipe is None or problems:
         raise RecipeError(sorted(problems, key=_by_line))
-    name = recipe.name or path.stem
+    try:
+        name = recipe.name or check_name(path.stem)
+    except ValueError as e:
+        raise RecipeError([f"{path}: {e}"]) from None
     recipe = recipe.model_copy(update={"name": name, "run_dir": recipe.run_dir or f"runs/{name}"})
     resolved = recipe.model_dump(mode="json")
     written = {dotted(key): place.partition(" ")[0] for key, place in merged.places.items()}

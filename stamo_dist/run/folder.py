@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RunError
-from stamo_dist.run.code import code_hash, git_commit, versions
+from stamo_dist.run.code import code_hash, code_version, git_commit, versions
 from stamo_dist.run.registry import register
 
 _PACKAGES = (
@@ -171,7 +171,7 @@ class RunFolder:
         about = {**environment(command), "weights": dict(sources)}
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
-        start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"], "code": about["code"]}
+        start |= {"processes": processes, "host": about["host"], "commit": code_version()}
         start |= {"changed": dict(changed)} if changed else {}
         append_line(self.path / "starts.jsonl", json.dumps(start))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`stamo` of a fresh environment with the wheel, and of this one only the other packages."""
+def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel, and of this one only the other packages."""
     venv = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / "bin/python"
@@ -47,6 +48,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     subprocess.run(install, check=True)
     site = next(venv.glob("lib/python*/site-packages"))
     (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # without the .pth files in it
+    return venv
+
+
+@pytest.fixture(scope="module")
+def installed(venv: Path) -> Run:
+    """Run `stamo`, or another program of the environment."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*words: object, at: Path, program: str = "stamo") -> str:
@@ -109,3 +116,32 @@ def test_a_foreign_data_tools_is_left_alone_and_not_taken(installed: Run, tmp_pa
     assert "hdf5" in installed("-m", "stamo_dist.cli", "data", "formats", at=tmp_path, program="python").lower()
     with pytest.raises(AssertionError, match="the user's"):
         installed("-c", "import stamo_dist, data_tools", at=tmp_path, program="python")
+
+
+def test_a_users_repository_around_it_leaves_nothing_in_a_run(venv: Path, installed: Run, tmp_path: Path) -> None:
+    """Not even where the user has committed the environment."""
+    (venv / "notes.txt").write_text("\n")
+    author = ("-c", "user.name=u", "-c", "user.email=u@example.org")
+    for command in (("init", "-q"), ("add", "-f", "notes.txt", "lib"), (*author, "commit", "-qm", "mine")):
+        subprocess.run(["git", "-C", venv, *command], check=True)
+    head = subprocess.run(["git", "-C", venv, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    (venv / "notes.txt").write_text("PASSWORD=s3cret\n")
+    shutil.move(str(venv / "notes.txt"), venv / "lib/notes.txt")
+    run = tmp_path / "run"
+    snap = "from stamo_dist.launch.record import take_snapshot as t; from stamo_dist.run import code; "
+    snap += f"t({str(run)!r}, None); print(code.git_commit(), code.code_version(), code.git_diff())"
+    found = installed("-c", snap, at=tmp_path, program="python")
+    assert re.fullmatch(r"None 0\.1\.0, code [0-9a-f]{12} b''\n", found)
+    (snapshot,) = run.glob("launch/snapshots/*")
+    assert (snapshot / "code/GIT_COMMIT").read_text() == ""
+    assert (snapshot / "code/data_tools/cli.py").is_file()
+    assert not (snapshot / "code/stamo_dist/_shipped").exists()
+    for path in run.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert b"s3cret" not in content
+        assert head.strip().encode() not in content
+    copy = "import sys; sys.path.insert(0, sys.argv[1]); from stamo_dist.run import code; print(code.code_version())"
+    again = installed("-c", copy, snapshot / "code", at=tmp_path, program="python")
+    assert again.strip() == found.removeprefix("None ").removesuffix(" b''\n"), (
+        "the copy is known as what was installed"
+    )
