@@ -37,6 +37,7 @@ def merge(
         raise DataError("\n".join(damaged))
     splits: dict[str, Split] = dict(base.splits) if base else {}
     checksums: dict[str, str] = dict(base.checksums) if base else {}
+    prefixes = dict(base.prefixes) if base else {}
     for split in dict.fromkeys(part.split for part in work):
         parts = [part for part in work if part.split == split]
         before = splits.get(split, Split(episodes=0, frames=0))
@@ -52,11 +53,9 @@ def merge(
             sums = _merge_camera([part.folder / camera for part in parts], whole / split / camera, before.frames)
             checksums |= {f"{split}/{camera}/{shard}": value for shard, value in sums.items()}
         _replace(whole / split / EPISODES, "".join(f"{line}\n" for line in [*old, *lines]))
-        splits[split] = Split(episodes=len(old) + len(lines), frames=start)
-    prefixes = dict(base.prefixes) if base else {}
-    for split in {part.split for part in work} & set(splits):
-        for name in describing(plan, split, plan.cameras):
+        for name in describing(split, plan.cameras):
             prefixes[name] = prefix_of((whole / name).read_bytes(), name)
+        splits[split] = Split(episodes=len(old) + len(lines), frames=start)
     if not splits:
         raise DataError("\n".join(["no episode could be read:", *some(skipped)]))
     manifest = plan.model_copy(

@@ -138,7 +138,7 @@ def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
         lines = [f"{source.url}: {len(missing)} files of the source are missing:", *_some(missing)]
         raise DataError("\n".join(lines))
     for split in manifest.splits:
-        for name in describing(manifest, split, manifest.cameras):
+        for name in describing(split, manifest.cameras):
             check_content(content := source.read(name), name, manifest, f"{source.url}/{name}")
             if name in indexes:
                 _check_index(content, name, manifest, f"{source.url}/{name}")

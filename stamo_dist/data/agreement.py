@@ -23,7 +23,7 @@ def prefix_of(content: bytes, name: str) -> Prefix:
     return Prefix(nbytes=end, sha256=hashlib.sha256(content[:end]).hexdigest())
 
 
-def describing(manifest: Manifest, split: str, cameras: Iterable[str]) -> list[str]:
+def describing(split: str, cameras: Iterable[str]) -> list[str]:
     """Names of the files that describe these cameras of a split."""
     return [f"{split}/{EPISODES}", *(f"{split}/{camera}/{INDEX}" for camera in cameras)]
 

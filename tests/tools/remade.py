@@ -47,7 +47,7 @@ def remake(
     sums = {}
     for path in sorted(out.rglob("*.mds")):
         sums[path.relative_to(out).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    described = [name for split in manifest.splits for name in describing(manifest, split, manifest.cameras)]
+    described = [name for split in manifest.splits for name in describing(split, manifest.cameras)]
     prefixes = {name: prefix_of((out / name).read_bytes(), name) for name in described}
     changed = manifest.model_copy(update={"checksums": sums, "prefixes": prefixes, **manifest_changes})
     (out / MANIFEST).write_text(changed.model_dump_json(indent=2) + "\n")
