@@ -49,7 +49,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # Three workers on two cores: tests/slurm mostly waits; what else runs beside what is in tests/conftest.py.
-test: $(VENV)/.installed opengl slurm lint docs
+test: $(VENV)/.installed opengl maniskill slurm lint docs
 	$(BIN)/python -m pytest -n 3
 
 # The daily loop: no simulator, no Slurm, no run of several processes.
