@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stamo_dist.errors import RecipeError
 from stamo_dist.models import weights
 from stamo_dist.models.flow import TIMESTEPS
+from stamo_dist.models.joint_attention import JointAttention
 from stamo_dist.models.recompute import recompute_diffusers
 from stamo_dist.models.shards import StoredTensor, write
 from stamo_dist.models.weights import LoadReport
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
     def __init__(self, transformer: SD3Transformer2DModel, precondition: bool = False):
         super().__init__()
         self.transformer = transformer
+        transformer.set_attn_processor(JointAttention())  # type: ignore[arg-type]  # one of diffusers' own
         self.precondition = precondition
         self.report: LoadReport | None = None
         self._deferred: dict[str, StoredTensor] = {}

@@ -101,9 +101,9 @@ def test_checkpointing_and_batch_decide_the_activations() -> None:
     def activations(*settings: str) -> int:
         return plan(load(path, list(settings)).recipe, 8)[0].activations
 
-    small, large = (activations(f"train.micro_batch={n}", "train.gradient_checkpointing=false") for n in (2, 4))
+    small, large = (activations(f"train.micro_batch={n}", "train.gradient_checkpointing=false") for n in (16, 32))
     assert large == pytest.approx(2 * small, rel=0.1)
-    every, second = (activations("train.micro_batch=4", f"train.gradient_checkpointing={k}") for k in ("true", "2"))
+    every, second = (activations("train.micro_batch=32", f"train.gradient_checkpointing={k}") for k in ("true", "2"))
     assert every < 0.5 * large
     assert 1.3 * every < second < 0.75 * large
 
