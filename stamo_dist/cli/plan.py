@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stamo_dist.cli.options import Overrides
+from stamo_dist.cli.options import Overrides, RecipePath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +23,7 @@ _STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/policy_openvla_state.yaml.")],
+    recipe: RecipePath,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Devices in all.")] = 8,
     every: Annotated[bool, typer.Option("--all", help="Every strategy, not the recipe's alone.")] = False,
     serve: Annotated[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from stamo_dist.cli.options import RecipePath
 from stamo_dist.data.at_hand import is_remote
 from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.launch import checks
@@ -23,16 +26,49 @@ from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; VALUE is YAML. May be given several times."),
 ]
 
 
+@app.command("list")
+def list_() -> None:
+    """List what can be given by name: recipes, pipelines and fragments, of recipes/ here and what comes with stamo.
+
+    Example: stamo recipe list
+    """
+    from rich.table import Table
+
+    from stamo_dist.recipe.find import names
+    from stamo_dist.recipe.lines import shown
+    from stamo_dist.shipped import RECIPES
+    from stamo_dist.tables import Whole
+    from stamo_dist.tables import show as show_table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "file", "what it is"):
+        table.add_column(heading)
+    for name, path in names().items():
+        own = not path.resolve().is_relative_to(RECIPES)
+        table.add_row(name, shown(path) if own else "comes with stamo", _about(path))
+    show_table(Console(highlight=False), Whole(table))
+
+
+def _about(path: Path) -> str:
+    """The first sentence of its first comment."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    comment = " ".join(
+        line.lstrip("# ")
+        for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+        if not line.startswith("# yaml-language-server")
+    )
+    return re.split(r"(?<=[.:;]) ", comment)[0].rstrip(".:;")
+
+
 @app.command()
 def show(
-    recipe: RecipeArgument,
+    recipe: RecipePath,
     overrides: SetOption = None,
     lr: Annotated[bool, typer.Option("--lr", help="Draw the learning rate over the steps instead.")] = False,
     picture: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="With --lr: also as a picture.")] = None,
@@ -58,7 +94,7 @@ def show(
 
 @app.command()
 def check(
-    recipe: RecipeArgument,
+    recipe: RecipePath,
     overrides: SetOption = None,
     world_size: Annotated[
         int | None, typer.Option("--world-size", metavar="N", min=1, help="Check the batching on N processes too.")

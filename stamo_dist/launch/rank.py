@@ -16,6 +16,8 @@ if __name__ == "__main__":  # at once: a signal before the run can save would en
 from collections.abc import Mapping
 from pathlib import Path
 
+from stamo_dist.shipped import IS_WHEEL
+
 #: Set by the job: the folder for the logs, rank 0's log, and which start this is.
 RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"
 
@@ -72,7 +74,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] != ["train"]:  # other commands do not save and exit: a signal ends them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     entry = Path(__file__).resolve().parents[2] / "run.py"  # exists in a snapshot
-    module = [str(entry), "stamo_dist.cli"] if entry.is_file() else ["-m", "stamo_dist.cli"]
+    of_snapshot = entry.is_file() and not IS_WHEEL  # another package's run.py may lie beside a wheel
+    module = [str(entry), "stamo_dist.cli"] if of_snapshot else ["-m", "stamo_dist.cli"]
     os.execve(sys.executable, [sys.executable, *module, *arguments], env)
 
 

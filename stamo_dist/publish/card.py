@@ -95,7 +95,7 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportL
         *_lineage(run),
         "## Recipe",
         f"```yaml\n{run.resolved.read_text(encoding='utf-8').rstrip()}\n```",
-        f"Code: commit `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
+        f"Code: `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
         f"processes, {marker.precision}.",
     ]
     return "\n\n".join(parts) + "\n"

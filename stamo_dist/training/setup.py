@@ -37,7 +37,8 @@ from stamo_dist.recipe.difference import Change
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
-from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.code import code_version
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks import build_task, check_task
@@ -280,7 +281,7 @@ def _assemble(
     device = Device.current()
     flops = task.flops_per_sample() if device.peak_flops else None
     logger = RunLogger(recipe, start.loaded.resolved, run, world, mixture.sources, flops, state.step, guard=guard)
-    origin = Origin(fingerprint, recipe.train.precision, git_commit(), task.sources)
+    origin = Origin(fingerprint, recipe.train.precision, code_version(), task.sources)
     needed = start.evaluation.needed
     saver = Saver(run.checkpoints, engine, ema, recipe.train.checkpoint, origin, lease=start.lease, needed=needed)
     budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
