@@ -14,15 +14,18 @@ from stamo_dist.models.encoder import Encoder
 from stamo_dist.recipe import schema
 
 FORMAT = 1
+STATE_ENCODER = "state_encoder"
+"""Subfolder of a policy's export with the encoder half of the tokenizer that it sees through."""
 
 
 def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
-    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, from its own location.
+    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, from its own location if
+    the export lacks it.
 
     Raises:
         CheckpointError: files are missing or corrupt.
     """
-    if cfg.encoder.train:
+    if cfg.encoder.train or (encoder_weights is None and (root / "encoder").is_dir()):
         return Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
     source = {"weights": encoder_weights} if encoder_weights else {}
     return Encoder.from_config(cfg.encoder.model_copy(update=source))
