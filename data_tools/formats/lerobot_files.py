@@ -32,6 +32,8 @@ from stamo_dist.errors import DataError
 
 _NUMBER = re.compile(r"episode_(\d+)\.\w+$|chunk-(\d+)/(?:.*/)?file-(\d+)\.\w+$")
 _VIDEO_FOLDERS = ("videos", "video")
+#: The column of the episode table in which `stamo data export` keeps the names of episodes.
+EPISODE_NAME = "stamo/episode"
 #: The column of meta/tasks.parquet with the texts; pandas' index comes first.
 TASK_TEXTS = ("task", "__index_level_0__")
 #: Columns with one number a row.
@@ -66,6 +68,11 @@ class Listed:
     videos: Mapping[str, VideoWindow]  # by feature
     meta: Mapping[str, Any]
     fault: str = ""  # why it cannot be used; "" if it can
+
+
+def named(listed: Listed) -> str:
+    """An episode's name: the one that it had before `stamo data export`, else its number."""
+    return str(listed.meta.get(EPISODE_NAME) or f"episode_{listed.index:06d}")
 
 
 @dataclass(frozen=True)
