@@ -16,6 +16,7 @@ from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import ExportLayout
 from stamo_dist.tracking.metrics_file import last_metrics
+from stamo_dist.tracking.system import SYSTEM
 
 
 def model_card(
@@ -68,7 +69,11 @@ def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
     line = last_metrics(run.metrics, marker.state.step)
     if line is None:
         return "None were kept."
-    names = [k for k in line if isinstance(line[k], float) and not k.startswith(("samples", "data_wait", "comm_wait"))]
+    names = [
+        k
+        for k in line
+        if isinstance(line[k], float) and not k.startswith(("samples", "data_wait", "comm_wait", SYSTEM))
+    ]
     rows = [[name, f"{line[name]:.5g}"] for name in names]
     return f"In training, at step {line['step']}:\n\n" + _table(["", ""], rows)
 
