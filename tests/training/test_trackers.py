@@ -63,3 +63,17 @@ def test_wandb_leaves_nothing_in_the_system_s_temporary_folder(toy: SimpleNamesp
         assert 0 <= line["system/cpu"] <= 1
         assert 0 < line["system/memory"] < 1
         assert line["system/disk_free_gb"] > 0
+
+
+def test_a_policy_s_process_does_not_import_wandb(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, stamo_dist.models.openvla.policy\n"
+        "print('wandb' in sys.modules, flush=True)\nimport wandb\nos._exit(0)"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    alone = code.replace("import wandb\n", "")
+    done = subprocess.run([sys.executable, "-c", alone], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n", done.stderr
+    assert not list(tmp_path.glob("*wandb*"))
+    again = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert again.stdout == "False\n", "and it can be imported afterwards"
