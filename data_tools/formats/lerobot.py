@@ -21,12 +21,10 @@ from data_tools.formats import remarks
 from data_tools.formats.declared import Orientation, absolute_gripper, upright
 from data_tools.formats.lerobot_actions import LerobotActionOptions, action_spec, orientation
 from data_tools.formats.lerobot_files import (
-    EPISODE_NAME,
     Listed,
     VideoWindow,
     find_layout,
     median_step,
-    named,
     parquet_file,
     read_columns,
     read_tasks,
@@ -291,7 +289,7 @@ class LerobotReader(LerobotActionOptions):
         Raises:
             DataError: They differ by so much that one of them is wrong.
         """
-        known = (e for e in episodes if e.data is not None and not any(b.startswith(f"{named(e)}: ") for b in bad))
+        known = (e for e in episodes if e.data is not None and not any(b.startswith(f"{e.name}: ") for b in bad))
         if (first := next(known, None)) is None or first.data is None:
             return []
         try:
@@ -310,14 +308,14 @@ class LerobotReader(LerobotActionOptions):
 
     def _reference(self, listed: Listed, instruction: str, info: Info) -> EpisodeRef:
         return EpisodeRef(
-            id=named(listed),
+            id=listed.name,
             file=listed.data.relative_to(self.src).as_posix() if listed.data else "",
             key=str(listed.index),
             length=listed.length,
             task=instruction,
             instruction=instruction,
             split=next((name for name, members in info.splits.items() if listed.index in members), ""),
-            meta={k: v for k, v in listed.meta.items() if k != EPISODE_NAME},
+            meta=listed.meta,
             private={
                 "rows": listed.length,
                 "videos": {

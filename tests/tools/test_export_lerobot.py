@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy import make_source
@@ -17,6 +18,7 @@ pytest.importorskip("av", reason="needs the convert extra")
 from data_tools.convert.driver import convert
 from data_tools.export.episodes import walk
 from data_tools.export.lerobot import export_lerobot
+from data_tools.formats.lerobot import LerobotReader
 from data_tools.look.each_shard import store_at
 from stamo_dist.data.schema import EPISODES, partial_of, read_manifest
 from stamo_dist.errors import DataError
@@ -99,6 +101,17 @@ def test_a_source_comes_back(tmp_path: Path) -> None:
     tasks = pq.read_table(tmp_path / "lerobot/meta/tasks.parquet")
     assert tasks.to_pylist()[:2] == [{"task_index": 0, "task": "first"}, {"task_index": 1, "task": "then"}]
     assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
+
+
+def test_sets_put_together_are_named_by_number(tmp_path: Path) -> None:
+    export_lerobot(str(make_toy(tmp_path)), tmp_path / "lerobot", quiet=True)
+    (table,) = (tmp_path / "lerobot/meta/episodes").rglob("*.parquet")
+    rows = pq.read_table(table)
+    column = rows.column_names.index("stamo/episode")
+    pq.write_table(rows.set_column(column, "stamo/episode", pa.array(["toy-train-0"] * len(rows))), table)
+    scan = LerobotReader(tmp_path / "lerobot").scan()
+    assert [e.id for e in scan.episodes] == [f"episode_{i:06d}" for i in range(8)]
+    assert "episodes are named by number: stamo/episode has toy-train-0 twice" in scan.notes
 
 
 def test_official_episodes_come_back(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
