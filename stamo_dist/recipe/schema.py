@@ -137,11 +137,12 @@ class Flow(Section):
 
 
 class Tracking(Section):
-    """Weights & Biases. metrics.jsonl is written first and always."""
+    """Weights & Biases, TensorBoard. metrics.jsonl is written first and always."""
 
     wandb: Literal["off", "offline", "online"] = Field(
         "off", description="offline needs no key and can be synced later with `wandb sync`."
     )
+    tensorboard: bool = Field(False, description="Write RUN/tensorboard; needs the extra tensorboard.")
     project: str = Field("stamo-dist", description="W&B project.")
     entity: str | None = Field(None, description="W&B entity.")
     tags: list[str] = Field(default_factory=list, description="W&B tags.")

@@ -20,13 +20,14 @@ from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
 
 from stamo_dist.distributed.rank import free_port
 from stamo_dist.errors import CheckpointError, RecipeError
+from stamo_dist.export_layout import ExportLayout
 from stamo_dist.models.openvla import adapt, load
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
-from stamo_dist.models.openvla.save import save_pretrained
+from stamo_dist.models.openvla.save import PolicyParts, save_parts, save_pretrained
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
 from stamo_dist.recipe import schema
@@ -135,6 +136,18 @@ def test_the_official_code_s_files_are_there(folders: Callable[[str], Path]) -> 
     for name in set(index.values()):
         with safe_open(folder / name, "pt") as file:
             assert file.metadata()["format"] == "pt"  # without which transformers refuses the file
+
+
+def test_the_form_hf_is_safetensors_alone_and_comes_back(tmp_path: Path) -> None:
+    before, folder = make("oft"), tmp_path / "hf"
+    parts = PolicyParts(before.network, before.text, before.processor, before.statistics, before.framing)
+    save_parts(folder, parts, before.network.state_dict(), ExportLayout("hf"))
+    beside = {"action_head.safetensors", "proprio_projector.safetensors", "vision_backbone.safetensors"}
+    assert {p.name for p in folder.iterdir()} >= beside
+    assert not list(folder.rglob("*.pt"))
+    after = Policy.from_pretrained(folder).network.state_dict()
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(tensor, after[name]), name
 
 
 def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp_path: Path) -> None:
