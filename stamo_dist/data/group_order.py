@@ -141,5 +141,6 @@ class GroupOrder:
 def _random_order(seed: int, phase: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
     """A permutation for each of `count` batches of a phase, (count, size), that depends on the batch's number alone."""
     blocks = -(-size // 4)  # Philox yields four numbers per counter value
-    numbers = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, phase, 0, 0]).random_raw(count * blocks * 4)
+    generator = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, phase, 0, 0])
+    numbers = generator.random_raw(count * blocks * 4)
     return numbers.reshape(count, blocks * 4)[:, :size].argsort(axis=1, kind="stable")

@@ -199,12 +199,13 @@ class _RankShare:
     node: range
 
     def slots(self, order: SampleOrder, batch: int) -> NDArray[np.int64]:
-        """Slots of global batch number `batch` that the node's processes read, one after the other, in reading order."""
+        """Slots of global batch number `batch` that the node's processes read, process by process, in reading order."""
         groups = [0]
         while len(groups) < self.groups:  # ordered by halves, so that the sums of a step's groups form one binary tree
             groups = [k for first in groups for k in (first, first + len(groups))]
         shares = self.groups * self.world_size
-        return np.concatenate([order.share(rank + k * self.world_size, shares, batch) for rank in self.node for k in groups])
+        numbers = [rank + k * self.world_size for rank in self.node for k in groups]
+        return np.concatenate([order.share(number, shares, batch) for number in numbers])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Mixtures: from a recipe's sources to shards, and the sample at every position of the training stream.
 
-The stream is endless and belongs to the run, not to a rank: global batch n is its next B samples, on any number of
-processes; B may change at given steps. `Allocation` gives each source's number of samples and slots in a batch; `SourceLanes` which of
-the source's samples. Both compute any position directly, so a position is one number and memory does not grow with the
-data. (`Schedule` and `SourceOrder` do this in the order of groups.)
+The stream is endless and belongs to the run, not to a rank: its samples are global batch after global batch, of one size
+or of sizes that change at given steps, on any number of processes. `Allocation` gives each source's number of samples and
+slots in a batch; `SourceLanes` which of the source's samples. Both compute any position directly, so a position is one
+number and memory does not grow with the data. (`Schedule` and `SourceOrder` do this in the order of groups.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stamo_dist.data.shard_table import Shards
 from stamo_dist.data.sources import open_cache
 from stamo_dist.data.view import CameraView
 from stamo_dist.recipe.batch_sizes import BatchSizes
-from stamo_dist.recipe.data import Data
+from stamo_dist.recipe.data import Data, SourceConfig
 
 #: Fields of `data.shuffle` that determine each order; runs from before lanes existed have only the first order.
 GROUPS = {"enabled", "algorithm", "block_size"}
@@ -110,12 +110,13 @@ class Mixture:
         self.fingerprint = self._fingerprint(self.data, self.batches, self.schedule)
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Global batches `batch` up to `batch + count`, all slots or these; fewer at the end of the data or of a size."""
+        """Global batches `batch` up to `batch + count`, all slots or these; fewer at the end of the data or a size."""
         return self.order.plan(batch, count, slots)
 
     def fingerprint_with(self, weights: Mapping[str, Any], global_batch: int | Mapping[Any, int]) -> str:
         """The fingerprint with other weights of some of `sources`, all in use, and another global batch."""
-        changed = {name: self.data.sources[name].model_copy(update={"weight": w}) for name, w in weights.items()}
+        used = self.data.used
+        changed = {n: SourceConfig.model_validate({**used[n].model_dump(), "weight": w}) for n, w in weights.items()}
         data, sizes = self.data.model_copy(update={"sources": self.data.sources | changed}), BatchSizes.of(global_batch)
         return self._fingerprint(data, sizes, allocation_of(data, self.frames.tolist(), sizes))
 

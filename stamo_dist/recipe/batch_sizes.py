@@ -75,4 +75,4 @@ class BatchSizes:
 
     def __str__(self) -> str:
         first, *later = zip(self.starts, self.sizes, strict=True)
-        return ", ".join([str(first[1]), *(f"from step {at} on {size}" for at, size in later)])
+        return ", ".join([str(first[1]), *(f"{size} after step {at}" for at, size in later)])

@@ -22,9 +22,17 @@ class Batching(Section):
         """Virtual workers of one process."""
         return 1 if self.virtual is None else self.virtual // self.world_size
 
+    @property
+    def global_batch(self) -> int:
+        return self.world_size * self.per_rank
+
+    @property
+    def divisor(self) -> int:
+        """Number by which each loss is divided: with virtual workers gradients are summed over the processes."""
+        return self.accumulation * (self.world_size if self.virtual else 1)
+
     def __str__(self) -> str:
-        size = self.world_size * self.per_rank
-        return f"{size} = {self.world_size} × {self.accumulation} × {self.micro_batch}"
+        return f"{self.global_batch} = {self.world_size} × {self.accumulation} × {self.micro_batch}"
 
 
 def batchings(train: Train, world_size: int) -> list[Batching]:
@@ -34,9 +42,12 @@ def batchings(train: Train, world_size: int) -> list[Batching]:
         ValueError: `world_size` does not divide each global batch; the message lists the sizes that do.
     """
     sizes, virtual = train.batches, train.virtual_workers
-    if any(size % world_size for size in sizes.sizes):
+    for start, size in zip(sizes.starts, sizes.sizes, strict=True):
+        if not size % world_size:
+            continue
+        since = f" (after step {start})" if start else ""
         raise ValueError(
-            f"train.global_batch: {sizes} is not divisible by {world_size} processes; "
+            f"train.global_batch: {size}{since} is not divisible by {world_size} processes; "
             f"it runs on {', '.join(map(str, _divisors(gcd(*sizes.sizes))))}"
         )
     if virtual and virtual % world_size:

@@ -86,7 +86,7 @@ class ReportedRun:
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
         if best := Successes.read(self.folder.path).best:
             facts["best success"] = f"{best.success:.0f} % @ {best.step:,}"
-        facts["global batch"] = str(train.global_batch)
+        facts["global batch"] = str(train.batches)
         facts["strategy"] = f"{self.recipe.strategy.name}, {train.precision}"
         return facts
 

@@ -62,7 +62,7 @@ class RunLogger:
     def log_step(self, reduced: Reduced, state: RunState) -> None:
         """Log the step that ended in `state`."""
         train = self._recipe.train
-        rate = train.global_batch / reduced.seconds
+        rate = sum(reduced.counts) / reduced.seconds
         mfu = self._mfu(rate)
         good = math.isfinite(reduced.grad_norm)
         if self._file is not None and (reduced.step % train.log_every == 0 or not good):
