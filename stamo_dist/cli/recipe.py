@@ -88,7 +88,8 @@ def check(
         Text.assemble(("OK", "bold green"), f"  {recipe}: {r.stage}, {r.strategy.name}, run folder {r.run_dir}")
     )
     console.print(f"    sources   {shares}")
-    console.print(f"    schedule  {r.train.steps} steps × {r.train.batches} samples")
+    batch = str(r.train.batches) if len(r.train.batches.sizes) == 1 else f"({r.train.batches})"
+    console.print(f"    schedule  {r.train.steps} steps × {batch} samples")
     console.print("    processes  per process = micro-batch × accumulation", style="dim")
     shared = r.train.virtual_workers or gcd(*r.train.batches.sizes)
     sizes = [world_size] if world_size else [2**k for k in range(11) if shared % 2**k == 0]

@@ -1,7 +1,7 @@
 """Mixtures: from a recipe's sources to shards, and the sample at every position of the training stream.
 
-The stream is endless and belongs to the run, not to a rank: its samples are global batch after global batch, of one size
-or of sizes that change at given steps, on any number of processes. `Allocation` gives each source's number of samples and
+The stream is endless and belongs to the run, not to a rank: global batch after global batch, of one size or of sizes
+that change at given steps, the same on any number of processes. `Allocation` gives each source's number of samples and
 slots in a batch; `SourceLanes` which of the source's samples. Both compute any position directly, so a position is one
 number and memory does not grow with the data. (`Schedule` and `SourceOrder` do this in the order of groups.)
 """

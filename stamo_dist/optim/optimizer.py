@@ -27,21 +27,19 @@ class GroupRate:
 
 
 def rate_of(parameter: str, cfg: Optimizer) -> GroupRate:
-    """Of a parameter by its name; those without a rate of their own are called ""."""
+    """Of a parameter by its name: `lr_scale` gives those that begin alike their name and scale."""
     encodes = _encodes(parameter)
-    start = cfg.encoder_start if encodes else 0
+    name, scale = ("encoder", cfg.encoder_lr) if encodes else ("", 1.0)
     if fits := [prefix for prefix in cfg.lr_scale if parameter.startswith(prefix)]:
-        longest = max(fits, key=len)
-        return GroupRate(longest, cfg.lr_scale[longest], start)
-    scale = cfg.encoder_lr if encodes else 1.0
-    return GroupRate("encoder" if (scale, start) != (1.0, 0) else "", scale, start)
+        name = max(fits, key=len)
+        scale = cfg.lr_scale[name]
+    return GroupRate(name, scale, cfg.encoder_start if encodes else 0)
 
 
 def own_rates(module: nn.Module, cfg: Optimizer) -> list[GroupRate]:
-    """The rates that differ from the schedule's, one of each name."""
-    trained = (name for name, p in module.named_parameters() if p.requires_grad)
-    rates = {rate.name: rate for name in trained if (rate := rate_of(name, cfg)).name}
-    return [rates[name] for name in sorted(rates)]
+    """The rates of trained parameters that differ from the schedule's, one of each name."""
+    found = {rate_of(name, cfg) for name, p in module.named_parameters() if p.requires_grad}
+    return sorted((rate for rate in found if (rate.scale, rate.start) != (1.0, 0)), key=lambda rate: rate.name)
 
 
 def adamw(module: nn.Module, cfg: Optimizer) -> torch.optim.AdamW:

@@ -67,6 +67,8 @@ class RunLogger:
         good = math.isfinite(reduced.grad_norm)
         if self._file is not None and (reduced.step % train.log_every == 0 or not good):
             line = reduced.line(self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps)
+            if len(train.batches.sizes) > 1:
+                line["global_batch"] = sum(reduced.counts)
             line |= self._extra
             self._extra = {}
             if self._alarms is not None and (alarms := self._alarms.look(line)):

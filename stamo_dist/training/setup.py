@@ -317,7 +317,16 @@ def _assemble(
         batchings=checked.batchings,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, beat, divergence, *_device_hooks(start, device, logger), save],
+        hooks=[
+            *first,
+            hooks.BatchSizeHook(mixture.batches, logger),
+            evaluate,
+            log,
+            beat,
+            divergence,
+            *_device_hooks(start, device, logger),
+            save,
+        ],
         go_back=go_back,
     )
     if start.lease is not None:

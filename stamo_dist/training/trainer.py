@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,6 +16,7 @@ from stamo_dist.data.loader import Batch, Loader
 from stamo_dist.distributed.engine import Engine, Phase
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.optim.ema import EMA
+from stamo_dist.optim.optimizer import own_rates
 from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.schema import Recipe
@@ -39,7 +40,7 @@ class StepResult:
 
     batch: Batch
     sums: StepSums
-    lr: float
+    rates: Mapping[str, float]  # "lr", the schedule's, and lr/NAME of parameters with another one
     grad_norm: float  # over all processes, before clipping
 
     @property
@@ -89,6 +90,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._noise = Noise(self.recipe.seed)
+        self._own_rates = own_rates(self.task.trained, self.recipe.optimizer)
         self._batching = self.batchings[0]  # the engine's
         self._cold = True
         self.engine.on_phase = self._begin
@@ -136,7 +138,8 @@ class Trainer:
         assert grad_norm is not None, "the last micro-batch of a step must step the optimizer"
         if math.isfinite(grad_norm) and self.ema is not None:
             self.ema.update(update)
-        return StepResult(batch, sums, lr, grad_norm)
+        rates = {"lr": lr, **{f"lr/{own.name}": own.at(lr, update) for own in self._own_rates}}
+        return StepResult(batch, sums, rates, grad_norm)
 
     def _spread(self, samples: int) -> None:
         """Have the engine sum the micro-batches of a batch with so many samples on this process."""
