@@ -63,20 +63,27 @@ class RunFingerprint:
         data = changed - model
         other = saved_fingerprint != self.mixture and not self._same_until(samples, saved_fingerprint, saved)
         if other and MAY_CHANGE_DATA not in allowed:
-            self._refuse(where, "another mixture", data, saved, MAY_CHANGE_DATA)
+            batch = BatchSizes.of(saved.get(_BATCH, 1)).batches(samples)
+            later = f"; global batch and weights may change after step {batch}" if data & self._planned.keys() else ""
+            self._refuse(where, "another mixture", data, saved, f"{MAY_CHANGE_DATA}{later}")
         if model and _MODEL not in allowed:
             self._refuse(where, "another model", model, saved, _MODEL)
 
     def _same_until(self, samples: int, saved_fingerprint: str, saved: Mapping[str, Any]) -> bool:
         """Whether the first `samples` are the same, and only later weights and global batches are others."""
-        weights = {name: f"data.sources.{name}.weight" for name in sources_of(self.fields)}
-        planned = {_BATCH, *weights.values()}
-        if self.mixture_with is None or not planned <= saved.keys():
+        planned = self._planned
+        if self.mixture_with is None or not planned.keys() <= saved.keys():
             return False
         batch = BatchSizes.of(saved[_BATCH]).batches(samples)
-        if any(_until(batch, self.fields[name]) != _until(batch, saved[name]) for name in planned):
+        if any(_until(batch, self.fields[field]) != _until(batch, saved[field]) for field in planned):
             return False
-        return self.mixture_with({name: saved[f] for name, f in weights.items()}, saved[_BATCH]) == saved_fingerprint
+        weights = {source: saved[field] for field, source in planned.items() if source}
+        return self.mixture_with(weights, saved[_BATCH]) == saved_fingerprint
+
+    @property
+    def _planned(self) -> dict[str, str]:
+        """The fields that may change at given steps, and of weights the source."""
+        return {_BATCH: "", **{f"data.sources.{name}.weight": name for name in sources_of(self.fields)}}
 
     def _refuse(self, where: str, what: str, changed: set[str], saved: Mapping[str, Any], flag: str) -> None:
         lines = [f"{k}: {_short(saved.get(k))} → {_short(self.fields.get(k))}" for k in sorted(changed)]

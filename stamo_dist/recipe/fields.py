@@ -158,12 +158,10 @@ def _words(kind: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (list, tuple):
         return "a list" + (f" of {len(args)}" if origin is tuple else "") + f" ({_words(args[0])} each)"
-    by_step = origin is dict and _words(args[0]).startswith("a whole number")
     if isinstance(kind, type) and issubclass(kind, Section):
         return "a map"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a map"}
-    words = f"a map from steps ({_words(args[1])} each)" if by_step else names.get(origin or kind, "anything")
-    return words + _limits(metadata)
+    return names.get(origin or kind, "anything") + _limits(metadata)
 
 
 def _limits(metadata: tuple[Any, ...]) -> str:

@@ -19,6 +19,7 @@ from stamo_dist.recipe.data import Data, Shuffle
 
 SIZES = {0: 8, 5: 24, 11: 12}
 STEPS = 24
+BEGIN = Cursor()
 ORDERS = pytest.mark.parametrize("shuffle", [Shuffle(), Shuffle(order="groups"), Shuffle(enabled=False)], ids=str)
 WEIGHTS = pytest.mark.parametrize("weights", [2.0, {0: 2, 5: 1}, {0: 1, 4: 3, 13: 1}], ids=["one", "same", "other"])
 
@@ -75,9 +76,9 @@ def test_shares_are_within_two_samples_and_limits_are_exact() -> None:
     assert whole.sum() == capped.end > sum(limits) - sizes.at(sizes.batches(int(capped.end)))
 
 
-def batches(mixture: Mixture, world: int, cursor: Cursor = Cursor(), workers: int = 0) -> list[set[int]]:
+def batches(mixture: Mixture, world: int, cursor: Cursor = BEGIN) -> list[set[int]]:
     """The sets of samples of the global batches from a position to the last step."""
-    loaders = [build_loader(mixture, rank=r, world_size=world, cursor=cursor, workers=workers) for r in range(world)]
+    loaders = [build_loader(mixture, rank=r, world_size=world, cursor=cursor) for r in range(world)]
     left = STEPS - mixture.batches.batches(cursor.samples)
     found = []
     for number, shares in enumerate(islice(zip(*loaders, strict=True), left), STEPS - left):
