@@ -99,12 +99,12 @@ def expect(recipe: Recipe, devices: int, gpus: Iterable[GPU] = GPUS) -> list[Exp
     """
     if recipe.train.precision != "bf16":
         return []
-    spreads, made = batchings(recipe.train, devices), shapes(recipe)
+    return [step for spread in batchings(recipe.train, devices) for step in _expect(recipe, spread, gpus)]
+
+
+def _expect(recipe: Recipe, spread: Batching, gpus: Iterable[GPU]) -> list[Expected]:
+    made = shapes(recipe)  # anew for each: a trace changes the modules
     counted = Counted(made, bf16=True)
-    return [step for spread in spreads for step in _expect(recipe, made, counted, spread, gpus)]
-
-
-def _expect(recipe: Recipe, made: Shapes, counted: Counted, spread: Batching, gpus: Iterable[GPU]) -> list[Expected]:
     operators = _operators(made, spread.micro_batch)
     useful = spread.accumulation * sum(op.flops for op in operators if not op.again)
     if recipe.train.compile:

@@ -66,8 +66,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         text=merged.text,
         recipe=recipe,
         resolved=resolved,
-        provenance={field: written.get(field, "default") for field in leaves(resolved)},
+        provenance={field: _origin(field, written) for field in leaves(resolved)},
     )
+
+
+def _origin(field: str, written: Mapping[str, str]) -> str:
+    """The place of a value, of a map from steps also that of a step that the command line sets."""
+    steps = {place for name, place in written.items() if name.startswith(f"{field}.")}
+    return "--set" if "--set" in steps else written.get(field, "default")
 
 
 def dump(recipe: Recipe) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from stamo_dist.data.loader import Cursor, build_loader, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.data import Data, Shuffle
+from stamo_dist.run.state import RunState
+from stamo_dist.training.divergence import BadBatches
 
 SIZES = {0: 8, 5: 24, 11: 12}
 STEPS = 24
@@ -156,3 +160,16 @@ def test_the_first_frames_of_a_short_first_size(two: Callable[..., Data]) -> Non
     with build_loader(mixture, rank=0, world_size=1, cursor=Cursor()) as loader:
         expected = torch.cat([batch.images.clone() for batch in islice(loader, 3)])[:9]
     assert torch.equal(frames, expected)
+
+
+def test_bad_batches_are_left_out_over_a_change(two: Callable[..., Data], tmp_path: Path) -> None:
+    mixture = Mixture(two(), seed=0, global_batch=SIZES)
+    bad = BadBatches(tmp_path / "bad_batches.jsonl", mixture)
+    state = RunState(step=7, cursor=Cursor(mixture.batches.before(7)).to_dict(), bad_in_a_row=2)
+    bad.record(3, state)
+    lines = [json.loads(line) for line in bad.path.read_text().splitlines()]
+    assert [(line["batch"], line["step"], len(line["samples"])) for line in lines] == [
+        (3, 4, 8), (4, 5, 8), (5, 6, 24), (6, 7, 24),
+    ]  # fmt: skip
+    assert bad.after(Cursor(mixture.batches.before(3)).to_dict()) == state.cursor
+    assert bad.after(Cursor(mixture.batches.before(2)).to_dict()) == Cursor(mixture.batches.before(2)).to_dict()

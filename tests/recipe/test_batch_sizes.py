@@ -79,7 +79,9 @@ def test_a_map_from_steps_replaces_the_inherited_one(tmp_path):
     loaded = load(tmp_path / "r.yaml", ["data.sources.a.weight={0: 3}"])
     assert loaded.recipe.train.global_batch == {0: 4, 3: 8}
     assert loaded.recipe.data.sources["a"].weight == {0: 3}
-    assert load(tmp_path / "r.yaml", ["train.global_batch.3=16"]).recipe.train.global_batch == {0: 4, 3: 16}
+    one = load(tmp_path / "r.yaml", ["train.global_batch.3=16"])
+    assert one.recipe.train.global_batch == {0: 4, 3: 16}
+    assert one.provenance["train.global_batch"] == "--set"
     assert load(tmp_path / "r.yaml", ["train.global_batch=32"]).recipe.train.global_batch == 32
 
 
