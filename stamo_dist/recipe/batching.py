@@ -58,6 +58,12 @@ def batchings(train: Train, world_size: int) -> list[Batching]:
     return [_batching(train, size, world_size) for size in sizes.sizes]
 
 
+def described(train: Train, spreads: list[Batching]) -> str:
+    """All of `batchings` on one line."""
+    phases = zip(spreads, train.batches.starts, strict=True)
+    return ", ".join(f"{spread} after step {at}" if at else str(spread) for spread, at in phases)
+
+
 def batching(train: Train, world_size: int) -> Batching:
     """The first of `batchings`.
 

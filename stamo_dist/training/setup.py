@@ -32,7 +32,7 @@ from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.pretrained.pin import as_begun, moved, pin
-from stamo_dist.recipe.batching import Batching, batchings
+from stamo_dist.recipe.batching import Batching, batchings, described
 from stamo_dist.recipe.difference import Change
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
@@ -383,12 +383,10 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         sources=task.sources,
         changed=changed,
     )
-    phases = zip(checked.batchings, r.train.batches.starts, strict=True)
-    batches = [f"{spread} after step {at}" if at else str(spread) for spread, at in phases]
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
     logger.info(
         f"{r.name}: {r.strategy.name} {r.train.precision} on {world.size} × {Device.current().name}, "
-        f"global batch {', '.join(batches)}, "
+        f"global batch {described(r.train, checked.batchings)}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
     if start.changes:
