@@ -120,8 +120,10 @@ def dump_yaml(value: Any) -> str:
 
 
 def is_by_step(value: Any) -> bool:
-    """Whether a value is a map from steps, as text or numbers."""
-    return isinstance(value, Mapping) and bool(value) and all(str(n).lstrip("-").isdecimal() for n in value)
+    """Whether a value is a map from steps, as text or numbers, to values other than maps."""
+    if not isinstance(value, Mapping) or any(isinstance(inner, Mapping) for inner in value.values()):
+        return False
+    return bool(value) and all(str(name).lstrip("-").isdecimal() for name in value)
 
 
 def show_value(value: Any, limit: int = 60) -> str:
