@@ -72,7 +72,8 @@ def plan(
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for step in expected:
-        console.print(f"expected  {step.line}", soft_wrap=True)
+        of = f"{step.samples} samples on " if len(loaded.train.batches.sizes) > 1 else ""
+        console.print(f"expected  {of}{step.line}", soft_wrap=True)
     for note in first.notes:
         console.print(f"assumed  {note}", soft_wrap=True)
     for advice in loaded.strategy.advice(gpus):

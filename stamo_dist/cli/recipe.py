@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from math import gcd
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from stamo_dist.cli.options import RecipePath
 from stamo_dist.data.at_hand import is_remote
 from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.launch import checks
-from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.batching import batchings
 from stamo_dist.recipe.difference import differences
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
@@ -123,13 +124,15 @@ def check(
         Text.assemble(("OK", "bold green"), f"  {recipe}: {r.stage}, {r.strategy.name}, run folder {r.run_dir}")
     )
     console.print(f"    sources   {shares}")
-    console.print(f"    schedule  {r.train.steps} steps × {r.train.global_batch} samples")
+    batch = str(r.train.batches) if len(r.train.batches.sizes) == 1 else f"({r.train.batches})"
+    console.print(f"    schedule  {r.train.steps} steps × {batch} samples")
     console.print("    processes  per process = micro-batch × accumulation", style="dim")
-    shared = r.train.virtual_workers or r.train.global_batch
+    shared = r.train.virtual_workers or gcd(*r.train.batches.sizes)
     sizes = [world_size] if world_size else [2**k for k in range(11) if shared % 2**k == 0]
     for size in sizes:
-        b = batching(r.train, size)
-        console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
+        for b, since in zip(batchings(r.train, size), r.train.batches.starts, strict=True):
+            when = f"  after step {since}" if since else ""
+            console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}{when}")
     absent = [f"{field}: {what}: {fix}" for field, what, fix in looked.to_download]
     for line in [*r.strategy.advice(world_size or 1), *looked.notes, *absent, *looked.advice]:
         console.print(f"    {line}")

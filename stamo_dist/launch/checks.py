@@ -62,7 +62,7 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
     if not fits or (least == most and problems):
         raise RecipeError(problems[-1:])
     unused = sorted(set(range(least, most + 1)) - set(fits))
-    batch, per_node = loaded.recipe.train.global_batch, profile.processes
+    batch, per_node = loaded.recipe.train.batches, profile.processes
     notes = [
         f"with {nodes} nodes it uses {max((n for n in fits if n < nodes), default=0)} of them: {nodes * per_node} "
         f"processes do not divide train.global_batch {batch}"

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stamo_dist.faults.heartbeats import heartbeat_of_main
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
@@ -70,7 +71,9 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     lines = list(islice(newest, _WINDOW))[::-1]
     step_seconds = _step_seconds(lines)
     last = lines[-1] if lines else {}
-    batch = train.get("global_batch")
+    batch = None
+    if "global_batch" in train:
+        batch = BatchSizes.of(train["global_batch"]).at(max(0, last.get("step", 1) - 1))
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
     losses = [value for line in lines if (value := _loss(line)) is not None]
     mean = sum(losses) / len(losses) if losses else None

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from stamo_dist.paths import canonical
 from stamo_dist.recipe.find import closest, find_recipe, shipped_recipe
-from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
+from stamo_dist.recipe.lines import Key, Layer, is_by_step, located, read_file, read_override, shown
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Merged(Layer):
         self.whole &= () not in layer.unread
         _clear_clashes(self.value, layer.value)
         self._remove_sources(layer)
+        self._remove_steps(layer)
         merged = OmegaConf.merge(OmegaConf.create(self.value), OmegaConf.create(layer.value))
         self.value = OmegaConf.to_container(merged)  # type: ignore[assignment]
         for key, place in layer.places.items():
@@ -53,6 +54,14 @@ class Merged(Layer):
             del sources[name], layer.places[key]
             for old in [k for k in self.places if k[:3] == key]:
                 del self.places[old]
+
+    def _remove_steps(self, layer: Layer) -> None:
+        """A map from steps, such as a weight that changes, replaces the inherited one; they are not merged."""
+        for key in layer.places:
+            if is_by_step(value_at(layer.value, key)) and is_by_step(value_at(self.value, key)):
+                del value_at(self.value, key[:-1])[key[-1]]
+                for old in [k for k in self.places if k[: len(key)] == key]:
+                    del self.places[old]
 
 
 def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:

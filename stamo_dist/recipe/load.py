@@ -10,7 +10,7 @@ from typing import Any
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.layers import merge
-from stamo_dist.recipe.lines import dotted, dump_yaml
+from stamo_dist.recipe.lines import dotted, dump_yaml, is_by_step
 from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.recipe.validate import validate
@@ -70,8 +70,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         text=merged.text,
         recipe=recipe,
         resolved=resolved,
-        provenance={field: written.get(field, "default") for field in leaves(resolved)},
+        provenance={field: _origin(field, written) for field in leaves(resolved)},
     )
+
+
+def _origin(field: str, written: Mapping[str, str]) -> str:
+    """The place of a value, of a map from steps also that of a step that the command line sets."""
+    steps = {place for name, place in written.items() if name.startswith(f"{field}.")}
+    return "--set" if "--set" in steps else written.get(field, "default")
 
 
 def dump(recipe: Recipe) -> str:
@@ -85,8 +91,9 @@ def _by_line(problem: str) -> tuple[bool, str, int]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in a tree of maps; lists and empty maps count as values."""
+    """Dotted names of the values in a tree of maps; lists, empty maps and maps from steps count as values."""
     names: list[str] = []
     for name, value in tree.items():
-        names += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+        inner = isinstance(value, dict) and bool(value) and not is_by_step(value)
+        names += leaves(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names

@@ -68,11 +68,13 @@ class RunLogger:
     def log_step(self, reduced: Reduced, state: RunState) -> None:
         """Log the step that ended in `state`."""
         train = self._recipe.train
-        rate = train.global_batch / reduced.seconds
+        rate = sum(reduced.counts) / reduced.seconds
         mfu = self._mfu(rate)
         good = math.isfinite(reduced.grad_norm)
         if self._file is not None and (reduced.step % train.log_every == 0 or not good):
             line = reduced.line(self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps)
+            if len(train.batches.sizes) > 1:
+                line["global_batch"] = sum(reduced.counts)
             line |= self._extra | (self._system.look() if self._system is not None else {})
             self._extra = {}
             if self._alarms is not None and (alarms := self._alarms.look(line)):

@@ -195,7 +195,7 @@ def result(value: float) -> StepSums:
 
 def test_metrics_are_read_a_step_late_and_nobody_waits(gpu: FakeGpu) -> None:
     reducer, times = Reducer(gpu, 0, 1), StepTimes(2.0, 0.25, 1.0, 0.125)
-    reducer.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    reducer.put(1, result(3.0), grad_norm=1.0, rates={"lr": 0.1}, times=times)
     assert gpu.cuda.said["pin"] == 2, "one up, one down"
     assert gpu.cuda.said["Event.synchronize"] == 0
     reduced = reducer.take()
@@ -208,7 +208,7 @@ def test_metrics_are_read_a_step_late_and_nobody_waits(gpu: FakeGpu) -> None:
     assert {k: line[k] for k in ("mfu", "peak_gb", "reserved_gb")} == {"mfu": 0.4, "peak_gb": 3.0, "reserved_gb": 4.0}
     assert "comm_wait" not in line, "one process waits for none"
     on_cpu = Reducer(CPU, 0, 1)
-    on_cpu.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    on_cpu.put(1, result(3.0), grad_norm=1.0, rates={"lr": 0.1}, times=times)
     reduced = on_cpu.take()
     assert reduced is not None
     assert "peak_gb" not in reduced.line(["a"], rate=2.0, seconds=2.0, mfu=None, bad_steps=0)

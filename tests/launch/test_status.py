@@ -85,6 +85,14 @@ def test_progress_from_the_folder(tmp_path):
     assert "no name of a run; `stamo runs` lists" in stamo("status", "another", code=2)
 
 
+@pytest.mark.parametrize(("batch", "rate"), [("{0: 64, 12: 8}", 128), ("{'0': 64, '11': 8}", 16)])
+def test_the_speed_of_a_batch_that_changes(tmp_path, batch, rate):
+    run = started(tmp_path / "run")
+    (run / "resolved.yaml").write_text(f"name: run\ntrain: {{steps: 50, global_batch: {batch}}}\n")
+    found = json.loads(stamo("status", run, "--json").removesuffix("set()\n"))[0]
+    assert found["samples_per_second"] == pytest.approx(rate)
+
+
 def test_where_the_time_and_the_memory_go(tmp_path):
     run = started(tmp_path / "run")
     last = {
