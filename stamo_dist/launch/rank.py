@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 
 if __name__ == "__main__":  # at once: a signal before the run can save would end it; the mask is inherited over exec
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
@@ -27,7 +28,9 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """
     node = int(slurm["SLURM_NODEID"])
     per_node = _expand(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
-    port = 20000 + int(slurm["SLURM_JOB_ID"]) % 20000
+    # Below the ports that connections are given; jobs of the same number of two clusters may share a node.
+    start = "/".join(slurm.get(f"SLURM_{name}", "") for name in ("CLUSTER_NAME", "JOB_ID", "RESTART_COUNT"))
+    port = 10000 + zlib.crc32(start.encode()) % 20000
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm.get("SLURM_STEP_NUM_TASKS") or slurm["SLURM_NTASKS"],

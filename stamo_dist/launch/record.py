@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -157,10 +158,29 @@ def read(run: str | Path) -> Launch:
 
 
 def record(run: str | Path, event: Event) -> None:
-    """Append one event."""
+    """Append one event.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     where = folder(run)
     where.mkdir(parents=True, exist_ok=True)
     append_line(where / "events.jsonl", json.dumps({"time": event.time, **asdict(event)}))
+
+
+def unwritable(run: str | Path) -> str:
+    """Why nothing can be written into the run folder, and the way out; "" if something can."""
+    probe = folder(run) / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(4096))
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "make room" if full else "make it writable"
+        return f"{run} cannot be written ({e.strerror}): {way}, then `stamo resume {run}`"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return ""
 
 
 def newest_first(run: str | Path) -> Iterator[Event]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stamo_dist.faults.heartbeats import heartbeat_of_main
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
@@ -90,7 +91,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         saved=saved,
         owner=owner,
         silence=silence,
-        exported=(run / "model").is_dir(),
+        exported=_exported(run, checkpoint),
         phase=_phase(run),
         terms=terms,
         alarm=next((alarm_text(line) for line in reversed(lines) if line.get("alarms")), ""),
@@ -114,6 +115,12 @@ def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
 
 def age(stamp: float | None) -> float | None:
     return None if stamp is None else max(0.0, time.time() - stamp)
+
+
+def _exported(run: Path, checkpoint: int | None) -> bool:
+    """Whether the model of the newest checkpoint is exported; runs of earlier versions do not name its step."""
+    step = RunFolder(run).exported_step
+    return (run / "model").is_dir() and (step is None or step >= (checkpoint or 0))
 
 
 def _phase(run: Path) -> str:

@@ -17,7 +17,9 @@ from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, supervise
-from stamo_dist.launch.job import newest_step, step
+from stamo_dist.launch.ends import newest_step
+from stamo_dist.launch.grace import too_short
+from stamo_dist.launch.job import step
 from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
 from stamo_dist.launch.record import (
     Event,
@@ -147,6 +149,9 @@ def ask(
         _Sbatch(order).test()
     if loaded is not None and trains and profile.backend == "slurm":
         order = replace(order, loaded=_with_grace(loaded, grace))
+        often = loaded.recipe.train.checkpoint
+        warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
+        notes += [warning] if warning else []
     return order
 
 

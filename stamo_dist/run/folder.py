@@ -19,6 +19,7 @@ their place (`.foreign`) and, during truncation, lines to keep (`.kept`).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -63,10 +64,15 @@ def append_line(path: Path, line: str) -> None:
     """Add a line in one write, of less than a page, so that lines of several processes do not mix.
 
     A torn last line is terminated first, so that only that line is lost.
+
+    Raises:
+        OSError: It could not be written whole.
     """
     with path.open("ab+", buffering=0) as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
-        f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n")
+        data = b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n"
+        if f.write(data) != len(data):  # a disk that becomes full takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import reserve_port
 from stamo_dist.errors import CheckpointError, RecipeError
 from stamo_dist.models.openvla import adapt, load
 from stamo_dist.models.openvla.actions import Statistics
@@ -200,7 +200,7 @@ def _rank(rank: int, port: int, source: str, out: str) -> None:
 
 def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_path: Path) -> None:
     source = folders("openvla")
-    mp.start_processes(_rank, (free_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, (reserve_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
     sharded = load_file(tmp_path / "whole.safetensors")
     cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")
