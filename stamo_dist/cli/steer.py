@@ -37,6 +37,8 @@ def cancel(path: Path) -> str:
             way = f"; `kill {owner.pid}` on {owner.node} has it save and end" if owner else ""
             raise RunError(f"{path}: cannot be written ({e.strerror}), so it goes on{way}") from e
         return f"{run.name}: it saves, leaves and is not started again"
+    if run.state.word == "unknown" and (found := slurm.jobs([launch.job])) and not any(job.active for job in found):
+        return f"{run.name}: nothing to cancel, Slurm says that job {launch.job} is {found[0].state.lower()}"
     slurm.cancel(launch.job)
     note = ""
     try:  # after scancel: if that is refused, nothing changes

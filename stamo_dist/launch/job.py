@@ -122,6 +122,7 @@ class Job:
         if srun is None:
             self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
             return 2
+        self._adopt()
         self._note_what_slurm_did()
         if exports:
             self._tell("started", nodes=self.nodes[:1], world_size=1)
@@ -160,6 +161,16 @@ class Job:
         alone = replace(self.launch, command=["export", str(self.run)], processes_per_node=1)
         code = self._srun(step(alone, self.nodes[:1], srun=srun))
         return code if code in (0, EXIT_PREEMPTED) else EXIT_NOT_EXPORTED
+
+    def _adopt(self) -> None:
+        """Record this job, if whoever queued it did not hear of it because Slurm did not answer."""
+        mine = self.id if self.launch.tasks == 1 else self.id.partition("_")[0]
+        if mine not in self.launch.job_ids and not self.restart:
+            self.launch.job_ids.append(mine)
+            try:
+                self.launch.write()
+            except OSError as e:
+                self._say(f"job {self.id}: could not be recorded ({e.strerror})")
 
     def _note_what_slurm_did(self) -> None:
         """Record a node failure of the previous start, which could not do so itself."""

@@ -134,6 +134,12 @@ def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[S
     return [job for job in found if job.id in wanted or job.id.partition("_")[0] in wanted]
 
 
+def commented(text: str) -> str | None:
+    """The id of the job that was submitted with this comment, None without one."""
+    lines = run("squeue", "--noheader", "--states=all", "--format=%A|%k").splitlines()
+    return next((line.partition("|")[0] for line in lines if line.partition("|")[2] == text), None)
+
+
 def details(job: str) -> dict[str, str]:
     """The output of `scontrol show job`, by Slurm's names; empty if the job is no longer known."""
     try:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from stamo_dist.launch.record import (
     task_log,
 )
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.run.folder import write_atomic
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
 
@@ -261,8 +263,8 @@ def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
-    order.launch.write()  # written before queueing: the job may start before sbatch returns
     record(run, Event("submitted", step=newest_step(run)))
+    order.launch.write()  # written before queueing: the job may start before sbatch returns
     return order
 
 
@@ -334,7 +336,15 @@ class _Sbatch(SlurmExecutor):
         Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f".{os.getpid()}.sh"
         file.write_text(self.text())
-        job = str(self._get_job_id_from_submission_command(self._sbatch(str(file))))
+        token = f"stamo-{uuid.uuid4().hex}"
+        mark = [] if "comment" in self.order.profile.sbatch else [f"--comment={token}"]
+        try:
+            job = str(self._get_job_id_from_submission_command(self._sbatch(*mark, str(file))))
+        except slurm.SlurmAwayError:  # it may have been queued all the same
+            found = slurm.commented(token) if mark else None
+            if found is None:
+                raise
+            job = found
         file.rename(self.folder / f"{job}.sh")
         return job
 
@@ -342,7 +352,7 @@ class _Sbatch(SlurmExecutor):
         try:
             return slurm.run("sbatch", *words, stdin=stdin)
         except slurm.SlurmError as e:
-            raise slurm.SlurmError(checks.hinted(str(e), self.order.profile)) from None
+            raise type(e)(checks.hinted(str(e), self.order.profile)) from None
 
     @property
     def _command(self) -> str:
@@ -369,19 +379,26 @@ def _cpus(order: JobOrder) -> int:
 
 @contextlib.contextmanager
 def _nothing_left(run: Path) -> Iterator[None]:
-    """Undo written files if the block fails."""
+    """Undo written files if the block fails, also where the disk has become full."""
     made = next((p for p in [*reversed(run.parents), run] if not p.exists()), None)
-    files = [folder(run) / "launch.json", folder(run) / "events.jsonl"]
-    before = {file: file.read_bytes() if file.is_file() else None for file in files}
+    record_file, log = folder(run) / "launch.json", folder(run) / "events.jsonl"
     snapshots = set((folder(run) / "snapshots").glob("*"))
+    before = record_file.read_text() if record_file.is_file() else None
+    size = log.stat().st_size if log.is_file() else None
     try:
         yield
-    except BaseException:
+    except BaseException as e:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
         else:
             for taken in set((folder(run) / "snapshots").glob("*")) - snapshots:
                 shutil.rmtree(taken, ignore_errors=True)
-            for file, content in before.items():
-                file.unlink(missing_ok=True) if content is None else file.write_bytes(content)
+            with contextlib.suppress(FileNotFoundError):
+                log.unlink() if size is None else os.truncate(log, size)
+            if before is None:
+                record_file.unlink(missing_ok=True)
+            elif record_file.read_text() != before:
+                write_atomic(record_file, before)
+        if isinstance(e, OSError):
+            raise RunError(f"run_dir: {run} cannot be written ({e.strerror}); make room, or make it writable") from e
         raise
