@@ -52,6 +52,11 @@ _REASONS = {
     "QOSNotAllowed": "the partition does not take the QOS",
     "launch failed requeued held": "it could not be started and is held; `scontrol release` lets it go",
 }
+#: How Slurm 22.05 words some of them.
+_WORDED = {
+    "Job's account not permitted": "AccountNotAllowed",
+    "Job's QOS not permitted": "QOSNotAllowed",
+}
 #: Of these, those that no time mends.
 _NEVER = frozenset({
     "PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed",
@@ -222,6 +227,7 @@ def _unwatched(progress: Progress, last: Event | None, *, asked: bool) -> State:
 def _waiting(job: SlurmJob, now: datetime) -> str:
     reason = job.reason if job.reason != "None" else ""
     plain = reason.partition(",")[0].strip("()")
+    plain = next((name for words, name in _WORDED.items() if reason.startswith(words)), plain)
     known = _REASONS.get(plain) or _REASONS.get(reason.strip("()"))
     text = known or reason.replace("_", " ")
     if plain in _NEVER:

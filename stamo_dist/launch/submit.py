@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,8 +32,8 @@ from stamo_dist.launch.record import (
     take_snapshot,
     task_log,
 )
+from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Loaded, load
-from stamo_dist.run.folder import write_atomic
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
 
@@ -258,7 +257,7 @@ def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
         return replace(members[0], members=members)
     launch, run = order.launch, Path(order.launch.run_dir)
     before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
-    stack.enter_context(_nothing_left(run))
+    stack.enter_context(nothing_left(run))
     taken = str(take_snapshot(run, order.loaded)) if launch.snapshot is None else launch.snapshot
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
@@ -375,30 +374,3 @@ def _log(order: JobOrder) -> str:
 
 def _cpus(order: JobOrder) -> int:
     return order.profile.cpus_per_gpu * order.launch.processes_per_node
-
-
-@contextlib.contextmanager
-def _nothing_left(run: Path) -> Iterator[None]:
-    """Undo written files if the block fails, also where the disk has become full."""
-    made = next((p for p in [*reversed(run.parents), run] if not p.exists()), None)
-    record_file, log = folder(run) / "launch.json", folder(run) / "events.jsonl"
-    snapshots = set((folder(run) / "snapshots").glob("*"))
-    before = record_file.read_text() if record_file.is_file() else None
-    size = log.stat().st_size if log.is_file() else None
-    try:
-        yield
-    except BaseException as e:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        else:
-            for taken in set((folder(run) / "snapshots").glob("*")) - snapshots:
-                shutil.rmtree(taken, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                log.unlink() if size is None else os.truncate(log, size)
-            if before is None:
-                record_file.unlink(missing_ok=True)
-            elif record_file.read_text() != before:
-                write_atomic(record_file, before)
-        if isinstance(e, OSError):
-            raise RunError(f"run_dir: {run} cannot be written ({e.strerror}); make room, or make it writable") from e
-        raise

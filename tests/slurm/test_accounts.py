@@ -89,7 +89,7 @@ def test_status_where_accounting_is_on(accounted, submit, tmp_path):
     assert (run["state"], "held" in run["detail"]) == ("queued", True)
     accounted.run("scontrol", "update", f"JobId={run['job']}", "Partition=staff")
     accounted.run("scontrol", "release", run["job"])
-    accounted.until(lambda: "AccountNotAllowed" in accounted.run("squeue", "-h", "-o", "%r"), 30)
+    accounted.until(lambda: "account not permitted" in accounted.run("squeue", "-h", "-o", "%r"), 30)
     [run] = json.loads(submit("status", tmp_path / "run", "--json").stdout)
     assert run["detail"].startswith("it never starts so: the partition does not take the account")
     assert submit("cancel", tmp_path / "run").returncode == 0
