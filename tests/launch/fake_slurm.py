@@ -134,7 +134,7 @@ class FakeSlurm:
     def end(self, job: FakeJob) -> None:
         """A user ends it."""
         job.cancelled = True
-        job.state = "COMPLETING" if job.state in ("RUNNING", "COMPLETING") or job.busy else "CANCELLED"
+        job.state = "COMPLETING" if job.state == "RUNNING" or job.busy else "CANCELLED"
 
     def _sbatch(self, *words: str) -> str:
         if "--test-only" in words:
@@ -178,6 +178,9 @@ class FakeSlurm:
         job = self.jobs.get(words[-1])
         if job is None:
             raise ValueError(f"scancel: error: Kill job error on job id {words[-1]}: Invalid job id specified")
-        if job.state not in ENDED:
-            self.end(job)
+        if job.state in ENDED or job.state == "COMPLETING":
+            raise ValueError(
+                f"scancel: error: Kill job error on job id {job.id}: Job/step already completing or completed"
+            )
+        self.end(job)
         return ""

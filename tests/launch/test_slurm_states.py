@@ -19,7 +19,7 @@ from unittest import mock
 from fake_slurm import ENDED, FakeJob, FakeSlurm, Script
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from stamo_dist.cli import steer
 from stamo_dist.errors import StamoError
@@ -149,7 +149,79 @@ class SlurmFaults(RuleBasedStateMachine):
             script.join()
             self.slurm.settle(self.job)
 
-    # What people do --------------------------------------------------------------------------------------------------
+    # What hypothesis chooses from: people and faults are no more frequent than what the job does.
+
+    @rule()
+    def on(self) -> None:
+        """The job goes on by itself."""
+        if self.job.state == "PENDING" and not self.job.busy:
+            self.start()
+        elif self._at == "sleep":
+            self._drive()
+        elif self._at == "srun" and self.job.state == "RUNNING":
+            self.train(1, save=False)
+
+    @rule(steps=st.integers(1, STEPS), save=st.booleans())
+    def far(self, steps: int, save: bool) -> None:
+        if self._at == "srun" and self.job.state == "RUNNING":
+            self.train(steps, save)
+
+    @rule(how=st.sampled_from(["time limit", "preemption", "user", "node", "request", "crash", "refusal"]))
+    def stops(self, how: str) -> None:
+        """What ends a start."""
+        if not self.job.busy or self.job.state != "RUNNING":
+            return
+        if how == "time limit":
+            self.time_limit()
+        elif how == "preemption":
+            self.slurm.again(self.job)
+        elif how == "user":
+            self.scancel()
+        elif how == "node":
+            self.node_fails()
+        elif self._at == "srun" and how == "request":
+            self.leave(killed_after=False)
+        elif self._at == "srun":
+            self.crash(1 if how == "crash" else 2)
+
+    @rule(how=st.sampled_from(["saved", "saved, no time for a word", "gave up", "killed", "nothing left"]))
+    def ended(self, how: str) -> None:
+        """What is left of a start's processes when Slurm, or a request, has ended it."""
+        if self._at != "srun":
+            return
+        if how.startswith("saved"):
+            self.leave(killed_after="," in how)
+        elif self.job.state != "RUNNING":
+            self.killed_before_it_has_saved({"gave up": 0, "killed": 137, "nothing left": -9}[how])
+
+    @rule(do=st.sampled_from(["cancel", "resume", "scancel", "hold", "release"]))
+    def person(self, do: str) -> None:
+        if do in ("hold", "release"):
+            if self.job.state == "PENDING":
+                self.job.reason = "JobHeldUser" if do == "hold" else "None"
+        else:
+            getattr(self, do)()
+
+    @rule(
+        what=st.sampled_from([
+            "away", "away", "back", "slow", "forgets", "no room", "read-only", "room", "torn line", "clock back",
+            "clock ahead",
+        ])
+    )  # fmt: skip
+    def fault(self, what: str) -> None:
+        if what in ("away", "back"):
+            self.slurm.away = what == "away"
+        elif what == "slow":
+            self.slurm.slow = True
+        elif what in ("no room", "read-only", "room"):
+            self.full = {"no room": errno.ENOSPC, "read-only": errno.EROFS}.get(what, 0)
+        elif what == "torn line":
+            self.torn_line()
+        elif what == "forgets":
+            if self.job.state in ENDED and not self.job.busy:
+                self.forget()
+        else:
+            self.clock_jumps(-3600.0 if what == "clock back" else 3600.0)
 
     @initialize()
     def submit(self) -> None:
@@ -159,7 +231,8 @@ class SlurmFaults(RuleBasedStateMachine):
         submit.submit(JobOrder(replace(launch, max_restarts=MAX_RESTARTS), profile))
         (self.run / "resolved.yaml").write_text(f"name: toy\ntrain: {{steps: {STEPS}, global_batch: 4}}\n")
 
-    @rule()
+    # What people do --------------------------------------------------------------------------------------------------
+
     def cancel(self) -> None:
         before, busy = self._bytes(), self.job.state not in ENDED
         try:
@@ -173,7 +246,6 @@ class SlurmFaults(RuleBasedStateMachine):
                 assert self.job.cancelled
         self.may_end |= self.job.cancelled
 
-    @rule()
     def resume(self) -> None:
         before, ended, jobs = self._bytes(), self.job.state in ENDED, len(self.slurm.jobs)
         try:
@@ -186,27 +258,14 @@ class SlurmFaults(RuleBasedStateMachine):
         assert not self._finished
         self.may_end, self.stall = False, 0
 
-    @rule()
     def scancel(self) -> None:
         """By another than `stamo cancel`."""
-        if self.job.state not in ENDED and self.job.id in self.slurm.jobs:
+        if self.job.state in ("PENDING", "RUNNING"):
             self.slurm.end(self.job)
             self.may_end = True
 
-    @precondition(lambda self: self.job.state == "RUNNING" and self.job.id in self.slurm.jobs)
-    @rule()
-    def requeue_by_hand_or_preemption(self) -> None:
-        self.slurm.again(self.job)
-
-    @precondition(lambda self: self.job.state == "PENDING")
-    @rule(reason=st.sampled_from(["JobHeldUser", "Resources", "None"]))
-    def hold_or_release(self, reason: str) -> None:
-        self.job.reason = reason
-
     # What the job does -----------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.job.state == "PENDING" and not self.job.busy and not self.slurm.away)
-    @rule()
     def start(self) -> None:
         job = self.job
         if job.reason == "JobHeldUser":
@@ -222,8 +281,6 @@ class SlurmFaults(RuleBasedStateMachine):
             self.may_end = True
             self._drive(2)
 
-    @precondition(lambda self: self._at == "srun" and self.job.state == "RUNNING" and not self.full)
-    @rule(steps=st.integers(1, 3), save=st.booleans())
     def train(self, steps: int, save: bool) -> None:
         self.step = min(STEPS, self.step + steps)
         with (self.run / "metrics.jsonl").open("a") as f:
@@ -236,79 +293,42 @@ class SlurmFaults(RuleBasedStateMachine):
             (self.run / "exported.json").write_text(json.dumps({"step": STEPS}))
             self._drive(0)
 
-    @precondition(lambda self: self._at == "srun")
-    @rule(killed_after=st.booleans())
     def leave(self, killed_after: bool) -> None:
         """Asked to stop, it saves; `killed_after`: with KillWait=0 its requeue is the script's last word."""
         self._script.kill_after_requeue = killed_after
         self._save()
         self._drive(EXIT_PREEMPTED)
 
-    @precondition(lambda self: self._at == "srun" and self.job.state != "RUNNING")
-    @rule(code=st.sampled_from([0, 137, -9]))
     def killed_before_it_has_saved(self, code: int) -> None:
         """srun gives up with code 0, or says Killed; or nothing is left that could say anything."""
         self.may_end |= code == -9 and self.job.state == "COMPLETING"
         self._drive(code)
 
-    @precondition(lambda self: self._at == "srun" and self.job.state == "RUNNING")
-    @rule(code=st.sampled_from([1, 2]))
     def crash(self, code: int) -> None:
         self.may_end |= code == 2 or bool(self.full)
         self._drive(code)
 
-    @precondition(lambda self: self.job.state == "RUNNING" and self.job.busy)
-    @rule()
     def time_limit(self) -> None:
         self.job.state, self.job.late = "COMPLETING", True
         if self._at == "sleep":  # it asked for a requeue as long as it could
             self.may_end = True
             self._drive(-9)
 
-    @precondition(lambda self: self.job.state == "COMPLETING" and self.job.late and self.job.busy)
-    @rule()
-    def killed_at_the_time_limit(self) -> None:
-        self.may_end = True
-        self._drive(-9)
-
-    @precondition(lambda self: self._at == "sleep")
-    @rule()
-    def ask_again(self) -> None:
-        self._drive()
-
-    @precondition(lambda self: self.job.state == "RUNNING" and self.job.busy)
-    @rule()
     def node_fails(self) -> None:
         self.slurm.again(self.job)
         self._drive(-9)
 
     # Faults ----------------------------------------------------------------------------------------------------------
 
-    @rule(away=st.booleans())
-    def controller(self, away: bool) -> None:
-        self.slurm.away = away
-
-    @rule()
-    def slow(self) -> None:
-        self.slurm.slow = True
-
-    @precondition(lambda self: self.job.state in ENDED and not self.job.busy)
-    @rule()
     def forget(self) -> None:
         """MinJobAge has passed."""
         self.slurm.forgotten |= self.slurm.jobs
         self.slurm.jobs.clear()
 
-    @rule(error=st.sampled_from([0, errno.ENOSPC, errno.EROFS]))
-    def disk(self, error: int) -> None:
-        self.full = error
-
-    @rule()
     def torn_line(self) -> None:
         with (self.run / "launch" / "events.jsonl").open("a") as f:
             f.write('{"event": "finis')
 
-    @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
     def clock_jumps(self, seconds: float) -> None:
         Clock.ahead += seconds
         if self._at == "srun":
