@@ -288,7 +288,9 @@ class SlurmFaults(RuleBasedStateMachine):
         self._beat()
         if save or self.step == STEPS:
             self._save()
-        if self.step == STEPS:
+        if self.step == STEPS and self.full:  # the last step must be saved
+            self.crash(2)
+        elif self.step == STEPS:
             (self.run / "model").mkdir(exist_ok=True)
             (self.run / "exported.json").write_text(json.dumps({"step": STEPS}))
             self._drive(0)
