@@ -224,8 +224,6 @@ class Job:
         if verdict.event == "finished":
             self._tell("finished")
             return 0
-        if verdict.event == "failed":
-            verdict = self._unless_unwritable(verdict)
         # Slurm may be configured to requeue jobs that end with this code (RequeueExit).
         over = 1 if code == EXIT_PREEMPTED else code
         fate, refusal = self._ask(verdict)
@@ -233,17 +231,18 @@ class Job:
             if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
             return over
-        by_slurm = fate == "queued"  # so Slurm ended it, whatever the exit code
-        left = by_slurm or verdict.event == "preempted"
+        by_slurm = fate == "queued"
+        ended = by_slurm or (fate == "ending" and verdict.again)  # by Slurm, whatever the exit code
+        left = ended or verdict.event == "preempted"
         reason = verdict.reason
-        if by_slurm and code != EXIT_PREEMPTED:
+        if ended and code != EXIT_PREEMPTED:
             reason = f"Slurm ended it before it had left (code {code})"
         self._tell("preempted" if left else verdict.event, reason=reason)
         self._say(f"job {self.id}: {'preempted' if left else verdict.event}: {reason}")
         if refusal:
             self._tell("stopped", reason=f"{refusal}; `stamo resume {self.run}` goes on")
             self._say(f"job {self.id}: {refusal}; `stamo resume {self.run}` goes on")
-            return EXIT_PREEMPTED
+            return EXIT_PREEMPTED if left else code
         if not by_slurm and not verdict.again:
             return over
         self._tell("requeued", reason="by Slurm" if by_slurm else reason)
@@ -258,11 +257,6 @@ class Job:
             return slurm.fate(self.id, self.restart) == ""
         except slurm.SlurmError:
             return True
-
-    def _unless_unwritable(self, verdict: Verdict) -> Verdict:
-        """A crash is not started again where nothing can be written: it would not be counted, and not do better."""
-        why = unwritable(self.run)
-        return Verdict("failed", False, f"{verdict.reason}; {why}") if why else verdict
 
     def _ask(self, verdict: Verdict) -> tuple[slurm.Fate, str]:
         """(what Slurm does with the job, which it is asked to queue again if `verdict` says so; "" or its refusal).
@@ -284,17 +278,20 @@ class Job:
                 pause = min(2 * pause, _PAUSE[1])
 
     def _ask_once(self, verdict: Verdict) -> tuple[slurm.Fate, str]:
-        if fate := self._fate():
+        fate = self._fate()
+        if fate in ("queued", "cancelled") or not verdict.again:
             return fate, ""
-        if not verdict.again:
-            return "", ""
+        # A crash is not started again where nothing can be written: it would not be counted, and not do better.
+        if not fate and verdict.event == "failed" and (why := unwritable(self.run)):
+            return fate, why
         try:
             slurm.requeue(self.id)
         except slurm.SlurmAwayError:
             raise
         except slurm.SlurmError as e:
-            return (fate, "") if (fate := self._fate()) else ("", f"could not be queued again: {e}")
-        return "", ""
+            now = self._fate()
+            return (now, "") if now in ("queued", "cancelled") else (fate, f"could not be queued again: {e}")
+        return fate, ""
 
     def _fate(self) -> slurm.Fate:
         """What Slurm will do with this job; where it cannot tell, a recorded cancel counts.
@@ -306,12 +303,10 @@ class Job:
             fate = slurm.fate(self.id, self.restart)
         except slurm.SlurmAwayError:
             raise
-        except slurm.SlurmError as e:
+        except slurm.SlurmError as e:  # no scontrol
             self._say(f"job {self.id}: {e}")
-            fate = "ending"
-        if fate == "ending":
             return "cancelled" if self._cancelled() else ""
-        return fate
+        return "cancelled" if fate == "ending" and self._cancelled() else fate
 
     def _cancelled(self) -> bool:
         """Whether `stamo cancel` ended this start."""

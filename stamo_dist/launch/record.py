@@ -175,8 +175,7 @@ def unwritable(run: str | Path) -> str:
         probe.write_bytes(bytes(4096))
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        way = "make room" if full else "make it writable"
-        return f"{run} cannot be written ({e.strerror}): {way}, then `stamo resume {run}`"
+        return f"{run} cannot be written ({e.strerror}); {'make room' if full else 'make it writable'}"
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()

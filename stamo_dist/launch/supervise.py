@@ -162,7 +162,7 @@ class _Supervisor:
                 code = 2
             verdict = judge_exit(launch, code, self.job)
             if verdict.event == "failed" and (why := unwritable(run)):
-                verdict = Verdict("failed", False, f"{verdict.reason}; {why}")
+                verdict = Verdict("failed", False, f"{verdict.reason}; {why}; `stamo resume {run}` goes on")
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:

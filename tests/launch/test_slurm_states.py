@@ -6,18 +6,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, tzinfo
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 from fake_slurm import ENDED, FakeJob, FakeSlurm, Script
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -149,81 +152,55 @@ class SlurmFaults(RuleBasedStateMachine):
             script.join()
             self.slurm.settle(self.job)
 
-    # What hypothesis chooses from: people and faults are no more frequent than what the job does.
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def submitted(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.submit()
 
     @rule()
-    def on(self) -> None:
-        """The job goes on by itself."""
-        if self.job.state == "PENDING" and not self.job.busy:
-            self.start()
-        elif self._at == "sleep":
-            self._drive()
-        elif self._at == "srun" and self.job.state == "RUNNING":
-            self.train(1, save=False)
+    def anything(self) -> None:
+        """One of the things that can happen now, drawn evenly: hypothesis itself prefers the first ones."""
+        can = self._possible()
+        weights = [3 if name.startswith(("start", "train", "leave", "ask")) else 1 for name in can]
+        [name] = self.random.choices(list(can), weights)
+        note(f"{name}: job {self.job.id}, {self.job.state}")
+        can[name]()
 
-    @rule(steps=st.integers(1, STEPS), save=st.booleans())
-    def far(self, steps: int, save: bool) -> None:
-        if self._at == "srun" and self.job.state == "RUNNING":
-            self.train(steps, save)
+    def _possible(self) -> dict[str, Callable[[], object]]:
+        job, world = self.job, self.slurm
+        can: dict[str, Callable[[], object]] = {"cancel": self.cancel}
+        can |= {"the controller goes": partial(setattr, world, "away", True)} if not world.away else {}
+        can |= {"the controller comes": partial(setattr, world, "away", False)} if world.away else {}
+        can |= {"slow": partial(setattr, world, "slow", True)} if not world.slow else {}
+        can |= {"room": partial(setattr, self, "full", 0)} if self.full else {}
+        can |= {"no room": partial(setattr, self, "full", errno.ENOSPC)} if self._at == "srun" else {}
+        can |= {"read-only": partial(setattr, self, "full", errno.EROFS)} if self._at == "srun" else {}
+        can |= {"torn line": self.torn_line, "clock back": partial(self.clock_jumps, -3600.0)}
+        if job.state == "PENDING" and not job.busy and not world.away:
+            held = job.reason == "JobHeldUser"
+            can |= {"start": self.start} if not held else {}
+            can["release" if held else "hold"] = partial(setattr, job, "reason", "None" if held else "JobHeldUser")
+        if job.state == "RUNNING":
+            can |= {"time limit": self.time_limit, "preemption": partial(world.again, job), "scancel": self.scancel}
+            can |= {"node fails": self.node_fails}
+        if job.state == "RUNNING" and self._at == "srun":
+            can |= {"train": partial(self.train, 1, save=False), "train and save": partial(self.train, 2, save=True)}
+            can |= {"finish": partial(self.train, STEPS, save=True), "crash": partial(self.crash, 1)}
+            can |= {"refuse": partial(self.crash, 2)}
+        if self._at == "srun":
+            can |= {
+                "leave": partial(self.leave, killed_after=False),
+                "be killed": partial(self.leave, killed_after=True),
+            }
+        if self._at == "srun" and job.state != "RUNNING":
+            for code in (0, 137, -9):
+                can[f"srun ends with {code}"] = partial(self.killed_before_it_has_saved, code)
+        if self._at == "sleep":
+            can |= {"ask again": self._drive}
+        if job.state in ENDED and not job.busy:
+            can |= {"resume": self.resume, "forget": self.forget}
+        return can
 
-    @rule(how=st.sampled_from(["time limit", "preemption", "user", "node", "request", "crash", "refusal"]))
-    def stops(self, how: str) -> None:
-        """What ends a start."""
-        if not self.job.busy or self.job.state != "RUNNING":
-            return
-        if how == "time limit":
-            self.time_limit()
-        elif how == "preemption":
-            self.slurm.again(self.job)
-        elif how == "user":
-            self.scancel()
-        elif how == "node":
-            self.node_fails()
-        elif self._at == "srun" and how == "request":
-            self.leave(killed_after=False)
-        elif self._at == "srun":
-            self.crash(1 if how == "crash" else 2)
-
-    @rule(how=st.sampled_from(["saved", "saved, no time for a word", "gave up", "killed", "nothing left"]))
-    def ended(self, how: str) -> None:
-        """What is left of a start's processes when Slurm, or a request, has ended it."""
-        if self._at != "srun":
-            return
-        if how.startswith("saved"):
-            self.leave(killed_after="," in how)
-        elif self.job.state != "RUNNING":
-            self.killed_before_it_has_saved({"gave up": 0, "killed": 137, "nothing left": -9}[how])
-
-    @rule(do=st.sampled_from(["cancel", "resume", "scancel", "hold", "release"]))
-    def person(self, do: str) -> None:
-        if do in ("hold", "release"):
-            if self.job.state == "PENDING":
-                self.job.reason = "JobHeldUser" if do == "hold" else "None"
-        else:
-            getattr(self, do)()
-
-    @rule(
-        what=st.sampled_from([
-            "away", "away", "back", "slow", "forgets", "no room", "read-only", "room", "torn line", "clock back",
-            "clock ahead",
-        ])
-    )  # fmt: skip
-    def fault(self, what: str) -> None:
-        if what in ("away", "back"):
-            self.slurm.away = what == "away"
-        elif what == "slow":
-            self.slurm.slow = True
-        elif what in ("no room", "read-only", "room"):
-            self.full = {"no room": errno.ENOSPC, "read-only": errno.EROFS}.get(what, 0)
-        elif what == "torn line":
-            self.torn_line()
-        elif what == "forgets":
-            if self.job.state in ENDED and not self.job.busy:
-                self.forget()
-        else:
-            self.clock_jumps(-3600.0 if what == "clock back" else 3600.0)
-
-    @initialize()
     def submit(self) -> None:
         profile = ClusterProfile.model_validate({"max_restarts": MAX_RESTARTS})
         given, command = profile.model_dump(mode="json"), ["train", "{snapshot}/recipe.yaml"]
