@@ -156,11 +156,10 @@ def judge_state(
 
 
 def _over(history: Sequence[Event], job: SlurmJob | None) -> Event | None:
-    """The event that ended the run, unless it was started again; no cancel that Slurm knows nothing of."""
+    """The event that ended the run, unless it was started again, or Slurm says whether it was cancelled otherwise."""
     for event in reversed(history):
-        if event.event == "cancelled" and job is not None and job.state != "CANCELLED":
-            continue
-        if event.event in _LAST:
+        otherwise = job is not None and (event.event == "cancelled") != (job.state == "CANCELLED")
+        if event.event in _LAST and (event.event == "finished" or not otherwise):
             return event
         if event.event in ("started", "exporting", "requeued"):
             return None

@@ -332,9 +332,10 @@ class SlurmFaults(RuleBasedStateMachine):
             said = {"finished"} | ({"preempted", "cancelled"} if job.state == "COMPLETING" else set())
         if self.slurm.away:
             said |= {"unknown"} | ({"finished"} if self._finished else set())
+            said |= {"failed"} if job.cancelled and self.stall > MAX_RESTARTS else set()  # both are true
             said |= {"running"} if self._at == "srun" else set()  # its heart beats
         elif job.id in self.slurm.forgotten:
-            said |= {"lost", "stopped"} if not self._finished else set()
+            said |= {"lost", "stopped", "failed"} if not self._finished else set()  # its own last word
         assert state.word in said, f"{state} while job {job.id} is {job.state}: {[e.event for e in events(self.run)]}"
 
     def teardown(self) -> None:
@@ -378,7 +379,7 @@ class SlurmFaults(RuleBasedStateMachine):
 
 
 SlurmFaults.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=25, deadline=None, derandomize=True, database=None,
+    max_examples=300, stateful_step_count=25, deadline=None, derandomize=True, database=None,
     phases=[Phase.generate],  # shrinking takes minutes
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
