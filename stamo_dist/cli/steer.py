@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,15 +38,22 @@ def cancel(path: Path) -> str:
             way = f"; `kill {owner.pid}` on {owner.node} has it save and end" if owner else ""
             raise RunError(f"{path}: cannot be written ({e.strerror}), so it goes on{way}") from e
         return f"{run.name}: it saves, leaves and is not started again"
-    if run.state.word == "unknown" and (found := slurm.jobs([launch.job])) and not any(job.active for job in found):
-        return f"{run.name}: nothing to cancel, Slurm says that job {launch.job} is {found[0].state.lower()}"
-    slurm.cancel(launch.job)
-    note = ""
+    return f"{run.name}: {_scancel(path, launch.job, [run.job] if run.job else slurm.jobs([launch.job]))}"
+
+
+def _scancel(path: Path, job: str, known: Sequence[slurm.SlurmJob]) -> str:
+    """End the job and record that; `known`: what Slurm says of it, as scancel also takes jobs that are over."""
+    if not any(found.active for found in known):
+        what = f"is {known[0].state.lower()}" if known else "is none that it knows"
+        return f"nothing to cancel, Slurm says that job {job} {what}"
+    slurm.cancel(job)
     try:  # after scancel: if that is refused, nothing changes
-        record(path, Event("cancelled", job=launch.job, step=newest_step(path)))
+        record(path, Event("cancelled", job=job, step=newest_step(path)))
     except OSError as e:
-        note = f" ({path} cannot be written: {e.strerror}; only Slurm knows of it)"
-    return f"{run.name}: job {launch.job} cancelled{note}"
+        if any(found.state == "COMPLETING" for found in known):  # scancel has no effect then, the record has
+            raise RunError(f"{path}: cannot be written ({e.strerror}), and Slurm ends its job by itself") from e
+        return f"job {job} cancelled ({path} cannot be written: {e.strerror}; only Slurm knows of it)"
+    return f"job {job} cancelled"
 
 
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:

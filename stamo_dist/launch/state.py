@@ -37,7 +37,7 @@ _REASONS = {
     "DependencyNeverSatisfied": "an earlier job failed, so it never starts",
     "BeginTime": "may not start before",
     "JobHeldUser": "held; `scontrol release` lets it go",
-    "job_requeued_in_held_state": "requeued and held; `scontrol release` lets it go",
+    "job requeued in held state": "requeued and held; `scontrol release` lets it go",
     "JobHeldAdmin": "held by the administrator",
     "JobArrayTaskLimit": "as many tasks of its array as may run at once do",
     "PartitionDown": "the partition is down",
@@ -64,7 +64,7 @@ _NEVER = frozenset({
 })  # fmt: skip
 #: Of these, those that a person has to end: Slurm's expected start means nothing.
 _HELD = frozenset({
-    "JobHeldUser", "JobHeldAdmin", "job_requeued_in_held_state", "launch failed requeued held", "PartitionDown",
+    "JobHeldUser", "JobHeldAdmin", "job requeued in held state", "launch failed requeued held", "PartitionDown",
     "PartitionInactive",
 })  # fmt: skip
 #: Slurm's job states other than waiting and running → our state and text.

@@ -30,7 +30,7 @@ from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.launch import job as batch
 from stamo_dist.launch import record, slurm, submit
 from stamo_dist.launch.profile import ClusterProfile
-from stamo_dist.launch.record import Launch, events
+from stamo_dist.launch.record import Event, Launch, events
 from stamo_dist.launch.status import Run, collect
 from stamo_dist.launch.submit import JobOrder
 from stamo_dist.run import lease
@@ -113,8 +113,8 @@ class SlurmFaults(RuleBasedStateMachine):
         taken.mkdir(parents=True, exist_ok=True)
         return taken
 
-    def _bytes(self) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in (self.run / "launch").glob("*.json*")}
+    def _record(self) -> tuple[list[Event], Launch]:
+        return events(self.run), record.read(self.run)
 
     def _save(self) -> None:
         """A checkpoint of the current step, if there is room."""
@@ -211,24 +211,25 @@ class SlurmFaults(RuleBasedStateMachine):
     # What people do --------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        before, busy = self._bytes(), self.job.state not in ENDED
+        before, busy = self._record(), self.job.state not in ENDED
         try:
             said = steer.cancel(self.run)
         except StamoError:
-            assert self._bytes() == before, "a refused cancel changes nothing"
+            assert self._record() == before, "a refused cancel changes nothing"
         else:
             if "nothing to cancel" in said:
-                assert not busy or self.job.cancelled or self.slurm.away, said
+                assert not busy or self.job.cancelled or self.job.unwanted or self.slurm.away, said
             else:
-                assert self.job.cancelled
-        self.may_end |= self.job.cancelled
+                self.job.unwanted = True
+                assert self.job.cancelled or self.job.state == "COMPLETING"
+        self.may_end |= self.job.cancelled or self.job.unwanted
 
     def resume(self) -> None:
-        before, ended, jobs = self._bytes(), self.job.state in ENDED, len(self.slurm.jobs)
+        before, ended, jobs = self._record(), self.job.state in ENDED, len(self.slurm.jobs)
         try:
             steer.resume(self.run)
         except StamoError:
-            assert self._bytes() == before, "a refused resume changes nothing"
+            assert self._record() == before, "a refused resume changes nothing"
             assert len(self.slurm.jobs) == jobs
             return
         assert ended, "two jobs of one run"
@@ -326,7 +327,7 @@ class SlurmFaults(RuleBasedStateMachine):
     def status_is_true(self) -> None:
         job, state = self.job, self._look().state
         said = set(SAID[job.state])
-        if job.cancelled:
+        if job.cancelled or job.unwanted:
             said |= {"cancelled"}
         if self._finished and job.state not in ("PENDING", "RUNNING"):
             said = {"finished"} | ({"preempted", "cancelled"} if job.state == "COMPLETING" else set())

@@ -99,7 +99,7 @@ def test_states_on_this_machine(history, watched, title):
 
 
 def test_no_start_is_expected_of_what_is_held_or_never_starts():
-    for reason in ("JobHeldUser", "job_requeued_in_held_state", "AccountNotAllowed"):
+    for reason in ("JobHeldUser", "job requeued in held state", "AccountNotAllowed"):
         state = judge_state(Progress(), events(""), job("PENDING", reason, 7200), asked=True, now=NOW)
         assert "start expected" not in state.detail
 

@@ -84,8 +84,15 @@ def test_lost_without_slurm(submit, cluster, stamo_there):
     launch = run.folder / "launch/launch.json"
     before = launch.read_text()
     launch.write_text(before.replace(f'"{run.job}"', '"999999"'))
-    assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "lost"
+    [seen] = json.loads(stamo_there("status", "toy", "--json"))
+    assert seen["state"] == "lost"
     record(run.folder, Event("finished", job="999999"))
+    assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "stopped", "no step is saved"
+    last = run.folder / "checkpoints" / f"step_{seen['steps']:08d}"
+    for made in (last, run.folder / "model"):
+        made.mkdir(parents=True)
+    (last / "checkpoint.json").write_text("{}")
+    (run.folder / "exported.json").write_text(json.dumps({"step": seen["steps"]}))
     assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "finished"
     launch.write_text(before)
 
