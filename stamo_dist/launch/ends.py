@@ -33,6 +33,7 @@ def stalled(history: Iterable[Event]) -> int:
         if e.event == "submitted":
             best, count, ended = -1, 0, False
         elif e.event == "started":
+            count = 0 if (e.step or 0) > best else count  # a start whose end is not recorded brought it further
             best, ended = max(best, e.step or 0), False
         elif e.event in ("preempted", "failed") and not ended:  # an end may be recorded twice
             count = count + 1 if (e.step or 0) <= best else 0

@@ -333,7 +333,7 @@ class SlurmFaults(RuleBasedStateMachine):
             said = {"finished"} | ({"preempted", "cancelled"} if job.state == "COMPLETING" else set())
         if self.slurm.away:
             said |= {"unknown"} | ({"finished"} if self._finished else set())
-            said |= {"failed"} if job.cancelled and self.stall > MAX_RESTARTS else set()  # both are true
+            said |= {"failed"} if self.stall > MAX_RESTARTS else set()  # it gave up, whatever Slurm does with its job
             said |= {"running"} if self._at == "srun" else set()  # its heart beats
         elif job.id in self.slurm.forgotten:
             said |= {"lost", "stopped", "failed"} if not self._finished else set()  # its own last word
