@@ -380,7 +380,7 @@ class SlurmFaults(RuleBasedStateMachine):
 
 
 SlurmFaults.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=25, deadline=None, derandomize=True, database=None,
+    max_examples=200, stateful_step_count=25, deadline=None, derandomize=True, database=None,
     phases=[Phase.generate],  # shrinking takes minutes
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
