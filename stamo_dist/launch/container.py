@@ -33,6 +33,8 @@ def problems(container: Mapping[str, Any]) -> Iterator[str]:
         yield f"container.kind: pyxis reads no .sif file, as {image}; write kind: apptainer, or name a .sqsh file"
     if kind != "pyxis" and image.endswith(".sqsh"):
         yield f"container.kind: {image} is enroot's; write kind: pyxis, or name a .sif file"
+    if image.startswith(("~", "$")):
+        yield f"container.image: no shell expands {image}; write the whole path"
     for mount in container["mounts"]:
         source, _, rest = mount.partition(":")
         target = rest.partition(":")[0] or source
@@ -98,7 +100,7 @@ def exports(profile: Mapping[str, Any]) -> dict[str, str]:
 
 def note(container: Mapping[str, Any]) -> Iterator[str]:
     """Whether the image is a file that is not on this machine."""
-    image = Path(container["image"]).expanduser()
+    image = Path(container["image"])
     if (image.is_absolute() or image.suffix in (".sif", ".sqsh")) and not image.exists():
         yield f"container.image: {image} is not on this machine; the nodes must have it"
 

@@ -103,9 +103,9 @@ def test_gpus_are_asked_for_as_the_cluster_wants(tmp_path: Path, fields: dict[st
     ("fields", "words"),
     [
         (
-            {"image": "nvcr.io#nvidia/pytorch:25.09-py3", "mounts": ["/data:/data"], "options": ["--no-container-x"]},
+            {"image": "nvcr.io#nvidia/pytorch:25.09-py3", "mounts": ["/data:/data"], "options": ["--x"]},
             f"'--container-image=nvcr.io#nvidia/pytorch:25.09-py3' '--container-mounts={RUN}:{RUN},{{cwd}}:{{cwd}},"
-            "/data:/data' --container-workdir={cwd} --container-env=NCCL_DEBUG,TAG --no-container-x --mpi=none python3 ",
+            "/data:/data' --container-workdir={cwd} --container-env=NCCL_DEBUG,TAG --x --mpi=none python3 ",
         ),
         (
             {"kind": "singularity", "image": "s.sif", "options": ["--rocm"]},
@@ -162,6 +162,7 @@ WRONG = {
     "sbatch: {N: 3}": "sbatch: 'N' is no long name of an option; write it as `reservation: robots`, without dashes",
     "sbatch: {container-image: x}": "sbatch: container-image is decided by the profile's fields or the launcher; it wo",
     "container: {image: s.sif}": "container.kind: pyxis reads no .sif file, as s.sif; write kind: apptainer",
+    "container: {image: ~/s.sqsh}": "container.image: no shell expands ~/s.sqsh; write the whole path",
     "container: {image: s, mounts: ['~/d:/d']}": "container.mounts: '~/d:/d' is not SOURCE:TARGET or SOURCE:TARGET:ro",
     "container: {image: s, mounts: ['/a,b:/d']}": "a path with , or : cannot be mounted",
     "container: {image: s, kind: apptainer, options: [-e]}": "container.options: -e hides the job's variables from its",
