@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, supervise
+from stamo_dist.launch import chain, checks, supervise
 from stamo_dist.launch.job import Job, Requests
+from stamo_dist.launch.pipeline import Stage, Work
 from stamo_dist.launch.profile import ProfileError, load_profile
 from stamo_dist.launch.record import Launch, events
 from stamo_dist.launch.submit import JobOrder, script
@@ -247,6 +248,23 @@ def test_modules_on_this_machine(tmp_path: Path) -> None:
     text = supervise.command(made.launch)[2]
     assert "module load cuda || " in text
     assert text.endswith('exec "$@"')
+
+
+def test_a_stage_of_one_process_asks_for_less(tmp_path: Path) -> None:
+    file = tmp_path / "profile.yaml"
+    given = {**GPU_NODE, "segment": 2, "exclusive": True, "cpu_bind": "gpu", "gpu_request": "gpus"}
+    file.write_text(yaml.safe_dump(given))
+    profile = load_profile(str(file))[1]
+    for words, options in (
+        ("data convert rlds a b", ["--cpus-per-task=96", "--exclusive"]),
+        ("eval probe run", ["--cpus-per-task=12", "--gpus=1"]),
+    ):
+        work = Work("s", Stage(run=words), tmp_path, words.split(), None, [])
+        alone = load_profile(str(file), chain._shape(work, profile))[1]
+        launch = Launch("s", str(tmp_path), "", command=words.split(), profile=alone.model_dump(mode="json"))
+        lines = script(JobOrder(launch, alone)).splitlines()
+        asked = ("#SBATCH --cpus", "#SBATCH --excl", "#SBATCH --segment", "#SBATCH --g")
+        assert [line.split()[1] for line in lines if line.startswith(asked)] == options
 
 
 def _file(folder: Path, text: str) -> Path:
