@@ -27,7 +27,7 @@ from typing import Any
 from stamo_dist.distributed.rank import EXPORTS_LATER, ReservedPort
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
-from stamo_dist.launch import rank, slurm
+from stamo_dist.launch import container, rank, slurm
 from stamo_dist.launch.ends import Verdict, complete, judge_exit, newest_step, trained
 from stamo_dist.launch.record import (
     Event,
@@ -41,6 +41,7 @@ from stamo_dist.launch.record import (
     task_log,
     unwritable,
 )
+from stamo_dist.launch.step import GPU, step
 from stamo_dist.words import counted
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
@@ -51,11 +52,10 @@ _SIGNALS = {  # as srun writes them
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # exit codes of processes stopped by a signal before they could handle it
 _AT_WORK = ("started", "exporting")
 _PAUSE = (2.0, 30.0)  # least and most seconds between two requests to a controller that does not answer
-_WAIT = 20  # seconds for the other tasks to report once one has ended
 #: Variables of the batch step, which srun would apply to its own step.
 _NOT_FOR_SRUN = frozenset({
     "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
+    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_GPUS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
     "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
 })  # fmt: skip
 
@@ -121,6 +121,9 @@ class Job:
         srun = slurm.tool("srun")
         if srun is None:
             self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
+            return 2
+        if lacks := container.missing(self.launch.profile):
+            self._tell("failed", reason=lacks)
             return 2
         self._adopt()
         self._note_what_slurm_did()
@@ -192,6 +195,7 @@ class Job:
             "MASTER_PORT": str(port),
         }
         env |= {EXPORTS_LATER: "1"} if self._exports_later else {}
+        env |= {rank.BIND: GPU} if self.launch.profile.get("cpu_bind") == GPU else {}
         env["SLURM_EXPORT_ENV"] = "ALL"
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
         self._requests.pass_to(process)
@@ -328,24 +332,6 @@ class Job:
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the log lies on the run's disk
             print(text, flush=True)
-
-
-def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: str = "srun") -> list[str]:
-    """The srun command of a start on these nodes (or this many); `task`: of an array that divides one command."""
-    profile, per_node = launch.profile, launch.processes_per_node
-    count = nodes if isinstance(nodes, int) else len(nodes)
-    assert launch.snapshot is not None, "submit takes one"
-    container = profile.get("container") or {}
-    flags = [f"--container-image={container['image']}"] if container else []
-    flags += [f"--container-mounts={','.join(container['mounts'])}"] if container.get("mounts") else []
-    where = [] if isinstance(nodes, int) else [f"--nodelist={','.join(nodes)}"]
-    return [
-        srun, f"--nodes={count}", f"--ntasks={count * per_node}", f"--ntasks-per-node={per_node}", *where,
-        f"--cpus-per-task={profile.get('cpus_per_gpu', 1)}", f"--wait={_WAIT}", "--kill-on-bad-exit=0", "--export=ALL",
-        "--input=none", *flags, *profile.get("srun", ()), profile.get("python") or sys.executable,
-        f"{launch.snapshot}/code/run.py", "stamo_dist.launch.rank",
-        *(word.replace("{task}", task) for word in launch.command),
-    ]  # fmt: skip
 
 
 def _nothing(*_: object) -> None:

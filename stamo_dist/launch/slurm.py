@@ -281,4 +281,8 @@ def _passed(text: str) -> float | None:
 
 
 def _pairs(line: str) -> dict[str, str]:
-    return dict(re.findall(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line))
+    """The pairs of a line, each name's first: words of a command or comment come later and may look like pairs."""
+    found: dict[str, str] = {}
+    for name, value in re.findall(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line):
+        found.setdefault(name, value)
+    return found

@@ -16,10 +16,9 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, slurm, supervise
+from stamo_dist.launch import checks, container, slurm, supervise
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
-from stamo_dist.launch.job import step
 from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
 from stamo_dist.launch.record import (
     Event,
@@ -32,6 +31,8 @@ from stamo_dist.launch.record import (
     take_snapshot,
     task_log,
 )
+from stamo_dist.launch.shell import before_the_run
+from stamo_dist.launch.step import step
 from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Loaded, load
 
@@ -145,6 +146,8 @@ def ask(
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     checks.folder(run)
     grace = float(profile.signal_delay)
+    if profile.backend == "slurm":
+        notes += checks.shell_and_container(launch, _Sbatch(order).text())
     if profile.backend == "slurm" and slurm.available():
         grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
@@ -283,17 +286,18 @@ class _Sbatch(SlurmExecutor):
     def __init__(self, order: JobOrder):
         self.order = order
         super().__init__(folder(order.launch.run_dir) / "sbatch")
-        p, launch = order.profile, order.launch
+        p, launch, given = order.profile, order.launch, order.profile.model_dump(mode="json")
+        exports = container.exports(given)
         counts = launch.node_counts or [launch.nodes]
         more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
-        more |= {"requeue": True, "chdir": os.getcwd(), **p.sbatch}
+        more |= {"requeue": True, "chdir": os.getcwd(), **({"exclusive": True} if p.exclusive else {})}
+        more |= {**({"segment": p.segment} if p.segment else {}), **p.sbatch, **p.gpu_options(max(counts))}
         if min(counts) < max(counts):
             more["nodes"] = f"{min(counts)}-{max(counts)}"
         if order.tasks:
             more["array"] = f"0-{order.tasks - 1}"
         if order.after:
             more |= {"dependency": f"afterok:{':'.join(order.after)}", "kill-on-invalid-dep": "yes"}
-        gpus = f"{p.gpu_type}:{p.gpus_per_node}" if p.gpu_type else p.gpus_per_node
         # One task per node with the CPUs of all processes: a range of nodes cannot be combined with tasks per node.
         self.update_parameters(
             job_name=launch.name,
@@ -303,14 +307,13 @@ class _Sbatch(SlurmExecutor):
             time=p.time,
             nodes=max(counts),
             cpus_per_task=_cpus(order),
-            gpus_per_node=gpus or None,
             mem=p.memory,
             constraint=p.constraint,
             exclude=p.exclude,
             wckey=None,
             stderr_to_stdout=True,
             use_srun=False,
-            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in p.environment.items()), *p.setup],
+            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in exports.items()), *before_the_run(given)],
             additional_parameters=more,
         )
 

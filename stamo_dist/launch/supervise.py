@@ -39,6 +39,7 @@ from stamo_dist.launch.record import (
     snapshot_command,
     unwritable,
 )
+from stamo_dist.launch.shell import before_the_run
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
 from stamo_dist.words import counted
@@ -75,10 +76,10 @@ def job_id(pid: int) -> str:
 
 
 def command(launch: Launch) -> list[str]:
-    """The command of each process, preceded by the profile's setup lines in the same shell."""
+    """The command of each process, preceded by the profile's modules and setup lines in the same shell."""
     words = process_command(launch)
-    setup = launch.profile.get("setup")
-    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
+    lines = before_the_run(launch.profile)
+    return ["bash", "-c", "\n".join([*lines, 'exec "$@"']), "bash", *words] if lines else words
 
 
 def supervisor(run: str | Path) -> Owner | None:
