@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
-from rich.live import Live
 
-from stamo_dist.tables import show
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
 RunArguments = Annotated[
@@ -29,7 +28,11 @@ def status(
 
     Example: stamo status runs/tokenizer_sim --watch
     """
+    from rich.console import Console
+    from rich.live import Live
+
     from stamo_dist.launch.status import collect, everything, find, one_run, recent, status_table
+    from stamo_dist.tables import show
 
     def table() -> RenderableType:
         found = collect(find(runs)) if runs else recent(everything())
@@ -65,9 +68,12 @@ def runs(
     """
     from dataclasses import asdict
 
+    from rich.console import Console
+
     from stamo_dist.launch.record import SWEEP
     from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
     from stamo_dist.launch.tree import parent_of, runs_tree
+    from stamo_dist.tables import show
 
     found = collect(find(folders)) if folders else everything()
     if as_json:
