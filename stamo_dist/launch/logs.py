@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,6 +209,13 @@ def first_error(run: str | Path) -> str:
     if said:
         return said
     return str(min(failures, key=lambda f: (f.time, f.rank))) if failures else ""
+
+
+def failures_of(run: str | Path, heads: Collection[str]) -> list[Failure]:
+    """The failures that the ranks logged in one start, whose lines in the logs begin with one of `heads`."""
+    files = [main_log(run), *sorted(main_log(run).parent.glob("rank_*.log"))]
+    texts = (lines for lines in map(_last_start, files) if lines and lines[0].startswith(tuple(heads)))
+    return [failure for lines in texts for failure in _failures(lines)]
 
 
 def _last_start(path: Path) -> list[str]:

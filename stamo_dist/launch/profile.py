@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from stamo_dist.recipe.validate import validate_as
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 FOLDER = "slurm"
 LOCAL = "local"
 
@@ -71,6 +73,9 @@ class ClusterProfile(Section):
     max_restarts: NonNegativeInt = Field(3, description="Restarts in a row without progress before it is given up.")
     constraint: str | None = Field(None, description="Node features, e.g. a100&nvlink.")
     exclude: str | None = Field(None, description="Nodes to stay off, e.g. node[03,17].")
+    failing_node_hours: NonNegativeFloat = Field(
+        12.0, description="Hours for which starts stay off a node on which two failed or hung; 0: they do not."
+    )
     setup: list[str] = Field(default_factory=list, description="Shell lines before the run: module load, source …")
     environment: dict[str, str] = Field(
         default_factory=dict, description="Environment variables; they are written into the job's script, so no keys."
@@ -123,6 +128,26 @@ class ClusterProfile(Section):
     def node_range(self, nodes: int) -> tuple[int, int]:
         """(minimum, maximum) nodes of a job with this `nodes` setting."""
         return self.min_nodes or nodes, self.max_nodes or nodes
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of the command line that override the profile; None: the profile's."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    time: str | None = None
+
+    def changes(self) -> list[str]:
+        """The profile fields that it overrides, `field=value` each."""
+        asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
+        found = [f"{name}={value}" for name, value in asked.items() if value]
+        found += ["processes_per_node=null"] if self.gpus_per_node else []  # one process per GPU
+        nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
+        return [*found, *nodes]
+
+
+AS_PROFILED = Resources()
 
 
 def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, ClusterProfile]:

@@ -133,6 +133,9 @@ class Event:
     world_size: int | None = None
     step: int | None = None  # step of the newest complete checkpoint
     reason: str = ""
+    blamed: list[str] = field(default_factory=list)  # nodes on which the start failed or hung
+    cause: str = ""  # the error there
+    avoids: list[str] = field(default_factory=list)  # failing nodes that the start to come is kept off
     time: str = field(default_factory=now)
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import record, slurm, supervise
+from stamo_dist.launch.ends import avoided
 from stamo_dist.launch.logs import first_error
 from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, registered
 from stamo_dist.launch.run_progress import Progress, age, read_progress
@@ -190,6 +191,8 @@ def _run(
         state = replace(state, detail=f"{error} ({state.detail})" if state.detail else error)
     if state.word in ("failed", "stopped", "lost") and (full := _full(path)):
         state = replace(state, detail=f"{full} ({state.detail})" if state.detail else full)
+    if state.live and (off := avoided(mine)):
+        state = replace(state, detail=", ".join(filter(None, (state.detail, f"stays off {','.join(off)}"))))
     if note:
         state = replace(state, detail=", ".join(part for part in (note, state.detail) if part))
     return Run(path, launch, progress, history, job, state)
@@ -310,6 +313,9 @@ def one_run(run: Run) -> RenderableType:
     if run.launch:
         again = f", {run.state.restarts} restarts" if run.state.restarts else ""
         rows.append(("job", f"{run.launch.job or 'none'} on {run.launch.cluster}{again}"))
+    if off := avoided(run.history):
+        causes = {node: e.cause for e in run.history for node in e.blamed}
+        rows.append(("stays off", "; ".join(f"{node}: {causes[node]}" if causes.get(node) else node for node in off)))
     for after, changed in changes_of(RunFolder(run.path)):
         said = "; ".join(f"{field}: {old} → {new}" for field, (old, new) in changed.items())
         rows.append((f"changed @ {after:,}", said))
@@ -322,9 +328,7 @@ def one_run(run: Run) -> RenderableType:
         events.add_column(column)
     for e in run.history:
         when = f"{datetime.fromisoformat(e.time).astimezone():%m-%d %H:%M:%S}"
-        where = (
-            f"{','.join(e.nodes)} × {counted(e.world_size, 'rank')}" if e.nodes and e.world_size else ",".join(e.nodes)
-        )
+        where = ",".join(e.nodes or e.blamed) + (f" × {counted(e.world_size, 'rank')}" if e.world_size else "")
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
     since: list[RenderableType] = [Text(), Whole(events)] if run.history else []
     return Group(Text(run.name, style="bold"), grid, *since)

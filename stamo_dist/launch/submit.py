@@ -16,11 +16,19 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, slurm, supervise
+from stamo_dist.launch import checks, failing, slurm, supervise
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
 from stamo_dist.launch.job import step
-from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
+from stamo_dist.launch.profile import (
+    AS_PROFILED,
+    LOCAL,
+    ClusterProfile,
+    ProfileError,
+    Resources,
+    load_profile,
+    names,
+)
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -48,6 +56,7 @@ class JobOrder:
     members: list[JobOrder] = field(default_factory=list)  # runs of a sweep submitted as one job array, self first
     after: list[str] = field(default_factory=list)  # jobs that must have finished
     notes: list[str] = field(default_factory=list)  # notes for the user
+    avoids: list[str] = field(default_factory=list)  # nodes on which earlier starts failed
 
     @property
     def tasks(self) -> int:
@@ -69,26 +78,6 @@ def default_cluster() -> str:
     if slurm.available():
         raise ProfileError([f"--cluster: name one, there is Slurm here: {', '.join(names())}"])
     return LOCAL
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of the command line that override the profile; None: the profile's."""
-
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    time: str | None = None
-
-    def changes(self) -> list[str]:
-        """The profile fields that it overrides, `field=value` each."""
-        asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
-        found = [f"{name}={value}" for name, value in asked.items() if value]
-        found += ["processes_per_node=null"] if self.gpus_per_node else []  # one process per GPU
-        nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
-        return [*found, *nodes]
-
-
-AS_PROFILED = Resources()
 
 
 def plan(
@@ -148,12 +137,32 @@ def ask(
     if profile.backend == "slurm" and slurm.available():
         grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
+        order = off_failing_nodes(order)
     if loaded is not None and trains and profile.backend == "slurm":
         order = replace(order, loaded=_with_grace(loaded, grace))
         often = loaded.recipe.train.checkpoint
         warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
         notes += [warning] if warning else []
     return order
+
+
+def off_failing_nodes(order: JobOrder) -> JobOrder:
+    """The order without the nodes on which several starts of the run failed lately, unless too few are left.
+
+    Raises:
+        SlurmAwayError: Slurm does not answer.
+    """
+    nodes = failing.failing_now(order.launch)
+    if not nodes or order.profile.backend == "local":
+        return order
+    off = replace(order, avoids=list(nodes))
+    try:
+        _Sbatch(off).test()
+    except slurm.SlurmAwayError:
+        raise
+    except slurm.SlurmError as e:
+        return replace(order, notes=[*order.notes, failing.kept_on(nodes, str(e))])
+    return replace(off, notes=[*order.notes, failing.kept_off(nodes)])
 
 
 def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
@@ -262,7 +271,7 @@ def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
-    record(run, Event("submitted", step=newest_step(run)))
+    record(run, Event("submitted", step=newest_step(run), avoids=order.avoids))
     order.launch.write()  # written before queueing: the job may start before sbatch returns
     return order
 
@@ -306,7 +315,7 @@ class _Sbatch(SlurmExecutor):
             gpus_per_node=gpus or None,
             mem=p.memory,
             constraint=p.constraint,
-            exclude=p.exclude,
+            exclude=",".join(filter(None, (p.exclude, *order.avoids))) or None,
             wckey=None,
             stderr_to_stdout=True,
             use_srun=False,

@@ -96,6 +96,18 @@ class ReportedRun:
         return changes_of(self.folder)
 
     @property
+    def failing_nodes(self) -> list[dict[str, Any]]:
+        """The events on which a start was blamed on nodes, or after which the run was kept off other nodes."""
+        found, off = list[dict[str, Any]](), list[str]()
+        for event in sample(self.folder.path / "launch" / "events.jsonl").objects:
+            if event.get("event") in ("submitted", "requeued"):
+                changed, off = event.get("avoids", []) != off, event.get("avoids", [])
+            else:
+                changed = bool(event.get("blamed"))
+            found += [event] if changed else []
+        return found
+
+    @property
     def left_out(self) -> list[str]:
         """Lines on what the page leaves out of metrics.jsonl."""
         history, said = self.history, list[str]()
