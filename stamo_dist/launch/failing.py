@@ -12,7 +12,7 @@ from pathlib import Path
 from stamo_dist.faults.heartbeats import hung_ranks
 from stamo_dist.launch import slurm
 from stamo_dist.launch.logs import failures_of
-from stamo_dist.launch.record import Event, Launch, newest_first
+from stamo_dist.launch.record import FAILING_NODE_HOURS, Event, Launch, newest_first
 from stamo_dist.words import counted
 
 _OFTEN = 2  # failures after which a node is left out
@@ -102,7 +102,7 @@ def _kind(cause: str, nodes: Iterable[str]) -> str:
 def failing_now(launch: Launch, *more: Event) -> dict[str, int]:
     """`failing` of a run's record and events that it does not have yet."""
     history = [*more, *newest_first(launch.run_dir)][::-1]
-    return failing(history, float(launch.profile.get("failing_node_hours", 0)))
+    return failing(history, float(launch.profile.get("failing_node_hours", FAILING_NODE_HOURS)))
 
 
 def kept_off(nodes: Mapping[str, int]) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stamo_dist import shipped
 from stamo_dist.errors import StamoError
+from stamo_dist.launch.record import FAILING_NODE_HOURS
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.schema import Section
 from stamo_dist.recipe.validate import validate_as
@@ -74,7 +75,8 @@ class ClusterProfile(Section):
     constraint: str | None = Field(None, description="Node features, e.g. a100&nvlink.")
     exclude: str | None = Field(None, description="Nodes to stay off, e.g. node[03,17].")
     failing_node_hours: NonNegativeFloat = Field(
-        12.0, description="Hours for which starts stay off a node on which two failed or hung; 0: they do not."
+        FAILING_NODE_HOURS,
+        description="Hours for which starts stay off a node on which two failed; 0: never.",
     )
     setup: list[str] = Field(default_factory=list, description="Shell lines before the run: module load, source …")
     environment: dict[str, str] = Field(

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 Kind = Literal["run", "array", "stage", "beside"]  # "beside": runs beside a training, not a run of its own
+FAILING_NODE_HOURS = 12.0  # for which a node is left out, where the profile does not say
 _ENDS = ("failed", "stopped", "cancelled")
 What = Literal[
     "submitted", "started", "exporting", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"
