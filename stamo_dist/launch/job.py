@@ -29,6 +29,7 @@ from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.heartbeats import forget_blame
 from stamo_dist.launch import failing, rank, slurm
 from stamo_dist.launch.ends import Verdict, avoided, complete, judge_exit, newest_step, trained
+from stamo_dist.launch.notify import hidden, tell_end
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -76,9 +77,16 @@ class Job:
         self._first: int | None = None  # exit code of the task that failed first
         self._lost: failing.LostTask | None = None  # that task
         self._requests = requests
+        self._last: Event | None = None  # that was recorded
 
     def work(self) -> int:
-        """Run the processes; returns the exit code of the batch script."""
+        """Run the processes, and tell whom the profile names if the run has ended; returns the exit code."""
+        code = self._work()
+        if self._last is not None and (said := tell_end(self.launch, self._last)):
+            self._say(f"job {self.id}: {said}")
+        return code
+
+    def _work(self) -> int:
         usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
         exports = self._exporting()
         if not usable and not exports:  # Slurm may give an export no more nodes than it kept
@@ -158,6 +166,7 @@ class Job:
             rank.START: str(self.restart + 1),
             "MASTER_PORT": str(port),
         }
+        env |= hidden(self.launch.profile)
         env |= {EXPORTS_LATER: "1"} if self._exports_later else {}
         env["SLURM_EXPORT_ENV"] = "ALL"
         forget_blame(self.run / "logs")
@@ -198,7 +207,9 @@ class Job:
         over = 1 if code == EXIT_PREEMPTED else code
         fate, refusal = self._ask(verdict)
         if fate == "cancelled":
-            if not self._cancelled():
+            if self._cancelled():
+                self._last = Event("cancelled", job=self.id)
+            else:
                 self._tell("cancelled", reason="scancel")
             return over
         by_slurm = fate == "queued"
@@ -310,8 +321,9 @@ class Job:
 
     def _tell(self, what: What, **about: Any) -> None:
         """Record an event, if that can be written: it never ends the job."""
+        self._last = Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about)
         try:
-            record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
+            record(self.run, self._last)
         except OSError as e:
             self._say(f"job {self.id}: {what} could not be recorded ({e.strerror})")
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stamo_dist import shipped
 from stamo_dist.errors import StamoError
+from stamo_dist.launch.notify import WEBHOOK, variable
 from stamo_dist.launch.record import FAILING_NODE_HOURS
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.schema import Section
@@ -46,6 +47,31 @@ class Container(Section):
 
     image: str = Field(description="As pyxis takes it: a .sqsh file or registry#image:tag.")
     mounts: list[str] = Field(default_factory=list, description="SOURCE:TARGET each.")
+
+
+class Notify(Section):
+    """Who is told that a run has ended."""
+
+    webhook: str | None = Field(
+        None, description="$NAME: the environment variable with the address, which is a secret, to which it is posted."
+    )
+    mail: str | None = Field(None, description="user@host, whom Slurm writes (sbatch --mail-user).")
+    on: list[Literal["end", "failure"]] = Field(
+        ["end", "failure"], min_length=1, description="end: every end; failure: those alone."
+    )
+
+    @model_validator(mode="after")
+    def _whom(self) -> Notify:
+        problems = []
+        if self.webhook is None and self.mail is None:
+            problems.append("webhook or mail: name one")
+        if self.webhook is not None and not WEBHOOK.fullmatch(self.webhook):
+            problems.append("webhook: write $NAME and `export NAME=https://…` where you submit: an address is a secret")
+        if self.mail is not None and not re.fullmatch(r"[^\s,@]+(@[^\s,@]+)?", self.mail):
+            problems.append(f"mail: {self.mail!r} is no address")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class ClusterProfile(Section):
@@ -83,6 +109,7 @@ class ClusterProfile(Section):
         default_factory=dict, description="Environment variables; they are written into the job's script, so no keys."
     )
     container: Container | None = Field(None, description="Run the processes in a container.")
+    notify: Notify | None = Field(None, description="Who is told that a run has ended, by webhook or mail.")
     python: str | None = Field(None, description="Interpreter of the processes; the one that submits when omitted.")
     srun: list[str] = Field(default_factory=list, description="More options of srun, e.g. --mpi=none.")
     sbatch: dict[str, str | int | bool] = Field(
@@ -118,9 +145,23 @@ class ClusterProfile(Section):
         for option in self.sbatch:
             if option.replace("_", "-") in _OWN:
                 problems.append(f"sbatch: {option} is decided by the profile's fields or the launcher; leave it out")
+        problems += self._unheard()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _unheard(self) -> list[str]:
+        """Problems of `notify` beside the other fields."""
+        if self.notify is None:
+            return []
+        problems = []
+        if self.notify.mail and self.backend == "local":
+            problems.append("notify.mail: Slurm sends it, and this profile is of this machine; give notify.webhook")
+        if self.notify.mail and {option.replace("_", "-") for option in self.sbatch} & {"mail-user", "mail-type"}:
+            problems.append("sbatch: mail-user and mail-type are decided by notify.mail; leave them out")
+        if self.notify.webhook and (name := variable(self.notify.webhook)) in self.environment:
+            problems.append(f"environment: {name} is written into the job's script, and a secret; export it instead")
+        return problems
 
     @property
     def processes(self) -> int:

@@ -20,6 +20,7 @@ from stamo_dist.launch import checks, failing, slurm, supervise
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
 from stamo_dist.launch.job import step
+from stamo_dist.launch.notify import unheard
 from stamo_dist.launch.profile import (
     AS_PROFILED,
     LOCAL,
@@ -138,6 +139,7 @@ def ask(
         grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
         order = off_failing_nodes(order)
+    notes += unheard(given)
     if loaded is not None and trains and profile.backend == "slurm":
         order = replace(order, loaded=_with_grace(loaded, grace))
         often = loaded.recipe.train.checkpoint
@@ -161,8 +163,10 @@ def off_failing_nodes(order: JobOrder) -> JobOrder:
     except slurm.SlurmAwayError:
         raise
     except slurm.SlurmError as e:
-        return replace(order, notes=[*order.notes, failing.kept_on(nodes, str(e))])
-    return replace(off, notes=[*order.notes, failing.kept_off(nodes)])
+        order.notes.append(failing.kept_on(nodes, str(e)))
+        return order
+    order.notes.append(failing.kept_off(nodes))
+    return off
 
 
 def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
@@ -295,6 +299,9 @@ class _Sbatch(SlurmExecutor):
         p, launch = order.profile, order.launch
         counts = launch.node_counts or [launch.nodes]
         more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
+        if p.notify is not None and p.notify.mail:
+            kinds = {"end": "END", "failure": "FAIL"}
+            more |= {"mail-user": p.notify.mail, "mail-type": ",".join(kinds[on] for on in p.notify.on)}
         more |= {"requeue": True, "chdir": os.getcwd(), **p.sbatch}
         if min(counts) < max(counts):
             more["nodes"] = f"{min(counts)}-{max(counts)}"
