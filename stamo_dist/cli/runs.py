@@ -93,18 +93,35 @@ def logs(
     rank: Annotated[
         str | None, typer.Option(metavar="R|all", help="Of this rank; the job's and rank 0's if not.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run has ended, over all its starts.")
+    ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many from the end; 0: all.")] = 100,
 ) -> None:
     """Print the logs of a run, of one rank, or of all with the rank and its node before each line.
 
     Example: stamo logs runs/tokenizer_sim --rank 3 --follow
     """
+    from contextlib import suppress
+
+    from stamo_dist.errors import RunError
     from stamo_dist.launch import logs as files
     from stamo_dist.launch.status import collect, one
 
     path = one(run)
-    chosen = files.choose(path, rank)
+    try:
+        chosen = files.choose(path, rank)
+    except RunError as e:
+        if not follow or files.ranks(path) or files.by_hand(path):
+            raise
+        typer.echo(e, err=True)
+        chosen = []
+
+    def now() -> list[files.JobLog]:
+        with suppress(RunError):
+            return files.choose(path, rank)
+        return []
+
     if rank is None and files.by_hand(path) and 0 not in files.ranks(path):
         typer.echo(files.in_terminal(path), err=True)
     for log in chosen:
@@ -119,7 +136,7 @@ def logs(
         return over
 
     try:
-        for line in files.follow(chosen, ended if follow else lambda: True):
+        for line in files.follow(chosen, ended, now) if follow else files.follow(chosen, lambda: True):
             typer.echo(line)
     except KeyboardInterrupt:
         pass
