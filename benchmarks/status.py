@@ -1,12 +1,12 @@
 """Seconds of `stamo status` for 10, 100 and 500 runs, beside reading the same files alone and, with --slurm, `squeue`.
 
-python benchmarks/status.py [--runs 10,100,500] [--slurm] [--repeat 5]
+python benchmarks/status.py [--runs 1,10,100,500] [--slurm] [--repeat 5]
 
 Makes run folders as trainings leave them: the demonstration's resolved recipe, 500 logged steps of 20 values, a launch
 that was queued again three times, five checkpoints, a heartbeat. `read` opens and reads every file of theirs that
-status looks at, in one thread, and is the floor of any command that looks at folders. --slurm starts a Slurm cluster of
-its own on this machine (root, Debian's slurm-wlm and munge), in which each run is a held job, and times `squeue` on it.
-First: with no cache of earlier calls.
+status looks at, in one thread, and is the floor of any command that looks at folders. CPU: seconds of the processor that
+`stamo status` took, which a busy machine does not lengthen. --slurm starts a Slurm cluster of its own on this machine
+(root, Debian's slurm-wlm and munge), in which each run is a held job, and times `squeue` on it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ VALUES = [f"value_{i}" for i in range(16)]
 def main(counts: list[int], repeat: int, slurm: bool) -> None:
     if slurm and (why := missing()):
         sys.exit(f"no cluster: {why}")
-    table = Table("runs", "stamo status, first", "then", "--json", "read", *(["squeue"] if slurm else []))
+    table = Table("runs", "stamo status", "CPU", "--json", "read", *(["squeue"] if slurm else []))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         env = dict(os.environ)
@@ -58,7 +59,6 @@ def main(counts: list[int], repeat: int, slurm: bool) -> None:
         text = "".join(f"{line.plain}\n" for line in render(load(ROOT / "recipes" / "tokenizer_demo.yaml")))
         for count in counts:
             os.environ["XDG_STATE_HOME"] = env["XDG_STATE_HOME"] = str(folder / f"state{count}")
-            env["XDG_CACHE_HOME"] = str(folder / f"cache{count}")
             runs = [
                 make_run(folder / f"of{count}" / f"run{i:03}", text, jobs[i] if jobs else None) for i in range(count)
             ]
@@ -74,17 +74,21 @@ def times(runs: list[Path], env: Mapping[str, str], repeat: int, slurm: bool) ->
 
     stamo = (sys.executable, "-m", "stamo_dist.cli", "status")
     squeue = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%S|%N|%D|%M|%l|%P|%u|%j")
-    row = [f"{timed(command(*stamo)):.2f} s"]
     measured: list[Callable[[], object]] = [command(*stamo), command(*stamo, "--json"), lambda: read(runs)]
     measured += [command(*squeue)] if slurm else []
+    measured[0]()  # compiles what has not been imported yet
     rounds = [[timed(what) for what in measured] for _ in range(repeat)]
-    return row + [f"{statistics.median(values):.3g} s" for values in zip(*rounds, strict=True)]
+    wall = [statistics.median(t for t, _ in values) for values in zip(*rounds, strict=True)]
+    cpu = statistics.median(seconds for _, seconds in next(zip(*rounds, strict=True)))
+    return [f"{seconds:.3g} s" for seconds in (wall[0], cpu, *wall[1:])]
 
 
-def timed(what: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def timed(what: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, seconds of the processor that the processes which it started took)."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     what()
-    return time.perf_counter() - began
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def read(runs: list[Path]) -> int:
@@ -130,7 +134,7 @@ def make_run(run: Path, recipe: str, job: str | None) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", default="10,100,500", metavar="N,N,…")
+    parser.add_argument("--runs", default="1,10,100,500", metavar="N,N,…")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--slurm", action="store_true")
     given = parser.parse_args()
