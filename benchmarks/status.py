@@ -4,8 +4,8 @@ python benchmarks/status.py [--runs 1,10,100,500] [--slurm] [--repeat 5]
 
 Makes run folders as trainings leave them: the demonstration's resolved recipe, 500 logged steps of 20 values, a launch
 that was queued again three times, five checkpoints, a heartbeat. `read` opens and reads every file of theirs that
-status looks at, in one thread, and is the floor of any command that looks at folders. CPU: seconds of the processor that
-`stamo status` took, which a busy machine does not lengthen. --slurm starts a Slurm cluster of its own on this machine
+status looks at, in one thread, and is the floor of any command that looks at folders. CPU: what `stamo status` took of
+the processor, which a busy machine does not lengthen. --slurm starts a Slurm cluster of its own on this machine
 (root, Debian's slurm-wlm and munge), in which each run is a held job, and times `squeue` on it.
 """
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import getpass
 import json
 import os
@@ -226,8 +227,13 @@ def hindrance(launch: Launch) -> str:
 
 
 def _fields_of(kind: type, found: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
+    names = _names(kind)
     return {name: value for name, value in found.items() if name in names}
+
+
+@functools.cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind))
 
 
 def registered() -> list[Path]:

@@ -85,7 +85,8 @@ class Run:
             "restarts": self.state.restarts, "step": p.step, "steps": p.steps, "samples_per_second": p.rate,
             "eta": p.eta, "loss": p.loss, "checkpoint": p.checkpoint, "checkpoint_age": age(p.saved),
             "nodes": self.nodes, "job": self.launch.job if self.launch else None,
-            "cluster": self.launch.cluster if self.launch else None, **asdict(p.successes),
+            "cluster": self.launch.cluster if self.launch else None, "stays_off": avoided(self.history),
+            **asdict(p.successes),
         }  # fmt: skip
 
 

@@ -96,15 +96,18 @@ class ReportedRun:
         return changes_of(self.folder)
 
     @property
-    def failing_nodes(self) -> list[dict[str, Any]]:
-        """The events on which a start was blamed on nodes, or after which the run was kept off other nodes."""
-        found, off = list[dict[str, Any]](), list[str]()
+    def failing_nodes(self) -> list[tuple[str, str, str, str]]:
+        """(when, nodes that a start failed on, nodes that the run was kept off since, why)."""
+        found, off = list[tuple[str, str, str, str]](), list[str]()
         for event in sample(self.folder.path / "launch" / "events.jsonl").objects:
             if event.get("event") in ("submitted", "requeued"):
                 changed, off = event.get("avoids", []) != off, event.get("avoids", [])
             else:
                 changed = bool(event.get("blamed"))
-            found += [event] if changed else []
+            if changed:
+                when = str(event.get("time", ""))[:19].replace("T", " ")
+                blamed, avoided = (", ".join(map(str, event.get(key) or ())) for key in ("blamed", "avoids"))
+                found.append((when, blamed, avoided, str(event.get("cause") or event.get("reason", ""))))
         return found
 
     @property
