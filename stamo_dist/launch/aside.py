@@ -154,7 +154,8 @@ def profile_of(run: Path, cluster: str | None) -> tuple[str, ClusterProfile, Lau
         "nodes": 1, "min_nodes": None, "max_nodes": None, "segment": None, "exclusive": False,
         "processes_per_node": None,
     }  # fmt: skip
-    given = {**profile.model_dump(mode="json"), **one, "gpus_per_node": min(1, profile.gpus_per_node)}
+    more = {"gpus_per_node": min(1, profile.gpus_per_node), "notify": None}
+    given = {**profile.model_dump(mode="json"), **one, **more}
     return name, ClusterProfile.model_validate(given), training
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from stamo_dist.data import at_hand
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import conflicts, container, slurm
+from stamo_dist.launch.further import FURTHER
 from stamo_dist.launch.grace import preemption_grace
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
 from stamo_dist.launch.record import Launch
@@ -23,7 +24,6 @@ from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
-from stamo_dist.recipe.schema import Recipe
 from stamo_dist.recipe.unread import unread
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
@@ -78,11 +78,6 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
         if nodes > fits[0]
     ]
     return fits, notes
-
-
-#: Further checks of a recipe with local data; each returns notes or raises RecipeError. Registered by the `stamo`
-#: command, because they need numpy or the simulators.
-FURTHER: list[Callable[[Recipe], list[str]]] = []
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,8 @@ from stamo_dist import shipped
 from stamo_dist.errors import StamoError
 from stamo_dist.launch import conflicts
 from stamo_dist.launch.container import problems as container_problems
+from stamo_dist.launch.notify import WEBHOOK, variable
+from stamo_dist.launch.record import FAILING_NODE_HOURS
 from stamo_dist.launch.step import GPU
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.schema import Section
@@ -20,6 +23,7 @@ from stamo_dist.recipe.validate import validate_as
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 FOLDER = "slurm"
 LOCAL = "local"
 
@@ -54,6 +58,31 @@ class Container(Section):
     def _can_be(self) -> Container:
         if found := list(container_problems(self.model_dump())):
             raise ValueError("\n".join(found))
+        return self
+
+
+class Notify(Section):
+    """Who is told that a run has ended."""
+
+    webhook: str | None = Field(
+        None, description="$NAME: the environment variable with the address, which is a secret, to which it is posted."
+    )
+    mail: str | None = Field(None, description="user@host, whom Slurm writes (sbatch --mail-user).")
+    on: list[Literal["end", "failure"]] = Field(
+        ["end", "failure"], min_length=1, description="end: every end; failure: those alone."
+    )
+
+    @model_validator(mode="after")
+    def _whom(self) -> Notify:
+        problems = []
+        if self.webhook is None and self.mail is None:
+            problems.append("webhook or mail: name one")
+        if self.webhook is not None and not WEBHOOK.fullmatch(self.webhook):
+            problems.append("webhook: write $NAME and `export NAME=https://…` where you submit: an address is a secret")
+        if self.mail is not None and not re.fullmatch(r"[^\s,@]+(@[^\s,@]+)?", self.mail):
+            problems.append(f"mail: {self.mail!r} is no address")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -95,6 +124,10 @@ class ClusterProfile(Section):
     max_restarts: NonNegativeInt = Field(3, description="Restarts in a row without progress before it is given up.")
     constraint: str | None = Field(None, description="Node features, e.g. a100&nvlink.")
     exclude: str | None = Field(None, description="Nodes to stay off, e.g. node[03,17].")
+    failing_node_hours: NonNegativeFloat = Field(
+        FAILING_NODE_HOURS,
+        description="Hours for which starts stay off a node on which two failed; 0: never.",
+    )
     modules: list[str] = Field(
         default_factory=list, description="Modules to load; one that cannot be loaded ends the job, with code 2."
     )
@@ -103,6 +136,7 @@ class ClusterProfile(Section):
         default_factory=dict, description="Environment variables; they are written into the job's script, so no keys."
     )
     container: Container | None = Field(None, description="Run the processes in a container.")
+    notify: Notify | None = Field(None, description="Who is told that a run has ended, by webhook or mail.")
     python: str | None = Field(
         None,
         description="Interpreter of the processes; when omitted the one that submits, in a container its python3.",
@@ -140,6 +174,7 @@ class ClusterProfile(Section):
             problems.append(f"time: {e}")
         problems += [*self._of_nodes(), *conflicts.of_sbatch(self.sbatch, self.gpus_per_node)]
         problems += [*conflicts.of_srun(self.srun), *conflicts.of_setup(self.setup)]
+        problems += self._unheard()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -165,6 +200,19 @@ class ClusterProfile(Section):
         if self.backend == LOCAL and self.container is not None:
             yield "container: is for Slurm's jobs; start stamo itself in the container, or leave it out"
 
+    def _unheard(self) -> list[str]:
+        """Problems of `notify` beside the other fields."""
+        if self.notify is None:
+            return []
+        problems = []
+        if self.notify.mail and self.backend == "local":
+            problems.append("notify.mail: Slurm sends it, and this profile is of this machine; give notify.webhook")
+        if self.notify.mail and {option.replace("_", "-") for option in self.sbatch} & {"mail-user", "mail-type"}:
+            problems.append("sbatch: mail-user and mail-type are decided by notify.mail; leave them out")
+        if self.notify.webhook and (name := variable(self.notify.webhook)) in self.environment:
+            problems.append(f"environment: {name} is written into the job's script, and a secret; export it instead")
+        return problems
+
     @property
     def processes(self) -> int:
         """Processes of one node."""
@@ -184,6 +232,26 @@ class ClusterProfile(Section):
     def node_range(self, nodes: int) -> tuple[int, int]:
         """(minimum, maximum) nodes of a job with this `nodes` setting."""
         return self.min_nodes or nodes, self.max_nodes or nodes
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of the command line that override the profile; None: the profile's."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    time: str | None = None
+
+    def changes(self) -> list[str]:
+        """The profile fields that it overrides, `field=value` each."""
+        asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
+        found = [f"{name}={value}" for name, value in asked.items() if value]
+        found += ["processes_per_node=null"] if self.gpus_per_node else []  # one process per GPU
+        nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
+        return [*found, *nodes]
+
+
+AS_PROFILED = Resources()
 
 
 def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, ClusterProfile]:

@@ -32,6 +32,8 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
+_OF_THE_QUEUE = re.compile(r"#SBATCH --(dependency|kill-on-invalid-dep|array|hold)\b")  # not of the nodes
+
 #: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
 _AWAY = re.compile(
     r"unable to contact|unable to connect|unable to establish|timed out|connection (refused|reset|timed)|no route to"
@@ -158,6 +160,32 @@ def shrink(job: str, nodes: int) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:  # scontrol writes a script into the working directory
         run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", cwd=folder)
+
+
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Have a waiting job stay off these nodes, and off no others.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+
+def refuses(job: str, without: Sequence[str]) -> str:
+    """Why Slurm would not take the job's script again without these nodes; "" if it would.
+
+    Raises:
+        SlurmError: It cannot be asked.
+    """
+    script = run("scontrol", "write", "batch_script", job.partition("_")[0], "-")
+    lines = (line for line in script.splitlines(keepends=True) if not _OF_THE_QUEUE.match(line))
+    try:
+        run("sbatch", "--test-only", f"--exclude={','.join(without)}", stdin="".join(lines))
+    except SlurmAwayError:
+        raise
+    except SlurmError as e:
+        return str(e).partition(": ")[2]
+    return ""
 
 
 def partitions() -> dict[str, dict[str, str]]:

@@ -52,7 +52,7 @@ def on_cluster(
     Raises:
         StamoError: Slurm refuses the job.
     """
-    small = {"time": _TIME, "signal_delay": 10, "min_nodes": None, "max_nodes": None, "max_restarts": 0}
+    small = {"time": _TIME, "signal_delay": 10, "min_nodes": None, "max_nodes": None, "max_restarts": 0, "notify": None}
     profile = profile.model_copy(update=small)
     reports = folder / "reports"
     reports.mkdir(parents=True)
