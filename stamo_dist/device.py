@@ -146,6 +146,10 @@ class Device:
         """Bytes that the allocator had in use at most, and held, since it was last asked; 0 on a CPU."""
         return 0.0, 0.0
 
+    def use(self) -> float | None:
+        """Share of the device's time in use, as its driver says; None on a CPU, or without the driver's library."""
+        return None
+
     def release_memory(self) -> None:
         """Give back what the allocator holds unused, and count the peak from here."""
 
@@ -273,6 +277,12 @@ class Gpu(Device):
         )
         self._cuda.reset_peak_memory_stats(self.torch_device)
         return float(found[0]), float(found[1])
+
+    def use(self) -> float | None:
+        try:
+            return float(self._cuda.utilization(self.torch_device)) / 100
+        except Exception:  # nvidia-ml-py is missing, or raises an error of its own: no metric ends a run
+            return None
 
     def release_memory(self) -> None:
         self._cuda.empty_cache()

@@ -124,6 +124,9 @@ class FakeCuda:
     def reset_peak_memory_stats(self, device: object = None) -> None:
         self.said["reset_peak_memory_stats"] += 1
 
+    def utilization(self, device: object = None) -> int:
+        return 87
+
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
         return 70_000_000_000, 80_000_000_000
 

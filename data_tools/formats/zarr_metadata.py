@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -76,7 +77,7 @@ def check_nodes(folder: Path, open_node: Callable[[str], Any]) -> None:
         try:
             open_node(str(path.parent))
         except DAMAGE as e:
-            hint = f"; {how_to_install('zarr')}" if "codec not available" in str(e) else ""
+            hint = f"; {how_to_install('zarr')}" if re.search("codec .*not available", str(e)) else ""
             raise DataError(f"{path}: cannot be read as zarr's metadata ({type(e).__name__}: {e}){hint}") from e
 
 

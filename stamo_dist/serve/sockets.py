@@ -114,6 +114,8 @@ class _Episode:
             kind, payload = message.get("type"), message.get("payload")
             if not isinstance(payload, dict):
                 raise BadRequestError("payload", f"is {said(payload)}, not a map")
+            if not isinstance(kind, str):
+                raise BadRequestError("type", f"is {said(kind)}, not a text")
             if kind == "hello":
                 return _message("hello", self._hello(), seq)
             if kind in ("episode_start", "episode_end"):

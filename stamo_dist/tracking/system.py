@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import psutil
-import torch
 
 from stamo_dist.device import Device
 
@@ -19,7 +18,6 @@ class SystemUse:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._gpu = Device.current().is_gpu
         psutil.cpu_percent()  # the next call says what was used since this one
 
     def look(self) -> dict[str, float]:
@@ -34,9 +32,6 @@ class SystemUse:
             "memory_gb": (memory.total - memory.available) / 1e9,
             "disk_free_gb": shutil.disk_usage(self._folder).free / 1e9,
         }
-        if self._gpu:
-            try:
-                found["gpu"] = torch.cuda.utilization(Device.current().torch_device) / 100
-            except (ModuleNotFoundError, RuntimeError):
-                self._gpu = False
+        if (gpu := Device.current().use()) is not None:
+            found["gpu"] = gpu
         return {f"{SYSTEM}{name}": round(value, 3) for name, value in found.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from stamo_dist.recipe.training import Optimizer
 from stamo_dist.run.folder import environment
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.metrics import Reducer, StepSums, StepTimes, Stopwatch
+from stamo_dist.tracking.system import SystemUse
 from stamo_dist.training.profiling import SyncGuardHook
 from stamo_dist.training.trainer import StepResult
 
@@ -48,6 +50,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu()
     monkeypatch.setattr(devices, "_current", fake)
     return fake
+
+
+def test_how_busy_the_gpu_is(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SystemUse(tmp_path).look()["system/gpu"] == 0.87
+    for error in (ModuleNotFoundError("pynvml"), Exception("NVML Shared Library Not Found")):
+        monkeypatch.setattr(gpu.cuda, "utilization", Mock(side_effect=error))
+        assert "system/gpu" not in SystemUse(tmp_path).look()
+    monkeypatch.setattr(devices, "_current", CPU)
+    assert "system/gpu" not in SystemUse(tmp_path).look()
 
 
 def test_nobody_else_asks_torch_cuda() -> None:

@@ -16,7 +16,7 @@ msgpack = pytest.importorskip("msgpack", reason="needs the [serve] extra: pip in
 websockets = pytest.importorskip("websockets", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 from generated import ANYTHING, observations  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 from speaking import frames  # noqa: E402
@@ -245,6 +245,7 @@ VLA_EVAL = st.fixed_dictionaries(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(openpi=OPENPI | st.binary(max_size=100), vla_eval=VLA_EVAL | st.binary(max_size=100))
+@example(openpi=packed({"prompt": np.zeros(2)}), vla_eval=packed({"type": np.zeros(2), "payload": {}}))
 def test_no_message_ends_a_connection(connections, openpi: bytes, vla_eval: bytes) -> None:
     for socket, message in zip(connections, (openpi, vla_eval), strict=True):
         socket.send(message)

@@ -29,7 +29,7 @@ def test_the_controller_is_away(submit, cluster, stamo_there):
     log = main_log(run.folder)
     [script] = [
         p for p in psutil.process_iter(["cmdline"])
-        if "stamo_dist.launch.job" in p.info["cmdline"] and str(run.folder) in p.info["cmdline"]
+        if {"stamo_dist.launch.job", str(run.folder)} <= {*(p.info["cmdline"] or ())}  # None: one that has just ended
     ]  # fmt: skip
     with cluster.no_controller():
         story = run.story
