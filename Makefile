@@ -39,36 +39,14 @@ slurm:
 	  && apt-get install -y -qq --no-install-recommends slurm-wlm slurmdbd mariadb-server munge iproute2) \
 	  || echo "no Slurm: install it (Debian: slurm-wlm slurmdbd mariadb-server munge) to run tests/slurm"
 
-# The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. Every line can be typed by hand.
+# The whole way, small and real: simulate, shard, mix, train, kill, go on, measure. It prints each command that it runs.
 STAMO := $(BIN)/stamo
 demo: $(VENV)/.installed opengl
-	$(STAMO) data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
-	$(STAMO) data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
-	$(STAMO) data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.15
-	$(STAMO) data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.13
-	$(STAMO) data stats demo/shards/libero
-	$(STAMO) data stats demo/shards/metaworld
-	$(STAMO) mix recipes/tokenizer_demo.yaml
-	$(STAMO) train recipes/vae_demo.yaml --nproc 2
-	$(STAMO) encode recipes/tokenizer_demo.yaml
-	@echo "training the tokenizer, and killing it after 90 seconds, as a cluster would"
-	@sh -c 'exec timeout --signal=KILL 90 $(STAMO) train recipes/tokenizer_demo.yaml --nproc 2 2>&3' 3>&2 2>/dev/null \
-	  || echo "it was killed, as was meant; the same command goes on from its last checkpoint:"
-	$(STAMO) train recipes/tokenizer_demo.yaml --nproc 2
-	$(STAMO) eval reconstruct demo/runs/tokenizer
-	$(STAMO) eval interpolate demo/runs/tokenizer
-	$(STAMO) report demo/runs/tokenizer
+	$(STAMO) demo
 
 # After `make demo`: one policy for four tasks, and how often it solves each, beside random actions and the expert.
-TASKS := drawer-open-v3,drawer-close-v3,button-press-topdown-v3,door-open-v3
 demo-policy: $(VENV)/.installed opengl
-	$(STAMO) data simulate metaworld demo/raw/metaworld_tasks --tasks $(TASKS) --episodes 30 --size 128 --cameras corner3
-	$(STAMO) data convert metaworld demo/raw/metaworld_tasks demo/shards/metaworld_tasks --size 64 --val-fraction 0.1
-	$(STAMO) data stats demo/shards/metaworld_tasks
-	$(STAMO) encode recipes/policy_metaworld_demo.yaml
-	$(STAMO) train recipes/policy_metaworld_demo.yaml --nproc 2
-	$(STAMO) eval rollout demo/runs/policy_metaworld --tasks $(TASKS) --baselines
-	$(STAMO) report demo/runs/policy_metaworld
+	$(STAMO) demo --policy
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -77,7 +55,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # Three workers on two cores: tests/slurm mostly waits; what else runs beside what is in tests/conftest.py.
-test: $(VENV)/.installed opengl slurm lint docs
+test: $(VENV)/.installed opengl maniskill slurm lint docs
 	$(BIN)/python -m pytest -n 3
 
 # The daily loop: no simulator, no Slurm, no run of several processes.

@@ -100,9 +100,9 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
 
 def measure(path: str, settings: list[str], world: int, steps: int) -> float:
     """Peak bytes of the process that took most."""
-    from stamo_dist.distributed.rank import free_port
+    from stamo_dist.distributed.rank import reserve_port
 
-    context, port, ends = multiprocessing.get_context("spawn"), free_port(), []
+    context, port, ends = multiprocessing.get_context("spawn"), reserve_port(), []
     for number in range(world):
         here, there = context.Pipe()
         process = context.Process(target=rank, args=(number, world, port, path, settings, steps, there))

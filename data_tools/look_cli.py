@@ -1,4 +1,4 @@
-"""`stamo data check | preview | stats | sync`: look at converted sources, and copy them."""
+"""`stamo data check | preview | stats | sync | export`: look at converted sources, copy and export them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from stamo_dist.words import counted
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// URL of a converted source.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
@@ -124,7 +126,31 @@ def sync(
     typer.echo(f"{dst}: {run(src, dst, parallel=parallel, overwrite=overwrite, quiet=quiet)}")
 
 
+def export(
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="lerobot: a LeRobotDataset v3.0.")],
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; it must not exist.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write a converted source for another library; DIR appears when it is whole.
+
+    lerobot: frames as h264 videos, numbers and instructions in parquet, with the names of episodes and the splits;
+    `stamo data convert lerobot` reads it back.
+
+    Example: stamo data export lerobot shards/libero lerobot/libero
+    """
+    from data_tools.export.lerobot import export_lerobot
+    from stamo_dist.errors import DataError
+
+    if format != "lerobot":
+        raise DataError(f"{format}: only lerobot is written")
+    done = export_lerobot(source, out, quiet=quiet)
+    typer.echo(f"{out}: {counted(done.episodes, 'episode')}, {counted(done.frames, 'frame')}")
+    for note in done.notes:
+        typer.echo(f"  {note}")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `stamo data`."""
-    for command in (check, preview, stats, sync):
+    for command in (check, preview, stats, sync, export):
         app.command()(command)

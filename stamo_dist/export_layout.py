@@ -16,12 +16,13 @@ class ExportLayout:
     `form` applies to policies: openvla is the released checkpoints' layout, which the official code reads; with hf the
     language model is in its own folder that plain transformers opens; peft is adapters without their base. `dtype`:
     of the trained weights, fp32 when omitted; frozen weights keep theirs. `shard_size`: maximum size of a file, such
-    as 5GB.
+    as 5GB. `alone`: frozen encoders, which a run's own export names by their source, are written too.
     """
 
     form: Literal["openvla", "hf", "peft"] = "openvla"
     dtype: torch.dtype | None = None
     shard_size: str = "5GB"
+    alone: bool = False
 
 
 WHOLE = ExportLayout()

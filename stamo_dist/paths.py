@@ -8,7 +8,7 @@ from functools import lru_cache
 
 def canonical(path: str | os.PathLike[str]) -> str:
     """As os.path.realpath, but each folder is looked up once per process: on a shared disk each is a request."""
-    path = os.path.join(os.getcwd(), os.path.expanduser(path))
+    path = os.path.join(os.getcwd(), path)
     return os.path.realpath(path) if ".." in path.split("/") else _canonical(os.path.normpath(path))
 
 

@@ -93,17 +93,9 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Callable[[str], Path]:
-    """Path of a real data file under STAMO_TEST_DATA (or ../shared/data); skips and names it when it is missing."""
-    folder = Path(os.environ.get("STAMO_TEST_DATA", ROOT.parent / "shared" / "data"))
-
-    def find(name: str) -> Path:
-        path = folder / name
-        if not path.exists():
-            pytest.skip(f"no test data {path}; set STAMO_TEST_DATA")
-        return path
-
-    return find
+def sample_data() -> Callable[[str], Path]:
+    """Path of a sample of real data; tests/samples/README.md says what they are."""
+    return lambda name: ROOT / "tests" / "samples" / name
 
 
 @pytest.fixture(scope="session")

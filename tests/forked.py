@@ -117,9 +117,10 @@ def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Pa
 
 
 def _run(call: Call) -> int:
-    from stamo_dist.distributed.rank import free_port
+    from stamo_dist.distributed.rank import ReservedPort
 
-    port = free_port()
+    reserved = ReservedPort()
+    port = reserved.number
     ranks = []
     for rank in range(call.processes):
         pid = os.fork()
@@ -145,6 +146,7 @@ def _run(call: Call) -> int:
                 os.kill(pid, signal.SIGKILL)
             first, deadline = first or TIMED_OUT, float("inf")
         time.sleep(0.01)
+    reserved.release()
     return first
 
 

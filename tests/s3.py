@@ -71,13 +71,13 @@ def relay(port: int, allow: Callable[[int], bool]) -> Iterator[str]:
 
 @contextmanager
 def bad_line(port: int, cuts: int) -> Iterator[str]:
-    """A line that is cut after every 3000 bytes, `cuts` times."""
+    """A line that is cut after every 4000 bytes, `cuts` times."""
     left, passed = cuts, 0
 
     def allow(size: int) -> bool:
         nonlocal left, passed
         passed += size
-        if left and passed > 3000:
+        if left and passed > 4000:
             left, passed = left - 1, 0
             return False
         return True

@@ -177,7 +177,7 @@ def _is_whole(out: Path, plan: ConversionPlan, *, read: bool) -> bool:
 
 def _damaged(out: Path, manifest: Manifest, *, read: bool) -> list[str]:
     """Files of OUT that are missing or of another size than was written; `read`: also those of another content."""
-    wrong = [line for split in manifest.splits for line in damage(out, split, manifest.cameras, every=True)]
+    wrong = [line for split in manifest.splits for line in damage(out, manifest, split, manifest.cameras, every=True)]
     if read and not wrong:
         wrong = [name for name, expected in manifest.checksums.items() if sha256_of(out / name) != expected]
     return wrong

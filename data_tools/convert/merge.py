@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.slices import Slice
+from stamo_dist.data.agreement import describing, prefix_of
 from stamo_dist.data.confined import check_index
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, Size, Split, first_entries
 from stamo_dist.errors import DataError
@@ -36,6 +37,7 @@ def merge(
         raise DataError("\n".join(damaged))
     splits: dict[str, Split] = dict(base.splits) if base else {}
     checksums: dict[str, str] = dict(base.checksums) if base else {}
+    prefixes = dict(base.prefixes) if base else {}
     for split in dict.fromkeys(part.split for part in work):
         parts = [part for part in work if part.split == split]
         before = splits.get(split, Split(episodes=0, frames=0))
@@ -51,14 +53,19 @@ def merge(
             sums = _merge_camera([part.folder / camera for part in parts], whole / split / camera, before.frames)
             checksums |= {f"{split}/{camera}/{shard}": value for shard, value in sums.items()}
         _replace(whole / split / EPISODES, "".join(f"{line}\n" for line in [*old, *lines]))
+        for name in describing(split, plan.cameras):
+            prefixes[name] = prefix_of((whole / name).read_bytes(), name)
         splits[split] = Split(episodes=len(old) + len(lines), frames=start)
     if not splits:
         raise DataError("\n".join(["no episode could be read:", *some(skipped)]))
-    manifest = plan.model_copy(update={"splits": splits, "checksums": checksums, "skipped": skipped})
+    manifest = plan.model_copy(
+        update={"splits": splits, "checksums": checksums, "prefixes": prefixes, "skipped": skipped}
+    )
     if base is not None and splits == base.splits:
         manifest = manifest.model_copy(update={"before": base.before, "stats": base.stats})
     elif base is not None:
-        sizes = [*base.before, Size(splits=base.splits, stats=base.stats, digest=base.digest)]
+        size = Size(splits=base.splits, stats=base.stats, digest=base.digest, prefixes=base.prefixes)
+        sizes = [*base.before, size]
         manifest = manifest.model_copy(update={"before": sizes})
     _replace(whole / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest

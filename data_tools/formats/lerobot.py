@@ -289,7 +289,7 @@ class LerobotReader(LerobotActionOptions):
         Raises:
             DataError: They differ by so much that one of them is wrong.
         """
-        known = (e for e in episodes if e.data is not None and not any(f"episode_{e.index:06d}: " in b for b in bad))
+        known = (e for e in episodes if e.data is not None and not any(b.startswith(f"{e.name}: ") for b in bad))
         if (first := next(known, None)) is None or first.data is None:
             return []
         try:
@@ -308,7 +308,7 @@ class LerobotReader(LerobotActionOptions):
 
     def _reference(self, listed: Listed, instruction: str, info: Info) -> EpisodeRef:
         return EpisodeRef(
-            id=f"episode_{listed.index:06d}",
+            id=listed.name,
             file=listed.data.relative_to(self.src).as_posix() if listed.data else "",
             key=str(listed.index),
             length=listed.length,

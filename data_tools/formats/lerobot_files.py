@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from stamo_dist.errors import DataError
 
 _NUMBER = re.compile(r"episode_(\d+)\.\w+$|chunk-(\d+)/(?:.*/)?file-(\d+)\.\w+$")
 _VIDEO_FOLDERS = ("videos", "video")
+#: The column of the episode table in which `stamo data export` keeps the names of episodes.
+EPISODE_NAME = "stamo/episode"
 #: The column of meta/tasks.parquet with the texts; pandas' index comes first.
 TASK_TEXTS = ("task", "__index_level_0__")
 #: Columns with one number a row.
@@ -60,6 +62,7 @@ class Listed:
     """One row of the episode table."""
 
     index: int
+    name: str  # the one that it had before `stamo data export`, else by its number
     length: int
     tasks: tuple[str | int, ...]  # texts, or numbers of tasks
     data: Path | None  # None: the file is missing
@@ -106,12 +109,23 @@ def find_layout(root: Path, video_features: list[str]) -> LeRobotLayout:
         raise DataError(f"{tables[0] if shared else lines}: lists no episode")
     if twice := [index for index, n in Counter(e.index for e in episodes).items() if n > 1]:
         raise DataError(f"{tables[0] if shared else lines}, episode_index: {twice[0]} is there twice")
+    episodes, notes = _numbered_if_alike(episodes)
     used = {path for (key, _), path in videos.items() if key in video_features}
     meta = [p for p in walk(root / "meta") if p.suffix in (".json", ".jsonl", ".parquet") and "stats" not in p.name]
     for path in meta:
         check_there(path)
     files = sorted(path for path in {*data.values(), *used, *meta} if path.exists())
-    return LeRobotLayout("3.0" if shared else "2.1", episodes, read_tasks(root), files, _unlisted(data, episodes))
+    notes += _unlisted(data, episodes)
+    return LeRobotLayout("3.0" if shared else "2.1", episodes, read_tasks(root), files, notes)
+
+
+def _numbered_if_alike(episodes: list[Listed]) -> tuple[list[Listed], list[str]]:
+    """Episodes by their numbers if two have one name, as after sets were put together; and a note on it."""
+    names = Counter(e.name for e in episodes)
+    if len(names) == len(episodes):
+        return episodes, []
+    note = f"episodes are named by number: {EPISODE_NAME} has {names.most_common(1)[0][0]} twice"
+    return [replace(e, name=f"episode_{e.index:06d}") for e in episodes], [note]
 
 
 def _unlisted(data: Files, episodes: list[Listed]) -> list[str]:
@@ -197,7 +211,8 @@ def _listed(
             faults.append(str(e))
     meta = {k: v for k, v in row.items() if _is_meta(k, v)}
     tasks = _task_list(row.get("tasks"), f"{where}, tasks")
-    return Listed(index, length, tasks, path, windows, meta, "; ".join(faults))
+    name = str(row.get(EPISODE_NAME) or f"episode_{index:06d}")
+    return Listed(index, name, length, tasks, path, windows, meta, "; ".join(faults))
 
 
 def _place(row: Mapping[str, Any], prefix: str, where: str) -> tuple[int, int]:
@@ -255,7 +270,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_meta(key: str, value: Any) -> bool:
-    known = ("episode_index", "length", "tasks")
+    known = ("episode_index", "length", "tasks", EPISODE_NAME)
     return key not in known and not key.startswith(_LOCATIONS) and isinstance(value, str | int | float | bool)
 
 

@@ -21,12 +21,13 @@ from data_tools.look.check_report import ERROR, KEPT, WARNING, CheckFinding, Che
 from data_tools.look.check_shard import Extreme, ShardFindings, ShardTask, as_entries, look
 from data_tools.look.check_table import Table
 from data_tools.look.columns import INDEX, IndexedShard
-from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
+from data_tools.look.each_shard import frames_bar, in_order, index_name, processes_for, shards_of, store_at
 from data_tools.look.sketch import RELATIVE_ERROR
 from data_tools.look.stats import Sums, merge
 from data_tools.stores.store import Store, at_hand
 from data_tools.stores.sync import fetch_manifest
 from data_tools.stores.verified import Verified
+from stamo_dist.data.agreement import altered, disagreements
 from stamo_dist.data.schema import EPISODES, MANIFEST, Episode, Manifest, dimension_names
 from stamo_dist.errors import DataError
 
@@ -200,6 +201,8 @@ class _Check:
             table = Table(stack.enter_context(at_hand(self.store, name)) if there else None)
             self.tables[split] = table
             self.report.add(table.check(split, self.manifest.splits[split]))
+            if table.whole and (problem := altered(self.store.read(name), name, self.manifest)):
+                self.report.add([CheckFinding("table", ERROR, problem, split=split, shard=EPISODES)])
         try:
             shards = shards_of(self.store, split, camera)
         except DataError as e:
@@ -214,20 +217,11 @@ class _Check:
         if frames != expected:
             text = f"counts {frames} frames, the manifest {expected}"
             yield CheckFinding("index", ERROR, text).at(split, camera, INDEX)
-        prefix = f"{split}/{camera}/"
-        listed = {name.removeprefix(prefix) for name in self.manifest.checksums if name.startswith(prefix)}
-        named = [shard.name for shard in shards]
-        if len(set(named)) != len(named):
-            yield CheckFinding("index", ERROR, "names a shard twice").at(split, camera, INDEX)
-        if self.manifest.checksums:
-            for what, names in (
-                ("the manifest lists {}, which it does not", listed - set(named)),
-                ("lists {}, which the manifest does not", set(named) - listed),
-            ):
-                if names:
-                    yield CheckFinding("index", ERROR, what.format(min(names)), count=len(names)).at(
-                        split, camera, INDEX
-                    )
+        name = index_name(split, camera)
+        problems = disagreements(((shard.name, shard.sha256) for shard in shards), self.manifest, split, camera)
+        problems += [altered(self.store.read(name), name, self.manifest)] if not problems else []
+        for problem in filter(None, problems):
+            yield CheckFinding("index", ERROR, problem).at(split, camera, INDEX)
 
     def _tasks(self, work: list[tuple[str, str, list[IndexedShard]]]) -> Iterator[ShardTask]:
         small = self.manifest.model_copy(update={"checksums": {}, "skipped": [], "stats": {}, "options": {}})

@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from typing import TypeVar
 
 from data_tools.look.columns import INDEX, IndexedShard, read_index
 from data_tools.stores.open import open_store
 from data_tools.stores.store import Advance, Store
 from data_tools.workers import spawned, usable_cores
+from stamo_dist.data.agreement import check_content, disagreements
+from stamo_dist.data.schema import REPAIR, Manifest
 from stamo_dist.errors import DataError
 
 #: Use one process more per so many bytes, as starting one takes a second.
@@ -39,6 +42,23 @@ def shards_of(store: Store, split: str, camera: str) -> list[IndexedShard]:
     """
     name = index_name(split, camera)
     return read_index(store.read(name), f"{store.url}/{name}")
+
+
+def agreed_shards(store: Store, manifest: Manifest, split: str, camera: str) -> list[IndexedShard]:
+    """As `shards_of`, and those of the manifest.
+
+    Raises:
+        DataError: Its index.json is missing or broken, or names other shards than the manifest.
+    """
+    name = index_name(split, camera)
+    where, content = f"{store.url}/{name}", store.read(name)
+    check_content(content, name, manifest, where)
+    shards, frames = read_index(content, where), manifest.splits[split].frames
+    counts = list(accumulate(shard.samples for shard in shards))
+    shards = shards[: counts.index(frames) + 1] if frames in counts else shards  # later ones are of a growth
+    if problems := disagreements(((s.name, s.sha256) for s in shards), manifest, split, camera):
+        raise DataError("\n".join(f"{where}: {problem}; {REPAIR}" for problem in problems))
+    return shards
 
 
 def processes_for(nbytes: int, asked: int | None) -> int:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_tools.look.check_table import Table
 from data_tools.look.columns import ColumnShard, IndexedShard
-from data_tools.look.each_shard import shards_of
+from data_tools.look.each_shard import agreed_shards
 from data_tools.look.preview_page import PreviewedEpisode, draw
 from data_tools.look.stats import TRAIN
 from data_tools.stores.open import open_store
@@ -55,7 +55,7 @@ def preview(
         raise DataError(f"{path}: the picture is a PNG; name it .png")
     cameras = len(manifest.cameras)
     chosen = _choose(store, manifest, split, episodes or min(6, max(2, ROWS // cameras)))
-    shards = {camera: shards_of(store, split, camera) for camera in manifest.cameras}
+    shards = {camera: agreed_shards(store, manifest, split, camera) for camera in manifest.cameras}
 
     def read(some: list[Episode], count: int) -> list[PreviewedEpisode]:
         return [_episode(store, manifest, split, shards, episode, count) for episode in some]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.look.columns import ColumnShard, IndexedShard
-from data_tools.look.each_shard import frames_bar, in_order, processes_for, shards_of, store_at
+from data_tools.look.each_shard import agreed_shards, frames_bar, in_order, processes_for, store_at
 from data_tools.look.sketch import Moments, Quantiles
 from data_tools.stores.store import at_hand
 from data_tools.stores.sync import fetch_manifest, put_bytes
@@ -53,7 +53,7 @@ def source_stats(
     columns = tuple(name for name, dim in dims.items() if dim)
     if not columns:
         return {}
-    shards = shards_of(store, split, manifest.cameras[0])
+    shards = agreed_shards(store, manifest, split, manifest.cameras[0])
     tasks = [_Task(str(source), f"{split}/{manifest.cameras[0]}", shard, columns) for shard in shards if shard.samples]
     sums: dict[str, Sums] = {}
     with frames_bar("stats", sum(task.shard.samples for task in tasks), quiet) as advance:

@@ -18,8 +18,9 @@ from data_tools.stores.open import open_store
 from data_tools.stores.progress import bytes_bar
 from data_tools.stores.store import Advance, DamagedError, Store, md5_of, part_of, place, sha256_of
 from data_tools.stores.verified import BYTES, Verified, holds
+from stamo_dist.data.agreement import check_content, check_shards, describing
 from stamo_dist.data.confined import check_index
-from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, read_manifest
+from stamo_dist.data.schema import EPISODES, MANIFEST, Manifest, first_entries, read_manifest
 from stamo_dist.errors import DataError
 from stamo_dist.words import counted
 
@@ -126,7 +127,8 @@ def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
     """All files but the manifest, cached latents included.
 
     Raises:
-        DataError: Files are missing, or an index names files elsewhere or columns that may run code.
+        DataError: Files are missing, or an index or table is not the manifest's, or an index names files elsewhere or
+            columns that may run code.
     """
     needed = set(manifest.checksums)
     indexes = [f"{split}/{camera}/index.json" for split in manifest.splits for camera in manifest.cameras]
@@ -135,16 +137,23 @@ def _list(source: Store, manifest: Manifest) -> list[_StoredFile]:
     if missing := sorted(needed - set(sizes)):
         lines = [f"{source.url}: {len(missing)} files of the source are missing:", *_some(missing)]
         raise DataError("\n".join(lines))
-    for name in indexes:
-        _check_index(source.read(name), f"{source.url}/{name}")
+    for split in manifest.splits:
+        for name in describing(split, manifest.cameras):
+            check_content(content := source.read(name), name, manifest, f"{source.url}/{name}")
+            if name in indexes:
+                _check_index(content, name, manifest, f"{source.url}/{name}")
     return [
         _StoredFile(name, size, manifest.checksums.get(name, "")) for name, size in sizes.items() if name != MANIFEST
     ]
 
 
-def _check_index(text: bytes, where: str) -> None:
+def _check_index(text: bytes, name: str, manifest: Manifest, where: str) -> None:
+    split, camera, _ = name.rsplit("/", 2)
     try:
-        check_index(json.loads(text)["shards"], where)
+        entries = json.loads(text)["shards"]
+        check_index(entries, where)
+        entries = first_entries(entries, manifest.splits[split].frames)
+        check_shards(entries, manifest, split, camera, where)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise DataError(f"{where}: not an index of shards: {e}") from None
 
@@ -187,7 +196,17 @@ def _grown(old: Manifest, new: Manifest) -> bool:
     times = len(old.before)
     if times >= len(new.before) or not old.checksums.items() <= new.checksums.items():
         return False
-    changes = {"stats", "splits", "before", "checksums", "skipped", "notes", "source_fingerprint", "tool_version"}
+    changes = {
+        "stats",
+        "splits",
+        "before",
+        "checksums",
+        "prefixes",
+        "skipped",
+        "notes",
+        "source_fingerprint",
+        "tool_version",
+    }
     return new.as_of(times).splits == old.splits and old.model_dump(exclude=changes) == new.model_dump(exclude=changes)
 
 

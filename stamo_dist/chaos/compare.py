@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RunError
+from stamo_dist.tracking.system import SYSTEM
 
 #: Logged values that measure time, or that differ on purpose.
 _TIMES = {
@@ -33,6 +34,11 @@ _TIMES = {
     "save_failed",
 }
 
+
+def _is_result(name: str) -> bool:
+    return name not in _TIMES and not name.startswith(SYSTEM)
+
+
 IDENTICAL, WITHIN, NOT, UNFINISHED = "identical", "within spread", "NOT", "not finished"
 
 
@@ -48,7 +54,7 @@ class History:
         """Raises:
         RunError: The run logged no samples.
         """
-        values = [(line["step"], {k: v for k, v in line.items() if k not in _TIMES}) for line in _lines(run, "metrics")]
+        values = [(line["step"], {k: v for k, v in line.items() if _is_result(k)}) for line in _lines(run, "metrics")]
         samples = [
             (line["step"], list(zip(line["samples"], line["checksums"], strict=True)))
             for line in _lines(run, "samples")

@@ -181,12 +181,12 @@ class Harness:
             shutil.rmtree(folder, ignore_errors=True)
             self._say(f"{folder.name}: training without faults")
             trial = self._trial(strategy, folder, [size], FaultSchedule(deque(), random.Random(0), 1), Pace(0, 0, 0))
-            began = time.time()
+            began = time.monotonic()
             outcome = trial.run()
             if not outcome.finished:
                 raise RunError("the training does not end without any fault:\n" + "\n".join(outcome.problems))
             _keep_logs(folder)
-            (folder / "whole").write_text(json.dumps(asdict(_measure(folder, time.time() - began))))
+            (folder / "whole").write_text(json.dumps(asdict(_measure(folder, time.monotonic() - began))))
 
     def _references(self, strategy: str, size: int) -> list[Path]:
         return [self._plan.out / f"untouched-{strategy}-{size}-{n}" for n in range(self._plan.untouched)]

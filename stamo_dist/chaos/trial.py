@@ -27,6 +27,7 @@ from stamo_dist.chaos.faults import (
 )
 from stamo_dist.chaos.monitor import HungError, Monitor, tail
 from stamo_dist.chaos.starts import Start, Starter, Tree
+from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Trial:
         self._trees: list[Tree] = []
         self._reached, self._begun = 0, 0
         self._last: int | None = None  # step of the previous fault, in this start
+        self._damaged = False  # a checkpoint, since the last start that left by itself
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -147,9 +149,18 @@ class Trial:
             self._monitor.until(lambda: tree.gone, "leave no rank behind")
             self.outcome.finished = True
         elif struck is None or struck.harmless:
-            self._problem(f"a start that nothing was done to ended with code {code}")
+            if not self._begins_anew(code):
+                self._problem(f"a start that nothing was done to ended with code {code}")
         elif self._rng.random() < 0.5:  # otherwise the next start would meet ranks that are still saving
             self._monitor.until(lambda: tree.gone, "end its ranks")
+
+    def _begins_anew(self, code: int | None) -> bool:
+        """Whether a start may leave to be started again: once, when the damaged checkpoint was the run's only one.
+
+        With `init_from` the next start reads the weights with which the run begins.
+        """
+        damaged, self._damaged = self._damaged, False
+        return code == EXIT_PREEMPTED and damaged and newest_checkpoint(self._monitor.path) is None
 
     def _wait_for_phase(self, fault: Fault, start: Start) -> bool:
         """Wait for the fault's phase; False if the training ended before."""
@@ -188,6 +199,7 @@ class Trial:
             for each in self._trees:
                 self._monitor.until(lambda each=each: each.gone, "end its ranks")  # type: ignore[misc]
             done = done and corrupt(fault, self._monitor.path) is not None
+            self._damaged |= done
         else:
             done = strike(fault, tree)
         self._last = injected.step

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stamo_dist.data.mixture import GROUPS, LANES, Mixture
 from stamo_dist.errors import RunError
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.data import Data
 from stamo_dist.recipe.schema import Recipe
 
 _LISTED = 8
 _STATISTICS = "model.statistics."
 _FROZEN = "model.frozen."
+_BATCH = "train.global_batch"
 MAY_CHANGE_DATA, _MODEL = "--allow-changed-data", "--allow-changed-model"
 #: Fields that the first checkpoints lack, and their values for such checkpoints.
 _YOUNGER = {"model.compressor.noise": 0.0, "model.compressor.whiten": False, "model.encoder.output": "patches"}
@@ -26,19 +28,24 @@ class RunFingerprint:
     """Recipe field → value of everything that decides what a step computes, except the optimizer's schedule.
 
     `mixture` is the fingerprint of the mixture, which changes whenever any batch would; a change of data `fields`
-    counts only if it changes.
+    counts only if it changes. `mixture_with`: the same with other weights by source, and another global batch.
     """
 
     mixture: str
     fields: Mapping[str, Any]
+    mixture_with: Callable[[Mapping[str, Any], Any], str] | None = None
 
     def with_frozen(self, frozen: Mapping[str, str]) -> RunFingerprint:
         """A copy with the fingerprints of the frozen parts, known once they are loaded."""
         named = {f"{_FROZEN}{name}": fingerprint[:12] for name, fingerprint in frozen.items()}
         return replace(self, fields={**self.fields, **named})
 
-    def check(self, saved_fingerprint: str, saved: Mapping[str, Any], where: str, allowed: frozenset[str]) -> None:
-        """Compare with a checkpoint's fingerprint; `allowed`: flags of the command line that permit changes.
+    def check(
+        self, saved_fingerprint: str, saved: Mapping[str, Any], where: str, allowed: frozenset[str], samples: int
+    ) -> None:
+        """Compare with the fingerprint of a checkpoint after `samples`.
+
+        Global batch and weights may change at later steps; `allowed`: flags of the command line that permit more.
 
         Raises:
             RunError: Another stage, model or mixture; the message names every field that changed.
@@ -54,10 +61,29 @@ class RunFingerprint:
             )
         model = {k for k in changed if k.startswith("model.")}
         data = changed - model
-        if saved_fingerprint != self.mixture and MAY_CHANGE_DATA not in allowed:
-            self._refuse(where, "another mixture", data, saved, MAY_CHANGE_DATA)
+        other = saved_fingerprint != self.mixture and not self._same_until(samples, saved_fingerprint, saved)
+        if other and MAY_CHANGE_DATA not in allowed:
+            batch = BatchSizes.of(saved.get(_BATCH, 1)).batches(samples)
+            later = f"; global batch and weights may change after step {batch}" if data & self._planned.keys() else ""
+            self._refuse(where, "another mixture", data, saved, f"{MAY_CHANGE_DATA}{later}")
         if model and _MODEL not in allowed:
             self._refuse(where, "another model", model, saved, _MODEL)
+
+    def _same_until(self, samples: int, saved_fingerprint: str, saved: Mapping[str, Any]) -> bool:
+        """Whether the first `samples` are the same, and only later weights and global batches are others."""
+        planned = self._planned
+        if self.mixture_with is None or not planned.keys() <= saved.keys():
+            return False
+        batch = BatchSizes.of(saved[_BATCH]).batches(samples)
+        if any(_until(batch, self.fields[field]) != _until(batch, saved[field]) for field in planned):
+            return False
+        weights = {source: saved[field] for field, source in planned.items() if source}
+        return self.mixture_with(weights, saved[_BATCH]) == saved_fingerprint
+
+    @property
+    def _planned(self) -> dict[str, str]:
+        """The fields that may change at given steps, and of weights the source."""
+        return {_BATCH: "", **{f"data.sources.{name}.weight": name for name in sources_of(self.fields)}}
 
     def _refuse(self, where: str, what: str, changed: set[str], saved: Mapping[str, Any], flag: str) -> None:
         lines = [f"{k}: {_short(saved.get(k))} → {_short(self.fields.get(k))}" for k in sorted(changed)]
@@ -75,7 +101,7 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
     fields: dict[str, Any] = {
         "stage": recipe.stage,
         "seed": recipe.seed,
-        "train.global_batch": recipe.train.global_batch,
+        _BATCH: recipe.train.batches.plain,
         "data.temperature": data.temperature,
         "data.horizon": data.horizon,
         **_flat("data.shuffle", data.shuffle.model_dump(include=LANES if data.shuffle.in_lanes else GROUPS)),
@@ -109,7 +135,7 @@ def run_fingerprint(recipe: Recipe, mixture: Mixture) -> RunFingerprint:
                 for folder in mixture.opened[number]
             ]
     fields = {name: value for name, value in fields.items() if name not in _YOUNGER or value != _YOUNGER[name]}
-    return RunFingerprint(mixture.fingerprint, json.loads(json.dumps(fields)))
+    return RunFingerprint(mixture.fingerprint, json.loads(json.dumps(fields)), mixture.fingerprint_with)
 
 
 def sources_of(fields: Mapping[str, Any]) -> list[str]:
@@ -142,6 +168,12 @@ def in_order(data: Data, order: str | None) -> Data:
     if order != "groups" or not data.shuffle.in_lanes:
         return data
     return data.model_copy(update={"shuffle": data.shuffle.model_copy(update={"order": order})})
+
+
+def _until(batch: int, planned: Any) -> dict[int, Any]:
+    """Step → value of a field that may change at given steps, for the steps before `batch`."""
+    steps = planned if isinstance(planned, dict) else {0: planned}
+    return {int(at): value for at, value in steps.items() if int(at) < batch}
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

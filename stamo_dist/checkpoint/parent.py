@@ -18,7 +18,7 @@ from stamo_dist.checkpoint.source import Source, put_back
 from stamo_dist.distributed.ranges import WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.pretrained.files import header, weight_files
-from stamo_dist.pretrained.place import download, hub_id, source
+from stamo_dist.pretrained.place import EXPORTED, download, hub_id, source
 from stamo_dist.recipe.init_from import InitFrom
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lineage import Weights
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # stamo_dist.models takes seconds, and only some parents need
 
 FIELD = "init_from"
 _FORMS = "give a run, a checkpoint, an exported model (RUN/model) or a hub id (owner/name[@revision])"
-_HUB_FILES = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _path(given: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(hub[0], revision=hub[1], allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(hub[0], revision=hub[1], allow_patterns=list(EXPORTED)))
     except (HfHubHTTPError, OSError, ValueError) as e:
         why = str(e).strip().splitlines()[-1]
         raise CheckpointError(

@@ -123,8 +123,8 @@ class _Writing:
 class Origin:
     """The provenance of a checkpoint's weights for its manifest.
 
-    `precision`: the recipe's train.precision; `git_commit`: of the code; `sources`: recipe field → location of its
-    weights.
+    `precision`: the recipe's train.precision; `git_commit`: of the code, or its version and hash; `sources`: recipe
+    field → location of its weights.
     """
 
     fingerprint: RunFingerprint

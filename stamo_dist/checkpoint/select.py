@@ -107,7 +107,8 @@ def select_checkpoint(
         return ResumePoint(None, notes)
     path, manifest = whole[0]
     if fingerprint is not None:
-        fingerprint.check(manifest.fingerprint, manifest.recipe, str(path), allowed)
+        samples = manifest.state.cursor.get("samples", 0)
+        fingerprint.check(manifest.fingerprint, manifest.recipe, str(path), allowed, samples)
     return ResumePoint(whole[0], notes, named)
 
 

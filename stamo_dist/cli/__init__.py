@@ -5,6 +5,10 @@ Torch is imported only inside the commands that need it.
 
 from __future__ import annotations
 
+from stamo_dist.shipped import reach_data_tools
+
+reach_data_tools()
+
 
 def main() -> None:
     """Console entry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +11,14 @@ import typer
 
 from data_tools.cli import app as data_app
 from data_tools.simulators.catalogue import InstalledBenchmarks
+from stamo_dist.cli.about import COMPLETE, completion, env
 from stamo_dist.cli.chaos import chaos
 from stamo_dist.cli.doctor import doctor, probe
 from stamo_dist.cli.export import export
 from stamo_dist.cli.help import Grouped, WholeSummaries, show_version
 from stamo_dist.cli.pages import mix, report
 from stamo_dist.cli.plan import plan
+from stamo_dist.cli.project import demo, init
 from stamo_dist.cli.recipe import app as recipe_app
 from stamo_dist.cli.runs import cancel, logs, resume, runs, status
 from stamo_dist.cli.serve import serve
@@ -70,6 +73,7 @@ checks.FURTHER.append(_advice)
 app.add_typer(eval_app, name="eval", cls=WholeSummaries)
 app.add_typer(recipe_app, name="recipe", cls=WholeSummaries)
 COMMANDS: tuple[Callable[..., None], ...] = (
+    *(init, demo, env, completion),
     *(submit, status, runs, logs, cancel, resume, doctor, chaos),
     *(plan, export, sync, train, encode, serve, mix, report),
 )
@@ -80,8 +84,12 @@ app.command("doctor-probe", hidden=True)(probe)
 
 def main() -> None:
     """Console entry: errors a user can act on are printed without a traceback, exit code 2."""
+    if COMPLETE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     try:
-        app()
+        app(prog_name="stamo")
     except StamoError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

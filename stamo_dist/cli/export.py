@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 
 
@@ -27,16 +29,32 @@ class DType(str, Enum):
     float16 = "float16"
 
 
-def export(
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a checkpoint's model for others: safetensors, statistics, and a card with recipe, data and metrics.
+
+    The moving average is taken where the checkpoint has one. What is written can be loaded again as policy.weights,
+    model.decoder.weights or model.vae.weights. With --push it is uploaded to the Hub; with an exported folder as CKPT,
+    and no OUT, that folder is.
+
+    A run that was trained, and whose own export failed, is finished by its folder alone.
+
+    Example: stamo export demo/runs/tokenizer exports/tokenizer
+
+    Example: stamo export runs/policy_openvla_lora exports/policy --format openvla --dtype bfloat16
+
+    Example: stamo export exports/tokenizer --push my-lab/tokenizer --private
+    """
+
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="RUN/checkpoints/step_…, or a run folder: its newest checkpoint.")
-    ],
+    ]
     out: Annotated[
         Path | None,
         typer.Argument(
             metavar="OUT", help="Folder to write; it must not exist. Without it: the run's own export, RUN/model."
         ),
-    ] = None,
+    ] = None
     form: Annotated[
         Form,
         typer.Option(
@@ -44,35 +62,51 @@ def export(
             help="hf: parts that plain diffusers and transformers open. openvla: the layout of the released policies, "
             "which the official code reads. peft: the adapters of a run with policy.lora, without their base.",
         ),
-    ] = Form.hf,
+    ] = Form.hf
     dtype: Annotated[DType, typer.Option(help="Of the trained weights; what was frozen stays as it was.")] = (
         DType.float32
-    ),
+    )
     which: Annotated[
         str | None,
         typer.Option("--checkpoint", metavar="STEP|best", help="Of a run: that one, in place of its newest."),
-    ] = None,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Most of one file.")] = "5GB",
-) -> None:
-    """Write a checkpoint's model for others: safetensors, statistics, and a card with recipe, data and metrics.
+    ] = None
+    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Most of one file.")] = "5GB"
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Also upload OUT to this model repository of the Hub."),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False
+    update: Annotated[bool, typer.Option("--update", help="With --push: replace what the repository has.")] = False
 
-    The moving average is taken where the checkpoint has one. What is written can be loaded again as policy.weights,
-    model.decoder.weights or model.vae.weights.
+    def check(self) -> None:
+        """Raises: RunError: Options that do not go together."""
+        if self.out is None and (self.which is not None or (self.form, self.dtype, self.shard_size) != _AS_THEY_ARE):
+            raise RunError("OUT: say where a model of your choice goes; without it the run's own export is written")
+        if self.push is None and (self.private or self.update):
+            raise RunError("--private, --update: say where to, with --push OWNER/NAME")
 
-    A run that was trained, and whose own export failed, is finished by its folder alone.
 
-    Example: stamo export demo/runs/tokenizer exports/tokenizer
+_AS_THEY_ARE = (Form.hf, DType.float32, "5GB")
 
-    Example: stamo export runs/policy_openvla_lora exports/policy --format openvla --dtype bfloat16
-    """
+
+@with_options(ExportOptions)
+def export(_: typer.Context, asked: ExportOptions) -> None:
+    asked.check()
+
     import torch
 
     from stamo_dist.export_layout import ExportLayout
     from stamo_dist.publish.publish import finish, publish
+    from stamo_dist.publish.push import HubRepository, check_exported
 
-    if out is None:
-        if which is not None or (form, dtype, shard_size) != (Form.hf, DType.float32, "5GB"):
-            raise RunError("OUT: say where a model of your choice goes; without it the run's own export is written")
-        finish(checkpoint)
-        return
-    publish(checkpoint, out, ExportLayout(form.value, getattr(torch, dtype.value), shard_size), which)
+    if asked.push is not None and asked.out is None:
+        check_exported(asked.checkpoint, asked.push)
+    hub = None if asked.push is None else HubRepository(asked.push, private=asked.private, update=asked.update)
+    if asked.out is not None:
+        layout = ExportLayout(asked.form.value, getattr(torch, asked.dtype.value), asked.shard_size)
+        publish(asked.checkpoint, asked.out, layout, asked.which)
+    elif hub is None:
+        finish(asked.checkpoint)
+    if hub is not None:
+        folder = asked.out or asked.checkpoint
+        print(f"uploaded {folder} to {asked.push}: {hub.upload(folder)}")

@@ -12,6 +12,7 @@ import stamo_dist
 
 #: Heading → its commands, and an example.
 GROUPS: dict[str, tuple[tuple[str, ...], str]] = {
+    "Begin": (("init", "demo", "env", "completion"), "stamo init my_project"),
     "Data": (("data", "mix", "encode", "sync"), "stamo data convert libero raw/libero shards/libero --size 256"),
     "Recipes": (("recipe", "plan"), "stamo recipe check recipes/tokenizer_demo.yaml"),
     "Train": (("train", "submit", "resume", "cancel"), "stamo train recipes/tokenizer_demo.yaml --nproc 2"),
@@ -54,10 +55,10 @@ def show_version(wanted: bool) -> None:
     """Print the versions that a report of a fault needs, and exit."""
     if not wanted:
         return
-    from stamo_dist.run.folder import git_commit
+    from stamo_dist.run.code import code_hash, git_commit
 
     commit = git_commit()
-    print(f"stamo-dist {stamo_dist.__version__}{f', commit {commit}' if commit else ''}")
+    print(f"stamo-dist {stamo_dist.__version__}, {f'commit {commit}' if commit else f'code {code_hash()[:12]}'}")
     print(f"torch {_torch()}")
     raise typer.Exit
 

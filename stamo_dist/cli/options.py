@@ -7,9 +7,22 @@ from typing import Annotated
 
 import typer
 
+
+def recipe_names(incomplete: str) -> list[str]:
+    """The names that begin so, for a shell's completion."""
+    from stamo_dist.recipe.find import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
 RecipePath = Annotated[
     Path,  # readable=False: no access(2) by every rank of a run before the recipe is read
-    typer.Argument(metavar="RECIPE", readable=False, help="A recipe, e.g. recipes/tokenizer_demo.yaml."),
+    typer.Argument(
+        metavar="RECIPE",
+        readable=False,
+        help="A recipe: a file, or a name of `stamo recipe list`, e.g. tokenizer_demo.",
+        autocompletion=recipe_names,
+    ),
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stamo_dist.cli.options import Overrides
+from stamo_dist.cli.options import Overrides, RecipePath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +23,7 @@ _STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/policy_openvla_state.yaml.")],
+    recipe: RecipePath,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Devices in all.")] = 8,
     every: Annotated[bool, typer.Option("--all", help="Every strategy, not the recipe's alone.")] = False,
     serve: Annotated[
@@ -73,7 +72,8 @@ def plan(
     console.print(f"{first.trained_numel / 1e6:,.1f} M parameters train, {first.frozen_numel / 1e6:,.1f} M are frozen")
     console.print("A GPU needs 1 GB more for its own, and some room for fragmentation.", style="dim")
     for step in expected:
-        console.print(f"expected  {step.line}", soft_wrap=True)
+        of = f"{step.samples} samples on " if len(loaded.train.batches.sizes) > 1 else ""
+        console.print(f"expected  {of}{step.line}", soft_wrap=True)
     for note in first.notes:
         console.print(f"assumed  {note}", soft_wrap=True)
     for advice in loaded.strategy.advice(gpus):

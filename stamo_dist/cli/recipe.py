@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from math import gcd
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +13,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from stamo_dist.cli.options import RecipePath
 from stamo_dist.data.at_hand import is_remote
 from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.launch import checks
-from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.batching import batchings
 from stamo_dist.recipe.difference import differences
 from stamo_dist.recipe.explain import explain as explain_field
 from stamo_dist.recipe.explain import json_schema
@@ -23,16 +27,49 @@ from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; VALUE is YAML. May be given several times."),
 ]
 
 
+@app.command("list")
+def list_() -> None:
+    """List what can be given by name: recipes, pipelines and fragments, of recipes/ here and what comes with stamo.
+
+    Example: stamo recipe list
+    """
+    from rich.table import Table
+
+    from stamo_dist.recipe.find import names
+    from stamo_dist.recipe.lines import shown
+    from stamo_dist.shipped import RECIPES
+    from stamo_dist.tables import Whole
+    from stamo_dist.tables import show as show_table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "file", "what it is"):
+        table.add_column(heading)
+    for name, path in names().items():
+        own = not path.resolve().is_relative_to(RECIPES)
+        table.add_row(name, shown(path) if own else "comes with stamo", _about(path))
+    show_table(Console(highlight=False), Whole(table))
+
+
+def _about(path: Path) -> str:
+    """The first sentence of its first comment."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    comment = " ".join(
+        line.lstrip("# ")
+        for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+        if not line.startswith("# yaml-language-server")
+    )
+    return re.split(r"(?<=[.:;]) ", comment)[0].rstrip(".:;")
+
+
 @app.command()
 def show(
-    recipe: RecipeArgument,
+    recipe: RecipePath,
     overrides: SetOption = None,
     lr: Annotated[bool, typer.Option("--lr", help="Draw the learning rate over the steps instead.")] = False,
     picture: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="With --lr: also as a picture.")] = None,
@@ -58,7 +95,7 @@ def show(
 
 @app.command()
 def check(
-    recipe: RecipeArgument,
+    recipe: RecipePath,
     overrides: SetOption = None,
     world_size: Annotated[
         int | None, typer.Option("--world-size", metavar="N", min=1, help="Check the batching on N processes too.")
@@ -87,13 +124,15 @@ def check(
         Text.assemble(("OK", "bold green"), f"  {recipe}: {r.stage}, {r.strategy.name}, run folder {r.run_dir}")
     )
     console.print(f"    sources   {shares}")
-    console.print(f"    schedule  {r.train.steps} steps × {r.train.global_batch} samples")
+    batch = str(r.train.batches) if len(r.train.batches.sizes) == 1 else f"({r.train.batches})"
+    console.print(f"    schedule  {r.train.steps} steps × {batch} samples")
     console.print("    processes  per process = micro-batch × accumulation", style="dim")
-    shared = r.train.virtual_workers or r.train.global_batch
+    shared = r.train.virtual_workers or gcd(*r.train.batches.sizes)
     sizes = [world_size] if world_size else [2**k for k in range(11) if shared % 2**k == 0]
     for size in sizes:
-        b = batching(r.train, size)
-        console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}")
+        for b, since in zip(batchings(r.train, size), r.train.batches.starts, strict=True):
+            when = f"  after step {since}" if since else ""
+            console.print(f"    {b.world_size:9d}  {b.per_rank:11d} = {b.micro_batch:11d} × {b.accumulation}{when}")
     absent = [f"{field}: {what}: {fix}" for field, what, fix in looked.to_download]
     for line in [*r.strategy.advice(world_size or 1), *looked.notes, *absent, *looked.advice]:
         console.print(f"    {line}")

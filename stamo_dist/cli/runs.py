@@ -127,10 +127,17 @@ def cancel(
     Example: stamo cancel runs/tokenizer_sim
     """
     from stamo_dist.cli import steer
+    from stamo_dist.errors import RunError, StamoError
     from stamo_dist.launch.status import find
 
+    refused = list[str]()
     for path in find(run):
-        typer.echo(steer.cancel(path))
+        try:
+            typer.echo(steer.cancel(path))
+        except StamoError as e:
+            refused.append(str(e))
+    if refused:
+        raise RunError("\n".join(refused))
 
 
 def resume(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import slurm, submit, supervise
-from stamo_dist.launch.job import newest_step
+from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
 from stamo_dist.launch.status import Run, collect
@@ -18,7 +19,7 @@ def cancel(path: Path) -> str:
     """End the run: it saves if it runs, and is not started again. Returns a description of what was done.
 
     Raises:
-        RunError: It was not submitted, or the process in charge cannot be reached.
+        StamoError: It was not submitted, or the process in charge cannot be reached; then nothing has changed.
     """
     run = _look(path)
     launch = run.launch
@@ -30,12 +31,29 @@ def cancel(path: Path) -> str:
     if not run.state.live:
         return f"{run.name}: nothing to cancel, it is {run.state.word}"
     if launch.job is None or launch.job.startswith("local-"):
-        supervise.cancel(path)
+        try:
+            supervise.cancel(path)
+        except OSError as e:
+            owner = supervise.supervisor(path)
+            way = f"; `kill {owner.pid}` on {owner.node} has it save and end" if owner else ""
+            raise RunError(f"{path}: cannot be written ({e.strerror}), so it goes on{way}") from e
         return f"{run.name}: it saves, leaves and is not started again"
-    # Before scancel: the job reads this to decide whether it is to be queued again.
-    record(path, Event("cancelled", job=launch.job, step=newest_step(path)))
-    slurm.cancel(launch.job)
-    return f"{run.name}: job {launch.job} cancelled"
+    return f"{run.name}: {_scancel(path, launch.job, [run.job] if run.job else slurm.jobs([launch.job]))}"
+
+
+def _scancel(path: Path, job: str, known: Sequence[slurm.SlurmJob]) -> str:
+    """End the job and record that; `known`: what Slurm says of it, as scancel also takes jobs that are over."""
+    if not any(found.active for found in known):
+        what = f"is {known[0].state.lower()}" if known else "is none that it knows"
+        return f"nothing to cancel, Slurm says that job {job} {what}"
+    slurm.cancel(job)
+    try:  # after scancel: if that is refused, nothing changes
+        record(path, Event("cancelled", job=job, step=newest_step(path)))
+    except OSError as e:
+        if any(found.state == "COMPLETING" for found in known):  # scancel has no effect then, the record has
+            raise RunError(f"{path}: cannot be written ({e.strerror}), and Slurm ends its job by itself") from e
+        return f"job {job} cancelled ({path} cannot be written: {e.strerror}; only Slurm knows of it)"
+    return f"job {job} cancelled"
 
 
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:

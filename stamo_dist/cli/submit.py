@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stamo_dist.cli.options import Branch, Overrides
+from stamo_dist.cli.options import Branch, Overrides, recipe_names
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import StamoError
 
@@ -28,7 +28,12 @@ class SubmitOptions:
     """
 
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe or pipeline, e.g. recipes/tokenizer_sim.yaml.")
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe or pipeline: a file, or a name of `stamo recipe list`.",
+            autocompletion=recipe_names,
+        ),
     ]
     cluster: Annotated[
         str | None,

@@ -79,7 +79,7 @@ def _scaling(recipe: Recipe, manifests: dict[str, list[Manifest]]) -> Iterator[s
 
 def _caching(recipe: Recipe, frames: int) -> Iterator[str]:
     """Frozen models whose output `stamo encode` could cache, if every frame would be encoded more than once."""
-    seen = recipe.train.steps * recipe.train.global_batch
+    seen = recipe.train.samples
     if recipe.stage == "policy":
         policy = recipe.policy
         pseudo = policy.diffusion.pseudo if policy.diffusion is not None else "none"

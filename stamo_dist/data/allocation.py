@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stamo_dist.data.schedule import Schedule
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
@@ -27,7 +28,7 @@ _LAST = 3  # samples beyond its part of a batch that a source needs to stay with
 
 @dataclass(frozen=True)
 class Stretch:
-    """A range of batches in which no weight changes and no source is exhausted.
+    """A range of batches of one size in which no weight changes and no source is exhausted.
 
     Attributes:
         start: Its first batch.
@@ -79,40 +80,42 @@ class Allocation:
     Args:
         weights: Per source: batch from which it holds → weight (0 or more); the first holds from batch 0.
         limits: Maximum samples of each source, inf for none. Once it is reached, the others share its part.
-        batch: Samples of a global batch.
+        batch: Samples of each global batch.
 
     Attributes:
-        batch: As given.
+        batches: The sizes of the global batches.
         stretches: One after the other.
         end: Samples until less than a batch is left; inf if a source has no limit.
     """
 
-    def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float], batch: int):
-        self._weights, self._limits, self.batch = weights, np.asarray(limits, np.float64), batch
+    def __init__(self, weights: Sequence[Mapping[int, float]], limits: Sequence[float], batch: int | BatchSizes):
+        self._weights, self._limits = weights, np.asarray(limits, np.float64)
+        self.batches = BatchSizes.of(batch)
         self.stretches: list[Stretch] = []
-        changes = sorted({int(at) for steps in weights for at in steps})
+        changes = sorted({*self.batches.starts, *(int(at) for steps in weights for at in steps)})
         now, counts, quota = 0, np.zeros(len(weights), np.int64), np.zeros(len(weights))
         self.end = np.inf
         while True:
+            size = self.batches.at(now)
             wanted = np.array([steps[max(at for at in steps if at <= now)] for steps in weights], np.float64)
             wanted[counts >= self._limits] = 0
             wanted /= wanted.max() or 1  # however small or large: their sum is a number
             share = wanted / (wanted.sum() or 1)
-            ending = (wanted > 0) & (self._limits - counts < np.ceil(batch * share) + _LAST)
-            last = self._mixed(share, counts, quota, ending) if ending.any() else None
+            ending = (wanted > 0) & (self._limits - counts < np.ceil(size * share) + _LAST)
+            last = self._mixed(size, share, counts, quota, ending) if ending.any() else None
             if not wanted.sum() or (ending.any() and last is None):
-                self.end = float(now * batch)
+                self.end = float(self.batches.before(now))
                 return
             length = 1.0
             if last is not None:
                 given = np.where(ending, last, 0)
                 rest = share * ~ending
-                quota += given + (batch - given.sum()) * rest / max(rest.sum(), _TINY)
+                quota += given + (size - given.sum()) * rest / max(rest.sum(), _TINY)
                 stretch = Stretch(now, counts, last, np.zeros(len(weights)), 0, np.zeros(len(weights)))
             else:
-                stretch = self._steady(now, share, counts, quota)
+                stretch = self._steady(now, size, share, counts, quota)
                 length = min(float(next((c for c in changes if c > now), np.inf)) - now, self._lasts(stretch))
-                quota = quota + share * batch * (0 if length == np.inf else length)
+                quota = quota + share * size * (0 if length == np.inf else length)
             self.stretches.append(stretch)
             if length == np.inf:
                 return
@@ -121,7 +124,7 @@ class Allocation:
             quota = np.where(ending, counts, quota)
 
     @classmethod
-    def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Allocation:
+    def of(cls, data: Data, frames: Sequence[int], global_batch: int | BatchSizes) -> Allocation:
         """The allocation of a recipe's sources in use; `frames`: number of frames of each."""
         used = list(zip(data.used.values(), frames, strict=True))
         return cls(
@@ -133,12 +136,12 @@ class Allocation:
     @property
     def identity(self) -> list[Any]:
         """JSON values that identify it, for the fingerprint."""
-        return [self.batch, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
+        return [self.batches.plain, self.end, [[s.start, s.slots.tolist(), s.rates.tolist()] for s in self.stretches]]
 
     @property
     def starts(self) -> NDArray[np.float64]:
         """The sample at which each stretch begins, (stretches,)."""
-        return np.array([stretch.start * self.batch for stretch in self.stretches], np.float64)
+        return np.array([self.batches.before(stretch.start) for stretch in self.stretches], np.float64)
 
     def number(self, batch: int) -> int:
         """Which stretch a batch is in."""
@@ -146,19 +149,19 @@ class Allocation:
 
     def counts(self, samples: int) -> NDArray[np.int64]:
         """Samples of each source in the batches that the first `samples` fill, (sources,)."""
-        batch = int(min(samples, self.end)) // self.batch
+        batch = self.batches.batches(int(min(samples, self.end)))
         if not self.stretches:  # less than one batch of data
             return np.zeros(len(self._limits), np.int64)
         stretch = self.stretches[self.number(batch)]
         return stretch.counts_after(batch - stretch.start)
 
     def _steady(
-        self, now: int, share: NDArray[np.float64], counts: NDArray[np.int64], quota: NDArray[np.float64]
+        self, now: int, size: int, share: NDArray[np.float64], counts: NDArray[np.int64], quota: NDArray[np.float64]
     ) -> Stretch:
-        exact = self.batch * share
+        exact = size * share
         slots = np.floor(exact + _TINY).astype(np.int64)
         rates = np.where(exact - slots > _TINY, exact - slots, 0)
-        spare = self.batch - int(slots.sum())
+        spare = size - int(slots.sum())
         if spare and rates.sum():
             rates *= spare / rates.sum()
         return Stretch(now, counts, slots, rates, spare, np.where(rates > 0, quota - counts, 0))
@@ -178,18 +181,19 @@ class Allocation:
 
     def _mixed(
         self,
+        size: int,
         share: NDArray[np.float64],
         counts: NDArray[np.int64],
         quota: NDArray[np.float64],
         ending: NDArray[np.bool_],
     ) -> NDArray[np.int64] | None:
         """The batch with the remaining samples of the `ending` sources; None if they do not fill a batch."""
-        left = np.minimum(self._limits - counts, self.batch).astype(np.int64)
+        left = np.minimum(self._limits - counts, size).astype(np.int64)
         slots = np.where(ending, left, 0)
-        while slots.sum() > self.batch:
+        while slots.sum() > size:
             slots[slots.argmax()] -= 1
         others = (share > 0) & ~ending
-        while missing := self.batch - int(slots.sum()):
+        while missing := size - int(slots.sum()):
             open_ = others & (slots < left)
             if not open_.any():
                 return None
@@ -203,7 +207,7 @@ class Allocation:
         return slots
 
 
-def allocation_of(data: Data, frames: Sequence[int], global_batch: int) -> Allocation | Schedule:
+def allocation_of(data: Data, frames: Sequence[int], global_batch: int | BatchSizes) -> Allocation | Schedule:
     """The allocation of a recipe; `frames`: number of frames of each source."""
     return (Allocation if data.shuffle.in_lanes else Schedule).of(data, frames, global_batch)
 

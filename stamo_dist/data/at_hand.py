@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, read_manifest
+from stamo_dist.data.agreement import INDEX, check_content, check_shards
+from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, first_entries, read_manifest
 from stamo_dist.errors import DataError
 from stamo_dist.paths import canonical
 from stamo_dist.recipe.data import Data, SourceConfig
@@ -42,7 +43,7 @@ def is_remote(path: str) -> bool:
 
 def resolve(path: str) -> str:
     """Canonical path or URL of a source."""
-    return path.rstrip("/") if is_remote(path) else canonical(path)
+    return path.rstrip("/") if is_remote(path) else canonical(os.path.expanduser(path))
 
 
 def cameras_of(manifest: Manifest, source: SourceConfig, views: int) -> list[str]:
@@ -141,7 +142,8 @@ def look(data: Data) -> list[Misfit]:
         source = data.sources[name]
         for path, manifest in folders:
             if source.split in manifest.splits:
-                wrong = damage(Path(path).expanduser(), source.split, cameras_of(manifest, source, data.views))
+                cameras = cameras_of(manifest, source, data.views)
+                wrong = damage(Path(path).expanduser(), manifest, source.split, cameras)
                 problems += [Misfit(f"data.sources.{name}.path", f"data.sources.{name}: {line}") for line in wrong]
     return problems
 
@@ -157,17 +159,24 @@ def not_encoded(data: Data, kind: str) -> list[str]:
     return missing
 
 
-def damage(folder: Path, split: str, cameras: Sequence[str], *, every: bool = False) -> list[str]:
-    """Files of a split that are missing or of another size than written; `every`: see `check_files`."""
+def damage(folder: Path, manifest: Manifest, split: str, cameras: Sequence[str], *, every: bool = False) -> list[str]:
+    """Files of a split that are missing, of another size than written, or not those of the manifest.
+
+    `every`: see `check_files`.
+    """
     problems = []
     if not (folder / split / EPISODES).is_file():
         problems.append(f"{folder / split / EPISODES}: missing; {REPAIR}")
     for camera in cameras:
         place = folder / split / camera
         try:
-            entries: list[dict[str, Any]] = json.loads((place / "index.json").read_bytes())["shards"]
+            content = (place / INDEX).read_bytes()
+            check_content(content, f"{split}/{camera}/{INDEX}", manifest, str(place / INDEX))
+            entries: list[dict[str, Any]] = json.loads(content)["shards"]
             packed = any(entry["compression"] for entry in entries)
             check_files(str(place), entries, packed=packed, every=every)
+            counted = first_entries(entries, manifest.splits[split].frames)
+            check_shards(counted, manifest, split, camera, str(place / INDEX))
         except DataError as e:
             problems.append(str(e))
         except (OSError, ValueError, KeyError, TypeError) as e:

@@ -33,7 +33,7 @@ _AHEAD_SAMPLES, _AHEAD_BATCHES = 1 << 17, 256
 
 def batches_ahead(mixture: Mixture) -> int:
     """Number of batches to look ahead, as far as the cache has room for their shards."""
-    by_itself = min(_AHEAD_BATCHES, _AHEAD_SAMPLES // mixture.global_batch)
+    by_itself = min(_AHEAD_BATCHES, _AHEAD_SAMPLES // mixture.batches.largest)
     return max(mixture.data.fetch_ahead, by_itself)
 
 
@@ -71,15 +71,16 @@ class CacheUse:
     everything: int
 
     @classmethod
-    def of(cls, mixture: Mixture, plan: Iterator[Position]) -> CacheUse | None:
-        """None if all shards are on local disk."""
+    def of(cls, mixture: Mixture, plan: Iterator[Position], begin: int) -> CacheUse | None:
+        """Of a plan that begins after so many samples; None if all shards are on local disk."""
         remote = [view.remote() for view in mixture.views]
         all_sizes = np.concatenate([v.shards.nbytes[r] for v, r in zip(mixture.views, remote, strict=True)])
         if not len(all_sizes):
             return None
         sizes: dict[Place, int] = {}
-        samples = min(_AHEAD_SAMPLES, mixture.num_samples)  # for a small dataset at most one pass
-        first, last, batch, count = dict[Place, int](), dict[Place, int](), 0, max(1, samples // mixture.global_batch)
+        samples, sizes_of = min(_AHEAD_SAMPLES, mixture.num_samples), mixture.batches  # of few data at most one pass
+        count = max(1, sizes_of.batches(begin + samples) - sizes_of.batches(begin))
+        first, last, batch = dict[Place, int](), dict[Place, int](), 0
         for i, position in enumerate(islice(plan, count)):
             places = [(v, n) for v, n in places_of(mixture, position.on_node) if remote[v][n]]
             sizes |= {(v, n): int(mixture.views[v].shards.nbytes[n]) for v, n in places if (v, n) not in sizes}

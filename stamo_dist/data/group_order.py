@@ -18,6 +18,7 @@ from streaming.base.shuffle import get_shuffle
 
 from stamo_dist.data.plan import BatchPlan
 from stamo_dist.data.schedule import Schedule
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.sampling import Shuffle
 
 GROUP = 1 << 20
@@ -92,29 +93,38 @@ class GroupOrder:
     Args:
         schedule: The source of each position.
         orders: (sources,), the order of each source's samples.
-        global_batch: Samples per batch.
+        global_batch: Samples of each batch.
         seed: Of the run.
         shuffle: Shuffle each batch, so that every rank's share contains every source.
     """
 
     def __init__(
-        self, schedule: Schedule, orders: Sequence[SourceOrder], global_batch: int, seed: int, *, shuffle: bool
+        self,
+        schedule: Schedule,
+        orders: Sequence[SourceOrder],
+        global_batch: int | BatchSizes,
+        seed: int,
+        *,
+        shuffle: bool,
     ):
-        self._schedule, self._orders, self._size = schedule, orders, global_batch
+        self._schedule, self._orders, self._sizes = schedule, orders, BatchSizes.of(global_batch)
         self._seed, self._shuffle = seed, shuffle
 
-    def share(self, number: int, of: int) -> NDArray[np.int64]:
+    def share(self, number: int, of: int, batch: int = 0) -> NDArray[np.int64]:
         """Slots of one of `of` equal shares of a batch: every `of`-th, so that each share contains every source."""
-        return np.arange(number, self._size, of)
+        return np.arange(number, self._sizes.at(batch), of)
 
     def at_a_time(self, slots: int) -> int:
         """Number of batches to plan per call; all slots are planned, also those not requested."""
-        return max(1, _AT_A_TIME // self._size)
+        return max(1, _AT_A_TIME // self._sizes.largest)
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
-        size = self._size
-        interval = self._schedule.interval(batch * size, count * size)
+        """Batches `batch` up to `batch + count`, fewer at the end of the data or of batches of that size.
+
+        Only these `slots`, all when omitted.
+        """
+        size, phase = self._sizes.at(batch), self._sizes.phase(batch)
+        interval = self._schedule.interval(self._sizes.before(batch), self._sizes.left(batch, count) * size)
         samples = np.empty(len(interval.source), np.int64)
         epochs = np.empty(len(interval.source), np.int32)
         for s in np.flatnonzero(interval.end > interval.begin):
@@ -123,13 +133,14 @@ class GroupOrder:
         whole = len(samples) // size
         samples, epochs = samples[: whole * size].reshape(whole, size), epochs[: whole * size].reshape(whole, size)
         if self._shuffle:
-            order = _random_order(self._seed, batch, whole, size)
+            order = _random_order(self._seed, phase, batch, whole, size)
             samples, epochs = np.take_along_axis(samples, order, 1), np.take_along_axis(epochs, order, 1)
         return BatchPlan(samples, epochs) if slots is None else BatchPlan(samples[:, slots], epochs[:, slots])
 
 
-def _random_order(seed: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
-    """A permutation for each of `count` batches, (count, size), that depends on the batch's number alone."""
+def _random_order(seed: int, phase: int, batch: int, count: int, size: int) -> NDArray[np.int64]:
+    """A permutation for each of `count` batches of a phase, (count, size), that depends on the batch's number alone."""
     blocks = -(-size // 4)  # Philox yields four numbers per counter value
-    numbers = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, 0, 0, 0]).random_raw(count * blocks * 4)
+    generator = np.random.Philox(key=[seed, 0xBA7C4], counter=[batch * blocks, phase, 0, 0])
+    numbers = generator.random_raw(count * blocks * 4)
     return numbers.reshape(count, blocks * 4)[:, :size].argsort(axis=1, kind="stable")

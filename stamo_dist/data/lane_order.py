@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stamo_dist.data.allocation import Allocation
 from stamo_dist.data.lanes import Drawn, SourceLanes
 from stamo_dist.data.plan import BatchPlan
+from stamo_dist.recipe.batch_sizes import BatchSizes
 
 _AT_A_TIME = 1 << 15  # samples
 
@@ -41,7 +42,7 @@ class LaneOrder:
     Args:
         allocation: The allocation of slots to sources.
         shards: Per source: number of each shard's first sample, and samples per shard, both int64 (shards,).
-        batch: Samples of a global batch.
+        batch: Samples of each global batch.
         lanes: Number of lanes of all sources together.
         seed: The run's.
     """
@@ -50,19 +51,19 @@ class LaneOrder:
         self,
         allocation: Allocation,
         shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
-        batch: int,
+        batch: int | BatchSizes,
         lanes: int,
         seed: int,
     ):
-        self._allocation, self._batch, self.lanes = allocation, batch, lanes
+        self._allocation, self._sizes, self.lanes = allocation, BatchSizes.of(batch), lanes
         self.sources = [
             SourceLanes(first, counts, allocation, s, lanes, seed) for s, (first, counts) in enumerate(shards)
         ]
         self._layout = lru_cache(maxsize=2)(lambda number: _Layout.of(allocation.stretches[number].slots))
 
-    def share(self, number: int, of: int) -> NDArray[np.int64]:
+    def share(self, number: int, of: int, batch: int = 0) -> NDArray[np.int64]:
         """Slots of one of `of` equal shares of a batch: a contiguous range, and thus contiguous lanes."""
-        size = self._batch // of
+        size = self._sizes.at(batch) // of
         return np.arange(number * size, (number + 1) * size)
 
     def at_a_time(self, slots: int) -> int:
@@ -70,9 +71,14 @@ class LaneOrder:
         return max(1, min(1024, _AT_A_TIME // slots))
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
-        slots = np.arange(self._batch) if slots is None else slots
-        end = min(batch + count, self._allocation.end // self._batch)
+        """Batches `batch` up to `batch + count`, fewer at the end of the data or of batches of that size.
+
+        Only these `slots`, all when omitted.
+        """
+        slots = np.arange(self._sizes.at(batch)) if slots is None else slots
+        end = batch + self._sizes.left(batch, count)
+        if self._allocation.end != np.inf:
+            end = min(end, self._sizes.batches(int(self._allocation.end)))
         parts = []
         while batch < end:
             number = self._allocation.number(batch)

@@ -118,7 +118,8 @@ class SourceLanes:
     def _new_lanes(self, stretch: int) -> Lanes:
         of, s = self._allocation.stretches[stretch], self._source
         slots, rate = int(of.slots[s]), float(of.rates[s])
-        return Lanes.cut(slots, rate, self._most * (slots + rate) / self._allocation.batch, len(self._counts))
+        size = self._allocation.batches.at(of.start)
+        return Lanes.cut(slots, rate, self._most * (slots + rate) / size, len(self._counts))
 
     def at(self, stretch: int, drawn: Drawn) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Sample numbers int64 (n,) and passes int32 (n,) of samples drawn in a stretch."""

@@ -162,10 +162,11 @@ def build_loader(
         DataError: Cached latents or states are requested and missing.
         RunError: The processes do not fit the batch, or a worker cannot be started.
     """
-    if mixture.global_batch % world_size:
-        raise RunError(f"{world_size} processes cannot share a global batch of {mixture.global_batch}")
-    if cursor.samples % mixture.global_batch:
-        raise RunError(f"position {cursor.samples} is not between two global batches of {mixture.global_batch}")
+    sizes = mixture.batches
+    if any(size % world_size for size in sizes.sizes):
+        raise RunError(f"{world_size} processes cannot share a global batch of {sizes}")
+    if sizes.before(sizes.batches(cursor.samples)) != cursor.samples:
+        raise RunError(f"position {cursor.samples} is not between two global batches of {sizes}")
     spec = None
     if mixture.data.latents == "cached":
         if caches.latents is None:
@@ -181,7 +182,8 @@ def build_loader(
 
 def cache_use(mixture: Mixture, *, world_size: int, node: range, cursor: Cursor) -> CacheUse | None:
     """Cache space that the processes with the ranks `node` need from `cursor` on; None without remote shards."""
-    return CacheUse.of(mixture, _positions(mixture, _RankShare(node[0], world_size, 1, node), cursor))
+    plan = _positions(mixture, _RankShare(node[0], world_size, 1, node), cursor)
+    return CacheUse.of(mixture, plan, cursor.samples)
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,14 @@ class _RankShare:
     groups: int
     node: range
 
-    def slots(self, order: SampleOrder) -> NDArray[np.int64]:
-        """Slots of a global batch that the processes of the node read, process by process, in reading order."""
+    def slots(self, order: SampleOrder, batch: int) -> NDArray[np.int64]:
+        """Slots of global batch number `batch` that the node's processes read, process by process, in reading order."""
         groups = [0]
         while len(groups) < self.groups:  # ordered by halves, so that the sums of a step's groups form one binary tree
             groups = [k for first in groups for k in (first, first + len(groups))]
         shares = self.groups * self.world_size
-        return np.concatenate([order.share(rank + k * self.world_size, shares) for rank in self.node for k in groups])
+        numbers = [rank + k * self.world_size for rank in self.node for k in groups]
+        return np.concatenate([order.share(number, shares, batch) for number in numbers])
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Loader:
             shard_source=mixture.shard_source,
             sources=mixture.sources,
             image_size=data.image_size,
-            batch=mixture.global_batch // share.world_size,
+            batch=mixture.batches.largest // share.world_size,
             slots=self._depth + _HELD + 1,
             seed=mixture.seed,
             augment=data.augment.model_dump() if data.augment.active else None,
@@ -252,7 +255,7 @@ class Loader:
         self._reader = None if workers else BatchReader(spec, self._buffers)
         self._pool = Pool(spec, self._buffers, workers, stuck=self._where, timeout=data.timeout) if workers else None
         self._fetcher = Fetcher(mixture, _positions(mixture, share, cursor))
-        self._coming: deque[Cursor] = deque()
+        self._coming: deque[tuple[Cursor, int]] = deque()  # position after each batch, and its rows
         self._prefetcher = Prefetcher(lambda: self._read().send(device), device) if device.is_gpu else None
         self._closed = False
 
@@ -286,36 +289,36 @@ class Loader:
 
     def _read(self) -> Batch:
         if self._reader is not None:
-            slot = self._next_slot()
-            wrong = self._reader.fill(slot)
+            slot, rows = self._next_slot()
+            wrong = self._reader.fill(slot, rows)
             self._reader.forget(unused := self._fetcher.done())
         else:
             assert self._pool is not None
             # Submitted batches must not wait for a shard of a later batch, nor for its cache space.
             while len(self._pool) < self._depth and (self._fetcher.ready() or not len(self._pool)):
-                self._pool.submit(self._next_slot())
+                self._pool.submit(*self._next_slot())
             slot, wrong = self._pool.take()
             self._pool.forget(unused := self._fetcher.done())
         self._fetcher.release(unused)
         for problem in wrong:
             _log.warning("skipped: %s", problem)
-        return self._deliver(slot, self._coming.popleft())
+        return self._deliver(slot, *self._coming.popleft())
 
-    def _next_slot(self) -> int:
-        """Write the next sample numbers into a free slot and return it; `_deliver` always keeps one free."""
+    def _next_slot(self) -> tuple[int, int]:
+        """Write the next sample numbers into a free slot; returns it and its rows. `_deliver` always keeps one free."""
         position = next(self._fetcher)
-        self._coming.append(position.after)
-        slot = self._free.pop()
-        views = self._buffers[slot]
+        slot, rows = self._free.pop(), len(position.samples)
+        self._coming.append((position.after, rows))
+        views = self._buffers.rows(slot, rows)
         views["samples"][:], views["epochs"][:] = position.samples, position.epochs
-        return slot
+        return slot, rows
 
     def _where(self, slot: int) -> str:
-        number = int(self._buffers[slot]["shard"][0])
+        number = int(self._buffers.rows(slot, 1)["shard"][0])
         source = self._mixture.sources[self._mixture.shard_source[number]]
         return f"source {source}, {self._mixture.shards[number].path}"
 
-    def _deliver(self, slot: int, cursor: Cursor) -> Batch:
+    def _deliver(self, slot: int, cursor: Cursor, rows: int) -> Batch:
         memory = self._buffers.memory(slot)
         if self._free:
             # The tensors keep the array alive through all views, so the slot is free once the array is collected.
@@ -323,7 +326,7 @@ class Loader:
         else:
             memory = memory.copy()
             self._free.append(slot)
-        views = self._buffers.views(memory)
+        views = self._buffers.views(memory, rows)
         samples = views.pop("samples").copy()
         del views["epochs"], views["shard"]
         tensors: dict[str, Any] = {name: torch.from_numpy(view) for name, view in views.items() if name != "latents"}
@@ -335,24 +338,27 @@ class Loader:
 
 
 def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
-    slots = share.slots(mixture.order)
-    own = share.node.index(share.rank) * (len(slots) // len(share.node))
-    mine = slice(own, own + len(slots) // len(share.node))
-    batch, at_a_time = cursor.samples // mixture.global_batch, mixture.order.at_a_time(len(slots))
+    batch = mixture.batches.batches(cursor.samples)
     while True:
-        plan = mixture.plan(batch, at_a_time, slots)
+        slots = share.slots(mixture.order, batch)
+        own = share.node.index(share.rank) * (len(slots) // len(share.node))
+        mine = slice(own, own + len(slots) // len(share.node))
+        plan = mixture.plan(batch, mixture.order.at_a_time(len(slots)), slots)
+        if not len(plan.samples):
+            return
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
-            yield Position(Cursor(batch * mixture.global_batch), samples[mine], epochs[mine], samples)
-        if len(plan.samples) < at_a_time:
-            return
+            yield Position(Cursor(mixture.batches.before(batch)), samples[mine], epochs[mine], samples)
 
 
 def first_frames(mixture: Mixture, count: int) -> Tensor:
     """The first `count` frames of the mixture's order, uint8 (count, H, W, 3), the same in every process."""
     frames = torch.empty(count, mixture.data.image_size, mixture.data.image_size, 3, dtype=torch.uint8)
     shards = OpenShards(mixture.shards, _FEW, mixture.views[0].open)
-    samples = np.resize(mixture.plan(0, -(-count // mixture.global_batch)).samples, count)
+    samples, batch = np.empty(0, np.int64), 0
+    while len(samples) < count and len(found := mixture.plan(batch, -(-count // mixture.batches.at(batch))).samples):
+        samples, batch = np.append(samples, found), batch + len(found)
+    samples = np.resize(samples, count)
     for out, sample, number in zip(frames.numpy(), samples, mixture.shard_of(samples), strict=True):
         shards[number].frame(int(sample - mixture.first[number]), out)
     return frames

@@ -1,9 +1,9 @@
 """Mixtures: from a recipe's sources to shards, and the sample at every position of the training stream.
 
-The stream is endless and belongs to the run, not to a rank: global batch n is its samples [n·B, (n + 1)·B), on any
-number of processes. `Allocation` gives each source's number of samples and slots in a batch; `SourceLanes` which of
-the source's samples. Both compute any position directly, so a position is one number and memory does not grow with the
-data. (`Schedule` and `SourceOrder` do this in the order of groups.)
+The stream is endless and belongs to the run, not to a rank: global batch after global batch, of one size or of sizes
+that change at given steps, the same on any number of processes. `Allocation` gives each source's number of samples and
+slots in a batch; `SourceLanes` which of the source's samples. Both compute any position directly, so a position is one
+number and memory does not grow with the data. (`Schedule` and `SourceOrder` do this in the order of groups.)
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from stamo_dist.data.node import NodeShare
 from stamo_dist.data.opening import open_all
 from stamo_dist.data.plan import BatchPlan, SampleOrder
 from stamo_dist.data.reader import Window
+from stamo_dist.data.schedule import Schedule
 from stamo_dist.data.shard_table import Shards
 from stamo_dist.data.sources import open_cache
 from stamo_dist.data.view import CameraView
-from stamo_dist.recipe.data import Data
+from stamo_dist.recipe.batch_sizes import BatchSizes
+from stamo_dist.recipe.data import Data, SourceConfig
 
 #: Fields of `data.shuffle` that determine each order; runs from before lanes existed have only the first order.
 GROUPS = {"enabled", "algorithm", "block_size"}
@@ -43,11 +45,12 @@ class Mixture:
     Args:
         data: The recipe's `data` section.
         seed: The run's, which determines the order.
-        global_batch: Samples per optimizer step over all processes.
+        global_batch: Samples per optimizer step over all processes, or step → samples from there on.
         growth: Source → for each of its paths, the number of growths to read; others are read as they are.
         node: Sharing between ranks of a node that make the same mixture at once: one of them reads the sources.
 
     Attributes:
+        batches: Sizes of the global batches.
         sources: Names of the sources with a weight above 0, in the recipe's order.
         cache: Folder of remote shards.
         file: The data read from the sources.
@@ -70,11 +73,11 @@ class Mixture:
         self,
         data: Data,
         seed: int,
-        global_batch: int,
+        global_batch: int | Mapping[int, int],
         growth: Mapping[str, Sequence[int]] = MappingProxyType({}),
         node: NodeShare | None = None,
     ):
-        self.data, self.seed, self.global_batch = data, seed, global_batch
+        self.data, self.seed, self.batches = data, seed, BatchSizes.of(global_batch)
         used = data.used
         self.sources = list(used)
         self.node = node
@@ -95,20 +98,27 @@ class Mixture:
         self._source_first = self.first[bounds[:-1]]
         shards = [(self.first[a:b], counts[a:b]) for a, b in pairwise(bounds)]
         self.frames = np.array([of_source.sum() for _, of_source in shards], np.int64)
-        self.schedule = allocation_of(data, self.frames.tolist(), global_batch)
+        self.schedule = allocation_of(data, self.frames.tolist(), self.batches)
         self.order: SampleOrder
         if isinstance(self.schedule, Allocation):
-            self.order = LaneOrder(self.schedule, shards, global_batch, data.shuffle.lanes, seed)
+            self.order = LaneOrder(self.schedule, shards, self.batches, data.shuffle.lanes, seed)
         else:
             orders = [SourceOrder(*of_source, data.shuffle, seed) for of_source in shards]
-            self.order = GroupOrder(self.schedule, orders, global_batch, seed, shuffle=data.shuffle.enabled)
-        self.steps = None if self.schedule.end == np.inf else int(self.schedule.end) // global_batch
+            self.order = GroupOrder(self.schedule, orders, self.batches, seed, shuffle=data.shuffle.enabled)
+        self.steps = None if self.schedule.end == np.inf else self.batches.batches(int(self.schedule.end))
         self.window = self._window() if data.horizon else None
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._fingerprint(self.data, self.batches, self.schedule)
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Global batches `batch` up to `batch + count`, fewer at the end of the data; all slots, or these."""
+        """Global batches `batch` up to `batch + count`, all slots or these; fewer at the end of the data or a size."""
         return self.order.plan(batch, count, slots)
+
+    def fingerprint_with(self, weights: Mapping[str, Any], global_batch: int | Mapping[Any, int]) -> str:
+        """The fingerprint with other weights of some of `sources`, all in use, and another global batch."""
+        used = self.data.used
+        changed = {n: SourceConfig.model_validate({**used[n].model_dump(), "weight": w}) for n, w in weights.items()}
+        data, sizes = self.data.model_copy(update={"sources": self.data.sources | changed}), BatchSizes.of(global_batch)
+        return self._fingerprint(data, sizes, allocation_of(data, self.frames.tolist(), sizes))
 
     def source_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `sources` of each sample number."""
@@ -173,21 +183,21 @@ class Mixture:
             proprio_dim=max(stream.proprio_dim for stream in self.streams),
         )
 
-    def _fingerprint(self) -> str:
-        schedule, shuffle = self.schedule, self.data.shuffle
+    def _fingerprint(self, data: Data, batches: BatchSizes, schedule: Allocation | Schedule) -> str:
+        shuffle = data.shuffle
         identity = {
             "format": 2,
             "shards": self.shards,
             "sources": self._source_first.tolist(),
             "schedule": schedule.identity,
             "shuffle": shuffle.model_dump(include=LANES if shuffle.in_lanes else GROUPS),
-            "horizon": [self.data.horizon, *(s.horizon for s in self.data.used.values())],
+            "horizon": [data.horizon, *(s.horizon for s in data.used.values())],
             "seed": self.seed,
-            "global_batch": self.global_batch,
+            "global_batch": batches.plain,
         }
-        if videos := [name for name, source in self.data.used.items() if not source.actions]:
+        if videos := [name for name, source in data.used.items() if not source.actions]:
             identity["videos"] = videos
-        if partly := {name: s.labelled for name, s in self.data.used.items() if s.labelled < 1}:
+        if partly := {name: s.labelled for name, s in data.used.items() if s.labelled < 1}:
             identity["labelled"] = partly
         if len(self.views) > 1:
             identity["views"] = [view.shards for view in self.views[1:]]

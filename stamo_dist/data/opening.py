@@ -102,7 +102,7 @@ def _said_of(name: str, problems: list[str]) -> Iterator[None]:
         problems += [f"data.sources.{name}: {line}" for line in str(e).splitlines()]
 
 
-_CONVERSION: dict[str, Any] = {"checksums": {}, "skipped": [], "given": {}, "source_fingerprint": ""}
+_CONVERSION: dict[str, Any] = {"checksums": {}, "prefixes": {}, "skipped": [], "given": {}, "source_fingerprint": ""}
 _OF_CAMERA = ("camera", "remote", "hashes", "action_dim", "proprio_dim")
 
 

@@ -38,7 +38,7 @@ class Position:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Consecutive global batches, or the same slots of each.
+    """Consecutive global batches of one size, or the same slots of each.
 
     Attributes:
         samples: int64 (batches, slots), the mixture's sample numbers.
@@ -53,10 +53,13 @@ class SampleOrder(Protocol):
     """The samples of any global batch, computed independently of earlier ones."""
 
     def plan(self, batch: int, count: int, slots: NDArray[np.int64] | None = None) -> BatchPlan:
-        """Batches `batch` up to `batch + count`, fewer at the end of the data; only these `slots`, all when omitted."""
+        """Batches `batch` up to `batch + count`, fewer at the end of the data or of batches of that size.
 
-    def share(self, number: int, of: int) -> NDArray[np.int64]:
-        """Slots of one of `of` equal shares of a batch."""
+        Only these `slots`, all when omitted.
+        """
+
+    def share(self, number: int, of: int, batch: int = 0) -> NDArray[np.int64]:
+        """Slots of one of `of` equal shares of a batch, and of all others of its size."""
 
     def at_a_time(self, slots: int) -> int:
         """Number of batches to plan per call, for this many slots."""

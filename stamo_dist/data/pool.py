@@ -67,13 +67,13 @@ class Pool:
         for worker in range(workers):
             self._send(worker, LENGTH.pack(len(message)) + message)
 
-    def submit(self, slot: int) -> None:
-        """Assign a free slot to the worker with the fewest slots, so that a slow one does not delay the others."""
+    def submit(self, slot: int, rows: int) -> None:
+        """Assign a free slot and its rows to the worker with the fewest slots, so that a slow one delays no other."""
         while answers := self._answers.poll(0):
             for descriptor, _ in answers:
                 self._receive(self._worker_of[descriptor])
         worker = min(range(len(self._workers)), key=lambda w: len(self._filling[w]))
-        self._send(worker, REQUEST.pack(slot, 0))
+        self._send(worker, REQUEST.pack(slot, rows))
         self._filling[worker].append(slot)
         self._order.append(slot)
 

@@ -147,13 +147,15 @@ class BatchReader:
 
             self._augment = augmentation(**spec.augment, seed=spec.seed)
 
-    def fill(self, slot: int) -> list[str]:
-        """Read the samples whose numbers are in a slot into it; returns messages about replaced samples.
+    def fill(self, slot: int, rows: int) -> list[str]:
+        """Read the samples whose numbers are in the first `rows` of a slot into it.
+
+        Returns messages about replaced samples.
 
         Raises:
             DataError: A shard, sample or latent is missing or corrupt; names the source, shard, sample and episode.
         """
-        views = self._buffers[slot]
+        views = self._buffers.rows(slot, rows)
         samples = views["samples"]
         numbers = np.searchsorted(self._first, samples, side="right") - 1
         places = list(zip(numbers.tolist(), (samples - self._first[numbers]).tolist(), strict=True))
@@ -230,7 +232,7 @@ class BatchReader:
 
     def _write_context(self, window: Window, views: dict[str, NDArray[Any]]) -> None:
         """Write the context of all frames of the batch with one numpy call per field, as calls cost more than rows."""
-        ahead, counts, actions, proprio = zip(*self._context, strict=True)
+        ahead, counts, actions, proprio = zip(*self._context[: len(views["ahead"])], strict=True)
         views["ahead"][:] = ahead
         if window.action_dim:
             _write_padded(views["actions"], actions)

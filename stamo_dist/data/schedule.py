@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.data import Data
 
 _GOLDEN = 0.6180339887498949
@@ -99,11 +100,11 @@ class Schedule:
         return Interval(source[window], begin, begin + np.bincount(source[window], minlength=n))
 
     @classmethod
-    def of(cls, data: Data, frames: Sequence[int], global_batch: int) -> Schedule:
+    def of(cls, data: Data, frames: Sequence[int], global_batch: int | BatchSizes) -> Schedule:
         """The schedule of a recipe's sources in use; `frames`: number of frames of each."""
-        used = list(zip(data.used.values(), frames, strict=True))
+        used, sizes = list(zip(data.used.values(), frames, strict=True)), BatchSizes.of(global_batch)
         return cls(
-            [{step * global_batch: w ** (1 / data.temperature) for step, w in s.weights(n).items()} for s, n in used],
+            [{sizes.before(at): w ** (1 / data.temperature) for at, w in s.weights(n).items()} for s, n in used],
             [np.inf if s.max_epochs is None else np.floor(s.max_epochs * n) for s, n in used],
         )
 

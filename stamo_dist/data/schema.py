@@ -154,6 +154,15 @@ class Split(BaseModel):
     frames: int
 
 
+class Prefix(BaseModel):
+    """The part of an index.json or episodes.jsonl that a manifest counts; growth appends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nbytes: int = Field(ge=0)
+    sha256: str
+
+
 class Size(BaseModel):
     """The size of a source before it grew."""
 
@@ -162,6 +171,7 @@ class Size(BaseModel):
     splits: dict[str, Split]
     stats: dict[str, Stats] = {}
     digest: str  # digest of its manifest without the statistics
+    prefixes: dict[str, Prefix] = {}
 
 
 class Manifest(BaseModel):
@@ -187,6 +197,7 @@ class Manifest(BaseModel):
     given: dict[str, Any] = {}  # the format's own options as given by the user
     source_fingerprint: str = ""  # fingerprint of the converted files
     checksums: dict[str, str] = {}  # SPLIT/CAMERA/shard file → sha256
+    prefixes: dict[str, Prefix] = {}  # SPLIT/CAMERA/index.json, SPLIT/episodes.jsonl → checksum of what it counts
     tool_version: str = ""
     skipped: list[str] = []  # "EPISODE: reason"
     notes: list[str] = []  # notes: what the converter guessed, left out or did not find
@@ -204,8 +215,8 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Digest of all fields except those that may be added later."""
-        dumped = self.model_dump(mode="json", exclude={"stats", "before"})
+        """Digest of all fields except those that may be added later, and those that earlier versions did not write."""
+        dumped = self.model_dump(mode="json", exclude={"stats", "before", "prefixes"})
         return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
     def as_of(self, growth: int | None) -> Manifest:
@@ -219,7 +230,8 @@ class Manifest(BaseModel):
         if growth > len(self.before):
             raise DataError(f"{self.name}: has grown {len(self.before)} times, not {growth}; another source lies there")
         size = self.before[growth]
-        return self.model_copy(update={"splits": size.splits, "stats": size.stats, "before": self.before[:growth]})
+        then = {"splits": size.splits, "stats": size.stats, "prefixes": size.prefixes, "before": self.before[:growth]}
+        return self.model_copy(update=then)
 
 
 def read_manifest(source: Path) -> Manifest:

@@ -39,7 +39,7 @@ COMMON_FIELDS = (
 
 
 class SharedBuffers:
-    """Memory for `count` batches of `batch` samples that several processes map.
+    """Memory for `count` batches of at most `batch` samples that several processes map.
 
     It is reused, because the kernel takes as long to provide fresh shared pages as the decoder to fill
     them. It is anonymous: it is not in /dev/shm nor bounded by that mount, and is freed
@@ -65,16 +65,17 @@ class SharedBuffers:
         """The whole memory of a slot; arrays made by `views` keep it alive."""
         return np.frombuffer(self._map, np.uint8, self._stride, slot * self._stride)
 
-    def views(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Each field of a slot by name, (batch, *shape)."""
+    def views(self, memory: NDArray[np.uint8], rows: int | None = None) -> dict[str, NDArray[Any]]:
+        """Each field of a slot by name, (rows, *shape): the first `rows`, all when omitted."""
         return {
-            name: memory[at : at + size].view(dtype).reshape(shape)
+            name: memory[at : at + size].view(dtype).reshape(shape)[:rows]
             for name, (at, size, dtype, shape) in self._layout.items()
         }
 
-    def __getitem__(self, slot: int) -> dict[str, NDArray[Any]]:
-        """The fields of a slot for filling it: always the same arrays."""
-        return self._filled[slot]
+    def rows(self, slot: int, count: int) -> dict[str, NDArray[Any]]:
+        """The first `count` rows of each field of a slot, for filling it."""
+        fields = self._filled[slot]
+        return fields if count == self.batch else {name: field[:count] for name, field in fields.items()}
 
     def close(self) -> None:
         """Close the descriptor; batches still referenced keep the memory."""

@@ -25,6 +25,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.stream import Stream
 from streaming.base.world import World
 
+from stamo_dist.data.agreement import INDEX, check_content, check_shards
 from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
 from stamo_dist.data.confined import check_index
@@ -308,27 +309,29 @@ def open_camera(source: OpenSource, split: str, camera: str) -> CameraShards:
     folder = source.root / split / camera
     remote = f"{source.remote}/{split}/{camera}" if source.remote else None
     expected = manifest.splits[split].frames
-    entries = _read_index(remote, folder, expected)
+    where = str(folder / INDEX)
+    entries, content = _read_index(remote, folder, expected)
+    check_content(content, f"{split}/{camera}/{INDEX}", manifest, where)
     if any(entry["compression"] for entry in entries) and not source.remote:
         # Unpacked into the cache, because a source's folder may be read-only.
-        name = hashlib.sha256(str(folder).encode() + (folder / "index.json").read_bytes()).hexdigest()[:16]
+        name = hashlib.sha256(str(folder).encode() + content).hexdigest()[:16]
         remote, packed = str(folder), folder
         folder = source.cache.root / name
-        entries = _read_index(remote, folder, 0)
+        entries, _ = _read_index(remote, folder, 0)
         check_files(str(packed), entries, packed=True)
     elif remote is None:
         check_files(str(folder), entries, packed=False)
     hashes = entries[0]["hashes"][0] if entries and entries[0]["hashes"] else None
     entries = first_entries(entries, expected)
-    frames = sum(entry["samples"] for entry in entries)
-    if frames != expected or not frames:
-        raise DataError(f"{folder}: index.json counts {frames} frames, the manifest {expected}; {REPAIR}")
+    check_shards(entries, manifest, split, camera, where, grown=bool(source.later))
+    if not expected:
+        raise DataError(f"{where}: has no frames; {REPAIR}")
     shards = ShardTable.of(str(folder), entries, f"{split}/{camera}", manifest.checksums, keep=remote is not None)
     return CameraShards(camera, remote, hashes, source.cache, shards, manifest.action_dim, manifest.proprio_dim)
 
 
-def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str, Any]]:
-    """The entries of index.json; fetched if missing, and again if it has too few frames."""
+def _read_index(remote: str | None, folder: Path, frames: int) -> tuple[list[dict[str, Any]], bytes]:
+    """The entries of index.json and its content; fetched if missing, and again if it has too few frames."""
     path = folder / "index.json"
     try:
         if remote:
@@ -341,7 +344,8 @@ def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str,
                     _try(get, remote, is_remote(remote))
                 elif is_remote(remote) and _count(path) < frames:
                     _refresh(f"{remote}/index.json", path)
-        entries: list[dict[str, Any]] = from_json(path.read_bytes())["shards"]
+        content = path.read_bytes()
+        entries: list[dict[str, Any]] = from_json(content)["shards"]
         other = {(entry["version"], entry["format"]) for entry in entries} - {(2, "mds")}
         if other:
             raise ValueError(f"has shards of another format or version: {other}")
@@ -350,7 +354,7 @@ def _read_index(remote: str | None, folder: Path, frames: int) -> list[dict[str,
         raise
     except Exception as e:  # every store raises its own
         raise DataError(f"{remote or folder}: index.json cannot be read: {e}") from e
-    return entries
+    return entries, content
 
 
 def _count(index: Path) -> int:

@@ -93,9 +93,8 @@ class Supervision:
         self.sources = [_count(data, name, tables[name], each=each) for name in data.used]
         self._data = data
         self._silent = without_actions(data, {name: [manifest for manifest, _ in tables[name]] for name in data.used})
-        batch = recipe.train.global_batch
-        schedule = allocation_of(data, [source.samples for source in self.sources], batch)
-        self._read = schedule.counts(recipe.train.steps * batch).tolist()  # samples of each source in the run
+        schedule = allocation_of(data, [source.samples for source in self.sources], recipe.train.batches)
+        self._read = schedule.counts(recipe.train.samples).tolist()  # samples of each source in the run
 
     def share(self, loss: str) -> float:
         """Fraction of the run's samples with the loss "action" or "world"."""

@@ -47,7 +47,7 @@ def mixture_picture(mixture: Mixture, steps: int, out: Path, points: int = 200) 
     from matplotlib.figure import Figure
 
     at = np.unique(np.linspace(0, steps, points + 1).round().astype(int))
-    counts = np.array([mixture.schedule.counts(step * mixture.global_batch) for step in at])
+    counts = np.array([mixture.schedule.counts(mixture.batches.before(step)) for step in at])
     shares = np.diff(counts, axis=0) / np.maximum(1, np.diff(counts, axis=0).sum(1, keepdims=True))
     figure = Figure(figsize=(10, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)

@@ -31,7 +31,7 @@ class Share:
 def report(mixture: Mixture, steps: int) -> list[Share]:
     """One Share per source of `mixture`, over a run of `steps` optimizer steps."""
     schedule = mixture.schedule
-    total = steps * mixture.global_batch
+    total = mixture.batches.before(steps)
     seen = schedule.counts(total)
     ends = np.append(schedule.starts[1:], max(total, schedule.starts[-1]))
     lengths = np.clip(np.minimum(ends, total) - schedule.starts, 0, None)
@@ -47,8 +47,8 @@ def report(mixture: Mixture, steps: int) -> list[Share]:
             )
         if not seen[i]:
             warnings.append("its weight is too small for a single sample of the run: raise it or leave the source out")
-        elif share * mixture.global_batch * FEW_BATCHES < 1:
-            warnings.append(f"one sample in {1 / (share * mixture.global_batch):.0f} batches: raise its weight")
+        elif share * total / steps * FEW_BATCHES < 1:
+            warnings.append(f"one sample in {steps / (share * total):.0f} batches: raise its weight")
         limit = mixture.data.sources[name].max_epochs
         if limit is not None and seen[i] >= int(limit * frames):
             warnings.append(f"used up by max_epochs ({limit:g}): the other sources take its part then")
@@ -69,7 +69,7 @@ def report(mixture: Mixture, steps: int) -> list[Share]:
 
 def _shares(mixture: Mixture, at: float) -> np.ndarray:
     """Shares given by the weights alone at sample `at`, ignoring exhausted sources."""
-    step, weights = at / mixture.global_batch, []
+    step, weights = mixture.batches.batches(int(at)), []
     for name, frames in zip(mixture.sources, mixture.frames.tolist(), strict=True):
         steps = mixture.data.sources[name].weights(frames)
         weights.append(steps[max(k for k in steps if k <= step)] ** (1 / mixture.data.temperature))

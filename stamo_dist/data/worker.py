@@ -18,7 +18,7 @@ import numpy as np
 from stamo_dist.data.reader import BatchReader, ReaderSpec
 from stamo_dist.errors import StamoError
 
-#: Sent to a worker: first the length of a ReaderSpec and the spec, then requests: the slot of a batch to fill and 0, or
+#: Sent to a worker: first the length of a ReaderSpec and the spec, then requests: the slot of a batch and its rows, or
 #: FORGET and how many shards to unmap, whose views and numbers follow as int64.
 LENGTH = struct.Struct("<Q")
 REQUEST = struct.Struct("<qQ")
@@ -70,7 +70,7 @@ def serve(connection: socket.socket, memory: int, shards: int) -> None:
         try:
             if reader is None:
                 reader = BatchReader(spec, spec.memory(memory))
-            message = "\n".join(reader.fill(slot)).encode()
+            message = "\n".join(reader.fill(slot, count)).encode()
         except StamoError as e:
             kind, message = BAD_DATA, str(e).encode()
         except Exception:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stamo_dist.distributed.engine import Engine, Phase, poison_nonfinite
+from stamo_dist.recipe.batching import Batching
 
 _BUCKET = 1 << 24  # elements exchanged at a time
 
@@ -30,6 +31,10 @@ class DeterministicEngine(Engine):
     _done: int = 0  # micro-batches of this step
     #: (virtual workers in the sum, the sum by parameter): subtrees, largest first.
     _sums: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+
+    def spread(self, batching: Batching) -> None:
+        super().spread(batching)
+        self.micro_batches = batching.accumulation // self.workers
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

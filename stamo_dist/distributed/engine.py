@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
+from stamo_dist.recipe.batching import Batching
 
 if not Device.current().is_gpu:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must precede the first import of DeepSpeed
@@ -84,6 +85,14 @@ class Engine:
         """Set each parameter group's learning rate for the 1-based optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"] if step > group["start"] else 0.0
+
+    def spread(self, batching: Batching) -> None:
+        """From the next step on, sum the gradients of as many micro-batches as `batching` says."""
+        accelerator = self.accelerator
+        accelerator.gradient_accumulation_steps, accelerator.step = batching.divisor, 0
+        if self.is_zero:
+            self.deepspeed.set_train_micro_batch_size(batching.micro_batch)
+            self.deepspeed.set_train_batch_size(batching.global_batch)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

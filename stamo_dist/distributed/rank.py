@@ -48,10 +48,44 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+class ReservedPort:
+    """A free TCP port of this machine that nobody else is given until `release`, or this process's end.
+
+    It is bound, and nothing listens there: only a socket that names the port and sets SO_REUSEADDR, as that of torch's
+    store, can be bound to it too.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_INET6)
+            self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 too
+            self._bind("::")
+        except OSError:  # no IPv6 here
+            self._socket = socket.socket(socket.AF_INET)
+            self._bind("")
+        self.number = int(self._socket.getsockname()[1])
+
+    def __enter__(self) -> ReservedPort:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        self._socket.close()
+
+    def _bind(self, address: str) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((address, 0))
+
+
+_reserved: list[ReservedPort] = []  # of a single process, until its end
+
+
+def reserve_port() -> int:
+    """A free port, reserved until this process ends."""
+    _reserved.append(ReservedPort())
+    return _reserved[-1].number
 
 
 def world_from_environment() -> World:
@@ -66,7 +100,7 @@ def world_from_environment() -> World:
             LOCAL_RANK="0",
             LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(free_port()),
+            MASTER_PORT=str(reserve_port()),
         )
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # as the launcher does; accelerate warns where it is not
     env = os.environ

@@ -107,10 +107,8 @@ class EngineSpec:
             _log.warning(note)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        # Divisor of each loss: with virtual workers, gradients are summed over the processes, not averaged.
-        parts = self.batching.accumulation * (self.batching.world_size if self.batching.virtual else 1)
         common: dict[str, Any] = {
-            "gradient_accumulation_steps": parts,
+            "gradient_accumulation_steps": self.batching.divisor,
             "mixed_precision": "bf16" if self.precision == "bf16" else "no",
             "kwargs_handlers": [
                 InitProcessGroupKwargs(backend=device.backend, timeout=timedelta(seconds=PATIENCE)),

@@ -18,7 +18,8 @@ from rich.table import Table
 from stamo_dist.checkpoint.manifest import CheckpointManifest
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.run.folder import RunFolder, git_commit, write_atomic
+from stamo_dist.run.code import code_version
+from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tables import Whole, show
 
 
@@ -32,7 +33,7 @@ class Provenance:
     step: int
     ema: bool  # whether the weights are the moving average
     trained_commit: str | None
-    git_commit: str | None  # git commit of the measuring code
+    git_commit: str | None  # commit of the measuring code, or its version and hash
     seed: int  # of the run
     command: str
     date: str
@@ -59,7 +60,7 @@ class Provenance:
         # Under python -m stamo_dist.cli it is the path of that file.
         command = shlex.join(["stamo" if name == "__main__.py" else name, *sys.argv[1:]])
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(recipe, None, checkpoint, step, ema, None, git_commit(), seed, command, date)
+        return cls(recipe, None, checkpoint, step, ema, None, code_version(), seed, command, date)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from stamo_dist.models.openvla.stamo import StamoVision
 from stamo_dist.models.openvla.text import TextTokenizer
 from stamo_dist.models.policies import AnyPolicy
 from stamo_dist.models.state_encoder import StateEncoder
+from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.policy import WorldModel
 from stamo_dist.recipe.schema import Recipe
@@ -47,6 +48,8 @@ WARM = 3  # warm-up calls, not counted
 
 def speed(**options: Any) -> Measurement:
     """The measurement for the tokenizer or policy that the options name."""
+    if not options["run"].exists():
+        options["run"] = find_recipe(options["run"])
     path = options["run"]
     resolved = RunFolder(path).resolved
     is_policy = path.is_file() or (resolved.is_file() and load(resolved).recipe.stage == "policy")

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from stamo_dist.data import at_hand
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.launch import slurm
+from stamo_dist.launch.grace import preemption_grace
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
@@ -27,20 +29,24 @@ EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
     (
         "Invalid account or account/partition",
-        "the profile's account {account} may not use partition {partition}, has expired or does not exist; "
+        "{account} may not use {partition}, has expired or does not exist; "
         "`sacctmgr show assoc user=$USER` lists yours",
     ),
     (
         "violates accounting/QOS policy",
-        "the account {account} or the qos {qos} allows less, or no more: "
+        "{account} or {qos} allows less, or no more: "
         "`sacctmgr show assoc where user=$USER format=account,partition,qos,grptresmins,maxjobs,maxsubmitjobs,maxwall`",
     ),
-    ("Invalid qos", "the profile's qos {qos}: `sacctmgr show qos` lists what there is"),
+    ("Invalid qos", "{qos}: `sacctmgr show qos` lists what there is"),
     ("Requested node configuration is not available", "no node has that many GPUs, CPUs or that much memory"),
     ("Node count specification invalid", "the partition allows another number of nodes"),
     ("Invalid feature specification", "the profile's constraint {constraint} names no feature of a node"),
     ("Requested time limit is invalid", "the profile's time {time} is more than the partition allows"),
     ("Invalid generic resource", "the cluster knows no GPU {gpu_type}, or calls it otherwise; `sinfo -o %G` shows it"),
+    (
+        "Invalid job array specification",
+        "the array has more tasks than the cluster's MaxArraySize allows ({max_array}); give fewer values or slices",
+    ),
     ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
 )
 
@@ -62,7 +68,7 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
     if not fits or (least == most and problems):
         raise RecipeError(problems[-1:])
     unused = sorted(set(range(least, most + 1)) - set(fits))
-    batch, per_node = loaded.recipe.train.global_batch, profile.processes
+    batch, per_node = loaded.recipe.train.batches, profile.processes
     notes = [
         f"with {nodes} nodes it uses {max((n for n in fits if n < nodes), default=0)} of them: {nodes * per_node} "
         f"processes do not divide train.global_batch {batch}"
@@ -188,9 +194,8 @@ def cluster(profile: ClusterProfile, least: int) -> float:
     problems += _account(profile, name, partition)
     if problems:
         raise ProfileError(problems)
-    grace = partition.get("GraceTime", "0")
-    preempted = float(grace) if grace.isdecimal() and int(grace) else float("inf")
-    return min(preempted, float(profile.signal_delay))
+    preempted = preemption_grace(slurm.config(), partition)
+    return min(preempted if preempted is not None else float("inf"), float(profile.signal_delay))
 
 
 def _account(profile: ClusterProfile, name: str, partition: Mapping[str, str]) -> Iterator[str]:
@@ -199,12 +204,16 @@ def _account(profile: ClusterProfile, name: str, partition: Mapping[str, str]) -
         ("account", profile.account, "AllowAccounts", "DenyAccounts"),
         ("qos", profile.qos, "AllowQos", "DenyQos"),
     ):
-        if value is None:
-            continue
         allowed, denied = _listed(partition.get(allows)), _listed(partition.get(denies)) or []
-        if (allowed is not None and value not in allowed) or value in denied:
+        default = None
+        if value is None and field == "account" and (allowed is not None or denied):
+            default = slurm.default_account(getpass.getuser())
+        charged = value or default
+        if charged is not None and ((allowed is not None and charged not in allowed) or charged in denied):
             these = f"only {', '.join(allowed)}" if allowed is not None else f"any but {', '.join(denied)}"
-            yield f"{field}: partition {name} does not take {value}; it takes {these}"
+            which = f"{charged}, your default account" if value is None else charged
+            name_one = "; name one of yours in the profile" if value is None else ""
+            yield f"{field}: partition {name} does not take {which}; it takes {these}{name_one}"
     mine = slurm.associations(getpass.getuser())
     if mine is None:
         return
@@ -232,8 +241,19 @@ def hinted(words: str, profile: ClusterProfile) -> str:
     """Slurm's message, with an explanation."""
     for pattern, hint in _HINTS:
         if pattern in words:
-            return f"{words}\n  {hint.format_map(profile.model_dump())}"
+            return f"{words}\n  {hint.format_map(_named(profile, hint))}"
     return words
+
+
+def _named(profile: ClusterProfile, hint: str) -> dict[str, Any]:
+    """The profile's fields in words; those that it leaves to the cluster are the defaults."""
+    names: dict[str, Any] = profile.model_dump()
+    for field in ("account", "qos", "partition"):
+        names[field] = f"the {field} {names[field]}" if names[field] is not None else f"your default {field}"
+    if "{max_array}" in hint:
+        with contextlib.suppress(slurm.SlurmError):
+            names["max_array"] = slurm.config().get("MaxArraySize", "")
+    return {"max_array": "see `scontrol show config`", **names}
 
 
 def _notes(loaded: Loaded) -> Iterator[str]:

@@ -12,20 +12,23 @@ import signal
 if __name__ == "__main__":  # at once: a signal before the handler is set would end this process; srun inherits the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.distributed.rank import EXPORTS_LATER, free_port
-from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_EXPORTED, EXIT_PREEMPTED
+from stamo_dist.distributed.rank import EXPORTS_LATER, ReservedPort
+from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch import rank, slurm
+from stamo_dist.launch.ends import Verdict, complete, judge_exit, newest_step, trained
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -35,11 +38,9 @@ from stamo_dist.launch.record import (
     now,
     read,
     record,
-    since_submitted,
     task_log,
+    unwritable,
 )
-from stamo_dist.launch.run_progress import newest_checkpoint
-from stamo_dist.run.folder import RunFolder
 from stamo_dist.words import counted
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
@@ -49,6 +50,7 @@ _SIGNALS = {  # as srun writes them
 }  # fmt: skip
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # exit codes of processes stopped by a signal before they could handle it
 _AT_WORK = ("started", "exporting")
+_PAUSE = (2.0, 30.0)  # least and most seconds between two requests to a controller that does not answer
 _WAIT = 20  # seconds for the other tasks to report once one has ended
 #: Variables of the batch step, which srun would apply to its own step.
 _NOT_FOR_SRUN = frozenset({
@@ -58,10 +60,47 @@ _NOT_FOR_SRUN = frozenset({
 })  # fmt: skip
 
 
+class Requests:
+    """Requests to save and leave that reach this process alone (`scancel --full --signal=USR1`): srun passes them on.
+
+    Those that come while srun does not run yet are passed on when it does. SIGTERM is not: Slurm sends it to every
+    step itself, and a second one would end the processes before they have saved.
+    """
+
+    _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._srun: subprocess.Popen[bytes] | None = None
+        self._early: set[signal.Signals] = set()
+
+    def listen(self) -> None:
+        """Receive them from now on; call it in the main thread, before any other one is started."""
+        for s in SIGNALS:
+            signal.signal(s, _nothing)  # the processes handle them; this one acts on their exit codes
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._PASSED_ON)
+        threading.Thread(target=self._pass_on, name="requests", daemon=True).start()
+
+    def pass_to(self, srun: subprocess.Popen[bytes] | None) -> None:
+        with self._lock:
+            self._srun = srun
+            while srun is not None and self._early:
+                srun.send_signal(self._early.pop())
+
+    def _pass_on(self) -> None:
+        while True:
+            number = signal.Signals(signal.sigwait(self._PASSED_ON))
+            with self._lock:
+                if self._srun is None:
+                    self._early.add(number)
+                else:
+                    self._srun.send_signal(number)
+
+
 class Job:
     """One start of one job (of one task of an array)."""
 
-    def __init__(self, launch: Launch):
+    def __init__(self, launch: Launch, requests: Requests):
         env = os.environ
         self.launch, self.run = launch, Path(launch.run_dir)
         self.task = env.get("SLURM_ARRAY_TASK_ID")
@@ -70,11 +109,10 @@ class Job:
         self.nodes = slurm.expand(env["SLURM_JOB_NODELIST"])
         self.log = main_log(self.run) if self.task is None or launch.tasks == 1 else task_log(self.run, self.task)
         self._first: int | None = None  # exit code of the task that failed first
+        self._requests = requests
 
     def work(self) -> int:
         """Run the processes; returns the exit code of the batch script."""
-        for s in SIGNALS:
-            signal.signal(s, _nothing)  # the processes handle them; this one acts on their exit codes
         usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
         exports = self._exporting()
         if not usable and not exports:  # Slurm may give an export no more nodes than it kept
@@ -84,6 +122,7 @@ class Job:
         if srun is None:
             self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
             return 2
+        self._adopt()
         self._note_what_slurm_did()
         if exports:
             self._tell("started", nodes=self.nodes[:1], world_size=1)
@@ -96,7 +135,7 @@ class Job:
             f"{counted(count, 'process')}, {now()}"
         )
         code = self._srun(step(self.launch, self.nodes, task=self.task or "0", srun=srun))
-        if code == 0 and self._exports_later and RunFolder(self.run).exported_step != newest_step(self.run):
+        if code == 0 and self._exports_later and complete(self.run) and not trained(self.run):
             code = self._export(srun)
         return self._settle(code)
 
@@ -123,26 +162,43 @@ class Job:
         code = self._srun(step(alone, self.nodes[:1], srun=srun))
         return code if code in (0, EXIT_PREEMPTED) else EXIT_NOT_EXPORTED
 
+    def _adopt(self) -> None:
+        """Record this job, if whoever queued it did not hear of it because Slurm did not answer."""
+        mine = self.id if self.launch.tasks == 1 else self.id.partition("_")[0]
+        if mine not in self.launch.job_ids and not self.restart:
+            self.launch.job_ids.append(mine)
+            try:
+                self.launch.write()
+            except OSError as e:
+                self._say(f"job {self.id}: could not be recorded ({e.strerror})")
+
     def _note_what_slurm_did(self) -> None:
         """Record a node failure of the previous start, which could not do so itself."""
         last = next((e for e in newest_first(self.run) if e.job == self.id), None)
         if self.restart and last is not None and last.event in (*_AT_WORK, "preempted", "stopped"):
-            self._tell("requeued", reason="by Slurm: its nodes failed" if last.event in _AT_WORK else "by Slurm")
+            silent = "by Slurm: its nodes failed, or it was killed before it had a word"
+            self._tell("requeued", reason=silent if last.event in _AT_WORK else "by Slurm")
 
     def _srun(self, command: Sequence[str]) -> int:
+        with ReservedPort() as port:  # rank 0 runs on this node
+            return self._processes(command, port.number)
+
+    def _processes(self, command: Sequence[str], port: int) -> int:
         env = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN}
         env |= {
             rank.RUN: str(self.run),
             rank.LOG: str(self.log),
             rank.START: str(self.restart + 1),
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
         }
         env |= {EXPORTS_LATER: "1"} if self._exports_later else {}
         env["SLURM_EXPORT_ENV"] = "ALL"
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
+        self._requests.pass_to(process)
         reader = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
         reader.start()
         code = process.wait()
+        self._requests.pass_to(None)
         reader.join(5)
         code = self._first if self._first is not None and code else code
         code = 128 - code if code < 0 else code
@@ -160,118 +216,118 @@ class Job:
                 self._first = int(number[1]) if number else by
 
     def _settle(self, code: int) -> int:
+        """Have the job queued again if it is to go on, and record what became of it; returns the exit code."""
+        if code == 0 and not self._finished():
+            self._say(f"job {self.id}: srun gave up (code 0) before its processes had finished")
+            code = EXIT_PREEMPTED
         verdict = judge_exit(self.launch, code, self.id)
         if verdict.event == "finished":
             self._tell("finished")
             return 0
-        fate = self._fate()
         # Slurm may be configured to requeue jobs that end with this code (RequeueExit).
         over = 1 if code == EXIT_PREEMPTED else code
+        fate, refusal = self._ask(verdict)
         if fate == "cancelled":
             if not self._cancelled():
                 self._tell("cancelled", reason="scancel")
             return over
-        if fate == "queued":  # so Slurm ended it, whatever the exit code
-            reason = verdict.reason if code == EXIT_PREEMPTED else f"Slurm ended it before it had left (code {code})"
-            self._tell("preempted", reason=reason)
-            self._tell("requeued", reason="by Slurm")
-            self._say(f"job {self.id}: preempted: {reason}; Slurm has queued it again already")
-            return code
-        self._tell(verdict.event, reason=verdict.reason)
-        self._say(f"job {self.id}: {verdict.event}: {verdict.reason}")
-        return self._requeue(verdict, code) if verdict.again else over
-
-    def _fate(self) -> str:
-        """What Slurm will do with this job: cancelled | queued | "" (nothing, or unknown)."""
-        if self._cancelled():
-            return "cancelled"
-        try:
-            return slurm.fate(self.id, self.restart)
-        except slurm.SlurmError as e:
-            self._say(f"job {self.id}: {e}")
-            return ""
-
-    def _requeue(self, verdict: Verdict, code: int) -> int:
-        self._tell("requeued", reason=verdict.reason)
-        try:
-            slurm.requeue(self.id)
-        except slurm.SlurmError as e:
-            if self._fate() == "queued":
-                return code
-            reason = f"could not be queued again: {e}; `stamo resume {self.run}` goes on"
-            self._tell("stopped", reason=reason)
-            self._say(f"job {self.id}: {reason}")
-            return EXIT_PREEMPTED
-        self._say(f"job {self.id}: queued again")
+        by_slurm = fate == "queued"
+        ended = by_slurm or (fate == "ending" and verdict.again)  # by Slurm, whatever the exit code
+        left = ended or verdict.event == "preempted"
+        reason = verdict.reason
+        if ended and code != EXIT_PREEMPTED:
+            reason = f"Slurm ended it before it had left (code {code})"
+        self._tell("preempted" if left else verdict.event, reason=reason)
+        self._say(f"job {self.id}: {'preempted' if left else verdict.event}: {reason}")
+        if refusal:
+            self._tell("stopped", reason=f"{refusal}; `stamo resume {self.run}` goes on")
+            self._say(f"job {self.id}: {refusal}; `stamo resume {self.run}` goes on")
+            return EXIT_PREEMPTED if left else code
+        if not by_slurm and not verdict.again:
+            return over
+        self._tell("requeued", reason="by Slurm" if by_slurm else reason)
+        self._say(f"job {self.id}: {'Slurm has queued it again already' if by_slurm else 'queued again'}")
         return code
 
+    def _finished(self) -> bool:
+        """Whether code 0 means what it says: srun also returns it when it gives up processes that Slurm is killing."""
+        if self.launch.command[:1] == ["train"]:
+            return trained(self.run)
+        try:
+            return slurm.fate(self.id, self.restart) == ""
+        except slurm.SlurmError:
+            return True
+
+    def _ask(self, verdict: Verdict) -> tuple[slurm.Fate, str]:
+        """(what Slurm does with the job, which it is asked to queue again if `verdict` says so; "" or its refusal).
+
+        A controller that does not answer is asked for as long as the job has its nodes.
+        """
+        pause, told = _PAUSE[0], False
+        while True:
+            try:
+                return self._ask_once(verdict)
+            except slurm.SlurmAwayError as e:
+                if not verdict.again:
+                    return ("cancelled" if self._cancelled() else ""), ""
+                self._say(f"job {self.id}: is to be queued again, and asks in {pause:g} s again: {e}")
+                if not told:
+                    self._tell("preempted", reason=f"{verdict.reason}; Slurm does not answer, it is asked again")
+                told = True
+                time.sleep(pause)
+                pause = min(2 * pause, _PAUSE[1])
+
+    def _ask_once(self, verdict: Verdict) -> tuple[slurm.Fate, str]:
+        fate = self._fate()
+        if fate in ("queued", "cancelled") or not verdict.again:
+            return fate, ""
+        # A crash is not started again where nothing can be written: it would not be counted, and not do better.
+        if not fate and verdict.event == "failed" and (why := unwritable(self.run)):
+            return fate, why
+        try:
+            slurm.requeue(self.id)
+        except slurm.SlurmAwayError:
+            raise
+        except slurm.SlurmError as e:
+            now = self._fate()
+            return (now, "") if now in ("queued", "cancelled") else (fate, f"could not be queued again: {e}")
+        return fate, ""
+
+    def _fate(self) -> slurm.Fate:
+        """What Slurm will do with this job; where it cannot tell, a recorded cancel counts.
+
+        Raises:
+            SlurmAwayError: Slurm does not answer.
+        """
+        try:
+            fate = slurm.fate(self.id, self.restart)
+        except slurm.SlurmAwayError:
+            raise
+        except slurm.SlurmError as e:  # no scontrol
+            self._say(f"job {self.id}: {e}")
+            return "cancelled" if self._cancelled() else ""
+        return "cancelled" if fate == "ending" and self._cancelled() else fate
+
     def _cancelled(self) -> bool:
-        """Whether `stamo cancel` ended it since its last submission."""
+        """Whether `stamo cancel` ended this start."""
         ids = (None, self.id, self.id.partition("_")[0])
-        return any(e.event == "cancelled" and e.job in ids for e in since_submitted(self.run))
+        for event in newest_first(self.run):
+            if event.event in ("submitted", "started", "exporting"):
+                return False
+            if event.event == "cancelled" and event.job in ids:
+                return True
+        return False
 
     def _tell(self, what: What, **about: Any) -> None:
-        record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
+        """Record an event, if that can be written: it never ends the job."""
+        try:
+            record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
+        except OSError as e:
+            self._say(f"job {self.id}: {what} could not be recorded ({e.strerror})")
 
     def _say(self, text: str) -> None:
-        print(text, flush=True)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The meaning of an end of the run, and whether it is started again."""
-
-    event: What
-    again: bool
-    reason: str
-
-
-def newest_step(run: str | Path) -> int | None:
-    """The step of the newest complete checkpoint, None without one."""
-    return newest_checkpoint(Path(run) / "checkpoints")[0]
-
-
-def stalled(history: Iterable[Event]) -> int:
-    """Number of consecutive ends, since its submission, without a newer checkpoint."""
-    best, count = -1, 0
-    for e in history:
-        if e.event == "submitted":
-            best, count = -1, 0
-        elif e.event == "started":
-            best = max(best, e.step or 0)
-        elif e.event in ("preempted", "failed"):
-            count = count + 1 if (e.step or 0) <= best else 0
-            best = max(best, e.step or 0)
-    return count
-
-
-def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
-    """What to do after a start of `job` ended with the exit code `code`.
-
-    Code 2: the request is impossible, and a restart does not help. 76: training finished, but the model could not be
-    exported. After any other code except 0 a run is started again, unless the last `max_restarts` restarts brought no
-    newer checkpoint (an end requested by a signal always saves one). A command that does not train is only started
-    again after a requested end, at most `max_restarts` times.
-    """
-    not_exported = f"trained, not exported: see the log, then `stamo export {launch.run_dir}`"
-    last: dict[int, tuple[What, str]] = {
-        0: ("finished", ""),
-        2: ("failed", "refused, see the log"),
-        EXIT_NOT_EXPORTED: ("failed", not_exported),
-        EXIT_INTERRUPTED: ("stopped", "interrupted twice"),
-    }
-    if code in last:
-        return Verdict(last[code][0], False, last[code][1])
-    left, trains = code == EXIT_PREEMPTED, launch.command[:1] == ["train"]
-    event: What = "preempted" if left else "failed"
-    how = "it left to be started again" if left else f"it ended with code {code}"
-    if not left and not trains:
-        return Verdict("failed", False, how)
-    history = [e for e in since_submitted(launch.run_dir) if e.event == "submitted" or e.job == job]
-    count = stalled([*history, Event(event, step=newest_step(launch.run_dir))])
-    if count > launch.max_restarts:
-        return Verdict("failed", False, f"{how}, and {count} starts in a row brought it no further (max_restarts)")
-    return Verdict(event, True, how)
+        with contextlib.suppress(OSError):  # the log lies on the run's disk
+            print(text, flush=True)
 
 
 def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: str = "srun") -> list[str]:
@@ -297,9 +353,11 @@ def _nothing(*_: object) -> None:
 
 
 def main(runs: list[str]) -> int:
+    requests = Requests()
+    requests.listen()
     if len(runs) == 1:
-        return Job(read(runs[0])).work()
-    job = Job(read(runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
+        return Job(read(runs[0]), requests).work()
+    job = Job(read(runs[int(os.environ["SLURM_ARRAY_TASK_ID"])]), requests)
     file = os.open(job.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for out in (1, 2):  # the task's own run folder, which Slurm cannot set
         os.dup2(file, out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from stamo_dist.distributed.rank import cores, free_port
+from stamo_dist.distributed.rank import ReservedPort, cores
 from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
@@ -179,7 +179,7 @@ class Ranks:
                 "WORLD_SIZE": str(self._count),
                 "LOCAL_WORLD_SIZE": str(self._count),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free_port()),
+                "MASTER_PORT": str(stack.enter_context(ReservedPort()).number),
                 "STAMO_LAUNCHED": str(os.getpid()),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self._count))),
             }

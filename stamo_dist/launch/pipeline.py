@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from stamo_dist.errors import RecipeError
+from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.lines import Key, located, read_file, show_value
 from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe, Section
 from stamo_dist.recipe.validate import place_of, repaired
 
@@ -59,6 +61,11 @@ class Pipeline(Section):
     name: str = Field("", description="Name of the pipeline; its file name when omitted.")
     run_dir: str = Field("", description="Folder for its record and the stages' logs; runs/NAME when omitted.")
     stages: dict[str, Stage] = Field(description="Name → stage, in the order in which they may start.")
+
+    @field_validator("name")
+    @classmethod
+    def _below_runs(cls, name: str) -> str:
+        return check_name(name)
 
     @field_validator("stages")
     @classmethod
@@ -113,6 +120,7 @@ class Work:
 
 def is_pipeline(path: Path) -> bool:
     """Whether the file has stages; any other file is taken for a recipe."""
+    path = find_recipe(path)
     return path.is_file() and "stages" in read_file(path).value
 
 
@@ -123,6 +131,7 @@ def load_pipeline(path: Path, overrides: list[str], root: Any) -> tuple[Pipeline
         RecipeError: With every problem, each with its file and line.
     """
     merged = merge(path, overrides)
+    path = merged.path
     pipeline, wrong = repaired(Pipeline, merged)
     problems = [*merged.problems, *(problem for of_field in wrong.values() for problem in of_field)]
     if pipeline is None or not merged.whole:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stamo_dist import shipped
 from stamo_dist.errors import StamoError
 from stamo_dist.recipe.layers import did_you_mean, merge
 from stamo_dist.recipe.schema import Section
@@ -177,8 +178,8 @@ def seconds(limit: str) -> int:
 
 
 def _folders() -> list[Path]:
-    """Folders searched for profiles: here, then in this package's checkout."""
-    return [Path.cwd() / FOLDER, Path(__file__).resolve().parents[2] / FOLDER]
+    """Folders searched for profiles: here, then those that come with stamo."""
+    return [Path.cwd() / FOLDER, shipped.PROFILES]
 
 
 def _plain(overrides: Sequence[str]) -> dict[str, Any]:

@@ -9,12 +9,15 @@ import os
 import re
 import signal
 import sys
+import zlib
 
 if __name__ == "__main__":  # at once: a signal before the run can save would end it; the mask is inherited over exec
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 from collections.abc import Mapping
 from pathlib import Path
+
+from stamo_dist.shipped import IS_WHEEL
 
 #: Set by the job: the folder for the logs, rank 0's log, and which start this is.
 RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"
@@ -27,7 +30,9 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """
     node = int(slurm["SLURM_NODEID"])
     per_node = _expand(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
-    port = 20000 + int(slurm["SLURM_JOB_ID"]) % 20000
+    # Below the ports that connections are given; jobs of the same number of two clusters may share a node.
+    start = "/".join(slurm.get(f"SLURM_{name}", "") for name in ("CLUSTER_NAME", "JOB_ID", "RESTART_COUNT"))
+    port = 10000 + zlib.crc32(start.encode()) % 20000
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm.get("SLURM_STEP_NUM_TASKS") or slurm["SLURM_NTASKS"],
@@ -72,7 +77,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] != ["train"]:  # other commands do not save and exit: a signal ends them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     entry = Path(__file__).resolve().parents[2] / "run.py"  # exists in a snapshot
-    module = [str(entry), "stamo_dist.cli"] if entry.is_file() else ["-m", "stamo_dist.cli"]
+    of_snapshot = entry.is_file() and not IS_WHEEL  # another package's run.py may lie beside a wheel
+    module = [str(entry), "stamo_dist.cli"] if of_snapshot else ["-m", "stamo_dist.cli"]
     os.execve(sys.executable, [sys.executable, *module, *arguments], env)
 
 

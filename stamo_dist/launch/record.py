@@ -17,11 +17,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -29,8 +29,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from stamo_dist import shipped
 from stamo_dist.errors import RunError
-from stamo_dist.run.folder import COMMIT_FILE, append_line, git_commit, write_atomic
+from stamo_dist.run.code import COMMIT_FILE, git_commit, git_diff
+from stamo_dist.run.folder import append_line, write_atomic
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.registry import register, registry
 
@@ -48,7 +50,6 @@ PIPELINE = "pipeline.json"
 #: Below a recipe's run folder: the runs of its sweeps.
 SWEEP = "sweep"
 _SIGNS = ("launch/launch.json", "resolved.yaml")  # of a run folder
-_PACKAGES = ("stamo_dist", "data_tools")
 _RUN = '''\
 """Start a module of the packages beside this file: python run.py MODULE ARGUMENTS."""
 
@@ -157,10 +158,28 @@ def read(run: str | Path) -> Launch:
 
 
 def record(run: str | Path, event: Event) -> None:
-    """Append one event."""
+    """Append one event.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     where = folder(run)
     where.mkdir(parents=True, exist_ok=True)
     append_line(where / "events.jsonl", json.dumps({"time": event.time, **asdict(event)}))
+
+
+def unwritable(run: str | Path) -> str:
+    """Why nothing can be written into the run folder, and the way out; "" if something can."""
+    probe = folder(run) / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(4096))
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{run} cannot be written ({e.strerror}); {'make room' if full else 'make it writable'}"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return ""
 
 
 def newest_first(run: str | Path) -> Iterator[Event]:
@@ -252,14 +271,14 @@ def take_snapshot(run: str | Path, loaded: Loaded | None) -> Path:
     """
     from stamo_dist.recipe.render import render  # ranks import this file, without it
 
-    root = Path(__file__).resolve().parents[2]
     snapshot = folder(run) / "snapshots" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     try:
-        for package in _PACKAGES:
-            shutil.copytree(root / package, snapshot / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        unneeded = shutil.ignore_patterns("__pycache__", shipped.FOLDER)
+        for package, place in shipped.PACKAGES.items():
+            shutil.copytree(place, snapshot / "code" / package, ignore=unneeded)
         (snapshot / "code" / "run.py").write_text(_RUN)
         (snapshot / "code" / COMMIT_FILE).write_text(git_commit() or "")
-        if diff := _diff(root):
+        if diff := git_diff():
             (snapshot / "git.diff").write_bytes(diff)
         if loaded is not None:
             recipe_file(snapshot).write_text("".join(f"{line.plain}\n" for line in render(loaded)), encoding="utf-8")
@@ -283,11 +302,3 @@ def process_command(launch: Launch) -> list[str]:
     if launch.snapshot is None:
         return [sys.executable, "-m", "stamo_dist.cli", *launch.command]
     return snapshot_command(launch.snapshot, "stamo_dist.cli", launch.command)
-
-
-def _diff(root: Path) -> bytes:
-    try:
-        found = subprocess.run(["git", "diff", "HEAD"], cwd=root, capture_output=True, check=True, timeout=30)
-        return found.stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""

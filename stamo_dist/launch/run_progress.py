@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from stamo_dist.faults.heartbeats import heartbeat_of_main
+from stamo_dist.recipe.batch_sizes import BatchSizes
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import Owner, newest_owner
 from stamo_dist.run.success import Successes, is_late
@@ -70,7 +72,9 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
     lines = list(islice(newest, _WINDOW))[::-1]
     step_seconds = _step_seconds(lines)
     last = lines[-1] if lines else {}
-    batch = train.get("global_batch")
+    batch = None
+    if "global_batch" in train:
+        batch = BatchSizes.of(train["global_batch"]).at(max(0, last.get("step", 1) - 1))
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
     losses = [value for line in lines if (value := _loss(line)) is not None]
     mean = sum(losses) / len(losses) if losses else None
@@ -90,7 +94,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         saved=saved,
         owner=owner,
         silence=silence,
-        exported=(run / "model").is_dir(),
+        exported=_exported(run, checkpoint),
         phase=_phase(run),
         terms=terms,
         alarm=next((alarm_text(line) for line in reversed(lines) if line.get("alarms")), ""),
@@ -114,6 +118,12 @@ def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
 
 def age(stamp: float | None) -> float | None:
     return None if stamp is None else max(0.0, time.time() - stamp)
+
+
+def _exported(run: Path, checkpoint: int | None) -> bool:
+    """Whether the model of the newest checkpoint is exported; runs of earlier versions do not name its step."""
+    step = RunFolder(run).exported_step
+    return (run / "model").is_dir() and (step is None or step >= (checkpoint or 0))
 
 
 def _phase(run: Path) -> str:

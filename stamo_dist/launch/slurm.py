@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stamo_dist.errors import StamoError
 
@@ -32,8 +32,20 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
+#: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
+_AWAY = re.compile(
+    r"unable to contact|unable to connect|unable to establish|timed out|connection (refused|reset|timed)|no route to"
+    r"|zero bytes|transport|communication|standby|credential|munge|temporarily unavailable|try again",
+    re.IGNORECASE,
+)
+
+
 class SlurmError(StamoError):
     """A Slurm command failed; has its message."""
+
+
+class SlurmAwayError(SlurmError):
+    """Slurm did not answer: whether it did what it was asked is unknown, and it may be asked again."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +97,28 @@ def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
     """Run a Slurm command and return its output.
 
     Raises:
-        SlurmError: It is missing, times out, or fails.
+        SlurmAwayError: The controller does not answer.
+        SlurmError: It is missing, or fails.
     """
     found = tool(command[0])
     if found is None:
         place = "has this node none?" if "SLURM_JOB_ID" in os.environ else "is this a login node of a Slurm cluster?"
         raise SlurmError(f"{command[0]}: not found; {place}")
     try:
-        done = subprocess.run(
-            [found, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd
-        )
+        done = _execute([found, *command[1:]], stdin, cwd)
     except OSError as e:
         raise SlurmError(f"{found}: {e.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT:g} s; is the Slurm controller up?") from None
+        raise SlurmAwayError(f"{command[0]}: no answer within {_TIMEOUT:g} s; is the Slurm controller up?") from None
     if done.returncode:
-        raise SlurmError(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip()
+        kind = SlurmAwayError if _AWAY.search(said) else SlurmError
+        raise kind(f"{' '.join(command[:2])}: {said}")
     return done.stdout
+
+
+def _execute(command: Sequence[str], stdin: str | None, cwd: str | None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd)
 
 
 def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[SlurmJob]:
@@ -115,6 +132,12 @@ def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[S
         return found
     wanted = set(ids)
     return [job for job in found if job.id in wanted or job.id.partition("_")[0] in wanted]
+
+
+def commented(text: str) -> str | None:
+    """The id of the job that was submitted with this comment, None without one."""
+    lines = run("squeue", "--noheader", "--states=all", "--format=%A|%k").splitlines()
+    return next((line.partition("|")[0] for line in lines if line.partition("|")[2] == text), None)
 
 
 def details(job: str) -> dict[str, str]:
@@ -173,6 +196,17 @@ def associations(user: str) -> list[Association] | None:
     return [Association(account, partition, frozenset(qos.split(","))) for account, partition, qos in rows]
 
 
+def default_account(user: str) -> str | None:
+    """The account that is charged if a job names none; None if unknown, as without accounting."""
+    if given := os.environ.get("SBATCH_ACCOUNT"):
+        return given
+    wish = ("show", "user", "where", f"name={user}", "format=defaultaccount", "--noheader", "--parsable2")
+    try:
+        return run("sacctmgr", *wish).strip() or None
+    except SlurmError:
+        return None
+
+
 def expand(nodes: str) -> list[str]:
     """Slurm's short form → the nodes' names: `n[08-10],x` → n08, n09, n10, x."""
     names: list[str] = []
@@ -190,11 +224,14 @@ def _range(text: str) -> list[str]:
     return out
 
 
-def fate(job: str, restart: int) -> str:
+Fate = Literal["queued", "cancelled", "ending", ""]
+
+
+def fate(job: str, restart: int) -> Fate:
     """What Slurm will do with a job whose processes have ended in its start number `restart`, counted from 0.
 
-    "queued": Slurm starts it again. "cancelled": a user ended it. "": nothing; Slurm did not stop it, or only because
-    of its time limit or preemption.
+    "queued": it starts it again. "cancelled": a user ended it. "ending": it ends it, because of its time limit, a
+    preemption or a user, which cannot be told apart. "": nothing, or it does not know the job.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -205,10 +242,12 @@ def fate(job: str, restart: int) -> str:
         return "queued"
     if state == "CANCELLED":
         return "cancelled"
+    if state != "COMPLETING":
+        return ""
     # A completing job does not show its reason. A job preempted with PreemptMode=CANCEL was not cancelled by a user.
-    late = _passed(found.get("RunTime", "")) >= _passed(found.get("TimeLimit", ""))
-    preempted = found.get("PreemptTime", "None") != "None"
-    return "cancelled" if state == "COMPLETING" and not late and not preempted else ""
+    ran, limit = _passed(found.get("RunTime", "")), _passed(found.get("TimeLimit", ""))
+    late = ran is not None and limit is not None and ran >= limit
+    return "ending" if late or found.get("PreemptTime", "None") != "None" else "cancelled"
 
 
 def requeue(job: str) -> None:
@@ -232,11 +271,11 @@ def _time(text: str) -> datetime | None:
         return None
 
 
-def _passed(text: str) -> float:
-    """[D-]HH:MM:SS in seconds; infinite without a limit."""
+def _passed(text: str) -> float | None:
+    """[D-]HH:MM:SS in seconds; None if it is none, as without a limit or after a jump of the clock."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if match is None:
-        return float("inf")
+        return None
     days, hours, minutes, seconds = (int(n or 0) for n in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 

@@ -37,6 +37,7 @@ _REASONS = {
     "DependencyNeverSatisfied": "an earlier job failed, so it never starts",
     "BeginTime": "may not start before",
     "JobHeldUser": "held; `scontrol release` lets it go",
+    "job requeued in held state": "requeued and held; `scontrol release` lets it go",
     "JobHeldAdmin": "held by the administrator",
     "JobArrayTaskLimit": "as many tasks of its array as may run at once do",
     "PartitionDown": "the partition is down",
@@ -51,6 +52,21 @@ _REASONS = {
     "QOSNotAllowed": "the partition does not take the QOS",
     "launch failed requeued held": "it could not be started and is held; `scontrol release` lets it go",
 }
+#: How Slurm 22.05 words some of them.
+_WORDED = {
+    "Job's account not permitted": "AccountNotAllowed",
+    "Job's QOS not permitted": "QOSNotAllowed",
+}
+#: Of these, those that no time mends.
+_NEVER = frozenset({
+    "PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS", "AccountNotAllowed",
+    "QOSNotAllowed",
+})  # fmt: skip
+#: Of these, those that a person has to end: Slurm's expected start means nothing.
+_HELD = frozenset({
+    "JobHeldUser", "JobHeldAdmin", "job requeued in held state", "launch failed requeued held", "PartitionDown",
+    "PartitionInactive",
+})  # fmt: skip
 #: Slurm's job states other than waiting and running → our state and text.
 _RARE: dict[str, tuple[Word, str]] = {
     "PENDING": ("stopped", _REASONS["DependencyNeverSatisfied"]),
@@ -98,6 +114,7 @@ def judge_state(
     *,
     asked: bool,
     watched: bool | None = None,
+    trains: bool = False,
     now: datetime | None = None,
 ) -> State:
     """The state of a run.
@@ -108,48 +125,55 @@ def judge_state(
         job: The scheduler's data on its newest job; None if unknown to it.
         asked: Whether the scheduler answered.
         watched: Whether a process on this machine supervises the run; None if not applicable.
+        trains: Whether it is a training: finished when its folder says so, whatever its events say.
         now: The current time.
     """
     now = now or datetime.now().astimezone()
     starts = sum(e.event == "started" for e in history)
     last = history[-1] if history else None
     if job is not None and job.active:
-        return _active(progress, job, last, starts, now)
+        return _active(progress, job, history, starts, now)
     if watched and last is not None and last.event == "submitted":
         return State("queued", "comes after the others that were submitted with it")
     if watched:
         return _running(progress, last, starts)
     restarts = max(0, starts - 1)
-    over = _over(history)
-    if over is not None:
+    over = _over(history, job)
+    silent = not asked and last is not None and last.event == "submitted"  # again, perhaps for more steps
+    if trains and progress.finished and not silent:
+        state = State("finished")
+    elif over is not None and over.event == "finished" and trains:
+        state = State("stopped", _stood(progress))
+    elif over is not None:
         state = _said(over, progress)
-    elif progress.finished:
+    elif progress.finished and not silent:
         state = State("finished")
     elif job is not None:
         state = _ended(progress, job)
-    elif not asked and last is not None and progress.owner is None:
-        state = State("unknown", "Slurm does not answer")
     else:
-        state = _unwatched(progress, last)
+        state = _unwatched(progress, last, asked=asked)
     return replace(state, restarts=restarts)
 
 
-def _over(history: Sequence[Event]) -> Event | None:
-    """The event that ended the run, unless it was started again."""
+def _over(history: Sequence[Event], job: SlurmJob | None) -> Event | None:
+    """The event that ended the run, unless it was started again, or Slurm says whether it was cancelled otherwise."""
     for event in reversed(history):
-        if event.event in _LAST:
+        otherwise = job is not None and (event.event == "cancelled") != (job.state == "CANCELLED")
+        if event.event in _LAST and (event.event == "finished" or not otherwise):
             return event
         if event.event in ("started", "exporting", "requeued"):
             return None
     return None
 
 
-def _active(progress: Progress, job: SlurmJob, last: Event | None, starts: int, now: datetime) -> State:
+def _active(progress: Progress, job: SlurmJob, history: Sequence[Event], starts: int, now: datetime) -> State:
+    restarts = max(0, starts - 1)
     if job.state == "PENDING" and job.reason != "DependencyNeverSatisfied":
         return State("requeued" if starts else "queued", _waiting(job, now), starts)
-    restarts = max(0, starts - 1)
-    if job.state == "RUNNING":
+    if job.state == "RUNNING":  # Slurm's word counts, not that of a recorded cancel
+        last = next((e for e in reversed(history) if e.event != "cancelled"), None)
         return _running(progress, last, starts)
+    last = history[-1] if history else None
     if job.state == "COMPLETING" and last is not None and last.event in _LAST:
         return replace(_said(last, progress), restarts=restarts)
     word, detail = _RARE.get(job.state, ("starting", job.state.lower()))
@@ -183,27 +207,33 @@ def _ended(progress: Progress, job: SlurmJob) -> State:
     return State("failed", _ENDS.get(job.state, job.state.lower()))
 
 
-def _unwatched(progress: Progress, last: Event | None) -> State:
+def _unwatched(progress: Progress, last: Event | None, *, asked: bool) -> State:
     """The state of a run without supervisor or scheduler, judged by the heartbeat in its folder."""
     owner, silence = progress.owner, progress.silence
+    beats = silence is not None and silence < STALE
+    if owner is not None and not owner.ended and (owner.alive if owner.local else beats):
+        return State("running", f"{owner}" if asked else f"{owner}; Slurm does not answer")
+    if not asked and last is not None:
+        return State("unknown", ", ".join(filter(None, ("Slurm does not answer", _stood(progress)))))
     if owner is None and last is not None:
         gone = f"`stamo resume` goes on {_after(progress)}" if progress.step else "it never began to train"
         return State("lost", f"job {last.job} is gone; {gone}")
     if owner is None or owner.ended:
         return State("stopped", _stood(progress))
-    if owner.alive if owner.local else silence is not None and silence < STALE:
-        return State("running", f"{owner}")
     return State("lost", f"{owner} is gone; `stamo resume` goes on {_after(progress)}")
 
 
 def _waiting(job: SlurmJob, now: datetime) -> str:
     reason = job.reason if job.reason != "None" else ""
-    plain = reason.partition(",")[0]
+    plain = reason.partition(",")[0].strip("()")
+    plain = next((name for words, name in _WORDED.items() if reason.startswith(words)), plain)
     known = _REASONS.get(plain) or _REASONS.get(reason.strip("()"))
     text = known or reason.replace("_", " ")
+    if plain in _NEVER:
+        return f"it never starts so: {text}; `stamo cancel`, mend the profile and submit again"
     if plain.startswith(("QOS", "Assoc", "MaxJobs")):
         text = f"a limit of your account: {reason}"
-    if job.start is None:
+    if job.start is None or plain in _HELD:
         return text
     wait = (job.start - now).total_seconds()
     begin = f"{job.start:%H:%M}" if wait < 20 * 3600 else f"{job.start:%a %d %b %H:%M}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,16 +168,28 @@ def _run(
     elif launch and launch.job:
         job, note = _of(launch.job, jobs)
     mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history
-    state = judge_state(progress, mine, job, asked=asked, watched=watched)
+    trains = launch is not None and launch.command[:1] == ["train"]
+    state = judge_state(progress, mine, job, asked=asked, watched=watched, trains=trains)
     if state.word == "starting" and launch and launch.command[:1] != ["train"] and mine[-1].event == "started":
         state = replace(state, word="running")  # it writes no metrics
     if launch and launch.after and not state.live and not any(e.event in ("started", "cancelled") for e in history):
         state = State("stopped", record.hindrance(launch) or state.detail)
     if state.word == "failed" and (error := first_error(path)):
         state = replace(state, detail=f"{error} ({state.detail})" if state.detail else error)
+    if state.word in ("failed", "stopped", "lost") and (full := _full(path)):
+        state = replace(state, detail=f"{full} ({state.detail})" if state.detail else full)
     if note:
         state = replace(state, detail=", ".join(part for part in (note, state.detail) if part))
     return Run(path, launch, progress, history, job, state)
+
+
+def _full(path: Path) -> str:
+    """That the disk of the run folder is full, as its logs cannot say then."""
+    try:
+        free = os.statvfs(path).f_bavail
+    except OSError:
+        return ""
+    return "" if free else f"the disk of {path} is full: make room, then `stamo resume {path}`"
 
 
 def _of(job: str, jobs: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,9 @@ from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, slurm, supervise
-from stamo_dist.launch.job import newest_step, step
+from stamo_dist.launch.ends import newest_step
+from stamo_dist.launch.grace import too_short
+from stamo_dist.launch.job import step
 from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
 from stamo_dist.launch.record import (
     Event,
@@ -30,6 +32,7 @@ from stamo_dist.launch.record import (
     take_snapshot,
     task_log,
 )
+from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Loaded, load
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
@@ -147,6 +150,9 @@ def ask(
         _Sbatch(order).test()
     if loaded is not None and trains and profile.backend == "slurm":
         order = replace(order, loaded=_with_grace(loaded, grace))
+        often = loaded.recipe.train.checkpoint
+        warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
+        notes += [warning] if warning else []
     return order
 
 
@@ -251,13 +257,13 @@ def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
         return replace(members[0], members=members)
     launch, run = order.launch, Path(order.launch.run_dir)
     before = read(run).job_ids if (folder(run) / "launch.json").is_file() else []
-    stack.enter_context(_nothing_left(run))
+    stack.enter_context(nothing_left(run))
     taken = str(take_snapshot(run, order.loaded)) if launch.snapshot is None else launch.snapshot
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
-    order.launch.write()  # written before queueing: the job may start before sbatch returns
     record(run, Event("submitted", step=newest_step(run)))
+    order.launch.write()  # written before queueing: the job may start before sbatch returns
     return order
 
 
@@ -329,7 +335,15 @@ class _Sbatch(SlurmExecutor):
         Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f".{os.getpid()}.sh"
         file.write_text(self.text())
-        job = str(self._get_job_id_from_submission_command(self._sbatch(str(file))))
+        token = f"stamo-{uuid.uuid4().hex}"
+        mark = [] if "comment" in self.order.profile.sbatch else [f"--comment={token}"]
+        try:
+            job = str(self._get_job_id_from_submission_command(self._sbatch(*mark, str(file))))
+        except slurm.SlurmAwayError:  # it may have been queued all the same
+            found = slurm.commented(token) if mark else None
+            if found is None:
+                raise
+            job = found
         file.rename(self.folder / f"{job}.sh")
         return job
 
@@ -337,7 +351,7 @@ class _Sbatch(SlurmExecutor):
         try:
             return slurm.run("sbatch", *words, stdin=stdin)
         except slurm.SlurmError as e:
-            raise slurm.SlurmError(checks.hinted(str(e), self.order.profile)) from None
+            raise type(e)(checks.hinted(str(e), self.order.profile)) from None
 
     @property
     def _command(self) -> str:
@@ -360,23 +374,3 @@ def _log(order: JobOrder) -> str:
 
 def _cpus(order: JobOrder) -> int:
     return order.profile.cpus_per_gpu * order.launch.processes_per_node
-
-
-@contextlib.contextmanager
-def _nothing_left(run: Path) -> Iterator[None]:
-    """Undo written files if the block fails."""
-    made = next((p for p in [*reversed(run.parents), run] if not p.exists()), None)
-    files = [folder(run) / "launch.json", folder(run) / "events.jsonl"]
-    before = {file: file.read_bytes() if file.is_file() else None for file in files}
-    snapshots = set((folder(run) / "snapshots").glob("*"))
-    try:
-        yield
-    except BaseException:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        else:
-            for taken in set((folder(run) / "snapshots").glob("*")) - snapshots:
-                shutil.rmtree(taken, ignore_errors=True)
-            for file, content in before.items():
-                file.unlink(missing_ok=True) if content is None else file.write_bytes(content)
-        raise

@@ -21,7 +21,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 from stamo_dist.faults.signals import SIGNALS
-from stamo_dist.launch.job import Verdict, judge_exit, newest_step
+from stamo_dist.launch.ends import Verdict, judge_exit, newest_step
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.record import (
     Event,
@@ -37,6 +37,7 @@ from stamo_dist.launch.record import (
     read,
     record,
     snapshot_command,
+    unwritable,
 )
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
@@ -110,7 +111,11 @@ def busy(run: str | Path) -> bool:
 
 
 def cancel(run: str | Path) -> None:
-    """Cancel the run: within a second it is asked to save and exit; it is not restarted. A waiting run is dropped."""
+    """Cancel the run: within a second it is asked to save and exit; it is not restarted. A waiting run is dropped.
+
+    Raises:
+        OSError: The request cannot be written.
+    """
     record(run, Event("cancelled", job=read(run).job, step=newest_step(run)))
 
 
@@ -150,7 +155,14 @@ class _Supervisor:
         restart, processes = 0, launch.nodes * launch.processes_per_node
         while True:
             self._record_event(run, "started", restart=restart, nodes=[socket.gethostname()], world_size=processes)
-            verdict = judge_exit(launch, self._start(run, launch, processes, restart), self.job)
+            try:
+                code = self._start(run, launch, processes, restart)
+            except (OSError, RunError) as e:
+                print(f"{run}: {e}", flush=True)
+                code = 2
+            verdict = judge_exit(launch, code, self.job)
+            if verdict.event == "failed" and (why := unwritable(run)):
+                verdict = Verdict("failed", False, f"{verdict.reason}; {why}; `stamo resume {run}` goes on")
             if verdict.again and cancelled(run):
                 return
             if verdict.again and self._ending:
@@ -198,7 +210,10 @@ class _Supervisor:
             ranks.signal(signal.SIGKILL)
 
     def _record_event(self, run: Path, what: What, **about: Any) -> None:
-        record(run, Event(what, job=self.job, step=newest_step(run), **about))
+        try:
+            record(run, Event(what, job=self.job, step=newest_step(run), **about))
+        except OSError as e:  # never ends the run, nor those that come after it
+            print(f"{run}: {what} could not be recorded ({e.strerror})", flush=True)
 
 
 if __name__ == "__main__":

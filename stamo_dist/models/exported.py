@@ -11,18 +11,23 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.encoder import Encoder
+from stamo_dist.pretrained import place
 from stamo_dist.recipe import schema
 
 FORMAT = 1
+ABOUT = "stamo.json"
+STATE_ENCODER = "state_encoder"
+"""Subfolder of a policy's export with the encoder half of the tokenizer that it sees through."""
 
 
 def read_encoder(root: Path, cfg: schema.Model, encoder_weights: str | None = None) -> Encoder:
-    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, from its own location.
+    """The encoder of the tokenizer exported to `root`, or the frozen one it was trained with, from its own location if
+    the export lacks it.
 
     Raises:
         CheckpointError: files are missing or corrupt.
     """
-    if cfg.encoder.train:
+    if cfg.encoder.train or (encoder_weights is None and (root / "encoder").is_dir()):
         return Encoder.from_folder(root / "encoder", cfg.encoder.image_size, cfg.encoder.output)
     source = {"weights": encoder_weights} if encoder_weights else {}
     return Encoder.from_config(cfg.encoder.model_copy(update=source))
@@ -39,17 +44,20 @@ def read_compressor(root: Path, cfg: schema.Model, dim: int) -> Compressor:
 
 
 def exported(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of an exported tokenizer, which may be a run's `model/`, and the content of its `stamo.json`.
+    """The folder of an exported tokenizer, and the content of its `stamo.json`.
+
+    `folder` may be a run, whose `model/` it is, or a hub id, which is downloaded.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    root = next((p for p in (Path(folder), Path(folder) / "model") if (p / "stamo.json").is_file()), None)
+    root = next((p for p in (Path(folder), Path(folder) / "model") if (p / ABOUT).is_file()), None)
+    root = root or place.from_hub(str(folder), ABOUT, "tokenizer")
     if root is None:
         raise CheckpointError(
-            f"{folder}: holds no stamo.json, nor does its model/; give a folder with an exported tokenizer"
+            f"{folder}: holds no {ABOUT}, nor does its model/; give a folder with an exported tokenizer, or its hub id"
         )
-    return root, _read_about(root / "stamo.json")
+    return root, _read_about(root / ABOUT)
 
 
 def _read_about(path: Path) -> dict[str, Any]:

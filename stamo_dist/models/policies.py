@@ -13,6 +13,7 @@ from stamo_dist.models.openvla.framing import AS_RECORDED, Use
 from stamo_dist.models.openvla.policy import Policy, Unsaid
 from stamo_dist.models.policy_base import recorded_framing
 from stamo_dist.models.rdt_policy import KIND, RDTPolicy
+from stamo_dist.pretrained import place
 from stamo_dist.pretrained.reading import read_config
 
 AnyPolicy = Policy | RDTPolicy
@@ -39,7 +40,7 @@ def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> 
         CheckpointError: the folder is missing, damaged or of another model.
         RunError: neither it nor `use` states how it sees frames, or they contradict each other.
     """
-    folder = _with_settings(Path(path))
+    folder = _with_settings(Path(path)) or place.from_hub(str(path), SETTINGS, load.FIELD)
     if folder is None:
         return _released(str(path), use, options)
     use.check_ours(str(path))
@@ -53,8 +54,6 @@ def load_policy(path: str | Path, *, use: Use = AS_RECORDED, **options: Any) -> 
 
 def _released(path: str, use: Use, options: dict[str, Any]) -> AnyPolicy:
     found = load.locate(path)
-    if _with_settings(found.folder) is not None:  # one trained here, from the hub
-        return load_policy(found.folder, use=use, **options)
     config = read_config(found.holding("config.json"), "policy", load.FIELD)
     known = Statistics.read(found.holding(STATISTICS), config.get("norm_stats") or {})
     framing = use.framing(None, path, list(known.sources))

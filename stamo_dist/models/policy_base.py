@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from stamo_dist.errors import CheckpointError, DataError, RunError
+from stamo_dist.models.exported import STATE_ENCODER
 from stamo_dist.models.openvla.actions import SETTINGS, Statistics
 from stamo_dist.models.openvla.framing import Framing, Picture
 from stamo_dist.models.openvla.network import Features
@@ -120,7 +121,8 @@ def read_state_encoder(
     """
     if cfg.vision != "stamo":
         return None
-    source = tokenizer or cfg.tokenizer
+    beside = folder / STATE_ENCODER
+    source = tokenizer or (beside if beside.is_dir() else cfg.tokenizer)
     if source is None:
         raise CheckpointError(f"{folder}: the policy sees through a StaMo tokenizer; say where it lies (tokenizer)")
     seeing = StateEncoder.from_pretrained(source)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from stamo_dist.models import weights
 from stamo_dist.models.compressor import Compressor
 from stamo_dist.models.encoder import Encoder
-from stamo_dist.models.exported import check_parts, exported, read_compressor, read_encoder
+from stamo_dist.models.exported import FORMAT, check_parts, exported, read_compressor, read_encoder
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.recipe import schema
 
@@ -50,6 +52,19 @@ class StateEncoder(nn.Module):
         found = {"encoder": encoder.fingerprint(), "compressor": compressor.fingerprint()}
         check_parts(found, about["sees"], root)
         return cls(encoder, compressor, about["fingerprint"])
+
+    def save_pretrained(self, folder: Path, source: str | Path) -> None:
+        """Write both parts, also a frozen encoder, so that `from_pretrained` reads `folder` alone.
+
+        `source`: the tokenizer that it was read from, whose `stamo.json` says the rest.
+        """
+        about = exported(source)[1]
+        folder.mkdir(parents=True)
+        self.encoder.save_pretrained(folder / "encoder")
+        weights.save(self.compressor.state_dict(), folder / "compressor" / "model.safetensors")
+        sees = about["sees"] or {"encoder": self.encoder.fingerprint(), "compressor": self.compressor.fingerprint()}
+        about = {"format": FORMAT, **about, "fingerprint": self.fingerprint, "sees": sees}
+        (folder / "stamo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @property
     def device(self) -> torch.device:

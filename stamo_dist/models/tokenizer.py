@@ -251,11 +251,13 @@ class Tokenizer(nn.Module):
             "latent": self.vae.latent,
         }
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, shard_size: str = "5GB", alone: bool = False
+    ) -> None:
         """Write a folder that `from_pretrained` reads, the trained parts cast to `dtype`.
 
-        `transformer/` and `vae/` open with diffusers, `encoder/` (only when it was trained) with transformers; a frozen
-        encoder is named by its source and fingerprint. `stamo.json` is written last; it records the fingerprints of
+        `transformer/` and `vae/` open with diffusers, `encoder/` with transformers; a frozen encoder is written only
+        with `alone`, else named by its source and fingerprint. `stamo.json` is written last; it has the fingerprints of
         all parts, so that a reader of the encoder half need not read the rest.
 
         Raises:
@@ -271,6 +273,8 @@ class Tokenizer(nn.Module):
         self.vae.save_pretrained(folder / "vae")
         if self.trained.encoder is not None:
             self.trained.encoder.save_pretrained(folder / "encoder", dtype)
+        elif alone:
+            self.encoder.save_pretrained(folder / "encoder")
         about = {
             "format": FORMAT,
             "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},

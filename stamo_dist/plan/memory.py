@@ -12,7 +12,7 @@ from stamo_dist.distributed.engine import ZERO_STAGE
 from stamo_dist.models.flops import shapes_only
 from stamo_dist.plan.activation_peak import peak
 from stamo_dist.plan.shapes import Shapes, shapes
-from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.batching import batchings
 from stamo_dist.recipe.schema import Recipe
 
 _ZERO1_BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once without sharding gradients
@@ -47,27 +47,30 @@ class Memory:
 def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> list[Memory]:
     """The memory of one of `devices` devices under the recipe's strategy, or under each of `strategies`.
 
+    Where the global batch changes, what all of its sizes need.
+
     Raises:
         RecipeError: The size of a checkpoint is not known.
         ValueError: The global batch cannot be spread over so many devices.
     """
-    spread = batching(recipe.train, devices)
+    spreads = batchings(recipe.train, devices)
+    micro_batch, parts = max(s.micro_batch for s in spreads), max(s.accumulation for s in spreads)
     made = shapes(recipe)
     counted = Counted(made, bf16=recipe.train.precision == "bf16")
-    activations = _activations(made, spread.micro_batch, bf16=counted.bf16)
+    activations = _activations(made, micro_batch, bf16=counted.bf16)
     group = recipe.strategy.shard_group or min(devices, 8)
     found = []
     for name in strategies or [recipe.strategy.name]:
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
         if name in ("fsdp", "hsdp"):
-            if recipe.strategy.gradients == "whole" and spread.accumulation > 1:
+            if recipe.strategy.gradients == "whole" and parts > 1:
                 memory.gradients += 4 * counted.trained
             if not recipe.strategy.reshard_after_forward and devices > 1:
                 memory.gathered += counted.size * (counted.all - counted.root - 2 * counted.unit)
-        memory.micro_batch, memory.activations = spread.micro_batch, activations
+        memory.micro_batch, memory.activations = micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
-        if spread.accumulation == 1 and name not in ZERO_STAGE:
+        if parts == 1 and name not in ZERO_STAGE:
             memory.apart = min(memory.gradients, memory.activations)
         memory.notes = made.notes
         found.append(memory)

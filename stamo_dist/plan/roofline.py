@@ -15,7 +15,7 @@ from stamo_dist.models.flops import shapes_only
 from stamo_dist.plan.memory import Counted
 from stamo_dist.plan.operators import REST, Operator, fused, traced
 from stamo_dist.plan.shapes import Shapes, shapes
-from stamo_dist.recipe.batching import Batching, batching
+from stamo_dist.recipe.batching import Batching, batchings
 from stamo_dist.recipe.schema import Recipe
 
 #: Of the peak, what a kernel reaches: assumptions.
@@ -74,7 +74,12 @@ class Expected:
             found[name] = found.get(name, 0.0) + seconds
 
     def to_dict(self) -> dict[str, Any]:
-        numbers = {"seconds": self.seconds, "samples_per_second": self.samples_per_second, "mfu": self.mfu}
+        numbers = {
+            "global_batch": self.samples,
+            "seconds": self.seconds,
+            "samples_per_second": self.samples_per_second,
+            "mfu": self.mfu,
+        }
         return {"gpu": self.gpu, **numbers, "by_part": self.by_part, "by_class": self.by_class}
 
     @property
@@ -86,7 +91,7 @@ class Expected:
 
 
 def expect(recipe: Recipe, devices: int, gpus: Iterable[GPU] = GPUS) -> list[Expected]:
-    """What a step of the recipe should take on each GPU; nothing where it does not compute in bf16.
+    """What a step of the recipe should take on each GPU, with each global batch; nothing where it is not in bf16.
 
     Raises:
         RecipeError: The size of a checkpoint is not known.
@@ -94,7 +99,11 @@ def expect(recipe: Recipe, devices: int, gpus: Iterable[GPU] = GPUS) -> list[Exp
     """
     if recipe.train.precision != "bf16":
         return []
-    spread, made = batching(recipe.train, devices), shapes(recipe)
+    return [step for spread in batchings(recipe.train, devices) for step in _expect(recipe, spread, gpus)]
+
+
+def _expect(recipe: Recipe, spread: Batching, gpus: Iterable[GPU]) -> list[Expected]:
+    made = shapes(recipe)  # anew for each: a trace changes the modules
     counted = Counted(made, bf16=True)
     operators = _operators(made, spread.micro_batch)
     useful = spread.accumulation * sum(op.flops for op in operators if not op.again)
@@ -102,7 +111,7 @@ def expect(recipe: Recipe, devices: int, gpus: Iterable[GPU] = GPUS) -> list[Exp
         operators = fused(operators)
     found = []
     for gpu in gpus:
-        expected = Expected(gpu.name, recipe.train.global_batch, useful, gpu.flops)
+        expected = Expected(gpu.name, spread.global_batch, useful, gpu.flops)
         for op in operators:
             seconds = spread.accumulation * _seconds(op, gpu)
             expected.add(op.part, "recomputed" if op.again else CLASSES[op.kind], seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
@@ -47,7 +48,9 @@ def weight_files(folder: Path, field: str) -> list[Path]:
 def _of_index(index: Path, field: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(unreadable(index, field, error)) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{field}: {index} is not a weight index ({error}); download it again") from error
     absent = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
     if absent:
@@ -72,6 +75,17 @@ def _how(folder: Path, field: str) -> str:
     return "copy or download the checkpoint again"
 
 
+def unreadable(path: Path, field: str, error: OSError) -> str:
+    """That the system refuses to read a file, and the way out."""
+    ways = {
+        errno.EACCES: "have its owner make it readable to you (`chmod`), or give another file",
+        errno.EPERM: "have its owner make it readable to you (`chmod`), or give another file",
+        errno.ENOENT: "give a file that is there",
+    }
+    way = ways.get(error.errno or 0, "see to the disk that holds it")
+    return f"{field}: {path} cannot be read ({error.strerror or error}): {way}"
+
+
 def header(path: Path, field: str) -> dict[str, Shape]:
     """Name → shape of the tensors of a safetensors file, of which only the header is read.
 
@@ -90,7 +104,9 @@ def header(path: Path, field: str) -> dict[str, Shape]:
         if there != size:
             raise ValueError(f"{there:,} bytes of {size:,}")
         return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(unreadable(path, field, error)) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{field}: {path} is corrupt or incomplete ({error}); copy or download it again"
         ) from error
@@ -106,7 +122,9 @@ def pickled_names(path: Path, field: str) -> bytes:
         with zipfile.ZipFile(path) as archive:  # the zip directory is at the end: a truncated file has none
             name = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
             return archive.read(name)
-    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+    except OSError as error:
+        raise CheckpointError(unreadable(path, field, error)) from error
+    except (zipfile.BadZipFile, StopIteration) as error:
         raise CheckpointError(
             f"{field}: {path} is corrupt, incomplete or no file of torch.save; download it again, or write it anew "
             f"with torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"

@@ -14,6 +14,8 @@ from stamo_dist.pretrained.files import PICKLED, STEMS, VARIANTS, file_name, ind
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 _FILES = (".safetensors", *PICKLED)
+#: The files of an exported model.
+EXPORTED = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model")
 
 
 def hub_id(weights: str) -> tuple[str, str | None] | None:
@@ -45,6 +47,30 @@ def locate(
     """
     hub = hub_id(weights)
     return on_disk(weights, subfolders, field) if hub is None else _from_hub(*hub, subfolders, field, extra, alone)
+
+
+def from_hub(given: str, mark: str, field: str) -> Path | None:
+    """The folder of an exported model, by its hub id: downloaded whole if its repository has the file `mark`.
+
+    None if `given` is not a hub id, or its repository has no such file.
+
+    Raises:
+        CheckpointError: the hub could not be reached, or has no such repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = hub_id(given)
+    if hub is None:
+        return None
+    repo, revision = hub
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=[mark]))
+        if not (root / mark).is_file():
+            return None
+        return Path(snapshot_download(repo, revision=root.name, allow_patterns=list(EXPORTED)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _not_supplied(repo, revision, field, error) from error
 
 
 def has_weights(folder: Path) -> bool:
@@ -134,15 +160,21 @@ def _from_hub(
             if (root / alone).is_file():
                 return Path(snapshot_download(repo, revision=root.name, allow_patterns=[alone, *extra]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{field}: there is no folder {named}, and the hub did not supply it ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[-1]}). On a machine with network (and, for gated models, after "
-            f"`hf auth login`) run `{download(repo, revision)} --local-dir DIR` and set {field}: DIR"
-        ) from error
+        raise _not_supplied(repo, revision, field, error) from error
     raise CheckpointError(
         f"{field}: there is no {_names(subfolders)} in {named} on the hub; give a repository in the layout of "
         "diffusers or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers), or download "
         f"its single file and set {field}: FILE.safetensors"
+    )
+
+
+def _not_supplied(repo: str, revision: str | None, field: str, error: Exception) -> CheckpointError:
+    named = repo + (f"@{revision}" if revision else "")
+    why = (str(error).strip().splitlines() or [""])[-1]
+    return CheckpointError(
+        f"{field}: there is no folder {named}, and the hub did not supply it ({type(error).__name__}: {why}). On a "
+        f"machine with network (and, for gated models, after `hf auth login`) run `{download(repo, revision)} "
+        f"--local-dir DIR` and set {field}: DIR"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.pretrained import forms
-from stamo_dist.pretrained.files import PICKLED, Shape, header, pickled_names, weight_files
+from stamo_dist.pretrained.files import PICKLED, Shape, header, pickled_names, unreadable, weight_files
 from stamo_dist.pretrained.forms import CheckpointForm, JoinedTensor, Shapes
 
 
@@ -146,6 +146,8 @@ def read_json(path: Path, field: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is no object")
+    except PermissionError as error:
+        raise CheckpointError(unreadable(path, field, error)) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{field}: {path} cannot be read ({error}); download the checkpoint again") from error
     return config

@@ -16,71 +16,18 @@ from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tasks.base import ExportLayout
 from stamo_dist.tracking.metrics_file import last_metrics
-
-_USE = {
-    "tokenizer": """\
-```python
-from stamo_dist.models.tokenizer import Tokenizer
-
-tokenizer = Tokenizer.from_pretrained(".")
-states = tokenizer.encode(frames)  # uint8 (B, H, W, 3) → (B, tokens, dim)
-```
-
-`transformer/` and `vae/` open with diffusers (`SD3Transformer2DModel`, `AutoencoderKL`), `encoder/`, where it was
-trained, with transformers (`Dinov2Model`).""",
-    "vae": """\
-```python
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(".")
-```""",
-    "policy": """\
-```python
-from stamo_dist.models.openvla.policy import Policy
-
-policy = Policy.from_pretrained(".")
-actions = policy.act(frame, "open the drawer", unnorm_key="SOURCE")
-```
-
-`dataset_statistics.json` turns the policy's numbers into the units of each source.""",
-    "diffusion policy": """\
-```python
-from stamo_dist.models.policies import load_policy
-
-policy = load_policy(".")
-actions = policy.act(frame, "open the drawer", unnorm_key="SOURCE")
-```
-
-`dataset_statistics.json` turns the policy's numbers into the units of each source.""",
-}
-_HF_POLICY = """
-The language model opens with plain transformers:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("language_model")
-tokenizer = AutoTokenizer.from_pretrained("language_model")
-```"""
-_OFFICIAL = """
-The layout is that of openvla-7b and OpenVLA-OFT: with the official code (`trust_remote_code=True`, fetched from
-`openvla/openvla-7b`) `AutoModelForVision2Seq` and `AutoProcessor` open it; a world head beside it is not read there."""
-
-_PEFT = """
-These are PEFT's adapters and what else was trained; the base is fetched from where `adapter_config.json` says."""
+from stamo_dist.tracking.system import SYSTEM
 
 
-def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportLayout, *, trained: nn.Module) -> str:
-    """The card in Markdown: model, usage, training data and settings, measurements."""
+def model_card(
+    recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportLayout, *, trained: nn.Module, use: str
+) -> str:
+    """The card in Markdown: model, usage (`use`), training data and settings, measurements."""
     marker = read_checkpoint_manifest(checkpoint)
     parameters = sum(p.numel() for p in trained.parameters())
     dtype = str(layout.dtype or "torch.float32").removeprefix("torch.")
-    diffusion = recipe.stage == "policy" and recipe.policy.diffusion is not None
-    use = _USE["diffusion policy" if diffusion else recipe.stage]
-    if recipe.stage == "policy" and not diffusion:
-        use += "\n" + {"hf": _HF_POLICY, "openvla": _OFFICIAL, "peft": _PEFT}[layout.form]
     parts = [
-        f"---\nlibrary_name: stamo-dist\ntags: [robotics, {recipe.stage}]\n---",
+        f"---\nlibrary_name: stamo-dist\npipeline_tag: robotics\ntags: [robotics, {recipe.stage}]\n---",
         f"# {recipe.name}",
         f"A {recipe.stage} of {parameters / 1e6:.1f} M parameters, {dtype}, written by stamo-dist from step "
         f"{marker.state.step} of {recipe.train.steps}.",
@@ -95,7 +42,7 @@ def model_card(recipe: Recipe, run: RunFolder, checkpoint: Path, layout: ExportL
         *_lineage(run),
         "## Recipe",
         f"```yaml\n{run.resolved.read_text(encoding='utf-8').rstrip()}\n```",
-        f"Code: commit `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
+        f"Code: `{marker.git_commit or 'unknown'}`. Strategy {marker.strategy} on {marker.world_size} "
         f"processes, {marker.precision}.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -122,7 +69,11 @@ def _metrics(run: RunFolder, marker: CheckpointManifest) -> str:
     line = last_metrics(run.metrics, marker.state.step)
     if line is None:
         return "None were kept."
-    names = [k for k in line if isinstance(line[k], float) and not k.startswith(("samples", "data_wait", "comm_wait"))]
+    names = [
+        k
+        for k in line
+        if isinstance(line[k], float) and not k.startswith(("samples", "data_wait", "comm_wait", SYSTEM))
+    ]
     rows = [[name, f"{line[name]:.5g}"] for name in names]
     return f"In training, at step {line['step']}:\n\n" + _table(["", ""], rows)
 

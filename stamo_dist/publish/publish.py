@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,10 @@ from stamo_dist.checkpoint.manifest import MANIFEST, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete, named
 from stamo_dist.errors import RunError
 from stamo_dist.export import export, training_data
+from stamo_dist.models.exported import STATE_ENCODER
+from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.publish.card import model_card
+from stamo_dist.publish.usage import usage
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder, open_run
 from stamo_dist.run.lease import acquire
@@ -59,8 +63,12 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with closing(training_data(mixture, task)) as batches:
-            task.export(part, weights, batches, layout)
-        card = model_card(recipe, run, folder, layout, trained=task.trained)
+            task.export(part, weights, batches, replace(layout, alone=True))
+        if recipe.stage == "policy" and recipe.policy.vision == "stamo" and form != "peft":
+            seen_through = recipe.policy.tokenizer
+            assert seen_through is not None, "the recipe was checked"
+            StateEncoder.from_pretrained(seen_through).save_pretrained(part / STATE_ENCODER, seen_through)
+        card = model_card(recipe, run, folder, layout, trained=task.trained, use=usage(recipe, layout, part))
         (part / "README.md").write_text(card, encoding="utf-8")
         _as_others_files(part)
         part.rename(out)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from stamo_dist.recipe.lines import show_value
+from stamo_dist.recipe.lines import is_by_step, show_value
 from stamo_dist.recipe.load import leaves
 from stamo_dist.recipe.schema import Recipe
 
@@ -68,7 +68,7 @@ def value_of(tree: Mapping[str, Any], field: str) -> Any:
 
 def _inner(value: Any) -> bool:
     """Whether it is a section whose fields are compared one by one."""
-    return isinstance(value, Mapping) and bool(value)
+    return isinstance(value, Mapping) and bool(value) and not is_by_step(value)
 
 
 def _shown(value: Any) -> str:

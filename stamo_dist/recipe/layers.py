@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from stamo_dist.paths import canonical
-from stamo_dist.recipe.lines import Key, Layer, located, read_file, read_override, shown
+from stamo_dist.recipe.find import closest, find_recipe, shipped_recipe
+from stamo_dist.recipe.lines import Key, Layer, is_by_step, located, read_file, read_override, shown
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Merged(Layer):
     """The merged plain values of all layers, the origin of each, and the problems so far."""
 
     whole: bool = True  # whether every file could be read
+    path: Path = Path()  # the file itself
 
     def add(self, layer: Layer, override: bool = False) -> None:
         self.problems += layer.problems
@@ -27,6 +29,7 @@ class Merged(Layer):
         self.whole &= () not in layer.unread
         _clear_clashes(self.value, layer.value)
         self._remove_sources(layer)
+        self._remove_steps(layer)
         merged = OmegaConf.merge(OmegaConf.create(self.value), OmegaConf.create(layer.value))
         self.value = OmegaConf.to_container(merged)  # type: ignore[assignment]
         for key, place in layer.places.items():
@@ -52,13 +55,22 @@ class Merged(Layer):
             for old in [k for k in self.places if k[:3] == key]:
                 del self.places[old]
 
+    def _remove_steps(self, layer: Layer) -> None:
+        """A map from steps, such as a weight that changes, replaces the inherited one; they are not merged."""
+        for key in layer.places:
+            if is_by_step(value_at(layer.value, key)) and is_by_step(value_at(self.value, key)):
+                del value_at(self.value, key[:-1])[key[-1]]
+                for old in [k for k in self.places if k[: len(key)] == key]:
+                    del self.places[old]
+
 
 def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:
     """Read `path`, all it extends and the overrides, and merge them.
 
-    A file reached twice counts once, at its first place.
+    Where there is no such file, it is a name of `stamo recipe list`. A file reached twice counts once, at its first
+    place.
     """
-    out = Merged()
+    out = Merged(path=path)
     _add_file(path, out, stack=[], done=set(), at="")
     for override in overrides:
         out.add(read_override(override), override=True)
@@ -82,14 +94,24 @@ def _add_file(path: Path, out: Merged, stack: list[Path], done: set[Path], at: s
         return
     layer = read_file(path)
     if () in layer.unread and not path.is_file():
-        out.problems.append(_missing(path, stack[-1] if stack else None, at))
-        out.whole = False
+        _add_named(path, out, stack, done, at)
         return
     for key, name in _extends(layer, out):
         _add_file(where.parent / Path(name).expanduser(), out, [*stack, where], done, layer.places[key])
     done.add(where)
     out.add(layer)
     out.text = layer.text
+
+
+def _add_named(path: Path, out: Merged, stack: list[Path], done: set[Path], at: str) -> None:
+    """In place of a file that is not there, the recipe of this name: for `extends`, of those that come with stamo."""
+    named = shipped_recipe(os.path.relpath(path, stack[-1].parent)) if stack else find_recipe(path)
+    if named.is_file():
+        out.path = out.path if stack else named
+        _add_file(named, out, stack, done, at)
+        return
+    out.problems.append(_missing(path, stack[-1] if stack else None, at))
+    out.whole = False
 
 
 def _extends(layer: Layer, out: Merged) -> list[tuple[Key, str]]:
@@ -109,8 +131,9 @@ def _missing(path: Path, extender: Path | None, at: str) -> str:
     siblings = [p.name for p in path.parent.glob("*.y*ml") if p.resolve() != extender] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     if extender is None:
-        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-        return f"{path}: {'is a folder, not a recipe' if path.is_dir() else 'no such file'}{hint}"
+        near = str(path.parent / close[0]) if close else closest(path)
+        hint = f"did you mean {near}?" if near else "`stamo recipe list` shows what can be given by name"
+        return f"{path}: {'is a folder, not a recipe' if path.is_dir() else 'no such file'}; {hint}"
     name = os.path.relpath(path, extender.parent)
     if Path(name).is_file():
         hint = f"; did you mean {os.path.relpath(name, extender.parent)}?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,18 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def is_by_step(value: Any) -> bool:
+    """Whether a value is a map from steps, as text or numbers, to values other than maps."""
+    if not isinstance(value, Mapping) or any(isinstance(inner, Mapping) for inner in value.values()):
+        return False
+    return bool(value) and all(str(name).lstrip("-").isdecimal() for name in value)
+
+
 def show_value(value: Any, limit: int = 60) -> str:
     """A value on one line, as YAML writes it."""
-    if isinstance(value, dict) and value:
+    if is_by_step(value):
+        value = {int(step): of_step for step, of_step in value.items()}
+    elif isinstance(value, dict) and value:
         return "a map"
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=1 << 20)
     text = text.removesuffix("\n").removesuffix("\n...")
@@ -177,14 +186,15 @@ class _Converter:
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         out: dict[str, Any] = {}
         first: dict[str, int] = {}
+        by_step = bool(key) and all(_is(name_node, "int") for name_node, _ in node.value)
         for name_node, value_node in node.value:
             line = name_node.start_mark.line + 1
             at = self.place(line)
-            if not isinstance(name_node, yaml.ScalarNode) or name_node.tag != "tag:yaml.org,2002:str":
+            if not _is(name_node, "str") and not by_step:
                 text = name_node.value if isinstance(name_node, yaml.ScalarNode) else "of this value"
                 self._problem(at, key, f"the name {text} is not text; put it in quotes")
                 continue
-            name = name_node.value
+            name = str(self.loader.construct_object(name_node)) if by_step else name_node.value
             if name == "<<":
                 self._problem(at, key, "merge keys (<<) are not read; use extends")
             elif name in out:
@@ -196,3 +206,7 @@ class _Converter:
 
     def _problem(self, at: str, key: Key, message: str) -> None:
         self.layer.problems.append(located(at, key, message))
+
+
+def _is(node: yaml.Node, kind: str) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == f"tag:yaml.org,2002:{kind}"

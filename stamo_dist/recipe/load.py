@@ -10,7 +10,8 @@ from typing import Any
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.layers import merge
-from stamo_dist.recipe.lines import dotted, dump_yaml
+from stamo_dist.recipe.lines import dotted, dump_yaml, is_by_step
+from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.recipe.validate import validate
 
@@ -30,16 +31,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     """Read the recipe at `path`.
 
     Args:
-        path: A YAML file. Names under its `extends` are relative to it; every other path in a recipe is relative to
-            the working directory.
+        path: A YAML file, or a name of `stamo recipe list`. Names under its `extends` are relative to it; every other
+            path in a recipe is relative to the working directory.
         overrides: `a.b=c` each, the value in YAML; they win over the files, the last one over the others.
         world_size: Also check that the global batch divides over this many processes.
 
     Raises:
         RecipeError: With every problem of all the files and overrides at once, each with its file and line.
     """
-    path = Path(path)
-    merged = merge(path, overrides)
+    merged = merge(Path(path), overrides)
+    path = merged.path
     if "stages" in merged.value:
         raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
     problems = merged.problems
@@ -52,7 +53,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         problems += wrong
     if recipe is None or problems:
         raise RecipeError(sorted(problems, key=_by_line))
-    name = recipe.name or path.stem
+    try:
+        name = recipe.name or check_name(path.stem)
+    except ValueError as e:
+        raise RecipeError([f"{path}: {e}"]) from None
     recipe = recipe.model_copy(update={"name": name, "run_dir": recipe.run_dir or f"runs/{name}"})
     resolved = recipe.model_dump(mode="json")
     written = {dotted(key): place.partition(" ")[0] for key, place in merged.places.items()}
@@ -66,8 +70,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         text=merged.text,
         recipe=recipe,
         resolved=resolved,
-        provenance={field: written.get(field, "default") for field in leaves(resolved)},
+        provenance={field: _origin(field, written) for field in leaves(resolved)},
     )
+
+
+def _origin(field: str, written: Mapping[str, str]) -> str:
+    """The place of a value, of a map from steps also that of a step that the command line sets."""
+    steps = {place for name, place in written.items() if name.startswith(f"{field}.")}
+    return "--set" if "--set" in steps else written.get(field, "default")
 
 
 def dump(recipe: Recipe) -> str:
@@ -81,8 +91,9 @@ def _by_line(problem: str) -> tuple[bool, str, int]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in a tree of maps; lists and empty maps count as values."""
+    """Dotted names of the values in a tree of maps; lists, empty maps and maps from steps count as values."""
     names: list[str] = []
     for name, value in tree.items():
-        names += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+        inner = isinstance(value, dict) and bool(value) and not is_by_step(value)
+        names += leaves(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names

@@ -107,7 +107,8 @@ class PolicyConfig(Section):
         "both", description="vision: stamo: read the encoder's patch features, the state tokens, or both."
     )
     tokenizer: str | None = Field(
-        None, description="Run folder of the frozen StaMo tokenizer that vision: stamo and the world head need."
+        None,
+        description="Run, export or hub id of the frozen StaMo tokenizer that vision: stamo and the world head need.",
     )
     views: PositiveInt = Field(1, description="Camera views of one moment, in the order of the source's cameras.")
     proprio: bool = Field(False, description="Add the robot's proprioception as one token.")

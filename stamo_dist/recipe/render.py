@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from stamo_dist.recipe.lines import show_value
+from stamo_dist.recipe.lines import is_by_step, show_value
 from stamo_dist.recipe.load import Loaded
 
 
@@ -26,7 +26,7 @@ def _rows(tree: dict[str, Any], provenance: dict[str, str], at: tuple[str, ...])
     for name, value in tree.items():
         here = (*at, name)
         text = Text("  " * len(at)).append(f"{show_value(name)}:", style="cyan")
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and not is_by_step(value):
             yield text, ""
             yield from _rows(value, provenance, here)
         else:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
 from stamo_dist.recipe.init_from import InitialWeights
 from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
+from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.section import (
     NonNegativeInt,
     PositiveFloat,
@@ -136,11 +137,12 @@ class Flow(Section):
 
 
 class Tracking(Section):
-    """Weights & Biases. metrics.jsonl is written first and always."""
+    """Weights & Biases, TensorBoard. metrics.jsonl is written first and always."""
 
     wandb: Literal["off", "offline", "online"] = Field(
         "off", description="offline needs no key and can be synced later with `wandb sync`."
     )
+    tensorboard: bool = Field(False, description="Write RUN/tensorboard; needs the extra tensorboard.")
     project: str = Field("stamo-dist", description="W&B project.")
     entity: str | None = Field(None, description="W&B entity.")
     tags: list[str] = Field(default_factory=list, description="W&B tags.")
@@ -167,6 +169,11 @@ class Recipe(Section):
     strategy: Strategy = Strategy()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
+
+    @field_validator("name")
+    @classmethod
+    def _below_runs(cls, name: str) -> str:
+        return check_name(name)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
@@ -93,7 +94,10 @@ class Train(Section):
     """The schedule of one run."""
 
     steps: PositiveInt = Field(description="Optimizer steps in all.")
-    global_batch: PositiveInt = Field(256, description="Samples per optimizer step over all processes.")
+    global_batch: PositiveInt | dict[NonNegativeInt, PositiveInt] = Field(
+        256,
+        description="Samples per optimizer step over all processes; {0: 256, 20_000: 1024}: changes at that step.",
+    )
     micro_batch: PositiveInt = Field(
         32, description="Most samples one process puts through the model at once; accumulation is derived."
     )
@@ -134,6 +138,23 @@ class Train(Section):
     dry_export: bool | None = Field(
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
     )
+
+    @field_validator("global_batch")
+    @classmethod
+    def _in_order_from_zero(cls, global_batch: Any) -> Any:
+        if isinstance(global_batch, dict) and (0 not in global_batch or list(global_batch) != sorted(global_batch)):
+            given = ", ".join(map(str, global_batch)) or "none"
+            raise ValueError(f"steps must increase from 0, as in {{0: 256, 20_000: 1024}}, unlike {given}")
+        return global_batch
+
+    @property
+    def batches(self) -> BatchSizes:
+        return BatchSizes.of(self.global_batch)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole run."""
+        return self.batches.before(self.steps)
 
     @property
     def recompute(self) -> int:
@@ -191,10 +212,10 @@ def training_problems(train: Train, optimizer: Optimizer, strategy: Strategy, st
     if virtual := train.virtual_workers:
         if strategy.name != "ddp":
             problems.append(f"train.virtual_workers: needs strategy.name: ddp, not {strategy.name}")
-        if virtual & (virtual - 1) or train.global_batch % virtual:
+        if virtual & (virtual - 1) or any(size % virtual for size in train.batches.sizes):
             problems.append(
                 f"train.virtual_workers: {virtual} is not a power of two that divides train.global_batch "
-                f"({train.global_batch})"
+                f"({train.batches})"
             )
     if stage == "vae":
         problems += [

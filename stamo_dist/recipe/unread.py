@@ -1,4 +1,4 @@
-"""Fields that a recipe sets and its stage does not read."""
+"""Fields that a recipe sets and its stage does not read, and steps that its run does not reach."""
 
 from __future__ import annotations
 
@@ -28,4 +28,17 @@ def unread(loaded: Loaded) -> list[str]:
             more = f" and {len(given) - _LISTED} more" if len(given) > _LISTED else ""
             fields = ", ".join(f"{f} ({loaded.provenance[f]})" for f in given[:_LISTED])
             notes.append(f"no effect in the {stage} stage: {fields}{more}{_INSTEAD.get(stage, '') * (name == 'model')}")
+    return notes + _beyond(loaded)
+
+
+def _beyond(loaded: Loaded) -> list[str]:
+    """A line for each field that changes at steps after the last."""
+    train, sources = loaded.recipe.train, loaded.recipe.data.sources
+    fields = {f"data.sources.{name}.weight": source.weight for name, source in sources.items()}
+    notes = []
+    for field, value in {"train.global_batch": train.global_batch, **fields}.items():
+        later = [at for at in value if at >= train.steps] if isinstance(value, dict) else []
+        if later:
+            place = loaded.provenance[field]
+            notes.append(f"no effect: {field} ({place}) after step {later[0]}: the run ends at step {train.steps}")
     return notes

@@ -86,7 +86,7 @@ class ReportedRun:
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
         if best := Successes.read(self.folder.path).best:
             facts["best success"] = f"{best.success:.0f} % @ {best.step:,}"
-        facts["global batch"] = str(train.global_batch)
+        facts["global batch"] = str(train.batches)
         facts["strategy"] = f"{self.recipe.strategy.name}, {train.precision}"
         return facts
 
@@ -119,6 +119,7 @@ class ReportedRun:
             curves = [self.curve(key, label=key.partition("/")[2]) for key in sources]
             found.append(("loss per source", line_chart(curves, marks=marks)))
         found += [
+            ("samples per step", line_chart([self.curve("global_batch")], smooth=False, zero=True)),
             ("samples per second", line_chart([self.curve("samples_per_second")], zero=True)),
             ("share of the step waiting for data, %", line_chart([self.curve("data_wait", scale=100)], zero=True)),
             (
@@ -127,9 +128,16 @@ class ReportedRun:
             ),
             ("most GPU memory of a step, GB", line_chart([self.curve("peak_gb")], zero=True)),
             ("gradient norm", line_chart([self.curve("grad_norm")], zero=True, marks=marks)),
-            ("learning rate", line_chart([self.curve("lr")], smooth=False, zero=True, marks=marks)),
+            ("learning rate", line_chart(self.rates, smooth=False, zero=True, marks=marks)),
         ]
         return [(title, chart) for title, chart in found if chart]
+
+    @property
+    def rates(self) -> list[Series]:
+        """The schedule's rate, and those of parameters with their own."""
+        own = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("lr/"))
+        whole = self.curve("lr", label="lr" if own else None)
+        return [whole, *(self.curve(key, label=key.partition("/")[2]) for key in list(own)[: COLOURS - 1])]
 
     def curve(self, key: str, label: str | None = None, scale: float = 1.0) -> Series:
         points = [(line["step"], scale * line[key]) for line in self.metrics if line.get(key) is not None]

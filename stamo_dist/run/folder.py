@@ -19,24 +19,22 @@ their place (`.foreign`) and, during truncation, lines to keep (`.kept`).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RunError
+from stamo_dist.run.code import code_hash, code_version, git_commit, versions
 from stamo_dist.run.registry import register
 
-#: File beside a copied package with its commit, as the copy may be inside a checkout at a later commit.
-COMMIT_FILE = "GIT_COMMIT"
 _PACKAGES = (
     "stamo-dist",
     "torch",
@@ -63,10 +61,15 @@ def append_line(path: Path, line: str) -> None:
     """Add a line in one write, of less than a page, so that lines of several processes do not mix.
 
     A torn last line is terminated first, so that only that line is lost.
+
+    Raises:
+        OSError: It could not be written whole.
     """
     with path.open("ab+", buffering=0) as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
-        f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n")
+        data = b"\n" * (f.read(1) not in (b"", b"\n")) + line.encode() + b"\n"
+        if f.write(data) != len(data):  # a disk that becomes full takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class RunFolder:
         about = {**environment(command), "weights": dict(sources)}
         write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
-        start |= {"processes": processes, "host": about["host"], "commit": about["git_commit"]}
+        start |= {"processes": processes, "host": about["host"], "commit": code_version()}
         start |= {"changed": dict(changed)} if changed else {}
         append_line(self.path / "starts.jsonl", json.dumps(start))
 
@@ -193,12 +196,6 @@ def open_run(path: str | Path) -> RunFolder:
 
 def environment(command: list[str]) -> dict[str, Any]:
     """Versions, machine and command of this process; no environment variables, which may hold secrets."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     from stamo_dist.device import Device
 
     return {
@@ -208,29 +205,7 @@ def environment(command: list[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
         "gpus": Device.current().all_names,
-        "packages": versions,
+        "packages": versions(_PACKAGES),
         "git_commit": git_commit(),
+        "code": code_hash(),
     }
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `+` when it has uncommitted changes."""
-    here = Path(__file__).resolve().parent
-    copied = here.parents[1] / COMMIT_FILE
-    if copied.is_file():
-        return copied.read_text().strip() or None
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+" if dirty else "")

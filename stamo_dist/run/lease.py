@@ -145,11 +145,11 @@ def lease_folder(run: Path) -> Path:
 def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
     """The last owner of the run folder, and the seconds since its last heartbeat by this machine's clock; read-only.
 
-    (None, None) if there never was one.
+    (None, None) if there never was one. A heartbeat from the future is as old as it is ahead: a clock has jumped.
     """
     try:
         newest = _newest(run)
-        return (None, None) if newest is None else (_read(newest), max(0.0, time.time() - newest.stat().st_mtime))
+        return (None, None) if newest is None else (_read(newest), abs(time.time() - newest.stat().st_mtime))
     except OSError:
         return None, None
 

@@ -9,6 +9,7 @@ import yaml
 
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.difference import MISSING, resolved_of
+from stamo_dist.recipe.find import find_recipe
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import sample
@@ -30,6 +31,8 @@ def resolved_at(path: str | Path) -> dict[str, Any]:
         RecipeError: The recipe has problems.
     """
     path = Path(path)
+    if not path.exists():
+        path = find_recipe(path)
     if path.is_file():
         return load(path).resolved
     of_checkpoint = path.name.startswith(_STEP) and path.parent.name == "checkpoints"

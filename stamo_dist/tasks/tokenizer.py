@@ -92,4 +92,4 @@ class TokenizerTask:
         self, folder: Path, weights: dict[str, Tensor], batches: Iterable[Batch], layout: ExportLayout = WHOLE
     ) -> None:
         load_trained(self.trained, weights)
-        self.tokenizer.save_pretrained(folder, dtype=layout.dtype, shard_size=layout.shard_size)
+        self.tokenizer.save_pretrained(folder, dtype=layout.dtype, shard_size=layout.shard_size, alone=layout.alone)

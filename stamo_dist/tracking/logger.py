@@ -1,4 +1,4 @@
-"""Logging during training: metrics.jsonl, samples.jsonl, W&B and the terminal's progress line."""
+"""Logging during training: metrics.jsonl, samples.jsonl, W&B, TensorBoard and the terminal's progress line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from stamo_dist.tracking.metrics import Reduced
 from stamo_dist.tracking.metrics_file import MetricsFile, read_late
 from stamo_dist.tracking.progress import TrainingProgress
 from stamo_dist.tracking.samples import SampleLog
+from stamo_dist.tracking.system import SystemUse
+from stamo_dist.tracking.tensorboard import TensorBoard, check_installed
 from stamo_dist.tracking.wandb import WandB
 
 
@@ -49,7 +51,11 @@ class RunLogger:
         self._guard, self._extra = guard, dict[str, Any]()
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
         self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
+        if recipe.tracking.tensorboard:
+            check_installed()
         self._wandb = WandB(recipe, run.path, resolved) if world.is_main else None
+        self._board = TensorBoard(run.path, step) if world.is_main and recipe.tracking.tensorboard else None
+        self._system = SystemUse(run.path) if world.is_main else None
         self._alarms = self._watch() if world.is_main else None
         self._progress = TrainingProgress(recipe.train.steps, step, shown=world.is_main)
         for part in (self._file, self._samples):
@@ -62,12 +68,14 @@ class RunLogger:
     def log_step(self, reduced: Reduced, state: RunState) -> None:
         """Log the step that ended in `state`."""
         train = self._recipe.train
-        rate = train.global_batch / reduced.seconds
+        rate = sum(reduced.counts) / reduced.seconds
         mfu = self._mfu(rate)
         good = math.isfinite(reduced.grad_norm)
         if self._file is not None and (reduced.step % train.log_every == 0 or not good):
             line = reduced.line(self._sources, rate=rate, seconds=state.seconds, mfu=mfu, bad_steps=state.bad_steps)
-            line |= self._extra
+            if len(train.batches.sizes) > 1:
+                line["global_batch"] = sum(reduced.counts)
+            line |= self._extra | (self._system.look() if self._system is not None else {})
             self._extra = {}
             if self._alarms is not None and (alarms := self._alarms.look(line)):
                 line["alarms"] = alarms
@@ -75,6 +83,8 @@ class RunLogger:
             self._file.write(line)
             if self._wandb is not None:
                 self._wandb.log(line)
+            if self._board is not None:
+                self._board.log(line)
         if not good:
             self.info(
                 f"step {reduced.step}: {reduced.blame}: no update; {state.bad_in_a_row} in a row "
@@ -96,6 +106,8 @@ class RunLogger:
         self.add_metrics(**numbers)
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
+        if self._board is not None:
+            self._board.log({"step": step, **numbers})
         for name, path in pictures.items():
             self.log_image(name, path, step)
 
@@ -107,6 +119,8 @@ class RunLogger:
             self._file.sync()
         if self._wandb is not None:
             self._wandb.late(line)
+        if self._board is not None:
+            self._board.log(line)
 
     @staticmethod
     def late_steps_of(run: RunFolder) -> set[int]:
@@ -116,6 +130,8 @@ class RunLogger:
     def log_image(self, name: str, path: Path, step: int) -> None:
         if self._wandb is not None:
             self._wandb.picture(name, path, step)
+        if self._board is not None:
+            self._board.picture(name, path, step)
 
     def sync(self) -> None:
         """Sync the files, so that they survive a power failure."""
@@ -123,6 +139,8 @@ class RunLogger:
             self._file.sync()
         if self._samples is not None:
             self._samples.sync()
+        if self._board is not None:
+            self._board.sync()
 
     def rewind(self, step: int) -> None:
         """Remove the steps after `step`."""
@@ -132,6 +150,8 @@ class RunLogger:
             self._alarms = self._watch()
         if self._samples is not None:
             self._samples.rewind(step)
+        if self._board is not None:
+            self._board.rewind(step)
 
     def close(self) -> None:
         self._progress.close()
@@ -141,6 +161,8 @@ class RunLogger:
             self._samples.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
 
     def _watch(self) -> SpikeAlarms | None:
         alarms = self._recipe.train.alarms

@@ -65,7 +65,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Reduced:
-    """One step over all ranks; `grad_norm`, `lr` and `seconds` are this rank's, and the same on all."""
+    """One step over all ranks; `grad_norm`, `rates` and `seconds` are this rank's, and the same on all."""
 
     step: int
     losses: dict[str, float]  # mean of each term over the samples that have it; without terms that no sample has
@@ -74,7 +74,7 @@ class Reduced:
     shares: dict[str, tuple[float, list[float | None]]]
     counts: list[int]  # samples, per source
     grad_norm: float
-    lr: float
+    rates: Mapping[str, float]  # "lr", and lr/NAME of parameters with a learning rate of their own
     seconds: float
     data_wait: float  # StepTimes.data_wait of the rank that waited longest
     comm_wait: float  # mean of the ranks' StepTimes.comm_wait
@@ -114,7 +114,7 @@ class Reduced:
             **self.losses,
             **{f"share/{term}": share for term, (share, _) in self.shares.items()},
             "grad_norm": self.grad_norm,
-            "lr": self.lr,
+            **self.rates,
             "samples_per_second": round(rate, 3),
             "data_wait": round(self.data_wait, 4),
             **({"comm_wait": round(self.comm_wait, 4)} if len(self.compute_seconds) > 1 else {}),
@@ -138,7 +138,7 @@ class _Pending:
     shape: tuple[int, ...]
     flat: Fetched
     grad_norm: float
-    lr: float
+    rates: Mapping[str, float]
     times: StepTimes
 
 
@@ -149,7 +149,16 @@ class Reducer:
         self._device, self._rank, self._ranks = device, rank, ranks
         self._pending: _Pending | None = None
 
-    def put(self, step: int, sums: StepSums, *, grad_norm: float, lr: float, times: StepTimes, signal: int = 0) -> None:
+    def put(
+        self,
+        step: int,
+        sums: StepSums,
+        *,
+        grad_norm: float,
+        rates: Mapping[str, float],
+        times: StepTimes,
+        signal: int = 0,
+    ) -> None:
         """`signal`: number of the signal that requests this rank to stop, 0 for none."""
         values = sums.values
         finite = values.isfinite().all().double()
@@ -161,7 +170,7 @@ class Reducer:
         if dist.is_initialized():
             dist.all_reduce(flat)
         coming, shape = self._device.fetch(flat), tuple(values.shape)
-        self._pending = _Pending(step, sums.terms, sums.lacking, shape, coming, grad_norm, lr, times)
+        self._pending = _Pending(step, sums.terms, sums.lacking, shape, coming, grad_norm, rates, times)
 
     def take(self) -> Reduced | None:
         if self._pending is None:
@@ -194,7 +203,7 @@ class Reducer:
             shares=shares,
             counts=[int(c) for c in count.tolist()],
             grad_norm=now.grad_norm,
-            lr=now.lr,
+            rates=now.rates,
             seconds=now.times.seconds,
             data_wait=max(data_wait),
             comm_wait=sum(comm_wait) / self._ranks,

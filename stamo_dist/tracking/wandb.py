@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +24,8 @@ class WandB:
         self._free: int | None = None  # W&B's step for the next of them after the last training step
         if recipe.tracking.wandb == "off":
             return
-        import wandb
-
+        self._temporary = folder / "wandb" / "tmp"
+        wandb = _imported(self._temporary)
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -67,3 +69,20 @@ class WandB:
             for i, late in enumerate(self._late):
                 self._run.log(late, step=None if self._free is None else self._free + i)
             self._run.finish()
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _imported(temporary: Path) -> Any:
+    """W&B, whose folders for pictures on their way are in `temporary`.
+
+    It makes them as it is imported, in the system's, and leaves them there if the process is killed; what an earlier
+    start left here is removed.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(temporary)
+    try:
+        import wandb
+    finally:
+        tempfile.tempdir = before
+    return wandb

@@ -100,11 +100,11 @@ class BadBatches:
     def after(self, cursor: dict[str, Any]) -> dict[str, Any]:
         """The position to read from, given the run's position."""
         passed = {line["batch"] for line in self._lines()}
-        size = self.mixture.global_batch
-        batch = Cursor.from_dict(cursor).samples // size
+        sizes = self.mixture.batches
+        batch = sizes.batches(Cursor.from_dict(cursor).samples)
         while batch in passed:
             batch += 1
-        return Cursor(batch * size).to_dict()
+        return Cursor(sizes.before(batch)).to_dict()
 
     def last_good(self, whole: Sequence[Checkpoint], state: RunState, steps: int) -> Checkpoint:
         """The checkpoint to return to from `state`; `whole`: the complete ones, newest first.
@@ -123,16 +123,14 @@ class BadBatches:
         found = next(good, None)
         if found is None:
             raise RunError(f"{why}, and there is no checkpoint from before; lower optimizer.lr or optimizer.clip")
-        size, end = self.mixture.global_batch, self.mixture.steps
-        left = steps - found.manifest.state.step
-        if end is not None and Cursor.from_dict(state.cursor).samples // size + left > end:
+        end, left = self.mixture.steps, steps - found.manifest.state.step
+        if end is not None and self.mixture.batches.batches(Cursor.from_dict(state.cursor).samples) + left > end:
             raise RunError(f"{why}, and data.sources.*.max_epochs leaves no other batches to go on with")
         return found
 
     def record(self, back: int, state: RunState) -> None:
         """Record all batches read after step `back`, up to `state`."""
-        size = self.mixture.global_batch
-        last = Cursor.from_dict(state.cursor).samples // size
+        last = self.mixture.batches.batches(Cursor.from_dict(state.cursor).samples)
         begin = last - (state.step - back)
         lines = [
             {

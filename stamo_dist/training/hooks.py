@@ -17,6 +17,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.faults.signals import ShutdownBudget, ShutdownRequest, describe_requests
 from stamo_dist.faults.watchdog import Watchdog
+from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.logger import RunLogger
@@ -42,6 +43,19 @@ class FirstBatchHook(Hook):
             self._logger.log_image("first_batch", self._picture, 1)
         except OSError as e:
             self._logger.info(f"{self._picture}: not written ({e.strerror})")
+
+
+class BatchSizeHook(Hook):
+    """Logs where the global batch changes."""
+
+    def __init__(self, sizes: BatchSizes, logger: RunLogger):
+        self._sizes, self._logger = sizes, logger
+
+    def before_step(self, state: RunState, batch: Batch) -> None:
+        after = self._sizes.batches(batch.cursor.samples)
+        if after - 1 in self._sizes.starts[1:]:
+            before, now = self._sizes.at(after - 2), self._sizes.at(after - 1)
+            self._logger.info(f"global batch {before} → {now} from step {state.step + 1} on")
 
 
 class EvaluateHook(Hook):
@@ -92,7 +106,7 @@ class LogHook(Hook):
             state.step,
             result.sums,
             grad_norm=result.grad_norm,
-            lr=result.lr,
+            rates=result.rates,
             times=self.clock.step_done(),
             signal=self._stop.signal or 0,
         )

@@ -32,12 +32,13 @@ from stamo_dist.optim.ema import EMA
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.pretrained.pin import as_begun, moved, pin
-from stamo_dist.recipe.batching import Batching, batching
+from stamo_dist.recipe.batching import Batching, batchings, described
 from stamo_dist.recipe.difference import Change
 from stamo_dist.recipe.load import Loaded, dump
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
-from stamo_dist.run.folder import RunFolder, git_commit
+from stamo_dist.run.code import code_version
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks import build_task, check_task
@@ -83,7 +84,7 @@ class Checked:
 
     mixture: Mixture
     fingerprint: RunFingerprint
-    batching: Batching
+    batchings: list[Batching]  # of each size of global batches
     select: Callable[..., ResumePoint]  # `select_checkpoint` with this start's arguments except the fingerprint
     begun: RecordedInputs
     initial: str | None  # where the weights lie that the run begins with
@@ -109,7 +110,7 @@ def check(start: RunStart) -> Checked:
     """
     recipe = start.recipe
     try:
-        plan = batching(recipe.train, start.world.size)
+        plans = batchings(recipe.train, start.world.size)
     except ValueError as e:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
@@ -125,12 +126,14 @@ def check(start: RunStart) -> Checked:
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
-    if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=Cursor()):
-        use.check(mixture.cache)
+    for begin in mixture.batches.starts:
+        cursor = Cursor(mixture.batches.before(begin))
+        if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor):
+            use.check(mixture.cache)
     check_task(recipe, mixture)
     first = begun.step is None
     found = before_connecting(start.world, "init_from", lambda: _initial(start) if first else None)
-    return Checked(mixture, run_fingerprint(recipe, mixture), plan, select, begun, found)
+    return Checked(mixture, run_fingerprint(recipe, mixture), plans, select, begun, found)
 
 
 def build(start: RunStart, checked: Checked) -> Session | int:
@@ -145,7 +148,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     task, pinned = _build_task(start, checked, initial)
     recipe, world, run, mixture = start.recipe, start.world, start.run, checked.mixture
     spec = EngineSpec(
-        recipe.strategy, world, checked.batching, recipe.optimizer.clip, recipe.train.precision, task.block_classes
+        recipe.strategy, world, checked.batchings[0], recipe.optimizer.clip, recipe.train.precision, task.block_classes
     )
     accelerator = spec.connect()
     start.watchdog.ranks_connected()
@@ -280,7 +283,7 @@ def _assemble(
     device = Device.current()
     flops = task.flops_per_sample() if device.peak_flops else None
     logger = RunLogger(recipe, start.loaded.resolved, run, world, mixture.sources, flops, state.step, guard=guard)
-    origin = Origin(fingerprint, recipe.train.precision, git_commit(), task.sources)
+    origin = Origin(fingerprint, recipe.train.precision, code_version(), task.sources)
     needed = start.evaluation.needed
     saver = Saver(run.checkpoints, engine, ema, recipe.train.checkpoint, origin, lease=start.lease, needed=needed)
     budget = ShutdownBudget(run.logs / "leaving.json", recipe.train.checkpoint.grace_seconds)
@@ -312,10 +315,19 @@ def _assemble(
         ema=ema,
         state=state,
         schedule=RateSchedule.from_dict(state.schedule),
-        micro_batch=checked.batching.micro_batch,
+        batchings=checked.batchings,
         open_loader=_loader_factory(start, checked, task, device),
         on_phase=on_phase,
-        hooks=[*first, evaluate, log, beat, divergence, *_device_hooks(start, device, logger), save],
+        hooks=[
+            *first,
+            hooks.BatchSizeHook(mixture.batches, logger),
+            evaluate,
+            log,
+            beat,
+            divergence,
+            *_device_hooks(start, device, logger),
+            save,
+        ],
         go_back=go_back,
     )
     if start.lease is not None:
@@ -334,7 +346,7 @@ def _loader_factory(start: RunStart, checked: Checked, task: Task, device: Devic
             cursor=Cursor.from_dict(state.cursor),
             device=device,
             caches=CacheKeys(task.latents, task.states),
-            sharing=Sharing(checked.batching.workers, start.world.on_node),
+            sharing=Sharing(checked.batchings[0].workers, start.world.on_node),
         )
 
     return open_loader
@@ -358,9 +370,9 @@ def _device_hooks(start: RunStart, device: Device, logger: RunLogger) -> list[Ho
 
 def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLogger, budget: ShutdownBudget) -> None:
     """Rank 0: write and print the description of this run."""
-    r, p, task, mixture = start.recipe, checked.batching, trainer.task, checked.mixture
+    r, world, task, mixture = start.recipe, start.world, trainer.task, checked.mixture
     cursor = Cursor.from_dict(trainer.state.cursor)
-    use = cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor)
+    use = cache_use(mixture, world_size=world.size, node=world.on_node, cursor=cursor)
     cache = [use.line(mixture.cache)] if use else []
     changed = {change.field: [change.old, change.new] for change in start.changes}
     start.run.describe(
@@ -368,14 +380,14 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         dump(r),
         sys.argv,
         step=trainer.state.step,
-        processes=p.world_size,
+        processes=world.size,
         sources=task.sources,
         changed=changed,
     )
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in task.trained.parameters() if x.requires_grad)
     logger.info(
-        f"{r.name}: {r.strategy.name} {r.train.precision} on {p.world_size} × {Device.current().name}, "
-        f"global batch {r.train.global_batch} = {p.world_size} × {p.accumulation} × {p.micro_batch}, "
+        f"{r.name}: {r.strategy.name} {r.train.precision} on {world.size} × {Device.current().name}, "
+        f"global batch {described(r.train, checked.batchings)}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
     if start.changes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,7 +16,9 @@ from stamo_dist.data.loader import Batch, Loader
 from stamo_dist.distributed.engine import Engine, Phase
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 from stamo_dist.optim.ema import EMA
+from stamo_dist.optim.optimizer import own_rates
 from stamo_dist.optim.schedule import RateSchedule
+from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks.base import Task
@@ -38,7 +40,7 @@ class StepResult:
 
     batch: Batch
     sums: StepSums
-    lr: float
+    rates: Mapping[str, float]  # "lr", the schedule's, and lr/NAME of parameters with another one
     grad_norm: float  # over all processes, before clipping
 
     @property
@@ -67,7 +69,7 @@ class Trainer:
 
     Attributes:
         schedule: Learning rate by update.
-        micro_batch: Samples of one forward pass.
+        batchings: How the batches of each size are spread, in the order of the run.
         open_loader: Opens this rank's batches from a state on.
         on_phase: Called with the phase that this rank begins, and the step.
         hooks: Hooks in calling order.
@@ -80,7 +82,7 @@ class Trainer:
     ema: EMA | None
     state: RunState
     schedule: RateSchedule
-    micro_batch: int
+    batchings: Sequence[Batching]
     open_loader: Callable[[RunState], Loader]
     on_phase: Callable[[Phase, int], None]
     hooks: Sequence[Hook]
@@ -88,6 +90,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._noise = Noise(self.recipe.seed)
+        self._own_rates = own_rates(self.task.trained, self.recipe.optimizer)
+        self._batching = self.batchings[0]  # the engine's
         self._cold = True
         self.engine.on_phase = self._begin
 
@@ -123,7 +127,8 @@ class Trainer:
         self.engine.set_lr(lr, update)
         torch.manual_seed(_seed(self.recipe.seed, self.state.step, self.engine.world.rank))
         sums = StepSums.empty(self.task.terms, len(self.recipe.data.used), self.engine.device)
-        micros = batch.to(self.engine.device).split(self.micro_batch)
+        self._spread(len(batch))
+        micros = batch.to(self.engine.device).split(self._batching.micro_batch)
         if self._cold:
             self.engine.warm_up_buckets(lambda: self._loss(micros[0]))
             self._cold = False
@@ -133,7 +138,14 @@ class Trainer:
         assert grad_norm is not None, "the last micro-batch of a step must step the optimizer"
         if math.isfinite(grad_norm) and self.ema is not None:
             self.ema.update(update)
-        return StepResult(batch, sums, lr, grad_norm)
+        rates = {"lr": lr, **{f"lr/{own.name}": own.at(lr, update) for own in self._own_rates}}
+        return StepResult(batch, sums, rates, grad_norm)
+
+    def _spread(self, samples: int) -> None:
+        """Have the engine sum the micro-batches of a batch with so many samples on this process."""
+        if samples != self._batching.per_rank:
+            self._batching = next(b for b in self.batchings if b.per_rank == samples)
+            self.engine.spread(self._batching)
 
     def _loss(self, micro: Batch, sums: StepSums | None = None) -> Tensor:
         out = self.task.loss(self.engine.module, micro, self._noise.at(self.state.step + 1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,12 @@ from toy import write_recipe
 
 from stamo_dist.chaos import results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, WITHIN, History, compare
+from stamo_dist.chaos.faults import BETWEEN, CHECKPOINT, FLIPPED, Fault
 from stamo_dist.chaos.harness import Harness, Plan
 from stamo_dist.chaos.monitor import TrainingStart
 from stamo_dist.chaos.reference import RunSegment, segments
 from stamo_dist.chaos.starts import MODULES, ForkServer
+from stamo_dist.chaos.trial import FaultSchedule, Pace, Trial
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,29 @@ def test_a_run_that_leaves_a_batch_out_is_found(toy, tmp_path):
     assert Counter(result.good for result in found)[False] == 1
     assert found[-1].lost or found[-1].repeated
     assert found[-1].losses == NOT
+
+
+def test_a_run_from_another_begins_anew_when_its_only_checkpoint_is_damaged(toy, stamo, tmp_path):
+    """That start reads no weights to begin with, so it leaves to be started again."""
+    parent = write_recipe(tmp_path / "parent/toy.yaml", toy.shards, toy.vae)
+    stamo("train", parent, "--set", "train.steps=2")
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "trial"
+    settings = (
+        f"run_dir={run}",
+        f"init_from={tmp_path}/parent/run",
+        "train.checkpoint.every=5",
+        "train.checkpoint.keep=1",
+    )
+    arguments = ["train", str(recipe), *(x for setting in settings for x in ("--set", setting))]
+    faults = FaultSchedule(deque([Fault(CHECKPOINT, FLIPPED, BETWEEN, 0.5, 0.5)]), random.Random(0), gap=4)
+    starter = ForkServer(MODULES)
+    try:
+        outcome = Trial(starter, arguments, run, [1], faults, pace=Pace(1, 0.1, 0.1), patience=60, say=print).run()
+    finally:
+        starter.close()
+    assert (outcome.problems, outcome.finished, len(outcome.faults)) == ([], True, 1)
+    assert outcome.starts == 3
+    assert "leaving with code 75 to be started again, from init_from" in (tmp_path / "trial.log").read_text()
 
 
 def test_ctrl_c_leaves_nothing_running(toy, tmp_path):

@@ -27,7 +27,7 @@ def test_a_file_is_what_was_written_and_knows_its_hash(tmp_path, monkeypatch, ea
     asked = []
     real = sink._sync_file_range
     if early and real is None:
-        pytest.skip("the kernel cannot be asked to write back early here")
+        pytest.skip("needs sync_file_range: Linux with glibc")
     monkeypatch.setattr(sink, "_sync_file_range", (lambda *at: asked.append(at[1:3]) or real(*at)) if early else None)
     file, parts = Sink(tmp_path / "file"), [b"a", bytes(range(256)) * 80_000, b"b" * 100, b"c" * 5 * MIB]
     for part in parts:

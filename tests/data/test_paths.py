@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stamo_dist.data.at_hand import resolve
 from stamo_dist.paths import canonical
 
 
@@ -17,9 +18,9 @@ def test_as_realpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "round").symlink_to("round")
     monkeypatch.chdir(tmp_path / "link" / "b")
     absolute = [tmp_path / name for name in ("turn/b", "link/../x", "round/x", "link/")]
-    for given in ("", ".", "..", "new", "../../a", *absolute):
+    for given in ("", ".", "..", "new", "~", "../../a", *absolute):
         assert canonical(given) == os.path.realpath(given)
-    assert canonical("~") == os.path.realpath(Path.home())
+    assert resolve("~/a") == os.path.realpath(Path.home() / "a")
 
 
 def test_a_folder_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from stamo_dist.errors import DataError
 from stamo_dist.recipe.data import SourceConfig
 from stamo_dist.recipe.sampling import Shuffle
 
-pytest.importorskip("moto.server", reason="needs moto[server]")
+pytest.importorskip("moto.server", reason="needs the [dev] extra: pip install -e '.[dev]'")
 
 
 @pytest.fixture(scope="module")

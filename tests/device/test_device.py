@@ -27,7 +27,7 @@ from stamo_dist.device import CPU, Device
 from stamo_dist.distributed import strategies
 from stamo_dist.distributed.engine import Phase
 from stamo_dist.distributed.ranges import WEIGHT, Range
-from stamo_dist.distributed.rank import World, free_port
+from stamo_dist.distributed.rank import World, reserve_port
 from stamo_dist.errors import RunError
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe.batching import Batching
@@ -195,7 +195,7 @@ def result(value: float) -> StepSums:
 
 def test_metrics_are_read_a_step_late_and_nobody_waits(gpu: FakeGpu) -> None:
     reducer, times = Reducer(gpu, 0, 1), StepTimes(2.0, 0.25, 1.0, 0.125)
-    reducer.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    reducer.put(1, result(3.0), grad_norm=1.0, rates={"lr": 0.1}, times=times)
     assert gpu.cuda.said["pin"] == 2, "one up, one down"
     assert gpu.cuda.said["Event.synchronize"] == 0
     reduced = reducer.take()
@@ -208,7 +208,7 @@ def test_metrics_are_read_a_step_late_and_nobody_waits(gpu: FakeGpu) -> None:
     assert {k: line[k] for k in ("mfu", "peak_gb", "reserved_gb")} == {"mfu": 0.4, "peak_gb": 3.0, "reserved_gb": 4.0}
     assert "comm_wait" not in line, "one process waits for none"
     on_cpu = Reducer(CPU, 0, 1)
-    on_cpu.put(1, result(3.0), grad_norm=1.0, lr=0.1, times=times)
+    on_cpu.put(1, result(3.0), grad_norm=1.0, rates={"lr": 0.1}, times=times)
     reduced = on_cpu.take()
     assert reduced is not None
     assert "peak_gb" not in reduced.line(["a"], rate=2.0, seconds=2.0, mfu=None, bad_steps=0)
@@ -283,7 +283,7 @@ assert world_from_environment() == world
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_process_that_sees_one_gpu_of_its_node_takes_it(strategy: str) -> None:
     """As under Slurm with one GPU a task: Accelerate and DeepSpeed would name the fourth of one."""
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
@@ -313,7 +313,7 @@ sys.exit(probe.main(Path(sys.argv[1]), [], ""))
 
 def test_the_doctor_looks_at_gpus(tmp_path: Path) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env |= {"MASTER_PORT": str(reserve_port()), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
         [sys.executable, "-c", PROBED, str(tmp_path)], env={**os.environ, **env}, capture_output=True, text=True,
         timeout=120, check=False,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.debug import CommDebugMode
 
-from stamo_dist.distributed.rank import World, free_port
+from stamo_dist.distributed.rank import World, reserve_port
 from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.training import Strategy
@@ -70,7 +70,7 @@ def unsharded_gradients(module: nn.Module) -> int:
 
 def stepped(processes: int, **strategy: Any) -> list[Any]:
     """What each process has to say of it."""
-    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context, port = multiprocessing.get_context("forkserver"), reserve_port()
     context.set_forkserver_preload(["stamo_dist.distributed.strategies", "torch.distributed.tensor.debug"])
     pipes = [context.Pipe(duplex=False) for _ in range(processes)]
     ranks = [

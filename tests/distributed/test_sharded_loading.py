@@ -22,7 +22,7 @@ from toy_policy import TEXTS, write_policy_recipe
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.distributed.ranges import WEIGHT, other_ranges, own, shapes, trained_ranges
-from stamo_dist.distributed.rank import World, free_port
+from stamo_dist.distributed.rank import World, reserve_port
 from stamo_dist.distributed.strategies import EngineSpec
 from stamo_dist.export_layout import ExportLayout
 from stamo_dist.models.openvla.actions import Statistics
@@ -176,7 +176,7 @@ def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path, stra
     recipe = write(tmp_path / "toy.yaml", toy_policy, weights)
     context, found = multiprocessing.get_context("spawn"), {}
     for meta_init in (True, False):
-        port, ranks = free_port(), []
+        port, ranks = reserve_port(), []
         for rank in range(2):
             here, there = context.Pipe()
             process = context.Process(target=_rank, args=(rank, port, str(recipe), strategy, meta_init, there))

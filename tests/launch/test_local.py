@@ -14,7 +14,7 @@ import pytest
 from toy import write_recipe
 
 from stamo_dist.launch import supervise
-from stamo_dist.launch.job import newest_step
+from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.record import Event, Launch, events, main_log, record
 
 

@@ -49,6 +49,21 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
         (training(), "started", job("PENDING", "None"), "requeued ×1", ""),  # after a node failure Slurm did it
         (training(HERE), "started preempted requeued started", job("RUNNING"), "running ×1", ""),
         (training(HERE), "started cancelled", job("COMPLETING"), "cancelled", "at step 7 of 20"),
+        # Slurm's word counts while it has the job.
+        (training(HERE), "started cancelled", job("RUNNING"), "running", ""),
+        (training(), "started cancelled", job("TIMEOUT"), "failed", "the time limit came"),
+        (training(), "started failed", job("CANCELLED"), "cancelled", "at step 7 of 20"),
+        (Progress(), "", job("PENDING", "JobHeldUser", 7200), "queued", "held; `scontrol release` lets it go"),
+        (Progress(), "", job("PENDING", "QOSNotAllowed", 7200), "queued", "it never starts so: the partition does not"),
+        (
+            Progress(),
+            "",
+            job("PENDING", "Job's account not permitted to use this partition (staff allows staff,admins not root)", 9),
+            "queued",
+            "it never starts so: the partition does not take the account; `stamo cancel`, mend the profile and",
+        ),
+        (training(ELSEWHERE, STALE + 1), "started", "silent", "unknown", "Slurm does not answer, at step 7 of 20"),
+        (training(replace(ELSEWHERE, ended=True)), "started preempted", "silent", "unknown", "Slurm does not answer"),
         (training(), "started", job("CANCELLED"), "cancelled", "at step 7 of 20"),
         (training(), "started", job("NODE_FAIL"), "failed", "a node failed"),
         (training(), "started", job("OUT_OF_MEMORY"), "failed", "out of memory"),
@@ -81,3 +96,20 @@ def test_states(progress, history, asked, title, detail):
 def test_states_on_this_machine(history, watched, title):
     progress = training(HERE if watched else DEAD)
     assert judge_state(progress, events(history), None, asked=True, watched=watched, now=NOW).title == title
+
+
+def test_no_start_is_expected_of_what_is_held_or_never_starts():
+    for reason in ("JobHeldUser", "job requeued in held state", "AccountNotAllowed"):
+        state = judge_state(Progress(), events(""), job("PENDING", reason, 7200), asked=True, now=NOW)
+        assert "start expected" not in state.detail
+
+
+def test_a_training_is_finished_when_its_folder_says_so():
+    def said(progress: Progress, history: str, answer: SlurmJob | None) -> str:
+        return judge_state(progress, events(history), answer, asked=True, trains=True, now=NOW).word
+
+    whole = training(step=20, checkpoint=20, exported=True)
+    assert said(training(), "started finished", job("COMPLETED")) == "stopped"
+    assert said(training(), "started finished", None) == "stopped"
+    assert said(whole, "started cancelled", job("CANCELLED")) == "finished"
+    assert said(whole, "started", None) == "finished"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -83,6 +84,22 @@ def test_progress_from_the_folder(tmp_path):
     refused = stamo("status", "twice", code=2)
     assert all(str(run) in refused for run in twice)
     assert "no name of a run; `stamo runs` lists" in stamo("status", "another", code=2)
+
+
+@pytest.mark.parametrize(("batch", "rate"), [("{0: 64, 12: 8}", 128), ("{'0': 64, '11': 8}", 16)])
+def test_the_speed_of_a_batch_that_changes(tmp_path, batch, rate):
+    run = started(tmp_path / "run")
+    (run / "resolved.yaml").write_text(f"name: run\ntrain: {{steps: 50, global_batch: {batch}}}\n")
+    found = json.loads(stamo("status", run, "--json").removesuffix("set()\n"))[0]
+    assert found["samples_per_second"] == pytest.approx(rate)
+
+
+def test_a_full_disk_is_named_as_the_log_cannot(tmp_path, monkeypatch):
+    run = started(tmp_path / "run")
+    monkeypatch.setattr("stamo_dist.launch.status.os.statvfs", lambda path: SimpleNamespace(f_bavail=0))
+    [found] = collect([run])
+    assert found.state.word == "lost"
+    assert found.state.detail.startswith(f"the disk of {run} is full: make room, then `stamo resume {run}` (")
 
 
 def test_where_the_time_and_the_memory_go(tmp_path):

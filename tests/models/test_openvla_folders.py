@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from vla_cases import INSTRUCTIONS, TINY, close, text_tokenizer
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import reserve_port
 from stamo_dist.errors import CheckpointError, RecipeError
+from stamo_dist.export_layout import ExportLayout
 from stamo_dist.models.openvla import adapt, load
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.openvla.policy_network import Inputs, PolicyNetwork, PolicySizes
-from stamo_dist.models.openvla.save import save_pretrained
+from stamo_dist.models.openvla.save import PolicyParts, save_parts, save_pretrained
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import policy as recipe
 from stamo_dist.recipe import schema
@@ -137,6 +138,18 @@ def test_the_official_code_s_files_are_there(folders: Callable[[str], Path]) -> 
             assert file.metadata()["format"] == "pt"  # without which transformers refuses the file
 
 
+def test_the_form_hf_is_safetensors_alone_and_comes_back(tmp_path: Path) -> None:
+    before, folder = make("oft"), tmp_path / "hf"
+    parts = PolicyParts(before.network, before.text, before.processor, before.statistics, before.framing)
+    save_parts(folder, parts, before.network.state_dict(), ExportLayout("hf"))
+    beside = {"action_head.safetensors", "proprio_projector.safetensors", "vision_backbone.safetensors"}
+    assert {p.name for p in folder.iterdir()} >= beside
+    assert not list(folder.rglob("*.pt"))
+    after = Policy.from_pretrained(folder).network.state_dict()
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(tensor, after[name]), name
+
+
 def test_adapters_start_as_nothing_and_merge(folders: Callable[[str], Path], tmp_path: Path) -> None:
     plain = Policy.from_pretrained(folders("openvla"))
     with load.on_meta():
@@ -200,7 +213,7 @@ def _rank(rank: int, port: int, source: str, out: str) -> None:
 
 def test_every_process_reads_its_own_shards(folders: Callable[[str], Path], tmp_path: Path) -> None:
     source = folders("openvla")
-    mp.start_processes(_rank, (free_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, (reserve_port(), str(source), str(tmp_path)), nprocs=2, start_method="fork")
     sharded = load_file(tmp_path / "whole.safetensors")
     cfg = recipe.OpenVLAPolicyConfig.model_validate({**KINDS["openvla"], "actions": "regression"})
     config = OpenVLAConfig.from_dict({**OPENVLA_7B, **TINY}, "test")

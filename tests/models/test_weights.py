@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models.vae import VAE
 from stamo_dist.models.weights import fingerprint
+from stamo_dist.pretrained.files import header
 from stamo_dist.pretrained.place import locate
+from stamo_dist.pretrained.reading import read_json
 from stamo_dist.recipe import schema
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -45,6 +50,31 @@ def test_truncated_file_is_named(folder: Path) -> None:
     (folder / FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=rf"{FILE} is corrupt or incomplete .* copy or download it again"):
         load(folder)
+
+
+def test_a_file_of_somebody_else_is_not_called_corrupt(folder: Path) -> None:
+    (folder / FILE).chmod(0)
+    with (
+        _nobody(),
+        pytest.raises(CheckpointError, match=rf"{FILE} cannot be read \(Permission denied\): have"),
+    ):
+        header(folder / FILE, "model.vae.weights")
+    (folder / "config.json").chmod(0)
+    with _nobody(), pytest.raises(CheckpointError, match=r"config.json cannot be read \(Permission denied\): have its"):
+        read_json(folder / "config.json", "model.vae.weights")
+
+
+@contextlib.contextmanager
+def _nobody() -> Iterator[None]:
+    """As a user who may read what everybody may; root may read everything."""
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if me == 0:
+            os.seteuid(0)
 
 
 def test_missing_shards_and_pickles_are_refused(folder: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,18 +15,13 @@ from stamo_dist.models.openvla.text import Encoded, TextTokenizer
 
 HERE = Path(__file__).resolve().parent / "goldens"
 ROOT = HERE.parent.parent.parent
-#: The parts too large to be kept here lie beside the test data.
-BESIDE = Path(os.environ.get("STAMO_TEST_DATA", ROOT.parent / "shared" / "data")).parent / "goldens" / "openvla"
 INSTRUCTIONS = ["pick up the cup", "open the drawer and put the red block in it", "Fold the towel"]
 SPACE = 29871
 
 
 def goldens(name: str) -> Path:
-    """A file or folder of the goldens; skips and names it when it is not there."""
-    for folder in (HERE, BESIDE):
-        if (folder / name).exists():
-            return folder / name
-    pytest.skip(f"no golden {name} in {BESIDE}; set STAMO_TEST_DATA")
+    """A file or folder of the goldens."""
+    return HERE / name
 
 
 class Golden:

@@ -25,7 +25,8 @@ from stamo_dist.models.openvla.policy_network import PolicySizes
 from stamo_dist.models.policies import load_policy
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.plan.activation_peak import peak
-from stamo_dist.plan.memory import plan
+from stamo_dist.plan.memory import Memory, plan
+from stamo_dist.plan.roofline import GPUS, Expected, expect
 from stamo_dist.plan.serving import serving
 from stamo_dist.recipe import policy as recipes
 from stamo_dist.recipe.load import load
@@ -123,6 +124,21 @@ def test_the_peak_is_that_of_a_traced_step(
     monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
     (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
     assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
+
+
+def test_every_size_of_the_global_batch_is_planned() -> None:
+    """The memory is that of the largest need, the time is said of each size."""
+    path, settings = ROOT / "recipes/tokenizer_sim_droid.yaml", ["train.micro_batch=32", "strategy.name=ddp"]
+
+    def planned(batch: str) -> tuple[Memory, list[Expected]]:
+        recipe = load(path, [*settings, f"train.global_batch={batch}"]).recipe
+        return plan(recipe, 8)[0], expect(recipe, 8, GPUS[1:2])
+
+    (small, one), (large, two), (both, each) = map(planned, ("64", "512", "{0: 64, 1000: 512}"))
+    assert (small.micro_batch, large.micro_batch, both.micro_batch) == (8, 32, 32)
+    assert both.peak == large.peak > small.peak
+    assert [step.line for step in each] == [one[0].line, two[0].line]
+    assert [step.samples for step in each] == [64, 512]
 
 
 def test_weights_that_stay_gathered_count() -> None:

@@ -107,6 +107,8 @@ def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
     assert config["norm_stats"].keys() == json.loads((out / "dataset_statistics.json").read_text()).keys() == {"a"}
     head = torch.load(out / "action_head--latest_checkpoint.pt", weights_only=True)
     assert all(key.startswith("module.") for key in head)
+    card = (out / "README.md").read_text()
+    assert [p.name for p in sorted(out.glob("*.pt")) if f"`{p.name}`" not in card] == [], "the card says why"
     weights = read_weights(run / "checkpoints/step_00000002")
     for name, tensor in Policy.from_pretrained(out).network.state_dict().items():
         assert torch.equal(tensor, weights[name].bfloat16()), name

@@ -242,7 +242,7 @@ sys.exit(code)
 
 def test_full_disk_does_not_stop_the_training(toy, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no user namespaces here, so no small disk")
+        pytest.skip("no user namespaces, so no small disk: run as root, or sysctl kernel.unprivileged_userns_clone=1")
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, strategy="zero2")
     recipe.write_text(recipe.read_text().replace("steps: 20", "steps: 200").replace("every: 10", "every: 5"))
     command = ["unshare", "-rm", sys.executable, "-c", FULL, str(tmp_path / "run"), str(recipe)]
@@ -273,7 +273,7 @@ sys.exit(subprocess.run([sys.executable, "-m", "stamo_dist.cli", "train", recipe
 def test_full_disk_at_the_start_is_said(toy, tmp_path, room):
     """Not even the folder can be prepared; or the recipe cannot be written into it."""
     if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no user namespaces here, so no small disk")
+        pytest.skip("no user namespaces, so no small disk: run as root, or sysctl kernel.unprivileged_userns_clone=1")
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
     command = ["unshare", "-rm", sys.executable, "-c", FULL_AT_START, str(tmp_path / "run"), str(recipe), str(room)]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)

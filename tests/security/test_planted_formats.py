@@ -79,8 +79,8 @@ def test_codecs_of_zarr(tmp_path: Path, mark: Path, stamo: Callable[..., Any]) -
 
 def test_names_of_types_in_bags(tmp_path: Path, mark: Path) -> None:
     """rosbags writes Python from the definitions that a bag holds, and runs it."""
-    rosbag1 = pytest.importorskip("rosbags.rosbag1")
-    rosbag2 = pytest.importorskip("rosbags.rosbag2")
+    rosbag1 = pytest.importorskip("rosbags.rosbag1", reason="needs the [ros] extra: pip install -e '.[ros]'")
+    rosbag2 = pytest.importorskip("rosbags.rosbag2", reason="needs the [ros] extra: pip install -e '.[ros]'")
     from data_tools.formats.rosbag_files import open_bag
 
     evil = f'std_msgs/msg/X:\n    pass\nimport os\nos.mkdir({str(mark)!r}.replace("_", chr(47)))\nclass Y'

@@ -11,7 +11,7 @@ import pytest
 from toy import make_source
 from toy_policy import set_statistics, write_policy_recipe
 
-uvicorn = pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 
 @pytest.fixture(scope="session")

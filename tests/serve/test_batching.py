@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("json_numpy")
-pytest.importorskip("uvicorn")
+pytest.importorskip("json_numpy", reason="needs the [serve] extra: pip install -e '.[serve]'")
+pytest.importorskip("uvicorn", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 from speaking import frames, post
 

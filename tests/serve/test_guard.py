@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-requests = pytest.importorskip("requests")
-pytest.importorskip("uvicorn")
+requests = pytest.importorskip("requests", reason="needs the [dev] extra: pip install -e '.[dev]'")
+pytest.importorskip("uvicorn", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 from speaking import JSON  # noqa: E402
 from starlette.datastructures import Headers  # noqa: E402

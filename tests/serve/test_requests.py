@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-pytest.importorskip("json_numpy")
-requests = pytest.importorskip("requests")
+pytest.importorskip("json_numpy", reason="needs the [serve] extra: pip install -e '.[serve]'")
+requests = pytest.importorskip("requests", reason="needs the [dev] extra: pip install -e '.[dev]'")
 
 from generated import BODIES  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402

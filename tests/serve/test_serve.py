@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from toy_policy import TEXTS
 
-json_numpy = pytest.importorskip("json_numpy")
-requests = pytest.importorskip("requests")
-uvicorn = pytest.importorskip("uvicorn")
+json_numpy = pytest.importorskip("json_numpy", reason="needs the [serve] extra: pip install -e '.[serve]'")
+requests = pytest.importorskip("requests", reason="needs the [dev] extra: pip install -e '.[dev]'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 from speaking import JSON, frames, post  # noqa: E402
 

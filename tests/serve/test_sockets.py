@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("json_numpy")
-msgpack = pytest.importorskip("msgpack")
-websockets = pytest.importorskip("websockets")
+pytest.importorskip("json_numpy", reason="needs the [serve] extra: pip install -e '.[serve]'")
+msgpack = pytest.importorskip("msgpack", reason="needs the [serve] extra: pip install -e '.[serve]'")
+websockets = pytest.importorskip("websockets", reason="needs the [serve] extra: pip install -e '.[serve]'")
 
 from generated import ANYTHING, observations  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402

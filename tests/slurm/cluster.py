@@ -120,7 +120,7 @@ class Cluster:
             f"--pid-file={self.root}/run/munged.pid", f"--seed-file={munge}/seed", f"--log-file={self.root}/log/munged",
         )  # fmt: skip
         self._keep_accounts()
-        self._inside("ctl", "slurmctld", "-f", str(self.root / "etc/slurm.conf"))
+        self.start_controller()
         for name in self.names:
             self.start_node(name)
         self.until(
@@ -154,6 +154,35 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """Cut its power: everything that runs there is gone at once."""
         os.kill(self._inits.pop(name), 9)
+
+    def start_controller(self) -> None:
+        self._inside("ctl", "slurmctld", "-f", str(self.root / "etc/slurm.conf"))
+
+    @contextlib.contextmanager
+    def no_controller(self) -> Iterator[None]:
+        """While it is stopped, jobs run on."""
+        pid = self.root / "run" / "slurmctld.pid"
+        self._inside("ctl", "sh", "-c", f"p=$(cat {pid}); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.05; done")
+        try:
+            yield
+        finally:
+            self.start_controller()
+
+    @contextlib.contextmanager
+    def configured(self, **settings: object) -> Iterator[None]:
+        """With these settings of slurm.conf."""
+        file = self.root / "etc" / "slurm.conf"
+        before = changed = file.read_text()
+        for name, value in settings.items():
+            changed = re.sub(rf"(?m)^{name}=.*$", f"{name}={value}", changed)
+        assert changed != before
+        file.write_text(changed)
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            file.write_text(before)
+            self.run("scontrol", "reconfigure")
 
     @staticmethod
     def programs(name: str) -> list[Path]:

@@ -45,6 +45,7 @@ class Run:
     cluster: Cluster
     warm: Warm
     command: list[str]  # of `stamo`, that trains its recipe
+    said: str  # when it was submitted
 
     @property
     def job(self) -> str:
@@ -136,7 +137,7 @@ def submit(cluster: Cluster, toy: SimpleNamespace, warm: Warm, tmp_path: Path) -
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert time.monotonic() - began < 20
-        made.append(Run(folder / "run", cluster, warm, ["train", str(recipe), *words]))
+        made.append(Run(folder / "run", cluster, warm, ["train", str(recipe), *words], done.stdout + done.stderr))
         return made[-1]
 
     yield queue
@@ -156,3 +157,18 @@ def preempt(cluster: Cluster) -> Callable[[], None]:
         cluster.until(lambda: cluster.state(job) == "COMPLETED")
 
     return take
+
+
+@pytest.fixture
+def stamo_there(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
+    """The `stamo` command on the cluster's login node."""
+
+    def run(*words: object, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "stamo_dist.cli", *map(str, words)], check=False, capture_output=True, text=True,
+            timeout=300, cwd=ROOT, env={**cluster.env, "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "200"},
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
+
+    return run

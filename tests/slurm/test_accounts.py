@@ -63,9 +63,13 @@ def submit(
         ),
         ({"account": "staff"}, "account: staff is none of yours for partition low, or has expired"),
         ({"account": "root", "partition": "staff"}, "account: partition staff does not take root; it takes only staff"),
+        (
+            {"partition": "staff"},
+            "account: partition staff does not take root, your default account; it takes only staff",
+        ),
         ({"account": "root", "qos": "nomal"}, "qos: you may not use nomal with account root; did you mean normal?"),
         ({"account": "old"}, "Job violates accounting/QOS policy"),
-        ({"account": "old"}, "the account old or the qos None allows less, or no more: `sacctmgr show assoc"),
+        ({"account": "old"}, "the account old or your default qos allows less, or no more: `sacctmgr show assoc"),
     ],
 )
 def test_refused(accounted, submit, tmp_path, fields, words):
@@ -83,6 +87,11 @@ def test_status_where_accounting_is_on(accounted, submit, tmp_path):
     assert done.returncode == 0, done.stderr
     [run] = json.loads(submit("status", tmp_path / "run", "--json").stdout)
     assert (run["state"], "held" in run["detail"]) == ("queued", True)
+    accounted.run("scontrol", "update", f"JobId={run['job']}", "Partition=staff")
+    accounted.run("scontrol", "release", run["job"])
+    accounted.until(lambda: "account not permitted" in accounted.run("squeue", "-h", "-o", "%r"), 30)
+    [run] = json.loads(submit("status", tmp_path / "run", "--json").stdout)
+    assert run["detail"].startswith("it never starts so: the partition does not take the account")
     assert submit("cancel", tmp_path / "run").returncode == 0
     [run] = json.loads(submit("status", tmp_path / "run", "--json").stdout)
     assert run["state"] == "cancelled"

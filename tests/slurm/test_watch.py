@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cluster import Cluster
 from test_interrupted import SLOW
 
 from stamo_dist.launch.record import Event, record
@@ -27,21 +23,6 @@ BROKEN = (
     "        raise ValueError('the frames are upside down')\n    return _good(self, *inputs)\n\n\n"
     "TokenizerTask.loss = _bad\n",
 )
-
-
-@pytest.fixture
-def stamo_there(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
-    """The `stamo` command on the cluster's login node."""
-
-    def run(*words: object, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "stamo_dist.cli", *map(str, words)], check=False, capture_output=True, text=True,
-            timeout=300, cwd=ROOT, env={**cluster.env, "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "200"},
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stderr if code else done.stdout
-
-    return run
 
 
 def test_from_the_queue_to_the_end(submit, cluster, stamo_there):
@@ -103,8 +84,15 @@ def test_lost_without_slurm(submit, cluster, stamo_there):
     launch = run.folder / "launch/launch.json"
     before = launch.read_text()
     launch.write_text(before.replace(f'"{run.job}"', '"999999"'))
-    assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "lost"
+    [seen] = json.loads(stamo_there("status", "toy", "--json"))
+    assert seen["state"] == "lost"
     record(run.folder, Event("finished", job="999999"))
+    assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "stopped", "no step is saved"
+    last = run.folder / "checkpoints" / f"step_{seen['steps']:08d}"
+    for made in (last, run.folder / "model"):
+        made.mkdir(parents=True)
+    (last / "checkpoint.json").write_text("{}")
+    (run.folder / "exported.json").write_text(json.dumps({"step": seen["steps"]}))
     assert json.loads(stamo_there("status", "toy", "--json"))[0]["state"] == "finished"
     launch.write_text(before)
 

@@ -15,12 +15,12 @@ FRAMES = (12, 15, 18)
 
 
 @pytest.fixture(scope="session")
-def cut(shared_data: Callable[[str], Path]) -> Callable[..., Path]:
+def cut(sample_data: Callable[[str], Path]) -> Callable[..., Path]:
     """cut(path, **attrs): the first frames of every real episode, with these attributes on `data` (None removes)."""
 
     def write(path: Path, **attrs: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(shared_data(REAL)) as real, h5py.File(path, "w") as file:
+        with h5py.File(sample_data(REAL)) as real, h5py.File(path, "w") as file:
             data = file.create_group("data")
             data.attrs.update(real["data"].attrs)
             for name, value in {"image_timing": "before", **attrs}.items():

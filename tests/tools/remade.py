@@ -12,6 +12,7 @@ from typing import Any
 from stamo_dist import _streaming  # noqa: F401  # isort: skip  must precede streaming
 from streaming.base.format import MDSWriter, reader_from_json
 
+from stamo_dist.data.agreement import describing, prefix_of
 from stamo_dist.data.schema import EPISODES, MANIFEST, columns, read_manifest
 
 Samples = list[dict[str, Any]]
@@ -46,7 +47,9 @@ def remake(
     sums = {}
     for path in sorted(out.rglob("*.mds")):
         sums[path.relative_to(out).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    changed = manifest.model_copy(update={"checksums": sums, **manifest_changes})
+    described = [name for split in manifest.splits for name in describing(split, manifest.cameras)]
+    prefixes = {name: prefix_of((out / name).read_bytes(), name) for name in described}
+    changed = manifest.model_copy(update={"checksums": sums, "prefixes": prefixes, **manifest_changes})
     (out / MANIFEST).write_text(changed.model_dump_json(indent=2) + "\n")
     return out
 

@@ -16,7 +16,7 @@ import pytest
 from raw import write_raw
 from s3 import free_port
 
-pytest.importorskip("moto.server", reason="needs moto[server]")
+pytest.importorskip("moto.server", reason="needs the [dev] extra: pip install -e '.[dev]'")
 
 from data_tools.convert.driver import convert
 from data_tools.stores.sources import bring, is_remote

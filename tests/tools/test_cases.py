@@ -166,9 +166,9 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     assert manifest.splits["train"].episodes == 2
 
 
-def test_pictures_of_a_turned_libero_set_are_the_hdf5s(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+def test_pictures_of_a_turned_libero_set_are_the_hdf5s(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
     """The same frames from LIBERO's own HDF5, which openpi's script turned by 180°; mirrored they are 46 levels away."""
-    real = shared_data("libero_spatial_task2_128.hdf5")
+    real = sample_data("libero_spatial_task2_128.hdf5")
     common: dict[str, Any] = {"size": 32, "val_fraction": 0.0, "processes": 1, "quiet": True}
     convert("libero", real, tmp_path / "hdf5", options={"image_timing": "before"}, **common)
     options = parse_options("lerobot", LIBERO.split())

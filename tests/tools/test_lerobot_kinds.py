@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,11 +301,8 @@ def test_metadata_faults_name_file_and_field(tmp_path: Path, file: str, old: str
 
 
 @pytest.mark.parametrize("case", ["v30_overlap", "hardware_times", "img_binary", "video_one_short"])
-def test_shared_cases_scan_without_a_traceback(shared_data: Callable[[str], Path], case: str) -> None:
-    root = shared_data("README.md").parents[1] / "cases/data" / case
-    if not root.is_dir():
-        pytest.skip(f"needs {root}")
-    reader = LerobotReader(root)
+def test_cases_scan_without_a_traceback(case: str) -> None:
+    reader = LerobotReader(Path(__file__).parent / "cases" / case)
     scan = reader.scan()
     assert bool(scan.bad) == (case == "v30_overlap")
     for episode in scan.episodes:

@@ -20,6 +20,7 @@ from data_tools.formats.maniskill import ManiskillReader
 from data_tools.simulators import maniskill_file
 from data_tools.simulators.catalogue import InstalledBenchmarks
 from data_tools.simulators.jobs import TaskJob
+from data_tools.simulators.maniskill import VULKAN_FIX
 from data_tools.simulators.maniskill_expert import across
 from data_tools.simulators.rollout import Rollout
 from data_tools.simulators.simulate import Recording, simulate
@@ -92,7 +93,12 @@ def test_shards_solve_the_tasks_in_the_closed_loop(tmp_path: Path) -> None:
     """Actions, pictures, proprio and instruction of the shards are those of the simulator that is driven."""
     tasks = ["PickCube-v1"]
     recording = Recording("maniskill", size=64)
-    made = simulate(recording, tmp_path / "raw", tasks=tasks, episodes=1, processes=1, quiet=True)
+    try:
+        made = simulate(recording, tmp_path / "raw", tasks=tasks, episodes=1, processes=1, quiet=True)
+    except DataError as e:
+        if VULKAN_FIX not in str(e):
+            raise
+        pytest.skip(VULKAN_FIX)
     assert made.files == [tmp_path / "raw" / f"{task}.h5" for task in tasks]
     source = tmp_path / "shards"
     manifest, _ = convert("maniskill", tmp_path / "raw", source, size=64, quality=100, val_fraction=0, quiet=True)

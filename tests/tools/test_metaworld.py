@@ -50,7 +50,7 @@ def test_episode(tmp_path: Path) -> None:
 
 
 def attributes() -> dict[str, object]:
-    pytest.importorskip("metaworld", reason="needs the [sim] extra")
+    pytest.importorskip("metaworld", reason="needs the [sim] extra: pip install -e '.[sim]'")
     return MetaWorld("drawer-open-v3").attributes
 
 
@@ -61,6 +61,6 @@ def test_libero_is_refused(cut: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_action_scale_is_the_simulators() -> None:
     """What 1 means is taken from the installed simulator's own source."""
-    simulator = pytest.importorskip("metaworld.sawyer_xyz_env", reason="needs the [sim] extra")
+    simulator = pytest.importorskip("metaworld.sawyer_xyz_env", reason="needs the [sim] extra: pip install -e '.[sim]'")
     default = inspect.signature(simulator.SawyerXYZEnv.__init__).parameters["action_scale"].default
     assert default == HAND_DELTA.metres

@@ -19,7 +19,7 @@ from mutated_sets import TINY, Tiny
 from mutations import Field, Mutation, mutations
 from outcomes import Outcome, outcome, problems
 
-pytest.importorskip("zarr", reason="needs the [zarr] extra")
+pytest.importorskip("zarr", reason="needs the [zarr] extra: pip install -e '.[zarr]'")
 TOTAL = int(os.environ.get("STAMO_MUTATIONS", "220"))
 SEED = int(os.environ.get("STAMO_MUTATIONS_SEED", "0"))
 

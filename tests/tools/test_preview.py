@@ -65,10 +65,10 @@ def turn(frame: bytes) -> bytes:
 
 
 def test_several_sources_and_what_has_no_actions(
-    source: Path, tmp_path: Path, shared_data: Callable[[str], Path]
+    source: Path, tmp_path: Path, sample_data: Callable[[str], Path]
 ) -> None:
     human = tmp_path / "human"
-    convert("video", shared_data("human_video"), human, size=64, val_fraction=0, max_episodes=1, quiet=True)
+    convert("video", sample_data("human_video"), human, size=64, val_fraction=0, max_episodes=1, quiet=True)
     app = typer.Typer()
     register(app)
     result = CliRunner().invoke(app, ["preview", str(source), str(human), "--out", str(tmp_path / "pictures")])

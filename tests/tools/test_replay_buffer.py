@@ -19,7 +19,7 @@ from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 from stamo_dist.extras import how_to_install
 
-zarr = pytest.importorskip("zarr", reason="needs the [zarr] extra")
+zarr = pytest.importorskip("zarr", reason="needs the [zarr] extra: pip install -e '.[zarr]'")
 
 ENDS = (7, 50, 60)
 

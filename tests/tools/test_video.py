@@ -149,11 +149,11 @@ def test_broken_videos_are_bad_episodes_and_the_rest_is_converted(tmp_path: Path
     assert (manifest.action_dim, manifest.proprio_dim) == (0, 0)
 
 
-def test_real_videos_to_shards(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+def test_real_videos_to_shards(tmp_path: Path, sample_data: Callable[[str], Path]) -> None:
     """A hand that moves a box and a cup; box.mp4 lost its presentation times."""
     table = put(tmp_path / "cuts.csv", "video,start,end,text\nbox,2,4,move the box\ncup,1,3,move the cup\n")
     manifest, _ = convert(
-        "video", shared_data("human_video"), tmp_path / "out", size=32, rate_hz=10.0, val_fraction=0, quiet=True,
+        "video", sample_data("human_video"), tmp_path / "out", size=32, rate_hz=10.0, val_fraction=0, quiet=True,
         options={"segments": [table]},
     )  # fmt: skip
     assert [(e.length, e.instruction) for e in read_episodes(tmp_path / "out", "train")] == [

@@ -26,6 +26,7 @@ from stamo_dist.optim.optimizer import adamw
 from stamo_dist.optim.schedule import RateSchedule
 from stamo_dist.plan.registry import PAPER
 from stamo_dist.recipe import policy as policies
+from stamo_dist.recipe.batching import Batching
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.state import RunState
 from stamo_dist.tasks import policy as policy_tasks
@@ -68,9 +69,10 @@ class Step:
         engine = MetaEngine("fsdp", world, accelerator, self.task.trained, optimizer, self.recipe.optimizer.clip)
         state = RunState(cursor=Cursor().to_dict(), samples=[0], skipped=[0])
         average = EMA(engine, 0.999)
-        schedule, micro_batch = RateSchedule.of(self.recipe), len(self.batch) // 2
+        rows, schedule = len(self.batch), RateSchedule.of(self.recipe)
+        spread = Batching(world_size=1, per_rank=rows, micro_batch=rows // 2, accumulation=2)
         return Trainer(
-            self.recipe, self.task, engine, average, state, schedule, micro_batch, _unused, _unused, (), _unused
+            self.recipe, self.task, engine, average, state, schedule, [spread], _unused, _unused, (), _unused
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 from toy import make_source, write_recipe
 from warm import Warm
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import reserve_port
 from stamo_dist.exit_codes import EXIT_PREEMPTED
 
 FAULTY = Path(__file__).resolve().parent.parent / "faulty.py"
@@ -23,7 +23,7 @@ def train(warm: Warm) -> Callable[..., tuple[int, str]]:
         local = per_node or processes
         common = {
             "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(reserve_port()),
         }  # fmt: skip
         command = [json.dumps(faults), "train", str(recipe), *(x for s in settings for x in ("--set", s))]
         ranks = [

@@ -9,7 +9,7 @@ import pytest
 from toy import write_recipe
 from warm import Warm
 
-from stamo_dist.distributed.rank import free_port
+from stamo_dist.distributed.rank import reserve_port
 from stamo_dist.report import write_report
 
 PROGRAM = Path(__file__).resolve().parent.parent / "on_fake_gpu.py"
@@ -29,7 +29,7 @@ def metrics(run: Path) -> list[dict]:
 def test_a_run_on_a_gpu_is_one_on_a_cpu(toy, warm: Warm, tmp_path: Path, strategy: str) -> None:
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, strategy=strategy)
     common = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()),
     }  # fmt: skip
     ranks = [
         warm.start(

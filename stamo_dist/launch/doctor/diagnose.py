@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from stamo_dist.launch import checks, slurm
 from stamo_dist.launch.doctor import machine, nodes
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
 from stamo_dist.launch.doctor.verdict import Finding
+from stamo_dist.launch.grace import leaving_takes
 from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.recipe.load import Loaded, load
 from stamo_dist.words import counted
@@ -102,23 +102,12 @@ def _slurm(profile: ClusterProfile, loaded: Loaded | None) -> Iterator[Finding]:
         return
     default = next((p for p in partitions.values() if p.get("Default") == "YES"), {})
     partition = partitions.get(profile.partition or "", default)
-    leaving = _leaving(loaded)
+    leaving = leaving_takes(Path(loaded.recipe.run_dir)) if loaded is not None else None
     yield from judge_settings(config, partition, leaving=leaving, now=datetime.now())
     if leaving is not None and leaving > profile.signal_delay:
         what = f"leaving takes {leaving:.0f} s, and the time limit gives {profile.signal_delay} s notice"
         fix = f"signal_delay: {int(2 * leaving) + 30} in the profile"
         yield Finding("error", _SLURM, what, fix)
-
-
-def _leaving(loaded: Loaded | None) -> float | None:
-    """Seconds that this run needs to save and exit, as it measured."""
-    if loaded is None:
-        return None
-    try:
-        found = json.loads((Path(loaded.recipe.run_dir) / "logs" / "leaving.json").read_text())
-        return 2 * float(found["step_seconds"]) + float(found["save_seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _version() -> str:

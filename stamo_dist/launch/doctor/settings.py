@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.launch import grace
 from stamo_dist.launch.doctor.verdict import Finding
 
 _AREA = "Slurm's settings"
@@ -48,7 +49,7 @@ def judge_settings(
 
 
 def _accounting(config: Mapping[str, str]) -> Iterator[Finding]:
-    kept = _seconds(config.get("MinJobAge", ""))
+    kept = grace.duration(config.get("MinJobAge", ""))
     if not config.get("AccountingStorageType", "").endswith("/slurmdbd"):
         after = f"; Slurm forgets a job {kept:.0f} s after its end (MinJobAge)" if kept is not None else ""
         what = f"accounting is off, so sacct knows nothing{after}"
@@ -75,8 +76,9 @@ def _killing(config: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving: float | None) -> Iterator[Finding]:
-    mode = (partition.get("PreemptMode") or config.get("PreemptMode", "OFF")).split(",")[-1]
-    if config.get("PreemptType", "preempt/none").endswith("/none") or mode == "OFF":
+    mode = grace.preemption_mode(config, partition)
+    given = grace.preemption_grace(config, partition)
+    if given is None:
         yield Finding("fine", _AREA, "jobs of this partition are not preempted")
         return
     if mode == "CANCEL":
@@ -92,12 +94,12 @@ def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving
         )
         fix = "set train.step_timeout above the longest suspension, or use a partition with PreemptMode=REQUEUE"
         yield Finding("warning", _AREA, what, fix)
-    grace, wait = _seconds(partition.get("GraceTime", "0")) or 0.0, _seconds(config.get("KillWait", "30")) or 30.0
+    term, wait = grace.duration(partition.get("GraceTime", "")) or 0.0, grace.kill_wait(config)
     signalled = "send_user_signal" in config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     need = f"; leaving took {leaving:.1f} s when last measured" if leaving is not None else ""
-    if leaving is not None and leaving > grace + wait:
+    if leaving is not None and leaving > given:
         what = (
-            f"a preempted run has {grace:g} s (GraceTime) and {wait:g} s (KillWait) to save{need}: it "
+            f"a preempted run has {term:g} s (GraceTime) and {wait:g} s (KillWait) to save{need}: it "
             "would be killed in between"
         )
         fix = (
@@ -105,7 +107,7 @@ def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving
             "GraceTime"
         )
         yield Finding("error", _AREA, what, fix)
-    elif not grace:
+    elif not term:
         what = (
             f"preemption gives no grace time (GraceTime=0): all signals at once, SIGKILL {wait:g} s "
             f"later (KillWait){need}"
@@ -116,7 +118,7 @@ def _preemption(config: Mapping[str, str], partition: Mapping[str, str], leaving
         )
         yield Finding("warning", _AREA, what, fix)
     else:
-        yield Finding("fine", _AREA, f"a preempted run has {grace:g} s (GraceTime) to save{need}")
+        yield Finding("fine", _AREA, f"a preempted run has {given:g} s (GraceTime) to save{need}")
     if not signalled:
         what = "before preemption there is no user signal, only SIGTERM (no send_user_signal)"
         fix = "nothing to do: SIGTERM makes a run save and leave too; newer Slurm: PreemptParameters=send_user_signal"
@@ -147,15 +149,6 @@ def _requeueing(config: Mapping[str, str]) -> Iterator[Finding]:
         what = f"a requeued job waits {delay + 1} s before it can start (AuthInfo cred_expire, 120 by default)"
         fix = "ask the administrator for AuthInfo=cred_expire=30 if preemptions are frequent"
         yield Finding("note", _AREA, what, fix)
-
-
-def _seconds(text: str) -> float | None:
-    """`300 sec`, `2 min`, `00:05:00`, `1-00:00:00` or a number, in seconds; None if it is none of these."""
-    if match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text):
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
-    match = re.match(r"(\d+(?:\.\d+)?)\s*(sec|min|hour)?", text)
-    return float(match[1]) * {"min": 60, "hour": 3600}.get(match[2] or "", 1) if match else None
 
 
 def _covers(codes: str, code: int) -> bool:

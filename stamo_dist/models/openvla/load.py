@@ -22,6 +22,7 @@ import torch
 
 from stamo_dist.errors import CheckpointError
 from stamo_dist.models import weights
+from stamo_dist.models.exported import STATE_ENCODER
 from stamo_dist.models.openvla import adapters
 from stamo_dist.models.openvla.actions import SETTINGS
 from stamo_dist.models.openvla.adapters import FIELD, Adapter, LowRank
@@ -56,7 +57,8 @@ EXTRA_FILES = (
     "language_model/*",
     "*_checkpoint.pt",
     adapters.WEIGHTS,
-    *(f"{part}.safetensors" for part in HEADS),
+    *(f"{part}.safetensors" for part in (*HEADS, "vision_backbone")),
+    f"{STATE_ENCODER}/*",
 )
 OFT_ADAPTER = "lora_adapter"  # subfolder of the adapter in OFT's training, merged or not
 _LORA_ALPHA = 16  # of the official fine-tuning, min(rank, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import stamo_dist.models.openvla._timm  # noqa: F401  # isort: skip  must precede timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block

@@ -27,6 +27,7 @@ from stamo_dist.models.policy_base import folder_settings
 
 _STEP = "latest"  # replaces the step in official file names
 _FILM_RANK = 32  # of the adapters that OFT's loader puts on before it reads FiLM's file
+_FILM = re.compile(r"featurizer\.blocks\.\d+\.(scale|shift)\.")
 _HUB = "openvla/openvla-7b--"  # location of the official code for transformers' trust_remote_code
 _CODE: dict[str, dict[str, Any]] = {
     "config": {
@@ -79,10 +80,10 @@ def save_parts(
 ) -> None:
     """As `save_pretrained`, with the weights `state` by the network's names; the network's own weights are not read.
 
-    The towers, the projector and the language model go into safetensors shards under the released names; action head,
-    proprioception and FiLM into the `.pt` files that OFT's code opens; the world head, unknown to that code, into
-    safetensors. In the form hf the language model is in a separate folder that plain transformers opens. With `base`,
-    PEFT's adapter files replace the towers, the projector and the language model.
+    All weights are safetensors: the towers, the projector and the language model in shards under the released names,
+    each further part in a file of its own. In the form openvla, action head, proprioception and FiLM are the `.pt`
+    files that OFT's code opens. In the form hf the language model is in a separate folder that plain transformers
+    opens. With `base`, PEFT's adapter files replace the towers, the projector and the language model.
 
     Raises:
         ValueError: there are unmerged adapters without `base`, or none with a `base`.
@@ -105,10 +106,10 @@ def save_parts(
     parts = {name: _below(state, f"{name}.") for name in ("vla", *HEADS)}
     dtype = _dtype_name(next(iter(parts["vla"].values())).dtype)
     _write_vla(folder, policy, parts["vla"], dtype, layout, base)
-    _write_heads(folder, parts)
+    official = layout.form == "openvla"
+    _write_heads(folder, parts, official=official)
     if network.vla.film and base is None:
-        towers = _as_adapted(network.vla.vision_backbone, _below(parts["vla"], "vision_backbone."))
-        torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
+        _write_film(folder, network, parts["vla"], official=official)
     _write_configs(folder, policy, dtype, official=layout.form != "hf" and bool(network.vla.config.towers))
     fingerprint = policy.tokenizer_fingerprint
     settings = folder_settings(network.cfg, network.sizes, policy.statistics, policy.framing, fingerprint)
@@ -135,12 +136,20 @@ def _write_vla(
         weights.save_shards(vla, folder, shard_size=layout.shard_size)
 
 
-def _write_heads(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for head in ("action_head", "proprio_projector"):
-        if parts[head]:
+def _write_heads(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], *, official: bool) -> None:
+    for head in HEADS:
+        if parts[head] and official and head != "world_head":  # which OFT's code does not know
             torch.save({f"module.{k}": v for k, v in parts[head].items()}, folder / f"{head}--{_STEP}_checkpoint.pt")
-    if parts["world_head"]:
-        weights.save(parts["world_head"], folder / "world_head.safetensors")
+        elif parts[head]:
+            weights.save(parts[head], folder / f"{head}.safetensors")
+
+
+def _write_film(folder: Path, network: PolicyNetwork, vla: Mapping[str, Tensor], *, official: bool) -> None:
+    if official:
+        towers = _as_adapted(network.vla.vision_backbone, _below(vla, "vision_backbone."))
+        torch.save(towers, folder / f"vision_backbone--{_STEP}_checkpoint.pt")
+        return
+    weights.save({k: t for k, t in vla.items() if _FILM.search(k)}, folder / "vision_backbone.safetensors")
 
 
 def _write_configs(folder: Path, policy: PolicyParts, dtype: str, *, official: bool) -> None:
@@ -184,8 +193,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _without_film(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    film = re.compile(r"featurizer\.blocks\.\d+\.(scale|shift)\.")
-    return {_released(k): v for k, v in state.items() if not film.search(k)}
+    return {_released(k): v for k, v in state.items() if not _FILM.search(k)}
 
 
 def _released(name: str) -> str:

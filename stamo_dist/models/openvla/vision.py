@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import stamo_dist.models.openvla._timm  # noqa: F401  # isort: skip  must precede timm
 import timm
 import torch
 from timm.layers import LayerScale as TimmLayerScale

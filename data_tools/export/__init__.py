@@ -1,0 +1,1 @@
+"""Writing converted sources in the layouts of other libraries."""

@@ -1,0 +1,100 @@
+"""`stamo init | demo`: a project of one's own, and the demonstration."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stamo_dist.errors import StamoError
+
+_TOY = "raw/toy"
+_TASKS = "drawer-open-v3,drawer-close-v3,button-press-topdown-v3,door-open-v3"
+#: The whole way, small and real: simulate, shard, mix, train, kill, go on, measure.
+DEMO = """\
+data simulate libero demo/raw/libero --tasks libero_spatial/2 --episodes 20 --size 128 --cameras agentview
+data simulate metaworld demo/raw/metaworld --tasks drawer-open-v3 --episodes 16 --size 128 --cameras corner3
+data convert libero demo/raw/libero demo/shards/libero --size 64 --val-fraction 0.15
+data convert metaworld demo/raw/metaworld demo/shards/metaworld --size 64 --val-fraction 0.13
+data stats demo/shards/libero
+data stats demo/shards/metaworld
+mix tokenizer_demo
+train vae_demo --nproc 2
+encode tokenizer_demo
+kill train tokenizer_demo --nproc 2
+train tokenizer_demo --nproc 2
+eval reconstruct demo/runs/tokenizer
+eval interpolate demo/runs/tokenizer
+report demo/runs/tokenizer
+"""
+#: After it: one policy for four tasks, and how often it solves each, beside random actions and the expert.
+POLICY = f"""\
+data simulate metaworld demo/raw/metaworld_tasks --tasks {_TASKS} --episodes 30 --size 128 --cameras corner3
+data convert metaworld demo/raw/metaworld_tasks demo/shards/metaworld_tasks --size 64 --val-fraction 0.1
+data stats demo/shards/metaworld_tasks
+encode policy_metaworld_demo
+train policy_metaworld_demo --nproc 2
+eval rollout demo/runs/policy_metaworld --tasks {_TASKS} --baselines
+report demo/runs/policy_metaworld
+"""
+_KILLED_AFTER = 90.0  # seconds
+
+
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the project; may exist.")]) -> None:
+    """Write a project of your own: recipes that run, Slurm profiles, toy data, .gitignore, a README with five commands.
+
+    Example: stamo init my_project
+    """
+    from data_tools.simulators.drawn import TASK, write_drawn
+    from stamo_dist.project import write_project
+
+    write_project(folder)
+    write_drawn(folder / _TOY / f"{TASK}_demo.hdf5", episodes=16, size=64)
+    here = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}; "
+    print(f"{folder}: written; README.md has five commands. The first two:")
+    print(f"  {here}stamo data convert libero {_TOY} shards/toy --size 64 --val-fraction 0.2")
+    print("  stamo train recipes/vae.yaml")
+
+
+def demo(
+    policy: Annotated[
+        bool, typer.Option("--policy", help="After it: a policy for four simulated tasks, 22 minutes.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, and stop.")] = False,
+) -> None:
+    """Run the demonstration in demo/: simulate two sources, shard, mix, train, kill, go on, measure; 10 minutes.
+
+    Run it again to go on. It needs the simulators (the extra [sim]) and headless OpenGL, no GPU and no checkout.
+
+    Example: stamo demo
+    """
+    for line in (POLICY if policy else DEMO).splitlines():
+        killed, words = line.startswith("kill "), shlex.split(line.removeprefix("kill "))
+        print(f"$ {f'timeout --signal=KILL {_KILLED_AFTER:.0f} ' * killed}stamo {shlex.join(words)}", flush=True)
+        if dry_run:
+            continue
+        command = [sys.executable, "-m", "stamo_dist.cli", *words]
+        if killed:
+            _run_and_kill(command)
+        elif code := subprocess.run(command, check=False).returncode:
+            again = "stamo demo --policy" if policy else "stamo demo"
+            raise StamoError(f"`stamo {words[0]}` ended with exit code {code}; `{again}` goes on from there")
+
+
+def _run_and_kill(command: list[str]) -> None:
+    """Start a training, and kill all its processes as a cluster would; it may finish before."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        process.wait(_KILLED_AFTER)
+    except subprocess.TimeoutExpired:
+        print("killed, as was meant; the same command goes on from its last checkpoint:", flush=True)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,110 @@
+"""`stamo env | completion | init | demo`: for whoever has no checkout."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import stamo_dist
+from stamo_dist.cli.app import app
+from stamo_dist.errors import StamoError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_env_says_versions_and_neither_who_nor_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_PASSPHRASE", "s3cret")
+    for options in ((), ("--json",)):
+        said = CliRunner().invoke(app, ["env", *options]).output
+        assert "NCCL_PASSPHRASE" in said
+        for private in ("s3cret", str(Path.home()), str(ROOT), sys.prefix, socket.gethostname()):
+            assert private not in said
+        if (user := getpass.getuser()) != "root":
+            assert user not in said
+    found = json.loads(said)
+    assert found["stamo-dist"] == stamo_dist.__version__
+    assert {"torch", "deepspeed", "python", "system", "GPUs", "CUDA of torch", "Slurm", "commit", "code"} <= set(found)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash: install bash")
+def test_bash_completes_commands_options_and_recipes(tmp_path: Path) -> None:
+    (tmp_path / "stamo").write_text(f'#!/bin/sh\nexec {sys.executable} -m stamo_dist.cli "$@"\n')
+    (tmp_path / "stamo").chmod(0o755)
+    script = (
+        f'PATH={tmp_path}:$PATH; cd {ROOT}; eval "$(stamo completion bash)"\n'
+        'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _stamo_completion stamo; echo "${COMPREPLY[@]}"; }\n'
+        "try stamo tra; try stamo data con; try stamo train --np; try stamo train tokenizer_sim_dr; try stamo nothing\n"
+    )
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
+    said = [
+        "train",
+        "convert",
+        "--nproc",
+        "tokenizer_sim_droid tokenizer_sim_droid_oxe tokenizer_sim_droid_oxe_ego",
+        "",
+    ]
+    assert done.stdout.splitlines() == said, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_a_script_and_others_are_refused(shell: str) -> None:
+    assert "_STAMO_COMPLETE" in CliRunner().invoke(app, ["completion", shell]).output
+    refused = CliRunner().invoke(app, ["completion", f"{shell}x"])
+    assert refused.exit_code == 2
+    assert "there is completion for bash, zsh, fish" in refused.output
+
+
+def test_init_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["init", "."]).exit_code == 0
+    ignored = Path(".gitignore").read_text().splitlines()
+    assert {"raw/", "shards/", "runs/"} <= set(ignored)
+    for name in ("README.md", "recipes/vae.yaml", "slurm/gpu.yaml", "recipes/schema.json"):
+        assert Path(name).is_file()
+    Path("README.md").write_text("mine")
+    shutil.rmtree("recipes")
+    refused = CliRunner().invoke(app, ["init", "."])
+    assert isinstance(refused.exception, StamoError)
+    assert "has README.md, .gitignore, slurm/gpu.yaml" in str(refused.exception)
+    assert Path("README.md").read_text() == "mine"
+    assert not Path("recipes").exists()
+
+
+def test_the_demo_says_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = CliRunner().invoke(app, ["demo", "--dry-run"]).output.splitlines()
+    assert lines[9:11] == [
+        "$ timeout --signal=KILL 90 stamo train tokenizer_demo --nproc 2",
+        "$ stamo train tokenizer_demo --nproc 2",
+    ]
+    monkeypatch.setattr("stamo_dist.cli.project.DEMO", "recipe show nothing_of_this_name\n")
+    stopped = CliRunner().invoke(app, ["demo"])
+    assert isinstance(stopped.exception, StamoError)
+    assert "`stamo recipe` ended with exit code 2; `stamo demo` goes on from there" in str(stopped.exception)
+
+
+def test_the_demo_kills_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stamo_dist.cli import project
+
+    monkeypatch.setattr(project, "_KILLED_AFTER", 3.0)
+    pids = tmp_path / "pids"
+    sleeper = (
+        "import subprocess, time\n"
+        f"child = subprocess.Popen(['sleep', '60']); open({str(pids)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    project._run_and_kill([sys.executable, "-c", sleeper])
+    status = Path(f"/proc/{pids.read_text()}/stat")
+    end = time.monotonic() + 20
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.1)
