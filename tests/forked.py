@@ -34,7 +34,6 @@ class Call:
     stop: str | None = None  # metrics.jsonl of the run; all ranks get SIGUSR1 once it has `stop_lines` lines
     stop_lines: int = 0
     timeout: float = 600.0
-    cwd: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Ranks:
 
     def __call__(
         self, processes: int, *arguments: object, check: bool = True, compare: bool = False,
-        stop: tuple[Path, int] | None = None, timeout: float = 600.0, cwd: Path | None = None,
+        stop: tuple[Path, int] | None = None, timeout: float = 600.0,
     ) -> tuple[int, str]:  # fmt: skip
         """Run `stamo ARGUMENTS` as `processes` ranks, of which nothing may be left running.
 
@@ -65,7 +64,6 @@ class Ranks:
         with its name. Not for ddp, in which this mode of torch crashes.
         `stop`: a metrics.jsonl, and with how many lines of it the ranks get SIGUSR1.
         `timeout`: Seconds after which all are killed, and the code is `TIMED_OUT`.
-        `cwd`: their working directory; None: the repository.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -74,9 +72,8 @@ class Ranks:
         self._calls += 1
         where, lines = stop or (None, 0)
         call = Call(
-            processes, [str(a) for a in arguments], str(folder), compare, str(where) if where else None, lines, timeout,
-            str(cwd) if cwd else None,
-        )  # fmt: skip
+            processes, [str(a) for a in arguments], str(folder), compare, str(where) if where else None, lines, timeout
+        )
         self._server.stdin.write(json.dumps(asdict(call)) + "\n")
         end = End(**json.loads(self._server.stdout.readline()))
         outputs = [(folder / str(rank)).read_text() for rank in range(processes)]
@@ -125,7 +122,6 @@ def _run(call: Call) -> int:
     for rank in range(call.processes):
         pid = os.fork()
         if pid == 0:
-            os.chdir(call.cwd or ROOT)
             _rank(rank, call.processes, port, call.arguments, Path(call.folder) / str(rank), call.compare)
         ranks.append(pid)
     first, deadline, stop = 0, time.monotonic() + call.timeout, Path(call.stop) if call.stop else None

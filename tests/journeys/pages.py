@@ -1,139 +1,136 @@
-"""The commands of README.md and docs/, and a folder in which they run as they stand on toys of the same names."""
+"""The commands of README.md and docs/, and folders in which they run: recipes of the same names, small."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from toy import make_source, write_recipe
-from toy_policy import on_base, write_diffusion_recipe, write_policy_recipe
+import yaml
+from toy import make_source
 
-from stamo_dist.data.schema import EPISODES, MANIFEST
+from stamo_dist.data.schema import EPISODES
 from stamo_dist.recipe.load import load
 from stamo_dist.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: What is not run here, and what does run it.
+#: What is not run here, by a pattern of its beginning, and why, or what does run it.
 ELSEWHERE = {
-    r"^(make|pip|cat|cd|git|export|caddy|srun|sbatch|torchrun|curl|docker|python|OUT=)": "no command of ours alone",
-    r"stamo data (simulate|formats)": "tests/tools",
-    r"stamo data convert": "tests/tools, each format's own",
-    r"s3://|hf://": "tests/tools/test_bucket_sources.py, tests/data/test_remote.py",
-    r"stamo (eval rollout|eval plan|eval during)": "tests/evaluate, with the simulators",
-    r"(openvla|moojink)/|weights/": "tests/publish, tests/models: needs released weights",
-    r"stamo serve": "tests/serve: it does not end",
-    r"stamo submit .*--cluster (local|gpu)(?!.*--dry-run)": "tests/launch, tests/slurm",
-    r"stamo (doctor|cancel|resume|logs)|--watch": "tests/launch, tests/slurm: a running job",
-    r"stamo chaos": "tests/chaos",
-    r"--against": "tests/tools/test_check_against.py",
-    r"train\.steps=200_000": "tests/training: hours",
-    r"recipes/my_(trimmed_)?mix\.yaml": "tests/cli/test_recipe_commands.py",
+    r"make |pip |export |caddy |torchrun |srun |sbatch ": "installs, or is another machine's",
+    r"OUT=day benchmarks/gpu_day.sh|python benchmarks/roofline.py": "tests/tools/test_gpu_day.py, tests/plan",
+    r"python benchmarks/(one_policy|cotraining|world_head).py": "hours; what they call: tests/evaluate",
+    r"tensorboard ": "does not end; what it reads: tests/training/test_trackers.py",
+    r"stamo data simulate (libero|metaworld raw|maniskill|metaworld demo/raw/metaworld_few)": "tests/tools/test_simulate.py",
+    r"stamo data convert .*(s3|hf)://|stamo (data )?(sync|check) .*s3://": "tests/tools/test_bucket_sources.py",
+    r"stamo data convert (?!metaworld demo/raw/doors)": "tests/tools, a file a format",
+    r"stamo data check .* --against": "tests/tools/test_check_source.py",
+    r"stamo data formats": "tests/tools/test_formats.py",
+    r"stamo (eval|train|recipe \w+|mix|encode) recipes/my_(trimmed_)?mix": "tests/cli/test_recipe_commands.py",
+    r"stamo eval (plan|rollout)": "tests/evaluate/test_closed_loop.py",
+    r"stamo eval during": "tests/evaluate/test_during.py",
+    r"stamo eval actions weights/|stamo serve weights/": "released weights: tests/models, tests/publish",
+    r"stamo export .* --(push|format openvla)": "tests/publish",
+    r"stamo serve (runs|demo|my-lab|exports/adapter)": "tests/serve",
+    r"stamo submit (?!.*--dry-run|recipes/doors)": "tests/launch/test_local_submit.py, tests/slurm",
+    r"stamo (doctor|logs|status) (runs|recipes)/tokenizer_sim|stamo doctor$|stamo doctor .*--no-job": "tests/launch",
+    r"stamo (cancel|resume) ": "tests/launch/test_local_submit.py, tests/slurm",
+    r"stamo chaos ": "tests/chaos",
+    r"stamo init |stamo train recipes/vae.yaml": "tests/cli/test_wheel.py",
+    r"stamo demo( --policy)?$": "minutes: make demo; what it calls: tests/cli/test_about.py",
 }
-#: Where a toy has fewer steps, or there is no GPU.
-TINY = {"step_00000200": "step_00000010", "--branch 20000": "--branch 10", "--device cuda": "--device cpu"}
-#: Toys in place of what the pages talk about.
-TOKENIZERS = ("runs/my_run", "runs/cls", "runs/tokenizer_sim", "runs/my_other_run", "demo/runs/tokenizer",
-              "demo/runs/doors", "demo/runs/probe", "demo/runs/probe_bent")  # fmt: skip
-POLICIES = ("runs/my_policy", "runs/policy_openvla_state", "runs/policy_openvla", "demo/runs/policy_openvla_state")
-SHARDS = ("libero", "metaworld", "mine", "libero_goal", "doors", "drawer_open", "metaworld_few")
+#: What runs with other words: fewer steps than the pages speak of, no GPU, not for hours.
+TINY = {
+    "step_00000200": "step_00000002", "--branch 20000": "--branch 2", "--device cuda": "--device cpu",
+    "--nproc 8": "--nproc 1", "--processes 8": "--processes 2", "--episodes 10 --size 128": "--episodes 2 --size 128",
+}  # fmt: skip
+STEPS, SIZE = 4, 64
 
 
 @dataclass(frozen=True)
 class Command:
+    """A command of a page, with what follows `<<'END'`."""
+
     page: str
     text: str
 
     @property
     def elsewhere(self) -> str:
-        return next((why for pattern, why in ELSEWHERE.items() if re.search(pattern, self.text)), "")
+        return next((why for pattern, why in ELSEWHERE.items() if re.match(pattern, self.text)), "")
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether it reads recipes of full size, and runs nothing of them."""
+        return bool(re.search(r"--dry-run|--offline|^stamo (plan|recipe (explain|schema|list|show \w+$))", self.text))
 
     def words(self) -> list[str]:
-        """Its arguments, on one process, its recipe the toy where it is trained or encoded."""
-        text = re.sub(r"--(nproc|processes) \d+", "", self.text)
-        for given, toy in TINY.items():
-            text = text.replace(given, toy)
-        words = shlex.split(text)[1:]
-        offline = {"explain", "schema", "plan", "submit", "--offline"} & set(words)
-        return words if offline else [re.sub(r"^recipes/", "toys/", word) for word in words]
+        """Its arguments, as they run here."""
+        text = self.text
+        for given, tiny in TINY.items():
+            text = text.replace(given, tiny)
+        return shlex.split(text)[1:]
 
 
 def commands() -> list[Command]:
-    """Every line of a shell's block of every page."""
-    found = []
+    """Every command of a shell's block of every page, each once a page."""
+    found: dict[Command, None] = {}
     for page in PAGES:
         for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
-            block = re.sub(r"<<'END'\n.*?\nEND\n", "\n", block, flags=re.DOTALL)
-            for line in block.replace("\\\n", " ").splitlines():
-                text = re.sub(r"\s#.*", "", line).strip()
-                if text and not text.startswith("#"):
-                    found.append(Command(page.stem, text))
-    return found
+            for text in re.findall(r"[^\n]*<<'END'\n.*?\nEND\n|[^\n]+", block.replace("\\\n", " "), re.DOTALL):
+                if words := text if "<<" in text else re.sub(r"(^|\s)#.*", "", text).strip():
+                    found[Command(page.stem, words)] = None
+    return list(found)
 
 
-def write_toys(folder: Path, source: Path, prepared: Path, base: Path, vae: Path) -> None:
-    """toys/NAME.yaml for every recipe of the repository: its stage, kind, sources' names and run folder.
+def write_small(folder: Path) -> set[str]:
+    """`folder`/recipes/NAME.yaml for every recipe of the repository, of few steps, that of large models the demo's.
 
-    The sources are copies of `source`; `prepared` is what `make_policy_data` made, and policies begin from `base`.
+    Returns the folders of their sources.
     """
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        recipe, toy = load(path).recipe, folder / "toys" / path.name
-        _write(recipe, toy, folder, prepared, base, vae)
-        text = re.sub(r"run_dir: .*", f"run_dir: {recipe.run_dir}", toy.read_text())
-        head, _, rest = text.partition("  sources:\n")
-        kept = re.sub(r"^    [ab]: .*\n", "", rest, count=2, flags=re.MULTILINE)
-        sources = [
-            f"    {name}: {{path: toy_sources/{name}{'' if source.actions else ', actions: false'}}}\n"
-            for name, source in recipe.data.sources.items()
-        ]
-        toy.write_text(f"{head}  sources:\n{''.join(sources)}{kept}")
-        for name in recipe.data.sources:
-            _copy(source, folder / "toy_sources" / name)
-    readme = (ROOT / "README.md").read_text()
-    (folder / "toys" / "doors.yaml").write_text(re.findall(r"<<'END'\n(.*?)\nEND\n", readme, re.DOTALL)[0])
-    (folder / "toys" / "my_recipe.yaml").write_text("extends: tokenizer_demo.yaml\nname: mine\nrun_dir: runs/mine\n")
+    paths = set()
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = load(path).recipe
+        paths |= {source for config in recipe.data.sources.values() for source in config.paths}
+        toy = folder / "recipes" / path.name
+        toy.parent.mkdir(parents=True, exist_ok=True)
+        toy.write_text(yaml.safe_dump({"extends": str(path)} | _small(recipe)))
+    return paths
 
 
-def _write(recipe: Recipe, toy: Path, folder: Path, prepared: Path, base: Path, vae: Path) -> None:
-    if recipe.policy is None:
-        write_recipe(toy, folder, vae)
-        if recipe.stage == "vae":
-            toy.write_text("stage: vae\n" + re.sub(r"(?s)model:.*?train:\n", "train:\n", toy.read_text()))
-    elif recipe.policy.diffusion is not None:
-        write_diffusion_recipe(toy, prepared)
-    else:
-        on_base(write_policy_recipe(toy, prepared, actions=recipe.policy.actions), base)
+def _small(recipe: Recipe) -> dict[str, Any]:
+    """What makes a recipe small."""
+    train = {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "compile": False}
+    train["checkpoint"] = {"every": STEPS // 2, "keep": 9}
+    small: dict[str, Any] = {
+        "train": train, "data": {"workers": 0}, "optimizer": {"warmup_steps": 2}, "tracking": {"wandb": "off"},
+    }  # fmt: skip
+    if recipe.data.image_size == SIZE:
+        return small
+    small["data"]["image_size"] = SIZE
+    like = {"tokenizer": "tokenizer_demo", "policy": "policy_openvla_state_demo"}[recipe.stage]
+    if recipe.stage == "policy" and recipe.policy.diffusion is not None:
+        like = "policy_rdt_1real_4video_demo"
+    demo = load(RECIPES / f"{like}.yaml").recipe
+    if recipe.stage == "tokenizer":
+        return small | {"model": demo.model.model_dump(mode="json")}
+    policy = demo.policy.model_dump(mode="json")
+    if recipe.policy.lora is not None:
+        policy |= {"weights": "base", "config": {}, "lora": recipe.policy.lora.model_dump(mode="json")}
+    return small | {"policy": policy}
 
 
-def make_original(root: Path) -> Path:
-    """A source whose table has the instructions of its shards; it lacks statistics."""
-    source = make_source(root, "original", episodes=3)
-    for table in source.glob("*/" + EPISODES):
-        lines = [json.loads(line) | {"instruction": "move the square"} for line in table.read_text().splitlines()]
-        table.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return source
-
-
-def _copy(source: Path, folder: Path) -> None:
-    if not folder.exists():
-        shutil.copytree(source, folder)
-        manifest = json.loads((folder / MANIFEST).read_text())
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"name": folder.name}))
-
-
-def furnish(folder: Path, source: Path, tokenizer: Path, policy: Path) -> None:
-    """Recipes, and the shards and runs that the pages take for granted: of `tokenizer` and `policy`, finished runs."""
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
-    shutil.copytree(ROOT / "slurm", folder / "slurm")
-    for name in SHARDS:
-        for parent in ("shards", "data/shards", "demo/shards"):
-            _copy(source, folder / parent / name)
-    for runs, made in ((TOKENIZERS, tokenizer), (POLICIES, policy)):
-        for run in runs:
-            shutil.copytree(made, folder / run)
-
-
+def make_sources(root: Path, folders: Iterable[str], size: int) -> None:
+    """A source in each of these folders, its table with the instructions of its shards; they lack statistics."""
+    for folder in map(Path, folders):
+        source = make_source(
+            root / folder.parent, folder.name, episodes=5, length=16, size=size, cameras=("agentview",),
+            shard_bytes=1 << 20,
+        )  # fmt: skip
+        for table in source.glob("*/" + EPISODES):
+            lines = [json.loads(line) | {"instruction": "move the square"} for line in table.read_text().splitlines()]
+            table.write_text("".join(json.dumps(line) + "\n" for line in lines))
