@@ -26,7 +26,7 @@ ELSEWHERE = {
     r"OUT=day benchmarks/gpu_day.sh|python benchmarks/roofline.py": "tests/tools/test_gpu_day.py, tests/plan",
     r"python benchmarks/(one_policy|cotraining|world_head).py": "hours; what they call: tests/evaluate",
     r"tensorboard ": "does not end; what it reads: tests/training/test_trackers.py",
-    r"stamo data simulate (libero|metaworld raw|maniskill|metaworld demo/raw/metaworld_few)": "tests/tools/test_simulate.py",
+    r"stamo data simulate (?!metaworld demo/raw/doors)": "tests/tools/test_simulate.py",
     r"stamo data convert .*(s3|hf)://|stamo (data )?(sync|check) .*s3://": "tests/tools/test_bucket_sources.py",
     r"stamo data convert (?!metaworld demo/raw/doors)": "tests/tools, a file a format",
     r"stamo data check .* --against": "tests/tools/test_check_source.py",
@@ -38,6 +38,7 @@ ELSEWHERE = {
     r"stamo export .* --(push|format openvla)": "tests/publish",
     r"stamo serve (runs|demo|my-lab|exports/adapter)": "tests/serve",
     r"stamo submit (?!.*--dry-run|recipes/doors)": "tests/launch/test_local_submit.py, tests/slurm",
+    r"stamo (status runs/demo|runs demo/runs/tokenizer/sweep)$": "what those made: tests/launch/test_status.py",
     r"stamo (doctor|logs|status) (runs|recipes)/tokenizer_sim|stamo doctor$|stamo doctor .*--no-job": "tests/launch",
     r"stamo (cancel|resume) ": "tests/launch/test_local_submit.py, tests/slurm",
     r"stamo chaos ": "tests/chaos",
@@ -47,9 +48,15 @@ ELSEWHERE = {
 #: What runs with other words: fewer steps than the pages speak of, no GPU, not for hours.
 TINY = {
     "step_00000200": "step_00000002", "--branch 20000": "--branch 2", "--device cuda": "--device cpu",
+    "train.steps=200_000": "train.steps=6", "--set policy.vision=fused --set data.image_size=224": "",
+    "--set policy.weights=null": "",
     "--nproc 8": "--nproc 1", "--processes 8": "--processes 2", "--episodes 10 --size 128": "--episodes 2 --size 128",
 }  # fmt: skip
 STEPS, SIZE = 4, 64
+
+
+#: The exit code of those that end with another than 0.
+CODES = {"--resume none": 2, "stamo recipe diff": 1}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,10 @@ class Command:
         """Whether it reads recipes of full size, and runs nothing of them."""
         return bool(re.search(r"--dry-run|--offline|^stamo (plan|recipe (explain|schema|list|show \w+$))", self.text))
 
+    @property
+    def code(self) -> int:
+        return next((code for part, code in CODES.items() if part in self.text), 0)
+
     def words(self) -> list[str]:
         """Its arguments, as they run here."""
         text = self.text
@@ -82,24 +93,23 @@ def commands() -> list[Command]:
     for page in PAGES:
         for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             for text in re.findall(r"[^\n]*<<'END'\n.*?\nEND\n|[^\n]+", block.replace("\\\n", " "), re.DOTALL):
-                if words := text if "<<" in text else re.sub(r"(^|\s)#.*", "", text).strip():
-                    found[Command(page.stem, words)] = None
+                line = text if "<<" in text else " ".join(re.sub(r"(^|\s)#.*", "", text).split())
+                if line:
+                    found[Command(page.stem, line)] = None
     return list(found)
 
 
-def write_small(folder: Path) -> set[str]:
-    """`folder`/recipes/NAME.yaml for every recipe of the repository, of few steps, that of large models the demo's.
+def sources(recipes: Iterable[Recipe]) -> set[str]:
+    """The folders of their shards."""
+    return {path for recipe in recipes for config in recipe.data.sources.values() for path in config.paths}
 
-    Returns the folders of their sources.
-    """
-    paths = set()
+
+def write_small(folder: Path) -> None:
+    """`folder`/recipes/NAME.yaml for every recipe of the repository: of few steps, and of the demo's models."""
+    (folder / "recipes").mkdir()
     for path in sorted(RECIPES.glob("*.yaml")):
-        recipe = load(path).recipe
-        paths |= {source for config in recipe.data.sources.values() for source in config.paths}
-        toy = folder / "recipes" / path.name
-        toy.parent.mkdir(parents=True, exist_ok=True)
-        toy.write_text(yaml.safe_dump({"extends": str(path)} | _small(recipe)))
-    return paths
+        small = {"extends": str(path)} | _small(load(path).recipe)
+        (folder / "recipes" / path.name).write_text(yaml.safe_dump(small))
 
 
 def _small(recipe: Recipe) -> dict[str, Any]:
@@ -119,8 +129,9 @@ def _small(recipe: Recipe) -> dict[str, Any]:
     if recipe.stage == "tokenizer":
         return small | {"model": demo.model.model_dump(mode="json")}
     policy = demo.policy.model_dump(mode="json")
-    if recipe.policy.lora is not None:
-        policy |= {"weights": "base", "config": {}, "lora": recipe.policy.lora.model_dump(mode="json")}
+    if recipe.policy.diffusion is None:
+        policy |= {"weights": "base", "config": {}, "actions": recipe.policy.actions}
+        policy["lora"] = recipe.policy.lora and recipe.policy.lora.model_dump(mode="json")
     return small | {"policy": policy}
 
 

@@ -10,10 +10,13 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from warm import Warm
+from warm import Started, Warm
+
+_LONGEST = 600.0  # seconds, of which an extension of DeepSpeed that is not yet compiled takes most
 
 
 class Terminal:
@@ -46,29 +49,38 @@ class Shell:
     def __init__(self, warm: Warm, folder: Path):
         self._warm, self._folder, self.seconds = warm, folder, dict[str, float]()
 
-    def __call__(
-        self, where: Path, words: Sequence[str], *, columns: int | None = None, check: bool = False, timeout: float = 120
-    ) -> tuple[int, str]:
-        """(exit code, what it said) of `stamo WORDS`; in a terminal of so many columns, or into a file.
+    def __call__(self, where: Path, words: Sequence[str], *, columns: int | None = None, code: int = 0) -> str:
+        """What `stamo WORDS` says in a terminal of so many columns, or into a file.
 
-        `check`: It must end with 0, without a traceback, and have written a table in whole.
+        It must end with `code`, without a traceback, cut no table, and write nothing into a file that only a terminal
+        understands.
         """
-        began, said = time.monotonic(), self._folder / f"{len(self.seconds)}.out"
         terminal = Terminal(columns) if columns else None
+        try:
+            with self.started(where, words, terminal) as started:
+                ended = started.wait(_LONGEST)
+        finally:
+            said = terminal.close() if terminal else started.stdout.read_text()
+        told = f"in {where}:\nstamo {' '.join(words)}\nexited {ended}:\n{said}"
+        assert ended == code, told
+        assert "Traceback" not in said, told
+        assert not re.search(r"[│┃].*…", said), f"a table is cut {told}"
+        assert terminal or not re.search(r"[\r\x1b]", said), f"written for a terminal {told}"
+        return said
+
+    @contextmanager
+    def started(self, where: Path, words: Sequence[str], terminal: Terminal | None = None) -> Iterator[Started]:
+        """`stamo WORDS`, which is killed at the end if it still runs."""
+        began, number = time.monotonic(), len(self.seconds)
+        environment = {"TERM": "xterm-256color"} if terminal else {"COLUMNS": "80"}
+        if "--dry-run" in words:
+            environment["HF_HUB_OFFLINE"] = "0"  # weights that a cluster has need not be here
         started = self._warm.start(
-            *words, stdout=terminal.path if terminal else said, folder=where,
-            environment={"TERM": "xterm-256color"} if terminal else {"COLUMNS": "80"},
+            *words, folder=where, stdout=terminal.path if terminal else self._folder / f"{number}.out",
+            environment=environment,
         )  # fmt: skip
         try:
-            code = started.wait(timeout)
+            yield started
         finally:
             started.kill()
-            text = terminal.close() if terminal else said.read_text()
-        self.seconds[f"{len(self.seconds)} {' '.join(words)}"] = time.monotonic() - began
-        if check:
-            told = f"in {where}:\nstamo {' '.join(words)}\nexited {code}:\n{text}"
-            assert not code, told
-            assert "Traceback" not in text, told
-            assert not re.search(r"[│┃].*…", text), f"a table is cut {told}"
-            assert terminal or not re.search(r"[\r\x1b]", text), f"written for a terminal {told}"
-        return code, text
+            self.seconds[f"{number} {' '.join(words)}"] = time.monotonic() - began

@@ -1,26 +1,33 @@
 """Every command of README and docs runs, one after the other, and each uses what those before it made.
 
-README on what `make demo` leaves, in a terminal of 80 columns; the others into a file, on that and on the runs and shards
-that they speak of.
+README on what `make demo` leaves, in a terminal of 80 columns; the others into a file, on that and on the runs and
+shards that they speak of.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import signal
+import socket
 import subprocess
-from itertools import groupby
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from pages import ELSEWHERE, RECIPES, ROOT, SIZE, Command, commands, make_sources, write_small
+from pages import ELSEWHERE, PAGES, RECIPES, ROOT, SIZE, Command, commands, make_sources, sources, write_small
 from terminal import Shell
 from toy_policy import make_base
 from warm import Warm
 
+from stamo_dist.recipe.load import load
 from stamo_dist.run.success import Success, Successes
 
 EVERY = commands()
+RUN = {command.page for command in EVERY if not command.elsewhere}
 #: Runs that pages speak of, of the demo's.
 RUNS = {
     "runs/my_run": "demo/runs/tokenizer", "runs/my_other_run": "demo/runs/tokenizer",
@@ -49,7 +56,7 @@ def after_demo(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data stats demo/shards/libero", "data stats demo/shards/metaworld", "train vae_demo", "encode tokenizer_demo",
         "train tokenizer_demo", "eval reconstruct demo/runs/tokenizer --frames 8", "report demo/runs/tokenizer",
     ):  # fmt: skip
-        shell(folder, command.split(), check=True)
+        shell(folder, command.split())
     return folder
 
 
@@ -59,13 +66,13 @@ def furnished(shell: Shell, after_demo: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(after_demo, folder, dirs_exist_ok=True)
     make_base(folder / "base")
-    sources = write_small(folder) | set(SHARDS)
-    new = sorted(source for source in sources if not (folder / source).exists())
+    named = sources(load(path).recipe for path in RECIPES.glob("*.yaml")) | set(SHARDS)
+    new = sorted(source for source in named if not (folder / source).exists())
     make_sources(folder, new, SIZE)
     for source in new:
-        shell(folder, ["data", "stats", source], check=True)
+        shell(folder, ["data", "stats", source])
     for recipe in ("policy_openvla_state_demo", "policy_openvla_state"):
-        shell(folder, ["train", recipe], check=True)
+        shell(folder, ["train", recipe])
     for run, made in RUNS.items():
         shutil.copytree(folder / made, folder / run)
     for run in ("runs/my_policy", "runs/policy_openvla_state"):
@@ -81,22 +88,43 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(RECIPES, folder / "recipes")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
+    recipes = [load(path).recipe for path in sorted(RECIPES.glob("*.yaml"))]
+    make_sources(folder, sources(recipe for recipe in recipes if recipe.data.image_size == 256), 256)
+    make_sources(folder, sources(recipe for recipe in recipes if recipe.data.image_size == 224), 224)
     return folder
 
 
-def of_page(page: str) -> list[Command]:
-    return [c for c in EVERY if c.page == page and not c.elsewhere]
+def run_all(shell: Shell, page: str, folder: Path, checkout: Path, columns: int | None = None) -> None:
+    for command in EVERY:
+        if command.page == page and not command.elsewhere:
+            where = checkout if command.only_plans else folder
+            if command.text.startswith("stamo serve"):
+                serve_and_stop(shell, where, command)
+            elif command.text.startswith("stamo "):
+                shell(where, command.words(), columns=columns, code=command.code)
+            else:
+                subprocess.run(["bash", "-ec", command.text], cwd=where, check=True)
 
 
-def run_all(shell: Shell, some: list[Command], folder: Path, checkout: Path, columns: int | None = None) -> None:
-    for command in some:
-        where = checkout if command.only_plans else folder
-        if command.text.startswith("stamo "):
-            shell(where, command.words(), columns=columns, check=True)
-        else:
-            subprocess.run(["bash", "-ec", command.text], cwd=where, check=True)
+def serve_and_stop(shell: Shell, where: Path, command: Command) -> None:
+    """Until it answers, and then Ctrl-C."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with shell.started(where, [port if word == "8777" else word for word in command.words()]) as server:
+        while server.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+                assert json.load(answer)["frames"]
+                break
+            time.sleep(0.1)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130, server.stdout.read_text()
 
 
-@pytest.mark.parametrize("page", [page for page, _ in groupby(EVERY, lambda c: c.page) if page != "README" and of_page(page)])
+def test_readme_in_a_terminal(shell: Shell, after_demo: Path, checkout: Path) -> None:
+    run_all(shell, "README", after_demo, checkout, columns=80)
+
+
+@pytest.mark.parametrize("page", [page.stem for page in PAGES if page.stem in RUN and page.stem != "README"])
 def test_the_page(page: str, shell: Shell, furnished: Path, checkout: Path) -> None:
-    run_all(shell, of_page(page), furnished, checkout)
+    run_all(shell, page, furnished, checkout)
