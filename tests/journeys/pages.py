@@ -31,7 +31,6 @@ ELSEWHERE = {
     r"stamo data convert (?!metaworld demo/raw/doors)": "tests/tools, a file a format",
     r"stamo data check .* --against": "tests/tools/test_check_source.py",
     r"stamo data formats": "tests/tools/test_formats.py",
-    r"stamo (eval|train|recipe \w+|mix|encode) recipes/my_(trimmed_)?mix": "tests/cli/test_recipe_commands.py",
     r"stamo eval (plan|rollout)": "tests/evaluate/test_closed_loop.py",
     r"stamo eval during": "tests/evaluate/test_during.py",
     r"stamo eval actions weights/|stamo serve weights/": "released weights: tests/models, tests/publish",
@@ -105,11 +104,25 @@ def sources(recipes: Iterable[Recipe]) -> set[str]:
 
 
 def write_small(folder: Path) -> None:
-    """`folder`/recipes/NAME.yaml for every recipe of the repository: of few steps, and of the demo's models."""
-    (folder / "recipes").mkdir()
-    for path in sorted(RECIPES.glob("*.yaml")):
-        small = {"extends": str(path)} | _small(load(path).recipe)
-        (folder / "recipes" / path.name).write_text(yaml.safe_dump(small))
+    """`folder`/recipes/NAME.yaml for every recipe of the repository: of few steps, and of the demo's models.
+
+    So is base/tokenizer.yaml, from which the pages' examples are.
+    """
+    (folder / "recipes/base").mkdir(parents=True)
+    whole = {path.name: path for path in sorted(RECIPES.glob("*.yaml"))}
+    for name, path in {**whole, "base/tokenizer.yaml": whole["tokenizer_sim.yaml"]}.items():
+        small = {"extends": str(RECIPES / name)} | _small(load(path).recipe)
+        (folder / "recipes" / name).write_text(yaml.safe_dump(small))
+
+
+def write_examples(folder: Path) -> list[Path]:
+    """The recipes that pages write out, as the files that their first lines name."""
+    written = []
+    for page in PAGES:
+        for name, text in re.findall(r"```yaml\n# (recipes/\S+\.yaml)\n(.*?)```", page.read_text(), re.DOTALL):
+            (folder / name).write_text(text)
+            written.append(folder / name)
+    return written
 
 
 def _small(recipe: Recipe) -> dict[str, Any]:

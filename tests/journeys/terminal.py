@@ -64,7 +64,10 @@ class Shell:
         told = f"in {where}:\nstamo {' '.join(words)}\nexited {ended}:\n{said}"
         assert ended == code, told
         assert "Traceback" not in said, told
-        assert not re.search(r"[│┃].*…", said), f"a table is cut {told}"
+        rows = re.findall(r".*[│┃].*", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said))
+        assert not [row for row in rows if "…" in row or len(row.strip()) > (columns or len(row))], (
+            f"a table is cut {told}"
+        )
         assert terminal or not re.search(r"[\r\x1b]", said), f"written for a terminal {told}"
         return said
 

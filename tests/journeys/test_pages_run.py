@@ -18,7 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from pages import ELSEWHERE, PAGES, RECIPES, ROOT, SIZE, Command, commands, make_sources, sources, write_small
+from pages import (
+    ELSEWHERE,
+    PAGES,
+    RECIPES,
+    ROOT,
+    SIZE,
+    Command,
+    commands,
+    make_sources,
+    sources,
+    write_examples,
+    write_small,
+)
 from terminal import Shell
 from toy_policy import make_base
 from warm import Warm
@@ -33,6 +45,12 @@ RUNS = {
     "runs/my_run": "demo/runs/tokenizer", "runs/my_other_run": "demo/runs/tokenizer",
     "runs/tokenizer_sim": "demo/runs/tokenizer", "runs/my_policy": "demo/runs/policy_openvla_state",
 }  # fmt: skip
+MY_RECIPE = """\
+extends: tokenizer_demo.yaml
+name: mine
+run_dir: runs/mine
+optimizer: {schedule: wsd, decay_steps: 2}
+"""
 SHARDS = ("shards/libero", "shards/metaworld", "demo/shards/metaworld_few")
 
 
@@ -66,7 +84,8 @@ def furnished(shell: Shell, after_demo: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(after_demo, folder, dirs_exist_ok=True)
     make_base(folder / "base")
-    named = sources(load(path).recipe for path in RECIPES.glob("*.yaml")) | set(SHARDS)
+    recipes = [*RECIPES.glob("*.yaml"), *write_examples(folder)]
+    named = sources(load(path).recipe for path in recipes) | set(SHARDS)
     new = sorted(source for source in named if not (folder / source).exists())
     make_sources(folder, new, SIZE)
     for source in new:
@@ -78,7 +97,7 @@ def furnished(shell: Shell, after_demo: Path, tmp_path_factory: pytest.TempPathF
     for run in ("runs/my_policy", "runs/policy_openvla_state"):
         measured = Success(step=2, success=50.0, low=9.0, high=91.0, trials=2)
         Successes(measured, measured).write(folder / run)
-    (folder / "recipes/my_recipe.yaml").write_text("extends: tokenizer_demo.yaml\nname: mine\nrun_dir: runs/mine\n")
+    (folder / "recipes/my_recipe.yaml").write_text(MY_RECIPE)
     return folder
 
 
@@ -88,9 +107,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(RECIPES, folder / "recipes")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
-    recipes = [load(path).recipe for path in sorted(RECIPES.glob("*.yaml"))]
+    recipes = [load(path).recipe for path in [*sorted(RECIPES.glob("*.yaml")), *write_examples(folder)]]
     make_sources(folder, sources(recipe for recipe in recipes if recipe.data.image_size == 256), 256)
-    make_sources(folder, sources(recipe for recipe in recipes if recipe.data.image_size == 224), 224)
     return folder
 
 
