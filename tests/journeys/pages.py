@@ -30,25 +30,22 @@ ELSEWHERE = {
     r"stamo data convert .*(s3|hf)://|stamo (data )?(sync|check) .*s3://": "tests/tools/test_bucket_sources.py",
     r"stamo data convert (?!metaworld demo/raw/doors)": "tests/tools, a file a format",
     r"stamo data check .* --against": "tests/tools/test_check_source.py",
-    r"stamo data formats": "tests/tools/test_formats.py",
     r"stamo eval (plan|rollout)": "tests/evaluate/test_closed_loop.py",
     r"stamo eval during": "tests/evaluate/test_during.py",
-    r"stamo eval actions weights/|stamo serve weights/": "released weights: tests/models, tests/publish",
+    r"stamo (eval actions|serve) weights/|stamo serve my-lab/": "weights that others made: tests/models, tests/serve",
     r"stamo export .* --(push|format openvla)": "tests/publish",
-    r"stamo serve (runs|demo|my-lab|exports/adapter)": "tests/serve",
-    r"stamo submit (?!.*--dry-run|recipes/doors)": "tests/launch/test_local_submit.py, tests/slurm",
-    r"stamo (status runs/demo|runs demo/runs/tokenizer/sweep)$": "what those made: tests/launch/test_status.py",
-    r"stamo (doctor|logs|status) (runs|recipes)/tokenizer_sim|stamo doctor$|stamo doctor .*--no-job": "tests/launch",
-    r"stamo (cancel|resume) ": "tests/launch/test_local_submit.py, tests/slurm",
+    r"stamo (status runs/demo|runs demo/runs/tokenizer/sweep)$": "of a submission: tests/launch/test_status.py",
+    r"stamo doctor .*--cluster gpu": "Slurm: tests/slurm",
+    r"stamo status .*--watch|stamo logs runs/tokenizer_sim": "of a job: tests/slurm/test_watch.py, tests/launch",
+    r"stamo (cancel|resume) ": "a job: tests/launch/test_local_submit.py, tests/slurm",
     r"stamo chaos ": "tests/chaos",
     r"stamo init |stamo train recipes/vae.yaml": "tests/cli/test_wheel.py",
-    r"stamo demo( --policy)?$": "minutes: make demo; what it calls: tests/cli/test_about.py",
 }
 #: What runs with other words: fewer steps than the pages speak of, no GPU, not for hours.
 TINY = {
     "step_00000200": "step_00000002", "--branch 20000": "--branch 2", "--device cuda": "--device cpu",
     "train.steps=200_000": "train.steps=6", "--set policy.vision=fused --set data.image_size=224": "",
-    "--set policy.weights=null": "",
+    "--set policy.weights=null": "", "stamo demo": "stamo demo --dry-run",
     "--nproc 8": "--nproc 1", "--processes 8": "--processes 2", "--episodes 10 --size 128": "--episodes 2 --size 128",
 }  # fmt: skip
 STEPS, SIZE = 4, 64
@@ -72,7 +69,8 @@ class Command:
     @property
     def only_plans(self) -> bool:
         """Whether it reads recipes of full size, and runs nothing of them."""
-        return bool(re.search(r"--dry-run|--offline|^stamo (plan|recipe (explain|schema|list|show \w+$))", self.text))
+        plans = r"--cluster gpu|--offline|^stamo (demo|plan|recipe (explain|schema|list|show \w+$))"
+        return bool(re.search(plans, self.text))
 
     @property
     def code(self) -> int:
@@ -83,7 +81,8 @@ class Command:
         text = self.text
         for given, tiny in TINY.items():
             text = text.replace(given, tiny)
-        return shlex.split(text)[1:]
+        submits = self.page != "README" and text.startswith("stamo submit ")
+        return [*shlex.split(text)[1:], *["--dry-run"][:submits]]
 
 
 def commands() -> list[Command]:

@@ -90,7 +90,7 @@ def furnished(shell: Shell, after_demo: Path, tmp_path_factory: pytest.TempPathF
     make_sources(folder, new, SIZE)
     for source in new:
         shell(folder, ["data", "stats", source])
-    for recipe in ("policy_openvla_state_demo", "policy_openvla_state"):
+    for recipe in ("policy_openvla_state_demo", "policy_oft_state_demo", "policy_openvla_state"):
         shell(folder, ["train", recipe])
     for run, made in RUNS.items():
         shutil.copytree(folder / made, folder / run)
@@ -128,8 +128,8 @@ def serve_and_stop(shell: Shell, where: Path, command: Command) -> None:
     """Until it answers, and then Ctrl-C."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    with shell.started(where, [port if word == "8777" else word for word in command.words()]) as server:
+        port = free.getsockname()[1]
+    with shell.started(where, [*command.words(), "--port", str(port)]) as server:
         while server.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
                 assert json.load(answer)["frames"]
