@@ -34,7 +34,7 @@ ELSEWHERE = {
     r"stamo eval during": "tests/evaluate/test_during.py",
     r"stamo (eval actions|serve) weights/|stamo serve my-lab/": "weights that others made: tests/models, tests/serve",
     r"stamo export .* --(push|format openvla)": "tests/publish",
-    r"stamo (status runs/demo|runs demo/runs/tokenizer/sweep)$": "of a submission: tests/launch/test_status.py",
+    r"stamo (status runs/demo|runs demo/runs/tokenizer/sweep)$": "tests/slurm/test_pipeline.py, tests/launch",
     r"stamo doctor .*--cluster gpu": "Slurm: tests/slurm",
     r"stamo status .*--watch|stamo logs runs/tokenizer_sim": "of a job: tests/slurm/test_watch.py, tests/launch",
     r"stamo (cancel|resume) ": "a job: tests/launch/test_local_submit.py, tests/slurm",
@@ -46,6 +46,9 @@ TINY = {
     "step_00000200": "step_00000002", "--branch 20000": "--branch 2", "--device cuda": "--device cpu",
     "train.steps=200_000": "train.steps=6", "--set policy.vision=fused --set data.image_size=224": "",
     "--set policy.weights=null": "", "stamo demo": "stamo demo --dry-run",
+    "eval reconstruct": "eval reconstruct --frames 8", "eval interpolate": "eval interpolate --episodes 1",
+    "eval transfer": "eval transfer --pairs 1", "eval probe": "eval probe --seeds 1 --epochs 2 --episodes 2",
+    "eval speed": "eval speed --calls 2", "--seeds 3": "", "--calls 30": "",
     "--nproc 8": "--nproc 1", "--processes 8": "--processes 2", "--episodes 10 --size 128": "--episodes 2 --size 128",
 }  # fmt: skip
 STEPS, SIZE = 4, 64
@@ -151,7 +154,7 @@ def make_sources(root: Path, folders: Iterable[str], size: int) -> None:
     """A source in each of these folders, its table with the instructions of its shards; they lack statistics."""
     for folder in map(Path, folders):
         source = make_source(
-            root / folder.parent, folder.name, episodes=5, length=16, size=size, cameras=("agentview",),
+            root / folder.parent, folder.name, episodes=5, length=10, size=size, cameras=("agentview",),
             shard_bytes=1 << 20,
         )  # fmt: skip
         for table in source.glob("*/" + EPISODES):

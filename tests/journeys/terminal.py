@@ -9,7 +9,6 @@ import re
 import struct
 import termios
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,11 @@ from pathlib import Path
 from warm import Started, Warm
 
 _LONGEST = 600.0  # seconds, of which an extension of DeepSpeed that is not yet compiled takes most
+
+
+def plain(said: str) -> str:
+    """Without what colours it and moves the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
 
 
 class Terminal:
@@ -44,10 +48,10 @@ class Terminal:
 
 
 class Shell:
-    """Runs commands in a folder; keeps how long each took, in `seconds`."""
+    """Runs commands in a folder."""
 
     def __init__(self, warm: Warm, folder: Path):
-        self._warm, self._folder, self.seconds = warm, folder, dict[str, float]()
+        self._warm, self._folder, self._count = warm, folder, 0
 
     def __call__(self, where: Path, words: Sequence[str], *, columns: int | None = None, code: int = 0) -> str:
         """What `stamo WORDS` says in a terminal of so many columns, or into a file.
@@ -64,7 +68,7 @@ class Shell:
         told = f"in {where}:\nstamo {' '.join(words)}\nexited {ended}:\n{said}"
         assert ended == code, told
         assert "Traceback" not in said, told
-        rows = re.findall(r".*[│┃].*", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said))
+        rows = re.findall(r".*[│┃].*", plain(said))
         assert not [row for row in rows if "…" in row or len(row.strip()) > (columns or len(row))], (
             f"a table is cut {told}"
         )
@@ -74,16 +78,15 @@ class Shell:
     @contextmanager
     def started(self, where: Path, words: Sequence[str], terminal: Terminal | None = None) -> Iterator[Started]:
         """`stamo WORDS`, which is killed at the end if it still runs."""
-        began, number = time.monotonic(), len(self.seconds)
+        self._count += 1
         environment = {"TERM": "xterm-256color"} if terminal else {"COLUMNS": "80"}
         if "--dry-run" in words:
             environment["HF_HUB_OFFLINE"] = "0"  # weights that a cluster has need not be here
         started = self._warm.start(
-            *words, folder=where, stdout=terminal.path if terminal else self._folder / f"{number}.out",
+            *words, folder=where, stdout=terminal.path if terminal else self._folder / f"{self._count}.out",
             environment=environment,
         )  # fmt: skip
         try:
             yield started
         finally:
             started.kill()
-            self.seconds[f"{number} {' '.join(words)}"] = time.monotonic() - began

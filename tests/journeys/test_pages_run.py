@@ -31,7 +31,7 @@ from pages import (
     write_examples,
     write_small,
 )
-from terminal import Shell
+from terminal import Shell, plain
 from toy_policy import make_base
 from warm import Warm
 
@@ -57,6 +57,8 @@ SHARDS = ("shards/libero", "shards/metaworld", "demo/shards/metaworld_few")
 def test_what_is_run_elsewhere_is_still_there() -> None:
     unused = [pattern for pattern in ELSEWHERE if not any(re.match(pattern, c.text) for c in EVERY)]
     assert not unused
+    files = re.findall(r"tests/[\w/.]+\w", " ".join(ELSEWHERE.values()))
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,18 @@ def serve_and_stop(shell: Shell, where: Path, command: Command) -> None:
         assert server.wait(60) == 130, server.stdout.read_text()
 
 
+@pytest.mark.parametrize(
+    "words", ["runs demo/runs", "status demo/runs", "eval reconstruct demo/runs/tokenizer --frames 4"]
+)
+def test_tables_lose_no_column_on_80(words: str, shell: Shell, after_demo: Path) -> None:
+    wide, narrow = (shell(after_demo, words.split(), columns=columns) for columns in (200, 80))
+    heading = next(line for line in plain(wide).splitlines() if re.match(r"┃|run  ", line))
+    columns = [name for name in re.split(r"\s{2,}|\s*┃\s*", heading.strip()) if name]
+    assert len(columns) >= 5
+    assert [name for name in columns if not re.search(rf"\b{name}\b", plain(narrow))] == []
+
+
+@pytest.mark.sim
 def test_readme_in_a_terminal(shell: Shell, after_demo: Path, checkout: Path) -> None:
     run_all(shell, "README", after_demo, checkout, columns=80)
 
