@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -17,6 +19,7 @@ class Whole:
         self.table = table
         for column in table.columns:
             column.no_wrap = True
+            column.width = _width([column.header, *column.cells])
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options.update(max_width=_UNLIMITED), self.table)
@@ -40,6 +43,13 @@ class Whole:
                     block.add_row(Text.assemble(heading, style="bold"), of_column[row])
             blocks += [Text(), block]
         return Group(*titles, *blocks, *([Text(str(table.caption))] if table.caption else []))
+
+
+def _width(cells: Sequence[RenderableType]) -> int | None:
+    """Of a column of plain cells of one line, which rich would measure three times; None: rich measures it."""
+    texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in cells]
+    plain = [text for text in texts if isinstance(text, Text) and "\n" not in text.plain]
+    return max(text.cell_len for text in plain) if len(plain) == len(texts) else None
 
 
 def show(console: Console, renderable: RenderableType) -> None:

@@ -18,7 +18,7 @@ from stamo_dist.checkpoint.source import Source, put_back
 from stamo_dist.distributed.ranges import WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.pretrained.files import header, weight_files
-from stamo_dist.pretrained.place import EXPORTED, download, hub_id, source
+from stamo_dist.pretrained.place import EXPORTED, hub_failures, hub_id, not_supplied, snapshot, source
 from stamo_dist.recipe.init_from import InitFrom
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lineage import Weights
@@ -111,17 +111,10 @@ def _path(given: str) -> Path:
     if hub is None or path.parent.is_dir():
         what = "is no folder" if path.exists() else "is not there: it was moved or removed, or never made"
         raise RunError(f"{FIELD}: {given} {what}; {_FORMS}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
-        return Path(snapshot_download(hub[0], revision=hub[1], allow_patterns=list(EXPORTED)))
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        why = str(e).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"{FIELD}: there is no folder {given}, and the hub did not supply it ({type(e).__name__}: {why}); on a "
-            f"machine with network run `{download(*hub)} --local-dir DIR` and set {FIELD}: DIR"
-        ) from None
+        return snapshot(*hub, list(EXPORTED))
+    except hub_failures() as e:
+        raise not_supplied(*hub, FIELD, e) from None
 
 
 def _newest(run: Path, say: Callable[[str], None]) -> Path:

@@ -29,7 +29,7 @@ from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.evaluate.rollout_check import check_rollout
-from stamo_dist.launch import checks
+from stamo_dist.launch.further import FURTHER
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -69,7 +69,7 @@ def _advice(recipe: Recipe) -> list[str]:
     return advice(recipe)
 
 
-checks.FURTHER.append(_advice)
+FURTHER.append(_advice)
 app.add_typer(eval_app, name="eval", cls=WholeSummaries)
 app.add_typer(recipe_app, name="recipe", cls=WholeSummaries)
 COMMANDS: tuple[Callable[..., None], ...] = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-import psutil
 import typer
 
 from stamo_dist.cli.options import Overrides
@@ -101,6 +100,7 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
 
 @with_options(ChaosOptions)
 def chaos(_: typer.Context, asked: ChaosOptions) -> None:
+    import psutil
     from rich.console import Console
 
     from stamo_dist.chaos import results

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from stamo_dist.cli.options import Overrides
 
@@ -34,6 +33,8 @@ def doctor(
 
     Example: stamo doctor recipes/tokenizer_sim.yaml --cluster gpu --nodes 2
     """
+    from rich.console import Console
+
     from stamo_dist.launch.doctor.diagnose import diagnose
     from stamo_dist.launch.doctor.verdict import failed, show
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import typer
@@ -64,6 +63,8 @@ def show_version(wanted: bool) -> None:
 
 
 def _torch() -> str:
+    from importlib import metadata
+
     try:
         import torch
     except ImportError:

@@ -10,20 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from stamo_dist.cli.options import RecipePath
-from stamo_dist.data.at_hand import is_remote
 from stamo_dist.errors import RecipeError, StamoError
-from stamo_dist.launch import checks
-from stamo_dist.recipe.batching import batchings
-from stamo_dist.recipe.difference import differences
-from stamo_dist.recipe.explain import explain as explain_field
-from stamo_dist.recipe.explain import json_schema
-from stamo_dist.recipe.load import load
-from stamo_dist.recipe.render import render
-from stamo_dist.run.recipe_history import resolved_at
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
@@ -39,6 +28,7 @@ def list_() -> None:
 
     Example: stamo recipe list
     """
+    from rich.console import Console
     from rich.table import Table
 
     from stamo_dist.recipe.find import names
@@ -83,6 +73,11 @@ def show(
 
     Example: stamo recipe show recipes/tokenizer_sim.yaml --lr --set optimizer.schedule=wsd
     """
+    from rich.console import Console
+
+    from stamo_dist.recipe.load import load
+    from stamo_dist.recipe.render import render
+
     loaded = load(recipe, overrides or ())
     if lr or picture is not None:
         from stamo_dist.cli.rate import show_rate
@@ -112,6 +107,14 @@ def check(
 
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --offline --world-size 64
     """
+    from rich.console import Console
+    from rich.text import Text
+
+    from stamo_dist.data.at_hand import is_remote
+    from stamo_dist.launch import checks
+    from stamo_dist.recipe.batching import batchings
+    from stamo_dist.recipe.load import load
+
     loaded = load(recipe, overrides or ())
     r = loaded.recipe
     looked = checks.look(loaded, world_size=world_size, offline=offline)
@@ -153,6 +156,9 @@ def diff(
 
     Example: stamo recipe diff recipes/tokenizer_sim.yaml recipes/tokenizer_sim_droid.yaml
     """
+    from stamo_dist.recipe.difference import differences
+    from stamo_dist.run.recipe_history import resolved_at
+
     changes = differences(resolved_at(first), resolved_at(second))
     for change in changes:
         typer.echo(str(change))
@@ -171,6 +177,8 @@ def schema(
 
     Example: stamo recipe schema recipes/schema.json
     """
+    from stamo_dist.recipe.explain import json_schema
+
     text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     if out is None:
         typer.echo(text, nl=False)
@@ -190,4 +198,8 @@ def explain(
 
     Example: stamo recipe explain data.sources
     """
+    from rich.console import Console
+
+    from stamo_dist.recipe.explain import explain as explain_field
+
     Console(highlight=False).print(explain_field(field))

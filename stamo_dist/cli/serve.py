@@ -11,7 +11,6 @@ import typer
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.options import UseOptions
-from stamo_dist.extras import how_to_install
 
 _NEEDED = ("json_numpy", "msgpack", "starlette", "uvicorn", "websockets")
 
@@ -68,6 +67,7 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
     from importlib.util import find_spec
 
     from stamo_dist.evaluate.run_recipe import check_policy
+    from stamo_dist.extras import how_to_install
 
     check_policy(asked.run)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:

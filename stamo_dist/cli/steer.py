@@ -83,8 +83,11 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
         order = submit.plan(recipe_file(launch.snapshot), launch.cluster, resources=submit.Resources(nodes, time=time))
         kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)
         order = replace(order, launch=kept)
+    else:
+        order = submit.off_failing_nodes(order)
     launch = submit.submit(order)
-    return f"{submit.describe(order)}\njob {launch.job}: goes on {_from(run)}"
+    notes = "".join(f"\n  {note}" for note in order.notes)
+    return f"{submit.describe(order)}{notes}\njob {launch.job}: goes on {_from(run)}"
 
 
 def _look(path: Path) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -53,8 +54,12 @@ class SubmitOptions:
 
 @with_options(SubmitOptions)
 def submit(context: typer.Context, asked: SubmitOptions) -> None:
+    gc.disable()  # as in `stamo_dist.cli`
     from stamo_dist.launch import chain, pipeline
     from stamo_dist.launch import submit as jobs
+
+    gc.freeze()
+    gc.enable()
 
     recipe, cluster = asked.recipe, asked.cluster or jobs.default_cluster()
     overrides = asked.set_

@@ -14,8 +14,6 @@ import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.evaluate import options
-from stamo_dist.evaluate.run_recipe import check_policy, check_tokenizer, read_recipe
-from stamo_dist.run.folder import open_run
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.measurement import Measurement
@@ -38,6 +36,8 @@ class EvalTools:
 
 def _check_folder(given: Any) -> None:
     """Refuse a wrong folder before torch is imported, which takes seconds."""
+    from stamo_dist.evaluate.run_recipe import check_policy, check_tokenizer
+
     if isinstance(given, options.UseOptions):
         check_policy(given.policy)  # type: ignore[attr-defined]
     elif not isinstance(given, options.SpeedOptions):
@@ -97,6 +97,9 @@ def during(
 
     Example: stamo eval during runs/policy_openvla_state 4000
     """
+    from stamo_dist.evaluate.run_recipe import read_recipe
+    from stamo_dist.run.folder import open_run
+
     read_recipe(open_run(run), "policy")
     from stamo_dist.evaluate.rollout import roll_out
 

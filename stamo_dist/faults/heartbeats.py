@@ -23,6 +23,7 @@ from typing import Any
 from stamo_dist.paths import canonical
 
 _HUNG = "hung"
+_BLAMED = "hung.json"  # in the run's logs, for the launcher
 _PREFIX = "stamo-watch-"
 _NEVER = -1e18  # seconds of a clock
 _FORGOTTEN = 86400.0  # seconds without a heartbeat after which a folder in memory is abandoned
@@ -174,6 +175,26 @@ def heartbeat_of_main(logs: Path) -> Heartbeat | None:
     """Rank 0's heartbeat, of the newest start that writes to the folder; None if there is none."""
     newest = max(logs.glob("watch_*/node_00000.json"), key=_when, default=None)
     return next((beat for beat in _beats(newest) if beat.rank == 0), None) if newest is not None else None
+
+
+def blame(logs: Path, ranks: list[int]) -> None:
+    """Leave a note that a start hung, and which ranks block it ([]: it is not known); a note with ranks counts."""
+    with contextlib.suppress(OSError):
+        if ranks or not (logs / _BLAMED).exists():
+            _replace(logs / _BLAMED, ranks)
+
+
+def hung_ranks(logs: Path) -> list[int] | None:
+    """The note of `blame`; None without one."""
+    try:
+        return [int(rank) for rank in json.loads((logs / _BLAMED).read_text())]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def forget_blame(logs: Path) -> None:
+    with contextlib.suppress(OSError):
+        (logs / _BLAMED).unlink(missing_ok=True)
 
 
 def _beats(file: Path) -> list[Heartbeat]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from stamo_dist.distributed.collectives import PATIENCE, barrier, broadcast, set_timeout
 from stamo_dist.distributed.rank import World, few_of
 from stamo_dist.exit_codes import EXIT_PREEMPTED
-from stamo_dist.faults.heartbeats import Heartbeat, Heartbeats
+from stamo_dist.faults.heartbeats import Heartbeat, Heartbeats, blame
 from stamo_dist.recipe.training import Train
 
 #: Activity outside steps (as `stamo status` shows it) → the field of `train` that limits it.
@@ -117,6 +117,7 @@ class Watchdog:
             late, beats = waited > limit, self._beats
             if beats is None:
                 if late:
+                    blame(self._logs, [])  # who is late cannot be told before all have met
                     self._leave_alone(f"{self._now(dumped=False)} (train.{field}: {limit:g})")
                 continue
             with contextlib.suppress(OSError):  # a full disk must not block the watchdog
@@ -157,7 +158,9 @@ class Watchdog:
             time.sleep(self._every / _LOOKS)
         with contextlib.suppress(OSError):
             if beats.speaks():
-                print(f"error: {diagnosis(beats.read(), self._world.size, *beats.limit(), self._logs)}", flush=True)
+                seen = beats.read()
+                blame(self._logs, blocking(seen, self._world.size)[0])
+                print(f"error: {diagnosis(seen, self._world.size, *beats.limit(), self._logs)}", flush=True)
             beats.leave(last)
         os._exit(EXIT_PREEMPTED)
 
@@ -169,23 +172,27 @@ def launcher_is_gone() -> bool:
 
 
 def diagnosis(beats: dict[int, Heartbeat], ranks: int, limit: float, field: str, logs: Path) -> str:
-    """The ranks that block the run: those that do not respond, else those with the least progress."""
-    silent = [rank for rank in range(ranks) if rank not in beats or not beats[rank].dumped]
-    least = min((beat.marks for beat in beats.values()), default=0)
-    behind = [rank for rank, beat in sorted(beats.items()) if beat.marks == least]
-    if silent:
-        who = f"{_names(silent)} no longer answer{'s' if len(silent) == 1 else ''} (stopped, dead or cut off)"
-        slowest = silent
-    elif len(behind) < ranks:
-        who, slowest = f"{_names(behind)} {'is' if len(behind) == 1 else 'are'} behind the others", behind
-    else:
-        who, slowest = "all ranks are at the same place, so it is the network or what their stacks show", behind[:1]
-    last = "; ".join(f"rank {rank}: {beats[rank]}" for rank in slowest[:4] if rank in beats)
+    """What a hung run says of the ranks that block it."""
+    slowest, who = blocking(beats, ranks)
+    shown = slowest or sorted(beats)[:1]
+    last = "; ".join(f"rank {rank}: {beats[rank]}" for rank in shown[:4] if rank in beats)
     return (
         f"the run is hung: no progress for {limit:g} s ({field}): {who}. Last seen: {last or 'nothing'}. "
         f"The stacks of all that answer are in {logs}/stack_rank_*.txt. Leaving with code {EXIT_PREEMPTED} to be "
         "started again"
     )
+
+
+def blocking(beats: dict[int, Heartbeat], ranks: int) -> tuple[list[int], str]:
+    """(the ranks that block the run: those that do not respond, else those with the least progress; in words)."""
+    silent = [rank for rank in range(ranks) if rank not in beats or not beats[rank].dumped]
+    least = min((beat.marks for beat in beats.values()), default=0)
+    behind = [rank for rank, beat in sorted(beats.items()) if beat.marks == least]
+    if silent:
+        return silent, f"{_names(silent)} no longer answer{'s' if len(silent) == 1 else ''} (stopped, dead or cut off)"
+    if len(behind) < ranks:
+        return behind, f"{_names(behind)} {'is' if len(behind) == 1 else 'are'} behind the others"
+    return [], "all ranks are at the same place, so it is the network or what their stacks show"
 
 
 def stack_file(logs: Path, rank: int) -> Path:

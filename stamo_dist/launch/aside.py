@@ -150,8 +150,12 @@ def profile_of(run: Path, cluster: str | None) -> tuple[str, ClusterProfile, Lau
         raise RunError("evaluate.rollout.cluster: is missing, and the training was not submitted to Slurm; name one")
     if profile.backend != "slurm":
         raise RunError(f"evaluate.rollout.cluster: {name} is no Slurm cluster; set evaluate.rollout.where: process")
-    one: Mapping[str, Any] = {"nodes": 1, "min_nodes": None, "max_nodes": None, "processes_per_node": None}
-    given = {**profile.model_dump(mode="json"), **one, "gpus_per_node": min(1, profile.gpus_per_node)}
+    one: Mapping[str, Any] = {
+        "nodes": 1, "min_nodes": None, "max_nodes": None, "segment": None, "exclusive": False,
+        "processes_per_node": None,
+    }  # fmt: skip
+    more = {"gpus_per_node": min(1, profile.gpus_per_node), "notify": None}
+    given = {**profile.model_dump(mode="json"), **one, **more}
     return name, ClusterProfile.model_validate(given), training
 
 

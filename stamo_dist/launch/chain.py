@@ -174,8 +174,9 @@ def _shape(work: Work, profile: ClusterProfile) -> list[str]:
         return []
     gpus = min(1, profile.gpus_per_node) if work.words[0] == "eval" else 0
     share = profile.processes if work.words[0] == "data" else 1
-    nothing = ([] if gpus else ["gpu_type=null"]) + ([] if work.words[0] == "data" else ["memory=null"])
-    one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "processes_per_node=null"]
+    nothing = [] if gpus else ["gpu_type=null", "cpu_bind=null"]
+    nothing += [] if work.words[0] == "data" else ["memory=null", "exclusive=false"]
+    one_node = ["nodes=1", "min_nodes=null", "max_nodes=null", "segment=null", "processes_per_node=null"]
     return [*one_node, *nothing, f"gpus_per_node={gpus}", f"cpus_per_gpu={profile.cpus_per_gpu * share}"]
 
 

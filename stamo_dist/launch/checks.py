@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,15 +14,16 @@ from typing import Any
 from stamo_dist.data import at_hand
 from stamo_dist.data.schema import read_manifest
 from stamo_dist.errors import DataError, RecipeError, RunError
-from stamo_dist.launch import slurm
+from stamo_dist.launch import conflicts, container, slurm
+from stamo_dist.launch.further import FURTHER
 from stamo_dist.launch.grace import preemption_grace
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
+from stamo_dist.launch.record import Launch
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
-from stamo_dist.recipe.schema import Recipe
 from stamo_dist.recipe.unread import unread
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
@@ -47,6 +48,7 @@ _HINTS = (
         "Invalid job array specification",
         "the array has more tasks than the cluster's MaxArraySize allows ({max_array}); give fewer values or slices",
     ),
+    ("unrecognized option", "this cluster's Slurm has no such option; `sbatch --help` lists those it has"),
     ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
 )
 
@@ -76,11 +78,6 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
         if nodes > fits[0]
     ]
     return fits, notes
-
-
-#: Further checks of a recipe with local data; each returns notes or raises RecipeError. Registered by the `stamo`
-#: command, because they need numpy or the simulators.
-FURTHER: list[Callable[[Recipe], list[str]]] = []
 
 
 @dataclass(frozen=True)
@@ -196,6 +193,22 @@ def cluster(profile: ClusterProfile, least: int) -> float:
         raise ProfileError(problems)
     preempted = preemption_grace(slurm.config(), partition)
     return min(preempted if preempted is not None else float("inf"), float(profile.signal_delay))
+
+
+def shell_and_container(launch: Launch, script: str) -> list[str]:
+    """Check that sbatch's variables do not contradict the script, and that the container can be made; returns notes.
+
+    Raises:
+        ProfileError: They do.
+        RunError: It cannot.
+    """
+    if found := list(conflicts.of_shell(script, os.environ)):
+        raise ProfileError(found)
+    inside = launch.profile.get("container")
+    if not inside:
+        return []
+    container.own_folders(launch)
+    return list(container.note(inside))
 
 
 def _account(profile: ClusterProfile, name: str, partition: Mapping[str, str]) -> Iterator[str]:

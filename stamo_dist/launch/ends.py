@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,18 @@ def newest_step(run: str | Path) -> int | None:
     return newest_checkpoint(Path(run) / "checkpoints")[0]
 
 
-def stalled(history: Iterable[Event]) -> int:
-    """Number of consecutive starts, since its submission, that ended without a newer checkpoint."""
+def avoided(history: Sequence[Event]) -> list[str]:
+    """The failing nodes that the run is kept off since it was queued last."""
+    return next((e.avoids for e in reversed(history) if e.event in ("submitted", "requeued")), [])
+
+
+def stalled(history: Sequence[Event]) -> int:
+    """Number of consecutive starts, since its submission, that ended without a newer checkpoint.
+
+    Those that failed on nodes which the run is kept off now do not count.
+    """
     best, count, ended = -1, 0, False
+    off = set(avoided(history))
     for e in history:
         if e.event == "submitted":
             best, count, ended = -1, 0, False
@@ -36,13 +45,16 @@ def stalled(history: Iterable[Event]) -> int:
             count = 0 if (e.step or 0) > best else count  # a start whose end is not recorded brought it further
             best, ended = max(best, e.step or 0), False
         elif e.event in ("preempted", "failed") and not ended:  # an end may be recorded twice
-            count = count + 1 if (e.step or 0) <= best else 0
+            if (e.step or 0) > best:
+                count = 0
+            elif not e.blamed or not off.issuperset(e.blamed):
+                count += 1
             best, ended = max(best, e.step or 0), True
     return count
 
 
-def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
-    """What to do after a start of `job` ended with the exit code `code`.
+def judge_exit(launch: Launch, code: int, job: str, blamed: Sequence[str] = ()) -> Verdict:
+    """What to do after a start of `job` ended with the exit code `code`, `blamed`: because of these nodes.
 
     Code 2: the request is impossible, and a restart does not help. 76: training finished, but the model could not be
     exported. After any other code except 0 a run is started again, unless the last `max_restarts` restarts brought no
@@ -64,7 +76,7 @@ def judge_exit(launch: Launch, code: int, job: str) -> Verdict:
     if not left and not trains:
         return Verdict("failed", False, how)
     history = [e for e in since_submitted(launch.run_dir) if e.event == "submitted" or e.job == job]
-    count = stalled([*history, Event(event, step=newest_step(launch.run_dir))])
+    count = stalled([*history, Event(event, step=newest_step(launch.run_dir), blamed=list(blamed))])
     if count > launch.max_restarts:
         return Verdict("failed", False, f"{how}, and {count} starts in a row brought it no further (max_restarts)")
     return Verdict(event, True, how)

@@ -26,9 +26,10 @@ from typing import Any
 
 from stamo_dist.distributed.rank import EXPORTS_LATER, ReservedPort
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
-from stamo_dist.faults.signals import SIGNALS
-from stamo_dist.launch import rank, slurm
-from stamo_dist.launch.ends import Verdict, complete, judge_exit, newest_step, trained
+from stamo_dist.faults.heartbeats import forget_blame
+from stamo_dist.launch import container, failing, rank, slurm
+from stamo_dist.launch.ends import Verdict, avoided, complete, judge_exit, newest_step, trained
+from stamo_dist.launch.notify import hidden, tell_end
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -38,9 +39,12 @@ from stamo_dist.launch.record import (
     now,
     read,
     record,
+    since_submitted,
     task_log,
     unwritable,
 )
+from stamo_dist.launch.step import GPU, step
+from stamo_dist.launch.stop_requests import Requests
 from stamo_dist.words import counted
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
@@ -51,50 +55,12 @@ _SIGNALS = {  # as srun writes them
 _TO_STOP = {128 + s for s in (1, 10, 12, 15)}  # exit codes of processes stopped by a signal before they could handle it
 _AT_WORK = ("started", "exporting")
 _PAUSE = (2.0, 30.0)  # least and most seconds between two requests to a controller that does not answer
-_WAIT = 20  # seconds for the other tasks to report once one has ended
 #: Variables of the batch step, which srun would apply to its own step.
 _NOT_FOR_SRUN = frozenset({
     "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
+    "SLURM_TASKS_PER_NODE", "SLURM_CPU_BIND", "SLURM_GPUS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_DISTRIBUTION",
     "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
 })  # fmt: skip
-
-
-class Requests:
-    """Requests to save and leave that reach this process alone (`scancel --full --signal=USR1`): srun passes them on.
-
-    Those that come while srun does not run yet are passed on when it does. SIGTERM is not: Slurm sends it to every
-    step itself, and a second one would end the processes before they have saved.
-    """
-
-    _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._srun: subprocess.Popen[bytes] | None = None
-        self._early: set[signal.Signals] = set()
-
-    def listen(self) -> None:
-        """Receive them from now on; call it in the main thread, before any other one is started."""
-        for s in SIGNALS:
-            signal.signal(s, _nothing)  # the processes handle them; this one acts on their exit codes
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._PASSED_ON)
-        threading.Thread(target=self._pass_on, name="requests", daemon=True).start()
-
-    def pass_to(self, srun: subprocess.Popen[bytes] | None) -> None:
-        with self._lock:
-            self._srun = srun
-            while srun is not None and self._early:
-                srun.send_signal(self._early.pop())
-
-    def _pass_on(self) -> None:
-        while True:
-            number = signal.Signals(signal.sigwait(self._PASSED_ON))
-            with self._lock:
-                if self._srun is None:
-                    self._early.add(number)
-                else:
-                    self._srun.send_signal(number)
 
 
 class Job:
@@ -109,10 +75,18 @@ class Job:
         self.nodes = slurm.expand(env["SLURM_JOB_NODELIST"])
         self.log = main_log(self.run) if self.task is None or launch.tasks == 1 else task_log(self.run, self.task)
         self._first: int | None = None  # exit code of the task that failed first
+        self._lost: failing.LostTask | None = None  # that task
         self._requests = requests
+        self._last: Event | None = None  # that was recorded
 
     def work(self) -> int:
-        """Run the processes; returns the exit code of the batch script."""
+        """Run the processes, and tell whom the profile names if the run has ended; returns the exit code."""
+        code = self._work()
+        if self._last is not None and (said := tell_end(self.launch, self._last)):
+            self._say(f"job {self.id}: {said}")
+        return code
+
+    def _work(self) -> int:
         usable = [n for n in self.launch.node_counts or [len(self.nodes)] if n <= len(self.nodes)]
         exports = self._exporting()
         if not usable and not exports:  # Slurm may give an export no more nodes than it kept
@@ -121,6 +95,9 @@ class Job:
         srun = slurm.tool("srun")
         if srun is None:
             self._tell("failed", reason="there is no srun: the profile's environment or setup lines hide it from PATH")
+            return 2
+        if lacks := container.missing(self.launch.profile):
+            self._tell("failed", reason=lacks)
             return 2
         self._adopt()
         self._note_what_slurm_did()
@@ -177,7 +154,8 @@ class Job:
         last = next((e for e in newest_first(self.run) if e.job == self.id), None)
         if self.restart and last is not None and last.event in (*_AT_WORK, "preempted", "stopped"):
             silent = "by Slurm: its nodes failed, or it was killed before it had a word"
-            self._tell("requeued", reason=silent if last.event in _AT_WORK else "by Slurm")
+            reason = silent if last.event in _AT_WORK else "by Slurm"
+            self._tell("requeued", reason=reason, avoids=self._avoided)
 
     def _srun(self, command: Sequence[str]) -> int:
         with ReservedPort() as port:  # rank 0 runs on this node
@@ -191,8 +169,11 @@ class Job:
             rank.START: str(self.restart + 1),
             "MASTER_PORT": str(port),
         }
+        env |= hidden(self.launch.profile)
         env |= {EXPORTS_LATER: "1"} if self._exports_later else {}
+        env |= {rank.BIND: GPU} if self.launch.profile.get("cpu_bind") == GPU else {}
         env["SLURM_EXPORT_ENV"] = "ALL"
+        forget_blame(self.run / "logs")
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
         self._requests.pass_to(process)
         reader = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
@@ -214,13 +195,15 @@ class Job:
                 number = re.search(r"exit code (\d+)", match[3])
                 by = next((128 + n for words, n in _SIGNALS.items() if match[3].startswith(words)), 1)
                 self._first = int(number[1]) if number else by
+                self._lost = failing.LostTask(match[1], int(re.split("[,-]", match[2])[0]), match[3])
 
     def _settle(self, code: int) -> int:
         """Have the job queued again if it is to go on, and record what became of it; returns the exit code."""
         if code == 0 and not self._finished():
             self._say(f"job {self.id}: srun gave up (code 0) before its processes had finished")
             code = EXIT_PREEMPTED
-        verdict = judge_exit(self.launch, code, self.id)
+        blame = self._blame(code)
+        verdict = judge_exit(self.launch, code, self.id, blame.nodes)
         if verdict.event == "finished":
             self._tell("finished")
             return 0
@@ -228,26 +211,48 @@ class Job:
         over = 1 if code == EXIT_PREEMPTED else code
         fate, refusal = self._ask(verdict)
         if fate == "cancelled":
-            if not self._cancelled():
+            if self._cancelled():
+                self._last = Event("cancelled", job=self.id)
+            else:
                 self._tell("cancelled", reason="scancel")
             return over
         by_slurm = fate == "queued"
         ended = by_slurm or (fate == "ending" and verdict.again)  # by Slurm, whatever the exit code
         left = ended or verdict.event == "preempted"
-        reason = verdict.reason
+        reason = f"{blame.cause}: {verdict.reason}" if blame.cause == failing.HUNG else verdict.reason
         if ended and code != EXIT_PREEMPTED:
             reason = f"Slurm ended it before it had left (code {code})"
-        self._tell("preempted" if left else verdict.event, reason=reason)
-        self._say(f"job {self.id}: {'preempted' if left else verdict.event}: {reason}")
+        event: What = "preempted" if left else verdict.event
+        found: dict[str, Any] = {} if ended else {"blamed": blame.nodes, "cause": blame.cause}
+        nodes = failing.failing_now(self.launch, Event(event, job=self.id, **found))
+        self._tell(event, reason=reason, **found)
+        self._say(f"job {self.id}: {event}: {reason}")
         if refusal:
             self._tell("stopped", reason=f"{refusal}; `stamo resume {self.run}` goes on")
             self._say(f"job {self.id}: {refusal}; `stamo resume {self.run}` goes on")
             return EXIT_PREEMPTED if left else code
         if not by_slurm and not verdict.again:
             return over
-        self._tell("requeued", reason="by Slurm" if by_slurm else reason)
+        avoids, said = failing.keep_off(self.launch, self.id, nodes, self._avoided)
+        again = "by Slurm" if by_slurm else reason
+        self._tell("requeued", reason="; ".join(filter(None, (again, said))), avoids=avoids)
         self._say(f"job {self.id}: {'Slurm has queued it again already' if by_slurm else 'queued again'}")
+        if said:
+            self._say(f"job {self.id}: {said}")
         return code
+
+    def _blame(self, code: int) -> failing.Blame:
+        """The nodes to blame for a start that ended with this code, of a training."""
+        if code in (0, 2) or self.launch.command[:1] != ["train"]:
+            return failing.Blame()
+        ids = {self.id, os.environ["SLURM_JOB_ID"]}
+        heads = [f"--- start {self.restart + 1} of job {id}" for id in ids]
+        per_node, left = self.launch.processes_per_node, code == EXIT_PREEMPTED
+        return failing.find_blame(self.run, self.nodes, per_node, heads, self._lost, left=left)
+
+    @property
+    def _avoided(self) -> list[str]:
+        return avoided(since_submitted(self.run))
 
     def _finished(self) -> bool:
         """Whether code 0 means what it says: srun also returns it when it gives up processes that Slurm is killing."""
@@ -320,36 +325,15 @@ class Job:
 
     def _tell(self, what: What, **about: Any) -> None:
         """Record an event, if that can be written: it never ends the job."""
+        self._last = Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about)
         try:
-            record(self.run, Event(what, job=self.id, restart=self.restart, step=newest_step(self.run), **about))
+            record(self.run, self._last)
         except OSError as e:
             self._say(f"job {self.id}: {what} could not be recorded ({e.strerror})")
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the log lies on the run's disk
             print(text, flush=True)
-
-
-def step(launch: Launch, nodes: Sequence[str] | int, *, task: str = "0", srun: str = "srun") -> list[str]:
-    """The srun command of a start on these nodes (or this many); `task`: of an array that divides one command."""
-    profile, per_node = launch.profile, launch.processes_per_node
-    count = nodes if isinstance(nodes, int) else len(nodes)
-    assert launch.snapshot is not None, "submit takes one"
-    container = profile.get("container") or {}
-    flags = [f"--container-image={container['image']}"] if container else []
-    flags += [f"--container-mounts={','.join(container['mounts'])}"] if container.get("mounts") else []
-    where = [] if isinstance(nodes, int) else [f"--nodelist={','.join(nodes)}"]
-    return [
-        srun, f"--nodes={count}", f"--ntasks={count * per_node}", f"--ntasks-per-node={per_node}", *where,
-        f"--cpus-per-task={profile.get('cpus_per_gpu', 1)}", f"--wait={_WAIT}", "--kill-on-bad-exit=0", "--export=ALL",
-        "--input=none", *flags, *profile.get("srun", ()), profile.get("python") or sys.executable,
-        f"{launch.snapshot}/code/run.py", "stamo_dist.launch.rank",
-        *(word.replace("{task}", task) for word in launch.command),
-    ]  # fmt: skip
-
-
-def _nothing(*_: object) -> None:
-    """A no-op handler, so that the signal does not end this process."""
 
 
 def main(runs: list[str]) -> int:

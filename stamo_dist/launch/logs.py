@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.launch.record import folder, main_log, rank_log
 
 _POLL = 0.3  # seconds
+_LOOK = 2.0  # seconds between looks for further logs
 _BLOCK = 1 << 16
 _HEAD = re.compile(rb"^--- start .*?: rank \d+ of \d+ @ (\S+?),")
 _TAIL = 1 << 17  # bytes read at the end of each log
@@ -93,9 +94,14 @@ class JobLog:
         return self._labelled([rest] if rest else [])
 
     def _labelled(self, lines: Sequence[bytes]) -> list[str]:
-        prefix = f"{self.label} | " if self.label else ""
-        # A progress bar rewrites its line: only the last version counts.
-        return [prefix + line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace") for line in lines]
+        said = []
+        for line in lines:
+            if self.label and (head := _HEAD.match(line)):  # a start, perhaps on another node
+                self.label = f"{self.label.partition(' @ ')[0]} @ {head[1].decode()}"
+            prefix = f"{self.label} | " if self.label else ""
+            # A progress bar rewrites its line: only the last version counts.
+            said.append(prefix + line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace"))
+        return said
 
 
 def ranks(run: Path) -> dict[int, Path]:
@@ -143,10 +149,16 @@ def choose(run: Path, rank: str | None) -> list[JobLog]:
     return [JobLog(rank_log(run, int(rank)))]
 
 
-def follow(logs: Sequence[JobLog], over: Callable[[], bool]) -> Iterator[str]:
-    """Yield added lines until `over` and no more arrive."""
+def follow(
+    logs: Sequence[JobLog], over: Callable[[], bool], choose: Callable[[], Sequence[JobLog]] = tuple
+) -> Iterator[str]:
+    """Yield added lines until `over` and no more arrive; `choose`: the logs that there are now."""
+    logs, looked = list(logs), 0.0
     while True:
         ended = over()
+        if ended or time.monotonic() > looked + _LOOK:
+            known, looked = {log.path for log in logs}, time.monotonic()
+            logs += [log for log in choose() if log.path not in known]
         fresh = [line for log in logs for line in log.more()]
         yield from fresh
         if ended and not fresh:
@@ -209,6 +221,13 @@ def first_error(run: str | Path) -> str:
     if said:
         return said
     return str(min(failures, key=lambda f: (f.time, f.rank))) if failures else ""
+
+
+def failures_of(run: str | Path, heads: Collection[str]) -> list[Failure]:
+    """The failures that the ranks logged in one start, whose lines in the logs begin with one of `heads`."""
+    files = [main_log(run), *sorted(main_log(run).parent.glob("rank_*.log"))]
+    texts = (lines for lines in map(_last_start, files) if lines and lines[0].startswith(tuple(heads)))
+    return [failure for lines in texts for failure in _failures(lines)]
 
 
 def _last_start(path: Path) -> list[str]:

@@ -17,10 +17,11 @@ if __name__ == "__main__":  # at once: a signal before the run can save would en
 from collections.abc import Mapping
 from pathlib import Path
 
+from stamo_dist.launch.affinity import bind
 from stamo_dist.shipped import IS_WHEEL
 
-#: Set by the job: the folder for the logs, rank 0's log, and which start this is.
-RUN, LOG, START = "STAMO_RUN", "STAMO_LOG", "STAMO_START"
+#: Set by the job: the folder for the logs, rank 0's log, which start this is, and whether a rank binds itself.
+RUN, LOG, START, BIND = "STAMO_RUN", "STAMO_LOG", "STAMO_START", "STAMO_CPU_BIND"
 
 
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -74,6 +75,9 @@ def main(arguments: list[str]) -> None:
     env = {**os.environ, **environment(os.environ)}
     if run := env.get(RUN):
         _log_to(run, env)
+    if env.get(BIND):
+        said = bind(int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]), env)
+        print(f"rank {env['RANK']} @ {env.get('SLURMD_NODENAME', os.uname().nodename)}: {said}", flush=True)
     if arguments[:1] != ["train"]:  # other commands do not save and exit: a signal ends them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     entry = Path(__file__).resolve().parents[2] / "run.py"  # exists in a snapshot

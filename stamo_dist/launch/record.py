@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import getpass
 import json
 import os
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 Kind = Literal["run", "array", "stage", "beside"]  # "beside": runs beside a training, not a run of its own
+FAILING_NODE_HOURS = 12.0  # for which a node is left out, where the profile does not say
 _ENDS = ("failed", "stopped", "cancelled")
 What = Literal[
     "submitted", "started", "exporting", "preempted", "requeued", "finished", "failed", "cancelled", "stopped"
@@ -133,6 +135,9 @@ class Event:
     world_size: int | None = None
     step: int | None = None  # step of the newest complete checkpoint
     reason: str = ""
+    blamed: list[str] = field(default_factory=list)  # nodes on which the start failed or hung
+    cause: str = ""  # the error there
+    avoids: list[str] = field(default_factory=list)  # failing nodes that the start to come is kept off
     time: str = field(default_factory=now)
 
 
@@ -222,8 +227,13 @@ def hindrance(launch: Launch) -> str:
 
 
 def _fields_of(kind: type, found: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
+    names = _names(kind)
     return {name: value for name, value in found.items() if name in names}
+
+
+@functools.cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind))
 
 
 def registered() -> list[Path]:

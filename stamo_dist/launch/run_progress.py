@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,57 @@ import yaml
 from stamo_dist.faults.heartbeats import heartbeat_of_main
 from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.history import last_objects
+from stamo_dist.run.history import TooLongError, backwards, parsed
 from stamo_dist.run.lease import Owner, newest_owner
-from stamo_dist.run.success import Successes, is_late
+from stamo_dist.run.success import KEY, Successes, is_late
 from stamo_dist.tracking.alarms import alarm_text
 from stamo_dist.tracking.progress import duration
 
 _WINDOW = 50  # number of logged steps for the speed
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SECTIONS = re.compile(r"^(?:name|train):.*\n?(?:(?:[ \t].*)?\n)*", re.MULTILINE)  # those that are read of a recipe
+
+
+class Window:
+    """The last logged steps. Lines are parsed when they are asked for: a table of many runs needs two of each."""
+
+    def __init__(self, lines: list[bytes] | None = None):
+        self._lines = lines or []  # oldest first
+
+    @classmethod
+    def of(cls, metrics: Path) -> Window:
+        with suppress(OSError, TooLongError), metrics.open("rb") as f:
+            steps = (line for _, line in backwards(f) if line.rstrip().endswith(b"}") and not _is_late(line))
+            return cls(list(islice(steps, _WINDOW))[::-1])
+        return cls()
+
+    @cached_property
+    def last(self) -> dict[str, Any]:
+        return next(_objects(reversed(self._lines)), {})
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """All of them, oldest first."""
+        return list(_objects(self._lines))
+
+    @property
+    def mean_loss(self) -> float | None:
+        losses = [value for line in self.lines if (value := _loss(line)) is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def alarm(self) -> str:
+        """The last spike."""
+        return next((alarm_text(line) for line in reversed(self.lines) if line.get("alarms")), "")
+
+    @property
+    def step_seconds(self) -> float | None:
+        timed = (line for line in _objects(self._lines) if "step" in line and "seconds" in line)
+        first = next(timed, None)
+        last = next((line for line in _objects(reversed(self._lines)) if "step" in line and "seconds" in line), None)
+        if first is None or last is None or last["step"] <= first["step"]:
+            return None
+        return max(1e-9, (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
 
 
 @dataclass(frozen=True)
@@ -33,7 +79,6 @@ class Progress:
     steps: int | None = None  # in all
     step: int = 0  # last logged step
     loss: float | None = None
-    mean_loss: float | None = None  # over the last logged steps
     rate: float | None = None  # samples per second, over the last steps
     step_seconds: float | None = None
     written: float | None = None  # timestamp of the last line of metrics
@@ -44,7 +89,7 @@ class Progress:
     exported: bool = False  # whether training finished and the model was exported
     phase: str = ""  # rank 0's activity outside steps, such as "building" or "exporting", and its seconds
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
-    alarm: str = ""  # the last spike among the last logged steps
+    window: Window = field(default_factory=Window)
     successes: Successes = field(default_factory=Successes)  # a policy's success in closed loop
 
     @property
@@ -66,18 +111,14 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         run: The folder; it may be empty or missing.
         recipe: The resolved recipe, for a run that has not started and so has no `resolved.yaml`.
     """
-    resolved = _yaml(run / "resolved.yaml") or (_yaml(recipe) if recipe else {})
+    resolved = _sections(run / "resolved.yaml") or (_sections(recipe) if recipe else {})
     train = resolved.get("train") or {}
-    newest = last_objects(run / "metrics.jsonl", lambda line: not is_late(line))
-    lines = list(islice(newest, _WINDOW))[::-1]
-    step_seconds = _step_seconds(lines)
-    last = lines[-1] if lines else {}
+    window = Window.of(run / "metrics.jsonl")
+    last, step_seconds = window.last, window.step_seconds
     batch = None
     if "global_batch" in train:
         batch = BatchSizes.of(train["global_batch"]).at(max(0, last.get("step", 1) - 1))
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
-    losses = [value for line in lines if (value := _loss(line)) is not None]
-    mean = sum(losses) / len(losses) if losses else None
     checkpoint, saved = newest_checkpoint(run / "checkpoints")
     owner, silence = newest_owner(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
@@ -86,7 +127,6 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         steps=train.get("steps"),
         step=last.get("step") or checkpoint or 0,
         loss=_loss(last),
-        mean_loss=mean,
         rate=rate,
         step_seconds=step_seconds,
         written=_when(run / "metrics.jsonl"),
@@ -97,7 +137,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         exported=_exported(run, checkpoint),
         phase=_phase(run),
         terms=terms,
-        alarm=next((alarm_text(line) for line in reversed(lines) if line.get("alarms")), ""),
+        window=window,
         successes=Successes.read(run),
     )
 
@@ -138,11 +178,12 @@ def _loss(line: dict[str, Any]) -> float | None:
     return values[0] if values and isinstance(values[0], (int, float)) else None
 
 
-def _step_seconds(lines: list[dict[str, Any]]) -> float | None:
-    steps = [line for line in lines if "step" in line and "seconds" in line]
-    if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"]:
-        return None
-    return max(1e-9, (steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]))
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    return (found for line in lines if (found := parsed(line)) is not None)
+
+
+def _is_late(line: bytes) -> bool:
+    return KEY.encode() in line and is_late(parsed(line) or {})
 
 
 def _when(path: Path) -> float | None:
@@ -152,9 +193,10 @@ def _when(path: Path) -> float | None:
         return None
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _sections(recipe: Path) -> dict[str, Any]:
+    """`name` and `train` of a resolved recipe: parsing all of it takes most of the time of a table of many runs."""
     try:
-        found = yaml.load(path.read_text(), Loader=_Loader)
+        found = yaml.load("".join(_SECTIONS.findall(recipe.read_text())), Loader=_Loader)
     except (OSError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -32,6 +32,8 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
+_OF_THE_QUEUE = re.compile(r"#SBATCH --(dependency|kill-on-invalid-dep|array|hold)\b")  # not of the nodes
+
 #: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
 _AWAY = re.compile(
     r"unable to contact|unable to connect|unable to establish|timed out|connection (refused|reset|timed)|no route to"
@@ -160,6 +162,32 @@ def shrink(job: str, nodes: int) -> None:
         run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", cwd=folder)
 
 
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Have a waiting job stay off these nodes, and off no others.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+
+def refuses(job: str, without: Sequence[str]) -> str:
+    """Why Slurm would not take the job's script again without these nodes; "" if it would.
+
+    Raises:
+        SlurmError: It cannot be asked.
+    """
+    script = run("scontrol", "write", "batch_script", job.partition("_")[0], "-")
+    lines = (line for line in script.splitlines(keepends=True) if not _OF_THE_QUEUE.match(line))
+    try:
+        run("sbatch", "--test-only", f"--exclude={','.join(without)}", stdin="".join(lines))
+    except SlurmAwayError:
+        raise
+    except SlurmError as e:
+        return str(e).partition(": ")[2]
+    return ""
+
+
 def partitions() -> dict[str, dict[str, str]]:
     """Name → output of `scontrol show partition`."""
     lines = run("scontrol", "--oneliner", "show", "partition").splitlines()
@@ -281,4 +309,8 @@ def _passed(text: str) -> float | None:
 
 
 def _pairs(line: str) -> dict[str, str]:
-    return dict(re.findall(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line))
+    """The pairs of a line, each name's first: words of a command or comment come later and may look like pairs."""
+    found: dict[str, str] = {}
+    for name, value in re.findall(r"([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line):
+        found.setdefault(name, value)
+    return found

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import record, slurm, supervise
+from stamo_dist.launch.ends import avoided
 from stamo_dist.launch.logs import first_error
 from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, registered
 from stamo_dist.launch.run_progress import Progress, age, read_progress
@@ -84,7 +85,8 @@ class Run:
             "restarts": self.state.restarts, "step": p.step, "steps": p.steps, "samples_per_second": p.rate,
             "eta": p.eta, "loss": p.loss, "checkpoint": p.checkpoint, "checkpoint_age": age(p.saved),
             "nodes": self.nodes, "job": self.launch.job if self.launch else None,
-            "cluster": self.launch.cluster if self.launch else None, **asdict(p.successes),
+            "cluster": self.launch.cluster if self.launch else None, "stays_off": avoided(self.history),
+            **asdict(p.successes),
         }  # fmt: skip
 
 
@@ -135,19 +137,25 @@ def recent(runs: Iterable[Run], hours: float = 24.0) -> list[Run]:
 def collect(paths: Iterable[Path]) -> list[Run]:
     """The status of these runs, most recent activity first, but a pipeline's stages in their order."""
     folders = [path for path in paths if is_run(path)]
-    with ThreadPoolExecutor(8) as pool:  # a shared file system serves several requests at once
+    with ThreadPoolExecutor(16) as pool:  # a shared file system serves several requests at once
         read = list(pool.map(_read, folders))
-    wanted = [launch.job for launch, _, _ in read if launch and launch.job and not _is_local(launch)]
-    jobs: list[SlurmJob] = []
-    asked = True
-    if wanted:
-        try:
-            jobs = slurm.jobs(wanted)
-        except slurm.SlurmError:
-            asked = False
-    runs = [_run(path, *found, jobs, asked) for path, found in zip(folders, read, strict=True)]
+        jobs, asked = _jobs_of(launch for launch, _, _ in read)
+        runs = list(pool.map(lambda path, found: _run(path, *found, jobs=jobs, asked=asked), folders, read))
     pipelines = {run.launch.pipeline if run.launch else None for run in runs}
     return runs if len(pipelines) == 1 and None not in pipelines else sorted(runs, key=lambda run: -run.touched)
+
+
+def _jobs_of(launches: Iterable[Launch | None]) -> tuple[dict[str, list[SlurmJob]], bool]:
+    """(the jobs of all of them by the id or that of their array, from one call of squeue; whether Slurm answered)."""
+    wanted = [launch.job for launch in launches if launch and launch.job and not _is_local(launch)]
+    found: dict[str, list[SlurmJob]] = {}
+    try:
+        for job in slurm.jobs(wanted) if wanted else ():
+            for id in dict.fromkeys((job.id, job.id.partition("_")[0])):
+                found.setdefault(id, []).append(job)
+    except slurm.SlurmError:
+        return {}, False
+    return found, True
 
 
 def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
@@ -160,13 +168,19 @@ def _read(path: Path) -> tuple[Launch | None, Progress, list[Event]]:
 
 
 def _run(
-    path: Path, launch: Launch | None, progress: Progress, history: list[Event], jobs: list[SlurmJob], asked: bool
+    path: Path,
+    launch: Launch | None,
+    progress: Progress,
+    history: list[Event],
+    *,
+    jobs: Mapping[str, list[SlurmJob]],
+    asked: bool,
 ) -> Run:
     job, note, watched = None, "", None
     if launch and launch.job and _is_local(launch):
         watched = supervise.supervised(path)
     elif launch and launch.job:
-        job, note = _of(launch.job, jobs)
+        job, note = _of(jobs.get(launch.job, []))
     mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history
     trains = launch is not None and launch.command[:1] == ["train"]
     state = judge_state(progress, mine, job, asked=asked, watched=watched, trains=trains)
@@ -178,6 +192,8 @@ def _run(
         state = replace(state, detail=f"{error} ({state.detail})" if state.detail else error)
     if state.word in ("failed", "stopped", "lost") and (full := _full(path)):
         state = replace(state, detail=f"{full} ({state.detail})" if state.detail else full)
+    if state.live and (off := avoided(mine)):
+        state = replace(state, detail=", ".join(filter(None, (state.detail, f"stays off {','.join(off)}"))))
     if note:
         state = replace(state, detail=", ".join(part for part in (note, state.detail) if part))
     return Run(path, launch, progress, history, job, state)
@@ -192,9 +208,8 @@ def _full(path: Path) -> str:
     return "" if free else f"the disk of {path} is full: make room, then `stamo resume {path}`"
 
 
-def _of(job: str, jobs: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:
-    """The job with this id; for an array the most significant task, and the number of ended ones."""
-    mine = [j for j in jobs if j.id == job or j.id.partition("_")[0] == job]
+def _of(mine: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:
+    """The job of a launch; for an array the most significant task, and the number of ended ones."""
     if len(mine) < 2:
         return (mine[0] if mine else None), ""
     failed = [j for j in mine if not j.active and j.state != "COMPLETED"]
@@ -259,16 +274,17 @@ def sweep_table(runs: Sequence[Run]) -> RenderableType:
     def swept(field: str) -> Callable[[Run], str | Text]:
         return lambda run: values[run.path].get(field, "")
 
+    means = {run.path: mean for run in runs if (mean := run.progress.window.mean_loss) is not None}
     chosen: list[tuple[str, Callable[[Run], str | Text]]] = [(field, swept(field)) for field in differ]
     columns: list[tuple[str, Callable[[Run], str | Text]]] = [
         *chosen,
         ("state", _state),
         ("step", _step),
         ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
-        ("mean of the last 50", lambda r: f"{r.progress.mean_loss:.4f}" if r.progress.mean_loss is not None else ""),
+        ("mean of the last 50", lambda r: f"{means[r.path]:.4f}" if r.path in means else ""),
         ("folder", lambda r: r.path.name),
     ]
-    best = sorted(runs, key=lambda r: float("inf") if r.progress.mean_loss is None else r.progress.mean_loss)
+    best = sorted(runs, key=lambda r: means.get(r.path, float("inf")))
     return Group(_table(best, columns), _details(best))
 
 
@@ -281,8 +297,8 @@ def one_run(run: Run) -> RenderableType:
         others = {k: v for k, v in p.terms.items() if k in ("grad_norm", "lr")}
         rows.append(("last loss", f"{p.loss:.4f}" + "".join(f"  {k} {v:.4g}" for k, v in others.items())))
     rows += [(name, said) for name, keys in _LAST.items() if (said := _values(p.terms, keys))]
-    if p.alarm:
-        rows.append(("ALARM", p.alarm))
+    if alarm := p.window.alarm:
+        rows.append(("ALARM", alarm))
     if p.rate is not None:
         rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):
@@ -298,6 +314,9 @@ def one_run(run: Run) -> RenderableType:
     if run.launch:
         again = f", {run.state.restarts} restarts" if run.state.restarts else ""
         rows.append(("job", f"{run.launch.job or 'none'} on {run.launch.cluster}{again}"))
+    if off := avoided(run.history):
+        causes = {node: e.cause for e in run.history for node in e.blamed}
+        rows.append(("stays off", "; ".join(f"{node}: {causes[node]}" if causes.get(node) else node for node in off)))
     for after, changed in changes_of(RunFolder(run.path)):
         said = "; ".join(f"{field}: {old} → {new}" for field, (old, new) in changed.items())
         rows.append((f"changed @ {after:,}", said))
@@ -310,9 +329,7 @@ def one_run(run: Run) -> RenderableType:
         events.add_column(column)
     for e in run.history:
         when = f"{datetime.fromisoformat(e.time).astimezone():%m-%d %H:%M:%S}"
-        where = (
-            f"{','.join(e.nodes)} × {counted(e.world_size, 'rank')}" if e.nodes and e.world_size else ",".join(e.nodes)
-        )
+        where = ",".join(e.nodes or e.blamed) + (f" × {counted(e.world_size, 'rank')}" if e.world_size else "")
         events.add_row(when, e.event, "" if e.step is None else str(e.step), where, e.reason)
     since: list[RenderableType] = [Text(), Whole(events)] if run.history else []
     return Group(Text(run.name, style="bold"), grid, *since)
@@ -353,13 +370,17 @@ def _details(runs: Sequence[Run]) -> Text:
 def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]]) -> Whole:
     """Columns in which no run has anything are left out."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    cells = {name: [value(run) for run in runs] for name, value in columns}
-    cells = {name: of_runs for name, of_runs in cells.items() if any(map(str, of_runs))}
+    cells = {name: [_text(value(run)) for run in runs] for name, value in columns}
+    cells = {name: of_runs for name, of_runs in cells.items() if any(of_runs)}
     for name in cells:
         table.add_column(name)
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     return Whole(table)
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
 
 
 def _from_here(path: Path) -> str:

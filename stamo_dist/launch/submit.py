@@ -16,11 +16,19 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import checks, slurm, supervise
+from stamo_dist.launch import checks, container, failing, slurm, supervise
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
-from stamo_dist.launch.job import step
-from stamo_dist.launch.profile import LOCAL, ClusterProfile, ProfileError, load_profile, names
+from stamo_dist.launch.notify import unheard
+from stamo_dist.launch.profile import (
+    AS_PROFILED,
+    LOCAL,
+    ClusterProfile,
+    ProfileError,
+    Resources,
+    load_profile,
+    names,
+)
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -32,6 +40,8 @@ from stamo_dist.launch.record import (
     take_snapshot,
     task_log,
 )
+from stamo_dist.launch.shell import before_the_run
+from stamo_dist.launch.step import step
 from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Loaded, load
 
@@ -48,6 +58,7 @@ class JobOrder:
     members: list[JobOrder] = field(default_factory=list)  # runs of a sweep submitted as one job array, self first
     after: list[str] = field(default_factory=list)  # jobs that must have finished
     notes: list[str] = field(default_factory=list)  # notes for the user
+    avoids: list[str] = field(default_factory=list)  # nodes on which earlier starts failed
 
     @property
     def tasks(self) -> int:
@@ -69,26 +80,6 @@ def default_cluster() -> str:
     if slurm.available():
         raise ProfileError([f"--cluster: name one, there is Slurm here: {', '.join(names())}"])
     return LOCAL
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of the command line that override the profile; None: the profile's."""
-
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    time: str | None = None
-
-    def changes(self) -> list[str]:
-        """The profile fields that it overrides, `field=value` each."""
-        asked = {"gpus_per_node": self.gpus_per_node, "time": self.time}
-        found = [f"{name}={value}" for name, value in asked.items() if value]
-        found += ["processes_per_node=null"] if self.gpus_per_node else []  # one process per GPU
-        nodes = [] if self.nodes is None else [f"nodes={self.nodes}", "min_nodes=null", "max_nodes=null"]
-        return [*found, *nodes]
-
-
-AS_PROFILED = Resources()
 
 
 def plan(
@@ -145,15 +136,40 @@ def ask(
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     checks.folder(run)
     grace = float(profile.signal_delay)
+    if profile.backend == "slurm":
+        notes += checks.shell_and_container(launch, _Sbatch(order).text())
     if profile.backend == "slurm" and slurm.available():
         grace = checks.cluster(profile, order.least)
         _Sbatch(order).test()
+        order = off_failing_nodes(order)
+    notes += unheard(given)
     if loaded is not None and trains and profile.backend == "slurm":
         order = replace(order, loaded=_with_grace(loaded, grace))
         often = loaded.recipe.train.checkpoint
         warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
         notes += [warning] if warning else []
     return order
+
+
+def off_failing_nodes(order: JobOrder) -> JobOrder:
+    """The order without the nodes on which several starts of the run failed lately, unless too few are left.
+
+    Raises:
+        SlurmAwayError: Slurm does not answer.
+    """
+    nodes = failing.failing_now(order.launch)
+    if not nodes or order.profile.backend == "local":
+        return order
+    off = replace(order, avoids=list(nodes))
+    try:
+        _Sbatch(off).test()
+    except slurm.SlurmAwayError:
+        raise
+    except slurm.SlurmError as e:
+        order.notes.append(failing.kept_on(nodes, str(e)))
+        return order
+    order.notes.append(failing.kept_off(nodes))
+    return off
 
 
 def _with_grace(loaded: Loaded, seconds: float) -> Loaded:
@@ -262,7 +278,7 @@ def _prepared(order: JobOrder, stack: ExitStack) -> JobOrder:
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     order = replace(order, launch=replace(launch, snapshot=taken, command=command, job_ids=list(before)))
     main_log(run).parent.mkdir(parents=True, exist_ok=True)
-    record(run, Event("submitted", step=newest_step(run)))
+    record(run, Event("submitted", step=newest_step(run), avoids=order.avoids))
     order.launch.write()  # written before queueing: the job may start before sbatch returns
     return order
 
@@ -283,17 +299,21 @@ class _Sbatch(SlurmExecutor):
     def __init__(self, order: JobOrder):
         self.order = order
         super().__init__(folder(order.launch.run_dir) / "sbatch")
-        p, launch = order.profile, order.launch
+        p, launch, given = order.profile, order.launch, order.profile.model_dump(mode="json")
+        exports = container.exports(given)
         counts = launch.node_counts or [launch.nodes]
         more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
-        more |= {"requeue": True, "chdir": os.getcwd(), **p.sbatch}
+        if p.notify is not None and p.notify.mail:
+            kinds = {"end": "END", "failure": "FAIL"}
+            more |= {"mail-user": p.notify.mail, "mail-type": ",".join(kinds[on] for on in p.notify.on)}
+        more |= {"requeue": True, "chdir": os.getcwd(), **({"exclusive": True} if p.exclusive else {})}
+        more |= {**({"segment": p.segment} if p.segment else {}), **p.sbatch, **p.gpu_options(max(counts))}
         if min(counts) < max(counts):
             more["nodes"] = f"{min(counts)}-{max(counts)}"
         if order.tasks:
             more["array"] = f"0-{order.tasks - 1}"
         if order.after:
             more |= {"dependency": f"afterok:{':'.join(order.after)}", "kill-on-invalid-dep": "yes"}
-        gpus = f"{p.gpu_type}:{p.gpus_per_node}" if p.gpu_type else p.gpus_per_node
         # One task per node with the CPUs of all processes: a range of nodes cannot be combined with tasks per node.
         self.update_parameters(
             job_name=launch.name,
@@ -303,14 +323,13 @@ class _Sbatch(SlurmExecutor):
             time=p.time,
             nodes=max(counts),
             cpus_per_task=_cpus(order),
-            gpus_per_node=gpus or None,
             mem=p.memory,
             constraint=p.constraint,
-            exclude=p.exclude,
+            exclude=",".join(filter(None, (p.exclude, *order.avoids))) or None,
             wckey=None,
             stderr_to_stdout=True,
             use_srun=False,
-            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in p.environment.items()), *p.setup],
+            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in exports.items()), *before_the_run(given)],
             additional_parameters=more,
         )
 

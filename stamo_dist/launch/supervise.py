@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.faults.signals import SIGNALS
 from stamo_dist.launch.ends import Verdict, judge_exit, newest_step
 from stamo_dist.launch.local import Ranks
+from stamo_dist.launch.notify import hidden, tell_end
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -39,6 +41,7 @@ from stamo_dist.launch.record import (
     snapshot_command,
     unwritable,
 )
+from stamo_dist.launch.shell import before_the_run
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
 from stamo_dist.words import counted
@@ -75,10 +78,10 @@ def job_id(pid: int) -> str:
 
 
 def command(launch: Launch) -> list[str]:
-    """The command of each process, preceded by the profile's setup lines in the same shell."""
+    """The command of each process, preceded by the profile's modules and setup lines in the same shell."""
     words = process_command(launch)
-    setup = launch.profile.get("setup")
-    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else words
+    lines = before_the_run(launch.profile)
+    return ["bash", "-c", "\n".join([*lines, 'exec "$@"']), "bash", *words] if lines else words
 
 
 def supervisor(run: str | Path) -> Owner | None:
@@ -145,9 +148,10 @@ class _Supervisor:
             while any(map(busy, launch.after)) and not (self._ending or cancelled(run)):
                 time.sleep(_LOOK)  # under another supervisor
             if cancelled(run):
+                self._tell_end(launch, Event("cancelled", job=self.job))
                 continue
             if why := _ENDED if self._ending else hindrance(launch):
-                self._record_event(run, "stopped", reason=why)
+                self._tell_end(launch, self._record_event(run, "stopped", reason=why))
             else:
                 self._run(run, launch)
 
@@ -164,12 +168,12 @@ class _Supervisor:
             if verdict.event == "failed" and (why := unwritable(run)):
                 verdict = Verdict("failed", False, f"{verdict.reason}; {why}; `stamo resume {run}` goes on")
             if verdict.again and cancelled(run):
-                return
+                return self._tell_end(launch, Event("cancelled", job=self.job))
             if verdict.again and self._ending:
                 verdict = Verdict("stopped", False, _ENDED)
-            self._record_event(run, verdict.event, restart=restart, reason=verdict.reason)
+            last = self._record_event(run, verdict.event, restart=restart, reason=verdict.reason)
             if not verdict.again:
-                return
+                return self._tell_end(launch, last)
             restart += 1
             self._record_event(run, "requeued", restart=restart)
             time.sleep(_PAUSE if verdict.event == "failed" else 0)
@@ -181,7 +185,7 @@ class _Supervisor:
         for rank in range(1, processes):
             with rank_log(run, rank).open("a") as other:
                 other.write(f"{head}: rank {rank} of {processes} @ {node}, {when}\n")
-        environment = {"PYTHONUNBUFFERED": "1", **launch.profile.get("environment", {})}
+        environment = {"PYTHONUNBUFFERED": "1", **launch.profile.get("environment", {}), **hidden(launch.profile)}
         with main_log(run).open("ab", buffering=0) as log:
             log.write(f"{head} on {node}: {counted(processes, 'process')}, {when}\n".encode())
             with Ranks(command(launch), processes, run, main=log, env=environment, forward=self._signal) as ranks:
@@ -209,11 +213,19 @@ class _Supervisor:
         elif self._asked and moment > self._asked + _GRACE:
             ranks.signal(signal.SIGKILL)
 
-    def _record_event(self, run: Path, what: What, **about: Any) -> None:
+    def _record_event(self, run: Path, what: What, **about: Any) -> Event:
+        event = Event(what, job=self.job, step=newest_step(run), **about)
         try:
-            record(run, Event(what, job=self.job, step=newest_step(run), **about))
+            record(run, event)
         except OSError as e:  # never ends the run, nor those that come after it
             print(f"{run}: {what} could not be recorded ({e.strerror})", flush=True)
+        return event
+
+    def _tell_end(self, launch: Launch, event: Event) -> None:
+        """Tell whom the profile names that the run has ended."""
+        if said := tell_end(launch, event):
+            with suppress(OSError), main_log(launch.run_dir).open("a") as log:
+                log.write(f"job {self.job}: {said}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Also with registers (Darcet et al. 2023, arXiv 2309.16588), its Dinov2WithRegist
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.models import weights
+from stamo_dist.models import dinov2_names, weights
 from stamo_dist.models.images import imagenet_normalise, resize, to_float
 from stamo_dist.models.recompute import recompute_transformers
 from stamo_dist.models.weights import LoadReport
@@ -82,7 +83,8 @@ class Encoder(nn.Module):
     @classmethod
     def from_checkpoint(cls, found: weights.PretrainedCheckpoint, image_size: int, output: str = "patches") -> Encoder:
         """Load an opened checkpoint."""
-        model, report = weights.load(lambda: _build(found.config), found)
+        stored = dinov2_names.of_the_class(found.stored)
+        model, report = weights.load(lambda: _build(found.config), replace(found, stored=stored))
         encoder = cls(model, image_size, output)
         encoder.report = report
         return encoder
@@ -114,12 +116,12 @@ class Encoder(nn.Module):
         decides: dict[str, object] = {"class": type(self.model).__name__, "image_size": self.image_size}
         if self.output != "patches":  # left out by the first fingerprints
             decides["output"] = self.output
-        return weights.fingerprint(decides, self.model.state_dict(), seen)
+        return weights.fingerprint(decides, dinov2_names.released(self.model.state_dict()), seen)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write transformers' layout."""
+        """Write transformers' layout, by the released names."""
         self.model.config.save_pretrained(folder)
-        weights.save(self.model.state_dict(), folder / "model.safetensors", dtype)
+        weights.save(dinov2_names.released(self.model.state_dict()), folder / "model.safetensors", dtype)
 
 
 def _build(config: Mapping[str, Any]) -> Dinov2:

@@ -57,20 +57,17 @@ def from_hub(given: str, mark: str, field: str) -> Path | None:
     Raises:
         CheckpointError: the hub could not be reached, or has no such repository.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     hub = hub_id(given)
     if hub is None:
         return None
     repo, revision = hub
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=[mark]))
+        root = snapshot(repo, revision, [mark])
         if not (root / mark).is_file():
             return None
-        return Path(snapshot_download(repo, revision=root.name, allow_patterns=list(EXPORTED)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _not_supplied(repo, revision, field, error) from error
+        return snapshot(repo, root.name, list(EXPORTED))
+    except hub_failures() as error:
+        raise not_supplied(repo, revision, field, error) from error
 
 
 def has_weights(folder: Path) -> bool:
@@ -139,28 +136,25 @@ def _names(subfolders: Sequence[str]) -> str:
 def _from_hub(
     repo: str, revision: str | None, subfolders: Sequence[str], field: str, extra: Sequence[str], alone: str | None
 ) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     named = repo + (f"@{revision}" if revision else "")
     try:
         for prefix in [f"{sub}/" if sub else "" for sub in subfolders]:
-            root = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{prefix}config.json"]))
+            root = snapshot(repo, revision, [f"{prefix}config.json"])
             if not (root / prefix / "config.json").is_file():
                 continue
             # Each commit has its own folder in the cache: take all files from this one, even if the branch moves now.
             for variant in VARIANTS:
                 patterns = [f"{prefix}{pattern}" for pattern in _patterns(variant)]
-                snapshot_download(repo, revision=root.name, allow_patterns=[*patterns, *extra])
+                snapshot(repo, root.name, [*patterns, *extra])
                 if any(next((root / prefix).glob(pattern), None) for pattern in _patterns(variant)):
                     break
             return root / prefix
         if alone is not None:
-            root = Path(snapshot_download(repo, revision=revision, allow_patterns=[alone]))
+            root = snapshot(repo, revision, [alone])
             if (root / alone).is_file():
-                return Path(snapshot_download(repo, revision=root.name, allow_patterns=[alone, *extra]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _not_supplied(repo, revision, field, error) from error
+                return snapshot(repo, root.name, [alone, *extra])
+    except hub_failures() as error:
+        raise not_supplied(repo, revision, field, error) from error
     raise CheckpointError(
         f"{field}: there is no {_names(subfolders)} in {named} on the hub; give a repository in the layout of "
         "diffusers or transformers (Stable Diffusion 3: stabilityai/stable-diffusion-3-medium-diffusers), or download "
@@ -168,7 +162,32 @@ def _from_hub(
     )
 
 
-def _not_supplied(repo: str, revision: str | None, field: str, error: Exception) -> CheckpointError:
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder of a repository's commit in the hub's cache, with the files of these patterns, downloaded if needed.
+
+    Raises:
+        one of `hub_failures`: the hub could not be reached, or has no such repository or revision.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    # huggingface_hub 1 asks the hub which files a commit has, even offline, unless it is told that the cache is all.
+    offline = constants.HF_HUB_OFFLINE
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+
+
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What `snapshot` raises."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        from httpx import HTTPError  # huggingface_hub 1; before, requests' errors are OSErrors
+    except ImportError:
+        return HfHubHTTPError, OSError, ValueError
+    return HTTPError, HfHubHTTPError, OSError, ValueError
+
+
+def not_supplied(repo: str, revision: str | None, field: str, error: Exception) -> CheckpointError:
+    """The error to raise where `snapshot` failed."""
     named = repo + (f"@{revision}" if revision else "")
     why = (str(error).strip().splitlines() or [""])[-1]
     return CheckpointError(

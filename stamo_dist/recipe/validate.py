@@ -19,7 +19,7 @@ from stamo_dist.recipe.training import Train
 
 T = TypeVar("T", bound=Section)
 
-_STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)+): (.*)", re.DOTALL)
+_STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)*): (.*)", re.DOTALL)
 
 
 def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | None, list[str]]:
@@ -95,7 +95,8 @@ def _placed_all(found: Mapping[Key, list[str]], merged: Merged) -> list[str]:
 
 
 def _placed(key: Key, message: str, places: Mapping[Key, str]) -> str:
-    if match := _STARTS_WITH_FIELD.fullmatch(message):
+    match = _STARTS_WITH_FIELD.fullmatch(message)
+    if match and ("." in match[1] or (not key and (match[1],) in places)):
         key, message = tuple(match[1].split(".")), match[2]
     return located(place_of(key, places), key, message)
 

@@ -96,6 +96,21 @@ class ReportedRun:
         return changes_of(self.folder)
 
     @property
+    def failing_nodes(self) -> list[tuple[str, str, str, str]]:
+        """(when, nodes that a start failed on, nodes that the run was kept off since, why)."""
+        found, off = list[tuple[str, str, str, str]](), list[str]()
+        for event in sample(self.folder.path / "launch" / "events.jsonl").objects:
+            if event.get("event") in ("submitted", "requeued"):
+                changed, off = event.get("avoids", []) != off, event.get("avoids", [])
+            else:
+                changed = bool(event.get("blamed"))
+            if changed:
+                when = str(event.get("time", ""))[:19].replace("T", " ")
+                blamed, avoided = (", ".join(map(str, event.get(key) or ())) for key in ("blamed", "avoids"))
+                found.append((when, blamed, avoided, str(event.get("cause") or event.get("reason", ""))))
+        return found
+
+    @property
     def left_out(self) -> list[str]:
         """Lines on what the page leaves out of metrics.jsonl."""
         history, said = self.history, list[str]()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_BLOCK = 1 << 18  # bytes read at once
+_BLOCK = 1 << 16  # bytes read at once
 _LONGEST = 1 << 28  # maximum bytes of a line
 _WHOLE = 1 << 25  # files up to this many bytes are read completely instead of sampled
 _WITHIN = 1 << 24  # bytes at the end that are searched for the last objects

@@ -8,9 +8,6 @@ from typing import Any
 import yaml
 
 from stamo_dist.errors import RunError
-from stamo_dist.recipe.difference import MISSING, resolved_of
-from stamo_dist.recipe.find import find_recipe
-from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import sample
 
@@ -30,6 +27,10 @@ def resolved_at(path: str | Path) -> dict[str, Any]:
         RunError: It is none of them.
         RecipeError: The recipe has problems.
     """
+    from stamo_dist.recipe.difference import resolved_of  # here: `stamo status` reads the changes alone
+    from stamo_dist.recipe.find import find_recipe
+    from stamo_dist.recipe.load import load
+
     path = Path(path)
     if not path.exists():
         path = find_recipe(path)
@@ -49,6 +50,8 @@ def resolved_at(path: str | Path) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], field: str, text: str) -> None:
+    from stamo_dist.recipe.difference import MISSING
+
     *sections, name = field.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

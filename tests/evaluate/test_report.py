@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.interpolate import Interpolation
 from stamo_dist.evaluate.reconstruct import Reconstruction
+from stamo_dist.launch.record import Event, record
 from stamo_dist.report import page, write_report
 from stamo_dist.report.charts import Series, line_chart, ticks
 from stamo_dist.report.pictures import embed
@@ -118,6 +119,19 @@ def test_a_run_that_has_only_begun_can_be_reported(run: Path):
     assert "No step was logged yet" in page
     assert "No checkpoint yet" in page
     assert "stamo eval reconstruct" in page
+
+
+def test_nodes_that_failed(run: Path):
+    assert "Failing nodes" not in write_report([run]).read_text()
+    off = [Event("failed", blamed=["n2"], cause="it hung"), Event("requeued", avoids=["n2"], reason="stays off <n2>")]
+    for event in [Event("submitted"), Event("started", nodes=["n1", "n2"]), *off, Event("requeued", avoids=["n2"])]:
+        record(run, event)
+    page = write_report([run]).read_text()
+    table = page[page.index("Failing nodes") :].partition("</table>")[0]
+    assert [re.findall(r"<td[^>]*>([^<]*)", row)[1:] for row in table.split("<tr>")[2:]] == [
+        ["n2", "", "it hung"],
+        ["", "n2", "stays off &lt;n2&gt;"],
+    ]
 
 
 def test_names_are_escaped_and_damage_is_named(run: Path, tmp_path: Path):

@@ -81,6 +81,9 @@ class FakeJob:
     cancelled: bool = False  # for Slurm
     unwanted: bool = False  # to be ended, says `stamo cancel`, which came when Slurm was ending it already
     script: Script | None = None
+    text: str = ""  # of the script
+    excluded: frozenset[str] = frozenset()
+    node: str = ""
 
     @property
     def busy(self) -> bool:
@@ -99,6 +102,12 @@ class FakeSlurm:
     away: bool = False
     slow: bool = False
     forgotten: dict[str, FakeJob] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ("n1", "n2", "n3")
+
+    def allocate(self, job: FakeJob) -> str:
+        """The first node that it may have."""
+        job.node = next(node for node in self.nodes if node not in job.excluded)
+        return job.node
 
     @property
     def newest(self) -> FakeJob:
@@ -138,25 +147,46 @@ class FakeSlurm:
         job.state = "COMPLETING" if job.state == "RUNNING" or job.busy else "CANCELLED"
 
     def _sbatch(self, *words: str) -> str:
+        asked = next((word.partition("=")[2] for word in words if word.startswith("--exclude=")), "")
         if "--test-only" in words:
-            return ""
-        line = next(line for line in Path(words[-1]).read_text().splitlines() if line.startswith("exec "))
+            return self._test(asked)
+        text = Path(words[-1]).read_text()
+        line = next(line for line in text.splitlines() if line.startswith("exec "))
         comment = next((word.partition("=")[2] for word in words if word.startswith("--comment=")), "")
         job = FakeJob(str(len(self.jobs) + len(self.forgotten) + 1), Path(shlex.split(line)[-1]), comment)
+        excluded = re.search(r"(?m)^#SBATCH --exclude=(.*)$", text)
+        job.text, job.excluded = text, _listed(excluded[1] if excluded else "")
         self.jobs[job.id] = job
         return f"Submitted batch job {job.id}\n"
+
+    def _test(self, excluded: str) -> str:
+        if not set(self.nodes) - _listed(excluded):
+            raise ValueError("allocation failure: Requested node configuration is not available")
+        return ""
 
     def _squeue(self, *words: str) -> str:
         form = next(word.partition("=")[2] for word in words if word.startswith("--format="))
         lines = []
         for job in self.jobs.values():
-            nodes = "n1" if job.state in ("RUNNING", "COMPLETING") else ""
+            nodes = job.node if job.state in ("RUNNING", "COMPLETING") else ""
             values = {"i": job.id, "A": job.id, "T": job.state, "r": job.reason, "S": "N/A", "N": nodes, "D": "1"}
             values |= {"M": "1:00", "l": "10:00", "P": "low", "u": "me", "j": "toy", "k": job.comment}
             lines.append(re.sub(r"%(\w)", lambda m, values=values: values[m[1]], form))
         return "\n".join(lines) + "\n"
 
+    def _update(self, id: str, excluded: str) -> str:
+        job = self.jobs.get(id.partition("=")[2])
+        if job is None or job.state != "PENDING":
+            raise ValueError("Job is no longer pending execution")
+        job.excluded = _listed(excluded.partition("=")[2])
+        assert set(self.nodes) - job.excluded, "no node is left"
+        return ""
+
     def _scontrol(self, *words: str) -> str:
+        if words[0] == "update":
+            return self._update(*words[1:])
+        if words[:2] == ("write", "batch_script"):
+            return self.jobs[words[2]].text
         job = self.jobs.get(words[-1])
         if words[0] == "requeue":
             if job is None or job.state in ENDED or job.state == "PENDING":
@@ -180,3 +210,7 @@ class FakeSlurm:
         if job is not None and job.state in ("PENDING", "RUNNING"):
             self.end(job)
         return ""  # also for a job that has ended, that Slurm is ending already, or that it does not know
+
+
+def _listed(nodes: str) -> frozenset[str]:
+    return frozenset(nodes.split(",")) - {""}

@@ -11,7 +11,10 @@ from stamo_dist.launch import aside
 from stamo_dist.launch.record import Launch
 from stamo_dist.launch.submit import JobOrder, script
 
-PROFILE = {"partition": "gpu", "account": "lab", "nodes": 4, "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_gpu": 12}
+PROFILE = {
+    "partition": "gpu", "account": "lab", "nodes": 4, "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_gpu": 12,
+    "segment": 2, "exclusive": True, "cpu_bind": "gpu",
+}  # fmt: skip
 
 
 def trained(run: Path) -> None:
@@ -34,6 +37,8 @@ def test_a_job_under_the_profile_of_the_training(tmp_path: Path) -> None:
     text = script(JobOrder(launch, profile))
     for line in ("partition=gpu", "account=lab", "nodes=1", "gpus-per-node=h100:1", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text
+    assert "--segment" not in text
+    assert "--exclusive" not in text
     assert f"exec {__import__('sys').executable} {run}/launch/snapshots/now/code/run.py" in text
     assert f"stamo_dist.launch.rank eval during {run} 1000" in text
     launch.write()

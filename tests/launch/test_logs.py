@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stamo_dist.errors import RunError
+from stamo_dist.launch import logs
 from stamo_dist.launch.logs import JobLog, choose, follow
 from stamo_dist.launch.record import rank_log
 
@@ -50,6 +51,27 @@ def test_follows_over_a_replaced_file_and_ends_with_the_run(run):
 
     lines += follow([log], ended)
     assert lines == ["added", "new file", "no line end"]
+
+
+def test_follows_over_a_start_on_other_nodes_with_more_ranks(run, monkeypatch):
+    monkeypatch.setattr(logs, "_LOOK", 0)
+    chosen, times = choose(run, "all"), [0]
+    assert len([line for log in chosen for line in log.last(0)]) == 20
+
+    def ended() -> bool:
+        times[0] += 1
+        if times[0] == 2:
+            for rank, node in ((3, "n7"), (5, "n8")):
+                with rank_log(run, rank).open("a") as f:
+                    f.write(f"--- start 2 of job 7: rank {rank} of 8 @ {node}, later\nstep 1\n")
+        return times[0] > 2
+
+    assert list(follow(chosen, ended, lambda: choose(run, "all"))) == [
+        "rank 3 @ n7 | --- start 2 of job 7: rank 3 of 8 @ n7, later",
+        "rank 3 @ n7 | step 1",
+        "rank 5 @ n8 | --- start 2 of job 7: rank 5 of 8 @ n8, later",
+        "rank 5 @ n8 | step 1",
+    ]
 
 
 def test_whose_lines(run):

@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -27,8 +28,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from stamo_dist.cli import steer
 from stamo_dist.errors import StamoError
 from stamo_dist.exit_codes import EXIT_PREEMPTED
+from stamo_dist.launch import failing, record, slurm, submit
 from stamo_dist.launch import job as batch
-from stamo_dist.launch import record, slurm, submit
+from stamo_dist.launch.failing import LostTask
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, Launch, events
 from stamo_dist.launch.status import Run, collect
@@ -36,7 +38,7 @@ from stamo_dist.launch.submit import JobOrder
 from stamo_dist.run import lease
 from stamo_dist.run.lease import Owner
 
-STEPS, MAX_RESTARTS = 8, 2
+STEPS, MAX_RESTARTS, BROKEN = 8, 2, 135
 #: Slurm's state → what status may say. "unknown" besides, while Slurm does not answer.
 SAID = {
     "PENDING": {"queued", "requeued"},
@@ -66,6 +68,7 @@ class SlurmFaults(RuleBasedStateMachine):
         self.folder, self.slurm, self.stack = Path(tempfile.mkdtemp()), FakeSlurm(), ExitStack()
         self.run, self.full, self.may_end, self.stall = self.folder / "run", 0, False, 0
         self.step = self.before = 0
+        self.broken = ""  # a node on which nothing starts
         Clock.ahead = 0.0
         for target, name, value in (
             (slurm, "_execute", self.slurm.execute),
@@ -74,9 +77,10 @@ class SlurmFaults(RuleBasedStateMachine):
             (submit, "take_snapshot", self._snapshot),
             (record, "append_line", self._append),
             (record, "datetime", Clock),
+            (failing, "datetime", Clock),
             (lease, "time", SimpleNamespace(time=lambda: REAL_NOW() + Clock.ahead)),
             (batch, "time", SimpleNamespace(sleep=lambda seconds: self._script.stop("sleep"))),
-            (batch.Job, "_srun", lambda job, command: self._script.stop("srun")),
+            (batch.Job, "_srun", lambda job, command: self._srun(job)),
             (batch, "unwritable", lambda run: "the disk is full" if self.full else ""),
         ):
             self.stack.enter_context(mock.patch.object(target, name, value))
@@ -97,6 +101,12 @@ class SlurmFaults(RuleBasedStateMachine):
     def _at(self) -> str:
         """Where the newest job's batch script is; "" without one that runs."""
         return self._script.at if self.job.busy else ""
+
+    def _srun(self, job: batch.Job) -> int:
+        code = self._script.stop("srun")
+        if code in (1, BROKEN):
+            job._lost = LostTask(job.nodes[0], 0, "Bus error" if code == BROKEN else f"Exited with exit code {code}")
+        return code
 
     def _append(self, path: Path, line: str) -> None:
         if self.full:
@@ -155,6 +165,7 @@ class SlurmFaults(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1))
     def submitted(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.slurm.nodes = self.slurm.nodes[: self.random.choice((1, 3))]
         self.submit()
 
     @rule()
@@ -183,7 +194,11 @@ class SlurmFaults(RuleBasedStateMachine):
         if job.state == "RUNNING":
             can |= {"time limit": self.time_limit, "preemption": partial(world.again, job), "scancel": self.scancel}
             can |= {"node fails": self.node_fails}
-        if job.state == "RUNNING" and self._at == "srun":
+        if len(world.nodes) > 1 and not self.broken:
+            can |= {"a node breaks": partial(setattr, self, "broken", world.nodes[0])}
+        if self._at == "srun" and job.state == "RUNNING" and job.node == self.broken:
+            can |= {"crash": partial(self.crash, BROKEN)}
+        elif job.state == "RUNNING" and self._at == "srun":
             can |= {"train": partial(self.train, 1, save=False), "train and save": partial(self.train, 2, save=True)}
             can |= {"finish": partial(self.train, STEPS, save=True), "crash": partial(self.crash, 1)}
             can |= {"refuse": partial(self.crash, 2)}
@@ -249,7 +264,8 @@ class SlurmFaults(RuleBasedStateMachine):
         if job.reason == "JobHeldUser":
             return
         job.state, job.reason = "RUNNING", "None"
-        env = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": "n1"}
+        node = self.slurm.allocate(job)
+        env = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": node}
         job.script = Script(self.run, env)
         self.step = self.before = self._saved
         self._drive()
@@ -339,6 +355,17 @@ class SlurmFaults(RuleBasedStateMachine):
             said |= {"lost", "stopped", "failed"} if not self._finished else set()  # its own last word
         assert state.word in said, f"{state} while job {job.id} is {job.state}: {[e.event for e in events(self.run)]}"
 
+    @invariant()
+    def what_fails_once_is_not_left_out(self) -> None:
+        blamed = Counter(node for e in events(self.run) for node in e.blamed)
+        assert all(blamed[node] > 1 for node in self.job.excluded)
+
+    @invariant()
+    def nodes_that_are_left_out_are_said(self) -> None:
+        run = self._look()
+        if self.job.excluded and run.state.word in ("queued", "requeued"):
+            assert f"stays off {','.join(sorted(self.job.excluded))}" in run.state.detail
+
     def teardown(self) -> None:
         try:
             if self.slurm.jobs or self.slurm.forgotten:
@@ -367,6 +394,8 @@ class SlurmFaults(RuleBasedStateMachine):
         for _ in range(100):
             if self._at == "sleep":
                 self._drive()
+            elif self._at == "srun" and self.job.state == "RUNNING" and self.job.node == self.broken:
+                self.crash(BROKEN)
             elif self._at == "srun" and self.job.state == "RUNNING":
                 self.train(STEPS, save=True)
             elif self._at == "srun":

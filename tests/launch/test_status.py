@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Runs the command, and says on stderr what it imported of what takes long.
 MAIN = (
     "import atexit, sys\n"
-    "atexit.register(lambda: print({'torch', 'numpy', 'submitit'} & set(sys.modules), file=sys.stderr))\n"
+    "slow = {'torch', 'numpy', 'submitit', 'omegaconf', 'psutil', 'packaging', 'stamo_dist.recipe.schema'}\n"
+    "atexit.register(lambda: print(slow & set(sys.modules), file=sys.stderr))\n"
     "from stamo_dist.cli import main\nmain()\n"
 )
 

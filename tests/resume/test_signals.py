@@ -17,6 +17,7 @@ from toy import write_recipe
 from warm import Started, Warm
 
 from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from stamo_dist.faults.heartbeats import hung_ranks
 
 
 class Run:
@@ -147,6 +148,7 @@ def test_hung_rank_is_named_and_the_run_leaves_to_be_started_again(start, hung):
     assert "in _train" in stack
     assert "for 0 s" not in stack
     assert f"rank {hung} of 2 did not end after the others: killed" in run.output
+    assert hung_ranks(run.folder / "logs") == [hung], "for the launcher, that has the next start stay off its node"
 
 
 def test_a_file_system_that_hangs_while_data_are_opened(start, toy, tmp_path):
@@ -158,6 +160,7 @@ def test_a_file_system_that_hangs_while_data_are_opened(start, toy, tmp_path):
     assert run.launcher.wait(timeout=90) == EXIT_PREEMPTED, run.output
     assert "is hung: building for step 1" in run.output
     assert "(train.setup_timeout: 5)" in run.output
+    assert hung_ranks(run.folder / "logs") == []
 
 
 def test_a_rank_that_lost_its_launcher_and_whose_peer_is_stuck_ends_itself(start):

@@ -114,8 +114,8 @@ def test_sets_put_together_are_named_by_number(tmp_path: Path) -> None:
     assert "episodes are named by number: stamo/episode has toy-train-0 twice" in scan.notes
 
 
-def test_official_episodes_come_back(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
-    root = shared_data("lerobot_v3_libero")
+def test_official_episodes_come_back(sample_data: Callable[[str], Path], tmp_path: Path) -> None:
+    root = sample_data("lerobot_v3_libero")
     convert(
         "lerobot", root, tmp_path / "shards", name="real", size=64, split_by="source", processes=1, quiet=True,
         options={"action_kind": "libero"},

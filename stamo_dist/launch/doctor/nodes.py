@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from stamo_dist.launch import slurm, submit
+from stamo_dist.launch.doctor.placement import judge_placement
 from stamo_dist.launch.doctor.probe import LIMIT, Report, read
 from stamo_dist.launch.doctor.verdict import Finding, judge_reports
 from stamo_dist.launch.local import Ranks
@@ -50,7 +52,7 @@ def on_cluster(
     Raises:
         StamoError: Slurm refuses the job.
     """
-    small = {"time": _TIME, "signal_delay": 10, "min_nodes": None, "max_nodes": None, "max_restarts": 0}
+    small = {"time": _TIME, "signal_delay": 10, "min_nodes": None, "max_nodes": None, "max_restarts": 0, "notify": None}
     profile = profile.model_copy(update=small)
     reports = folder / "reports"
     reports.mkdir(parents=True)
@@ -78,7 +80,7 @@ def on_cluster(
                 return
             break
         time.sleep(_POLL)
-    yield from _verdict(folder, profile.nodes * profile.processes)
+    yield from _verdict(folder, profile.nodes * profile.processes, profile.environment)
 
 
 def _arguments(reports: Path, paths: Sequence[str], wandb: str) -> list[str]:
@@ -86,9 +88,9 @@ def _arguments(reports: Path, paths: Sequence[str], wandb: str) -> list[str]:
     return words + (["--wandb", wandb] if wandb else [])
 
 
-def _verdict(folder: Path, ranks: int) -> Iterator[Finding]:
+def _verdict(folder: Path, ranks: int, asked: Mapping[str, str] = MappingProxyType({})) -> Iterator[Finding]:
     found: list[Report] = read(folder / "reports")
-    findings = list(judge_reports(found, ranks, log=str(main_log(folder))))
+    findings = [*judge_reports(found, ranks, log=str(main_log(folder))), *judge_placement(found, asked)]
     yield from findings
     if not any(f.level == "error" for f in findings):
         shutil.rmtree(folder, ignore_errors=True)

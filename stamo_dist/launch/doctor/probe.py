@@ -23,10 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stamo_dist.launch import slurm
+from stamo_dist.distributed.rank import cores
+from stamo_dist.launch import affinity, slurm
 from stamo_dist.launch.doctor.disk import Disk, measure
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "diffusers", "transformers", "mosaicml-streaming", "numpy", "wandb")
+NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "RCCL_")  # what variables of the network begin with
 _MEET = 30.0  # seconds for all ranks to appear
 _CONNECT = 5.0  # seconds for one TCP connection
 _INIT = 60.0  # seconds for a process group
@@ -49,6 +51,9 @@ class Report:
     executable: str = ""
     packages: dict[str, str] = field(default_factory=dict)
     cpus: int = 0
+    may_use: str = ""  # the CPUs that it is bound to
+    beside: str = ""  # the CPUs beside its GPU, "" if unknown
+    network: dict[str, str] = field(default_factory=dict)  # variables that NCCL, gloo and their transports read
     address: str = ""  # addresses of its own host name
     resolving: float = 0.0  # seconds to resolve its own name and back
     port: int = 0  # port for connections, on the first rank of a node
@@ -157,7 +162,12 @@ def look(report: Report) -> None:
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             report.packages[name] = metadata.version(name)
-    report.cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    report.cpus = cores()
+    if hasattr(os, "sched_getaffinity"):
+        report.may_use = affinity.short(frozenset(os.sched_getaffinity(0)))
+        near = affinity.beside_gpus(os.environ)
+        report.beside = affinity.short(near[report.local_rank]) if report.local_rank < len(near) else ""
+    report.network = {k: v for k, v in sorted(os.environ.items()) if k.startswith(NETWORK)}
     began = time.perf_counter()
     with contextlib.suppress(OSError):
         report.address = socket.gethostbyname(report.host)

@@ -13,14 +13,16 @@ from transformers.modeling_utils import AttentionInterface
 UNPACKED = "sdpa_unpacked"
 
 
-def _mask(batch_size: int, cache_position: Tensor, kv_length: int, **options: Any) -> Tensor | None:
+def _mask(*, kv_length: int, **options: Any) -> Tensor | None:
     """As for "sdpa", but None where nothing is padding and nothing is cached.
 
     Transformers would make one there, for sequences that may be packed; with any mask no flash attention runs.
     """
-    if options.get("attention_mask") is None and kv_length == len(cache_position):
+    # Transformers 4 gives the queries' positions, 5 their number.
+    queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
+    if options.get("attention_mask") is None and kv_length == queries:
         return None
-    return sdpa_mask(batch_size=batch_size, cache_position=cache_position, kv_length=kv_length, **options)
+    return sdpa_mask(kv_length=kv_length, **options)
 
 
 AttentionInterface.register(UNPACKED, sdpa_attention_forward)
