@@ -155,6 +155,7 @@ def test_tables_lose_no_column_on_80(words: str, shell: Shell, after_demo: Path)
 @pytest.mark.sim
 def test_readme_in_a_terminal(shell: Shell, after_demo: Path, checkout: Path) -> None:
     run_all(shell, "README", after_demo, checkout, columns=80)
+    assert (after_demo / "demo/runs/doors/report.html").stat().st_size < 4e6
 
 
 @pytest.mark.parametrize("page", [page.stem for page in PAGES if page.stem in RUN and page.stem != "README"])
