@@ -59,7 +59,7 @@ def check(
 def preview(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Folders or URLs, a picture each.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="PNG, or a folder for several; here when omitted.")
+        Path | None, typer.Option(metavar="PNG", help="PNG, or a folder, also for several; here when omitted.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="train, or else the first, when omitted.")] = None,
     episodes: Annotated[
@@ -73,10 +73,8 @@ def preview(
     """
     from data_tools.look.preview import preview as run
 
-    if len(sources) > 1 and out is not None:
-        if out.suffix:
-            raise typer.BadParameter(f"{out} is one file, but there are {len(sources)} sources; give a folder")
-        out.mkdir(parents=True, exist_ok=True)
+    if len(sources) > 1 and out is not None and out.suffix and not out.is_dir():
+        raise typer.BadParameter(f"{out} is one file, but there are {len(sources)} sources; give a folder")
     for source in sources:
         typer.echo(str(run(source, out, split=split, episodes=episodes, frames=frames)))
 

@@ -1,9 +1,9 @@
 """`stamo` commands forked off a process that has imported everything: what a start imports takes longer than a toy run.
 
 `python -m tests.warm` reads a request a line: {"arguments": [...], "program": file or "", "environment": {...},
-"stdout": file, "stderr": file}. It answers with {"pid": ...} once the command runs, and {"pid": ..., "code": ...} when
-it has ended. The ranks that a command starts are forked off it, too; apart from that it does what
-`python -m stamo_dist.cli` does, or `python PROGRAM`.
+"stdout": file, "stderr": file, "folder": working directory}. It answers with {"pid": ...} once the command runs, and
+{"pid": ..., "code": ...} when it has ended. The ranks that a command starts are forked off it, too; apart from that it
+does what `python -m stamo_dist.cli` does, or `python PROGRAM`.
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ class Warm:
 
     def start(
         self, *arguments: object, program: Path | None = None, environment: Mapping[str, str] | None = None,
-        stdout: Path | None = None, stderr: Path | None = None,
+        stdout: Path | None = None, stderr: Path | None = None, folder: Path = ROOT,
     ) -> Started:  # fmt: skip
         """Run `stamo ARGUMENTS`; both streams go to `stdout`, or each to its file.
 
         `program`: A Python file that is run in place of `stamo`.
         `environment`: Variables that are read when they are needed, not by what is imported.
+        `folder`: The working directory.
         """
         if self._server is None:
             self._server = subprocess.Popen(
@@ -99,6 +100,7 @@ class Warm:
         request = {
             "arguments": [str(a) for a in arguments], "program": str(program or ""),
             "environment": dict(environment or {}), "stdout": str(out), "stderr": str(stderr or out),
+            "folder": str(folder),
         }  # fmt: skip
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -169,6 +171,7 @@ def _serve(answers: IO[str]) -> None:
                 with open(name, "ab" if descriptor else "rb") as file:
                     os.dup2(file.fileno(), descriptor)
             os.environ.update(request["environment"])
+            os.chdir(request["folder"])
             return _command(request["arguments"], request["program"])
 
         return Forked(body)

@@ -29,7 +29,7 @@ def preview(
 
     Args:
         source: Folder or URL.
-        out: PNG to write; preview_NAME.png in the current folder when omitted, or in `out` if that is a folder.
+        out: PNG to write, or a folder to write preview_NAME.png in, made if it has no ending; here when omitted.
         split: Which split; when omitted train, or the first if there is no train.
         episodes: How many episodes, evenly spread over the split; as many as fit on a page when omitted.
         frames: How many frames of each in a film strip, and half as many again on the contact sheet.
@@ -49,7 +49,7 @@ def preview(
     if split not in manifest.splits:
         raise DataError(f"{source}: has no split {split!r}, only {', '.join(manifest.splits) or 'none'}")
     path = out or Path()
-    if path.is_dir():
+    if path.is_dir() or not path.suffix:
         path /= f"preview_{manifest.name}.png"
     elif path.suffix.lower() != ".png":
         raise DataError(f"{path}: the picture is a PNG; name it .png")

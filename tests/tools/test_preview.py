@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,3 +93,15 @@ def test_a_damaged_source_is_named(source: Path, tmp_path: Path) -> None:
         preview(str(copy), tmp_path)
     with pytest.raises(DataError, match=r"name it \.png"):
         preview(str(source), tmp_path / "a.jpg")
+
+
+def test_what_has_no_ending_is_a_folder_and_is_made(source: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    for out, written in (("pictures/", "pictures/preview_libero.png"), ("one/a.png", "one/a.png")):
+        result = CliRunner().invoke(app, ["preview", str(source), "--out", f"{tmp_path}/{out}"])
+        assert result.output.strip() == str(tmp_path / written)
+        assert (tmp_path / written).is_file()
+    two = [str(source), str(source), "--out", str(tmp_path / "b.png")]
+    refused = re.sub(r"[│\s]+", " ", CliRunner().invoke(app, ["preview", *two]).output)
+    assert "is one file, but there are 2 sources; give a folder" in refused
