@@ -1,8 +1,8 @@
 """What is read of Slurm's commands, as several versions of it print them.
 
 The goldens are recorded: of Debian's packages (bullseye, bookworm, trixie, sid) on one node of four GPUs, without
-accounting. A script submitted a job (comment `stamo-1 JobState=X`), a held array and a held job, then requeued the first
-and cancelled all.
+accounting. A script submitted a job (comment `stamo-1 JobState=X`), a held array and a held job, then requeued
+the first and cancelled all.
 """
 
 from __future__ import annotations
