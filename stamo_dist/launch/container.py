@@ -22,7 +22,7 @@ KINDS = ("pyxis", "apptainer", "singularity")
 PYTHON = "python3"  # of an image, where the profile names none
 _PARTS = ",:"  # they separate mounts, and the parts of a mount
 #: Options of `apptainer exec` that keep the variables of the job from the processes: their ranks, ports and GPUs.
-_HIDE = ("-e", "--cleanenv", "-c", "--contain", "-C", "--containall", "--no-eval")
+_HIDE = ("-e", "--cleanenv", "-c", "--contain", "-C", "--containall")
 _GPU = ("--nv", "--nvccli", "--rocm")
 
 
@@ -94,8 +94,11 @@ def exports(profile: Mapping[str, Any]) -> dict[str, str]:
     """The profile's environment, and what makes Apptainer set it in the container in place of the image's."""
     environment = dict(profile.get("environment", {}))
     kind = (profile.get("container") or {}).get("kind", "pyxis")
-    mark = "" if kind == "pyxis" else f"{kind.upper()}ENV_"
-    return environment | ({f"{mark}{name}": value for name, value in environment.items()} if mark else {})
+    if kind == "pyxis" or not environment:
+        return environment
+    mark = kind.upper()
+    inside = {f"{mark}ENV_{name}": value for name, value in environment.items()}
+    return {**environment, **inside, f"{mark}_NO_EVAL": "1"}  # else a shell expands $ and ` in the values
 
 
 def note(container: Mapping[str, Any]) -> Iterator[str]:

@@ -56,6 +56,7 @@ WHOLE = f"""\
 # setup
 export NOTE='it'"'"'s ünï $HOME'
 export APPTAINERENV_NOTE='it'"'"'s ünï $HOME'
+export APPTAINER_NO_EVAL=1
 type module >/dev/null 2>&1 || for f in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh \
 /usr/share/modules/init/bash /usr/share/lmod/lmod/init/bash; do [ -r $f ] && . $f && break; done
 module load cuda/12.8 apptainer || {{{{ echo 'modules: cuda/12.8 apptainer: could not be loaded' >&2; exit 2; }}}}

@@ -1,0 +1,108 @@
+"""What is read of Slurm's commands, as several versions of it print them.
+
+The goldens are recorded: of Debian's packages (bullseye, bookworm, trixie, sid) on one node of four GPUs, without
+accounting. A script submitted a job (comment `stamo-1 JobState=X`), a held array and a held job, then requeued
+the first and cancelled all.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from stamo_dist.launch import checks, grace, slurm
+from stamo_dist.launch.doctor.settings import read_settings
+from stamo_dist.launch.profile import ClusterProfile
+
+GOLDENS = sorted((Path(__file__).parent / "goldens" / "slurm").glob("*.txt"))
+
+
+class Recorded:
+    """One version's outputs, by the part of the script in which they were recorded."""
+
+    def __init__(self, file: Path):
+        parts = re.split(r"(?m)^=== (\S+)\n", file.read_text())
+        self.said = dict(zip(parts[1::2], parts[2::2], strict=True))
+        self.now = "squeue"
+
+    def execute(self, command: Sequence[str], stdin: str | None, cwd: str | None) -> subprocess.CompletedProcess[str]:
+        text, _, code = self.said[self.now].rpartition("rc=")
+        return subprocess.CompletedProcess(command, int(code), text, text)
+
+
+@pytest.fixture(params=GOLDENS, ids=[file.stem for file in GOLDENS])
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    found = Recorded(request.param)
+    monkeypatch.setattr(slurm, "_execute", found.execute)
+    monkeypatch.setattr(slurm, "tool", lambda name: f"/slurm/{name}")
+    return found
+
+
+def test_there_are_versions_before_and_after_those_that_clusters_run() -> None:
+    assert len(GOLDENS) == 4
+    assert GOLDENS[0].stem < "21.08"
+    assert GOLDENS[-1].stem > "25.05"
+
+
+def test_jobs(recorded: Recorded) -> None:
+    jobs = slurm.jobs()
+    first = next(job for job in jobs if job.state == "RUNNING")
+    assert (first.reason, first.nodes, first.count) == ("None", "n1", 1)
+    assert (first.partition, first.user, first.name, first.limit) == ("gpu", "root", "tok", "1:00:00")
+    assert first.start is not None
+    held = [job for job in jobs if job is not first]
+    array = str(int(first.id) + 1)
+    assert sorted(job.id for job in held) == [f"{array}_0", f"{array}_1", str(int(array) + 1)]
+    assert {(job.state, job.reason, job.start, job.nodes) for job in held} == {("PENDING", "JobHeldUser", None, "")}
+    assert {job.id for job in slurm.jobs([array])} == {f"{array}_0", f"{array}_1"}
+    recorded.now = "squeue3"
+    assert {job.state for job in slurm.jobs([first.id, array])} == {"CANCELLED"}
+    assert not any(job.active for job in slurm.jobs())
+    recorded.now = "comment"
+    assert slurm.commented("stamo-1 JobState=X") == first.id
+
+
+def test_details_and_what_becomes_of_a_job(recorded: Recorded) -> None:
+    recorded.now = "job"
+    found = slurm.details("1")
+    assert (found["JobState"], found["Restarts"], found["TimeLimit"]) == ("RUNNING", "0", "01:00:00")
+    assert slurm.fate("1", 0) == ""
+    recorded.now = "array"
+    assert slurm.details("2_1")["ArrayTaskId"] == "1"
+    recorded.now = "requeued"
+    assert slurm.fate("1", 0) == "queued"
+    recorded.now = "cancelled"
+    assert slurm.fate("1", 1) == "cancelled"
+    recorded.now = "unknown"
+    assert slurm.details("999") == {}
+
+
+def test_partitions_and_settings(recorded: Recorded) -> None:
+    recorded.now = "partition"
+    partitions = slurm.partitions()
+    gpu, staff = partitions["gpu"], partitions["staff"]
+    assert (gpu["Default"], gpu["State"], gpu["TotalNodes"], gpu["MaxTime"]) == ("YES", "UP", "1", "2-00:00:00")
+    assert (gpu["AllowAccounts"], staff["AllowAccounts"]) == ("ALL", "staff,admins")
+    recorded.now = "config"
+    config = slurm.config()
+    assert grace.preemption_grace(config, gpu) == 30
+    assert grace.kill_wait(config) == 30
+    settings = read_settings(recorded.said["config"])
+    assert settings["as of"].startswith("20")
+    assert settings["ClusterName"] == "lab"
+
+
+def test_refusals(recorded: Recorded) -> None:
+    profile = ClusterProfile()
+    recorded.now = "badopt"
+    with pytest.raises(slurm.SlurmError) as refused:
+        slurm.run("sbatch", "--test-only")
+    assert "unrecognized option" in str(refused.value)
+    assert "no such option; `sbatch --help` lists those it has" in checks.hinted(str(refused.value), profile)
+    recorded.now = "away"
+    with pytest.raises(slurm.SlurmAwayError):
+        slurm.run("squeue")
