@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from vla_cases import INSTRUCTIONS, SPACE, Golden, close, goldens, text_tokenizer
 
@@ -16,6 +18,9 @@ from stamo_dist.models.openvla.actions import ActionTokenizer, Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
 from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.text import SampleIds, TextTokenizer, collate, prompt, with_space
+
+#: Python 3.10 has no Pillow 13, with which the expected pixels were made; earlier ones round otherwise in resampling.
+AS_THEN = Version(version("pillow")) >= Version("13")
 
 
 def processor(folder: Path, size: int) -> ImageProcessor:
@@ -39,7 +44,8 @@ def test_pixels_are_the_official_ones(case: str, size: int, tmp_path: Path) -> N
     with np.load(folder / "expected.npz") as expected:
         for name, pixels in expected.items():
             image = arrays[name] if name in arrays else Image.open(goldens(f"image_processing/{name}.png"))
-            assert torch.equal(process([image]), torch.from_numpy(pixels)[0]), name
+            differ = (process([image]) - torch.from_numpy(pixels)[0]).abs().max()
+            assert differ == 0 if AS_THEN else differ < 4 / (255 * 0.224), name  # 3 of 255 levels
     # What we export reads back as the same processor.
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(process.to_dict()))
     assert processor(tmp_path, size) == process

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
 
 def make(name: str, folder: Path) -> Made:
+    if name == "zarr-3" and version("zarr").startswith("2."):
+        pytest.skip("zarr format 3: needs Python 3.11, for which zarr 3 is")
     tiny, root = TINY[name], folder / "whole"
     root.mkdir()
     tiny.make(root)
