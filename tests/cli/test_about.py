@@ -74,7 +74,7 @@ def test_init_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.rmtree("recipes")
     refused = CliRunner().invoke(app, ["init", "."])
     assert isinstance(refused.exception, StamoError)
-    assert "has README.md, .gitignore, slurm/gpu.yaml" in str(refused.exception)
+    assert "has README.md, .gitignore, slurm/apptainer.yaml, slurm/gpu.yaml" in str(refused.exception)
     assert Path("README.md").read_text() == "mine"
     assert not Path("recipes").exists()
 
