@@ -49,7 +49,16 @@ def walk(store: Store, manifest: Manifest, camera: str) -> Iterator[StoredEpisod
     """
     for split, size in manifest.splits.items():
         with at_hand(store, f"{split}/{EPISODES}") as path:
-            table = list(Table(path).lines())[: size.episodes]
+            try:
+                table = list(Table(path).lines())
+            except DataError as e:
+                raise DataError(f"{store.url}/{split}/{EPISODES}: {e}; `stamo data check` the source") from None
+        frames = sum(episode.length for episode in table)
+        if (len(table), frames) != (size.episodes, size.frames):
+            raise DataError(
+                f"{store.url}: manifest.json has {size.episodes} episodes of {size.frames} frames in {split}, "
+                f"{split}/{EPISODES} {len(table)} of {frames}; `stamo data check` the source, and convert it again"
+            )
         waiting, begin = iter(table), 0
         episode = next(waiting, None)
         for indexed in shards_of(store, split, camera):

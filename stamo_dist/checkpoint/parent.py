@@ -165,7 +165,9 @@ def _export(path: Path, location: str) -> ParentWeights:
     if "frozen" in about:  # a tokenizer
         stage, known, digest = "tokenizer", about["frozen"], str(about.get("fingerprint") or "")[:12]
         parts = {"compressor.": "compressor", "decoder.transformer.": "transformer", "encoder.model.": "encoder"}
-        folders = {prefix: path / name for prefix, name in parts.items() if (path / name).is_dir()}
+        folders = {prefix: path / name for prefix, name in parts.items()}
+        if not (path / "encoder").is_dir() and "encoder" in about["frozen"]:
+            del folders["encoder.model."]
     elif about.get("_class_name") == "AutoencoderKL":
         stage, folders = "vae", {"model.": path}
     elif about.get("model_type") == "openvla" or "format" in about or (path / "adapter_config.json").is_file():

@@ -49,17 +49,26 @@ _KILLED_AFTER = 90.0  # seconds
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the project; may exist.")]) -> None:
     """Write a project of your own: recipes that run, Slurm profiles, toy data, .gitignore, a README with five commands.
 
+    It replaces no file.
+
     Example: stamo init my_project
     """
     from data_tools.simulators.drawn import TASK, write_drawn
     from stamo_dist.project import write_project
 
-    write_project(folder)
-    write_drawn(folder / _TOY / f"{TASK}_demo.hdf5", episodes=16, size=64)
+    left = write_project(folder)
+    toy = folder / _TOY / f"{TASK}_demo.hdf5"
+    if not toy.exists():
+        write_drawn(toy, episodes=16, size=64)
     here = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}; "
-    print(f"{folder}: written; README.md has five commands. The first two:")
+    if left:
+        print(f"{folder}: left as they were: {', '.join(left)}")
+    if ".gitignore" in left:
+        print(f"{folder}: let .gitignore have raw/, shards/ and runs/")
+    readme = "STAMO.md" if "README.md" in left else "README.md"
+    print(f"{folder}: written; {readme} has five commands. The first two:")
     print(f"  {here}stamo data convert libero {_TOY} shards/toy --size 64 --val-fraction 0.2")
-    print("  stamo train recipes/vae.yaml")
+    print("  stamo train recipes/vae.yaml --nproc 2")
 
 
 def demo(

@@ -25,6 +25,7 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.recipe.unread import unread
+from stamo_dist.run.lease import newest_owner
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
@@ -162,6 +163,19 @@ def folder(run: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "cannot be written" if there.is_dir() else "is no folder"
         raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
+
+
+def vacant(run: Path) -> None:
+    """Check that nobody trains in the run folder by hand.
+
+    Raises:
+        RunError: A process of this machine does.
+    """
+    owner, _ = newest_owner(run)
+    if owner is not None and not owner.ended and owner.local and owner.alive:
+        raise RunError(
+            f"run_dir: {run}: {owner} is training here; stop it (Ctrl-C), then submit, or name another run_dir"
+        )
 
 
 def cluster(profile: ClusterProfile, least: int) -> float:

@@ -135,6 +135,8 @@ def ask(
         for field, what, fix in looked.to_download:
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     checks.folder(run)
+    if trains:
+        checks.vacant(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm":
         notes += checks.shell_and_container(launch, _Sbatch(order).text())

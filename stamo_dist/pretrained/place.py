@@ -19,9 +19,12 @@ EXPORTED = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model")
 
 
 def hub_id(weights: str) -> tuple[str, str | None] | None:
-    """(OWNER/NAME, revision) of a recipe's `weights`; None if they are not a hub id, or are local."""
+    """(OWNER/NAME, revision) of a recipe's `weights`; None if they are not a hub id, or are local.
+
+    runs/NAME is local, there or not: a run folder where recipes put it.
+    """
     match = _HUB_ID.fullmatch(weights)
-    if match is None or Path(weights).expanduser().exists():
+    if match is None or weights.startswith("runs/") or Path(weights).expanduser().exists():
         return None
     return match["repo"], match["revision"]
 
@@ -112,8 +115,8 @@ def on_disk(weights: str, subfolders: Sequence[str], field: str) -> Path:
         return root
     if not root.exists():
         raise CheckpointError(
-            f"{field}: there is no folder {weights}; give an existing folder or file, or a hub id (owner/name or "
-            "owner/name@revision)"
+            f"{field}: there is no folder {weights}; {'train that run first, or ' * ('runs' in root.parts)}give an "
+            "existing folder or file, or a hub id (owner/name or owner/name@revision)"
         )
     raise CheckpointError(f"{field}: there is no {_names(subfolders)} in {weights}; {_instead(root, field)}")
 

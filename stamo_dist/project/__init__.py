@@ -25,17 +25,23 @@ def files() -> dict[str, Path]:
     return {**_OWN, **{f"slurm/{path.name}": path for path in profiles}}
 
 
-def write_project(folder: Path) -> None:
-    """Write the files into `folder`, which may exist.
+def write_project(folder: Path) -> list[str]:
+    """Write the files into `folder`, which may exist; returns those that were there already, and are left as they were.
+
+    Where there is a README.md of another's, ours is STAMO.md.
 
     Raises:
-        StamoError: One of them is there already, or the folder cannot be written.
+        StamoError: All of them are there, or the folder cannot be written.
     """
-    if there := [name for name in files() if (folder / name).exists()]:
-        raise StamoError(f"{folder}: has {', '.join(there)} already; name another folder")
+    there = [name for name in files() if (folder / name).exists()]
+    if len(there) == len(files()):
+        raise StamoError(f"{folder}: is a project already, and nothing was written; its README.md has the commands")
     try:
         for name, source in files().items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            at = folder / ("STAMO.md" if name == "README.md" and name in there else name)
+            if not at.exists():
+                at.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, at)
     except OSError as e:
         raise StamoError(f"{folder}: cannot be written: {e.strerror}; name another folder") from e
+    return there

@@ -7,6 +7,8 @@ from math import gcd
 from stamo_dist.recipe.section import Section
 from stamo_dist.recipe.training import Train
 
+_MOST = 1 << 16  # processes that a message names
+
 
 class Batching(Section):
     """How a global batch is spread over processes and micro-batches."""
@@ -88,4 +90,4 @@ def _batching(train: Train, size: int, world_size: int) -> Batching:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    return [n for n in range(1, min(number, _MOST) + 1) if number % n == 0]

@@ -95,7 +95,15 @@ class BadBatches:
         if not self.path.is_file():
             return []
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [line for line in lines if line["fingerprint"] == self.mixture.fingerprint]
+        return [line for line in lines if self._is_of_this_mixture(line)]
+
+    def _is_of_this_mixture(self, line: dict[str, Any]) -> bool:
+        """Whether the mixture has the batch still: a change of weights or batch size after it leaves it as it was."""
+        if line["fingerprint"] == self.mixture.fingerprint:
+            return True
+        if self.mixture.steps is not None and line["batch"] >= self.mixture.steps:
+            return False
+        return bool(self.mixture.plan(line["batch"], 1).samples[0].tolist() == line["samples"])
 
     def after(self, cursor: dict[str, Any]) -> dict[str, Any]:
         """The position to read from, given the run's position."""

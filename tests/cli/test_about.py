@@ -72,11 +72,16 @@ def test_init_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert Path(name).is_file()
     Path("README.md").write_text("mine")
     shutil.rmtree("recipes")
+    again = CliRunner().invoke(app, ["init", "."])
+    assert again.exit_code == 0
+    assert "left as they were: README.md, .gitignore, slurm/apptainer.yaml, slurm/gpu.yaml" in again.output
+    assert "STAMO.md has five commands" in again.output
+    assert Path("README.md").read_text() == "mine"
+    assert Path("STAMO.md").read_text() != "mine"
+    assert Path("recipes/vae.yaml").is_file()
     refused = CliRunner().invoke(app, ["init", "."])
     assert isinstance(refused.exception, StamoError)
-    assert "has README.md, .gitignore, slurm/apptainer.yaml, slurm/gpu.yaml" in str(refused.exception)
-    assert Path("README.md").read_text() == "mine"
-    assert not Path("recipes").exists()
+    assert "is a project already" in str(refused.exception)
 
 
 def test_the_demo_says_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,3 +173,16 @@ def test_bad_batches_are_left_out_over_a_change(two: Callable[..., Data], tmp_pa
     ]  # fmt: skip
     assert bad.after(Cursor(mixture.batches.before(3)).to_dict()) == state.cursor
     assert bad.after(Cursor(mixture.batches.before(2)).to_dict()) == Cursor(mixture.batches.before(2)).to_dict()
+
+
+def test_bad_batches_stay_left_out_where_what_follows_them_changes(two: Callable[..., Data], tmp_path: Path) -> None:
+    mixture = Mixture(two(), seed=0, global_batch=8)
+    state = RunState(step=7, cursor=Cursor(mixture.batches.before(7)).to_dict(), bad_in_a_row=2)
+    BadBatches(tmp_path / "bad_batches.jsonl", mixture).record(3, state)
+    at = Cursor(mixture.batches.before(3)).to_dict()
+    later = BadBatches(tmp_path / "bad_batches.jsonl", Mixture(two(), seed=0, global_batch={0: 8, 9: 16}))
+    assert later.after(at) == state.cursor
+    from_there = BadBatches(later.path, Mixture(two(), seed=0, global_batch={0: 8, 5: 16}))
+    assert from_there.after(at) == Cursor(from_there.mixture.batches.before(5)).to_dict(), "3 and 4 are as they were"
+    other = BadBatches(later.path, Mixture(two(), seed=1, global_batch=8))
+    assert other.after(at) == at

@@ -25,6 +25,7 @@ from stamo_dist.errors import CheckpointError
 from stamo_dist.models.encoder import Encoder
 from stamo_dist.models.tokenizer import Tokenizer
 from stamo_dist.pretrained.pin import as_begun, moved, pin
+from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe import schema
 
@@ -231,3 +232,11 @@ def test_none_of_it_needs_torch(official: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code, tmp_path / "recipe.json"], check=True, capture_output=True, text=True
     )
     assert "there is no folder /nowhere" in done.stdout
+
+
+def test_a_run_to_come_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("org/dino@main") == ("org/dino", "main")
+    assert hub_id("runs/vae") is None
+    with pytest.raises(CheckpointError, match="there is no folder runs/vae; train that run first"):
+        Encoder.from_config(schema.EncoderConfig(weights="runs/vae"))

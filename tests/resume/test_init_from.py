@@ -197,7 +197,12 @@ def _truncate_model(run: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
 
 
+def _remove_a_part(run: Path) -> None:
+    shutil.rmtree(run / "model/transformer")
+
+
 BAD = {
+    "part": ("model", _remove_a_part, "model/transformer"),
     "missing": ("nowhere", None, "is not there: it was moved or removed"),
     "damaged": ("", _damage, "changed since it was written: state/"),
     "unfinished": ("", _truncate, "holds no whole checkpoint; its export is "),

@@ -144,3 +144,17 @@ def test_what_is_there_or_half_written_is_never_taken_for_whole(
     assert again.returncode == 2
     assert f"{out}: exists; give a folder that does not" in again.stderr
     assert stamo("data", "export", "rlds", source, tmp_path / "o", check=False).returncode == 2
+
+
+@pytest.mark.parametrize("field", ["episodes", "frames"])
+def test_a_source_that_contradicts_itself_is_refused(tmp_path: Path, field: str) -> None:
+    source, out = make_toy(tmp_path), tmp_path / "out"
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["splits"]["val"][field] += 5
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"manifest\.json has .* val/episodes\.jsonl"):
+        export_lerobot(str(source), out, quiet=True)
+    assert not out.exists()
+    (source / "val/episodes.jsonl").unlink()
+    with pytest.raises(DataError, match=r"val/episodes\.jsonl: missing; `stamo data check` the source"):
+        export_lerobot(str(source), out, quiet=True)
