@@ -168,6 +168,8 @@ def _export(path: Path, location: str) -> ParentWeights:
         folders = {prefix: path / name for prefix, name in parts.items()}
         if not (path / "encoder").is_dir() and "encoder" in about["frozen"]:
             del folders["encoder.model."]
+        if lacking := [part for part in folders.values() if not part.is_dir()]:
+            raise CheckpointError(f"{FIELD}: there is no {lacking[0]}, a part of the model; export or copy it again")
     elif about.get("_class_name") == "AutoencoderKL":
         stage, folders = "vae", {"model.": path}
     elif about.get("model_type") == "openvla" or "format" in about or (path / "adapter_config.json").is_file():

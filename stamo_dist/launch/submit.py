@@ -135,8 +135,6 @@ def ask(
         for field, what, fix in looked.to_download:
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     checks.folder(run)
-    if trains:
-        checks.vacant(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm":
         notes += checks.shell_and_container(launch, _Sbatch(order).text())
@@ -227,13 +225,17 @@ def submit_all(orders: Sequence[JobOrder], jobs: Mapping[str, str] | None = None
     `jobs`: run folder → job id of earlier submissions on which orders depend.
 
     Raises:
-        StamoError: A run is already queued or running, a folder cannot be written, or the cluster refuses; all changes
-            are undone.
+        StamoError: A run is queued or running, also by hand, a folder cannot be written, or the cluster refuses; all
+            changes are undone.
     """
-    runs = [m.launch.run_dir for order in orders for m in order.members or [order]]
-    for run in runs:
+    asked = [m.launch for order in orders for m in order.members or [order]]
+    runs = [launch.run_dir for launch in asked]
+    for launch in asked:
+        run = launch.run_dir
         if running := active(run):
             raise RunError(f"{run}: job {running} is queued or runs; `stamo cancel {run}` ends it")
+        if launch.command[0] == "train":
+            checks.vacant(Path(run))
     with ExitStack() as stack:
         ready = [_prepared(order, stack) for order in orders]
         launches = [m.launch for order in ready for m in order.members or [order]]

@@ -18,6 +18,7 @@ from raw import write_raw
 from toy import write_recipe
 
 from stamo_dist.launch.record import events, read
+from stamo_dist.run.lease import acquire
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,6 +110,16 @@ stages:
         done = here("submit", file)
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_where_one_trains_by_hand_nothing_is_submitted(here, toy, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    with acquire(tmp_path / "run"):
+        done = here("submit", recipe, "--cluster", "local")
+    assert done.returncode == 2
+    assert f"run_dir: {tmp_path / 'run'}: process {os.getpid()} on " in done.stderr
+    assert "is training here; stop it (Ctrl-C), then submit" in done.stderr
+    assert not (tmp_path / "run" / "launch").exists()
 
 
 def test_sweeps_that_cannot_be(here, toy, tmp_path):
