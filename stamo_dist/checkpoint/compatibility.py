@@ -64,7 +64,8 @@ class RunFingerprint:
         other = saved_fingerprint != self.mixture and not self._same_until(samples, saved_fingerprint, saved)
         if other and MAY_CHANGE_DATA not in allowed:
             batch = BatchSizes.of(saved.get(_BATCH, 1)).batches(samples)
-            later = f"; global batch and weights may change after step {batch}" if data & self._planned.keys() else ""
+            later = f"; global batch and weights may change after step {batch}, counting the batches that were read"
+            later = later if data & self._planned.keys() else ""
             self._refuse(where, "another mixture", data, saved, f"{MAY_CHANGE_DATA}{later}")
         if model and _MODEL not in allowed:
             self._refuse(where, "another model", model, saved, _MODEL)

@@ -203,8 +203,8 @@ def policy_problems(policy: Policy, data: Data) -> list[str]:
         problems.append(f"policy.tokenizer: is missing, and {reader} needs the run folder of a StaMo tokenizer")
     if policy.lora is not None and policy.weights is None:
         problems.append(
-            "policy.lora: adapts pretrained weights, and without policy.weights all of them start at random; "
-            "name some, or set policy.lora: null"
+            "policy.lora: adapts the weights that policy.weights names, in place of which init_from is not taken; name "
+            "some (of a run: RUN/model), or set policy.lora: null"
         )
     frozen = [name for name in Freeze.model_fields if getattr(policy.freeze, name)]
     if frozen and policy.weights is None:

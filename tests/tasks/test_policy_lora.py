@@ -163,7 +163,7 @@ def test_peft_reads_what_is_exported(toy_policy: Path, base: Path, tmp_path: Pat
 
 def test_adapters_need_weights(toy_policy: Path, tmp_path: Path) -> None:
     path = write_policy_recipe(tmp_path / "toy.yaml", toy_policy)
-    with pytest.raises(RecipeError, match=r"policy.lora: adapts pretrained weights, and without policy.weights"):
+    with pytest.raises(RecipeError, match=r"policy.lora: adapts the weights that policy.weights names"):
         load(path, ["policy.lora.rank=4"])
 
 
