@@ -138,6 +138,8 @@ class ShutdownBudget:
         # A request is agreed on at the end of a step and takes effect after the next one.
         need = 2 * step + save
         text = f"asked to stop, it leaves within about {need:.1f} s (2 steps of {step:.2f} s, {save:.1f} s to save)"
+        if self.seconds is None and "SLURM_JOB_ID" not in os.environ:
+            return []  # Ctrl-C waits for as long as it takes
         if self.seconds is None:
             return [f"{text}; train.checkpoint.grace_seconds, the time the cluster gives for that, is not set"]
         if need <= self.seconds:

@@ -192,7 +192,7 @@ class CheckpointHook(Hook):
             raise RunError(f"the last step could not be saved: {ended[-1].error}; make room and start again")
         if self._log.signals and not last:
             asked = describe_requests(self._log.signals)
-            self._logger.info(f"{asked}: {ended[-1]}; leaving with code {EXIT_PREEMPTED} to be started again")
+            self._logger.info(f"{asked}: {ended[-1]}; leaving with code {EXIT_PREEMPTED}; the same command goes on")
             return Exit.PREEMPTED
         if trial and not ended[-1].error:
             self._trial.run(state.step)
