@@ -27,6 +27,7 @@ class Terminal:
     """A terminal that keeps what is written to it."""
 
     def __init__(self, columns: int):
+        self.columns = columns
         self._master, self._slave = pty.openpty()
         fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.path, self._said = Path(os.ttyname(self._slave)), bytearray()
@@ -79,7 +80,8 @@ class Shell:
     def started(self, where: Path, words: Sequence[str], terminal: Terminal | None = None) -> Iterator[Started]:
         """`stamo WORDS`, which is killed at the end if it still runs."""
         self._count += 1
-        environment = {"TERM": "xterm-256color"} if terminal else {"COLUMNS": "80"}
+        # COLUMNS: rich asks it before the terminal, and pytest's workers may have one.
+        environment = {"TERM": "xterm-256color", "COLUMNS": str(terminal.columns)} if terminal else {"COLUMNS": "80"}
         if "--dry-run" in words:
             environment["HF_HUB_OFFLINE"] = "0"  # weights that a cluster has need not be here
         started = self._warm.start(
