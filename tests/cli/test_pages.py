@@ -6,12 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 import typer
-from packaging.version import Version
 from typer.testing import CliRunner
 
 import stamo_dist
@@ -59,7 +58,7 @@ def test_help_has_every_command_once_and_whole():
 def test_version_says_what_a_report_of_a_fault_needs():
     said = CliRunner().invoke(app, ["--version"]).output
     assert said.startswith(f"stamo-dist {stamo_dist.__version__}")
-    assert f"torch {Version(torch.__version__).public}" in said
+    assert f"torch {version('torch')}," in said
     assert "CUDA" in said
 
 

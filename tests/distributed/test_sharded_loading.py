@@ -182,7 +182,7 @@ def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path, stra
             process = context.Process(target=_rank, args=(rank, port, str(recipe), strategy, meta_init, there))
             process.start()
             ranks.append((process, here))
-        found[meta_init] = [here.recv() for _, here in ranks if here.poll(300)]
+        found[meta_init] = [here.recv() for _, here in ranks if here.poll(120)]
         for process, _ in ranks:
             process.join(30)
         assert len(found[meta_init]) == 2

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,26 @@ from stamo_dist.launch.record import read
 
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+#: Slurm's state → what status may say. "unknown" besides, while Slurm does not answer.
+SAID = {
+    "PENDING": {"queued", "requeued"},
+    "RUNNING": {"starting", "running", "preempted"},
+    "COMPLETING": {"preempted", "failed", "stopped"},
+    "FAILED": {"failed", "stopped"},
+    "TIMEOUT": {"failed", "stopped"},
+    "CANCELLED": {"cancelled"},
+    "COMPLETED": set[str](),
+}
+
+
+class Clock(datetime):
+    """The machine's, which jumps."""
+
+    ahead = 0.0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + timedelta(seconds=cls.ahead)
 
 
 class Killed(BaseException):

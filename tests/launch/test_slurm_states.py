@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from fake_slurm import ENDED, FakeJob, FakeSlurm, Script
+from fake_slurm import ENDED, SAID, Clock, FakeJob, FakeSlurm, Script
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -39,27 +38,7 @@ from stamo_dist.run import lease
 from stamo_dist.run.lease import Owner
 
 STEPS, MAX_RESTARTS, BROKEN = 8, 2, 135
-#: Slurm's state → what status may say. "unknown" besides, while Slurm does not answer.
-SAID = {
-    "PENDING": {"queued", "requeued"},
-    "RUNNING": {"starting", "running", "preempted"},
-    "COMPLETING": {"preempted", "failed", "stopped"},
-    "FAILED": {"failed", "stopped"},
-    "TIMEOUT": {"failed", "stopped"},
-    "CANCELLED": {"cancelled"},
-    "COMPLETED": set[str](),
-}
 REAL_NOW, REAL_APPEND = time.time, record.append_line
-
-
-class Clock(datetime):
-    """The machine's, which jumps."""
-
-    ahead = 0.0
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-        return datetime.now(tz) + timedelta(seconds=cls.ahead)
 
 
 class SlurmFaults(RuleBasedStateMachine):
