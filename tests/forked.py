@@ -1,6 +1,6 @@
 """Ranks of `stamo train`, forked from a process that has imported everything: the import takes longer than a toy run.
 
-`python -m tests.forked` reads the fields of a `Call` a line and answers with those of an `End`.
+`python -m tests.forked SHARED` reads the fields of a `Call` a line and answers with those of an `End`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import ctypes
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,13 +47,18 @@ class End:
 
 
 class Ranks:
-    """Calls give (exit code, rank 0's output); one after the other."""
+    """Calls give (exit code, rank 0's output); one after the other.
+
+    Attributes:
+        shared: Folder in memory in which the ranks of a start share what they read; other tests' starts use another.
+    """
 
     def __init__(self, folder: Path):
         self._folder, self._calls = folder, 0
+        self.shared = Path(tempfile.mkdtemp(prefix="stamo-ranks-", dir="/dev/shm"))
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            bufsize=1,
+            [sys.executable, "-m", "tests.forked", str(self.shared)], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 
     def __call__(
@@ -86,6 +93,7 @@ class Ranks:
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait(60)
+        shutil.rmtree(self.shared)
 
 
 def _rank(rank: int, processes: int, port: int, arguments: list[str], output: Path, compare: bool) -> NoReturn:
@@ -166,11 +174,13 @@ def _left() -> list[str]:
     return names
 
 
-def _serve(answers: IO[str]) -> None:
+def _serve(answers: IO[str], shared: str) -> None:
+    from stamo_dist.data import node
     from tests.warm import MODULES
 
     for module in MODULES:
         importlib.import_module(module)
+    node.PLACES = (shared, *node.PLACES[1:])
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a rank leaves behind becomes this process's child
     for line in sys.stdin:
         code = _run(Call(**json.loads(line)))
@@ -180,4 +190,4 @@ def _serve(answers: IO[str]) -> None:
 if __name__ == "__main__":
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
-    _serve(pipe)
+    _serve(pipe, sys.argv[1])

@@ -26,6 +26,7 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 STEPS = 10
 _STOP_AT = 3
 _TIMEOUT = 120.0
+_OTHERS = ("stamo-watch-", "stamo-start-", "stamo-ranks-")  # in shared memory: of other tests
 _ALWAYS = ("train.global_batch=12", "train.micro_batch=4", f"train.steps={STEPS}", "train.checkpoint.every=5")
 _TOKENIZER_EVALS = (
     "reconstruct --frames 4", "interpolate --episodes 1 --points 3 --span 4", "transfer --pairs 1 --points 2 --span 4",
@@ -131,8 +132,9 @@ def walk(ranks: Ranks, name: str, variant: Variant, strategy: str, processes: in
         assert walked.losses == pytest.approx(expected, rel=2e-4), f"the losses are not ddp's: {walked.losses}"
         odd = [f for f in _files(run) if not _DOCUMENTED.fullmatch(f)]
         assert not odd, f"left in the run folder: {odd}"
-        others = _shared_memory() - shared  # other runs on this machine beat there too
-        left = sorted(f for f in others if not f.startswith("stamo-watch-") or f.startswith(in_memory(run / "logs")))
+        others = _shared_memory() - shared  # other runs on this machine are there too
+        left = sorted(f for f in others if not f.startswith(_OTHERS) or f.startswith(in_memory(run / "logs")))
+        left += [str(f) for f in ranks.shared.rglob("*")]
         assert not left, f"left in shared memory: {left}"
     except AssertionError as e:
         walked.problem = str(e)[-3000:]
