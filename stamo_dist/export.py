@@ -13,6 +13,7 @@ from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import folder_of
 from stamo_dist.data.loader import Batch, CacheKeys, Cursor, build_loader
 from stamo_dist.data.mixture import Mixture
+from stamo_dist.pretrained import checksums
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run.folder import RunFolder, write_atomic
 from stamo_dist.tasks import build_task
@@ -48,6 +49,7 @@ def write_model(recipe: Recipe, mixture: Mixture, path: Path, folder: Path) -> N
     shutil.rmtree(folder, ignore_errors=True)
     with closing(training_data(mixture, task)) as batches:
         task.export(folder, weights, batches)
+    checksums.write(folder)
 
 
 def training_data(mixture: Mixture, task: Task) -> Generator[Batch, None, None]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stamo_dist.errors import CheckpointError
+from stamo_dist.pretrained.checksums import hash_file
 from stamo_dist.run.state import RunState
 
 FORMAT_VERSION = 5
@@ -27,7 +28,6 @@ _HASHES: dict[str, Any] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
 #: Field names of format 2 → today's names.
 _RENAMED = {"identity": "recipe", "generation": "lease"}
 MANIFEST = "checkpoint.json"
-_BLOCK = 1 << 20
 
 
 class ForeignFormatError(CheckpointError):
@@ -173,12 +173,7 @@ def hasher(digest: str) -> Any:
 
 def has_digest(path: Path, stored: Stored) -> bool:
     """Whether a file exists and has the stored digest."""
-    expected, digest = stored.digest.partition(":")[2], hasher(stored.digest)
-    buffer = memoryview(bytearray(_BLOCK))
     try:
-        with path.open("rb", buffering=0) as f:
-            while n := f.readinto(buffer):
-                digest.update(buffer[:n])
+        return hash_file(path, hasher(stored.digest)) == stored.digest.partition(":")[2]
     except OSError:
         return False
-    return bool(digest.hexdigest() == expected)

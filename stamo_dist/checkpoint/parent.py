@@ -17,6 +17,7 @@ from stamo_dist.checkpoint.retention import scan
 from stamo_dist.checkpoint.source import Source, put_back
 from stamo_dist.distributed.ranges import WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RunError
+from stamo_dist.pretrained.checksums import verify
 from stamo_dist.pretrained.files import header, weight_files
 from stamo_dist.pretrained.place import EXPORTED, hub_failures, hub_id, not_supplied, snapshot, source
 from stamo_dist.recipe.init_from import InitFrom
@@ -83,6 +84,8 @@ def locate(cfg: InitFrom, stage: str, say: Callable[[str], None]) -> str:
     parent = open_parent(location, cfg)
     if parent.stage not in (stage, None):
         raise RunError(f"{FIELD}: {path} is of the {parent.stage} stage, and the recipe trains the {stage} stage")
+    for folder in (path, path / "model"):  # an export, by its folder or its run's
+        verify(folder, FIELD)
     return location
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import CheckpointError
+from stamo_dist.pretrained.checksums import CHECKSUMS
 from stamo_dist.pretrained.files import PICKLED, STEMS, VARIANTS, file_name, index_name
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 _FILES = (".safetensors", *PICKLED)
 #: The files of an exported model.
-EXPORTED = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model")
+EXPORTED = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model", CHECKSUMS)
 
 
 def hub_id(weights: str) -> tuple[str, str | None] | None:

@@ -19,6 +19,7 @@ from stamo_dist.errors import RunError
 from stamo_dist.export import export, training_data
 from stamo_dist.models.exported import STATE_ENCODER
 from stamo_dist.models.state_encoder import StateEncoder
+from stamo_dist.pretrained import checksums
 from stamo_dist.publish.card import model_card
 from stamo_dist.publish.usage import usage
 from stamo_dist.recipe.load import load
@@ -69,6 +70,7 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
             assert seen_through is not None, "the recipe was checked"
             StateEncoder.from_pretrained(seen_through).save_pretrained(part / STATE_ENCODER, seen_through)
         card = model_card(recipe, run, folder, layout, trained=task.trained, use=usage(recipe, layout, part))
+        checksums.write(part)
         (part / "README.md").write_text(card, encoding="utf-8")
         _as_others_files(part)
         part.rename(out)

@@ -44,6 +44,13 @@ class RecipeField:
         return value if value.section else None
 
     @property
+    def of_map(self) -> tuple[Any, Any] | None:
+        """The kinds of names and of values, if it may be a map of plain values."""
+        union = get_origin(self.annotation) in (Union, types.UnionType)
+        maps = [k for k in (get_args(self.annotation) if union else (self.annotation,)) if get_origin(k) is dict]
+        return get_args(maps[0]) if maps and self.entry is None else None
+
+    @property
     def required(self) -> bool:
         return self.info is not None and self.info.is_required()
 

@@ -30,6 +30,7 @@ class Merged(Layer):
         _clear_clashes(self.value, layer.value)
         self._remove_sources(layer)
         self._remove_steps(layer)
+        self._forget_replaced(layer)
         merged = OmegaConf.merge(OmegaConf.create(self.value), OmegaConf.create(layer.value))
         self.value = OmegaConf.to_container(merged)  # type: ignore[assignment]
         for key, place in layer.places.items():
@@ -62,6 +63,13 @@ class Merged(Layer):
                 del value_at(self.value, key[:-1])[key[-1]]
                 for old in [k for k in self.places if k[: len(key)] == key]:
                     del self.places[old]
+
+    def _forget_replaced(self, layer: Layer) -> None:
+        """Where a map takes the place of another value, the place of that value says nothing any more."""
+        for key in layer.places:
+            for above in (key[:depth] for depth in range(1, len(key) + 1)):
+                if isinstance(value_at(layer.value, above), dict) and not isinstance(value_at(self.value, above), dict):
+                    self.places.pop(above, None)
 
 
 def merge(path: Path, overrides: Sequence[str] = ()) -> Merged:

@@ -186,15 +186,17 @@ class _Converter:
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         out: dict[str, Any] = {}
         first: dict[str, int] = {}
-        by_step = bool(key) and all(_is(name_node, "int") for name_node, _ in node.value)
+        by_step = bool(key) and any(_is(name_node, "int") for name_node, _ in node.value)
         for name_node, value_node in node.value:
             line = name_node.start_mark.line + 1
             at = self.place(line)
-            if not _is(name_node, "str") and not by_step:
+            is_step = by_step and _is(name_node, "int")
+            if not is_step and not _is(name_node, "str"):
                 text = name_node.value if isinstance(name_node, yaml.ScalarNode) else "of this value"
-                self._problem(at, key, f"the name {text} is not text; put it in quotes")
+                way = "write a whole number" if by_step else "put it in quotes"
+                self._problem(at, key, f"the name {text} is not text; {way}")
                 continue
-            name = str(self.loader.construct_object(name_node)) if by_step else name_node.value
+            name = str(self.loader.construct_object(name_node)) if is_step else name_node.value
             if name == "<<":
                 self._problem(at, key, "merge keys (<<) are not read; use extends")
             elif name in out:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find, key_of, nearest, placeholder
@@ -114,7 +114,10 @@ def _messages(error: ValidationError, tree: dict[str, Any], root: RecipeField) -
             yield key, _unknown(key, root), "extra_forbidden"
         else:
             field = nearest(key, root)
-            yield field.key, _wrong_value(field, value_at(tree, field.key)), "value"
+            value = value_at(tree, field.key)
+            messages = _wrong_entries(field, value) if isinstance(value, dict) else []
+            for message in messages or [_wrong_value(field, value)]:
+                yield field.key, message, "value"
 
 
 def _names_any(message: str, keys: Mapping[Key, Any]) -> bool:
@@ -148,6 +151,28 @@ def _wrong_value(field: RecipeField, value: Any) -> str:
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
+
+
+def _wrong_entries(field: RecipeField, value: dict[str, Any]) -> list[str]:
+    """The problems of single entries of a field that may be a map of plain values, such as sizes by step."""
+    if (kinds := field.of_map) is None:
+        return []
+    (of_name, of_entry), messages = kinds, list[str]()
+    for name, entry in value.items():
+        at = (*field.key, name)
+        if not _is_valid(of_name, name):
+            messages.append(f"{dotted(at)}: the name must be {RecipeField(at, of_name).words}")
+        elif isinstance(entry, bool) or not _is_valid(of_entry, entry):
+            messages.append(f"{dotted(at)}: {_wrong_value(RecipeField(at, of_entry), entry)}")
+    return messages
+
+
+def _is_valid(kind: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _repair(tree: dict[str, Any], key: Key, root: RecipeField) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from toy import make_source, write_recipe
 from toy_policy import TEXTS, set_statistics, write_policy_recipe
@@ -14,8 +15,10 @@ from toy_policy import TEXTS, set_statistics, write_policy_recipe
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.retention import complete
+from stamo_dist.errors import CheckpointError
 from stamo_dist.models.openvla.policy import Policy
 from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.pretrained.checksums import CHECKSUMS, verify
 from stamo_dist.recipe.load import load
 
 TOWERS = """\
@@ -114,6 +117,20 @@ def test_openvla_has_the_released_names_and_what_the_official_code_asks_for(
         assert torch.equal(tensor, weights[name].bfloat16()), name
 
 
+def check_checksums(out: Path) -> None:
+    """Every weight file is listed, with the digest that xxhsum would print, and a change of a byte is noticed."""
+    listed = {name: digest for digest, name in map(str.split, (out / CHECKSUMS).read_text().splitlines())}
+    files = sorted(out.rglob("*.safetensors"))
+    assert len(files) > 4
+    assert listed == {str(f.relative_to(out)): xxhash.xxh128(f.read_bytes()).hexdigest() for f in files}
+    verify(out, "init_from")
+    content = bytearray(files[-1].read_bytes())
+    files[-1].write_bytes(content[:-1] + bytes([content[-1] ^ 8]))
+    with pytest.raises(CheckpointError, match=f"changed since it was exported: {files[-1].relative_to(out)};"):
+        verify(out, "init_from")
+    files[-1].write_bytes(content)
+
+
 def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, tmp_path: Path) -> None:
     from diffusers import SD3Transformer2DModel
 
@@ -126,6 +143,7 @@ def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, tmp_path: P
     opened = SD3Transformer2DModel.from_pretrained(tmp_path / "out/transformer").state_dict()
     for name, tensor in before.trained.decoder.transformer.state_dict().items():
         assert torch.equal(tensor, opened[name]), name
+    check_checksums(tmp_path / "out")
     ranks(1, "export", run, tmp_path / "half", "--dtype", "bfloat16")
     half = Tokenizer.from_pretrained(tmp_path / "half").trained.compressor.queries
     assert torch.equal(half, before.trained.compressor.queries.bfloat16().float())

@@ -104,8 +104,11 @@ def test_steps_after_the_last_have_no_effect(tmp_path):
     [
         ("{1: 8}", "steps must increase from 0, as in {0: 256, 20_000: 1024}, unlike 1"),
         ("{0: 8, 12: 4, 10: 2}", "steps must increase from 0, as in {0: 256, 20_000: 1024}, unlike 0, 12, 10"),
-        ("{0: 8, 12: 0}", "must be a whole number above 0 or a map"),
-        ("{0: 8, -3: 4}", "must be a whole number above 0 or a map"),
+        ("{0: 8, 12: 0}", ".12: must be a whole number above 0, not 0"),
+        ("{0: 8, 12: {a: 4}}", ".12: must be a whole number above 0, not a map"),
+        ("{0: 8, -3: 4}", ".-3: the name must be a whole number at least 0"),
+        ("{0: 8, x: 4}", ".x: the name must be a whole number at least 0"),
+        ("{0: 8, 12.5: 4}", ": the name 12.5 is not text; write a whole number"),
         ("{0: true}", "must be a whole number above 0 or a map"),
         ("8.5", "must be a whole number above 0 or a map"),
         ("{0: 8, 0: 12}", "given twice, first on line 2"),
@@ -117,6 +120,36 @@ def test_what_is_refused(tmp_path, batch, why):
     (problem,) = caught.value.problems
     assert problem.startswith(f"{tmp_path}/r.yaml:2: train.global_batch")
     assert why in problem
+
+
+def test_every_wrong_entry_is_named_at_its_line(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        recipe(tmp_path / "r.yaml", batch="{0: 8,\n 10: -3,\n x: 5,\n 20: foo}")
+    at = f"{tmp_path}/r.yaml"
+    assert caught.value.problems == [
+        f"{at}:3: train.global_batch.10: must be a whole number above 0, not -3",
+        f"{at}:4: train.global_batch.x: the name must be a whole number at least 0",
+        f"{at}:5: train.global_batch.20: must be a whole number above 0, not foo",
+    ]
+
+
+@pytest.mark.parametrize("batch", ["8", "{0: 8, 10: 12}"])
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("={5: 8, 3: 9}", "steps must increase from 0"),
+        (".5=8", "train.global_batch: steps must increase from 0"),
+        (".x=8", "the name must be a whole number at least 0"),
+        ("={0: 8, 9: 2.5}", "train.global_batch.9: must be a whole number above 0, not 2.5"),
+    ],
+)
+def test_a_map_of_the_command_line_is_its_problem(tmp_path, batch, given, why):
+    if given == ".5=8" and batch != "8":
+        given, why = ".10=0", "must be a whole number above 0, not 0"
+    with pytest.raises(RecipeError) as caught:
+        recipe(tmp_path / "r.yaml", f"train.global_batch{given}", batch=batch)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"--set train.global_batch{given.partition('=')[0]}: {why}")
 
 
 def test_virtual_workers_divide_every_size(tmp_path):
