@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class Misfit:
 
 #: Path and manifest of each folder of each source.
 Found = Mapping[str, Sequence[tuple[str, Manifest]]]
+
+
+#: A data set of the Hugging Face Hub, or a folder or file of one.
+HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<path>.+?))?/?")
+HUB_FORM = "write hf://datasets/OWNER/NAME, with @REVISION and /PATH if need be"
 
 
 def is_remote(path: str) -> bool:
@@ -134,6 +140,8 @@ def look(data: Data) -> list[Misfit]:
     for name, source in data.used.items():
         for path in source.paths:
             if is_remote(path):
+                if path.startswith("hf://") and not HUB.fullmatch(path):
+                    problems.append(Misfit(f"data.sources.{name}.path", f"data.sources.{name}: {path}: {HUB_FORM}"))
                 continue
             try:
                 found.setdefault(name, []).append((path, read_manifest(Path(path).expanduser())))
