@@ -112,6 +112,8 @@ def test_what_goes_wrong_is_one_line_with_a_way_out(hub: Hub, exported: Path, tm
         (dead, "lab/a", f"{dead['HF_ENDPOINT']} cannot be reached (ConnectionError); try again where there is network"),
         ({**known, "HF_HUB_OFFLINE": "1"}, "lab/a", "HF_HUB_OFFLINE is set; unset it where there is network"),
         (known, "policy", "give OWNER/NAME, as in"),
+        (known, "öwner/name", "give OWNER/NAME, as in my-lab/policy-drawer, of a–z, A–Z"),
+        (known, "lab/policy.git", "is no name of the Hub's: "),
     ):
         code, said = push(environ, exported, "--push", name)
         assert code == 2, said
