@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,6 +95,8 @@ _AS_THEY_ARE = (Form.hf, DType.float32, "5GB")
 @with_options(ExportOptions)
 def export(_: typer.Context, asked: ExportOptions) -> None:
     asked.check()
+    if asked.out is not None and ".." in asked.out.parts:  # a folder that is not there, with .. after it, is not made
+        asked = replace(asked, out=asked.out.resolve())
     hub = _looked_at(asked)
 
     import torch

@@ -156,8 +156,10 @@ def _initial(loaded: Loaded) -> Iterator[str]:
     initial = loaded.recipe.init_from
     if initial is None or _from_hub(initial.path) or _has_checkpoints(loaded):
         return
-    if not Path(initial.path).expanduser().is_dir():
-        field = _placed(loaded, "init_from.path")
+    field = _placed(loaded, "init_from.path")
+    if "://" in initial.path:
+        yield f"{field}: {initial.path}: copy it here first (stamo sync {initial.path} FOLDER), and give its folder"
+    elif not Path(initial.path).expanduser().is_dir():
         yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
 
 

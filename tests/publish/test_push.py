@@ -57,8 +57,9 @@ def test_a_policy_goes_to_the_hub_and_is_used_by_its_id(
     hub: Hub, exported: Path, data: Path, tmp_path: Path, ranks: Callable
 ) -> None:
     environ = hub.environ(tmp_path / "home")
-    code, said = push(environ, exported.parent / "run", tmp_path / "anew", "--push", "lab/policy")
+    code, said = push(environ, exported.parent / "run", f"{tmp_path}/nested/../anew", "--push", "lab/policy")
     assert code == 0, said
+    assert not (tmp_path / "nested").exists()
     assert f"uploaded {tmp_path / 'anew'} to lab/policy: {hub.url}/lab/policy/commit/" in said
     held = hub.models["lab/policy"].files
     assert {k: v for k, v in held.items() if k != ".gitattributes"} == content(tmp_path / "anew")
