@@ -58,8 +58,9 @@ def _options(
 @eval_app.callback()
 def _bring_tools(context: typer.Context) -> None:
     from stamo_dist.launch.local import launch_local
+    from stamo_dist.launch.status import one
 
-    context.obj = EvalTools(launch_local, InstalledBenchmarks())
+    context.obj = EvalTools(launch_local, InstalledBenchmarks(), one)
 
 
 def _rollout(recipe: Recipe) -> list[str]:

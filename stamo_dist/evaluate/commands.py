@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = """Measure a tokenizer or a policy on held-out episodes.
 
-RUN is the folder of a run, its recipe's run_dir; `stamo demo` trains demo/runs/tokenizer.
+RUN is the folder of a run, its recipe's run_dir, or the run's name; `stamo demo` trains demo/runs/tokenizer.
 """
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
@@ -32,6 +32,16 @@ class EvalTools:
 
     launch: Callable[[list[str], int, Path], int]  # starts processes with these arguments and returns their exit code
     benchmarks: SimulatorCatalogue
+    find_run: Callable[[str], Path]  # the folder of a run, by its name; raises RunError
+
+
+def _by_name(given: Any, find_run: Callable[[str], Path]) -> Any:
+    """`given`, with the folder of a run in place of its name."""
+    field = "policy" if isinstance(given, options.UseOptions) else "run"
+    path = Path(getattr(given, field))
+    if isinstance(given, options.SpeedOptions) or len(path.parts) > 1 or path.exists():
+        return given
+    return replace(given, **{field: find_run(str(path))})
 
 
 def _check_folder(given: Any) -> None:
@@ -53,10 +63,11 @@ def _command(asked: type, implementation: str) -> Callable[..., None]:
 
     @with_options(asked)
     def command(context: typer.Context, given: Any) -> None:
+        tools: EvalTools = context.obj
+        given = _by_name(given, tools.find_run)
         _check_folder(given)
         from stamo_dist.evaluate.workers import WorkerGroup, run_in_group
 
-        tools: EvalTools = context.obj
         module, name = implementation.split(":")
         make: Callable[..., Measurement] = getattr(import_module(f"{__package__}.{module}"), name)
         brought = {"benchmarks": tools.benchmarks} if "benchmarks" in inspect.signature(make).parameters else {}

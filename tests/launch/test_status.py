@@ -18,6 +18,7 @@ from rich.console import Console
 from stamo_dist.launch import supervise
 from stamo_dist.launch.record import Event, Launch, record
 from stamo_dist.launch.status import collect, find, runs_table
+from stamo_dist.recipe.load import dump, load
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tables import show
 
@@ -151,6 +152,15 @@ def test_what_stamo_train_started_is_registered_and_says_where_its_output_is(tmp
     shown = stamo("logs", "by_hand")
     assert "line of rank 1" in shown
     assert "rank 0 printed into that terminal" in shown
+
+
+def test_measurements_take_the_name_of_a_run_too(tmp_path):
+    run = RunFolder(tmp_path / "elsewhere" / "paints")
+    run.prepare()
+    run.describe("", dump(load("vae_demo").recipe), ["stamo", "train"], step=0, processes=1, sources={})
+    said = stamo("eval", "reconstruct", "paints", code=2)
+    assert f"{run.path}: its recipe trains the vae stage; give the run folder of a tokenizer" in said
+    assert "no run folder and no name of a run" in stamo("eval", "reconstruct", "draws", code=2)
 
 
 def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
