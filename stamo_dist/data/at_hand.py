@@ -158,7 +158,7 @@ def look(data: Data) -> list[Misfit]:
     return problems
 
 
-def to_encode(loaded: Loaded, *, every: bool = True) -> Misfit | None:
+def to_encode(loaded: Loaded, *, every: bool = True) -> Iterator[Misfit]:
     """What `stamo encode` has to write of local sources before the recipe can be trained; see `not_encoded`."""
     recipe = loaded.recipe
     kind, field, value = {
@@ -167,10 +167,9 @@ def to_encode(loaded: Loaded, *, every: bool = True) -> Misfit | None:
         "vae": ("", "", ""),
     }[recipe.stage]
     missing = not_encoded(recipe.data, kind, every=every) if value == "cached" else []
-    if not missing:
-        return None
-    text = f"{field}: cached, but there are no {kind} of {'all' if every else 'any'} shards in {', '.join(missing)}"
-    return Misfit(field, f"{text}; run `{loaded.command('encode')}`, or set {field}: online")
+    if missing:
+        text = f"{field}: cached, but there are no {kind} of {'all' if every else 'any'} shards in {', '.join(missing)}"
+        yield Misfit(field, f"{text}; run `{loaded.command('encode')}`, or set {field}: online")
 
 
 def not_encoded(data: Data, kind: str, *, every: bool = True) -> list[str]:

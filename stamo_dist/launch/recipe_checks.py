@@ -165,8 +165,7 @@ def _initial(loaded: Loaded) -> Iterator[str]:
 
 def _to_encode(loaded: Loaded) -> Iterator[str]:
     """What `stamo encode` has to write before the training."""
-    missing = at_hand.to_encode(loaded, every=not _has_checkpoints(loaded))
-    if missing is not None:
+    for missing in at_hand.to_encode(loaded, every=not _has_checkpoints(loaded)):
         yield _placed(loaded, missing.field, missing.text)
 
 

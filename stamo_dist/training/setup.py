@@ -117,17 +117,17 @@ def check(start: RunStart) -> Checked:
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
     begun = RecordedInputs(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
     first = begun.step is None
-    missing = before_connecting(start.world, "to_encode", lambda: _to_encode(start, every=first))
-    if missing is not None:
-        raise RecipeError([missing])
+    lacking = partial(to_encode, start.loaded, every=first)
+    if missing := before_connecting(start.world, "to_encode", lambda: [misfit.text for misfit in lacking()]):
+        raise RecipeError(missing)
     data_begun = RecordedInputs() if MAY_CHANGE_DATA in start.allowed else begun
     data = in_order(recipe.data, data_begun.order)
     if data != recipe.data:
         start.notes.append(
             "data.shuffle.order: the run goes on in the order of groups, in which it began; a new run has lanes"
         )
-    batch = recipe.train.global_batch
-    mixture = Mixture(data, seed=recipe.seed, global_batch=batch, growth=data_begun.growth, node=start.node)
+    size, growth = recipe.train.global_batch, data_begun.growth
+    mixture = Mixture(data, seed=recipe.seed, global_batch=size, growth=growth, node=start.node)
     if mixture.steps is not None and mixture.steps < recipe.train.steps:
         ends = f"data.sources.*.max_epochs lets the data end after {mixture.steps}"
         raise RecipeError([f"train.steps: {recipe.train.steps}, but {ends}"])
@@ -136,7 +136,8 @@ def check(start: RunStart) -> Checked:
         if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor):
             use.check(mixture.cache)
     check_task(recipe, mixture)
-    found = before_connecting(start.world, "init_from", lambda: _initial(start) if first else None)
+    parent = partial(find, recipe, start.run.path, start.notes.append)
+    found = before_connecting(start.world, "init_from", parent if first else lambda: None)
     return Checked(mixture, run_fingerprint(recipe, mixture), plans, select, begun, found)
 
 
@@ -230,15 +231,6 @@ def _record_parent(run: Path, checkpoint: Checkpoint | None, initial: Initial | 
         parent = lineage.resumed(checkpoint.path, checkpoint.manifest.state.step)
     if parent is None or Path(parent.run) != run.resolve():
         lineage.record(run, parent)
-
-
-def _initial(start: RunStart) -> str | None:
-    return find(start.recipe, start.run.path, start.notes.append)
-
-
-def _to_encode(start: RunStart, *, every: bool) -> str | None:
-    missing = to_encode(start.loaded, every=every)
-    return None if missing is None else missing.text
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
