@@ -62,6 +62,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     from stamo_dist.device import Device
     from stamo_dist.distributed.rank import world_from_environment
     from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
+    from stamo_dist.optim.ema import EMA
     from stamo_dist.optim.optimizer import adamw
     from stamo_dist.recipe.batching import batching
     from stamo_dist.recipe.load import load
@@ -83,6 +84,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer))
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     task.load_weights()
+    average = EMA(engine, recipe.train.ema) if recipe.train.ema else None
     noise = Noise(0)
     caches = CacheKeys(task.latents)
     loader = build_loader(mixture, rank=number, world_size=world, cursor=Cursor(), workers=0, caches=caches)
@@ -92,6 +94,8 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
             for micro in next(batches).to(engine.device).split(plan.micro_batch):
                 with engine.accumulate():
                     engine.backward(task.loss(engine.module, micro, noise.at(step)).loss)
+            if average is not None:
+                average.update(step + 1)
     peak = watch.stop() - before
     answer.send(device.peak_memory()[0] if device.is_gpu else peak)
     torch.distributed.barrier()

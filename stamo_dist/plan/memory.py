@@ -64,7 +64,7 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
         if name in ("fsdp", "hsdp"):
             if recipe.strategy.gradients == "whole" and parts > 1:
-                memory.gradients += 4 * counted.trained
+                memory.gradients = 4 * counted.trained  # in the last backward pass they go as the shares come
             if not recipe.strategy.reshard_after_forward and devices > 1:
                 memory.gathered += counted.size * (counted.all - counted.root - 2 * counted.unit)
         memory.micro_batch, memory.activations = micro_batch, activations

@@ -133,7 +133,8 @@ class Train(Section):
     profile: ProfileSettings | None = Field(None, description="Trace a few steps; null traces none.")
     sync_guard: Literal["off", "warn", "error"] = Field(
         "off",
-        description="On a GPU, after a start's first step: what PyTorch does where the host waits for the device.",
+        description="On a GPU, in the steps after a start's first: what PyTorch does where the host waits for the "
+        "device, but for the gradient's norm. Of zero1–3, whose DeepSpeed waits by itself, error ends the run.",
     )
     dry_export: bool | None = Field(
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
