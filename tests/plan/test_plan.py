@@ -155,6 +155,20 @@ def test_weights_that_stay_gathered_count() -> None:
         load(path, ["strategy.reshard_after_forward=false"])
 
 
+@pytest.mark.slow
+def test_the_page_says_what_is_planned_of_recomputation() -> None:
+    rows = re.findall(
+        r"^\| \**(\d+)(?:, twice a step)?\**(?: \|) \**(true|false|\d)\** \| \**([\d.]+)[^|]*\| \**(\d+) %",
+        (ROOT / "docs/gpu.md").read_text(), re.MULTILINE,
+    )  # fmt: skip
+    assert len(rows) == 5
+    for micro_batch, recomputed, gigabytes, mfu in rows:
+        settings = [f"train.micro_batch={micro_batch}", f"train.gradient_checkpointing={recomputed}"]
+        recipe = load(ROOT / "recipes/policy_openvla_state.yaml", settings).recipe
+        (memory,), (step,) = plan(recipe, 8), expect(recipe, 8, GPUS[1:2])
+        assert (f"{memory.peak / 1e9:.1f}", f"{step.mfu:.0%}") == (gigabytes, f"{mfu}%"), settings
+
+
 def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:
     path = ROOT / "recipes/policy_openvla_state.yaml"
     settings = ["train.global_batch=1024", "train.micro_batch=16", "strategy.name=fsdp"]
