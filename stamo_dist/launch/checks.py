@@ -111,7 +111,7 @@ def look(
     Args:
         loaded: The recipe.
         environment: Variables that the run will have besides this process's.
-        world_size: Also check that the global batch divides over this many processes.
+        world_size: Also check that the global batch and hsdp's groups divide over this many processes.
         offline: Skip data and weights, which are not on this machine.
         advise: Also look at how the data are used, which takes numpy.
     """
@@ -119,6 +119,7 @@ def look(
     if world_size is not None:
         try:
             batching(loaded.recipe.train, world_size)
+            loaded.recipe.strategy.check_processes(world_size)
         except ValueError as e:
             problems.append(_located(loaded, str(e)))
     if offline:

@@ -51,8 +51,9 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
 
     Raises:
         RecipeError: The size of a checkpoint is not known.
-        ValueError: The global batch cannot be spread over so many devices.
+        ValueError: The global batch, or hsdp's group, cannot be spread over so many devices.
     """
+    recipe.strategy.check_processes(devices)
     spreads = batchings(recipe.train, devices)
     micro_batch, parts = max(s.micro_batch for s in spreads), max(s.accumulation for s in spreads)
     made = shapes(recipe)

@@ -189,6 +189,11 @@ class Strategy(Section):
         "its backward pass; false keeps all of them between, for half the gathering.",
     )
 
+    def check_processes(self, processes: int) -> None:
+        """Raises: ValueError: hsdp's groups cannot be made of so many processes."""
+        if self.name == "hsdp" and self.shard_group and processes % self.shard_group:
+            raise ValueError(f"strategy.shard_group: {self.shard_group} does not divide {processes} processes")
+
     def advice(self, processes: int) -> list[str]:
         """Advice for this number of processes."""
         if self.name != "fsdp" or processes <= MANY_PROCESSES:

@@ -196,6 +196,8 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
     assert found["notes"] == [], "the toy's data and tokenizer are there"
     with pytest.raises(RecipeError, match=r"policy.weights: there is no config.json in owner/other, .* known: openvla"):
         plan(load(recipe, ["policy.weights=owner/other"]).recipe, 2)
+    with pytest.raises(ValueError, match=r"strategy.shard_group: 3 does not divide 8 processes"):
+        plan(load(recipe, ["strategy.name=hsdp", "strategy.shard_group=3"]).recipe, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
