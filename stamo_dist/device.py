@@ -222,9 +222,10 @@ class Gpu(Device):
         # Not cudnn.benchmark: each start might choose other kernels.
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # the second one wins in PyTorch
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        # Of fp32 side work, such as a frozen compressor's; PyTorch by itself allows it in convolutions alone.
+        self.allow_tf32(precision == "bf16")
         if precision != "bf16":
             return []
-        self.allow_tf32(True)  # fp32 side work, such as a frozen compressor's
         if self._cuda.is_bf16_supported(including_emulation=False):
             return []
         return [f"train.precision: {self.name} emulates bf16, which is slow; it has fp32"]

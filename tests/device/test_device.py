@@ -124,9 +124,11 @@ def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     before = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch sets it
     try:
         assert gpu.tune("fp32") == []
         assert torch.get_float32_matmul_precision() == before, "fp32 means fp32"
+        assert not torch.backends.cudnn.allow_tf32, "in convolutions, too"
         assert gpu.tune("bf16") == []
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32
