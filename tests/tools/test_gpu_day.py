@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_day.sh"
 MEASURED = {
     "1": ["correctness", "doctor"],
     "2": ["tokenizer", "overhead", "memory", "checkpoint"],
-    "3": ["policy", "lora", "encode", "serve", "decode"],
+    "3": ["policy", "lora", "serve", "decode", "encode"],
 }
 
 
