@@ -32,7 +32,8 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    from stamo_dist.launch.status import collect, everything, find, one_run, recent, status_table
+    from stamo_dist.launch.status import collect, everything, find, recent
+    from stamo_dist.launch.status_tables import one_run, status_table
     from stamo_dist.tables import show
 
     if not watch:
@@ -75,7 +76,8 @@ def runs(
     from rich.console import Console
 
     from stamo_dist.launch.record import SWEEP
-    from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
+    from stamo_dist.launch.status import collect, everything, find
+    from stamo_dist.launch.status_tables import runs_table, sweep_table
     from stamo_dist.launch.tree import parent_of, runs_tree
     from stamo_dist.tables import show
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from stamo_dist.launch import supervise
 from stamo_dist.launch.record import Event, Launch, record
-from stamo_dist.launch.status import collect, find, runs_table
+from stamo_dist.launch.status import collect, find
+from stamo_dist.launch.status_tables import runs_table
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tables import show
 
