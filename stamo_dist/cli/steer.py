@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import slurm, submit, supervise
+from stamo_dist.launch.again import command_by_hand
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
@@ -73,7 +74,7 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
     if launch is None or launch.snapshot is None:
         recipe = path / "resolved.yaml"
         raise RunError(
-            f"{path}: was not submitted; `stamo train {recipe}` goes on here, "
+            f"{path}: was not submitted; `{command_by_hand(path)}` goes on here, "
             f"`stamo submit {recipe} --cluster PROFILE` on a cluster"
         )
     if launch.kind != "run":

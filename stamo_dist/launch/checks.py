@@ -25,7 +25,7 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.recipe.unread import unread
-from stamo_dist.run.lease import newest_owner
+from stamo_dist.run.lease import last_start
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
@@ -171,7 +171,7 @@ def vacant(run: Path) -> None:
     Raises:
         RunError: A process of this machine does.
     """
-    owner, _ = newest_owner(run)
+    owner = last_start(run).owner
     if owner is not None and not owner.ended and owner.local and owner.alive:
         raise RunError(
             f"run_dir: {run}: {owner} is training here; stop it (Ctrl-C), then submit, or name another run_dir"

@@ -19,7 +19,7 @@ from stamo_dist.faults.heartbeats import heartbeat_of_main
 from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import TooLongError, backwards, parsed
-from stamo_dist.run.lease import Owner, newest_owner
+from stamo_dist.run.lease import LeaseEnd, Owner, last_start
 from stamo_dist.run.success import KEY, Successes, is_late
 from stamo_dist.tracking.alarms import alarm_text
 from stamo_dist.tracking.progress import duration
@@ -86,6 +86,7 @@ class Progress:
     saved: float | None = None  # timestamp of that checkpoint
     owner: Owner | None = None  # process that trains here, or did last
     silence: float | None = None  # seconds since the owner's last heartbeat
+    end: LeaseEnd | None = None  # why the last start ended, if not as it should
     exported: bool = False  # whether training finished and the model was exported
     phase: str = ""  # rank 0's activity outside steps, such as "building" or "exporting", and its seconds
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
@@ -120,7 +121,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         batch = BatchSizes.of(train["global_batch"]).at(max(0, last.get("step", 1) - 1))
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
     checkpoint, saved = newest_checkpoint(run / "checkpoints")
-    owner, silence = newest_owner(run)
+    start = last_start(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
     return Progress(
         name=str(resolved.get("name") or run.name),
@@ -132,8 +133,9 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         written=_when(run / "metrics.jsonl"),
         checkpoint=checkpoint,
         saved=saved,
-        owner=owner,
-        silence=silence,
+        owner=start.owner,
+        silence=start.silence,
+        end=start.end,
         exported=_exported(run, checkpoint),
         phase=_phase(run),
         terms=terms,

@@ -13,12 +13,14 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import record, slurm, supervise
+from stamo_dist.launch.again import again
 from stamo_dist.launch.ends import avoided
-from stamo_dist.launch.logs import first_error
+from stamo_dist.launch.logs import first_error, follows
 from stamo_dist.launch.record import Event, Launch, below, is_run, recipe_file, registered
 from stamo_dist.launch.run_progress import Progress, age, read_progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, judge_state
+from stamo_dist.run.history import last_objects
 
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
 
@@ -164,14 +166,15 @@ def _run(
         job, note = _of(jobs.get(launch.job, []))
     mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history
     trains = launch is not None and launch.command[:1] == ["train"]
-    state = judge_state(progress, mine, job, asked=asked, watched=watched, trains=trains)
+    way = again(path, launch)
+    state = judge_state(progress, mine, job, asked=asked, watched=watched, trains=trains, again=way)
     if state.word == "starting" and launch and launch.command[:1] != ["train"] and mine[-1].event == "started":
         state = replace(state, word="running")  # it writes no metrics
     if launch and launch.after and not state.live and not any(e.event in ("started", "cancelled") for e in history):
         state = State("stopped", record.hindrance(launch) or state.detail)
-    if state.word == "failed" and (error := first_error(path)):
-        state = replace(state, detail=f"{error} ({state.detail})" if state.detail else error)
-    if state.word in ("failed", "stopped", "lost") and (full := _full(path)):
+    if error := _error(path, launch, progress, state):
+        state = replace(state, word="failed", detail=f"{error} ({state.detail})" if state.detail else error)
+    if state.word in ("failed", "stopped", "lost") and (full := _full(path, way)):
         state = replace(state, detail=f"{full} ({state.detail})" if state.detail else full)
     if state.live and (off := avoided(mine)):
         state = replace(state, detail=", ".join(filter(None, (state.detail, f"stays off {','.join(off)}"))))
@@ -180,13 +183,24 @@ def _run(
     return Run(path, launch, progress, history, job, state)
 
 
-def _full(path: Path) -> str:
+def _error(path: Path, launch: Launch | None, progress: Progress, state: State) -> str:
+    """The error with which the run failed, if its logs have it and the state does not."""
+    if launch is not None:
+        return first_error(path) if state.word == "failed" else ""
+    known = progress.end is not None and not follows(progress.end.reason)
+    if known or state.word not in ("failed", "lost"):
+        return ""
+    began = next(last_objects(path / "starts.jsonl"), {}).get("time", "")
+    return first_error(path, since=str(began))
+
+
+def _full(path: Path, again: str) -> str:
     """That the disk of the run folder is full, as its logs cannot say then."""
     try:
         free = os.statvfs(path).f_bavail
     except OSError:
         return ""
-    return "" if free else f"the disk of {path} is full: make room, then `stamo resume {path}`"
+    return "" if free else f"the disk of {path} is full: make room, then {again}"
 
 
 def _of(mine: Sequence[SlurmJob]) -> tuple[SlurmJob | None, str]:
