@@ -21,6 +21,7 @@ from stamo_dist.launch.run_progress import Progress, age, read_progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.launch.state import State, judge_state
 from stamo_dist.run.history import last_objects
+from stamo_dist.run.lease import last_start
 
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
 
@@ -88,6 +89,8 @@ def find(names: Sequence[str]) -> list[Path]:
         if len(named) > 1:
             paths = "\n  ".join(map(str, named))
             raise RunError(f"{name}: several runs are called so; give the folder of one:\n  {paths}")
+        if not named and (end := last_start(Path(name)).end):
+            raise RunError(f"{name}: no run yet, its start {end.word}: {end.reason}")
         if not named:
             raise RunError(f"{name}: no run folder and no name of a run; `stamo runs` lists those there are")
         found += named
@@ -172,6 +175,9 @@ def _run(
         state = replace(state, word="running")  # it writes no metrics
     if launch and launch.after and not state.live and not any(e.event in ("started", "cancelled") for e in history):
         state = State("stopped", record.hindrance(launch) or state.detail)
+    if state.word == "finished" and mine and mine[-1].event == "failed":
+        why = first_error(path) or mine[-1].reason
+        state = replace(state, detail=f"before; its last start failed: {why}")
     if error := _error(path, launch, progress, state):
         state = replace(state, word="failed", detail=f"{error} ({state.detail})" if state.detail else error)
     if state.word in ("failed", "stopped", "lost") and (full := _full(path, way)):
