@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -36,8 +37,10 @@ def status_table(runs: Sequence[Run]) -> RenderableType:
     """One line per run; details on the states below the table."""
     if not runs:
         return Text("no runs; `stamo submit RECIPE` starts one, and `stamo runs` lists those that ended")
+    tails = _tails(runs)
     columns: list[tuple[str, Callable[[Run], str | Text]]] = [
         ("run", lambda r: r.name),
+        ("folder", lambda r: tails.get(r.path, "")),
         ("state", _state),
         ("step", _step),
         ("samples/s", lambda r: f"{r.progress.rate:.4g}" if r.progress.rate and r.state.training else ""),
@@ -48,7 +51,7 @@ def status_table(runs: Sequence[Run]) -> RenderableType:
         ("nodes", lambda r: r.nodes),
         ("job", lambda r: (r.launch.job or "") if r.launch else ""),
     ]
-    return Group(_table(runs, columns), _details(runs))
+    return Group(_table(runs, columns), _details(runs, tails))
 
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
@@ -163,10 +166,25 @@ def _success(run: Run) -> str:
     return f"{last.success:.0f} %" + (f", best {best.success:.0f} % @{best.step}" if best and best != last else "")
 
 
-def _details(runs: Sequence[Run]) -> Text:
-    said = [run for run in runs if run.state.detail]
-    lines = [Text.assemble((run.name, "bold"), f": {run.state.word}: {run.state.detail}") for run in said]
+def _details(runs: Sequence[Run], tails: Mapping[Path, str] = MappingProxyType({})) -> Text:
+    said = [(run, f" ({tails[run.path]})" if run.path in tails else "") for run in runs if run.state.detail]
+    lines = [Text.assemble((run.name, "bold"), f"{where}: {run.state.word}: {run.state.detail}") for run, where in said]
     return Text("\n").join(lines)
+
+
+def _tails(runs: Sequence[Run]) -> dict[Path, str]:
+    """Of runs that share their name: as much of the end of each one's folder as tells them apart."""
+    by_name: dict[str, list[Path]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run.path)
+    tails: dict[Path, str] = {}
+    for paths in by_name.values():
+        count = 1
+        while len({path.parts[-count:] for path in paths}) < len(set(paths)):
+            count += 1
+        if len(paths) > 1:
+            tails |= {path: str(Path(*path.parts[-count:])) for path in paths}
+    return tails
 
 
 def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]]) -> Whole:

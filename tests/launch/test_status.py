@@ -142,6 +142,23 @@ def test_names_and_folders_are_whole_at_any_width(tmp_path, monkeypatch):
         assert [heading, value] in [line.split() for line in lines]
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    for place in ("x/twice", "a/long/way/to/y/twice", "alone"):
+        started(tmp_path / place)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = stamo("status").removesuffix("set()\n").splitlines()
+    rows = [line.split()[:3] for line in lines]
+    assert rows[0] == ["run", "folder", "state"]
+    assert ["twice", "x/twice", "lost"] in rows
+    assert ["twice", "y/twice", "lost"] in rows
+    assert ["alone", "lost", "12/50"] in rows
+    assert max(len(line) for line in lines[:4]) <= 80
+    assert any(line.startswith("twice (y/twice): lost: ") for line in lines)
+    assert "folder" not in stamo("status", tmp_path / "x", tmp_path / "alone")
+    known = {run["run_dir"] for run in json.loads(stamo("status", "--json").removesuffix("set()\n"))}
+    assert str(tmp_path / "x/twice") in known
+
+
 def test_what_stamo_train_started_is_registered_and_says_where_its_output_is(tmp_path):
     run = RunFolder(tmp_path / "elsewhere" / "by_hand")
     run.prepare()
