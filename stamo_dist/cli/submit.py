@@ -57,6 +57,7 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     gc.disable()  # as in `stamo_dist.cli`
     from stamo_dist.launch import chain, pipeline
     from stamo_dist.launch import submit as jobs
+    from stamo_dist.launch.trained import without_trained
 
     gc.freeze()
     gc.enable()
@@ -86,6 +87,9 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     else:
         orders = [jobs.plan(recipe, cluster, overrides=overrides, resources=resources)]
         where = orders[0].launch.run_dir
+    if not steps:  # those of a pipeline are left out by their own look
+        orders, trained = without_trained(orders)
+        print(*(f"{words}\n" for words in trained), sep="", end="")
     for order in orders:
         print(jobs.describe(order))
         for note in order.notes:
