@@ -55,7 +55,7 @@ class SubmitOptions:
 @with_options(SubmitOptions)
 def submit(context: typer.Context, asked: SubmitOptions) -> None:
     gc.disable()  # as in `stamo_dist.cli`
-    from stamo_dist.launch import chain, pipeline
+    from stamo_dist.launch import chain, checks, pipeline
     from stamo_dist.launch import submit as jobs
     from stamo_dist.launch.trained import without_trained
 
@@ -96,6 +96,8 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
             print(f"  {note}")
         if asked.dry_run:
             print(jobs.script(order))
+    if asked.dry_run:
+        print("".join(f"{note}\n" for note in checks.unasked(order.profile for order in orders)), end="")
     if asked.dry_run or not orders:
         return
     launches = chain.send(whole, recipe, steps, orders) if steps else jobs.submit_all(orders)

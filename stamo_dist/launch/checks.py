@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -151,6 +151,15 @@ def recipe(
     if looked.problems:
         raise RecipeError(looked.problems)
     return looked
+
+
+def unasked(profiles: Iterable[ClusterProfile]) -> list[str]:
+    """Notes that Slurm had no say in a dry run, where it had none."""
+    backends = {profile.backend for profile in profiles}
+    notes = ["Slurm is not asked: it would run on this machine"] if "local" in backends else []
+    if "slurm" in backends and not slurm.available():
+        notes.append("Slurm was not asked, there is none here: what its partitions, accounts and limits allow is open")
+    return notes
 
 
 def folder(run: Path) -> None:

@@ -141,6 +141,16 @@ def test_sweeps_that_cannot_be(here, toy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_that_slurm_was_not_asked(here, toy, tmp_path):
+    recipe, profile = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "gpu.yaml"
+    profile.write_text("gpus_per_node: 1\ntime: 1:00:00\n")
+    words = {"local": "Slurm is not asked: it would run", profile: "Slurm was not asked, there is none here"}
+    for cluster, last in words.items():
+        said = here("submit", recipe, "--cluster", cluster, "--sweep", "optimizer.lr=0.1,0.2", "--dry-run").stdout
+        assert said.splitlines()[-1].startswith(last)
+        assert said.count(last) == 1
+
+
 def trained(run: Path, recipe: Path, step: int, *overrides: str) -> None:
     """A run folder as a finished training leaves it."""
     place = run / "checkpoints" / f"step_{step:08}"
