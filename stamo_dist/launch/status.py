@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import record, slurm, supervise
+from stamo_dist.launch import record, slurm, supervisor
 from stamo_dist.launch.again import again
 from stamo_dist.launch.ends import avoided
 from stamo_dist.launch.logs import first_error, follows
@@ -164,7 +164,7 @@ def _run(
 ) -> Run:
     job, note, watched = None, "", None
     if launch and launch.job and _is_local(launch):
-        watched = supervise.supervised(path)
+        watched = supervisor.supervised(path)
     elif launch and launch.job:
         job, note = _of(jobs.get(launch.job, []))
     mine = [e for e in history if e.job in (None, job.id)] if job and launch and launch.tasks > 1 else history

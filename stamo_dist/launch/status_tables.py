@@ -17,7 +17,7 @@ from stamo_dist.launch.state import Word
 from stamo_dist.launch.status import Run
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.recipe_history import changes_of
-from stamo_dist.tables import Whole
+from stamo_dist.tables import Columns, Whole
 from stamo_dist.tracking.progress import duration
 from stamo_dist.words import counted
 
@@ -187,20 +187,14 @@ def _tails(runs: Sequence[Run]) -> dict[Path, str]:
     return tails
 
 
-def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]]) -> Whole:
+def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Callable[[Run], str | Text]]]) -> Columns:
     """Columns in which no run has anything are left out."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     cells = {name: [_text(value(run)) for run in runs] for name, value in columns}
-    cells = {name: of_runs for name, of_runs in cells.items() if any(of_runs)}
-    for name in cells:
-        table.add_column(name)
-    for row in zip(*cells.values(), strict=True):
-        table.add_row(*row)
-    return Whole(table)
+    return Columns({name: of_runs for name, of_runs in cells.items() if any(of_runs)})
 
 
 def _text(cell: str | Text) -> Text:
-    return cell if isinstance(cell, Text) else Text(cell)
+    return cell if isinstance(cell, Text) else Text(cell.replace("\n", " "))
 
 
 def _from_here(path: Path) -> str:

@@ -27,6 +27,7 @@ FOLDER, _EARLIER = ".leases", ".generations"  # the second name is that of earli
 BEAT = 10.0  # seconds between heartbeats
 STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
 _KEPT = 32  # past leases whose files are kept
+_NUMBER = re.compile(r"\d{8}")
 _END = ".end"  # of the file beside a lease with how its start ended
 
 
@@ -204,8 +205,11 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
 
 def _newest(run: Path) -> Path | None:
     """The newest lease under both folder names, as a start of an earlier version may be in between."""
-    found = (p for name in (FOLDER, _EARLIER) for p in (run / name).glob("*") if re.fullmatch(r"\d{8}", p.name))
-    return max(found, key=lambda p: p.name, default=None)
+    found = list[tuple[str, str]]()
+    for folder in (FOLDER, _EARLIER):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found += [(name, folder) for name in os.listdir(run / folder) if _NUMBER.fullmatch(name)]
+    return run / max(found)[1] / max(found)[0] if found else None
 
 
 def _judge(

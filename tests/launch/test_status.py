@@ -14,19 +14,23 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from stamo_dist.launch import supervise
+from stamo_dist.launch import supervise, supervisor
 from stamo_dist.launch.record import Event, Launch, record
+from stamo_dist.launch.run_progress import read_progress
 from stamo_dist.launch.status import collect, find
 from stamo_dist.launch.status_tables import runs_table
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.tables import show
+from stamo_dist.tables import Columns, Whole, show
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Runs the command, and says on stderr what it imported of what takes long.
 MAIN = (
     "import atexit, sys\n"
     "slow = {'torch', 'numpy', 'submitit', 'omegaconf', 'psutil', 'packaging', 'stamo_dist.recipe.schema'}\n"
+    "slow |= {'urllib.request', 'stamo_dist.launch.supervise'}\n"
     "atexit.register(lambda: print(slow & set(sys.modules), file=sys.stderr))\n"
     "from stamo_dist.cli import main\nmain()\n"
 )
@@ -188,9 +192,52 @@ def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
     assert "was not submitted; `stamo train" in stamo("resume", started(tmp_path / "by hand"), code=2)
     assert "is starting already" in stamo("resume", "waits", code=2)
     assert "not started again" in stamo("cancel", "waits")
-    while supervise.supervised(run):
+    while supervisor.supervised(run):
         assert time.monotonic() < deadline + 20
         time.sleep(0.05)
     assert "cancelled" in stamo("status", run)
     assert "nothing to cancel" in stamo("cancel", run)
     assert "--- start 1 of job" in stamo("logs", run, "--follow")
+
+
+def test_a_table_of_hundreds_is_laid_out_as_any_other():
+    """`Columns` prints what `Whole` does, but for blanks at the ends of lines."""
+    columns = {"run": ["a", "運転"], "state": [Text("finished", style="bold green"), ""], "nodes": ["", "n1 × 2"]}
+    cells = {name: [c if isinstance(c, Text) else Text(c) for c in of_rows] for name, of_rows in columns.items()}
+    table = Table(*cells, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    for width in (80, 18):
+        printed = []
+        for shown in (Whole(table), Columns(cells)):
+            console = Console(force_terminal=True, width=width, file=io.StringIO(), color_system="standard")
+            show(console, shown)
+            lines = [Text.from_ansi(line).plain.rstrip() for line in console.file.getvalue().splitlines()]
+            printed.append(list(filter(None, lines)))
+            assert "\x1b[1;32mfinished" in console.file.getvalue()
+        assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "speed"),
+    [
+        ("train: {steps: 50, global_batch: 64}", 50, 128),
+        (
+            "train:  # of mine\n\n  # more\n  steps: 50   # here\n  global_batch:\n    0: 64\n    11: 8\n  ema: 1",
+            50,
+            16,
+        ),
+        (
+            "train:\n   profile:\n      steps: 3\n      global_batch: 1\n   steps: 50\n   global_batch: 8",
+            50,
+            16,
+        ),
+        ("train:\n  ema: 1\n", None, 1),
+        ("train:\n", None, 1),
+    ],
+)
+def test_what_is_read_of_a_resolved_recipe(tmp_path, train, steps, speed):
+    run = started(tmp_path / "run")
+    (run / "resolved.yaml").write_text(f"name: other\n{train}\nstrategy:\n  steps: 7\n")
+    progress = read_progress(run)
+    assert (progress.name, progress.steps, progress.rate) == ("other", steps, pytest.approx(speed))
