@@ -22,7 +22,7 @@ from stamo_dist.run.history import TooLongError, backwards, parsed
 from stamo_dist.run.lease import LeaseEnd, Owner, last_start
 from stamo_dist.run.success import KEY, Successes, is_late
 from stamo_dist.tracking.alarms import alarm_text
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
 _STEP = re.compile(r"step_(\d+)")
 _WINDOW = 50  # number of logged steps for the speed

@@ -11,7 +11,7 @@ from stamo_dist.launch.record import Event
 from stamo_dist.launch.run_progress import Progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.run.lease import STALE
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
 Word = Literal[
     "queued",

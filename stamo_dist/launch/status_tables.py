@@ -18,8 +18,7 @@ from stamo_dist.launch.status import Run
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.tables import Columns, Whole
-from stamo_dist.tracking.progress import duration
-from stamo_dist.words import counted
+from stamo_dist.words import counted, duration
 
 _STYLE: dict[Word, str] = {
     "queued": "cyan", "starting": "cyan", "running": "green", "preempted": "yellow", "requeued": "yellow",

@@ -32,7 +32,7 @@ from stamo_dist.run.history import Sample, sample
 from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.run.success import Successes
 from stamo_dist.tracking.metrics_file import read_metrics
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
 _FIRST = (
