@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stamo_dist.errors import RunError
 from stamo_dist.launch import record, slurm, supervisor
@@ -23,7 +23,12 @@ from stamo_dist.launch.state import State, judge_state
 from stamo_dist.run.history import last_objects
 from stamo_dist.run.lease import last_start
 
+_FIRST = 16  # runs by which it is judged how long files take
 _ORDER = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PENDING")  # the state shown for an array, by its tasks
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,25 @@ def recent(runs: Iterable[Run], hours: float = 24.0) -> list[Run]:
 def collect(paths: Iterable[Path]) -> list[Run]:
     """The status of these runs, most recent activity first, but a pipeline's stages in their order."""
     folders = [path for path in paths if is_run(path)]
-    with ThreadPoolExecutor(16) as pool:  # a shared file system serves several requests at once
-        read = list(pool.map(_read, folders))
-        jobs, asked = _jobs_of(launch for launch, _, _ in read)
-        runs = list(pool.map(lambda path, found: _run(path, *found, jobs=jobs, asked=asked), folders, read))
+    read = _each(_read, folders)
+    jobs, asked = _jobs_of(launch for launch, _, _ in read)
+    runs = _each(lambda one: _run(one[0], *one[1], jobs=jobs, asked=asked), list(zip(folders, read, strict=True)))
     pipelines = {run.launch.pipeline if run.launch else None for run in runs}
     return runs if len(pipelines) == 1 and None not in pipelines else sorted(runs, key=lambda run: -run.touched)
+
+
+def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Call it for each item: in threads if the first ones waited for their files more than they computed.
+
+    A shared file system serves several requests at once; where files are cached, threads only wait for each other.
+    """
+    wall, cpu = time.perf_counter(), time.thread_time()
+    done = [function(item) for item in items[:_FIRST]]
+    wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+    if wall < 2 * cpu:
+        return [*done, *map(function, items[_FIRST:])]
+    with ThreadPoolExecutor(16) as pool:
+        return [*done, *pool.map(function, items[_FIRST:])]
 
 
 def _jobs_of(launches: Iterable[Launch | None]) -> tuple[dict[str, list[SlurmJob]], bool]:

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from rich.text import Text
 from stamo_dist.launch import supervise, supervisor
 from stamo_dist.launch.record import Event, Launch, record
 from stamo_dist.launch.run_progress import read_progress
-from stamo_dist.launch.status import collect, find
+from stamo_dist.launch.status import _each, collect, find
 from stamo_dist.launch.status_tables import runs_table
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tables import Columns, Whole, show
@@ -241,3 +242,13 @@ def test_what_is_read_of_a_resolved_recipe(tmp_path, train, steps, speed):
     (run / "resolved.yaml").write_text(f"name: other\n{train}\nstrategy:\n  steps: 7\n")
     progress = read_progress(run)
     assert (progress.name, progress.steps, progress.rate) == ("other", steps, pytest.approx(speed))
+
+
+def test_folders_that_have_to_be_waited_for_are_read_side_by_side():
+    def read(number: int) -> tuple[int, int]:
+        time.sleep(0.005)
+        return number, threading.get_ident()
+
+    found = _each(read, range(200))
+    assert [number for number, _ in found] == list(range(200))
+    assert len({thread for _, thread in found}) > 8
