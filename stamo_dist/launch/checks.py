@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.recipe.unread import unread
-from stamo_dist.run.lease import newest_owner
+from stamo_dist.run.lease import last_start
 
 EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
@@ -154,6 +154,15 @@ def recipe(
     return looked
 
 
+def unasked(profiles: Iterable[ClusterProfile]) -> list[str]:
+    """Notes that Slurm had no say in a dry run, where it had none."""
+    backends = {profile.backend for profile in profiles}
+    notes = ["Slurm is not asked: it would run on this machine"] if "local" in backends else []
+    if "slurm" in backends and not slurm.available():
+        notes.append("Slurm was not asked, there is none here: what its partitions, accounts and limits allow is open")
+    return notes
+
+
 def folder(run: Path) -> None:
     """Check that the run folder can be written, without creating it.
 
@@ -172,7 +181,7 @@ def vacant(run: Path) -> None:
     Raises:
         RunError: A process of this machine does.
     """
-    owner, _ = newest_owner(run)
+    owner = last_start(run).owner
     if owner is not None and not owner.ended and owner.local and owner.alive:
         raise RunError(
             f"run_dir: {run}: {owner} is training here; stop it (Ctrl-C), then submit, or name another run_dir"

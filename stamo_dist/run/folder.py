@@ -200,6 +200,7 @@ def environment(command: list[str]) -> dict[str, Any]:
 
     return {
         "command": command,
+        "cwd": os.getcwd(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": socket.gethostname(),

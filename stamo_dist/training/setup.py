@@ -41,6 +41,7 @@ from stamo_dist.run.code import code_version
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
+from stamo_dist.run.trained import already_trained, beyond
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tracking.logger import RunLogger
@@ -132,7 +133,8 @@ def check(start: RunStart) -> Checked:
             use.check(mixture.cache)
     check_task(recipe, mixture)
     first = begun.step is None
-    found = before_connecting(start.world, "init_from", lambda: _initial(start) if first else None)
+    look = partial(find, recipe, start.run.path, start.notes.append)
+    found = before_connecting(start.world, "init_from", lambda: look() if first else None)
     return Checked(mixture, run_fingerprint(recipe, mixture), plans, select, begun, found)
 
 
@@ -182,7 +184,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
-            print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
+            print("\n".join([*notes, already_trained(run.path, state.step, recipe.train.steps)]))
         return 0
     if world.is_main:
         start.changes = changes(recipe, run, checkpoint)
@@ -192,6 +194,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         *pinned,
         *notes,
         *changed,
+        *beyond(run.path, state.step, recipe.train.steps),
         *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else []),
     ]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)
@@ -226,10 +229,6 @@ def _record_parent(run: Path, checkpoint: Checkpoint | None, initial: Initial | 
         parent = lineage.resumed(checkpoint.path, checkpoint.manifest.state.step)
     if parent is None or Path(parent.run) != run.resolve():
         lineage.record(run, parent)
-
-
-def _initial(start: RunStart) -> str | None:
-    return find(start.recipe, start.run.path, start.notes.append)
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:
