@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.optim.schedule import RateSchedule
@@ -62,6 +62,8 @@ def _begin(run: RunFolder, child: RunFolder, step: int, parent: Recipe) -> None:
         if schedule.shape in _STABLE:
             phase = f"the learning rate is stable from step {schedule.warmup} to {falls}"
         raise RunError(f"--branch {step}: not a step in which the learning rate of {run.path} is stable: {phase}")
+    if wrong := damage(source, manifest):
+        raise RunError(f"--branch {step}: {damaged(source, wrong)}")
     child.prepare()
     lineage.write(child.path, lineage.Parent("branch", str(run.path.resolve()), step))
     _link(source, child.checkpoints / source.name)

@@ -299,6 +299,9 @@ def _notes(loaded: Loaded) -> Iterator[str]:
     if warmup >= steps:
         text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
         yield _placed(loaded, "optimizer.warmup_steps", text)
+    elif (o := loaded.recipe.optimizer).schedule == "wsd" and (decay := o.decay_of(steps)) > (left := steps - warmup):
+        text = f"optimizer.decay_steps: {decay} are more than the {left} steps after the warm-up: it is shorter"
+        yield _placed(loaded, "optimizer.decay_steps", text)
 
 
 def _has_checkpoints(loaded: Loaded) -> bool:

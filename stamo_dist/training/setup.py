@@ -187,7 +187,8 @@ def build(start: RunStart, checked: Checked) -> Session | int:
             print("\n".join([*notes, already_trained(run.path, state.step, recipe.train.steps)]))
         return 0
     if world.is_main:
-        start.changes = changes(recipe, run, checkpoint)
+        start.changes, unknown = changes(recipe, run, checkpoint)
+        notes += unknown
     if start.lease is not None:
         _record_parent(run.path, checkpoint, initial)
     start.notes += [

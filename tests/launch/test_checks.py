@@ -70,6 +70,11 @@ def test_a_warm_up_longer_than_the_run_is_noted(recipe: Path) -> None:
         "optimizer.warmup_steps: 500 steps of warm-up in a run of 20: it never reaches optimizer.lr"
     ]
     assert checks.look(load(recipe, ["optimizer.warmup_steps=5", "train.steps=20"])).notes == []
+    wsd = ["optimizer.schedule=wsd", "optimizer.decay_steps=15", "train.steps=20"]
+    assert checks.look(load(recipe, [*wsd, "optimizer.warmup_steps=5"])).notes == []
+    assert checks.look(load(recipe, [*wsd, "optimizer.warmup_steps=8"])).notes == [
+        "optimizer.decay_steps: 15 are more than the 12 steps after the warm-up: it is shorter"
+    ]
 
 
 def test_a_pipeline_is_no_recipe(stamo: Any) -> None:
