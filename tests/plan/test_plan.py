@@ -124,10 +124,13 @@ def test_the_peak_is_that_of_a_traced_step(
     monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
     (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
     assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
-    if strategy == "hsdp" and settings:
-        whole = [*every, "strategy.gradients=whole", "train.gradient_checkpointing=false"]
-        (memory,) = plan(load(path, whole).recipe, traced_memory.DEVICES)
-        assert memory.peak == pytest.approx(traced_memory.measure(path, whole), rel=0.1)
+    more = {
+        ("hsdp", True): ["strategy.gradients=whole", "train.gradient_checkpointing=false"],
+        ("fsdp", False): ["strategy.reshard_after_forward=false", "train.gradient_checkpointing=true"],
+    }
+    if other := more.get((strategy, bool(settings))):
+        (memory,) = plan(load(path, [*every, *other]).recipe, traced_memory.DEVICES)
+        assert memory.peak == pytest.approx(traced_memory.measure(path, [*every, *other]), rel=0.1)
 
 
 def test_every_size_of_the_global_batch_is_planned() -> None:
