@@ -1,8 +1,8 @@
 """`stamo chaos --slurm` on a Slurm cluster of its own on this machine, whose operator it is.
 
 Starts the cluster (root, Debian's slurm-wlm and munge) and a file system in memory for the runs, trains the toy recipe
-of the tests in jobs on 2 nodes, undisturbed and under faults of all kinds, and prints what came of it. Another call with
-the same DIR adds to its results.
+of the tests in jobs on 2 nodes, undisturbed and under faults of all kinds, and prints what came of it. Another call
+with the same DIR adds to its results.
 
 python benchmarks/chaos_slurm.py DIR [--kills N] [--seed S] [--strategies A,B] [--set A.B=C]
 """
@@ -33,7 +33,7 @@ PROFILE = {
     "partition": "low", "nodes": 2, "processes_per_node": 1, "time": "04:00:00", "environment": {"OMP_NUM_THREADS": 1},
 }  # fmt: skip
 SETTINGS = (
-    "train.steps=1000", "train.checkpoint.every=15", "train.step_timeout=15", "train.setup_timeout=60",
+    "train.steps=800", "train.micro_batch=4", "train.checkpoint.every=15", "train.step_timeout=15", "train.setup_timeout=60",
     "train.save_timeout=15", "data.augment.brightness=0",
 )  # fmt: skip
 

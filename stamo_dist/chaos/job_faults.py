@@ -54,7 +54,7 @@ ACTS: dict[tuple[str, str], tuple[Act, tuple[str, ...]]] = {
     (RANKS, "SIGUSR2"): (Act(signal="USR2"), (TRAINING,)),
     (RANKS, "SIGTERM"): (Act(signal="TERM"), (STARTING, TRAINING, SAVING)),
     (RANKS, "SIGINT"): (Act(signal="INT"), (TRAINING,)),
-    (RANKS, "SIGSEGV"): (Act(signal="SEGV"), (TRAINING,)),
+    (RANKS, "SIGSEGV"): (Act(signal="11"), (TRAINING,)),  # scancel knows no name of it
     (RANKS, "SIGKILL"): (Act(signal="KILL"), _ALL),
     (RANKS, PAUSE): (Act(ends=False, signal="STOP"), (TRAINING,)),
     (SCRIPT, "SIGUSR1"): (Act(signal="USR1", part="--batch"), (STARTING, TRAINING)),

@@ -16,6 +16,8 @@ from cluster import Cluster
 
 from stamo_dist.chaos.job_faults import OFFERS
 
+_RANK = {"stamo_dist.launch.rank", "stamo_dist.cli"}  # modules that a rank runs, one after the other
+
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
@@ -60,7 +62,7 @@ class ClusterOperator:
             if (
                 (about.get("STAMO_RUN"), about.get("SLURMD_NODENAME")) == (str(run), node)
                 and process.info["name"].startswith("python")
-                and "stamo_dist.launch.rank" in (process.info["cmdline"] or ())
+                and _RANK & {*(process.info["cmdline"] or ())}
             ):
                 process.kill()
                 return True
