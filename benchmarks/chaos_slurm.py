@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -33,8 +34,8 @@ PROFILE = {
     "partition": "low", "nodes": 2, "processes_per_node": 1, "time": "04:00:00", "environment": {"OMP_NUM_THREADS": 1},
 }  # fmt: skip
 SETTINGS = (
-    "train.steps=800", "train.micro_batch=4", "train.checkpoint.every=15", "train.step_timeout=15", "train.setup_timeout=60",
-    "train.save_timeout=15", "data.augment.brightness=0",
+    "train.steps=800", "train.micro_batch=4", "train.checkpoint.every=15", "train.step_timeout=15",
+    "train.setup_timeout=60", "train.save_timeout=15", "data.augment.brightness=0",
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def main(asked: argparse.Namespace) -> int:
             cluster.start()
             os.environ.update(cluster.env, XDG_STATE_HOME=str(Path(scratch) / "state"))
             disturb(asked, cluster, Path(scratch), out)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
         finally:
             cluster.stop()
             keep(out, asked.folder)
@@ -92,4 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", default="ddp")
     parser.add_argument("--set", action="append", default=[])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(parser.parse_args()))
