@@ -60,7 +60,7 @@ ACTS: dict[tuple[str, str], tuple[Act, tuple[str, ...]]] = {
     (SCRIPT, "SIGUSR1"): (Act(signal="USR1", part="--batch"), (STARTING, TRAINING)),
     (SCRIPT, "SIGTERM"): (Act(ends=False, signal="TERM", part="--batch"), (TRAINING,)),
     (f"{SCRIPT} and ranks", "SIGUSR1"): (Act(signal="USR1", part="--full"), (TRAINING,)),
-    (RANK, "SIGKILL"): (Act(offer="rank-kill"), (TRAINING, *_ALL)),
+    (RANK, "SIGKILL"): (Act(offer="rank-kill"), (TRAINING, TRAINING, SAVING, STARTING)),
     (NODE, "off 2 s"): (Act(offer="node-off", seconds=2), (TRAINING, SAVING)),
     (NODE, "off 15 s"): (Act(offer="node-off", seconds=15), (STARTING, TRAINING)),
     (CONTROLLER, "restarted"): (Act(ends=False, offer="controller-off"), (QUEUED, *_ALL)),
