@@ -32,9 +32,10 @@ from stamo_dist.chaos.job_harness import JobHarness, Site  # noqa: E402
 
 PROFILE = {
     "partition": "low", "nodes": 2, "processes_per_node": 1, "time": "04:00:00", "environment": {"OMP_NUM_THREADS": 1},
+    "setup": ["ulimit -c 0"], "srun": ["--propagate=CORE"],  # SIGSEGV would leave half a gigabyte here
 }  # fmt: skip
 SETTINGS = (
-    "train.steps=800", "train.micro_batch=4", "train.checkpoint.every=15", "train.step_timeout=15",
+    "train.steps=600", "train.micro_batch=4", "train.checkpoint.every=10", "train.step_timeout=15",
     "train.setup_timeout=60", "train.save_timeout=15", "data.augment.brightness=0",
 )  # fmt: skip
 
