@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stamo_dist.chaos.harness import Plan
     from stamo_dist.chaos.job_harness import Site
 
+_SIZES = "1,2"
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
 
 
@@ -49,7 +50,7 @@ class ChaosOptions:
     ] = None
     world_sizes: Annotated[
         str, typer.Option(metavar="N,M", help="Numbers of processes on this machine, changed between starts.")
-    ] = "1,2"
+    ] = _SIZES
     slurm: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +117,8 @@ class ChaosOptions:
             if self.operator is not None:
                 raise RunError("--operator: is of a cluster; name its profile with --slurm")
             return None
+        if self.warm or self.world_sizes != _SIZES:
+            raise RunError("--slurm: its profile says how many processes train, and how; omit --world-sizes and --warm")
         return Site(self.slurm, Program(self.operator) if self.operator else Nobody())
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from toy import write_recipe
 
 from stamo_dist.chaos import job_faults
 from stamo_dist.chaos.faults import Deck, Fault
@@ -128,6 +129,19 @@ def test_profiles_that_cannot_be_compared(tmp_path, profile, said):
     (tmp_path / "profile.yaml").write_text(profile)
     with pytest.raises(StamoError, match=said):
         Site(str(tmp_path / "profile.yaml")).processes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--operator", "x"], "name its profile with --slurm"),
+        (["--slurm", "local", "--world-sizes", "4"], "omit --world-sizes and --warm"),
+        (["--slurm", "local", "--operator", "/nowhere/x"], "no such program"),
+    ],
+)
+def test_options_that_do_not_fit(words, said, toy, stamo, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    assert said in stamo("chaos", recipe, *words, check=False).stderr
 
 
 def test_processes_are_those_of_all_nodes(tmp_path):
