@@ -69,6 +69,7 @@ class JobTrial:
         except HungError as e:
             self._problem(str(e))
         finally:
+            self._starts()
             self._count()
             self._cancel()
         return self.outcome

@@ -51,8 +51,10 @@ def trial(tmp_path, monkeypatch):
     ],
 )
 def test_needs_a_hand(trial, tmp_path, state, reason, said):
+    record(tmp_path, Event("started"))
     record(tmp_path, Event("requeued", reason="it ended with code 1"))
     outcome = trial(state, reason).run()
+    assert outcome.starts == 1
     assert not outcome.finished
     [problem] = outcome.problems
     assert said in problem
