@@ -1,4 +1,4 @@
-"""`stamo chaos --slurm` on a real cluster: three faults change nothing, and a run that needs a hand is found."""
+"""`stamo chaos --slurm` on a real cluster: faults change nothing, and a run that needs a hand is found."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_faults_of_jobs(cluster, toy, tmp_path, stamo_there):
     command += [word for setting in settings for word in ("--set", setting)]
 
     preempt = operator(tmp_path / "preempt", PREEMPT)
-    wanted = ("the job", "preempted", "training"), ("the job", "scontrol requeue", "starting"), KILLED
-    stamo_there(*command, "--operator", preempt, "--kills", 3, "--seed", seed(preempt, *wanted))
+    wanted = ("the job", "preempted", "training"), KILLED
+    stamo_there(*command, "--operator", preempt, "--kills", 2, "--seed", seed(preempt, *wanted))
     found = results.read(tmp_path / "out")
     faults = [fault for result in found for fault in result.faults]
     assert [(f.whom, f.what) for f in faults] == [(whom, what) for whom, what, _ in wanted]
-    assert sum(result.starts for result in found) >= 4
+    assert sum(result.starts for result in found) == 3
     for result in found:
         assert (result.what, result.processes, result.losses) == ("ddp on Slurm", "2", IDENTICAL)
         assert (result.lost, result.repeated, result.problems) == (0, 0, [])
