@@ -21,6 +21,7 @@ from stamo_dist.launch.submit import JobOrder, submit
 
 _EVERY = 0.4  # seconds between two questions to Slurm
 _UNIMPRESSED = (50, 10.0)  # steps and seconds after which a fault that ends a start has missed
+_CANCEL = 60.0  # seconds for a job to be cancelled
 _TRIES = 3  # of one fault
 
 
@@ -247,8 +248,12 @@ class JobTrial:
         self.outcome.problems.append("\n    ".join([at, *tail(main_log(self._run))]))
 
     def _cancel(self) -> None:
-        """Leave nothing in the queue."""
+        """Leave nothing in the queue; says so where Slurm does not answer."""
+        deadline = time.monotonic() + _CANCEL
         while self._id and (job := self._look(fresh=True)) is not None and job.active:
+            if time.monotonic() > deadline:
+                self._say(f"{self._run.name}: job {self._id} is still there; `scancel {self._id}` ends it")
+                break
             with suppress(slurm.SlurmError):
                 slurm.cancel(self._id)
             time.sleep(_EVERY)
