@@ -21,7 +21,6 @@ exec sbatch --wait -p high -w "$2" -c 4 -o /dev/null --wrap true
 CANCEL = """[ "$1" = offers ] && exec echo rank-kill
 exec scancel --name=toy
 """
-KILLED = ("all ranks", "SIGKILL", "training")
 
 
 def operator(path: Path, text: str) -> str:
@@ -52,12 +51,12 @@ def test_faults_of_jobs(cluster, toy, tmp_path, stamo_there):
     command += [word for setting in settings for word in ("--set", setting)]
 
     preempt = operator(tmp_path / "preempt", PREEMPT)
-    wanted = ("the job", "preempted", "training"), KILLED
+    wanted = ("the job", "preempted", "training"), ("all ranks", "SIGKILL", "starting")
     stamo_there(*command, "--operator", preempt, "--kills", 2, "--seed", seed(preempt, *wanted))
     found = results.read(tmp_path / "out")
     faults = [fault for result in found for fault in result.faults]
     assert [(f.whom, f.what) for f in faults] == [(whom, what) for whom, what, _ in wanted]
-    assert sum(result.starts for result in found) == 3
+    assert sum(result.starts for result in found) == 2 + len(found)
     for result in found:
         assert (result.what, result.processes, result.losses) == ("ddp on Slurm", "2", IDENTICAL)
         assert (result.lost, result.repeated, result.problems) == (0, 0, [])
