@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -11,6 +12,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 _PACKAGE = "stamo-dist"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
 
 
 def how_to_install(extra: str) -> str:

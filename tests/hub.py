@@ -35,6 +35,8 @@ class Hub:
 
     url: str = ""
     models: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, Repository] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)  # paths of the files that were asked for
     large: dict[str, bytes] = field(default_factory=dict)
     refuse: int = 0
 
@@ -67,20 +69,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            repository = self.hub.models.get(found[1])
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+            repository = getattr(self.hub, found[1]).get(found[2])
             if repository is None:
                 return self._missing()
             siblings = [{"rfilename": name} for name in repository.files]
-            return self._json({"id": found[1], "sha": repository.sha, "siblings": siblings})
+            return self._json({"id": found[2], "sha": repository.sha, "siblings": siblings})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             files = self.hub.models[found[1]].files
             return self._json([{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()])
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            repository = self.hub.models.get(found[1])
-            if repository is None or found[2] not in repository.files:
-                return self._missing()
-            content = repository.files[found[2]]
+        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            self.hub.asked.append(path)
+            repository = (self.hub.datasets if found[1] else self.hub.models).get(found[2])
+            if repository is None or found[3] not in repository.files:
+                return self._missing("EntryNotFound" if repository else "RepoNotFound")
+            content = repository.files[found[3]]
             etag = hashlib.sha1(content).hexdigest()
             return self._answer(200, content, {"X-Repo-Commit": repository.sha, "ETag": f'"{etag}"'})
         return self._missing()
@@ -143,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _missing(self) -> None:
-        self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+    def _missing(self, what: str = "RepoNotFound") -> None:
+        self._answer(404, b"{}", {"X-Error-Code": what})
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_tools.stores.s3 import S3Store
 from data_tools.stores.store import LocalStore, Store
+from stamo_dist.data.at_hand import HUB
 from stamo_dist.errors import DataError
 
 
@@ -23,4 +24,8 @@ def open_store(path: str, pause: float = 1.0) -> Store:
         return LocalStore(Path(path).expanduser().absolute())
     if path.startswith("s3://"):
         return S3Store(path, pause)
-    raise DataError(f"{path}: only a local folder or s3://BUCKET/PREFIX can be looked at or copied here")
+    what = "only a local folder or s3://BUCKET/PREFIX can be looked at or copied here"
+    if found := HUB.fullmatch(path):
+        at = f" --revision {found['revision']}" if found["revision"] else ""
+        what += f"; `hf download {found['repo']} --repo-type dataset{at} --local-dir DIR` brings it here"
+    raise DataError(f"{path}: {what}")

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from data_tools.stores.progress import bytes_bar
 from data_tools.stores.store import Advance, part_of, place
+from stamo_dist.data.at_hand import HUB, HUB_FORM
 from stamo_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 PARALLEL = 8
 #: Accepted difference (s) between the times of a file and its copy: file systems round.
 SAME_TIME = 2.0
-_HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<path>.+?))?/?")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 #: Scheme → the command that copies from there.
 _COPY = {
@@ -187,9 +187,9 @@ def _from_hub(said: str, url: str) -> Brought:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    match = _HUB.fullmatch(url)
+    match = HUB.fullmatch(url)
     if match is None:
-        raise DataError(f"{said}: write hf://datasets/OWNER/NAME, with @REVISION and /PATH if need be")
+        raise DataError(f"{said}: {HUB_FORM}")
     repo, revision, path = match["repo"], match["revision"], match["path"]
     before = _there(repo)
     try:

@@ -29,7 +29,7 @@ from stamo_dist.errors import StamoError
 from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.evaluate.rollout_check import check_rollout
-from stamo_dist.launch.further import FURTHER
+from stamo_dist.launch.further import FURTHER, Further
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
@@ -62,14 +62,18 @@ def _bring_tools(context: typer.Context) -> None:
     context.obj = EvalTools(launch_local, InstalledBenchmarks())
 
 
+def _rollout(recipe: Recipe) -> list[str]:
+    check_rollout(recipe, InstalledBenchmarks())
+    return []
+
+
 def _advice(recipe: Recipe) -> list[str]:
     from stamo_dist.data.advice import advice
 
-    check_rollout(recipe, InstalledBenchmarks())
     return advice(recipe)
 
 
-FURTHER.append(_advice)
+FURTHER += [Further(_rollout, ("evaluate", "data")), Further(_advice, ("stage", "data", "policy", "train"))]
 app.add_typer(eval_app, name="eval", cls=WholeSummaries)
 app.add_typer(recipe_app, name="recipe", cls=WholeSummaries)
 COMMANDS: tuple[Callable[..., None], ...] = (

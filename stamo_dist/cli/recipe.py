@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from stamo_dist.cli.options import RecipePath
-from stamo_dist.errors import RecipeError, StamoError
+from stamo_dist.errors import StamoError
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
@@ -102,8 +102,9 @@ def check(
     """List every problem of a recipe at once (exit code 2), or print OK and how the global batch is spread.
 
     Shards and weights are looked at as `stamo train` does before it starts: whether they are there, whole, and fit
-    the recipe. It also says how many samples have an action and a world loss, which dimensions of actions never or
-    seldom move, and what could be cached.
+    the recipe; what has to be encoded or installed first; whether an export is older than its run. It also says how
+    many samples have an action and a world loss, which dimensions of actions never or seldom move, and what could be
+    cached.
 
     Example: stamo recipe check recipes/tokenizer_sim_droid.yaml --offline --world-size 64
     """
@@ -111,15 +112,13 @@ def check(
     from rich.text import Text
 
     from stamo_dist.data.at_hand import is_remote
-    from stamo_dist.launch import checks
+    from stamo_dist.launch.recipe_checks import Scope, refuse
     from stamo_dist.recipe.batching import batchings
-    from stamo_dist.recipe.load import load
+    from stamo_dist.recipe.load import load_draft
 
-    loaded = load(recipe, overrides or ())
+    scope = Scope(world_size=world_size, offline=offline, advise=True)
+    loaded, looked = refuse(load_draft(recipe, overrides or ()), scope)
     r = loaded.recipe
-    looked = checks.look(loaded, world_size=world_size, offline=offline)
-    if looked.problems:
-        raise RecipeError(looked.problems)
     first = r.data.first_shares()
     shares = ", ".join(f"{name} {share:.1%}" for name, share in first.items()) if first else ", ".join(r.data.used)
     console = Console(highlight=False, soft_wrap=True)

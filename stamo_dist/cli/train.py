@@ -14,7 +14,7 @@ import typer
 
 from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.cli.options import Branch, Overrides, Processes, RecipePath
-from stamo_dist.errors import StamoError
+from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.evaluate.rollout_check import check_rollout
 from stamo_dist.words import counted
 
@@ -48,8 +48,6 @@ def train(
 
     Example: stamo train recipes/tokenizer_sim.yaml --branch 20000
     """
-    from stamo_dist.recipe.load import load
-
     given = {"--allow-changed-data": allow_changed_data, "--allow-changed-model": allow_changed_model}
     allowed = frozenset(flag for flag, on in given.items() if on)
     launched = "RANK" in os.environ
@@ -57,9 +55,7 @@ def train(
         if launched or resume != "auto":
             raise StamoError("--branch: begins a run of its own, on one machine; on a cluster: stamo submit --branch")
         set_ = _begin_branch(recipe, set_, branch)
-    loaded = load(recipe, set_, world_size=int(os.environ["WORLD_SIZE"]) if launched else None)
-    if not launched:
-        _check(loaded, nproc)
+    loaded = _as_launched(recipe, set_) if launched else _checked(recipe, set_, nproc)
     if not launched and nproc > 1:
         from stamo_dist.launch.local import launch_local
 
@@ -92,34 +88,48 @@ def _begin_branch(recipe: Path, overrides: list[str], step: int) -> list[str]:
     return branch(recipe, overrides, step)
 
 
-def _check(loaded: Loaded, processes: int) -> None:
-    """Look at data and weights before anything is started, and print what may not be meant.
+def _as_launched(recipe: Path, overrides: list[str]) -> Loaded:
+    from stamo_dist.recipe.load import load
+
+    return load(recipe, overrides, world_size=int(os.environ["WORLD_SIZE"]))
+
+
+def _checked(recipe: Path, overrides: list[str], processes: int) -> Loaded:
+    """The recipe, once its data and weights have been looked at; prints what may not be meant.
 
     A disk that hangs does not hold this process: after train.setup_timeout it is left to the run and its watchdog.
 
     Raises:
         RecipeError: What training would refuse.
     """
-    from stamo_dist.launch import checks
+    from stamo_dist.launch.recipe_checks import Looked, Scope, refuse
+    from stamo_dist.recipe.load import load_draft
 
-    found: list[checks.Looked | Exception] = []
+    draft = load_draft(recipe, overrides)
+    if draft.loaded is None:
+        raise RecipeError(draft.problems)
+    found: list[tuple[Loaded, Looked] | Exception] = []
 
     def look() -> None:
         try:
-            found.append(checks.recipe(loaded, world_size=processes))
+            found.append(refuse(draft, Scope(world_size=processes)))
         except Exception as e:
             found.append(e)
 
-    thread, limit = threading.Thread(target=look, daemon=True), loaded.recipe.train.setup_timeout
+    thread, limit = threading.Thread(target=look, daemon=True), draft.loaded.recipe.train.setup_timeout
     thread.start()
     thread.join(limit)
     if not found:
+        if draft.problems:
+            raise RecipeError(draft.problems)
         print(f"note: data and weights were not looked at: no answer in {limit:g} s (train.setup_timeout)", flush=True)
-        return
+        return draft.loaded
     if isinstance(found[0], Exception):
         raise found[0]
-    downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in found[0].to_download]
-    print(*(f"note: {note}\n" for note in [*found[0].notes, *downloads]), sep="", end="", flush=True)
+    loaded, looked = found[0]
+    downloads = [f"{field}: {what}, and is downloaded now" for field, what, _ in looked.to_download]
+    print(*(f"note: {note}\n" for note in [*looked.notes, *downloads]), sep="", end="", flush=True)
+    return loaded
 
 
 def encode(

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from stamo_dist.errors import DataError
 from stamo_dist.paths import canonical
 from stamo_dist.recipe.data import Data, SourceConfig
 from stamo_dist.recipe.layers import did_you_mean
+from stamo_dist.recipe.load import Loaded
 
 _EACH = 64  # up to this many shards, all sizes are checked when a folder is opened; beyond, the first and last
 
@@ -34,6 +37,11 @@ class Misfit:
 
 #: Path and manifest of each folder of each source.
 Found = Mapping[str, Sequence[tuple[str, Manifest]]]
+
+
+#: A data set of the Hugging Face Hub, or a folder or file of one.
+HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<path>.+?))?/?")
+HUB_FORM = "write hf://datasets/OWNER/NAME, with @REVISION and /PATH if need be"
 
 
 def is_remote(path: str) -> bool:
@@ -132,6 +140,8 @@ def look(data: Data) -> list[Misfit]:
     for name, source in data.used.items():
         for path in source.paths:
             if is_remote(path):
+                if path.startswith("hf://") and not HUB.fullmatch(path):
+                    problems.append(Misfit(f"data.sources.{name}.path", f"data.sources.{name}: {path}: {HUB_FORM}"))
                 continue
             try:
                 found.setdefault(name, []).append((path, read_manifest(Path(path).expanduser())))
@@ -148,14 +158,36 @@ def look(data: Data) -> list[Misfit]:
     return problems
 
 
-def not_encoded(data: Data, kind: str) -> list[str]:
-    """Paths of local sources without a cache of this kind ("latents", "states") beside their shards."""
+def to_encode(loaded: Loaded, *, every: bool = True) -> Misfit | None:
+    """What `stamo encode` has to write of local sources before the recipe can be trained; see `not_encoded`."""
+    recipe = loaded.recipe
+    kind, field, value = {
+        "tokenizer": ("latents", "data.latents", recipe.data.latents),
+        "policy": ("states", "policy.targets", recipe.policy.targets),
+        "vae": ("", "", ""),
+    }[recipe.stage]
+    missing = not_encoded(recipe.data, kind, every=every) if value == "cached" else []
+    if not missing:
+        return None
+    text = f"{field}: cached, but there are no {kind} of {'all' if every else 'any'} shards in {', '.join(missing)}"
+    return Misfit(field, f"{text}; run `{loaded.command('encode')}`, or set {field}: online")
+
+
+def not_encoded(data: Data, kind: str, *, every: bool = True) -> list[str]:
+    """Local folders, SOURCE/SPLIT/CAMERA, without a cache of this kind ("latents", "states") beside their shards.
+
+    `every`: of each shard, else of any. Folders that `look` finds wrong are left out.
+    """
     missing = []
     for source in data.used.values():
         for path in source.paths:
-            split = Path(path).expanduser() / source.split
-            if split.is_dir() and not any(split.glob(f"*/{kind}-*")):
-                missing.append(path)
+            with contextlib.suppress(DataError, OSError, ValueError, KeyError, TypeError):
+                folder = Path(path).expanduser()
+                for camera in cameras_of(read_manifest(folder), source, data.views):
+                    place = folder / source.split / camera
+                    needed = len(json.loads((place / INDEX).read_bytes())["shards"]) if every else 1
+                    if not any(len(list(cache.glob("shard.*.json"))) >= needed for cache in place.glob(f"{kind}-*")):
+                        missing.append(f"{path}/{source.split}/{camera}")
     return missing
 
 
@@ -221,10 +253,13 @@ def too_far(data: Data) -> Iterator[Misfit]:
         for path in source.paths:
             if is_remote(path):
                 return
-            for length in _lengths(Path(path).expanduser() / source.split / EPISODES):
-                if length >= (source.horizon or data.horizon):
-                    return
-                longest = max(longest, length)
+            try:
+                for length in _lengths(Path(path).expanduser() / source.split / EPISODES):
+                    if length >= (source.horizon or data.horizon):
+                        return
+                    longest = max(longest, length)
+            except (OSError, ValidationError):
+                return  # who reads the table says what is wrong with it
     yield Misfit(
         "data.horizon",
         f"data.horizon: {data.horizon} frames, but the longest episode of all sources has {longest}; "
@@ -233,8 +268,5 @@ def too_far(data: Data) -> Iterator[Misfit]:
 
 
 def _lengths(table: Path) -> Iterator[int]:
-    try:
-        with table.open("rb") as lines:
-            yield from (Episode.model_validate_json(line).length for line in lines if line.strip())
-    except (OSError, ValidationError):
-        return  # who reads the table says what is wrong with it
+    with table.open("rb") as lines:
+        yield from (Episode.model_validate_json(line).length for line in lines if line.strip())

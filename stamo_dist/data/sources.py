@@ -30,6 +30,7 @@ from stamo_dist.data.at_hand import check_files, is_remote, resolve
 from stamo_dist.data.cache import SCRATCH, Cache, Hold, fetch_lock, hold
 from stamo_dist.data.confined import check_index
 from stamo_dist.data.episode_columns import EpisodeColumns, kept_columns, read_columns
+from stamo_dist.data.hub import at_commit
 from stamo_dist.data.schema import (
     EPISODES,
     MANIFEST,
@@ -263,7 +264,8 @@ def _open_source(path: str, cache: Cache) -> OpenSource:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH) as scratch:
             fresh = Path(scratch) / MANIFEST
-            _download(f"{resolved}/{MANIFEST}", fresh)
+            remote = _pinned(resolved) if resolved.startswith("hf://") else resolved
+            _download(f"{remote}/{MANIFEST}", fresh)
             manifest = read_manifest(Path(scratch))
             # A reconverted source gets a new folder, so nothing stale is read; a grown one keeps its folder.
             digest = hashlib.sha256(f"{resolved}\0{manifest.origin}".encode())
@@ -272,7 +274,15 @@ def _open_source(path: str, cache: Cache) -> OpenSource:
             fresh.replace(folder / MANIFEST)
     except OSError as e:
         raise DataError(f"data.cache: {root}: cannot be written: {e.strerror or e}") from e
-    return OpenSource(path, folder, resolved, cache, manifest)
+    return OpenSource(path, folder, remote, cache, manifest)
+
+
+def _pinned(url: str) -> str:
+    try:
+        pinned: str = _try(lambda: at_commit(url), url)
+    except OSError as e:
+        raise DataError(f"{url}: cannot be read: {e}") from e
+    return pinned
 
 
 def _refresh(remote: str, local: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.launch import checks, submit
+from stamo_dist.launch import checks, recipe_checks, submit
 from stamo_dist.launch.pipeline import Pipeline, Work
 from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
@@ -234,7 +234,7 @@ def sweep_orders(
         StamoError: The sweep, one of its recipes or the profile is wrong.
     """
     points = expand_sweep(sweeps)
-    base = load(recipe, overrides).recipe
+    base = recipe_checks.read(recipe, overrides).recipe
     folder = Path(base.run_dir) / SWEEP
     found = []
     for point in points:

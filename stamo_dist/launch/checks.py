@@ -1,4 +1,4 @@
-"""Checks before a job is queued: whether recipe, data, weights, folder and cluster fit together."""
+"""Checks before a job is queued: whether recipe, folder and cluster fit together."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ import contextlib
 import getpass
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from stamo_dist.data import at_hand
-from stamo_dist.data.schema import read_manifest
-from stamo_dist.errors import DataError, RecipeError, RunError
+from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import conflicts, container, slurm
-from stamo_dist.launch.further import FURTHER
 from stamo_dist.launch.grace import preemption_grace
 from stamo_dist.launch.profile import ClusterProfile, ProfileError, seconds
 from stamo_dist.launch.record import Launch
-from stamo_dist.pretrained.place import hub_id
-from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
-from stamo_dist.recipe.unread import unread
 from stamo_dist.run.lease import last_start
 
-EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
 _HINTS = (
     (
         "Invalid account or account/partition",
@@ -79,79 +70,6 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
         if nodes > fits[0]
     ]
     return fits, notes
-
-
-@dataclass(frozen=True)
-class Looked:
-    """Result of the checks of a recipe.
-
-    Attributes:
-        problems: What training refuses.
-        notes: What may be unintended.
-        to_download: (field, problem, remedy) of weights that the run would have to download.
-        advice: How its data are used.
-    """
-
-    problems: list[str]
-    notes: list[str]
-    to_download: list[tuple[str, str, str]]
-    advice: list[str]
-
-
-def look(
-    loaded: Loaded,
-    environment: Mapping[str, str] = MappingProxyType({}),
-    *,
-    world_size: int | None = None,
-    offline: bool = False,
-    advise: bool = True,
-) -> Looked:
-    """Check a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
-
-    Args:
-        loaded: The recipe.
-        environment: Variables that the run will have besides this process's.
-        world_size: Also check that the global batch and hsdp's groups divide over this many processes.
-        offline: Skip data and weights, which are not on this machine.
-        advise: Also look at how the data are used, which takes numpy.
-    """
-    problems = list[str]()
-    if world_size is not None:
-        try:
-            batching(loaded.recipe.train, world_size)
-            loaded.recipe.strategy.check_processes(world_size)
-        except ValueError as e:
-            problems.append(_located(loaded, str(e)))
-    if offline:
-        return Looked(problems, list(_notes(loaded)), [], [])
-    # A run that goes on reads the weights of the commit that it began with, which its checkpoints name.
-    looked = Weights([], []) if _has_checkpoints(loaded) else weights(loaded, environment)
-    data = [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.look(loaded.recipe.data)]
-    advice = list[str]()
-    if not data and advise:
-        try:
-            advice = [line for further in FURTHER for line in further(loaded.recipe)]
-        except RecipeError as e:
-            data += [_located(loaded, problem) for problem in e.problems]
-    if not data:
-        data += [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.too_far(loaded.recipe.data)]
-    problems += [*data, *_initial(loaded), *looked.problems, *_policy(loaded)]
-    return Looked(problems, [*_notes(loaded), *_to_encode(loaded)], looked.to_download, advice)
-
-
-def recipe(
-    loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}), world_size: int | None = None
-) -> Looked:
-    """As `look`, but problems are raised.
-
-    Raises:
-        RecipeError: All missing or wrong items.
-    """
-    advise = loaded.recipe.stage == "policy"  # of other stages nothing more is refused
-    looked = look(loaded, environment, world_size=world_size, advise=advise)
-    if looked.problems:
-        raise RecipeError(looked.problems)
-    return looked
 
 
 def unasked(profiles: Iterable[ClusterProfile]) -> list[str]:
@@ -291,99 +209,3 @@ def _named(profile: ClusterProfile, hint: str) -> dict[str, Any]:
         with contextlib.suppress(slurm.SlurmError):
             names["max_array"] = slurm.config().get("MaxArraySize", "")
     return {"max_array": "see `scontrol show config`", **names}
-
-
-def _notes(loaded: Loaded) -> Iterator[str]:
-    yield from unread(loaded)
-    warmup, steps = loaded.recipe.optimizer.warmup_steps, loaded.recipe.train.steps
-    if warmup >= steps:
-        text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
-        yield _placed(loaded, "optimizer.warmup_steps", text)
-    elif (o := loaded.recipe.optimizer).schedule == "wsd" and (decay := o.decay_of(steps)) > (left := steps - warmup):
-        text = f"optimizer.decay_steps: {decay} are more than the {left} steps after the warm-up: it is shorter"
-        yield _placed(loaded, "optimizer.decay_steps", text)
-
-
-def _has_checkpoints(loaded: Loaded) -> bool:
-    return any((Path(loaded.recipe.run_dir) / "checkpoints").glob("step_*"))
-
-
-def _initial(loaded: Loaded) -> Iterator[str]:
-    """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
-    initial = loaded.recipe.init_from
-    if initial is None or (hub_id(initial.path) and not Path(initial.path).parent.is_dir()) or _has_checkpoints(loaded):
-        return
-    if not Path(initial.path).expanduser().is_dir():
-        field = _placed(loaded, "init_from.path")
-        yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
-
-
-def _to_encode(loaded: Loaded) -> Iterator[str]:
-    """What `stamo encode` has to write before the training."""
-    recipe = loaded.recipe
-    caches = [("latents", "data.latents", recipe.data.latents)]
-    if recipe.stage == "policy":
-        caches.append(("states", "policy.targets", recipe.policy.targets))
-    for kind, field, value in caches:
-        missing = at_hand.not_encoded(recipe.data, kind) if value == "cached" else []
-        if missing:
-            text = f"{field}: cached, and there are no {kind} beside {', '.join(missing)}; `stamo encode` first"
-            yield _placed(loaded, field, text)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Problems of a recipe's weights, and (field, problem, remedy) of those to be downloaded."""
-
-    problems: list[str]
-    to_download: list[tuple[str, str, str]]
-
-
-def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> Weights:
-    """Check the headers of all weights that the stage reads; offline, weights missing on this machine are problems."""
-    environ = {**os.environ, **environment}
-    looked = look_at(loaded.recipe, environ)
-    problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
-    absent = [
-        (
-            _placed(loaded, field),
-            f"{repo} is not in the hub's cache",
-            f"`{command}` here, into a cache that the nodes see",
-        )
-        for field, (repo, command) in looked.absent.items()
-    ]
-    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it
-        return Weights(problems, absent)
-    return Weights([*problems, *(f"{f}: {what}, and HF_HUB_OFFLINE is set; {fix}" for f, what, fix in absent)], [])
-
-
-def _policy(loaded: Loaded) -> Iterator[str]:
-    """Check a policy's further needs: its tokenizer, and the statistics of actions."""
-    recipe, policy = loaded.recipe, loaded.recipe.policy
-    if recipe.stage != "policy":
-        return
-    folder = policy.tokenizer
-    if folder is not None and (policy.world is not None or policy.vision == "stamo"):
-        root = Path(folder).expanduser()
-        if not any((place / EXPORTED).is_file() for place in (root, root / "model")):
-            field = _placed(loaded, "policy.tokenizer")
-            yield f"{field}: {folder} holds no tokenizer that was trained to its end; `stamo submit` its recipe first"
-    for name, source in recipe.data.used.items():
-        for path in source.paths if source.actions else ():
-            with contextlib.suppress(DataError):
-                manifest = read_manifest(Path(path).expanduser())
-                if manifest.action_dim and "action" not in manifest.stats:
-                    field = _placed(loaded, f"data.sources.{name}.path")
-                    yield f"{field}: {path} has no statistics of its actions; `stamo data stats {path}` makes them"
-
-
-def _placed(loaded: Loaded, field: str, text: str | None = None) -> str:
-    """The text, by default the field, after the file and line that set the field."""
-    place = loaded.provenance.get(field, "default")
-    text = field if text is None else text
-    return text if place in ("default", "--set") else f"{place}: {text}"
-
-
-def _located(loaded: Loaded, text: str) -> str:
-    """A text that begins with a field, after the place of that field."""
-    return _placed(loaded, text.partition(":")[0], text)

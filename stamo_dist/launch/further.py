@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
 
-#: Each returns notes, or raises RecipeError.
-FURTHER: list[Callable[[Recipe], list[str]]] = []
+
+@dataclass(frozen=True)
+class Further:
+    """A check.
+
+    Attributes:
+        look: Returns notes, or raises RecipeError.
+        reads: Sections of the recipe that must be valid for it.
+    """
+
+    look: Callable[[Recipe], list[str]]
+    reads: tuple[str, ...]
+
+
+FURTHER: list[Further] = []

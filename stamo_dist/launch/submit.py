@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit import SlurmExecutor
 
-from stamo_dist.errors import RunError
+from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import checks, container, failing, slurm, supervise, supervisor
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
@@ -29,6 +29,8 @@ from stamo_dist.launch.profile import (
     load_profile,
     names,
 )
+from stamo_dist.launch.recipe_checks import Scope, look
+from stamo_dist.launch.recipe_checks import read as read_recipe
 from stamo_dist.launch.record import (
     Event,
     Launch,
@@ -43,7 +45,7 @@ from stamo_dist.launch.record import (
 from stamo_dist.launch.shell import before_the_run
 from stamo_dist.launch.step import step
 from stamo_dist.launch.undo import nothing_left
-from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.recipe.load import Draft, Loaded
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
 
@@ -90,7 +92,7 @@ def plan(
     Raises:
         StamoError: Recipe or profile is wrong, or it could not run there.
     """
-    loaded = load(recipe, overrides)
+    loaded = read_recipe(recipe, overrides)
     run, command = str(Path(loaded.recipe.run_dir).absolute()), ["train", f"{SNAPSHOT}/recipe.yaml"]
     launch = Launch(loaded.recipe.name, run, str(recipe), list(overrides), command=command)
     return ask(launch, loaded, cluster, resources.changes())
@@ -119,9 +121,12 @@ def ask(
     """
     name, profile = load_profile(cluster, changes)
     trains, run = launch.command[0] == "train", Path(launch.run_dir)
-    counts, notes = [1], list[str]()
+    counts, notes, problems = [1], list[str](), list[str]()
     if loaded is not None and trains:
-        counts, notes = checks.node_counts(loaded, profile)
+        try:
+            counts, notes = checks.node_counts(loaded, profile)
+        except RecipeError as e:
+            problems += e.problems
     elif every_gpu:
         least, most = profile.node_range(profile.nodes)
         counts = list(range(least, most + 1))
@@ -130,10 +135,14 @@ def ask(
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
     order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
-        looked = checks.recipe(loaded, profile.environment)
+        own_packages = profile.container is None and profile.python is None
+        looked = look(Draft(loaded), Scope(profile.environment, trains=trains, packages=own_packages))
+        problems += looked.problems
         notes += looked.notes
         for field, what, fix in looked.to_download:
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
+    if problems:
+        raise RecipeError(problems)
     checks.folder(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm":

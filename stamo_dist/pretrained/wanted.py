@@ -44,6 +44,9 @@ def look_at(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> WantedWe
         if found is not None:
             opened[part] = found
             problems += _misfits(part, found, name, weights, recipe)
+    tokenizer = hub_id(recipe.policy.tokenizer or "") if recipe.stage == "policy" else None
+    if tokenizer is not None and cached(*tokenizer, [""], environ, _EXPORTED) is None:
+        looked.absent["policy.tokenizer"] = str(recipe.policy.tokenizer), download(*tokenizer)
     if not any(looked.problems.values()):
         _together(recipe, opened, looked)
     return looked

@@ -15,7 +15,8 @@ class SourceConfig(Section):
     """One data source of the mixture."""
 
     path: str | list[str] = Field(
-        description="Folder or URL (s3://, gs://, …) written by `stamo data convert`; a list of them is one source."
+        description="Folder or URL (s3://, gs://, hf://datasets/OWNER/NAME, …) written by `stamo data convert`; a list "
+        "of them is one source."
     )
     weight: Weight | Literal["natural"] | dict[NonNegativeInt, Weight] = Field(
         1.0,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stamo_dist.errors import RecipeError
-from stamo_dist.recipe.layers import merge
+from stamo_dist.recipe.layers import Merged, merge
 from stamo_dist.recipe.lines import dotted, dump_yaml, is_by_step
 from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.schema import Recipe
@@ -25,6 +26,28 @@ class Loaded:
     recipe: Recipe
     resolved: dict[str, Any]  # every value, defaults included, as plain YAML types
     provenance: dict[str, str]  # dotted field → "recipes/base/x.yaml:12" | "--set" | "default"
+    overrides: tuple[str, ...] = ()  # `a.b=c` each
+
+    def command(self, verb: str) -> str:
+        """`stamo VERB` for this recipe, as one types it."""
+        return shlex.join(["stamo", verb, str(self.path), *(word for o in self.overrides for word in ("--set", o))])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as far as it is valid.
+
+    Attributes:
+        loaded: With defaults for wrong values, and without the sources that have some; None if a file is unreadable.
+        problems: Each with its file and line, in their order.
+        wrong: Dotted fields, or sections, that do not have the values written.
+        doubtful: Sections with any problem.
+    """
+
+    loaded: Loaded | None
+    problems: list[str] = field(default_factory=list)
+    wrong: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Loaded:
@@ -39,25 +62,43 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     Raises:
         RecipeError: With every problem of all the files and overrides at once, each with its file and line.
     """
+    draft = load_draft(path, overrides, world_size)
+    if draft.loaded is None or draft.problems:
+        raise RecipeError(draft.problems)
+    return draft.loaded
+
+
+def load_draft(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Draft:
+    """As `load`, with the problems beside what is valid in place of raised."""
     merged = merge(Path(path), overrides)
     path = merged.path
     if "stages" in merged.value:
-        raise RecipeError([f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
+        return Draft(None, [f"{path}: is a pipeline, no recipe: `stamo submit {path} --dry-run` checks it"])
     problems = merged.problems
     if world_size is not None and world_size < 1:
         problems.append(f"world size {world_size}: must be at least 1 process")
         world_size = None
-    recipe = None
-    if () in merged.places:
-        recipe, wrong = validate(merged, world_size)
-        problems += wrong
-    if recipe is None or problems:
-        raise RecipeError(sorted(problems, key=_by_line))
+    if () not in merged.places:
+        return Draft(None, sorted(problems, key=_by_line))
+    validated = validate(merged, world_size)
+    problems = sorted([*problems, *validated.problems], key=_by_line)
+    recipe = validated.recipe
+    if recipe is None:
+        return Draft(None, problems)
     try:
         name = recipe.name or check_name(path.stem)
     except ValueError as e:
-        raise RecipeError([f"{path}: {e}"]) from None
+        return Draft(None, [*problems, f"{path}: {e}"])
     recipe = recipe.model_copy(update={"name": name, "run_dir": recipe.run_dir or f"runs/{name}"})
+    if bad := {str(key[2]) for key in validated.wrong if key[:2] == ("data", "sources") and len(key) > 2}:
+        sources = {name: source for name, source in recipe.data.sources.items() if name not in bad}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+    loaded = _traced(recipe, merged, tuple(overrides))
+    wrong = frozenset(dotted(key) for key in validated.wrong)
+    return Draft(loaded, problems, wrong, frozenset(validated.clashing | {str(key[0]) for key in validated.wrong}))
+
+
+def _traced(recipe: Recipe, merged: Merged, overrides: tuple[str, ...]) -> Loaded:
     resolved = recipe.model_dump(mode="json")
     written = {dotted(key): place.partition(" ")[0] for key, place in merged.places.items()}
     for derived in ("name", "run_dir"):
@@ -66,11 +107,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     if isinstance(merged.value.get("init_from"), str):
         written["init_from.path"] = written["init_from"]
     return Loaded(
-        path=path,
+        path=merged.path,
         text=merged.text,
         recipe=recipe,
         resolved=resolved,
-        provenance={field: _origin(field, written) for field in leaves(resolved)},
+        provenance={name: _origin(name, written) for name in leaves(resolved)},
+        overrides=overrides,
     )
 
 

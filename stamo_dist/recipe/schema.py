@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
@@ -21,6 +21,9 @@ from stamo_dist.recipe.section import (
     Section,
 )
 from stamo_dist.recipe.training import Optimizer, Strategy, Train, training_problems
+
+#: In the context of a validation: whether the sections fit together is not checked.
+SECTIONS_ALONE = "sections_alone"
 
 
 class EncoderConfig(Section):
@@ -176,7 +179,9 @@ class Recipe(Section):
         return check_name(name)
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Recipe:
+    def _fields_agree(self, info: ValidationInfo) -> Recipe:
+        if info.context and info.context.get(SECTIONS_ALONE):
+            return self
         problems = data_problems(self.data, self.stage, self.model.vae.latent)
         problems += training_problems(self.train, self.optimizer, self.strategy, self.stage)
         if self.data.views > 1 and self.stage != "policy":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,7 +16,7 @@ from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.fields import ROOT, RecipeField, all_fields, find, key_of, nearest, placeholder
 from stamo_dist.recipe.layers import Merged, did_you_mean, value_at
 from stamo_dist.recipe.lines import Key, dotted, located, show_value
-from stamo_dist.recipe.schema import Recipe
+from stamo_dist.recipe.schema import SECTIONS_ALONE, Recipe
 from stamo_dist.recipe.section import Section
 from stamo_dist.recipe.training import Train
 
@@ -22,8 +25,25 @@ T = TypeVar("T", bound=Section)
 _STARTS_WITH_FIELD = re.compile(r"([a-z_]\w*(?:\.[\w-]+)*): (.*)", re.DOTALL)
 
 
-def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | None, list[str]]:
-    """The recipe of the merged layers, or their problems, also for `world_size` processes."""
+@dataclass(frozen=True)
+class Validated:
+    """A recipe as far as it is valid.
+
+    Attributes:
+        recipe: With defaults and placeholders for wrong values; None if a file could not be read.
+        problems: Of the merged layers, each with its place.
+        wrong: Fields, or sections, that do not have the values written.
+        clashing: Sections whose fields, as written, contradict each other or those of others.
+    """
+
+    recipe: Recipe | None
+    problems: list[str]
+    wrong: set[Key]
+    clashing: set[str]
+
+
+def validate(merged: Merged, world_size: int | None = None) -> Validated:
+    """The recipe of the merged layers, and their problems, also for `world_size` processes."""
     recipe, found, tree = _check(merged, Recipe, ROOT)
     problems = _placed_all(found, merged)
     if world_size is not None and not {("train",), ("train", "global_batch")} & found.keys() and "train" in tree:
@@ -31,7 +51,24 @@ def validate(merged: Merged, world_size: int | None = None) -> tuple[Recipe | No
             batching(Train.model_validate(tree["train"]), world_size)
         except ValueError as e:
             problems.append(_placed((), str(e), merged.places))
-    return (recipe if not problems else None), problems
+    clashes = "\n".join(found.get((), ()))
+    if recipe is None and merged.whole:
+        with contextlib.suppress(ValidationError):
+            recipe = Recipe.model_validate(tree, context={SECTIONS_ALONE: True})
+    clashing = {section for section in Recipe.model_fields if re.search(rf"\b{section}\.", clashes)}
+    return Validated(recipe, problems, _replaced(found.keys() - {()}, merged), clashing)
+
+
+def _replaced(found: Iterable[Key], merged: Merged) -> set[Key]:
+    """The fields found wrong; of an unknown one, those beside it that nobody set and that may be meant."""
+    wrong = set(found)
+    for key in found:
+        section = nearest(key[:-1], ROOT)
+        if find(key, ROOT) is None and section.section is not None:
+            unset = {str(f.key[-1]): f.key for f in section.children() if f.key not in merged.places}
+            meant = unset if section.key else difflib.get_close_matches(str(key[-1]), unset, n=1)
+            wrong |= {unset[name] for name in meant}
+    return wrong
 
 
 def validate_as(model: type[T], merged: Merged) -> tuple[T | None, list[str]]:

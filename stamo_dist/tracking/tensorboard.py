@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from stamo_dist.errors import RunError
-from stamo_dist.extras import how_to_install
+from stamo_dist.extras import how_to_install, is_installed
 
 
 class TensorBoard:
@@ -52,5 +51,5 @@ class TensorBoard:
 
 def check_installed() -> None:
     """Raises: RunError: The package is missing."""
-    if importlib.util.find_spec("tensorboard") is None:
+    if not is_installed("tensorboard"):
         raise RunError(f"tracking.tensorboard: needs the package tensorboard; {how_to_install('tensorboard')}")

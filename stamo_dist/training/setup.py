@@ -16,6 +16,7 @@ from stamo_dist.checkpoint.load import load_checkpoint
 from stamo_dist.checkpoint.manifest import Checkpoint
 from stamo_dist.checkpoint.save import Origin, Saver
 from stamo_dist.checkpoint.select import RecordedInputs, ResumePoint, select_checkpoint, verify_or_fall_back
+from stamo_dist.data.at_hand import to_encode
 from stamo_dist.data.loader import CacheKeys, Cursor, Loader, Sharing, build_loader, cache_use, first_frames
 from stamo_dist.data.mixture import Mixture
 from stamo_dist.data.node import NodeShare
@@ -116,6 +117,10 @@ def check(start: RunStart) -> Checked:
         raise RecipeError([str(e)]) from None
     select = partial(select_checkpoint, start.run.checkpoints, start.resume, allowed=start.allowed)
     begun = RecordedInputs(**before_connecting(start.world, "begun", lambda: asdict(_recorded(select))))
+    first = begun.step is None
+    missing = before_connecting(start.world, "to_encode", lambda: _to_encode(start, every=first))
+    if missing is not None:
+        raise RecipeError([missing])
     data_begun = RecordedInputs() if MAY_CHANGE_DATA in start.allowed else begun
     data = in_order(recipe.data, data_begun.order)
     if data != recipe.data:
@@ -132,7 +137,6 @@ def check(start: RunStart) -> Checked:
         if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor):
             use.check(mixture.cache)
     check_task(recipe, mixture)
-    first = begun.step is None
     look = partial(find, recipe, start.run.path, start.notes.append)
     found = before_connecting(start.world, "init_from", lambda: look() if first else None)
     return Checked(mixture, run_fingerprint(recipe, mixture), plans, select, begun, found)
@@ -230,6 +234,11 @@ def _record_parent(run: Path, checkpoint: Checkpoint | None, initial: Initial | 
         parent = lineage.resumed(checkpoint.path, checkpoint.manifest.state.step)
     if parent is None or Path(parent.run) != run.resolve():
         lineage.record(run, parent)
+
+
+def _to_encode(start: RunStart, *, every: bool) -> str | None:
+    missing = to_encode(start.loaded, every=every)
+    return None if missing is None else missing.text
 
 
 def _recorded(select: Callable[[], ResumePoint]) -> RecordedInputs:

@@ -137,7 +137,7 @@ def test_cached_latents_train_like_online_ones(stamo, own):
 
     missing = stamo("train", own.recipe, *STEPS, "--set", "data.latents=cached", check=False)
     assert missing.returncode == 2
-    assert "run `stamo encode RECIPE`" in missing.stderr
+    assert f"run `stamo encode {own.recipe} " in missing.stderr
 
     stamo("encode", own.recipe)
     assert "encoded 0 shards" in stamo("encode", own.recipe).stdout

@@ -33,8 +33,8 @@ def test_cached_states_train_like_online_ones(root: Path, ranks, tmp_path: Path,
     online, cached = write(tmp_path / "online/toy.yaml", root), write(tmp_path / "cached/toy.yaml", root)
     code, said = ranks(1, "train", cached, *CACHED, check=False)
     assert code == 2
-    assert "states are not cached for 2 of 2 shards" in said
-    assert "run `stamo encode RECIPE`, or set policy.targets: online" in said
+    assert "policy.targets: cached, but there are no states of all shards in" in said
+    assert f"run `stamo encode {cached} --set policy.targets=cached`, or set policy.targets: online" in said
     ranks(2, "encode", cached)
     ranks(1, "train", online)
     ranks(1, "train", cached, *CACHED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,8 @@ import pytest
 from toy import make_source, write_recipe
 
 from stamo_dist.data import at_hand
-from stamo_dist.launch import checks
-from stamo_dist.recipe.load import load
+from stamo_dist.launch.recipe_checks import Scope, look
+from stamo_dist.recipe.load import load, load_draft
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_a_damaged_shard_and_a_batch_that_does_not_divide_are_said_together(reci
     shard = recipe.parent / "shards" / "a" / "train" / "front" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:100])
     (recipe.parent / "shards" / "b" / "train" / "episodes.jsonl").unlink()
-    problems = checks.look(load(recipe), world_size=7).problems
+    problems = look(load_draft(recipe), Scope(world_size=7)).problems
     assert len(problems) == 3
     for problem, expected in zip(
         problems,
@@ -64,15 +66,15 @@ def test_a_damaged_shard_and_a_batch_that_does_not_divide_are_said_together(reci
 
 
 def test_a_warm_up_longer_than_the_run_is_noted(recipe: Path) -> None:
-    looked = checks.look(load(recipe, ["optimizer.warmup_steps=500", "train.steps=20"]))
+    looked = look(load_draft(recipe, ["optimizer.warmup_steps=500", "train.steps=20"]))
     assert looked.problems == []
     assert looked.notes == [
         "optimizer.warmup_steps: 500 steps of warm-up in a run of 20: it never reaches optimizer.lr"
     ]
-    assert checks.look(load(recipe, ["optimizer.warmup_steps=5", "train.steps=20"])).notes == []
+    assert look(load_draft(recipe, ["optimizer.warmup_steps=5", "train.steps=20"])).notes == []
     wsd = ["optimizer.schedule=wsd", "optimizer.decay_steps=15", "train.steps=20"]
-    assert checks.look(load(recipe, [*wsd, "optimizer.warmup_steps=5"])).notes == []
-    assert checks.look(load(recipe, [*wsd, "optimizer.warmup_steps=8"])).notes == [
+    assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=5"])).notes == []
+    assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=8"])).notes == [
         "optimizer.decay_steps: 15 are more than the 12 steps after the warm-up: it is shorter"
     ]
 
@@ -100,12 +102,102 @@ def test_a_folder_that_is_no_source_says_what_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_what_has_to_be_encoded_first_is_said(recipe: Path, stamo: Any) -> None:
+def test_what_has_to_be_encoded_first_is_refused_before_anything_is_built(recipe: Path, stamo: Any, ranks: Any) -> None:
     cached = ("--set", "data.latents=cached", "--set", "data.augment.brightness=0")
+    shards, command = recipe.parent / "shards", f"run `stamo encode {recipe} {' '.join(cached)}`"
+    for verb in (("recipe", "check"), ("train",), ("submit", "--cluster", "local")):
+        refused = stamo(*verb, recipe, *cached, check=False)
+        assert refused.returncode == 2
+        assert (
+            f"no latents of all shards in {shards}/a/train/front, {shards}/b/train/front; {command}" in refused.stderr
+        )
+    code, said = ranks(1, "train", recipe, *cached, check=False)  # as torchrun starts it
+    assert code == 2
+    assert command in said
+    stamo("encode", recipe, *cached)
+    assert stamo("recipe", "check", recipe, *cached).stdout.startswith("OK")
+    next((shards / "b").rglob("latents-*/shard.00000.json")).unlink()
+    assert f"in {shards}/b/train/front; {command}" in stamo("recipe", "check", recipe, *cached, check=False).stderr
+    (recipe.parent / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)  # it goes on with what it began with
+    assert stamo("recipe", "check", recipe, *cached).stdout.startswith("OK")
+
+
+TOGETHER = {
+    "optimizer.lr=-1": "optimizer.lr: must be a number above 0, not -1",
+    "model.compressor.heads=3": "model.compressor.heads: 3 must divide width 32",
+    "flow.std=0": "flow.std: must be",
+    "train.global_batch=x": "train.global_batch: must be",
+    "strategy.name=dpp": "strategy.name: must be",
+    "tracking.wandb=on": "tracking.wandb: must be",
+    "evaluate.every=7": "evaluate",  # against another section
+    "data.workers=-1": "data.workers: must be",
+    "data.sources.c.weight=-1": "data.sources.c.weight",
+    "optimiser.lr=1": "optimiser: no such field",
+}
+
+
+@pytest.mark.parametrize("wrong", TOGETHER)
+def test_a_wrong_field_hides_nothing_of_the_data(recipe: Path, toy: SimpleNamespace, wrong: str) -> None:
+    draft = load_draft(recipe, [*WRONG, "model.vae.weights=nowhere.safetensors", "data.sources.c.path=c", wrong])
+    problems = look(draft).problems
     shards = recipe.parent / "shards"
-    said = stamo("recipe", "check", recipe, *cached).stdout
-    assert f"there are no latents beside {shards}/a, {shards}/b; `stamo encode` first" in said
-    (shards / "a" / "train" / "front" / "latents-0123456789abcdef").mkdir()
-    said = stamo("recipe", "check", recipe, *cached).stdout
-    assert f"there are no latents beside {shards}/b; `stamo encode` first" in said
-    assert "latents beside" not in stamo("recipe", "check", recipe).stdout
+    for setting, text in WRONG.items():
+        expected = text.format(shards=shards)
+        if setting == "data.horizon=40":  # needs every source
+            continue
+        assert any(expected in problem for problem in problems), (expected, problems)
+    assert any(TOGETHER[wrong] in problem for problem in problems), problems
+    assert any("model.vae.weights: there is no folder nowhere.safetensors" in problem for problem in problems)
+    assert len(set(problems)) == len(problems)
+
+
+def test_what_depends_on_a_wrong_value_is_not_said(recipe: Path) -> None:
+    for settings in (
+        ["data.image_size=big"],
+        ["data.imagesize=32", "data.image_size=null"],
+        ["data.sources.a.path=[]", "data.sources.a.split=3"],
+        ["data=5"],
+        ["stage=tokeniser", "data.sources.a.cameras=[front]"],
+    ):
+        draft = load_draft(recipe, settings)
+        assert draft.problems
+        assert look(draft).problems == draft.problems, settings
+
+
+def test_submit_says_together_what_does_not_divide_and_what_is_missing(recipe: Path, stamo: Any) -> None:
+    wrong = ("--set", "train.global_batch=7", "--set", "data.sources.b.path=nowhere")
+    refused = stamo("submit", recipe, "--cluster", "local", "--gpus-per-node", "2", *wrong, check=False)
+    assert refused.returncode == 2
+    assert "train.global_batch" in refused.stderr
+    assert "nowhere: no such folder" in refused.stderr
+    wrong = ("--set", "optimizer.lr=-1", *wrong[2:])
+    for command in (("train",), ("submit", "--cluster", "local"), ("doctor", "--no-job"), ("recipe", "check")):
+        refused = stamo(*command, recipe, *wrong, check=False)
+        assert "optimizer.lr: must be" in refused.stderr, command
+        assert "nowhere: no such folder" in refused.stderr, command
+
+
+def test_a_tracker_that_is_not_installed_is_said(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = load_draft(recipe, ["tracking.tensorboard=true"])
+    assert look(draft).problems == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = look(draft).problems
+    assert problem.startswith("tracking.tensorboard: the package tensorboard is not installed; ")
+    assert "install" in problem
+    assert look(load_draft(recipe)).problems == []
+
+
+def test_an_export_older_than_its_run_is_noted(recipe: Path, toy: SimpleNamespace, tmp_path: Path) -> None:
+    run = tmp_path / "vae"
+    shutil.copytree(toy.vae, run / "model")
+    draft = load_draft(recipe, [f"model.vae.weights={run}"])
+    (run / "exported.json").write_text('{"step": 10}')
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000010" / "checkpoint.json").touch()
+    assert look(draft).notes == []
+    (run / "checkpoints" / "step_00000020").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000020" / "checkpoint.json").touch()
+    assert look(draft).notes == [
+        f"model.vae.weights: {run} was exported after step 10, and its run has a checkpoint of step 20; "
+        f"`stamo export {run}` exports that"
+    ]

@@ -10,9 +10,9 @@ import typer
 
 from stamo_dist.cli.app import app
 from stamo_dist.errors import RecipeError
-from stamo_dist.launch import checks
 from stamo_dist.launch.pipeline import check_needs, load_pipeline
-from stamo_dist.recipe.load import load
+from stamo_dist.launch.recipe_checks import look
+from stamo_dist.recipe.load import load, load_draft
 
 ROOT = Path(__file__).parents[2]
 STAGES = """\
@@ -127,7 +127,7 @@ def test_a_missing_parent_is_said_before_a_job_is_queued(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def said(path: str) -> list[str]:
-        looked = checks.look(load("recipes/tokenizer_demo.yaml", [f"init_from={path}", f"run_dir={tmp_path}/run"]))
+        looked = look(load_draft("recipes/tokenizer_demo.yaml", [f"init_from={path}", f"run_dir={tmp_path}/run"]))
         return [problem for problem in looked.problems if "init_from" in problem]
 
     missing = f"{tmp_path}/no_such_run"

@@ -223,7 +223,7 @@ def test_none_of_it_needs_torch(official: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(recipe(official, decoder={"weights": "/nowhere"}).model_dump_json())
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from stamo_dist.launch import checks\n"
+        "from stamo_dist.launch import recipe_checks\n"
         "from stamo_dist.pretrained.wanted import look_at\n"
         "from stamo_dist.recipe.schema import Recipe\n"
         "print(look_at(Recipe.model_validate_json(open(sys.argv[1]).read())).problems['model.decoder.weights'])"

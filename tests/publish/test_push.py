@@ -77,6 +77,18 @@ def test_a_policy_goes_to_the_hub_and_is_used_by_its_id(
         "from stamo_dist.models.policies import load_policy\nfrom stamo_dist.models.tokenizer import Tokenizer\n"
         "print(load_policy('lab/policy').chunk, Tokenizer.from_pretrained('lab/tokenizer').trained.compressor.tokens)"
     )
+    by_id = (
+        "recipe",
+        "check",
+        exported.parent / "toy.yaml",
+        "--set",
+        "policy.tokenizer=lab/tokenizer",
+        "--set",
+        f"run_dir={tmp_path}/run",
+    )
+    code, said = ran(environ, "-m", "stamo_dist.cli", *by_id)
+    assert code == 0, said
+    assert "policy.tokenizer: lab/tokenizer is not in the hub's cache: `hf download lab/tokenizer" in said
     away = (data / "tokenizer").rename(data / "away")
     try:
         assert ran(environ, "-c", reads) == (0, "2 2\n")

@@ -16,7 +16,8 @@ from stamo_dist.launch.doctor.settings import judge_settings, read_settings
 from stamo_dist.launch.doctor.verdict import Finding
 from stamo_dist.launch.grace import leaving_takes
 from stamo_dist.launch.profile import ClusterProfile, load_profile
-from stamo_dist.recipe.load import Loaded, load
+from stamo_dist.launch.recipe_checks import read
+from stamo_dist.recipe.load import Loaded
 from stamo_dist.words import counted
 
 _SLURM = "Slurm"
@@ -46,7 +47,7 @@ def diagnose(
         StamoError: The recipe or the profile cannot be read.
     """
     name, profile = load_profile(cluster, [f"nodes={count}", "min_nodes=null", "max_nodes=null"] if count else [])
-    loaded = load(recipe, overrides) if recipe else None
+    loaded = read(recipe, overrides) if recipe else None
     say("looking at this machine")
     yield from machine.judge_versions()
     run = Path(loaded.recipe.run_dir if loaded else "runs").absolute()

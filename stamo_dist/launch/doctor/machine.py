@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from stamo_dist.launch import checks
 from stamo_dist.launch.doctor.disk import read_speed
 from stamo_dist.launch.doctor.probe import reach
 from stamo_dist.launch.doctor.verdict import Finding
-from stamo_dist.recipe.load import Loaded
+from stamo_dist.launch.recipe_checks import Scope, look
+from stamo_dist.recipe.load import Draft, Loaded
 from stamo_dist.recipe.schema import Recipe
 
 _PACKAGE = "stamo-dist"
@@ -58,7 +58,7 @@ def judge_versions() -> Iterator[Finding]:
 
 def judge_recipe(loaded: Loaded, environment: Mapping[str, str]) -> Iterator[Finding]:
     """Whether data and weights are there and right, for a run in this environment, and how fast the data is read."""
-    looked = checks.look(loaded, environment)
+    looked = look(Draft(loaded), Scope(environment))
     for problem in looked.problems:
         yield Finding("error", _RECIPE, problem, "do as it says, put it there, or change the field")
     for note in looked.notes:

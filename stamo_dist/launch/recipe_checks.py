@@ -1,0 +1,263 @@
+"""Checks of a recipe before it starts: whether its data, its weights and what is installed here fit it. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from stamo_dist.data import at_hand
+from stamo_dist.data.schema import read_manifest
+from stamo_dist.errors import DataError, RecipeError
+from stamo_dist.extras import how_to_install, is_installed
+from stamo_dist.launch.ends import newest_step
+from stamo_dist.launch.further import FURTHER
+from stamo_dist.pretrained.place import hub_id
+from stamo_dist.pretrained.wanted import look_at
+from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.load import Draft, Loaded, load_draft
+from stamo_dist.recipe.unread import unread
+from stamo_dist.run.folder import RunFolder
+
+EXPORTED = "stamo.json"  # file that identifies an exported tokenizer
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Result of the checks of a recipe.
+
+    Attributes:
+        problems: What training refuses.
+        notes: What may be unintended.
+        to_download: (field, problem, remedy) of weights that the run would have to download.
+        advice: How its data are used.
+    """
+
+    problems: list[str]
+    notes: list[str]
+    to_download: list[tuple[str, str, str]]
+    advice: list[str]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is looked at.
+
+    Attributes:
+        environment: Variables that the run will have besides this process's.
+        world_size: Also check that the global batch and hsdp's groups divide over this many processes.
+        offline: Skip data and weights, which are not on this machine, and packages.
+        trains: The recipe is trained next; False for `stamo encode`, which makes what training reads.
+        packages: The run has this Python's packages; False for a run in a container.
+        advise: Also look at how the data of stages other than policies are used, which takes numpy.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    world_size: int | None = None
+    offline: bool = False
+    trains: bool = True
+    packages: bool = True
+    advise: bool = False
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """As `recipe.load.load`; of a wrong recipe, what `look` finds in the rest of it is raised too.
+
+    Raises:
+        RecipeError: All of it. A valid recipe's data and weights are not looked at.
+    """
+    draft = load_draft(path, overrides)
+    if draft.loaded is not None and not draft.problems:
+        return draft.loaded
+    raise RecipeError(look(draft).problems)
+
+
+def refuse(draft: Draft, scope: Scope = Scope()) -> tuple[Loaded, Looked]:
+    """As `look`, but problems are raised.
+
+    Raises:
+        RecipeError: All missing or wrong items.
+    """
+    looked = look(draft, scope)
+    if draft.loaded is None or looked.problems:
+        raise RecipeError(looked.problems)
+    return draft.loaded, looked
+
+
+def look(draft: Draft, scope: Scope = Scope()) -> Looked:
+    """Check a recipe without starting it, for `stamo train`, `submit`, `doctor` and `recipe check`.
+
+    Of a wrong recipe, what depends on its wrong values is not looked at.
+    """
+    loaded = draft.loaded
+    if loaded is None:
+        return Looked(draft.problems, [], [], [])
+    problems, notes = list[str](), list(_notes(loaded))
+    if scope.world_size is not None:
+        try:
+            batching(loaded.recipe.train, scope.world_size)
+            loaded.recipe.strategy.check_processes(scope.world_size)
+        except ValueError as e:
+            problems.append(_located(loaded, str(e)))
+    advice, downloads = list[str](), list[tuple[str, str, str]]()
+    if not scope.offline:
+        unusable, advice = _data(loaded, scope, draft)
+        problems += unusable
+        if "stage" not in draft.wrong:
+            looked = weights(loaded, scope.environment)
+            problems += [*_initial(loaded), *looked.problems, *_policy(loaded)]
+            problems += _to_encode(loaded) if scope.trains else ()
+            notes += _outdated(loaded)
+            downloads = looked.to_download
+        problems += _not_installed(loaded) if scope.packages else ()
+    found = [problem for problem in _apart_from(draft.wrong, problems) if problem not in draft.problems]
+    return Looked([*draft.problems, *found], notes, downloads, advice)
+
+
+def _apart_from(wrong: Collection[str], problems: Sequence[str]) -> list[str]:
+    """The problems that name none of the fields."""
+    names = [re.compile(rf"(?<![\w./-]){re.escape(field)}(?=[.:;, ]|$)") for field in wrong]
+    return [problem for problem in problems if not any(name.search(problem) for name in names)]
+
+
+def _data(loaded: Loaded, scope: Scope, draft: Draft) -> tuple[list[str], list[str]]:
+    """(problems of the data, how they are used)."""
+    data, problems, advice = loaded.recipe.data, list[str](), list[str]()
+    policy = loaded.recipe.stage == "policy"  # of other stages nothing more is refused
+    for further in FURTHER:
+        if draft.doubtful.isdisjoint(further.reads) and (policy or scope.advise):
+            try:
+                advice += further.look(loaded.recipe)
+            except RecipeError as e:
+                problems += [_located(loaded, problem) for problem in e.problems]
+    found = [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.look(data)]
+    if not problems and "data" not in draft.doubtful:
+        problems = [_placed(loaded, misfit.field, misfit.text) for misfit in at_hand.too_far(data)]
+    return [*found, *problems], advice
+
+
+def _notes(loaded: Loaded) -> Iterator[str]:
+    yield from unread(loaded)
+    warmup, steps = loaded.recipe.optimizer.warmup_steps, loaded.recipe.train.steps
+    if warmup >= steps:
+        text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
+        yield _placed(loaded, "optimizer.warmup_steps", text)
+    elif (o := loaded.recipe.optimizer).schedule == "wsd" and (decay := o.decay_of(steps)) > (left := steps - warmup):
+        text = f"optimizer.decay_steps: {decay} are more than the {left} steps after the warm-up: it is shorter"
+        yield _placed(loaded, "optimizer.decay_steps", text)
+
+
+def _has_checkpoints(loaded: Loaded) -> bool:
+    return any((Path(loaded.recipe.run_dir) / "checkpoints").glob("step_*"))
+
+
+def _initial(loaded: Loaded) -> Iterator[str]:
+    """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
+    initial = loaded.recipe.init_from
+    if initial is None or _from_hub(initial.path) or _has_checkpoints(loaded):
+        return
+    if not Path(initial.path).expanduser().is_dir():
+        field = _placed(loaded, "init_from.path")
+        yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
+
+
+def _to_encode(loaded: Loaded) -> Iterator[str]:
+    """What `stamo encode` has to write before the training."""
+    missing = at_hand.to_encode(loaded, every=not _has_checkpoints(loaded))
+    if missing is not None:
+        yield _placed(loaded, missing.field, missing.text)
+
+
+def _not_installed(loaded: Loaded) -> Iterator[str]:
+    field = "tracking.tensorboard"
+    if loaded.recipe.tracking.tensorboard and not is_installed("tensorboard"):
+        yield f"{_placed(loaded, field)}: the package tensorboard is not installed; {how_to_install('tensorboard')}"
+
+
+def _outdated(loaded: Loaded) -> Iterator[str]:
+    """Exports of runs that were trained further since."""
+    recipe = loaded.recipe
+    read = {
+        "tokenizer": {
+            "model.vae.weights": recipe.model.vae.weights,
+            "model.decoder.weights": recipe.model.decoder.weights,
+        },
+        "vae": {"model.vae.weights": recipe.model.vae.weights},
+        "policy": {"policy.tokenizer": recipe.policy.tokenizer, "policy.weights": recipe.policy.weights},
+    }
+    for name, given in read[recipe.stage].items():
+        path = Path(given or "").expanduser()
+        run = path.parent if path.name == "model" else path
+        exported, newest = RunFolder(run).exported_step, newest_step(run) if given else None
+        if given and exported is not None and newest is not None and exported < newest:
+            text = f"{given} was exported after step {exported}, and its run has a checkpoint of step {newest}"
+            yield f"{_placed(loaded, name)}: {text}; `stamo export {run}` exports that"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Problems of a recipe's weights, and (field, problem, remedy) of those to be downloaded."""
+
+    problems: list[str]
+    to_download: list[tuple[str, str, str]]
+
+
+def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> Weights:
+    """Check the headers of all weights that the stage reads; offline, weights missing on this machine are problems."""
+    if _has_checkpoints(loaded):  # the run reads the weights of the commit that it began with, which they name
+        return Weights([], [])
+    environ = {**os.environ, **environment}
+    looked = look_at(loaded.recipe, environ)
+    problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
+    absent = [
+        (
+            _placed(loaded, field),
+            f"{repo} is not in the hub's cache",
+            f"`{command}` here, into a cache that the nodes see",
+        )
+        for field, (repo, command) in looked.absent.items()
+    ]
+    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it
+        return Weights(problems, absent)
+    return Weights([*problems, *(f"{f}: {what}, and HF_HUB_OFFLINE is set; {fix}" for f, what, fix in absent)], [])
+
+
+def _policy(loaded: Loaded) -> Iterator[str]:
+    """Check a policy's further needs: its tokenizer, and the statistics of actions."""
+    recipe, policy = loaded.recipe, loaded.recipe.policy
+    if recipe.stage != "policy":
+        return
+    folder = policy.tokenizer
+    if folder is not None and (policy.world is not None or policy.vision == "stamo"):
+        root = Path(folder).expanduser()
+        if not _from_hub(folder) and not any((place / EXPORTED).is_file() for place in (root, root / "model")):
+            field = _placed(loaded, "policy.tokenizer")
+            yield f"{field}: {folder} holds no tokenizer that was trained to its end; `stamo submit` its recipe first"
+    for name, source in recipe.data.used.items():
+        for path in source.paths if source.actions else ():
+            with contextlib.suppress(DataError):
+                manifest = read_manifest(Path(path).expanduser())
+                if manifest.action_dim and "action" not in manifest.stats:
+                    field = _placed(loaded, f"data.sources.{name}.path")
+                    yield f"{field}: {path} has no statistics of its actions; `stamo data stats {path}` makes them"
+
+
+def _from_hub(given: str) -> bool:
+    """Whether it is a hub id, and no path beside whose last part there are others."""
+    return hub_id(given) is not None and not Path(given).parent.is_dir()
+
+
+def _placed(loaded: Loaded, field: str, text: str | None = None) -> str:
+    """The text, by default the field, after the file and line that set the field."""
+    place = loaded.provenance.get(field, "default")
+    text = field if text is None else text
+    return text if place in ("default", "--set") else f"{place}: {text}"
+
+
+def _located(loaded: Loaded, text: str) -> str:
+    """A text that begins with a field, after the place of that field."""
+    return _placed(loaded, text.partition(":")[0], text)
