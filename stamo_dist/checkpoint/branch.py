@@ -58,7 +58,7 @@ def _begin(run: RunFolder, child: RunFolder, step: int, parent: Recipe) -> None:
     schedule = RateSchedule.from_dict(manifest.state.schedule) if manifest.state.schedule else RateSchedule.of(parent)
     falls = schedule.steps - schedule.decay if schedule.shape == "wsd" else schedule.steps
     if schedule.shape not in _STABLE or not schedule.warmup <= manifest.state.updates <= falls:
-        phase = f"its learning rate is {schedule.shape}"
+        phase = f"it is {schedule.shape}; train the run with optimizer.schedule: wsd or constant"
         if schedule.shape in _STABLE:
             phase = f"the learning rate is stable from step {schedule.warmup} to {falls}"
         raise RunError(f"--branch {step}: not a step in which the learning rate of {run.path} is stable: {phase}")

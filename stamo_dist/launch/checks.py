@@ -41,6 +41,10 @@ _HINTS = (
         "the array has more tasks than the cluster's MaxArraySize allows ({max_array}); give fewer values or slices",
     ),
     ("unrecognized option", "this cluster's Slurm has no such option; `sbatch --help` lists those it has"),
+    (
+        "Could not establish a configuration source",
+        "Slurm does not answer on this machine: submit from a login node of the cluster, or with --cluster local",
+    ),
     ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
 )
 

@@ -175,12 +175,13 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         initial.load(engine)
         start.notes += initial.notes(task.frozen)
     ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
+    carried = list[str]()
     if checkpoint is None:
         none = [0] * len(mixture.sources)
         state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     else:
         precision, sources = recipe.train.precision, mixture.sources
-        state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=notes.append)
+        state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=carried.append)
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     schedule, changed = schedule_of(recipe, run, state, world)
     state.schedule = schedule.to_dict()
@@ -198,6 +199,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     start.notes += [
         *pinned,
         *notes,
+        *carried,
         *changed,
         *beyond(run.path, state.step, recipe.train.steps),
         *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else []),
