@@ -75,8 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._missing()
             siblings = [{"rfilename": name} for name in repository.files]
             return self._json({"id": found[2], "sha": repository.sha, "siblings": siblings})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
-            files = self.hub.models[found[1]].files
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+", path):
+            files = getattr(self.hub, found[1])[found[2]].files
             return self._json([{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()])
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self.hub.asked.append(path)

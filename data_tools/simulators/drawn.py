@@ -16,6 +16,7 @@ TASK = "carry_the_disc_to_the_mark"
 CAMERA = "top"
 RATE_HZ = 10
 LENGTH = 40
+_RESTS = 6  # steps in which the hand moves less than it could, or not at all
 _TABLE = 0.4  # metres that a frame spans
 _STEP = 0.05  # metres of an action of 1, as LIBERO's controller has it
 _GROUND, _MARK, _DISC, _HAND = (90, 110, 120), (200, 190, 90), (190, 60, 50), (30, 30, 40)
@@ -47,10 +48,12 @@ def write_drawn(path: Path, *, episodes: int, size: int, seed: int = 0) -> None:
 def _rollout(rng: np.random.Generator) -> Rollout:
     """One episode; a state is the hand's, the disc's and the mark's x and y in metres, and the gripper's opening."""
     hand, disc, mark = rng.uniform(0.15 * _TABLE, 0.85 * _TABLE, (3, 2))
+    way = np.abs(disc - hand).max() + np.abs(mark - disc).max()
+    fastest = way / _STEP / (LENGTH - _RESTS)
     closed, states, actions = False, [], []
     for _ in range(LENGTH):
         goal = mark if closed else disc
-        step = np.clip((goal - hand) / _STEP, -0.4, 0.4)
+        step = np.clip((goal - hand) / _STEP, -fastest, fastest)
         near = bool(np.abs(goal - hand).max() < 0.005)
         states.append([*hand, *disc, *mark, 0.0 if closed else 1.0])
         closed = closed or near

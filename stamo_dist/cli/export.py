@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
+
+if TYPE_CHECKING:
+    from stamo_dist.publish.push import HubRepository
 
 
 class Form(str, Enum):
@@ -92,16 +95,15 @@ _AS_THEY_ARE = (Form.hf, DType.float32, "5GB")
 @with_options(ExportOptions)
 def export(_: typer.Context, asked: ExportOptions) -> None:
     asked.check()
+    if asked.out is not None and ".." in asked.out.parts:  # a folder that is not there, with .. after it, is not made
+        asked = replace(asked, out=asked.out.resolve())
+    hub = _looked_at(asked)
 
     import torch
 
     from stamo_dist.export_layout import ExportLayout
     from stamo_dist.publish.publish import finish, publish
-    from stamo_dist.publish.push import HubRepository, check_exported
 
-    if asked.push is not None and asked.out is None:
-        check_exported(asked.checkpoint, asked.push)
-    hub = None if asked.push is None else HubRepository(asked.push, private=asked.private, update=asked.update)
     if asked.out is not None:
         layout = ExportLayout(asked.form.value, getattr(torch, asked.dtype.value), asked.shard_size)
         publish(asked.checkpoint, asked.out, layout, asked.which)
@@ -110,3 +112,17 @@ def export(_: typer.Context, asked: ExportOptions) -> None:
     if hub is not None:
         folder = asked.out or asked.checkpoint
         print(f"uploaded {folder} to {asked.push}: {hub.upload(folder)}")
+
+
+def _looked_at(asked: ExportOptions) -> HubRepository | None:
+    """The repository to push to, once all that can be wrong has been looked at that needs no torch."""
+    from stamo_dist.publish.choice import choose, finished
+    from stamo_dist.publish.push import HubRepository, check_exported
+
+    if asked.out is not None:
+        choose(asked.checkpoint, asked.out, asked.form.value, asked.shard_size, asked.which)
+    elif asked.push is None:
+        finished(asked.checkpoint)
+    else:
+        check_exported(asked.checkpoint, asked.push)
+    return None if asked.push is None else HubRepository(asked.push, private=asked.private, update=asked.update)

@@ -25,14 +25,16 @@ def mix(
 
     Example: stamo mix recipes/tokenizer_demo.yaml --set data.sources.libero.weight=3
     """
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe  # before the slow imports
+
     from stamo_dist.data.instructions import episode_tables
     from stamo_dist.data.mixture import Mixture
     from stamo_dist.data.supervised import Supervision
     from stamo_dist.data.table import mixture_picture, mixture_table
     from stamo_dist.data.weights import report
-    from stamo_dist.recipe.load import load
 
-    loaded = load(recipe, set_).recipe
     mixture = Mixture(loaded.data, seed=loaded.seed, global_batch=loaded.train.global_batch)
     steps = loaded.train.steps
     mixture_table(report(mixture, steps))
@@ -56,6 +58,11 @@ def report(
 
     Example: stamo report demo/runs/tokenizer
     """
+    from stamo_dist.run.folder import open_run
+
+    for run in runs:
+        open_run(run)  # before the slow imports
+
     from stamo_dist.report import write_report
 
     print(f"report: {write_report(runs, out or runs[0] / 'report.html')}")

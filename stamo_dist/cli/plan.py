@@ -43,15 +43,19 @@ def plan(
 
     Example: stamo plan recipes/policy_openvla_state.yaml --gpus 8 --all
     """
+    from stamo_dist.errors import RecipeError, StamoError
+    from stamo_dist.recipe.load import load
+
+    loaded = load(recipe, set_).recipe  # before the slow imports
+    if serve is not None and serve not in _DTYPES:
+        raise StamoError(f"--serve: {serve} is unknown; give {', '.join(_DTYPES)}")
+
     from rich.console import Console
 
-    from stamo_dist.errors import RecipeError
     from stamo_dist.plan.memory import plan as predict
     from stamo_dist.plan.roofline import expect
-    from stamo_dist.recipe.load import load
     from stamo_dist.tables import Whole, show
 
-    loaded = load(recipe, set_).recipe
     if serve is not None:
         _show_serving(loaded, serve, as_json=as_json)
         return
@@ -100,12 +104,9 @@ def _show_serving(recipe: Recipe, name: str, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from stamo_dist.errors import StamoError
     from stamo_dist.plan.serving import serving
     from stamo_dist.tables import Whole, show
 
-    if name not in _DTYPES:
-        raise StamoError(f"--serve: {name} is unknown; give {', '.join(_DTYPES)}")
     parts, notes = serving(recipe, getattr(torch, name))
     if as_json:
         typer.echo(json.dumps([asdict(part) for part in parts], indent=1))

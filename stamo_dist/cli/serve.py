@@ -32,7 +32,7 @@ class ClientOptions:
 class ServeOptions(ClientOptions, UseOptions):
     """Answer observations with actions, as clients of OpenVLA, OpenVLA-OFT, openpi and vla-eval speak.
 
-    Its packages come with `make demo`, or with `pip install -e '.[serve]'` in a checkout. Asks for the token in
+    Says how its packages are installed where they are missing. Asks for the token in
     STAMO_SERVE_TOKEN, if it is set.
 
     Example: stamo serve runs/policy_oft_state --port 8777

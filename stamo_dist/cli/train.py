@@ -162,11 +162,13 @@ def encode(
     # A launcher blocks these until a rank can handle them; here they end the process: partial shards are ignored.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from stamo_dist.distributed.rank import world_from_environment
-    from stamo_dist.encode.run import encode as run
     from stamo_dist.recipe.load import load
 
-    loaded = load(recipe, set_).recipe
+    loaded = load(recipe, set_).recipe  # before the slow imports
+
+    from stamo_dist.distributed.rank import world_from_environment
+    from stamo_dist.encode.run import encode as run
+
     done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
     error = "" if done.error is None else f", {done.error:.2g} of a row's size from fp32"
     print(f"encoded {counted(done.shards, 'shard')} in {done.arithmetic}{error}")

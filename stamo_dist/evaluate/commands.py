@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = """Measure a tokenizer or a policy on held-out episodes.
 
-RUN is the folder of a run, its recipe's run_dir; `make demo` trains demo/runs/tokenizer.
+RUN is the folder of a run, its recipe's run_dir; `stamo demo` trains demo/runs/tokenizer.
 """
 app = typer.Typer(no_args_is_help=True, help=HELP)
 

@@ -162,6 +162,9 @@ def _initial(loaded: Loaded) -> Iterator[str]:
     if initial is None or _from_hub(initial.path) or _has_checkpoints(loaded):
         return
     field, given = _placed(loaded, "init_from.path"), Path(initial.path).expanduser()
+    if "://" in initial.path:
+        yield f"{field}: {initial.path}: copy it here first (stamo sync {initial.path} FOLDER), and give its folder"
+        return
     if not given.is_dir():
         yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
         return

@@ -11,7 +11,7 @@ from stamo_dist.errors import RunError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _EMPTY = {".gitattributes"}  # what a new repository holds
 _ABOUT = ("stamo.json", "policy.json", "config.json")
 
@@ -29,11 +29,11 @@ class HubRepository:
     """
 
     def __init__(self, name: str, *, private: bool = False, update: bool = False):
+        self.name = name
+        _check_name(name)
+
         from huggingface_hub import HfApi, get_token
 
-        self.name = name
-        if not _ID.fullmatch(name):
-            raise RunError(f"--push {name}: give OWNER/NAME, as in my-lab/policy-drawer")
         token = get_token()
         if not token:
             raise RunError(f"--push {name}: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN")
@@ -66,6 +66,19 @@ class HubRepository:
 
     def _problem(self, error: Exception, more: str = "") -> RunError:
         return RunError(f"--push {self.name}: {_why(error, self._api).replace(self._token, '…')}{more}")
+
+
+def _check_name(name: str) -> None:
+    if not _ID.fullmatch(name):
+        raise RunError(f"--push {name}: give OWNER/NAME, as in my-lab/policy-drawer, of a–z, A–Z, 0–9, _, - and .")
+
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise RunError(f"--push {name}: is no name of the Hub's: {str(error).splitlines()[0]}") from None
 
 
 def check_exported(folder: Path, name: str) -> None:

@@ -34,8 +34,9 @@ def shipped_recipe(name: str) -> Path:
 
 
 def names() -> dict[str, Path]:
-    """Name → file of all that can be found by name."""
-    return {name: path for folder in reversed(_folders()) for name, path in _named(folder)}
+    """Name → file of all that can be found by name, one's own first."""
+    own, theirs = (dict(_named(folder)) for folder in _folders())
+    return own | {name: path for name, path in theirs.items() if name not in own}
 
 
 def closest(given: Path) -> str:

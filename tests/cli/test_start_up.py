@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
 
 STAGES = {
     "the launcher": ("import stamo_dist.cli.app, stamo_dist.launch.local", "torch streaming numpy"),
@@ -14,6 +21,8 @@ STAGES = {
     ),
     "the tokenizer": ("import stamo_dist.tasks.tokenizer", "scipy peft deepspeed matplotlib streaming.base.dataset"),
 }
+#: What transformers 5 imports by itself.
+BY_TRANSFORMERS = {"scipy"} if int(version("transformers").partition(".")[0]) > 4 else set[str]()
 ALL_OF_STREAMING = """
 from streaming import MDSWriter, StreamingDataset
 from streaming.base import Stream
@@ -33,4 +42,32 @@ def test_nothing_unused_is_imported_and_streaming_is_whole_when_asked_for() -> N
     )
     assert run.returncode == 0, run.stderr
     for (stage, (_, unused)), line in zip(STAGES.items(), run.stdout.splitlines(), strict=True):
-        assert not set(unused.split()) & set(json.loads(line)), stage
+        assert not (set(unused.split()) - BY_TRANSFORMERS) & set(json.loads(line)), stage
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export nowhere", "nowhere: not a run folder"),
+        ("export nowhere out --checkpoint best", "nowhere: not a run folder"),
+        ("export nowhere --push lab/x", "--push lab/x: nowhere is no exported folder"),
+        ("report nowhere", "nowhere: not a run folder"),
+        ("plan tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
+        ("plan tokenizer_demo --serve int4", "--serve: int4 is unknown"),
+        ("mix tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
+        ("train tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
+        ("encode tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
+    ],
+)
+def test_what_is_wrong_at_first_sight_is_said_before_torch_is_imported(command: str, said: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from stamo_dist.cli import main\n"
+        f"sys.argv = ['stamo', *{command.split()!r}]\nmain()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr

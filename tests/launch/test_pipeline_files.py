@@ -132,6 +132,9 @@ def test_a_missing_parent_is_said_before_a_job_is_queued(tmp_path, monkeypatch):
 
     missing = f"{tmp_path}/no_such_run"
     assert f"init_from.path: there is no folder {missing}" in said(missing)[0]
+    assert (
+        "init_from.path: s3://lab/run: copy it here first (stamo sync s3://lab/run FOLDER)" in said("s3://lab/run")[0]
+    )
     assert said(str(tmp_path)) == said("lab/model") == []
     (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
     assert said(missing) == []

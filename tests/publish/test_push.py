@@ -57,8 +57,9 @@ def test_a_policy_goes_to_the_hub_and_is_used_by_its_id(
     hub: Hub, exported: Path, data: Path, tmp_path: Path, ranks: Callable
 ) -> None:
     environ = hub.environ(tmp_path / "home")
-    code, said = push(environ, exported.parent / "run", tmp_path / "anew", "--push", "lab/policy")
+    code, said = push(environ, exported.parent / "run", f"{tmp_path}/nested/../anew", "--push", "lab/policy")
     assert code == 0, said
+    assert not (tmp_path / "nested").exists()
     assert f"uploaded {tmp_path / 'anew'} to lab/policy: {hub.url}/lab/policy/commit/" in said
     held = hub.models["lab/policy"].files
     assert {k: v for k, v in held.items() if k != ".gitattributes"} == content(tmp_path / "anew")
@@ -112,6 +113,8 @@ def test_what_goes_wrong_is_one_line_with_a_way_out(hub: Hub, exported: Path, tm
         (dead, "lab/a", f"{dead['HF_ENDPOINT']} cannot be reached (ConnectionError); try again where there is network"),
         ({**known, "HF_HUB_OFFLINE": "1"}, "lab/a", "HF_HUB_OFFLINE is set; unset it where there is network"),
         (known, "policy", "give OWNER/NAME, as in"),
+        (known, "öwner/name", "give OWNER/NAME, as in my-lab/policy-drawer, of a–z, A–Z"),
+        (known, "lab/policy.git", "is no name of the Hub's: "),
     ):
         code, said = push(environ, exported, "--push", name)
         assert code == 2, said

@@ -34,6 +34,15 @@ def test_a_name_is_of_a_recipe_here_or_else_of_one_that_comes_with_stamo(name: s
     assert own.recipe.model == load("tokenizer_sim").recipe.model
 
 
+def test_ones_own_are_listed_first() -> None:
+    Path("recipes").mkdir()
+    Path("recipes/zebra.yaml").write_text(OWN)
+    Path("recipes/tokenizer_demo.yaml").write_text(OWN)
+    assert list(names())[:2] == ["tokenizer_demo", "zebra"]
+    assert names()["tokenizer_demo"] == Path("recipes/tokenizer_demo.yaml")
+    assert len(names()) == len([*shipped.RECIPES.rglob("*.yaml")]) + 1
+
+
 def test_a_file_comes_first_and_a_folder_of_the_name_hides_nothing() -> None:
     Path("vae_demo").mkdir()
     assert load("vae_demo").recipe.stage == "vae"

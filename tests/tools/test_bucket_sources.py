@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import Repository, serving
 from raw import write_raw
 from s3 import free_port
 
@@ -88,39 +86,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, bucket: Any, monkeypatch
     assert [src for src, remote in found.items() if remote] == ["lerobot/pusht", "lerobot/pusht@v2.0"]
 
 
-COMMIT = "1" * 40
 HELD = {"README.md": b"# a set", "data/a.hdf5": b"a" * 3000, "data/deep/b.hdf5": b"b" * 10}
-
-
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """One data set, lab/arm, at one commit."""
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def _answer(self, whole: bool) -> None:
-        file = self.path.removeprefix(f"/datasets/lab/arm/resolve/{COMMIT}/")
-        headers = {}
-        if self.path.startswith("/api/datasets/lab/arm/revision/main"):
-            siblings = [{"rfilename": name} for name in HELD]
-            content, status = json.dumps({"id": "lab/arm", "sha": COMMIT, "siblings": siblings}).encode(), 200
-        elif file in HELD:
-            content, status = HELD[file], 200
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        else:
-            content, status, headers = b"{}", 404, {"X-Error-Code": "RepoNotFound"}
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if whole:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 def fetched(home: Path, endpoint: str, *sources: str, offline: bool = False) -> list[Any]:
@@ -144,9 +110,9 @@ def fetched(home: Path, endpoint: str, *sources: str, offline: bool = False) -> 
 
 
 def test_the_hub(tmp_path: Path) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{hub.server_port}"
+    with serving() as hub:
+        hub.datasets["lab/arm"] = Repository(dict(HELD))
+        url = hub.url
         sources = ("hf://datasets/lab/arm/data", "lab/arm", "lab/arm", "lab/leg", "hf://datasets/lab/arm/date")
         some, whole, again, lost, misspelt = fetched(tmp_path, url, *sources)
         assert some[1:] == [2, 3010, 0]
@@ -156,7 +122,6 @@ def test_the_hub(tmp_path: Path) -> None:
         assert "lab/leg: there is no file or folder lab/leg, and the Hub did not supply the data set lab/leg" in lost
         assert "`hf download lab/leg --repo-type dataset --local-dir DIR`" in lost
         assert "lab/arm has no date" in misspelt
-        hub.shutdown()
     (known, unknown) = fetched(tmp_path, url, "lab/arm", "lab/foot", offline=True)
     assert known[1:] == [0, 0, 3]
     assert "without network run" in unknown

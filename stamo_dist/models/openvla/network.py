@@ -120,16 +120,19 @@ class OpenVLA(nn.Module):
         Padding comes last; outputs at padding are meaningless.
         """
         embeddings, mask, _ = sequence
+        batch, length, _ = embeddings.shape
         if not bidirectional:
             mask = None  # causal, with padding at the end: no mask is needed, and attention without one is faster
         else:
-            batch, length, _ = embeddings.shape
             seen = torch.ones(batch, length, dtype=torch.bool, device=embeddings.device) if mask is None else mask
-            # A four-dimensional mask is used unchanged; without one, Llama would be causal.
-            mask = seen[:, None, None, :].expand(batch, 1, length, length)
-        return self.language_model.model(
-            inputs_embeds=embeddings, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+            mask = seen[:, None, None, :].expand(batch, 1, length, length)  # without one, Llama would be causal
+        # LlamaModel's own forward: in transformers 5 it looks whether sequences are packed, for which the host waits.
+        llama, positions = self.language_model.model, torch.arange(length, device=embeddings.device)[None]
+        found, rotation = embeddings, llama.rotary_emb(embeddings, position_ids=positions)
+        for layer in llama.layers:
+            found = layer(found, attention_mask=mask, position_ids=positions, position_embeddings=rotation)
+        hidden: Tensor = llama.norm(found)
+        return hidden
 
     def forward(
         self,
