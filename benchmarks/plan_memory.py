@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from contextlib import closing
@@ -62,6 +63,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     from stamo_dist.device import Device
     from stamo_dist.distributed.rank import world_from_environment
     from stamo_dist.distributed.strategies import SUPPORTS_META_INIT, EngineSpec
+    from stamo_dist.optim.ema import EMA
     from stamo_dist.optim.optimizer import adamw
     from stamo_dist.recipe.batching import batching
     from stamo_dist.recipe.load import load
@@ -83,6 +85,7 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
     engine = spec.build(task.trained, adamw(task.trained, recipe.optimizer))
     task.place(engine.device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     task.load_weights()
+    average = EMA(engine, recipe.train.ema) if recipe.train.ema else None
     noise = Noise(0)
     caches = CacheKeys(task.latents)
     loader = build_loader(mixture, rank=number, world_size=world, cursor=Cursor(), workers=0, caches=caches)
@@ -92,14 +95,16 @@ def rank(number: int, world: int, port: int, path: str, settings: list[str], ste
             for micro in next(batches).to(engine.device).split(plan.micro_batch):
                 with engine.accumulate():
                     engine.backward(task.loss(engine.module, micro, noise.at(step)).loss)
+            if average is not None:
+                average.update(step + 1)
     peak = watch.stop() - before
     answer.send(device.peak_memory()[0] if device.is_gpu else peak)
     torch.distributed.barrier()
     os._exit(0)
 
 
-def measure(path: str, settings: list[str], world: int, steps: int) -> float:
-    """Peak bytes of the process that took most."""
+def measure(path: str, settings: list[str], world: int, steps: int) -> float | None:
+    """Peak bytes of the process that took most; None where one has failed, whose error is printed."""
     from stamo_dist.distributed.rank import reserve_port
 
     context, port, ends = multiprocessing.get_context("spawn"), reserve_port(), []
@@ -109,10 +114,15 @@ def measure(path: str, settings: list[str], world: int, steps: int) -> float:
         process.start()
         there.close()
         ends.append((process, here))
-    peaks = [here.recv() for _, here in ends]
-    for process, _ in ends:
-        process.join()
-    return max(peaks)
+    try:
+        return max([here.recv() for _, here in ends])
+    except EOFError:
+        for process, _ in ends:
+            process.terminate()
+        return None
+    finally:
+        for process, _ in ends:
+            process.join()
 
 
 def main() -> None:
@@ -137,15 +147,19 @@ def main() -> None:
         settings = [*a.set, f"strategy.name={name}", "data.workers=0"]
         (memory,) = plan(load(a.recipe, settings).recipe, a.processes)
         measured = measure(a.recipe, settings, a.processes, a.steps)
+        if measured is None:
+            table.add_row(name, "", f"{memory.peak / 1e6:.0f}", "failed", "")
+            continue
         error = memory.peak / measured - 1
         rows.append({"strategy": name, "predicted": memory.peak, "measured": measured, "error": error})
         model = memory.peak - memory.activations
         cells = [f"{value / 1e6:.0f}" for value in (model, memory.peak, measured)]
         table.add_row(name, *cells, f"{error:+.0%}")
+        beside(f"memory, {name}", measured / 1e9, memory.peak / 1e9, "GB")
     Console().print(table)
     print(json.dumps(rows))
-    for row in rows:
-        beside(f"memory, {row['strategy']}", row["measured"] / 1e9, row["predicted"] / 1e9, "GB")
+    if len(rows) < len(a.strategies):
+        sys.exit(f"{len(a.strategies) - len(rows)} of {len(a.strategies)} strategies failed")
 
 
 if __name__ == "__main__":

@@ -376,6 +376,8 @@ def main() -> None:
     p.add_argument("--recompute", type=int, default=0, metavar="K", help="every k-th block; 0: none")
     p.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
+    if a.command != "overhead":
+        Device.current().tune("bf16")  # before the device is used; the plain loop has it too
     if a.command == "overhead":
         overhead(a.recipe, a.steps, a.set)
     elif a.command == "policy":

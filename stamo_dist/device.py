@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,6 +172,11 @@ class Device:
     def watch_waits(self, mode: str) -> None:
         """Have PyTorch let pass ("default"), "warn" of or refuse ("error") what makes the host wait."""
 
+    @contextmanager
+    def meant_wait(self) -> Iterator[None]:
+        """Inside the host may wait, whatever `watch_waits` said."""
+        yield
+
 
 class Gpu(Device):
     """A CUDA device; without a number the one that PyTorch has selected, at first 0."""
@@ -214,10 +220,12 @@ class Gpu(Device):
 
     def tune(self, precision: str) -> list[str]:
         # Not cudnn.benchmark: each start might choose other kernels.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # the second one wins in PyTorch
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        # Of fp32 side work, such as a frozen compressor's; PyTorch by itself allows it in convolutions alone.
+        self.allow_tf32(precision == "bf16")
         if precision != "bf16":
             return []
-        self.allow_tf32(True)  # fp32 side work, such as a frozen compressor's
         if self._cuda.is_bf16_supported(including_emulation=False):
             return []
         return [f"train.precision: {self.name} emulates bf16, which is slow; it has fp32"]
@@ -303,6 +311,17 @@ class Gpu(Device):
 
     def watch_waits(self, mode: str) -> None:
         self._cuda.set_sync_debug_mode(mode)
+
+    @contextmanager
+    def meant_wait(self) -> Iterator[None]:
+        if not (watched := self._cuda.get_sync_debug_mode()):
+            yield
+            return
+        self._cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            self._cuda.set_sync_debug_mode(watched)
 
 
 @dataclass(frozen=True)

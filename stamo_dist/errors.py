@@ -31,3 +31,11 @@ class CheckpointError(StamoError):
 
 class RunError(StamoError):
     """A run folder or a set of processes that cannot be used as asked."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error in one line: of a list of problems the first, of an error that is none of a user's its kind, too."""
+    first, *more = str(error).splitlines() or [""]
+    if isinstance(error, StamoError):
+        return more[0].strip(" -") if first.endswith(":") and more else first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +45,44 @@ class Whole:
                     block.add_row(Text.assemble(heading, style="bold"), of_column[row])
             blocks += [Text(), block]
         return Group(*titles, *blocks, *([Text(str(table.caption))] if table.caption else []))
+
+
+class Columns:
+    """Cells of one line below their headings, two blanks apart; looks like `Whole`, and is quick for hundreds of rows.
+
+    `columns`: heading → cells, each in one style, as many as there are rows.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Text]]):
+        self._columns = columns
+        self._widths = [max(cell_len(name), *(c.cell_len for c in cells)) for name, cells in columns.items()]
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = sum(self._widths) + 2 * max(0, len(self._widths) - 1)
+        return Measurement(width, width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.__rich_measure__(console, options).maximum > options.max_width:
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            for name in self._columns:
+                table.add_column(name)
+            for row in zip(*self._columns.values(), strict=True):
+                table.add_row(*row)
+            yield Whole(table)
+            return
+        yield from self._line(console, [Text(name, style="table.header") for name in self._columns])
+        for row in zip(*self._columns.values(), strict=True):
+            yield from self._line(console, row)
+
+    def _line(self, console: Console, cells: Sequence[Text]) -> Iterator[Segment]:
+        blank = 0
+        for cell, width in zip(cells, self._widths, strict=True):
+            if cell.plain:
+                yield Segment(" " * blank)
+                yield Segment(cell.plain, console.get_style(cell.style))
+                blank = 0
+            blank += width - cell.cell_len + 2
+        yield Segment.line()
 
 
 def _width(cells: Sequence[RenderableType]) -> int | None:

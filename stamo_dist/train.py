@@ -19,7 +19,7 @@ from stamo_dist.faults.signals import ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.lease import acquire
+from stamo_dist.run.lease import LeaseEnd, acquire
 from stamo_dist.training.evaluation import Evaluation
 from stamo_dist.training.setup import Checked, RunStart, Session, build, check
 
@@ -54,8 +54,13 @@ def train(
         checked.select(checked.fingerprint)  # all checks run before anything is written
         run.prepare()
         with acquire(run.path) as start.lease:
+            stop.before_interrupt = partial(start.lease.end, LeaseEnd("stopped", "by hand (Ctrl-C twice)"))
             start.notes += [*start.lease.notes, *clean(run.checkpoints, start.lease.number)]
-            return _train(start, checked)
+            code = _train(start, checked)
+            if code == EXIT_NOT_EXPORTED:
+                how = f"trained, not exported; `stamo export {run.path}` writes the model"
+                start.lease.end(LeaseEnd("failed", how))
+            return code
 
 
 def _train(start: RunStart, checked: Checked) -> int:

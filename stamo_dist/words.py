@@ -7,3 +7,9 @@ def counted(number: int, noun: str) -> str:
     """The number and the noun: "1 run", "1204 frames", "2 processes"."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{ending}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03 or 2:03."""
+    s = int(seconds)
+    return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"

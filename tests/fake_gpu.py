@@ -72,7 +72,7 @@ class FakeCuda:
 
     def __init__(self, name: str = "NVIDIA H100 80GB HBM3", count: int = 8):
         self.said, self._name, self._count = Counter[str](), name, count
-        self.modes: list[str] = []
+        self.modes: list[str | int] = []
         self.selected: list[int] = []
         self.compute = FakeStream(self)  # of every thread, until it enters another
         self._entered = threading.local()
@@ -133,8 +133,11 @@ class FakeCuda:
     def empty_cache(self) -> None:
         self.said["empty_cache"] += 1
 
-    def set_sync_debug_mode(self, debug_mode: str) -> None:
+    def set_sync_debug_mode(self, debug_mode: str | int) -> None:
         self.modes.append(debug_mode)
+
+    def get_sync_debug_mode(self) -> int:
+        return {"default": 0, "warn": 1, "error": 2}.get(mode, mode) if (mode := (self.modes or [0])[-1]) else 0
 
     def _record(self, enabled: str | None = "all", max_entries: int = 0) -> None:
         self.said[f"memory {'off' if enabled is None else 'on'}"] += 1

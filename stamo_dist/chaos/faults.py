@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ RANK, RANKS, LAUNCHER, WORKER, CHECKPOINT = (
     "newest checkpoint",
 )
 STARTING, TRAINING, SAVING, LEAVING, BETWEEN = "starting", "training", "saving", "leaving", "between starts"
+QUEUED = "queued again"
 PAUSE = "1 s pause"
 FLIPPED, TRUNCATED, MISSING = "flipped byte", "truncated file", "missing file"
 
-_DECK = (
+Kind = tuple[str, str, str]  # whom, what, moment
+KINDS: tuple[Kind, ...] = (
     (RANK, "SIGKILL", TRAINING), (RANK, "SIGKILL", TRAINING), (RANK, "SIGKILL", SAVING), (RANK, "SIGKILL", SAVING),
     (RANK, "SIGKILL", STARTING), (RANK, "SIGKILL", LEAVING), (RANK, "SIGTERM", TRAINING), (RANK, "SIGTERM", SAVING),
     (RANK, "SIGINT", TRAINING), (RANK, "SIGUSR1", TRAINING), (RANK, "SIGUSR2", STARTING), (RANK, "SIGSEGV", TRAINING),
@@ -55,15 +58,11 @@ class Fault:
 
 
 class Deck:
-    """Deals faults from a shuffled deck of all kinds, so that even few faults cover many kinds.
+    """Deals faults from a shuffled deck of all kinds, so that even few faults cover many kinds."""
 
-    `workers`: whether there are loader workers to kill.
-    """
-
-    def __init__(self, rng: random.Random, *, workers: bool):
-        self._rng = rng
-        self._kinds = [kind for kind in _DECK if workers or kind[0] != WORKER]
-        self._left: list[tuple[str, str, str]] = []
+    def __init__(self, rng: random.Random, kinds: Sequence[Kind]):
+        self._rng, self._kinds = rng, kinds
+        self._left: list[Kind] = []
 
     def deal(self, *, hangs: bool) -> Fault:
         """The next fault; `hangs`: whether there are other ranks, which notice a stopped one soon."""

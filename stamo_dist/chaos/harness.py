@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from stamo_dist.chaos import reference, results
 from stamo_dist.chaos.compare import IDENTICAL, NOT, UNFINISHED, Comparison, History, compare, spread
 from stamo_dist.chaos.conversion import Conversion
-from stamo_dist.chaos.faults import Deck, Fault
+from stamo_dist.chaos.faults import KINDS, WORKER, Deck, Fault, Kind
 from stamo_dist.chaos.monitor import Monitor
 from stamo_dist.chaos.results import Result
 from stamo_dist.chaos.starts import Starter
@@ -57,6 +58,14 @@ class Plan:
     patience: float
 
 
+class Training(Protocol):
+    """One training, with faults or without; its course is in `outcome`, also after an exception."""
+
+    outcome: Outcome
+
+    def run(self) -> Outcome: ...
+
+
 class Harness:
     """Args:
     plan: What to do.
@@ -66,6 +75,8 @@ class Harness:
     Raises:
         RunError: `plan.out` holds results of another recipe.
     """
+
+    where = ""  # behind the strategy's name in the results
 
     def __init__(self, plan: Plan, starter: Starter, say: Callable[[str], None]):
         self._plan, self._starter, self._say = plan, starter, say
@@ -89,7 +100,7 @@ class Harness:
             self._untouched(strategy, size)
         rng = random.Random(f"{self._plan.seed} {strategy}")
         recipe = self._loaded[strategy].recipe
-        deck = Deck(rng, workers=recipe.data.workers > 0)
+        deck = Deck(rng, self._kinds(strategy))
         groups = [[max(sizes)], list(sizes)] if len(sizes) > 1 else [list(sizes)]
         for group, share in zip(groups, _deal(faults, len(groups)), strict=True):
             hangs = min(group) > 1 and recipe.train.step_timeout <= _HANGS
@@ -99,7 +110,7 @@ class Harness:
 
     def _train(self, strategy: str, sizes: list[int], faults: deque[Fault], rng: random.Random) -> bool:
         """One training under faults until it ends; returns whether it passed."""
-        folder = self._fresh(f"{strategy}-{'-'.join(map(str, sizes))}")
+        folder = self._fresh(f"{self._label(strategy)}-{'-'.join(map(str, sizes))}")
         references = [run for size in sizes for run in self._references(strategy, size)]
         gap = 0.9 * self._loaded[strategy].recipe.train.steps / max(1, len(faults))
         trial = self._trial(strategy, folder, sizes, FaultSchedule(faults, rng, gap), self._pace(references))
@@ -118,7 +129,16 @@ class Harness:
             _keep_logs(folder)
         return good
 
-    def _trial(self, strategy: str, folder: Path, sizes: Sequence[int], schedule: FaultSchedule, pace: Pace) -> Trial:
+    def _kinds(self, strategy: str) -> Sequence[Kind]:
+        workers = self._loaded[strategy].recipe.data.workers > 0
+        return [kind for kind in KINDS if workers or kind[0] != WORKER]
+
+    def _label(self, strategy: str) -> str:
+        return f"{strategy}{self.where.replace(' ', '-')}"
+
+    def _trial(
+        self, strategy: str, folder: Path, sizes: Sequence[int], schedule: FaultSchedule, pace: Pace
+    ) -> Training:
         given = self._arguments(strategy, folder)
         patience, say = self._plan.patience, self._say
         return Trial(self._starter, given, folder, sizes, schedule, pace=pace, patience=patience, say=say)
@@ -144,7 +164,7 @@ class Harness:
             problems = ["samples are lost or repeated"]
         outcome = replace(outcome, problems=problems)
         found = verdict or Comparison(0, 0, [], UNFINISHED)
-        self._append(strategy, ", ".join(map(str, sizes)), outcome, found, between)
+        self._append(f"{strategy}{self.where}", ", ".join(map(str, sizes)), outcome, found, between)
 
     def _append(self, what: str, processes: str, went: Outcome, found: Comparison, between: float = 0.0) -> None:
         seed = self._plan.seed
@@ -189,15 +209,17 @@ class Harness:
             (folder / "whole").write_text(json.dumps(asdict(_measure(folder, time.monotonic() - began))))
 
     def _references(self, strategy: str, size: int) -> list[Path]:
-        return [self._plan.out / f"untouched-{strategy}-{size}-{n}" for n in range(self._plan.untouched)]
+        return [self._plan.out / f"untouched-{self._label(strategy)}-{size}-{n}" for n in range(self._plan.untouched)]
 
     def _pace(self, runs: Sequence[Path]) -> Pace:
         paces = [Pace(**json.loads((run / "whole").read_text())) for run in runs]
         return max(paces, key=lambda pace: pace.start)
 
     def _arguments(self, strategy: str, run: Path) -> list[str]:
-        given = [*self._plan.overrides, *self._own(strategy), f"run_dir={run}"]
-        return ["train", str(self._plan.recipe), *(x for s in given for x in ("--set", s))]
+        return ["train", str(self._plan.recipe), *(x for s in self._settings(strategy, run) for x in ("--set", s))]
+
+    def _settings(self, strategy: str, run: Path) -> list[str]:
+        return [*self._plan.overrides, *self._own(strategy), f"run_dir={run}"]
 
     def _own(self, strategy: str) -> list[str]:
         return [f"strategy.name={strategy}", "train.log_samples=true", "train.log_every=1", "tracking.wandb=off"]

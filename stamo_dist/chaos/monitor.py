@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_POLL = 0.002  # seconds
 _TAIL = 1 << 14  # bytes read from a file's end to find its last complete line
 
 
@@ -23,16 +22,18 @@ class TrainingStart:
 
     after: int  # the step it continued from
     processes: int
+    time: str = ""  # in whole seconds
 
 
 class Monitor:
     """Args:
     path: The run folder.
     patience: Seconds without a change after which the run counts as hung.
+    poll: Seconds between two looks.
     """
 
-    def __init__(self, path: Path, patience: float):
-        self.path, self._patience = path, patience
+    def __init__(self, path: Path, patience: float, poll: float = 0.002):
+        self.path, self._patience, self._poll = path, patience, poll
         self._metrics, self._seen, self._step = path / "metrics.jsonl", (0, 0), 0
 
     def step(self) -> int:
@@ -55,7 +56,7 @@ class Monitor:
             lines = [json.loads(line) for line in (self.path / "starts.jsonl").read_text().splitlines()]
         except (OSError, ValueError):
             return []
-        return [TrainingStart(line["after step"], line["processes"]) for line in lines]
+        return [TrainingStart(line["after step"], line["processes"], line["time"]) for line in lines]
 
     def unfinished(self) -> set[str]:
         """Checkpoints that are incomplete: being written, or left by a dead process."""
@@ -81,7 +82,7 @@ class Monitor:
                 alive, deadline = now, time.monotonic() + self._patience
             if time.monotonic() > deadline:
                 raise HungError(f"it did not {what} within {self._patience:g} s")
-            time.sleep(_POLL)
+            time.sleep(self._poll)
 
 
 def tail(log: Path) -> list[str]:

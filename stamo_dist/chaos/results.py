@@ -18,7 +18,16 @@ from stamo_dist.chaos.trial import Injected
 FILE = "results.jsonl"
 _GRADES = (IDENTICAL, WITHIN, UNFINISHED, NOT)
 _WORDS = ("losses", "between sizes")
-_MOMENTS = ("starting", "training", "saving", "leaving", "leaving, after the save", "between starts", "converting")
+_MOMENTS = (
+    "queued again",
+    "starting",
+    "training",
+    "saving",
+    "leaving",
+    "leaving, after the save",
+    "between starts",
+    "converting",
+)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
+from stamo_dist.checkpoint.manifest import damage, damaged, read_checkpoint_manifest
 from stamo_dist.checkpoint.retention import complete
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.optim.schedule import RateSchedule
@@ -58,10 +58,12 @@ def _begin(run: RunFolder, child: RunFolder, step: int, parent: Recipe) -> None:
     schedule = RateSchedule.from_dict(manifest.state.schedule) if manifest.state.schedule else RateSchedule.of(parent)
     falls = schedule.steps - schedule.decay if schedule.shape == "wsd" else schedule.steps
     if schedule.shape not in _STABLE or not schedule.warmup <= manifest.state.updates <= falls:
-        phase = f"its learning rate is {schedule.shape}"
+        phase = f"it is {schedule.shape}; train the run with optimizer.schedule: wsd or constant"
         if schedule.shape in _STABLE:
             phase = f"the learning rate is stable from step {schedule.warmup} to {falls}"
         raise RunError(f"--branch {step}: not a step in which the learning rate of {run.path} is stable: {phase}")
+    if wrong := damage(source, manifest):
+        raise RunError(f"--branch {step}: {damaged(source, wrong)}")
     child.prepare()
     lineage.write(child.path, lineage.Parent("branch", str(run.path.resolve()), step))
     _link(source, child.checkpoints / source.name)

@@ -77,7 +77,7 @@ def locate(cfg: InitFrom, stage: str, say: Callable[[str], None]) -> str:
         if (path / MANIFEST).is_file():
             checkpoint = Checkpoint(path, read_checkpoint_manifest(path))
             if wrong := damage(*checkpoint):
-                raise damaged(*checkpoint[:1], wrong)
+                raise CheckpointError(f"{damaged(path, wrong)}; name an earlier one by its path, or an export")
     except CheckpointError as e:
         raise CheckpointError(f"{FIELD}: {e}") from None
     location = source(path.resolve())

@@ -19,7 +19,9 @@ from stamo_dist.errors import RunError
 
 if TYPE_CHECKING:
     from stamo_dist.chaos.harness import Plan
+    from stamo_dist.chaos.job_harness import Site
 
+_SIZES = "1,2"
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of a short training.")]
 
 
@@ -32,7 +34,12 @@ class ChaosOptions:
     Samples must be the same in every step, losses too: to the bit those of a training that nobody disturbs and that
     does each step on as many processes. Exit code 1 when they are not.
 
+    With --slurm every training is a job, submitted as `stamo submit` does it: it is queued again, its ranks are
+    signalled and killed, and what else --operator offers is done to its cluster. It has to finish by itself.
+
     Example: stamo chaos recipes/tokenizer_demo.yaml --kills 20 --set train.steps=300
+
+    Example: stamo chaos recipes/tokenizer_demo.yaml --slurm preemptible --kills 20 --set train.steps=3000
     """
 
     recipe: RecipePath
@@ -43,7 +50,17 @@ class ChaosOptions:
     ] = None
     world_sizes: Annotated[
         str, typer.Option(metavar="N,M", help="Numbers of processes on this machine, changed between starts.")
-    ] = "1,2"
+    ] = _SIZES
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE", help="Train in jobs of Slurm with this profile, as `stamo submit --cluster` takes it."
+        ),
+    ] = None
+    operator: Annotated[
+        str | None,
+        typer.Option(metavar="PROGRAM", help="With --slurm: does to the cluster what only its operator can."),
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where to train; RUN_DIR-chaos when omitted. Results add up there."),
@@ -71,6 +88,7 @@ class ChaosOptions:
         from stamo_dist.recipe.load import load
 
         loaded = load(self.recipe, self.set_).recipe
+        site = self.site()
         try:
             sizes = sorted({int(size) for size in self.world_sizes.split(",")})
         except ValueError:
@@ -83,12 +101,25 @@ class ChaosOptions:
             kills=self.kills,
             seed=self.seed,
             strategies=self.strategies.split(",") if self.strategies else [loaded.strategy.name],
-            sizes=sizes,
+            sizes=[site.processes()] if site else sizes,
             out=(self.out or Path(f"{loaded.run_dir}-chaos")).absolute(),
             untouched=self.untouched,
-            convert=self.convert,
+            convert=self.convert and site is None,
             patience=self.patience,
         )
+
+    def site(self) -> Site | None:
+        """Where its jobs run; None if it trains on this machine."""
+        from stamo_dist.chaos.job_faults import Nobody, Program
+        from stamo_dist.chaos.job_harness import Site
+
+        if self.slurm is None:
+            if self.operator is not None:
+                raise RunError("--operator: is of a cluster; name its profile with --slurm")
+            return None
+        if self.warm or self.world_sizes != _SIZES:
+            raise RunError("--slurm: its profile says how many processes train, and how; omit --world-sizes and --warm")
+        return Site(self.slurm, Program(self.operator) if self.operator else Nobody())
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
@@ -105,16 +136,21 @@ def chaos(_: typer.Context, asked: ChaosOptions) -> None:
 
     from stamo_dist.chaos import results
     from stamo_dist.chaos.harness import Harness
+    from stamo_dist.chaos.job_harness import JobHarness
     from stamo_dist.chaos.starts import ForkServer, Spawner
 
-    plan = asked.plan()
+    plan, site = asked.plan(), asked.site()
     os.environ["XDG_STATE_HOME"] = str(plan.out / "state")  # its trainings are none of the user's runs
     console = Console(width=None if sys.stdout.isatty() else 120)
     before = len(results.read(plan.out))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt_once)
-    starter = ForkServer() if asked.warm else Spawner()
-    harness = Harness(plan, starter, lambda text: console.print(text, markup=False))
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    starter = ForkServer() if asked.warm and site is None else Spawner()
+    harness = Harness(plan, starter, say) if site is None else JobHarness(plan, site, say)
     interrupted = False
     try:
         harness.run()

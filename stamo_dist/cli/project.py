@@ -73,11 +73,11 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of t
 
 def demo(
     policy: Annotated[
-        bool, typer.Option("--policy", help="After it: a policy for four simulated tasks, 22 minutes.")
+        bool, typer.Option("--policy", help="After it: a policy for four simulated tasks, about 22 minutes more.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, and stop.")] = False,
 ) -> None:
-    """Run the demonstration in demo/: simulate two sources, shard, mix, train, kill, go on, measure; 10 minutes.
+    """Run the demonstration in demo/: simulate two sources, shard, mix, train, kill, go on, measure; about 9 minutes.
 
     Run it again to go on. It needs the simulators (the extra [sim]) and headless OpenGL, no GPU and no checkout.
 

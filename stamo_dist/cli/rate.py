@@ -81,6 +81,6 @@ def _draw(picture: Path, past: Points, ahead: Points) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     try:
-        figure.savefig(picture, dpi=150)
+        figure.savefig(picture, dpi=150, format=picture.suffix[1:] or "png")
     except (OSError, ValueError) as e:
         raise StamoError(f"{picture}: cannot be written: {e}") from e

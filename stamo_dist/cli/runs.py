@@ -29,23 +29,27 @@ def status(
 
     Example: stamo status runs/tokenizer_sim --watch
     """
-    from rich.console import Console
-    from rich.live import Live
-
-    from stamo_dist.launch.status import collect, everything, find, one_run, recent, status_table
-    from stamo_dist.tables import show
+    from stamo_dist.launch.status import Run, collect, everything, find, recent
 
     if not watch:
         gc.disable()  # it ends soon: looking for garbage takes an eighth of the time for hundreds of runs
 
-    def table() -> RenderableType:
-        found = collect(find(runs)) if runs else recent(everything())
-        return one_run(found[0]) if runs and len(found) == 1 else status_table(found)
+    def look() -> list[Run]:
+        return collect(find(runs)) if runs else recent(everything())
 
     if as_json:
-        found = collect(find(runs)) if runs else recent(everything())
-        typer.echo(json.dumps([run.facts() for run in found], indent=1))
+        typer.echo(json.dumps([run.facts() for run in look()], indent=1))
         return
+    from rich.console import Console
+    from rich.live import Live
+
+    from stamo_dist.launch.status_tables import one_run, status_table
+    from stamo_dist.tables import show
+
+    def table() -> RenderableType:
+        found = look()
+        return one_run(found[0]) if runs and len(found) == 1 else status_table(found)
+
     console = Console(highlight=False)
     if not watch:
         show(console, table())
@@ -75,7 +79,8 @@ def runs(
     from rich.console import Console
 
     from stamo_dist.launch.record import SWEEP
-    from stamo_dist.launch.status import collect, everything, find, runs_table, sweep_table
+    from stamo_dist.launch.status import collect, everything, find
+    from stamo_dist.launch.status_tables import runs_table, sweep_table
     from stamo_dist.launch.tree import parent_of, runs_tree
     from stamo_dist.tables import show
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import slurm, submit, supervise
+from stamo_dist.launch import slurm, submit, supervise, supervisor
+from stamo_dist.launch.again import command_by_hand
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
@@ -34,7 +35,7 @@ def cancel(path: Path) -> str:
         try:
             supervise.cancel(path)
         except OSError as e:
-            owner = supervise.supervisor(path)
+            owner = supervisor.of(path)
             way = f"; `kill {owner.pid}` on {owner.node} has it save and end" if owner else ""
             raise RunError(f"{path}: cannot be written ({e.strerror}), so it goes on{way}") from e
         return f"{run.name}: it saves, leaves and is not started again"
@@ -73,7 +74,7 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
     if launch is None or launch.snapshot is None:
         recipe = path / "resolved.yaml"
         raise RunError(
-            f"{path}: was not submitted; `stamo train {recipe}` goes on here, "
+            f"{path}: was not submitted; `{command_by_hand(path)}` goes on here, "
             f"`stamo submit {recipe} --cluster PROFILE` on a cluster"
         )
     if launch.kind != "run":

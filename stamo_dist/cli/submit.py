@@ -55,8 +55,9 @@ class SubmitOptions:
 @with_options(SubmitOptions)
 def submit(context: typer.Context, asked: SubmitOptions) -> None:
     gc.disable()  # as in `stamo_dist.cli`
-    from stamo_dist.launch import chain, pipeline
+    from stamo_dist.launch import chain, checks, pipeline
     from stamo_dist.launch import submit as jobs
+    from stamo_dist.launch.trained import without_trained
 
     gc.freeze()
     gc.enable()
@@ -86,12 +87,17 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
     else:
         orders = [jobs.plan(recipe, cluster, overrides=overrides, resources=resources)]
         where = orders[0].launch.run_dir
+    if not steps:  # those of a pipeline are left out by their own look
+        orders, trained = without_trained(orders)
+        print(*(f"{words}\n" for words in trained), sep="", end="")
     for order in orders:
         print(jobs.describe(order))
         for note in order.notes:
             print(f"  {note}")
         if asked.dry_run:
             print(jobs.script(order))
+    if asked.dry_run:
+        print("".join(f"{note}\n" for note in checks.unasked(order.profile for order in orders)), end="")
     if asked.dry_run or not orders:
         return
     launches = chain.send(whole, recipe, steps, orders) if steps else jobs.submit_all(orders)

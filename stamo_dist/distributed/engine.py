@@ -138,7 +138,8 @@ class Engine:
         self.on_phase(Phase.UPDATING)
         if self.is_zero:  # DeepSpeed clips and steps, or skips the step
             self.deepspeed.step()
-            return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
+            with Device.current().meant_wait():
+                return float(torch.as_tensor(self.deepspeed.get_global_grad_norm()).float())
         return self.step()
 
     def _mark_own_gradients(self, loss: Tensor) -> None:
@@ -152,7 +153,9 @@ class Engine:
     def step(self) -> float:
         """Clip the gradient and step, unless its norm, which is returned, is not finite. Not for ZeRO."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a step's only wait for the device
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        with Device.current().meant_wait():  # a step's only one for the device
+            norm = float(norm)
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -28,12 +28,17 @@ def check_tokenizer(run: Path) -> None:
     read_recipe(open_run(run))
 
 
+def _is_beside_others(folder: Path) -> bool:
+    return "@" not in folder.name and folder.parent.is_dir()
+
+
 def check_policy(policy: str | Path) -> None:
     """Raises: RunError: Neither the run folder of a policy, nor a folder with weights, nor a hub id."""
     folder = Path(policy).expanduser()
     if RunFolder(folder).resolved.is_file():
         read_recipe(RunFolder(folder), "policy")
-    elif not folder.exists() and hub_id(str(policy)) is None:
+    elif not folder.exists() and (hub_id(str(policy)) is None or _is_beside_others(folder)):
         raise RunError(
-            f"{policy}: no such folder; give the run folder of a policy, an exported folder, or a hub id (owner/name)"
+            f"{policy}: no such folder; give the run folder of a policy, an exported folder (`stamo export RUN "
+            f"{policy}` makes one), or a hub id (owner/name, owner/name@main where there is a folder owner)"
         )

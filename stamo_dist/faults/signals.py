@@ -28,6 +28,8 @@ _ONE_REQUEST = 0.1
 _ONE_END = 5.0
 #: Seconds after the grace time at which this process ends itself.
 _OVERTIME = 60.0
+#: Seconds that recording a second SIGINT may take: it also ends what a disk holds up.
+_RECORDING = 1.0
 
 
 class ShutdownRequest:
@@ -45,6 +47,7 @@ class ShutdownRequest:
         self._ended: float | None = None  # time of the first SIGTERM
         self._idle: str | None = None
         self._last: Callable[[], None] = _nothing
+        self.before_interrupt: Callable[[], None] = _nothing  # called, for a second at most, at a second SIGINT
         out, into = os.pipe()
         os.set_blocking(into, False)
         for s in SIGNALS:
@@ -73,6 +76,12 @@ class ShutdownRequest:
             self._last()
         os._exit(code)
 
+    def _interrupt(self) -> None:
+        recording = threading.Thread(target=self.before_interrupt, daemon=True)
+        recording.start()
+        recording.join(_RECORDING)
+        os._exit(EXIT_INTERRUPTED)
+
     def _listen(self, pipe: int) -> None:
         while True:
             for number in os.read(pipe, 64):
@@ -82,7 +91,7 @@ class ShutdownRequest:
     def _receive(self, number: signal.Signals, now: float) -> None:
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted > _ONE_REQUEST:
-                os._exit(EXIT_INTERRUPTED)
+                self._interrupt()
             self._interrupted = self._interrupted or now
         if number == signal.SIGTERM:
             if self._ended is not None and now - self._ended > _ONE_END:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stamo_dist.launch.record import Launch
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.layers import did_you_mean
 from stamo_dist.recipe.load import Loaded
-from stamo_dist.run.lease import newest_owner
+from stamo_dist.run.lease import last_start
 
 _HINTS = (
     (
@@ -41,6 +41,10 @@ _HINTS = (
         "the array has more tasks than the cluster's MaxArraySize allows ({max_array}); give fewer values or slices",
     ),
     ("unrecognized option", "this cluster's Slurm has no such option; `sbatch --help` lists those it has"),
+    (
+        "Could not establish a configuration source",
+        "Slurm does not answer on this machine: submit from a login node of the cluster, or with --cluster local",
+    ),
     ("Unable to contact slurm controller", "the Slurm controller does not answer; ask again later"),
 )
 
@@ -72,6 +76,15 @@ def node_counts(loaded: Loaded, profile: ClusterProfile) -> tuple[list[int], lis
     return fits, notes
 
 
+def unasked(profiles: Iterable[ClusterProfile]) -> list[str]:
+    """Notes that Slurm had no say in a dry run, where it had none."""
+    backends = {profile.backend for profile in profiles}
+    notes = ["Slurm is not asked: it would run on this machine"] if "local" in backends else []
+    if "slurm" in backends and not slurm.available():
+        notes.append("Slurm was not asked, there is none here: what its partitions, accounts and limits allow is open")
+    return notes
+
+
 def folder(run: Path) -> None:
     """Check that the run folder can be written, without creating it.
 
@@ -90,7 +103,7 @@ def vacant(run: Path) -> None:
     Raises:
         RunError: A process of this machine does.
     """
-    owner, _ = newest_owner(run)
+    owner = last_start(run).owner
     if owner is not None and not owner.ended and owner.local and owner.alive:
         raise RunError(
             f"run_dir: {run}: {owner} is training here; stop it (Ctrl-C), then submit, or name another run_dir"

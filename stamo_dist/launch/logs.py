@@ -192,15 +192,21 @@ class Failure:
 
     @property
     def follows(self) -> bool:
-        """Whether it only reports that another rank has ended."""
-        return _FOLLOWS.search(self.error) is not None
+        return follows(self.error)
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.error}"
 
 
-def first_error(run: str | Path) -> str:
+def follows(error: str) -> bool:
+    """Whether the error only reports that another rank has ended."""
+    return _FOLLOWS.search(error) is not None
+
+
+def first_error(run: str | Path, since: str = "") -> str:
     """The error line of the rank that failed first in the run's last start; "" if the logs have none.
+
+    `since`: leave out failures before that time, as logs of runs started by hand do not tell starts apart.
 
     Errors that only report another rank's end are considered last, whatever the nodes' clocks say. A killed process
     logs no error; then the message of the scheduler or the launcher is used.
@@ -208,7 +214,7 @@ def first_error(run: str | Path) -> str:
     logs = main_log(run).parent
     others = sorted([*logs.glob("rank_*.log"), *logs.glob("task_*.log")])
     texts = {path: _last_start(path) for path in (main_log(run), *others)}
-    failures = [failure for text in texts.values() for failure in _failures(text)]
+    failures = [failure for text in texts.values() for failure in _failures(text) if failure.time[:19] >= since[:19]]
     own = sorted((f for f in failures if not f.follows), key=lambda f: (f.refused, f.time, f.rank))
     main = texts[main_log(run)]
     said = _refused(main)

@@ -9,12 +9,9 @@ import json
 import os
 import re
 import threading
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
 
 from stamo_dist.launch.logs import first_error
 from stamo_dist.launch.record import Event, Launch, finished
@@ -90,6 +87,10 @@ def message(launch: Launch, event: Event) -> dict[str, Any]:
 
 def _post(address: str, content: Mapping[str, Any]) -> str:
     """What went wrong, without the address; "" if nothing."""
+    import urllib.request  # here: takes long, and every submission imports this file
+    from http.client import HTTPException
+    from urllib.error import HTTPError, URLError
+
     headers = {"Content-Type": "application/json", "User-Agent": "stamo-dist"}
     try:
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)

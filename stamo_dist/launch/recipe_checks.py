@@ -19,6 +19,7 @@ from stamo_dist.launch.further import FURTHER
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
+from stamo_dist.recipe.difference import resolved_of
 from stamo_dist.recipe.load import Draft, Loaded, load_draft
 from stamo_dist.recipe.unread import unread
 from stamo_dist.run.folder import RunFolder
@@ -49,7 +50,7 @@ class Scope:
 
     Attributes:
         environment: Variables that the run will have besides this process's.
-        world_size: Also check that the global batch divides over this many processes.
+        world_size: Also check that the global batch and hsdp's groups divide over this many processes.
         offline: Skip data and weights, which are not on this machine, and packages.
         trains: The recipe is trained next; False for `stamo encode`, which makes what training reads.
         packages: The run has this Python's packages; False for a run in a container.
@@ -100,6 +101,7 @@ def look(draft: Draft, scope: Scope = Scope()) -> Looked:
     if scope.world_size is not None:
         try:
             batching(loaded.recipe.train, scope.world_size)
+            loaded.recipe.strategy.check_processes(scope.world_size)
         except ValueError as e:
             problems.append(_located(loaded, str(e)))
     advice, downloads = list[str](), list[tuple[str, str, str]]()
@@ -110,7 +112,7 @@ def look(draft: Draft, scope: Scope = Scope()) -> Looked:
             looked = weights(loaded, scope.environment)
             problems += [*_initial(loaded), *looked.problems, *_policy(loaded)]
             problems += _to_encode(loaded) if scope.trains else ()
-            notes += _outdated(loaded)
+            notes += [*_outdated(loaded), *_initial_of_hub(loaded)]
             downloads = looked.to_download
         problems += _not_installed(loaded) if scope.packages else ()
     found = [problem for problem in _apart_from(draft.wrong, problems) if problem not in draft.problems]
@@ -145,6 +147,9 @@ def _notes(loaded: Loaded) -> Iterator[str]:
     if warmup >= steps:
         text = f"optimizer.warmup_steps: {warmup} steps of warm-up in a run of {steps}: it never reaches optimizer.lr"
         yield _placed(loaded, "optimizer.warmup_steps", text)
+    elif (o := loaded.recipe.optimizer).schedule == "wsd" and (decay := o.decay_of(steps)) > (left := steps - warmup):
+        text = f"optimizer.decay_steps: {decay} are more than the {left} steps after the warm-up: it is shorter"
+        yield _placed(loaded, "optimizer.decay_steps", text)
 
 
 def _has_checkpoints(loaded: Loaded) -> bool:
@@ -156,11 +161,25 @@ def _initial(loaded: Loaded) -> Iterator[str]:
     initial = loaded.recipe.init_from
     if initial is None or _from_hub(initial.path) or _has_checkpoints(loaded):
         return
-    field = _placed(loaded, "init_from.path")
+    field, given = _placed(loaded, "init_from.path"), Path(initial.path).expanduser()
     if "://" in initial.path:
         yield f"{field}: {initial.path}: copy it here first (stamo sync {initial.path} FOLDER), and give its folder"
-    elif not Path(initial.path).expanduser().is_dir():
+        return
+    if not given.is_dir():
         yield f"{field}: there is no folder {initial.path}; give a run, a checkpoint or an exported model"
+        return
+    run = next((p for p in (given, *given.parents[:2]) if RunFolder(p).resolved.is_file()), None)
+    of = (resolved_of(RunFolder(run).resolved) or {}).get("stage") if run else None
+    if of not in (None, loaded.recipe.stage):
+        weights = f"; model.vae.weights: {run} names its VAE" if of == "vae" else ""
+        yield f"{field}: {initial.path} is of the {of} stage, and the recipe trains the {loaded.recipe.stage}{weights}"
+
+
+def _initial_of_hub(loaded: Loaded) -> Iterator[str]:
+    initial = loaded.recipe.init_from
+    if initial is not None and _from_hub(initial.path) and not _has_checkpoints(loaded):
+        field = _placed(loaded, "init_from.path")
+        yield f"{field}: {initial.path} is no folder here, and is taken for a repository of the Hub"
 
 
 def _to_encode(loaded: Loaded) -> Iterator[str]:
@@ -214,7 +233,7 @@ def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({}
         (
             _placed(loaded, field),
             f"{repo} is not in the hub's cache",
-            f"`{command}` here, into a cache that the nodes see",
+            f"`{command}` here, into a cache that the nodes see, or give a folder that is there",
         )
         for field, (repo, command) in looked.absent.items()
     ]

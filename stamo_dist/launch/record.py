@@ -190,8 +190,14 @@ def unwritable(run: str | Path) -> str:
 def newest_first(run: str | Path) -> Iterator[Event]:
     """All events, newest first; torn lines are skipped."""
     for found in last_objects(folder(run) / "events.jsonl", within=None):
-        with contextlib.suppress(TypeError):
-            yield Event(**_fields_of(Event, found))
+        try:
+            event = Event(**found)
+        except TypeError:  # of another version
+            try:
+                event = Event(**_fields_of(Event, found))
+            except TypeError:
+                continue
+        yield event
 
 
 def events(run: str | Path) -> list[Event]:

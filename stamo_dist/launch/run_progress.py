@@ -19,14 +19,18 @@ from stamo_dist.faults.heartbeats import heartbeat_of_main
 from stamo_dist.recipe.batch_sizes import BatchSizes
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.history import TooLongError, backwards, parsed
-from stamo_dist.run.lease import Owner, newest_owner
+from stamo_dist.run.lease import LeaseEnd, Owner, last_start
 from stamo_dist.run.success import KEY, Successes, is_late
 from stamo_dist.tracking.alarms import alarm_text
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
+_STEP = re.compile(r"step_(\d+)")
 _WINDOW = 50  # number of logged steps for the speed
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SECTIONS = re.compile(r"^(?:name|train):.*\n?(?:(?:[ \t].*)?\n)*", re.MULTILINE)  # those that are read of a recipe
+#: A section's own line, and how far its values are indented.
+_HEAD = re.compile(r"(\w+:[ \t]*(?:#.*)?\n)(?:[ \t]*(?:#.*)?\n)*([ \t]+)")
+_VALUES = r"^{0}(?:steps|global_batch):.*\n?(?:{0}[ \t]+.*\n?)*"
 
 
 class Window:
@@ -86,6 +90,7 @@ class Progress:
     saved: float | None = None  # timestamp of that checkpoint
     owner: Owner | None = None  # process that trains here, or did last
     silence: float | None = None  # seconds since the owner's last heartbeat
+    end: LeaseEnd | None = None  # why the last start ended, if not as it should
     exported: bool = False  # whether training finished and the model was exported
     phase: str = ""  # rank 0's activity outside steps, such as "building" or "exporting", and its seconds
     terms: dict[str, float] = field(default_factory=dict)  # the last line of metrics
@@ -120,7 +125,7 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         batch = BatchSizes.of(train["global_batch"]).at(max(0, last.get("step", 1) - 1))
     rate = batch / step_seconds if batch and step_seconds else last.get("samples_per_second")
     checkpoint, saved = newest_checkpoint(run / "checkpoints")
-    owner, silence = newest_owner(run)
+    start = last_start(run)
     terms = {k: v for k, v in last.items() if isinstance(v, (int, float))}
     return Progress(
         name=str(resolved.get("name") or run.name),
@@ -132,8 +137,9 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
         written=_when(run / "metrics.jsonl"),
         checkpoint=checkpoint,
         saved=saved,
-        owner=owner,
-        silence=silence,
+        owner=start.owner,
+        silence=start.silence,
+        end=start.end,
         exported=_exported(run, checkpoint),
         phase=_phase(run),
         terms=terms,
@@ -144,16 +150,13 @@ def read_progress(run: Path, recipe: Path | None = None) -> Progress:
 
 def newest_checkpoint(checkpoints: Path) -> tuple[int | None, float | None]:
     """(step, timestamp) of the newest complete checkpoint; only names and manifest files are checked."""
-    best: tuple[int, float] | None = None
-    try:
-        for entry in os.scandir(checkpoints):
-            match = re.fullmatch(r"step_(\d+)", entry.name)
-            if match and (best is None or int(match[1]) > best[0]):
-                when = _when(Path(entry.path) / "checkpoint.json")
-                best = (int(match[1]), when) if when is not None else best
-    except OSError:
-        pass
-    return best or (None, None)
+    found = list[tuple[int, str]]()
+    with suppress(OSError):
+        found = [(int(match[1]), match[0]) for name in os.listdir(checkpoints) if (match := _STEP.fullmatch(name))]
+    for step, name in sorted(found, reverse=True):
+        if (when := _when(checkpoints / name / "checkpoint.json")) is not None:
+            return step, when
+    return None, None
 
 
 def age(stamp: float | None) -> float | None:
@@ -194,9 +197,16 @@ def _when(path: Path) -> float | None:
 
 
 def _sections(recipe: Path) -> dict[str, Any]:
-    """`name` and `train` of a resolved recipe: parsing all of it takes most of the time of a table of many runs."""
+    """`name`, and what is needed of `train`, of a resolved recipe: parsing all would take most of a table's time."""
     try:
-        found = yaml.load("".join(_SECTIONS.findall(recipe.read_text())), Loader=_Loader)
+        sections = _SECTIONS.findall(recipe.read_text())
+        found = yaml.load("".join(map(_needed, sections)), Loader=_Loader)
     except (OSError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _needed(section: str) -> str:
+    """Of a section in lines of its own, only the wanted values."""
+    head = _HEAD.match(section)
+    return head[1] + "".join(re.findall(_VALUES.format(head[2]), section, re.MULTILINE)) if head else section

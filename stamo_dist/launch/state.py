@@ -11,7 +11,7 @@ from stamo_dist.launch.record import Event
 from stamo_dist.launch.run_progress import Progress
 from stamo_dist.launch.slurm import SlurmJob
 from stamo_dist.run.lease import STALE
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
 Word = Literal[
     "queued",
@@ -115,6 +115,7 @@ def judge_state(
     asked: bool,
     watched: bool | None = None,
     trains: bool = False,
+    again: str = "`stamo resume`",
     now: datetime | None = None,
 ) -> State:
     """The state of a run.
@@ -126,6 +127,7 @@ def judge_state(
         asked: Whether the scheduler answered.
         watched: Whether a process on this machine supervises the run; None if not applicable.
         trains: Whether it is a training: finished when its folder says so, whatever its events say.
+        again: The command by which it goes on.
         now: The current time.
     """
     now = now or datetime.now().astimezone()
@@ -151,7 +153,7 @@ def judge_state(
     elif job is not None:
         state = _ended(progress, job)
     else:
-        state = _unwatched(progress, last, asked=asked)
+        state = _unwatched(progress, last, again, asked=asked)
     return replace(state, restarts=restarts)
 
 
@@ -207,7 +209,7 @@ def _ended(progress: Progress, job: SlurmJob) -> State:
     return State("failed", _ENDS.get(job.state, job.state.lower()))
 
 
-def _unwatched(progress: Progress, last: Event | None, *, asked: bool) -> State:
+def _unwatched(progress: Progress, last: Event | None, again: str, *, asked: bool) -> State:
     """The state of a run without supervisor or scheduler, judged by the heartbeat in its folder."""
     owner, silence = progress.owner, progress.silence
     beats = silence is not None and silence < STALE
@@ -216,11 +218,15 @@ def _unwatched(progress: Progress, last: Event | None, *, asked: bool) -> State:
     if not asked and last is not None:
         return State("unknown", ", ".join(filter(None, ("Slurm does not answer", _stood(progress)))))
     if owner is None and last is not None:
-        gone = f"`stamo resume` goes on {_after(progress)}" if progress.step else "it never began to train"
+        gone = f"{again} goes on {_after(progress)}" if progress.step else "it never began to train"
         return State("lost", f"job {last.job} is gone; {gone}")
+    if progress.end is not None and progress.end.word == "failed":
+        at = _stood(progress)
+        return State("failed", f"{progress.end.reason} ({at})" if at else progress.end.reason)
     if owner is None or owner.ended:
-        return State("stopped", _stood(progress))
-    return State("lost", f"{owner} is gone; `stamo resume` goes on {_after(progress)}")
+        how = " ".join(filter(None, (progress.end.reason if progress.end else "", _stood(progress))))
+        return State("stopped", "; ".join(filter(None, (how, f"{again} goes on {_after(progress)}"))))
+    return State("lost", f"{owner} is gone; {again} goes on {_after(progress)}")
 
 
 def _waiting(job: SlurmJob, now: datetime) -> str:

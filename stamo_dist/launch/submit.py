@@ -16,7 +16,7 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.launch import checks, container, failing, slurm, supervise
+from stamo_dist.launch import checks, container, failing, slurm, supervise, supervisor
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
 from stamo_dist.launch.notify import unheard
@@ -273,9 +273,9 @@ def active(run: str | Path) -> str | None:
         ids = read(run).job_ids
     except RunError:
         return None
-    if supervise.busy(run):
+    if supervisor.busy(run):
         return ids[-1] if ids else "local"
-    ids = [job for job in ids if not supervise.is_local(job)]
+    ids = [job for job in ids if not supervisor.is_local(job)]
     return next((job.id for job in slurm.jobs(ids) if job.active), None) if ids and slurm.available() else None
 
 

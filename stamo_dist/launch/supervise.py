@@ -1,7 +1,7 @@
 """Runs on this machine without a scheduler: a background process starts and restarts them.
 
 It works through its runs one after the other. A run that leaves with code 75, or crashes, is started again as a
-scheduler would do it. `supervisor.json` in a run's `launch/` identifies the process.
+scheduler would do it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from stamo_dist.errors import RunError
 from stamo_dist.faults.signals import SIGNALS
+from stamo_dist.launch import supervisor
 from stamo_dist.launch.ends import Verdict, judge_exit, newest_step
 from stamo_dist.launch.local import Ranks
 from stamo_dist.launch.notify import hidden, tell_end
@@ -46,7 +47,6 @@ from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
 from stamo_dist.words import counted
 
-_FILE = "supervisor.json"
 _PATIENCE = 30.0  # seconds for the supervisor to start
 _GRACE = 120.0  # seconds for a cancelled run to save and exit
 _LOOK = 0.5  # seconds between polls for a cancel request
@@ -66,7 +66,7 @@ def start(runs: Sequence[str | Path]) -> str:
     with log.open("ab") as out:
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     deadline = time.monotonic() + _PATIENCE
-    while not all((owner := supervisor(run)) is not None and owner.pid == process.pid for run in runs):
+    while not all((owner := supervisor.of(run)) is not None and owner.pid == process.pid for run in runs):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RunError(f"the process that looks after {runs[0]} did not start; see {log}")
         time.sleep(0.02)
@@ -82,35 +82,6 @@ def command(launch: Launch) -> list[str]:
     words = process_command(launch)
     lines = before_the_run(launch.profile)
     return ["bash", "-c", "\n".join([*lines, 'exec "$@"']), "bash", *words] if lines else words
-
-
-def supervisor(run: str | Path) -> Owner | None:
-    """The run's current or last supervisor."""
-    try:
-        return Owner(**json.loads((folder(run) / _FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def supervised(run: str | Path) -> bool | None:
-    """Whether the run has a live supervisor; None if only another machine can tell."""
-    owner = supervisor(run)
-    if owner is None:
-        return False
-    return owner.alive if owner.local else None
-
-
-def is_local(job: str) -> bool:
-    """Whether the id is that of a local job."""
-    return job.startswith("local-")
-
-
-def busy(run: str | Path) -> bool:
-    """Whether the run waits or runs under a supervisor on this machine."""
-    if not supervised(run):
-        return False
-    last = next(newest_first(run), None)
-    return last is None or last.event not in ("finished", "failed", "stopped", "cancelled")
 
 
 def cancel(run: str | Path) -> None:
@@ -142,10 +113,10 @@ class _Supervisor:
             signal.signal(s, self._signal)
         me = json.dumps(asdict(Owner.this())) + "\n"
         for run in runs:
-            write_atomic(folder(run) / _FILE, me)
+            write_atomic(folder(run) / supervisor.FILE, me)
         for run in runs:
             launch = read(run)
-            while any(map(busy, launch.after)) and not (self._ending or cancelled(run)):
+            while any(map(supervisor.busy, launch.after)) and not (self._ending or cancelled(run)):
                 time.sleep(_LOOK)  # under another supervisor
             if cancelled(run):
                 self._tell_end(launch, Event("cancelled", job=self.job))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from stamo_dist.errors import RunError
 from stamo_dist.recipe.schema import Recipe
 
 
@@ -69,10 +70,19 @@ def continued(before: RateSchedule, recipe: Recipe, updates: int) -> tuple[RateS
     """The schedule of a run that goes on after `updates` updates under `before`; and notes if it is another one.
 
     With `optimizer.schedule_from: here` a changed schedule starts at the rate reached. It stays there in later starts.
+
+    Raises:
+        RunError: It is another one, and its decay is longer than what is left.
     """
     asked, here = RateSchedule.of(recipe), recipe.optimizer.schedule_from == "here"
     if replace(before, begin=0, rate=None) == asked and (here or before.rate is None):
         return before, []
+    left = max(0, asked.steps - updates)
+    if asked.shape == "wsd" and updates and left < asked.decay:
+        raise RunError(
+            f"optimizer.decay_steps: {asked.decay} are more than the {left} steps left ({updates} of {asked.steps} are "
+            "trained); set fewer, or more train.steps"
+        )
     was, reached = before.at(updates + 1), before.at(max(1, updates))
     if here and updates:
         after = replace(asked, begin=updates, rate=reached)

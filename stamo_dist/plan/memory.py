@@ -51,8 +51,9 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
 
     Raises:
         RecipeError: The size of a checkpoint is not known.
-        ValueError: The global batch cannot be spread over so many devices.
+        ValueError: The global batch, or hsdp's group, cannot be spread over so many devices.
     """
+    recipe.strategy.check_processes(devices)
     spreads = batchings(recipe.train, devices)
     micro_batch, parts = max(s.micro_batch for s in spreads), max(s.accumulation for s in spreads)
     made = shapes(recipe)
@@ -64,13 +65,16 @@ def plan(recipe: Recipe, devices: int, strategies: list[str] | None = None) -> l
         memory = counted.spread(name, devices, group if name == "hsdp" else devices, ema=recipe.train.ema is not None)
         if name in ("fsdp", "hsdp"):
             if recipe.strategy.gradients == "whole" and parts > 1:
-                memory.gradients += 4 * counted.trained
+                memory.gradients = 4 * counted.trained  # in the last backward pass they go as the shares come
             if not recipe.strategy.reshard_after_forward and devices > 1:
-                memory.gathered += counted.size * (counted.all - counted.root - 2 * counted.unit)
+                # The peak is where the backward pass begins: with each block's gradient, its weights are let go of.
+                shards = group if name == "hsdp" else devices
+                memory.gathered = int(counted.size * (counted.all + counted.unit) + 4 * counted.unit / shards)
+                memory.apart = memory.gradients if parts == 1 else 0
         memory.micro_batch, memory.activations = micro_batch, activations
         if name == "ddp" and counted.bf16:
             memory.activations += 2 * counted.matrices  # autocast keeps bf16 copies until the backward pass is done
-        if parts == 1 and name not in ZERO_STAGE:
+        if parts == 1 and name not in ZERO_STAGE and not memory.apart:
             memory.apart = min(memory.gradients, memory.activations)
         memory.notes = made.notes
         found.append(memory)

@@ -16,8 +16,7 @@ _BLOCK = 1 << 20
 
 def write(folder: Path) -> None:
     """Write `weights.xxh128` about the weight files in an exported model's folder and below it."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS)
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in _weight_files(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -25,7 +24,8 @@ def verify(folder: Path, field: str) -> None:
     """Compare the weight files with `weights.xxh128`, which early exports and other programs' models lack.
 
     Raises:
-        CheckpointError: One of them is missing or has changed, or the list cannot be read; it begins with `field`.
+        CheckpointError: One of them is missing, has changed or is not listed, or the list cannot be read; it begins
+            with `field`.
     """
     listed = folder / CHECKSUMS
     try:
@@ -35,11 +35,19 @@ def verify(folder: Path, field: str) -> None:
         return
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{field}: {listed} cannot be read ({e}); export or copy the model again") from None
-    changed = [name for name, digest in expected.items() if not _has(folder / name, digest)]
-    if changed:
+    if unlisted := [name for name in _weight_files(folder) if name not in expected]:
+        raise CheckpointError(
+            f"{field}: {listed} does not have {', '.join(unlisted)}: the list is cut off, or the file is not of the "
+            "export; export or copy the model again, or take the file away"
+        )
+    if changed := [name for name, digest in expected.items() if not _has(folder / name, digest)]:
         raise CheckpointError(
             f"{field}: {folder}: changed since it was exported: {', '.join(changed)}; export or copy it again"
         )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in _WEIGHTS)
 
 
 def hash_file(path: Path, digest: Any) -> str:

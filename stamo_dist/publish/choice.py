@@ -85,5 +85,5 @@ def _locate(given: Path, checkpoint: str | None) -> tuple[RunFolder, Path]:
     run = open_run(given)
     whole = complete(run.checkpoints)[0]
     if not whole:
-        raise RunError(f"{given}: holds no whole checkpoint")
+        raise RunError(f"{given}: holds no whole checkpoint; `stamo status {given}` says how far it is")
     return run, whole[0]

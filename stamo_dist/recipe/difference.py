@@ -57,13 +57,15 @@ def _completed(resolved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def value_of(tree: Mapping[str, Any], field: str) -> Any:
-    """The value of a dotted field, `MISSING` if there is none."""
-    at: Any = tree
-    for name in field.split("."):
-        if not isinstance(at, Mapping) or name not in at:
-            return MISSING
-        at = at[name]
-    return at
+    """The value of a dotted field, `MISSING` if there is none; names in maps may have dots (`optimizer.lr_scale`)."""
+    if field in tree:
+        return tree[field]
+    for name, inner in tree.items():
+        if isinstance(inner, Mapping) and field.startswith(f"{name}."):
+            found = value_of(inner, field.removeprefix(f"{name}."))
+            if found is not MISSING:
+                return found
+    return MISSING
 
 
 def _inner(value: Any) -> bool:

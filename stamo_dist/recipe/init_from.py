@@ -13,7 +13,7 @@ class InitFrom(Section):
     """Weights to begin with, of another run or a model; optimizer, schedule and step begin anew. Or just its path."""
 
     path: str = Field(description="Run (its newest whole checkpoint), checkpoint, export (RUN/model) or hub id.")
-    parts: list[str] | None = Field(
+    parts: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="Which parts, such as encoder or decoder; null: all that both have."
     )
     weights: Literal["averaged", "raw"] | None = Field(

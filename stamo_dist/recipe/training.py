@@ -133,7 +133,8 @@ class Train(Section):
     profile: ProfileSettings | None = Field(None, description="Trace a few steps; null traces none.")
     sync_guard: Literal["off", "warn", "error"] = Field(
         "off",
-        description="On a GPU, after a start's first step: what PyTorch does where the host waits for the device.",
+        description="On a GPU, in the steps after a start's first: what PyTorch does where the host waits for the "
+        "device, but for the gradient's norm. Of zero1–3, whose DeepSpeed waits by itself, error ends the run.",
     )
     dry_export: bool | None = Field(
         None, description="Export once after the third step, to fail early; null: where training takes over an hour."
@@ -187,6 +188,11 @@ class Strategy(Section):
         description="fsdp, hsdp: give a block's gathered weights back after its forward pass and gather them again for "
         "its backward pass; false keeps all of them between, for half the gathering.",
     )
+
+    def check_processes(self, processes: int) -> None:
+        """Raises: ValueError: hsdp's groups cannot be made of so many processes."""
+        if self.name == "hsdp" and self.shard_group and processes % self.shard_group:
+            raise ValueError(f"strategy.shard_group: {self.shard_group} does not divide {processes} processes")
 
     def advice(self, processes: int) -> list[str]:
         """Advice for this number of processes."""

@@ -187,6 +187,8 @@ def _wrong_value(field: RecipeField, value: Any) -> str:
         return "empty; give it fields or remove the line"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    if isinstance(value, str) and (name := field.child("name")) and value in get_args(name.annotation):
+        hint = f"did you mean {dotted(name.key)}={value}?"
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
 
 
@@ -198,7 +200,8 @@ def _wrong_entries(field: RecipeField, value: dict[str, Any]) -> list[str]:
     for name, entry in value.items():
         at = (*field.key, name)
         if not _is_valid(of_name, name):
-            messages.append(f"{dotted(at)}: the name must be {RecipeField(at, of_name).words}")
+            hint = "; write a space after the colon" if ":" in str(name) else ""
+            messages.append(f"{dotted(at)}: the name must be {RecipeField(at, of_name).words}{hint}")
         elif isinstance(entry, bool) or not _is_valid(of_entry, entry):
             messages.append(f"{dotted(at)}: {_wrong_value(RecipeField(at, of_entry), entry)}")
     return messages

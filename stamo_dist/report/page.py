@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -32,7 +32,7 @@ from stamo_dist.run.history import Sample, sample
 from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.run.success import Successes
 from stamo_dist.tracking.metrics_file import read_metrics
-from stamo_dist.tracking.progress import duration
+from stamo_dist.words import duration
 
 _SHOWN = ("title", "about", "columns", "rows", "notes", "settings", "provenance")
 _FIRST = (
@@ -65,11 +65,22 @@ class ReportedRun:
         return self.history.objects
 
     @property
+    def step(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    def behind(self, evaluation: Mapping[str, Any]) -> str:
+        """That a measurement is of an earlier step than the run's; "" if it is not, or its rows name their steps."""
+        step = evaluation["provenance"].get("step")
+        if step is None or step >= self.step or "step" in evaluation["columns"]:
+            return ""
+        return f"of step {step:,}; the run is at {self.step:,}"
+
+    @property
     def facts(self) -> dict[str, str]:
         """Headline figures."""
         train = self.recipe.train
         facts: dict[str, str] = {"stage": self.recipe.stage}
-        facts["step"] = f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {train.steps:,}"
+        facts["step"] = f"{self.step:,} of {train.steps:,}"
         if self.metrics:
             even = self.history.even
             tail = even[-max(1, len(even) // 20) :]
@@ -253,7 +264,9 @@ def compare(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
                 cells += [(value, value is not None and value == best) for value in values]
             rows.append({"key": key, "cells": cells})
         columns = [headings.get(column, column) for column in better]
-        compared.append({"title": there[0]["title"], "by": [headings[k] for k in by], "rows": rows, "columns": columns})
+        behind = [run.behind(table) if table else "" for run, table in zip(runs, several, strict=True)]
+        found = {"title": there[0]["title"], "by": [headings[k] for k in by], "rows": rows, "columns": columns}
+        compared.append({**found, "behind": behind})
     return compared
 
 

@@ -171,15 +171,15 @@ class RunFolder:
         `sources`: recipe field → location of its weights. `changed`: recipe field → its value in the last start, and
         in this one.
         """
-        write_atomic(self.recipe, text)
-        write_atomic(self.resolved, resolved)
-        register(self.path)
         about = {**environment(command), "weights": dict(sources)}
-        write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "after step": step}
         start |= {"processes": processes, "host": about["host"], "commit": code_version()}
         start |= {"changed": dict(changed)} if changed else {}
+        write_atomic(self.recipe, text)
+        write_atomic(self.path / "env.json", json.dumps(about, indent=2) + "\n")
         append_line(self.path / "starts.jsonl", json.dumps(start))
+        write_atomic(self.resolved, resolved)  # last: a start killed before it says the change again
+        register(self.path)
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -200,6 +200,7 @@ def environment(command: list[str]) -> dict[str, Any]:
 
     return {
         "command": command,
+        "cwd": os.getcwd(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": socket.gethostname(),

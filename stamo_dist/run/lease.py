@@ -3,7 +3,7 @@
 The lease's number is a fencing token. `RUN/.leases/00000007` is created exclusively, so of two simultaneous starts one
 gets the number. It names its owner; its modification time is the owner's heartbeat. A process whose number is no
 longer the newest is fenced off: it notices before it commits anything, and stops. A process that finds the newest
-owner dead takes the next number.
+owner dead takes the next number. `00000007.end` beside it says why that start ended, if not as it should.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
-from stamo_dist.errors import RunError
+from stamo_dist.errors import RunError, one_line
 
 FOLDER, _EARLIER = ".leases", ".generations"  # the second name is that of earlier versions
 BEAT = 10.0  # seconds between heartbeats
 STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
-_KEPT = 32  # files of past leases
+_KEPT = 32  # past leases whose files are kept
+_NUMBER = re.compile(r"\d{8}")
+_END = ".end"  # of the file beside a lease with how its start ended
 
 
 class FencedError(RunError):
@@ -73,6 +75,23 @@ class Owner:
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
 
+@dataclass(frozen=True)
+class LeaseEnd:
+    """Why a start ended that neither finished nor left as it was asked to."""
+
+    word: Literal["failed", "stopped"]
+    reason: str  # one line
+
+
+@dataclass(frozen=True)
+class LastStart:
+    """The newest lease of a run folder; all None if there never was one."""
+
+    owner: Owner | None = None
+    silence: float | None = None  # seconds since its last heartbeat, by this machine's clock
+    end: LeaseEnd | None = None
+
+
 class RunLease:
     """The lease of one start. Created by `acquire`."""
 
@@ -86,8 +105,8 @@ class RunLease:
     def __enter__(self) -> RunLease:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.end()
+    def __exit__(self, kind: object, exception: BaseException | None, *_: object) -> None:
+        self.end(LeaseEnd("failed", one_line(exception)) if isinstance(exception, Exception) else None)
 
     def check(self) -> None:
         """Raise unless this start is the newest.
@@ -103,13 +122,15 @@ class RunLease:
                 f"over; this one (lease {self.number}) has stopped and written nothing since"
             )
 
-    def end(self) -> None:
-        """Release the folder at a normal exit."""
+    def end(self, why: LeaseEnd | None = None) -> None:
+        """Release the folder, and record why, unless the start finished or left as it was asked to."""
         self._over.set()
         self._thread.join()
         tmp = self._file.with_name(f".{self._file.name}.tmp")
         with contextlib.suppress(OSError, FencedError):
             self.check()
+            if why is not None:
+                self._file.with_suffix(_END).write_text(json.dumps(asdict(why)))
             tmp.write_text(json.dumps({**asdict(self._owner), "ended": True}))
             tmp.replace(self._file)
         if self._lock is not None:
@@ -142,16 +163,19 @@ def lease_folder(run: Path) -> Path:
     return earlier if earlier.is_dir() else run / FOLDER
 
 
-def newest_owner(run: Path) -> tuple[Owner | None, float | None]:
-    """The last owner of the run folder, and the seconds since its last heartbeat by this machine's clock; read-only.
+def last_start(run: Path) -> LastStart:
+    """The newest lease of the run folder; read-only.
 
-    (None, None) if there never was one. A heartbeat from the future is as old as it is ahead: a clock has jumped.
+    A heartbeat from the future is as old as it is ahead: a clock has jumped.
     """
     try:
         newest = _newest(run)
-        return (None, None) if newest is None else (_read(newest), abs(time.time() - newest.stat().st_mtime))
+        if newest is None:
+            return LastStart()
+        owner, silence = _read(newest), abs(time.time() - newest.stat().st_mtime)
     except OSError:
-        return None, None
+        return LastStart()
+    return LastStart(owner, silence, _read_end(newest) if owner is not None and owner.ended else None)
 
 
 def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None]) -> RunLease:
@@ -181,8 +205,11 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
 
 def _newest(run: Path) -> Path | None:
     """The newest lease under both folder names, as a start of an earlier version may be in between."""
-    found = (p for name in (FOLDER, _EARLIER) for p in (run / name).glob("*") if re.fullmatch(r"\d{8}", p.name))
-    return max(found, key=lambda p: p.name, default=None)
+    found = list[tuple[str, str]]()
+    for folder in (FOLDER, _EARLIER):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found += [(name, folder) for name in os.listdir(run / folder) if _NUMBER.fullmatch(name)]
+    return run / max(found)[1] / max(found)[0] if found else None
 
 
 def _judge(
@@ -221,7 +248,7 @@ def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str]
     finally:
         part.unlink(missing_ok=True)
     for old in folder.iterdir():
-        if old.name.isdecimal() and int(old.name) <= number - _KEPT:
+        if old.stem.isdecimal() and int(old.stem) <= number - _KEPT:
             old.unlink(missing_ok=True)
     return RunLease(file, me, notes, lock)
 
@@ -229,6 +256,13 @@ def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str]
 def _read(file: Path) -> Owner | None:
     try:
         return Owner(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _read_end(file: Path) -> LeaseEnd | None:
+    try:
+        return LeaseEnd(**json.loads(file.with_suffix(_END).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -41,23 +42,35 @@ def resolved_at(path: str | Path) -> dict[str, Any]:
     resolved = resolved_of(run.resolved)
     if resolved is None or not path.is_dir():
         raise RunError(f"{path}: is no recipe, no run folder (with resolved.yaml) and no checkpoint of one")
-    if of_checkpoint:
-        for after, changed in reversed(changes_of(run)):
-            if after >= int(path.name.removeprefix(_STEP)):
-                for field, (old, _) in changed.items():
-                    _put(resolved, field, old)
+    return as_of(run, resolved, int(path.name.removeprefix(_STEP))) if of_checkpoint else resolved
+
+
+def as_of(run: RunFolder, resolved: dict[str, Any], step: int) -> dict[str, Any]:
+    """The recipe with which a run trained up to `step`, from that of its last start, which is changed in place."""
+    for after, changed in reversed(changes_of(run)):
+        if after >= step:
+            for field, (old, _) in changed.items():
+                _put(resolved, field, old)
     return resolved
 
 
 def _put(tree: dict[str, Any], field: str, text: str) -> None:
+    """Give a field its value as YAML; a section that is left empty goes, and has its default."""
     from stamo_dist.recipe.difference import MISSING
 
-    *sections, name = field.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            return
-    if text == MISSING:
-        tree.pop(name, None)
+    name, _, below = field.partition(".")
+    # Else a map of values, whose names may have dots: optimizer.lr_scale.
+    section = isinstance(tree.get(name, {}), (dict, NoneType)) and (name in tree or _has_sections(tree))
+    if below and section:
+        inner = tree[name] = tree.get(name) or {}
+        _put(inner, below, text)
+        if not inner:
+            del tree[name]
+    elif text == MISSING:
+        tree.pop(field, None)
     else:
-        tree[name] = yaml.safe_load(text)
+        tree[field] = yaml.safe_load(text)
+
+
+def _has_sections(tree: dict[str, Any]) -> bool:
+    return any(isinstance(inner, dict) for inner in tree.values())

@@ -12,6 +12,7 @@ from stamo_dist.recipe.difference import Change, differences, resolved_of
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
 from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.recipe_history import as_of
 from stamo_dist.run.state import RunState
 
 
@@ -25,10 +26,16 @@ def schedule_of(recipe: Recipe, run: RunFolder, state: RunState, world: World) -
     return continued(before, recipe, state.updates)
 
 
-def changes(recipe: Recipe, run: RunFolder, checkpoint: Checkpoint | None) -> list[Change]:
-    """What differs between the recipe of the last start, or of the run it goes on from, and this one."""
+def changes(recipe: Recipe, run: RunFolder, checkpoint: Checkpoint | None) -> tuple[list[Change], list[str]]:
+    """What differs between the recipe of the last start, or of the run it goes on from, and this one; and notes."""
+    of = run
     if checkpoint is not None and not run.resolved.is_file():
         parent = lineage.read(run.path)
-        run = RunFolder(Path(parent.run) if parent else checkpoint.path.parent.parent)
-    last = resolved_of(run.resolved)
-    return differences(last, recipe.model_dump(mode="json")) if last else []
+        of = RunFolder(Path(parent.run) if parent else checkpoint.path.parent.parent)
+    last = resolved_of(of.resolved)
+    if last is None:
+        lost = f"{of.resolved}: cannot be read, so what this start changes of the recipe is not known"
+        return [], [lost] if checkpoint is not None else []
+    if of is not run and checkpoint is not None:
+        last = as_of(of, last, checkpoint.manifest.state.step)
+    return differences(last, recipe.model_dump(mode="json")), []

@@ -5,6 +5,7 @@ Each process reads the ranges that it holds. A parent is read only by a start wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def without_effect(recipe: Recipe, recorded: str | None) -> list[str]:
     given = recipe.init_from.path
     if recorded is None:
         return [f"{FIELD}: {given} has no effect: this run began without it, and goes on from its checkpoint"]
-    begun, hub = recorded.partition(" (")[0], hub_id(given)
+    begun, hub = re.sub(r" \([^()]*\)$", "", recorded), hub_id(given)
     path = str(Path(given).expanduser().resolve())
     same = begun == path or begun.startswith(f"{path}/") or (hub is not None and begun.startswith(f"{hub[0]}@"))
     if same:

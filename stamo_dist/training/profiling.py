@@ -27,7 +27,11 @@ class ProfileHook(Hook):
         self._profiler: profile | None = None
 
     def on_start(self, state: RunState) -> None:
-        self._profiler = None  # trace of steps undone by a rollback
+        if self._profiler is not None:  # it traced steps that a rollback has undone
+            self._profiler.stop()
+            self._profiler = None
+            if self._memory:
+                self._device.record_memory(on=False)
 
     def before_step(self, state: RunState, batch: Batch) -> None:
         if state.step != self._wanted.start:
@@ -61,16 +65,23 @@ class ProfileHook(Hook):
 
 
 class SyncGuardHook(Hook):
-    """Makes PyTorch warn about or forbid host-device synchronisation, from a start's second step on.
+    """Makes PyTorch warn about or forbid host-device synchronisation in the steps after a start's first.
 
-    One wait a step is the loop's own: for the gradient's norm.
+    Free to wait are the loop's one wait, for the gradient's norm, and what is between steps: saving, evaluating.
     """
 
     def __init__(self, mode: str, device: Device):
         self._mode, self._device = mode, device
+        self._warm = False
 
     def on_start(self, state: RunState) -> None:
+        self._warm = False
         self._device.watch_waits("default")
 
+    def before_step(self, state: RunState, batch: Batch) -> None:
+        if self._warm:
+            self._device.watch_waits(self._mode)
+
     def after_step(self, state: RunState, result: StepResult) -> None:
-        self._device.watch_waits(self._mode)
+        self._warm = True
+        self._device.watch_waits("default")

@@ -42,6 +42,7 @@ from stamo_dist.run.code import code_version
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
 from stamo_dist.run.state import RunState
+from stamo_dist.run.trained import already_trained, beyond
 from stamo_dist.tasks import build_task, check_task
 from stamo_dist.tasks.base import Task
 from stamo_dist.tracking.logger import RunLogger
@@ -136,8 +137,8 @@ def check(start: RunStart) -> Checked:
         if use := cache_use(mixture, world_size=start.world.size, node=start.world.on_node, cursor=cursor):
             use.check(mixture.cache)
     check_task(recipe, mixture)
-    parent = partial(find, recipe, start.run.path, start.notes.append)
-    found = before_connecting(start.world, "init_from", parent if first else lambda: None)
+    look = partial(find, recipe, start.run.path, start.notes.append)
+    found = before_connecting(start.world, "init_from", lambda: look() if first else None)
     return Checked(mixture, run_fingerprint(recipe, mixture), plans, select, begun, found)
 
 
@@ -174,12 +175,13 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         initial.load(engine)
         start.notes += initial.notes(task.frozen)
     ema = EMA(engine, recipe.train.ema) if recipe.train.ema else None
+    carried = list[str]()
     if checkpoint is None:
         none = [0] * len(mixture.sources)
         state = RunState(cursor=Cursor().to_dict(), samples=none, skipped=none)
     else:
         precision, sources = recipe.train.precision, mixture.sources
-        state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=notes.append)
+        state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=carried.append)
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
     schedule, changed = schedule_of(recipe, run, state, world)
     state.schedule = schedule.to_dict()
@@ -187,16 +189,19 @@ def build(start: RunStart, checked: Checked) -> Session | int:
     exported = broadcast(state.step >= recipe.train.steps and run.exported_step == state.step)
     if exported and not broadcast(start.evaluation.pending(state.step)):
         if world.is_main:
-            print("\n".join([*notes, f"{run.path}: already trained to step {state.step}"]))
+            print("\n".join([*notes, already_trained(run.path, state.step, recipe.train.steps)]))
         return 0
     if world.is_main:
-        start.changes = changes(recipe, run, checkpoint)
+        start.changes, unknown = changes(recipe, run, checkpoint)
+        notes += unknown
     if start.lease is not None:
         _record_parent(run.path, checkpoint, initial)
     start.notes += [
         *pinned,
         *notes,
+        *carried,
         *changed,
+        *beyond(run.path, state.step, recipe.train.steps),
         *([f"continuing {checkpoint.path} after step {state.step}"] if checkpoint else []),
     ]
     return _assemble(start, checked, task, engine, ema, state, fingerprint, exported=exported)

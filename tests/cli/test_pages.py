@@ -92,6 +92,7 @@ def test_a_user_error_has_no_traceback(stamo, tmp_path):
         (("eval", "during", "{vae}", "3"), "give the run folder of a policy"),
         (("serve", "{vae}"), "its recipe trains the vae stage; give the run folder of a policy"),
         (("serve", "nosuchrun"), "nosuchrun: no such folder; give the run folder of a policy"),
+        (("serve", "tests/nosuchrun"), "tests/nosuchrun: no such folder; give the run folder of a policy"),
     ],
 )
 def test_a_wrong_folder_is_refused_before_torch_is_imported(command, says, tmp_path):

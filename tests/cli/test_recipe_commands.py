@@ -67,6 +67,9 @@ def test_check_lists_the_sizes_that_share_the_virtual_workers():
 def test_check_lists_what_is_wrong():
     with pytest.raises(RecipeError, match=r"tokenizer\.yaml:\d+: train\.global_batch: 768 is not divisible by 7"):
         run("check", "recipes/tokenizer_sim_droid.yaml", "--world-size", "7")
+    group = ("--set", "strategy.name=hsdp", "--set", "strategy.shard_group=16")
+    with pytest.raises(RecipeError, match=r"strategy\.shard_group: 16 does not divide 8 processes"):
+        run("check", "recipes/tokenizer_sim_droid.yaml", "--offline", "--world-size", "8", *group)
 
 
 def test_explain_covers_every_field():

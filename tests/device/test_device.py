@@ -32,12 +32,13 @@ from stamo_dist.distributed.rank import World, reserve_port
 from stamo_dist.errors import RunError
 from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe.batching import Batching
-from stamo_dist.recipe.training import Optimizer
+from stamo_dist.recipe.training import Optimizer, ProfileSettings
 from stamo_dist.run.folder import environment
 from stamo_dist.run.state import RunState
+from stamo_dist.tracking.logger import RunLogger
 from stamo_dist.tracking.metrics import Reducer, StepSums, StepTimes, Stopwatch
 from stamo_dist.tracking.system import SystemUse
-from stamo_dist.training.profiling import SyncGuardHook
+from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
 from stamo_dist.training.trainer import StepResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,11 +121,14 @@ def test_names_and_numbers(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     before = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch sets it
     try:
         assert gpu.tune("fp32") == []
         assert torch.get_float32_matmul_precision() == before, "fp32 means fp32"
+        assert not torch.backends.cudnn.allow_tf32, "in convolutions, too"
         assert gpu.tune("bf16") == []
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32
@@ -136,6 +140,9 @@ def test_arithmetic_is_set_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> 
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = True
     assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    FakeGpu().tune("fp32")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "PyTorch would prefer it to what the user says"
     batching = Batching(world_size=1, per_rank=1, micro_batch=1, accumulation=1)
     assert strategies._deepspeed_config(2, batching, 1.0, "bf16")["zero_optimization"]["overlap_comm"] is True
     optimizer = adamw(torch.nn.Linear(2, 2), Optimizer())
@@ -250,12 +257,27 @@ def test_the_times_of_a_step(make: Callable[[], Device]) -> None:
     assert watch.step_done().comm_wait == 0.0, "a step without a reduction"
 
 
-def test_the_guard_begins_after_the_first_step(gpu: FakeGpu) -> None:
+def test_the_guard_watches_later_steps_but_for_the_wait_that_is_meant(gpu: FakeGpu) -> None:
     guard = SyncGuardHook("error", gpu)
     guard.on_start(RunState())
-    guard.after_step(RunState(1), cast(StepResult, None))
+    for step in range(2):
+        guard.before_step(RunState(step), batch(1))
+        with gpu.meant_wait():  # the norm's, which "error" would refuse
+            pass
+        guard.after_step(RunState(step + 1), cast(StepResult, None))
+    assert gpu.cuda.modes == ["default", "default", "error", "default", 2, "default"], "a save between steps may wait"
     guard.on_start(RunState())
-    assert gpu.cuda.modes == ["default", "error", "default"]
+    guard.before_step(RunState(), batch(1))
+    assert gpu.cuda.modes[6:] == ["default"], "what is compiled in a start's first step waits"
+
+
+def test_a_trace_that_a_rollback_ends_records_no_longer(gpu: FakeGpu, tmp_path: Path) -> None:
+    hook = ProfileHook(ProfileSettings(start=2, steps=3, memory=True), tmp_path, cast(RunLogger, None), gpu)
+    hook.on_start(RunState())
+    hook.before_step(RunState(2), batch(1))
+    hook.on_start(RunState(3))
+    hook.after_step(RunState(9), cast(StepResult, None))
+    assert (gpu.cuda.said["memory on"], gpu.cuda.said["memory off"]) == (1, 1)
 
 
 ALONE = """

@@ -95,6 +95,26 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path):
     assert page.count("<svg") == 2 + 2 * 6
 
 
+def test_measurements_of_an_earlier_step_are_marked(run: Path, tmp_path: Path):
+    Reconstruction(run, frames=4).evaluate()
+    other = shutil.copytree(run, tmp_path / "other")
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    with (other / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({**json.loads(lines[-1]), "step": 1200}) + "\n")
+    said = "of step 4; the run is at 1,200"
+    assert "the run is at" not in write_report([run]).read_text()
+    assert f"<b>Measured {said}.</b>" in write_report([other]).read_text()
+    both = write_report([run, other], tmp_path / "both.html").read_text()
+    assert f"toy ({other}), {said}</th>" in both
+    assert f"toy ({run})</th>" in both
+    assert both.count(f"<b>Measured {said}.</b>") == 1
+    result = json.loads((other / "eval/reconstruct/reconstruct.json").read_text())
+    result["columns"]["step"] = "step"  # whose rows say it
+    result["rows"] = [{**row, "step": 4} for row in result["rows"]]
+    (other / "eval/reconstruct/reconstruct.json").write_text(json.dumps(result))
+    assert "the run is at" not in write_report([other]).read_text()
+
+
 def test_a_long_history_is_sampled_and_the_page_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     other = shutil.copytree(run, tmp_path / "other")
     with (other / "metrics.jsonl").open("a") as f, (other / "starts.jsonl").open("a") as starts:

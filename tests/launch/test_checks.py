@@ -65,6 +65,21 @@ def test_a_damaged_shard_and_a_batch_that_does_not_divide_are_said_together(reci
     assert all("`stamo data convert` with the same arguments makes it anew" in problem for problem in problems[1:])
 
 
+def test_a_parent_of_another_stage_and_a_mistyped_one_are_said(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = tmp_path / "runs/vae"
+    (parent / "model").mkdir(parents=True)
+    (parent / "resolved.yaml").write_text("stage: vae\n")
+    for given in ("runs/vae", "runs/vae/model"):
+        (problem,) = look(load_draft(recipe, [f"init_from={given}"])).problems
+        assert problem == (
+            f"init_from.path: {given} is of the vae stage, and the recipe trains the tokenizer; "
+            f"model.vae.weights: runs/vae names its VAE"
+        )
+    mistyped = look(load_draft(recipe, ["init_from=runz/vae"]))
+    assert "init_from.path: runz/vae is no folder here, and is taken for a repository of the Hub" in mistyped.notes
+
+
 def test_a_warm_up_longer_than_the_run_is_noted(recipe: Path) -> None:
     looked = look(load_draft(recipe, ["optimizer.warmup_steps=500", "train.steps=20"]))
     assert looked.problems == []
@@ -72,6 +87,11 @@ def test_a_warm_up_longer_than_the_run_is_noted(recipe: Path) -> None:
         "optimizer.warmup_steps: 500 steps of warm-up in a run of 20: it never reaches optimizer.lr"
     ]
     assert look(load_draft(recipe, ["optimizer.warmup_steps=5", "train.steps=20"])).notes == []
+    wsd = ["optimizer.schedule=wsd", "optimizer.decay_steps=15", "train.steps=20"]
+    assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=5"])).notes == []
+    assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=8"])).notes == [
+        "optimizer.decay_steps: 15 are more than the 12 steps after the warm-up: it is shorter"
+    ]
 
 
 def test_a_pipeline_is_no_recipe(stamo: Any) -> None:

@@ -17,7 +17,8 @@ from stamo_dist.launch import slurm
 from stamo_dist.launch.ends import judge_exit
 from stamo_dist.launch.failing import HUNG, LostTask, failing, failing_now, find_blame, keep_off
 from stamo_dist.launch.record import Event, Launch, main_log, rank_log, record
-from stamo_dist.launch.status import collect, one_run
+from stamo_dist.launch.status import collect
+from stamo_dist.launch.status_tables import one_run
 
 NODES, NOW = ["n1", "n2", "n3", "n4"], datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
 ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered on {}"

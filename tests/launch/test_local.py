@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from toy import write_recipe
 
-from stamo_dist.launch import supervise
+from stamo_dist.launch import supervise, supervisor
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.record import Event, Launch, events, main_log, record
 
@@ -71,7 +71,7 @@ def test_a_run_goes_on_after_a_signal_and_the_next_follows(toy, tmp_path, ranks)
     while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
         assert time.monotonic() < deadline, main_log(run).read_text()
         time.sleep(0.02)
-    owner = supervise.supervisor(run)
+    owner = supervisor.of(run)
     assert owner is not None
     os.kill(owner.pid, signal.SIGUSR1)
     assert wait(following, "finished")[-2:] == ["started", "finished"]
@@ -80,10 +80,10 @@ def test_a_run_goes_on_after_a_signal_and_the_next_follows(toy, tmp_path, ranks)
     ranks(2, "train", recipe, "--set", f"run_dir={tmp_path / 'straight'}")
     assert losses(run) == losses(tmp_path / "straight")
     for _ in range(100):
-        if not supervise.supervised(run):
+        if not supervisor.supervised(run):
             break
         time.sleep(0.1)
-    assert not supervise.supervised(run)
+    assert not supervisor.supervised(run)
     assert [e.event for e in events(cancelled)] == ["submitted", "cancelled"]
 
 
@@ -108,14 +108,14 @@ def test_a_run_is_stopped_where_it_is(toy, tmp_path, how):
     supervise.start([run])
     while not (run / "metrics.jsonl").is_file():
         time.sleep(0.02)
-    owner = supervise.supervisor(run)
+    owner = supervisor.of(run)
     assert owner is not None
     if how == "cancel":
         supervise.cancel(run)
     else:
         os.kill(owner.pid, signal.SIGTERM)
     deadline = time.monotonic() + 30
-    while supervise.supervised(run):
+    while supervisor.supervised(run):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert events(run)[-1].event == ("cancelled" if how == "cancel" else "stopped")

@@ -17,7 +17,11 @@ import yaml
 from raw import write_raw
 from toy import write_recipe
 
+from stamo_dist.launch.chain import sweep_orders
+from stamo_dist.launch.profile import Resources
 from stamo_dist.launch.record import events, read
+from stamo_dist.launch.trained import without_trained
+from stamo_dist.recipe.load import dump, load
 from stamo_dist.run.lease import acquire
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,3 +139,60 @@ def test_sweeps_that_cannot_be(here, toy, tmp_path):
         done = here("submit", recipe, "--cluster", profile, "--sweep", sweep)
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_that_slurm_was_not_asked(here, toy, tmp_path):
+    recipe, profile = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "gpu.yaml"
+    profile.write_text("gpus_per_node: 1\ntime: 1:00:00\n")
+    words = {"local": "Slurm is not asked: it would run", profile: "Slurm was not asked, there is none here"}
+    for cluster, last in words.items():
+        said = here("submit", recipe, "--cluster", cluster, "--sweep", "optimizer.lr=0.1,0.2", "--dry-run").stdout
+        assert said.splitlines()[-1].startswith(last)
+        assert said.count(last) == 1
+
+
+def trained(run: Path, recipe: Path, step: int, *overrides: str) -> None:
+    """A run folder as a finished training leaves it."""
+    place = run / "checkpoints" / f"step_{step:08}"
+    place.mkdir(parents=True)
+    (place / "checkpoint.json").write_text("{}")
+    (run / "exported.json").write_text(json.dumps({"step": step}))
+    (run / "resolved.yaml").write_text(dump(load(recipe, [f"run_dir={run}", *overrides]).recipe))
+
+
+def test_what_is_trained_already_is_not_submitted(here, toy, tmp_path):
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
+    trained(run, recipe, 20)
+
+    def submit(*words: str) -> str:
+        done = here("submit", recipe, "--cluster", "local", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for dry_run in ((), ("--dry-run",)):
+        assert submit(*dry_run) == f"{run}: already trained to step 20; nothing is submitted\n"
+    beyond = f"{run}: is at step 20, beyond train.steps (10): nothing is trained; nothing is submitted\n"
+    assert submit("--set", "train.steps=10") == beyond
+    other = submit("--set", "model.compressor.dim=64")
+    assert "it was trained with another recipe, model.compressor.dim: 32 → 64\n" in other
+    assert "choose another run_dir" in other
+    assert not (run / "launch").exists()
+    assert "1 process on this machine" in submit("--set", "train.steps=30", "--dry-run")
+    trained(run / "sweep" / "lr=0.1", recipe, 20, "optimizer.lr=0.1")
+    swept = submit("--sweep", "optimizer.lr=0.1,0.2", "--dry-run")
+    assert f"{run / 'sweep' / 'lr=0.1'}: already trained to step 20" in swept
+    assert swept.count("1 process on this machine") == 1
+
+
+def test_of_an_array_only_what_is_left(toy, tmp_path):
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
+    profile = tmp_path / "gpu.yaml"
+    profile.write_text("backend: slurm\ngpus_per_node: 1\ntime: 1:00:00\n")
+    rates = ["0.1", "0.2", "0.3"]
+    orders, _ = sweep_orders(recipe, str(profile), [f"optimizer.lr={','.join(rates)}"], [], Resources())
+    assert without_trained(orders) == (orders, [])
+    for rate in rates:
+        trained(run / "sweep" / f"lr={rate}", recipe, 20, f"optimizer.lr={rate}")
+        [order] = left if (left := without_trained(orders)[0]) else [None]
+        assert (order.tasks if order else 0) == 2 - rates.index(rate)
+        assert order is None or order.launch == order.members[0].launch

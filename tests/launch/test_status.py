@@ -8,25 +8,31 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from stamo_dist.launch import supervise
+from stamo_dist.launch import supervise, supervisor
 from stamo_dist.launch.record import Event, Launch, record
-from stamo_dist.launch.status import collect, find, runs_table
+from stamo_dist.launch.run_progress import read_progress
+from stamo_dist.launch.status import _each, collect, find
+from stamo_dist.launch.status_tables import runs_table
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.tables import show
+from stamo_dist.tables import Columns, Whole, show
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Runs the command, and says on stderr what it imported of what takes long.
 MAIN = (
     "import atexit, sys\n"
     "slow = {'torch', 'numpy', 'submitit', 'omegaconf', 'psutil', 'packaging', 'stamo_dist.recipe.schema'}\n"
+    "slow |= {'urllib.request', 'stamo_dist.launch.supervise'}\n"
     "atexit.register(lambda: print(slow & set(sys.modules), file=sys.stderr))\n"
     "from stamo_dist.cli import main\nmain()\n"
 )
@@ -142,6 +148,23 @@ def test_names_and_folders_are_whole_at_any_width(tmp_path, monkeypatch):
         assert [heading, value] in [line.split() for line in lines]
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    for place in ("x/twice", "a/long/way/to/y/twice", "alone"):
+        started(tmp_path / place)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = stamo("status").removesuffix("set()\n").splitlines()
+    rows = [line.split()[:3] for line in lines]
+    assert rows[0] == ["run", "folder", "state"]
+    assert ["twice", "x/twice", "lost"] in rows
+    assert ["twice", "y/twice", "lost"] in rows
+    assert ["alone", "lost", "12/50"] in rows
+    assert max(len(line) for line in lines[:4]) <= 80
+    assert any(line.startswith("twice (y/twice): lost: ") for line in lines)
+    assert "folder" not in stamo("status", tmp_path / "x", tmp_path / "alone")
+    known = {run["run_dir"] for run in json.loads(stamo("status", "--json").removesuffix("set()\n"))}
+    assert str(tmp_path / "x/twice") in known
+
+
 def test_what_stamo_train_started_is_registered_and_says_where_its_output_is(tmp_path):
     run = RunFolder(tmp_path / "elsewhere" / "by_hand")
     run.prepare()
@@ -180,9 +203,62 @@ def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
     assert "was not submitted; `stamo train" in stamo("resume", started(tmp_path / "by hand"), code=2)
     assert "is starting already" in stamo("resume", "waits", code=2)
     assert "not started again" in stamo("cancel", "waits")
-    while supervise.supervised(run):
+    while supervisor.supervised(run):
         assert time.monotonic() < deadline + 20
         time.sleep(0.05)
     assert "cancelled" in stamo("status", run)
     assert "nothing to cancel" in stamo("cancel", run)
     assert "--- start 1 of job" in stamo("logs", run, "--follow")
+
+
+def test_a_table_of_hundreds_is_laid_out_as_any_other():
+    """`Columns` prints what `Whole` does, but for blanks at the ends of lines."""
+    columns = {"run": ["a", "運転"], "state": [Text("finished", style="bold green"), ""], "nodes": ["", "n1 × 2"]}
+    cells = {name: [c if isinstance(c, Text) else Text(c) for c in of_rows] for name, of_rows in columns.items()}
+    table = Table(*cells, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    for width in (80, 18):
+        printed = []
+        for shown in (Whole(table), Columns(cells)):
+            console = Console(force_terminal=True, width=width, file=io.StringIO(), color_system="standard")
+            show(console, shown)
+            lines = [Text.from_ansi(line).plain.rstrip() for line in console.file.getvalue().splitlines()]
+            printed.append(list(filter(None, lines)))
+            assert "\x1b[1;32mfinished" in console.file.getvalue()
+        assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "speed"),
+    [
+        ("train: {steps: 50, global_batch: 64}", 50, 128),
+        (
+            "train:  # of mine\n\n  # more\n  steps: 50   # here\n  global_batch:\n    0: 64\n    11: 8\n  ema: 1",
+            50,
+            16,
+        ),
+        (
+            "train:\n   profile:\n      steps: 3\n      global_batch: 1\n   steps: 50\n   global_batch: 8",
+            50,
+            16,
+        ),
+        ("train:\n  ema: 1\n", None, 1),
+        ("train:\n", None, 1),
+    ],
+)
+def test_what_is_read_of_a_resolved_recipe(tmp_path, train, steps, speed):
+    run = started(tmp_path / "run")
+    (run / "resolved.yaml").write_text(f"name: other\n{train}\nstrategy:\n  steps: 7\n")
+    progress = read_progress(run)
+    assert (progress.name, progress.steps, progress.rate) == ("other", steps, pytest.approx(speed))
+
+
+def test_folders_that_have_to_be_waited_for_are_read_side_by_side():
+    def read(number: int) -> tuple[int, int]:
+        time.sleep(0.005)
+        return number, threading.get_ident()
+
+    found = _each(read, range(200))
+    assert [number for number, _ in found] == list(range(200))
+    assert len({thread for _, thread in found}) > 8

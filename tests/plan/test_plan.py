@@ -124,6 +124,13 @@ def test_the_peak_is_that_of_a_traced_step(
     monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
     (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
     assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
+    more = {
+        ("hsdp", True): ["strategy.gradients=whole", "train.gradient_checkpointing=false"],
+        ("fsdp", False): ["strategy.reshard_after_forward=false", "train.gradient_checkpointing=true"],
+    }
+    if other := more.get((strategy, bool(settings))):
+        (memory,) = plan(load(path, [*every, *other]).recipe, traced_memory.DEVICES)
+        assert memory.peak == pytest.approx(traced_memory.measure(path, [*every, *other]), rel=0.1)
 
 
 def test_every_size_of_the_global_batch_is_planned() -> None:
@@ -151,13 +158,27 @@ def test_weights_that_stay_gathered_count() -> None:
         load(path, ["strategy.reshard_after_forward=false"])
 
 
+@pytest.mark.slow
+def test_the_page_says_what_is_planned_of_recomputation() -> None:
+    rows = re.findall(
+        r"^\| \**(\d+)(?:, twice a step)?\**(?: \|) \**(true|false|\d)\** \| \**([\d.]+)[^|]*\| \**(\d+) %",
+        (ROOT / "docs/gpu.md").read_text(), re.MULTILINE,
+    )  # fmt: skip
+    assert len(rows) == 5
+    for micro_batch, recomputed, gigabytes, mfu in rows:
+        settings = [f"train.micro_batch={micro_batch}", f"train.gradient_checkpointing={recomputed}"]
+        recipe = load(ROOT / "recipes/policy_openvla_state.yaml", settings).recipe
+        (memory,), (step,) = plan(recipe, 8), expect(recipe, 8, GPUS[1:2])
+        assert (f"{memory.peak / 1e9:.1f}", f"{step.mfu:.0%}") == (gigabytes, f"{mfu}%"), settings
+
+
 def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:
     path = ROOT / "recipes/policy_openvla_state.yaml"
     settings = ["train.global_batch=1024", "train.micro_batch=16", "strategy.name=fsdp"]
     sharded, whole = (
         plan(load(path, [*settings, f"strategy.gradients={kept}"]).recipe, 8)[0] for kept in ("sharded", "whole")
     )
-    assert whole.gradients - sharded.gradients == 4 * whole.trained_numel
+    assert whole.gradients == 4 * whole.trained_numel == 8 * sharded.gradients
     check = (
         "recipe",
         "check",
@@ -178,6 +199,8 @@ def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: 
     assert found["notes"] == [], "the toy's data and tokenizer are there"
     with pytest.raises(RecipeError, match=r"policy.weights: there is no config.json in owner/other, .* known: openvla"):
         plan(load(recipe, ["policy.weights=owner/other"]).recipe, 2)
+    with pytest.raises(ValueError, match=r"strategy.shard_group: 3 does not divide 8 processes"):
+        plan(load(recipe, ["strategy.name=hsdp", "strategy.shard_group=3"]).recipe, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

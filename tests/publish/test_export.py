@@ -129,6 +129,11 @@ def check_checksums(out: Path) -> None:
     with pytest.raises(CheckpointError, match=f"changed since it was exported: {files[-1].relative_to(out)};"):
         verify(out, "init_from")
     files[-1].write_bytes(content)
+    lines = (out / CHECKSUMS).read_text()
+    (out / CHECKSUMS).write_text(lines[: lines.rindex("\n", 0, -1) + 1])
+    with pytest.raises(CheckpointError, match=f"does not have {files[-1].relative_to(out)}: the list is cut off"):
+        verify(out, "init_from")
+    (out / CHECKSUMS).write_text(lines)
 
 
 def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_steps_after_the_last_have_no_effect(tmp_path):
         ("{0: 8, 12: {a: 4}}", ".12: must be a whole number above 0, not a map"),
         ("{0: 8, -3: 4}", ".-3: the name must be a whole number at least 0"),
         ("{0: 8, x: 4}", ".x: the name must be a whole number at least 0"),
+        ("{0: 8, 9:4}", ".9:4: the name must be a whole number at least 0; write a space after the colon"),
         ("{0: 8, 12.5: 4}", ": the name 12.5 is not text; write a whole number"),
         ("{0: true}", "must be a whole number above 0 or a map"),
         ("8.5", "must be a whole number above 0 or a map"),

@@ -69,6 +69,9 @@ def test_recipe_diff_of_a_checkpoint_and_its_run(changed, stamo):
     drawn = stamo("recipe", "show", run / "resolved.yaml", "--lr", "--png", run / "lr.png").stdout
     assert "to step 30 as trained" in drawn
     assert (run / "lr.png").stat().st_size > 5000
+    folder = stamo("recipe", "show", run / "resolved.yaml", "--lr", "--png", run, check=False)
+    assert folder.returncode == 2
+    assert f"{run}: cannot be written" in folder.stderr
 
 
 def test_a_decay_branches_off(toy, stamo, tmp_path):
@@ -90,3 +93,37 @@ def test_a_decay_branches_off(toy, stamo, tmp_path):
         assert refused.returncode == 2
         assert why in refused.stderr
     assert not (tmp_path / "run-20").exists()
+
+
+def test_a_branch_says_what_changed_since_its_step_and_begins_with_no_damaged_checkpoint(toy, stamo, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    constant = [x for s in ("schedule=constant", "decay_steps=2") for x in ("--set", f"optimizer.{s}")]
+    stamo("train", recipe, *constant, "--set", "train.steps=12")
+    kept, clip = ["--set", "train.checkpoint.keep=3"], ["--set", "optimizer.clip=2.0"]
+    stamo("train", recipe, *constant, *kept, *clip, "--set", "train.steps=13")
+    assert "optimizer.clip: 1.0 → 2.0" in stamo("train", recipe, *constant, *clip, "--branch", 10).stdout
+    child, file = tmp_path / "run-12", next((tmp_path / "run/checkpoints/step_00000012/state").iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    refused = stamo("train", recipe, *constant, *clip, "--branch", 12, check=False)
+    assert refused.returncode == 2
+    assert f"changed since it was written: state/{file.name}" in refused.stderr
+    assert not child.exists()
+
+
+def test_no_silence_where_the_last_recipe_cannot_be_read_and_no_decay_longer_than_what_is_left(toy, stamo, tmp_path):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    stamo("train", recipe, "--set", "train.steps=4")
+    (tmp_path / "run/resolved.yaml").write_text("name: [")
+    for start in ("begin", "here"):
+        wsd = [f"optimizer.{s}" for s in ("schedule=wsd", "decay_steps=5", f"schedule_from={start}")]
+        long = stamo("train", recipe, *(x for s in ["train.steps=6", *wsd] for x in ("--set", s)), check=False)
+        assert long.returncode == 2
+        assert (
+            "optimizer.decay_steps: 5 are more than the 2 steps left (4 of 6 are trained)" in long.stdout + long.stderr
+        )
+    assert (
+        "resolved.yaml: cannot be read, so what this start changes"
+        in stamo("train", recipe, "--set", "train.steps=5").stdout
+    )

@@ -48,6 +48,8 @@ def test_a_model_that_cannot_be_written_loses_no_training(
     assert json.loads((run / "exported.json").read_text()) == {"step": 2}
     assert (run / "model/stamo.json").is_file()
     assert "already trained to step 2" in ranks(1, *command)[1]
+    fewer = ranks(1, *command, "--set", "train.steps=1", "--set", "optimizer.warmup_steps=1")[1]
+    assert f"{run}: is at step 2, beyond train.steps (1): nothing is trained" in fewer
     early = stamo("export", shutil.copytree(run, tmp_path / "early"), "--dtype", "bfloat16", check=False)
     assert early.returncode == 2
     assert "OUT: say where a model of your choice goes" in early.stderr

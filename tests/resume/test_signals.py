@@ -18,6 +18,7 @@ from warm import Started, Warm
 
 from stamo_dist.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from stamo_dist.faults.heartbeats import hung_ranks
+from stamo_dist.launch.status import collect
 
 
 class Run:
@@ -210,3 +211,6 @@ def test_second_sigint_stops_at_once_even_a_hung_rank(start):
     other.kill()
     assert run.launcher.wait(timeout=60) == EXIT_INTERRUPTED, run.output
     assert not list((run.folder / "checkpoints").glob("step_*"))
+    [found] = collect([run.folder])
+    assert (found.state.word, found.state.detail.partition(" at step ")[0]) == ("stopped", "by hand (Ctrl-C twice)")
+    assert "`stamo resume" not in found.state.detail

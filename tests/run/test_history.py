@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from stamo_dist.errors import RunError
-from stamo_dist.run import history
-from stamo_dist.run.folder import append_line
+from stamo_dist.run import folder, history
+from stamo_dist.run.folder import RunFolder, append_line
 from stamo_dist.run.history import backwards, last_objects, sample
 from stamo_dist.tracking import rewind as module
 from stamo_dist.tracking.metrics_file import MetricsFile, last_metrics, read_late, read_metrics
@@ -199,3 +199,16 @@ def test_a_line_after_a_torn_one_is_a_line(tmp_path: Path) -> None:
     append_line(path, '{"n": 2}')
     append_line(path, '{"n": 3}')
     assert [found["n"] for found in last_objects(path)] == [3, 2, 1]
+
+
+def test_a_start_that_is_killed_while_it_describes_itself_loses_no_change(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.resolved.write_text("name: old\n")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "append_line", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.describe("", "name: new\n", [], step=1, processes=1, sources={}, changed={"name": ["old", "new"]})
+    assert run.resolved.read_text() == "name: old\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_day.sh"
 MEASURED = {
     "1": ["correctness", "doctor"],
     "2": ["tokenizer", "overhead", "memory", "checkpoint"],
-    "3": ["policy", "lora", "encode", "serve", "decode"],
+    "3": ["policy", "lora", "serve", "decode", "encode"],
 }
 
 
@@ -64,3 +65,18 @@ def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch, capsys: p
     said = capsys.readouterr().out
     assert said.startswith("» policy of 7 B, whole, batch 16: not run, needs 1")
     assert said.endswith("NVIDIA H100 80GB HBM3 has 80\n")
+
+
+def test_the_memory_of_a_gpu_is_planned_under_each_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe that --tiny does not use: what it says and the script sets must go with every strategy."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import _toy
+
+    from stamo_dist.recipe.load import load
+
+    script = SCRIPT.read_text().replace("\\\n", "")
+    [(strategies, words)] = re.findall(r"some=\((ddp [^)]*)\)\n(?:\s*#.*\n)?\s*measure memory (.*)", script)
+    settings = re.findall(r"--set (\S+)", words)
+    recipe = _toy.make(tmp_path, frames=4, size=256, large=True)
+    for name in strategies.split():
+        assert load(recipe, [*settings, f"strategy.name={name}", "data.workers=0"]).recipe.strategy.name == name
