@@ -163,8 +163,9 @@ def _policy(recipe: schema.Recipe) -> Shapes:
         return policies.loss(network, policies.inputs(network, seen, batch))
 
     frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.encoder, tokenizer.trained.compressor]
-    vla = network.vla
-    parts: dict[str, list[nn.Module]] = {"LLM": [vla.language_model.model, vla.language_model.lm_head]}
+    vla, llama = network.vla, network.vla.language_model.model  # whose own forward is not called
+    language = [llama.rotary_emb, *llama.layers, llama.norm, vla.language_model.lm_head]
+    parts: dict[str, list[nn.Module]] = {"LLM": language}
     parts |= {"encoder": frozen} if frozen else {}
     parts |= {"vision towers": [vla.vision_backbone]} if config.towers else {}
     return Shapes(network, frozen, step, network.block_classes(), parts, notes)

@@ -153,7 +153,7 @@ def test_weights_that_stay_gathered_count() -> None:
     given_back, kept = (
         plan(load(path, [*shards, f"strategy.reshard_after_forward={back}"]).recipe, 8)[0] for back in ("true", "false")
     )
-    assert kept.gathered > given_back.gathered + 1.8 * kept.trained_numel, "in bf16, but for what is gathered anyway"
+    assert kept.gathered > 2 * kept.trained_numel > 2 * given_back.gathered, "all of it in bf16"
     with pytest.raises(RecipeError, match=r"strategy.reshard_after_forward: is of fsdp and hsdp"):
         load(path, ["strategy.reshard_after_forward=false"])
 

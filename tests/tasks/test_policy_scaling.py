@@ -104,9 +104,13 @@ def test_the_recipes_check_names_them_and_what_could_be_cached(
     # 60 × 8 × 2 ÷ 288
     longer = stamo("recipe", "check", path, "--set", "train.steps=60").stdout
     assert "the tokenizer's states of 288 frames are computed 3.3 times each; `stamo encode` does it once" in longer
-    cached = stamo("recipe", "check", path, "--set", "train.steps=60", "--set", "policy.targets=cached").stdout
-    assert cached.count("policy.targets") == 1  # no advice to cache what is cached
-    assert "there are no states beside" in cached
+    cached = ("--set", "train.steps=60", "--set", "policy.targets=cached")
+    refused = stamo("recipe", "check", path, *cached, check=False)
+    assert refused.returncode == 2
+    said = " ".join(refused.stderr.split())
+    assert "policy.targets: cached, but there are no states of all shards in " in said
+    assert f"run `stamo encode {path} {' '.join(cached)}`, or set policy.targets: online" in said
+    assert "3.3 times" not in said  # no advice to cache what is cached
     # Differences of pixels are not among the states: what the check of the recipe refuses is not advised.
     pixels = ("--set", "policy.diffusion.pseudo=pixels")
     assert "policy.targets" not in stamo("recipe", "check", path, "--set", "train.steps=60", *pixels).stdout
