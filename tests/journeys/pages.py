@@ -38,7 +38,7 @@ ELSEWHERE = {
     r"stamo doctor .*--cluster gpu": "Slurm: tests/slurm",
     r"stamo status .*--watch|stamo logs runs/tokenizer_sim": "of a job: tests/slurm/test_watch.py, tests/launch",
     r"stamo (cancel|resume) ": "a job: tests/launch/test_local_submit.py, tests/slurm",
-    r"stamo chaos |python benchmarks/chaos_slurm.py": "tests/chaos, tests/slurm/test_chaos.py",
+    r"stamo chaos |python benchmarks/chaos_slurm.py": "tests/chaos, tests/slurm/test_chaos_jobs.py",
     r"stamo init |stamo train recipes/vae.yaml": "tests/cli/test_wheel.py",
 }
 #: What runs with other words: fewer steps than the pages speak of, no GPU, not for hours.
