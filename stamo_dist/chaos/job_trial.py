@@ -17,7 +17,8 @@ from stamo_dist.chaos.trial import FaultSchedule, Injected, Outcome
 from stamo_dist.launch import slurm
 from stamo_dist.launch.ends import newest_step, trained
 from stamo_dist.launch.record import events, main_log
-from stamo_dist.launch.submit import JobOrder, submit
+from stamo_dist.launch.sbatch import JobOrder
+from stamo_dist.launch.submit import submit
 
 _EVERY = 0.4  # seconds between two questions to Slurm
 _UNIMPRESSED = (50, 10.0)  # steps and seconds after which a fault that ends a start has missed

@@ -12,8 +12,8 @@ from stamo_dist.launch.again import command_by_hand
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, recipe_file, record
+from stamo_dist.launch.sbatch import JobOrder
 from stamo_dist.launch.status import Run, collect
-from stamo_dist.launch.submit import JobOrder
 
 
 def cancel(path: Path) -> str:

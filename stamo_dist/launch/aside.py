@@ -171,7 +171,8 @@ def launch_of(run: Path, cluster: str | None, folder: Path, arguments: Sequence[
 
 
 def main(run: str, cluster: str, folder: str, *arguments: str) -> None:
-    from stamo_dist.launch.submit import JobOrder, active, submit
+    from stamo_dist.launch.sbatch import JobOrder
+    from stamo_dist.launch.submit import active, submit
 
     job = active(folder)
     if job is None:

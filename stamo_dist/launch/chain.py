@@ -24,7 +24,8 @@ from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
 from stamo_dist.launch.record import read as read_launch
 from stamo_dist.launch.run_progress import read_progress
-from stamo_dist.launch.submit import SNAPSHOT, JobOrder, Resources
+from stamo_dist.launch.sbatch import JobOrder
+from stamo_dist.launch.submit import SNAPSHOT, Resources
 from stamo_dist.pretrained.pin import pin
 from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import read_override, show_value

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from submitit import SlurmExecutor
 
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.launch import checks, container, failing, slurm, supervise, supervisor
+from stamo_dist.launch import checks, failing, slurm, supervise, supervisor
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.grace import too_short
 from stamo_dist.launch.notify import unheard
 from stamo_dist.launch.profile import (
     AS_PROFILED,
     LOCAL,
-    ClusterProfile,
     ProfileError,
     Resources,
     load_profile,
@@ -38,39 +32,14 @@ from stamo_dist.launch.record import (
     main_log,
     read,
     record,
-    snapshot_command,
     take_snapshot,
-    task_log,
 )
-from stamo_dist.launch.shell import before_the_run
+from stamo_dist.launch.sbatch import JobOrder, Sbatch, no_snapshot
 from stamo_dist.launch.step import step
 from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Draft, Loaded
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
-
-
-@dataclass(frozen=True)
-class JobOrder:
-    """One job to submit."""
-
-    launch: Launch
-    profile: ClusterProfile
-    loaded: Loaded | None = None  # the recipe for the snapshot
-    members: list[JobOrder] = field(default_factory=list)  # runs of a sweep submitted as one job array, self first
-    after: list[str] = field(default_factory=list)  # jobs that must have finished
-    notes: list[str] = field(default_factory=list)  # notes for the user
-    avoids: list[str] = field(default_factory=list)  # nodes on which earlier starts failed
-
-    @property
-    def tasks(self) -> int:
-        """Number of array tasks; 0 if it is not an array."""
-        return len(self.members) or (self.launch.tasks if self.launch.tasks > 1 else 0)
-
-    @property
-    def least(self) -> int:
-        """Minimum number of nodes."""
-        return min(self.launch.node_counts or [self.launch.nodes])
 
 
 def default_cluster() -> str:
@@ -146,10 +115,10 @@ def ask(
     checks.folder(run)
     grace = float(profile.signal_delay)
     if profile.backend == "slurm":
-        notes += checks.shell_and_container(launch, _Sbatch(order).text())
+        notes += checks.shell_and_container(launch, Sbatch(order).text())
     if profile.backend == "slurm" and slurm.available():
         grace = checks.cluster(profile, order.least)
-        _Sbatch(order).test()
+        Sbatch(order).test()
         order = off_failing_nodes(order)
     notes += unheard(given)
     if loaded is not None and trains and profile.backend == "slurm":
@@ -171,7 +140,7 @@ def off_failing_nodes(order: JobOrder) -> JobOrder:
         return order
     off = replace(order, avoids=list(nodes))
     try:
-        _Sbatch(off).test()
+        Sbatch(off).test()
     except slurm.SlurmAwayError:
         raise
     except slurm.SlurmError as e:
@@ -202,7 +171,7 @@ def describe(order: JobOrder) -> str:
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
     where = f"partition {profile.partition}" if profile.partition else "the default partition"
-    each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(_cpus(order), 'CPU')}"
+    each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(order.cpus, 'CPU')}"
     tasks = f"{order.tasks} tasks of " if order.tasks else ""
     return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"
 
@@ -214,13 +183,13 @@ def _many(count: int, what: str) -> str:
 def script(order: JobOrder) -> str:
     """The exact batch script; on this machine, the command of each process."""
     launch = order.launch
-    taken = launch.snapshot or _no_snapshot(launch)
+    taken = launch.snapshot or no_snapshot(launch)
     command = [word.replace(SNAPSHOT, taken) for word in launch.command]
     launch = replace(launch, snapshot=taken, command=command)
     if order.profile.backend == "local":
         return shlex.join(supervise.command(launch))
     srun = step(launch, max(launch.node_counts or [launch.nodes]))
-    return f"{_Sbatch(order).text()}\n# It starts the processes with\n#   {shlex.join(srun)}\n"
+    return f"{Sbatch(order).text()}\n# It starts the processes with\n#   {shlex.join(srun)}\n"
 
 
 def submit(order: JobOrder) -> Launch:
@@ -256,7 +225,7 @@ def submit_all(orders: Sequence[JobOrder], jobs: Mapping[str, str] | None = None
             found = dict(jobs or {})
             for order in ready:
                 after = [found[run] for run in order.launch.after if run in found]
-                job = _Sbatch(replace(order, after=after)).send()
+                job = Sbatch(replace(order, after=after)).send()
                 stack.push(partial(_take_back, job))
                 found[order.launch.run_dir] = job
                 order.launch.job_ids.append(f"{job}_0" if order.members else job)
@@ -300,109 +269,3 @@ def _take_back(job: str, kind: type[BaseException] | None, *_: object) -> None:
     if kind is not None:
         with contextlib.suppress(slurm.SlurmError):
             slurm.cancel(job)
-
-
-class _Sbatch(SlurmExecutor):
-    """submitit's batch script and sbatch call, with our own command instead of a pickled function.
-
-    submitit's own job handles signals on rank 0 only, ignores SIGTERM, and requests a requeue that Slurm may have made
-    already; so the job runs `stamo_dist.launch.job` instead.
-    """
-
-    def __init__(self, order: JobOrder):
-        self.order = order
-        super().__init__(folder(order.launch.run_dir) / "sbatch")
-        p, launch, given = order.profile, order.launch, order.profile.model_dump(mode="json")
-        exports = container.exports(given)
-        counts = launch.node_counts or [launch.nodes]
-        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
-        if p.notify is not None and p.notify.mail:
-            kinds = {"end": "END", "failure": "FAIL"}
-            more |= {"mail-user": p.notify.mail, "mail-type": ",".join(kinds[on] for on in p.notify.on)}
-        more |= {"requeue": True, "chdir": os.getcwd(), **({"exclusive": True} if p.exclusive else {})}
-        more |= {**({"segment": p.segment} if p.segment else {}), **p.sbatch, **p.gpu_options(max(counts))}
-        if min(counts) < max(counts):
-            more["nodes"] = f"{min(counts)}-{max(counts)}"
-        if order.tasks:
-            more["array"] = f"0-{order.tasks - 1}"
-        if order.after:
-            more |= {"dependency": f"afterok:{':'.join(order.after)}", "kill-on-invalid-dep": "yes"}
-        # One task per node with the CPUs of all processes: a range of nodes cannot be combined with tasks per node.
-        self.update_parameters(
-            job_name=launch.name,
-            partition=p.partition,
-            account=p.account,
-            qos=p.qos,
-            time=p.time,
-            nodes=max(counts),
-            cpus_per_task=_cpus(order),
-            mem=p.memory,
-            constraint=p.constraint,
-            exclude=",".join(filter(None, (p.exclude, *order.avoids))) or None,
-            wckey=None,
-            stderr_to_stdout=True,
-            use_srun=False,
-            setup=[*(f"export {k}={shlex.quote(v)}" for k, v in exports.items()), *before_the_run(given)],
-            additional_parameters=more,
-        )
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 1  # allows showing a script without Slurm
-
-    def text(self) -> str:
-        return self._make_submission_file_text(self._command, "")
-
-    def test(self) -> None:
-        """Let Slurm validate the script without queueing it.
-
-        Raises:
-            SlurmError: Slurm would refuse it.
-        """
-        self._sbatch("--test-only", stdin=self.text())
-
-    def send(self) -> str:
-        """The id of the queued job."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f".{os.getpid()}.sh"
-        file.write_text(self.text())
-        token = f"stamo-{uuid.uuid4().hex}"
-        mark = [] if "comment" in self.order.profile.sbatch else [f"--comment={token}"]
-        try:
-            job = str(self._get_job_id_from_submission_command(self._sbatch(*mark, str(file))))
-        except slurm.SlurmAwayError:  # it may have been queued all the same
-            found = slurm.commented(token) if mark else None
-            if found is None:
-                raise
-            job = found
-        file.rename(self.folder / f"{job}.sh")
-        return job
-
-    def _sbatch(self, *words: str, stdin: str | None = None) -> str:
-        try:
-            return slurm.run("sbatch", *words, stdin=stdin)
-        except slurm.SlurmError as e:
-            raise type(e)(checks.hinted(str(e), self.order.profile)) from None
-
-    @property
-    def _command(self) -> str:
-        launch = self.order.launch
-        code = snapshot_command(launch.snapshot or _no_snapshot(launch), "stamo_dist.launch.job", [])
-        return f"exec {shlex.join([*code, *(m.launch.run_dir for m in self.order.members or [self.order])])}"
-
-
-def _no_snapshot(launch: Launch) -> str:
-    """Where the snapshot will be."""
-    return f"{folder(launch.run_dir)}/snapshots/TIME"
-
-
-def _log(order: JobOrder) -> str:
-    """The batch script's output file; arrays have one per task, used until the task's run opens its own log."""
-    run = Path(order.launch.run_dir)
-    log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
-    return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
-
-
-def _cpus(order: JobOrder) -> int:
-    return order.profile.cpus_per_gpu * order.launch.processes_per_node

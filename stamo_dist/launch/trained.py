@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stamo_dist.launch.ends import newest_step
-from stamo_dist.launch.submit import JobOrder
+from stamo_dist.launch.sbatch import JobOrder
 from stamo_dist.recipe.difference import differences, resolved_of
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.run.folder import RunFolder

@@ -9,7 +9,8 @@ import pytest
 from stamo_dist.errors import RunError
 from stamo_dist.launch import aside
 from stamo_dist.launch.record import Launch
-from stamo_dist.launch.submit import JobOrder, script
+from stamo_dist.launch.sbatch import JobOrder
+from stamo_dist.launch.submit import script
 
 PROFILE = {
     "partition": "gpu", "account": "lab", "nodes": 4, "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_gpu": 12,

@@ -19,7 +19,7 @@ from stamo_dist.launch import notify, supervise
 from stamo_dist.launch.notify import tell_end
 from stamo_dist.launch.profile import ProfileError, load_profile
 from stamo_dist.launch.record import Event, Launch, main_log, read
-from stamo_dist.launch.submit import JobOrder, _Sbatch
+from stamo_dist.launch.sbatch import JobOrder, Sbatch
 
 SECRET = "/services/T0/B1/7hrs8fk2"
 
@@ -152,6 +152,6 @@ def test_profiles_that_cannot_be(tmp_path: Path, profile, said):
 def test_mail_is_slurms(tmp_path: Path):
     (tmp_path / "p.yaml").write_text("notify: {mail: me@example.org, on: [failure]}\n")
     _, profile = load_profile(str(tmp_path / "p.yaml"))
-    script = _Sbatch(JobOrder(Launch("toy", str(tmp_path), ""), profile)).text()
+    script = Sbatch(JobOrder(Launch("toy", str(tmp_path), ""), profile)).text()
     assert "#SBATCH --mail-user=me@example.org\n" in script
     assert "#SBATCH --mail-type=FAIL\n" in script

@@ -17,7 +17,8 @@ from stamo_dist.launch.job import Job, Requests
 from stamo_dist.launch.pipeline import Stage, Work
 from stamo_dist.launch.profile import ProfileError, load_profile
 from stamo_dist.launch.record import Launch, events
-from stamo_dist.launch.submit import JobOrder, script
+from stamo_dist.launch.sbatch import JobOrder
+from stamo_dist.launch.submit import script
 
 RUN = "/runs/tok é"
 SNAPSHOT = f"{RUN}/launch/snapshots/TIME"

@@ -32,8 +32,8 @@ from stamo_dist.launch import job as batch
 from stamo_dist.launch.failing import LostTask
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Event, Launch, events
+from stamo_dist.launch.sbatch import JobOrder
 from stamo_dist.launch.status import Run, collect
-from stamo_dist.launch.submit import JobOrder
 from stamo_dist.run import lease
 from stamo_dist.run.lease import Owner
 
