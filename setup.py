@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: in a wheel, `data_tools`, recipes and Slurm profiles lie inside `stamo_dist`.
+"""What setup.cfg cannot say: in a wheel, `data_tools`, docs, recipes and Slurm profiles lie inside `stamo_dist`.
 
 `pip install -e` leaves them where they are, and `data_tools` is a top-level package there. stamo_dist/shipped.py finds
 either.
@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("data_tools", "recipes", "slurm")
+SHIPPED = ("data_tools", "docs", "recipes", "slurm")
 
 
 class BuildPy(build_py):

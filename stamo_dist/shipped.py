@@ -1,4 +1,4 @@
-"""What comes with the code: recipes, Slurm profiles and `data_tools`.
+"""What comes with the code: recipes, Slurm profiles, pages and `data_tools`.
 
 In a checkout they lie beside the package, and in a wheel inside it (setup.py), so that the wheel takes no other
 top-level name than `stamo_dist`.
@@ -18,6 +18,11 @@ RECIPES = ROOT / "recipes"
 PROFILES = ROOT / "slurm"
 #: Packages of the code → their folders.
 PACKAGES = {"stamo_dist": _PACKAGE, "data_tools": ROOT / "data_tools"}
+
+
+def page(name: str) -> str:
+    """How a message names a page of the documentation, such as `gpu.md`: a path that can be opened."""
+    return str(ROOT / "docs" / name) if IS_WHEEL else f"docs/{name}"
 
 
 def reach_data_tools() -> None:

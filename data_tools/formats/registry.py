@@ -15,6 +15,7 @@ from data_tools.formats.source import SourceReader
 from stamo_dist.errors import DataError
 from stamo_dist.extras import how_to_install
 from stamo_dist.recipe.layers import did_you_mean
+from stamo_dist.shipped import page
 
 #: Format → module and class of its Reader, and what it reads.
 FORMATS: dict[str, tuple[str, str]] = {
@@ -79,7 +80,7 @@ NEAREST = {
     **dict.fromkeys(("droid", "droid_raw"), "droid-raw"),
     **dict.fromkeys(("mp4", "ssv2", "ego4d", "epic-kitchens", "egodex"), "video"),
 }
-ADD = 'to read another, write a reader: docs/convert.md, "Add a format"'
+ADD = f'to read another, write a reader: {page("convert.md")}, "Add a format"'
 #: Fields of a Reader that are not options of `--set`.
 COMMON = ("src", "cameras")
 

@@ -30,12 +30,14 @@ from stamo_dist.evaluate.commands import EvalTools
 from stamo_dist.evaluate.commands import app as eval_app
 from stamo_dist.evaluate.rollout_check import check_rollout
 from stamo_dist.launch.further import FURTHER, Further
+from stamo_dist.shipped import page
 
 if TYPE_CHECKING:
     from stamo_dist.recipe.schema import Recipe
 
 app = typer.Typer(
     help="Pretrain robot state tokenizers and policies: mix data through recipes, train, resume, measure.",
+    epilog=f"How to: {page('index.md')}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -37,7 +37,7 @@ def plan(
 ) -> None:
     """What one device holds: parameters, gradients, optimizer, activations, and the peak of a step; or a served policy.
 
-    And how long a step should take in bf16 on some GPUs: a prediction, which none has measured (docs/gpu.md).
+    And how long a step should take in bf16 on some GPUs: a prediction, none is measured (gpu.md of the docs).
 
     Needs neither a GPU nor weights nor data: only shapes are computed.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stamo_dist.shipped import page
+
 if TYPE_CHECKING:
     from stamo_dist.models.openvla.framing import Use
 
@@ -202,7 +204,7 @@ ActionsOption = Annotated[
     str | None,
     named(
         "delta|original|openvla",
-        "What its numbers mean, see docs/evaluate.md; delta, or as the preset says, when omitted.",
+        f"What its numbers mean, see {page('evaluate.md')}; delta, or as the preset says, when omitted.",
     ),
 ]
 

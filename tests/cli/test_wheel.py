@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    "stamo_dist", "data_tools", "recipes", "slurm", "setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"
+    "stamo_dist", "data_tools", "docs", "recipes", "slurm", "setup.py", "setup.cfg", "pyproject.toml", "README.md",
+    "LICENSE",
 )  # fmt: skip
 Run = Callable[..., str]
 
@@ -71,7 +72,7 @@ def test_the_wheel_takes_one_top_level_name_and_has_all_that_is_found_by_name(wh
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"stamo_dist"}
-    tops = {"data_tools", "recipes", "slurm"}
+    tops = {"data_tools", "docs", "recipes", "slurm"}
     there = [path for top in tops for path in (ROOT / top).rglob("*") if path.is_file()]
     wanted = {path.relative_to(ROOT).as_posix() for path in there if "__pycache__" not in path.parts}
     wanted = {f"stamo_dist/_shipped/{name}" for name in wanted}
@@ -108,6 +109,9 @@ def test_recipes_and_profiles_are_found_by_name(installed: Run, tmp_path: Path) 
     assert "--partition=gpu" in installed("submit", "recipes/vae.yaml", "--cluster", "gpu", "--dry-run", at=tmp_path)
     assert "hdf5" in installed("data", "formats", at=tmp_path).lower()
     assert installed("demo", "--dry-run", at=tmp_path).count("$ ") == 14
+    shown = "".join(installed("--help", at=tmp_path).partition("How to:")[2].split())  # folded
+    assert Path(shown).name == "index.md"
+    assert Path(shown).is_file()
 
 
 def test_a_foreign_data_tools_is_left_alone_and_not_taken(installed: Run, tmp_path: Path) -> None:
