@@ -128,7 +128,7 @@ def test_a_bad_line_is_tried_again(
 
 
 def test_a_server_that_says_no_and_a_corrupt_object_are_named_at_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, s3: str
 ) -> None:
     import boto3
 
@@ -136,10 +136,9 @@ def test_a_server_that_says_no_and_a_corrupt_object_are_named_at_once(
     mixture = Mixture(data, seed=0, global_batch=4)
     store = boto3.client("s3", endpoint_url=s3)
     store.delete_object(Bucket="robots", Key="s/train/front/shard.00000.mds")
-    began = time.monotonic()
     with pytest.raises(DataError, match=r"s3://robots/s/train/front: shard shard\.00000\.mds cannot be had"):
         mixture.prepare(0)
-    assert time.monotonic() - began < 5, "it was not tried again and again"
+    assert "trying again" not in caplog.text
     monkeypatch.setattr(sources, "_PAUSE", 0.01)
     content = bytearray((folder / "train" / "front" / "shard.00001.mds").read_bytes())
     content[700] ^= 1
