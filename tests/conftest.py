@@ -28,13 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOW_FOLDERS = ("slurm", "resume", "distributed", "journeys", "chaos")
 SLOW_FIXTURES = {"ranks", "stamo", "warm", "toy_policy"}
 #: What runs one test after the other, in one worker of pytest-xdist, the longest first: a cluster, and whatever trains
-#: or measures on several processes. Every other file is for whichever worker is free.
+#: or measures on several processes, in two halves. Every other file is for whichever worker is free after them.
 LANES = {
     "slurm": ("slurm",),
+    "runs": ("resume", "chaos", "launch", "publish/test_export.py", "cli/test_encode_states.py"),
     "processes": (
-        "resume", "distributed", "journeys", "chaos", "training", "launch", "evaluate/test_background.py",
-        "evaluate/test_during.py", "evaluate/test_workers.py", "tasks/test_diffusion_task.py",
-        "publish/test_export.py", "cli/test_encode_states.py",
+        "distributed", "journeys", "training", "evaluate/test_background.py", "evaluate/test_during.py",
+        "evaluate/test_workers.py", "tasks/test_diffusion_task.py",
     ),
 }  # fmt: skip
 
