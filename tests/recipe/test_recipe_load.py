@@ -85,7 +85,7 @@ flow:
         "run.yaml:17: flow: empty; give it fields or remove the line",
         "--set nonsense: write FIELD=VALUE, for example --set train.steps=1000",
         "--set train.micro_batch: must be a whole number above 0, not 0",
-        "--set tracking.tags: must be a list (text each), not x",
+        "--set tracking.tags: must be a list (text each), not x; did you mean [x]?",
     ]
     assert sorted(found) == sorted(expected)
     assert found[:14] == expected[:14]  # in the order of the files, so that they can be worked through
