@@ -219,9 +219,9 @@ def not_supplied(repo: str, revision: str | None, field: str, error: Exception) 
     named = repo + (f"@{revision}" if revision else "")
     why = (str(error).strip().splitlines() or [""])[-1]
     return CheckpointError(
-        f"{field}: there is no folder {named}{meant(repo)}, and the hub did not supply it "
-        f"({type(error).__name__}: {why}). On a machine with network (and, for gated models, after `hf auth login`) run `{download(repo, revision)} "
-        f"--local-dir DIR` and set {field}: DIR"
+        f"{field}: there is no folder {named}{meant(repo)}, and the hub did not supply it ({type(error).__name__}: "
+        f"{why}). On a machine with network (and, for gated models, after `hf auth login`) run "
+        f"`{download(repo, revision)} --local-dir DIR` and set {field}: DIR"
     )
 
 

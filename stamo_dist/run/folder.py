@@ -157,7 +157,7 @@ class RunFolder:
             else:
                 return
         except OSError as e:
-            why = e.strerror
+            why = str(e.strerror)
         raise RunError(f"run_dir: {self.path}: {why}; choose another with --set run_dir=…")
 
     def prepare(self) -> None:
