@@ -145,7 +145,7 @@ def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
     """Parse repeated `--set KEY=VALUE` into the types of the Reader's fields.
 
     Raises:
-        DataError: Unknown keys and values of another type, all at once.
+        DataError: Unknown keys, those given twice, and values of another type or with a name twice, all at once.
     """
     known = {option.name: option for option in options_of(format)}
     values: dict[str, Any] = {}
@@ -157,6 +157,8 @@ def parse_options(format: str, settings: Iterable[str]) -> dict[str, Any]:
             problems.append(f"--set {setting}: write KEY=VALUE")
         elif name not in known:
             problems.append(_unknown(format, name, known))
+        elif name in values:
+            problems.append(f"--set {name}: given twice; keep one of them{_listing(name, known[name])}")
         else:
             try:
                 values[name] = _parse(text.strip(), known[name].type)
@@ -213,6 +215,10 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return did_you_mean(word, known) or f"there is: {', '.join(known) or 'none'}"
 
 
+def _listing(name: str, option: Option) -> str:
+    return f", several values with commas: {name}=A,B" if "list of" in type_text(option.type) else ""
+
+
 def _parse(text: str, annotation: Any) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
@@ -224,6 +230,9 @@ def _parse(text: str, annotation: Any) -> Any:
         raise ValueError(f"must be one of {', '.join(map(str, arguments))}")
     if origin is not None and isinstance(origin, type) and issubclass(origin, (Sequence, set, frozenset)):
         items = [_parse(part.strip(), arguments[0]) for part in text.split(",") if part.strip()]
+        names = [item for item in items if isinstance(item, str | Path)]
+        if twice := [str(name) for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"{', '.join(twice)} given twice; name each once")
         return tuple(items) if origin is tuple else items
     if annotation is bool:
         if text.lower() not in _WORDS:

@@ -19,7 +19,7 @@ from stamo_dist.distributed.ranges import WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RunError
 from stamo_dist.pretrained.checksums import verify
 from stamo_dist.pretrained.files import header, weight_files
-from stamo_dist.pretrained.place import EXPORTED, hub_failures, hub_id, not_supplied, snapshot, source
+from stamo_dist.pretrained.place import ABOUT, EXPORTED, hub_failures, hub_id, not_supplied, snapshot, source
 from stamo_dist.recipe.init_from import InitFrom
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lineage import Weights
@@ -190,7 +190,7 @@ def _export(path: Path, location: str) -> ParentWeights:
 
 def _about(path: Path) -> dict[str, Any]:
     """What a folder says of the model in it; {} if nothing."""
-    for name in ("stamo.json", "policy.json", "config.json", "adapter_config.json"):
+    for name in ABOUT:
         if (path / name).is_file():
             try:
                 found = json.loads((path / name).read_text(encoding="utf-8"))

@@ -116,7 +116,7 @@ def check(
     from stamo_dist.recipe.batching import batchings
     from stamo_dist.recipe.load import load_draft
 
-    scope = Scope(world_size=world_size, offline=offline, advise=True)
+    scope = Scope(world_size=world_size, asked="--world-size", offline=offline, advise=True)
     loaded, looked = refuse(load_draft(recipe, overrides or ()), scope)
     r = loaded.recipe
     first = r.data.first_shares()

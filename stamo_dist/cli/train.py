@@ -112,7 +112,7 @@ def _checked(recipe: Path, overrides: list[str], processes: int) -> Loaded:
 
     def look() -> None:
         try:
-            found.append(refuse(draft, Scope(world_size=processes)))
+            found.append(refuse(draft, Scope(world_size=processes, asked="--nproc")))
         except Exception as e:
             found.append(e)
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from stamo_dist.data.agreement import INDEX, check_content, check_shards
 from stamo_dist.data.schema import EPISODES, REPAIR, Episode, Manifest, first_entries, read_manifest
+from stamo_dist.demo import made_by
 from stamo_dist.errors import DataError
 from stamo_dist.paths import canonical
 from stamo_dist.recipe.data import Data, SourceConfig
@@ -146,7 +147,8 @@ def look(data: Data) -> list[Misfit]:
             try:
                 found.setdefault(name, []).append((path, read_manifest(Path(path).expanduser())))
             except (DataError, OSError) as e:
-                problems.append(Misfit(f"data.sources.{name}.path", f"data.sources.{name}: {e}"))
+                demo = f"; `{command}` makes it" if (command := made_by(path)) else ""
+                problems.append(Misfit(f"data.sources.{name}.path", f"data.sources.{name}: {e}{demo}"))
     problems += misfits(data, found)
     for name, folders in found.items():
         source = data.sources[name]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from stamo_dist.errors import RecipeError, RunError
-from stamo_dist.launch import checks, recipe_checks, submit
+from stamo_dist.launch import recipe_checks, submit
 from stamo_dist.launch.pipeline import Pipeline, Work
 from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.record import PIPELINE, SWEEP, Launch, finished
@@ -31,7 +31,7 @@ from stamo_dist.pretrained.place import hub_id
 from stamo_dist.recipe.lines import read_override, show_value
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.recipe.schema import Recipe
-from stamo_dist.run.folder import write_atomic
+from stamo_dist.run.folder import RunFolder, write_atomic
 
 _PLAIN = re.compile(r"[^\w.+-]+")
 
@@ -107,7 +107,7 @@ def send(pipeline: Pipeline, path: Path, steps: Sequence[Step], found: Sequence[
         StamoError: The cluster refuses one, and the earlier ones are cancelled; or a folder cannot be written.
     """
     folder = Path(pipeline.run_dir).absolute()
-    checks.folder(folder)
+    RunFolder(folder).check()
     jobs = {str(step.work.run_dir): step.job for step in steps if step.job is not None}
     launches = submit.submit_all(found, jobs)
     stages = {step.work.name: str(step.work.run_dir) for step in steps}

@@ -85,18 +85,6 @@ def unasked(profiles: Iterable[ClusterProfile]) -> list[str]:
     return notes
 
 
-def folder(run: Path) -> None:
-    """Check that the run folder can be written, without creating it.
-
-    Raises:
-        RunError: It cannot be written.
-    """
-    there = next(p for p in [run, *run.parents] if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written" if there.is_dir() else "is no folder"
-        raise RunError(f"run_dir: {run}: {there} {why}; choose another with --set run_dir=…")
-
-
 def vacant(run: Path) -> None:
     """Check that nobody trains in the run folder by hand.
 

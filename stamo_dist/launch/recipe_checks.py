@@ -8,15 +8,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from stamo_dist.data import at_hand
 from stamo_dist.data.schema import read_manifest
-from stamo_dist.errors import DataError, RecipeError
+from stamo_dist.errors import DataError, RecipeError, RunError
 from stamo_dist.extras import how_to_install, is_installed
 from stamo_dist.launch.ends import newest_step
 from stamo_dist.launch.further import FURTHER
-from stamo_dist.pretrained.place import hub_id
+from stamo_dist.pretrained.place import ABOUT, cached, download, hub_id, is_offline, meant
 from stamo_dist.pretrained.wanted import look_at
 from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.difference import resolved_of
@@ -51,6 +50,7 @@ class Scope:
     Attributes:
         environment: Variables that the run will have besides this process's.
         world_size: Also check that the global batch and hsdp's groups divide over this many processes.
+        asked: The option that gave `world_size`, for messages.
         offline: Skip data and weights, which are not on this machine, and packages.
         trains: The recipe is trained next; False for `stamo encode`, which makes what training reads.
         packages: The run has this Python's packages; False for a run in a container.
@@ -59,6 +59,7 @@ class Scope:
 
     environment: Mapping[str, str] = field(default_factory=dict)
     world_size: int | None = None
+    asked: str = ""
     offline: bool = False
     trains: bool = True
     packages: bool = True
@@ -103,18 +104,21 @@ def look(draft: Draft, scope: Scope = Scope()) -> Looked:
             batching(loaded.recipe.train, scope.world_size)
             loaded.recipe.strategy.check_processes(scope.world_size)
         except ValueError as e:
-            problems.append(_located(loaded, str(e)))
+            option = f"{scope.asked} {scope.world_size}: " if scope.asked else ""
+            problems.append(option + _located(loaded, str(e)))
     advice, downloads = list[str](), list[tuple[str, str, str]]()
     if not scope.offline:
         unusable, advice = _data(loaded, scope, draft)
         problems += unusable
         if "stage" not in draft.wrong:
-            looked = weights(loaded, scope.environment)
-            problems += [*_initial(loaded), *looked.problems, *_policy(loaded)]
+            environ = {**os.environ, **scope.environment}
+            looked = weights(loaded, environ)
+            problems += [*_initial(loaded, environ), *looked.problems, *_policy(loaded)]
             problems += _to_encode(loaded) if scope.trains else ()
             notes += [*_outdated(loaded), *_initial_of_hub(loaded)]
             downloads = looked.to_download
         problems += _not_installed(loaded) if scope.packages else ()
+        problems += _run_folder(loaded) if scope.trains else ()
     found = [problem for problem in _apart_from(draft.wrong, problems) if problem not in draft.problems]
     return Looked([*draft.problems, *found], notes, downloads, advice)
 
@@ -153,15 +157,37 @@ def _notes(loaded: Loaded) -> Iterator[str]:
 
 
 def _has_checkpoints(loaded: Loaded) -> bool:
-    return any((Path(loaded.recipe.run_dir) / "checkpoints").glob("step_*"))
+    try:
+        return any((Path(loaded.recipe.run_dir) / "checkpoints").glob("step_*"))
+    except OSError:  # `_run_folder` says so
+        return False
 
 
-def _initial(loaded: Loaded) -> Iterator[str]:
+def _run_folder(loaded: Loaded) -> Iterator[str]:
+    try:
+        RunFolder(Path(loaded.recipe.run_dir)).check()
+    except RunError as e:
+        yield _located(loaded, str(e))
+
+
+def _initial(loaded: Loaded, environ: Mapping[str, str]) -> Iterator[str]:
     """Check that the weights are there that the run begins with, unless it goes on from a checkpoint of its own."""
     initial = loaded.recipe.init_from
-    if initial is None or _from_hub(initial.path) or _has_checkpoints(loaded):
+    if initial is None:
         return
     field, given = _placed(loaded, "init_from.path"), Path(initial.path).expanduser()
+    try:
+        initial.check_other(Path(loaded.recipe.run_dir))
+    except ValueError as e:
+        yield f"{field}: {e}"
+        return
+    if _has_checkpoints(loaded):
+        return
+    if (hub := hub_id(initial.path)) is not None and _from_hub(initial.path):
+        if is_offline(environ) and not any(cached(*hub, [""], environ, name) for name in ABOUT):
+            where = f"is no folder here{meant(initial.path)}, nor in the hub's cache, and HF_HUB_OFFLINE is set"
+            yield f"{field}: {initial.path} {where}; `{download(*hub)}` where there is network, or give a folder"
+        return
     if "://" in initial.path:
         yield f"{field}: {initial.path}: copy it here first (stamo sync {initial.path} FOLDER), and give its folder"
         return
@@ -178,8 +204,8 @@ def _initial(loaded: Loaded) -> Iterator[str]:
 def _initial_of_hub(loaded: Loaded) -> Iterator[str]:
     initial = loaded.recipe.init_from
     if initial is not None and _from_hub(initial.path) and not _has_checkpoints(loaded):
-        field = _placed(loaded, "init_from.path")
-        yield f"{field}: {initial.path} is no folder here, and is taken for a repository of the Hub"
+        field, near = _placed(loaded, "init_from.path"), meant(initial.path)
+        yield f"{field}: {initial.path} is no folder here{near}, and is taken for a repository of the Hub"
 
 
 def _to_encode(loaded: Loaded) -> Iterator[str]:
@@ -222,22 +248,21 @@ class Weights:
     to_download: list[tuple[str, str, str]]
 
 
-def weights(loaded: Loaded, environment: Mapping[str, str] = MappingProxyType({})) -> Weights:
+def weights(loaded: Loaded, environ: Mapping[str, str] = os.environ) -> Weights:
     """Check the headers of all weights that the stage reads; offline, weights missing on this machine are problems."""
     if _has_checkpoints(loaded):  # the run reads the weights of the commit that it began with, which they name
         return Weights([], [])
-    environ = {**os.environ, **environment}
     looked = look_at(loaded.recipe, environ)
     problems = [p.replace(field, _placed(loaded, field), 1) for field, found in looked.problems.items() for p in found]
     absent = [
         (
             _placed(loaded, field),
-            f"{repo} is not in the hub's cache",
+            f"{repo} is not in the hub's cache{meant(repo)}",
             f"`{command}` here, into a cache that the nodes see, or give a folder that is there",
         )
         for field, (repo, command) in looked.absent.items()
     ]
-    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):  # as the hub's client reads it
+    if not is_offline(environ):
         return Weights(problems, absent)
     return Weights([*problems, *(f"{f}: {what}, and HF_HUB_OFFLINE is set; {fix}" for f, what, fix in absent)], [])
 
@@ -268,10 +293,11 @@ def _from_hub(given: str) -> bool:
 
 
 def _placed(loaded: Loaded, field: str, text: str | None = None) -> str:
-    """The text, by default the field, after the file and line that set the field."""
-    place = loaded.provenance.get(field, "default")
-    text = field if text is None else text
-    return text if place in ("default", "--set") else f"{place}: {text}"
+    """The text, by default the field, after what set the field: a file's line, or `--set`."""
+    place, text = loaded.origin(field), field if text is None else text
+    if place == "default":
+        return text
+    return place if place == f"--set {text}" else f"{place}: {text.removeprefix(place.removeprefix('--set ') + ': ')}"
 
 
 def _located(loaded: Loaded, text: str) -> str:

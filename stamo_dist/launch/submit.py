@@ -38,6 +38,7 @@ from stamo_dist.launch.sbatch import JobOrder, Sbatch, no_snapshot
 from stamo_dist.launch.step import step
 from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import Draft, Loaded
+from stamo_dist.run.folder import RunFolder
 
 SNAPSHOT = "{snapshot}"  # placeholder in a command for the folder of the snapshot
 
@@ -112,7 +113,7 @@ def ask(
             notes.append(f"{field}: {what}; nodes without network cannot get it: {fix}")
     if problems:
         raise RecipeError(problems)
-    checks.folder(run)
+    RunFolder(run).check()
     grace = float(profile.signal_delay)
     if profile.backend == "slurm":
         notes += checks.shell_and_container(launch, Sbatch(order).text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ _CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots
 _FILES = (".safetensors", *PICKLED)
 #: The files of an exported model.
 EXPORTED = ("*.json", "*.safetensors", "*--*_checkpoint.pt", "*.model", CHECKSUMS)
+#: Of these, what says which model it is: the first that is there.
+ABOUT = ("stamo.json", "policy.json", "config.json", "adapter_config.json")
 
 
 def hub_id(weights: str) -> tuple[str, str | None] | None:
@@ -28,6 +31,27 @@ def hub_id(weights: str) -> tuple[str, str | None] | None:
     if match is None or weights.startswith("runs/") or Path(weights).expanduser().exists():
         return None
     return match["repo"], match["revision"]
+
+
+def meant(given: str) -> str:
+    """' (did you mean PATH?)' where a hub id may be a mistyped path: folders here have nearly its names; else ""."""
+    path = Path(given.partition("@")[0])
+    first, *others = path.parts
+    near = _closest(first, Path(), cutoff=0.75)
+    if near is None:
+        return ""
+    for name in others:
+        near /= (_closest(name, near, cutoff=0.6) or Path(name)).name
+    return "" if near == path else f" (did you mean {near}?)"
+
+
+def _closest(name: str, folder: Path, cutoff: float) -> Path | None:
+    """The folder in another whose name is most like this one."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:
+        names = []
+    return next((folder / close for close in get_close_matches(name, names, n=1, cutoff=cutoff)), None)
 
 
 def source(path: Path) -> str:
@@ -195,9 +219,9 @@ def not_supplied(repo: str, revision: str | None, field: str, error: Exception) 
     named = repo + (f"@{revision}" if revision else "")
     why = (str(error).strip().splitlines() or [""])[-1]
     return CheckpointError(
-        f"{field}: there is no folder {named}, and the hub did not supply it ({type(error).__name__}: {why}). On a "
-        f"machine with network (and, for gated models, after `hf auth login`) run `{download(repo, revision)} "
-        f"--local-dir DIR` and set {field}: DIR"
+        f"{field}: there is no folder {named}{meant(repo)}, and the hub did not supply it ({type(error).__name__}: "
+        f"{why}). On a machine with network (and, for gated models, after `hf auth login`) run "
+        f"`{download(repo, revision)} --local-dir DIR` and set {field}: DIR"
     )
 
 
@@ -213,6 +237,11 @@ def _patterns(variant: str) -> list[str]:
 def download(repo: str, revision: str | None) -> str:
     """The command that downloads it into the cache."""
     return f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether the hub's client asks nobody, in a process with these environment variables."""
+    return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def cached(

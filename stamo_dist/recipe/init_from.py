@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from stamo_dist.recipe.section import Section
+
+#: Section of a recipe that may be written as text → its field that has this text.
+SHORT_FORMS = {"init_from": "path"}
 
 
 class InitFrom(Section):
@@ -23,6 +27,12 @@ class InitFrom(Section):
         default_factory=list,
         description="What may have another shape: positions (another image size), tokens (of the state).",
     )
+
+    def check_other(self, run: Path) -> None:
+        """Raises: ValueError: The weights are of the run itself that is to begin with them."""
+        own, given = run.resolve(), Path(self.path).expanduser().resolve()
+        if given == own or own in given.parents:
+            raise ValueError(f"{given} is of this run itself; leave it out to go on, or choose another run_dir")
 
 
 def _section(value: Any) -> Any:

@@ -13,7 +13,10 @@ from omegaconf import OmegaConf
 
 from stamo_dist.paths import canonical
 from stamo_dist.recipe.find import closest, find_recipe, shipped_recipe
-from stamo_dist.recipe.lines import Key, Layer, is_by_step, located, read_file, read_override, shown
+from stamo_dist.recipe.init_from import SHORT_FORMS
+from stamo_dist.recipe.lines import Key, Layer, dotted, is_by_step, located, read_file, read_override, shown
+
+_SOURCES = ("data", "sources")
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Merged(Layer):
         self.problems += layer.problems
         self.unread |= layer.unread
         self.whole &= () not in layer.unread
+        _write_out(layer)
+        self._refuse_empty(layer)
         _clear_clashes(self.value, layer.value)
         self._remove_sources(layer)
         self._remove_steps(layer)
@@ -41,12 +46,21 @@ class Merged(Layer):
             if not (override and is_map and key in self.places):
                 self.places[key] = place
 
+    def _refuse_empty(self, layer: Layer) -> None:
+        """An empty map is none of the ways to take out what a map has: maps are merged."""
+        for key, place in layer.places.items():
+            inherited = value_at(self.value, key)
+            if key and value_at(layer.value, key) == {} and isinstance(inherited, dict) and inherited:
+                remedy = f"{dotted(_SOURCES)}.NAME: null removes one" if key == _SOURCES else "name what is to change"
+                message = f"an empty map removes nothing, as maps are merged: {', '.join(map(str, inherited))} stay"
+                self.problems.append(located(place, key, f"{message}; {remedy}"))
+
     def _remove_sources(self, layer: Layer) -> None:
         """`data.sources.NAME: null` removes an inherited source from the mixture."""
-        sources, inherited = (value_at(value, ("data", "sources")) for value in (layer.value, self.value))
+        sources, inherited = (value_at(value, _SOURCES) for value in (layer.value, self.value))
         sources, inherited = (s if isinstance(s, dict) else {} for s in (sources, inherited))
         for name in [n for n, source in sources.items() if source is None]:
-            key = ("data", "sources", name)
+            key = (*_SOURCES, name)
             if name not in inherited and self.whole:
                 hint = did_you_mean(name, inherited) or f"there are {', '.join(inherited) or 'none'}"
                 message = f"null removes an inherited source, but none has this name; {hint}"
@@ -150,6 +164,14 @@ def _missing(path: Path, extender: Path | None, at: str) -> str:
     else:
         hint = ""
     return f"{at}: extends: {name}: no such file (names are relative to {shown(extender.parent)}/){hint}"
+
+
+def _write_out(layer: Layer) -> None:
+    """Write short forms as the maps they stand for, so that they are merged with other fields of those maps."""
+    for name, field in SHORT_FORMS.items():
+        if isinstance(value := layer.value.get(name), str):
+            layer.value[name] = {field: value}
+            layer.places[(name, field)] = layer.places[(name,)]
 
 
 def _clear_clashes(old: Any, new: Any) -> None:

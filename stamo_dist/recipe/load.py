@@ -32,6 +32,13 @@ class Loaded:
         """`stamo VERB` for this recipe, as one types it."""
         return shlex.join(["stamo", verb, str(self.path), *(word for o in self.overrides for word in ("--set", o))])
 
+    def origin(self, field: str) -> str:
+        """As `provenance`, with the name given to `--set`: of the field, a section around it or an entry of it."""
+        place = self.provenance.get(field, "default")
+        names = [override.partition("=")[0].strip() for override in reversed(self.overrides)]
+        near = [n for n in names if f"{field}.".startswith(f"{n}.") or n.startswith(f"{field}.")]
+        return f"--set {near[0]}" if place == "--set" and near else place
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -104,8 +111,6 @@ def _traced(recipe: Recipe, merged: Merged, overrides: tuple[str, ...]) -> Loade
     for derived in ("name", "run_dir"):
         if not merged.value.get(derived):
             written.pop(derived, None)
-    if isinstance(merged.value.get("init_from"), str):
-        written["init_from.path"] = written["init_from"]
     return Loaded(
         path=merged.path,
         text=merged.text,

@@ -189,6 +189,8 @@ def _wrong_value(field: RecipeField, value: Any) -> str:
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
     if isinstance(value, str) and (name := field.child("name")) and value in get_args(name.annotation):
         hint = f"did you mean {dotted(name.key)}={value}?"
+    if isinstance(value, str) and field.words.startswith("a list"):
+        hint = f"did you mean [{value}]?"
     return f"must be {field.words}, not {show_value(value)}" + (f"; {hint}" if hint else "")
 
 

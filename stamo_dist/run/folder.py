@@ -46,6 +46,8 @@ _PACKAGES = (
     "numpy",
 )
 
+_OF_THE_KERNEL = (("proc",), ("sys",))
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one step, so that a reader never sees a half-written file."""
@@ -137,6 +139,26 @@ class RunFolder:
     @property
     def success(self) -> Path:
         return self.path / "success.json"
+
+    def check(self) -> None:
+        """Check that the folder can be made and written, without creating anything.
+
+        Raises:
+            RunError: It cannot be.
+        """
+        try:
+            there = next(p for p in (self.path, *self.path.parents) if p.exists())
+            if not there.is_dir():
+                why = f"{there} is no folder"
+            elif there.resolve().parts[1:2] in _OF_THE_KERNEL:  # root seems to be allowed to write there
+                why = f"{there} is the kernel's, and holds no files"
+            elif not os.access(there, os.W_OK | os.X_OK):
+                why = f"{there} cannot be written"
+            else:
+                return
+        except OSError as e:
+            why = str(e.strerror)
+        raise RunError(f"run_dir: {self.path}: {why}; choose another with --set run_dir=…")
 
     def prepare(self) -> None:
         """Create the folder and check that it can be written.

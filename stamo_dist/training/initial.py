@@ -28,6 +28,11 @@ from stamo_dist.run.lineage import Parent
 
 _VLA = {"vision_backbone": "vision", "language_model": "language"}
 Shape = tuple[int, ...]
+#: Stage → the fields that name what it does not train, by the parts that another stage calls so.
+_NAMED = {
+    "tokenizer": {"encoder": "model.encoder.weights", "vae": "model.vae.weights"},
+    "policy": dict.fromkeys(("encoder", "compressor", "decoder"), "policy.tokenizer"),
+}
 
 
 def find(recipe: Recipe, run: Path, say: Callable[[str], None]) -> str | None:
@@ -38,10 +43,11 @@ def find(recipe: Recipe, run: Path, say: Callable[[str], None]) -> str | None:
     """
     if recipe.init_from is None:
         return None
-    own, given = run.resolve(), Path(recipe.init_from.path).expanduser().resolve()
-    if given == own or own in given.parents:
-        raise RunError(f"{FIELD}: {given} is of this run itself; leave it out to go on, or choose another run_dir")
-    location = locate(recipe.init_from, recipe.stage, say)
+    try:
+        recipe.init_from.check_other(run)
+    except ValueError as e:
+        raise RunError(f"{FIELD}: {e}") from None
+    own, location = run.resolve(), locate(recipe.init_from, recipe.stage, say)
     parent = open_parent(location, recipe.init_from)
     line = [Path(parent.run), *(Path(p.run) for p in lineage.ancestors(Path(parent.run)))]
     if own in line:
@@ -289,7 +295,8 @@ def _check_parts(cfg: InitFrom, stage: str, source: Source, shapes: Mapping[str,
     problems = []
     for part in cfg.parts or ():
         if part not in (*here, *whole):
-            frozen = "; it is frozen here: name it as model.encoder.weights" if part == "encoder" else ""
+            named = _NAMED.get(stage, {}).get(part)
+            frozen = f"; it is frozen here: name it as {named}" if named else ""
             problems.append(f"{FIELD}.parts: {part}: the recipe trains {', '.join(here)}{frozen}")
         elif part not in (*there, *whole):
             problems.append(f"{FIELD}.parts: {part}: {run} has {', '.join(there)}")

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from toy import make_source, write_recipe
+from typer.testing import CliRunner
 
+from stamo_dist.cli.app import app
 from stamo_dist.data import at_hand
+from stamo_dist.errors import RecipeError
 from stamo_dist.launch.recipe_checks import Scope, look
 from stamo_dist.recipe.load import load, load_draft
 
@@ -73,24 +76,107 @@ def test_a_parent_of_another_stage_and_a_mistyped_one_are_said(recipe: Path, tmp
     for given in ("runs/vae", "runs/vae/model"):
         (problem,) = look(load_draft(recipe, [f"init_from={given}"])).problems
         assert problem == (
-            f"init_from.path: {given} is of the vae stage, and the recipe trains the tokenizer; "
+            f"--set init_from: init_from.path: {given} is of the vae stage, and the recipe trains the tokenizer; "
             f"model.vae.weights: runs/vae names its VAE"
         )
-    mistyped = look(load_draft(recipe, ["init_from=runz/vae"]))
-    assert "init_from.path: runz/vae is no folder here, and is taken for a repository of the Hub" in mistyped.notes
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    field = "--set init_from: init_from.path: runz/vae is no folder here (did you mean runs/vae?)"
+    mistyped = load_draft(recipe, ["init_from=runz/vae"])
+    assert f"{field}, and is taken for a repository of the Hub" in look(mistyped).notes
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (problem,) = look(mistyped).problems
+    assert problem.startswith(f"{field}, nor in the hub's cache, and HF_HUB_OFFLINE is set; `hf download runz/vae`")
+    commit = tmp_path / "hub" / "models--runz--vae" / "snapshots" / ("a" * 40)
+    for file, text in ((commit / "stamo.json", "{}"), (commit.parents[1] / "refs" / "main", commit.name)):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    looked = look(mistyped)
+    assert looked.problems == []
+    assert f"{field}, and is taken for a repository of the Hub" in looked.notes
+
+
+def test_mistyped_weights_suggest_the_folder(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "runs/vae").mkdir(parents=True)
+    for offline, given, hint in (
+        ("0", "runz/vae", " (did you mean runs/vae?)"),
+        ("1", "runz/vea@main", " (did you mean runs/vae?)"),
+        ("1", "runz/none", " (did you mean runs/none?)"),
+        ("1", "lab/vae", ""),
+    ):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        looked = look(load_draft(recipe, [f"model.vae.weights={given}"]))
+        said = [f"{field}: {what}; {fix}" for field, what, fix in looked.to_download] or looked.problems
+        assert bool(looked.problems) == (offline == "1")
+        assert said[0].startswith(f"--set model.vae.weights: {given} is not in the hub's cache{hint}")
+
+
+def test_the_option_that_gave_a_value_is_named(recipe: Path) -> None:
+    for setting, expected in (
+        ("data.sources.b.path=gone", "--set data.sources.b.path: data.sources.b: gone: no such folder"),
+        ("data={sources: {b: {path: gone}}}", "--set data: data.sources.b: gone: no such folder"),
+        ("model.vae.weights=gone", "--set model.vae.weights: there is no folder gone"),
+        ("model.vae={weights: gone}", "--set model.vae: model.vae.weights: there is no folder gone"),
+    ):
+        (problem,) = look(load_draft(recipe, [setting])).problems
+        assert problem.startswith(expected)
+    for command in (["train", str(recipe), "--nproc", "3"], ["recipe", "check", str(recipe), "--world-size", "3"]):
+        refused = CliRunner().invoke(app, command).exception
+        assert isinstance(refused, RecipeError)
+        (problem,) = refused.problems
+        assert problem.startswith(f"{' '.join(command[-2:])}: {recipe}:22: train.global_batch: 8 is not divisible by 3")
+
+
+@pytest.mark.parametrize(
+    ("below", "why"),
+    [
+        ("/proc/x", "/proc is the kernel's, and holds no files"),
+        ("{}/toy.yaml/run", "{}/toy.yaml is no folder"),
+        ("{}/" + "x" * 300, "File name too long"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_made_is_said(recipe: Path, tmp_path: Path, below: str, why: str) -> None:
+    there, before = below.format(tmp_path), sorted(tmp_path.rglob("*"))
+    (problem,) = look(load_draft(recipe, [f"run_dir={there}"])).problems
+    assert problem == f"--set run_dir: {there}: {why.format(tmp_path)}; choose another with --set run_dir=…"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert look(load_draft(recipe, [f"run_dir={there}"]), Scope(offline=True)).problems == []
+
+
+def test_a_run_does_not_begin_with_itself(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    for below in ("checkpoints/step_00000010", "model"):
+        (run / below).mkdir(parents=True)
+    for given in (run, run / "model", f"{run}/../run/checkpoints/step_00000010"):  # also where it is finished
+        (problem,) = look(load_draft(recipe, [f"init_from={given}"])).problems
+        assert problem == (
+            f"--set init_from: init_from.path: {Path(given).resolve()} is of this run itself; leave it out to go on, "
+            "or choose another run_dir"
+        )
+
+
+def test_the_demo_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, command in (("tokenizer_demo", "stamo demo"), ("policy_metaworld_demo", "stamo demo --policy")):
+        said = next(problem for problem in look(load_draft(name)).problems if "data.sources." in problem)
+        assert said.endswith(
+            f"no such folder; convert a dataset into it with `stamo data convert`; `{command}` makes it"
+        )
 
 
 def test_a_warm_up_longer_than_the_run_is_noted(recipe: Path) -> None:
     looked = look(load_draft(recipe, ["optimizer.warmup_steps=500", "train.steps=20"]))
     assert looked.problems == []
     assert looked.notes == [
-        "optimizer.warmup_steps: 500 steps of warm-up in a run of 20: it never reaches optimizer.lr"
+        "--set optimizer.warmup_steps: 500 steps of warm-up in a run of 20: it never reaches optimizer.lr"
     ]
     assert look(load_draft(recipe, ["optimizer.warmup_steps=5", "train.steps=20"])).notes == []
     wsd = ["optimizer.schedule=wsd", "optimizer.decay_steps=15", "train.steps=20"]
     assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=5"])).notes == []
     assert look(load_draft(recipe, [*wsd, "optimizer.warmup_steps=8"])).notes == [
-        "optimizer.decay_steps: 15 are more than the 12 steps after the warm-up: it is shorter"
+        "--set optimizer.decay_steps: 15 are more than the 12 steps after the warm-up: it is shorter"
     ]
 
 
@@ -197,7 +283,7 @@ def test_a_tracker_that_is_not_installed_is_said(recipe: Path, monkeypatch: pyte
     assert look(draft).problems == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = look(draft).problems
-    assert problem.startswith("tracking.tensorboard: the package tensorboard is not installed; ")
+    assert problem.startswith("--set tracking.tensorboard: the package tensorboard is not installed; ")
     assert "install" in problem
     assert look(load_draft(recipe)).problems == []
 
@@ -213,6 +299,6 @@ def test_an_export_older_than_its_run_is_noted(recipe: Path, toy: SimpleNamespac
     (run / "checkpoints" / "step_00000020").mkdir(parents=True)
     (run / "checkpoints" / "step_00000020" / "checkpoint.json").touch()
     assert look(draft).notes == [
-        f"model.vae.weights: {run} was exported after step 10, and its run has a checkpoint of step 20; "
+        f"--set model.vae.weights: {run} was exported after step 10, and its run has a checkpoint of step 20; "
         f"`stamo export {run}` exports that"
     ]

@@ -150,7 +150,7 @@ def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):
     assert "✗" not in fine
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     absent = stamo("doctor", recipe, "--no-job", "--set", "model.decoder.weights=some/model").stdout
-    assert "! model.decoder.weights: some/model is not in the hub's cache" in absent
+    assert "! --set model.decoder.weights: some/model is not in the hub's cache" in absent
     assert "hf download some/model" in absent
 
 

@@ -125,6 +125,7 @@ def test_a_stage_must_wait_for_the_run_it_begins_with(tmp_path, monkeypatch):
 
 def test_a_missing_parent_is_said_before_a_job_is_queued(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
     def said(path: str) -> list[str]:
         looked = look(load_draft("recipes/tokenizer_demo.yaml", [f"init_from={path}", f"run_dir={tmp_path}/run"]))

@@ -85,7 +85,7 @@ flow:
         "run.yaml:17: flow: empty; give it fields or remove the line",
         "--set nonsense: write FIELD=VALUE, for example --set train.steps=1000",
         "--set train.micro_batch: must be a whole number above 0, not 0",
-        "--set tracking.tags: must be a list (text each), not x",
+        "--set tracking.tags: must be a list (text each), not x; did you mean [x]?",
     ]
     assert sorted(found) == sorted(expected)
     assert found[:14] == expected[:14]  # in the order of the files, so that they can be worked through
@@ -208,3 +208,28 @@ def test_overrides_of_sources(write):
 
 def test_world_size_must_be_positive(write):
     assert problems(write(run=GOOD), world_size=0) == ["world size 0: must be at least 1 process"]
+
+
+def test_an_empty_map_that_would_remove_nothing_is_refused(write):
+    path = write(run=GOOD + "optimizer: {lr: 1e-4}\nflow: {}\n", child="extends: run.yaml\noptimizer: {}\n")
+    stays = "an empty map removes nothing, as maps are merged: "
+    assert problems(path, "data.sources={}", "model={encoder: {}}") == [
+        f"--set data.sources: {stays}a stay; data.sources.NAME: null removes one",
+        f"--set model: model.encoder: {stays}train stay; name what is to change",
+    ]
+    assert problems(Path("child.yaml")) == [f"child.yaml:2: optimizer: {stays}lr stay; name what is to change"]
+    assert load(path, ["flow={}", "tracking={}"])
+
+
+def test_a_short_form_is_merged_as_the_map_it_stands_for(write):
+    path = write(run=GOOD + "init_from: runs/a\n")
+    assert load(path).provenance["init_from.path"] == "run.yaml:8"
+    loaded = load(path, ["init_from.parts=[encoder]"])
+    assert loaded.resolved["init_from"] == {"path": "runs/a", "parts": ["encoder"], "weights": None, "resize": []}
+    assert (loaded.origin("init_from.path"), loaded.origin("init_from.parts")) == (
+        "run.yaml:8", "--set init_from.parts",
+    )  # fmt: skip
+    loaded = load(path, ["init_from.parts=[encoder]", "init_from=runs/b"])
+    assert (loaded.recipe.init_from.path, loaded.recipe.init_from.parts) == ("runs/b", ["encoder"])
+    assert loaded.origin("init_from.path") == "--set init_from"
+    assert load(path, ["init_from=null"]).recipe.init_from is None

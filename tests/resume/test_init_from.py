@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from toy_policy import write_diffusion_recipe, write_policy_recipe
 
 from stamo_dist.checkpoint.load import read_weights
 from stamo_dist.checkpoint.manifest import read_checkpoint_manifest
+from stamo_dist.errors import RecipeError
+from stamo_dist.recipe.init_from import InitFrom
 from stamo_dist.recipe.load import load
 from stamo_dist.run.lineage import Parent, read, write
 from stamo_dist.tasks.tokenizer import TokenizerTask
-from stamo_dist.training.initial import find, open_initial
+from stamo_dist.training.initial import _check_parts, find, open_initial
 
 EMA = ["--set", "train.ema=0.9"]
 #: Steps that leave the weights as they are.
@@ -263,6 +266,28 @@ def test_itself_a_circle_and_another_stage_are_refused(parent, child, ranks, tmp
     code, output = begin(ranks, recipe, parent, "--set", "model.compressor.width=64", *STILL, check=False)
     assert code == 2
     assert "compressor.queries: [2, 32] in the parent, [2, 64] in the recipe\n" in output
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained", "part", "said"),
+    [
+        (
+            "tokenizer",
+            "compressor.queries",
+            "encoder",
+            "compressor; it is frozen here: name it as model.encoder.weights",
+        ),
+        ("tokenizer", "compressor.queries", "vae", "compressor; it is frozen here: name it as model.vae.weights"),
+        ("policy", "action_head.weight", "encoder", "action_head; it is frozen here: name it as policy.tokenizer"),
+        ("vae", "model.decoder.conv_in.weight", "encoder", "vae"),
+        ("tokenizer", "compressor.queries", "other", "compressor"),
+    ],
+)
+def test_a_part_that_is_not_trained_is_named_where_the_stage_has_it(stage, trained, part, said) -> None:
+    shapes = {trained: (1,)}
+    with pytest.raises(RecipeError) as refused:
+        _check_parts(InitFrom(path="p", parts=[part]), stage, SimpleNamespace(shapes=shapes), shapes, "p")
+    assert refused.value.problems == [f"init_from.parts: {part}: the recipe trains {said}"]
 
 
 def test_a_policy_begins_with_another_s_export_and_checkpoint(toy_policy, ranks, tmp_path) -> None:

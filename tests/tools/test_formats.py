@@ -95,6 +95,20 @@ def test_all_wrong_options_are_named_at_once() -> None:
         formats.open_reader("made", Path(), {"ofset": 1})
 
 
+def test_a_key_or_a_name_in_it_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "turned", (f"{__name__}._Turned", "tests"))
+    assert formats.parse_options("turned", ["keys=a, b"]) == {"keys": ["a", "b"]}
+    with pytest.raises(DataError) as caught:
+        formats.parse_options("turned", ["keys=a,b,a"])
+    assert str(caught.value) == "--set keys=a,b,a: a given twice; name each once"
+    with pytest.raises(DataError) as caught:
+        formats.parse_options("turned", ["keys=a", "keys=b", "strict=true", "strict=false"])
+    assert str(caught.value).splitlines() == [
+        "--set keys: given twice; keep one of them, several values with commas: keys=A,B",
+        "--set strict: given twice; keep one of them",
+    ]
+
+
 def test_an_unknown_format_is_refused_with_a_suggestion() -> None:
     with pytest.raises(DataError, match=r"unknown format 'UMI'; the nearest is zarr \(.*Add a format"):
         formats.reader_class("UMI")
