@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 import stamo_dist
 from stamo_dist.cli.app import app
 from stamo_dist.errors import StamoError
+from stamo_dist.run import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +36,46 @@ def test_env_says_versions_and_neither_who_nor_where(monkeypatch: pytest.MonkeyP
     found = json.loads(said)
     assert found["stamo-dist"] == stamo_dist.__version__
     assert {"torch", "deepspeed", "python", "system", "GPUs", "CUDA of torch", "Slurm", "commit", "code"} <= set(found)
+
+
+class _Driver:
+    """libcuda and libcudnn of a machine with two GPUs."""
+
+    def __init__(self) -> None:
+        self.cudnnGetVersion = MagicMock(return_value=90100)
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return flags
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        device._obj.value = 10 + number
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"GPU {device.value}, {size}".encode()
+        return 0
+
+
+def test_env_asks_the_driver_for_gpus_and_imports_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert environment._cuda_of_torch() == torch.version.cuda
+    monkeypatch.setattr(environment, "_cuda_of_torch", lambda: "12.8")
+    monkeypatch.setattr(environment, "_library", lambda name: None)
+    assert environment.described()["GPUs"] == []
+    monkeypatch.setattr(environment, "_library", lambda name: _Driver())
+    monkeypatch.setattr(environment, "versions", dict.fromkeys)
+    found = environment.described()
+    assert (found["GPUs"], found["cuDNN"]) == (["GPU 10, 256", "GPU 11, 256"], "90100")
+    monkeypatch.setattr(environment, "versions", lambda names: dict.fromkeys(names, "9.1.0.70"))
+    assert environment.described()["cuDNN"] == "9.1.0.70"
+    program = "import sys; from stamo_dist.run.environment import described; described(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash: install bash")
