@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -138,6 +139,38 @@ def test_the_demo_says_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     stopped = CliRunner().invoke(app, ["demo"])
     assert isinstance(stopped.exception, StamoError)
     assert "`stamo recipe` ended with exit code 2; `stamo demo` goes on from there" in str(stopped.exception)
+
+
+#: A rank, as the launcher leaves it: in a session of its own, and it saves and leaves when the launcher is killed.
+RANK = """
+import ctypes, os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_nothing_that_the_demo_killed_says_anything_afterwards(tmp_path: Path) -> None:
+    launcher = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {RANK!r}], start_new_session=True)\n"
+        "time.sleep(60)"
+    )
+    demo = (
+        "import time\nfrom pathlib import Path\nfrom stamo_dist.cli import project\n"
+        "project._KILLED_AFTER = 1.0\n"
+        f"project._run_and_kill([{sys.executable!r}, '-c', {launcher!r}])\n"
+        "assert Path('ready').exists()\nprint('$ stamo next', flush=True)\ntime.sleep(0.3)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", demo], cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines() == [
+        "killed, as was meant; the same command goes on from its last checkpoint:",
+        "$ stamo next",
+    ]
 
 
 def test_the_demo_kills_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
