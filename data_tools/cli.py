@@ -12,6 +12,7 @@ import typer
 from data_tools import look_cli
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import DataError
+from stamo_dist.faults.ended import says_if_ended
 from stamo_dist.words import counted
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def _split(values: list[str] | None) -> list[str]:
 
 
 @app.command()
+@says_if_ended("the episodes that were made are kept")
 def simulate(
     benchmark: Annotated[str, typer.Argument(help="libero, metaworld or maniskill.")],
     out: Annotated[Path, typer.Argument(help="Folder for the HDF5 files.")],
@@ -153,6 +155,7 @@ class ConvertOptions:
 
 @app.command()
 @with_options(ConvertOptions)
+@says_if_ended("what was converted is kept")
 def convert(_: typer.Context, asked: ConvertOptions) -> None:
     from data_tools.convert.driver import run
 

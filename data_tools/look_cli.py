@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stamo_dist.faults.ended import says_if_ended
 from stamo_dist.words import counted
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// URL of a converted source.")]
@@ -106,6 +107,7 @@ def stats(
         typer.echo("not kept: the manifest has the statistics of split train only")
 
 
+@says_if_ended("what was copied is kept")
 def sync(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Folder or s3://BUCKET/PREFIX of a converted source.")],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL to create or to complete.")],

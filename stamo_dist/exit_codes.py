@@ -6,3 +6,5 @@ EXIT_PREEMPTED = 75
 EXIT_NOT_EXPORTED = 76
 #: A second SIGINT, as shells use.
 EXIT_INTERRUPTED = 130
+#: SIGTERM, as shells use.
+EXIT_TERMINATED = 143

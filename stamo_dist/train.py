@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from stamo_dist.faults.signals import ShutdownRequest
 from stamo_dist.faults.watchdog import Watchdog
 from stamo_dist.recipe.load import Loaded
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.lease import LeaseEnd, acquire
+from stamo_dist.run.lease import LeaseEnd, acquire, nothing_if_refused
 from stamo_dist.training.evaluation import Evaluation
 from stamo_dist.training.setup import Checked, RunStart, Session, build, check
 
@@ -45,7 +45,8 @@ def train(
     run, limits = RunFolder(Path(loaded.recipe.run_dir)), loaded.recipe.train
     stop = ShutdownRequest(world.rank, limits.checkpoint.grace_seconds)
     node = NodeShare(str(run.path), world.on_node, world.rank)
-    with closing(Watchdog(run.logs, world, limits)) as watchdog, closing(node):
+    undone = nothing_if_refused(run.path) if world.is_main else nullcontext()
+    with undone, closing(Watchdog(run.logs, world, limits)) as watchdog, closing(node):
         watchdog.mark("building for", 1)
         start = RunStart(loaded, world, run, stop, watchdog, evaluation or Evaluation(), resume, allowed, node)
         checked = check(start)
@@ -54,6 +55,7 @@ def train(
         checked.select(checked.fingerprint)  # all checks run before anything is written
         run.prepare()
         with acquire(run.path) as start.lease:
+            run.prepare()  # a start that was refused while this one waited has taken its folders back
             stop.before_interrupt = partial(start.lease.end, LeaseEnd("stopped", "by hand (Ctrl-C twice)"))
             start.notes += [*start.lease.notes, *clean(run.checkpoints, start.lease.number)]
             code = _train(start, checked)

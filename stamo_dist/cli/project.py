@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from stamo_dist.errors import StamoError
 
 _TOY = "raw/toy"
 _KILLED_AFTER = 90.0  # seconds
+_GONE = 10.0  # seconds for killed processes to be gone
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the project; may exist.")]) -> None:
@@ -75,8 +76,27 @@ def _run_and_kill(command: list[str]) -> None:
     try:
         process.wait(_KILLED_AFTER)
     except subprocess.TimeoutExpired:
+        _kill_tree(process)
         print("killed, as was meant; the same command goes on from its last checkpoint:", flush=True)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill_tree(process)
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and all below it, none of which says anything from then on.
+
+    Ranks have sessions of their own, and would save and leave when the launcher is killed: so all are halted first.
+    """
+    import psutil
+
+    everyone = [psutil.Process(process.pid)]
+    with suppress(psutil.NoSuchProcess):
+        everyone[0].suspend()
+        everyone += everyone[0].children(recursive=True)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for one in everyone:
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+    process.wait()
+    psutil.wait_procs(everyone[1:], timeout=_GONE)

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+from stamo_dist.faults.ended import says_if_ended
 
+
+@says_if_ended("what was copied is kept")
 def sync(
     src: Annotated[
         str,

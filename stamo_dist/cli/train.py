@@ -16,6 +16,7 @@ from data_tools.simulators.catalogue import InstalledBenchmarks
 from stamo_dist.cli.options import Branch, Overrides, Processes, RecipePath
 from stamo_dist.errors import RecipeError, StamoError
 from stamo_dist.evaluate.rollout_check import check_rollout
+from stamo_dist.faults.ended import says_if_ended
 from stamo_dist.words import counted
 
 if TYPE_CHECKING:
@@ -160,16 +161,17 @@ def encode(
         arguments = ["encode", str(recipe), *options, *(x for s in set_ for x in ("--set", s))]
         sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
     # A launcher blocks these until a rank can handle them; here they end the process: partial shards are ignored.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from stamo_dist.recipe.load import load
+    with says_if_ended("shards that are whole are kept"):
+        from stamo_dist.recipe.load import load
 
-    loaded = load(recipe, set_).recipe  # before the slow imports
+        loaded = load(recipe, set_).recipe  # before the slow imports
 
-    from stamo_dist.distributed.rank import world_from_environment
-    from stamo_dist.encode.run import encode as run
+        from stamo_dist.distributed.rank import world_from_environment
+        from stamo_dist.encode.run import encode as run
 
-    done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
+        done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
     error = "" if done.error is None else f", {done.error:.2g} of a row's size from fp32"
     print(f"encoded {counted(done.shards, 'shard')} in {done.arithmetic}{error}")
 

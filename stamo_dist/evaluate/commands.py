@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +16,7 @@ import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.evaluate import options
+from stamo_dist.faults.ended import says_if_ended
 
 if TYPE_CHECKING:
     from stamo_dist.evaluate.measurement import Measurement
@@ -54,16 +57,20 @@ def _check_folder(given: Any) -> None:
         check_tokenizer(given.run)
 
 
-def _command(asked: type, implementation: str) -> Callable[..., None]:
+def _command(asked: type, implementation: str, kept: str) -> Callable[..., None]:
     """Register a command whose options are the fields of `asked`.
 
     `implementation`: module:name in this package of the measurement class, called with these fields, and with the
-    benchmarks if it has a parameter of that name.
+    benchmarks if it has a parameter of that name. `kept`: as for `says_if_ended`.
     """
 
     @with_options(asked)
     def command(context: typer.Context, given: Any) -> None:
-        tools: EvalTools = context.obj
+        launches = getattr(given, "nproc", 1) > 1 and "RANK" not in os.environ  # it hands the signal on
+        with nullcontext() if launches else says_if_ended(kept):
+            measure(context.obj, given)
+
+    def measure(tools: EvalTools, given: Any) -> None:
         given = _by_name(given, tools.find_run)
         _check_folder(given)
         from stamo_dist.evaluate.workers import WorkerGroup, run_in_group
@@ -83,17 +90,18 @@ def _command(asked: type, implementation: str) -> Callable[..., None]:
     return command
 
 
-for _name, _asked, _implementation in (
-    ("reconstruct", options.ReconstructOptions, "reconstruct:Reconstruction"),
-    ("interpolate", options.InterpolateOptions, "interpolate:Interpolation"),
-    ("probe", options.ProbeOptions, "probe:ActionProbe"),
-    ("transfer", options.TransferOptions, "transfer:MotionTransfer"),
-    ("speed", options.SpeedOptions, "speed:speed"),
-    ("actions", options.ActionsOptions, "actions:ActionErrors"),
-    ("plan", options.PlanOptions, "plan:GoalPlanning"),
-    ("rollout", options.RolloutOptions, "rollout:PolicyRollout"),
+_PARTS, _TRIALS = "what was measured is kept", "the trials that were made are kept"
+for _name, _asked, _implementation, _kept in (
+    ("reconstruct", options.ReconstructOptions, "reconstruct:Reconstruction", _PARTS),
+    ("interpolate", options.InterpolateOptions, "interpolate:Interpolation", _PARTS),
+    ("probe", options.ProbeOptions, "probe:ActionProbe", _PARTS),
+    ("transfer", options.TransferOptions, "transfer:MotionTransfer", _PARTS),
+    ("speed", options.SpeedOptions, "speed:speed", ""),
+    ("actions", options.ActionsOptions, "actions:ActionErrors", ""),
+    ("plan", options.PlanOptions, "plan:GoalPlanning", _TRIALS),
+    ("rollout", options.RolloutOptions, "rollout:PolicyRollout", _TRIALS),
 ):
-    app.command(_name)(_command(_asked, _implementation))
+    app.command(_name)(_command(_asked, _implementation, _kept))
 
 
 @app.command()
@@ -114,4 +122,5 @@ def during(
     read_recipe(open_run(run), "policy")
     from stamo_dist.evaluate.rollout import roll_out
 
-    roll_out(run, step, context.obj.benchmarks)
+    with says_if_ended(_TRIALS):
+        roll_out(run, step, context.obj.benchmarks)

@@ -17,7 +17,8 @@ from stamo_dist.distributed.rank import ReservedPort, cores
 from stamo_dist.errors import RunError
 from stamo_dist.exit_codes import EXIT_NOT_EXPORTED, EXIT_PREEMPTED
 from stamo_dist.faults.signals import SIGNALS
-from stamo_dist.launch.record import rank_log
+from stamo_dist.launch.logs import first_error
+from stamo_dist.launch.record import now, rank_log
 from stamo_dist.run.lease import lease_folder
 
 _GRACE = 10.0  # seconds for the other ranks to exit on their own after one has failed
@@ -116,6 +117,7 @@ class Ranks:
         self._command, self._count, self._run, self._main = command, count, run, main
         self._env, self._forward, self._spawn = env or {}, forward or self.signal, start
         self._processes: list[Rank] = []
+        self._began = now()
         self._stack = ExitStack()
 
     def __enter__(self) -> Ranks:
@@ -164,7 +166,7 @@ class Ranks:
             if time.monotonic() > deadline:
                 for rank, p in enumerate(ranks):
                     if p.poll() is None:
-                        self._say(f"rank {rank} of {self._count} did not end after the others: killed")
+                        self._say_killed(rank, first)
                         p.kill()
                 deadline = float("inf")
             watch()
@@ -193,6 +195,12 @@ class Ranks:
             ) from e
         env = {**self._env, **self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         self._processes.append(self._spawn(self._command, env, out))
+
+    def _say_killed(self, rank: int, first: int | None) -> None:
+        if first != 2:
+            self._say(f"rank {rank} of {self._count} did not end after the others: killed")
+        elif rank == 0:  # whose words were the only ones to be seen here, but another rank refused
+            self._say(f"error: {first_error(self._run, since=self._began)}")
 
     def _say(self, text: str) -> None:
         out = self._main or sys.stdout.buffer

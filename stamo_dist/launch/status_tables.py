@@ -42,7 +42,7 @@ def status_table(runs: Sequence[Run]) -> RenderableType:
         ("folder", lambda r: tails.get(r.path, "")),
         ("state", _state),
         ("step", _step),
-        ("samples/s", lambda r: f"{r.progress.rate:.4g}" if r.progress.rate and r.state.training else ""),
+        ("samples/s now", lambda r: f"{r.progress.rate:.4g}" if r.progress.rate and r.state.training else ""),
         ("ETA", lambda r: duration(r.progress.eta) if r.progress.eta is not None and r.state.training else ""),
         ("loss", lambda r: f"{r.progress.loss:.4f}" if r.progress.loss is not None else ""),
         ("saved", _saved),
@@ -104,7 +104,9 @@ def one_run(run: Run) -> RenderableType:
     if alarm := p.window.alarm:
         rows.append(("ALARM", alarm))
     if p.rate is not None:
-        rows.append(("speed", f"{p.rate:.4g} samples/s" + (f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds))))
+        when = "now" if run.state.training else "at the end"  # the report's is of the whole run
+        step = f", {p.step_seconds:.3g} s a step" * bool(p.step_seconds)
+        rows.append(("speed", f"{p.rate:.4g} samples/s {when}{step}"))
     if p.eta is not None and run.state.training and p.step < (p.steps or 0):
         rows.append(("ETA", duration(p.eta)))
     if p.checkpoint is not None:

@@ -11,6 +11,7 @@ from stamo_dist.models.openvla.load import LANGUAGE
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.tasks.base import ExportLayout
 
+_PLAIN = "\n\nWithout stamo-dist these libraries need a torchvision that was built for the installed torch, or none."
 _TOKENIZER = """\
 ```python
 import torch
@@ -90,9 +91,9 @@ These are PEFT's adapters and what else was trained; the base is fetched from wh
 def usage(recipe: Recipe, layout: ExportLayout, folder: Path) -> str:
     """The card's section on opening the model that was written to `folder`."""
     if recipe.stage == "tokenizer":
-        return _TOKENIZER.format(size=recipe.data.image_size)
+        return _TOKENIZER.format(size=recipe.data.image_size) + _PLAIN
     if recipe.stage == "vae":
-        return _VAE
+        return _VAE + _PLAIN
     about: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     sources = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     text = _acting(about, next((name for name in sources if "action" in sources[name]), None))
@@ -103,7 +104,7 @@ def usage(recipe: Recipe, layout: ExportLayout, folder: Path) -> str:
     pickled = sorted(file.name for file in folder.glob("*.pt"))
     files = _PICKLED.format(files=", ".join(f"`{name}`" for name in pickled)) if pickled else ""
     if layout.form == "hf":
-        return text + "\n" + _HF + files
+        return text + "\n" + _HF + _PLAIN + files
     return text + "\n" + _OFFICIAL + "\n" + files
 
 

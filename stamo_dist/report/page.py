@@ -86,14 +86,14 @@ class ReportedRun:
             tail = even[-max(1, len(even) // 20) :]
             losses = [line["loss"] for line in tail if line["loss"] is not None]
             facts["loss (last 5 %)"] = f"{fmean(losses):.4f}" if losses else "not finite"
-            facts["samples/s"] = f"{median(line['samples_per_second'] for line in even):,.1f}"
-            facts["waiting for data"] = f"{fmean(line['data_wait'] for line in even):.1%}"
+            facts["samples/s, median of the run"] = f"{median(line['samples_per_second'] for line in even):,.1f}"
+            facts["waiting for data, mean of the run"] = f"{fmean(line['data_wait'] for line in even):.1%}"
             if waits := [line["comm_wait"] for line in even if "comm_wait" in line]:
-                facts["waiting for other ranks"] = f"{fmean(waits):.1%}"
+                facts["waiting for other ranks, mean of the run"] = f"{fmean(waits):.1%}"
             if peaks := [line["peak_gb"] for line in even if "peak_gb" in line]:
                 facts["GPU memory"] = f"{max(peaks):.4g} GB at most"
             if "mfu" in self.metrics[-1]:
-                facts["MFU"] = f"{median(line.get('mfu', 0.0) for line in even):.1%}"
+                facts["MFU, median of the run"] = f"{median(line.get('mfu', 0.0) for line in even):.1%}"
             facts["trained for"] = duration(self.metrics[-1]["seconds"])
         if best := Successes.read(self.folder.path).best:
             facts["best success"] = f"{best.success:.0f} % @ {best.step:,}"

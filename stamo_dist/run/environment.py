@@ -1,12 +1,16 @@
-"""What a report of a fault needs, without who and where."""
+"""What a report of a fault needs, without who and where, and without importing torch, which takes longest."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import stamo_dist
 from stamo_dist import shipped
@@ -23,10 +27,6 @@ _TELLING = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "STAMO_", "HF_", "OMP_", "MU
 
 def described() -> dict[str, str | list[str] | None]:
     """Versions, commit, Python, system, devices and Slurm; no user, host or path, and no value of a variable."""
-    import torch
-
-    from stamo_dist.device import Device
-
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "stamo-dist": stamo_dist.__version__,
@@ -37,15 +37,52 @@ def described() -> dict[str, str | list[str] | None]:
         "system": f"{_distribution()}, {platform.system()} {platform.release()}, {platform.machine()}",
         "processors": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {memory:.0f} GiB",
         **{name: version or "not installed" for name, version in versions(LIBRARIES).items()},
-        "CUDA of torch": torch.version.cuda,
-        "cuDNN": str(torch.backends.cudnn.version() or "") or None,
-        "GPUs": Device.current().all_names,
+        "CUDA of torch": (cuda := _cuda_of_torch()),
+        "cuDNN": _cudnn(cuda) if cuda else None,
+        "GPUs": _gpus() if cuda else [],
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "Slurm": _said("sinfo", "--version"),
         "git": _said("git", "--version"),
         "environment": sorted(name for name in os.environ if name.startswith(_TELLING)),
         "terminal": f"{os.environ.get('TERM', 'none')}, {'TTY' if sys.stdout.isatty() else 'pipe'}",
     }
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA that torch was built for, from its version.py."""
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    return runpy.run_path(str(file)).get("cuda") if file is not None and file.is_file() else None
+
+
+def _cudnn(cuda: str) -> str | None:
+    """That of the wheel that torch of this CUDA brings, or of the system, as a number: 90100 for 9.1.0."""
+    [wheel] = versions((f"nvidia-cudnn-cu{cuda.partition('.')[0]}",)).values()
+    library = None if wheel else next(filter(None, map(_library, ("libcudnn.so.9", "libcudnn.so.8"))), None)
+    if library is not None:
+        library.cudnnGetVersion.restype = ctypes.c_size_t
+        return str(library.cudnnGetVersion())
+    return wheel
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that CUDA's driver shows this process: CUDA_VISIBLE_DEVICES counts, as in torch."""
+    driver, count, device = _library("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    names = []
+    for number in range(count.value):
+        name = ctypes.create_string_buffer(256)
+        failed = driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetName(name, len(name), device)
+        names.append("unknown" if failed else name.value.decode(errors="replace"))
+    return names
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
 
 
 def _distribution() -> str:

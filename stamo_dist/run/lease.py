@@ -16,18 +16,20 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
-from stamo_dist.errors import RunError, one_line
+from stamo_dist.errors import RunError, StamoError, one_line
+from stamo_dist.run.folder import RunFolder
 
 FOLDER, _EARLIER = ".leases", ".generations"  # the second name is that of earlier versions
 BEAT = 10.0  # seconds between heartbeats
 STALE = 90.0  # seconds without one after which an owner on another machine counts as dead
 _KEPT = 32  # past leases whose files are kept
 _NUMBER = re.compile(r"\d{8}")
+_LOCK = ".lock"
 _END = ".end"  # of the file beside a lease with how its start ended
 
 
@@ -157,6 +159,27 @@ def acquire(run: Path, *, patience: float = 60.0, stale: float = STALE, say: Cal
         raise RunError(f"{run}: cannot be written ({e.strerror}); make room or choose another run_dir") from e
 
 
+@contextlib.contextmanager
+def nothing_if_refused(run: Path) -> Iterator[None]:
+    """Inside, a user's error in a run's first start, before anything was described, takes back what it made there."""
+    missing = [path for path in (run, *run.parents) if not path.exists()]
+    try:
+        yield
+    except StamoError:
+        newest = _newest(run) if run.is_dir() and not RunFolder(run).resolved.exists() else None
+        owner = _read(newest) if newest is not None else None
+        if newest is not None and owner == replace(Owner.this(), ended=True) and int(newest.name) == 1:
+            with contextlib.suppress(OSError):  # another start may follow, or has left files here
+                newest.with_suffix(_END).unlink(missing_ok=True)
+                newest.unlink()
+                newest.parent.rmdir()
+                (run / _LOCK).unlink(missing_ok=True)
+                for folder in (RunFolder(run).checkpoints, RunFolder(run).logs, *missing):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+        raise
+
+
 def lease_folder(run: Path) -> Path:
     """The folder of a run's leases, shared by all its starts, including those of earlier versions."""
     earlier = run / _EARLIER
@@ -185,7 +208,7 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
     while True:
         folder = lease_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock or _flock(run / ".lock")
+        lock = lock or _flock(run / _LOCK)
         newest = _newest(run)
         holder = _read(newest) if newest is not None else None
         hindrance, note = _judge(newest, holder, me, stale, locked=lock is not None)
@@ -234,10 +257,10 @@ def _claim(folder: Path, number: int, me: Owner, notes: list[str], lock: IO[str]
     """Create the lease; None if another process was faster. The file appears with its content, never empty."""
     file = folder / f"{number:08d}"
     part = folder / f".{number}.{me.node}.{me.pid}"
-    part.write_text(json.dumps(asdict(me)))
     try:
+        part.write_text(json.dumps(asdict(me)))
         os.link(part, file)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # or a start that was refused took the folder away
         return None
     except OSError:  # file system without hard links
         try:

@@ -15,10 +15,27 @@ from stamo_dist.run.history import sample
 _STEP = "step_"
 
 
-def changes_of(run: RunFolder) -> list[tuple[int, dict[str, list[str]]]]:
-    """(last step before it, recipe field → [old, new]) of each start whose recipe differed from the one before."""
-    starts = sample(run.path / "starts.jsonl").objects
-    return [(start.get("after step", 0), start["changed"]) for start in starts if start.get("changed")]
+Changed = dict[str, list[str]]  # recipe field → [old, new]
+
+
+def changes_of(run: RunFolder) -> list[tuple[int, Changed]]:
+    """(last step before it, what changed) for each start with another recipe than the steps before it.
+
+    A start that went back to a step, or was killed before it saved, has abandoned the steps after it: changes that
+    earlier starts made there count from that step on, with its own.
+    """
+    found = list[tuple[int, Changed]]()
+    for start in sample(run.path / "starts.jsonl").objects:
+        after, changed = start.get("after step", 0), start.get("changed") or {}
+        while found and found[-1][0] >= after:
+            changed = _together(found.pop()[1], changed)
+        found += [(after, changed)] if changed else []
+    return found
+
+
+def _together(first: Changed, then: Changed) -> Changed:
+    ends = {field: [first.get(field, pair)[0], pair[1]] for field, pair in (first | then).items()}
+    return {field: [old, new] for field, (old, new) in ends.items() if old != new}
 
 
 def resolved_at(path: str | Path) -> dict[str, Any]:
@@ -49,7 +66,7 @@ def as_of(run: RunFolder, resolved: dict[str, Any], step: int) -> dict[str, Any]
     """The recipe with which a run trained up to `step`, from that of its last start, which is changed in place."""
     for after, changed in reversed(changes_of(run)):
         if after >= step:
-            for field, (old, _) in changed.items():
+            for field, (old, _) in reversed(changed.items()):
                 _put(resolved, field, old)
     return resolved
 

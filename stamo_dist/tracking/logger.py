@@ -49,6 +49,7 @@ class RunLogger:
     ):
         self._recipe, self._run, self._world, self._sources, self._flops = recipe, run, world, sources, flops
         self._guard, self._extra = guard, dict[str, Any]()
+        self._began, self._changed = step, dict[str, list[str]]()
         self._file = MetricsFile(run.metrics, step, guard) if world.is_main else None
         self._samples = SampleLog(run.samples, step, world, guard) if recipe.train.log_samples else None
         if recipe.tracking.tensorboard:
@@ -101,6 +102,12 @@ class RunLogger:
         """Add values that do not belong to one step to the next line of metrics."""
         self._extra |= values
 
+    def note_changes(self, changed: Mapping[str, list[str]] | None) -> None:
+        """Add what this start's first step changes of the recipe of the step before to the line of that step."""
+        if changed:
+            self._changed = dict(changed)
+            self.add_metrics(changed=self._changed)
+
     def log_eval(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Log the results of an evaluation of `step`."""
         self.add_metrics(**numbers)
@@ -144,6 +151,8 @@ class RunLogger:
 
     def rewind(self, step: int) -> None:
         """Remove the steps after `step`."""
+        if self._changed and step <= self._began:
+            self.add_metrics(changed=self._changed)
         if self._file is not None:
             self._file.close()
             self._file = MetricsFile(self._run.metrics, step, self._guard)

@@ -6,7 +6,7 @@ Each process reads the ranges that it holds. A parent is read only by a start wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from stamo_dist.run import lineage
 from stamo_dist.run.lineage import Parent
 
 _VLA = {"vision_backbone": "vision", "language_model": "language"}
+_RANDOM = "random initial weights"  # in a task's notes
 Shape = tuple[int, ...]
 #: Stage → the fields that name what it does not train, by the parts that another stage calls so.
 _NAMED = {
@@ -76,6 +77,18 @@ def without_effect(recipe: Recipe, recorded: str | None) -> list[str]:
     if same:
         return [f"{FIELD}: this run began with {recorded}, which is not read again"]
     return [f"{FIELD}: {given} has no effect: this run began with {recorded}"]
+
+
+def resumed_notes(stage: str, module: nn.Module, notes: Sequence[str]) -> tuple[str, ...]:
+    """A task's notes on how its parts were built, in a start that goes on from a checkpoint of `module`."""
+    parts = {part_of(stage, name) for name, _ in module.named_parameters()}
+    return _weights_from("the checkpoint", parts, stage == "policy", notes)
+
+
+def _weights_from(where: str, parts: Iterable[str], policy: bool, notes: Sequence[str]) -> tuple[str, ...]:
+    """`notes`, in which these parts, and with `policy` the policy as a whole, have no random weights any more."""
+    said = (*(f"model.{part}: " for part in parts), *(("policy: ",) if policy else ()))
+    return tuple(n.replace(_RANDOM, f"weights of {where}") if n.startswith(said) else n for n in notes)
 
 
 def part_of(stage: str, name: str) -> str:
@@ -233,11 +246,8 @@ class Initial:
     def corrected(self, notes: Sequence[str]) -> tuple[str, ...]:
         """A task's notes on how its parts were built, of which some have no random weights any more."""
         begun = [part for part, counts in self._plan.parts.items() if counts.loaded[0] and not counts.fresh[0]]
-        said = [f"model.{part}: " for part in begun]
-        if self._recipe.stage == "policy" and len(begun) == len(self._plan.parts):
-            said.append("policy: ")
-        random = "random initial weights"
-        return tuple(n.replace(random, f"weights of {FIELD}") if n.startswith(tuple(said)) else n for n in notes)
+        whole = len(begun) == len(self._plan.parts)
+        return _weights_from(FIELD, begun, whole and self._recipe.stage == "policy", notes)
 
     def _taken_of(self, part: str) -> bool:
         return any(part_of(self._recipe.stage, name) == part for name in self._plan.taken)

@@ -41,6 +41,7 @@ from stamo_dist.run import lineage
 from stamo_dist.run.code import code_version
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.run.lease import RunLease
+from stamo_dist.run.recipe_history import changes_of
 from stamo_dist.run.state import RunState
 from stamo_dist.run.trained import already_trained, beyond
 from stamo_dist.tasks import build_task, check_task
@@ -52,7 +53,7 @@ from stamo_dist.training.changes import changes, schedule_of
 from stamo_dist.training.compiled import CompiledHook
 from stamo_dist.training.divergence import BadBatches, roll_back
 from stamo_dist.training.evaluation import Evaluation
-from stamo_dist.training.initial import Initial, find, open_initial, without_effect
+from stamo_dist.training.initial import Initial, find, open_initial, resumed_notes, without_effect
 from stamo_dist.training.profiling import ProfileHook, SyncGuardHook
 from stamo_dist.training.trainer import Hook, Trainer
 from stamo_dist.training.trial_export import TrialExport
@@ -183,6 +184,7 @@ def build(start: RunStart, checked: Checked) -> Session | int:
         precision, sources = recipe.train.precision, mixture.sources
         state = load_checkpoint(checkpoint, engine, ema, precision=precision, sources=sources, say=carried.append)
         state.cursor = broadcast(BadBatches(run.bad_batches, mixture).after(state.cursor))
+        task.notes = resumed_notes(recipe.stage, task.trained, task.notes)
     schedule, changed = schedule_of(recipe, run, state, world)
     state.schedule = schedule.to_dict()
     # Decided by rank 0: a shared disk may show the others an older folder.
@@ -396,9 +398,9 @@ def _announce(start: RunStart, checked: Checked, trainer: Trainer, logger: RunLo
         f"global batch {described(r.train, checked.batchings)}, "
         f"{parameters / 1e6:.1f} M trained parameters, {r.train.steps} steps → {start.run.path}"
     )
+    logger.note_changes(dict(changes_of(start.run)).get(trainer.state.step))
     if start.changes:
         logger.info("  the recipe differs from the last start's:")
-        logger.add_metrics(changed=changed)
     for change in start.changes:
         logger.info(f"    {change}")
     for note in [*mixture.notes, *cache, *task.notes, *start.notes, *budget.notes()]:

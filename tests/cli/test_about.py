@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 import stamo_dist
 from stamo_dist.cli.app import app
 from stamo_dist.errors import StamoError
+from stamo_dist.run import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +37,46 @@ def test_env_says_versions_and_neither_who_nor_where(monkeypatch: pytest.MonkeyP
     found = json.loads(said)
     assert found["stamo-dist"] == stamo_dist.__version__
     assert {"torch", "deepspeed", "python", "system", "GPUs", "CUDA of torch", "Slurm", "commit", "code"} <= set(found)
+
+
+class _Driver:
+    """libcuda and libcudnn of a machine with two GPUs."""
+
+    def __init__(self) -> None:
+        self.cudnnGetVersion = MagicMock(return_value=90100)
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return flags
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        device._obj.value = 10 + number
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"GPU {device.value}, {size}".encode()
+        return 0
+
+
+def test_env_asks_the_driver_for_gpus_and_imports_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert environment._cuda_of_torch() == torch.version.cuda
+    monkeypatch.setattr(environment, "_cuda_of_torch", lambda: "12.8")
+    monkeypatch.setattr(environment, "_library", lambda name: None)
+    assert environment.described()["GPUs"] == []
+    monkeypatch.setattr(environment, "_library", lambda name: _Driver())
+    monkeypatch.setattr(environment, "versions", dict.fromkeys)
+    found = environment.described()
+    assert (found["GPUs"], found["cuDNN"]) == (["GPU 10, 256", "GPU 11, 256"], "90100")
+    monkeypatch.setattr(environment, "versions", lambda names: dict.fromkeys(names, "9.1.0.70"))
+    assert environment.described()["cuDNN"] == "9.1.0.70"
+    program = "import sys; from stamo_dist.run.environment import described; described(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash: install bash")
@@ -95,6 +139,38 @@ def test_the_demo_says_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     stopped = CliRunner().invoke(app, ["demo"])
     assert isinstance(stopped.exception, StamoError)
     assert "`stamo recipe` ended with exit code 2; `stamo demo` goes on from there" in str(stopped.exception)
+
+
+#: A rank, as the launcher leaves it: in a session of its own, and it saves and leaves when the launcher is killed.
+RANK = """
+import ctypes, os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_nothing_that_the_demo_killed_says_anything_afterwards(tmp_path: Path) -> None:
+    launcher = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {RANK!r}], start_new_session=True)\n"
+        "time.sleep(60)"
+    )
+    demo = (
+        "import time\nfrom pathlib import Path\nfrom stamo_dist.cli import project\n"
+        "project._KILLED_AFTER = 1.0\n"
+        f"project._run_and_kill([{sys.executable!r}, '-c', {launcher!r}])\n"
+        "assert Path('ready').exists()\nprint('$ stamo next', flush=True)\ntime.sleep(0.3)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", demo], cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines() == [
+        "killed, as was meant; the same command goes on from its last checkpoint:",
+        "$ stamo next",
+    ]
 
 
 def test_the_demo_kills_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

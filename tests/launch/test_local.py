@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 from toy import write_recipe
 
-from stamo_dist.launch import supervise, supervisor
+from stamo_dist.launch import local, supervise, supervisor
 from stamo_dist.launch.ends import newest_step
-from stamo_dist.launch.record import Event, Launch, events, main_log, record
+from stamo_dist.launch.record import Event, Launch, events, main_log, now, rank_log, record
 
 
 def submit(run: Path, *command: object, processes: int = 1, after: tuple[Path, ...] = ()) -> Path:
@@ -120,3 +121,38 @@ def test_a_run_is_stopped_where_it_is(toy, tmp_path, how):
         time.sleep(0.05)
     assert events(run)[-1].event == ("cancelled" if how == "cancel" else "stopped")
     assert newest_step(run) == len(losses(run))
+
+
+class _Scripted:
+    """A rank that has ended with `code`, or (None) runs until it is killed."""
+
+    def __init__(self, code: int | None):
+        self.returncode = code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ((2, None), ""),  # rank 0 has said why
+        ((None, 2), "error: rank 1: b: no such folder\n"),
+        ((3, None), "rank 1 of 2 did not end after the others: killed\n"),
+    ],
+)
+def test_a_refused_start_says_the_user_s_error_alone(tmp_path, monkeypatch, codes, said):
+    monkeypatch.setattr(local, "_GRACE", 0.1)
+    began, left = now(), iter(codes)
+    log = rank_log(tmp_path, 1)
+    log.parent.mkdir()
+    out = io.BytesIO()
+    with local.Ranks(["true"], 2, tmp_path, main=out, start=lambda *_: _Scripted(next(left))) as found:
+        log.write_text(f"rank 1 of 2 failed at {began}:\nerror: b: no such folder\n")
+        assert found.wait() == max(code for code in codes if code)
+    assert out.getvalue().decode() == said

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from stamo_dist.launch import supervise, supervisor
 from stamo_dist.launch.record import Event, Launch, record
 from stamo_dist.launch.run_progress import read_progress
 from stamo_dist.launch.status import _each, collect, find
-from stamo_dist.launch.status_tables import runs_table
+from stamo_dist.launch.status_tables import one_run, runs_table, status_table
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.run.folder import RunFolder
 from stamo_dist.tables import Columns, Whole, show
@@ -102,6 +103,19 @@ def test_the_speed_of_a_batch_that_changes(tmp_path, batch, rate):
     assert found["samples_per_second"] == pytest.approx(rate)
 
 
+def test_speeds_name_what_they_are_of(tmp_path):
+    """Status those of now, the report the run's, beside each other in the same units."""
+    [found] = collect([started(tmp_path / "run")])
+    console = Console(file=io.StringIO(), width=120)
+    for state in (found.state, replace(found.state, word="running")):
+        console.print(one_run(replace(found, state=state)))
+    console.print(status_table([replace(found, state=state)]))
+    said = console.file.getvalue()
+    assert "128 samples/s at the end" in said
+    assert "128 samples/s now" in said
+    assert any("samples/s now" in line for line in said.splitlines() if "ETA  " in line)
+
+
 def test_a_full_disk_is_named_as_the_log_cannot(tmp_path, monkeypatch):
     run = started(tmp_path / "run")
     monkeypatch.setattr("stamo_dist.launch.status.os.statvfs", lambda path: SimpleNamespace(f_bavail=0))
@@ -125,6 +139,7 @@ def test_where_the_time_and_the_memory_go(tmp_path):
     said = stamo("status", run)
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in said.splitlines() if line.strip()}
     assert rows["last"] == "loss 0.5000 lr 0.0001 grad_norm 1.25"
+    assert rows["speed"] == "128 samples/s at the end, 0.5 s a step"
     assert rows["waiting"] == "1.2% for data, 6.2% for other ranks' gradients"
     assert rows["GPU"] == "MFU 43.0%, 60.12 GB in use at most, 71 GB reserved"
     assert max(len(line.rstrip()) for line in said.splitlines() if line.startswith(("last", "waiting", "GPU"))) <= 80

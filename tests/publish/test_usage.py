@@ -16,8 +16,10 @@ from toy import write_recipe
 from toy_policy import make_policy_data, write_diffusion_recipe, write_policy_recipe
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
+from stamo_dist.export_layout import WHOLE
 from stamo_dist.models.state_encoder import StateEncoder
 from stamo_dist.models.tokenizer import Tokenizer
+from stamo_dist.publish.usage import usage
 from stamo_dist.recipe.load import load
 
 #: With a torchvision that was built for another torch, plain transformers opens nothing.
@@ -46,6 +48,13 @@ def run_card(folder: Path, hidden: Path) -> list[str]:
     return blocks
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "vae"])
+def test_a_card_says_what_the_libraries_alone_need(tmp_path: Path, toy, stage: str) -> None:
+    recipe = load(write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), [f"stage={stage}"]).recipe
+    text = usage(recipe, WHOLE, tmp_path)
+    assert "need a torchvision that was built for the installed torch, or none" in text.rpartition("```")[2]
+
+
 def no_pickles(folder: Path) -> bool:
     return not [p for p in folder.rglob("*") if p.suffix in (".pt", ".bin", ".pth", ".pkl")]
 
@@ -63,6 +72,7 @@ def test_a_policy_opens_as_its_card_says(data: Path, ranks, tmp_path: Path) -> N
     assert no_pickles(out)
     blocks = run_card(out, data)
     assert any("AutoModelForCausalLM" in block for block in blocks)
+    assert "need a torchvision that was built for the installed torch" in (out / "README.md").read_text()
     assert any("proprio=np.zeros(2)" in block for block in blocks)
     kept = StateEncoder.from_pretrained(out / "state_encoder")
     assert kept.fingerprint == StateEncoder.from_pretrained(data / "tokenizer").fingerprint

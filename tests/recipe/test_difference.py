@@ -13,7 +13,7 @@ from stamo_dist.errors import RecipeError
 from stamo_dist.recipe.difference import differences
 from stamo_dist.recipe.load import load
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.recipe_history import as_of
+from stamo_dist.run.recipe_history import as_of, changes_of
 
 RECIPE = "data: {sources: {a: {path: a}, b: {path: b}}}\ntrain: {steps: 20}\n"
 SETTINGS = (
@@ -41,6 +41,27 @@ def test_a_recipe_as_of_a_step(tmp_path, old, new):
     (tmp_path / "starts.jsonl").write_text(json.dumps({"after step": 10, "changed": changed}) + "\n")
     assert differences(before, as_of(RunFolder(tmp_path), deepcopy(now), 10)) == []
     assert differences(now, as_of(RunFolder(tmp_path), deepcopy(now), 11)) == []
+
+
+def test_changes_of_abandoned_steps_count_from_where_a_later_start_went_back_to(tmp_path):
+    clip, steps = {"optimizer.clip": ["1.0", "2.0"]}, {"train.steps": ["10", "20"]}
+    back = {"optimizer.clip": ["2.0", "1.0"]}
+    starts = [{"after step": 0}, {"after step": 10, "changed": steps}, {"after step": 20, "changed": clip}]
+
+    def changes(*later: dict) -> list:
+        (tmp_path / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in [*starts, *later]))
+        return changes_of(RunFolder(tmp_path))
+
+    assert changes({"after step": 30}) == [(10, steps), (20, clip)]
+    assert changes({"after step": 20}) == [(10, steps), (20, clip)], "killed before it saved"
+    assert changes({"after step": 15}) == [(10, steps), (15, clip)]
+    assert changes({"after step": 15, "changed": back}) == [(10, steps)]
+    assert changes({"after step": 10, "changed": {"optimizer.clip": ["2.0", "3.0"]}}) == [
+        (10, steps | {"optimizer.clip": ["1.0", "3.0"]})
+    ]
+    now = resolved(tmp_path, "optimizer.clip=3.0")
+    assert as_of(RunFolder(tmp_path), deepcopy(now), 15) == now
+    assert as_of(RunFolder(tmp_path), now, 10)["optimizer"]["clip"] == 1.0
 
 
 def test_no_parts(tmp_path):

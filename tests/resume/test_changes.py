@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_it_is_kept_where_users_look(changed, stamo):
     page = (run / "report.html").read_text()
     assert "What changed when" in page
     assert 'class="mark"' in page
+
+
+def test_changes_of_abandoned_steps(toy, ranks, stamo, tmp_path):
+    """Those of a start killed before it saved are in the metrics after the next one; going back takes them along."""
+    recipe, run = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae), tmp_path / "run"
+    clip = ["--set", "optimizer.clip=2.0"]
+    ranks(1, "train", recipe, "--set", "train.steps=10")
+    ranks(1, "train", recipe, *clip, "--set", "train.steps=12")
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    ranks(1, "train", recipe, *clip, "--set", "train.steps=12")
+    expected = {"optimizer.clip": ["1.0", "2.0"], "train.steps": ["10", "12"]}
+    assert [(m["step"], m["changed"]) for m in lines(run / "metrics.jsonl") if "changed" in m] == [(11, expected)]
+    ranks(1, "train", recipe, "--resume", run / "checkpoints/step_00000010", "--set", "train.steps=12")
+    del expected["optimizer.clip"]
+    assert [(m["step"], m["changed"]) for m in lines(run / "metrics.jsonl") if "changed" in m] == [(11, expected)]
+    said = " ".join(stamo("status", run).stdout.split())
+    assert "changed @ 10 train.steps: 10 → 12" in said
+    assert "optimizer.clip" not in said
 
 
 def test_recipe_diff_of_a_checkpoint_and_its_run(changed, stamo):

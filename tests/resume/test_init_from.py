@@ -179,6 +179,8 @@ def test_a_run_that_began_with_another_resumes_as_if_never_stopped(parent, child
     shutil.rmtree(last)
     output = begin(ranks, broken, moved, *settings, "--set", "train.steps=6", processes=1)[1]
     assert "which is not read again" in output
+    assert "model.encoder: weights of the checkpoint" in output
+    assert "model.decoder: weights of the checkpoint" in output
     for one, other_ in zip(curve(broken.parent / "run"), curve(whole.parent / "run"), strict=True):
         assert one == pytest.approx(other_, rel=1e-4)
 
@@ -261,6 +263,7 @@ def test_itself_a_circle_and_another_stage_are_refused(parent, child, ranks, tmp
     code, output = begin(ranks, recipe, {"path": str(parent), "parts": ["world_head"]}, *STILL, check=False)
     assert code == 2
     assert "init_from.parts: world_head: the recipe trains encoder, compressor, decoder" in output
+    assert not run.exists()
     code, output = begin(ranks, recipe, {"path": str(parent), "resize": ["width"]}, *STILL, check=False)
     assert "must be a list (one of positions, tokens each)" in output
     code, output = begin(ranks, recipe, parent, "--set", "model.compressor.width=64", *STILL, check=False)

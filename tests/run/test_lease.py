@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.training import Train
 from stamo_dist.run.folder import RunFolder
-from stamo_dist.run.lease import FOLDER, FencedError, Owner, acquire
+from stamo_dist.run.lease import FOLDER, FencedError, Owner, acquire, nothing_if_refused
 from stamo_dist.run.state import RunState
 from stamo_dist.tracking.metrics_file import MetricsFile
 from stamo_dist.training.divergence import roll_back
@@ -46,6 +47,33 @@ def held(run: Path, **environment: str):
             yield p
         finally:
             p.kill()
+
+
+def refuse(run: RunFolder) -> None:
+    """A start that a user's error ends."""
+    with suppress(RunError), nothing_if_refused(run.path):
+        run.prepare()
+        with acquire(run.path):
+            raise RunError
+
+
+def test_a_refused_first_start_leaves_nothing_and_takes_nothing_of_another_s(tmp_path):
+    run = RunFolder(tmp_path / "runs/new")
+    refuse(run)
+    assert not run.path.parent.exists()
+    run.logs.mkdir(parents=True)
+    (run.logs / "rank_00001.log").touch()  # the launcher's, which removes it
+    refuse(run)
+    assert [path.name for path in run.path.rglob("*")] == ["logs", "rank_00001.log"]
+    with acquire(run.path):
+        pass
+    refuse(run)
+    assert (run.path / FOLDER / "00000002.end").exists(), "of a run that there is, why a start failed is kept"
+    with acquire(tmp_path / "described"):
+        RunFolder(tmp_path / "described").resolved.touch()
+    shutil.rmtree(tmp_path / "described" / FOLDER)
+    refuse(RunFolder(tmp_path / "described"))
+    assert (tmp_path / "described" / FOLDER / "00000001.end").exists()
 
 
 def test_a_living_run_is_left_alone_and_a_dead_one_replaced(tmp_path):

@@ -69,5 +69,6 @@ def test_a_run_on_a_gpu_is_one_on_a_cpu(toy, warm: Warm, tmp_path: Path, strateg
     page = write_report([tmp_path / "run"], tmp_path / "else where" / "page.html").read_text()
     for name in ("step_00000003.json.gz", trace.name):
         assert f'href="../run/profile/{name}"' in page
-    assert "waiting for other ranks" in page
+    assert "waiting for other ranks, mean of the run" in page
+    assert "samples/s, median of the run" in page
     assert "3 GB at most" in page

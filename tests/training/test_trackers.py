@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 from toy import write_recipe
 
+from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
+from stamo_dist.recipe.load import load
+from stamo_dist.run.folder import RunFolder
+from stamo_dist.run.state import RunState
+from stamo_dist.tracking.logger import RunLogger
+from stamo_dist.tracking.metrics import Reduced
 from stamo_dist.tracking.tensorboard import check_installed
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +46,33 @@ def test_tensorboard_has_each_step_once(toy: SimpleNamespace, ranks: Any, tmp_pa
     assert [step for step, _ in found] == [1, 2, 3, 4, 5, 6]
     assert [value for _, value in found] == pytest.approx([line["grad_norm"] for line in lines(run)])
     assert "system/memory" in events.Tags()["scalars"]
+
+
+def test_what_a_start_changed_is_in_the_metrics_of_its_first_step_also_after_going_back(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("data: {sources: {a: {path: a}}}\ntrain: {steps: 20, log_every: 1}\n")
+    logger = RunLogger(
+        load(tmp_path / "r.yaml").recipe, {}, RunFolder(tmp_path), World(0, 1, 0, 1), ["a"], flops=None, step=10
+    )
+    state = RunState(cursor={}, samples=[0], skipped=[0])
+
+    def log(step: int) -> None:
+        times: dict[str, Any] = {"seconds": 1.0, "data_wait": 0.0, "comm_wait": 0.0, "compute_seconds": [1.0]}
+        sums: dict[str, Any] = {"losses": {"flow": 1.0}, "per_source": {}, "shares": {}, "counts": [8], "skipped": [0]}
+        reduced = Reduced(
+            step=step, grad_norm=1.0, rates={}, peak_gb=0, reserved_gb=0, signals={}, not_finite=[], **times, **sums
+        )  # fmt: skip
+        logger.log_step(reduced, state)
+
+    logger.note_changes({"optimizer.clip": ["1.0", "2.0"]})
+    for step in (11, 12):
+        log(step)
+    logger.rewind(11)
+    log(12)
+    assert ["changed" in line for line in lines(tmp_path)] == [True, False]
+    logger.rewind(10)
+    log(11)
+    assert lines(tmp_path)[0]["changed"] == {"optimizer.clip": ["1.0", "2.0"]}
+    logger.close()
 
 
 def test_without_the_package_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
