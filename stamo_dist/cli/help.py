@@ -63,15 +63,9 @@ def show_version(wanted: bool) -> None:
 
 
 def _torch() -> str:
-    from importlib import metadata
+    from stamo_dist.run.environment import cuda_of_torch, gpus, versions
 
-    try:
-        import torch
-    except ImportError:
+    version, cuda = versions(("torch",))["torch"], cuda_of_torch()
+    if version is None:
         return "is not installed"
-    if torch.version.cuda is None:
-        return f"{metadata.version('torch')}, built without CUDA"
-    from stamo_dist.device import Device
-
-    gpus = ", ".join(Device.current().all_names) or "no GPU"
-    return f"{metadata.version('torch')}, CUDA {torch.version.cuda}, {gpus}"
+    return f"{version}, CUDA {cuda}, {', '.join(gpus()) or 'no GPU'}" if cuda else f"{version}, built without CUDA"

@@ -37,9 +37,9 @@ def described() -> dict[str, str | list[str] | None]:
         "system": f"{_distribution()}, {platform.system()} {platform.release()}, {platform.machine()}",
         "processors": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {memory:.0f} GiB",
         **{name: version or "not installed" for name, version in versions(LIBRARIES).items()},
-        "CUDA of torch": (cuda := _cuda_of_torch()),
+        "CUDA of torch": (cuda := cuda_of_torch()),
         "cuDNN": _cudnn(cuda) if cuda else None,
-        "GPUs": _gpus() if cuda else [],
+        "GPUs": gpus() if cuda else [],
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "Slurm": _said("sinfo", "--version"),
         "git": _said("git", "--version"),
@@ -48,7 +48,7 @@ def described() -> dict[str, str | list[str] | None]:
     }
 
 
-def _cuda_of_torch() -> str | None:
+def cuda_of_torch() -> str | None:
     """The CUDA that torch was built for, from its version.py."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
@@ -65,7 +65,7 @@ def _cudnn(cuda: str) -> str | None:
     return wheel
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Names of the GPUs that CUDA's driver shows this process: CUDA_VISIBLE_DEVICES counts, as in torch."""
     driver, count, device = _library("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):

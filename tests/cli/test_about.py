@@ -64,8 +64,8 @@ class _Driver:
 def test_env_asks_the_driver_for_gpus_and_imports_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    assert environment._cuda_of_torch() == torch.version.cuda
-    monkeypatch.setattr(environment, "_cuda_of_torch", lambda: "12.8")
+    assert environment.cuda_of_torch() == torch.version.cuda
+    monkeypatch.setattr(environment, "cuda_of_torch", lambda: "12.8")
     monkeypatch.setattr(environment, "_library", lambda name: None)
     assert environment.described()["GPUs"] == []
     monkeypatch.setattr(environment, "_library", lambda name: _Driver())
