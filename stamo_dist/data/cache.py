@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -181,7 +181,7 @@ class Cache:
             for name in inside[:]:
                 if name.startswith(SCRATCH):
                     inside.remove(name)
-                    total += _in_flight(Path(folder) / name)
+                    total += _in_flight(Path(folder) / name, names)
             for name in names:
                 if name.startswith("shard.") and name.endswith(".mds"):
                     path = os.path.join(folder, name)
@@ -192,13 +192,19 @@ class Cache:
         return total, shards
 
 
-def _in_flight(scratch: Path) -> int:
-    """Bytes that the fetch into this folder will take; if its process was killed, 0, and the folder is removed."""
+def _in_flight(scratch: Path, names: Collection[str]) -> int:
+    """Bytes that the fetch into this folder will take; if its process was killed, 0, and the folder is removed.
+
+    `names`: the files that were beside it when it was seen. A fetch that has ended since counts as its shard.
+    """
     if of_shard := _OF_SHARD.fullmatch(scratch.name):
+        shard = scratch.parent / of_shard[2]
         try:
-            with fetch_lock(scratch.parent / of_shard[2], timeout=0):
-                shutil.rmtree(scratch, ignore_errors=True)
-                return 0
+            with fetch_lock(shard, timeout=0):
+                if scratch.exists():
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    return 0
+                return 0 if shard.name in names else shard.stat().st_size
         except Timeout:
             return int(of_shard[1])
         except OSError:

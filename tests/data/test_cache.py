@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -272,6 +272,28 @@ def test_what_killed_fetches_left_is_counted_and_removed(tmp_path: Path) -> None
     assert not old.exists()
     assert (tmp_path / ".used").read_text() == "150"
     in_use.close()
+
+
+def test_a_fetch_that_ends_while_the_cache_is_counted_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, walk = tmp_path / "s" / "shard.00000.mds", os.walk
+    path.parent.mkdir()
+    with ExitStack() as fetch:
+        fetch.enter_context(fetch_lock(path, 0))
+        scratch = fetch.enter_context(Cache(tmp_path, 1000).reserve(path, 400, must=False))
+        assert scratch is not None
+        (scratch / path.name).write_bytes(bytes(300))
+
+        def walks(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+            for seen in walk(root):
+                if scratch.name in seen[1]:
+                    (scratch / path.name).rename(path)
+                    fetch.close()
+                yield seen
+
+        monkeypatch.setattr(os, "walk", walks)
+        Cache(tmp_path, 1000).trim()
+    assert not scratch.exists()
+    assert (tmp_path / ".used").read_text() == "300"
 
 
 def test_folders_may_vanish_while_the_cache_is_counted(tmp_path: Path) -> None:
