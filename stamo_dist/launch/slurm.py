@@ -32,6 +32,7 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
+_FILTERS = re.compile(r"(SQUEUE|SCONTROL|SCANCEL)_|SLURM_TIME_FORMAT$")
 _OF_THE_QUEUE = re.compile(r"#SBATCH --(dependency|kill-on-invalid-dep|array|hold)\b")  # not of the nodes
 
 #: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
@@ -120,7 +121,15 @@ def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
 
 
 def _execute(command: Sequence[str], stdin: str | None, cwd: str | None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd, env=_environ()
+    )
+
+
+def _environ() -> dict[str, str]:
+    """The shell's variables, without those that have Slurm's commands show or end only some of the jobs."""
+    kept = {name: value for name, value in os.environ.items() if not _FILTERS.match(name)}
+    return {**kept, "SQUEUE_ALL": "1", "SCONTROL_ALL": "1"}  # partitions may be hidden
 
 
 def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[SlurmJob]:
@@ -137,8 +146,8 @@ def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[S
 
 
 def commented(text: str) -> str | None:
-    """The id of the job that was submitted with this comment, None without one."""
-    lines = run("squeue", "--noheader", "--states=all", "--format=%A|%k").splitlines()
+    """The id of the job, or of the whole array, that was submitted with this comment; None without one."""
+    lines = run("squeue", "--noheader", "--states=all", "--format=%F|%k").splitlines()
     return next((line.partition("|")[0] for line in lines if line.partition("|")[2] == text), None)
 
 

@@ -106,3 +106,30 @@ def test_refusals(recorded: Recorded) -> None:
     recorded.now = "away"
     with pytest.raises(slurm.SlurmAwayError):
         slurm.run("squeue")
+
+
+def test_the_shell_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that filter what Slurm's commands show or end are not passed on; hidden partitions are shown."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS", "SCANCEL_USER", "SLURM_TIME_FORMAT", "SLURM_CONF"):
+        monkeypatch.setenv(name, "else")
+    said = dict(line.split("=", 1) for line in slurm.run("squeue").splitlines() if "=" in line)
+    found = {name: value for name, value in said.items() if re.match("SQUEUE_|SCONTROL_|SCANCEL_|SLURM_TIME", name)}
+    assert found == {"SQUEUE_ALL": "1", "SCONTROL_ALL": "1"}
+    assert said["SLURM_CONF"] == "else"
+
+
+def test_an_array_is_found_by_its_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks that were started have ids of their own, and come before the last one, whose id is the array's."""
+    rows = [{"A": "6", "F": "5", "k": "stamo-1"}, {"A": "5", "F": "5", "k": "stamo-1"}]
+
+    def execute(command: Sequence[str], *_: object) -> subprocess.CompletedProcess[str]:
+        form = next(word.partition("=")[2] for word in command if word.startswith("--format="))
+        shown = "".join(re.sub(r"%(\w)", lambda m, row=row: row[m[1]], form) + "\n" for row in rows)
+        return subprocess.CompletedProcess(command, 0, shown, "")
+
+    monkeypatch.setattr(slurm, "_execute", execute)
+    monkeypatch.setattr(slurm, "tool", lambda name: f"/slurm/{name}")
+    assert slurm.commented("stamo-1") == "5"
