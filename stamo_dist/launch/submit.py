@@ -18,6 +18,7 @@ from stamo_dist.launch.notify import unheard
 from stamo_dist.launch.profile import (
     AS_PROFILED,
     LOCAL,
+    ClusterProfile,
     ProfileError,
     Resources,
     load_profile,
@@ -89,6 +90,13 @@ def ask(
         StamoError: The profile is wrong, or it could not run there.
     """
     name, profile = load_profile(cluster, changes)
+    return ask_of(profile, replace(launch, cluster=name), loaded, every_gpu=every_gpu, ready=ready)
+
+
+def ask_of(
+    profile: ClusterProfile, launch: Launch, loaded: Loaded | None, *, every_gpu: bool = True, ready: bool = True
+) -> JobOrder:
+    """`ask` with a profile, which the launch names."""
     trains, run = launch.command[0] == "train", Path(launch.run_dir)
     counts, notes, problems = [1], list[str](), list[str]()
     if loaded is not None and trains:
@@ -100,7 +108,7 @@ def ask(
         least, most = profile.node_range(profile.nodes)
         counts = list(range(least, most + 1))
     given, processes = profile.model_dump(mode="json"), profile.processes if every_gpu else 1
-    launch = replace(launch, cluster=name, profile=given, max_restarts=profile.max_restarts)
+    launch = replace(launch, profile=given, max_restarts=profile.max_restarts)
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
     order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
