@@ -60,7 +60,9 @@ def _scancel(path: Path, job: str, known: Sequence[slurm.SlurmJob]) -> str:
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:
     """Submit the run again, with the code, the recipe and the profile it was submitted with, from the same folder.
 
-    Returns a description of what was done; this process is in that folder then. `nodes`, `time`: override the profile's.
+    Returns a description of what was done; this process is in that folder then.
+
+    `nodes`, `time`: override the profile's.
 
     Raises:
         StamoError: It runs, has finished, was never submitted, or is refused.
@@ -69,6 +71,8 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
     launch = run.launch
     if run.state.live:
         raise RunError(f"{path}: is {run.state.word} already; `stamo cancel {path}` ends it")
+    if run.job is not None and run.job.state == "COMPLETING":
+        raise RunError(f"{path}: is {run.state.word}, and its job {run.job.id} leaves its nodes; ask again when it has")
     if run.state.word == "finished":
         raise RunError(f"{path}: has finished; to train on, submit the recipe with more train.steps")
     if launch is None or launch.snapshot is None:

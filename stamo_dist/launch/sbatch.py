@@ -61,7 +61,8 @@ class Sbatch(SlurmExecutor):
         p, launch, given = order.profile, order.launch, order.profile.model_dump(mode="json")
         exports = container.exports(given)
         counts = launch.node_counts or [launch.nodes]
-        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _pattern(_log(order)), "open-mode": "append"}
+        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "open-mode": "append"}
+        more["output"] = _pattern(_log(order))
         if p.notify is not None and p.notify.mail:
             kinds = {"end": "END", "failure": "FAIL"}
             more |= {"mail-user": p.notify.mail, "mail-type": ",".join(kinds[on] for on in p.notify.on)}
@@ -156,5 +157,5 @@ def _pattern(log: Path) -> str:
         RunError: There is no way to write it.
     """
     if found := re.search(r"[\\\n\r]", str(log)):
-        raise RunError(f"run_dir: {log.parent.parent} has {found[0]!r}, which Slurm takes out of a path; choose another")
+        raise RunError(f"run_dir: {log.parent.parent} has {found[0]!r}, which Slurm takes out of a path; rename it")
     return str(log).replace("%", "%%").replace("task_TASK", "task_%a")
