@@ -32,7 +32,9 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
-_FILTERS = re.compile(r"(SQUEUE|SCONTROL|SCANCEL)_|SLURM_TIME_FORMAT$")
+#: Variables of the shell that have Slurm's commands show or end only some of the jobs; and those of an allocation in
+#: which it is: sbatch passes them on into the job, where its srun follows them. The others say which Slurm it is.
+_ELSEWHERE = re.compile(r"SQUEUE_|SCONTROL_|SCANCEL_|SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT)$)")
 _OF_THE_QUEUE = re.compile(r"#SBATCH --(dependency|kill-on-invalid-dep|array|hold)\b")  # not of the nodes
 
 #: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
@@ -127,8 +129,7 @@ def _execute(command: Sequence[str], stdin: str | None, cwd: str | None) -> subp
 
 
 def _environ() -> dict[str, str]:
-    """The shell's variables, without those that have Slurm's commands show or end only some of the jobs."""
-    kept = {name: value for name, value in os.environ.items() if not _FILTERS.match(name)}
+    kept = {name: value for name, value in os.environ.items() if not _ELSEWHERE.match(name)}
     return {**kept, "SQUEUE_ALL": "1", "SCONTROL_ALL": "1"}  # partitions may be hidden
 
 
