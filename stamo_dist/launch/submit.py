@@ -178,7 +178,8 @@ def describe(order: JobOrder) -> str:
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
-    where = f"partition {profile.partition}" if profile.partition else "the default partition"
+    partition = checks.partition_of(profile)
+    where = f"partition {partition}" if partition else "the default partition"
     each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(order.cpus, 'CPU')}"
     tasks = f"{order.tasks} tasks of " if order.tasks else ""
     return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"

@@ -34,6 +34,9 @@ def test_the_time_between_sigterm_and_sigkill(config, partition, seconds, monkey
     monkeypatch.setattr(slurm, "associations", lambda user: None)
     given = checks.cluster(ClusterProfile.model_validate({"signal_delay": 60}), 1)
     assert given == min(60, seconds if seconds is not None else 60)
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    with pytest.raises(ProfileError, match="the cluster has none called high; there are low"):
+        checks.cluster(ClusterProfile(), 1)
 
 
 def test_a_save_that_may_not_fit_is_warned_of(tmp_path: Path):

@@ -114,7 +114,7 @@ def test_the_shell_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "squeue").write_text("#!/bin/sh\nenv\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS", "SCANCEL_USER", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_NODE", "SLURM_CONF"):
+    for name in ("SQUEUE_PARTITION", "SCANCEL_USER", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_NODE", "SLURM_CONF"):
         monkeypatch.setenv(name, "else")
     said = dict(line.split("=", 1) for line in slurm.run("squeue").splitlines() if "=" in line)
     found = {name: value for name, value in said.items() if re.match("SQUEUE_|SCONTROL_|SCANCEL_|SLURM_", name)}
