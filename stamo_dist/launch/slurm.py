@@ -123,9 +123,10 @@ def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
 
 
 def _execute(command: Sequence[str], stdin: str | None, cwd: str | None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd, env=_environ()
-    )
+    return subprocess.run(  # jobs of others may have names in any encoding
+        command, input=stdin, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT, check=False,
+        cwd=cwd, env=_environ(),
+    )  # fmt: skip
 
 
 def _environ() -> dict[str, str]:

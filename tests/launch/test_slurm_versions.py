@@ -111,7 +111,7 @@ def test_refusals(recorded: Recorded) -> None:
 def test_the_shell_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables that filter what Slurm's commands show or end are not passed on, nor those of an allocation in which
     one submits; hidden partitions are shown."""
-    (tmp_path / "squeue").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\nenv\nprintf 'NAME=caf\\351\\n'\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name in ("SQUEUE_PARTITION", "SCANCEL_USER", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_NODE", "SLURM_CONF"):
@@ -119,6 +119,7 @@ def test_the_shell_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     said = dict(line.split("=", 1) for line in slurm.run("squeue").splitlines() if "=" in line)
     found = {name: value for name, value in said.items() if re.match("SQUEUE_|SCONTROL_|SCANCEL_|SLURM_", name)}
     assert found == {"SQUEUE_ALL": "1", "SCONTROL_ALL": "1", "SLURM_CONF": "else"}
+    assert said["NAME"] == "caf\ufffd", "somebody's job"
 
 
 def test_an_array_is_found_by_its_comment(monkeypatch: pytest.MonkeyPatch) -> None:
