@@ -130,9 +130,9 @@ def ask_of(
         order = off_failing_nodes(order)
     notes += unheard(given)
     if loaded is not None and trains and profile.backend == "slurm":
-        order = replace(order, loaded=_with_grace(loaded, grace))
-        often = loaded.recipe.train.checkpoint
-        warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
+        loaded = _with_grace(loaded, grace)
+        order, often = replace(order, loaded=loaded), loaded.recipe.train.checkpoint
+        warning = too_short(run, often.grace_seconds or 0.0, often.every, often.ephemeral_every)
         notes += [warning] if warning else []
     return order
 
