@@ -283,9 +283,10 @@ def fate(job: str, restart: int) -> Fate:
         return "cancelled"
     if state != "COMPLETING":
         return ""
-    # A completing job does not show its reason. A job preempted with PreemptMode=CANCEL was not cancelled by a user.
+    # Only some completing jobs show their reason; TimeLimit is also that of one whose reservation has ended. A job
+    # preempted with PreemptMode=CANCEL was not cancelled by a user.
     ran, limit = _passed(found.get("RunTime", "")), _passed(found.get("TimeLimit", ""))
-    late = ran is not None and limit is not None and ran >= limit
+    late = found.get("Reason") == "TimeLimit" or (ran is not None and limit is not None and ran >= limit)
     return "ending" if late or found.get("PreemptTime", "None") != "None" else "cancelled"
 
 

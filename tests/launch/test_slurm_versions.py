@@ -81,6 +81,21 @@ def test_details_and_what_becomes_of_a_job(recorded: Recorded) -> None:
     assert slurm.details("999") == {}
 
 
+@pytest.mark.parametrize(
+    ("shown", "fate"),
+    [
+        ("Reason=None RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=None", "cancelled"),
+        ("Reason=None RunTime=00:10:02 TimeLimit=00:10:00 PreemptTime=None", "ending"),
+        ("Reason=None RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=2026-11-29T19:08:58", "ending"),
+        ("Reason=TimeLimit RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=None", "ending"),  # its reservation is over
+    ],
+)
+def test_who_ends_a_job(monkeypatch: pytest.MonkeyPatch, shown: str, fate: str) -> None:
+    """As 22.05 shows a job while it completes."""
+    monkeypatch.setattr(slurm, "run", lambda *_: f"JobId=1 JobState=COMPLETING {shown} Restarts=0\n")
+    assert slurm.fate("1", 0) == fate
+
+
 def test_partitions_and_settings(recorded: Recorded) -> None:
     recorded.now = "partition"
     partitions = slurm.partitions()
