@@ -1,6 +1,9 @@
-"""Words of messages that depend on a number."""
+"""Words of messages that depend on a number, and letters that a terminal may not have."""
 
 from __future__ import annotations
+
+import io
+import sys
 
 
 def counted(number: int, noun: str) -> str:
@@ -13,3 +16,10 @@ def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 1:02:03 or 2:03."""
     s = int(seconds)
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
+
+
+def print_in_any_locale() -> None:
+    """Have what is printed show ? for what the locale's encoding lacks (→, é), in place of an error."""
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="replace")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import slurm, submit, supervise, supervisor
+from stamo_dist.launch import recipe_checks, slurm, submit, supervise, supervisor
 from stamo_dist.launch.again import command_by_hand
 from stamo_dist.launch.ends import newest_step
-from stamo_dist.launch.profile import ClusterProfile
+from stamo_dist.launch.profile import known_profile
 from stamo_dist.launch.record import Event, recipe_file, record
 from stamo_dist.launch.sbatch import JobOrder
 from stamo_dist.launch.status import Run, collect
@@ -58,7 +58,9 @@ def _scancel(path: Path, job: str, known: Sequence[slurm.SlurmJob]) -> str:
 
 
 def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> str:
-    """Submit the run again, with the code and the recipe it was submitted with. Returns a description of what was done.
+    """Submit the run again, with the code, the recipe and the profile it was submitted with, from the same folder.
+
+    Returns a description of what was done; this process is in that folder then.
 
     `nodes`, `time`: override the profile's.
 
@@ -69,6 +71,8 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
     launch = run.launch
     if run.state.live:
         raise RunError(f"{path}: is {run.state.word} already; `stamo cancel {path}` ends it")
+    if run.job is not None and run.job.state == "COMPLETING":
+        raise RunError(f"{path}: is {run.state.word}, and its job {run.job.id} leaves its nodes; ask again when it has")
     if run.state.word == "finished":
         raise RunError(f"{path}: has finished; to train on, submit the recipe with more train.steps")
     if launch is None or launch.snapshot is None:
@@ -79,13 +83,14 @@ def resume(path: Path, *, nodes: int | None = None, time: str | None = None) -> 
         )
     if launch.kind != "run":
         raise RunError(f"{path}: is part of a pipeline or sweep; submit that again: what is done is skipped")
-    order = JobOrder(launch, ClusterProfile.model_validate(launch.profile))
+    if Path(launch.cwd).is_dir():  # from where its recipe's relative paths lead
+        os.chdir(launch.cwd)
+    changes = submit.Resources(nodes, time=time).changes()
+    profile = known_profile(launch.profile, changes, f"profile {launch.cluster}")
     if nodes or time:
-        order = submit.plan(recipe_file(launch.snapshot), launch.cluster, resources=submit.Resources(nodes, time=time))
-        kept = replace(order.launch, recipe=launch.recipe, overrides=launch.overrides, snapshot=launch.snapshot)
-        order = replace(order, launch=kept)
+        order = submit.ask_of(profile, launch, recipe_checks.read(recipe_file(launch.snapshot)))
     else:
-        order = submit.off_failing_nodes(order)
+        order = submit.off_failing_nodes(JobOrder(launch, profile))
     launch = submit.submit(order)
     notes = "".join(f"\n  {note}" for note in order.notes)
     return f"{submit.describe(order)}{notes}\njob {launch.job}: goes on {_from(run)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -102,4 +103,5 @@ def submit(context: typer.Context, asked: SubmitOptions) -> None:
         return
     launches = chain.send(whole, recipe, steps, orders) if steps else jobs.submit_all(orders)
     ids = dict.fromkeys(str(launch.job) for launch in launches)
-    print(f"job {', '.join(ids)}: `stamo status {where}` and `stamo logs {launches[0].run_dir}` show how it does")
+    where, one = map(shlex.quote, (str(where), launches[0].run_dir))
+    print(f"job {', '.join(ids)}: `stamo status {where}` and `stamo logs {one}` show how it does")

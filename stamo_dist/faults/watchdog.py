@@ -107,8 +107,13 @@ class Watchdog:
             self._beats.close()
 
     def _watch(self) -> None:
-        beaten = 0.0
-        while not self._closed.wait(self._every / _LOOKS):
+        beaten, pause = 0.0, self._every / _LOOKS
+        looked = time.monotonic()
+        while not self._closed.wait(pause):
+            # While this process was stopped, as Slurm does with a suspended job, nothing could get further.
+            if (stopped := time.monotonic() - looked - pause) > self._every:
+                self._since += stopped
+            looked = time.monotonic()
             field = self._field
             limit = getattr(self._limits, field)
             waited, lonely = time.monotonic() - self._since, launcher_is_gone()

@@ -107,7 +107,7 @@ def cluster(profile: ClusterProfile, least: int) -> float:
         ProfileError: All that does not fit.
     """
     found = slurm.partitions()
-    name = profile.partition or next((n for n, p in found.items() if p.get("Default") == "YES"), None)
+    name = partition_of(profile) or next((n for n, p in found.items() if p.get("Default") == "YES"), None)
     if name is None:
         raise ProfileError([f"partition: the cluster has no default; there are {', '.join(found)}"])
     if name not in found:
@@ -127,6 +127,11 @@ def cluster(profile: ClusterProfile, least: int) -> float:
         raise ProfileError(problems)
     preempted = preemption_grace(slurm.config(), partition)
     return min(preempted if preempted is not None else float("inf"), float(profile.signal_delay))
+
+
+def partition_of(profile: ClusterProfile) -> str | None:
+    """The partition that sbatch is asked for, or its variable says; None: the cluster's default."""
+    return profile.partition or os.environ.get("SBATCH_PARTITION") or None
 
 
 def shell_and_container(launch: Launch, script: str) -> list[str]:

@@ -45,7 +45,7 @@ from stamo_dist.launch.record import (
 )
 from stamo_dist.launch.step import GPU, step
 from stamo_dist.launch.stop_requests import Requests
-from stamo_dist.words import counted
+from stamo_dist.words import counted, print_in_any_locale
 
 _ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 _SIGNALS = {  # as srun writes them
@@ -337,6 +337,7 @@ class Job:
 
 
 def main(runs: list[str]) -> int:
+    print_in_any_locale()
     requests = Requests()
     requests.listen()
     if len(runs) == 1:

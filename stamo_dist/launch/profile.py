@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,8 @@ from stamo_dist.launch.container import problems as container_problems
 from stamo_dist.launch.notify import WEBHOOK, variable
 from stamo_dist.launch.record import FAILING_NODE_HOURS
 from stamo_dist.launch.step import GPU
-from stamo_dist.recipe.layers import did_you_mean, merge
+from stamo_dist.recipe.layers import Merged, did_you_mean, merge
+from stamo_dist.recipe.lines import read_override
 from stamo_dist.recipe.schema import Section
 from stamo_dist.recipe.validate import validate_as
 
@@ -265,15 +266,30 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> tuple[str, Cluster
     path = find(name)
     if path is None:
         if name == LOCAL:
-            return LOCAL, ClusterProfile.model_validate({"backend": "local", **_plain(overrides)})
+            return LOCAL, known_profile({"backend": "local"}, overrides, LOCAL)
         hint = did_you_mean(name, names()) or f"there are {', '.join(names())}"
         raise ProfileError([f"--cluster {name}: no such file and no such profile in {FOLDER}/; {hint}"])
-    merged = merge(path, overrides)
+    return path.stem, _checked(merge(path, overrides))
+
+
+def known_profile(values: Mapping[str, Any], overrides: Sequence[str], name: str) -> ClusterProfile:
+    """A profile that is in no file, as `load_profile`; `name`: how messages call it.
+
+    Raises:
+        ProfileError: With every problem.
+    """
+    merged = Merged(value=dict(values), places={(): name})
+    for override in overrides:
+        merged.add(read_override(override), override=True)
+    return _checked(merged)
+
+
+def _checked(merged: Merged) -> ClusterProfile:
     profile, wrong = validate_as(ClusterProfile, merged)
     problems = [*merged.problems, *wrong]
     if profile is None or problems:
         raise ProfileError(problems)
-    return path.stem, profile
+    return profile
 
 
 def names() -> list[str]:
@@ -309,13 +325,3 @@ def seconds(limit: str) -> int:
 def _folders() -> list[Path]:
     """Folders searched for profiles: here, then those that come with stamo."""
     return [Path.cwd() / FOLDER, shipped.PROFILES]
-
-
-def _plain(overrides: Sequence[str]) -> dict[str, Any]:
-    from stamo_dist.recipe.lines import read_override
-
-    layers = [read_override(o) for o in overrides]
-    problems = [p for layer in layers for p in layer.problems]
-    if problems:
-        raise ProfileError(problems)
-    return {name: value for layer in layers for name, value in layer.value.items()}

@@ -107,6 +107,7 @@ class Launch:
     snapshot: str | None = None  # folder of the job's code and recipe
     max_restarts: int = 3  # without progress
     job_ids: list[str] = field(default_factory=list)  # newest last
+    cwd: str = field(default_factory=os.getcwd)  # of the submission
     user: str = field(default_factory=getpass.getuser)
     submitted_at: str = field(default_factory=now)
     version: int = VERSION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import uuid
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from submitit import SlurmExecutor
 
+from stamo_dist.errors import RunError
 from stamo_dist.launch import checks, container, slurm
 from stamo_dist.launch.profile import ClusterProfile
 from stamo_dist.launch.record import Launch, folder, main_log, snapshot_command, task_log
@@ -59,7 +61,8 @@ class Sbatch(SlurmExecutor):
         p, launch, given = order.profile, order.launch, order.profile.model_dump(mode="json")
         exports = container.exports(given)
         counts = launch.node_counts or [launch.nodes]
-        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "output": _log(order), "open-mode": "append"}
+        more: dict[str, Any] = {"signal": f"USR1@{p.signal_delay}", "open-mode": "append"}
+        more["output"] = _pattern(_log(order))
         if p.notify is not None and p.notify.mail:
             kinds = {"end": "END", "failure": "FAIL"}
             more |= {"mail-user": p.notify.mail, "mail-type": ",".join(kinds[on] for on in p.notify.on)}
@@ -108,7 +111,7 @@ class Sbatch(SlurmExecutor):
     def send(self) -> str:
         """The id of the queued job."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        Path(_log(self.order)).parent.mkdir(parents=True, exist_ok=True)
+        _log(self.order).parent.mkdir(parents=True, exist_ok=True)
         file = self.folder / f".{os.getpid()}.sh"
         file.write_text(self.text())
         token = f"stamo-{uuid.uuid4().hex}"
@@ -141,8 +144,18 @@ def no_snapshot(launch: Launch) -> str:
     return f"{folder(launch.run_dir)}/snapshots/TIME"
 
 
-def _log(order: JobOrder) -> str:
-    """The batch script's output file; arrays have one per task, used until the task's run opens its own log."""
+def _log(order: JobOrder) -> Path:
+    """The batch script's output file; arrays have one per task (TASK), used until the task's run opens its own log."""
     run = Path(order.launch.run_dir)
-    log = task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
+    return task_log(run.parent if order.members else run, "TASK") if order.tasks else main_log(run)
+
+
+def _pattern(log: Path) -> str:
+    """A log's path as sbatch wants it.
+
+    Raises:
+        RunError: There is no way to write it.
+    """
+    if found := re.search(r"[\\\n\r]", str(log)):
+        raise RunError(f"run_dir: {log.parent.parent} has {found[0]!r}, which Slurm takes out of a path; rename it")
     return str(log).replace("%", "%%").replace("task_TASK", "task_%a")

@@ -32,6 +32,9 @@ ACTIVE = frozenset({
 })  # fmt: skip
 
 
+#: Variables of the shell that have Slurm's commands show or end only some of the jobs; and those of an allocation in
+#: which it is: sbatch passes them on into the job, where its srun follows them. The others say which Slurm it is.
+_ELSEWHERE = re.compile(r"SQUEUE_|SCONTROL_|SCANCEL_|SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT)$)")
 _OF_THE_QUEUE = re.compile(r"#SBATCH --(dependency|kill-on-invalid-dep|array|hold)\b")  # not of the nodes
 
 #: What Slurm's commands print when the controller cannot be reached, or does not take part at the moment.
@@ -120,7 +123,15 @@ def run(*command: str, stdin: str | None = None, cwd: str | None = None) -> str:
 
 
 def _execute(command: Sequence[str], stdin: str | None, cwd: str | None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=cwd)
+    return subprocess.run(  # jobs of others may have names in any encoding
+        command, input=stdin, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT, check=False,
+        cwd=cwd, env=_environ(),
+    )  # fmt: skip
+
+
+def _environ() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not _ELSEWHERE.match(name)}
+    return {**kept, "SQUEUE_ALL": "1", "SCONTROL_ALL": "1"}  # partitions may be hidden
 
 
 def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[SlurmJob]:
@@ -137,8 +148,8 @@ def jobs(ids: Sequence[str] | None = None, *, user: str | None = None) -> list[S
 
 
 def commented(text: str) -> str | None:
-    """The id of the job that was submitted with this comment, None without one."""
-    lines = run("squeue", "--noheader", "--states=all", "--format=%A|%k").splitlines()
+    """The id of the job, or of the whole array, that was submitted with this comment; None without one."""
+    lines = run("squeue", "--noheader", "--states=all", "--format=%F|%k").splitlines()
     return next((line.partition("|")[0] for line in lines if line.partition("|")[2] == text), None)
 
 
@@ -272,9 +283,10 @@ def fate(job: str, restart: int) -> Fate:
         return "cancelled"
     if state != "COMPLETING":
         return ""
-    # A completing job does not show its reason. A job preempted with PreemptMode=CANCEL was not cancelled by a user.
+    # Only some completing jobs show their reason; TimeLimit is also that of one whose reservation has ended. A job
+    # preempted with PreemptMode=CANCEL was not cancelled by a user.
     ran, limit = _passed(found.get("RunTime", "")), _passed(found.get("TimeLimit", ""))
-    late = ran is not None and limit is not None and ran >= limit
+    late = found.get("Reason") == "TimeLimit" or (ran is not None and limit is not None and ran >= limit)
     return "ending" if late or found.get("PreemptTime", "None") != "None" else "cancelled"
 
 

@@ -82,6 +82,7 @@ _ENDS = {
     "DEADLINE": "its deadline has passed",
     "FAILED": "the job failed",
 }
+_LAUNCH = "Slurm could not start it: its nodes need the run folder, to write its log, and the folder of the submission"
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ def _ended(progress: Progress, job: SlurmJob) -> State:
         return State("stopped", "preempted, and the partition does not requeue; `stamo resume` goes on")
     if job.state == "COMPLETED":
         return State("stopped", _stood(progress))
+    if job.state == "FAILED" and job.reason == "JobLaunchFailure":
+        return State("failed", _LAUNCH)
     return State("failed", _ENDS.get(job.state, job.state.lower()))
 
 

@@ -18,6 +18,7 @@ from stamo_dist.launch.notify import unheard
 from stamo_dist.launch.profile import (
     AS_PROFILED,
     LOCAL,
+    ClusterProfile,
     ProfileError,
     Resources,
     load_profile,
@@ -90,6 +91,13 @@ def ask(
         StamoError: The profile is wrong, or it could not run there.
     """
     name, profile = load_profile(cluster, changes)
+    return ask_of(profile, replace(launch, cluster=name), loaded, every_gpu=every_gpu, ready=ready)
+
+
+def ask_of(
+    profile: ClusterProfile, launch: Launch, loaded: Loaded | None, *, every_gpu: bool = True, ready: bool = True
+) -> JobOrder:
+    """`ask` with a profile, which the launch names."""
     trains, run = launch.command[0] == "train", Path(launch.run_dir)
     counts, notes, problems = [1], list[str](), list[str]()
     if loaded is not None and trains:
@@ -101,7 +109,7 @@ def ask(
         least, most = profile.node_range(profile.nodes)
         counts = list(range(least, most + 1))
     given, processes = profile.model_dump(mode="json"), profile.processes if every_gpu else 1
-    launch = replace(launch, cluster=name, profile=given, max_restarts=profile.max_restarts)
+    launch = replace(launch, profile=given, max_restarts=profile.max_restarts)
     launch = replace(launch, nodes=profile.nodes, node_counts=counts, processes_per_node=processes)
     order = JobOrder(launch, profile, loaded, notes=notes)
     if loaded is not None and ready:
@@ -123,9 +131,9 @@ def ask(
         order = off_failing_nodes(order)
     notes += unheard(given)
     if loaded is not None and trains and profile.backend == "slurm":
-        order = replace(order, loaded=_with_grace(loaded, grace))
-        often = loaded.recipe.train.checkpoint
-        warning = too_short(run, often.grace_seconds or grace, often.every, often.ephemeral_every)
+        loaded = _with_grace(loaded, grace)
+        order, often = replace(order, loaded=loaded), loaded.recipe.train.checkpoint
+        warning = too_short(run, often.grace_seconds or 0.0, often.every, often.ephemeral_every)
         notes += [warning] if warning else []
     return order
 
@@ -171,7 +179,8 @@ def describe(order: JobOrder) -> str:
     counts = launch.node_counts or [launch.nodes]
     nodes = f"{counts[0]}" if len(counts) == 1 else f"{min(counts)}–{max(counts)} ({', '.join(map(str, counts))})"
     what = f"{profile.gpus_per_node} {profile.gpu_type or 'GPU'}" if profile.gpus_per_node else "no GPU"
-    where = f"partition {profile.partition}" if profile.partition else "the default partition"
+    partition = checks.partition_of(profile)
+    where = f"partition {partition}" if partition else "the default partition"
     each = f"{_many(launch.processes_per_node, 'process')}, {what}, {_many(order.cpus, 'CPU')}"
     tasks = f"{order.tasks} tasks of " if order.tasks else ""
     return f"{launch.name}: {tasks}{nodes} × ({each}), {profile.time} on {where} of {launch.cluster} → {launch.run_dir}"

@@ -45,7 +45,7 @@ from stamo_dist.launch.record import (
 from stamo_dist.launch.shell import before_the_run
 from stamo_dist.run.folder import write_atomic
 from stamo_dist.run.lease import Owner
-from stamo_dist.words import counted
+from stamo_dist.words import counted, print_in_any_locale
 
 _PATIENCE = 30.0  # seconds for the supervisor to start
 _GRACE = 120.0  # seconds for a cancelled run to save and exit
@@ -200,4 +200,5 @@ class _Supervisor:
 
 
 if __name__ == "__main__":
+    print_in_any_locale()
     _Supervisor().work([Path(run) for run in sys.argv[1:]])

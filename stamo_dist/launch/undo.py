@@ -33,12 +33,13 @@ def nothing_left(run: Path) -> Iterator[None]:
         else:
             for taken in set((folder(run) / "snapshots").glob("*")) - snapshots:
                 shutil.rmtree(taken, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # nothing was written where nothing can be
                 log.unlink() if size is None else os.truncate(log, size)
-            if before is None:
-                record_file.unlink(missing_ok=True)
-            elif record_file.read_text() != before:
-                write_atomic(record_file, before)
+            with contextlib.suppress(OSError):
+                if before is None:
+                    record_file.unlink(missing_ok=True)
+                elif record_file.read_text() != before:
+                    write_atomic(record_file, before)
         if isinstance(e, OSError):
             raise RunError(f"run_dir: {run} cannot be written ({e.strerror}); make room, or make it writable") from e
         raise

@@ -68,7 +68,7 @@ class CheckpointConfig(Section):
     background: bool = Field(
         False, description="Write while training goes on; it stands still only for a copy into host memory."
     )
-    grace_seconds: PositiveFloat | None = Field(
+    grace_seconds: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Seconds the cluster gives a run between asking it to stop and killing it; null: unknown."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from stamo_dist.words import print_in_any_locale
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +74,11 @@ def test_what_is_wrong_at_first_sight_is_said_before_torch_is_imported(command: 
     )
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
+
+
+def test_a_locale_without_utf_8_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
+    print_in_any_locale()
+    print("2 × → é", flush=True)
+    assert shown.getvalue() == b"2 \xd7 ? \xe9\n"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from stamo_dist.faults import heartbeats
+from stamo_dist.distributed.rank import World
+from stamo_dist.faults import heartbeats, watchdog
 from stamo_dist.faults.heartbeats import Heartbeat, Heartbeats, heartbeat_of_main
-from stamo_dist.faults.watchdog import diagnosis
+from stamo_dist.faults.watchdog import Watchdog, diagnosis
+from stamo_dist.recipe.training import Train
 
 NODES, EACH, SILENT = 3, 4, 10.0
 
@@ -144,3 +147,20 @@ def test_who_leaves_a_hung_run_takes_away_what_is_its_own(cluster: Cluster) -> N
     assert not any(cluster.memory[0].iterdir())
     assert any(cluster.memory[1].iterdir())
     assert [n for n in range(12) if cluster.ranks[4].read()[n].dumped] == [0, 1, *range(3, 12)]
+
+
+def test_a_suspended_job_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for which a process was stopped is none in which it got no further."""
+    now, left = [0.0], threading.Event()
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Watchdog, "_leave_alone", lambda *_: left.set())
+    limits = Train.model_validate({"steps": 1, "global_batch": 1, "setup_timeout": 1})
+    watching = Watchdog(tmp_path, World(0, 1, 0, 1), limits)
+    now[0] += 3600
+    assert not left.wait(0.3)
+    for _ in range(200):
+        now[0] += 0.05
+        if left.wait(0.02):
+            break
+    watching.close()
+    assert left.is_set(), "it hangs"

@@ -190,7 +190,7 @@ class FakeSlurm:
         lines = []
         for job in self.jobs.values():
             nodes = job.node if job.state in ("RUNNING", "COMPLETING") else ""
-            values = {"i": job.id, "A": job.id, "T": job.state, "r": job.reason, "S": "N/A", "N": nodes, "D": "1"}
+            values = {"i": job.id, "F": job.id, "T": job.state, "r": job.reason, "S": "N/A", "N": nodes, "D": "1"}
             values |= {"M": "1:00", "l": "10:00", "P": "low", "u": "me", "j": "toy", "k": job.comment}
             lines.append(re.sub(r"%(\w)", lambda m, values=values: values[m[1]], form))
         return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import pytest
 from stamo_dist.launch import checks, slurm
 from stamo_dist.launch.grace import preemption_grace, too_short
 from stamo_dist.launch.profile import ClusterProfile, ProfileError
+from stamo_dist.recipe.training import CheckpointConfig
 
 CONFIG = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE", "KillWait": "10 sec", "MaxArraySize": "9"}
 
@@ -34,6 +35,10 @@ def test_the_time_between_sigterm_and_sigkill(config, partition, seconds, monkey
     monkeypatch.setattr(slurm, "associations", lambda user: None)
     given = checks.cluster(ClusterProfile.model_validate({"signal_delay": 60}), 1)
     assert given == min(60, seconds if seconds is not None else 60)
+    assert CheckpointConfig.model_validate({"grace_seconds": given}).grace_seconds == given, "the run is told"
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    with pytest.raises(ProfileError, match="the cluster has none called high; there are low"):
+        checks.cluster(ClusterProfile(), 1)
 
 
 def test_a_save_that_may_not_fit_is_warned_of(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,10 +18,14 @@ import yaml
 from raw import write_raw
 from toy import write_recipe
 
+from stamo_dist.cli import steer
+from stamo_dist.errors import RunError
+from stamo_dist.launch import submit, supervise
 from stamo_dist.launch.chain import sweep_orders
-from stamo_dist.launch.profile import Resources
-from stamo_dist.launch.record import events, read
+from stamo_dist.launch.profile import ProfileError, Resources, known_profile
+from stamo_dist.launch.record import Event, events, read, record
 from stamo_dist.launch.trained import without_trained
+from stamo_dist.launch.undo import nothing_left
 from stamo_dist.recipe.load import dump, load
 from stamo_dist.run.lease import acquire
 
@@ -196,3 +201,39 @@ def test_of_an_array_only_what_is_left(toy, tmp_path):
         [order] = left if (left := without_trained(orders)[0]) else [None]
         assert (order.tasks if order else 0) == 2 - rates.index(rate)
         assert order is None or order.launch == order.members[0].launch
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    """Also where nothing can be undone, as in the folder of somebody else."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    record(tmp_path, Event("submitted"))
+    monkeypatch.setattr(os, "truncate", refuse)
+    with pytest.raises(RunError, match=r"cannot be written \(Permission denied\)"), nothing_left(tmp_path):
+        refuse()
+
+
+def test_it_goes_on_with_the_profile_and_in_the_folder_of_its_submission(toy, tmp_path, monkeypatch):
+    """Also with more nodes, from another folder, and when the profile's file has gone."""
+    home, other, folders = tmp_path / "home", tmp_path / "other", []
+    monkeypatch.setattr(supervise, "start", lambda runs: folders.append(Path.cwd()) or "local-999999999")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    shards, vae = (Path(os.path.relpath(path, home)) for path in (toy.shards, toy.vae))
+    write_recipe(home / "toy.yaml", shards, vae)
+    (home / "lab.yaml").write_text("{backend: local, max_restarts: 7, environment: {A: 1}}")
+    other.mkdir()
+    monkeypatch.chdir(home)
+    submit.submit(submit.plan("toy.yaml", "lab.yaml"))
+    run = home / "run"
+    record(run, Event("cancelled"))
+    (home / "lab.yaml").unlink()
+    monkeypatch.chdir(other)
+    assert "goes on from the start" in steer.resume(run, nodes=2)
+    assert folders == [home, home]
+    launch = read(run)
+    assert (launch.nodes, launch.cluster, launch.max_restarts, launch.recipe) == (2, "lab", 7, "toy.yaml")
+    assert launch.profile["environment"] == {"A": "1"}
+    with pytest.raises(ProfileError, match="--set time: 'soon' is no time limit"):
+        known_profile({**launch.profile, "backend": "slurm"}, ["time=soon"], "profile lab")

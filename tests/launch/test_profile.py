@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import pytest
 import yaml
 
 from stamo_dist.errors import RunError
-from stamo_dist.launch import chain, checks, supervise
+from stamo_dist.launch import chain, checks, slurm, supervise
 from stamo_dist.launch.job import Job, Requests
 from stamo_dist.launch.pipeline import Stage, Work
 from stamo_dist.launch.profile import ProfileError, load_profile
 from stamo_dist.launch.record import Launch, events
-from stamo_dist.launch.sbatch import JobOrder
+from stamo_dist.launch.sbatch import JobOrder, Sbatch
 from stamo_dist.launch.submit import script
 
 RUN = "/runs/tok é"
@@ -242,6 +243,19 @@ def test_modules_and_variables_reach_the_run_or_end_it(tmp_path: Path, loads: bo
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert "modules: cuda/12.8: could not be loaded" in done.stderr
+
+
+def test_logs_lie_where_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an array too, whose tasks open their logs themselves; what Slurm takes out of a path is refused."""
+    monkeypatch.setattr(slurm, "run", lambda *words, **_: "Submitted batch job 7")
+    run = tmp_path / "100% %j" / "sweep" / "lr=1"
+    asked = order(tmp_path, str(run))
+    assert Sbatch(replace(asked, members=[asked])).send() == "7"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["100% %j", "profile.yaml"]
+    assert (run.parent / "logs").is_dir()
+    assert "/100%% %%j/sweep/logs/task_%a.log" in Sbatch(replace(asked, members=[asked])).text()
+    with pytest.raises(RunError, match=r"run_dir: /runs/a\\b has '\\\\', which Slurm takes out of a path"):
+        script(order(tmp_path, "/runs/a\\b"))
 
 
 def test_modules_on_this_machine(tmp_path: Path) -> None:

@@ -81,6 +81,21 @@ def test_details_and_what_becomes_of_a_job(recorded: Recorded) -> None:
     assert slurm.details("999") == {}
 
 
+@pytest.mark.parametrize(
+    ("shown", "fate"),
+    [
+        ("Reason=None RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=None", "cancelled"),
+        ("Reason=None RunTime=00:10:02 TimeLimit=00:10:00 PreemptTime=None", "ending"),
+        ("Reason=None RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=2026-11-29T19:08:58", "ending"),
+        ("Reason=TimeLimit RunTime=00:01:08 TimeLimit=00:10:00 PreemptTime=None", "ending"),  # its reservation is over
+    ],
+)
+def test_who_ends_a_job(monkeypatch: pytest.MonkeyPatch, shown: str, fate: str) -> None:
+    """As 22.05 shows a job while it completes."""
+    monkeypatch.setattr(slurm, "run", lambda *_: f"JobId=1 JobState=COMPLETING {shown} Restarts=0\n")
+    assert slurm.fate("1", 0) == fate
+
+
 def test_partitions_and_settings(recorded: Recorded) -> None:
     recorded.now = "partition"
     partitions = slurm.partitions()
@@ -106,3 +121,31 @@ def test_refusals(recorded: Recorded) -> None:
     recorded.now = "away"
     with pytest.raises(slurm.SlurmAwayError):
         slurm.run("squeue")
+
+
+def test_the_shell_hides_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that filter what Slurm's commands show or end are not passed on, nor those of an allocation in which
+    one submits; hidden partitions are shown."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nenv\nprintf 'NAME=caf\\351\\n'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SQUEUE_PARTITION", "SCANCEL_USER", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_NODE", "SLURM_CONF"):
+        monkeypatch.setenv(name, "else")
+    said = dict(line.split("=", 1) for line in slurm.run("squeue").splitlines() if "=" in line)
+    found = {name: value for name, value in said.items() if re.match("SQUEUE_|SCONTROL_|SCANCEL_|SLURM_", name)}
+    assert found == {"SQUEUE_ALL": "1", "SCONTROL_ALL": "1", "SLURM_CONF": "else"}
+    assert said["NAME"] == "caf\ufffd", "somebody's job"
+
+
+def test_an_array_is_found_by_its_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks that were started have ids of their own, and come before the last one, whose id is the array's."""
+    rows = [{"A": "6", "F": "5", "k": "stamo-1"}, {"A": "5", "F": "5", "k": "stamo-1"}]
+
+    def execute(command: Sequence[str], *_: object) -> subprocess.CompletedProcess[str]:
+        form = next(word.partition("=")[2] for word in command if word.startswith("--format="))
+        shown = "".join(re.sub(r"%(\w)", lambda m, row=row: row[m[1]], form) + "\n" for row in rows)
+        return subprocess.CompletedProcess(command, 0, shown, "")
+
+    monkeypatch.setattr(slurm, "_execute", execute)
+    monkeypatch.setattr(slurm, "tool", lambda name: f"/slurm/{name}")
+    assert slurm.commented("stamo-1") == "5"

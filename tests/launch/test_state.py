@@ -66,6 +66,7 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
         (training(replace(ELSEWHERE, ended=True)), "started preempted", "silent", "unknown", "Slurm does not answer"),
         (training(), "started", job("CANCELLED"), "cancelled", "at step 7 of 20"),
         (training(), "started", job("NODE_FAIL"), "failed", "a node failed"),
+        (Progress(), "", job("FAILED", "JobLaunchFailure"), "failed", "could not start it: its nodes need the run"),
         (training(), "started", job("OUT_OF_MEMORY"), "failed", "out of memory"),
         (training(), "started", job("PREEMPTED"), "stopped", "does not requeue"),
         (training(step=20, checkpoint=20, exported=True), "started", job("COMPLETED"), "finished", ""),

@@ -158,3 +158,15 @@ def test_a_submitted_start_that_was_refused(tmp_path, monkeypatch, job, finished
     state = status(run.path).state
     said = ("finished", f"before; its last start failed: {ERROR}")
     assert (state.word, state.detail) == (said if finished else ("failed", f"{ERROR} (refused, see the log)"))
+
+
+def test_a_cancelled_run_is_resumed_when_its_job_has_left(tmp_path, monkeypatch):
+    run, world = tmp_path / "run", FakeSlurm()
+    world.jobs["7"] = FakeJob("7", run, "", state="COMPLETING", cancelled=True)
+    monkeypatch.setattr(slurm, "_execute", world.execute)
+    monkeypatch.setattr(slurm, "tool", lambda name: f"/slurm/{name}")
+    Launch("run", str(run), "", command=["train", "r.yaml"], job_ids=["7"], snapshot=str(run)).write()
+    for event in (Event("submitted"), Event("started", "7"), Event("cancelled", "7")):
+        record(run, event)
+    with pytest.raises(RunError, match="is cancelled, and its job 7 leaves its nodes; ask again when it has"):
+        steer.resume(run)
