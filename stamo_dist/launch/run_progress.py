@@ -102,6 +102,12 @@ class Progress:
         return self.exported and self.steps is not None and (self.checkpoint or 0) >= self.steps
 
     @property
+    def unsaved(self) -> str:
+        """That the newest save failed; "" if none did."""
+        step = self.terms.get("save_failed")
+        return "" if step is None else f"STEP {step:.0f} COULD NOT BE SAVED, it tries again; `stamo logs` says why"
+
+    @property
     def eta(self) -> float | None:
         """Seconds of training left."""
         if self.steps is None or self.step_seconds is None:

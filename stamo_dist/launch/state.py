@@ -196,7 +196,11 @@ def _running(progress: Progress, last: Event | None, starts: int) -> State:
     detail = "exporting" if last.event == "exporting" else progress.phase
     if last.event != "exporting" and progress.silence is not None and progress.silence > STALE:
         detail = f"no heartbeat for {duration(progress.silence)}"
-    return State("running", detail, restarts)
+    return State("running", _with(detail, progress.unsaved), restarts)
+
+
+def _with(*details: str) -> str:
+    return "; ".join(filter(None, details))
 
 
 def _ended(progress: Progress, job: SlurmJob) -> State:
@@ -217,7 +221,7 @@ def _unwatched(progress: Progress, last: Event | None, again: str, *, asked: boo
     owner, silence = progress.owner, progress.silence
     beats = silence is not None and silence < STALE
     if owner is not None and not owner.ended and (owner.alive if owner.local else beats):
-        return State("running", f"{owner}" if asked else f"{owner}; Slurm does not answer")
+        return State("running", _with(f"{owner}", "" if asked else "Slurm does not answer", progress.unsaved))
     if not asked and last is not None:
         return State("unknown", ", ".join(filter(None, ("Slurm does not answer", _stood(progress)))))
     if owner is None and last is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stamo_dist.checkpoint.save import Saved, Saver
 from stamo_dist.data.loader import Batch
@@ -158,6 +159,7 @@ class CheckpointHook(Hook):
     ) -> None:
         self._saver, self._log, self._evaluate, self._logger = saver, log, evaluate, logger
         self._watchdog, self._budget, self._trial = watchdog, budget, trial
+        self._failed = dict[str, Any]()  # facts of the last save, if it failed
 
     def on_start(self, state: RunState) -> None:
         self._trial.on_start(state.step)
@@ -169,6 +171,7 @@ class CheckpointHook(Hook):
         if not (self._log.signals or kind):
             if self._report(self._saver.poll()):
                 self._log.clock.reset()
+            self._logger.add_metrics(**self._failed)  # in each line until one succeeds: the last tells
             return None
         self._log.flush(state)
         ended = self._save(state, kind or "temporary", last=last, trial=trial)
@@ -204,6 +207,7 @@ class CheckpointHook(Hook):
         for saved in ended:
             self._logger.info(str(saved))
             self._logger.add_metrics(**saved.facts())
+            self._failed = saved.facts() if saved.error else {}
             self._watchdog.saving_takes = max(self._watchdog.saving_takes, saved.seconds)
             if self._budget is not None and saved.error is None and not saved.beside:
                 for note in self._budget.measured(self._log.step_seconds, saved.seconds):

@@ -44,6 +44,10 @@ def training(owner: Owner | None = None, silence: float = 1.0, **more: object) -
         (training(HERE), "started", job("RUNNING"), "running", ""),
         (training(HERE, STALE + 60), "started", job("RUNNING"), "running", "no heartbeat for 2:30"),
         (training(HERE, STALE + 60), "started exporting", job("RUNNING"), "running", "exporting"),
+        (training(HERE, terms={"save_failed": 6}), "started", job("RUNNING"), "running", "STEP 6 COULD NOT BE SAVED"),
+        pytest.param(
+            training(HERE, terms={"save_failed": 6}), "started", None, "running", "; STEP 6 COULD", id="not saved"
+        ),
         (training(HERE), "started preempted", job("RUNNING"), "preempted", ""),
         (training(), "started preempted requeued", job("PENDING", "BeginTime", 6), "requeued ×1", "may not start"),
         (training(), "started", job("PENDING", "None"), "requeued ×1", ""),  # after a node failure Slurm did it

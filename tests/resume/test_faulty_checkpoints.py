@@ -250,6 +250,11 @@ def test_full_disk_does_not_stop_the_training(toy, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     failed = [m["save_failed"] for m in lines(tmp_path / "run") if "save_failed" in m]
     assert failed
+    said = [
+        m for m in lines(tmp_path / "run") if m["step"] >= failed[0] and ("save_failed" in m or "save_seconds" in m)
+    ]
+    steps = [m["step"] for m in said[: 1 + next(i for i, m in enumerate(said) if "save_seconds" in m)]]
+    assert steps == list(range(steps[0], steps[-1] + 1)), "each line says so until a save succeeds"
     assert f"STEP {failed[0]} COULD NOT BE SAVED: rank" in result.stdout
     assert "No space left on device" in result.stdout
     left = next(line for line in result.stdout.splitlines() if line.startswith("left:"))
