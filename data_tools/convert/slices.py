@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -36,6 +37,8 @@ STAMP = "plan.json"
 FRAMES_WORTH_A_PROCESS = 4096
 #: Polling interval (s) for slices that another run is converting.
 PATIENCE = 0.5
+#: Trying again does not help.
+_NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +198,8 @@ def _check_there(part: Slice) -> None:
 def cannot_write(folder: Path, error: OSError) -> str:
     """The error message for a full disk or a folder that cannot be written."""
     reason = error.strerror or str(error)
-    return f"{folder}: cannot be written: {reason}; what is finished stays, run again to continue"
+    way = "name another OUT" if error.errno in _NO_PLACE else "what is finished stays, run again to continue"
+    return f"{folder}: cannot be written: {reason}; {way}"
 
 
 def _write(job: ConversionJob, part: Slice, show: Show) -> dict[str, Any]:

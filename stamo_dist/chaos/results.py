@@ -62,7 +62,7 @@ def read(out: Path) -> list[Result]:
     """All results of a folder, of all calls."""
     try:
         lines = (out / FILE).read_text().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return [Result(**{**row, "faults": [Injected(**fault) for fault in row["faults"]]}) for row in rows]

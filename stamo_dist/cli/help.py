@@ -49,6 +49,10 @@ class Grouped(WholeSummaries):
         grouped = {name for members, _ in GROUPS.values() for name in members}
         self._section(ctx, formatter, "Others", [name for name in names if name not in grouped])
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Whole, as a path that is wrapped cannot be opened."""
+        formatter.write(f"\n{self.epilog}\n")
+
 
 def show_version(wanted: bool) -> None:
     """Print the versions that a report of a fault needs, and exit."""

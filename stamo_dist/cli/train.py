@@ -173,7 +173,8 @@ def encode(
 
         done = run(loaded, world_from_environment(), arithmetic, compiled=compiled)
     error = "" if done.error is None else f", {done.error:.2g} of a row's size from fp32"
-    print(f"encoded {counted(done.shards, 'shard')} in {done.arithmetic}{error}")
+    how = f" in {done.arithmetic}{error}" if done.shards else ": what is asked for is there already"
+    print(f"encoded {counted(done.shards, 'shard')}{how}")
 
 
 def _evaluation(recipe: Recipe) -> Evaluation:

@@ -191,6 +191,11 @@ class Point:
     def overrides(self) -> list[str]:
         return [f"{field}={value}" for field, value in self.values.items()]
 
+    def as_given(self, problem: str) -> str:
+        """A problem of a value named by the option that gave it."""
+        given = any(problem.startswith(f"--set {field}:") for field in self.values)
+        return f"--sweep{problem.removeprefix('--set')}" if given else problem
+
     @property
     def name(self) -> str:
         """A folder name with the values; fields by their last part if that is unique."""
@@ -241,7 +246,11 @@ def sweep_orders(
     for point in points:
         own = {"run_dir": str(folder / point.name), "name": f"{base.name}-{point.name}"}
         set_ = [f"{field}={show_value(value, limit=1 << 16)}" for field, value in own.items()]
-        found.append(submit.plan(recipe, cluster, overrides=[*overrides, *point.overrides, *set_], resources=resources))
+        given = [*overrides, *point.overrides, *set_]
+        try:
+            found.append(submit.plan(recipe, cluster, overrides=given, resources=resources))
+        except RecipeError as e:
+            raise RecipeError([point.as_given(problem) for problem in e.problems]) from e
     if found[0].profile.backend == "local":
         return found, str(folder)
     if any(order.launch.node_counts != found[0].launch.node_counts for order in found):

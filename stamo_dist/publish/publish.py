@@ -43,8 +43,8 @@ def publish(given: Path, out: Path, layout: ExportLayout, checkpoint: str | None
     task = build_task(recipe, mixture, meta_init=manifest.holds_all)
     part = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with closing(training_data(mixture, task)) as batches:
             task.export(part, weights, batches, replace(layout, alone=True))
         if recipe.stage == "policy" and recipe.policy.vision == "stamo" and form != "peft":

@@ -59,6 +59,11 @@ def change(run: Path, name: str, number: int, **values: object) -> None:
     (run / name).write_text("\n".join(lines) + "\n")
 
 
+def test_an_out_that_cannot_be_has_no_results_yet(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert results.read(tmp_path / "file" / "out") == []
+
+
 def test_what_is_wrong_is_found(tried, tmp_path):
     """In copies of an untouched run: another sample, other content, a missing step, a loss that is one bit off."""
     untouched = [History.read(tried / f"untouched-ddp-{size}-0") for size in (1, 2)]

@@ -17,6 +17,7 @@ import stamo_dist
 from stamo_dist.cli.app import app
 from stamo_dist.cli.help import GROUPS
 from stamo_dist.recipe.load import dump, load
+from stamo_dist.shipped import page as shipped_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,6 +50,7 @@ def test_help_has_every_command_once_and_whole():
     for name in typer.main.get_command(app).commands:
         assert len(re.findall(rf"^  {name}  ", said, re.MULTILINE)) == (name != "doctor-probe"), name
     assert "..." not in said.partition("Options:")[2]
+    assert said.splitlines()[-1] == f"How to: {shipped_page('index.md')}", "whole, however long"
     assert "Others" not in said, "a new command belongs to a group"
     assert (
         "..." not in CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "80"}).output.partition("Options:")[2]

@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 from toy import write_recipe
 
+from stamo_dist.launch.doctor.diagnose import diagnose
 from stamo_dist.launch.doctor.disk import measure
 from stamo_dist.launch.doctor.probe import Report
 from stamo_dist.launch.doctor.settings import judge_settings, read_settings
@@ -135,6 +136,17 @@ def test_disks_are_left_as_they_were(tmp_path):
     assert disk.small > 1
     assert disk.free > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    found = diagnose(None, (), "local", None, job=True, patience=0.0, say=lambda _: None)
+    errors = [finding.what for finding in found if finding.level == "error"]
+    assert errors == [
+        f"run_dir: {tmp_path / 'runs'}: {tmp_path / 'runs'} is no folder; choose another with --set run_dir=…"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_what_a_recipe_lacks(stamo, toy, tmp_path, monkeypatch):

@@ -18,9 +18,13 @@ import yaml
 from raw import write_raw
 from toy import write_recipe
 
+<<<<<<< HEAD
 from stamo_dist.cli import steer
 from stamo_dist.errors import RunError
 from stamo_dist.launch import submit, supervise
+=======
+from stamo_dist.errors import RecipeError
+>>>>>>> h-user
 from stamo_dist.launch.chain import sweep_orders
 from stamo_dist.launch.profile import ProfileError, Resources, known_profile
 from stamo_dist.launch.record import Event, events, read, record
@@ -187,6 +191,15 @@ def test_what_is_trained_already_is_not_submitted(here, toy, tmp_path):
     swept = submit("--sweep", "optimizer.lr=0.1,0.2", "--dry-run")
     assert f"{run / 'sweep' / 'lr=0.1'}: already trained to step 20" in swept
     assert swept.count("1 process on this machine") == 1
+
+
+@pytest.mark.parametrize("given", ["optimizr.lr=1,2", "optimizer.lr=1,-2"])
+def test_a_wrong_value_of_a_sweep_is_named_by_its_option(toy, tmp_path, given):
+    recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae)
+    with pytest.raises(RecipeError) as refused:
+        sweep_orders(recipe, "local", [given], [], Resources())
+    [problem] = refused.value.problems
+    assert problem.startswith(f"--sweep {given.partition('=')[0]}: ")
 
 
 def test_of_an_array_only_what_is_left(toy, tmp_path):

@@ -155,7 +155,9 @@ def test_a_tokenizer_comes_back_and_opens_with_diffusers(toy, ranks, tmp_path: P
 
 
 def test_what_cannot_be_exported_is_refused(run: Path, ranks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     for arguments, why in (
+        ((run, tmp_path / "file" / "o" / "o"), "cannot be written (Not a directory); make room or give another folder"),
         ((run, tmp_path / "o", "--format", "openvla"), "the official code has no StaMo encoder"),
         ((tmp_path, tmp_path / "o"), "not a run folder"),
         ((run, tmp_path), "exists; give a folder that does not"),

@@ -18,6 +18,7 @@ from stamo_dist.launch.grace import leaving_takes
 from stamo_dist.launch.profile import ClusterProfile, load_profile
 from stamo_dist.launch.recipe_checks import read
 from stamo_dist.recipe.load import Loaded
+from stamo_dist.run.folder import RunFolder
 from stamo_dist.words import counted
 
 _SLURM = "Slurm"
@@ -65,6 +66,12 @@ def diagnose(
         usable = not any(f.level == "error" and f.area == _SLURM for f in found)
         yield from found
     if not job or not usable:
+        return
+    try:
+        RunFolder(run).check()
+    except StamoError as e:
+        if loaded is None:  # of a recipe it is said already
+            yield Finding("error", "Nodes", str(e), "look from another folder, or with a recipe")
         return
     folder, made = _scratch(run)
     try:
