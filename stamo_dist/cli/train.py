@@ -162,7 +162,8 @@ def encode(
         sys.exit(launch_local(arguments, nproc, Path(load(recipe, set_).recipe.run_dir)))
     # A launcher blocks these until a rank can handle them; here they end the process: partial shards are ignored.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2})
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with says_if_ended("shards that are whole are kept"):
         from stamo_dist.recipe.load import load
 

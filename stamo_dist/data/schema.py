@@ -245,7 +245,9 @@ def read_manifest(source: Path) -> Manifest:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if not source.is_dir() and not partial_of(source).is_dir():
-            raise DataError(f"{source}: no such folder; convert a dataset into it with `stamo data convert`") from None
+            here = "" if source.is_absolute() else f" in {Path.cwd()}"
+            hint = "convert a dataset into it with `stamo data convert`"
+            raise DataError(f"{source}: no such folder{here}; {hint}") from None
         raise DataError(f"{source}: {_unfinished(source)}") from None
     except ValueError as e:
         raise DataError(f"{path}: not a manifest: {e}") from e

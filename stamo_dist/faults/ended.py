@@ -1,4 +1,4 @@
-"""What a long command that is no training says when SIGTERM ends it: what is kept, and the command that goes on."""
+"""What a long command that is no training says when it is ended: what is kept, and the command that goes on."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _inside = False  # of `says_if_ended`
 def says_if_ended(kept: str) -> Iterator[None]:
     """Inside, SIGTERM ends this process at once, also if a launcher has blocked it; rank 0 says so, with code 143.
 
+    Of Ctrl-C it says the same, and leaves it to the caller.
+
     `kept`: what the same command finds of its work when it is given again, as a sentence; "" for nothing. Called in the
     main thread. Other ranks, and processes forked off this one, are ended in silence.
     """
@@ -31,11 +33,14 @@ def says_if_ended(kept: str) -> Iterator[None]:
     os.set_blocking(into, False)
     handler, descriptor = signal.signal(signal.SIGTERM, _nothing), signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     # A thread reads it: Python runs no handler while the main one is inside of a collective.
-    threading.Thread(target=_listen, args=(out, _text(kept)), name="ended", daemon=True).start()
+    threading.Thread(target=_listen, args=(out, _text("SIGTERM", kept)), name="ended", daemon=True).start()
     _inside = True
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         yield
+    except KeyboardInterrupt:
+        print(_text("Ctrl-C", kept), end="", file=sys.stderr, flush=True)
+        raise
     finally:
         _inside = False
         signal.set_wakeup_fd(descriptor)
@@ -51,12 +56,12 @@ def _listen(pipe: int, text: str) -> None:
     os.close(pipe)
 
 
-def _text(kept: str) -> str:
+def _text(what: str, kept: str) -> str:
     words, ranks = sys.argv[1:], os.environ.get("WORLD_SIZE", "1")
     if ranks != "1" and "STAMO_LAUNCHED" in os.environ and "--nproc" not in words:  # of a rank's command
         words = [*words, "--nproc", ranks]
     again = f"`{shlex.join(['stamo', *words])}` {'goes on' if kept else 'begins anew'}"
-    return f"{chr(10) * sys.stderr.isatty()}ended by SIGTERM; {kept or 'nothing is kept'}: {again}\n"
+    return f"{chr(10) * sys.stderr.isatty()}ended by {what}; {kept or 'nothing is kept'}: {again}\n"
 
 
 def _nothing(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What a long command says when SIGTERM ends it."""
+"""What a long command says when it is ended."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def test_sigterm_is_told_with_what_is_kept_and_what_goes_on(kept, env, code, sai
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == code
     assert process.communicate()[1] == (f"ended by SIGTERM; {said}" if said else "")
+
+
+def test_of_ctrl_c_it_says_the_same_and_leaves_it_to_the_caller():
+    process = start("parts are kept")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=10)[1].splitlines()
+    assert said[0] == "ended by Ctrl-C; parts are kept: `stamo eval probe 'a run'` goes on"
+    assert said[-1] == "KeyboardInterrupt"
 
 
 def test_a_forked_process_s_signal_is_not_taken_for_its_parent_s():

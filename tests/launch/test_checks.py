@@ -162,7 +162,7 @@ def test_the_demo_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name, command in (("tokenizer_demo", "stamo demo"), ("policy_metaworld_demo", "stamo demo --policy")):
         said = next(problem for problem in look(load_draft(name)).problems if "data.sources." in problem)
         assert said.endswith(
-            f"no such folder; convert a dataset into it with `stamo data convert`; `{command}` makes it"
+            f"no such folder in {tmp_path}; convert a dataset into it with `stamo data convert`; `{command}` makes it"
         )
 
 

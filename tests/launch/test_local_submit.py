@@ -18,13 +18,9 @@ import yaml
 from raw import write_raw
 from toy import write_recipe
 
-<<<<<<< HEAD
 from stamo_dist.cli import steer
-from stamo_dist.errors import RunError
+from stamo_dist.errors import RecipeError, RunError
 from stamo_dist.launch import submit, supervise
-=======
-from stamo_dist.errors import RecipeError
->>>>>>> h-user
 from stamo_dist.launch.chain import sweep_orders
 from stamo_dist.launch.profile import ProfileError, Resources, known_profile
 from stamo_dist.launch.record import Event, events, read, record
