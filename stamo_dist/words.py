@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import suppress
 
 
 def counted(number: int, noun: str) -> str:
@@ -22,4 +23,5 @@ def print_in_any_locale() -> None:
     """Have what is printed show ? for what the locale's encoding lacks (→, é), in place of an error."""
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(errors="replace")
+            with suppress(OSError):  # a file whose descriptor has become a terminal since cannot seek
+                out.reconfigure(errors="replace")
