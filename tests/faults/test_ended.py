@@ -15,6 +15,7 @@ WAIT = """
 import os, signal, sys, time
 from stamo_dist.faults.ended import says_if_ended
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as a launcher leaves it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with says_if_ended(os.environ["KEPT"]):
     if os.environ["WHOM"] == "parent":
         print("ready", flush=True)
