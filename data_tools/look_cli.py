@@ -15,6 +15,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Processes = Annotated[int | None, typer.Option(min=1, help="Processes; one a core on large sources when omitted.")]
 
 
+@says_if_ended("what was verified is kept")
 def check(
     source: SourceArgument,
     split: Annotated[str | None, typer.Option(help="Only this split; all when omitted.")] = None,
@@ -80,6 +81,7 @@ def preview(
         typer.echo(str(run(source, out, split=split, episodes=episodes, frames=frames)))
 
 
+@says_if_ended("")
 def stats(
     source: SourceArgument,
     split: Annotated[str, typer.Option(help="Only those of train are kept in the manifest.")] = "train",
@@ -126,6 +128,7 @@ def sync(
     typer.echo(f"{dst}: {run(src, dst, parallel=parallel, overwrite=overwrite, quiet=quiet)}")
 
 
+@says_if_ended("")
 def export(
     format: Annotated[str, typer.Argument(metavar="FORMAT", help="lerobot: a LeRobotDataset v3.0.")],
     source: SourceArgument,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.formats.source import EpisodeRef
 from stamo_dist.errors import DataError
+from stamo_dist.words import counted
 
 #: The option of `stamo data convert` that takes a table; notes that contain it are about missing instructions.
 FLAG = "--instructions"
@@ -62,13 +63,13 @@ def give(episodes: Sequence[EpisodeRef], path: Path) -> tuple[list[EpisodeRef], 
             f"{', '.join(e.id for e in episodes[:_NAMED])}"
         )
     told = [replace(e, instruction=table[e.id], task=table[e.id], told=True) if e.id in table else e for e in episodes]
-    notes = [f"instructions: {len(table) - len(unknown)} episodes have theirs from {path.name}"]
+    notes = [f"instructions: {path.name} has those of {counted(len(table) - len(unknown), 'episode')}"]
     if replaced := sum(bool(e.instruction) and e.instruction != table.get(e.id, e.instruction) for e in episodes):
         notes.append(f"instructions: {replaced} of these had another one in the dataset")
     if unknown:
         more = ", …" if len(unknown) > _NAMED else ""
         notes.append(
-            f"instructions: {len(unknown)} episodes of {path.name} are not in the dataset "
+            f"instructions: {path.name} has {counted(len(unknown), 'episode')} that the dataset has not "
             f"({', '.join(sorted(unknown)[:_NAMED])}{more})"
         )
     return told, notes

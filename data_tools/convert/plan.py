@@ -188,6 +188,7 @@ def make_plan(format: str, src: Path, name: str, settings: Settings) -> Conversi
         notes = [*(note for note in notes if FLAG not in note), *given]
     if not any(FLAG in note for note in notes):
         notes = [*notes, *silent(episodes)]
+    notes = [*notes, *_enlarged(scan.frame_size, settings)]
     episodes = episodes[slice(*(settings.episodes or (None,)))][: settings.max_episodes]
     if not episodes:
         raise DataError(f"episodes: {src} has {len(scan.episodes)}; none is left of what was asked for")
@@ -224,6 +225,14 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
         notes=scan.notes,
         tool_version=_version(),
     )
+
+
+def _enlarged(frame_size: tuple[int, int] | None, settings: Settings) -> list[str]:
+    """A note if the frames (H, W) become larger than they are."""
+    if frame_size is None or (longest := (max if settings.fit == "letterbox" else min)(frame_size)) >= settings.size:
+        return []
+    now, then = (f"{height} × {width}" for height, width in (frame_size, (settings.size, settings.size)))
+    return [f"frames: {now} pixels, enlarged to {then}, which adds no detail; --size {longest} stores them as they are"]
 
 
 def _digest(table: Path) -> str:

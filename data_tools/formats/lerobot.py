@@ -157,6 +157,7 @@ class LerobotReader(LerobotActionOptions):
             },
             bad=bad,
             notes=notes,
+            frame_size=features[next(iter(chosen.cameras.values()))].frame_size if chosen.cameras else None,
         )
 
     def read(self, episode: EpisodeRef) -> EpisodeData:

@@ -34,6 +34,13 @@ class LeRobotFeature:
             raise DataError(f"{self.where}.shape: must be a list of whole numbers, e.g. [7]")
         return math.prod(self.shape)
 
+    @property
+    def frame_size(self) -> tuple[int, int] | None:
+        """(H, W) of a camera's frames, whose colours may come first or last; None if that is not stated."""
+        if self.shape is None or len(self.shape) != 3 or 0 in self.shape:
+            return None
+        return self.shape[1:] if self.shape[0] in (1, 3) else self.shape[:2]
+
 
 @dataclass(frozen=True)
 class Info:

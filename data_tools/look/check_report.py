@@ -161,6 +161,6 @@ def print_report(report: CheckReport) -> None:
     for unseen in report.unseen:
         console.print(f"not looked at: {escape(unseen)}")
     if report.unchanged:
-        console.print(f"{report.unchanged} shards were verified before and have not changed since")
+        console.print(f"verified before, and unchanged since: {counted(report.unchanged, 'shard')}")
     verdict = f"{counted(report.number(ERROR), 'error')}, {counted(report.number(WARNING), 'warning')}"
     console.print(f"[{'green' if report.fine else 'red'}]{verdict}[/]")

@@ -14,6 +14,7 @@ import typer
 
 from stamo_dist.demo import DEMO, POLICY
 from stamo_dist.errors import StamoError
+from stamo_dist.exit_codes import EXIT_TERMINATED
 
 _TOY = "raw/toy"
 _KILLED_AFTER = 90.0  # seconds
@@ -57,30 +58,73 @@ def demo(
 
     Example: stamo demo
     """
-    for line in (POLICY if policy else DEMO).splitlines():
-        killed, words = line.startswith("kill "), shlex.split(line.removeprefix("kill "))
-        print(f"$ {f'timeout --signal=KILL {_KILLED_AFTER:.0f} ' * killed}stamo {shlex.join(words)}", flush=True)
-        if dry_run:
-            continue
-        command = [sys.executable, "-m", "stamo_dist.cli", *words]
-        if killed:
-            _run_and_kill(command)
-        elif code := subprocess.run(command, check=False).returncode:
-            again = "stamo demo --policy" if policy else "stamo demo"
-            raise StamoError(f"`stamo {words[0]}` ended with exit code {code}; `{again}` goes on from there")
+    with _Commands() as commands:
+        for line in (POLICY if policy else DEMO).splitlines():
+            killed, words = line.startswith("kill "), shlex.split(line.removeprefix("kill "))
+            print(f"$ {f'timeout --signal=KILL {_KILLED_AFTER:.0f} ' * killed}stamo {shlex.join(words)}", flush=True)
+            if dry_run:
+                continue
+            command = [sys.executable, "-m", "stamo_dist.cli", *words]
+            if killed:
+                commands.run_and_kill(command)
+            elif code := commands.run(command):
+                again = "stamo demo --policy" if policy else "stamo demo"
+                raise StamoError(f"`stamo {words[0]}` ended with exit code {code}; `{again}` goes on from there")
 
 
-def _run_and_kill(command: list[str]) -> None:
-    """Start a training, and kill all its processes as a cluster would; it may finish before."""
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        process.wait(_KILLED_AFTER)
-    except subprocess.TimeoutExpired:
-        _kill_tree(process)
-        print("killed, as was meant; the same command goes on from its last checkpoint:", flush=True)
-    finally:
-        if process.poll() is None:
+class _Commands:
+    """Runs one after the other; inside, SIGTERM ends the one that runs, which may save, and then this process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked = False
+
+    def __enter__(self) -> _Commands:
+        self._before = signal.signal(signal.SIGTERM, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def run(self, command: list[str]) -> int:
+        """Its exit code. Ctrl-C, which it hears of too, is waited for."""
+        process = self._start(command)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        self._leave_if_asked()
+        return code
+
+    def run_and_kill(self, command: list[str]) -> None:
+        """Start a training, and kill all its processes as a cluster would; it may finish before."""
+        process = self._start(command, session=True)
+        try:
+            process.wait(_KILLED_AFTER)
+        except subprocess.TimeoutExpired:
             _kill_tree(process)
+            print("killed, as was meant; the same command goes on from its last checkpoint:", flush=True)
+        finally:
+            if process.poll() is None:
+                _kill_tree(process)
+        self._leave_if_asked()
+
+    def _start(self, command: list[str], *, session: bool = False) -> subprocess.Popen[bytes]:
+        self._process = process = subprocess.Popen(command, start_new_session=session)
+        if self._asked:  # while it was started
+            process.terminate()
+        return process
+
+    def _end(self, *_: object) -> None:
+        self._asked = True
+        if self._process is not None:
+            self._process.terminate()
+
+    def _leave_if_asked(self) -> None:
+        if self._asked:
+            print(f"ended by SIGTERM; `stamo {shlex.join(sys.argv[1:])}` goes on", file=sys.stderr)
+            raise SystemExit(EXIT_TERMINATED)
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print it for programs.")]
 
 def status(
     runs: RunArguments = [],  # noqa: B006 (typer reads the default)
-    watch: Annotated[bool, typer.Option("--watch", help="Keep it up to date until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep it up to date until Ctrl-C, or until every RUN has ended.")
+    ] = False,
     every: Annotated[float, typer.Option(metavar="SECONDS", min=0.5, help="How often with --watch.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -46,19 +48,19 @@ def status(
     from stamo_dist.launch.status_tables import one_run, status_table
     from stamo_dist.tables import show
 
-    def table() -> RenderableType:
-        found = look()
+    def table(found: list[Run]) -> RenderableType:
         return one_run(found[0]) if runs and len(found) == 1 else status_table(found)
 
-    console = Console(highlight=False)
+    console, found = Console(highlight=False), look()
     if not watch:
-        show(console, table())
+        show(console, table(found))
         return
-    with Live(table(), console=console, auto_refresh=False) as live:
+    with Live(table(found), console=console, auto_refresh=False) as live:
         try:
-            while True:
+            while not runs or any(run.state.live for run in found):
                 time.sleep(every)
-                live.update(table(), refresh=True)
+                found = look()
+                live.update(table(found), refresh=True)
         except KeyboardInterrupt:
             pass
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from torch import nn
 from stamo_dist.device import Device
 from stamo_dist.distributed.collectives import PATIENCE
 from stamo_dist.distributed.engine import ZERO_STAGE, Engine
-from stamo_dist.distributed.extension_locks import clear_dead_locks
 from stamo_dist.distributed.rank import World
 from stamo_dist.errors import RunError
 from stamo_dist.recipe.batching import Batching
@@ -37,6 +37,12 @@ _log = logging.getLogger(__name__)
 REDUCE_BUCKET = 200_000_000
 #: Takes modules without memory, which are filled once they are sharded.
 SUPPORTS_META_INIT = {"fsdp", "hsdp"}
+
+
+def _compile_nothing() -> None:
+    """On a CPU DeepSpeed compiles collectives, for minutes at a machine's first start; only inference calls them."""
+    backend: Any = import_module("deepspeed.comm.torch")  # deepspeed.comm's own attribute of this name is PyTorch
+    backend.build_shm_op = lambda: None
 
 
 def _deepspeed_config(stage: int, batching: Batching, clip: float | None, precision: str) -> dict[str, Any]:
@@ -119,7 +125,7 @@ class EngineSpec:
         }
         if self.strategy.name in ZERO_STAGE:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-            clear_dead_locks(_log.warning)
+            _compile_nothing()
             config = _deepspeed_config(ZERO_STAGE[self.strategy.name], self.batching, self.clip, self.precision)
             # cpu=True would silently drop DeepSpeed; an unnamed backend would make every process a world of one.
             accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)

@@ -23,6 +23,7 @@ from stamo_dist.device import Device
 from stamo_dist.distributed.rank import World
 from stamo_dist.encode import encoders, flow
 from stamo_dist.recipe.schema import Recipe
+from stamo_dist.words import counted
 
 _READERS = 8  # threads that decode, at most
 
@@ -83,7 +84,7 @@ def encode(recipe: Recipe, world: World, arithmetic: str | None = None, *, compi
         flow.Writer(write, device) as writer,
         torch.no_grad(),
     ):
-        bar = progress.add_task(f"{kind} of {len(missing)} of this process's {len(mine)} shards", total=frames)
+        bar = progress.add_task(f"{kind}: {len(missing)} of {counted(len(mine), 'shard')}", total=frames)
         read = flow.decoded(missing, mixture.views[0].open, batch, recipe.data.image_size, pool)
         for part in flow.ahead(read, device):
             images = part.on_device()

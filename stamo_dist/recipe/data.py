@@ -47,6 +47,13 @@ class SourceConfig(Section):
             raise ValueError("a weight that changes needs its value at step 0, e.g. {0: 1, 50_000: 2}")
         return weight
 
+    @field_validator("cameras")
+    @classmethod
+    def _cameras_once(cls, cameras: list[str] | None) -> list[str] | None:
+        if twice := [name for name in dict.fromkeys(cameras or ()) if cameras and cameras.count(name) > 1]:
+            raise ValueError(f"{', '.join(twice)}: given twice; keep one of them")
+        return cameras
+
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path

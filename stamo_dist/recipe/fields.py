@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from stamo_dist.recipe.init_from import SHORT_FORMS
 from stamo_dist.recipe.lines import Key, show_value
 from stamo_dist.recipe.schema import Recipe, Section
 
@@ -69,7 +70,8 @@ class RecipeField:
     @property
     def words(self) -> str:
         """The type with its limits, as in 'a whole number above 0'."""
-        return _words(self.annotation, self.metadata)
+        short = "text or " if ".".join(map(str, self.key)) in SHORT_FORMS else ""
+        return short + _words(self.annotation, self.metadata)
 
     @property
     def is_number(self) -> bool:

@@ -11,6 +11,15 @@ from stamo_dist.recipe.section import Section
 
 #: Section of a recipe that may be written as text → its field that has this text.
 SHORT_FORMS = {"init_from": "path"}
+#: Stage → the parts that a model of it may have.
+PARTS = {
+    "tokenizer": ("encoder", "compressor", "decoder", "straight"),
+    "vae": ("vae",),
+    "policy": (
+        "vision", "projector", "state_projector", "language", "action_head", "proprio_projector", "world_head",
+        "policy",
+    ),
+}  # fmt: skip
 
 
 class InitFrom(Section):
@@ -33,6 +42,12 @@ class InitFrom(Section):
         own, given = run.resolve(), Path(self.path).expanduser().resolve()
         if given == own or own in given.parents:
             raise ValueError(f"{given} is of this run itself; leave it out to go on, or choose another run_dir")
+
+
+def initial_problems(initial: InitFrom, stage: str) -> list[str]:
+    """Parts that no model of the stage has."""
+    unknown = [part for part in initial.parts or () if part not in PARTS[stage]]
+    return [f"init_from.parts: {part}: the {stage} stage has {', '.join(PARTS[stage])}" for part in unknown]
 
 
 def _section(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stamo_dist.recipe.data import Data, data_problems
 from stamo_dist.recipe.evaluation import Evaluate, evaluate_problems
-from stamo_dist.recipe.init_from import InitialWeights
+from stamo_dist.recipe.init_from import InitialWeights, initial_problems
 from stamo_dist.recipe.policy import OpenVLAPolicyConfig, Policy, policy_problems
 from stamo_dist.recipe.run_name import check_name
 from stamo_dist.recipe.section import (
@@ -191,6 +191,8 @@ class Recipe(Section):
         problems += evaluate_problems(self.evaluate, self.stage, self.train.checkpoint.every, self.data)
         if self.stage == "policy":
             problems += policy_problems(self.policy, self.data)
+        if self.init_from is not None:
+            problems += initial_problems(self.init_from, self.stage)
         if problems:
             raise ValueError("\n".join(problems))
         return self

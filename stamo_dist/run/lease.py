@@ -219,8 +219,9 @@ def _acquire(run: Path, patience: float, stale: float, say: Callable[[str], None
             continue
         now = time.monotonic()
         if deadline is None:
-            deadline = now + (patience if holder is None or holder.local else max(patience, 1.2 * stale))
-            say(f"{run}: {hindrance}; waiting for it to end")
+            wait = patience if holder is None or holder.local else max(patience, 1.2 * stale)
+            deadline = now + wait
+            say(f"{run}: {hindrance}; waiting for it to end, for {wait:.0f} s at most")
         if now > deadline:
             raise RunError(f"{run}: {hindrance}; stop it or choose another run_dir")
         time.sleep(0.2)

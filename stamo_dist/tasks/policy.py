@@ -28,6 +28,7 @@ from stamo_dist.tasks.noise import StepNoise
 from stamo_dist.tasks.policy_batch import Prompts, Ranges
 from stamo_dist.tasks.policy_data import PolicyData, check_state_encoder
 from stamo_dist.tasks.policy_state_encoder import encode, open_state_encoder, sources_of, target_of
+from stamo_dist.words import counted
 
 
 class PolicyTask:
@@ -85,7 +86,7 @@ class PolicyTask:
         self._proprio = Ranges(data.proprio, sizes.proprio_dim, constant_is_zero=False) if cfg.proprio else None
         self._horizons = torch.tensor(window.horizons)
         self.terms: tuple[str, ...] = ("loss", "action", *(("world_mse", "world_l1") if cfg.world else ()))
-        self.notes = (*notes, *data.notes, f"{len(texts)} instructions, text of {self._prompts.length} ids")
+        self.notes = (*notes, *data.notes, f"{counted(len(texts), 'instruction')}, text of {self._prompts.length} ids")
         self.sources: Mapping[str, str] = {
             **({} if data.checkpoint is None else data.checkpoint.sources()),
             **sources_of(self._state_encoder),

@@ -160,7 +160,7 @@ def test_nothing_that_the_demo_killed_says_anything_afterwards(tmp_path: Path) -
     demo = (
         "import time\nfrom pathlib import Path\nfrom stamo_dist.cli import project\n"
         "project._KILLED_AFTER = 1.0\n"
-        f"project._run_and_kill([{sys.executable!r}, '-c', {launcher!r}])\n"
+        f"with project._Commands() as commands: commands.run_and_kill([{sys.executable!r}, '-c', {launcher!r}])\n"
         "assert Path('ready').exists()\nprint('$ stamo next', flush=True)\ntime.sleep(0.3)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -183,7 +183,8 @@ def test_the_demo_kills_every_process(tmp_path: Path, monkeypatch: pytest.Monkey
         f"child = subprocess.Popen(['sleep', '60']); open({str(pids)!r}, 'w').write(str(child.pid))\n"
         "time.sleep(60)"
     )
-    project._run_and_kill([sys.executable, "-c", sleeper])
+    with project._Commands() as commands:
+        commands.run_and_kill([sys.executable, "-c", sleeper])
     status = Path(f"/proc/{pids.read_text()}/stat")
     end = time.monotonic() + 20
     while status.exists() and status.read_text().split()[2] != "Z":

@@ -221,7 +221,7 @@ def test_a_local_run_is_watched_and_cancelled(tmp_path, monkeypatch):
     while supervisor.supervised(run):
         assert time.monotonic() < deadline + 20
         time.sleep(0.05)
-    assert "cancelled" in stamo("status", run)
+    assert "cancelled" in stamo("status", run, "--watch"), "which ends, as the run has"
     assert "nothing to cancel" in stamo("cancel", run)
     assert "--- start 1 of job" in stamo("logs", run, "--follow")
 

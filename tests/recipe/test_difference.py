@@ -67,3 +67,5 @@ def test_changes_of_abandoned_steps_count_from_where_a_later_start_went_back_to(
 def test_no_parts(tmp_path):
     with pytest.raises(RecipeError, match=r"init_from\.parts"):
         resolved(tmp_path, "init_from={path: /tmp/x, parts: []}")
+    with pytest.raises(RecipeError, match=r"init_from\.parts: vision: the tokenizer stage has encoder, compressor, "):
+        resolved(tmp_path, "init_from={path: /tmp/x, parts: [encoder, vision]}")

@@ -116,6 +116,11 @@ flow:
             "run.yaml:8: strategy.gradients: is of fsdp and hsdp; zero2 would ignore",
         ),
         (GOOD.replace("shards/a", "x, cameras: top"), "run.yaml:3: data.sources.a.cameras: must be a list (text each)"),
+        (
+            GOOD.replace("shards/a", "x, cameras: [top, side, top]"),
+            "run.yaml:3: data.sources.a.cameras: top: given twice",
+        ),
+        (GOOD + "init_from: 5", "run.yaml:8: init_from: must be text or a map or null, not 5"),
         (GOOD + "optimizer: {betas: [true, 0.9]}", "run.yaml:8: optimizer.betas: must be a list of 2"),
         (GOOD + "extends: {a: b}", "run.yaml:8: extends: must be a file name or a list of file names"),
         (GOOD + "extends: ruin.yaml", "run.yaml:8: extends: ruin.yaml: no such file (names are relative to ./)"),

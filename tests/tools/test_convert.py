@@ -368,9 +368,9 @@ def test_a_table_gives_instructions(tmp_path: Path, cut: Callable[..., Path]) ->
     assert texts["a/demo_1"] == "wave, then bow"
     assert texts["a/demo_0"] == own.instruction
     assert notes == [
-        "instructions: 1 episodes have theirs from table.csv",
+        "instructions: table.csv has those of 1 episode",
         "instructions: 1 of these had another one in the dataset",
-        "instructions: 1 episodes of table.csv are not in the dataset (b/demo_9)",
+        "instructions: table.csv has 1 episode that the dataset has not (b/demo_9)",
     ]
     for text, problem in (
         ("episode,text\na/demo_1,wave\n", "its first line lacks instruction; it has episode, text"),
