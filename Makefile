@@ -36,7 +36,7 @@ maniskill: $(VENV)/.installed
 
 # A real Slurm for tests/slurm, which say that they are skipped where it cannot be installed.
 .PHONY: slurm
-slurm:
+slurm: | opengl
 	@{ command -v slurmctld && command -v munged && command -v slurmdbd && command -v mariadbd; } >/dev/null || (command -v apt-get >/dev/null && test "$$(id -u)" = 0 && apt-get update -qq \
 	  && apt-get install -y -qq --no-install-recommends slurm-wlm slurmdbd mariadb-server munge iproute2) \
 	  || echo "no Slurm: install it (Debian: slurm-wlm slurmdbd mariadb-server munge) to run tests/slurm"
@@ -57,7 +57,9 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # Three workers on two cores: tests/slurm mostly waits; what else runs beside what is in tests/conftest.py.
-test: $(VENV)/.installed opengl maniskill slurm lint docs
+test:
+	@$(MAKE) --no-print-directory -j 2 maniskill slurm
+	@$(MAKE) --no-print-directory -j 2 lint docs
 	$(BIN)/python -m pytest -n 3
 
 # The daily loop: no simulator, no Slurm, no run of several processes.
