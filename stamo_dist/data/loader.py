@@ -26,6 +26,7 @@ from stamo_dist.device import CPU, Device, Sent
 from stamo_dist.errors import RunError
 
 _log = logging.getLogger(__name__)
+_FIRST = 16  # batches planned before the first is read; then four times as many each time
 _FEW = 16  # shards kept mapped for reading a few frames
 _HELD = 2  # batches that the consumer may hold; further ones are copied
 
@@ -338,14 +339,15 @@ class Loader:
 
 
 def _positions(mixture: Mixture, share: _RankShare, cursor: Cursor) -> Iterator[Position]:
-    batch = mixture.batches.batches(cursor.samples)
+    batch, few = mixture.batches.batches(cursor.samples), _FIRST
     while True:
         slots = share.slots(mixture.order, batch)
         own = share.node.index(share.rank) * (len(slots) // len(share.node))
         mine = slice(own, own + len(slots) // len(share.node))
-        plan = mixture.plan(batch, mixture.order.at_a_time(len(slots)), slots)
+        plan = mixture.plan(batch, min(few, mixture.order.at_a_time(len(slots))), slots)
         if not len(plan.samples):
             return
+        few *= 4
         for samples, epochs in zip(plan.samples, plan.epochs, strict=True):
             batch += 1
             yield Position(Cursor(mixture.batches.before(batch)), samples[mine], epochs[mine], samples)

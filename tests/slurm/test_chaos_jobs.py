@@ -13,9 +13,10 @@ from stamo_dist.chaos.compare import IDENTICAL
 from stamo_dist.chaos.faults import Deck, Kind
 from stamo_dist.chaos.job_faults import Program, kinds
 
-#: Anybody may preempt a job who may use a partition that comes first.
+#: Anybody may preempt a job who may use a partition that comes first. `sbatch --wait` may look half a minute too late.
 PREEMPT = """[ "$1" = offers ] && exec echo preempt
-exec sbatch --wait -p high -w "$2" -c 4 -o /dev/null --wrap true
+job=$(sbatch --parsable -p high -w "$2" -c 4 -o /dev/null --wrap true) || exit
+while [ -n "$(squeue --noheader --jobs "$job")" ]; do sleep 0.2; done
 """
 #: What no run gets over.
 CANCEL = """[ "$1" = offers ] && exec echo rank-kill
