@@ -229,10 +229,10 @@ def _manifest(format: str, src: Path, name: str, settings: Settings, scan: Scan)
 
 def _enlarged(frame_size: tuple[int, int] | None, settings: Settings) -> list[str]:
     """A note if the frames (H, W) become larger than they are."""
-    if frame_size is None or (longest := (max if settings.fit == "letterbox" else min)(frame_size)) >= settings.size:
+    if frame_size is None or (side := (max if settings.fit == "letterbox" else min)(frame_size)) >= settings.size:
         return []
     now, then = (f"{height} × {width}" for height, width in (frame_size, (settings.size, settings.size)))
-    return [f"frames: {now} pixels, enlarged to {then}, which adds no detail; --size {longest} stores them as they are"]
+    return [f"frames: {now} pixels, enlarged to {then}, which adds no detail; --size {side} does not enlarge them"]
 
 
 def _digest(table: Path) -> str:

@@ -20,6 +20,7 @@ from films import cut, film, number, picture
 from PIL import Image
 
 from data_tools.convert.driver import convert
+from data_tools.convert.plan import Settings, make_plan
 from data_tools.formats.lerobot import LerobotReader
 from stamo_dist.data.schema import read_episodes
 from stamo_dist.errors import DataError
@@ -261,3 +262,12 @@ def test_real_dataset_to_shards(tmp_path: Path, sample_data: Callable[[str], Pat
     assert (manifest.cameras, manifest.rate_hz, manifest.skipped) == (["wrist"], 5.0, [])
     assert manifest.splits["train"].frames == 3 * 35
     assert [(e.length, e.instruction) for e in read_episodes(tmp_path / "out", "train")] == [(35, TEXT)] * 3
+    assert manifest.frame_size == (256, 256)
+    assert not any("enlarged" in note for note in manifest.notes)
+
+
+def test_larger_frames_than_there_are_are_said(sample_data: Callable[[str], Path]) -> None:
+    small, large = (make_plan("lerobot", sample_data(REAL), "x", Settings(size=size)).manifest for size in (256, 300))
+    [said] = set(large.notes) - set(small.notes)
+    assert said.startswith("frames: 256 × 256 pixels, enlarged to 300 × 300")
+    assert said.endswith("--size 256 does not enlarge them")
