@@ -20,6 +20,11 @@ PARTS = {
         "policy",
     ),
 }  # fmt: skip
+#: Stage → the fields that name what it does not train, by the parts that another stage calls so.
+_NAMED = {
+    "tokenizer": {"encoder": "model.encoder.weights", "vae": "model.vae.weights"},
+    "policy": dict.fromkeys(("encoder", "compressor", "decoder"), "policy.tokenizer"),
+}
 
 
 class InitFrom(Section):
@@ -46,8 +51,17 @@ class InitFrom(Section):
 
 def initial_problems(initial: InitFrom, stage: str) -> list[str]:
     """Parts that no model of the stage has."""
-    unknown = [part for part in initial.parts or () if part not in PARTS[stage]]
-    return [f"init_from.parts: {part}: the {stage} stage has {', '.join(PARTS[stage])}" for part in unknown]
+    return [
+        f"init_from.parts: {part}: the {stage} stage has {', '.join(PARTS[stage])}{if_frozen(part, stage)}"
+        for part in initial.parts or ()
+        if part not in PARTS[stage]
+    ]
+
+
+def if_frozen(part: str, stage: str) -> str:
+    """The end of a message: the field that names a part that the stage does not train; "" for any other part."""
+    named = _NAMED.get(stage, {}).get(part)
+    return f"; it is frozen here: name it as {named}" if named else ""
 
 
 def _section(value: Any) -> Any:

@@ -21,7 +21,7 @@ from stamo_dist.distributed.engine import Engine
 from stamo_dist.distributed.ranges import AVERAGE, WEIGHT, Range
 from stamo_dist.errors import CheckpointError, RecipeError, RunError
 from stamo_dist.pretrained.place import hub_id
-from stamo_dist.recipe.init_from import InitFrom
+from stamo_dist.recipe.init_from import InitFrom, if_frozen
 from stamo_dist.recipe.schema import Recipe
 from stamo_dist.run import lineage
 from stamo_dist.run.lineage import Parent
@@ -29,11 +29,6 @@ from stamo_dist.run.lineage import Parent
 _VLA = {"vision_backbone": "vision", "language_model": "language"}
 _RANDOM = "random initial weights"  # in a task's notes
 Shape = tuple[int, ...]
-#: Stage → the fields that name what it does not train, by the parts that another stage calls so.
-_NAMED = {
-    "tokenizer": {"encoder": "model.encoder.weights", "vae": "model.vae.weights"},
-    "policy": dict.fromkeys(("encoder", "compressor", "decoder"), "policy.tokenizer"),
-}
 
 
 def find(recipe: Recipe, run: Path, say: Callable[[str], None]) -> str | None:
@@ -305,9 +300,7 @@ def _check_parts(cfg: InitFrom, stage: str, source: Source, shapes: Mapping[str,
     problems = []
     for part in cfg.parts or ():
         if part not in (*here, *whole):
-            named = _NAMED.get(stage, {}).get(part)
-            frozen = f"; it is frozen here: name it as {named}" if named else ""
-            problems.append(f"{FIELD}.parts: {part}: the recipe trains {', '.join(here)}{frozen}")
+            problems.append(f"{FIELD}.parts: {part}: the recipe trains {', '.join(here)}{if_frozen(part, stage)}")
         elif part not in (*there, *whole):
             problems.append(f"{FIELD}.parts: {part}: {run} has {', '.join(there)}")
     if problems:

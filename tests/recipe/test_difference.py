@@ -69,3 +69,5 @@ def test_no_parts(tmp_path):
         resolved(tmp_path, "init_from={path: /tmp/x, parts: []}")
     with pytest.raises(RecipeError, match=r"init_from\.parts: vision: the tokenizer stage has encoder, compressor, "):
         resolved(tmp_path, "init_from={path: /tmp/x, parts: [encoder, vision]}")
+    with pytest.raises(RecipeError, match=r"parts: vae: .*; it is frozen here: name it as model\.vae\.weights"):
+        resolved(tmp_path, "init_from={path: /tmp/x, parts: [vae]}")

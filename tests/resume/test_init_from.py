@@ -262,7 +262,7 @@ def test_itself_a_circle_and_another_stage_are_refused(parent, child, ranks, tmp
     assert "is of the tokenizer stage, and the recipe trains the vae stage" in output
     code, output = begin(ranks, recipe, {"path": str(parent), "parts": ["world_head"]}, *STILL, check=False)
     assert code == 2
-    assert "init_from.parts: world_head: the recipe trains encoder, compressor, decoder" in output
+    assert "init_from.parts: world_head: the tokenizer stage has encoder, compressor, decoder, straight" in output
     assert not run.exists()
     code, output = begin(ranks, recipe, {"path": str(parent), "resize": ["width"]}, *STILL, check=False)
     assert "must be a list (one of positions, tokens each)" in output
