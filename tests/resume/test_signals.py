@@ -45,6 +45,12 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         self.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step)
 
+    def hang(self) -> None:
+        """Wait until no step is logged for a second and a half: the steps that a rank had a part in are done."""
+        seen, metrics = -1, self.folder / "metrics.jsonl"
+        while seen != (seen := len(metrics.read_text().splitlines())):
+            time.sleep(1.5)
+
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not condition():
@@ -184,7 +190,7 @@ def test_a_second_sigterm_ends_a_rank_that_cannot_save(start):
     run.reach(2)
     rank, other = run.rank(0), run.rank(1)
     other.suspend()
-    time.sleep(0.5)
+    run.hang()
     rank.terminate()
     time.sleep(5.2)  # a scheduler's one comes by several ways
     assert rank.is_running()
@@ -200,7 +206,7 @@ def test_second_sigint_stops_at_once_even_a_hung_rank(start):
     run.reach(2)
     rank, other = run.rank(0), run.rank(1)
     other.suspend()
-    time.sleep(0.5)
+    run.hang()
     os.kill(rank.pid, signal.SIGINT)
     time.sleep(0.3)
     assert rank.is_running()
