@@ -52,7 +52,7 @@ def demo(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, and stop.")] = False,
 ) -> None:
-    """Run the demonstration in demo/: simulate two sources, shard, mix, train, kill, go on, measure; about 9 minutes.
+    """Run the demonstration in demo/: simulate two sources, shard, mix, train, kill, go on, measure; about 10 minutes.
 
     Run it again to go on. It needs the simulators (the extra [sim]) and headless OpenGL, no GPU and no checkout.
 
