@@ -50,7 +50,8 @@ class SourceConfig(Section):
     @field_validator("cameras")
     @classmethod
     def _cameras_once(cls, cameras: list[str] | None) -> list[str] | None:
-        if twice := [name for name in dict.fromkeys(cameras or ()) if cameras and cameras.count(name) > 1]:
+        given = cameras or []
+        if twice := [name for name in dict.fromkeys(given) if given.count(name) > 1]:
             raise ValueError(f"{', '.join(twice)}: given twice; keep one of them")
         return cameras
 
