@@ -23,6 +23,7 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "finished": ("end",), "cancelled": ("end",), "failed": ("end", "failure"), "stopped": ("end", "failure"),
 }  # fmt: skip
 _PATIENCE = 4.0  # seconds in all
+_LATE = "no answer in time"
 
 
 def variable(webhook: str) -> str:
@@ -61,7 +62,7 @@ def tell_end(launch: Launch, event: Event) -> str:
         return f"notify: ${name} is not set here, so nobody was told"
     if not address.startswith(("http://", "https://")):
         return f"notify: ${name} holds no http address, so nobody was told"
-    wrong = ["no answer in time"]
+    wrong = [_LATE]
 
     def post() -> None:
         wrong[0] = _post(address, message(launch, event))
@@ -98,7 +99,8 @@ def _post(address: str, content: Mapping[str, Any]) -> str:
             return ""
     except HTTPError as e:
         return f"it answered {e.code}"
-    except URLError as e:
-        return getattr(e.reason, "strerror", None) or type(e.reason).__name__
     except (OSError, HTTPException, ValueError) as e:
-        return getattr(e, "strerror", None) or type(e).__name__
+        cause = e.reason if isinstance(e, URLError) else e
+        if isinstance(cause, TimeoutError):
+            return _LATE
+        return getattr(cause, "strerror", None) or type(cause).__name__

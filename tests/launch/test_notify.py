@@ -94,13 +94,14 @@ def test_an_array_has_one_end(hook: Hook, tmp_path: Path):
 def test_nobody_answers(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It is said without the address, and takes no more than its time."""
     asked = launch(tmp_path)
-    monkeypatch.setattr(notify, "_PATIENCE", 0.5)
     hook.answer = 500
     said = [tell_end(asked, Event("finished"))]
+    monkeypatch.setattr(notify, "_PATIENCE", 0.5)
     hook.delay = 3
     began = time.monotonic()
     said.append(tell_end(asked, Event("finished")))
     assert time.monotonic() - began < 2
+    assert notify._post(hook.address, {}) == "no answer in time", "whichever of the two clocks is first"
     for address in ("http://127.0.0.1:9/secret", "ftp://x/secret", "http://[/secret", "http://no where/secret", ""):
         monkeypatch.setenv("MY_HOOK", address)
         said.append(tell_end(asked, Event("finished")))
