@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Of 44,000 modules few are ever imported, and Python compiles those when they first are.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 # The tests start hundreds of processes: each would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -11,8 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[sim,convert,zarr,ros,serve,dev]"
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) -e ".[sim,convert,zarr,ros,serve,dev]"
 	touch $@
 
 # What this environment has, for those who want it again: pip install -c constraints.txt .
@@ -31,7 +33,7 @@ opengl:
 # ManiSkill beside the other simulators, and a Vulkan driver that can draw it where Debian's is too old.
 .PHONY: maniskill
 maniskill: $(VENV)/.installed
-	$(BIN)/python -c "import mani_skill" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[maniskill]"
+	$(BIN)/python -c "import mani_skill" 2>/dev/null || $(PIP_INSTALL) -e ".[maniskill]"
 	sh data_tools/simulators/lavapipe.sh $(VENV)/share/lavapipe
 
 # A real Slurm for tests/slurm, which say that they are skipped where it cannot be installed.

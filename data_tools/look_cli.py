@@ -58,6 +58,7 @@ def check(
         raise typer.Exit(1)
 
 
+@says_if_ended("")
 def preview(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Folders or URLs, a picture each.")],
     out: Annotated[

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -181,6 +182,7 @@ def _serve(answers: IO[str], shared: str) -> None:
     for module in MODULES:
         importlib.import_module(module)
     node.PLACES = (shared, *node.PLACES[1:])
+    gc.freeze()  # as `stamo_dist.chaos.fork_server` does
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what a rank leaves behind becomes this process's child
     for line in sys.stdin:
         code = _run(Call(**json.loads(line)))

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The commands that import torch.
-COMMANDS = ("train", "encode", "eval", "export")
+COMMANDS = ("train", "encode", "eval", "export", "plan")
 _PR_SET_PDEATHSIG = 1
 #: What the commands import sooner or later; the last two when DeepSpeed builds its engine.
 MODULES = (

@@ -8,6 +8,7 @@ standard output says {"pid": ...} once it runs, and {"pid": ..., "code": ...} wh
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -106,6 +107,7 @@ def serve(begin: Callable[[dict[str, Any]], Forked], answers: IO[str]) -> None:
     def answer(**values: int) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
+    gc.freeze()  # a child that looked for garbage among what was imported would copy all of it
     running: list[Forked] = []
     while True:
         if select.select([0], [], [], 0.01)[0]:

@@ -11,6 +11,7 @@ import typer
 
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
+from stamo_dist.faults.ended import says_if_ended
 
 if TYPE_CHECKING:
     from stamo_dist.publish.push import HubRepository
@@ -104,11 +105,12 @@ def export(_: typer.Context, asked: ExportOptions) -> None:
     from stamo_dist.export_layout import ExportLayout
     from stamo_dist.publish.publish import finish, publish
 
-    if asked.out is not None:
-        layout = ExportLayout(asked.form.value, getattr(torch, asked.dtype.value), asked.shard_size)
-        publish(asked.checkpoint, asked.out, layout, asked.which)
-    elif hub is None:
-        finish(asked.checkpoint)
+    with says_if_ended(""):
+        if asked.out is not None:
+            layout = ExportLayout(asked.form.value, getattr(torch, asked.dtype.value), asked.shard_size)
+            publish(asked.checkpoint, asked.out, layout, asked.which)
+        elif hub is None:
+            finish(asked.checkpoint)
     if hub is not None:
         folder = asked.out or asked.checkpoint
         print(f"uploaded {folder} to {asked.push}: {hub.upload(folder)}")

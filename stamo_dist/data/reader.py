@@ -1,6 +1,6 @@
 """Fills batches: mapped shards → decoded, augmented frames and action chunks in memory that processes share.
 
-Loader workers run this module, so it must stay free of torch (but for augmentation) and of streaming.
+Loader workers run this module, so it must stay free of streaming, and of torch but for augmentation that resizes.
 """
 
 from __future__ import annotations

@@ -99,13 +99,19 @@ def expect(recipe: Recipe, devices: int, gpus: Iterable[GPU] = GPUS) -> list[Exp
     """
     if recipe.train.precision != "bf16":
         return []
-    return [step for spread in batchings(recipe.train, devices) for step in _expect(recipe, spread, gpus)]
+    traces: dict[int, tuple[Counted, list[Operator]]] = {}  # by the micro-batch
+    found = []
+    for spread in batchings(recipe.train, devices):
+        if spread.micro_batch not in traces:
+            made = shapes(recipe)  # anew for each: a trace changes the modules
+            traces[spread.micro_batch] = Counted(made, bf16=True), _operators(made, spread.micro_batch)
+        found += _expect(recipe, *traces[spread.micro_batch], spread, gpus)
+    return found
 
 
-def _expect(recipe: Recipe, spread: Batching, gpus: Iterable[GPU]) -> list[Expected]:
-    made = shapes(recipe)  # anew for each: a trace changes the modules
-    counted = Counted(made, bf16=True)
-    operators = _operators(made, spread.micro_batch)
+def _expect(
+    recipe: Recipe, counted: Counted, operators: list[Operator], spread: Batching, gpus: Iterable[GPU]
+) -> list[Expected]:
     useful = spread.accumulation * sum(op.flops for op in operators if not op.again)
     if recipe.train.compile:
         operators = fused(operators)

@@ -90,7 +90,10 @@ def test_a_damaged_packed_shard_is_named(tmp_path: Path) -> None:
 
 def test_workers_import_neither_torch_nor_streaming() -> None:
     code = (
-        "import sys, stamo_dist.data.worker; print([m for m in ('torch', 'streaming', 'pydantic') if m in sys.modules])"
+        "import sys, numpy, stamo_dist.data.worker, stamo_dist.data.transforms as t; "
+        "changed = t.augmentation(preset=None, crop=1, brightness=0.1, contrast=0.1, seed=0); "
+        "changed(numpy.zeros((8, 8, 3), 'u1'), 0, 0); "
+        "print([m for m in ('torch', 'streaming', 'pydantic') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -18,7 +18,7 @@ from raw import write_raw
 from rich.console import Console
 from test_openvla_folders import STATISTICS, make
 
-from stamo_dist.data.transforms import OpenVLAAugmentation, openvla_changed
+from stamo_dist.data.openvla_augmentation import OpenVLAAugmentation, openvla_changed
 from stamo_dist.errors import RunError, StamoError
 from stamo_dist.evaluate.actions import ActionErrors
 from stamo_dist.evaluate.options import ShowOptions

@@ -13,6 +13,7 @@ import traced_memory
 from safetensors.torch import load_file
 from toy import write_recipe
 from toy_policy import write_diffusion_recipe, write_policy_recipe
+from warm import Warm
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
 from stamo_dist.data.mixture import Mixture
@@ -109,28 +110,44 @@ def test_checkpointing_and_batch_decide_the_activations() -> None:
     assert 1.3 * every < second < 0.75 * large
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], ["train.global_batch=64", "train.gradient_checkpointing=true"]], ids=len)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_peak_is_that_of_a_traced_step(
-    strategy: str, settings: list[str], toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """79 M parameters on one of eight processes, whose real step is traced."""
-    path = write_recipe(tmp_path / "recipe.yaml", toy.shards, toy.vae)
+@pytest.fixture(scope="module")
+def larger(toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 79 M parameters."""
+    path = write_recipe(tmp_path_factory.mktemp("larger") / "recipe.yaml", toy.shards, toy.vae)
     path.write_text(re.sub(r"(?s)  encoder:.*?  vae:", LARGER + "  vae:", path.read_text()))
-    mesh = ["strategy.shard_group=4"] if strategy == "hsdp" else []
-    common = ["train.precision=bf16", "train.ema=0.999", "train.micro_batch=4", "train.global_batch=32"]
-    every = [*common, f"strategy.name={strategy}", *mesh, *settings]
+    return path
+
+
+TWICE = "train.global_batch=64"
+RECOMPUTED = "train.gradient_checkpointing=true"
+KEPT = "strategy.reshard_after_forward=false"
+WHOLE = "strategy.gradients=whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (STRATEGIES, []),
+        (STRATEGIES, [TWICE, RECOMPUTED]),
+        (["hsdp"], [TWICE, WHOLE]),
+        (["fsdp"], [KEPT, RECOMPUTED]),
+    ],
+    ids=["", "recomputed", "whole gradients", "kept weights"],
+)
+def test_the_peak_is_that_of_a_traced_step(
+    names: list[str], settings: list[str], larger: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one of eight processes, whose real step is traced."""
+    common = ["train.precision=bf16", "train.ema=0.999", "train.micro_batch=4", "train.global_batch=32", *settings]
+
+    def under(name: str) -> list[str]:
+        return [*common, f"strategy.name={name}", *(["strategy.shard_group=4"] if name == "hsdp" else [])]
+
     monkeypatch.setattr(strategies, "REDUCE_BUCKET", traced_memory.BUCKET)
-    (memory,) = plan(load(path, every).recipe, traced_memory.DEVICES)
-    assert memory.peak == pytest.approx(traced_memory.measure(path, every), rel=0.1)
-    more = {
-        ("hsdp", True): ["strategy.gradients=whole", "train.gradient_checkpointing=false"],
-        ("fsdp", False): ["strategy.reshard_after_forward=false", "train.gradient_checkpointing=true"],
-    }
-    if other := more.get((strategy, bool(settings))):
-        (memory,) = plan(load(path, [*every, *other]).recipe, traced_memory.DEVICES)
-        assert memory.peak == pytest.approx(traced_memory.measure(path, [*every, *other]), rel=0.1)
+    planned = plan(load(larger, under(names[-1])).recipe, traced_memory.DEVICES, names)
+    found = {name: traced_memory.measure(warm, larger, under(name)) for name in names}
+    assert {memory.strategy: memory.peak for memory in planned} == pytest.approx(found, rel=0.1)
 
 
 def test_every_size_of_the_global_batch_is_planned() -> None:
@@ -193,7 +210,8 @@ def test_whole_gradients_count_and_hsdp_is_advised_for_many(stamo: Any) -> None:
 
 def test_the_command_says_it_in_json_and_refuses_the_unknown(stamo, toy_policy: Path, tmp_path: Path) -> None:
     recipe = write_policy_recipe(tmp_path / "toy.yaml", toy_policy, strategy="fsdp")
-    (found,) = json.loads(stamo("plan", recipe, "--gpus", 2, "--json").stdout)
+    (found,) = json.loads(stamo("plan", recipe, "--gpus", 2, "--json", "--set", "train.precision=bf16").stdout)
+    assert [step["gpu"] for step in found["expected"]] == [gpu.name for gpu in GPUS]
     assert found["strategy"] == "fsdp"
     assert found["peak"] > found["activations"] > 0
     assert found["notes"] == [], "the toy's data and tokenizer are there"

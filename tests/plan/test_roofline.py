@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def test_what_is_recomputed_is_told_apart() -> None:
     assert {op.part for op in products} == {"blocks"}
 
 
+@functools.cache
 def predicted(recipe: str, *settings: str, gpus: int = 8) -> Expected:
     """On H100s."""
     return next(step for step in expect(load(ROOT / f"recipes/{recipe}.yaml", list(settings)).recipe, gpus, GPUS[1:2]))
@@ -113,6 +114,4 @@ def test_the_command_calls_it_a_prediction(stamo: Any) -> None:
     row = next(line for line in page.splitlines() if line.startswith("| `policy_openvla_state`"))
     rate, share = next(line for line in lines if "H100" in line).split("a step, ")[1].split(" samples/s, MFU ")
     assert f"{rate}/s, {share.split('%')[0]} %" in row
-    (found,) = json.loads(stamo("plan", "recipes/policy_openvla_state.yaml", "--gpus", 8, "--json").stdout)
-    assert [step["gpu"] for step in found["expected"]] == [gpu.name for gpu in GPUS]
     assert expect(load(ROOT / "recipes/tokenizer_demo.yaml").recipe, 2) == [], "it computes in fp32"

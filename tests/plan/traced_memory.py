@@ -1,11 +1,14 @@
 """The bytes of one of eight processes while it trains: real steps of one process, whose collectives are fake ones."""
 
 import gc
-import multiprocessing
+import itertools
 import os
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stamo_dist.recipe.schema import Recipe
+from tests.warm import Warm
 
 DEVICES = 8
 BUCKET = 2_000_000  # of ZeRO: as small beside the model as the product's is
@@ -28,46 +32,67 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._storages = WeakSet[Any]()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}  # of those that live, by what stands for each
+        self._numbers = WeakKeyDictionary[Any, int]()
+        self._next = itertools.count()
+
+    def __enter__(self) -> "LiveBytes":
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:  # as FSDP takes and gives back what it gathers
+            found = resize(storage, size)
+            if storage in self._numbers:
+                self._count(storage)
+            return found
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
             return 1.0
         out = func(*args, **(kwargs or {}))
-        if self.see(out):
-            self.peak = max(self.peak, self.now())
+        self.see(out)
         return out
 
-    def see(self, tree: Any) -> bool:
-        """Count the tensors of a tree; whether there were any new ones."""
-        # Of a DTensor its shard: what wraps that has a storage of the whole's size and no memory.
-        tensors = [getattr(t, "_local_tensor", t) for t in tree_leaves(tree) if isinstance(t, Tensor)]
-        before = len(self._storages)
-        for tensor in tensors:
-            if not tensor.is_meta:
-                self._storages.add(tensor.untyped_storage())
-        return len(self._storages) > before
+    def see(self, tree: Any) -> None:
+        """Count the tensors of a tree."""
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                # Of a DTensor its shard: what wraps that has a storage of the whole's size and no memory.
+                held = getattr(tensor, "_local_tensor", tensor)
+                if not held.is_meta:
+                    self._count(held.untyped_storage())
 
-    def now(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages)
+    def _count(self, storage: Any) -> None:
+        number = self._numbers.get(storage)
+        if number is None:
+            self._numbers[storage] = number = next(self._next)
+            weakref.finalize(storage, self._forget, number)
+        size = storage.nbytes()
+        self._now += size - self._sizes.get(number, 0)
+        self._sizes[number] = size
+        self.peak = max(self.peak, self._now)
+
+    def _forget(self, number: int) -> None:
+        self._now -= self._sizes.pop(number)
 
     def reset(self) -> None:
         gc.collect()
-        self.peak = self.now()
+        self.peak = self._now
 
 
-def measure(path: Path, settings: list[str]) -> int:
+def measure(warm: Warm, path: Path, settings: list[str]) -> int:
     """Bytes of a process in its third step of a recipe's tokenizer."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(str(path), settings, send))
-    process.start()
-    send.close()
-    assert receive.poll(240), "no answer"
-    found: int = receive.recv()
-    process.join(60)
-    return found
+    done = warm.run(path, *settings, program=Path(__file__))
+    assert not done.returncode, done.stderr
+    return int(done.stdout.split()[-1])
 
 
 # DDP looks at the annotations, which must be no strings: hence no `from __future__ import annotations` here.
@@ -77,7 +102,7 @@ def _as_it_is(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return future
 
 
-def _train(path: str, settings: list[str], answer: Any) -> None:
+def _train(path: str, settings: list[str]) -> int:
     import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -96,8 +121,7 @@ def _train(path: str, settings: list[str], answer: Any) -> None:
 
     strategies.REDUCE_BUCKET, strategies._deepspeed_config = BUCKET, as_on_gpu
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=DEVICES)
-    answer.send(_peak(load(path, settings).recipe))
-    os._exit(0)
+    return _peak(load(path, settings).recipe)
 
 
 def _peak(recipe: Recipe) -> int:
@@ -133,3 +157,8 @@ def _peak(recipe: Recipe) -> int:
                     engine.backward(task.loss(engine.module, micro, Noise(0).at(step)).loss)
             average.update(step)
     return live.peak
+
+
+if __name__ == "__main__":
+    print(_train(sys.argv[1], sys.argv[2:]), flush=True)
+    os._exit(0)
