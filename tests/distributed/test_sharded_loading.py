@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
-import multiprocessing
-import os
 import re
 import shutil
-import threading
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from toy import write_recipe
 from toy_policy import TEXTS, write_policy_recipe
+from warm import Warm
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede transformers
-from stamo_dist.data.mixture import Mixture
-from stamo_dist.distributed.ranges import WEIGHT, other_ranges, own, shapes, trained_ranges
-from stamo_dist.distributed.rank import World, reserve_port
-from stamo_dist.distributed.strategies import EngineSpec
+from stamo_dist.distributed.rank import reserve_port
 from stamo_dist.export_layout import ExportLayout
 from stamo_dist.models.openvla.actions import Statistics
 from stamo_dist.models.openvla.config import OPENVLA_7B, OpenVLAConfig
@@ -31,14 +22,11 @@ from stamo_dist.models.openvla.images import ImageProcessor
 from stamo_dist.models.openvla.policy_network import PolicyNetwork, PolicySizes
 from stamo_dist.models.openvla.save import PolicyParts, save_parts
 from stamo_dist.models.openvla.text import TextTokenizer
-from stamo_dist.optim.optimizer import adamw
 from stamo_dist.recipe import policy as recipes
-from stamo_dist.recipe.batching import batching
 from stamo_dist.recipe.load import load
-from stamo_dist.recipe.training import Strategy
-from stamo_dist.tasks import build_task
 
 LLAMA = {"vocab_size": 448, "pad_token_id": 384, "num_attention_heads": 2, "num_key_value_heads": 2}
+PROGRAM = Path(__file__).with_name("loading_peak.py")
 SMALL = {**LLAMA, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
 LARGE = {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 9}
 
@@ -108,84 +96,18 @@ def test_a_tokenizer_s_decoder_too(toy, ranks, tmp_path) -> None:
     assert found["fsdp"] == pytest.approx(found["ddp"], rel=1e-4)
 
 
-def private_bytes() -> int:
-    """Memory of this process that is no mapped file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel does not tell")
-
-
-class Peak:
-    """The most private memory while it is watched, over what there was before."""
-
-    def __enter__(self) -> Peak:
-        self._before, self.bytes, self._on = private_bytes(), 0, True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._on:
-            self.bytes = max(self.bytes, private_bytes() - self._before)
-            time.sleep(0.001)
-
-    def __exit__(self, *_: object) -> None:
-        self._on = False
-        self._thread.join()
-
-
-def _rank(rank: int, port: int, recipe: str, strategy: str, meta_init: bool, answer: Connection) -> None:
-    torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is given back, and not kept for later
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    r = load(recipe).recipe
-    mixture = Mixture(r.data, seed=0, global_batch=8)
-    if strategy == "zero3":
-        from deepspeed.runtime.zero import Init  # noqa: F401  which takes memory of its own
-    with Peak() as peak:
-        task = build_task(r, mixture, meta_init=meta_init)
-        world = World(rank, 2, rank, 2)
-        spec = EngineSpec(Strategy(name=strategy), world, batching(r.train, 2), 1.0, "fp32", task.block_classes)
-        accelerator = spec.connect()
-        if strategy == "fsdp":
-            engine = spec.build(task.trained, adamw(task.trained, r.optimizer), accelerator)
-        elif meta_init:
-            spec.give_memory(task.trained, accelerator)
-        if meta_init:
-            task.load_weights()
-    if strategy == "zero3":  # which makes masters, moments and buffers besides
-        engine = spec.build(task.trained, adamw(task.trained, r.optimizer), accelerator)
-    held = [*trained_ranges(engine), *other_ranges(engine)]
-    elements = {r.name: (r.start, r.flat(WEIGHT).double().sum().item(), r.flat(WEIGHT).double().square().sum().item())
-                for r in own(held)}  # fmt: skip
-    if strategy == "fsdp":
-        trained = {id(p) for p in task.trained.parameters() if p.requires_grad}
-        assert {id(p) for group in engine.optimizer.param_groups for p in group["params"]} == trained
-    answer.send((peak.bytes, elements, 4 * sum(math.prod(s) for s in shapes(task.trained).values())))
-    torch.distributed.destroy_process_group()
-    os._exit(0)
-
-
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path, strategy: str) -> None:
+def test_no_process_holds_the_whole_model(toy_policy: Path, tmp_path: Path, warm: Warm, strategy: str) -> None:
     weights = checkpoint(tmp_path / "weights", LARGE)
     recipe = write(tmp_path / "toy.yaml", toy_policy, weights)
-    context, found = multiprocessing.get_context("spawn"), {}
+    found = {}
     for meta_init in (True, False):
-        port, ranks = reserve_port(), []
-        for rank in range(2):
-            here, there = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, port, str(recipe), strategy, meta_init, there))
-            process.start()
-            ranks.append((process, here))
-        found[meta_init] = [here.recv() for _, here in ranks if here.poll(120)]
-        for process, _ in ranks:
-            process.join(30)
-        assert len(found[meta_init]) == 2
+        port = reserve_port()
+        ranks = [warm.start(rank, port, recipe, strategy, meta_init, program=PROGRAM) for rank in range(2)]
+        codes = [rank.wait(120) for rank in ranks]
+        said = [rank.stdout.read_text() for rank in ranks]
+        assert codes == [0, 0], "\n".join(said)
+        found[meta_init] = [json.loads(text.splitlines()[-1]) for text in said]
     total = found[True][0][2]
     assert total > 200e6
     largest = 768 * 2048 * 4
