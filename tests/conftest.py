@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,19 +129,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 @pytest.fixture(scope="session")
 def stamo(warm: Warm) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the `stamo` command in a process of its own, as a user does; what imports torch is forked off `warm`."""
-
-    def run(*arguments: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        words = list(map(str, arguments))
-        if warm.fits(words):
-            result = warm.run(*words, timeout=timeout)
-        else:
-            command = [sys.executable, "-m", "stamo_dist.cli", *words]
-            result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-        if check and result.returncode:
-            pytest.fail(f"stamo {' '.join(words)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
-        return result
-
-    return run
+    return warm.stamo
 
 
 @pytest.fixture(scope="session")

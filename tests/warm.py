@@ -27,11 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The commands that import torch.
 COMMANDS = ("train", "encode", "eval", "export", "plan")
 _PR_SET_PDEATHSIG = 1
+#: Variables of the tests' process that change nothing: pytest's own, and what libraries set when they are imported.
+_PASSING = {
+    "PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "MUJOCO_GL", "LIBERO_CONFIG_PATH", "PYOPENGL_PLATFORM",
+    "PYGAME_HIDE_SUPPORT_PROMPT",
+}  # fmt: skip
 #: What the commands import sooner or later; the last two when DeepSpeed builds its engine.
 MODULES = (
     "stamo_dist.distributed.engine", "deepspeed", "stamo_dist.train", "stamo_dist.encode.run",
     "stamo_dist.tasks.tokenizer", "stamo_dist.tasks.vae", "stamo_dist.tasks.policy", "stamo_dist.cli.app",
-    "stamo_dist.recipe.load", "torch.utils.cpp_extension", "torch._inductor.compile_fx",
+    "stamo_dist.recipe.load", "stamo_dist.evaluate.rollout", "torchmetrics.functional.image",
+    "torch.utils.cpp_extension", "torch._inductor.compile_fx",
 )  # fmt: skip
 
 
@@ -121,6 +127,20 @@ class Warm:
             started.kill()
         return subprocess.CompletedProcess(list(map(str, arguments)), code, out.read_text(), error.read_text())
 
+    def stamo(self, *arguments: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run the `stamo` command in a process of its own, as a user does; what imports torch is forked."""
+        words = list(map(str, arguments))
+        if self.fits(words):
+            result = self.run(*words, timeout=timeout)
+        else:
+            command = [sys.executable, "-m", "stamo_dist.cli", *words]
+            result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        if check:
+            assert not result.returncode, (
+                f"stamo {' '.join(words)} exited {result.returncode}\n{result.stdout}\n{result.stderr}"
+            )
+        return result
+
     def close(self) -> None:
         if self._server is not None:
             assert self._server.stdin is not None
@@ -141,7 +161,7 @@ class Warm:
 
 
 def _lasting(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in environment.items() if name not in _PASSING}
 
 
 def _command(arguments: Sequence[str], program: str = "") -> int:

@@ -1,4 +1,7 @@
-"""Image metrics, on images (B, 3, H, W) in [0, 1]."""
+"""Image metrics, on images (B, 3, H, W) in [0, 1].
+
+Every measurement imports this module; torchmetrics, which takes longer to import than a rollout, only who needs it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stamo_dist.models  # noqa: F401  # isort: skip  must precede torchmetrics, which imports torchvision
-from torchmetrics.functional import spearman_corrcoef
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 MAX_PSNR = 100.0
 #: torchvision's ImageNet weights of AlexNet, used by LPIPS (Zhang et al. 2018).
@@ -54,6 +55,8 @@ def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
     `where` (H, W) bool: over these pixels only; NaN if there are none. At most MAX_PSNR, so that means over exact
     copies stay finite.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     if where is not None:
         if not where.any():
             return torch.full((len(images),), torch.nan, device=images.device)
@@ -64,6 +67,8 @@ def psnr(images: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """SSIM of each image, (B,): Gaussian window of 11 pixels, σ = 1.5 (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     value = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
     assert isinstance(value, Tensor)
     return value.reshape(-1)
@@ -75,6 +80,8 @@ def order(points: Tensor) -> tuple[float, float]:
     Rank correlation (Spearman) of their projection with time, and the share of the T − 1 steps that go forward; NaN
     if both ends are the same point.
     """
+    from torchmetrics.functional import spearman_corrcoef
+
     points = points.flatten(1).to("cpu", torch.float64)
     line = points[-1] - points[0]
     if not line.any():

@@ -168,10 +168,11 @@ class CheckpointHook(Hook):
         last = state.step == self._trial.steps
         trial = self._trial.due(state.step, self._log.step_seconds)
         kind = self._saver.due(state.step, last=last) or ("temporary" if trial else None)
-        if not (self._log.signals or kind):
-            if self._report(self._saver.poll()):
-                self._log.clock.reset()
-            self._logger.add_metrics(**self._failed)  # in each line until one succeeds: the last tells
+        now = bool(self._log.signals or kind)
+        if not now and self._report(self._saver.poll()):
+            self._log.clock.reset()
+        self._logger.add_metrics(**self._failed)  # in each line until one succeeds: the last tells
+        if not now:
             return None
         self._log.flush(state)
         ended = self._save(state, kind or "temporary", last=last, trial=trial)

@@ -24,7 +24,8 @@ def reference(toy, stamo, tmp_path_factory) -> list[float]:
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"])
 def test_same_losses(toy, stamo, tmp_path, reference, strategy, processes):
     recipe = write_recipe(tmp_path / "toy.yaml", toy.shards, toy.vae, strategy=strategy)
-    stamo("train", recipe, "--nproc", processes)
+    done = stamo("train", recipe, "--nproc", processes)
+    assert "Warning" not in done.stdout + done.stderr
     assert len(reference) == 20
     assert reference[-1] < reference[0]
     assert losses(tmp_path / "run") == pytest.approx(reference, rel=1e-5)

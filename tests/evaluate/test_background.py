@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from point_world import as_simulators
 from toy_policy import write_policy_recipe
+from warm import Warm
 
 from stamo_dist.errors import RecipeError
 from stamo_dist.evaluate.background import BackgroundRollouts
@@ -35,11 +34,14 @@ evaluate:
 SETTINGS = ["train.steps=6", "train.checkpoint.every=2", "train.checkpoint.keep=1", "train.ema=0.5"]
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process that is started has the point world for its simulators."""
-    (tmp_path / "site").mkdir()
-    monkeypatch.setenv("PYTHONPATH", as_simulators(tmp_path / "site"))
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts commands; every process has the point world for its simulators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", as_simulators(tmp_path_factory.mktemp("site")))
+        server = Warm(tmp_path_factory.mktemp("there"), os.environ)
+        yield server
+        server.close()
 
 
 def written(path: Path, root: Path, more: str = ROLLOUT) -> Path:
@@ -58,11 +60,11 @@ def steps_of(run: Path) -> list[tuple[Any, ...]]:
 
 
 def test_the_training_is_the_same_to_the_bit(
-    toy_policy: Path, stamo: Callable[..., Any], ranks: Callable[..., Any], world: None, tmp_path: Path
+    toy_policy: Path, there: Warm, ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     plain, beside = (written(tmp_path / name / "toy.yaml", toy_policy) for name in ("plain", "beside"))
     ranks(1, "train", plain, *settings("evaluate.every=null"))
-    said = stamo("train", beside, *settings()).stdout
+    said = there.stamo("train", beside, *settings()).stdout
     run = beside.parent / "run"
     assert steps_of(run) == steps_of(plain.parent / "run")
     assert not (plain.parent / "run" / "eval").exists()
@@ -77,7 +79,7 @@ def test_the_training_is_the_same_to_the_bit(
 
     assert Successes.read(run).best == Successes.read(run).last, "of equal ones the newer is the best"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000006"]
-    status = stamo("status", run).stdout
+    status = there.stamo("status", run).stdout
     assert "50 % (22–78) at step 6, of 8 trials" in status
     assert "loss" in status
     videos = list((run / "eval" / "during").rglob("*.gif"))
@@ -87,23 +89,20 @@ def test_the_training_is_the_same_to_the_bit(
     assert page.count("<h4>failed</h4>") == page.count("<h4>succeeded</h4>") == 2
     assert '<polygon class="band"' in page
 
-    stamo("export", run, tmp_path / "best", "--checkpoint", "best")
+    there.stamo("export", run, tmp_path / "best", "--checkpoint", "best")
     assert "from step 6 of 6" in (tmp_path / "best" / "README.md").read_text()
 
 
-def test_a_kill_loses_and_repeats_nothing(
-    toy_policy: Path, stamo: Callable[..., Any], world: None, tmp_path: Path
-) -> None:
+def test_a_kill_loses_and_repeats_nothing(toy_policy: Path, there: Warm, tmp_path: Path) -> None:
     recipe = written(tmp_path / "toy.yaml", toy_policy, ROLLOUT.replace("trials: 4", "trials: 9"))
     run = tmp_path / "run"
     more = settings("evaluate.every=6")
-    command = [sys.executable, "-m", "stamo_dist.cli", "train", str(recipe), *more]
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    training = there.start("train", recipe, *more)
     here = run / "eval" / "during" / "step_00000006"
     deadline = time.monotonic() + 240
     while len(done := sorted(here.glob("trials/*/*/*.json"))) < 2:
         assert time.monotonic() < deadline
-        assert training.poll() is None, training.stdout.read().decode() if training.stdout else ""
+        assert training.poll() is None, training.stdout.read_text()
         time.sleep(0.01)
     training.kill()
     rollout = json.loads((here / "request.json").read_text())["ticket"]["process"]["pid"]
@@ -111,22 +110,20 @@ def test_a_kill_loses_and_repeats_nothing(
     training.wait()
     assert not (here / "rollout.json").exists()
     before = {path: path.stat().st_mtime_ns for path in done}
-    said = stamo("train", recipe, *more).stdout
+    said = there.stamo("train", recipe, *more).stdout
     assert "continuing" in said
     assert "success in closed loop 22 % (9–45) at step 6: 18 trials" in said
     assert {path: path.stat().st_mtime_ns for path in done} == before
     assert [step for step, *_ in steps_of(run)] == [1, 2, 3, 4, 5, 6]
     lines = (run / "metrics.jsonl").read_text()
     assert lines.count("eval/rollout/success") == 1
-    assert "already trained" in stamo("train", recipe, *more).stdout
+    assert "already trained" in there.stamo("train", recipe, *more).stdout
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-def test_two_processes_and_a_rollout_that_breaks(
-    toy_policy: Path, stamo: Callable[..., Any], world: None, tmp_path: Path
-) -> None:
+def test_two_processes_and_a_rollout_that_breaks(toy_policy: Path, there: Warm, tmp_path: Path) -> None:
     recipe = written(tmp_path / "toy.yaml", toy_policy, ROLLOUT.replace("suite/two", "suite/broken"))
-    said = stamo("train", recipe, "--nproc", "2", *settings("evaluate.every=6")).stdout
+    said = there.stamo("train", recipe, "--nproc", "2", *settings("evaluate.every=6")).stdout
     assert said.count("step 6 could not be rolled out: suite/broken: the simulator broke; pip install it anew;") == 1
     assert "exported" in said
     assert read_late(tmp_path / "run" / "metrics.jsonl") == {}

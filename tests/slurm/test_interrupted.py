@@ -13,13 +13,19 @@ from pathlib import Path
 from toy import write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-# Steps take long enough for a test to come between them, and cost no CPU.
-SLOW = (
-    "tasks/tokenizer.py",
-    "\n\nimport time as _time\n\n_loss = TokenizerTask.loss\n\n\n"
-    "def _slow(self, *inputs):\n    _time.sleep(0.25)\n    return _loss(self, *inputs)\n\n\n"
-    "TokenizerTask.loss = _slow\n",
-)
+
+
+def slowed(seconds: float) -> tuple[str, str]:
+    """A micro-batch takes long enough for a test to come between it and the next, and costs no CPU."""
+    return (
+        "tasks/tokenizer.py",
+        "\n\nimport time as _time\n\n_loss = TokenizerTask.loss\n\n\n"
+        f"def _slow(self, *inputs):\n    _time.sleep({seconds})\n    return _loss(self, *inputs)\n\n\n"
+        "TokenizerTask.loss = _slow\n",
+    )
+
+
+SLOW = slowed(0.25)
 
 
 def test_time_limit_and_preemption(submit, cluster, preempt):
@@ -27,9 +33,9 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     # slurmctld looks every 30 s and signals up to 30 s early: here 5 to 35 s after the start. Sooner, there would be no
     # step to signal yet on a loaded machine, and Slurm sends it once.
     profile = {"partition": "low", "nodes": 2, "processes_per_node": 2, "time": "00:02:00", "signal_delay": 85}
-    settings = ("train.steps=100", "train.checkpoint.every=1000", "strategy.name=fsdp")
+    settings = ("train.steps=60", "train.checkpoint.every=1000", "strategy.name=fsdp")
     run = submit("run", profile, *settings, "tracking.wandb=offline")
-    run.release(SLOW)
+    run.release(slowed(0.5))
     run.until(lambda: "requeued" in run.story)
     assert run.steps == run.events[-1].step
     cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
@@ -51,7 +57,7 @@ def test_time_limit_and_preemption(submit, cluster, preempt):
     steps = wandb_steps(run.folder)
     assert len(steps) == 1, "one W&B run"
     assert len(steps[0]) == 3, "with one folder a start"
-    assert [step for start in steps[0] for step in start] == list(range(1, 101))
+    assert [step for start in steps[0] for step in start] == list(range(1, 61))
     run.assert_as_uninterrupted(processes=4)
 
 
