@@ -33,7 +33,7 @@ def tried(toy, stamo, tmp_path_factory) -> Path:
     recipe = write_recipe(folder / "toy.yaml", toy.shards, toy.vae, workers=1)
     result = stamo(
         "chaos", recipe, "--kills", 20, "--seed", 4, "--warm", "--out", folder / "out", "--patience", 60,
-        "--set", "train.steps=65", "--set", "train.checkpoint.every=7", "--set", "data.augment.brightness=0",
+        "--set", "train.steps=100", "--set", "train.checkpoint.every=7", "--set", "data.augment.brightness=0",
         timeout=600,
     )  # fmt: skip
     print(result.stdout)

@@ -152,7 +152,8 @@ def test_the_peak_is_that_of_a_traced_step(
 
 def test_every_size_of_the_global_batch_is_planned() -> None:
     """The memory is that of the largest need, the time is said of each size."""
-    path, settings = ROOT / "recipes/tokenizer_sim_droid.yaml", ["train.micro_batch=32", "strategy.name=ddp"]
+    path = ROOT / "recipes/tokenizer_demo.yaml"
+    settings = ["train.micro_batch=32", "strategy.name=ddp", "train.precision=bf16"]
 
     def planned(batch: str) -> tuple[Memory, list[Expected]]:
         recipe = load(path, [*settings, f"train.global_batch={batch}"]).recipe

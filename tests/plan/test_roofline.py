@@ -88,11 +88,12 @@ def test_predictions_know_the_levers() -> None:
     assert sum(tokenizer.by_part.values()) == pytest.approx(sum(tokenizer.by_class.values()))
     assert {"VAE", "encoder", "compressor", "DiT", "optimizer", "EMA", "communication"} <= set(tokenizer.by_part)
     assert tokenizer.useful_flops * 8 / 768 / 1e12 == pytest.approx(1.59, rel=0.01)
-    assert predicted("tokenizer_sim_droid", "train.compile=false").mfu < tokenizer.mfu
     assert predicted("tokenizer_sim_droid", "train.micro_batch=48").seconds > tokenizer.seconds
-    sharded = predicted("tokenizer_sim_droid", "strategy.name=fsdp")
-    assert sharded.by_part["communication"] < tokenizer.by_part["communication"]
-    assert predicted("tokenizer_sim_droid", gpus=1).by_part.get("communication") is None
+    small = ("tokenizer_demo", "train.precision=bf16", "train.compile=true")
+    assert predicted(*small, "train.compile=false").mfu < predicted(*small).mfu
+    sharded = predicted(*small, "strategy.name=fsdp")
+    assert sharded.by_part["communication"] < predicted(*small).by_part["communication"]
+    assert predicted(*small, gpus=1).by_part.get("communication") is None
     some, every = (predicted("policy_openvla_lora", f"train.gradient_checkpointing={k}") for k in ("4", "true"))
     assert 0 < some.by_class["recomputed"] < 0.3 * every.by_class["recomputed"]
     assert some.useful_flops == every.useful_flops, "MFU counts no recomputation"
