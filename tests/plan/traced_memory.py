@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(warm: Warm, path: Path, settings: list[str]) -> int:
-    """Bytes of a process in its third step of a recipe's tokenizer."""
+    """Bytes of a process in its second step of a recipe's tokenizer."""
     done = warm.run(path, *settings, program=Path(__file__))
     assert not done.returncode, done.stderr
     return int(done.stdout.split()[-1])
@@ -150,7 +150,7 @@ def _peak(recipe: Recipe) -> int:
             engine.module.register_comm_hook(None, _as_it_is)
         task.place(engine.device, torch.bfloat16)
         average = EMA(engine, 0.999)
-        for step in (1, 2, 3):
+        for step in (1, 2):  # the first makes the optimizer's states
             live.reset()
             for micro in batch.split(plan.micro_batch):
                 with engine.accumulate():
