@@ -58,7 +58,6 @@ def check(
         raise typer.Exit(1)
 
 
-@says_if_ended("")
 def preview(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Folders or URLs, a picture each.")],
     out: Annotated[
@@ -78,8 +77,9 @@ def preview(
 
     if len(sources) > 1 and out is not None and out.suffix and not out.is_dir():
         raise typer.BadParameter(f"{out} is one file, but there are {len(sources)} sources; give a folder")
-    for source in sources:
-        typer.echo(str(run(source, out, split=split, episodes=episodes, frames=frames)))
+    for number, source in enumerate(sources):
+        with says_if_ended("pictures that were drawn are kept" if number else ""):
+            typer.echo(str(run(source, out, split=split, episodes=episodes, frames=frames)))
 
 
 @says_if_ended("")

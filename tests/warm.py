@@ -75,14 +75,15 @@ class Warm:
     """Starts commands in `environment`; the process that they are forked off starts with the first."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]):
-        self._folder, self._environment, self._count = folder, _lasting(environment), 0
+        self._folder, self._environment, self._count = folder, dict(environment), 0
+        self._environment.pop("PYTEST_CURRENT_TEST", None)
         self._server: subprocess.Popen[str] | None = None
         self._running: dict[int, Started] = {}
         self._begun: queue.SimpleQueue[Started | None] = queue.SimpleQueue()
 
     def fits(self, arguments: Sequence[str]) -> bool:
         """Whether a fork does what a process of its own would: what is imported may have read the environment."""
-        return arguments[0] in COMMANDS and _lasting(os.environ) == self._environment
+        return arguments[0] in COMMANDS and _lasting(os.environ) == _lasting(self._environment)
 
     def start(
         self, *arguments: object, program: Path | None = None, environment: Mapping[str, str] | None = None,

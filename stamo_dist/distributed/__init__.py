@@ -8,7 +8,7 @@ import warnings
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated")
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
-# What a module returns is only read.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# What these return is only read.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP(TokenizerCore|VAE)\) returned a view tensor")
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -290,8 +290,9 @@ def take_snapshot(run: str | Path, loaded: Loaded | None) -> Path:
 
     snapshot = folder(run) / "snapshots" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     try:
+        unneeded = shutil.ignore_patterns("__pycache__", shipped.FOLDER)
         for package, place in shipped.PACKAGES.items():
-            shutil.copytree(place, snapshot / "code" / package, ignore=_unneeded)
+            shutil.copytree(place, snapshot / "code" / package, ignore=unneeded)
         (snapshot / "code" / "run.py").write_text(_RUN)
         (snapshot / "code" / COMMIT_FILE).write_text(git_commit() or "")
         if diff := git_diff():
@@ -302,13 +303,6 @@ def take_snapshot(run: str | Path, loaded: Loaded | None) -> Path:
     except OSError as e:
         raise RunError(f"run_dir: {run} cannot be written ({e.strerror}); choose another with --set run_dir=…") from e
     return snapshot
-
-
-def _unneeded(folder: str, names: list[str]) -> set[str]:
-    """Of what a folder holds; what this interpreter has compiled stays, or each rank would compile and write it."""
-    compiled = f".{sys.implementation.cache_tag}.pyc"
-    cache = os.path.basename(folder) == "__pycache__"
-    return {name for name in names if name == shipped.FOLDER or (cache and not name.endswith(compiled))}
 
 
 def recipe_file(snapshot: str | Path) -> Path:

@@ -102,6 +102,11 @@ class RunLogger:
         """Add values that do not belong to one step to the next line of metrics."""
         self._extra |= values
 
+    def drop_metrics(self, *names: str) -> None:
+        """Take back what was added to the next line and holds no longer."""
+        for name in names:
+            self._extra.pop(name, None)
+
     def note_changes(self, changed: Mapping[str, list[str]] | None) -> None:
         """Add what this start's first step changes of the recipe of the step before to the line of that step."""
         if changed:

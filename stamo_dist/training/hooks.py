@@ -171,7 +171,10 @@ class CheckpointHook(Hook):
         now = bool(self._log.signals or kind)
         if not now and self._report(self._saver.poll()):
             self._log.clock.reset()
-        self._logger.add_metrics(**self._failed)  # in each line until one succeeds: the last tells
+        if last or self._log.signals:  # no line comes after this save
+            self._logger.drop_metrics(*self._failed)
+        else:
+            self._logger.add_metrics(**self._failed)  # in each line until one succeeds
         if not now:
             return None
         self._log.flush(state)
@@ -207,6 +210,8 @@ class CheckpointHook(Hook):
         measured = False
         for saved in ended:
             self._logger.info(str(saved))
+            if saved.error is None:
+                self._logger.drop_metrics(*self._failed)
             self._logger.add_metrics(**saved.facts())
             self._failed = saved.facts() if saved.error else {}
             self._watchdog.saving_takes = max(self._watchdog.saving_takes, saved.seconds)

@@ -159,11 +159,12 @@ def test_every_size_of_the_global_batch_is_planned() -> None:
         recipe = load(path, [*settings, f"train.global_batch={batch}"]).recipe
         return plan(recipe, 8)[0], expect(recipe, 8, GPUS[1:2])
 
-    (small, one), (large, two), (both, each) = map(planned, ("64", "512", "{0: 64, 1000: 512}"))
-    assert (small.micro_batch, large.micro_batch, both.micro_batch) == (8, 32, 32)
-    assert both.peak == large.peak > small.peak
-    assert [step.line for step in each] == [one[0].line, two[0].line]
-    assert [step.samples for step in each] == [64, 512]
+    changing = "{0: 64, 1000: 256, 2000: 512}"
+    (small, one), (_, two), (large, four), (every, each) = map(planned, ("64", "256", "512", changing))
+    assert (small.micro_batch, large.micro_batch, every.micro_batch) == (8, 32, 32)
+    assert every.peak == large.peak > small.peak
+    assert [step.line for step in each] == [one[0].line, two[0].line, four[0].line]
+    assert [step.samples for step in each] == [64, 256, 512]
 
 
 def test_weights_that_stay_gathered_count() -> None:

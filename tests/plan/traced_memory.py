@@ -6,7 +6,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stamo_dist.recipe.schema import Recipe
-from tests.warm import Warm
+
+if TYPE_CHECKING:
+    from warm import Warm
 
 DEVICES = 8
 BUCKET = 2_000_000  # of ZeRO: as small beside the model as the product's is
@@ -88,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self._now
 
 
-def measure(warm: Warm, path: Path, settings: list[str]) -> int:
+def measure(warm: "Warm", path: Path, settings: list[str]) -> int:
     """Bytes of a process in its second step of a recipe's tokenizer."""
     done = warm.run(path, *settings, program=Path(__file__))
     assert not done.returncode, done.stderr
