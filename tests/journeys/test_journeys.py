@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,11 @@ CHOSEN = (
 
 
 @pytest.fixture(scope="module")
-def every(toy: SimpleNamespace, toy_policy: Path) -> dict[str, Variant]:
-    return variants(toy.shards, toy.vae, toy_policy)
+def every(toy: SimpleNamespace, toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Variant]:
+    """On sources of its own, because caches are written beside them."""
+    own = tmp_path_factory.mktemp("own")
+    shards, policy = shutil.copytree(toy.shards, own / "shards"), shutil.copytree(toy_policy, own / "policy")
+    return variants(shards, toy.vae, policy)
 
 
 @pytest.mark.parametrize(("name", "strategy", "processes"), CHOSEN)
