@@ -99,6 +99,20 @@ def sample_data() -> Callable[[str], Path]:
     return lambda name: ROOT / "tests" / "samples" / name
 
 
+#: Folders that all tests of a worker share → what lies in them.
+_SHARED: dict[Path, set[Path]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _what_is_shared_stays() -> Iterator[None]:
+    """A test that writes beside what all share fails itself, and not those after it."""
+    yield
+    for root, made in _SHARED.items():
+        now = set(root.rglob("*"))
+        changed, _SHARED[root] = sorted(now ^ made), now
+        assert not changed, f"shared by all tests, to be copied first: {', '.join(map(str, changed))}"
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Two toy sources and a random VAE, made once: `.shards` holds the sources a and b, `.vae` the VAE."""
@@ -107,7 +121,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("toy")
     make_source(root / "shards", "a", episodes=5)
     make_source(root / "shards", "b", episodes=3)
-    return SimpleNamespace(shards=root / "shards", vae=make_vae(root / "vae"))
+    made = SimpleNamespace(shards=root / "shards", vae=make_vae(root / "vae"))
+    _SHARED[root] = set(root.rglob("*"))
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +131,9 @@ def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a toy policy is trained on, made once: shards/a, shards/b (video) and a tokenizer."""
     from toy_policy import make_policy_data
 
-    return make_policy_data(tmp_path_factory.mktemp("toy_policy"))
+    root = make_policy_data(tmp_path_factory.mktemp("toy_policy"))
+    _SHARED[root] = set(root.rglob("*"))
+    return root
 
 
 @pytest.fixture(scope="session")

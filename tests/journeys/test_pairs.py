@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from stamo_dist.recipe.load import load
 def toys(toy: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> pairs.Toys:
     root = tmp_path_factory.mktemp("pairs")
     policy = make_policy_data(root / "policy", ("front", "wrist"))
-    return pairs.Toys(toy.shards, toy.vae, policy, make_base(root / "base"))
+    shards = shutil.copytree(toy.shards, root / "shards")  # caches are written beside them
+    return pairs.Toys(shards, toy.vae, policy, make_base(root / "base"))
 
 
 @pytest.mark.parametrize("stage", pairs.OPTIONS)
