@@ -40,7 +40,10 @@ def completion(shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", hel
 
     if shell not in SHELLS:
         raise typer.BadParameter(f"{shell}: there is completion for {', '.join(SHELLS)}")
-    typer.echo(get_completion_script(prog_name="stamo", complete_var=COMPLETE, shell=shell))
+    script = get_completion_script(prog_name="stamo", complete_var=COMPLETE, shell=shell)
+    if shell == "bash":  # the value of --set follows its field at once
+        script = script.replace("return 0", "[[ $COMPREPLY == *= ]] && compopt -o nospace 2>/dev/null\n    return 0")
+    typer.echo(script)
 
 
 #: The variable with which a shell asks `stamo` for completions, as typer names it.

@@ -60,9 +60,9 @@ def _options(
 @eval_app.callback()
 def _bring_tools(context: typer.Context) -> None:
     from stamo_dist.launch.local import launch_local
-    from stamo_dist.launch.status import one
+    from stamo_dist.launch.status import folder_of
 
-    context.obj = EvalTools(launch_local, InstalledBenchmarks(), one)
+    context.obj = EvalTools(launch_local, InstalledBenchmarks(), folder_of)
 
 
 def _rollout(recipe: Recipe) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 from stamo_dist.faults.ended import says_if_ended
+from stamo_dist.run.registry import run_names
 
 if TYPE_CHECKING:
     from stamo_dist.publish.push import HubRepository
@@ -51,7 +52,12 @@ class ExportOptions:
     """
 
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="RUN/checkpoints/step_…, or a run folder: its newest checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="CKPT",
+            help="RUN/checkpoints/step_…, or a run, its folder or name: its newest checkpoint.",
+            autocompletion=run_names,
+        ),
     ]
     out: Annotated[
         Path | None,
@@ -95,7 +101,11 @@ _AS_THEY_ARE = (Form.hf, DType.float32, "5GB")
 
 @with_options(ExportOptions)
 def export(_: typer.Context, asked: ExportOptions) -> None:
+    from stamo_dist.launch.status import folder_of
+
     asked.check()
+    if asked.out is not None or asked.push is None:  # else it is an exported folder
+        asked = replace(asked, checkpoint=folder_of(asked.checkpoint))
     if asked.out is not None and ".." in asked.out.parts:  # a folder that is not there, with .. after it, is not made
         asked = replace(asked, out=asked.out.resolve())
     hub = _looked_at(asked)

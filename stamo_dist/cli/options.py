@@ -15,6 +15,20 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in names() if name.startswith(incomplete)]
 
 
+def field_names(incomplete: str) -> list[str]:
+    """The dotted names of recipe fields that begin so, for a shell's completion."""
+    from stamo_dist.recipe.fields import PLACEHOLDER, all_fields
+    from stamo_dist.recipe.lines import dotted
+
+    found = (dotted(field.key) for field in all_fields() if PLACEHOLDER not in field.key)
+    return [name for name in found if name.startswith(incomplete)]
+
+
+def settings(incomplete: str) -> list[str]:
+    """The beginnings of values for --set, as in `train.steps=`."""
+    return [f"{name}=" for name in field_names(incomplete)]
+
+
 RecipePath = Annotated[
     Path,  # readable=False: no access(2) by every rank of a run before the recipe is read
     typer.Argument(
@@ -25,7 +39,13 @@ RecipePath = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one value of the recipe; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Override one value of the recipe; may be repeated.",
+        autocompletion=settings,
+    ),
 ]
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes to start on this machine.")]
 Branch = Annotated[

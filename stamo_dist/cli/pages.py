@@ -9,6 +9,7 @@ import typer
 
 from stamo_dist.cli.options import Overrides, RecipePath
 from stamo_dist.errors import RecipeError
+from stamo_dist.run.registry import run_names
 
 
 def mix(
@@ -49,7 +50,12 @@ def mix(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, shown side by side.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Run folders, or names of runs, shown side by side.", autocompletion=run_names
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write; RUN/report.html of the first run when omitted.")
     ] = None,
@@ -58,8 +64,10 @@ def report(
 
     Example: stamo report demo/runs/tokenizer
     """
+    from stamo_dist.launch.status import folder_of
     from stamo_dist.run.folder import open_run
 
+    runs = [folder_of(run) for run in runs]
     for run in runs:
         open_run(run)  # before the slow imports
 

@@ -11,14 +11,19 @@ from typing import Annotated
 
 import typer
 
-from stamo_dist.cli.options import RecipePath
+from stamo_dist.cli.options import RecipePath, field_names, settings
 from stamo_dist.errors import StamoError
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and explain recipes.")
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; VALUE is YAML. May be given several times."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a field; VALUE is YAML. May be given several times.",
+        autocompletion=settings,
+    ),
 ]
 
 
@@ -191,7 +196,10 @@ def schema(
 
 @app.command()
 def explain(
-    field: Annotated[str, typer.Argument(metavar="FIELD", help="Dotted name; the sections when omitted.")] = "",
+    field: Annotated[
+        str,
+        typer.Argument(metavar="FIELD", help="Dotted name; the sections when omitted.", autocompletion=field_names),
+    ] = "",
 ) -> None:
     """Explain a field or a section: type, default, meaning.
 

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stamo_dist.run.registry import run_names
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, or the name of a run.", autocompletion=run_names)
+]
 RunArguments = Annotated[
-    list[str], typer.Argument(metavar="RUN", help="Run folders, folders of runs, or names of runs.")
+    list[str],
+    typer.Argument(metavar="RUN", help="Run folders, folders of runs, or names of runs.", autocompletion=run_names),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it for programs.")]
 
@@ -154,7 +159,9 @@ def logs(
 
 
 def cancel(
-    run: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or names of runs.")],
+    run: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Run folders, or names of runs.", autocompletion=run_names)
+    ],
 ) -> None:
     """End runs: each saves, leaves and is not started again. `stamo resume` goes on later.
 

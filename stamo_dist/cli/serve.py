@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import typer
 from stamo_dist.command_options import with_options
 from stamo_dist.errors import RunError
 from stamo_dist.evaluate.options import UseOptions
+from stamo_dist.run.registry import run_names
 
 _NEEDED = ("json_numpy", "msgpack", "starlette", "uvicorn", "websockets")
 
@@ -40,7 +41,14 @@ class ServeOptions(ClientOptions, UseOptions):
     Example: stamo serve moojink/openvla-7b-oft-finetuned-libero-spatial --as oft-libero
     """
 
-    run: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A policy's run folder, or a folder with weights.")]
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|EXPORT",
+            help="A policy's run, its folder or name, or a folder with weights.",
+            autocompletion=run_names,
+        ),
+    ]
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000
     allow_host: Annotated[
@@ -68,7 +76,9 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
 
     from stamo_dist.evaluate.run_recipe import check_policy
     from stamo_dist.extras import how_to_install
+    from stamo_dist.launch.status import folder_of
 
+    asked = replace(asked, run=folder_of(asked.run))
     check_policy(asked.run)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise RunError(f"serving needs the packages {', '.join(missing)}; {how_to_install('serve')}")

@@ -35,16 +35,15 @@ class EvalTools:
 
     launch: Callable[[list[str], int, Path], int]  # starts processes with these arguments and returns their exit code
     benchmarks: SimulatorCatalogue
-    find_run: Callable[[str], Path]  # the folder of a run, by its name; raises RunError
+    folder_of: Callable[[Path], Path]  # puts the folder of a run in place of its name; raises RunError
 
 
-def _by_name(given: Any, find_run: Callable[[str], Path]) -> Any:
+def _by_name(given: Any, folder_of: Callable[[Path], Path]) -> Any:
     """`given`, with the folder of a run in place of its name."""
-    field = "policy" if isinstance(given, options.UseOptions) else "run"
-    path = Path(getattr(given, field))
-    if isinstance(given, options.SpeedOptions) or len(path.parts) > 1 or path.exists():
+    if isinstance(given, options.SpeedOptions):
         return given
-    return replace(given, **{field: find_run(str(path))})
+    field = "policy" if isinstance(given, options.UseOptions) else "run"
+    return replace(given, **{field: folder_of(Path(getattr(given, field)))})
 
 
 def _check_folder(given: Any) -> None:
@@ -71,7 +70,7 @@ def _command(asked: type, implementation: str, kept: str) -> Callable[..., None]
             measure(context.obj, given)
 
     def measure(tools: EvalTools, given: Any) -> None:
-        given = _by_name(given, tools.find_run)
+        given = _by_name(given, tools.folder_of)
         _check_folder(given)
         from stamo_dist.evaluate.workers import WorkerGroup, run_in_group
 
@@ -119,6 +118,7 @@ def during(
     from stamo_dist.evaluate.run_recipe import read_recipe
     from stamo_dist.run.folder import open_run
 
+    run = context.obj.folder_of(run)
     read_recipe(open_run(run), "policy")
     from stamo_dist.evaluate.rollout import roll_out
 

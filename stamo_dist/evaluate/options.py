@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stamo_dist.run.registry import run_names
 from stamo_dist.shipped import page
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ def split(values: list[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run folder (the recipe's run_dir), or the name of a run.", autocompletion=run_names
+    ),
+]
 CheckpointOption = Annotated[str | None, named("STEP|best|PATH", "Which one; the newest whole one when omitted.")]
 StepsOption = Annotated[int | None, count("Sampler steps; flow.sampler_steps when omitted.")]
 OutOption = Annotated[Path | None, named("DIR", "Where to write; RUN/eval/NAME when omitted.")]

@@ -114,6 +114,15 @@ def one(name: str) -> Path:
     return found[0]
 
 
+def folder_of(given: Path) -> Path:
+    """`given`, with the folder of a run in place of its name.
+
+    Raises:
+        RunError: It is neither a path nor the name of one run.
+    """
+    return given if len(given.parts) > 1 or given.exists() else one(str(given))
+
+
 def everything() -> list[Run]:
     """The registered runs and those in the default folder, most recent activity first."""
     here = below([Path("runs")]) if Path("runs").is_dir() else []

@@ -14,6 +14,9 @@ from stamo_dist.recipe.init_from import SHORT_FORMS
 from stamo_dist.recipe.lines import Key, show_value
 from stamo_dist.recipe.schema import Recipe, Section
 
+#: Stands in keys for the names that a recipe gives the entries of a map, as its sources'.
+PLACEHOLDER = "NAME"
+
 
 @dataclass(frozen=True)
 class RecipeField:
@@ -41,7 +44,7 @@ class RecipeField:
         """The entry field of this map, if it maps free names to sections."""
         if get_origin(self.annotation) is not dict:
             return None
-        value = RecipeField((*self.key, "NAME"), get_args(self.annotation)[1])
+        value = RecipeField((*self.key, PLACEHOLDER), get_args(self.annotation)[1])
         return value if value.section else None
 
     @property
@@ -81,7 +84,7 @@ class RecipeField:
     def children(self) -> Iterator[RecipeField]:
         """The fields of a section, or of one entry of a map of sections."""
         kinds = self.kinds or (self.entry.kinds if self.entry else [])
-        at = self.key if self.section else (*self.key, "NAME")
+        at = self.key if self.section else (*self.key, PLACEHOLDER)
         found: dict[str, RecipeField] = {}
         for name, info in (item for kind in kinds for item in kind.model_fields.items()):
             if name not in found:

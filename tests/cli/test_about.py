@@ -21,6 +21,7 @@ import stamo_dist
 from stamo_dist.cli.app import app
 from stamo_dist.errors import StamoError
 from stamo_dist.run import environment
+from stamo_dist.run.registry import register
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,13 +81,23 @@ def test_env_asks_the_driver_for_gpus_and_imports_no_torch(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash: install bash")
-def test_bash_completes_commands_options_and_recipes(tmp_path: Path) -> None:
+def test_bash_completes_commands_options_recipes_fields_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for name in ("first_run", "second_run", "first_gone"):
+        (tmp_path / name).mkdir()
+        register(tmp_path / name)
+    (tmp_path / "first_gone").rmdir()
     (tmp_path / "stamo").write_text(f'#!/bin/sh\nexec {sys.executable} -m stamo_dist.cli "$@"\n')
     (tmp_path / "stamo").chmod(0o755)
     script = (
         f'PATH={tmp_path}:$PATH; cd {ROOT}; eval "$(stamo completion bash)"\n'
         'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _stamo_completion stamo; echo "${COMPREPLY[@]}"; }\n'
         "try stamo tra; try stamo data con; try stamo train --np; try stamo train tokenizer_sim_dr; try stamo nothing\n"
+        "try stamo train x --set data.shuffle.o; try stamo recipe explain train.log\n"
+        "try stamo recipe explain data.sou\n"
+        "try stamo status fi; try stamo eval probe sec; try stamo report first_run f\n"
     )
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
     said = [
@@ -95,6 +106,12 @@ def test_bash_completes_commands_options_and_recipes(tmp_path: Path) -> None:
         "--nproc",
         "tokenizer_sim_droid tokenizer_sim_droid_oxe tokenizer_sim_droid_oxe_ego",
         "",
+        "data.shuffle.order=",
+        "train.log_every train.log_samples",
+        "data.sources",
+        "first_run",
+        "second_run",
+        "first_run",
     ]
     assert done.stdout.splitlines() == said, done.stderr
 

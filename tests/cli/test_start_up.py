@@ -51,10 +51,10 @@ def test_nothing_unused_is_imported_and_streaming_is_whole_when_asked_for() -> N
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("export nowhere", "nowhere: not a run folder"),
-        ("export nowhere out --checkpoint best", "nowhere: not a run folder"),
+        ("export nowhere", "nowhere: no run folder and no name of a run"),
+        ("export nowhere out --checkpoint best", "nowhere: no run folder and no name of a run"),
         ("export nowhere --push lab/x", "--push lab/x: nowhere is no exported folder"),
-        ("report nowhere", "nowhere: not a run folder"),
+        ("report nowhere", "nowhere: no run folder and no name of a run"),
         ("plan tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
         ("plan tokenizer_demo --serve int4", "--serve: int4 is unknown"),
         ("mix tokenizer_demo --set optimizer.lr=-1", "optimizer.lr: must be a number above 0, not -1"),
