@@ -128,23 +128,23 @@ def print_report(report: CheckReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from stamo_dist.tables import Whole, show
+    from stamo_dist.tables import show
 
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=escape(report.source), title_justify="left")
-    table.add_column("check")
+    table = Table(title=escape(report.source), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("check", no_wrap=True)
+    table.add_column("errors", justify="right", no_wrap=True)
+    table.add_column("warnings", justify="right", no_wrap=True)
     table.add_column("what")
-    table.add_column("errors", justify="right")
-    table.add_column("warnings", justify="right")
     for check, what in CHECKS.items():
         if check == "source" and "compared" not in report.total:
             continue
         counts = report.counts.get(check, {ERROR: 0, WARNING: 0})
         errors, warnings = counts[ERROR], counts[WARNING]
         table.add_row(
-            check, what, f"[red]{errors}[/]" if errors else "–", f"[yellow]{warnings}[/]" if warnings else "–"
+            check, f"[red]{errors}[/]" if errors else "–", f"[yellow]{warnings}[/]" if warnings else "–", what
         )
-    show(console, Whole(table))
+    show(console, table)
     for check, what in CHECKS.items():
         for severity, colour in ((ERROR, "red"), (WARNING, "yellow")):
             found = [f for f in report.findings if (f.check, f.severity) == (check, severity)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from data_tools.convert.driver import convert
 from data_tools.look.check import check
-from data_tools.look.check_report import ERROR, WARNING, CheckFinding, CheckReport
+from data_tools.look.check_report import ERROR, WARNING, CheckFinding, CheckReport, print_report
 from data_tools.look_cli import register
 from stamo_dist.data.schema import read_manifest
 
@@ -271,3 +272,17 @@ def test_processes_find_the_same_and_json_has_it_all(good: Path, tmp_path: Path)
     assert "not looked at: whether frames, actions and instructions are those of the dataset" in result.stdout
     assert said["unseen"] == alone.unseen == look(source).unseen
     assert "split val" in look(source, split="train").unseen
+
+
+def test_the_table_fits_a_terminal_of_80_columns(
+    good: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    report = CheckReport(str(good))
+    print_report(report)
+    lines = [re.sub(r"\x1b\[\d*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 30, "no block of lines for each check"
+    assert re.sub(r"\s+", " ", " ".join(lines)).count("contiguous, in one shard, and as episodes.jsonl says") == 1
