@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,7 +31,10 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds. `refuse`: the status of every request to write, in place of an answer."""
+    """What the server holds.
+
+    `refuse`: the status of every request to write, in place of an answer. `stuck`: called at each large file.
+    """
 
     url: str = ""
     models: dict[str, Repository] = field(default_factory=dict)
@@ -39,6 +42,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)  # paths of the files that were asked for
     large: dict[str, bytes] = field(default_factory=dict)
     refuse: int = 0
+    stuck: Callable[[], object] = bool
 
     def environ(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """The environment of a process that knows this Hub alone, with a cache of its own."""
@@ -91,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_PUT(self) -> None:
+        self.hub.stuck()
         self.hub.large[self.path.rpartition("/")[2]] = self._body()
         self._answer(200, b"", {})
 

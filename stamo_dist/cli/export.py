@@ -123,7 +123,9 @@ def export(_: typer.Context, asked: ExportOptions) -> None:
             finish(asked.checkpoint)
     if hub is not None:
         folder = asked.out or asked.checkpoint
-        print(f"uploaded {folder} to {asked.push}: {hub.upload(folder)}")
+        with says_if_ended(f"{folder} is whole", hub.again(folder)):
+            address = hub.upload(folder)
+        print(f"uploaded {folder} to {asked.push}: {address}")
 
 
 def _looked_at(asked: ExportOptions) -> HubRepository | None:

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from stamo_dist.exit_codes import EXIT_TERMINATED
@@ -16,13 +16,14 @@ _inside = False  # of `says_if_ended`
 
 
 @contextmanager
-def says_if_ended(kept: str) -> Iterator[None]:
+def says_if_ended(kept: str, again: Sequence[str] = ()) -> Iterator[None]:
     """Inside, SIGTERM ends this process at once, also if a launcher has blocked it; rank 0 says so, with code 143.
 
     Of Ctrl-C it says the same, and leaves it to the caller.
 
-    `kept`: what the same command finds of its work when it is given again, as a sentence; "" for nothing. Called in the
-    main thread. Other ranks, and processes forked off this one, are ended in silence.
+    `kept`: what the same command finds of its work when it is given again, as a sentence; "" for nothing. `again`: the
+    words after `stamo` of the command that goes on, if it is another one. Called in the main thread. Other ranks, and
+    processes forked off this one, are ended in silence.
     """
     global _inside
     if os.environ.get("RANK", "0") != "0":
@@ -33,13 +34,13 @@ def says_if_ended(kept: str) -> Iterator[None]:
     os.set_blocking(into, False)
     handler, descriptor = signal.signal(signal.SIGTERM, _nothing), signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     # A thread reads it: Python runs no handler while the main one is inside of a collective.
-    threading.Thread(target=_listen, args=(out, _text("SIGTERM", kept)), name="ended", daemon=True).start()
+    threading.Thread(target=_listen, args=(out, _text("SIGTERM", kept, again)), name="ended", daemon=True).start()
     _inside = True
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         yield
     except KeyboardInterrupt:
-        print(_text("Ctrl-C", kept), end="", file=sys.stderr, flush=True)
+        print(_text("Ctrl-C", kept, again), end="", file=sys.stderr, flush=True)
         raise
     finally:
         _inside = False
@@ -56,8 +57,8 @@ def _listen(pipe: int, text: str) -> None:
     os.close(pipe)
 
 
-def _text(what: str, kept: str) -> str:
-    words, ranks = sys.argv[1:], os.environ.get("WORLD_SIZE", "1")
+def _text(what: str, kept: str, other: Sequence[str]) -> str:
+    words, ranks = other or sys.argv[1:], os.environ.get("WORLD_SIZE", "1")
     if ranks != "1" and "STAMO_LAUNCHED" in os.environ and "--nproc" not in words:  # of a rank's command
         words = [*words, "--nproc", ranks]
     again = f"`{shlex.join(['stamo', *words])}` {'goes on' if kept else 'begins anew'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ class HubRepository:
         self._api, self._token = HfApi(token=token), token
         self._make(private, update)
 
+    def again(self, folder: Path) -> tuple[str, ...]:
+        """The words after `stamo` that upload `folder`, once it is written."""
+        return ("export", str(folder), "--push", self.name, "--update")
+
     def upload(self, folder: Path) -> str:
         """Upload all files of `folder`, replacing what was there, and return the address of the commit.
 
@@ -51,8 +56,8 @@ class HubRepository:
                 repo_id=self.name, folder_path=folder, delete_patterns="*", commit_message="Upload by stamo export"
             )
         except (OSError, ValueError) as error:
-            again = f"{folder} is whole: `stamo export {folder} --push {self.name} --update` uploads it again"
-            raise self._problem(error, f"; {again}") from None
+            again = shlex.join(["stamo", *self.again(folder)])
+            raise self._problem(error, f"; {folder} is whole: `{again}` uploads it again") from None
         return str(done.commit_url)
 
     def _make(self, private: bool, update: bool) -> None:

@@ -23,6 +23,7 @@ STAGES = {
         "transformers diffusers deepspeed streaming.base.dataset torchvision wandb",
     ),
     "the tokenizer": ("import stamo_dist.tasks.tokenizer", "scipy peft deepspeed matplotlib streaming.base.dataset"),
+    "a rollout": ("import stamo_dist.evaluate.rollout", "torchmetrics scipy matplotlib deepspeed peft"),
 }
 #: What transformers 5 imports by itself.
 BY_TRANSFORMERS = {"scipy"} if int(version("transformers").partition(".")[0]) > 4 else set[str]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_a_policy_goes_to_the_hub_and_is_used_by_its_id(
     measured = ("-m", "stamo_dist.cli", "eval", "actions", "lab/policy", "--shards", data / "shards/a")
     code, said = ran(environ, *measured, "--out", tmp_path / "measured")
     assert code == 0, said
+
+
+def test_an_upload_that_is_ended_says_how_it_goes_on(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    arrived, over = threading.Event(), threading.Event()
+    hub.stuck = lambda: (arrived.set(), over.wait(60))
+    command = [sys.executable, "-m", "stamo_dist.cli", "export", str(exported), "--push", "lab/policy"]
+    env = {**hub.environ(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert arrived.wait(60)
+    process.terminate()
+    said = process.communicate(timeout=30)[1]
+    over.set()
+    assert process.returncode == 143
+    again = f"`stamo export {exported} --push lab/policy --update` goes on"
+    assert said.splitlines()[-1] == f"ended by SIGTERM; {exported} is whole: {again}"
 
 
 def test_what_goes_wrong_is_one_line_with_a_way_out(hub: Hub, exported: Path, tmp_path: Path) -> None:
