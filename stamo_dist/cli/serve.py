@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -76,9 +77,10 @@ def serve(_: typer.Context, asked: ServeOptions) -> None:
 
     from stamo_dist.evaluate.run_recipe import check_policy
     from stamo_dist.extras import how_to_install
-    from stamo_dist.launch.status import folder_of
+    from stamo_dist.launch.status import UnknownRunError, folder_of
 
-    asked = replace(asked, run=folder_of(asked.run))
+    with suppress(UnknownRunError):  # what else it may be is told below
+        asked = replace(asked, run=folder_of(asked.run))
     check_policy(asked.run)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise RunError(f"serving needs the packages {', '.join(missing)}; {how_to_install('serve')}")

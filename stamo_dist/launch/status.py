@@ -79,6 +79,10 @@ class Run:
         }  # fmt: skip
 
 
+class UnknownRunError(RunError):
+    """Neither a folder nor the name of a run."""
+
+
 def find(names: Sequence[str]) -> list[Path]:
     """The run folders named by the user: paths of runs, folders of runs, or names of registered runs.
 
@@ -97,7 +101,7 @@ def find(names: Sequence[str]) -> list[Path]:
         if not named and (end := last_start(Path(name)).end):
             raise RunError(f"{name}: no run yet, its start {end.word}: {end.reason}")
         if not named:
-            raise RunError(f"{name}: no run folder and no name of a run; `stamo runs` lists those there are")
+            raise UnknownRunError(f"{name}: no run folder and no name of a run; `stamo runs` lists those there are")
         found += named
     return list(dict.fromkeys(found))
 
@@ -118,7 +122,8 @@ def folder_of(given: Path) -> Path:
     """`given`, with the folder of a run in place of its name.
 
     Raises:
-        RunError: It is neither a path nor the name of one run.
+        UnknownRunError: It is neither a path nor the name of a run.
+        RunError: Several runs have that name.
     """
     return given if len(given.parts) > 1 or given.exists() else one(str(given))
 

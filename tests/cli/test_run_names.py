@@ -11,6 +11,7 @@ from stamo_dist.cli.app import app
 from stamo_dist.errors import StamoError
 from stamo_dist.run.registry import register
 
+NO_RUN = "unknown: no run folder and no name of a run"
 COMMANDS = (
     ("report", "RUN"), ("export", "RUN", "out"), ("serve", "RUN"), ("eval", "during", "RUN", "4"),
     ("eval", "probe", "RUN"), ("eval", "rollout", "RUN", "--benchmark", "libero", "--tasks", "spatial"),
@@ -25,7 +26,8 @@ def test_a_run_by_its_name(command: tuple[str, ...], tmp_path: Path, monkeypatch
     folder.mkdir(parents=True)
     (folder / "resolved.yaml").write_text("[]\n")
     register(folder)
-    for name, expected in (("tried", "elsewhere/tried"), ("unknown", "unknown: no run folder and no name of a run")):
+    unknown = "unknown: no such folder; give the run folder of a policy" if command[0] == "serve" else NO_RUN
+    for name, expected in (("tried", "elsewhere/tried"), ("unknown", unknown)):
         done = CliRunner().invoke(app, [name if word == "RUN" else word for word in command])
         said = f"{done.output}{done.exception}"
         assert expected in said
