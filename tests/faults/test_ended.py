@@ -30,7 +30,8 @@ assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 def start(kept: str = "", whom: str = "parent", **env: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "KEPT": kept, "WHOM": whom, **env}
-    command = [sys.executable, "-c", WAIT, "eval", "probe", "a run"]
+    quiet = ("-W", "ignore:This process:DeprecationWarning")  # of Python 3.12, for the fork in WAIT beside a thread
+    command = [sys.executable, *quiet, "-c", WAIT, "eval", "probe", "a run"]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
