@@ -152,7 +152,12 @@ TasksOption = Annotated[
 SimulatorsOption = Annotated[int | None, count("Simulators at once; as cores and memory allow when omitted.")]
 StepLimit = Annotated[int | None, count("Steps of a trial; the benchmark's when omitted.")]
 PolicyArgument = Annotated[
-    str, typer.Argument(metavar="POLICY", help="A policy's run folder, or a folder or hub id with its weights.")
+    str,
+    typer.Argument(
+        metavar="POLICY",
+        help="A policy's run, its folder or name, or a folder or hub id with its weights.",
+        autocompletion=run_names,
+    ),
 ]
 TokenizerOption = Annotated[str | None, named("PATH", "The StaMo tokenizer it sees through, where it moved.")]
 

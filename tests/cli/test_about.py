@@ -96,7 +96,7 @@ def test_bash_completes_commands_options_recipes_fields_and_runs(
         'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _stamo_completion stamo; echo "${COMPREPLY[@]}"; }\n'
         "try stamo tra; try stamo data con; try stamo train --np; try stamo train tokenizer_sim_dr; try stamo nothing\n"
         "try stamo train x --set data.shuffle.o; try stamo recipe explain train.log\n"
-        "try stamo recipe explain data.sou\n"
+        "try stamo recipe explain data.sou; try stamo eval rollout sec\n"
         "try stamo status fi; try stamo eval probe sec; try stamo report first_run f\n"
     )
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
@@ -109,6 +109,7 @@ def test_bash_completes_commands_options_recipes_fields_and_runs(
         "data.shuffle.order=",
         "train.log_every train.log_samples",
         "data.sources",
+        "second_run",
         "first_run",
         "second_run",
         "first_run",
